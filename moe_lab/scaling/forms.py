@@ -9,6 +9,7 @@ product fits every draw of a simulation.
     saturation  c - s log2 Ehat(r; Emax)      1/Ehat = 1/(r - 1 + (1/Estart - 1/Emax)^-1) + 1/Emax, Estart 2 (2202.01169 eq. 5)
     hinge       c - s x - u max(0, x - t)     another slope beyond a break t
     plateau     c - s min(x, t)               nothing beyond a break t
+    fade        c - s x - u w ln(1 + e^((x - t)/w)), w >= .75: a hinge that bends over doublings
 """
 
 from collections.abc import Callable
@@ -84,6 +85,22 @@ FORMS: dict[str, Form] = {
     )
 }
 SMOOTH = ("line", "power")  # M0 and M1: what a wall has to beat
+FADE_WIDTHS = np.array([0.75, 1.0, 1.5, 2.5])  # doublings: the gain goes from 88 % to 12 % of itself over four of these
+
+
+def _fades(x: np.ndarray) -> np.ndarray:
+    at = np.linspace(x[0] - 2, x[-1] + 4, 129)
+    return np.stack([grid.ravel() for grid in np.meshgrid(at, FADE_WIDTHS, indexing="ij")], 1)
+
+
+def _fade_columns(x: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    at, width = shapes[:, :1], shapes[:, 1:]
+    return np.stack([np.broadcast_to(x, (len(shapes), len(x))), width * np.logaddexp(0, (x - at) / width)], 1)
+
+
+FADE = Form("fade", 5, _fades, _fade_columns)
+"""A hinge whose bend takes three doublings or more: diminishing returns (Clark's saturation, Ludziejewski's law at few tokens). No
+candidate form, but what a break has to beat to be a break."""
 
 
 @dataclass(frozen=True)

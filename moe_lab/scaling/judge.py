@@ -2,8 +2,11 @@
 
 W1  equivalence: from r* on, the interval of every gain per doubling lies inside (-margin, margin). A gain that is merely not
     significant proves nothing: on a straight line the rule "gain below two standard errors" calls a wall in 38-82 % of sweeps.
+    Ratios closer than a factor of two are compared over a whole doubling, where the noise is a smaller part of the gain.
 W2  model choice: a form with a break beats both the line and the power law by dAICc >= 6, and its break is placed, with
-    confidence, at least three doublings before the last ratio.
+    confidence, at least three doublings before the last ratio. The break must be one: a hinge or plateau whose deviance is 6 below
+    that of a bend spread over three doublings or more. Smooth laws fade so (Clark's near E_max, Ludziejewski's at 20 tokens a
+    parameter), and a fade is what diminishing returns look like.
 W3  elasticity d ln C_equivalent / d ln ratio over the last two doublings.
 """
 
@@ -13,7 +16,7 @@ from enum import StrEnum
 import numpy as np
 from scipy import stats
 
-from moe_lab.scaling.forms import FORMS, SMOOTH, FormFit, fit_form
+from moe_lab.scaling.forms import FADE, FORMS, SMOOTH, FormFit, fit_form
 
 DOUBLINGS_BEYOND = 3.0
 DELTA_AICC = 6.0
@@ -48,10 +51,13 @@ class Noise:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Arrays over B draws. ``gains`` and ``half`` [B, R-1]: nats per doubling of the ratio and the half-width of their interval;
-    ``aicc`` form -> [B]; ``wall_from`` [B] index of the ratio W1 starts at (-1 where it holds nowhere); ``break_form`` [B];
-    ``break_upper`` [B] log2 ratio; ``slope``, ``slope_half`` [B] nats per doubling over the last two doublings."""
+    """Arrays over B draws. ``steps`` [P, 2] are the ratios compared; ``gains`` and ``half`` [B, P]: nats per doubling of the ratio and
+    the half-width of their interval; ``aicc`` form -> [B]; ``wall_from`` [B] index of the ratio W1 starts at (-1 where it holds
+    nowhere); ``break_form`` [B], the best form with a break; ``break_at``, ``break_lower``, ``break_upper`` [B] log2 ratio; ``sharpness``
+    [B] deviance by which it beats a bend over three doublings; ``slope``, ``slope_half`` [B] nats per doubling over the last two
+    doublings."""
 
+    steps: np.ndarray
     gains: np.ndarray
     half: np.ndarray
     aicc: dict[str, np.ndarray]
@@ -60,7 +66,9 @@ class Judgement:
     break_form: np.ndarray
     break_delta: np.ndarray
     break_at: np.ndarray
+    break_lower: np.ndarray
     break_upper: np.ndarray
+    sharpness: np.ndarray
     slope: np.ndarray
     slope_half: np.ndarray
     w1: np.ndarray
@@ -88,23 +96,38 @@ def judge(
     confidence: float = 0.9,
 ) -> Judgement:
     """``x`` [R] log2 ratio, ``means`` [B, R], ``counts`` [R] runs per ratio, ``margin`` in nats per doubling,
-    ``charge`` [R-1] what the extra active compute of a step would have bought by itself (nats per doubling): a sweep shows "no wall" only
-    if its last gain passes the margin with that taken off."""
-    steps = np.diff(x)
-    gains = -np.diff(means, axis=1) / steps
+    ``charge`` [P] what the extra active compute of each of `doublings` would have bought by itself (nats per doubling): a sweep shows
+    "no wall" only if its last gain passes the margin with that taken off."""
+    steps = doublings(x)
+    low, high = steps.T
+    length = x[high] - x[low]
+    gains = (means[:, low] - means[:, high]) / length
     width = noise.quantile(confidence)
-    half = width * noise.sd[:, None] * np.sqrt(1 / counts[:-1] + 1 / counts[1:]) / steps
+    half = width * noise.sd[:, None] * np.sqrt(1 / counts[low] + 1 / counts[high]) / length
     fits = {name: fit_form(form, x, means, counts) for name, form in FORMS.items()}
     aicc = {name: _aicc(fit, counts, noise) for name, fit in fits.items()}
-    wall_from = _suffix_within(gains, half, margin)
-    form, delta, at, upper, falls = _break(x, fits, aicc, counts, noise, confidence)
+    wall_from = _suffix_within(gains, half, margin, low)
+    form, delta, at, lower, upper, falls = _break(fits, aicc, noise, confidence)
+    fade, hinge = fit_form(FADE, x, means, counts).rss, np.minimum(fits["hinge"].rss, fits["plateau"].rss)
+    sharpness = np.where(form == "saturation", -np.inf, _deviance(fade, len(x), noise) - _deviance(hinge, len(x), noise))
     beyond = x[-1] - DOUBLINGS_BEYOND + ROUNDING
     w1 = (wall_from > 0) & (x[np.maximum(wall_from, 0)] <= beyond)
-    w2 = (delta >= DELTA_AICC) & (upper <= beyond) & falls
+    w2 = (delta >= DELTA_AICC) & (upper <= beyond) & falls & (sharpness >= DELTA_AICC)
     slope, slope_half = _edge_slope(x, means, counts, noise, width)
     charged = 0.0 if charge is None else max(0.0, float(charge[-1]))
     no_wall = gains[:, -1] - charged - half[:, -1] > margin
-    return Judgement(gains, half, aicc, fits, wall_from, form, delta, at, upper, slope, slope_half, w1, w2, w1 & w2, no_wall)
+    breaks = (form, delta, at, lower, upper, sharpness)
+    return Judgement(steps, gains, half, aicc, fits, wall_from, *breaks, slope, slope_half, w1, w2, w1 & w2, no_wall)
+
+
+def doublings(x: np.ndarray) -> np.ndarray:
+    """[P, 2]: each ratio with the first at least twice as large, the last pair ending at the last ratio; ``x`` [R] log2 ratio."""
+    high = np.searchsorted(x, x + 1 - ROUNDING)
+    pairs = [(low, top) for low, top in enumerate(high.tolist()) if top < len(x)]
+    last = len(x) - 1
+    if not pairs or pairs[-1][1] < last:  # a grid that ends in a wider or a narrower step than its others
+        pairs.append((max(np.searchsorted(x, x[-1] - 1 + ROUNDING, side="right") - 1, 0), last))
+    return np.array(pairs)
 
 
 def _aicc(fit: FormFit, counts: np.ndarray, noise: Noise) -> np.ndarray:
@@ -116,23 +139,25 @@ def _aicc(fit: FormFit, counts: np.ndarray, noise: Noise) -> np.ndarray:
     if ratios - k - 1 <= 0 and k > 2:
         return np.full(len(fit.rss), np.inf)
     penalty = 2 * k + 2 * k * (k + 1) / max(ratios - k - 1, 1)
+    return _deviance(fit.rss, ratios, noise) + penalty
+
+
+def _deviance(rss: np.ndarray, ratios: int, noise: Noise) -> np.ndarray:
     if noise.known is not None:
-        return fit.rss / noise.known**2 + penalty
-    return (noise.df + ratios) * np.log1p(fit.rss / np.maximum(noise.within, 1e-300)) + penalty
+        return rss / noise.known**2
+    return (noise.df + ratios) * np.log1p(rss / np.maximum(noise.within, 1e-300))
 
 
-def _suffix_within(gains: np.ndarray, half: np.ndarray, margin: float) -> np.ndarray:
+def _suffix_within(gains: np.ndarray, half: np.ndarray, margin: float, low: np.ndarray) -> np.ndarray:
     """Index of the first ratio from which every later gain's interval lies inside the margin, -1 where even the last does not."""
     inside = np.abs(gains) + half < margin
     held = np.logical_and.accumulate(inside[:, ::-1], axis=1).sum(1)
-    return np.where(held > 0, gains.shape[1] - held, -1)
+    return np.where(held > 0, low[np.minimum(gains.shape[1] - held, gains.shape[1] - 1)], -1)
 
 
-def _break(
-    x: np.ndarray, fits: dict[str, FormFit], aicc: dict[str, np.ndarray], counts: np.ndarray, noise: Noise, confidence: float
-) -> tuple[np.ndarray, ...]:
-    """The best form with a break: its name, its lead over the best smooth form, the break, the break's upper limit, and whether
-    the loss falls on the way to it. The limit comes from the profile likelihood, with F in place of chi2 for an estimated noise."""
+def _break(fits: dict[str, FormFit], aicc: dict[str, np.ndarray], noise: Noise, confidence: float) -> tuple[np.ndarray, ...]:
+    """The best form with a break: its name, its lead over the best smooth form, the break, the break's limits, and whether
+    the loss falls on the way to it. The limits come from the profile likelihood, with F in place of chi2 for an estimated noise."""
     names = [name for name, fit in fits.items() if fit.breaks is not None]
     scores = np.stack([aicc[name] for name in names])
     smooth = np.stack([aicc[name] for name in SMOOTH]).min(0)
@@ -144,7 +169,7 @@ def _break(
         variance = noise.within / noise.df if noise.df else np.zeros(len(best))
     else:
         threshold, variance = stats.chi2.ppf(confidence, 1), np.full(len(best), noise.known**2)
-    at, upper, falls = (np.zeros(len(best), dtype) for dtype in (float, float, bool))
+    at, lower, upper, falls = (np.zeros(len(best), dtype) for dtype in (float, float, float, bool))
     for index, name in enumerate(names):
         rows = best == index
         fit = fits[name]
@@ -155,9 +180,10 @@ def _break(
         inside = profile - low <= threshold * np.maximum(variance[rows], 1e-300)[:, None]
         last = len(fit.breaks) - 1 - inside[:, ::-1].argmax(1)
         at[rows] = fit.breaks[profile.argmin(1)]
+        lower[rows] = fit.breaks[inside.argmax(1)]
         upper[rows] = np.where(last == len(fit.breaks) - 1, np.inf, fit.breaks[last])
         falls[rows] = fit.coefficients[rows, 0] < 0
-    return np.array(names)[best], delta, at, upper, falls
+    return np.array(names)[best], delta, at, lower, upper, falls
 
 
 def _edge_slope(x: np.ndarray, means: np.ndarray, counts: np.ndarray, noise: Noise, width: float) -> tuple[np.ndarray, np.ndarray]:

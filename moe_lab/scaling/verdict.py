@@ -13,12 +13,14 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.judge import Noise, Outcome, judge
+from moe_lab.scaling.judge import Judgement, Noise, Outcome, doublings, judge
 from moe_lab.scaling.margin import ComputeSlope, law_slope, measured_slope
 from moe_lab.scaling.sweep import Sweep, read_sweep
 from moe_lab.scaling.words import Case, elasticity, reasons, sentence
 
 MARGIN = 1.05  # compute multiplier below which a doubling of the ratio is taken to buy nothing
+
+NEAR = 0.25  # doublings
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def wall_verdict(
     slope = _slope(sweep, budgets, compute_slope)
     noise = Noise(np.array([sweep.within]), sweep.df, noise_sd)
     nats = (margin - 1) * slope.value
-    charge = slope.value * np.diff(np.log(sweep.active)) / np.diff(sweep.log2)
+    low, high = doublings(sweep.log2).T
+    charge = slope.value * np.log(sweep.active[high] / sweep.active[low]) / (sweep.log2[high] - sweep.log2[low])
     judged = judge(sweep.log2, sweep.means[None], sweep.counts, noise, nats, charge=charge, confidence=confidence)
     case = Case(sweep, slope, noise, nats, margin, confidence, charge, judged)
     outcome, at = _decide(case)
@@ -148,8 +151,16 @@ def _slope(sweep: Sweep, budgets: pl.DataFrame | None, stated: float | None) -> 
 def _decide(case: Case) -> tuple[Outcome, float | None]:
     ratios, judged = case.sweep.ratios, case.judged
     outcome = Outcome.CANNOT_TELL if case.blind or case.starved else Outcome(judged.outcomes()[0])
-    at = {Outcome.WALL: int(judged.wall_from[0]), Outcome.NO_WALL: -1}.get(outcome)
-    return outcome, None if at is None else float(ratios[at])
+    return outcome, {Outcome.WALL: wall_at(judged, case.sweep.log2), Outcome.NO_WALL: float(ratios[-1])}.get(outcome)
+
+
+def wall_at(judged: Judgement, x: np.ndarray, draw: int = 0) -> float:
+    """The ratio of the break: the measured one nearest to it (within a quarter of a doubling, or in the break's interval), else the
+    break as fitted."""
+    fitted = float(judged.break_at[draw])
+    nearest = float(x[np.abs(x - fitted).argmin()])
+    inside = judged.break_lower[draw] <= nearest <= judged.break_upper[draw]
+    return 2.0 ** (nearest if inside or abs(nearest - fitted) < NEAR else fitted)
 
 
 def _gains(case: Case) -> tuple[Gain, ...]:
@@ -157,7 +168,8 @@ def _gains(case: Case) -> tuple[Gain, ...]:
     rows = []
     for index, (gain, half) in enumerate(zip(judged.gains[0].tolist(), judged.half[0].tolist(), strict=True)):
         nats = (gain, gain - half, gain + half)
-        rows.append(Gain(float(ratios[index]), float(ratios[index + 1]), *nats, *(math.exp(g / case.slope.value) for g in nats)))
+        low, high = judged.steps[index]
+        rows.append(Gain(float(ratios[low]), float(ratios[high]), *nats, *(math.exp(g / case.slope.value) for g in nats)))
     return tuple(rows)
 
 

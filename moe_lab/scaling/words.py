@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_lab.scaling.judge import DELTA_AICC, DOUBLINGS_BEYOND, Judgement, Noise, Outcome
+from moe_lab.scaling.judge import DELTA_AICC, DOUBLINGS_BEYOND, ROUNDING, Judgement, Noise, Outcome
 from moe_lab.scaling.margin import ComputeSlope
 from moe_lab.scaling.sweep import Sweep
 
@@ -115,7 +115,7 @@ def _paid_reason(case: Case) -> str:
     above = np.flatnonzero(case.judged.gains[0] - np.maximum(case.charge, 0) - case.judged.half[0] > case.margin)
     if case.blind or case.judged.no_wall[0] or not len(above):
         return ""
-    return f"up to ratio {case.sweep.ratios[above[-1] + 1]:g} a doubling was still worth more than {_percent(case)} of compute"
+    return f"up to ratio {case.sweep.ratios[case.judged.steps[above[-1], 1]]:g} a doubling was still worth more than {_percent(case)} of compute"
 
 
 def _w2_reason(case: Case) -> str:
@@ -130,8 +130,12 @@ def _w2_reason(case: Case) -> str:
     upper = float(judged.break_upper[0])
     limit = float(case.sweep.ratios[-1]) / 2**DOUBLINGS_BEYOND
     where = "not identified" if math.isinf(upper) else f"below {2**upper:.0f}"
-    far = "far enough inside the grid" if judged.w2[0] else f"a wall needs it below {limit:g}"
-    return f"W2: {best} leads line and power law by {delta:.1f} in AICc, its break {where} ({far})"
+    lead = f"W2: {best} leads line and power law by {delta:.1f} in AICc, its break {where}"
+    if upper > math.log2(limit) + ROUNDING:
+        return f"{lead} (a wall needs it below {limit:g})"
+    if judged.sharpness[0] < DELTA_AICC:
+        return f"{lead}, but a bend spread over three doublings fits as well: gains that fade, as smooth laws' do, and no break"
+    return f"{lead} (far enough inside the grid)"
 
 
 def _w3_reason(case: Case) -> str:
@@ -162,7 +166,7 @@ def _budget_reason(case: Case) -> str:
 def _wall_sentence(case: Case, at: float | None) -> str:
     judged, ratios = case.judged, case.sweep.ratios
     return (
-        f"A wall at ratio {at:g}: from there to {ratios[-1]:g} no doubling was worth {_percent(case)} of compute "
+        f"A wall at ratio {at:.3g}: from {ratios[judged.wall_from[0]]:g} to {ratios[-1]:g} no doubling was worth {_percent(case)} of compute "
         f"(all {100 * case.confidence:g} % intervals within ±{case.margin:.4f} nats) and the {judged.break_form[0]} form leads by "
         f"{judged.break_delta[0]:.0f} in AICc, at {_budget(case)}."
     )
@@ -190,15 +194,24 @@ def _shortfall(case: Case) -> str:
         return "measured early training, where a wall of sparsity and a shortage of data look alike"
     gain, half = _last_gain(case)
     if abs(gain) + half < case.margin:
+        if _fades(case):
+            return "showed gains that fade to within the margin, as those of smooth laws do, and no break"
         return "showed the last gain within the margin, but no break placed three doublings before the end"
     if gain + half < -case.margin:
         return f"put the last gain at {_interval(gain, half)} nats: a loss that rises is mistuned or short of data, not walled"
     if gain - half > case.margin:
         return (
             f"put the last gain at {_interval(gain, half)} nats, above the {case.margin:.4f} margin only until the "
-            f"{100 * (float(case.sweep.active[-1] / case.sweep.active[-2]) - 1):.0f} % more active parameters of that step are charged"
+            f"{100 * (float(case.sweep.active[-1] / case.sweep.active[case.judged.steps[-1, 0]]) - 1):.0f} % more active parameters of that step are charged"
         )
     return f"put the last gain at {_interval(gain, half)} nats, on both sides of the {case.margin:.4f} margin ({_percent(case)} of compute)"
+
+
+def _fades(case: Case) -> bool:
+    """Whether all that a wall lacks is that its break be one."""
+    judged = case.judged
+    beyond = math.log2(float(case.sweep.ratios[-1])) - DOUBLINGS_BEYOND + ROUNDING
+    return bool(judged.break_delta[0] >= DELTA_AICC and judged.break_upper[0] <= beyond and judged.sharpness[0] < DELTA_AICC)
 
 
 def _settles(case: Case) -> str:
@@ -229,7 +242,8 @@ def seeds_needed(case: Case) -> int | None:
     """Seeds that would put the last gain's interval on one side of the margin, were the gain as measured (at least m/2 from it)."""
     if case.blind:
         return None
-    step = float(np.diff(case.sweep.log2)[-1])
+    low, high = case.sweep.log2[case.judged.steps[-1]]
+    step = float(high - low)
     distance = max(abs(case.margin - abs(float(case.judged.gains[0, -1]))), case.margin / 2)
     # 1.645 for the interval and 1.28 so that nine sweeps in ten succeed
     return max(2, math.ceil(2 * ((1.645 + 1.28) * float(case.noise.sd[0]) / (distance * step)) ** 2))
@@ -240,7 +254,7 @@ def _reach(case: Case) -> float:
     ratios, judged = case.sweep.ratios, case.judged
     inside = np.abs(judged.gains[0]) < case.margin
     held = int(np.logical_and.accumulate(inside[::-1]).sum())
-    start = float(ratios[len(inside) - held]) if held else 0.0
+    start = float(ratios[judged.steps[len(inside) - held, 0]]) if held else 0.0
     past_break = start * 2**DOUBLINGS_BEYOND if 0 < held < len(inside) else 0.0
     full = float(ratios[0]) * 2.0 ** (FULL_GRID - 1) if len(ratios) < FULL_GRID else 0.0
     return max(float(ratios[-1]), past_break, full)
