@@ -17,7 +17,9 @@ from moe_lab.errors import ConfigError, TraceError, expected
 from moe_lab.trace.convert import EMPTY_SLOT, expert_slots, key_checksum
 from moe_lab.trace.schema import (
     META_FILE,
+    OUTPUT_RATIO,
     PART_PATH,
+    ROUTED,
     ROUTING_COLUMNS,
     SCHEMA_VERSION,
     TOKEN_COLUMNS,
@@ -58,12 +60,13 @@ class Trace:
 
     @property
     def routing(self) -> pl.LazyFrame:
-        """One row per layer and token: layer u32, then ``schema.ROUTING_COLUMNS``."""
+        """One row per layer and token: layer u32, then ``schema.ROUTING_COLUMNS`` (and ``output_ratio`` where it was recorded)."""
         paths = self._paths("routing/")
         if not paths:
             return pl.LazyFrame(schema={"layer": LAYER_TYPE, **ROUTING_COLUMNS})
         scan = pl.scan_parquet(paths, glob=False, hive_partitioning=True, hive_schema={"layer": LAYER_TYPE})
-        return scan.select("layer", *ROUTING_COLUMNS)
+        columns = [_wide_ids(name, self.meta) for name in self.meta.routing_schema()]
+        return scan.select("layer", *columns)
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +77,8 @@ class Trace:
         """The rows of one layer (None: of ``tokens``), one file at a time: at most ``schema.MAX_ROWS_PER_PART`` rows each."""
         prefix = "tokens/" if layer is None else f"routing/layer={layer}/"
         for name in self._names(prefix):
-            yield _guard(name, lambda name=name: pl.read_parquet(self.folder / name, columns=list(columns), hive_partitioning=False))
+            batch = _guard(name, lambda name=name: pl.read_parquet(self.folder / name, columns=list(columns), hive_partitioning=False))
+            yield batch.select(_wide_ids(column, self.meta) for column in columns) if layer is not None else batch
 
     def layer_counts(self, layer: LayerMeta) -> np.ndarray:
         """[E] int64 slots run by each expert of a layer, zero-compute ones last; E is the configured number."""
@@ -118,15 +122,17 @@ class Trace:
 
     def _check_token_rows(self) -> tuple[int, int]:
         rows, keys = 0, 0
-        for batch in self.batches(None, list(TOKEN_COLUMNS)):
+        routed = [ROUTED] if ROUTED in self.tokens.collect_schema() else []
+        for batch in self.batches(None, [*TOKEN_COLUMNS, *routed]):
             check_tokens(batch, self.meta)
+            batch = batch.filter(ROUTED) if routed else batch
             rows, keys = rows + batch.height, keys + key_checksum(batch["doc"].to_numpy(), batch["pos"].to_numpy())
         return rows, keys % 2**64
 
     def _check_layer(self, layer: LayerMeta) -> tuple[int, int]:
         rows, keys, slots = 0, 0, 0
-        for batch in self.batches(layer.layer, list(ROUTING_COLUMNS)):
-            slots += _check_rows(layer, batch)
+        for batch in self.batches(layer.layer, list(self.meta.routing_schema())):
+            slots += _check_rows(layer, batch, self.meta)
             rows, keys = rows + batch.height, keys + key_checksum(batch["doc"].to_numpy(), batch["pos"].to_numpy())
         recorded = sum(self.parts[name].slots for name in self._names(self._prefix(layer)))
         if slots != recorded:
@@ -175,7 +181,7 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
         raise TraceError(
             expected(f"a complete trace at {folder}", "one whose writing was interrupted", "allow_incomplete=True to look at it")
         )
-    _check_files(folder, parts, verify)
+    _check_files(folder, parts, meta, verify)
     traced = {int(match.group(1)) for name in parts if (match := PART_PATH.fullmatch(name)) and match.group(1)}
     named = {layer.layer for layer in meta.layers}
     if traced - named or (complete and named - traced):
@@ -206,7 +212,7 @@ def _read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
         raise TraceError(f"{META_FILE}: {error}") from error
 
 
-def _check_files(folder: Path, parts: dict[str, PartMeta], verify: bool) -> None:
+def _check_files(folder: Path, parts: dict[str, PartMeta], meta: TraceMeta, verify: bool) -> None:
     for name in parts:
         if not PART_PATH.fullmatch(name):
             raise TraceError(f"{META_FILE}: " + expected("part names such as tokens/part-00000.parquet", repr(name[:60])))
@@ -217,14 +223,14 @@ def _check_files(folder: Path, parts: dict[str, PartMeta], verify: bool) -> None
         raise TraceError(expected("only the files listed in meta.json", f"also {unlisted[0][:80]!r}", "removing it"))
     token_schema: pl.Schema | None = None
     for name, part in sorted(parts.items()):
-        schema = _check_file(folder / name, name, part, verify)
+        schema = _check_file(folder / name, name, part, meta, verify)
         if name.startswith("tokens/"):
             token_schema = token_schema or schema
             if schema != token_schema:
                 raise TraceError(f"{name}: expected the columns of the first token file, got others")
 
 
-def _check_file(path: Path, name: str, part: PartMeta, verify: bool) -> pl.Schema:
+def _check_file(path: Path, name: str, part: PartMeta, meta: TraceMeta, verify: bool) -> pl.Schema:
     try:
         size, crc32 = file_checksum(path) if verify else (path.stat().st_size, part.crc32)
     except OSError as error:
@@ -233,8 +239,10 @@ def _check_file(path: Path, name: str, part: PartMeta, verify: bool) -> pl.Schem
         got = f"{size} bytes" if size != part.bytes else "another checksum"
         raise TraceError(f"{name}: " + expected(f"{part.bytes} bytes as written", f"{got} (damaged)", "writing the trace again"))
     schema = pl.Schema(_guard(name, lambda: pl.read_parquet_schema(path)))
-    wanted = TOKEN_COLUMNS if name.startswith("tokens/") else ROUTING_COLUMNS
-    if {column: schema.get(column) for column in wanted} != wanted or (wanted is ROUTING_COLUMNS and len(schema) != len(wanted)):
+    tokens = name.startswith("tokens/")
+    wanted = TOKEN_COLUMNS if tokens else meta.routing_schema()
+    extra = not tokens and len(schema) != len(wanted)
+    if {column: schema.get(column) for column in wanted} != wanted or extra or schema.get(ROUTED, pl.Boolean) != pl.Boolean:
         raise TraceError(f"{name}: " + expected(f"columns {', '.join(wanted)} of the documented types", ", ".join(schema)[:200]))
     version = _guard(name, lambda: pl.read_parquet_metadata(path)).get(VERSION_KEY)
     if version != str(SCHEMA_VERSION):
@@ -245,18 +253,22 @@ def _check_file(path: Path, name: str, part: PartMeta, verify: bool) -> pl.Schem
     return schema
 
 
-def _check_rows(layer: LayerMeta, batch: pl.DataFrame) -> int:
+def _check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:
     """Check one batch of a layer's rows; returns its used slots."""
     where = f"layer {layer.layer}: "
-    if batch.select(pl.sum_horizontal(pl.exclude("margin").null_count())).item():
+    absent = ["margin", *([] if meta.has_weights else ["weights", "gate_mass_ffn"]), *([] if meta.has_scores else ["entropy"])]
+    if batch.select(pl.sum_horizontal(pl.exclude(absent).null_count())).item():
         raise TraceError(where + "expected no nulls, got nulls")
+    if not batch.select(pl.all_horizontal(pl.col(name).is_null().all() for name in absent[1:]) if absent[1:] else pl.lit(True)).item():
+        raise TraceError(where + f"expected only nulls in {', '.join(absent[1:])} as {META_FILE} says, got values")
     ids_TK = expert_slots(layer, batch["experts"])
     used_TK = ids_TK != EMPTY_SLOT
     used_T = used_TK.sum(axis=1)
     weights = batch["weights"].explode().drop_nulls()
-    if not np.array_equal(batch["weights"].list.len().to_numpy(), used_T) or len(weights) != used_T.sum():
+    if meta.has_weights and (not np.array_equal(batch["weights"].list.len().to_numpy(), used_T) or len(weights) != used_T.sum()):
         raise TraceError(where + "expected one weight for each expert id, got other numbers")
-    if not weights.is_finite().all() or not batch["entropy"].is_finite().all():
+    floats = [batch[name].drop_nulls() for name in ("entropy", "gate_mass_ffn", OUTPUT_RATIO) if name in batch.columns]
+    if not weights.is_finite().all() or not all(column.is_finite().all() for column in floats):
         raise TraceError(where + "expected finite gate weights and entropies, got NaN or infinity")
     ordered = np.sort(ids_TK, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY_SLOT)).any():
@@ -267,6 +279,11 @@ def _check_rows(layer: LayerMeta, batch: pl.DataFrame) -> int:
     if not np.array_equal(used_T - ffn_count, batch["zero_count"].to_numpy()):
         raise TraceError(where + "expected zero_count to be the number of zero-compute expert ids, got others")
     return int(used_T.sum())
+
+
+def _wide_ids(name: str, meta: TraceMeta) -> pl.Expr:
+    """A routing column as it is read: ids as u16 whatever their width on disk."""
+    return pl.col(name).cast(ROUTING_COLUMNS[name]) if name == "experts" and meta.id_bits == 8 else pl.col(name)
 
 
 def _bincount(layer: LayerMeta, ids: np.ndarray) -> np.ndarray:

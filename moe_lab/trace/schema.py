@@ -6,6 +6,9 @@
 
 A row of ``routing`` lists the slots that ran something, in slot order: ``experts`` holds ids (zero-compute ones from ``num_experts`` on),
 ``weights`` the gate weight of each. Unused and dropped slots are not listed; the dropped ones are counted in ``dropped``.
+
+Additions that ``meta.json`` names where they are used, and leaves out where not: expert ids of one byte (``id_bits``), nulls where a source
+recorded no weights or no scores, the routing column ``output_ratio``, the token column ``routed``, and provenance per layer.
 """
 
 import platform
@@ -48,8 +51,15 @@ ROUTING_COLUMNS: dict[str, pl.DataType] = {
     "margin": pl.Float32(),
     "dropped": pl.UInt8(),
 }
-"""Columns of one layer's table. ``gate_mass_ffn`` is the sum of the weights on real experts; ``entropy`` is in nats; ``margin`` is null
-where every expert is selected."""
+"""Columns of one layer's table as they are read. ``gate_mass_ffn`` is the sum of the weights on real experts; ``entropy`` is in nats;
+``margin`` is null where every expert is selected. ``weights`` and ``gate_mass_ffn`` are null in a trace without weights, ``entropy`` and
+``margin`` in one without scores (``TraceMeta.has_weights``, ``has_scores``)."""
+
+OUTPUT_RATIO = "output_ratio"
+"""Further routing column f32 where ``TraceMeta.has_output_ratio``: norm of the experts' summed output over that of their input."""
+
+ROUTED = "routed"
+"""Optional bool column of ``tokens``: False where the source recorded no routing for the token, so no layer has a row for it."""
 
 
 def library_versions() -> dict[str, str]:
@@ -68,12 +78,18 @@ class LayerMeta(Config):
         num_experts: real experts.
         num_zero_experts: zero-compute experts, whose ids follow the real ones.
         top_k: the most slots a token can use.
+        module: name of the traced module, where there was one.
+        score_func: from logits to the scores behind ``entropy`` and ``margin``: softmax, sigmoid or sqrt_softplus.
+        zero_kinds: what each zero-compute expert returns (identity, zero, constant, skip), or nothing where unknown.
     """
 
     layer: int
     num_experts: int
     num_zero_experts: int = 0
     top_k: int = 1
+    module: str = ""
+    score_func: str = ""
+    zero_kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -85,6 +101,11 @@ class LayerMeta(Config):
             value = getattr(self, name)
             require(_is_int(value) and low <= value <= high, f"{name} to be an integer from {low} to {high}", _short(value))
         require(self.num_choices <= MAX_CHOICES, f"at most {MAX_CHOICES} experts", self.num_choices)
+        texts = isinstance(self.zero_kinds, tuple) and all(
+            isinstance(item, str) for item in (self.module, self.score_func, *self.zero_kinds)
+        )
+        require(texts, "module, score_func and zero_kinds to be text", _short(texts))
+        require(len(self.zero_kinds) in (0, self.num_zero_experts), "one kind for each zero-compute expert, or none", len(self.zero_kinds))
         require(self.top_k <= self.num_choices, f"top_k of at most {self.num_choices} (all experts of layer {self.layer})", self.top_k)
 
     @property
@@ -104,10 +125,16 @@ class TraceMeta(Config):
         tokenizer_hash: hash of the tokenizer.
         corpus_hash: hash of the text.
         seed: seed of the run, or None where nothing was drawn.
-        phase: "eval", "prefill", "decode" or "train".
+        phase: "eval", "prefill", "decode" or "train"; "generate" where the token column ``phase`` tells prefill from decode.
         vocab_size: token ids are below it, or None where unknown.
         versions: library versions by name.
         created_from: the command or configuration hash that made the trace.
+        has_weights, has_scores: whether gate weights, and entropy and margin, were recorded; they are null where not.
+        has_output_ratio: whether the routing has the column ``output_ratio``.
+        zero_experts_known: False where the source writes zero-compute experts as real ones (vLLM and others: expert 0), so that the
+            counts of those cannot be believed.
+        notes: what else a reader of the numbers must know, one sentence each.
+        id_bits: 8 or 16, of the expert ids on disk (read as u16 in any case).
         schema_version: of the layout described in this module.
     """
 
@@ -121,6 +148,12 @@ class TraceMeta(Config):
     vocab_size: int | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
     created_from: str = ""
+    has_weights: bool = True
+    has_scores: bool = True
+    has_output_ratio: bool = False
+    zero_experts_known: bool = True
+    notes: tuple[str, ...] = ()
+    id_bits: int = 16
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -135,10 +168,41 @@ class TraceMeta(Config):
             require(value is None or (_is_int(value) and value >= 0), f"{name} to be an integer of at least 0, or null", _short(value))
         texts = isinstance(self.versions, dict) and all(isinstance(item, str) for pair in self.versions.items() for item in pair)
         require(texts, "versions to map names to texts", _short(self.versions))
+        for name in ("has_weights", "has_scores", "has_output_ratio", "zero_experts_known"):
+            require(isinstance(getattr(self, name), bool), f"{name} to be true or false", _short(getattr(self, name)))
+        require(
+            isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes), "notes to be texts", _short(self.notes)
+        )
+        widest = max(layer.num_choices for layer in self.layers)
+        require(
+            self.id_bits == 16 or (self.id_bits == 8 and widest <= 256),
+            "id_bits of 16, or 8 with at most 256 experts",
+            _short(self.id_bits),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the additions that are not used, so that any reader of this version understands the rest."""
+        values = super().to_dict()
+        return {**_used(values, ADDED), "layers": [_used(layer, ADDED_TO_LAYERS) for layer in values["layers"]]}
+
+    def routing_schema(self) -> dict[str, pl.DataType]:
+        """Columns and types of the routing tables on disk."""
+        ids = pl.List(pl.UInt8() if self.id_bits == 8 else pl.UInt16())
+        further: dict[str, pl.DataType] = {OUTPUT_RATIO: pl.Float32()} if self.has_output_ratio else {}
+        return {**ROUTING_COLUMNS, "experts": ids, **further}
 
     def layer(self, number: int) -> LayerMeta | None:
         """The layer of that index, or None where the trace has none."""
         return next((layer for layer in self.layers if layer.layer == number), None)
+
+
+ADDED = {"has_weights": True, "has_scores": True, "has_output_ratio": False, "zero_experts_known": True, "notes": [], "id_bits": 16}
+ADDED_TO_LAYERS = {"module": "", "score_func": "", "zero_kinds": []}
+"""Fields that came after the first release of this version, with the values that say nothing."""
+
+
+def _used(values: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in added or value != added[name]}
 
 
 @dataclass(frozen=True)
