@@ -35,6 +35,11 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def default_cache_dir() -> Path:
+    """``MOE_LAB_CACHE``, or ``~/.cache/moe_lab``."""
+    return Path(os.environ.get("MOE_LAB_CACHE") or Path.home() / ".cache" / "moe_lab")
+
+
 def write_text(target: Path | str, text: str) -> None:
     with atomic_path(target) as path:
         path.write_text(text, encoding="utf-8")

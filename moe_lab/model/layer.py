@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe_lab.errors import ConfigError, expected
 from moe_lab.model.config import MoEConfig
-from moe_lab.model.dispatch import backend
+from moe_lab.model.dispatch import backend, under_autocast
 from moe_lab.model.experts import ExpertBank, SwiGLU
 from moe_lab.model.zero_experts import ZeroExperts
 from moe_lab.routing import RouterContext, Routing, build_router
@@ -34,7 +34,8 @@ class MoELayer(nn.Module):
             raise ConfigError(expected(f"a last axis of d_model {self.config.d_model}", list(x.shape)))
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD, context)
-        y_TD = self.dispatch(x_TD, routing, self.experts)
+        tokens_TD, bank = under_autocast(x_TD, self.experts)
+        y_TD = self.dispatch(tokens_TD, routing, bank)
         if self.zero_experts is not None:
             y_TD = y_TD + self.zero_experts(x_TD, routing)
         if self.shared is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.files import content_hash, write_text
+from moe_lab.files import content_hash, default_cache_dir, write_text
 
 if TYPE_CHECKING:
     from moe_lab.text import TextConfig
@@ -25,8 +25,6 @@ def run_minutes(runs: "Iterable[RunConfig]", cache_dir: Path | None = None) -> l
 
     Timings are cached per shape and machine in ``cache_dir`` (default: MOE_LAB_CACHE, else ``~/.cache/moe_lab``).
     """
-    from moe_lab.text.tokens import default_cache_dir
-
     cache = (cache_dir or default_cache_dir()) / "timings"
     timings: dict[Hashable, float] = {}
     lengths: dict[TextConfig, list[int]] = {}

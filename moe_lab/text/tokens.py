@@ -6,7 +6,6 @@ number of processes may build it at once: they write the same bytes.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import numpy as np
 
 from moe_lab.config import Config, require
 from moe_lab.errors import ConfigError, CorpusError, expected
-from moe_lab.files import atomic_path, content_hash
+from moe_lab.files import atomic_path, content_hash, default_cache_dir
 from moe_lab.text.corpus import STDLIB, Corpus, Document, Split, load_corpus
 from moe_lab.text.tokenizer import BYTE_VOCAB_SIZE, Tokenizer, TokenizerKind, train_tokenizer
 
@@ -147,11 +146,6 @@ def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> l
         starts, ends = tokenizer.spans(document.text, ids)
         tokenized.append(TokenizedDocument(index=index, name=document.name, text=document.text, ids=ids, starts=starts, ends=ends))
     return tokenized
-
-
-def default_cache_dir() -> Path:
-    """``MOE_LAB_CACHE``, or ``~/.cache/moe_lab``."""
-    return Path(os.environ.get("MOE_LAB_CACHE") or Path.home() / ".cache" / "moe_lab")
 
 
 def load_tokens(config: TextConfig, cache_dir: Path | str | None = None) -> TokenizedText:

@@ -1,0 +1,77 @@
+"""Dispatch: run each token through its selected real experts and add up the weighted outputs.
+
+Every backend computes ``y_t = sum_k w_tk * E_{i_tk}(x_t)`` over the slots whose id is a real expert; zero-compute experts are the layer's
+business and cost nothing here. They differ in speed alone:
+
+| name | what it does | where |
+|---|---|---|
+| ``oracle`` | the definition, token by token | anywhere, slowly: what the others are tested against |
+| ``cpu`` | one autograd function, a few tensor calls per expert on rows in cache | any device and dtype |
+| ``native`` | the same in C++, compiled once per machine | CPU, float32 and float64 |
+| ``grouped`` | one grouped product for all experts (``torch.nn.functional.grouped_mm``), no host synchronisation | CUDA; right on a CPU |
+
+``auto`` takes the fastest that can run what it is given, anew at each call; ``choose`` tells which.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_lab.errors import ConfigError, expected
+from moe_lab.model.dispatch import native
+from moe_lab.model.dispatch.grouped import can_group, grouped
+from moe_lab.model.dispatch.loop import loop
+from moe_lab.model.dispatch.oracle import oracle
+from moe_lab.routing import Routing
+
+__all__ = ["BACKENDS", "Backend", "Bank", "backend", "choose", "under_autocast"]
+
+
+class Bank(Protocol):
+    """What a backend reads: ``gate_up`` [E, 2F, D] (gate first) and ``down`` [E, D, F]."""
+
+    @property
+    def gate_up(self) -> Tensor: ...
+    @property
+    def down(self) -> Tensor: ...
+
+
+Backend = Callable[[Tensor, Routing, Bank], Tensor]
+
+BACKENDS: dict[str, Backend] = {"oracle": oracle, "cpu": loop, "native": native.experts, "grouped": grouped}
+
+
+def choose(x_TD: Tensor, bank: Bank) -> str:
+    """The name of the backend that ``auto`` runs for these tensors: their device, dtype and shape decide."""
+    if x_TD.device.type == "cpu":
+        return "native" if x_TD.dtype in native.DTYPES and native.available() else "cpu"
+    return "grouped" if can_group(x_TD, bank.down) else "cpu"
+
+
+def auto(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
+    return BACKENDS[choose(x_TD, bank)](x_TD, routing, bank)
+
+
+def backend(name: str) -> Backend:
+    """The backend of that name, or "auto". Raises ``ConfigError`` for another name."""
+    if name == "auto":
+        return auto
+    if name not in BACKENDS:
+        raise ConfigError(expected(f"a dispatch backend among auto, {', '.join(sorted(BACKENDS))}", repr(name)))
+    return BACKENDS[name]
+
+
+class _Weights(NamedTuple):
+    gate_up: Tensor
+    down: Tensor
+
+
+def under_autocast(x_TD: Tensor, bank: Bank) -> tuple[Tensor, Bank]:
+    """Tokens and weights in the dtype in which autocast runs matrix products, where it is on (float64 stays, as everywhere in autocast)."""
+    kind = x_TD.device.type
+    if kind == "meta" or x_TD.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x_TD, bank
+    dtype = torch.get_autocast_dtype(kind)
+    return x_TD.to(dtype), _Weights(bank.gate_up.to(dtype), bank.down.to(dtype))

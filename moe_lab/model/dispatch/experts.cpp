@@ -1,0 +1,265 @@
+// The routed experts of one MoE layer on a CPU, forward and backward: y_t = sum_k w_tk W_down_e (silu(W_gate_e x_t) * (W_up_e x_t)), e = i_tk.
+//
+// Each expert's rows go from gather to output in blocks that stay in cache; nothing of size [slots, D] is copied on the way in. Blocks of
+// an expert are taken by one thread and summed in order, and tokens add up their slots in order, so the result does not depend on timing.
+//
+// Letters: T tokens, K slots, N = T * K, E experts, D d_model, F d_expert. Slots are in expert order: row r of expert e is the slot
+// order[r], starts[e] <= r < starts[e + 1]; place[slot] is r, or -1 for a slot that runs no real expert.
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include <omp.h>
+
+namespace {
+
+using std::int32_t;
+using std::int64_t;
+
+constexpr int64_t kBlock = 128;  // rows of one block: its activations fit a core's second-level cache at the widths of small models
+constexpr int64_t kGrain = 8192;  // elements below which a loop is not worth a second thread
+
+// Fortran's xGEMM, from the BLAS that torch carries: single-threaded inside a parallel region, threaded outside of one.
+template <typename S>
+using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const S*, const S*, const int*, const S*, const int*,
+                      const S*, S*, const int*);
+
+// One layer's problem. Letters as above; `threads` is torch's number of threads.
+template <typename S>
+struct Layer {
+  Gemm<S> blas;
+  int64_t threads, T, K, E, D, F;
+  bool on_input;  // the weight multiplies the expert's input, not its output
+  const S *x, *weights, *gate_up, *down;
+  const int32_t *order, *starts, *place;
+
+  int64_t rows(int64_t e) const { return starts[e + 1] - starts[e]; }
+
+  // Row-major c[m, n] = op(a) op(b) + beta c.
+  void product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const S* a, const S* b, S beta, S* c) const {
+    const int M = n, N = m, K = k, lda = tb ? k : n, ldb = ta ? m : k, ldc = n;
+    const S one = 1;
+    blas(tb ? "T" : "N", ta ? "T" : "N", &M, &N, &K, &one, b, &lda, a, &ldb, &beta, c, &ldc);
+  }
+};
+
+// `body(i)` for i < n, on several threads where that pays. Inside a parallel region it is a plain loop.
+template <typename Body>
+void parallel_for(int64_t threads, int64_t n, int64_t elements_each, const Body& body) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && !omp_in_parallel() && n * elements_each > kGrain)
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+// 1 / (1 + exp(-v)), in float32 by a polynomial that compilers turn into vector instructions: exp(r) on |r| <= ln(2) / 2 (Cephes, expf;
+// relative error 2e-7) times a power of two. NaN stays NaN.
+inline float sigmoid(float v) {
+  const float u = v < -87.0f ? 87.0f : (v > 87.0f ? -87.0f : -v);
+  const float n = (u * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+  const float r = (u - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  return 1.0f / (1.0f + (p * r * r + r + 1.0f) * power);
+}
+
+inline double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
+
+// hidden[n, F] = silu(gate) * up * weight, from act[n, 2F] with the gate first.
+template <typename S>
+void swiglu(int64_t threads, const S* act, const S* weight, int64_t n, int64_t F, S* hidden) {
+  parallel_for(threads, n, F, [&](int64_t r) {
+    const S *gate = act + r * 2 * F, *up = gate + F, w = weight[r];
+    S* out = hidden + r * F;
+#pragma omp simd
+    for (int64_t f = 0; f < F; ++f) out[f] = gate[f] * sigmoid(gate[f]) * up[f] * w;
+  });
+}
+
+// From act[n, 2F] and the gradient `grad`[n, F] of the unweighted hidden units: hidden * weight, the gradient of act, and <grad, hidden>.
+template <typename S>
+void swiglu_backward(int64_t threads, const S* act, const S* weight, const S* grad, int64_t n, int64_t F, S* hidden, S* grad_act,
+                     S* grad_weight) {
+  parallel_for(threads, n, F, [&](int64_t r) {
+    const S *gate = act + r * 2 * F, *up = gate + F, *g = grad + r * F, w = weight[r];
+    S *h = hidden + r * F, *grad_gate = grad_act + r * 2 * F, *grad_up = grad_gate + F, dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t f = 0; f < F; ++f) {
+      const S s = sigmoid(gate[f]), silu = gate[f] * s, product = silu * up[f], weighted = g[f] * w;
+      dot += g[f] * product;
+      h[f] = product * w;
+      grad_gate[f] = weighted * up[f] * (s + silu * (S(1) - s));
+      grad_up[f] = weighted * silu;
+    }
+    grad_weight[r] = dot;
+  });
+}
+
+// Run `work(expert, scratch)` for every expert that has rows. One that has more than a thread's share runs alone, with all threads inside
+// its products; the others are dealt out, largest first. Which thread takes an expert changes nothing in its result.
+template <typename S, typename Work>
+void for_experts(const Layer<S>& z, int64_t scratch_size, const Work& work) {
+  std::vector<int64_t> shared, alone;
+  for (int64_t e = 0; e < z.E; ++e)
+    if (z.rows(e)) (z.threads > 1 && z.rows(e) * z.threads > z.starts[z.E] + kBlock ? alone : shared).push_back(e);
+  std::stable_sort(shared.begin(), shared.end(), [&](int64_t a, int64_t b) { return z.rows(a) > z.rows(b); });
+  if (!alone.empty()) {
+    std::unique_ptr<S[]> scratch(new S[scratch_size]);
+    for (const int64_t e : alone) work(e, scratch.get());
+  }
+  std::atomic<size_t> next{0};
+  const int crew = std::min<int64_t>(z.threads, shared.size());
+  if (crew == 0) return;
+#pragma omp parallel num_threads(crew)
+  {
+    std::unique_ptr<S[]> scratch(new S[scratch_size]);
+    for (size_t turn = next++; turn < shared.size(); turn = next++) work(shared[turn], scratch.get());
+  }
+}
+
+// out[n, D] = the tokens' rows of `from` for the slots order[0..n), times scale where there is one.
+template <typename S>
+void gather(const Layer<S>& z, const S* from, const int32_t* order, int64_t n, const S* scale, S* out) {
+  for (int64_t r = 0; r < n; ++r) {
+    const S* row = from + order[r] / z.K * z.D;
+    if (scale == nullptr) {
+      std::memcpy(out + r * z.D, row, z.D * sizeof(S));
+    } else {
+#pragma omp simd
+      for (int64_t d = 0; d < z.D; ++d) out[r * z.D + d] = row[d] * scale[r];
+    }
+  }
+}
+
+// out[t] = the sum of the rows of the token's slots, in the order of the slots.
+template <typename S>
+void combine(const Layer<S>& z, const S* rows, S* out) {
+  parallel_for(z.threads, z.T, z.D * z.K, [&](int64_t t) {
+    S* y = out + t * z.D;
+    std::memset(y, 0, z.D * sizeof(S));
+    for (int64_t k = 0; k < z.K; ++k) {
+      const int64_t row = z.place[t * z.K + k];
+      if (row < 0) continue;
+      const S* from = rows + row * z.D;
+#pragma omp simd
+      for (int64_t d = 0; d < z.D; ++d) y[d] += from[d];
+    }
+  });
+}
+
+// Where the weight is on the input: out, the gradient of the weighted input, becomes that of the input, and dot that of the weight.
+template <typename S>
+void input_weights(const Layer<S>& z, const int32_t* order, int64_t n, const S* weight, S* out, S* dot) {
+  parallel_for(z.threads, n, z.D, [&](int64_t r) {
+    const S* token = z.x + order[r] / z.K * z.D;
+    S *row = out + r * z.D, sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < z.D; ++d) {
+      sum += row[d] * token[d];
+      row[d] *= weight[r];
+    }
+    dot[r] = sum;
+  });
+}
+
+// y [T, D]; act [N, 2F] in expert order is kept for the backward pass unless it is null; rows [N, D] is work space.
+template <typename S>
+void forward(const Layer<S>& z, S* act, S* rows, S* y) {
+  const int64_t B = kBlock, D = z.D, F = z.F;
+  for_experts<S>(z, B * (D + F + 2) + (act == nullptr ? B * 2 * F : 0), [&](int64_t e, S* scratch) {
+    S *input = scratch, *hidden = input + B * D, *weight = hidden + B * F, *ones = weight + B, *own = ones + B;
+    std::fill(ones, ones + B, S(1));
+    for (int64_t first = z.starts[e]; first < z.starts[e + 1]; first += B) {
+      const int64_t n = std::min<int64_t>(B, z.starts[e + 1] - first);
+      const int32_t* order = z.order + first;
+      for (int64_t r = 0; r < n; ++r) weight[r] = z.weights[order[r]];
+      S* a = act == nullptr ? own : act + first * 2 * F;
+      gather<S>(z, z.x, order, n, z.on_input ? weight : nullptr, input);
+      z.product(false, true, n, 2 * F, D, input, z.gate_up + e * 2 * F * D, 0, a);
+      swiglu<S>(z.threads, a, z.on_input ? ones : weight, n, F, hidden);
+      z.product(false, true, n, D, F, hidden, z.down + e * D * F, 0, rows + first * D);
+    }
+  });
+  combine<S>(z, rows, y);
+}
+
+// Gradients of x [T, D], weights [N], gate_up and down from `grad` [T, D] and the `act` of the forward pass; rows [N, D] is work space.
+template <typename S>
+void backward(const Layer<S>& z, const S* grad, const S* act, S* rows, S* grad_x, S* grad_weights, S* grad_gate_up, S* grad_down) {
+  const int64_t B = kBlock, D = z.D, F = z.F;
+  std::fill(grad_weights, grad_weights + z.T * z.K, S(0));
+  for (int64_t e = 0; e < z.E; ++e) {
+    if (z.rows(e)) continue;
+    std::fill(grad_gate_up + e * 2 * F * D, grad_gate_up + (e + 1) * 2 * F * D, S(0));
+    std::fill(grad_down + e * D * F, grad_down + (e + 1) * D * F, S(0));
+  }
+  for_experts<S>(z, B * (2 * D + 4 * F + 3), [&](int64_t e, S* scratch) {
+    S *input = scratch, *g = input + B * D, *grad_hidden = g + B * D, *hidden = grad_hidden + B * F, *grad_act = hidden + B * F;
+    S *weight = grad_act + B * 2 * F, *ones = weight + B, *dot = ones + B;
+    std::fill(ones, ones + B, S(1));
+    for (int64_t first = z.starts[e]; first < z.starts[e + 1]; first += B) {
+      const int64_t n = std::min<int64_t>(B, z.starts[e + 1] - first);
+      const S beta = first == z.starts[e] ? 0 : 1;
+      const int32_t* order = z.order + first;
+      for (int64_t r = 0; r < n; ++r) weight[r] = z.weights[order[r]];
+      gather<S>(z, grad, order, n, nullptr, g);
+      gather<S>(z, z.x, order, n, z.on_input ? weight : nullptr, input);
+      z.product(false, false, n, F, D, g, z.down + e * D * F, 0, grad_hidden);
+      swiglu_backward<S>(z.threads, act + first * 2 * F, z.on_input ? ones : weight, grad_hidden, n, F, hidden, grad_act, dot);
+      z.product(true, false, D, F, n, g, hidden, beta, grad_down + e * D * F);
+      z.product(true, false, 2 * F, D, n, grad_act, input, beta, grad_gate_up + e * 2 * F * D);
+      S* out = rows + first * D;
+      z.product(false, false, n, D, 2 * F, grad_act, z.gate_up + e * 2 * F * D, 0, out);
+      if (z.on_input) input_weights<S>(z, order, n, weight, out, dot);
+      for (int64_t r = 0; r < n; ++r) grad_weights[order[r]] = dot[r];
+    }
+  });
+  combine<S>(z, rows, grad_x);
+}
+
+}  // namespace
+
+// The face for ctypes. Every pointer is to a contiguous array; the caller has checked shapes and that N fits in 31 bits.
+extern "C" {
+
+// Counting sort of the slots by expert, stable: order [N] (the used slots first), starts [E + 1], place [N].
+void moe_plan(const int64_t* ids, int64_t N, int64_t E, int32_t* order, int32_t* starts, int32_t* place) {
+  const auto real = [&](int64_t slot) { return ids[slot] >= 0 && ids[slot] < E; };
+  std::fill(starts, starts + E + 1, 0);
+  for (int64_t slot = 0; slot < N; ++slot)
+    if (real(slot)) ++starts[ids[slot] + 1];
+  std::partial_sum(starts, starts + E + 1, starts);
+  std::vector<int32_t> next(starts, starts + E);
+  for (int64_t slot = 0; slot < N; ++slot) {
+    place[slot] = real(slot) ? next[ids[slot]]++ : -1;
+    if (real(slot)) order[place[slot]] = slot;
+  }
+}
+
+#define MOE_LAYER(S)                                                                                                                  \
+  const Layer<S> z { blas, threads, T, K, E, D, F, on_input, x, weights, gate_up, down, order, starts, place }
+#define MOE_ARGUMENTS(S)                                                                                                              \
+  Gemm<S> blas, int64_t threads, int64_t T, int64_t K, int64_t E, int64_t D, int64_t F, bool on_input, const S *x, const S *weights,    \
+      const S *gate_up, const S *down, const int32_t *order, const int32_t *starts, const int32_t *place
+#define MOE_FACE(S, name)                                                                                                             \
+  void moe_forward_##name(MOE_ARGUMENTS(S), S* act, S* rows, S* y) {                                                                    \
+    MOE_LAYER(S);                                                                                                                     \
+    forward<S>(z, act, rows, y);                                                                                                      \
+  }                                                                                                                                   \
+  void moe_backward_##name(MOE_ARGUMENTS(S), const S* grad, const S* act, S* rows, S* grad_x, S* grad_weights, S* grad_gate_up,        \
+                           S* grad_down) {                                                                                            \
+    MOE_LAYER(S);                                                                                                                     \
+    backward<S>(z, grad, act, rows, grad_x, grad_weights, grad_gate_up, grad_down);                                                     \
+  }
+MOE_FACE(float, f32)
+MOE_FACE(double, f64)
+}

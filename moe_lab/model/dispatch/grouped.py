@@ -1,0 +1,92 @@
+"""``grouped``: all experts in one grouped matrix product, ``torch.nn.functional.grouped_mm``, without host synchronisation.
+
+Rows past the last expert's end belong to slots that run no real expert. ``grouped_mm`` leaves them as they were in memory, in both
+directions: whatever they hold is masked where rows become tokens and where a row's weight gets its gradient.
+"""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_lab.model.dispatch.order import SlotOrder, slot_order
+from moe_lab.routing import Routing
+
+if TYPE_CHECKING:
+    from moe_lab.model.dispatch import Bank
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT = 16  # bytes that every row must be a multiple of
+
+
+def can_group(x_TD: Tensor, down_EDF: Tensor) -> bool:
+    """Whether ``grouped_mm`` takes the dtype and the widths."""
+    return x_TD.dtype in DTYPES and not any(width * x_TD.element_size() % ALIGNMENT for width in down_EDF.shape[1:])
+
+
+def grouped(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
+    """Float64, and widths that ``can_group`` refuses, take one product per expert and a host synchronisation: right, not fast."""
+    product = F.grouped_mm if can_group(x_TD, bank.down) else _products
+    slots = slot_order(routing)
+    rows = _Take.apply(x_TD, slots)
+    scale = _InOrder.apply(routing.weights.to(x_TD.dtype), slots).unsqueeze(1)
+    if routing.weights_on_input:
+        rows = rows * scale
+    gate, up = product(rows, bank.gate_up.transpose(1, 2), offs=slots.ends).chunk(2, dim=1)
+    hidden = F.silu(gate) * up
+    if not routing.weights_on_input:
+        hidden = hidden * scale
+    return _PutBack.apply(product(hidden, bank.down.transpose(1, 2), offs=slots.ends), slots)
+
+
+def _products(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
+    """What ``grouped_mm`` computes, with zeros in the rows past the last end."""
+    ends = offs.tolist()
+    groups = rows_ND[: ends[-1]].split([b - a for a, b in pairwise([0, *ends])])
+    blocks = [group @ weight for group, weight in zip(groups, bank_EDF.unbind(), strict=True)]
+    return torch.cat([*blocks, rows_ND.new_zeros(rows_ND.shape[0] - ends[-1], bank_EDF.shape[2])])
+
+
+class _Take(torch.autograd.Function):
+    """[T, D] -> [N, D], the token of each row. (The backward of ``index_select`` itself would be an ``index_add_``.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, slots: SlotOrder) -> Tensor:
+        ctx.slots = slots
+        return x_TD.index_select(0, slots.tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.slots.put_back(grad), None
+
+
+class _PutBack(torch.autograd.Function):
+    """[N, D] -> [T, D], each token's slots added up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, slots: SlotOrder) -> Tensor:
+        ctx.slots = slots
+        return slots.put_back(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.index_select(0, ctx.slots.tokens), None
+
+
+class _InOrder(torch.autograd.Function):
+    """[T, K] -> [N] in the order of the rows; rows of slots that run nothing give no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_TK: Tensor, slots: SlotOrder) -> Tensor:
+        ctx.slots = slots
+        return weights_TK.reshape(-1).index_select(0, slots.order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad[ctx.slots.place].masked_fill(~ctx.slots.runs, 0.0), None

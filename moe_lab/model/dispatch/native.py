@@ -1,0 +1,198 @@
+"""``experts``: the routed experts of a layer in C++ on a CPU (``experts.cpp``), forward and backward.
+
+The source is compiled once per machine, in seconds, by the machine's own C++ compiler (``$CXX``, ``c++``, ``g++`` or ``clang++``) into the
+cache folder; products are torch's own BLAS. Where that cannot be had ``available`` is False and ``problem`` says why; ``MOE_LAB_NATIVE=0``
+switches it off. Under ``torch.compile`` the layer is one opaque operator.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_lab.errors import ConfigError, RunError, expected
+from moe_lab.files import atomic_path, default_cache_dir
+from moe_lab.routing import Routing
+
+if TYPE_CHECKING:
+    from moe_lab.model.dispatch import Bank
+
+DTYPES = {torch.float32: ("f32", "sgemm_"), torch.float64: ("f64", "dgemm_")}
+SOURCE = Path(__file__).with_name("experts.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+SWITCH = "MOE_LAB_NATIVE"
+MAX_SLOTS = 2**31 - 1
+
+
+def experts(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
+    """Raises ``ConfigError`` for another device or dtype, or where the library cannot be had."""
+    if x_TD.device.type != "cpu" or x_TD.dtype not in DTYPES:
+        raise ConfigError(expected("float32 or float64 tokens on the CPU", f"{x_TD.dtype} on {x_TD.device}", "dispatch='auto'"))
+    if not available():
+        raise ConfigError(expected("a compiled expert library", problem(), "dispatch='cpu'"))
+    weights = routing.weights.to(x_TD.dtype)
+    save = torch.is_grad_enabled() and any(value.requires_grad for value in (x_TD, weights, bank.gate_up, bank.down))
+    on_input = routing.weights_on_input
+    return torch.ops.moe_lab.experts(x_TD, routing.indices, weights, bank.gate_up, bank.down, on_input, save)[0]
+
+
+def available() -> bool:
+    """Whether the library is there; the first call in a process loads it, the first on a machine compiles it."""
+    return isinstance(_library(), ctypes.CDLL)
+
+
+def problem() -> str | None:
+    """Why there is no library, in one line; None if there is one."""
+    found = _library()
+    return None if isinstance(found, ctypes.CDLL) else found
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled source, or the reason why it cannot be had."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    try:
+        blas = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        for _, symbol in DTYPES.values():
+            getattr(blas, symbol)
+    except (OSError, AttributeError) as error:
+        return f"torch's library carries no BLAS that can be called ({error})"
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, RunError, subprocess.SubprocessError, _NoCompilerError) as error:
+        detail = error.stderr.strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else [str(error)]
+        return f"the experts could not be compiled: {' '.join(detail)}"
+    library.moe_plan.restype = None
+    for name, symbol in DTYPES.values():
+        for direction in ("forward", "backward"):
+            getattr(library, f"moe_{direction}_{name}").restype = None
+        setattr(library, symbol, ctypes.cast(getattr(blas, symbol), ctypes.c_void_p))
+    return library
+
+
+class _NoCompilerError(Exception):
+    pass
+
+
+def _compiled() -> Path:
+    """The shared library of this source for this processor and compiler, built if it is not in the cache."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise _NoCompilerError("no C++ compiler found (set CXX, or install g++)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), compiler, version, _processor())
+    path = default_cache_dir() / "native" / f"experts-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    return path
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(named)])
+
+
+@torch.library.custom_op("moe_lab::experts", mutates_args=(), device_types="cpu")
+def _experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, on_input: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [T, D]; and for the backward pass act [N, 2F] in expert order (empty unless ``save``), order [N], starts [E + 1], place [N]."""
+    library = _loaded()
+    indices, num_slots, num_experts = indices.contiguous(), indices.numel(), down.shape[0]
+    if num_slots > MAX_SLOTS:
+        raise ConfigError(expected(f"at most {MAX_SLOTS} slots in one call", num_slots, "smaller batches"))
+    order, starts, place = (torch.empty(size, dtype=torch.int32) for size in (num_slots, num_experts + 1, num_slots))
+    library.moe_plan(*_pointers(indices), *_integers(num_slots, num_experts), *_pointers(order, starts, place))
+    x, weights, gate_up, down = (value.contiguous() for value in (x, weights, gate_up, down))
+    # Pages that nothing is written to are never touched: unused slots cost no memory.
+    y, rows = torch.empty_like(x), x.new_empty(num_slots, x.shape[1])
+    act = x.new_empty(num_slots if save else 0, gate_up.shape[1])
+    layer = _layer(library, x, indices, weights, gate_up, down, order, starts, place, on_input)
+    getattr(library, f"moe_forward_{DTYPES[x.dtype][0]}")(*layer, *_pointers(act if save else None, rows, y))
+    return y, act, order, starts, place
+
+
+@_experts.register_fake
+def _(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, on_input: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_slots = indices.shape[0] * indices.shape[1]
+    act = x.new_empty(num_slots if save else 0, gate_up.shape[1])
+    order, starts, place = (x.new_empty(size, dtype=torch.int32) for size in (num_slots, down.shape[0] + 1, num_slots))
+    return torch.empty_like(x), act, order, starts, place
+
+
+@torch.library.custom_op("moe_lab::experts_backward", mutates_args=(), device_types="cpu")
+def _experts_backward(
+    grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Tensor, order: Tensor, starts: Tensor,
+    place: Tensor, on_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weights, gate_up and down."""
+    library = _loaded()
+    grad, x, weights, gate_up, down = (value.contiguous() for value in (grad, x, weights, gate_up, down))
+    rows, gradients = x.new_empty(indices.numel(), x.shape[1]), [torch.empty_like(value) for value in (x, weights, gate_up, down)]
+    layer = _layer(library, x, indices, weights, gate_up, down, order, starts, place, on_input)
+    getattr(library, f"moe_backward_{DTYPES[x.dtype][0]}")(*layer, *_pointers(grad, act, rows, *gradients))
+    return gradients[0], gradients[1], gradients[2], gradients[3]
+
+
+@_experts_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Tensor, order: Tensor, starts: Tensor,
+    place: Tensor, on_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(weights), torch.empty_like(gate_up), torch.empty_like(down)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.on_input, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.moe_lab.experts_backward(grad, *ctx.saved_tensors, ctx.on_input)
+    return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None
+
+
+_experts.register_autograd(_backward, setup_context=_keep)
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    return library
+
+
+def _layer(
+    library: ctypes.CDLL, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, starts: Tensor,
+    place: Tensor, on_input: bool,
+) -> list[Any]:  # fmt: skip
+    """The arguments that both directions begin with."""
+    blas = getattr(library, DTYPES[x.dtype][1])
+    sizes = _integers(torch.get_num_threads(), *indices.shape, *down.shape)
+    return [blas, *sizes, ctypes.c_bool(on_input), *_pointers(x, weights, gate_up, down, order, starts, place)]
+
+
+def _integers(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]

@@ -1,0 +1,26 @@
+"""The definition, token by token and slot by slot."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_lab.model.experts import swiglu
+from moe_lab.routing import Routing
+
+if TYPE_CHECKING:
+    from moe_lab.model.dispatch import Bank
+
+
+def oracle(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
+    gate_up, down = bank.gate_up.unbind(), bank.down.unbind()
+    rows = []
+    for token, experts in enumerate(routing.indices.tolist()):
+        row = torch.zeros_like(x_TD[token])
+        for slot, expert in enumerate(experts):
+            if 0 <= expert < routing.num_experts:
+                weight = routing.weights[token, slot].to(x_TD.dtype)
+                inside, outside = (weight, 1.0) if routing.weights_on_input else (1.0, weight)
+                row = row + outside * swiglu(x_TD[token] * inside, gate_up[expert], down[expert])
+        rows.append(row)
+    return torch.stack(rows) if rows else torch.zeros_like(x_TD)

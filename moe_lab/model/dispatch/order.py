@@ -1,0 +1,49 @@
+"""``SlotOrder``: the slots of a batch sorted by expert, and the way back.
+
+Rows are put back by the inverse permutation and added over a token's slots: unlike ``index_add_`` this is fast on a CPU and
+deterministic on CUDA. Shape letters: N = T * K slots.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_lab.routing import Routing
+
+
+class SlotOrder(NamedTuple):
+    """Attributes:
+    order: [N] int64, the slots of expert 0, of expert 1, ..., and last those that run no real expert. Stable.
+    ends: [E] int32, where each expert's rows end.
+    place: [T, K] int64, the row of each slot.
+    runs: [T, K] bool, whether the slot runs a real expert.
+    """
+
+    order: Tensor
+    ends: Tensor
+    place: Tensor
+    runs: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """[N]: the token of each row."""
+        return self.order // self.place.shape[1]
+
+    def put_back(self, rows: Tensor) -> Tensor:
+        """[N, D] rows -> [T, D], each token's slots added up; rows of slots that run nothing may hold anything."""
+        slots_TKD = rows.index_select(0, self.place.reshape(-1)).view(*self.place.shape, rows.shape[1])
+        return slots_TKD.masked_fill_(~self.runs.unsqueeze(2), 0.0).sum(dim=1)
+
+
+def slot_order(routing: Routing) -> SlotOrder:
+    """Without host synchronisation."""
+    flat = routing.indices.reshape(-1)
+    runs = (flat >= 0) & (flat < routing.num_experts)
+    key = torch.where(runs, flat, routing.num_experts)
+    order = torch.argsort(key, stable=True)
+    rows = torch.arange(flat.numel(), device=flat.device)
+    place = torch.empty_like(order).scatter_(0, order, rows).view(routing.indices.shape)
+    bounds = torch.arange(routing.num_experts, device=flat.device)
+    ends = torch.searchsorted(key[order], bounds, right=True).to(torch.int32)
+    return SlotOrder(order, ends, place, runs.view(routing.indices.shape))
