@@ -65,8 +65,7 @@ class Trace:
         if not paths:
             return pl.LazyFrame(schema={"layer": LAYER_TYPE, **ROUTING_COLUMNS})
         scan = pl.scan_parquet(paths, glob=False, hive_partitioning=True, hive_schema={"layer": LAYER_TYPE})
-        columns = [_wide_ids(name, self.meta) for name in self.meta.routing_schema()]
-        return scan.select("layer", *columns)
+        return scan.select("layer", *self.meta.routing_schema())
 
     @property
     def num_tokens(self) -> int:
@@ -77,8 +76,7 @@ class Trace:
         """The rows of one layer (None: of ``tokens``), one file at a time: at most ``schema.MAX_ROWS_PER_PART`` rows each."""
         prefix = "tokens/" if layer is None else f"routing/layer={layer}/"
         for name in self._names(prefix):
-            batch = _guard(name, lambda name=name: pl.read_parquet(self.folder / name, columns=list(columns), hive_partitioning=False))
-            yield batch.select(_wide_ids(column, self.meta) for column in columns) if layer is not None else batch
+            yield _guard(name, lambda name=name: pl.read_parquet(self.folder / name, columns=list(columns), hive_partitioning=False))
 
     def layer_counts(self, layer: LayerMeta) -> np.ndarray:
         """[E] int64 slots run by each expert of a layer, zero-compute ones last; E is the configured number."""
@@ -279,11 +277,6 @@ def _check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:
     if not np.array_equal(used_T - ffn_count, batch["zero_count"].to_numpy()):
         raise TraceError(where + "expected zero_count to be the number of zero-compute expert ids, got others")
     return int(used_T.sum())
-
-
-def _wide_ids(name: str, meta: TraceMeta) -> pl.Expr:
-    """A routing column as it is read: ids as u16 whatever their width on disk."""
-    return pl.col(name).cast(ROUTING_COLUMNS[name]) if name == "experts" and meta.id_bits == 8 else pl.col(name)
 
 
 def _bincount(layer: LayerMeta, ids: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@
 A row of ``routing`` lists the slots that ran something, in slot order: ``experts`` holds ids (zero-compute ones from ``num_experts`` on),
 ``weights`` the gate weight of each. Unused and dropped slots are not listed; the dropped ones are counted in ``dropped``.
 
-Additions that ``meta.json`` names where they are used, and leaves out where not: expert ids of one byte (``id_bits``), nulls where a source
-recorded no weights or no scores, the routing column ``output_ratio``, the token column ``routed``, and provenance per layer.
+Additions that ``meta.json`` names where they are used, and leaves out where not: nulls where a source recorded no weights or no scores,
+the routing column ``output_ratio``, the token column ``routed``, and provenance per layer.
 """
 
 import platform
@@ -134,7 +134,6 @@ class TraceMeta(Config):
         zero_experts_known: False where the source writes zero-compute experts as real ones (vLLM and others: expert 0), so that the
             counts of those cannot be believed.
         notes: what else a reader of the numbers must know, one sentence each.
-        id_bits: 8 or 16, of the expert ids on disk (read as u16 in any case).
         schema_version: of the layout described in this module.
     """
 
@@ -153,7 +152,6 @@ class TraceMeta(Config):
     has_output_ratio: bool = False
     zero_experts_known: bool = True
     notes: tuple[str, ...] = ()
-    id_bits: int = 16
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -173,12 +171,6 @@ class TraceMeta(Config):
         require(
             isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes), "notes to be texts", _short(self.notes)
         )
-        widest = max(layer.num_choices for layer in self.layers)
-        require(
-            self.id_bits == 16 or (self.id_bits == 8 and widest <= 256),
-            "id_bits of 16, or 8 with at most 256 experts",
-            _short(self.id_bits),
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the additions that are not used, so that any reader of this version understands the rest."""
@@ -186,17 +178,15 @@ class TraceMeta(Config):
         return {**_used(values, ADDED), "layers": [_used(layer, ADDED_TO_LAYERS) for layer in values["layers"]]}
 
     def routing_schema(self) -> dict[str, pl.DataType]:
-        """Columns and types of the routing tables on disk."""
-        ids = pl.List(pl.UInt8() if self.id_bits == 8 else pl.UInt16())
-        further: dict[str, pl.DataType] = {OUTPUT_RATIO: pl.Float32()} if self.has_output_ratio else {}
-        return {**ROUTING_COLUMNS, "experts": ids, **further}
+        """Columns and types of the routing tables."""
+        return {**ROUTING_COLUMNS, OUTPUT_RATIO: pl.Float32()} if self.has_output_ratio else ROUTING_COLUMNS
 
     def layer(self, number: int) -> LayerMeta | None:
         """The layer of that index, or None where the trace has none."""
         return next((layer for layer in self.layers if layer.layer == number), None)
 
 
-ADDED = {"has_weights": True, "has_scores": True, "has_output_ratio": False, "zero_experts_known": True, "notes": [], "id_bits": 16}
+ADDED = {"has_weights": True, "has_scores": True, "has_output_ratio": False, "zero_experts_known": True, "notes": []}
 ADDED_TO_LAYERS = {"module": "", "score_func": "", "zero_kinds": []}
 """Fields that came after the first release of this version, with the values that say nothing."""
 
