@@ -22,6 +22,7 @@ import polars as pl
 import torch
 
 from moe_lab.files import atomic_path
+from moe_lab.provenance import provenance
 from moe_lab.routing import ControllerConfig, ControllerKind, Router, RouterConfig, RouterContext, build_router
 from moe_lab.routing.monitors import max_violation
 
@@ -248,7 +249,7 @@ def main() -> None:
         for name, compute, draw in figures:
             frame = compute()
             with atomic_path(arguments.out / f"{name}.parquet") as path:
-                frame.write_parquet(path)
+                frame.with_columns(pl.lit(value).alias(key) for key, value in provenance().items()).write_parquet(path)
             with atomic_path(arguments.out / f"{name}.svg") as path:
                 draw(frame).write_image(path, format="svg")
             print(f"{arguments.out / name}.svg")

@@ -1,7 +1,8 @@
 """Which router, all else equal? Every kind on the shelf in the same small decoder, with the same mean number of real experts per token.
 
 Same active budget: every run aims at two of 16 experts per token, on the same batches; kinds that cannot are in ``LEFT_OUT`` with the
-reason. Coefficients and rates are each paper's where this size allows them. Differences within the spread over seeds rank nothing.
+reason. Coefficients and rates are each paper's where this size allows them. ``gap`` is the loss less that of the plain top-k on the same
+seeds, with its 95 % t interval: one that holds 0 ranks nothing, and neither does a router that missed the budget (``on_budget`` false).
 
     moe-lab sweep run experiments/router_shootout.py --preset cpu --out runs/router_shootout
     python experiments/router_shootout.py runs/router_shootout      # the table; writes experiments/router_shootout/results.parquet
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from scipy.stats import t
 
 from moe_lab.files import atomic_path
 from moe_lab.model import DecoderConfig, MoEConfig
+from moe_lab.provenance import provenance
 from moe_lab.routing import RouterConfig
 from moe_lab.sweeps import SweepConfig
 from moe_lab.text import TextConfig
@@ -24,6 +27,9 @@ from moe_lab.training import Dtype, OptimizerConfig, RunConfig
 QUESTION = "Which router, at equal active compute?"
 PRESETS = ("cpu", "gpu")
 VOCAB = 2048
+REFERENCE = "softmax_topk"
+BUDGET, BUDGET_TOLERANCE = 2.0, 0.05
+"""Real experts per token that every router aims at, and the share by which its mean may miss it and still be compared."""
 SIGN = {"kind": "sign", "rate": 1e-2}
 
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -47,7 +53,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
     "moepp": {"num_zero_experts": 8, "top_k": 3},
     "adamoe": {"num_zero_experts": 8, "top_k": 3},
-    "top_p": {"top_k": 16, "top_p": 0.4, "own": 1e-4},
+    "top_p": {"top_k": 16, "top_p": 0.25, "own": 1e-4},
     "dtop_p": {"max_slots": 16},
     "expert_threshold": {"max_slots": 16},
     "quantile_threshold": {"max_slots": 16},
@@ -97,7 +103,7 @@ def _run(preset: str, label: str, fields: dict[str, Any], seed: int, device: str
         optimizer=OptimizerConfig(lr=2e-3 if big else 4e-3),
         batch_size=64 if big else 8,
         seq_length=length,
-        train_tokens=200_000_000 if big else 102_400,
+        train_tokens=200_000_000 if big else 409_600,
         router_aux_loss_coef=aux,
         router_own_loss_coef=own,
         eval_tokens=200_000 if big else 30_000,
@@ -107,23 +113,24 @@ def _run(preset: str, label: str, fields: dict[str, Any], seed: int, device: str
 
 
 def table(folder: Path) -> pl.DataFrame:
-    """One row per router: means over seeds and the standard deviation of the loss over them."""
+    """One row per router: means over seeds, and the loss against the plain top-k's on the same seeds with its 95 % t interval."""
     rows = []
     for path in sorted(folder.glob("*/result.json")):
         record = json.loads(path.read_text())
         metrics = pl.read_parquet(path.parent / "metrics.parquet").tail(10)
         names = ("arm", "seed", "loss", "load_cv", "max_violation", "mean_ffn_count", "sd_ffn_count", "total_params", "train_tokens")
-        rows.append(
-            {name: record[name] for name in names}
-            | {"router_entropy": metrics["router_entropy"].mean(), "ms_per_token": 1e3 / record["tokens_per_second"]}
-        )
+        step_ms = 1e3 * metrics["tokens"].diff().median() / metrics["step"].diff().median() / record["tokens_per_second"]
+        rows.append({name: record[name] for name in names} | {"router_entropy": metrics["router_entropy"].mean(), "step_ms": step_ms})
     frame = pl.DataFrame(rows, infer_schema_length=None)
-    means = [pl.col(name).mean() for name in frame.columns if name not in ("arm", "seed", "loss")]
-    return (
-        frame.group_by("arm")
-        .agg(pl.len().alias("seeds"), pl.col("loss").mean(), pl.col("loss").std().alias("loss_sd"), *means)
-        .sort("loss")
-    )
+    plain = frame.filter(pl.col("arm") == REFERENCE).select("seed", reference=pl.col("loss"))
+    frame = frame.join(plain, on="seed", how="left").with_columns(gap=pl.col("loss") - pl.col("reference")).drop("reference")
+    means = [pl.col(name).mean() for name in frame.columns if name not in ("arm", "seed", "gap")]
+    seeds = frame["seed"].n_unique()
+    half = pl.col("gap").std() * (t.ppf(0.975, seeds - 1) / seeds**0.5)
+    gap = pl.col("gap").mean()
+    table = frame.group_by("arm").agg(pl.len().alias("seeds"), gap, (gap - half).alias("gap_lo"), (gap + half).alias("gap_hi"), *means)
+    on_budget = ((pl.col("mean_ffn_count") / BUDGET - 1).abs() <= BUDGET_TOLERANCE).alias("on_budget")
+    return table.with_columns(on_budget).sort(pl.col("on_budget").not_(), "loss")
 
 
 def main() -> None:
@@ -134,7 +141,7 @@ def main() -> None:
         print(frame)
     path = Path(__file__).parent / "router_shootout" / "results.parquet"
     with atomic_path(path) as temporary:
-        frame.write_parquet(temporary)
+        frame.with_columns(pl.lit(value).alias(name) for name, value in provenance().items()).write_parquet(temporary)
     print("saved", path)
 
 

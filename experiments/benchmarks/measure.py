@@ -1,8 +1,5 @@
 """Timing that survives a noisy machine: contestants take turns, medians and quartiles are kept, ratios are taken round by round."""
 
-import datetime
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +9,7 @@ import polars as pl
 import torch
 
 from moe_lab.files import atomic_path
+from moe_lab.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,28 +44,12 @@ def summary(seconds: Mapping[str, list[float]], against: str) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def provenance() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} cores"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": device,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def save(frame: pl.DataFrame, name: str) -> Path:
     """``results/NAME.parquet``, with the provenance as columns of every row."""
     path = RESULTS / f"{name}.parquet"
+    record = provenance() | {"threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        record["device"] = torch.cuda.get_device_name()
     with atomic_path(path) as temporary:
-        frame.with_columns(pl.lit(value).alias(key) for key, value in provenance().items()).write_parquet(temporary)
+        frame.with_columns(pl.lit(value).alias(key) for key, value in record.items()).write_parquet(temporary)
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
