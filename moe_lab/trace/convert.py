@@ -3,6 +3,7 @@
 Shape letters: T tokens, K slots (``top_k`` of the layer's metadata).
 """
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.routing import Routing
-from moe_lab.trace.schema import ROUTING_COLUMNS, LayerMeta
+from moe_lab.trace.schema import OUTPUT_RATIO, ROUTING_COLUMNS, LayerMeta
+from moe_lab.trace.statistics import Spread, spread_of_scores
 
 EMPTY_SLOT = 65_535
 """Stands for an unused slot in buffered id arrays; never an expert id (see ``schema.MAX_CHOICES``), never on disk."""
@@ -35,41 +37,81 @@ def routing_rows(layer: LayerMeta, doc: np.ndarray | Tensor, pos: np.ndarray | T
     if (routing.num_experts, routing.num_zero_experts) != (layer.num_experts, layer.num_zero_experts):
         want, got = f"{layer.num_experts} + {layer.num_zero_experts}", f"{routing.num_experts} + {routing.num_zero_experts}"
         raise TraceError(where + expected(f"{want} real + zero-compute experts", got))
-    valid = slice(None) if routing.valid is None else _numpy(routing.valid)
-    ids = _numpy(routing.indices)[valid]
-    weights = _numpy(routing.weights)[valid].astype(np.float32)
+    valid = slice(None) if routing.valid is None else routing.valid
+    keep = slice(None) if routing.valid is None else _numpy(routing.valid)
+    indices_TK = routing.indices[valid]
+    return slot_rows(
+        layer,
+        _numbers(where, "doc", doc, routing.num_tokens)[keep],
+        _numbers(where, "pos", pos, routing.num_tokens)[keep],
+        _numpy(indices_TK),
+        _numpy(routing.weights[valid]).astype(np.float32),
+        _numpy(routing.dropped()[valid]).sum(axis=1),
+        lambda: spread_of_scores(routing.scores.detach()[valid].float(), indices_TK),
+    )
+
+
+def slot_rows(
+    layer: LayerMeta,
+    doc: np.ndarray,
+    pos: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray | None,
+    dropped: np.ndarray | None,
+    spread: Callable[[], Spread] | None,
+) -> Rows:
+    """Compact arrays of T tokens from what was recorded of them.
+
+    Args:
+        layer: what the layer is made of.
+        doc, pos: [T] u32.
+        ids: [T, K] expert ids, -1 where a slot was not used.
+        weights: [T, K] f32, or None where the source has none.
+        dropped: [T] slots lost to capacity, or None where nothing is dropped.
+        spread: gives entropy and margin once the ids are known to be right, or None where the source has no scores.
+
+    Raises:
+        TraceError: ids out of range or repeated in a token, weights or statistics that are not finite.
+    """
+    where = f"layer {layer.layer}: "
     used = ids >= 0
-    _check_slots(layer, ids, weights, used)
-    margin = _numpy(routing.margin())[valid].astype(np.float32)
+    check_slots(layer, ids, weights, used)
+    real = used & (ids < layer.num_experts)
+    ffn_count = real.sum(axis=1).astype(np.uint8)
     rows = {
-        "doc": _numbers(where, "doc", doc, routing.num_tokens)[valid],
-        "pos": _numbers(where, "pos", pos, routing.num_tokens)[valid],
-        "ffn_count": (used & (ids < layer.num_experts)).sum(axis=1).astype(np.uint8),
-        "zero_count": (ids >= layer.num_experts).sum(axis=1).astype(np.uint8),
-        "gate_mass_ffn": np.where(used & (ids < layer.num_experts), weights, np.float32(0)).sum(axis=1),
-        "entropy": _numpy(routing.entropy())[valid].astype(np.float32),
-        "margin": margin,
-        "dropped": _numpy(routing.dropped())[valid].sum(axis=1).astype(np.uint8),
+        "doc": doc,
+        "pos": pos,
+        "ffn_count": ffn_count,
+        "zero_count": used.sum(axis=1).astype(np.uint8) - ffn_count,
+        "dropped": np.zeros(len(doc), np.uint8) if dropped is None else dropped.astype(np.uint8),
     }
-    if not np.isfinite(rows["entropy"]).all() or np.isnan(margin).any():
-        raise TraceError(where + "expected finite router scores, got NaN or infinity; try lowering the learning rate")
-    rows["experts"], rows["weights"] = _compact(layer, ids, weights, used)
+    if weights is not None:
+        rows["gate_mass_ffn"] = _rounded(np.where(real, weights, np.float32(0)).sum(axis=1))
+    if spread is not None:
+        rows["entropy"], rows["margin"] = (_numpy(column).astype(np.float32) for column in spread())
+        if not np.isfinite(rows["entropy"]).all() or np.isnan(rows["margin"]).any():
+            raise TraceError(where + "expected finite router scores, got NaN or infinity; try lowering the learning rate")
+    rows["experts"], compact_weights = _compact(layer, ids, weights, used)
+    if compact_weights is not None:
+        rows["weights"] = compact_weights
     return rows
 
 
 def routing_frame(rows: Rows) -> pl.DataFrame:
-    """The Parquet table of ``routing_rows`` (columns ``ROUTING_COLUMNS``)."""
+    """The Parquet table of ``routing_rows``: ``ROUTING_COLUMNS`` (null where the rows lack one), and ``output_ratio`` if they have it."""
+    count, slots = rows["experts"].shape
     lengths = rows["ffn_count"].astype(np.uint32) + rows["zero_count"]
-    ragged = bool((lengths < rows["experts"].shape[1]).any())
+    ragged = bool((lengths < slots).any())
     columns = {}
-    for name, dtype in ROUTING_COLUMNS.items():
-        column = pl.Series(name, rows[name])
-        if rows[name].ndim == 2:
+    for name, dtype in (*ROUTING_COLUMNS.items(), *([(OUTPUT_RATIO, pl.Float32())] if OUTPUT_RATIO in rows else [])):
+        column = pl.Series(name, rows[name]) if name in rows else pl.repeat(None, count, dtype=dtype, eager=True)
+        if name in rows and rows[name].ndim == 2:
             column = column.arr.to_list()
         columns[name] = column.cast(dtype)
     frame = pl.DataFrame(columns).with_columns(pl.when(pl.col("margin").is_finite()).then("margin"))
     if ragged:
-        frame = frame.with_columns(pl.col("experts", "weights").list.head(pl.lit(pl.Series(lengths))))
+        lists = [name for name in ("experts", "weights") if name in rows]
+        frame = frame.with_columns(pl.col(lists).list.head(pl.lit(pl.Series(lengths))))
     return frame
 
 
@@ -103,7 +145,8 @@ def key_checksum(doc: np.ndarray, pos: np.ndarray) -> int:
     return int((key ^ (key >> np.uint64(31))).sum(dtype=np.uint64))
 
 
-def _check_slots(layer: LayerMeta, ids: np.ndarray, weights: np.ndarray, used: np.ndarray) -> None:
+def check_slots(layer: LayerMeta, ids: np.ndarray, weights: np.ndarray | None, used: np.ndarray) -> None:
+    """Raise ``TraceError`` unless ids are in range and not repeated in a token, at most ``top_k`` are used, and their weights fit f16."""
     where = f"layer {layer.layer}: "
     if ids.size == 0:
         return
@@ -111,25 +154,37 @@ def _check_slots(layer: LayerMeta, ids: np.ndarray, weights: np.ndarray, used: n
         raise TraceError(where + expected(f"expert ids between -1 and {layer.num_choices - 1}", f"{ids.min()}..{ids.max()}"))
     if (most := int(used.sum(axis=1).max())) > layer.top_k:
         raise TraceError(where + expected(f"at most top_k = {layer.top_k} experts for a token", most))
-    ordered = np.sort(ids, axis=1)
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+    # Sorting two-byte integers is several times faster; 65,535 is no expert and stands for -1.
+    ordered = np.sort(ids.astype(np.uint16), axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY_SLOT)).any():
         raise TraceError(where + "expected each token to name an expert at most once, got a repeated id")
     limit = float(np.finfo(np.float16).max)
-    if not (np.abs(weights[used]) <= limit).all():
+    if weights is not None and not (np.abs(weights) <= limit)[used].all():
         raise TraceError(where + expected(f"finite gate weights of at most {limit:.0f}", "NaN, infinity or more"))
 
 
-def _compact(layer: LayerMeta, ids: np.ndarray, weights: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _compact(layer: LayerMeta, ids: np.ndarray, weights: np.ndarray | None, used: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """[T, top_k] u16 ids and f16 weights with the used slots first, in slot order."""
     if not used.all():
         order = np.argsort(~used, axis=1, kind="stable")
-        ids, weights = np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1)
+        ids = np.take_along_axis(ids, order, axis=1)
+        weights = None if weights is None else np.take_along_axis(weights, order, axis=1)
     width = min(layer.top_k, ids.shape[1])
-    ids_TK = np.full((len(ids), layer.top_k), EMPTY_SLOT, dtype=np.uint16)
-    weights_TK = np.zeros((len(ids), layer.top_k), dtype=np.float16)
-    ids_TK[:, :width] = np.where(ids[:, :width] < 0, EMPTY_SLOT, ids[:, :width])
-    weights_TK[:, :width] = weights[:, :width]
-    return ids_TK, weights_TK
+    ids_TK = _widened(np.where(ids[:, :width] < 0, EMPTY_SLOT, ids[:, :width]), layer.top_k, np.uint16, EMPTY_SLOT)
+    return ids_TK, None if weights is None else _widened(weights[:, :width], layer.top_k, np.float16, 0)
+
+
+def _widened(values: np.ndarray, width: int, dtype: type, fill: int) -> np.ndarray:
+    if values.shape[1] == width:
+        return values.astype(dtype)
+    wide = np.full((len(values), width), fill, dtype=dtype)
+    wide[:, : values.shape[1]] = values
+    return wide
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """f32 in steps of 2^-20: weights that sum to one do so on disk too, where the noise of the sum would not compress."""
+    return (np.rint(values.astype(np.float64) * 2**20) / 2**20).astype(np.float32)
 
 
 def _numbers(where: str, name: str, values: np.ndarray | Tensor, count: int) -> np.ndarray:

@@ -261,7 +261,7 @@ def file_checksum(path: Path) -> tuple[int, int]:
 
 
 def _frame_of_rows(pending: list[Rows]) -> pl.DataFrame:
-    return routing_frame({name: np.concatenate([rows[name] for rows in pending]) for name in ROUTING_COLUMNS})
+    return routing_frame({name: np.concatenate([rows[name] for rows in pending]) for name in pending[0]})
 
 
 def _columns(schema: pl.Schema) -> str:
