@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from moe_lab.commands.options import add_device, add_json, add_out, add_seed, add_text, print_json, text_changes
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from moe_lab.sweeps import SweepConfig
 
 VERBS = ("plan", "run", "status")
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_recipe(plan_parser)
     plan_parser.add_argument("--workers", type=int, default=None, help="processes to plan for (default: one a core)")
     plan_parser.add_argument("--no-calibration", action="store_true", help="no time estimate")
+    _add_power(plan_parser)
     add_seed(plan_parser)
     add_device(plan_parser)
     add_text(plan_parser)
@@ -35,6 +38,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a recipe file, such as experiments/sparsity_wall.py")
     parser.add_argument("--preset", default="demo", help="which of the recipe's presets")
+
+
+def _add_power(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("power", "what the sweep could tell, and the cheapest one that could")
+    group.add_argument("--power", action="store_true", help="the chance of each verdict instead of the table of runs")
+    group.add_argument("--noise", type=float, default=None, metavar="NATS", help="between seeds (default: typical of the size)")
+    group.add_argument("--ratios", type=_ratios, default=None, metavar="1,2,4,...", help="another grid than the recipe's")
+    group.add_argument("--seeds", type=int, default=None, metavar="N", help="other than the recipe's")
+    group.add_argument(
+        "--truth", action="append", default=None, metavar="KIND", help="line, saturation:300, wall:32, law:ludziejewski; repeatable"
+    )
+    group.add_argument("--draws", type=int, default=500, help="simulated sweeps per truth and design")
+    group.add_argument("--target", type=float, default=0.9, help="probability with which every truth is to be settled")
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ratios such as 1,2,4,8, got {text!r}") from None
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
@@ -59,6 +82,8 @@ def plan(args: argparse.Namespace) -> int:
 
     sweep = _sweep(args)
     frame = sweeps.plan(sweep, calibrate=not args.no_calibration)
+    if args.power:
+        return _power(args, frame)
     if args.json:
         print(frame.write_json())
         return 0
@@ -67,6 +92,36 @@ def plan(args: argparse.Namespace) -> int:
     Console().print(sweeps.plan_table(frame))
     if not args.no_calibration:
         print(f"about {sweeps.wall_minutes(frame, args.workers):.1f} minutes in all")
+    return 0
+
+
+def _power(args: argparse.Namespace, frame: "pl.DataFrame") -> int:
+    """The chance of each verdict of the sweep's main arm, and the cheapest design that settles every truth."""
+    from rich.console import Console
+
+    from moe_lab import sweeps
+    from moe_lab.scaling import parse_truth, plan_power
+
+    design = sweeps.design_of(frame, ratios=args.ratios, seeds=args.seeds)
+    truths = None if args.truth is None else [parse_truth(text) for text in args.truth]
+    speed = None if args.no_calibration else sweeps.flops_per_second(frame, args.workers)
+    found = plan_power(design, noise_sd=args.noise, truths=truths, draws=args.draws, target=args.target, flops_per_second=speed)
+    if args.json:
+        best = None if found.best is None else found.best.to_dict() | {"flops": found.best.flops, "runs": found.best.runs}
+        print_json(
+            {
+                "design": design.to_dict() | {"flops": design.flops, "runs": design.runs},
+                "noise": found.noise,
+                "noise_source": found.noise_source,
+                "power": found.own.to_dicts(),
+                "cheapest": best,
+                "tried": found.others.to_dicts(),
+            }
+        )
+        return 0
+    print(sweeps.power_text(found, speed))
+    Console(width=None if sys.stdout.isatty() else 120).print(sweeps.power_table(found))
+    print(sweeps.cheapest_text(found, speed))
     return 0
 
 

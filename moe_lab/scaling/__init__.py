@@ -2,18 +2,21 @@
 
 from moe_lab.scaling.confounds import confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
-from moe_lab.scaling.fit import SQUARES, Fit, fit
+from moe_lab.scaling.fit import HUBER, SQUARES, Fit, fit
 from moe_lab.scaling.gain import expected_gain
 from moe_lab.scaling.judge import Outcome
 from moe_lab.scaling.law import Law
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.optimum import Isoflop, Optimum, compute_optimal, constrained_optimum, isoflop
+from moe_lab.scaling.planner import Plan, parse_truth, plan_power, typical_noise
 from moe_lab.scaling.power import Design, Truth, cheapest, default_truths, designs, power
+from moe_lab.scaling.reading import main_arm, read_runs
 from moe_lab.scaling.uncertainty import Saturation, bootstrap, leave_largest_out, profile, profile_interval, saturation
 from moe_lab.scaling.verdict import FormScore, Gain, Verdict, verdict_by_budget, wall_verdict
 
 __all__ = [
     "DATASETS",
+    "HUBER",
     "LAWS",
     "SQUARES",
     "Design",
@@ -24,6 +27,7 @@ __all__ = [
     "Law",
     "Optimum",
     "Outcome",
+    "Plan",
     "Saturation",
     "Truth",
     "Verdict",
@@ -39,11 +43,16 @@ __all__ = [
     "fit",
     "isoflop",
     "leave_largest_out",
+    "main_arm",
+    "parse_truth",
+    "plan_power",
     "power",
     "profile",
     "profile_interval",
     "published",
+    "read_runs",
     "saturation",
+    "typical_noise",
     "verdict_by_budget",
     "wall_verdict",
 ]

@@ -19,6 +19,7 @@ from moe_lab.scaling.words import TOKENS_PER_EXPERT
 
 DROPPED = 0.01  # share of token slots beyond which dropping differs between ratios enough to matter
 DEAD = 0.01
+TUNING = "lr"  # the arm of a sweep's runs at other learning rates
 UNEVEN = 1.5  # growth of load_cv over the grid that asks for a look
 
 
@@ -33,9 +34,12 @@ Finding = tuple[Status, str]
 
 @dataclass(frozen=True)
 class Sweeps:
-    """A frame of runs that may hold several token budgets and learning rates, and the margin in nats per doubling."""
+    """The runs of one arm, which may hold several token budgets and learning rates; ``tuning``, those with its runs at other learning
+    rates; the names of all ``arms``; the margin in nats per doubling."""
 
     frame: pl.DataFrame
+    tuning: pl.DataFrame
+    arms: tuple[str, ...]
     margin: float
 
     def has(self, *names: str) -> bool:
@@ -44,20 +48,39 @@ class Sweeps:
     def largest_budget(self) -> pl.DataFrame:
         return self.frame.filter(pl.col("tokens") == pl.col("tokens").max())
 
+    def tuned(self) -> pl.DataFrame:
+        """The ratios that were run at several learning rates, at the largest token budget and with the seeds that have them; all runs
+        of the largest budget where none was."""
+        rates = self.tuning.group_by("tokens", "ratio").agg(pl.col("learning_rate").n_unique().alias("rates"))
+        several = rates.filter(pl.col("rates") > 1)
+        if several.is_empty():
+            return self.largest_budget()
+        chosen = several.filter(pl.col("tokens") == pl.col("tokens").max())
+        runs = self.tuning.join(chosen, on=["tokens", "ratio"], how="semi")
+        if "seed" not in runs.columns:
+            return runs
+        # The mean of three seeds at one rate beside single seeds at its neighbours would be a difference of seeds.
+        full = runs.group_by("ratio", "seed").agg(pl.col("learning_rate").n_unique().alias("rates"))
+        full = full.filter(pl.col("rates") == pl.col("rates").max().over("ratio"))
+        return runs.join(full, on=["ratio", "seed"], how="semi")
+
     def by_ratio(self, column: str, how: Callable[[pl.Expr], pl.Expr] = pl.Expr.mean) -> pl.DataFrame:
         return self.frame.group_by("ratio").agg(how(pl.col(column)).alias(column)).sort("ratio")
 
 
-def confounds(frame: pl.DataFrame | pl.LazyFrame, *, margin: float | None = None) -> pl.DataFrame:
+def confounds(frame: pl.DataFrame | pl.LazyFrame, *, margin: float | None = None, arm: str | None = None) -> pl.DataFrame:
     """[confound, status ("clear", "suspect", "not measured"), detail] for runs of [ratio, loss, active_params, tokens] and whatever else
     they have: seed, learning_rate, drop_rate, dead_experts (share), load_cv, arm, bits_per_byte. Several token budgets and learning rates
-    are welcome. ``margin`` in nats per doubling; by default 5 % of compute from the published law.
+    are welcome. ``margin`` in nats per doubling; by default 5 % of compute from the published law. ``arm``: the arm that is judged; the
+    arm "lr" holds its runs at other learning rates, and the others are only named.
     """
     frame = frame.lazy().collect()
     missing = [name for name in ("ratio", "loss", "active_params", "tokens") if name not in frame.columns]
     if missing:
         raise AnalysisError(expected("columns ratio, loss, active_params, tokens", f"none called {', '.join(missing)}"))
-    runs = frame.filter(pl.col("loss").is_finite())
+    runs = tuning = frame.filter(pl.col("loss").is_finite())
+    if arm is not None:
+        runs, tuning = (runs.filter(pl.col("arm").cast(pl.String).is_in(names)) for names in ((arm,), (arm, TUNING)))
     if runs["ratio"].n_unique() < 2:
         raise AnalysisError(expected("two or more ratios with finite losses", runs["ratio"].n_unique()))
     if margin is None:
@@ -65,7 +88,8 @@ def confounds(frame: pl.DataFrame | pl.LazyFrame, *, margin: float | None = None
         middle = math.sqrt(float(ratios.min() * ratios.max()))  # type: ignore[operator]
         active, tokens = (float(runs[name].cast(pl.Float64).median()) for name in ("active_params", "tokens"))  # type: ignore[arg-type]
         margin = (MARGIN - 1) * law_slope(active, tokens, middle).value
-    sweeps = Sweeps(runs, margin)
+    arms = tuple(sorted(set(frame["arm"].drop_nulls().cast(pl.String)))) if "arm" in frame.columns else ()
+    sweeps = Sweeps(runs, tuning, arms, margin)
     rows = [(name, *check(sweeps)) for name, check in CHECKS.items()]
     return pl.DataFrame(rows, schema={"confound": pl.String, "status": pl.String, "detail": pl.String}, orient="row")
 
@@ -103,8 +127,12 @@ def _gain_by_learning_rate(s: Sweeps) -> Finding:
     """The last gain at every rate both ratios share: a wall at one rate that is none at the next is a wall of the tuning."""
     if not s.has("learning_rate"):
         return Status.NOT_MEASURED, "no column learning_rate"
-    low, high = s.frame["ratio"].unique().sort()[-2:]
-    table = s.largest_budget().group_by("ratio", "learning_rate").agg(pl.col("loss").mean())
+    runs = s.tuned()
+    ratios = runs["ratio"].unique().sort()
+    if len(ratios) < 2:
+        return Status.NOT_MEASURED, "fewer than two ratios have several rates"
+    low, high = ratios[-2:]
+    table = runs.group_by("ratio", "learning_rate").agg(pl.col("loss").mean())
     at = {r: dict(table.filter(pl.col("ratio") == r).select("learning_rate", "loss").iter_rows()) for r in (low, high)}
     doublings = math.log2(high / low)
     gains = {rate: (at[low][rate] - at[high][rate]) / doublings for rate in sorted(at[low].keys() & at[high].keys())}
@@ -145,7 +173,7 @@ class RateCurve:
 
 def _curves(s: Sweeps) -> list[tuple[float, RateCurve]]:
     curves = []
-    for (ratio,), runs in s.largest_budget().sort("ratio").group_by("ratio", maintain_order=True):
+    for (ratio,), runs in s.tuned().sort("ratio").group_by("ratio", maintain_order=True):
         table = runs.group_by("learning_rate").agg(pl.col("loss").mean()).sort("learning_rate")
         rate, loss = np.log(table["learning_rate"].to_numpy()), table["loss"].to_numpy()
         middle = int(loss.argmin())
@@ -210,10 +238,9 @@ def _load(s: Sweeps) -> Finding:
 
 
 def _control(s: Sweeps) -> Finding:
-    if not s.has("arm"):
+    if not s.arms:
         return Status.NOT_MEASURED, "no column arm"
-    arms = sorted(set(s.frame["arm"].cast(pl.String)))
-    return (Status.CLEAR if any("hash" in arm for arm in arms) else Status.NOT_MEASURED), f"arms: {', '.join(arms)}"
+    return (Status.CLEAR if any("hash" in arm for arm in s.arms) else Status.NOT_MEASURED), f"arms: {', '.join(s.arms)}"
 
 
 def _held_out(s: Sweeps) -> Finding:

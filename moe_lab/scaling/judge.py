@@ -53,9 +53,9 @@ class Noise:
 class Judgement:
     """Arrays over B draws. ``steps`` [P, 2] are the ratios compared; ``gains`` and ``half`` [B, P]: nats per doubling of the ratio and
     the half-width of their interval; ``aicc`` form -> [B]; ``wall_from`` [B] index of the ratio W1 starts at (-1 where it holds
-    nowhere); ``break_form`` [B], the best form with a break; ``break_at``, ``break_lower``, ``break_upper`` [B] log2 ratio; ``sharpness``
-    [B] deviance by which it beats a bend over three doublings; ``slope``, ``slope_half`` [B] nats per doubling over the last two
-    doublings."""
+    nowhere); ``break_form`` [B], the best form with a break; ``break_at``, ``break_lower``, ``break_upper`` [B] log2 ratio;
+    ``sharpness`` [B] deviance by which it beats a bend over three doublings (NaN where it leads no smooth form); ``slope``,
+    ``slope_half`` [B] nats per doubling over the last two doublings."""
 
     steps: np.ndarray
     gains: np.ndarray
@@ -108,11 +108,11 @@ def judge(
     aicc = {name: _aicc(fit, counts, noise) for name, fit in fits.items()}
     wall_from = _suffix_within(gains, half, margin, low)
     form, delta, at, lower, upper, falls = _break(fits, aicc, noise, confidence)
-    fade, hinge = fit_form(FADE, x, means, counts).rss, np.minimum(fits["hinge"].rss, fits["plateau"].rss)
-    sharpness = np.where(form == "saturation", -np.inf, _deviance(fade, len(x), noise) - _deviance(hinge, len(x), noise))
     beyond = x[-1] - DOUBLINGS_BEYOND + ROUNDING
     w1 = (wall_from > 0) & (x[np.maximum(wall_from, 0)] <= beyond)
-    w2 = (delta >= DELTA_AICC) & (upper <= beyond) & falls & (sharpness >= DELTA_AICC)
+    led = (delta >= DELTA_AICC) & (upper <= beyond) & falls
+    sharpness = _sharpness(x, means, counts, noise, fits, led)
+    w2 = led & (form != "saturation") & (sharpness >= DELTA_AICC)
     slope, slope_half = _edge_slope(x, means, counts, noise, width)
     charged = 0.0 if charge is None else max(0.0, float(charge[-1]))
     no_wall = gains[:, -1] - charged - half[:, -1] > margin
@@ -140,6 +140,19 @@ def _aicc(fit: FormFit, counts: np.ndarray, noise: Noise) -> np.ndarray:
         return np.full(len(fit.rss), np.inf)
     penalty = 2 * k + 2 * k * (k + 1) / max(ratios - k - 1, 1)
     return _deviance(fit.rss, ratios, noise) + penalty
+
+
+def _sharpness(
+    x: np.ndarray, means: np.ndarray, counts: np.ndarray, noise: Noise, fits: dict[str, FormFit], rows: np.ndarray
+) -> np.ndarray:
+    """By how much a hinge or plateau has less deviance than a bend over three doublings, of the draws in ``rows`` [B]."""
+    found = np.full(len(means), np.nan)
+    if rows.any():
+        some = Noise(noise.within[rows], noise.df, noise.known)
+        fade = fit_form(FADE, x, means[rows], counts).rss
+        sharp = np.minimum(fits["hinge"].rss[rows], fits["plateau"].rss[rows])
+        found[rows] = _deviance(fade, len(x), some) - _deviance(sharp, len(x), some)
+    return found
 
 
 def _deviance(rss: np.ndarray, ratios: int, noise: Noise) -> np.ndarray:

@@ -185,10 +185,10 @@ def _chances(
         "wrong": wrong,
         "form": float(np.isin(judged.best_form(), truth.forms).mean()),
         "ratios": len(design.ratios),
-        "ratio_max": design.ratios[-1],
+        "ratio_max": float(design.ratios[-1]),
         "seeds": design.seeds,
         "runs": design.runs,
-        "tokens": design.tokens,
+        "tokens": float(design.tokens),
         "active_params": design.active_params,
         "flops": design.flops,
     }

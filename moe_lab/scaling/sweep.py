@@ -128,15 +128,15 @@ def _check_design(frame: pl.DataFrame) -> None:
         raise AnalysisError(expected("three or more ratios", f"{ratios}", "a sweep with eight, each twice the last"))
     if float(frame["ratio"].min()) < 1:  # type: ignore[arg-type]
         raise AnalysisError(expected("ratios total:active of at least 1", f"{frame['ratio'].min():g}", "E/k, not k/E"))
+    budgets = sorted(frame["tokens"].unique().to_list())
+    if budgets[0] <= 0 or budgets[-1] / budgets[0] - 1 > BUDGET_TOLERANCE:
+        got = ", ".join(f"{tokens:g}" for tokens in budgets[:4])
+        raise AnalysisError(expected("one token budget", got, "one verdict per budget and the others as budgets="))
     twice = frame.group_by("ratio", "seed").len().filter(pl.col("len") > 1).sort("ratio", "seed")
     if twice.height:
         first = twice.row(0, named=True)
         got = f"{first['len']} at ratio {first['ratio']:g} seed {first['seed']}"
         raise AnalysisError(expected("one run per ratio and seed", got, "one arm and one token budget at a time"))
-    budgets = sorted(frame["tokens"].unique().to_list())
-    if budgets[0] <= 0 or budgets[-1] / budgets[0] - 1 > BUDGET_TOLERANCE:
-        got = ", ".join(f"{tokens:g}" for tokens in budgets[:4])
-        raise AnalysisError(expected("one token budget", got, "one verdict per budget and the others as budgets="))
     low, high = float(frame["active_params"].min()), float(frame["active_params"].max())  # type: ignore[arg-type]
     if low <= 0 or high / low > ACTIVE_TOLERANCE:
         got = f"{low:g} to {high:g}"

@@ -115,7 +115,8 @@ def _paid_reason(case: Case) -> str:
     above = np.flatnonzero(case.judged.gains[0] - np.maximum(case.charge, 0) - case.judged.half[0] > case.margin)
     if case.blind or case.judged.no_wall[0] or not len(above):
         return ""
-    return f"up to ratio {case.sweep.ratios[case.judged.steps[above[-1], 1]]:g} a doubling was still worth more than {_percent(case)} of compute"
+    reached = case.sweep.ratios[case.judged.steps[above[-1], 1]]
+    return f"up to ratio {reached:g} a doubling was still worth more than {_percent(case)} of compute"
 
 
 def _w2_reason(case: Case) -> str:
@@ -133,7 +134,7 @@ def _w2_reason(case: Case) -> str:
     lead = f"W2: {best} leads line and power law by {delta:.1f} in AICc, its break {where}"
     if upper > math.log2(limit) + ROUNDING:
         return f"{lead} (a wall needs it below {limit:g})"
-    if judged.sharpness[0] < DELTA_AICC:
+    if _fades(case):
         return f"{lead}, but a bend spread over three doublings fits as well: gains that fade, as smooth laws' do, and no break"
     return f"{lead} (far enough inside the grid)"
 
@@ -165,8 +166,9 @@ def _budget_reason(case: Case) -> str:
 
 def _wall_sentence(case: Case, at: float | None) -> str:
     judged, ratios = case.judged, case.sweep.ratios
+    quiet = f"from {ratios[judged.wall_from[0]]:g} to {ratios[-1]:g}"
     return (
-        f"A wall at ratio {at:.3g}: from {ratios[judged.wall_from[0]]:g} to {ratios[-1]:g} no doubling was worth {_percent(case)} of compute "
+        f"A wall at ratio {at:.3g}: {quiet} no doubling was worth {_percent(case)} of compute "
         f"(all {100 * case.confidence:g} % intervals within ±{case.margin:.4f} nats) and the {judged.break_form[0]} form leads by "
         f"{judged.break_delta[0]:.0f} in AICc, at {_budget(case)}."
     )
@@ -200,9 +202,10 @@ def _shortfall(case: Case) -> str:
     if gain + half < -case.margin:
         return f"put the last gain at {_interval(gain, half)} nats: a loss that rises is mistuned or short of data, not walled"
     if gain - half > case.margin:
+        growth = float(case.sweep.active[-1] / case.sweep.active[case.judged.steps[-1, 0]]) - 1
         return (
             f"put the last gain at {_interval(gain, half)} nats, above the {case.margin:.4f} margin only until the "
-            f"{100 * (float(case.sweep.active[-1] / case.sweep.active[case.judged.steps[-1, 0]]) - 1):.0f} % more active parameters of that step are charged"
+            f"{100 * growth:.0f} % more active parameters of that step are charged"
         )
     return f"put the last gain at {_interval(gain, half)} nats, on both sides of the {case.margin:.4f} margin ({_percent(case)} of compute)"
 
@@ -210,8 +213,7 @@ def _shortfall(case: Case) -> str:
 def _fades(case: Case) -> bool:
     """Whether all that a wall lacks is that its break be one."""
     judged = case.judged
-    beyond = math.log2(float(case.sweep.ratios[-1])) - DOUBLINGS_BEYOND + ROUNDING
-    return bool(judged.break_delta[0] >= DELTA_AICC and judged.break_upper[0] <= beyond and judged.sharpness[0] < DELTA_AICC)
+    return bool(not math.isnan(judged.sharpness[0]) and not judged.w2[0])
 
 
 def _settles(case: Case) -> str:

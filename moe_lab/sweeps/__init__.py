@@ -2,7 +2,17 @@
 
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import LAUNCHERS, Ending, Job, Launcher, Result
-from moe_lab.sweeps.planning import describe, plan, plan_table, wall_minutes
+from moe_lab.sweeps.planning import (
+    cheapest_text,
+    describe,
+    design_of,
+    flops_per_second,
+    plan,
+    plan_table,
+    power_table,
+    power_text,
+    wall_minutes,
+)
 from moe_lab.sweeps.recipe import load_recipe
 from moe_lab.sweeps.running import FailedRun, SweepOutcome, run
 from moe_lab.sweeps.store import RunState, RunStore, status
@@ -18,10 +28,15 @@ __all__ = [
     "RunStore",
     "SweepConfig",
     "SweepOutcome",
+    "cheapest_text",
     "describe",
+    "design_of",
+    "flops_per_second",
     "load_recipe",
     "plan",
     "plan_table",
+    "power_table",
+    "power_text",
     "run",
     "status",
     "wall_minutes",

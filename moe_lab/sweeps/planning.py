@@ -1,6 +1,7 @@
 """What a sweep will cost before it is run: parameters and FLOPs in closed form, minutes from a few timed training steps."""
 
 import heapq
+import math
 from collections.abc import Hashable
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
     from rich.table import Table
 
+    from moe_lab.scaling import Design, Plan
     from moe_lab.training import RunConfig
 
 
@@ -89,6 +91,70 @@ def plan_table(frame: "pl.DataFrame") -> "Table":
             "" if row["minutes"] is None else f"{row['minutes']:.1f}",
         )
     return table
+
+
+def design_of(frame: "pl.DataFrame", *, ratios: tuple[float, ...] | None = None, seeds: int | None = None) -> "Design":
+    """The sweep that a verdict would judge, out of a plan: its arm with most ratios at the largest token budget.
+
+    ``ratios`` and ``seeds`` replace the plan's. Seeds are those of the ratio that has fewest.
+    """
+    import polars as pl
+
+    from moe_lab.scaling import Design, main_arm
+
+    runs, _ = main_arm(frame)
+    runs = runs.filter(pl.col("tokens") == pl.col("tokens").max())
+    counts = runs.group_by("ratio").agg(pl.col("seed").n_unique()).sort("ratio")
+    return Design(
+        ratios=ratios or tuple(counts["ratio"].to_list()),
+        seeds=seeds or int(counts["seed"].min()),  # type: ignore[arg-type]
+        active_params=math.exp(float(runs["active_params"].cast(pl.Float64).log().mean())),  # type: ignore[arg-type]
+        tokens=float(runs["tokens"][0]),
+    )
+
+
+def flops_per_second(frame: "pl.DataFrame", workers: int | None = None) -> float:
+    """6 x active parameters x tokens of a calibrated plan over its wall time: the rate at which designs of `Design.flops` pass."""
+    return float((6 * frame["active_params"] * frame["tokens"]).sum()) / (60 * wall_minutes(frame, workers))
+
+
+def power_text(found: "Plan", speed: float | None) -> str:
+    return f"{_design_text(found.design, speed)}; noise {found.noise:g} nats between seeds ({found.noise_source})"
+
+
+def power_table(found: "Plan") -> "Table":
+    """The chance of each verdict per truth, and of the right one."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for title in ("were the truth", "wall", "no wall", "cannot tell", "settled", "wrong"):
+        table.add_column(title, justify="left" if title == "were the truth" else "right")
+    for row in found.own.iter_rows(named=True):
+        table.add_row(row["truth"], *(f"{100 * row[name]:.0f} %" for name in ("wall", "no_wall", "cannot_tell", "settled", "wrong")))
+    return table
+
+
+def cheapest_text(found: "Plan", speed: float | None) -> str:
+    goal = f"settles each of these truths with probability {found.target:g}"
+    if found.best is None:
+        import polars as pl
+
+        worst = found.others.group_by("design").agg(pl.col("settled").min().alias("worst"), pl.col("flops").first())
+        last = worst.sort("worst", "flops", descending=[True, False]).row(0, named=True)
+        closest = _design_text(found.designs[last["design"]], speed)
+        return f"no design tried {goal}; the closest, {closest}, reaches {last['worst']:.2f}: a larger model has less noise"
+    if found.best == found.design:
+        return f"this sweep {goal}, and none cheaper was found"
+    return f"the cheapest design that {goal}: {_design_text(found.best, speed)}"
+
+
+def _design_text(design: "Design", speed: float | None) -> str:
+    hours = "" if speed is None else f", {design.flops / speed / 3600:.3g} hours at this machine's rate"
+    return (
+        f"{len(design.ratios)} ratios {design.ratios[0]:g}-{design.ratios[-1]:g} x {design.seeds} seeds of {_short(design.active_params)} "
+        f"active on {_short(design.tokens)} tokens: {design.runs} runs, {_power(design.flops)} FLOPs{hours}"
+    )
 
 
 def _short(number: float) -> str:

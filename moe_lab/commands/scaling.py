@@ -1,0 +1,267 @@
+"""``moe-lab scaling {step,verdict,fit}``: what the laws expect of more experts, a verdict on runs of one's own, a law fitted to them."""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_lab.commands.options import add_json, add_out, print_json
+from moe_lab.errors import AnalysisError, MoELabError, expected
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from moe_lab.scaling import Fit, Verdict
+
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+
+def amount(text: str) -> float:
+    """1.6T, 48B, 135e9, 300M, 5k."""
+    digits = text.rstrip("kmbgtKMBGT")
+    try:
+        value = float(digits) * UNITS[text[len(digits) :].lower()]
+    except (ValueError, KeyError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(expected("a number above 0, with k, M, B or T", repr(text), "1.6T"))
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="{step,verdict,fit}", required=True)
+    plain = argparse.ArgumentDefaultsHelpFormatter
+    step_parser = verbs.add_parser("step", help="what each law expects of adding expert parameters", formatter_class=plain)
+    for name, what in (("total", "parameters before the step"), ("active", "per token"), ("add", "expert parameters to add")):
+        step_parser.add_argument(f"--{name}", type=amount, required=True, metavar="N", help=what)
+    step_parser.add_argument("--tokens", type=amount, required=True, metavar="N", help="training tokens")
+    step_parser.add_argument("--included", action="store_true", help="the total is the one after the step")
+    step_parser.add_argument("--routed", type=amount, default=None, metavar="N", help="of the total, in routed experts (default: all)")
+    step_parser.add_argument("--granularity", type=amount, default=12.0, metavar="G", help="for laws that know it")
+    step_parser.add_argument("--noise", type=amount, default=0.0005, metavar="NATS", help="between seeds")
+    add_json(step_parser)
+    verdict_parser = verbs.add_parser("verdict", help="wall, no wall or cannot tell, of runs of your own", formatter_class=plain)
+    verdict_parser.add_argument("runs", type=Path, help="Parquet, CSV or JSON lines with a row per run, or a sweep's folder")
+    verdict_parser.add_argument("--arm", default=None, help="which arm (default: the one with most ratios)")
+    verdict_parser.add_argument("--by-budget", action="store_true", help="one verdict per token budget")
+    verdict_parser.add_argument("--noise", type=amount, default=None, metavar="NATS", help="between seeds, known from elsewhere")
+    verdict_parser.add_argument("--vocab-size", type=int, default=None, help="lets losses in bits be recognised")
+    verdict_parser.add_argument("--bits", action="store_true", help="losses are bits per token")
+    add_out(verdict_parser, None, "a folder for runs, gains, forms and confounds as Parquet and the verdict as text")
+    add_json(verdict_parser)
+    fit_parser = verbs.add_parser("fit", help="a law's coefficients with bootstrap intervals", formatter_class=plain)
+    fit_parser.add_argument("law", help="a name in moe_lab.scaling.LAWS")
+    fit_parser.add_argument("runs", type=Path, help="as for verdict; columns loss and the law's variables")
+    fit_parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="repetitions; 0 for none")
+    fit_parser.add_argument("--cluster", default=None, metavar="COLUMN", help="redraw whole groups of runs")
+    fit_parser.add_argument("--squares", action="store_true", help="least squares instead of Huber's loss of 1e-3")
+    add_json(fit_parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    return {"step": step, "verdict": verdict, "fit": fit}[args.verb](args)
+
+
+def step(args: argparse.Namespace) -> int:
+    from moe_lab.scaling import expected_gain
+
+    after = args.total if args.included else args.total + args.add
+    before = after - args.add
+    routed = before if args.routed is None else args.routed
+    if before < args.active:
+        raise AnalysisError(expected("a total before the step of at least the active parameters", f"{before:g}"))
+    options = {"routed": routed, "granularity": args.granularity, "noise_sd": args.noise}
+    table = expected_gain(before, args.active, args.add, args.tokens, **options)
+    if args.json:
+        print(table.write_json())
+        return 0
+    print(f"+{short(args.add)} on {short(routed)} is {_growth(args.add, routed)}.")
+    if not args.included and args.routed is None:
+        print(f"If the {short(args.total)} hold the {short(args.add)} already (--included), it is {_growth(args.add, routed - args.add)}.")
+    rows = [
+        (
+            f"{row['law']} {row['coefficients']}",
+            f"{row['gain']:.4f}",
+            "more than any" if math.isinf(row["compute"]) else f"{100 * (row['compute'] - 1):+.1f} %",
+            "-" if row["seeds"] is None else f"{row['seeds']:,}",
+            row["extrapolated"] or "no",
+        )
+        for row in table.iter_rows(named=True)
+    ]
+    _table(("law", "nats", "compute", "seeds to see it", "beyond the runs it was fitted on"), rows, left=(0, 4))
+    least, most = table["gain"].min(), table["gain"].max()
+    print(f"The laws expect {least:.4f} to {most:.4f} nats. Seeds: of each arm, for the gain to be seen nine times in ten at a noise of")
+    print(f"{args.noise:g} nats between seeds; - where none is expected. The range that a law was fitted on is told where this leaves it.")
+    print(_cautions([str(name) for name in table["law"]]))
+    return 0
+
+
+def _growth(add: float, routed: float) -> str:
+    return f"{100 * add / routed:.1f} %, {math.log2(1 + add / routed):.3f} of a doubling" if routed > 0 else "all of it"
+
+
+def _cautions(names: list[str]) -> str:
+    from moe_lab.scaling import LAWS
+
+    told = {name: LAWS[name].caution for name in dict.fromkeys(names) if LAWS[name].caution}
+    return "\n".join(f"{name}: {text}" for name, text in told.items())
+
+
+def verdict(args: argparse.Namespace) -> int:
+    import polars as pl
+
+    from moe_lab.scaling import verdict_by_budget, wall_verdict
+    from moe_lab.scaling.reading import main_arm, read_runs
+
+    everything = read_runs(args.runs)
+    if args.bits and "loss" in everything.columns and everything["loss"].dtype.is_numeric():
+        everything = everything.with_columns(pl.col("loss") * math.log(2))
+    runs, arm = main_arm(everything, args.arm)
+    options = {"noise_sd": args.noise, "vocab_size": args.vocab_size}
+    budgets = runs["tokens"].n_unique() if "tokens" in runs.columns else 1
+    if args.by_budget and budgets > 1:
+        verdicts: dict[float | None, Verdict] = {**verdict_by_budget(runs, **options)}
+    else:
+        try:
+            verdicts = {None: wall_verdict(runs, **options)}
+        except AnalysisError as error:
+            if "one token budget" not in str(error):
+                raise
+            raise AnalysisError(str(error).replace("one verdict per budget and the others as budgets=", "--by-budget")) from None
+    found = _confounds(everything if "arm" in everything.columns else runs, arm)
+    if args.out is not None:
+        _write(args.out, everything, arm, verdicts, found)
+    if args.json:
+        print_json([_as_json(tokens, arm, one, found) for tokens, one in verdicts.items()])
+        return 0
+    print("\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items()))
+    for tokens, one in verdicts.items():
+        print(f"\nGains per doubling{_at(tokens)}")
+        _table(
+            ("from", "to", "nats", "90 % interval", "compute"),
+            [
+                (f"{g.ratio_from:g}", f"{g.ratio_to:g}", f"{g.gain:.4f}", f"{g.lo:.4f} to {g.hi:.4f}", f"x{g.compute:.2f}")
+                for g in one.gains
+            ],
+        )
+    print("\nWhat else could have made or hidden a wall")
+    _table(("confound", "status", "detail"), found.rows(), left=(0, 1, 2))
+    return 0
+
+
+def _confounds(frame: "pl.DataFrame", arm: str) -> "pl.DataFrame":
+    import polars as pl
+
+    from moe_lab.scaling import confounds
+
+    try:
+        return confounds(frame, arm=arm or None)
+    except MoELabError as error:
+        return pl.DataFrame([("all", "not measured", str(error))], schema=["confound", "status", "detail"], orient="row")
+
+
+def _at(tokens: float | None) -> str:
+    return "" if tokens is None else f" at {short(tokens)} tokens"
+
+
+def _told(tokens: float | None, arm: str, one: "Verdict") -> str:
+    """The verdict as text: outcome, sentence, reasons."""
+    of = f" (arm {arm})" if arm else ""
+    return "\n".join([f"{one.outcome.upper()}{_at(tokens)}{of}", one.sentence, *(f"- {reason}" for reason in one.reasons)])
+
+
+def _as_json(tokens: float | None, arm: str, one: "Verdict", found: "pl.DataFrame") -> dict[str, Any]:
+    names = ("outcome", "at", "elasticity", "interval", "sentence", "reasons", "margin", "compute_slope", "noise_sd")
+    values: dict[str, Any] = {"tokens": tokens, "arm": arm, **{name: getattr(one, name) for name in names}}
+    tables = {"gains": one.gain_table(), "forms": one.form_table(), "confounds": found}
+    return _finite(values | {name: table.to_dicts() for name, table in tables.items()})
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: null stands for both."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[float | None, Verdict]", found: "pl.DataFrame") -> None:
+    import polars as pl
+
+    from moe_lab.files import atomic_path, write_text
+
+    frames = {"runs": runs, "confounds": found}
+    for name, method in (("gains", "gain_table"), ("forms", "form_table")):
+        parts = [getattr(one, method)().with_columns(tokens=pl.lit(tokens, pl.Float64)) for tokens, one in verdicts.items()]
+        frames[name] = pl.concat(parts)
+    for name, frame in frames.items():
+        with atomic_path(folder / f"{name}.parquet") as path:
+            frame.write_parquet(path)
+    confounds = "\n".join(f"- {name}: {status}; {detail}" for name, status, detail in found.rows())
+    told = "\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items())
+    write_text(folder / "verdict.md", f"{told}\n\nConfounds\n{confounds}\n")
+
+
+def fit(args: argparse.Namespace) -> int:
+    from moe_lab import scaling
+    from moe_lab.scaling.reading import read_runs
+
+    result = scaling.fit(args.law, read_runs(args.runs), delta=scaling.SQUARES if args.squares else scaling.HUBER)
+    if args.bootstrap > 0 and result.law.terms:
+        kind = "cluster" if args.cluster else "runs"
+        result = scaling.bootstrap(result, args.bootstrap, kind=kind, cluster=args.cluster)
+    limit = scaling.saturation(result).sentence if result.law.shape and result.law.output == "loss" else ""
+    if args.json:
+        print_json(_finite(_fit_json(result, limit)))
+        return 0
+    print(f"{result.law.title} ({result.law.source}) on {result.runs} runs, by {'squares' if args.squares else 'Huber 1e-3'} on ln loss")
+    _table(("coefficient", "value", "95 % interval"), [(name, f"{value:.6g}", _interval(result, name)) for name, value in _named(result)])
+    print(f"objective {result.objective:.10g}, rmse of ln loss {result.rmse:.4g}, AICc {result.aicc:.2f}")
+    if result.agreed < 0.25:
+        print(f"only {result.agreed:.0%} of the best starts ended here: the runs hardly fix these coefficients")
+    print("\n".join(text for text in (limit, _cautions([result.law.name]) if result.law.name in scaling.LAWS else "") if text))
+    return 0
+
+
+def _named(result: "Fit") -> list[tuple[str, float]]:
+    return list(result.coefficients.items())
+
+
+def _interval(result: "Fit", name: str) -> str:
+    if result.draws is None or name not in result.draws.columns:
+        return "-"
+    low, high = result.interval(name)
+    return f"{low:.6g} to {high:.6g}"
+
+
+def _fit_json(result: "Fit", limit: str) -> dict[str, Any]:
+    intervals = (
+        {} if result.draws is None else {name: result.interval(name) for name in result.coefficients if name in result.draws.columns}
+    )
+    numbers = {name: getattr(result, name) for name in ("objective", "rmse", "aicc", "runs", "agreed")}
+    return {"law": result.law.name, "coefficients": result.coefficients, "intervals": intervals, **numbers, "saturation": limit or None}
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit * 0.9995:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], left: tuple[int, ...] = (0,)) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for number, title in enumerate(header):
+        table.add_column(title, justify="left" if number in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -1,0 +1,78 @@
+"""Runs from where users keep them: a Parquet, CSV or JSON-lines file with one row per run, or the folder of a sweep.
+
+Out: one frame with the columns that `wall_verdict`, `confounds` and `fit` name. A run of a sweep's folder counts when its ``done`` file
+lies there; ``train_tokens`` is called tokens.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from moe_lab.errors import AnalysisError, expected
+from moe_lab.scaling.sweep import COLUMNS
+
+READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
+    ".parquet": pl.read_parquet,
+    ".csv": lambda path: pl.read_csv(path, infer_schema_length=None, null_values=["", "null", "None", "NA"]),
+    ".tsv": lambda path: pl.read_csv(path, separator="\t", infer_schema_length=None, null_values=["", "null", "None", "NA"]),
+    ".jsonl": pl.read_ndjson,
+}
+NAMES = {"train_tokens": "tokens", "final_loss": "loss", "val_loss": "loss", "validation_loss": "loss"}
+
+
+def read_runs(path: Path | str) -> pl.DataFrame:
+    """One row per run. Raises ``AnalysisError`` in one line where there is nothing that can be read."""
+    path = Path(path)
+    if path.is_dir():
+        frame = _folder(path)
+    elif not path.exists():
+        raise AnalysisError(expected("a file of runs or a sweep's folder", f"no such path: {path}", "one written by moe-lab sweep run"))
+    elif path.suffix.lower() not in READERS:
+        raise AnalysisError(expected(f"a file ending in {', '.join(READERS)} or a sweep's folder", path.name))
+    else:
+        try:
+            frame = READERS[path.suffix.lower()](path)
+        except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise AnalysisError(expected(f"a readable {path.suffix[1:].upper()} file", f"{path.name}: {first}")) from error
+    for theirs, ours in NAMES.items():
+        if theirs in frame.columns and ours not in frame.columns:
+            frame = frame.rename({theirs: ours})
+    bits = [name for name in frame.columns if "bit" in name.lower() or name.lower() in ("bpb", "bpc", "bpt")]
+    if "loss" not in frame.columns and bits:
+        raise AnalysisError(
+            expected("losses in nats per token in a column loss", f"only {', '.join(bits)}", "--bits with bits per token renamed to loss")
+        )
+    return frame
+
+
+def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame, str]:
+    """The runs of ``arm``, by default of the arm with most ratios, and its name ("" where the frame has none)."""
+    if "arm" not in frame.columns:
+        if arm is not None:
+            raise AnalysisError(expected("a column arm to choose from", f"columns {', '.join(frame.columns)}"))
+        return frame, ""
+    if "ratio" not in frame.columns:
+        raise AnalysisError(expected(f"columns {', '.join(COLUMNS)}", "none called ratio", "renaming yours"))
+    ratios = frame.group_by("arm", maintain_order=True).agg(pl.col("ratio").n_unique())
+    names = [str(name) for name in ratios["arm"]]
+    if arm is not None and arm not in names:
+        raise AnalysisError(expected(f"an arm of these runs ({', '.join(names)})", arm))
+    chosen = arm if arm is not None else str(ratios["arm"][int(ratios["ratio"].arg_max() or 0)])
+    return frame.filter(pl.col("arm").cast(pl.String) == chosen), chosen
+
+
+def _folder(folder: Path) -> pl.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for done in sorted(folder.glob("*/done")):
+        try:
+            result = json.loads((done.parent / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AnalysisError(expected(f"a readable result.json in {done.parent}", str(error).splitlines()[0])) from error
+        rows.append({name: value for name, value in result.items() if isinstance(value, int | float | str)})
+    if not rows:
+        raise AnalysisError(expected("a sweep's folder with finished runs", f"{folder} without any", "moe-lab sweep run"))
+    return pl.DataFrame(rows, infer_schema_length=None)
