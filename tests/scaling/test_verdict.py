@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from moe_lab.errors import AnalysisError
-from moe_lab.scaling import Outcome, verdict_by_budget, wall_verdict
+from moe_lab.scaling import LAWS, Outcome, verdict_by_budget, wall_verdict
 
 DOUBLINGS_256 = 2.0 ** np.arange(9)
 DOUBLINGS_512 = 2.0 ** np.arange(10)
@@ -48,6 +48,41 @@ def test_a_hard_wall_with_four_quiet_doublings_beyond_is_found_where_it_is():
     assert verdict.interval[1] < 0.07
     assert verdict.forms[0].name == "plateau"
     assert any("second, 4x larger" in reason for reason in verdict.reasons)
+
+
+@pytest.mark.parametrize("at", [6, 12, 24, 48])
+def test_a_wall_between_two_measured_ratios_is_placed_between_them(at):
+    verdict = wall_verdict(sweep(lambda x: 3 - 0.05 * min(x, math.log2(at)), DOUBLINGS_512, sd=0.001))
+    assert verdict.outcome is Outcome.WALL
+    assert verdict.at == pytest.approx(at, rel=0.06)
+
+
+def test_ratios_half_a_doubling_apart_are_compared_over_a_whole_one():
+    verdict = wall_verdict(sweep(line, 2.0 ** np.arange(0, 8.1, 0.5)))
+    assert {gain.ratio_to / gain.ratio_from for gain in verdict.gains} == {2.0}
+    assert verdict.outcome is Outcome.NO_WALL
+    uneven = wall_verdict(sweep(line, np.array([1, 3, 6, 10, 24, 60, 100, 200.0])))
+    steps = [(gain.ratio_from, gain.ratio_to) for gain in uneven.gains]
+    assert steps == [(1, 3), (3, 6), (6, 24), (10, 24), (24, 60), (60, 200), (100, 200)]
+
+
+def ludziejewski(x, active=1e7, tokens=2e8):
+    return float(LAWS["ludziejewski"].predict({"active_params": active, "tokens": tokens, "ratio": 2.0**x}))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gains_that_fade_as_smooth_laws_do_are_no_wall_however_clearly_they_fade(seed):
+    """Ludziejewski's law at 20 tokens a parameter: .017 nats a doubling at first, none past 64, and no break anywhere."""
+    verdict = wall_verdict(sweep(ludziejewski, 2.0 ** np.arange(8), sd=0.0005, tokens=2e8, draw=seed))
+    assert verdict.outcome is Outcome.CANNOT_TELL
+
+
+def test_a_fade_is_told_as_such():
+    verdict = wall_verdict(sweep(ludziejewski, DOUBLINGS_512, sd=0.0005, tokens=6e8))
+    faded = wall_verdict(sweep(lambda x: 3 - 0.05 * (x - 0.9 * math.log1p(math.exp((x - 4) / 0.9))), DOUBLINGS_512, sd=0.0005))
+    assert Outcome.WALL not in (verdict.outcome, faded.outcome)
+    assert "fade to within the margin, as those of smooth laws do, and no break" in faded.sentence
+    assert any("a bend spread over three doublings fits as well" in reason for reason in faded.reasons)
 
 
 def test_a_hard_wall_one_doubling_before_the_end_is_not_claimed():
