@@ -16,8 +16,8 @@ from moe_lab.scaling.sweep import COLUMNS
 
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".parquet": pl.read_parquet,
-    ".csv": lambda path: pl.read_csv(path, infer_schema_length=None, null_values=["", "null", "None", "NA"]),
-    ".tsv": lambda path: pl.read_csv(path, separator="\t", infer_schema_length=None, null_values=["", "null", "None", "NA"]),
+    ".csv": lambda path: _text(path, ","),
+    ".tsv": lambda path: _text(path, "\t"),
     ".jsonl": pl.read_ndjson,
 }
 NAMES = {"train_tokens": "tokens", "final_loss": "loss", "val_loss": "loss", "validation_loss": "loss"}
@@ -63,6 +63,14 @@ def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame,
         raise AnalysisError(expected(f"an arm of these runs ({', '.join(names)})", arm))
     chosen = arm if arm is not None else str(ratios["arm"][int(ratios["ratio"].arg_max() or 0)])
     return frame.filter(pl.col("arm").cast(pl.String) == chosen), chosen
+
+
+def _text(path: Path, separator: str) -> pl.DataFrame:
+    """Columns of numbers as numbers, also where a run that diverged is written as nan, NaN or inf."""
+    frame = pl.read_csv(path, separator=separator, infer_schema=False, null_values=["", "null", "None", "NA"])
+    numbers = frame.select(pl.all().str.to_lowercase().cast(pl.Float64, strict=False))
+    kept = [name for name in frame.columns if numbers[name].null_count() == frame[name].null_count()]
+    return frame.with_columns(numbers.select(kept))
 
 
 def _folder(folder: Path) -> pl.DataFrame:
