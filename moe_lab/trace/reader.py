@@ -179,7 +179,7 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
         raise TraceError(
             expected(f"a complete trace at {folder}", "one whose writing was interrupted", "allow_incomplete=True to look at it")
         )
-    _check_files(folder, parts, meta, verify)
+    _check_files(folder, parts, meta, verify, complete)
     traced = {int(match.group(1)) for name in parts if (match := PART_PATH.fullmatch(name)) and match.group(1)}
     named = {layer.layer for layer in meta.layers}
     if traced - named or (complete and named - traced):
@@ -210,14 +210,15 @@ def _read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
         raise TraceError(f"{META_FILE}: {error}") from error
 
 
-def _check_files(folder: Path, parts: dict[str, PartMeta], meta: TraceMeta, verify: bool) -> None:
+def _check_files(folder: Path, parts: dict[str, PartMeta], meta: TraceMeta, verify: bool, complete: bool) -> None:
     for name in parts:
         if not PART_PATH.fullmatch(name):
             raise TraceError(f"{META_FILE}: " + expected("part names such as tokens/part-00000.parquet", repr(name[:60])))
     found = {path.relative_to(folder).as_posix() for table in ("tokens", "routing") for path in (folder / table).rglob("*.parquet")}
     if missing := sorted(set(parts) - found):
         raise TraceError(expected(f"{len(parts)} files", f"{len(missing)} missing, first {missing[0]}", "writing the trace again"))
-    if unlisted := sorted(found - set(parts)):
+    # A killed writer leaves a file that it had no time to list.
+    if complete and (unlisted := sorted(found - set(parts))):
         raise TraceError(expected("only the files listed in meta.json", f"also {unlisted[0][:80]!r}", "removing it"))
     token_schema: pl.Schema | None = None
     for name, part in sorted(parts.items()):

@@ -1,15 +1,15 @@
 """``TraceWriter``: routing decisions in, a folder of Parquet out, whole or marked incomplete.
 
-Rows are buffered as compact arrays and written in parts, so memory is bounded whatever the length of the trace. Everything goes to a
-temporary folder beside the target, which takes the target's name only after the counts were found to add up.
+Rows are buffered as compact arrays and written in parts by a second thread, so memory is bounded whatever the length of the trace, and a
+model waits for the disk only where the disk is slower. Everything goes to ``<folder>.incomplete``, which takes the target's name only
+after the counts were found to add up.
 """
 
-import ctypes
-import os
 import shutil
-import uuid
+import time
 import zlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +21,27 @@ import polars as pl
 from torch import Tensor
 
 from moe_lab.errors import MoELabError, TraceError, expected
-from moe_lab.files import TEMPORARY_PREFIX, atomic_path, write_json
+from moe_lab.files import write_json
 from moe_lab.routing import Routing
+from moe_lab.trace.background import Background
 from moe_lab.trace.convert import Rows, key_checksum, routing_frame, routing_rows
-from moe_lab.trace.schema import META_FILE, ROUTING_COLUMNS, ROWS_PER_PART, SCHEMA_VERSION, TOKEN_COLUMNS, VERSION_KEY, PartMeta, TraceMeta
+from moe_lab.trace.place import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
+from moe_lab.trace.resume import DOCUMENTS_FILE, Rest, count_slots, part_of, ranges, recover, write_meta, write_part
+from moe_lab.trace.schema import META_FILE, ROUTED, ROUTING_COLUMNS, ROWS_PER_PART, TOKEN_COLUMNS, PartMeta, TraceMeta
 
-INCOMPLETE_SUFFIX = ".incomplete"
+__all__ = ["INCOMPLETE_SUFFIX", "TraceWriter", "check_tokens", "file_checksum"]
+
 BUFFER_BYTES = 2**28
+META_SHARE = 0.05
+"""Share of a writer's time that may go into listing, after each part, what is on disk: the list grows with the trace."""
 
 
 @dataclass
 class _Table:
-    """What was received for one layer (or for the tokens) and not yet written, with running totals of all that was received."""
+    """What was received for one layer (or for the tokens) and not yet written, with running totals of all that was received.
+
+    ``rows`` and ``keys`` are of the tokens that were routed; ``received`` and ``on_disk`` count all rows.
+    """
 
     name: str
     frame: Callable[[list], pl.DataFrame]
@@ -40,6 +49,8 @@ class _Table:
     written: np.ndarray
     rows: int = 0
     keys: int = 0
+    received: int = 0
+    on_disk: int = 0
     parts: int = 0
     pending: list = field(default_factory=list)
     pending_rows: int = 0
@@ -50,27 +61,41 @@ class TraceWriter:
     """Writes one trace: ``with TraceWriter(folder, meta) as writer: ...``.
 
     When the block ends without an error, conservation is checked and the trace appears at ``folder`` (an older trace there is
-    replaced). When it ends with one, what was written stays readable at ``<folder>.incomplete`` and is never taken for whole.
+    replaced). However else it ends, by an error, a full disk or a killed process, what was written stays readable at
+    ``<folder>.incomplete`` and is never taken for whole.
 
     Args:
         folder: the trace's path.
         meta: provenance and layers; each layer must receive the same tokens.
         rows_per_part: rows of one Parquet file.
-        buffer_bytes: bytes held in memory over all layers before the fullest is written.
+        buffer_bytes: bytes held in memory over all layers, half of them waiting for the disk.
+        resume: go on with what lies at ``<folder>.incomplete``, if anything: ``finished`` then holds the documents that are done, which
+            must not be written again. Without it, an older incomplete trace is removed.
 
     Raises:
-        TraceError: on entry, where ``folder`` holds something else than a trace; on leaving, where counts do not add up.
+        TraceError: on entry, where ``folder`` holds something else than a trace, or where another process writes it; on leaving, where
+            counts do not add up.
     """
 
     def __init__(
-        self, folder: Path | str, meta: TraceMeta, *, rows_per_part: int = ROWS_PER_PART, buffer_bytes: int = BUFFER_BYTES
+        self,
+        folder: Path | str,
+        meta: TraceMeta,
+        *,
+        rows_per_part: int = ROWS_PER_PART,
+        buffer_bytes: int = BUFFER_BYTES,
+        resume: bool = False,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.meta = meta
-        self.rows_per_part, self.buffer_bytes = rows_per_part, buffer_bytes
-        self._temporary = self.folder.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{self.folder.name}"
+        self.rows_per_part, self.buffer_bytes, self.resume = rows_per_part, buffer_bytes, resume
+        self.finished: set[int] = set()
+        self._lock: int | None = None
         self._parts: dict[str, PartMeta] = {}
+        self._marks: deque[tuple[list[int], dict[str, int]]] = deque()
+        self._meta_written, self._meta_cost = 0.0, 0.0
         self._token_schema: pl.Schema | None = None
+        self._background = Background(buffer_bytes // 2)
         nothing = np.zeros(0, dtype=np.int64)
         self._tokens = _Table("tokens", pl.concat, nothing, nothing)
         self._layers = {
@@ -87,10 +112,23 @@ class TraceWriter:
         if self.folder.exists() and not (self.folder.is_dir() and (_is_trace(self.folder) or not any(self.folder.iterdir()))):
             raise TraceError(expected(f"a new folder or an older trace at {self.folder}", "something else", "another path"))
         try:
-            self._temporary.mkdir(parents=True)
+            self._work.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self._work)
         except OSError as error:
             raise TraceError(f"cannot write {self.folder}: {error.strerror or error}; try another folder") from error
-        self._write_meta(complete=False)
+        try:
+            if self.resume and _is_trace(self._work):
+                self._take_over(recover(self._work, self.meta))
+            else:
+                for path in self._work.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif self._lock is None or not path.name.endswith(".lock"):
+                        path.unlink()
+            self._write_meta(complete=False)
+        except BaseException:
+            self._unlock()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -99,13 +137,16 @@ class TraceWriter:
             return
         try:
             self._flush_all(even_empty=True)
+            self._background.drain()
+            self._background.stop()
             self._check_conservation()
+            (self._work / DOCUMENTS_FILE).unlink(missing_ok=True)
             self._write_meta(complete=True)
-            _put_in_place(self._temporary, self.folder)
+            self._unlock()
+            put_in_place(self._work, self.folder)
         except BaseException:
             self._leave_incomplete()
             raise
-        shutil.rmtree(self._incomplete, ignore_errors=True)
 
     def write_tokens(self, frame: pl.DataFrame) -> None:
         """Append rows of ``tokens``: doc, pos, token_id, optionally loss (nats, null where none), and any further flat columns.
@@ -113,7 +154,9 @@ class TraceWriter:
         Raises ``TraceError`` for missing, nested or changing columns, null or out-of-range ids, and losses that are not finite.
         """
         frame = self._token_frame(frame)
-        keys = key_checksum(frame["doc"].to_numpy(), frame["pos"].to_numpy())
+        routed = frame.filter(ROUTED) if ROUTED in frame.columns else frame
+        self._tokens.rows += routed.height
+        keys = key_checksum(routed["doc"].to_numpy(), routed["pos"].to_numpy())
         self._buffer(self._tokens, frame, frame.height, int(frame.estimated_size()), keys)
 
     def write_routing(self, layer: int, doc: np.ndarray | Tensor, pos: np.ndarray | Tensor, routing: Routing) -> None:
@@ -127,14 +170,40 @@ class TraceWriter:
         layer_meta = self.meta.layer(layer)
         if layer_meta is None:
             raise TraceError(expected(f"a layer among {[item.layer for item in self.meta.layers]}", layer, "naming it in TraceMeta.layers"))
-        rows = routing_rows(layer_meta, doc, pos, routing)
+        self.write_rows(layer, routing_rows(layer_meta, doc, pos, routing), routing.counts().cpu().numpy())
+
+    def write_rows(self, layer: int, rows: Rows, counts: np.ndarray) -> None:
+        """Append what ``convert.slot_rows`` made of one layer's tokens.
+
+        Args:
+            layer: index of a layer in ``meta.layers``.
+            rows: the compact arrays.
+            counts: [E] slots of each expert, counted before the conversion: what is on disk must sum to the same.
+        """
         table = self._layers[layer]
-        table.counts += routing.counts().cpu().numpy()
+        table.counts += counts
+        table.rows += len(rows["doc"])
         self._buffer(table, rows, len(rows["doc"]), sum(array.nbytes for array in rows.values()), key_checksum(rows["doc"], rows["pos"]))
 
+    def finish_documents(self, documents: Iterable[int]) -> None:
+        """Say that all rows of these documents were given: an interrupted trace can then be resumed behind them."""
+        self._marks.append((list(documents), {table.name: table.received for table in self._all_tables()}))
+
     @property
-    def _incomplete(self) -> Path:
+    def _work(self) -> Path:
         return self.folder.parent / (self.folder.name + INCOMPLETE_SUFFIX)
+
+    def _all_tables(self) -> list[_Table]:
+        return [self._tokens, *self._layers.values()]
+
+    def _take_over(self, rest: Rest) -> None:
+        self.finished, self._parts, self._token_schema = rest.documents, rest.parts, rest.token_schema
+        for table in self._all_tables():
+            if (found := rest.tables.get(table.name)) is not None:
+                table.rows, table.keys, table.parts = found.rows, found.keys, found.next_part
+                if len(found.counts):
+                    table.counts += found.counts
+                    table.written += found.counts
 
     def _token_frame(self, frame: pl.DataFrame) -> pl.DataFrame:
         others = [name for name in frame.columns if name not in TOKEN_COLUMNS]
@@ -162,54 +231,68 @@ class TraceWriter:
 
     def _buffer(self, table: _Table, item: pl.DataFrame | Rows, rows: int, size: int, keys: int) -> None:
         table.pending.append(item)
-        table.rows += rows
         table.keys = (table.keys + keys) % 2**64
+        table.received += rows
         table.pending_rows += rows
         table.pending_bytes += size
         if table.pending_rows >= self.rows_per_part:
             self._flush(table)
-        tables = [self._tokens, *self._layers.values()]
-        while sum(table.pending_bytes for table in tables) > self.buffer_bytes:
+        tables = self._all_tables()
+        while sum(table.pending_bytes for table in tables) > self.buffer_bytes // 2:
             self._flush(max(tables, key=lambda table: table.pending_bytes))
 
     def _flush_all(self, even_empty: bool = False) -> None:
         for number, table in self._layers.items():
-            if even_empty and table.rows == 0:
+            if even_empty and table.received == 0 and table.parts == 0:
                 layer = self.meta.layer(number)
                 assert layer is not None
-                table.pending.append(
-                    {name: np.zeros((0, layer.top_k) if name in ("experts", "weights") else 0) for name in ROUTING_COLUMNS}
-                )
+                table.pending.append(self._empty_rows(layer.top_k))
             self._flush(table)
         self._flush(self._tokens)
 
+    def _empty_rows(self, slots: int) -> Rows:
+        absent = [
+            *([] if self.meta.has_weights else ["weights", "gate_mass_ffn"]),
+            *([] if self.meta.has_scores else ["entropy", "margin"]),
+        ]
+        names = [name for name in self.meta.routing_schema() if name not in absent]
+        return {name: np.zeros((0, slots) if name in ("experts", "weights") else 0) for name in names}
+
     def _flush(self, table: _Table) -> None:
-        """Write what is pending, in parts of at most ``rows_per_part`` rows."""
-        if not table.pending:
-            return
-        frame = table.frame(table.pending)
+        """Hand what is pending to the background, to be written in parts of at most ``rows_per_part`` rows."""
+        if table.pending:
+            pending, size = table.pending, table.pending_bytes
+            table.pending, table.pending_rows, table.pending_bytes = [], 0, 0
+            self._background.submit(lambda: self._write_pending(table, pending), size)
+
+    def _write_pending(self, table: _Table, pending: list) -> None:
+        frame = table.frame(pending)
         for start in range(0, max(frame.height, 1), self.rows_per_part):
             self._write_part(table, frame.slice(start, self.rows_per_part))
-        table.pending, table.pending_rows, table.pending_bytes = [], 0, 0
-        self._write_meta(complete=False)
+        self._note_finished()
+        if time.monotonic() - self._meta_written > self._meta_cost / META_SHARE:
+            self._write_meta(complete=False)
 
     def _write_part(self, table: _Table, frame: pl.DataFrame) -> None:
         name = f"{table.name}/part-{table.parts:05d}.parquet"
         try:
-            with atomic_path(self._temporary / name) as path:
-                frame.write_parquet(
-                    path, compression="zstd", row_group_size=max(frame.height, 1), metadata={VERSION_KEY: str(SCHEMA_VERSION)}
-                )
-        except (pl.exceptions.PolarsError, MoELabError) as error:
+            write_part(self._work / name, frame)
+        except (pl.exceptions.PolarsError, MoELabError, OSError) as error:
             raise TraceError(f"cannot write {self.folder}: {error}; try another folder or free some space") from error
         slots = 0
         if "experts" in frame.columns:
-            ids = frame["experts"].explode().drop_nulls().to_numpy()
-            slots = len(ids)
-            table.written += np.bincount(ids, minlength=len(table.written))
-        size, crc32 = file_checksum(self._temporary / name)
-        self._parts[name] = PartMeta(rows=frame.height, slots=slots, bytes=size, crc32=crc32)
+            counts = count_slots(frame, len(table.written))
+            slots = int(counts.sum())
+            table.written += counts
+        self._parts[name] = part_of(self._work / name, frame, slots)
         table.parts += 1
+        table.on_disk += frame.height
+
+    def _note_finished(self) -> None:
+        """Documents whose rows are on disk in every table."""
+        on_disk = {table.name: table.on_disk for table in self._all_tables()}
+        while self._marks and all(on_disk[name] >= rows for name, rows in self._marks[0][1].items()):
+            self.finished.update(self._marks.popleft()[0])
 
     def _check_conservation(self) -> None:
         reference = self._tokens if self._tokens.rows else next(iter(self._layers.values()))
@@ -226,18 +309,33 @@ class TraceWriter:
                 raise TraceError(f"layer {number}: expected the same (doc, pos) pairs as in {reference.name}, got others")
 
     def _write_meta(self, complete: bool) -> None:
-        parts = {name: part.to_dict() for name, part in self._parts.items()}
-        write_json(self._temporary / META_FILE, {**self.meta.to_dict(), "complete": complete, "parts": parts})
+        start = time.monotonic()
+        finished = set(self.finished)
+        write_meta(self._work, self.meta, self._parts, complete)
+        if finished and not complete:  # after the files that hold them were listed
+            write_json(self._work / DOCUMENTS_FILE, {"documents": ranges(finished)})
+        self._meta_written = time.monotonic()
+        self._meta_cost = self._meta_written - start
 
     def _leave_incomplete(self) -> None:
         """Keep what can be kept; the error that brought us here is the one to report, so a second one is not raised."""
+        try:
+            self._background.drain()
+        except BaseException:
+            self._marks.clear()  # rows are missing: later ones must not stand for them
+        self._background.stop()
+        self._background.forget_error()
         with suppress(MoELabError, OSError):
             self._flush_all()
+            self._background.drain()
+        self._background.stop()
         with suppress(MoELabError, OSError):
             self._write_meta(complete=False)
-        with suppress(OSError):
-            shutil.rmtree(self._incomplete, ignore_errors=True)
-            os.replace(self._temporary, self._incomplete)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        unlock(self._work, self._lock)
+        self._lock = None
 
 
 def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
@@ -270,34 +368,3 @@ def _columns(schema: pl.Schema) -> str:
 
 def _is_trace(folder: Path) -> bool:
     return (folder / META_FILE).is_file()
-
-
-def _put_in_place(new: Path, target: Path) -> None:
-    """Give ``new`` the name ``target``. An older folder there is swapped out in one step where the system can, and removed after."""
-    try:
-        if not target.exists():
-            os.rename(new, target)
-            return
-        if _exchange(new, target):
-            shutil.rmtree(new, ignore_errors=True)
-            return
-        aside = new.with_name(new.name + "-old")
-        os.rename(target, aside)
-        try:
-            os.rename(new, target)
-        except OSError:
-            os.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise TraceError(f"cannot write {target}: {error.strerror or error}; try another folder") from error
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names atomically with Linux's renameat2(RENAME_EXCHANGE); False where that does not exist."""
-    at_fdcwd, rename_exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    return renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
