@@ -9,9 +9,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.analysis.documents import nulls, over
+from moe_lab.analysis.streams import chosen_layers, chunks, slots
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
+from moe_lab.trace.convert import EMPTY_SLOT
+
+OPTIMAL_ORDER = 256
+"""Up to this many experts the leaves of the clustering are put in their best order, which takes cubic time."""
 
 
 def coactivation(trace: Trace, layers: Sequence[int] | None = None) -> pl.DataFrame:
@@ -27,25 +31,54 @@ def coactivation(trace: Trace, layers: Sequence[int] | None = None) -> pl.DataFr
         section 5.2), ``given_b`` the other way; ``expected`` is proportional to the product of the two loads and sums to the number of
         pairs, and ``lift = count / expected`` is 1 where the two keep to their loads. Null where an expert never ran.
     """
-    chosen = [layer for layer in trace.meta.layers if layers is None or layer.layer in layers]
-    if layers is not None and (missing := set(layers) - {layer.layer for layer in chosen}):
-        raise AnalysisError(expected(f"layers among {[layer.layer for layer in trace.meta.layers]}", sorted(missing)))
-    return pl.concat(_pairs(layer, pair_counts(trace, layer)) for layer in sorted(chosen, key=lambda layer: layer.layer))
+    return pl.concat(_pairs(layer, pair_counts(trace, layer)) for layer in chosen_layers(trace, layers))
+
+
+def coactivation_order(pairs: pl.DataFrame) -> pl.DataFrame:
+    """An order of each layer's experts in which those that run together stand together: leaves of an average-linkage clustering.
+
+    Args:
+        pairs: as ``coactivation`` returns.
+
+    Returns:
+        [layer, place, expert]: ``place`` 0.. of each expert. The distance of two experts is ``1 / (1 + lift)``, 1 where that is not
+        defined, so dead experts come last or alone.
+    """
+    frames = []
+    for layer in pairs.partition_by("layer", maintain_order=True):
+        order = _leaves(layer)
+        frames.append(
+            pl.DataFrame({"place": np.arange(len(order), dtype=np.uint16), "expert": order.astype(np.uint16)}).select(
+                pl.lit(layer["layer"][0], pl.UInt32).alias("layer"), pl.all()
+            )
+        )
+    schema = {"layer": pl.UInt32, "place": pl.UInt16, "expert": pl.UInt16}
+    return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
 
 
 def pair_counts(trace: Trace, layer: LayerMeta) -> NDArray[np.int64]:
     """[E, E], symmetric: tokens that ran both experts; the diagonal holds the tokens of each expert."""
     bins = layer.num_choices + 1  # the last bin takes the slots that were not used
     total = np.zeros(bins * bins, dtype=np.int64)
-    for batch in trace.batches(layer.layer, ["experts"]):
-        ids_TK = expert_slots(layer, batch["experts"])
-        ids_KT = np.where(ids_TK == EMPTY_SLOT, bins - 1, ids_TK.astype(np.int64)).T.copy()
-        for a in range(len(ids_KT)):
-            row = ids_KT[a] * bins
-            for b in range(a, len(ids_KT)):
-                total += np.bincount(row + ids_KT[b], minlength=bins * bins)
+    for batch in slots(trace, layer):
+        for part in chunks(len(batch.ids)):
+            ids_TK = batch.ids[part].astype(np.int64)
+            ids_TK[ids_TK == EMPTY_SLOT] = bins - 1
+            _add_pairs(total, np.ascontiguousarray(ids_TK.T), bins)
     ordered = total.reshape(bins, bins)[:-1, :-1]
     return ordered + ordered.T - np.diag(np.diag(ordered))
+
+
+def _add_pairs(total: NDArray[np.int64], ids_KT: NDArray[np.int64], bins: int) -> None:
+    """Count each unordered pair of slots once, and each slot with itself."""
+    small = total.size <= 4 * ids_KT.shape[1]
+    for a, ids_T in enumerate(ids_KT):
+        row = ids_T * bins
+        for b in range(a, len(ids_KT)):
+            if small:
+                total += np.bincount(row + ids_KT[b], minlength=total.size)
+            else:
+                np.add.at(total, row + ids_KT[b], 1)
 
 
 def _pairs(layer: LayerMeta, counts_EE: NDArray[np.int64]) -> pl.DataFrame:
@@ -55,11 +88,18 @@ def _pairs(layer: LayerMeta, counts_EE: NDArray[np.int64]) -> pl.DataFrame:
     expected_count = product * (count.sum() / product.sum()) if product.sum() else product
     frame = pl.DataFrame(
         {"expert_a": a.astype(np.uint16), "expert_b": b.astype(np.uint16), "count": count}
-        | {"given_a": _over(count, load[a]), "given_b": _over(count, load[b])}
-        | {"expected": expected_count, "lift": _over(count, expected_count)}
+        | {"given_a": over(count, load[a]), "given_b": over(count, load[b])}
+        | {"expected": expected_count, "lift": over(count, expected_count)}
     )
-    return frame.select(pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all()).with_columns(pl.col(pl.Float64).fill_nan(None))
+    return nulls(frame.select(pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all()))
 
 
-def _over(numerator: NDArray, denominator: NDArray) -> NDArray[np.float64]:
-    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
+def _leaves(pairs: pl.DataFrame) -> NDArray[np.int64]:
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    experts = int(pairs["expert_b"].max()) + 1  # type: ignore[arg-type]
+    if experts < 3:
+        return np.arange(experts)
+    ordered = pairs.sort("expert_a", "expert_b")
+    distance = 1 / (1 + ordered["lift"].fill_null(0).to_numpy())
+    return leaves_list(linkage(distance, "average", optimal_ordering=experts <= OPTIMAL_ORDER)).astype(np.int64)

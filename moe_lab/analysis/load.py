@@ -5,14 +5,18 @@ expert's count is given in the same unit (a real expert's fair share), so that t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from moe_lab.analysis import counts as of
-from moe_lab.analysis.tables import KEY, collect, counts_by, token_column
+from moe_lab.analysis.groups import group_counts, grouping, windows
+from moe_lab.analysis.streams import by_layer
+from moe_lab.analysis.tables import counts_by
 from moe_lab.config import require
-from moe_lab.trace import Trace
+from moe_lab.trace import LayerMeta, Trace
 
 
 def expert_load(trace: Trace, by: str | None = None) -> pl.DataFrame:
@@ -20,14 +24,15 @@ def expert_load(trace: Trace, by: str | None = None) -> pl.DataFrame:
 
     Args:
         trace: an opened trace.
-        by: a column of ``trace.tokens`` to count apart (class, document, position band); tokens where it is null are left out.
+        by: a column of ``trace.tokens`` to count apart (a class, a domain, ``doc``), or ``position_band``: 0 for the first position of
+            each document, b for positions 2^(b-1) .. 2^b - 1. Tokens where it is null are left out.
 
     Returns:
         [layer, (by,) expert, is_zero, count, share, load]: ``count`` slots; ``share`` of all slots of the layer (and group), real and
         zero-compute together; ``load`` is the count over the mean count of the layer's (and group's) **real** experts, for both kinds:
         1 is a real expert's fair share. ``load`` is null where no real expert ran, ``share`` where no slot was used.
     """
-    table = trace.counts() if by is None else counts_by(trace, token_column(trace, by, by), by)
+    table = trace.counts() if by is None else counts_by(trace, grouping(trace, by))
     group = ["layer"] if by is None else ["layer", by]
     fair = pl.col("count").filter(~pl.col("is_zero")).mean().over(group)
     total = pl.col("count").sum().over(group)
@@ -35,58 +40,64 @@ def expert_load(trace: Trace, by: str | None = None) -> pl.DataFrame:
 
 
 def load_summary(trace: Trace, by: str | None = None) -> pl.DataFrame:
-    """One row of load statistics per layer (and value of ``by``).
+    """One row of load statistics per layer (and value of ``by``, as in ``expert_load``).
 
     Returns:
-        [layer, (by,) slots, zero_share, load_cv, max_violation, max_over_mean, gini, entropy, effective_experts, dead]: ``slots`` used,
-        ``zero_share`` of them by zero-compute experts; the rest over the real experts, dead ones included, as defined in
+        [layer, (by,) slots, zero_share, load_cv, max_violation, max_over_mean, balancedness, gini, entropy, effective_experts, dead]:
+        ``slots`` used, ``zero_share`` of them by zero-compute experts; the rest over the real experts, dead ones included, as defined in
         ``analysis.counts`` (``entropy`` in nats). Null where no real expert ran.
     """
-    table = trace.counts() if by is None else counts_by(trace, token_column(trace, by, by), by)
-    return _summaries(table, ["layer"] if by is None else ["layer", by])
+    groups = None if by is None else grouping(trace, by)
+    frames = []
+    for layer in by_layer(trace):
+        blocks = [(0, trace.layer_counts(layer)[None])] if groups is None else group_counts(trace, layer, groups)
+        for first, table_GE in blocks:
+            names = {} if groups is None else {groups.name: groups.values[first : first + len(table_GE)]}
+            frames.append(_summary(layer, names, table_GE))
+    return pl.concat(frames)
 
 
-def load_over_windows(trace: Trace, window: int = 8192) -> pl.DataFrame:
-    """Load statistics of consecutive windows of tokens, in order of (doc, pos): what a step or a serving batch of that size would see.
+def load_over_windows(trace: Trace, window: int = 8192, *, column: str | None = None, averages: Sequence[int] = ()) -> pl.DataFrame:
+    """Load statistics of consecutive windows of tokens: what a step or a serving batch of that size would see.
 
     Args:
         trace: a trace with a token table.
-        window: tokens in a window; the last one may be shorter.
+        window: tokens in a window, in order of (doc, pos); the last one may be shorter.
+        column: a token column that names the windows instead, such as the training or serving step; in order of its values.
+        averages: also give the mean balancedness of the last N windows for each N here; serving engines quote 10, 100 and 1000 steps.
 
     Returns:
-        [layer, window, tokens, balancedness, load_cv, max_violation]: ``balancedness`` is mean / max over the real experts.
+        [layer, window, tokens, balancedness, load_cv, max_violation, (balancedness_N)]: ``balancedness`` is mean / max over the real
+        experts; ``balancedness_N`` averages the windows there are while fewer than N have passed.
     """
     require(window >= 1, "a window of at least 1 token", window)
-    numbered = trace.tokens.select(*KEY).sort(*KEY).with_row_index("row").select(*KEY, window=pl.col("row") // window)
-    table = _summaries(counts_by(trace, numbered, "window"), ["layer", "window"])
-    sizes = collect(numbered.group_by("window").agg(tokens=pl.len()))
-    table = table.join(sizes, on="window", how="left").with_columns(balancedness=1 / pl.col("max_over_mean"))
-    return table.select("layer", "window", "tokens", "balancedness", "load_cv", "max_violation").sort("layer", "window")
-
-
-def _summaries(table: pl.DataFrame, group: Sequence[str]) -> pl.DataFrame:
-    """Statistics of each group of rows [*group, expert, is_zero, count], which are sorted and hold every expert in every group."""
+    require(all(number >= 1 for number in averages), "averages over at least 1 window", list(averages))
+    groups = windows(trace, window) if column is None else grouping(trace, column, "window")
     frames = []
-    for layer in table.partition_by("layer", maintain_order=True):
-        num_choices = layer["expert"].n_unique()
-        real = ~layer["is_zero"].to_numpy()[:num_choices]
-        counts_GE = layer["count"].to_numpy().reshape(-1, num_choices)
-        real_GE, slots_G = counts_GE[:, real], counts_GE.sum(axis=1)
-        statistics = {name: function(real_GE) for name, function in _STATISTICS.items()}
-        zero_share = np.divide(slots_G - real_GE.sum(axis=1), slots_G, out=np.full(len(slots_G), np.nan), where=slots_G > 0)
-        frames.append(
-            layer[::num_choices]
-            .select(group)
-            .with_columns(slots=slots_G, zero_share=zero_share, **statistics, dead=of.dead_experts(real_GE))
-            .with_columns(pl.col(pl.Float64).fill_nan(None))
-        )
-    return pl.concat(frames)
+    for layer in by_layer(trace):
+        for first, table_GE in group_counts(trace, layer, groups):
+            places = slice(first, first + len(table_GE))
+            frames.append(_summary(layer, {"window": groups.values[places], "tokens": groups.sizes[places]}, table_GE))
+    table = pl.concat(frames).select("layer", "window", "tokens", "balancedness", "load_cv", "max_violation")
+    means = {f"balancedness_{n}": pl.col("balancedness").rolling_mean(n, min_samples=1).over("layer") for n in averages}
+    return table.with_columns(**means)
+
+
+def _summary(layer: LayerMeta, names: dict[str, Any], table_GE: NDArray[Any]) -> pl.DataFrame:
+    """One row of statistics for each row of counts."""
+    counts_GE = table_GE.astype(np.int64)
+    real_GE, slots_G = counts_GE[:, : layer.num_experts], counts_GE.sum(axis=1)
+    zero_share = np.divide(slots_G - real_GE.sum(axis=1), slots_G, out=np.full(len(slots_G), np.nan), where=slots_G > 0)
+    columns = {"slots": slots_G, "zero_share": zero_share} | {name: function(real_GE) for name, function in _STATISTICS.items()}
+    frame = pl.DataFrame({**names, **columns, "dead": of.dead_experts(real_GE)}).with_columns(pl.col(pl.Float64).fill_nan(None))
+    return frame.select(pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all())
 
 
 _STATISTICS = {
     "load_cv": of.load_cv,
     "max_violation": of.max_violation,
     "max_over_mean": of.max_over_mean,
+    "balancedness": of.balancedness,
     "gini": of.gini,
     "entropy": of.load_entropy,
     "effective_experts": of.effective_experts,

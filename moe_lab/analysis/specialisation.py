@@ -10,45 +10,91 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
+from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.counts import jensen_shannon_bits
-from moe_lab.analysis.tables import KEY, collect, counts_by, expert_axis, token_column
-from moe_lab.trace import Trace
+from moe_lab.analysis.documents import RESAMPLES, Resampling, documents, nulls, over, unit_counts, unit_sizes
+from moe_lab.analysis.groups import Grouping, group_counts, grouping
+from moe_lab.analysis.streams import by_layer, chosen_layers
+from moe_lab.config import require
+from moe_lab.errors import AnalysisError, expected
+from moe_lab.trace import LayerMeta, Trace
+
+MAX_DOMAINS = 256
+"""A column with more values than this is no domain."""
+MAX_DEALS = 50
 
 
-def domain_specialisation(trace: Trace, column: str) -> pl.DataFrame:
+def domain_specialisation(
+    trace: Trace, column: str = "domain", *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> pl.DataFrame:
     """Share of each domain's tokens that ran each expert.
 
     Args:
         trace: a trace with a token table.
         column: the token column that names the domain (or any class); tokens where it is null are left out.
+        resamples, seed, level: of the percentile interval from resampling documents; 0 resamples leave it out.
 
     Returns:
-        [layer, domain, expert, is_zero, count, tokens, specialisation, at_random]: ``specialisation = count / tokens`` of the domain;
-        ``at_random`` is the expert's share of all counted tokens, which every domain would show if it played no part.
+        [layer, domain, expert, is_zero, count, tokens, specialisation, lo, hi, at_random]: ``specialisation = count / tokens`` of the
+        domain; ``at_random`` is the expert's share of all counted tokens, which every domain would show if it played no part. Ends of
+        intervals are null for a domain of fewer than 2 documents.
     """
-    groups = token_column(trace, column, "domain")
-    table = counts_by(trace, groups, "domain")
-    sizes = collect(groups.drop_nulls("domain").group_by("domain").agg(tokens=pl.len().cast(pl.Int64)))
-    table = table.join(sizes, on="domain", how="left", maintain_order="left")
-    everywhere = pl.col("count").sum().over("layer", "expert") / pl.col("tokens").sum().over("layer", "expert")
-    return table.with_columns(specialisation=pl.col("count") / pl.col("tokens"), at_random=everywhere)
+    groups = _domains(trace, column)
+    docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
+    sizes_UG = unit_sizes(docs, groups)
+    sizes_G = sizes_UG.sum(axis=0)
+    frames = []
+    for layer in by_layer(trace):
+        counts_UGE = unit_counts(trace, layer, docs, groups)
+        counts_GE = counts_UGE.sum(axis=0, dtype=np.int64)
+        shares = over(counts_GE, sizes_G[:, None])
+        low, high = np.full_like(shares, np.nan), np.full_like(shares, np.nan)
+        if resamples:
+            low, high = Resampling(resamples, seed, level).interval(
+                lambda weights, counts=counts_UGE: _shares(weights, counts, sizes_UG), docs.units
+            )
+        alone = (sizes_UG > 0).sum(axis=0) < 2
+        low[alone], high[alone] = np.nan, np.nan
+        at_random = over(counts_GE.sum(axis=0), sizes_G.sum())
+        frames.append(
+            _per_expert(layer, groups.values, counts_GE).with_columns(
+                tokens=np.repeat(sizes_G, layer.num_choices),
+                specialisation=shares.ravel(),
+                lo=low.ravel(),
+                hi=high.ravel(),
+                at_random=np.tile(at_random, len(groups)),
+            )
+        )
+    return nulls(pl.concat(frames))
 
 
-def domain_divergence(trace: Trace, column: str) -> pl.DataFrame:
+def domain_divergence(
+    trace: Trace, column: str = "domain", *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> pl.DataFrame:
     """Jensen-Shannon divergence in bits between the expert loads (all slots) of every two domains.
 
     Returns:
-        [layer, domain_a, domain_b, bits]: 0 where the two domains load the experts alike, 1 where they share none. Samples differ even
-        where domains do not: compare with the divergence between halves of one domain. Null where a domain used no slot.
+        [layer, domain_a, domain_b, bits, lo, hi, shuffled]: ``bits`` is 0 where the two domains load the experts alike, 1 where they share
+        none, null where a domain used no slot. Samples differ even where domains do not: ``shuffled`` is the mean over up to ``MAX_DEALS``
+        draws in which the documents of both are dealt anew to the two names, and is what ``bits`` must exceed. Finite samples push the
+        resampled values up as they push ``bits``, so the interval is the reflected one, ``2 bits - q``, cut at 0 and 1. ``lo``, ``hi``
+        and ``shuffled`` are null with fewer than 2 documents in a domain, ``shuffled`` also where a document (or a drawn bundle of them,
+        see ``analysis.documents``) mixes domains.
     """
-    table = counts_by(trace, token_column(trace, column, "domain"), "domain")
-    rows = []
-    for layer in table.partition_by("layer", maintain_order=True):
-        loads = {part["domain"][0]: part["count"].to_numpy() for part in layer.partition_by("domain", maintain_order=True)}
-        rows += [(layer["layer"][0], a, b, float(jensen_shannon_bits(loads[a], loads[b]))) for a, b in combinations(loads, 2)]
-    kind = table.schema["domain"]
-    schema = {"layer": pl.UInt32, "domain_a": kind, "domain_b": kind, "bits": pl.Float64}
-    return pl.DataFrame(rows, schema=schema, orient="row").with_columns(pl.col("bits").fill_nan(None))
+    groups = _domains(trace, column)
+    docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
+    here_UG = unit_sizes(docs, groups) > 0
+    pairs_P2 = np.array(list(combinations(range(len(groups)), 2)), dtype=np.int64).reshape(-1, 2)
+    resampling = Resampling(resamples, seed, level) if resamples else None
+    few_P = (here_UG.sum(axis=0) < 2)[pairs_P2].any(axis=1)
+    frames = []
+    for layer in by_layer(trace):
+        found_4P = _divergences(unit_counts(trace, layer, docs, groups), here_UG, pairs_P2, resampling)
+        found_4P[1:, few_P] = np.nan
+        names = {"domain_a": groups.values.gather(pairs_P2[:, 0]), "domain_b": groups.values.gather(pairs_P2[:, 1])}
+        values = dict(zip(("bits", "lo", "hi", "shuffled"), found_4P, strict=True))
+        frames.append(pl.DataFrame({**names, **values}).select(pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all()))
+    return nulls(pl.concat(frames))
 
 
 def vocabulary_specialisation(trace: Trace, column: str = "token_id", min_count: int = 1) -> pl.DataFrame:
@@ -56,7 +102,8 @@ def vocabulary_specialisation(trace: Trace, column: str = "token_id", min_count:
 
     Args:
         trace: a trace with a token table.
-        column: the token column that holds the id (input, target or predicted id).
+        column: the token column that holds the id: ``token_id`` (input), ``true_id`` (the id that follows, derived where the trace has no
+            such column), or a recorded column such as the id that the model predicted.
         min_count: leave out ids with fewer tokens. An id seen once always has a share of 1, so rare ids inflate ``mean``.
 
     Returns:
@@ -64,21 +111,51 @@ def vocabulary_specialisation(trace: Trace, column: str = "token_id", min_count:
         ``load_bound`` is the share of all these tokens that the busiest expert runs, which a layer blind to the id would show for every
         frequent id. Zero-compute experts count as experts.
     """
-    ids = token_column(trace, column, "id").drop_nulls("id")
-    sizes = collect(ids.group_by("id").agg(n=pl.len())).filter(pl.col("n") >= min_count)
+    require(min_count >= 1, "a min_count of at least 1", min_count)
+    groups = grouping(trace, column, "id", min_count)
+    tokens = int(groups.sizes.sum())
     rows = []
-    for layer in expert_axis(trace)["layer"].unique().sort():
-        slots = trace.routing.filter(pl.col("layer") == layer).select(*KEY, "experts").join(ids, on=list(KEY)).select("id", "experts")
-        counts = collect(slots.explode("experts").drop_nulls("experts").group_by("id", "experts").agg(count=pl.len())).join(sizes, on="id")
-        highest = sizes.join(counts.group_by("id").agg(pl.col("count").max()), on="id", how="left").fill_null(0)
-        busiest = counts.group_by("experts").agg(pl.col("count").sum())["count"].max()
-        mean, weighted = vocabulary_shares(highest["count"].to_numpy(), highest["n"].to_numpy())
-        tokens = int(sizes["n"].sum())
-        bound = busiest / tokens if isinstance(busiest, int) and tokens else None
-        rows.append((layer, sizes.height, tokens, mean, weighted, bound))
+    for layer in by_layer(trace):
+        highest, load_E = [], np.zeros(layer.num_choices, dtype=np.int64)
+        for _, table_GE in group_counts(trace, layer, groups):
+            highest.append(table_GE.max(axis=1))
+            load_E += table_GE.sum(axis=0, dtype=np.int64)
+        mean, weighted = vocabulary_shares(np.concatenate(highest), groups.sizes)
+        bound = int(load_E.max()) / tokens if load_E.any() else None
+        rows.append((layer.layer, len(groups), tokens, mean, weighted, bound))
     schema = {"layer": pl.UInt32, "ids": pl.Int64, "tokens": pl.Int64}
     schema |= dict.fromkeys(("mean", "token_weighted", "load_bound"), pl.Float64)
-    return pl.DataFrame(rows, schema=schema, orient="row").with_columns(pl.col(pl.Float64).fill_nan(None))
+    return nulls(pl.DataFrame(rows, schema=schema, orient="row"))
+
+
+def expert_vocabulary(
+    trace: Trace, column: str = "token_id", *, layers: list[int] | None = None, top: int = 10, min_count: int = 10
+) -> pl.DataFrame:
+    """The ids that each expert runs most exclusively.
+
+    Args:
+        trace: a trace with a token table.
+        column: as in ``vocabulary_specialisation``.
+        layers: layers to look at; all by default.
+        top: ids per expert.
+        min_count: leave out ids with fewer tokens.
+
+    Returns:
+        [layer, expert, is_zero, id, count, tokens, share] sorted by layer, expert and falling ``share = count / tokens`` (then tokens);
+        fewer than ``top`` rows for an expert that ran fewer ids.
+    """
+    require(min_count >= 1 and top >= 1, "a min_count and a top of at least 1", (min_count, top))
+    groups = grouping(trace, column, "id", min_count)
+    frames = []
+    for layer in chosen_layers(trace, layers):
+        best: list[pl.DataFrame] = []
+        for first, table_GE in group_counts(trace, layer, groups):
+            places = slice(first, first + len(table_GE))
+            found = _best_ids(layer, table_GE, groups.values[places], groups.sizes[places], top)
+            found = pl.concat([*best, found]).sort("expert", "share", "tokens", "id", descending=[False, True, True, False])
+            best = [found.group_by("expert", maintain_order=True).head(top)]
+        frames.append(best[0].select(pl.lit(layer.layer, pl.UInt32).alias("layer"), "expert", "is_zero", "id", "count", "tokens", "share"))
+    return pl.concat(frames)
 
 
 def vocabulary_shares(highest: ArrayLike, tokens: ArrayLike) -> tuple[float, float]:
@@ -91,3 +168,78 @@ def vocabulary_shares(highest: ArrayLike, tokens: ArrayLike) -> tuple[float, flo
     top: NDArray[np.float64] = np.asarray(highest, dtype=np.float64)
     size: NDArray[np.float64] = np.asarray(tokens, dtype=np.float64)
     return (float((top / size).mean()), float(top.sum() / size.sum())) if len(size) else (np.nan, np.nan)
+
+
+def _domains(trace: Trace, column: str) -> Grouping:
+    groups = grouping(trace, column, "domain")
+    if len(groups) > MAX_DOMAINS:
+        raise AnalysisError(expected(f"a column of at most {MAX_DOMAINS} domains", f"{len(groups)} values of {column!r}", "another column"))
+    return groups
+
+
+def _per_expert(layer: LayerMeta, values: pl.Series, counts_GE: NDArray[np.int64]) -> pl.DataFrame:
+    experts, groups = np.arange(layer.num_choices), len(values)
+    return pl.DataFrame(
+        {
+            "layer": pl.repeat(layer.layer, counts_GE.size, dtype=pl.UInt32, eager=True),
+            "domain": values.gather(np.repeat(np.arange(groups), layer.num_choices)),
+            "expert": np.tile(experts.astype(np.uint16), groups),
+            "is_zero": np.tile(experts >= layer.num_experts, groups),
+            "count": counts_GE.ravel(),
+        }
+    )
+
+
+def _shares(weights_BU: Floats, counts_UGE: NDArray, sizes_UG: NDArray) -> Floats:
+    units, groups, experts = counts_UGE.shape
+    counts_BGE = (weights_BU @ counts_UGE.reshape(units, -1)).reshape(-1, groups, experts)
+    return over(counts_BGE, (weights_BU @ sizes_UG)[:, :, None])
+
+
+def _divergences(
+    counts_UGE: NDArray[np.uint32], here_UG: NDArray[np.bool_], pairs_P2: NDArray[np.int64], resampling: Resampling | None
+) -> Floats:
+    """[4, P]: bits, lo, hi and shuffled of each pair of domains."""
+    units, groups, experts = counts_UGE.shape
+    flat = counts_UGE.reshape(units, -1).astype(np.float64)
+
+    def bits(weights_BU: Floats) -> Floats:
+        loads_BGE = (weights_BU @ flat).reshape(-1, groups, experts)
+        return np.stack([jensen_shannon_bits(loads_BGE[:, a], loads_BGE[:, b]) for a, b in pairs_P2], axis=1)
+
+    found = np.full((4, len(pairs_P2)), np.nan)
+    if not len(pairs_P2):
+        return found
+    found[0] = bits(np.ones((1, units)))[0]
+    if resampling is not None:
+        low, high = resampling.interval(bits, units)
+        found[1], found[2] = np.maximum(2 * found[0] - high, 0), np.minimum(2 * found[0] - low, 1)
+        if (here_UG.sum(axis=1) <= 1).all():
+            found[3] = _shuffled(counts_UGE.sum(axis=1), here_UG, pairs_P2, resampling)
+    return found
+
+
+def _shuffled(load_UE: NDArray, here_UG: NDArray[np.bool_], pairs_P2: NDArray[np.int64], resampling: Resampling) -> Floats:
+    """[P] mean divergence of each pair when the documents of the two are dealt anew to their names."""
+    generator, means = np.random.default_rng(resampling.seed), []
+    for a, b in pairs_P2:
+        kept = here_UG[:, a] | here_UG[:, b]
+        if not kept.any():
+            means.append(np.nan)
+            continue
+        deals = np.stack([generator.permutation(here_UG[kept, a]) for _ in range(min(resampling.resamples, MAX_DEALS))]).astype(np.float64)
+        load = load_UE[kept].astype(np.float64)
+        means.append(float(np.mean(jensen_shannon_bits(deals @ load, (1 - deals) @ load))))
+    return np.array(means)
+
+
+def _best_ids(layer: LayerMeta, table_GE: NDArray, ids: pl.Series, sizes: NDArray, top: int) -> pl.DataFrame:
+    share_GE = table_GE / np.maximum(sizes, 1)[:, None]
+    order_GE = np.lexsort((np.broadcast_to(-sizes[:, None], share_GE.shape), -share_GE), axis=0)[:top]
+    expert = np.tile(np.arange(layer.num_choices), len(order_GE))
+    place = order_GE.ravel()
+    frame = pl.DataFrame(
+        {"expert": expert.astype(np.uint16), "is_zero": expert >= layer.num_experts, "id": ids.gather(place)}
+        | {"count": table_GE[place, expert].astype(np.int64), "tokens": sizes[place], "share": share_GE[place, expert]}
+    )
+    return frame.filter(pl.col("count") > 0)

@@ -1,15 +1,17 @@
 """From a trace to the small tables that analyses start from: sums over tokens, grouped by layer and by a column of ``tokens``.
 
-Everything here streams: what is held in memory is the token keys with one column, and the result.
+Everything here streams: what is held in memory is a few files at a time, and the result.
 """
 
 import numpy as np
 import polars as pl
 
+from moe_lab.analysis.groups import Grouping, group_counts
+from moe_lab.analysis.streams import KEY, by_layer
 from moe_lab.errors import AnalysisError, TraceError, expected
 from moe_lab.trace import Trace
 
-KEY = ("doc", "pos")
+__all__ = ["KEY", "collect", "counts_by", "expert_axis", "token_column"]
 
 
 def token_column(trace: Trace, column: str, name: str) -> pl.LazyFrame:
@@ -39,19 +41,21 @@ def expert_axis(trace: Trace) -> pl.DataFrame:
     )
 
 
-def counts_by(trace: Trace, groups: pl.LazyFrame, name: str) -> pl.DataFrame:
-    """[layer, <name>, expert, is_zero, count]: slots per expert for each group of tokens, every expert present in every group.
-
-    Args:
-        trace: the trace.
-        groups: [doc, pos, <name>]; tokens with a null group are left out.
-        name: the column that holds the group.
-    """
-    slots = trace.routing.select("layer", *KEY, "experts").join(groups.drop_nulls(name), on=list(KEY)).select("layer", name, "experts")
-    found = collect(
-        slots.explode("experts").rename({"experts": "expert"}).drop_nulls("expert").group_by("layer", name, "expert").agg(count=pl.len())
-    )
-    values = collect(groups.select(name).drop_nulls().unique()).sort(name)
-    axis = expert_axis(trace).join(values, how="cross")
-    counts = axis.join(found, on=["layer", name, "expert"], how="left").with_columns(pl.col("count").fill_null(0).cast(pl.Int64))
-    return counts.select("layer", name, "expert", "is_zero", "count").sort("layer", name, "expert")
+def counts_by(trace: Trace, groups: Grouping) -> pl.DataFrame:
+    """[layer, <name of the groups>, expert, is_zero, count]: slots per expert for each group, every expert present in every group."""
+    frames = []
+    for layer in by_layer(trace):
+        table_GE = np.concatenate([table for _, table in group_counts(trace, layer, groups)])
+        experts = np.arange(layer.num_choices)
+        frames.append(
+            pl.DataFrame(
+                {
+                    "layer": pl.repeat(layer.layer, table_GE.size, dtype=pl.UInt32, eager=True),
+                    groups.name: groups.values.gather(np.repeat(np.arange(len(groups)), layer.num_choices)),
+                    "expert": np.tile(experts.astype(np.uint16), len(groups)),
+                    "is_zero": np.tile(experts >= layer.num_experts, len(groups)),
+                    "count": table_GE.ravel().astype(np.int64),
+                }
+            )
+        )
+    return pl.concat(frames)

@@ -16,7 +16,7 @@ DATA = Path(os.environ.get("MOE_LAB_DATA", Path(__file__).parents[2] / ".." / "s
 
 def test_domains_that_share_no_expert_are_one_bit_apart(make_trace):
     trace = make_trace([[0, 1]] * 4 + [[2, 3]] * 2, 4, domain=["a"] * 4 + ["b"] * 2)
-    assert domain_divergence(trace, "domain").rows() == [(0, "a", "b", pytest.approx(1))]
+    assert domain_divergence(trace, "domain").rows() == [(0, "a", "b", pytest.approx(1), None, None, None)]  # one document
     table = domain_specialisation(trace, "domain").filter(pl.col("expert") == 0)
     assert table.select("domain", "count", "tokens", "specialisation").rows() == [("a", 4, 4, 1.0), ("b", 0, 2, 0.0)]
     assert table["at_random"].to_list() == pytest.approx([4 / 6, 4 / 6])
