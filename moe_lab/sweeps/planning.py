@@ -48,14 +48,31 @@ def plan(sweep: SweepConfig, calibrate: bool = True, *, cache_dir: Path | None =
     """One row per run, in the sweep's order: the columns of ``describe`` and minutes (null without ``calibrate``).
 
     Calibration trains each distinct shape for a few steps on one thread in a temporary folder and extrapolates to all steps and the
-    validation pass; timings are cached per shape and machine in ``cache_dir`` (default: MOE_LAB_CACHE, else ``~/.cache/moe_lab``).
+    validation pass; a run that branches off a longer one of the sweep trains its decay alone. Timings are cached per shape and machine
+    in ``cache_dir`` (default: MOE_LAB_CACHE, else ``~/.cache/moe_lab``).
     Raises ``MoELabError`` where the runs could not be trained at all.
     """
     import polars as pl
 
     rows = [describe(run, run_hash) for run_hash, run in zip(sweep.hashes, sweep.runs, strict=True)]
-    minutes = run_minutes(sweep.runs, cache_dir) if calibrate else [None] * len(rows)
+    minutes: list[float] | list[None] = [None] * len(rows)
+    if calibrate:
+        left = _left_to_train(sweep)
+        minutes = [whole * share for whole, share in zip(run_minutes(sweep.runs, cache_dir), left, strict=True)]
     return pl.DataFrame(rows, infer_schema_length=None).with_columns(minutes=pl.Series(minutes, dtype=pl.Float64))
+
+
+def _left_to_train(sweep: SweepConfig) -> list[float]:
+    """The share of its steps that each run trains itself: all, or the decay where the sweep has the long run it branches off."""
+    from moe_lab.training.branching import branch_steps, trunk_hash
+
+    family = {run: trunk_hash(run) for run in sweep.runs if run.budgets}
+    trunks = {family[run] for run in family if branch_steps(run)}
+    shares = []
+    for run in sweep.runs:
+        branches = run.budgets and run.train_tokens != run.budgets[-1] and family[run] in trunks
+        shares.append(1 - run.decay_step(run.train_tokens) / run.steps if branches else 1.0)
+    return shares
 
 
 def wall_minutes(frame: "pl.DataFrame", workers: int | None = None) -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from moe_lab.config import Config, require
 from moe_lab.model import DecoderConfig
@@ -56,6 +57,8 @@ class RunConfig(Config):
         seed: of initialisation and data order; runs of one seed see the same batches whatever their model.
         batch_size: sequences per optimiser step; ``grad_accumulation`` splits them into micro-batches.
         train_tokens: rounded up to whole steps.
+        budgets: token budgets, ascending, that share one long run: all warm up like the longest, and the shorter ones branch off it
+            where they begin to decay (`moe_lab.training.branching`). ``train_tokens`` is one of them. Empty: this run is alone.
         router_aux_loss_coef, router_z_loss_coef: of the balance loss (scale 1 at uniform load, mean over layers) and the router z-loss.
         router_own_loss_coef: of the losses that a router makes itself (``Routing.losses``: the entropy of top-p, the L1 of ReMoE, ...).
         eval_tokens: validation tokens, in excerpts of ``eval_excerpt_tokens`` evenly spaced over the validation documents; None for all.
@@ -73,6 +76,7 @@ class RunConfig(Config):
     seq_length: int = 128
     grad_accumulation: int = 1
     train_tokens: int = 200_000
+    budgets: tuple[int, ...] = ()
     router_aux_loss_coef: float = 1e-2
     router_z_loss_coef: float = 1e-3
     router_own_loss_coef: float = 1.0
@@ -98,6 +102,9 @@ class RunConfig(Config):
             f"seq_length of at most the model's context_length {self.model.context_length}",
             self.seq_length,
         )
+        require(list(self.budgets) == sorted(set(self.budgets)), "ascending budgets", self.budgets)
+        require(not self.budgets or self.train_tokens in self.budgets, f"train_tokens among the budgets {self.budgets}", self.train_tokens)
+        _ = self.schedule  # a warm-up and a decay that fit into these steps
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_own_loss_coef"):
             require(getattr(self, name) >= 0, f"{name} of at least 0", getattr(self, name))
 
@@ -107,7 +114,28 @@ class RunConfig(Config):
 
     @property
     def steps(self) -> int:
-        return -(-self.train_tokens // self.tokens_per_step)
+        return self._steps(self.train_tokens)
+
+    def _steps(self, tokens: int) -> int:
+        return -(-tokens // self.tokens_per_step)
+
+    @property
+    def schedule(self) -> OptimizerConfig:
+        """The optimiser as this run follows it: runs that share ``budgets`` have the warm-up steps of the longest."""
+        if not self.budgets:
+            return self.optimizer
+        warmup = round(self.optimizer.warmup_fraction * self._steps(self.budgets[-1]))
+        return self.optimizer.replace(warmup_fraction=warmup / self.steps)
+
+    def decay_step(self, tokens: int) -> int:
+        """Steps before a budget of ``tokens`` begins to decay."""
+        steps = self._steps(tokens)
+        return steps - round(self.optimizer.decay_fraction * steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As every configuration's; ``budgets`` only where there are any, so that a run that is alone keeps its hash."""
+        values = super().to_dict()
+        return values if self.budgets else {name: value for name, value in values.items() if name != "budgets"}
 
     @property
     def target_ffn_count(self) -> float | None:

@@ -62,6 +62,7 @@ def run_record(
         "params_meaning": "all parameters, the embedding included (convention A)",
         "flops_per_token": flops(config.model, context=config.seq_length, phase="train").total,
         "train_tokens": config.steps * config.tokens_per_step,
+        "learning_rate": config.optimizer.lr,
         "eval_tokens": evaluation.num_tokens,
         "eval_documents": evaluation.num_documents,
         "loss": evaluation.loss,
@@ -83,12 +84,21 @@ def _routing_record(config: RunConfig, folder: Path | None, train_tokens: int) -
         return {}
     router = config.model.moe.router
     trace = open_trace(folder / "trace")
-    layers = trace.routing.group_by("layer").agg(mean=pl.col("ffn_count").mean(), sd=pl.col("ffn_count").std(ddof=0)).collect()
+    layers = trace.routing.group_by("layer").agg(
+        mean=pl.col("ffn_count").mean(),
+        sd=pl.col("ffn_count").std(ddof=0),
+        dropped=pl.col("dropped").cast(pl.Float64).mean() / router.top_k,
+    )
+    layers = layers.collect()
     load = (
         trace.counts()
         .filter(~pl.col("is_zero"))
         .group_by("layer")
-        .agg(cv=pl.col("count").std(ddof=0) / pl.col("count").mean(), max_violation=pl.col("count").max() / pl.col("count").mean() - 1)
+        .agg(
+            cv=pl.col("count").std(ddof=0) / pl.col("count").mean(),
+            max_violation=pl.col("count").max() / pl.col("count").mean() - 1,
+            dead=(pl.col("count") == 0).mean(),
+        )
     )
     return {
         "num_experts": router.num_experts,
@@ -99,5 +109,7 @@ def _routing_record(config: RunConfig, folder: Path | None, train_tokens: int) -
         "target_ffn_count": config.target_ffn_count,
         "load_cv": float(load["cv"].to_numpy().mean()),
         "max_violation": float(load["max_violation"].to_numpy().mean()),
+        "dead_experts": float(load["dead"].to_numpy().mean()),
+        "drop_rate": float(layers["dropped"].to_numpy().mean()),
         "tokens_per_expert": train_tokens * (config.target_ffn_count or 0) / router.num_experts,
     }

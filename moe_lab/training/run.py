@@ -23,6 +23,7 @@ from moe_lab.model import Decoder
 from moe_lab.routing import Routing
 from moe_lab.routing.losses import load_balancing_loss, z_loss
 from moe_lab.text import Split, TokenizedText, load_tokens
+from moe_lab.training.branching import branch_steps, leave, take_up
 from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
@@ -94,6 +95,7 @@ class _Run:
         self.model = Decoder(config.model).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.batches = Batches(text.train, config.batch_size, config.seq_length, config.seed)
+        self.branches = branch_steps(config)
         self.step = 0
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -154,12 +156,14 @@ class _Run:
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self._append(pending)
                 save_checkpoint(self._checkpoint, self.model, self.optimizer, self.step, self.config.hash())
+            if self.step in self.branches:
+                leave(self.config, self.folder, self.model, self.optimizer, self.step, self.rows)
 
     def _one_step(self, logged: bool) -> dict[str, Any] | None:
         """One optimiser step; its metrics row if this step is logged."""
         began = time.perf_counter()
         config, layers = self.config, list(self.model.moe_layers().values())
-        lr = config.optimizer.lr * lr_factor(self.step, config.steps, config.optimizer)
+        lr = config.optimizer.lr * lr_factor(self.step, config.steps, config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         routings: list[list[Routing]] = [[] for _ in layers]
@@ -210,12 +214,15 @@ class _Run:
         return self.folder / "checkpoint.safetensors"
 
     def _resume(self) -> None:
-        """Take up the checkpoint, and forget the metrics of steps after it: they will be trained again."""
+        """Take up the checkpoint, and forget the metrics of steps after it: they will be trained again. A run that branches off a longer
+        one begins where that one left its state."""
         log = self.folder / "metrics.jsonl"
         if self._checkpoint.exists():
             self.step = load_checkpoint(self._checkpoint, self.model, self.optimizer, self.config.hash())
             lines = log.read_text().splitlines() if log.exists() else []
             self.rows = [row for row in map(_parse, lines) if row is not None and row["step"] <= self.step]
+        else:
+            self.step, self.rows = take_up(self.config, self.folder, self.model, self.optimizer)
         write_text(log, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _append(self, pending: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
-from moe_lab.sweeps import SweepConfig, describe, plan, plan_table, timing, wall_minutes
+from moe_lab.sweeps import SweepConfig, describe, design_of, plan, plan_table, timing, wall_minutes
 from moe_lab.text import TextConfig
 from moe_lab.training import RunConfig
 
@@ -77,6 +77,21 @@ def test_minutes_cover_training_and_a_third_of_it_for_each_validation_token(corp
     monkeypatch.setattr(timing, "_seconds_per_step", lambda run: 32 * 60.0)  # a minute per token
     run = tiny_run(corpus)
     assert plan(sweep(run))["minutes"].item() == pytest.approx(1024 + 40 / 3)
+
+
+def test_a_branch_costs_its_decay_alone_where_the_sweep_has_its_trunk(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "_seconds_per_step", lambda run: 32 * 60.0)  # a minute per token
+    long = tiny_run(corpus).replace(train_tokens=3200, budgets=(640, 3200), eval_tokens=3)
+    short = long.replace(train_tokens=640, name="short")
+    assert plan(sweep(long, short))["minutes"].to_list() == pytest.approx([3201, 0.2 * 641])
+    assert plan(sweep(short))["minutes"].item() == pytest.approx(641)
+
+
+def test_the_design_of_a_plan_is_its_widest_arm_at_its_largest_budget(corpus: Path):
+    runs = [tiny_run(corpus, num_experts=number, seed=seed) for number, seed in product((2, 4, 8), (0, 1))]
+    runs += [run.replace(train_tokens=4096) for run in runs] + [runs[0].replace(arm="hash")]
+    design = design_of(plan(sweep(*runs), calibrate=False))
+    assert (design.ratios, design.seeds, design.tokens) == ((1.0, 2.0, 4.0), 2, 4096)
 
 
 def test_calibration_leaves_threads_and_random_state_alone(corpus: Path):

@@ -1,0 +1,60 @@
+"""One long run, several token budgets: the shorter ones branch off it where they begin to decay (warm-up-stable-decay, 2404.06395).
+
+Runs that share ``RunConfig.budgets`` warm up alike and keep the peak learning rate until their own decay, so up to there the state of a
+shorter run is the state of the longest one, to the bit. The longest leaves its state at those steps in ``trunks/`` beside its folder;
+a shorter run takes it up if it is there and trains from the beginning if it is not. Either way its numbers are the same.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_lab.errors import CheckpointError
+from moe_lab.files import content_hash, write_text
+from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint
+from moe_lab.training.config import RunConfig
+
+TRUNKS = "trunks"
+_NO_PART = ("name", "arm", "train_tokens", "eval_tokens", "eval_excerpt_tokens", "checkpoint_every")
+"""Fields that do not decide the state before the decay."""
+
+
+def branch_steps(config: RunConfig) -> tuple[int, ...]:
+    """The steps after which shorter budgets leave the run of the longest; none for any other run."""
+    if not config.budgets or config.train_tokens != config.budgets[-1]:
+        return ()
+    return tuple(sorted({config.decay_step(tokens) for tokens in config.budgets[:-1]}))
+
+
+def trunk_hash(config: RunConfig) -> str:
+    """What all runs of one family share until they decay."""
+    return content_hash({name: value for name, value in config.to_dict().items() if name not in _NO_PART})
+
+
+def _path(config: RunConfig, folder: Path, step: int) -> Path:
+    return folder.parent / TRUNKS / f"{trunk_hash(config)}-{step}.safetensors"
+
+
+def leave(
+    config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rows: list[dict[str, Any]]
+) -> None:
+    """Keep the state after ``step`` steps, and the metrics so far, for the budget that branches off here."""
+    path = _path(config, folder, step)
+    write_text(path.with_suffix(".json"), json.dumps(rows))
+    save_checkpoint(path, model, optimizer, step, trunk_hash(config))
+
+
+def take_up(config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
+    """Steps done and metrics rows of the trunk that a shorter run begins from; (0, []) where there is none that is whole."""
+    if not config.budgets or config.train_tokens == config.budgets[-1]:
+        return 0, []
+    path = _path(config, folder, config.decay_step(config.train_tokens))
+    if path.exists():
+        with suppress(CheckpointError, OSError, ValueError):
+            rows = json.loads(path.with_suffix(".json").read_text())
+            return load_checkpoint(path, model, optimizer, trunk_hash(config)), rows
+    return 0, []
