@@ -34,7 +34,8 @@ from moe_lab.scaling import (
     saturation,
     wall_verdict,
 )
-from moe_lab.scaling.power import draw, law_truth
+from moe_lab.scaling.power import draw, law_truth, saturation_truth
+from moe_lab.scaling.verdict import wall_at
 
 ROUTERS = {"S-BASE": "S-Base", "RL-R": "RL-R", "HASH": "Hash"}
 CLARK_NOISE = 0.00067  # nats between the three dense 130M runs
@@ -231,6 +232,66 @@ def verdicts(options: Options) -> Iterator[Row]:
         yield Row(what, "" if share is None else f"form {share:.2f}", found, false <= 0.02 and (share is None or right >= share - error))
 
 
+def random_design(rng: np.random.Generator) -> Design:
+    """Another size, budget, grid and number of seeds than those of docs/scaling.md; every expert has the tokens a verdict asks for."""
+    active = 10 ** rng.uniform(6.3, 9)
+    step, first = rng.choice([0.5, 1.0, 1.0, 1.5, 2.0]), rng.integers(0, 2)
+    exponents = np.arange(first, rng.choice([6, 7, 8, 9, 10]) + 1e-9, step)
+    ratios = tuple((2.0**exponents).tolist())
+    return Design(ratios, int(rng.integers(2, 6)), active, max(active * 10 ** rng.uniform(1.3, 2.5), 1.1e6 * ratios[-1]))
+
+
+def random_smooth(rng: np.random.Generator, design: Design) -> Truth:
+    """A line, a saturation, a power law, Ludziejewski's law at its own budget or at a starved one."""
+    worth, maximum, exponent = rng.uniform(1.02, 1.3), 10 ** rng.uniform(1.5, 3.5), rng.uniform(0.1, 1)
+    nats = design.slope * math.log(worth)
+    kinds = (
+        Truth(f"line x{worth:.2f}", lambda r, d: -nats * np.log2(r), ("line",)),
+        saturation_truth(maximum, worth),
+        Truth(f"power {exponent:.2f}", lambda r, d: 2 * nats / exponent * r**-exponent, ("power",)),
+        law_truth("ludziejewski"),
+        Truth("ludziejewski, 20 tokens a parameter", lambda r, d: law_truth().loss(r, d.replace(tokens=20 * d.active_params)), ()),
+    )
+    return kinds[rng.integers(len(kinds))]
+
+
+def random_wall(rng: np.random.Generator, design: Design) -> Truth:
+    """A plateau or a hinge (a tenth of the gain goes on) anywhere with three and a half doublings beyond it."""
+    at = design.ratios[0] * 2 ** rng.uniform(2, max(2.2, math.log2(design.ratios[-1] / design.ratios[0]) - 3.5))
+    nats, rest = design.slope * math.log(rng.uniform(1.12, 1.4)), rng.choice([0.0, 0.1])
+    loss = lambda r, d: -nats * (np.log2(np.minimum(r, at)) + rest * np.log2(np.maximum(r / at, 1)))  # noqa: E731
+    return Truth(f"wall at {at:.3g}", loss, ("plateau", "hinge"), wall=at)
+
+
+def unseen(options: Options) -> Iterator[Row]:
+    """200 settings drawn at random: sizes, budgets, grids (steps of half a doubling to two), noises, seeds, truths. Noise relative to the
+    gain of a doubling at the start of the grid; fifty draws each."""
+    rng = np.random.default_rng(2026)
+    for name, make in (("smooth truths", random_smooth), ("walls", random_wall)):
+        for low, high in ((0.02, 0.1), (0.1, 0.3), (0.3, 1.0)):
+            outcomes, away = [], []
+            for _ in range(33):
+                design = random_design(rng)
+                while make is random_wall and design.ratios[-1] < 50 * design.ratios[0]:
+                    design = random_design(rng)
+                truth = make(rng, design)
+                ends = np.array([design.ratios[0], 2 * design.ratios[0]])
+                gain = max(float(-np.diff(truth.loss(ends, design))[0]), 1e-4)
+                judged = draw(truth, design, gain * 10 ** rng.uniform(math.log10(low), math.log10(high)), 50, rng)
+                outcomes.append(judged.outcomes())
+                if truth.wall:
+                    found = [wall_at(judged, np.log2(design.ratios), i) for i in np.flatnonzero(outcomes[-1] == Outcome.WALL)]
+                    away += [abs(math.log2(at / truth.wall)) for at in found]
+            every = np.concatenate(outcomes)
+            wall, none = (float((every == outcome).mean()) for outcome in (Outcome.WALL, Outcome.NO_WALL))
+            found = f"wall {wall:.3f}, no wall {none:.3f}, cannot tell {1 - wall - none:.3f}"
+            if away:
+                found += f"; placed within {np.quantile(away, 0.95):.2f} doublings (95 %)"
+            wrong = none if make is random_wall else wall
+            close = not away or float(np.quantile(away, 0.95)) < 0.5
+            yield Row(f"{name}, noise {low:g}-{high:g} of a gain", "wrong <= .02", found, wrong <= 0.02 and close)
+
+
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "clark": clark_table_3,
     "emax": clark_saturation,
@@ -241,6 +302,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "numbers": single_numbers,
     "misfit": misfit,
     "verdicts": verdicts,
+    "unseen": unseen,
 }
 
 
