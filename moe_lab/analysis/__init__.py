@@ -1,22 +1,40 @@
-"""Trace in, polars frame out: load, spread of compute, token classes, co-activation, specialisation.
+"""Trace in, polars frame out: load, spread of compute, token classes, co-activation, specialisation, saturation, difficulty.
 
-Every function takes an opened ``Trace``, returns a frame with documented columns, and prints nothing.
+Every function takes an opened ``Trace`` (or several), returns a frame with documented columns, and prints nothing; ``docs/analysis.md``
+says what each measure may and may not claim. All of them read a trace a few files at a time.
 """
 
+from moe_lab.analysis.certainty import router_entropy, zero_compute
 from moe_lab.analysis.classes import class_profile
-from moe_lab.analysis.coactivation import coactivation
+from moe_lab.analysis.coactivation import coactivation, coactivation_order
+from moe_lab.analysis.compare import compare, load_shift
 from moe_lab.analysis.load import expert_load, load_over_windows, load_summary
-from moe_lab.analysis.specialisation import domain_divergence, domain_specialisation, vocabulary_specialisation
+from moe_lab.analysis.repetition import repetition
+from moe_lab.analysis.saturation import saturation
+from moe_lab.analysis.specialisation import domain_divergence, domain_specialisation, expert_vocabulary, vocabulary_specialisation
 from moe_lab.analysis.spread import ffn_spread
+from moe_lab.analysis.transitions import transitions
+
+specialisation = domain_specialisation
 
 __all__ = [
     "class_profile",
     "coactivation",
+    "coactivation_order",
+    "compare",
     "domain_divergence",
     "domain_specialisation",
     "expert_load",
+    "expert_vocabulary",
     "ffn_spread",
     "load_over_windows",
+    "load_shift",
     "load_summary",
+    "repetition",
+    "router_entropy",
+    "saturation",
+    "specialisation",
+    "transitions",
     "vocabulary_specialisation",
+    "zero_compute",
 ]

@@ -11,10 +11,13 @@ from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
 
 @pytest.fixture
 def make_trace(tmp_path):
-    """``make(indices, num_experts, num_zero=0, top_k=None, **token_columns)``: indices [T, K] or {layer: [T, K]}, -1 where unused."""
+    """``make(indices, num_experts, num_zero=0, top_k=None, weights=None, scores=None, **token_columns)``.
+
+    indices [T, K] or {layer: [T, K]}, -1 where unused; weights [T, K] and scores [T, E] of every layer, all alike by default.
+    """
     made = iter(range(1000))
 
-    def make(indices, num_experts, num_zero=0, top_k=None, rows_per_part=2**18, **columns):
+    def make(indices, num_experts, num_zero=0, top_k=None, rows_per_part=2**18, weights=None, scores=None, **columns):
         layers = {layer: np.asarray(ids) for layer, ids in (indices if isinstance(indices, dict) else {0: indices}).items()}
         first = next(iter(layers.values()))
         tokens = pl.DataFrame({"doc": np.zeros(len(first), int), "pos": np.arange(len(first)), "token_id": 0} | columns).cast(
@@ -25,8 +28,10 @@ def make_trace(tmp_path):
         with TraceWriter(folder, meta, rows_per_part=rows_per_part) as writer:
             writer.write_tokens(tokens)
             for layer, ids in layers.items():
-                scores = torch.ones(len(ids), num_experts + num_zero)
-                routing = Routing(torch.tensor(ids), torch.ones(ids.shape), scores, scores, num_experts, num_zero)
+                gates = torch.ones(ids.shape) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+                even = torch.ones(len(ids), num_experts + num_zero)
+                logits = even if scores is None else torch.as_tensor(scores, dtype=torch.float32)
+                routing = Routing(torch.tensor(ids), gates, logits, logits, num_experts, num_zero)
                 writer.write_routing(layer, tokens["doc"].to_numpy(), tokens["pos"].to_numpy(), routing)
         return open_trace(folder)
 

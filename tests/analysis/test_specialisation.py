@@ -8,8 +8,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moe_lab.analysis import domain_divergence, domain_specialisation, vocabulary_specialisation
-from moe_lab.analysis.specialisation import vocabulary_shares
+from moe_lab.analysis import domain_divergence, domain_specialisation, expert_vocabulary, vocabulary_specialisation
+from moe_lab.analysis.counts import jensen_shannon_bits
+from moe_lab.analysis.documents import Resampling
+from moe_lab.analysis.specialisation import _divergences, vocabulary_shares
+from moe_lab.errors import AnalysisError
 
 DATA = Path(os.environ.get("MOE_LAB_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")) / "traces" / "olmoe"
 
@@ -61,3 +64,55 @@ def test_vocabulary_specialisation_of_olmoe_equals_the_known_answers(domain, lay
     mean, weighted = vocabulary_shares(ids["highest"], ids["tokens"])
     assert mean == pytest.approx(answer["vocab_spec_topk_mean"], abs=5.1e-7)
     assert weighted == pytest.approx(answer["vocab_spec_topk_tokenweighted"], abs=5.1e-7)
+
+
+def test_intervals_of_a_divergence_hold_what_is_true():
+    """Documents of their own taste: the plain percentile interval would hold the truth in 13 % of such samples, the reflected in most."""
+    generator, held = np.random.default_rng(0), []
+    even = np.ones(16) / 16
+    other = even * np.exp(0.3 * generator.standard_normal(16))
+    truth = float(jensen_shannon_bits(even, other))
+    for seed in range(60):
+        counts, here = np.zeros((40, 2, 16), np.uint32), np.zeros((40, 2), bool)
+        for unit in range(40):
+            side = unit % 2
+            taste = generator.dirichlet((even, other / other.sum())[side] * 60)
+            counts[unit, side], here[unit, side] = generator.multinomial(300, taste), True
+        bits, low, high, shuffled = _divergences(counts, here, np.array([[0, 1]]), Resampling(200, seed))[:, 0]
+        held.append(low <= truth <= high)
+        assert low <= bits <= high
+        assert 0 < shuffled < bits
+    assert 0.85 <= np.mean(held) <= 1
+
+
+def test_intervals_of_specialisation_come_from_documents(make_trace, draw):
+    """A domain in which every document has an expert of its own: few documents, wide intervals, however many tokens."""
+    own = np.repeat(np.arange(6), 200)[:, None]
+    trace = make_trace(own, 6, doc=np.repeat(np.arange(6), 200), pos=np.tile(np.arange(200), 6), domain=["a"] * 1200)
+    table = domain_specialisation(trace, "domain")
+    assert table["specialisation"].to_list() == pytest.approx([1 / 6] * 6)
+    assert table["lo"].max() == 0
+    assert (table["hi"] > 0.4).all()
+    assert domain_specialisation(trace, "domain", resamples=0)["lo"].null_count() == 6
+
+
+def test_many_documents_are_drawn_in_bundles(make_trace, draw, monkeypatch):
+    monkeypatch.setattr("moe_lab.analysis.documents.MAX_UNITS", 10)
+    doc = np.arange(2000) // 4
+    trace = make_trace(draw(0, 2000, 4, 1), 4, doc=doc, pos=np.arange(2000) % 4, domain=np.array(["a", "b"])[doc % 2])
+    table = domain_specialisation(trace, "domain")
+    assert (table["hi"] - table["lo"]).mean() == pytest.approx(2 * 1.96 * np.sqrt(0.25 * 0.75 / 1000), rel=0.5)
+    assert table["count"].sum() == 2000
+
+
+def test_a_column_of_many_values_is_no_domain(make_trace):
+    with pytest.raises(AnalysisError, match="expected a column of at most 256 domains, got 300 values of 'token_id'; try another column"):
+        domain_specialisation(make_trace(np.zeros((300, 1), int), 2, token_id=np.arange(300)), "token_id")
+
+
+def test_the_ids_of_an_expert_fall_by_share(make_trace):
+    trace = make_trace([[0], [0], [0], [1], [1], [1]], 3, token_id=[5, 5, 7, 7, 8, 8])
+    assert expert_vocabulary(trace, min_count=1).drop("layer", "is_zero").rows() == [
+        (0, 5, 2, 2, 1.0), (0, 7, 1, 2, 0.5), (1, 8, 2, 2, 1.0), (1, 7, 1, 2, 0.5),
+    ]  # fmt: skip
+    assert expert_vocabulary(trace, top=1, min_count=1)["id"].to_list() == [5, 8]
