@@ -8,6 +8,7 @@ from moe_lab.analysis.certainty import router_entropy, zero_compute
 from moe_lab.analysis.classes import class_profile
 from moe_lab.analysis.coactivation import coactivation, coactivation_order
 from moe_lab.analysis.compare import compare, load_shift
+from moe_lab.analysis.difficulty import difficulty_association
 from moe_lab.analysis.load import expert_load, load_over_windows, load_summary
 from moe_lab.analysis.repetition import repetition
 from moe_lab.analysis.saturation import saturation
@@ -22,6 +23,7 @@ __all__ = [
     "coactivation",
     "coactivation_order",
     "compare",
+    "difficulty_association",
     "domain_divergence",
     "domain_specialisation",
     "expert_load",

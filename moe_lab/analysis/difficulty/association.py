@@ -1,0 +1,328 @@
+"""``difficulty_association``: does compute follow difficulty, once the identity of the token is held fixed? Per layer and alignment.
+
+Compute and difficulty are replaced by mid-ranks and correlated three times: as they are (Spearman's rho), within strata of classes, and,
+the headline, within token ids: both rank rows less what the id explains. For ``align="target"`` both the id that went in and the id that
+was to come out are taken out, since a router may look up either. Intervals come from resampling documents. Specification of the
+statistics: docs/difficulty.md.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+
+from moe_lab.analysis.bootstrap import Floats
+from moe_lab.analysis.difficulty.interval import Bootstrap, Interval, false_discovery, moments, naive_interval
+from moe_lab.analysis.difficulty.ranks import Order, somers_d, standard_ranks, xi
+from moe_lab.analysis.difficulty.tokens import MIN_DOCUMENT_TOKENS, Align, Aligned, LayerTokens, align, layers_of
+from moe_lab.analysis.difficulty.verdict import MARGIN, MIN_DOCUMENTS, Evidence, judge
+from moe_lab.analysis.difficulty.within import Ints, Within, joint_code
+from moe_lab.config import require
+
+NEGLIGIBLE = 1e-9
+"""Share of a row's variance below which its residual is rounding error."""
+
+
+def difficulty_association(
+    frame: pl.DataFrame | pl.LazyFrame,
+    difficulty: str,
+    seed: int = 0,
+    *,
+    compute: str = "ffn_count",
+    resamples: int = 2000,
+    level: float = 0.95,
+    margin: float = MARGIN,
+    strata: Sequence[str] | None = None,
+    pool_below: int = 0,
+    min_documents: int = MIN_DOCUMENTS,
+    min_document_tokens: int = MIN_DOCUMENT_TOKENS,
+    include_first: bool = False,
+    details: bool = False,
+) -> pl.DataFrame:
+    """Rank correlation of compute with difficulty for each layer under both alignments, and a verdict in words.
+
+    Args:
+        frame: [layer, doc, pos, token_id, <compute>, <difficulty>], one row per layer and token; class columns ``lexer``, ``freq_band``,
+            ``subword`` and ``copy`` are used where they are there. Rows may come in any order. A difficulty that is null or NaN leaves
+            the token out.
+        difficulty: the column of the token's difficulty, in any unit (only its ranks count), measured without the studied model.
+        seed: of the resampling.
+        compute: the column of compute: ``ffn_count``, or any other notion of it.
+        resamples, level: of the document bootstrap.
+        margin: correlations within plus or minus this are no material association.
+        strata: class columns of ``rho_strata``; without any, frequency band x position.
+        pool_below: compare ids seen less often than this within their stratum, not with themselves. By default every id is compared with
+            itself alone, and an id seen once says nothing.
+        min_documents: fewer documents than this are not judged.
+        min_document_tokens: shorter documents are left out (unless they hold more than half of all tokens).
+        include_first: also use position 0 of each document, which often is an attention sink.
+        details: also return the columns after ``note``.
+
+    Returns:
+        [layer, align, rho_raw, rho_strata, rho_token, rho_token_lo, rho_token_hi, p, q, verdict, n_tokens, n_docs, note]: ``p`` is of no
+        association within token ids, ``q`` its false discovery rate over all rows, ``n_tokens`` the tokens that ``rho_token`` rests on
+        and ``note`` the reason of the verdict. In a static layer the correlations are null and the verdict says so; where compute is
+        a function of the token id, ``rho_token`` is 0.
+        With ``details`` also ends of the intervals of ``rho_raw`` and ``rho_strata``, ``rho_document`` (within token id and document) and
+        ``rho_lexer`` (within token id and lexer class) with theirs, the naive interval of ``rho_token`` that takes tokens for
+        independent, ``somers_d`` and ``xi`` of compute on difficulty, ``identity_share`` and ``frequency_share`` (variance of compute
+        explained by token ids, and the part of that which their frequency explains), ``n_alone`` (tokens whose id occurs once) and
+        ``n_missing`` (without a difficulty).
+
+    Raises:
+        AnalysisError: columns are missing or a (doc, pos) comes twice in a layer.
+    """
+    require(0 < level < 1, "a level between 0 and 1", level)
+    require(resamples >= 100, "at least 100 resamples", resamples)
+    require(0 < margin < 1, "a margin between 0 and 1", margin)
+    measured = list(_measure(frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first, (resamples, seed, level)))
+    qs = false_discovery(np.array([one.token.p for one in measured]))
+    rows = [one.row(float(q), margin, min_documents) for one, q in zip(measured, qs, strict=True)]
+    result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS, orient="row").with_columns(pl.col(pl.Float64).fill_nan(None))
+    return result if details else result.select(*_SCHEMA)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The statistics of one layer and alignment, before they are judged beside the others."""
+
+    layer: int
+    aligned: Aligned
+    documents: int
+    raw: Interval
+    strata: Interval
+    token: Interval
+    document: Interval
+    lexer: Interval | None
+    static: float | None
+    identity_share: float
+    frequency_share: float
+    compute_by_id: bool
+    difficulty_by_id: bool
+    num_alone: int
+    somers_d: float
+    xi: float
+
+    def row(self, q: float, margin: float, min_documents: int) -> dict[str, object]:
+        tokens = len(self.aligned.rows) - self.num_alone
+        evidence = Evidence(
+            self.raw, self.token, self.document, self.lexer, q, self.frequency_share, self.compute_by_id, self.difficulty_by_id,
+            self.documents, self.static, tokens,
+        )  # fmt: skip
+        verdict, note = judge(evidence, margin, min_documents)
+        naive = naive_interval(self.token.value, tokens)
+        lexer = self.lexer or Interval.missing()
+        values: dict[str, object] = {"layer": self.layer, "align": self.aligned.align.value, "rho_raw": self.raw.value}
+        values |= {"rho_strata": self.strata.value, "rho_token": self.token.value}
+        values |= {"rho_token_lo": self.token.lo, "rho_token_hi": self.token.hi, "p": self.token.p, "q": q}
+        values |= {"verdict": verdict.value, "n_tokens": tokens, "n_docs": self.aligned.num_documents, "note": note}
+        for name, one in (("raw", self.raw), ("strata", self.strata), ("document", self.document), ("lexer", lexer)):
+            values |= {f"rho_{name}": one.value, f"rho_{name}_lo": one.lo, f"rho_{name}_hi": one.hi}
+        values |= {"rho_token_naive_lo": naive[0], "rho_token_naive_hi": naive[1], "somers_d": self.somers_d, "xi": self.xi}
+        values |= {"identity_share": self.identity_share, "frequency_share": self.frequency_share}
+        return values | {"n_alone": self.num_alone, "n_missing": self.aligned.num_missing}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairing:
+    """The side of difficulty: what all layers with the same tokens share."""
+
+    aligned: Aligned
+    pool_below: int
+
+    @cached_property
+    def order(self) -> Order:
+        return Order.of(self.aligned.difficulty)
+
+    @cached_property
+    def ranks(self) -> Floats:
+        return standard_ranks(self.order)
+
+    @cached_property
+    def by_token(self) -> Within:
+        return Within(tuple(self._pooled(code) for code in self.aligned.token_ids))
+
+    @cached_property
+    def by_strata(self) -> Within:
+        return Within((joint_code([self.aligned.strata]),))
+
+    @cached_property
+    def by_lexer(self) -> Within | None:
+        lexer = self.aligned.lexer
+        return None if lexer is None else Within((*self.by_token.codes[:-1], joint_code([self.by_token.codes[-1], lexer])))
+
+    @cached_property
+    def left(self) -> dict[str, Floats]:
+        """Ranks of difficulty within each grouping."""
+        groups = {"strata": self.by_strata, "token": self.by_token, "lexer": self.by_lexer}
+        left = {name: group.residual(self.ranks) for name, group in groups.items() if group is not None}
+        return left | {"document": self.within_documents(left["token"])}
+
+    def within_documents(self, values: Floats) -> Floats:
+        lengths = np.diff(np.append(self.aligned.starts, len(values)))
+        return values - np.repeat(np.add.reduceat(values, self.aligned.starts) / lengths, lengths)
+
+    def _pooled(self, code: Ints) -> Ints:
+        if self.pool_below <= 1:
+            return code
+        rare = np.bincount(code)[code] < self.pool_below
+        strata = joint_code([self.aligned.strata])
+        return np.where(rare, int(code.max()) + 1 + strata, code)
+
+
+def pairings(
+    frame: pl.DataFrame | pl.LazyFrame,
+    difficulty: str,
+    compute: str,
+    strata: Sequence[str] | None = None,
+    pool_below: int = 0,
+    min_document_tokens: int = MIN_DOCUMENT_TOKENS,
+    include_first: bool = False,
+) -> Iterator[tuple[LayerTokens, Pairing]]:
+    """Each layer under each alignment; layers that differ in compute alone share one ``Pairing`` object."""
+    kept: tuple[Floats, dict[Align, Pairing]] | None = None
+    for tokens in layers_of(frame, difficulty, compute, strata, min_document_tokens):
+        if kept is None or kept[0] is not tokens.difficulty:
+            kept = tokens.difficulty, {how: Pairing(align(tokens, how, include_first), pool_below) for how in Align}
+        for how in Align:
+            yield tokens, kept[1][how]
+
+
+def _measure(
+    frame: pl.DataFrame | pl.LazyFrame,
+    difficulty: str,
+    compute: str,
+    strata: Sequence[str] | None,
+    pool_below: int,
+    min_document_tokens: int,
+    include_first: bool,
+    bootstrap: tuple[int, int, float],
+) -> Iterator[Measured]:
+    drawn: dict[int, Bootstrap] = {}
+    for tokens, pairing in pairings(frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first):
+        documents = pairing.aligned.num_documents
+        if documents not in drawn:
+            drawn = {documents: Bootstrap(documents, *bootstrap)}
+        yield measure(tokens, pairing, drawn[documents])
+
+
+def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Measured:
+    """All statistics of one layer under one alignment."""
+    aligned = pairing.aligned
+    compute = tokens.compute[aligned.rows]
+    if not len(compute) or compute.min() == compute.max():
+        missing = Interval.missing()
+        static = float(compute[0]) if len(compute) else None
+        nan = float("nan")
+        return Measured(
+            tokens.layer,
+            aligned,
+            tokens.all_documents,
+            missing,
+            missing,
+            missing,
+            missing,
+            None,
+            static,
+            nan,
+            nan,
+            False,
+            False,
+            0,
+            nan,
+            nan,
+        )
+    levels = compute_levels(compute)
+    y = standard_level_ranks(levels)
+    starts, left = aligned.starts, pairing.left
+
+    def interval(name: str, own: Floats, inflation: Floats | None = None) -> Interval:
+        return bootstrap.interval(moments(left[name], own, starts, inflation))
+
+    y_token = pairing.by_token.residual(y)
+    compute_by_id = float(y_token @ y_token) < NEGLIGIBLE * len(y)
+    difficulty_by_id = float(left["token"] @ left["token"]) < NEGLIGIBLE * len(y)
+    inflation = pairing.by_token.inflation
+    zero = Interval.missing(0.0, 1.0)
+    fixed = compute_by_id or difficulty_by_id
+    identity_share, frequency_share = _shares(y, pairing)
+    return Measured(
+        tokens.layer,
+        aligned,
+        tokens.all_documents,
+        raw=bootstrap.interval(moments(pairing.ranks, y, starts)),
+        strata=interval("strata", pairing.by_strata.residual(y)),
+        token=zero if fixed else interval("token", y_token, inflation),
+        document=zero if fixed else interval("document", pairing.within_documents(y_token), inflation),
+        lexer=None if fixed or pairing.by_lexer is None else interval("lexer", pairing.by_lexer.residual(y), pairing.by_lexer.inflation),
+        static=None,
+        identity_share=identity_share,
+        frequency_share=frequency_share,
+        compute_by_id=compute_by_id,
+        difficulty_by_id=difficulty_by_id,
+        num_alone=int(pairing.by_token.alone.sum()),
+        somers_d=somers_d(pairing.order, levels) if levels.max() < MAX_LEVELS else float("nan"),
+        xi=xi(pairing.order, levels),
+    )
+
+
+MAX_LEVELS = 256
+
+
+def compute_levels(compute: Floats) -> Ints:
+    """[n] compute as codes from 0 in rising order; equal values share one."""
+    low, high = compute.min(), compute.max()
+    if high - low < MAX_LEVELS and np.array_equal(compute, np.round(compute)):
+        shifted = (compute - low).astype(np.int64)
+        return (np.cumsum(np.bincount(shifted) > 0) - 1)[shifted]
+    return Order.of(compute).group
+
+
+def standard_level_ranks(levels: Ints) -> Floats:
+    """Mid-ranks of few levels with mean 0 and standard deviation 1."""
+    counts = np.bincount(levels)
+    midranks = np.cumsum(counts) - (counts - 1) / 2
+    midranks = midranks - (counts @ midranks) / len(levels)
+    return (midranks / np.sqrt((counts @ midranks**2) / len(levels)))[levels]
+
+
+def _shares(y: Floats, pairing: Pairing) -> tuple[float, float]:
+    """Share of the variance of compute that token ids explain (omega squared), and of that the share of a smooth function of frequency.
+
+    Of the ids that went in and the ids that were to come out, those that explain more.
+    """
+    found = [_share(y, code) for code in pairing.aligned.token_ids]
+    return max(found)
+
+
+def _share(y: Floats, code: Ints) -> tuple[float, float]:
+    counts = np.bincount(code).astype(np.float64)
+    seen = np.flatnonzero(counts)
+    counts, sums = counts[seen], np.bincount(code, weights=y)[seen]
+    between = float((sums**2 / counts).sum())
+    within = len(y) - between
+    noise = within / max(len(y) - len(seen), 1)
+    identity = (between - (len(seen) - 1) * noise) / (len(y) + noise)
+    degree = min(3, len(np.unique(counts)) - 1)
+    design = np.vander(np.log(counts) - np.log(counts).mean(), degree + 1)
+    root = np.sqrt(counts)
+    effects = np.linalg.lstsq(design * root[:, None], sums / root, rcond=None)[0]
+    explained = float((counts * (design @ effects) ** 2).sum()) - degree * noise
+    # Of a purely random table of V ids a cubic explains about 3 of V - 1 parts.
+    return identity, explained / len(y) / identity if identity > NEGLIGIBLE else 0.0
+
+
+_FLOATS = ("rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi", "p", "q")
+_SCHEMA: dict[str, pl.DataType] = (
+    {"layer": pl.Int64(), "align": pl.String()}
+    | dict.fromkeys(_FLOATS, pl.Float64())
+    | {"verdict": pl.String(), "n_tokens": pl.Int64(), "n_docs": pl.Int64(), "note": pl.String()}
+)
+_DETAILS: dict[str, pl.DataType] = (
+    dict.fromkeys(("rho_raw_lo", "rho_raw_hi", "rho_strata_lo", "rho_strata_hi"), pl.Float64())
+    | {f"rho_{name}{end}": pl.Float64() for name in ("document", "lexer") for end in ("", "_lo", "_hi")}
+    | dict.fromkeys(("rho_token_naive_lo", "rho_token_naive_hi", "somers_d", "xi", "identity_share", "frequency_share"), pl.Float64())
+    | {"n_alone": pl.Int64(), "n_missing": pl.Int64()}
+)

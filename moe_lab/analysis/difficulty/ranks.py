@@ -1,0 +1,108 @@
+"""Rank statistics of two rows of numbers, from one sort: mid-ranks, Spearman, Somers' D and Chatterjee's xi.
+
+``Order`` sorts a row once; everything else is a pass over it. Compute is a small integer with many ties, so ranks are mid-ranks and
+Somers' D (Somers 1962) counts pairs that differ in difficulty; xi (Chatterjee 2021, arXiv 1909.10140, eq. 2) also sees a dependence that
+is not monotone.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_lab.analysis.bootstrap import Floats
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A row of n finite values, sorted.
+
+    Attributes:
+        by_value: [n] places in rising order of value, ties in order of place.
+        bounds: [groups + 1] where each group of equal values begins in ``by_value``.
+    """
+
+    by_value: Ints
+    bounds: Ints
+
+    @classmethod
+    def of(cls, values: NDArray) -> "Order":
+        by_value = np.argsort(values, kind="stable")
+        ordered = values[by_value]
+        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
+        return cls(by_value, np.append(starts, len(ordered)))
+
+    @cached_property
+    def group(self) -> Ints:
+        """[n] which group of equal values each place belongs to, from 0 for the lowest."""
+        group = np.empty(len(self.by_value), dtype=np.int64)
+        group[self.by_value] = np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
+        return group
+
+    def midranks(self) -> Floats:
+        """[n] mean rank from 1 of each value's group."""
+        return ((self.bounds[:-1] + self.bounds[1:] + 1) / 2)[self.group]
+
+    def quantile_bins(self, bins: int) -> Ints:
+        """[n] bin 0..bins - 1 of about equal size; equal values share a bin."""
+        middle = (self.bounds[:-1] + self.bounds[1:]) / 2
+        share = np.minimum(middle * bins / max(len(self.by_value), 1), bins - 1).astype(np.int64)
+        return share[self.group]
+
+
+def standard_ranks(order: Order) -> Floats:
+    """[n] mid-ranks with mean 0 and standard deviation 1; all 0 where there is one value only."""
+    ranks = order.midranks()
+    ranks -= ranks.mean() if len(ranks) else 0
+    scale = ranks.std() if len(ranks) else 0
+    return ranks / scale if scale > 0 else np.zeros(len(ranks))
+
+
+def correlation(x: Floats, y: Floats) -> float:
+    """Pearson's, without subtracting means; NaN where one of them is all 0."""
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else float("nan")
+
+
+def spearman(x: NDArray, y: NDArray) -> float:
+    """Spearman's rho with mid-ranks; NaN where one of the rows is constant."""
+    return correlation(standard_ranks(Order.of(x)), standard_ranks(Order.of(y)))
+
+
+def xi(x: Order, y_group: Ints) -> float:
+    """Chatterjee's coefficient of y as a function of x, in [-1/2, 1]; ties of x in order of place. NaN for a constant y.
+
+    Args:
+        y_group: [n] groups of equal y, as ``Order.group``.
+    """
+    n = len(y_group)
+    counts = np.bincount(y_group)
+    at_most = np.cumsum(counts)  # by group: how many values are not above it
+    at_least = n - at_most + counts
+    spread = float((counts * at_least * (n - at_least)).sum())
+    steps = np.abs(np.diff(at_most[y_group[x.by_value]])).sum()
+    return 1 - n * float(steps) / (2 * spread) if spread > 0 else float("nan")
+
+
+def somers_d(x: Order, y_group: Ints) -> float:
+    """Somers' D(y | x): of the pairs that differ in x, the share where y is larger with x less the share where it is smaller.
+
+    Args:
+        y_group: [n] groups of equal y, of which there are few (one pass over the row for each).
+    """
+    ordered = y_group[x.by_value]
+    levels = int(ordered.max(initial=-1)) + 1
+    sizes = np.diff(x.bounds).astype(np.float64)
+    lower = np.repeat(x.bounds[:-1], np.diff(x.bounds))  # how many values of x are below each
+    balance = 0.0
+    for level in range(levels):
+        # Of the tokens with a lower x, how many have this level; summed over the tokens of each level.
+        met = np.append(0, np.cumsum(ordered == level))[lower]
+        by_level = np.bincount(ordered, weights=met, minlength=levels)
+        balance += float(by_level[level + 1 :].sum() - by_level[:level].sum())
+    n = float(len(ordered))
+    differing = (n * n - float((sizes**2).sum())) / 2
+    return balance / differing if differing > 0 else float("nan")

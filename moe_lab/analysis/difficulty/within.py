@@ -1,0 +1,131 @@
+"""``Within``: what is left of a row of numbers when the mean of each token id (or of any group) is taken out.
+
+With one grouping that is one subtraction. With two, such as the id that goes in and the id that is to come out, the additive model
+``y = a[first] + b[second] + residual`` is fitted by least squares: conjugate gradients on the groups, not on the tokens. A router that
+looks up either id, whatever the table, leaves a residual without any trace of the ids.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from moe_lab.analysis.bootstrap import Floats
+
+Ints = NDArray[np.int64]
+TOLERANCE = 1e-10
+MAX_STEPS = 2000
+MIN_FREEDOM = 0.25
+LARGEST_TABLE = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class Within:
+    """One or two groupings of the same n tokens, as codes from 0."""
+
+    codes: tuple[Ints, ...]
+
+    @cached_property
+    def counts(self) -> tuple[Floats, ...]:
+        """Tokens of each group, for each grouping."""
+        return tuple(np.bincount(code).astype(np.float64) for code in self.codes)
+
+    @cached_property
+    def alone(self) -> NDArray[np.bool_]:
+        """[n] tokens that are the only one of their group in some grouping: they have nothing to be compared with."""
+        alone = np.zeros(len(self.codes[0]), dtype=bool)
+        for code, count in zip(self.codes, self.counts, strict=True):
+            alone |= count[code] <= 1
+        return alone
+
+    @cached_property
+    def inflation(self) -> Floats:
+        """[n] ``1 / sqrt(1 - leverage)``: what a product of two residuals is scaled by where its spread over documents is judged.
+
+        A residual is pulled towards 0 by its own share in the mean, and residuals of one group are tied to each other: in a group of n
+        tokens from n documents the sum of products has a variance n / (n - 1) times that of n independent terms (the HC2 argument of
+        MacKinnon and White 1985). Leverages of two groupings are added, and capped.
+        """
+        leverage = np.zeros(len(self.codes[0]))
+        for code, count in zip(self.codes, self.counts, strict=True):
+            leverage += (1 / np.maximum(count, 1))[code]
+        return 1 / np.sqrt(np.maximum(1 - leverage, MIN_FREEDOM))
+
+    def residual(self, values: Floats) -> Floats:
+        """[n] values less what the groups explain; exactly 0 where a token is alone in its group."""
+        code, count = self.codes[0], self.counts[0]
+        if len(self.codes) == 1:
+            left = values - (_sums(code, values, count) / np.maximum(count, 1))[code]
+        else:
+            other = self._second_effects(values)
+            left = values - other[self.codes[1]]
+            left -= (_sums(code, left, count) / np.maximum(count, 1))[code]
+        left[self.alone] = 0
+        return left
+
+    @cached_property
+    def _pairs(self) -> csr_array:
+        """[first groups, second groups] how many tokens are in both."""
+        first, second = self.codes
+        shape = (len(self.counts[0]), len(self.counts[1]))
+        pairs = csr_array((np.ones(len(first)), (first, second)), shape=shape)
+        pairs.sum_duplicates()
+        return pairs
+
+    @cached_property
+    def _pairs_transposed(self) -> csr_array:
+        return self._pairs.T.tocsr()
+
+    def _second_effects(self, values: Floats) -> Floats:
+        """Effects of the second grouping: ``(D2 - N' D1^-1 N) b = s2 - N' D1^-1 s1`` by conjugate gradients, preconditioned by D2."""
+        inverse = 1 / np.maximum(self.counts[0], 1)
+        weight = np.maximum(self.counts[1], 1)
+        pairs, transposed = self._pairs, self._pairs_transposed
+
+        def apply(effects: Floats) -> Floats:
+            return self.counts[1] * effects - transposed @ (inverse * (pairs @ effects))
+
+        first, second = (_sums(code, values, count) for code, count in zip(self.codes, self.counts, strict=True))
+        rest = second - transposed @ (inverse * first)
+        effects, step = np.zeros_like(rest), rest / weight
+        power = rest @ step
+        enough = TOLERANCE**2 * max(float(second @ (second / weight)), np.finfo(float).tiny)
+        for _ in range(MAX_STEPS):
+            if power <= enough:
+                break
+            pushed = apply(step)
+            curvature = step @ pushed
+            if curvature <= 0:
+                break
+            length = power / curvature
+            effects += length * step
+            rest -= length * pushed
+            scaled = rest / weight
+            power, last = rest @ scaled, power
+            step = scaled + (power / last) * step
+        return effects
+
+
+def _sums(code: Ints, values: Floats, count: Floats) -> Floats:
+    return np.bincount(code, weights=values, minlength=len(count))
+
+
+def joint_code(columns: list[NDArray]) -> Ints:
+    """[n] one code from 0, without gaps, for each combination of [n] integer columns (0 or more) that occurs."""
+    code = _compact(columns[0])[0]
+    for column in columns[1:]:
+        other, number = _compact(column)
+        code = _compact(code * number + other)[0]
+    return code
+
+
+def _compact(values: NDArray) -> tuple[Ints, int]:
+    """[n] codes without gaps in the order of the values, and how many there are; without a sort where the values are small."""
+    top = int(values.max(initial=0))
+    if top < max(LARGEST_TABLE, 2 * len(values)):
+        seen = np.bincount(values, minlength=1) > 0
+        return (np.cumsum(seen) - 1)[values], int(seen.sum())
+    distinct, code = np.unique(values, return_inverse=True)
+    return code, len(distinct)
