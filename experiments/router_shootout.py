@@ -119,7 +119,8 @@ def table(folder: Path) -> pl.DataFrame:
         record = json.loads(path.read_text())
         metrics = pl.read_parquet(path.parent / "metrics.parquet").tail(10)
         names = ("arm", "seed", "loss", "load_cv", "max_violation", "mean_ffn_count", "sd_ffn_count", "total_params", "train_tokens")
-        step_ms = 1e3 * metrics["tokens"].diff().median() / metrics["step"].diff().median() / record["tokens_per_second"]
+        last = metrics.row(-1, named=True)
+        step_ms = 1e3 * last["tokens"] / last["step"] / record["tokens_per_second"]
         rows.append({name: record[name] for name in names} | {"router_entropy": metrics["router_entropy"].mean(), "step_ms": step_ms})
     frame = pl.DataFrame(rows, infer_schema_length=None)
     plain = frame.filter(pl.col("arm") == REFERENCE).select("seed", reference=pl.col("loss"))

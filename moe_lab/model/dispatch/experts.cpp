@@ -23,6 +23,7 @@ using std::int32_t;
 using std::int64_t;
 
 constexpr int64_t kBlock = 128;  // rows of one block: its activations fit a core's second-level cache at the widths of small models
+constexpr int64_t kWave = int64_t(8) << 20;  // bytes of experts' outputs that wait to be added up by token: they stay in the last-level cache
 constexpr int64_t kGrain = 8192;  // elements below which a loop is not worth a second thread
 
 // Fortran's xGEMM, from the BLAS that torch carries: single-threaded inside a parallel region, threaded outside of one.
@@ -104,13 +105,25 @@ void swiglu_backward(int64_t threads, const S* act, const S* weight, const S* gr
   });
 }
 
-// Run `work(expert, scratch)` for every expert that has rows. One that has more than a thread's share runs alone, with all threads inside
+// Experts [first, last) whose rows wait together: as many as keep every thread busy, then as many as fit in kWave.
+template <typename S>
+std::vector<int64_t> waves(const Layer<S>& z) {
+  const int64_t most = std::max<int64_t>(1, kWave / int64_t(z.D * sizeof(S)));
+  std::vector<int64_t> bounds{0};
+  for (int64_t e = 1; e < z.E; ++e)
+    if (z.starts[e + 1] - z.starts[bounds.back()] > most && e - bounds.back() >= 4 * z.threads) bounds.push_back(e);
+  bounds.push_back(z.E);
+  return bounds;
+}
+
+// Run `work(expert, scratch)` for the experts of [begin, end) that have rows. One that has more than a thread's share runs alone, with all threads inside
 // its products; the others are dealt out, largest first. Which thread takes an expert changes nothing in its result.
 template <typename S, typename Work>
-void for_experts(const Layer<S>& z, int64_t scratch_size, const Work& work) {
+void for_experts(const Layer<S>& z, int64_t begin, int64_t end, int64_t scratch_size, const Work& work) {
+  const int64_t used = z.starts[end] - z.starts[begin];
   std::vector<int64_t> shared, alone;
-  for (int64_t e = 0; e < z.E; ++e)
-    if (z.rows(e)) (z.threads > 1 && z.rows(e) * z.threads > z.starts[z.E] + kBlock ? alone : shared).push_back(e);
+  for (int64_t e = begin; e < end; ++e)
+    if (z.rows(e)) (z.threads > 1 && z.rows(e) * z.threads > used + kBlock ? alone : shared).push_back(e);
   std::stable_sort(shared.begin(), shared.end(), [&](int64_t a, int64_t b) { return z.rows(a) > z.rows(b); });
   if (!alone.empty()) {
     std::unique_ptr<S[]> scratch(new S[scratch_size]);
@@ -140,20 +153,35 @@ void gather(const Layer<S>& z, const S* from, const int32_t* order, int64_t n, c
   }
 }
 
-// out[t] = the sum of the rows of the token's slots, in the order of the slots.
+// out[t] += the rows of the token's slots that lie in [first, last), in the order of the slots; rows[0] is row `first`.
 template <typename S>
-void combine(const Layer<S>& z, const S* rows, S* out) {
+void combine(const Layer<S>& z, const S* rows, int64_t first, int64_t last, S* out) {
   parallel_for(z.threads, z.T, z.D * z.K, [&](int64_t t) {
     S* y = out + t * z.D;
-    std::memset(y, 0, z.D * sizeof(S));
     for (int64_t k = 0; k < z.K; ++k) {
       const int64_t row = z.place[t * z.K + k];
-      if (row < 0) continue;
-      const S* from = rows + row * z.D;
+      if (row < first || row >= last) continue;
+      const S* from = rows + (row - first) * z.D;
 #pragma omp simd
       for (int64_t d = 0; d < z.D; ++d) y[d] += from[d];
     }
   });
+}
+
+// out [T, D] = the sum over experts of what `work(expert, scratch, rows)` writes to rows [rows of the expert, D].
+template <typename S, typename Work>
+void sum_over_experts(const Layer<S>& z, int64_t scratch_size, S* out, const Work& work) {
+  const auto bounds = waves(z);
+  int64_t most = 0;
+  for (size_t i = 1; i < bounds.size(); ++i) most = std::max<int64_t>(most, z.starts[bounds[i]] - z.starts[bounds[i - 1]]);
+  std::unique_ptr<S[]> rows(new S[most * z.D]);
+  std::fill(out, out + z.T * z.D, S(0));
+  for (size_t i = 1; i < bounds.size(); ++i) {
+    const int64_t first = z.starts[bounds[i - 1]];
+    for_experts<S>(z, bounds[i - 1], bounds[i], scratch_size,
+                   [&](int64_t e, S* scratch) { work(e, scratch, rows.get() + (z.starts[e] - first) * z.D); });
+    combine<S>(z, rows.get(), first, z.starts[bounds[i]], out);
+  }
 }
 
 // Where the weight is on the input: out, the gradient of the weighted input, becomes that of the input, and dot that of the weight.
@@ -171,11 +199,11 @@ void input_weights(const Layer<S>& z, const int32_t* order, int64_t n, const S* 
   });
 }
 
-// y [T, D]; act [N, 2F] in expert order is kept for the backward pass unless it is null; rows [N, D] is work space.
+// y [T, D]; act [N, 2F] in expert order is kept for the backward pass unless it is null.
 template <typename S>
-void forward(const Layer<S>& z, S* act, S* rows, S* y) {
+void forward(const Layer<S>& z, S* act, S* y) {
   const int64_t B = kBlock, D = z.D, F = z.F;
-  for_experts<S>(z, B * (D + F + 2) + (act == nullptr ? B * 2 * F : 0), [&](int64_t e, S* scratch) {
+  sum_over_experts<S>(z, B * (D + F + 2) + (act == nullptr ? B * 2 * F : 0), y, [&](int64_t e, S* scratch, S* rows) {
     S *input = scratch, *hidden = input + B * D, *weight = hidden + B * F, *ones = weight + B, *own = ones + B;
     std::fill(ones, ones + B, S(1));
     for (int64_t first = z.starts[e]; first < z.starts[e + 1]; first += B) {
@@ -186,15 +214,14 @@ void forward(const Layer<S>& z, S* act, S* rows, S* y) {
       gather<S>(z, z.x, order, n, z.on_input ? weight : nullptr, input);
       z.product(false, true, n, 2 * F, D, input, z.gate_up + e * 2 * F * D, 0, a);
       swiglu<S>(z.threads, a, z.on_input ? ones : weight, n, F, hidden);
-      z.product(false, true, n, D, F, hidden, z.down + e * D * F, 0, rows + first * D);
+      z.product(false, true, n, D, F, hidden, z.down + e * D * F, 0, rows + (first - z.starts[e]) * D);
     }
   });
-  combine<S>(z, rows, y);
 }
 
-// Gradients of x [T, D], weights [N], gate_up and down from `grad` [T, D] and the `act` of the forward pass; rows [N, D] is work space.
+// Gradients of x [T, D], weights [N], gate_up and down from `grad` [T, D] and the `act` of the forward pass.
 template <typename S>
-void backward(const Layer<S>& z, const S* grad, const S* act, S* rows, S* grad_x, S* grad_weights, S* grad_gate_up, S* grad_down) {
+void backward(const Layer<S>& z, const S* grad, const S* act, S* grad_x, S* grad_weights, S* grad_gate_up, S* grad_down) {
   const int64_t B = kBlock, D = z.D, F = z.F;
   std::fill(grad_weights, grad_weights + z.T * z.K, S(0));
   for (int64_t e = 0; e < z.E; ++e) {
@@ -202,7 +229,7 @@ void backward(const Layer<S>& z, const S* grad, const S* act, S* rows, S* grad_x
     std::fill(grad_gate_up + e * 2 * F * D, grad_gate_up + (e + 1) * 2 * F * D, S(0));
     std::fill(grad_down + e * D * F, grad_down + (e + 1) * D * F, S(0));
   }
-  for_experts<S>(z, B * (2 * D + 4 * F + 3), [&](int64_t e, S* scratch) {
+  sum_over_experts<S>(z, B * (2 * D + 4 * F + 3), grad_x, [&](int64_t e, S* scratch, S* rows) {
     S *input = scratch, *g = input + B * D, *grad_hidden = g + B * D, *hidden = grad_hidden + B * F, *grad_act = hidden + B * F;
     S *weight = grad_act + B * 2 * F, *ones = weight + B, *dot = ones + B;
     std::fill(ones, ones + B, S(1));
@@ -217,13 +244,12 @@ void backward(const Layer<S>& z, const S* grad, const S* act, S* rows, S* grad_x
       swiglu_backward<S>(z.threads, act + first * 2 * F, z.on_input ? ones : weight, grad_hidden, n, F, hidden, grad_act, dot);
       z.product(true, false, D, F, n, g, hidden, beta, grad_down + e * D * F);
       z.product(true, false, 2 * F, D, n, grad_act, input, beta, grad_gate_up + e * 2 * F * D);
-      S* out = rows + first * D;
+      S* out = rows + (first - z.starts[e]) * D;
       z.product(false, false, n, D, 2 * F, grad_act, z.gate_up + e * 2 * F * D, 0, out);
       if (z.on_input) input_weights<S>(z, order, n, weight, out, dot);
       for (int64_t r = 0; r < n; ++r) grad_weights[order[r]] = dot[r];
     }
   });
-  combine<S>(z, rows, grad_x);
 }
 
 }  // namespace
@@ -251,14 +277,13 @@ void moe_plan(const int64_t* ids, int64_t N, int64_t E, int32_t* order, int32_t*
   Gemm<S> blas, int64_t threads, int64_t T, int64_t K, int64_t E, int64_t D, int64_t F, bool on_input, const S *x, const S *weights,    \
       const S *gate_up, const S *down, const int32_t *order, const int32_t *starts, const int32_t *place
 #define MOE_FACE(S, name)                                                                                                             \
-  void moe_forward_##name(MOE_ARGUMENTS(S), S* act, S* rows, S* y) {                                                                    \
+  void moe_forward_##name(MOE_ARGUMENTS(S), S* act, S* y) {                                                                             \
     MOE_LAYER(S);                                                                                                                     \
-    forward<S>(z, act, rows, y);                                                                                                      \
+    forward<S>(z, act, y);                                                                                                            \
   }                                                                                                                                   \
-  void moe_backward_##name(MOE_ARGUMENTS(S), const S* grad, const S* act, S* rows, S* grad_x, S* grad_weights, S* grad_gate_up,        \
-                           S* grad_down) {                                                                                            \
+  void moe_backward_##name(MOE_ARGUMENTS(S), const S* grad, const S* act, S* grad_x, S* grad_weights, S* grad_gate_up, S* grad_down) {  \
     MOE_LAYER(S);                                                                                                                     \
-    backward<S>(z, grad, act, rows, grad_x, grad_weights, grad_gate_up, grad_down);                                                     \
+    backward<S>(z, grad, act, grad_x, grad_weights, grad_gate_up, grad_down);                                                           \
   }
 MOE_FACE(float, f32)
 MOE_FACE(double, f64)

@@ -23,8 +23,9 @@ ALIGNMENT = 16  # bytes that every row must be a multiple of
 
 
 def can_group(x_TD: Tensor, down_EDF: Tensor) -> bool:
-    """Whether ``grouped_mm`` takes the dtype and the widths."""
-    return x_TD.dtype in DTYPES and not any(width * x_TD.element_size() % ALIGNMENT for width in down_EDF.shape[1:])
+    """Whether ``grouped_mm`` takes the dtype and the widths (torch 2.13 traces it for ``torch.compile`` in bfloat16 only)."""
+    dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else DTYPES
+    return x_TD.dtype in dtypes and not any(width * x_TD.element_size() % ALIGNMENT for width in down_EDF.shape[1:])
 
 
 def grouped(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:

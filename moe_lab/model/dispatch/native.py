@@ -44,6 +44,7 @@ def experts(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
     return torch.ops.moe_lab.experts(x_TD, routing.indices, weights, bank.gate_up, bank.down, on_input, save)[0]
 
 
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the library is there; the first call in a process loads it, the first on a machine compiles it."""
     return isinstance(_library(), ctypes.CDLL)
@@ -121,10 +122,9 @@ def _experts(
     library.moe_plan(*_pointers(indices), *_integers(num_slots, num_experts), *_pointers(order, starts, place))
     x, weights, gate_up, down = (value.contiguous() for value in (x, weights, gate_up, down))
     # Pages that nothing is written to are never touched: unused slots cost no memory.
-    y, rows = torch.empty_like(x), x.new_empty(num_slots, x.shape[1])
-    act = x.new_empty(num_slots if save else 0, gate_up.shape[1])
+    y, act = torch.empty_like(x), x.new_empty(num_slots if save else 0, gate_up.shape[1])
     layer = _layer(library, x, indices, weights, gate_up, down, order, starts, place, on_input)
-    getattr(library, f"moe_forward_{DTYPES[x.dtype][0]}")(*layer, *_pointers(act if save else None, rows, y))
+    getattr(library, f"moe_forward_{DTYPES[x.dtype][0]}")(*layer, *_pointers(act if save else None, y))
     return y, act, order, starts, place
 
 
@@ -146,9 +146,9 @@ def _experts_backward(
     """Gradients of x, weights, gate_up and down."""
     library = _loaded()
     grad, x, weights, gate_up, down = (value.contiguous() for value in (grad, x, weights, gate_up, down))
-    rows, gradients = x.new_empty(indices.numel(), x.shape[1]), [torch.empty_like(value) for value in (x, weights, gate_up, down)]
+    gradients = [torch.empty_like(value) for value in (x, weights, gate_up, down)]
     layer = _layer(library, x, indices, weights, gate_up, down, order, starts, place, on_input)
-    getattr(library, f"moe_backward_{DTYPES[x.dtype][0]}")(*layer, *_pointers(grad, act, rows, *gradients))
+    getattr(library, f"moe_backward_{DTYPES[x.dtype][0]}")(*layer, *_pointers(grad, act, *gradients))
     return gradients[0], gradients[1], gradients[2], gradients[3]
 
 
