@@ -1,17 +1,33 @@
 """How far can total experts grow over active ones before it stops paying?
 
-Every run of a preset has the same active shape (d_model, layers, k experts of the same width per token); only the number of experts
-to choose from changes. One more arm has zero-computation experts (LongCat's router): the same mean number of real experts, a varying
-one per token. Runs of one seed see the same batches, so arms can be compared in pairs. Committed results: ``experiments/sparsity_wall/``.
+The main arm, ``topk``, has the same active shape in every run (d_model, layers, k experts of the same width per token) and the same
+tokens; only the number of experts to choose from changes. The other arms are there to tell a wall from what looks like one:
 
-    moe-lab sweep plan experiments/sparsity_wall.py --preset small
+    zero        zero-computation experts (LongCat's router): the same mean number of real experts, a varying one per token
+    hash        a fixed table of token ids instead of a learned router: what experts are worth when nothing is routed well
+    lr          topk-short with the learning rate a factor sqrt 2 lower and higher (topk, where there is one budget): is the best bracketed?
+    per_expert  topk with the same tokens per expert at every ratio (tokens grow with the ratio up to those of topk)
+    total       the same total parameters and training FLOPs at every ratio: fewer experts per token, more tokens
+
+    topk-short  topk at a quarter of the tokens, branched off its long runs where it begins to decay: does a wall move with the tokens?
+
+Runs of one seed see the
+same batches in the same order, so arms can be compared in pairs; losses are of held-out text. Committed results: the folder
+``sparsity_wall/`` beside this file.
+
+    moe-lab sweep plan experiments/sparsity_wall.py --preset small --power
     moe-lab sweep run  experiments/sparsity_wall.py --preset small --out runs/small
+    moe-lab scaling verdict runs/small --out experiments/sparsity_wall
 """
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from moe_lab.accounting import flops
 from moe_lab.model import DecoderConfig, MoEConfig
-from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
+from moe_lab.routing import ControllerConfig, ControllerKind, HashTable, RouterConfig
+from moe_lab.scaling import SHORT
 from moe_lab.sweeps import SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig
@@ -21,10 +37,10 @@ QUESTION = "Does the loss still fall as experts are added at fixed active parame
 
 @dataclass(frozen=True)
 class Shape:
-    """What a preset fixes for all its runs. ``ratios`` are experts over active experts (E/k)."""
+    """What a preset fixes for all its runs. Ratios are experts over active experts (E/k), one tuple per arm; ``short_tokens`` is the
+    budget that branches off the long runs (None: there is one budget); ``total_tokens`` those of arm total at ``total_experts`` / k."""
 
     ratios: tuple[int, ...]
-    zero_ratios: tuple[int, ...]
     seeds: int
     num_layers: int
     d_model: int
@@ -33,6 +49,14 @@ class Shape:
     batch_size: int
     train_tokens: int
     lr: float
+    zero_ratios: tuple[int, ...] = ()
+    hash_ratios: tuple[int, ...] = ()
+    lr_ratios: tuple[int, ...] = ()
+    per_expert_ratios: tuple[int, ...] = ()
+    total_ratios: tuple[int, ...] = ()
+    total_experts: int = 32
+    total_tokens: int = 0
+    short_tokens: int | None = None
     vocab_size: int = 2048
     top_k: int = 2
     eval_tokens: int = 60_000
@@ -55,22 +79,52 @@ SHAPES = {
     ),
     "small": Shape(
         ratios=(1, 2, 4, 8, 16, 32, 64),
-        zero_ratios=(8, 32),
+        zero_ratios=(8,),
+        hash_ratios=(8, 64),
+        lr_ratios=(1, 8, 64),
+        per_expert_ratios=(8, 16, 32),
+        total_ratios=(2, 4, 8, 16),
+        total_tokens=160_000,
+        short_tokens=80_000,
         seeds=3,
         num_layers=4,
         d_model=96,
         d_expert=96,
         seq_length=128,
-        batch_size=16,
-        train_tokens=1_000_000,
+        batch_size=8,
+        train_tokens=320_000,
         lr=3e-3,
-        eval_tokens=200_000,
+        eval_tokens=120_000,
     ),
     # Router rows grow with the experts and count as active: a wide residual stream and few, large experts keep that under a tenth.
     "gpu": Shape(
         ratios=(1, 2, 4, 8, 16, 32, 64, 128),
         zero_ratios=(32,),
+        hash_ratios=(8, 64),
+        lr_ratios=(1, 8, 64, 128),
+        per_expert_ratios=(16, 32, 64),
+        total_ratios=(2, 4, 8, 16, 32, 64),
+        total_experts=128,
+        total_tokens=300_000_000,
+        short_tokens=300_000_000,
         seeds=3,
+        num_layers=6,
+        d_model=256,
+        d_expert=192,
+        seq_length=256,
+        batch_size=64,
+        train_tokens=1_200_000_000,
+        lr=2e-3,
+        vocab_size=4096,
+        dtype=Dtype.BFLOAT16,
+        eval_tokens=500_000,
+        checkpoint_every=500,
+    ),
+    # What 45 minutes of one GPU pay for (docs/scaling.md): a pilot, with a power of .6 to .7 for W1 and W2.
+    "pilot": Shape(
+        ratios=(1, 4, 16, 64, 256),
+        lr_ratios=(1, 16, 256),
+        seeds=2,
         num_layers=6,
         d_model=256,
         d_expert=192,
@@ -88,17 +142,82 @@ PRESETS = tuple(SHAPES)
 
 
 def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
-    """The designed grid of ``preset``: every ratio and arm at seeds ``seed``, ``seed + 1``, ..."""
+    """The designed grid of ``preset``: every ratio and arm at seeds ``seed``, ``seed + 1``, ...; arm lr at the first seed alone."""
     shape = SHAPES[preset]
-    text = TextConfig(vocab_size=shape.vocab_size)
-    runs = [
-        _run(shape, text, router, arm, ratio, seed + offset, device)
-        for offset in range(shape.seeds)
-        for arm, ratios, build in (("topk", shape.ratios, _topk), ("zero", shape.zero_ratios, _zero))
-        for ratio in ratios
-        for router in (build(shape, ratio),)
-    ]
+    runs = [run for offset in range(shape.seeds) for arm in ARMS.values() for run in arm(shape, seed + offset, device)]
+    runs += list(_rates(shape, seed, device))
     return SweepConfig(name=f"sparsity_wall_{preset}", question=QUESTION, preset=preset, runs=tuple(runs))
+
+
+def _fixed_active(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
+    for ratio in shape.ratios:
+        run = _run(shape, "topk", ratio, _topk(shape, ratio), seed, device)
+        if shape.short_tokens is None:
+            yield run
+        else:
+            budgets = (shape.short_tokens, shape.train_tokens)
+            yield run.replace(budgets=budgets)
+            short = f"topk{SHORT}"
+            yield run.replace(budgets=budgets, train_tokens=shape.short_tokens, arm=short, name=run.name.replace("topk", short, 1))
+
+
+def _zero_experts(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
+    for ratio in shape.zero_ratios:
+        yield _run(shape, "zero", ratio, _zero(shape, ratio), seed, device)
+
+
+def _hash_control(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
+    for ratio in shape.hash_ratios:
+        router = RouterConfig(
+            kind="hash", num_experts=ratio * shape.top_k, top_k=shape.top_k, vocab_size=shape.vocab_size, hash_table=HashTable.RANDOM
+        )
+        yield _run(shape, "hash", ratio, router, seed, device)
+
+
+def _per_expert(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
+    for ratio in shape.per_expert_ratios:
+        tokens = shape.train_tokens * ratio // max(shape.ratios)
+        yield _run(shape, "per_expert", ratio, _topk(shape, ratio), seed, device).replace(train_tokens=tokens)
+
+
+def _fixed_total(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
+    """Fewer experts per token at larger ratios; the tokens make up for it, so that parameters and FLOPs stay what they are."""
+    if not shape.total_ratios:
+        return
+    runs = {
+        ratio: _run(
+            shape,
+            "total",
+            ratio,
+            RouterConfig(num_experts=shape.total_experts, top_k=shape.total_experts // ratio, norm_topk_prob=True),
+            seed,
+            device,
+        )
+        for ratio in shape.total_ratios
+    }
+    work = {ratio: flops(run.model, context=run.seq_length, phase="train").total for ratio, run in runs.items()}
+    reference = work[min(work, key=lambda ratio: abs(ratio - shape.total_experts // shape.top_k))]
+    for ratio, run in runs.items():
+        yield run.replace(train_tokens=round(shape.total_tokens * reference / work[ratio]))
+
+
+def _rates(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
+    for ratio in shape.lr_ratios:
+        for factor in (math.sqrt(0.5), math.sqrt(2)):
+            run = _run(shape, "lr", ratio, _topk(shape, ratio), seed, device)
+            run = run.replace(name=f"{run.name}-x{factor:.2f}", optimizer=OptimizerConfig(lr=shape.lr * factor))
+            if shape.short_tokens is not None:
+                run = run.replace(budgets=(shape.short_tokens, shape.train_tokens), train_tokens=shape.short_tokens)
+            yield run
+
+
+ARMS: dict[str, Callable[[Shape, int, str], Iterator[RunConfig]]] = {
+    "topk": _fixed_active,
+    "zero": _zero_experts,
+    "hash": _hash_control,
+    "per_expert": _per_expert,
+    "total": _fixed_total,
+}
 
 
 def _topk(shape: Shape, ratio: int) -> RouterConfig:
@@ -119,7 +238,7 @@ def _zero(shape: Shape, ratio: int) -> RouterConfig:
     )
 
 
-def _run(shape: Shape, text: TextConfig, router: RouterConfig, arm: str, ratio: int, seed: int, device: str) -> RunConfig:
+def _run(shape: Shape, arm: str, ratio: int, router: RouterConfig, seed: int, device: str) -> RunConfig:
     moe = MoEConfig(d_model=shape.d_model, d_expert=shape.d_expert, router=router)
     model = DecoderConfig(
         vocab_size=shape.vocab_size,
@@ -134,7 +253,7 @@ def _run(shape: Shape, text: TextConfig, router: RouterConfig, arm: str, ratio: 
         arm=arm,
         seed=seed,
         model=model,
-        text=text,
+        text=TextConfig(vocab_size=shape.vocab_size),
         optimizer=OptimizerConfig(lr=shape.lr),
         batch_size=shape.batch_size,
         seq_length=shape.seq_length,

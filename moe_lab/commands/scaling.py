@@ -113,7 +113,7 @@ def verdict(args: argparse.Namespace) -> int:
     import polars as pl
 
     from moe_lab.scaling import verdict_by_budget, wall_verdict
-    from moe_lab.scaling.reading import main_arm, read_runs
+    from moe_lab.scaling.reading import main_arm, read_runs, with_budgets
 
     everything = read_runs(args.runs)
     if args.bits and "loss" in everything.columns and everything["loss"].dtype.is_numeric():
@@ -125,7 +125,7 @@ def verdict(args: argparse.Namespace) -> int:
         verdicts: dict[float | None, Verdict] = {**verdict_by_budget(runs, **options)}
     else:
         try:
-            verdicts = {None: wall_verdict(runs, **options)}
+            verdicts = {None: wall_verdict(runs, budgets=with_budgets(everything, arm), **options)}
         except AnalysisError as error:
             if "one token budget" not in str(error):
                 raise

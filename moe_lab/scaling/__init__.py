@@ -1,6 +1,6 @@
 """Losses of many runs in, a law and a verdict out: published scaling laws, fits with their uncertainty, and the sparsity wall."""
 
-from moe_lab.scaling.confounds import confounds
+from moe_lab.scaling.confounds import SHORT, confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
 from moe_lab.scaling.fit import HUBER, SQUARES, Fit, fit
 from moe_lab.scaling.gain import expected_gain
@@ -10,7 +10,7 @@ from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.optimum import Isoflop, Optimum, compute_optimal, constrained_optimum, isoflop
 from moe_lab.scaling.planner import Plan, parse_truth, plan_power, typical_noise
 from moe_lab.scaling.power import Design, Truth, cheapest, default_truths, designs, power
-from moe_lab.scaling.reading import main_arm, read_runs
+from moe_lab.scaling.reading import main_arm, read_runs, with_budgets
 from moe_lab.scaling.uncertainty import Saturation, bootstrap, leave_largest_out, profile, profile_interval, saturation
 from moe_lab.scaling.verdict import FormScore, Gain, Verdict, verdict_by_budget, wall_verdict
 
@@ -18,6 +18,7 @@ __all__ = [
     "DATASETS",
     "HUBER",
     "LAWS",
+    "SHORT",
     "SQUARES",
     "Design",
     "Fit",
@@ -55,4 +56,5 @@ __all__ = [
     "typical_noise",
     "verdict_by_budget",
     "wall_verdict",
+    "with_budgets",
 ]

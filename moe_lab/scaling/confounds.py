@@ -20,6 +20,7 @@ from moe_lab.scaling.words import TOKENS_PER_EXPERT
 DROPPED = 0.01  # share of token slots beyond which dropping differs between ratios enough to matter
 DEAD = 0.01
 TUNING = "lr"  # the arm of a sweep's runs at other learning rates
+SHORT = "-short"  # ends the name of an arm's runs at a smaller token budget
 UNEVEN = 1.5  # growth of load_cv over the grid that asks for a look
 
 
@@ -71,8 +72,8 @@ class Sweeps:
 def confounds(frame: pl.DataFrame | pl.LazyFrame, *, margin: float | None = None, arm: str | None = None) -> pl.DataFrame:
     """[confound, status ("clear", "suspect", "not measured"), detail] for runs of [ratio, loss, active_params, tokens] and whatever else
     they have: seed, learning_rate, drop_rate, dead_experts (share), load_cv, arm, bits_per_byte. Several token budgets and learning rates
-    are welcome. ``margin`` in nats per doubling; by default 5 % of compute from the published law. ``arm``: the arm that is judged; the
-    arm "lr" holds its runs at other learning rates, and the others are only named.
+    are welcome. ``margin`` in nats per doubling; by default 5 % of compute from the published law. ``arm``: the arm that is judged;
+    ``arm``-short holds its runs at a smaller token budget and "lr" those at other learning rates; the others are only named.
     """
     frame = frame.lazy().collect()
     missing = [name for name in ("ratio", "loss", "active_params", "tokens") if name not in frame.columns]

@@ -12,6 +12,8 @@ from typing import Any
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.scaling.confounds import SHORT
+from moe_lab.scaling.margin import measured_slope
 from moe_lab.scaling.sweep import COLUMNS
 
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
@@ -50,19 +52,36 @@ def read_runs(path: Path | str) -> pl.DataFrame:
 
 
 def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame, str]:
-    """The runs of ``arm``, by default of the arm with most ratios, and its name ("" where the frame has none)."""
+    """The runs of ``arm`` and its name ("" where the frame has none); by default of the arm with most ratios among those of one token
+    budget, and of two such the one with more tokens."""
     if "arm" not in frame.columns:
         if arm is not None:
             raise AnalysisError(expected("a column arm to choose from", f"columns {', '.join(frame.columns)}"))
         return frame, ""
     if "ratio" not in frame.columns:
         raise AnalysisError(expected(f"columns {', '.join(COLUMNS)}", "none called ratio", "renaming yours"))
-    ratios = frame.group_by("arm", maintain_order=True).agg(pl.col("ratio").n_unique())
+    tokens = pl.col("tokens").max() if "tokens" in frame.columns else pl.lit(0)
+    single = pl.col("tokens").n_unique() == 1 if "tokens" in frame.columns else pl.lit(True)
+    ratios = frame.group_by("arm", maintain_order=True).agg(pl.col("ratio").n_unique(), tokens.alias("tokens"), single.alias("single"))
+    ratios = ratios.sort("single", "ratio", "tokens", descending=True, maintain_order=True)
     names = [str(name) for name in ratios["arm"]]
     if arm is not None and arm not in names:
         raise AnalysisError(expected(f"an arm of these runs ({', '.join(names)})", arm))
-    chosen = arm if arm is not None else str(ratios["arm"][int(ratios["ratio"].arg_max() or 0)])
+    chosen = arm if arm is not None else names[0]
     return frame.filter(pl.col("arm").cast(pl.String) == chosen), chosen
+
+
+def with_budgets(frame: pl.DataFrame, arm: str) -> pl.DataFrame | None:
+    """The runs of ``arm`` and of its shorter budget, from which dL/dlnC can be measured; None where there is no shorter budget, or
+    the loss did not fall from it."""
+    if not arm or arm + SHORT not in set(frame["arm"].cast(pl.String)):
+        return None
+    both = frame.filter(pl.col("arm").cast(pl.String).is_in([arm, arm + SHORT]))
+    try:
+        measured_slope(both)
+    except AnalysisError:
+        return None
+    return both
 
 
 def _text(path: Path, separator: str) -> pl.DataFrame:
