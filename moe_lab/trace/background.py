@@ -17,7 +17,7 @@ class Background:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._jobs: deque[tuple[Callable[[], None], int]] = deque()
+        self._jobs: deque[tuple[Callable[[], object], int]] = deque()
         self._waiting_bytes = 0
         self._busy = False
         self._error: BaseException | None = None
@@ -25,7 +25,7 @@ class Background:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Callable[[], None], size: int) -> None:
+    def submit(self, job: Callable[[], object], size: int) -> None:
         """Queue a job that holds ``size`` bytes. Waits while the queue is full; raises what an earlier job raised."""
         with self._changed:
             while self._error is None and self._waiting_bytes and self._waiting_bytes + size > self.limit_bytes:
