@@ -81,7 +81,9 @@ def confounds(frame: pl.DataFrame | pl.LazyFrame, *, margin: float | None = None
         raise AnalysisError(expected("columns ratio, loss, active_params, tokens", f"none called {', '.join(missing)}"))
     runs = tuning = frame.filter(pl.col("loss").is_finite())
     if arm is not None:
-        runs, tuning = (runs.filter(pl.col("arm").cast(pl.String).is_in(names)) for names in ((arm,), (arm, TUNING)))
+        runs, tuning = (
+            runs.filter(pl.col("arm").cast(pl.String).is_in(names)) for names in ((arm, arm + SHORT), (arm, arm + SHORT, TUNING))
+        )
     if runs["ratio"].n_unique() < 2:
         raise AnalysisError(expected("two or more ratios with finite losses", runs["ratio"].n_unique()))
     if margin is None:

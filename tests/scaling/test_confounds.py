@@ -106,3 +106,25 @@ def test_a_frame_that_is_no_sweep_is_told_in_one_line():
         confounds(runs().drop("tokens"))
     with pytest.raises(AnalysisError, match="two or more ratios with finite losses"):
         confounds(runs().with_columns(loss=np.nan))
+
+
+def test_an_arm_is_judged_with_its_short_budget_and_its_learning_rates_alone():
+    rows = [
+        {"arm": arm, "ratio": ratio, "seed": seed, "learning_rate": rate, "tokens": tokens, "active_params": 1e7, "loss": loss}
+        for ratio in (1.0, 8.0, 64.0)
+        for seed in (0, 1, 2)
+        for arm, rate, tokens, loss in (
+            ("topk", 2e-3, 4e9, 3 - 0.03 * math.log2(ratio) + 1e-3 * seed),
+            ("topk-short", 2e-3, 1e9, 3.2 - 0.03 * min(math.log2(ratio), 3) + 1e-3 * seed),
+            ("lr", 1.4e-3, 1e9, 3.21 - 0.03 * min(math.log2(ratio), 3)),
+            ("lr", 2.8e-3, 1e9, 3.21 - 0.03 * min(math.log2(ratio), 3)),
+            ("hash", 2e-3, 4e9, 9.0),
+        )
+        if seed == 0 or arm != "lr"
+    ]
+    found = {name: (status, detail) for name, status, detail in confounds(pl.DataFrame(rows), arm="topk").rows()}
+    assert found["learning rate bracketed"][0] == "clear"
+    assert found["break moves with tokens"][0] == "suspect"
+    assert "0.0000 at 1e+09 tokens and 0.0300 at 4e+09" in found["break moves with tokens"][1]
+    assert found["hash-routing control"][0] == "clear"
+    assert found["seeds"][1].startswith("3 at the ratio")
