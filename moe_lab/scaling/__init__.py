@@ -1,5 +1,6 @@
 """Losses of many runs in, a law and a verdict out: published scaling laws, fits with their uncertainty, and the sparsity wall."""
 
+from moe_lab.scaling.band import Band, frontier_band
 from moe_lab.scaling.confounds import SHORT, confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
 from moe_lab.scaling.fit import HUBER, SQUARES, Fit, fit
@@ -20,6 +21,7 @@ __all__ = [
     "LAWS",
     "SHORT",
     "SQUARES",
+    "Band",
     "Design",
     "Fit",
     "FormScore",
@@ -42,6 +44,7 @@ __all__ = [
     "designs",
     "expected_gain",
     "fit",
+    "frontier_band",
     "isoflop",
     "leave_largest_out",
     "main_arm",

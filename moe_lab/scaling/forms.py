@@ -136,6 +136,13 @@ def fit_form(form: Form, x: np.ndarray, means: np.ndarray, counts: np.ndarray) -
     return FormFit(form, rss[np.arange(len(rss)), best], shapes[best], coefficients, fitted, breaks, profile)
 
 
+def curve(fit: FormFit, x: np.ndarray, means: np.ndarray, counts: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """[B, A]: a form fitted to ``means`` [B, R] at ``x``, drawn at other log2 ratios ``at`` [A]."""
+    weights = counts / counts.sum()
+    inside = fit.form.columns(x, fit.shape) @ weights
+    return (means @ weights)[:, None] + np.einsum("bp,bpr->br", fit.coefficients, fit.form.columns(at, fit.shape) - inside[..., None])
+
+
 def _orthonormal(design: np.ndarray) -> np.ndarray:
     """Orthonormal rows spanning ``design`` [P, p, R] with p of 1 or 2; a column without variation counts for nothing."""
     basis = np.zeros_like(design)

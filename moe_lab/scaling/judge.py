@@ -130,6 +130,11 @@ def doublings(x: np.ndarray) -> np.ndarray:
     return np.array(pairs)
 
 
+def form_scores(x: np.ndarray, means: np.ndarray, counts: np.ndarray, noise: Noise) -> dict[str, np.ndarray]:
+    """AICc of each form, [B]."""
+    return {name: _aicc(fit_form(form, x, means, counts), counts, noise) for name, form in FORMS.items()}
+
+
 def _aicc(fit: FormFit, counts: np.ndarray, noise: Noise) -> np.ndarray:
     """Second-order AIC of the R means, whose noise is known, or estimated on ``noise.df`` degrees of freedom of its own.
 
