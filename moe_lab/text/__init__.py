@@ -2,7 +2,7 @@
 
 from moe_lab.text.classes import CLASSES, token_classes
 from moe_lab.text.corpus import Corpus, Document, Split, load_corpus
-from moe_lab.text.difficulty import NgramModel, ngram_surprisal, unigram_surprisal
+from moe_lab.text.difficulty import NgramModel, difficulty_columns, ngram_surprisal, unigram_surprisal
 from moe_lab.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from moe_lab.text.tokens import TextConfig, TokenizedDocument, TokenizedText, load_tokens, tokenize_documents
 
@@ -17,6 +17,7 @@ __all__ = [
     "TokenizedText",
     "Tokenizer",
     "TokenizerKind",
+    "difficulty_columns",
     "load_corpus",
     "load_tokens",
     "ngram_surprisal",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_lab.errors import CorpusError, expected
+from moe_lab.text.code_lexer import code_classes, lexer_for
 from moe_lab.text.english import RIGHT_QUOTE, is_function_word
 from moe_lab.text.python_lexer import PYTHON_CLASSES, python_classes
 from moe_lab.text.tokenizer import Tokenizer
@@ -62,8 +63,8 @@ def token_classes(document: TokenizedDocument, tokenizer: Tokenizer, reference_c
     Columns: doc, pos, token_id, start, end (u32; characters of the text), n_bytes (u32, those of the token), spans_classes (bool), and
     as Enum of ``CLASSES[column]``:
 
-        lexer: Python lexer class of the first character that is not blank; ``text`` for documents not named ``.py``.
-            ``spans_classes`` tells the tokens that hold more than one.
+        lexer: lexer class of the first character that is not blank, by the document's name: Python's own tokenizer for ``.py``, Pygments
+            (extra ``lexers``) for other languages that it knows, else ``text``. ``spans_classes`` tells the tokens that hold several.
         subword: ``word_start`` or ``continuation`` of a word (letters, digits, underscore), by that character and its left neighbour.
         freq_band: ``rare`` below 30 reference occurrences, unseen ids included; the other ids in five bands of about equal mass.
         unicode: class of the characters that are not blank, ``mixed`` where they differ; ``byte_fragment`` where the bytes are not UTF-8.
@@ -128,9 +129,12 @@ def frequency_bands(counts: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 def _lexer(view: TokenView) -> tuple[np.ndarray, np.ndarray]:
     """([T] class, [T] whether the token holds several)."""
-    if not view.document.name.endswith(PYTHON_SUFFIXES):
+    text, name = view.document.text, view.document.name
+    lexer = None if name.endswith(PYTHON_SUFFIXES) else lexer_for(name)
+    if lexer is None and not name.endswith(PYTHON_SUFFIXES):
         return np.full(len(view.ids), CODES["lexer"]["text"]), np.zeros(len(view.ids), dtype=bool)
-    classes = np.append(python_classes(view.document.text), np.uint8(CODES["lexer"]["other"]))
+    found = python_classes(text) if lexer is None else code_classes(text, lexer)
+    classes = np.append(found, np.uint8(CODES["lexer"]["other"]))
     return classes[view.first], view.is_mixed(classes)
 
 

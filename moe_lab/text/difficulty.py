@@ -8,12 +8,19 @@ after every context. Cross-fitting scores each document by a model that has not 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_lab.errors import CorpusError, expected
 
+if TYPE_CHECKING:
+    import polars as pl
+
+    from moe_lab.text.tokens import TokenizedDocument
+
 Documents = Sequence[np.ndarray]
+NUM_DECILES = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +118,19 @@ class NgramModel:
         return _unpadded(-np.log(trigram), places, documents)
 
 
-def ngram_surprisal(documents: Documents, vocab_size: int, folds: int = 2, seed: int = 0) -> list[np.ndarray]:
+def ngram_surprisal(
+    documents: Documents, vocab_size: int, folds: int = 2, seed: int = 0, groups: Sequence[int] | np.ndarray | None = None
+) -> list[np.ndarray]:
     """Cross-fitted trigram surprisal of each token, in nats.
 
     Args:
         documents: [n] arrays of ids, as ``TokenizedDocument.ids``.
         folds: the documents are dealt at random into so many parts; each is scored by the n-grams of all the others.
+        groups: one number for each entry of ``documents``; entries with the same number (excerpts of one document) stay in one part.
 
     Returns [n] float64 arrays, NaN at the first token of each. Raises ``CorpusError`` for fewer documents than folds.
     """
-    return _cross_fit(documents, folds, seed, lambda others: NgramModel.fit(others, vocab_size).surprisals)
+    return _cross_fit(documents, folds, seed, lambda others: NgramModel.fit(others, vocab_size).surprisals, groups)
 
 
 def unigram_surprisal(documents: Documents, vocab_size: int, folds: int = 2, seed: int = 0) -> list[np.ndarray]:
@@ -140,12 +150,51 @@ def unigram_surprisal(documents: Documents, vocab_size: int, folds: int = 2, see
     return _cross_fit(documents, folds, seed, fit)
 
 
+def difficulty_columns(documents: "Sequence[TokenizedDocument]", vocab_size: int, folds: int = 2, seed: int = 0) -> "pl.DataFrame":
+    """The difficulties of tokens that need no model, one row a token.
+
+    Returns:
+        [doc, pos, ngram_loss, frequency, surprisal_q]: cross-fitted trigram surprisal and -ln of the cross-fitted share of the id, in
+        nats, both null for the first token of a document; and the decile of ``ngram_loss`` over all tokens, 0 the easiest.
+    """
+    import polars as pl  # slow to import, and text alone does not need it
+
+    ids = [document.ids for document in documents]
+    surprisal = np.concatenate(ngram_surprisal(ids, vocab_size, folds, seed))
+    frame = pl.DataFrame(
+        {
+            "doc": np.repeat([document.index for document in documents], [len(row) for row in ids]).astype(np.uint32),
+            "pos": np.concatenate([np.arange(len(row), dtype=np.uint32) for row in ids]),
+            "ngram_loss": surprisal.astype(np.float32),
+            "frequency": np.concatenate(unigram_surprisal(ids, vocab_size, folds, seed)).astype(np.float32),
+            "surprisal_q": surprisal_decile(surprisal),
+        }
+    )
+    return frame.with_columns(pl.col(pl.Float32).fill_nan(None), pl.when(pl.col("surprisal_q") < NUM_DECILES).then("surprisal_q"))
+
+
+def surprisal_decile(surprisal: np.ndarray) -> np.ndarray:
+    """[n] uint8: tenth of the known values that each belongs to, 0 the lowest; equal values share one; 10 where it is NaN."""
+    decile = np.full(len(surprisal), NUM_DECILES, dtype=np.uint8)
+    known = np.isfinite(surprisal)
+    ordered = np.sort(surprisal[known])
+    middle = np.searchsorted(ordered, surprisal[known], "left") + np.searchsorted(ordered, surprisal[known], "right")
+    decile[known] = np.minimum(middle * NUM_DECILES / (2 * max(len(ordered), 1)), NUM_DECILES - 1)
+    return decile
+
+
 def _cross_fit(
-    documents: Documents, folds: int, seed: int, fit: Callable[[Documents], Callable[[Documents], list[np.ndarray]]]
+    documents: Documents,
+    folds: int,
+    seed: int,
+    fit: Callable[[Documents], Callable[[Documents], list[np.ndarray]]],
+    groups: Sequence[int] | np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    if not 2 <= folds <= len(documents):
-        raise CorpusError(expected(f"2 to {len(documents)} folds of {len(documents)} documents", folds, "more documents"))
-    part = np.random.default_rng(seed).permutation(len(documents)) % folds
+    member = np.arange(len(documents)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    number = int(member.max(initial=-1)) + 1
+    if not 2 <= folds <= number:
+        raise CorpusError(expected(f"2 to {number} folds of {number} documents", folds, "more documents"))
+    part = (np.random.default_rng(seed).permutation(number) % folds)[member]
     scored: dict[int, np.ndarray] = {}
     for fold in range(folds):
         inside = np.flatnonzero(part == fold).tolist()

@@ -9,13 +9,14 @@ statistics: docs/difficulty.md.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.difficulty.interval import Bootstrap, Interval, false_discovery, moments, naive_interval
-from moe_lab.analysis.difficulty.ranks import Order, somers_d, standard_ranks, xi
+from moe_lab.analysis.difficulty.ranks import LevelShift, Order, RankShift, somers_d, standard_ranks, xi
 from moe_lab.analysis.difficulty.tokens import MIN_DOCUMENT_TOKENS, Align, Aligned, LayerTokens, align, layers_of
 from moe_lab.analysis.difficulty.verdict import MARGIN, MIN_DOCUMENTS, Evidence, judge
 from moe_lab.analysis.difficulty.within import Ints, Within, joint_code
@@ -158,7 +159,16 @@ class Pairing:
         """Ranks of difficulty within each grouping."""
         groups = {"strata": self.by_strata, "token": self.by_token, "lexer": self.by_lexer}
         left = {name: group.residual(self.ranks) for name, group in groups.items() if group is not None}
-        return left | {"document": self.within_documents(left["token"])}
+        return left | {"raw": self.ranks, "document": self.within_documents(left["token"])}
+
+    @cached_property
+    def shift(self) -> RankShift:
+        return RankShift.of(self.order, self.aligned.doc, self.aligned.num_documents)
+
+    @cached_property
+    def shifted_squares(self) -> dict[str, Floats]:
+        """[D] twice what each document does through the ranks to the sum of squares of a row of ``left``."""
+        return {name: 2 * self.shift.per_document(row) for name, row in self.left.items() if name in ("raw", "strata", "token")}
 
     def within_documents(self, values: Floats) -> Floats:
         lengths = np.diff(np.append(self.aligned.starts, len(values)))
@@ -238,8 +248,19 @@ def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Meas
     y = standard_level_ranks(levels)
     starts, left = aligned.starts, pairing.left
 
+    level_shift: LevelShift | RankShift = (
+        LevelShift.of(levels, aligned.doc, aligned.num_documents)
+        if levels.max() < MAX_LEVELS
+        else RankShift.of(Order.of(levels), aligned.doc, aligned.num_documents)
+    )
+
     def interval(name: str, own: Floats, inflation: Floats | None = None) -> Interval:
-        return bootstrap.interval(moments(left[name], own, starts, inflation))
+        squares = pairing.shifted_squares.get(name)
+        moved = None
+        if squares is not None:
+            through_ranks = pairing.shift.per_document(own) + level_shift.per_document(left[name])
+            moved = through_ranks, squares, 2 * level_shift.per_document(own)
+        return bootstrap.interval(moments(left[name], own, starts, inflation, moved))
 
     y_token = pairing.by_token.residual(y)
     compute_by_id = float(y_token @ y_token) < NEGLIGIBLE * len(y)
@@ -252,7 +273,7 @@ def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Meas
         tokens.layer,
         aligned,
         tokens.all_documents,
-        raw=bootstrap.interval(moments(pairing.ranks, y, starts)),
+        raw=interval("raw", y),
         strata=interval("strata", pairing.by_strata.residual(y)),
         token=zero if fixed else interval("token", y_token, inflation),
         document=zero if fixed else interval("document", pairing.within_documents(y_token), inflation),
@@ -315,12 +336,12 @@ def _share(y: Floats, code: Ints) -> tuple[float, float]:
 
 
 _FLOATS = ("rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi", "p", "q")
-_SCHEMA: dict[str, pl.DataType] = (
+_SCHEMA: dict[str, Any] = (
     {"layer": pl.Int64(), "align": pl.String()}
     | dict.fromkeys(_FLOATS, pl.Float64())
     | {"verdict": pl.String(), "n_tokens": pl.Int64(), "n_docs": pl.Int64(), "note": pl.String()}
 )
-_DETAILS: dict[str, pl.DataType] = (
+_DETAILS: dict[str, Any] = (
     dict.fromkeys(("rho_raw_lo", "rho_raw_hi", "rho_strata_lo", "rho_strata_hi"), pl.Float64())
     | {f"rho_{name}{end}": pl.Float64() for name in ("document", "lexer") for end in ("", "_lo", "_hi")}
     | dict.fromkeys(("rho_token_naive_lo", "rho_token_naive_hi", "somers_d", "xi", "identity_share", "frequency_share"), pl.Float64())

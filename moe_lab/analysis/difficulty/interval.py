@@ -42,8 +42,15 @@ class Moments:
         return float(self.n.sum() ** 2 / max((self.n**2).sum(), 1.0))
 
 
-def moments(x: Floats, y: Floats, document_starts: np.ndarray, inflation: Floats | None = None) -> Moments:
-    """Per-document sums of two centred rows whose documents lie one after another; an inflation scales what tokens count for."""
+def moments(
+    x: Floats, y: Floats, document_starts: np.ndarray, inflation: Floats | None = None, moved: tuple[Floats, Floats, Floats] | None = None
+) -> Moments:
+    """Per-document sums of two centred rows whose documents lie one after another.
+
+    Args:
+        inflation: [n] scales what each token's products count for.
+        moved: [D] each, added to the sums of xy, xx and yy: what the documents do through the ranks of all others (``RankShift``).
+    """
 
     def per_document(values: Floats) -> Floats:
         return np.add.reduceat(values if inflation is None else values * inflation, document_starts)
@@ -51,7 +58,10 @@ def moments(x: Floats, y: Floats, document_starts: np.ndarray, inflation: Floats
     xx, yy, xy = float(x @ x), float(y @ y), float(x @ y)
     value = xy / np.sqrt(xx * yy) if xx > 0 and yy > 0 else float("nan")
     lengths = np.diff(np.append(document_starts, len(x))).astype(np.float64)
-    return Moments(value, lengths, per_document(x * y), per_document(x * x), per_document(y * y))
+    sums = [per_document(product) for product in (x * y, x * x, y * y)]
+    if moved is not None:
+        sums = [own + more for own, more in zip(sums, moved, strict=True)]
+    return Moments(value, lengths, *sums)
 
 
 @dataclass(frozen=True)

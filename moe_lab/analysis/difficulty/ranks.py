@@ -106,3 +106,72 @@ def somers_d(x: Order, y_group: Ints) -> float:
     n = float(len(ordered))
     differing = (n * n - float((sizes**2).sum())) / 2
     return balance / differing if differing > 0 else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class RankShift:
+    """How ranks move when a document is drawn more often: a token at x raises the rank of every token above x.
+
+    A sum ``sum_j r_j f_j`` over ranks r of x therefore changes, per token i drawn once more, by ``sum_j f_j (1[x_i <= x_j] - F(x_j)) / n``
+    beside its own term: the second half of the influence function of rank correlations (Croux and Dehon 2010, section 3). Without it the
+    interval of a strong Spearman correlation is wrong.
+
+    Attributes:
+        order: of x.
+        sorted_documents: [n] document of each token, in the order of x.
+        documents: D.
+        unit: how much one step of the distribution function moves the standardised rank, over n.
+    """
+
+    order: Order
+    sorted_documents: Ints
+    documents: int
+    unit: float
+
+    @classmethod
+    def of(cls, order: Order, documents: Ints, number: int) -> "RankShift":
+        spread = order.midranks().std()
+        return cls(order, documents[order.by_value], number, 1 / spread if spread > 0 else 0.0)
+
+    def per_document(self, values: Floats) -> Floats:
+        """[D] what each document does to ``sum_j r_j values_j`` through the ranks; sums to 0."""
+        total = np.cumsum(values[self.order.by_value])
+        bounds = self.order.bounds
+        if len(bounds) - 1 == len(values):
+            above = total[-1] - total
+            above[1:] += (total[1:] - total[:-1]) / 2
+            above[0] += total[0] / 2
+        else:
+            below = np.append(0, total)[bounds]
+            above = np.repeat(total[-1] - (below[1:] + below[:-1]) / 2, np.diff(bounds))
+        above -= above.mean()
+        return self.unit * np.bincount(self.sorted_documents, weights=above, minlength=self.documents).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class LevelShift:
+    """``RankShift`` for a row of few levels.
+
+    Attributes:
+        levels: [n] level of each token, from 0.
+        by_document: [D, levels] tokens of each document at each level.
+    """
+
+    levels: Ints
+    by_document: Floats
+
+    @classmethod
+    def of(cls, levels: Ints, documents: Ints, number: int) -> "LevelShift":
+        width = int(levels.max()) + 1
+        table = np.bincount(documents * width + levels, minlength=number * width).reshape(number, width)
+        return cls(levels, table.astype(np.float64))
+
+    def per_document(self, values: Floats) -> Floats:
+        """[D] as ``RankShift.per_document``."""
+        counts = self.by_document.sum(axis=0)
+        midranks = np.cumsum(counts) - (counts - 1) / 2
+        spread = np.sqrt((counts @ (midranks - (counts @ midranks) / counts.sum()) ** 2) / counts.sum())
+        total = np.cumsum(np.bincount(self.levels, weights=values, minlength=len(counts)))
+        above = total[-1] - (np.append(0, total[:-1]) + total) / 2
+        above -= (counts @ above) / counts.sum()
+        return np.asarray(self.by_document @ above / spread, dtype=np.float64)

@@ -109,7 +109,7 @@ class Within:
 
 
 def _sums(code: Ints, values: Floats, count: Floats) -> Floats:
-    return np.bincount(code, weights=values, minlength=len(count))
+    return np.bincount(code, weights=values, minlength=len(count)).astype(np.float64, copy=False)
 
 
 def joint_code(columns: list[NDArray]) -> Ints:

@@ -45,7 +45,7 @@ WORLDS: dict[str, World] = {
     "A": World(frequency=0.35),
     "B": World(identity=0.6),
     "C": World(lexer=0.4),
-    "D": World(frequency=0.5, difficulty=0.07),
+    "D": World(frequency=0.6, difficulty=0.07),
     "E": World(frequency=0.3, difficulty=-0.11),
 }
 """A: frequency alone. B: an arbitrary number for each id. C: the class alone. D: frequency, and a little more on hard tokens.
@@ -91,8 +91,7 @@ def truth(tokens: pl.DataFrame, difficulty: str) -> float:
     chances = [binom.pmf(level, SLOTS, share) for level in levels]
     marginal[:] = [chance.mean() for chance in chances]
     midrank = np.cumsum(marginal) - marginal / 2
-    mean = sum(rank * chance for rank, chance in zip(midrank, chances, strict=True))
-    square = sum(rank**2 * chance for rank, chance in zip(midrank, chances, strict=True))
+    mean, square = (np.einsum("k,kn->n", midrank**power, np.stack(chances)) for power in (1, 2))
     counts = np.bincount(ids)[ids]
     ranks = used[difficulty].rank("average").to_numpy() / used.height
     hard, spent = beyond_identity(ids, ranks), beyond_identity(ids, mean)
@@ -111,6 +110,7 @@ class Corpus:
         by_id, by_document: standard deviations of the parts of difficulty that the id and the document make, beside 1 for the token.
         memory: correlation of a token's own part with its neighbour's.
         ties: whether difficulty is rounded to one decimal.
+        language: seed of what every corpus of the language shares: how hard each id is.
     """
 
     documents: int = 300
@@ -120,6 +120,7 @@ class Corpus:
     by_document: float = 0.3
     memory: float = 0.3
     ties: bool = False
+    language: int = 0
 
 
 def simulate_corpus(corpus: Corpus, seed: int) -> pl.DataFrame:
@@ -130,7 +131,7 @@ def simulate_corpus(corpus: Corpus, seed: int) -> pl.DataFrame:
     pos = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     share = 1 / np.arange(1, corpus.vocabulary + 1)
     ids = generator.choice(corpus.vocabulary, size=len(doc), p=share / share.sum())
-    table = _standard(-np.log(share)) + generator.normal(size=corpus.vocabulary)
+    table = _standard(-np.log(share)) + np.random.default_rng(corpus.language).normal(size=corpus.vocabulary)
     own = generator.normal(size=len(doc))
     remembered = corpus.memory * np.append(0, own[:-1]) + np.sqrt(1 - corpus.memory**2) * own
     level = corpus.by_document * generator.normal(size=corpus.documents)
