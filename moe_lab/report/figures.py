@@ -16,6 +16,7 @@ import polars as pl
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.report.intervals import seed_intervals
 from moe_lab.report.theme import DASHES, DEAD, SERIES, SYMBOLS, template
+from moe_lab.report.wall_figures import wall_compute, wall_elasticity, wall_frontier, wall_gain, wall_loss, wall_power  # noqa: F401
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

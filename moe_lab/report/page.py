@@ -28,6 +28,7 @@ from moe_lab.report.load import load_block
 from moe_lab.report.provenance import provenance
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.verdict import results_table, unfinished_table, verdict_text
+from moe_lab.report.wall import wall_section
 
 JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -108,8 +109,9 @@ def figure_json(figure: Any) -> dict[str, Any]:
 def _content(material: Material, command: str) -> dict[str, Any]:
     frontier, load, training = frontier_block(material), load_block(material), training_block(material)
     compute = compute_section(material.traces)
-    coloured = _coloured(material, compute.first)
-    blocks: list[Block] = [block for block in (frontier, load, *compute.blocks, training) if block is not None]
+    coloured, wall = _coloured(material, compute.first), wall_section(material)
+    evidence = wall.blocks if wall else ()
+    blocks: list[Block] = [block for block in (frontier, *evidence, load, *compute.blocks, training) if block is not None]
     data = [(block.name, block.data) for block in blocks] + ([("coloured_text", coloured.data)] if coloured else [])
     return {
         "questions": material.questions,
@@ -118,6 +120,7 @@ def _content(material: Material, command: str) -> dict[str, Any]:
         "unfinished": unfinished_table(material),
         "meanings": {name: _distinct(material, f"{name}_meaning") for name in ("ratio", "params")},
         "frontier": frontier,
+        "wall": wall,
         "load": load,
         "compute": compute,
         "coloured": coloured,

@@ -50,6 +50,9 @@ RESULT_COLUMNS: dict[str, pl.DataType] = {
     "seconds": pl.Float64(),
     "tokens_per_second": pl.Float64(),
     "tokens_per_expert": pl.Float64(),
+    "learning_rate": pl.Float64(),
+    "dead_experts": pl.Float64(),
+    "drop_rate": pl.Float64(),
     "device": pl.String(),
 }
 """The keys of ``result.json`` that a report reads; a key that is missing is null."""

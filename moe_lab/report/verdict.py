@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import polars as pl
 
 from moe_lab.errors import MoELabError
-from moe_lab.report import figures
 from moe_lab.report.blocks import Table
 from moe_lab.report.format import NOTHING, count_of, decimal, magnitude
 from moe_lab.report.sources import Material, RunState, run_table
+from moe_lab.report.wall import judge, judged_runs
 
 CANNOT_TELL = "cannot tell"
 
@@ -30,12 +30,9 @@ def verdict_text(material: Material) -> VerdictText:
     runs = run_table(material.finished).drop_nulls("loss")
     if not runs.height:
         return VerdictText("", "This page shows where tokens went in a trace. A verdict on the sparsity wall needs the runs of a sweep.")
-    arm = figures.arms(runs)[0]
-    frame = runs.filter(pl.col("arm") == arm).drop_nulls("ratio").with_columns(tokens=pl.col("train_tokens"))
-    from moe_lab.scaling import wall_verdict
-
+    rated, frame, arm = judged_runs(material)
     try:
-        verdict = wall_verdict(frame)
+        verdict = judge(rated, frame, arm)
     except MoELabError as error:
         return VerdictText(CANNOT_TELL, f"Cannot tell whether there is a wall: {error}.", details=_basis(frame, arm))
     details = _basis(frame, arm)

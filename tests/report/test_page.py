@@ -98,7 +98,8 @@ def test_nothing_on_the_page_points_to_the_network(page: str) -> None:
 
 def test_each_figure_has_its_data_its_command_and_its_numbers(page: str, sweep_page: Path, sweep: Path) -> None:
     names = re.findall(r'<figure id="figure-(\w+)"', page)
-    assert names == ["frontier", "expert_load", "ffn_spread", "class_profile", "training_curves"]
+    evidence = ["wall_frontier", "wall_gain", "wall_elasticity", "wall_power"]
+    assert names == ["frontier", *evidence, "expert_load", "ffn_spread", "class_profile", "training_curves"]
     folder = sweep_page.with_name("a page_data")
     assert sorted(path.stem for path in folder.iterdir()) == sorted([*names, "coloured_text"])
     for name, figure in zip(names, re.findall(r"<figure.*?</figure>", page, flags=re.S), strict=True):

@@ -1,0 +1,236 @@
+"""The figures of the verdict: frontier with band, gain per doubling, elasticity, power. Frames in, plotly figures out, as in `figures`."""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from moe_lab.errors import AnalysisError, expected
+from moe_lab.report.theme import DASHES, SERIES, SYMBOLS, template
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+BAND = "rgba(47,121,196,0.20)"  # the first series colour, thin enough to read through in both themes
+MARGIN = "rgba(125,127,136,0.22)"
+
+
+def wall_frontier(curve: pl.DataFrame, means: pl.DataFrame) -> go.Figure:
+    """Loss against ratio: the fitted curve with its band, the means it was fitted to and those it was not shown.
+
+    Args:
+        curve: columns ratio, loss, lo, hi, as ``scaling.frontier_band``'s curve.
+        means: columns ratio, loss, lo, hi, held_out, as its means.
+    """
+    _need(curve, "ratio", "loss", "lo", "hi")
+    _need(means, "ratio", "loss", "lo", "hi", "held_out")
+    figure = _figure()
+    _band(figure, curve, "90 % band")
+    _line(figure, curve["ratio"], curve["loss"], 0, "fitted")
+    for held, name, symbol in ((False, "measured", "circle"), (True, "measured, held out of the fit", "diamond-open")):
+        rows = means.filter(pl.col("held_out") == held)
+        if rows.height:
+            _points(figure, rows, "loss", 0 if not held else 1, name, symbol, "ratio %{x:.4~g}: %{y:.4f} nats")
+    figure.update_yaxes(title_text="validation loss, nats/token")
+    return _log2_axis(figure, means["ratio"]).update_layout(height=400)
+
+
+def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> go.Figure:
+    """Compute saved against ratio, with published frontiers under it.
+
+    Args:
+        measured: columns ratio, compute (multiplier against the smallest ratio), lo, hi.
+        published: columns frontier, ratio, compute, beyond (outside the runs it was fitted on).
+    """
+    _need(measured, "ratio", "compute", "lo", "hi")
+    figure = _figure()
+    for index, (name, rows) in enumerate(published.group_by("frontier", maintain_order=True), start=1):
+        style = {"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5}
+        figure.add_scatter(
+            x=rows["ratio"].to_list(),
+            y=rows["compute"].to_list(),
+            mode="lines",
+            line=style,
+            name=_plain(name[0]),
+            hovertemplate="ratio %{x:.3~g}: x%{y:.2f} compute",
+        )
+    _points(figure, measured, "compute", 0, "this sweep", "circle", "ratio %{x:.4~g}: x%{y:.2f} compute", lines=True)
+    figure.update_yaxes(title_text="compute of ratio 1 at equal loss", type="log")
+    return _log2_axis(figure, measured["ratio"]).update_layout(height=420)
+
+
+def wall_loss(measured: pl.DataFrame, published: pl.DataFrame) -> go.Figure:
+    """Loss against training compute: this sweep's best per budget and a published compute-optimal frontier.
+
+    Args:
+        measured: columns compute (FLOPs), loss, ratio.
+        published: columns frontier, compute, loss.
+    """
+    _need(measured, "compute", "loss", "ratio")
+    figure = _figure()
+    for index, (name, rows) in enumerate(published.group_by("frontier", maintain_order=True), start=1):
+        _line(figure, rows["compute"], rows["loss"], index, _plain(name[0]))
+    figure.add_scatter(
+        x=measured["compute"].to_list(),
+        y=measured["loss"].to_list(),
+        mode="markers",
+        marker={"color": SERIES[0], "symbol": "circle", "size": 9},
+        customdata=measured["ratio"].to_list(),
+        hovertemplate="%{x:.2e} FLOPs, best at ratio %{customdata:.4~g}: %{y:.4f}<extra></extra>",
+        name="this sweep, best ratio of each budget",
+    )
+    figure.update_xaxes(type="log", title_text="training FLOPs (log scale)", exponentformat="power")
+    figure.update_yaxes(title_text="loss, nats/token (of its own text and tokens)")
+    return figure.update_layout(height=400)
+
+
+def wall_gain(gains: pl.DataFrame) -> go.Figure:
+    """Gain per doubling of the ratio with its interval, against the margin below which a doubling buys nothing.
+
+    Args:
+        gains: columns ratio_from, ratio_to, gain, lo, hi, margin, as ``Verdict.gain_table()``.
+    """
+    _need(gains, "ratio_from", "ratio_to", "gain", "lo", "hi", "margin")
+    figure = _figure()
+    margin = float(gains["margin"][0])
+    figure.add_hrect(y0=-margin, y1=margin, fillcolor=MARGIN, line_width=0, layer="below")
+    middle = (gains["ratio_from"] * gains["ratio_to"]).sqrt()
+    rows = gains.with_columns(ratio=middle).rename({"gain": "value"})
+    steps = [f"{low:g} to {high:g}" for low, high in gains.select("ratio_from", "ratio_to").rows()]
+    _points(figure, rows, "value", 0, "gain per doubling", "circle", "%{customdata}: %{y:.4f} nats per doubling", custom=steps)
+    figure.add_hline(y=0, line={"color": SERIES[-1], "width": 1})
+    figure.add_scatter(
+        x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 12, "color": MARGIN}, name="within the margin"
+    )
+    figure.update_yaxes(title_text="nats per doubling of the ratio")
+    ends = pl.concat([gains["ratio_from"], gains["ratio_to"]])
+    return _log2_axis(figure, ends).update_layout(height=360)
+
+
+def wall_elasticity(frame: pl.DataFrame, margin: float) -> go.Figure:
+    """Elasticity d ln C / d ln ratio of each arm and budget with its interval, and of published laws.
+
+    Args:
+        frame: columns what, elasticity, lo, hi (null for laws), published.
+        margin: elasticity below which a doubling of the ratio is worth less than the compute that counts as nothing.
+    """
+    _need(frame, "what", "elasticity", "lo", "hi", "published")
+    figure = _figure()
+    figure.add_vrect(x0=-margin, x1=margin, fillcolor=MARGIN, line_width=0, layer="below")
+    place = {name: index for index, name in enumerate(reversed(frame["what"].to_list()))}
+    for known, name, series, symbol in ((False, "this sweep, 90 % interval", 0, "circle"), (True, "published", 1, "diamond-open")):
+        rows = frame.filter(pl.col("published") == known)
+        if not rows.height:
+            continue
+        bars = {"array": (rows["hi"] - rows["elasticity"]).to_list(), "arrayminus": (rows["elasticity"] - rows["lo"]).to_list()}
+        figure.add_scatter(
+            x=rows["elasticity"].to_list(),
+            y=[place[what] for what in rows["what"]],
+            mode="markers",
+            marker={"size": 9, "color": SERIES[series], "symbol": symbol},
+            error_x=None if known else {"type": "data", "symmetric": False, "thickness": 2, "width": 5, **bars},
+            customdata=[_plain(what) for what in rows["what"]],
+            hovertemplate="%{customdata}: %{x:.2f}<extra></extra>",
+            name=name,
+        )
+    figure.update_yaxes(tickvals=list(place.values()), ticktext=[_plain(name) for name in place], range=[-0.6, len(place) - 0.4])
+    figure.update_xaxes(title_text="d ln(compute) / d ln(ratio), last two doublings; grey: worth less than the margin")
+    return figure.update_layout(height=150 + 34 * max(len(place), 2))
+
+
+def wall_power(frame: pl.DataFrame) -> go.Figure:
+    """The chance that a sweep of this grid settles each candidate truth, against its seeds.
+
+    Args:
+        frame: columns truth, seeds, settled, as ``scaling.power``.
+    """
+    _need(frame, "truth", "seeds", "settled")
+    figure = _figure()
+    for index, (name, rows) in enumerate(frame.sort("seeds").group_by("truth", maintain_order=True)):
+        figure.add_scatter(
+            x=rows["seeds"].to_list(),
+            y=rows["settled"].to_list(),
+            mode="lines+markers",
+            line={"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5},
+            marker={"size": 8, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+            name=_plain(name[0]),
+            hovertemplate="%{x} seeds: %{y:.2f}",
+        )
+    figure.add_hline(y=0.9, line={"color": SERIES[-1], "dash": "dot", "width": 1.5})
+    figure.update_xaxes(title_text="seeds at each ratio", tickvals=frame["seeds"].unique().sort().to_list())
+    figure.update_yaxes(title_text="chance of the right verdict", range=[-0.03, 1.03])
+    return figure.update_layout(height=360)
+
+
+def _figure() -> go.Figure:
+    import plotly.graph_objects as go
+
+    return go.Figure(layout={"template": template("light"), "hovermode": "closest"})
+
+
+def _band(figure: go.Figure, curve: pl.DataFrame, name: str) -> None:
+    ratios = curve["ratio"].to_list()
+    figure.add_scatter(
+        x=ratios + ratios[::-1],
+        y=curve["hi"].to_list() + curve["lo"].to_list()[::-1],
+        fill="toself",
+        fillcolor=BAND,
+        line={"width": 0},
+        hoverinfo="skip",
+        name=name,
+    )
+
+
+def _line(figure: go.Figure, x: pl.Series, y: pl.Series, index: int, name: str) -> None:
+    style = {"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5}
+    figure.add_scatter(x=x.to_list(), y=y.to_list(), mode="lines", line=style, name=name, hoverinfo="skip")
+
+
+def _points(
+    figure: go.Figure,
+    rows: pl.DataFrame,
+    column: str,
+    series: int,
+    name: str,
+    symbol: str,
+    hover: str,
+    *,
+    lines: bool = False,
+    custom: list[str] | None = None,
+) -> None:
+    bars = {"array": (rows["hi"] - rows[column]).to_list(), "arrayminus": (rows[column] - rows["lo"]).to_list()}
+    known = all(value is not None and math.isfinite(value) for value in bars["array"])
+    figure.add_scatter(
+        x=rows["ratio"].to_list(),
+        y=rows[column].to_list(),
+        mode="lines+markers" if lines else "markers",
+        line={"color": SERIES[series], "width": 2},
+        marker={"color": SERIES[series], "symbol": symbol, "size": 9},
+        error_y={"type": "data", "symmetric": False, "thickness": 1.5, "width": 5, **bars} if known else None,
+        customdata=custom,
+        hovertemplate=hover + "<extra></extra>",
+        name=name,
+    )
+
+
+def _log2_axis(figure: go.Figure, ratios: pl.Series) -> go.Figure:
+    low, high = math.floor(math.log2(float(ratios.min()))), math.ceil(math.log2(float(ratios.max())))  # type: ignore[arg-type]
+    ticks = [2.0**power for power in range(low, high + 1)]
+    labels = [f"{tick:g}" for tick in ticks]
+    return figure.update_xaxes(
+        type="log", tickmode="array", tickvals=ticks, ticktext=labels, title_text="total : active experts (log scale)"
+    )
+
+
+def _need(frame: pl.DataFrame, *columns: str) -> None:
+    missing = [column for column in columns if column not in frame.columns]
+    if missing or not frame.height:
+        got: Any = f"{frame.height} rows without {missing or 'none'}"
+        raise AnalysisError(expected(f"a frame with rows and columns {', '.join(columns)}", got))
+
+
+def _plain(text: object) -> str:
+    return html.escape(str(text), quote=False)

@@ -1,0 +1,106 @@
+"""The evidence under the verdict: figures drawn from known sweeps say what those sweeps hold."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from moe_lab.errors import AnalysisError
+from moe_lab.report import figures, write_report
+from moe_lab.report.sources import gather
+from moe_lab.report.verdict import verdict_text
+from moe_lab.report.wall import wall_section
+
+
+def put(folder: Path, arm: str, ratio: float, seed: int, loss: float, tokens: int, lr: float = 2e-3) -> None:
+    run = folder / f"{arm}-{ratio:g}-{seed}-{lr:.4f}"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    result = {
+        "run": run.name, "name": run.name, "arm": arm, "ratio": ratio, "seed": seed, "active_params": 4_500_000, "train_tokens": tokens,
+        "loss": loss, "bits_per_byte": loss / 3, "learning_rate": lr, "drop_rate": 0.0, "dead_experts": 0.0, "flops_per_token": 2.7e7,
+    }  # fmt: skip
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "done").write_text("")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A line of .04 nats per doubling at 1.2B tokens; at 300M it ends at 32; rates bracketed at ratios 1 and 64."""
+    folder = tmp_path_factory.mktemp("wall") / "sweep"
+    rng = np.random.default_rng(0)
+    for seed in range(3):
+        for power in range(10):
+            put(folder, "topk", 2.0**power, seed, 2.6 - 0.04 * power + rng.normal(0, 0.002), 1_200_000_000)
+            put(folder, "topk-short", 2.0**power, seed, 2.95 - 0.04 * min(power, 5) + rng.normal(0, 0.002), 300_000_000)
+        put(folder, "hash", 8.0, seed, 2.55, 1_200_000_000)
+    for ratio, lr in ((1.0, 1.4e-3), (1.0, 2.8e-3), (64.0, 1.4e-3), (64.0, 2.8e-3)):
+        put(folder, "lr", ratio, 0, 2.97 - 0.04 * min(math.log2(ratio), 5), 300_000_000, lr)
+    return folder
+
+
+def test_the_verdict_is_of_the_long_budget_with_the_slope_between_the_two(sweep: Path) -> None:
+    told = verdict_text(gather(sweep))
+    assert told.outcome == "no wall"
+    assert any("measured over a 4x range of compute" in reason for reason in told.reasons)
+    assert "arm topk:" in told.details
+
+
+def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
+    section = wall_section(gather(sweep))
+    assert section is not None
+    assert [block.name for block in section.blocks] == list(section.titles)
+    assert all(hasattr(figures, block.name) for block in section.blocks)
+    confounds = {row[0]: row for row in section.confounds.rows}
+    assert confounds["break moves with tokens"][1] == "suspect"
+    assert confounds["learning rate bracketed"][1] == "clear"
+    assert section.forms.rows[0][0] == "line"
+
+
+def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
+    section = wall_section(gather(sweep))
+    frontier = section.blocks[0]
+    names = [trace.name for trace in frontier.plots[0].variants[1].figure.data]
+    assert {"Clark S-BASE, 15M", "Kimi K2", "this sweep"} <= set(names)
+    data = frontier.data.filter((pl.col("frontier") == "Kimi K2") & (pl.col("ratio") > 511))
+    assert data["compute"][0] == pytest.approx(512**0.289, rel=0.01), "multiplied 1.21 per doubling"
+    assert any("Marin" in str(trace.name) for trace in frontier.plots[0].variants[2].figure.data)
+
+
+def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
+    section = wall_section(gather(sweep))
+    figure = section.blocks[1].plots[0].variants[0].figure
+    margin = section.blocks[1].data["margin"][0]
+    assert {figure.layout.shapes[0].y0, figure.layout.shapes[0].y1} == {-margin, margin}
+    assert np.allclose(figure.data[0].y, 0.04, atol=0.01)
+
+
+def test_elasticity_has_a_row_per_budget_and_published_laws_without_intervals(sweep: Path) -> None:
+    frame = wall_section(gather(sweep)).blocks[2].data
+    ours = frame.filter(~pl.col("published"))
+    assert ours["what"].to_list() == ["topk, 1.2G tokens", "topk-short, 300M tokens"]
+    assert ours["lo"][0] > 0.07 > ours["hi"][1]
+    assert frame.filter(pl.col("published"))["lo"].null_count() == 3
+
+
+def test_runs_that_cannot_be_judged_have_no_section(tmp_path: Path) -> None:
+    put(tmp_path / "sweep", "topk", 1.0, 0, 3.0, 1000)
+    assert wall_section(gather(tmp_path / "sweep")) is None
+    page = write_report(tmp_path / "sweep", tmp_path / "page.html")
+    assert 'id="wall"' not in page.read_text()
+
+
+def test_a_hostile_arm_name_stays_text(tmp_path: Path) -> None:
+    for seed in range(2):
+        for power in range(4):
+            put(tmp_path / "sweep", "<b>x<b>".replace("/", ""), 2.0**power, seed, 3 - 0.04 * power + 0.001 * seed * power, 1000)
+    page = write_report(tmp_path / "sweep", tmp_path / "page.html").read_text()
+    assert "<b>x" not in page
+
+
+def test_a_figure_of_the_wrong_frame_is_one_line() -> None:
+    with pytest.raises(AnalysisError, match="expected a frame with rows and columns"):
+        figures.wall_gain(pl.DataFrame({"gain": [1.0]}))
