@@ -36,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     import torch
 
-    from moe_lab.training import train
+    from moe_lab.training import keep_freed_memory, train
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     config = run_config(args)
     folder = args.out or Path("runs") / "train" / config.hash()
     result = train(config, folder, on_step=None if args.json else _print_row)

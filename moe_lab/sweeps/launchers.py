@@ -70,9 +70,10 @@ def train_run(values: dict[str, Any], folder: Path) -> None:
     """Train, or resume, the run that ``values`` describe, on one thread: the same numbers however many workers there are."""
     import torch
 
-    from moe_lab.training import RunConfig, train
+    from moe_lab.training import RunConfig, keep_freed_memory, train
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     train(RunConfig.from_dict(values), folder)
 
 

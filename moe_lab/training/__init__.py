@@ -3,6 +3,7 @@
 from moe_lab.training.config import RATIO_MEANING, Dtype, OptimizerConfig, RunConfig
 from moe_lab.training.evaluate import Evaluation, Excerpt, evaluate, excerpts_of
 from moe_lab.training.load import LoadedRun, load_run
+from moe_lab.training.memory import keep_freed_memory
 from moe_lab.training.run import RunResult, train
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "RunResult",
     "evaluate",
     "excerpts_of",
+    "keep_freed_memory",
     "load_run",
     "train",
 ]

@@ -29,7 +29,7 @@ from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
 from moe_lab.training.evaluate import evaluate, excerpts_of
 from moe_lab.training.metrics import routing_metrics
-from moe_lab.training.optimizer import build_optimizer, lr_factor
+from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
 from moe_lab.training.record import run_record, trace_meta
 
 STATUS_SECONDS = 0.5
@@ -175,7 +175,7 @@ class _Run:
             auxiliary += balance.detach() / config.grad_accumulation
             for kept, routing in zip(routings, found, strict=True):
                 kept.append(routing.detach())
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
+        grad_norm = clip_gradients(self.model, config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for layer, seen in zip(layers, routings, strict=True):
