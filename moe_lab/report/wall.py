@@ -190,7 +190,7 @@ def _elasticity(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verd
     table = pl.DataFrame(rows, schema_overrides={"lo": pl.Float64, "hi": pl.Float64})
     margin = 0.05 / math.log(2)
     low, high = verdict.interval
-    summary = f"{rows[0]['what']}: elasticity {verdict.elasticity:.2f}, {low:.2f} to {high:.2f}; the margin is {margin:.2f}."
+    summary = f"Elasticity of {rows[0]['what']}: {verdict.elasticity:.2f}, {low:.2f} to {high:.2f}; the margin is {margin:.2f}."
     caption = (
         f"n = {count_of(frame.height, 'run')}. How much compute, in per cent, a per cent of ratio is worth over the last two doublings "
         "(W3), with 90 % intervals; published: the same two doublings by Ludziejewski's and Ling's laws here, and Kimi K2's slope."
