@@ -5,9 +5,11 @@ Contestants take turns; figures are medians with quartiles, ratios to the dense 
 that a step adds over the resting process, gradients included (each contestant measured alone, in a fresh process); ``bound_mb`` is the bar:
 1.3 times the dense twin's step plus the bank's gradient, which no layer can do without.
 
-    python experiments/benchmarks/moe_layer.py [--rounds 15] [--threads 2] [--growth] [--device cuda]
+    python experiments/benchmarks/moe_layer.py [--rounds 15] [--threads 2] [--growth | --instrumentation] [--device cuda]
 
-``--growth`` instead doubles T, E and k one at a time and fits the exponents. On CUDA the shapes are d_model 1024 to 2048 in bfloat16.
+``--growth`` instead doubles T, E and k one at a time and fits the exponents. ``--instrumentation`` pairs the layer with and without the
+metrics of a training step (entropy, counts, ffn_count, MaxVio, load CV); its interval is a bootstrap of the median over rounds.
+On CUDA the shapes are d_model 1024 to 2048 in bfloat16.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -26,7 +29,8 @@ from torch import Tensor, nn
 
 from moe_lab.model import MoEConfig, MoELayer, SwiGLU
 from moe_lab.model.dispatch import BACKENDS, choose
-from moe_lab.routing import RouterConfig
+from moe_lab.routing import RouterConfig, Routing
+from moe_lab.training.metrics import routing_metrics
 
 HF_EXPERTS = {"HF eager": "eager", "HF grouped": "grouped_mm"}
 OURS = tuple(name for name in BACKENDS if name != "oracle")
@@ -164,6 +168,34 @@ def growth(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
     return pl.concat(rows).select("axis", "value", "ms", "ms_q1", "ms_q3", "exponent", "exponent_se")
 
 
+def instrumentation(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
+    """Time of a layer's step with a training step's metrics over that without, per shape, with a 95 % interval."""
+    rows = []
+    for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
+        plain, watched = our_layer(shape, "auto"), our_layer(shape, "auto")
+        last: list[Routing] = []
+        route = watched.router.forward
+
+        def remember(*inputs: Any, route: Callable[..., Routing] = route, last: list[Routing] = last) -> Routing:
+            last.append(route(*inputs))
+            return last[-1]
+
+        watched.router.forward = remember
+        layer_step = step_of(watched, shape, device, dtype)
+
+        def with_metrics(step: Callable[[], Tensor] = layer_step, last: list[Routing] = last) -> dict[str, Tensor]:
+            last.clear()
+            step()
+            return routing_metrics([[routing.detach() for routing in last]])
+
+        seconds = take_turns({"off": step_of(plain, shape, device, dtype), "on": with_metrics}, rounds)
+        ratios = np.array(seconds["on"]) / np.array(seconds["off"])
+        resampled = np.median(np.random.default_rng(0).choice(ratios, (2000, rounds)), axis=1)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        rows.append({"shape": str(shape), "rounds": rounds, "ratio": float(np.median(ratios)), "lo": float(low), "hi": float(high)})
+    return pl.DataFrame(rows)
+
+
 def show(frame: pl.DataFrame) -> None:
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=180, float_precision=2, tbl_hide_dataframe_shape=True):
         print(frame, flush=True)
@@ -173,7 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--growth", action="store_true")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--growth", action="store_true")
+    other.add_argument("--instrumentation", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -181,6 +215,9 @@ def main() -> None:
     dtype, suffix = (torch.bfloat16, "_cuda") if cuda else (torch.float32, f"_{arguments.threads}t")
     if arguments.growth:
         frame, name = growth(arguments.rounds, arguments.device, dtype), "moe_layer_growth"
+        show(frame)
+    elif arguments.instrumentation:
+        frame, name = instrumentation(arguments.rounds, arguments.device, dtype), "moe_layer_instrumentation"
         show(frame)
     else:
         frames = []

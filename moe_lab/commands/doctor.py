@@ -38,6 +38,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"extra      {extra:10} {found}")
     print(f"device     {findings['device']}")
     print(f"cores      {findings['cores']}")
+    print(f"experts    {findings['experts']}")
     print(f"browser    {findings['browser'] or 'none found (page tests and static figures need chromium)'}")
     print(f"corpus     {findings['corpus']}")
     return 0
@@ -53,6 +54,7 @@ def diagnose() -> dict[str, Any]:
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "device": _device(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "experts": _experts(),
         "browser": shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"),
         "corpus": _corpus(),
     }
@@ -71,6 +73,13 @@ def _device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return ", ".join(f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count()))
+
+
+def _experts() -> str:
+    """Which dispatch backend the CPU gets, and why it is not the compiled one."""
+    from moe_lab.model.dispatch import native
+
+    return "compiled (dispatch native)" if native.available() else f"not compiled (dispatch cpu, slower): {native.problem()}"
 
 
 def _corpus() -> str:

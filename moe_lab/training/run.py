@@ -125,6 +125,7 @@ class _Run:
         with atomic_path(self.folder / "metrics.parquet") as path:
             metrics.write_parquet(path)
         record = run_record(self.config, self.text, evaluation, metrics, self.seconds, self.folder if trace else None)
+        record["dispatch"] = self._dispatch()
         write_json(self.folder / "result.json", record)
         self._write_status("finished")
         write_text(self.folder / "done", "")
@@ -208,6 +209,13 @@ class _Run:
             for own in routing.losses.values():
                 auxiliary = auxiliary + self.config.router_own_loss_coef * own
         return output.loss, auxiliary / max(len(output.routings), 1), output.routings
+
+    def _dispatch(self) -> str | None:
+        """The dispatch backend that the run's layers used; its sums are ordered in its own way, so the last bits depend on it."""
+        layers = self.model.moe_layers().values()
+        x = torch.empty(1, self.config.model.d_model, device=self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == Dtype.BFLOAT16):
+            return next((layer.backend_name(x) for layer in layers), None)
 
     @property
     def _checkpoint(self) -> Path:
