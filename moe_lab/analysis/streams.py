@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moe_lab.errors import AnalysisError, TraceError, expected
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
+from moe_lab.trace.reader import document_runs
 
 KEY = ("doc", "pos")
 MAX_CELLS = 2**26
@@ -121,23 +122,6 @@ class _Lookup:
 def token_keys(frame: pl.DataFrame) -> NDArray[np.uint64]:
     """[T] doc and pos in one number that orders as they do."""
     return frame["doc"].to_numpy().astype(np.uint64) << np.uint64(32) | frame["pos"].to_numpy().astype(np.uint64)
-
-
-def document_runs(frames: Frames) -> bool:
-    """Whether each document's rows stand together and its positions rise, judged from doc and pos."""
-    seen: list[NDArray[np.uint32]] = []
-    last_doc, last_pos = -1, -1
-    for frame in frames:
-        if not frame.height:
-            continue
-        doc, pos = frame["doc"].to_numpy().astype(np.int64), frame["pos"].to_numpy().astype(np.int64)
-        same = doc == np.concatenate([[last_doc], doc[:-1]])
-        if (same & (pos <= np.concatenate([[last_pos], pos[:-1]]))).any():
-            return False
-        seen.append(doc[~same].astype(np.uint32))
-        last_doc, last_pos = int(doc[-1]), int(pos[-1])
-    begun = np.concatenate(seen) if seen else np.zeros(0, np.uint32)
-    return len(np.unique(begun)) == len(begun)
 
 
 def in_document_order(trace: Trace, layer: int | None, columns: Sequence[str]) -> Frames:

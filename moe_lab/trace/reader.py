@@ -5,8 +5,11 @@ Opening reads ``meta.json``, compares every listed file's size, checksum, schema
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +18,9 @@ import polars as pl
 
 from moe_lab.errors import ConfigError, TraceError, expected
 from moe_lab.trace.convert import EMPTY_SLOT, expert_slots, key_checksum
+from moe_lab.trace.parquet_guard import check_parquet
 from moe_lab.trace.schema import (
+    MAX_ROWS_PER_PART,
     META_FILE,
     OUTPUT_RATIO,
     PART_PATH,
@@ -32,6 +37,8 @@ from moe_lab.trace.writer import INCOMPLETE_SUFFIX, check_tokens, file_checksum
 
 MAX_META_BYTES = 2**26
 LAYER_TYPE = pl.UInt32()
+READ_AHEAD = 2
+"""Files that are read at once: decoding is most of the work, and more would only hold more memory."""
 
 R = TypeVar("R")
 
@@ -73,10 +80,17 @@ class Trace:
         return sum(self.parts[name].rows for name in self._names(self._prefix(self.meta.layers[0])))
 
     def batches(self, layer: int | None, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """The rows of one layer (None: of ``tokens``), one file at a time: at most ``schema.MAX_ROWS_PER_PART`` rows each."""
-        prefix = "tokens/" if layer is None else f"routing/layer={layer}/"
-        for name in self._names(prefix):
-            yield _guard(name, lambda name=name: pl.read_parquet(self.folder / name, columns=list(columns), hive_partitioning=False))
+        """The rows of one layer (None: of ``tokens``), one file at a time: at most ``schema.MAX_ROWS_PER_PART`` rows each.
+
+        The next file is read while the caller works on the last one.
+        """
+        names = self._names("tokens/" if layer is None else f"routing/layer={layer}/")
+
+        def read(name: str) -> pl.DataFrame:
+            path = self.folder / name
+            return _guard(name, lambda: pl.read_parquet(path, columns=list(columns), hive_partitioning=False))
+
+        return _read_ahead([partial(read, name) for name in names])
 
     def layer_counts(self, layer: LayerMeta) -> np.ndarray:
         """[E] int64 slots run by each expert of a layer, zero-compute ones last; E is the configured number."""
@@ -140,6 +154,8 @@ class Trace:
     def _check_unique_keys(self) -> None:
         """One table is enough: the others have the same multiset of keys."""
         first = self.meta.layers[0].layer
+        if document_runs(self.batches(None if self._names("tokens/") else first, ["doc", "pos"])):
+            return  # rising positions in documents that do not return: told in bounded memory
         frame = self.tokens if self._names("tokens/") else self.routing.filter(pl.col("layer") == first)
         keys = frame.select(key=pl.col("doc").cast(pl.UInt64) * 2**32 + pl.col("pos"))
         rows, unique = keys.select(pl.len(), pl.col("key").n_unique().alias("unique")).collect(engine="streaming").row(0)
@@ -179,12 +195,29 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
         raise TraceError(
             expected(f"a complete trace at {folder}", "one whose writing was interrupted", "allow_incomplete=True to look at it")
         )
-    _check_files(folder, parts, meta, verify, complete)
     traced = {int(match.group(1)) for name in parts if (match := PART_PATH.fullmatch(name)) and match.group(1)}
     named = {layer.layer for layer in meta.layers}
     if traced - named or (complete and named - traced):
         raise TraceError(f"{META_FILE}: " + expected(f"files for layers {sorted(named)}", f"files for {sorted(traced)}"))
+    _check_files(folder, parts, meta, verify, complete)
     return Trace(folder, meta, parts, complete)
+
+
+def document_runs(frames: Iterable[pl.DataFrame]) -> bool:
+    """Whether each document's rows stand together and its positions rise, judged from doc and pos."""
+    seen: list[np.ndarray] = []
+    last_doc, last_pos = -1, -1
+    for frame in frames:
+        if not frame.height:
+            continue
+        doc, pos = frame["doc"].to_numpy().astype(np.int64), frame["pos"].to_numpy().astype(np.int64)
+        same = doc == np.concatenate([[last_doc], doc[:-1]])
+        if (same & (pos <= np.concatenate([[last_pos], pos[:-1]]))).any():
+            return False
+        seen.append(doc[~same].astype(np.uint32))
+        last_doc, last_pos = int(doc[-1]), int(pos[-1])
+    begun = np.concatenate(seen) if seen else np.zeros(0, np.uint32)
+    return len(np.unique(begun)) == len(begun)
 
 
 def _read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
@@ -231,12 +264,19 @@ def _check_files(folder: Path, parts: dict[str, PartMeta], meta: TraceMeta, veri
 
 def _check_file(path: Path, name: str, part: PartMeta, meta: TraceMeta, verify: bool) -> pl.Schema:
     try:
+        if not path.is_file():
+            raise TraceError(f"{name}: expected a file, got something else")
         size, crc32 = file_checksum(path) if verify else (path.stat().st_size, part.crc32)
     except OSError as error:
         raise TraceError(f"{name}: {error.strerror or error}") from error
     if size != part.bytes or crc32 != part.crc32:
         got = f"{size} bytes" if size != part.bytes else "another checksum"
         raise TraceError(f"{name}: " + expected(f"{part.bytes} bytes as written", f"{got} (damaged)", "writing the trace again"))
+    match = PART_PATH.fullmatch(name)
+    layer = meta.layer(int(match.group(1))) if match and match.group(1) else None
+    rows = check_parquet(path, name, max_rows=MAX_ROWS_PER_PART, max_values_per_row=layer.top_k if layer else 1)
+    if rows != part.rows:
+        raise TraceError(f"{name}: " + expected(f"{part.rows} rows as recorded", rows, "writing the trace again"))
     schema = pl.Schema(_guard(name, lambda: pl.read_parquet_schema(path)))
     tokens = name.startswith("tokens/")
     wanted = TOKEN_COLUMNS if tokens else meta.routing_schema()
@@ -246,9 +286,6 @@ def _check_file(path: Path, name: str, part: PartMeta, meta: TraceMeta, verify: 
     version = _guard(name, lambda: pl.read_parquet_metadata(path)).get(VERSION_KEY)
     if version != str(SCHEMA_VERSION):
         raise TraceError(f"{name}: " + expected(f"trace schema version {SCHEMA_VERSION}", repr(version)[:40], "another version of moe_lab"))
-    rows = _guard(name, lambda: pl.scan_parquet(path, glob=False, hive_partitioning=False).select(pl.len()).collect().item())
-    if rows != part.rows:
-        raise TraceError(f"{name}: " + expected(f"{part.rows} rows as recorded", rows, "writing the trace again"))
     return schema
 
 
@@ -285,6 +322,18 @@ def _bincount(layer: LayerMeta, ids: np.ndarray) -> np.ndarray:
     if len(counts) > layer.num_choices:
         raise TraceError(f"layer {layer.layer}: " + expected(f"expert ids between 0 and {layer.num_choices - 1}", int(ids.max())))
     return counts
+
+
+def _read_ahead(reads: Sequence[Callable[[], R]]) -> Iterator[R]:
+    """What each call returns, in order; up to ``READ_AHEAD`` calls are under way in threads."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        waiting = deque(pool.submit(read) for read in reads[:READ_AHEAD])
+        for read in reads[READ_AHEAD:]:
+            result = waiting.popleft().result()
+            waiting.append(pool.submit(read))
+            yield result
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _guard(name: str, read: Callable[[], R]) -> R:
