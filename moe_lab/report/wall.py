@@ -234,7 +234,8 @@ def _power(frame: pl.DataFrame, verdict: Verdict) -> Block:
     caption = (
         f"n = {DRAWS} simulated sweeps per point on this grid at {magnitude(tokens)} tokens, noise {noise:.4f} nats "
         f"({'as measured here' if known else 'typical of the size'}). Settled: the verdict that a sweep without noise gives; a law whose "
-        "gains fade within the margin has none, and counts unless a wall is claimed. Below 1M tokens per expert every sweep cannot tell. A share of .9 has a 90 % interval of ±.03."
+        "gains fade within the margin has none, and counts unless a wall is claimed. Below 1M tokens per expert every sweep cannot "
+        "tell. A share of .9 has a 90 % interval of ±.03."
     )
     return Block("wall_power", caption, (Plot(summary, (Variant("", draw.wall_power(table)),)),), table, table_of(table, 2))
 

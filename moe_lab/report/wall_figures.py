@@ -137,7 +137,7 @@ def wall_elasticity(frame: pl.DataFrame, margin: float) -> go.Figure:
             name=name,
         )
     figure.update_yaxes(tickvals=list(place.values()), ticktext=[_plain(name) for name in place], range=[-0.6, len(place) - 0.4])
-    figure.update_xaxes(title_text="d ln(compute) / d ln(ratio), last two doublings; grey: worth less than the margin")
+    figure.update_xaxes(title_text="elasticity")
     return figure.update_layout(height=150 + 34 * max(len(place), 2))
 
 
