@@ -1,9 +1,22 @@
-"""What happened: every routing decision as Parquet. ``capture`` and ``TraceWriter`` write a trace, ``open_trace`` reads one."""
+"""What happened: every routing decision as Parquet. ``capture`` and ``import_trace`` write a trace, ``open_trace`` reads one."""
 
 from moe_lab.trace.capture import Capture, capture
+from moe_lab.trace.importing import ImportKind, import_trace
 from moe_lab.trace.reader import Trace, open_trace
 from moe_lab.trace.reading import Reading
 from moe_lab.trace.schema import SCHEMA_VERSION, LayerMeta, TraceMeta
 from moe_lab.trace.writer import TraceWriter
 
-__all__ = ["SCHEMA_VERSION", "Capture", "LayerMeta", "Reading", "Trace", "TraceMeta", "TraceWriter", "capture", "open_trace"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Capture",
+    "ImportKind",
+    "LayerMeta",
+    "Reading",
+    "Trace",
+    "TraceMeta",
+    "TraceWriter",
+    "capture",
+    "import_trace",
+    "open_trace",
+]

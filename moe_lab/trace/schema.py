@@ -133,6 +133,7 @@ class TraceMeta(Config):
         has_output_ratio: whether the routing has the column ``output_ratio``.
         zero_experts_known: False where the source writes zero-compute experts as real ones (vLLM and others: expert 0), so that the
             counts of those cannot be believed.
+        per_token: False where only counts were recorded and the rows were made up to have them: load can be read, nothing about tokens.
         notes: what else a reader of the numbers must know, one sentence each.
         schema_version: of the layout described in this module.
     """
@@ -151,6 +152,7 @@ class TraceMeta(Config):
     has_scores: bool = True
     has_output_ratio: bool = False
     zero_experts_known: bool = True
+    per_token: bool = True
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
@@ -166,7 +168,7 @@ class TraceMeta(Config):
             require(value is None or (_is_int(value) and value >= 0), f"{name} to be an integer of at least 0, or null", _short(value))
         texts = isinstance(self.versions, dict) and all(isinstance(item, str) for pair in self.versions.items() for item in pair)
         require(texts, "versions to map names to texts", _short(self.versions))
-        for name in ("has_weights", "has_scores", "has_output_ratio", "zero_experts_known"):
+        for name in ("has_weights", "has_scores", "has_output_ratio", "zero_experts_known", "per_token"):
             require(isinstance(getattr(self, name), bool), f"{name} to be true or false", _short(getattr(self, name)))
         require(
             isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes), "notes to be texts", _short(self.notes)
@@ -186,7 +188,11 @@ class TraceMeta(Config):
         return next((layer for layer in self.layers if layer.layer == number), None)
 
 
-ADDED = {"has_weights": True, "has_scores": True, "has_output_ratio": False, "zero_experts_known": True, "notes": []}
+ADDED = {
+    **dict.fromkeys(("has_weights", "has_scores", "zero_experts_known", "per_token"), True),
+    "has_output_ratio": False,
+    "notes": [],
+}
 ADDED_TO_LAYERS = {"module": "", "score_func": "", "zero_kinds": []}
 """Fields that came after the first release of this version, with the values that say nothing."""
 

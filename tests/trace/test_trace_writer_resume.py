@@ -148,7 +148,7 @@ def test_a_second_writer_of_the_same_folder_is_refused(tmp_path):
     with TraceWriter(tmp_path / "t", META) as writer:
         write_document(writer, 0)
         with (
-            pytest.raises(TraceError, match="expected no other writer of .*, got one that is writing it now"),
+            pytest.raises(TraceError, match=r"expected no other writer of .*, got one that is writing it now"),
             TraceWriter(tmp_path / "t", META),
         ):
             pass
