@@ -84,7 +84,7 @@ def _seconds_per_step(run: "RunConfig") -> float:
         if len(ticks) > TIMED_STEPS or (len(ticks) > 1 and ticks[-1] - ticks[0] > TIMED_SECONDS):
             raise _EnoughError
 
-    short = run.replace(train_tokens=run.tokens_per_step * (TIMED_STEPS + 2), log_every=1, checkpoint_every=10 * TIMED_STEPS)
+    short = run.replace(train_tokens=run.tokens_per_step * (TIMED_STEPS + 2), budgets=(), log_every=1, checkpoint_every=10 * TIMED_STEPS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -87,6 +87,11 @@ def test_a_branch_costs_its_decay_alone_where_the_sweep_has_its_trunk(corpus: Pa
     assert plan(sweep(short))["minutes"].item() == pytest.approx(641)
 
 
+def test_a_branch_can_be_timed(corpus: Path):
+    short = tiny_run(corpus).replace(train_tokens=640, budgets=(640, 3200))
+    assert plan(sweep(short))["minutes"].item() > 0
+
+
 def test_the_design_of_a_plan_is_its_widest_arm_at_its_largest_budget(corpus: Path):
     runs = [tiny_run(corpus, num_experts=number, seed=seed) for number, seed in product((2, 4, 8), (0, 1))]
     runs += [run.replace(train_tokens=4096) for run in runs] + [runs[0].replace(arm="hash")]
