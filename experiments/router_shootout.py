@@ -20,7 +20,7 @@ from moe_lab.files import atomic_path
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.provenance import provenance
 from moe_lab.routing import RouterConfig
-from moe_lab.sweeps import SweepConfig
+from moe_lab.sweeps import RunStore, SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig
 
@@ -103,7 +103,7 @@ def _run(preset: str, label: str, fields: dict[str, Any], seed: int, device: str
         optimizer=OptimizerConfig(lr=2e-3 if big else 4e-3),
         batch_size=64 if big else 8,
         seq_length=length,
-        train_tokens=200_000_000 if big else 409_600,
+        train_tokens=200_000_000 if big else 102_400,
         router_aux_loss_coef=aux,
         router_own_loss_coef=own,
         eval_tokens=200_000 if big else 30_000,
@@ -115,7 +115,8 @@ def _run(preset: str, label: str, fields: dict[str, Any], seed: int, device: str
 def table(folder: Path) -> pl.DataFrame:
     """One row per router: means over seeds, and the loss against the plain top-k's on the same seeds with its 95 % t interval."""
     rows = []
-    for path in sorted(folder.glob("*/result.json")):
+    store = RunStore(folder)
+    for path in (store.path(run) / "result.json" for run in store.plan()["sweeps"][-1]["runs"]):
         record = json.loads(path.read_text())
         metrics = pl.read_parquet(path.parent / "metrics.parquet").tail(10)
         names = ("arm", "seed", "loss", "load_cv", "max_violation", "mean_ffn_count", "sd_ffn_count", "total_params", "train_tokens")
