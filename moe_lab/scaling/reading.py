@@ -52,8 +52,8 @@ def read_runs(path: Path | str) -> pl.DataFrame:
 
 
 def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame, str]:
-    """The runs of ``arm`` and its name ("" where the frame has none); by default of the arm with most ratios among those of one token
-    budget, and of two such the one with more tokens."""
+    """The runs of ``arm`` and its name ("" where the frame has none); by default of the arm with most ratios among those with
+    three or more at one token budget, and of two such the one with more tokens."""
     if "arm" not in frame.columns:
         if arm is not None:
             raise AnalysisError(expected("a column arm to choose from", f"columns {', '.join(frame.columns)}"))
@@ -61,7 +61,7 @@ def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame,
     if "ratio" not in frame.columns:
         raise AnalysisError(expected(f"columns {', '.join(COLUMNS)}", "none called ratio", "renaming yours"))
     tokens = pl.col("tokens").max() if "tokens" in frame.columns else pl.lit(0)
-    single = pl.col("tokens").n_unique() == 1 if "tokens" in frame.columns else pl.lit(True)
+    single = (pl.col("tokens").n_unique() == 1) & (pl.col("ratio").n_unique() >= 3) if "tokens" in frame.columns else pl.lit(True)
     ratios = frame.group_by("arm", maintain_order=True).agg(pl.col("ratio").n_unique(), tokens.alias("tokens"), single.alias("single"))
     ratios = ratios.sort("single", "ratio", "tokens", descending=True, maintain_order=True)
     names = [str(name) for name in ratios["arm"]]
