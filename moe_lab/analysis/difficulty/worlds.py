@@ -44,7 +44,7 @@ class World:
 WORLDS: dict[str, World] = {
     "A": World(frequency=0.35),
     "B": World(identity=0.6),
-    "C": World(lexer=0.4),
+    "C": World(lexer=0.2),
     "D": World(frequency=0.6, difficulty=0.07),
     "E": World(frequency=0.3, difficulty=-0.11),
 }
