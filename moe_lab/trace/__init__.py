@@ -2,6 +2,7 @@
 
 from moe_lab.trace.capture import Capture, capture
 from moe_lab.trace.importing import ImportKind, import_trace
+from moe_lab.trace.merge import merge_traces
 from moe_lab.trace.reader import Trace, open_trace
 from moe_lab.trace.reading import Reading
 from moe_lab.trace.schema import SCHEMA_VERSION, LayerMeta, TraceMeta
@@ -18,5 +19,6 @@ __all__ = [
     "TraceWriter",
     "capture",
     "import_trace",
+    "merge_traces",
     "open_trace",
 ]

@@ -173,7 +173,7 @@ class Capture:
             raise TraceError(expected(f"at most top_k = {site.top_k} slots as configured", reading.indices.shape[1]))
         if site.score_func is None and reading.logits is not None and reading.scores is None and reading.weights is not None:
             logits = reading.logits.float()
-            if not _are_probabilities(logits):
+            if not _are_probabilities(logits) and int(reading.indices.max()) < logits.shape[1]:
                 site.score_func = infer_score_func(logits, reading.weights.float(), reading.indices) or ScoreFunc.SOFTMAX
 
     def _recorded(self, readings: Sequence[Reading]) -> dict[str, bool]:
@@ -258,7 +258,7 @@ class Capture:
             ids = reading.indices.cpu().numpy()
             layer = meta.layer(site.layer)
             assert layer is not None
-            weights = reading.weights.float().cpu().numpy() if meta.has_weights and reading.weights is not None else None
+            weights = reading.weights.detach().float().cpu().numpy() if meta.has_weights and reading.weights is not None else None
             dropped = None if reading.selected is None else ((reading.selected >= 0) & (reading.indices < 0)).sum(dim=1).cpu().numpy()
             spread = (lambda reading=reading, site=site: _spread(reading, site.score_func)) if meta.has_scores else None
             try:

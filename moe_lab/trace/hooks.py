@@ -47,10 +47,6 @@ class Hooks:
         self._local = threading.local()  # replicas of DataParallel run in threads
         self._handles: list[Any] = []
         named = dict(model.named_modules())
-        for name in _around([site.name for site in sites]):
-            module = named[name]
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         for place, site in enumerate(sites):
             self._handles.append(site.module.register_forward_hook(self._seen(place)))
             for label, module in site.taps.items():
@@ -58,6 +54,11 @@ class Hooks:
             if ratio:
                 target = self._bank(site, named)
                 self._handles.append(target.register_forward_hook(self._ratio(place), with_kwargs=True))
+        # After the routers' own: where the router is the whole model, its pass must end last.
+        for name in _around([site.name for site in sites]):
+            module = named[name]
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -59,9 +59,10 @@ def as_reading(value: Any, experts: int | None, slots: int | None) -> Reading:
     if isinstance(value, Reading):
         return value
     if isinstance(value, Routing):
-        return Reading(value.indices, value.weights, value.logits, value.scores, value.selected, value.valid)
+        routing = value.detach()
+        return Reading(routing.indices, routing.weights, routing.logits, routing.scores, routing.selected, routing.valid)
     tensors = [item for item in (value if isinstance(value, tuple | list) else (value,)) if isinstance(item, Tensor)]
-    floats = [item for item in tensors if item.is_floating_point()]
+    floats = [item for item in tensors if item.is_floating_point() and item.dim() >= 2]
     indices = next((item for item in tensors if _is_indices(item) and (slots is None or item.shape[-1] == slots)), None)
     if indices is None:
         raise TraceError(expected(f"integer indices [tokens, {slots or 'top_k'}] among its outputs", describe(value)))

@@ -15,7 +15,7 @@ from moe_lab.trace.convert import key_checksum
 from moe_lab.trace.schema import META_FILE, ROUTED, SCHEMA_VERSION, VERSION_KEY, PartMeta, TraceMeta
 
 DOCUMENTS_FILE = "documents.json"
-MAY_DIFFER = ("versions", "created_from", "notes", "phase")
+MAY_DIFFER = ("versions", "created_from", "notes", "phase", "has_weights", "has_scores")
 """Fields of the metadata that may change between an interrupted trace and its continuation."""
 
 
@@ -124,6 +124,8 @@ def _keep_finished(folder: Path, name: str, finished: pl.Series, rest: Rest, met
 
 
 def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    for values in (first, second):  # inferred from the first pass
+        values["layers"] = [{name: value for name, value in layer.items() if name != "score_func"} for layer in values["layers"]]
     names = (first.keys() | second.keys()) - set(MAY_DIFFER)
     return sorted(name for name in names if first.get(name) != second.get(name))
 
