@@ -64,7 +64,7 @@ BALANCE: dict[str, dict[str, dict[str, Any]]] = {
 _COLUMNS = ("width", "layers", "length", "tokens", "batch", "vocabularies", "seeds", "excerpt")
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(zip(_COLUMNS, (32, 2, 64, 2_000, 4, (512,), 1, 70), strict=True)),
-    "cpu": dict(zip(_COLUMNS, (48, 2, 96, 48_000, 4, (2048, 8192), 3, 500), strict=True)),
+    "cpu": dict(zip(_COLUMNS, (48, 2, 96, 48_000, 4, (2048, 8192), 3, 300), strict=True)),
     "gpu": dict(zip(_COLUMNS, (256, 8, 256, 200_000_000, 64, (2048, 8192), 3, None), strict=True)),
 }
 """``excerpt``: leading tokens of each unseen document that are judged; None: all. The gpu preset wants a corpus of a thousand documents."""
@@ -167,7 +167,7 @@ def _difficulties(text: TokenizedText, config: RunConfig, size: dict[str, Any]) 
     classes = [token_classes(document, text.tokenizer, text.counts()) for document in unseen]
     frame = pl.concat(classes).select("doc", "pos", "lexer", "freq_band", "subword", "copy")
     frame = frame.with_columns(ngram_loss=pl.Series(np.concatenate(surprisal)))
-    twin = config.replace(model=_decoder(size, vocabulary, None), seed=1000, train_tokens=4 * size["tokens"])
+    twin = config.replace(model=_decoder(size, vocabulary, None), seed=1000, train_tokens=2 * size["tokens"])
     excerpts = [Excerpt(index, 0, min(len(document.ids), size["excerpt"] or len(document.ids))) for index, document in enumerate(unseen)]
     twins = dense_twins(documents, twin, excerpts=excerpts).select("doc", "pos", "ref_loss")
     print(f"twins of vocabulary {vocabulary}: {twins['ref_loss'].drop_nulls().mean():.3f} nats/token", flush=True)

@@ -8,7 +8,7 @@ from moe_lab.analysis.certainty import router_entropy, zero_compute
 from moe_lab.analysis.classes import class_profile
 from moe_lab.analysis.coactivation import coactivation, coactivation_order
 from moe_lab.analysis.compare import compare, load_shift
-from moe_lab.analysis.difficulty import difficulty_association
+from moe_lab.analysis.difficulty import difficulty_association, marginal_gain
 from moe_lab.analysis.load import expert_load, load_over_windows, load_summary
 from moe_lab.analysis.repetition import repetition
 from moe_lab.analysis.saturation import saturation
@@ -32,6 +32,7 @@ __all__ = [
     "load_over_windows",
     "load_shift",
     "load_summary",
+    "marginal_gain",
     "repetition",
     "router_entropy",
     "saturation",
