@@ -264,7 +264,7 @@ def random_wall(rng: np.random.Generator, design: Design) -> Truth:
 
 
 def unseen(options: Options) -> Iterator[Row]:
-    """200 settings drawn at random: sizes, budgets, grids (steps of half a doubling to two), noises, seeds, truths. Noise relative to the
+    """198 settings drawn at random: sizes, budgets, grids (steps of half a doubling to two), noises, seeds, truths. Noise relative to the
     gain of a doubling at the start of the grid; fifty draws each."""
     rng = np.random.default_rng(2026)
     for name, make in (("smooth truths", random_smooth), ("walls", random_wall)):
