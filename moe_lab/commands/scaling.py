@@ -192,8 +192,10 @@ def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[floa
     import polars as pl
 
     from moe_lab.files import atomic_path, write_text
+    from moe_lab.provenance import provenance
 
-    frames = {"runs": runs, "confounds": found}
+    origin = {name: pl.lit(value) for name, value in provenance().items() if name != "command"}
+    frames = {"runs": runs.with_columns(**origin), "confounds": found}
     for name, method in (("gains", "gain_table"), ("forms", "form_table")):
         parts = [getattr(one, method)().with_columns(tokens=pl.lit(tokens, pl.Float64)) for tokens, one in verdicts.items()]
         frames[name] = pl.concat(parts)
