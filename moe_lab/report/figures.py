@@ -6,7 +6,6 @@ that came from data, because plotly reads tags in labels. ``plotly`` is imported
 
 from __future__ import annotations
 
-import html
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,47 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.report.canvas import figure as _figure
+from moe_lab.report.canvas import need as _need
+from moe_lab.report.canvas import plain
+from moe_lab.report.depth import (
+    compare,
+    domain_divergence,
+    load_over_windows,
+    repetition,
+    router_entropy,
+    saturation,
+    vocabulary_specialisation,
+    zero_compute,
+)
 from moe_lab.report.intervals import seed_intervals
+from moe_lab.report.maps import coactivation, domain_specialisation, load_shift, transitions
 from moe_lab.report.theme import DASHES, DEAD, SERIES, SYMBOLS, template
 from moe_lab.report.wall_figures import wall_compute, wall_elasticity, wall_frontier, wall_gain, wall_loss, wall_power  # noqa: F401
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+__all__ = [
+    "class_profile",
+    "coactivation",
+    "compare",
+    "domain_divergence",
+    "domain_specialisation",
+    "expert_load",
+    "ffn_spread",
+    "frontier",
+    "load_over_windows",
+    "load_shift",
+    "plain",
+    "repetition",
+    "router_entropy",
+    "saturation",
+    "training_curves",
+    "transitions",
+    "vocabulary_specialisation",
+    "zero_compute",
+]
 
 MAX_POINTS = 400
 """A training curve is thinned to this many points by default: about as many as a plot has pixels."""
@@ -267,25 +301,6 @@ def thin(frame: pl.DataFrame, points: int) -> pl.DataFrame:
     if frame.height <= points:
         return frame
     return frame[np.linspace(0, frame.height - 1, points).round().astype(int).tolist()]
-
-
-def plain(text: object) -> str:
-    """Text that plotly shows as it is: its pseudo-HTML is escaped."""
-    return html.escape(str(text), quote=False)
-
-
-def _figure() -> go.Figure:
-    import plotly.graph_objects as go
-
-    return go.Figure(layout={"template": template("light")})
-
-
-def _need(frame: pl.DataFrame, *columns: str) -> None:
-    missing = [column for column in columns if column not in frame.columns]
-    if missing or not frame.height:
-        raise AnalysisError(
-            expected(f"a frame with rows and columns {', '.join(columns)}", f"{frame.height} rows without {missing or 'none'}")
-        )
 
 
 def _powers_of_two(ratios: pl.Series) -> list[float]:
