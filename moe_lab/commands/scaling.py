@@ -112,7 +112,7 @@ def _cautions(names: list[str]) -> str:
 def verdict(args: argparse.Namespace) -> int:
     import polars as pl
 
-    from moe_lab.scaling import verdict_by_budget, wall_verdict
+    from moe_lab.scaling import fixed_total_optima, verdict_by_budget, wall_verdict
     from moe_lab.scaling.reading import main_arm, read_runs, with_budgets
 
     everything = read_runs(args.runs)
@@ -146,6 +146,8 @@ def verdict(args: argparse.Namespace) -> int:
                 for g in one.gains
             ],
         )
+    for name, best in fixed_total_optima(everything).items():
+        print(f"\nW4, apart from the verdict, arm {name}: {best.sentence}")
     print("\nWhat else could have made or hidden a wall")
     _table(("confound", "status", "detail"), found.rows(), left=(0, 1, 2))
     return 0
@@ -193,6 +195,7 @@ def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[floa
 
     from moe_lab.files import atomic_path, write_text
     from moe_lab.provenance import provenance
+    from moe_lab.scaling import fixed_total_optima
 
     origin = {name: pl.lit(value) for name, value in provenance().items() if name != "command"}
     frames = {"runs": runs.with_columns(**origin), "confounds": found}
@@ -204,7 +207,8 @@ def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[floa
             frame.write_parquet(path)
     confounds = "\n".join(f"- {name}: {status}; {detail}" for name, status, detail in found.rows())
     told = "\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items())
-    write_text(folder / "verdict.md", f"{told}\n\nConfounds\n{confounds}\n")
+    optima = "".join(f"\nW4, apart from the verdict, arm {name}: {best.sentence}\n" for name, best in fixed_total_optima(runs).items())
+    write_text(folder / "verdict.md", f"{told}\n{optima}\nConfounds\n{confounds}\n")
 
 
 def fit(args: argparse.Namespace) -> int:

@@ -36,11 +36,12 @@ TITLES = {
 @dataclass(frozen=True)
 class WallSection:
     """``blocks`` with their headings in ``titles``; ``forms`` compares the shapes of the frontier, ``confounds`` what else could have
-    made or hidden a wall."""
+    made or hidden a wall; ``optima`` says which ratio is best at fixed total parameters (W4), for the arms that hold them fixed."""
 
     blocks: tuple[Block, ...]
     forms: Table | None
     confounds: Table | None
+    optima: tuple[str, ...] = ()
     titles: Mapping[str, str] = field(default_factory=lambda: TITLES)
 
 
@@ -65,7 +66,7 @@ def wall_section(material: Material) -> WallSection | None:
     """None where the runs are no sweep that can be judged."""
     if not material.finished:
         return None
-    from moe_lab.scaling import confounds, frontier_band
+    from moe_lab.scaling import confounds, fixed_total_optima, frontier_band
 
     runs, frame, arm = judged_runs(material)
     try:
@@ -78,7 +79,8 @@ def wall_section(material: Material) -> WallSection | None:
         table = Table(("confound", "status", "detail"), tuple(found.rows()), (False, False, False))
     except MoELabError:
         table = None
-    return WallSection(blocks, _forms(verdict, band), table)
+    optima = tuple(f"Arm {name}: {best.sentence}." for name, best in fixed_total_optima(runs).items())
+    return WallSection(blocks, _forms(verdict, band), table, optima)
 
 
 def _frontier(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict, band: Band) -> Block:

@@ -8,7 +8,7 @@ from moe_lab.scaling.gain import expected_gain
 from moe_lab.scaling.judge import Outcome
 from moe_lab.scaling.law import Law
 from moe_lab.scaling.laws import LAWS
-from moe_lab.scaling.optimum import Isoflop, Optimum, compute_optimal, constrained_optimum, isoflop
+from moe_lab.scaling.optimum import Isoflop, Optimum, compute_optimal, constrained_optimum, fixed_total_optima, isoflop
 from moe_lab.scaling.planner import Plan, parse_truth, plan_power, typical_noise
 from moe_lab.scaling.power import Design, Truth, cheapest, default_truths, designs, power
 from moe_lab.scaling.reading import main_arm, read_runs, with_budgets
@@ -44,6 +44,7 @@ __all__ = [
     "designs",
     "expected_gain",
     "fit",
+    "fixed_total_optima",
     "frontier_band",
     "isoflop",
     "leave_largest_out",

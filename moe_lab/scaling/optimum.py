@@ -14,6 +14,8 @@ from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.fit import find_law
 from moe_lab.scaling.law import Law, Values
 
+SAME = 1.05  # within this factor a constraint holds
+
 
 def compute_optimal(
     law: str | Law, compute: float, point: Values | None = None, coefficients: Values | str | None = None
@@ -102,7 +104,7 @@ def constrained_optimum(frame: pl.DataFrame, *, constraint: str = "total_params"
         raise AnalysisError(expected("three or more ratios", frame["ratio"].n_unique()))
     if constraint in frame.columns:
         low, high = float(frame[constraint].min()), float(frame[constraint].max())  # type: ignore[arg-type]
-        if high > 1.05 * low:
+        if high > SAME * low:
             raise AnalysisError(expected(f"one value of {constraint} (within 5 %)", f"{low:g} to {high:g}", "constraint= another column"))
     ratios = frame["ratio"].unique().sort().to_numpy().astype(float)
     losses = [frame.filter(pl.col("ratio") == ratio)["loss"].to_numpy() for ratio in ratios]
@@ -121,6 +123,20 @@ def constrained_optimum(frame: pl.DataFrame, *, constraint: str = "total_params"
     where = "inside the grid" if inside else "not separated from the grid's edge"
     sentence = f"At fixed {constraint} the best ratio is {ratio:.3g} (90 % {low:.3g} to {high:.3g}), {where}"
     return Optimum(ratio, (low, high), inside, sentence)
+
+
+def fixed_total_optima(frame: pl.DataFrame) -> dict[str, Optimum]:
+    """`constrained_optimum` of every arm of ``frame`` [arm, ratio, seed, loss, total_params, active_params] that has one total and
+    several active sizes: W4, apart from any verdict."""
+    if not {"arm", "ratio", "seed", "loss", "total_params", "active_params"} <= set(frame.columns):
+        return {}
+    found = {}
+    for (arm,), runs in frame.drop_nulls(["arm", "ratio", "loss", "total_params", "active_params"]).group_by("arm", maintain_order=True):
+        total, active = (runs[name].cast(pl.Float64) for name in ("total_params", "active_params"))
+        fixed = float(total.max()) <= SAME * float(total.min()) and float(active.max()) > SAME * float(active.min())  # type: ignore[arg-type]
+        if fixed and runs["ratio"].n_unique() >= 3:
+            found[str(arm)] = constrained_optimum(runs)
+    return found
 
 
 def _vertex(x: np.ndarray, loss: np.ndarray) -> float:

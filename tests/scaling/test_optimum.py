@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from moe_lab.errors import AnalysisError
-from moe_lab.scaling import LAWS, compute_optimal, constrained_optimum, isoflop
+from moe_lab.scaling import LAWS, compute_optimal, constrained_optimum, fixed_total_optima, isoflop
 
 
 def test_the_optimal_split_is_the_closed_form_of_chinchilla():
@@ -70,3 +70,23 @@ def test_an_arm_of_changing_size_is_refused():
         constrained_optimum(arm().with_columns(total_params=pl.col("ratio") * 1e6))
     with pytest.raises(AnalysisError, match="three or more ratios"):
         constrained_optimum(arm().filter(pl.col("ratio") < 4))
+
+
+def test_only_arms_of_one_total_and_several_active_sizes_have_a_constrained_optimum():
+    rows = [
+        {
+            "arm": arm,
+            "ratio": 2.0**e,
+            "seed": seed,
+            "loss": 3 + 0.01 * (e - 3) ** 2 + 1e-4 * seed,
+            "total_params": total(e),
+            "active_params": active(e),
+        }
+        for arm, total, active in (("total", lambda e: 1e8, lambda e: 1e8 / 2**e), ("topk", lambda e: 1e7 * 2**e, lambda e: 1e7))
+        for e in range(7)
+        for seed in range(3)
+    ]
+    found = fixed_total_optima(pl.DataFrame(rows))
+    assert list(found) == ["total"]
+    assert found["total"].ratio == pytest.approx(8, rel=0.02)
+    assert fixed_total_optima(pl.DataFrame(rows).drop("arm")) == {}
