@@ -2,7 +2,8 @@
 
 Runs that share ``RunConfig.budgets`` warm up alike and keep the peak learning rate until their own decay, so up to there the state of a
 shorter run is the state of the longest one, to the bit. The longest leaves its state at those steps in ``trunks/`` beside its folder;
-a shorter run takes it up if it is there and trains from the beginning if it is not. Either way its numbers are the same.
+a shorter run takes it up if it is there, and removes it when done; it trains from the beginning if it is not. Either way its numbers are
+the same.
 """
 
 import json
@@ -58,3 +59,11 @@ def take_up(config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.
             rows = json.loads(path.with_suffix(".json").read_text())
             return load_checkpoint(path, model, optimizer, trunk_hash(config)), rows
     return 0, []
+
+
+def forget(config: RunConfig, folder: Path) -> None:
+    """Remove the state that a finished shorter run began from: weights and moments of every long run would fill a disk."""
+    if config.budgets and config.train_tokens != config.budgets[-1]:
+        path = _path(config, folder, config.decay_step(config.train_tokens))
+        for leftover in (path, path.with_suffix(".json")):
+            leftover.unlink(missing_ok=True)

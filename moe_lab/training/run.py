@@ -23,7 +23,7 @@ from moe_lab.model import Decoder
 from moe_lab.routing import Routing
 from moe_lab.routing.losses import load_balancing_loss, z_loss
 from moe_lab.text import Split, TokenizedText, load_tokens
-from moe_lab.training.branching import branch_steps, leave, take_up
+from moe_lab.training.branching import branch_steps, forget, leave, take_up
 from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
@@ -130,6 +130,7 @@ class _Run:
         self._write_status("finished")
         write_text(self.folder / "done", "")
         self._checkpoint.unlink(missing_ok=True)
+        forget(self.config, self.folder)
         return RunResult(self.folder, record)
 
     def _train(self) -> None:

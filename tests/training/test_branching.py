@@ -53,6 +53,7 @@ def test_a_branch_is_the_unbranched_run_to_the_bit(long: RunConfig, tmp_path: Pa
     trained: list[int] = []
     branched = train(short, tmp_path / "sweep" / "short", on_step=lambda row: trained.append(row["step"]), cache_dir=tmp_path)
     assert trained == [17, 18, 19, 20], "the constant part was the long run's"
+    assert not list((tmp_path / "sweep" / "trunks").iterdir()), "a state that was used is removed"
     alone = train(short, tmp_path / "alone" / "short", cache_dir=tmp_path)
     assert branched.record["loss"] == alone.record["loss"]
     assert metrics(branched.folder).equals(metrics(alone.folder))
