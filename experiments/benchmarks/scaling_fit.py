@@ -1,4 +1,5 @@
-"""How fast a law is fitted with its uncertainty: Clark's form on his S-BASE runs, 1,000 bootstrap repetitions, against plain scipy.
+"""How fast a law is fitted with its uncertainty: Clark's form on his S-BASE runs, 1,000 bootstrap repetitions, against plain scipy; and
+how long a power study of 500 draws x 5 truths takes.
 
     MOE_LAB_DATA=... python experiments/benchmarks/scaling_fit.py
 
@@ -17,7 +18,7 @@ import numpy as np
 import polars as pl
 from scipy.optimize import least_squares, minimize
 
-from moe_lab.scaling import SQUARES, bootstrap, fit, published
+from moe_lab.scaling import SQUARES, Design, bootstrap, default_truths, fit, power, published
 from moe_lab.scaling.fit import make_problem
 from moe_lab.scaling.law import LN10
 from moe_lab.scaling.problem import Problem
@@ -101,6 +102,9 @@ def main() -> None:
         worse = float((np.array(best) > batched * (1 + 1e-6)).mean())
         text = f"{scaled:.0f} s of processor for {REPETITIONS} repetitions, {scaled / cpu:.0f} times the batched path"
         print(f"plain scipy {name}: {text}; a worse optimum in {worse:.0%} of the repetitions")
+    design = Design(tuple(2.0**e for e in range(10)), 3, 1e7, 1e9)
+    _, wall, cpu = timed(lambda: power(design, default_truths(), noise_sd=0.006, draws=500))
+    print(f"power study, 500 draws x {len(default_truths())} truths: {wall:.2f} s (processor {cpu:.2f})")
 
 
 if __name__ == "__main__":
