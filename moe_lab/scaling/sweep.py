@@ -136,7 +136,9 @@ def _check_design(frame: pl.DataFrame) -> None:
     if twice.height:
         first = twice.row(0, named=True)
         got = f"{first['len']} at ratio {first['ratio']:g} seed {first['seed']}"
-        raise AnalysisError(expected("one run per ratio and seed", got, "one arm and one token budget at a time"))
+        mixed = "learning_rate" in frame.columns and frame["learning_rate"].n_unique() > 1
+        hint = "the best learning rate of each ratio alone" if mixed else "one arm and one token budget at a time"
+        raise AnalysisError(expected("one run per ratio and seed", got, hint))
     low, high = float(frame["active_params"].min()), float(frame["active_params"].max())  # type: ignore[arg-type]
     if low <= 0 or high / low > ACTIVE_TOLERANCE:
         got = f"{low:g} to {high:g}"

@@ -235,6 +235,10 @@ BAD_INPUT = {
     ),
     "mixed budgets": (bad(tokens=pl.when(pl.col("ratio") > 8).then(2e9).otherwise(1e9)), "expected one token budget, got 1e+09, 2e+09"),
     "duplicates": (pl.concat([sweep(line), sweep(line)]), "expected one run per ratio and seed, got 2 at ratio 1 seed 0"),
+    "learning rates": (
+        pl.concat([sweep(line).with_columns(learning_rate=pl.lit(rate)) for rate in (1e-3, 2e-3)]),
+        "try the best learning rate of each ratio alone",
+    ),
     "no loss": (sweep(line).drop("loss"), "got none called loss"),
     "text": (bad(loss=pl.col("loss").cast(pl.String)), "expected numbers in loss, got String"),
     "empty": (sweep(line).clear(), "got an empty frame"),
