@@ -25,7 +25,10 @@ FEWEST_POINTS = 50
 
 def frontier_block(material: Material) -> Block | None:
     """Loss against ratio, from the finished runs that have a loss; None without any."""
+    from moe_lab.scaling import TUNING
+
     runs = run_table(material.finished).drop_nulls("loss")
+    runs = runs.filter(pl.col("arm").ne_missing(TUNING))  # a mean over learning rates is no point of a frontier
     if not runs.height:
         return None
     means = seed_intervals(runs)

@@ -179,10 +179,12 @@ def _gain(verdict: Verdict) -> Block:
 
 
 def _elasticity(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict) -> Block:
+    from moe_lab.scaling import TUNING
+
     rows = [_elasticity_row(f"{arm or 'this sweep'}, {magnitude(float(frame['tokens'].max()))} tokens", verdict)]  # type: ignore[arg-type]
     for other in runs["arm"].unique(maintain_order=True).drop_nulls().to_list() if arm else []:
         part = runs.filter(pl.col("arm") == other)
-        if other in (arm, "lr") or part["ratio"].n_unique() < 3 or part["tokens"].n_unique() > 1:
+        if other in (arm, TUNING) or part["ratio"].n_unique() < 3 or part["tokens"].n_unique() > 1:
             continue
         try:
             rows.append(_elasticity_row(f"{other}, {magnitude(float(part['tokens'].max()))} tokens", judge(runs, part, arm)))  # type: ignore[arg-type]

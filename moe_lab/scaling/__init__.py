@@ -1,7 +1,7 @@
 """Losses of many runs in, a law and a verdict out: published scaling laws, fits with their uncertainty, and the sparsity wall."""
 
 from moe_lab.scaling.band import Band, frontier_band
-from moe_lab.scaling.confounds import SHORT, confounds
+from moe_lab.scaling.confounds import SHORT, TUNING, confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
 from moe_lab.scaling.fit import HUBER, SQUARES, Fit, fit
 from moe_lab.scaling.gain import expected_gain
@@ -21,6 +21,7 @@ __all__ = [
     "LAWS",
     "SHORT",
     "SQUARES",
+    "TUNING",
     "Band",
     "Design",
     "Fit",
