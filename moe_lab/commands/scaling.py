@@ -112,45 +112,50 @@ def _cautions(names: list[str]) -> str:
 def verdict(args: argparse.Namespace) -> int:
     import polars as pl
 
-    from moe_lab.scaling import fixed_total_optima, verdict_by_budget, wall_verdict
-    from moe_lab.scaling.reading import main_arm, read_runs, with_budgets
+    from moe_lab.scaling import main_arm, read_runs
 
     everything = read_runs(args.runs)
     if args.bits and "loss" in everything.columns and everything["loss"].dtype.is_numeric():
         everything = everything.with_columns(pl.col("loss") * math.log(2))
     runs, arm = main_arm(everything, args.arm)
-    options = {"noise_sd": args.noise, "vocab_size": args.vocab_size}
-    budgets = runs["tokens"].n_unique() if "tokens" in runs.columns else 1
-    if args.by_budget and budgets > 1:
-        verdicts: dict[float | None, Verdict] = {**verdict_by_budget(runs, **options)}
-    else:
-        try:
-            verdicts = {None: wall_verdict(runs, budgets=with_budgets(everything, arm), **options)}
-        except AnalysisError as error:
-            if "one token budget" not in str(error):
-                raise
-            raise AnalysisError(str(error).replace("one verdict per budget and the others as budgets=", "--by-budget")) from None
+    verdicts = _judge(args, everything, runs, arm)
     found = _confounds(everything if "arm" in everything.columns else runs, arm)
     if args.out is not None:
         _write(args.out, everything, arm, verdicts, found)
     if args.json:
         print_json([_as_json(tokens, arm, one, found) for tokens, one in verdicts.items()])
-        return 0
+    else:
+        _print(everything, arm, verdicts, found)
+    return 0
+
+
+def _judge(args: argparse.Namespace, everything: "pl.DataFrame", runs: "pl.DataFrame", arm: str) -> "dict[float | None, Verdict]":
+    """One verdict, or one per token budget where that was asked for."""
+    from moe_lab.scaling import verdict_by_budget, wall_verdict, with_budgets
+
+    options = {"noise_sd": args.noise, "vocab_size": args.vocab_size}
+    if args.by_budget and "tokens" in runs.columns and runs["tokens"].n_unique() > 1:
+        return {**verdict_by_budget(runs, **options)}
+    try:
+        return {None: wall_verdict(runs, budgets=with_budgets(everything, arm), **options)}
+    except AnalysisError as error:
+        raise AnalysisError(str(error).replace("one verdict per budget and the others as budgets=", "--by-budget")) from None
+
+
+def _print(everything: "pl.DataFrame", arm: str, verdicts: "dict[float | None, Verdict]", found: "pl.DataFrame") -> None:
+    from moe_lab.scaling import fixed_total_optima
+
     print("\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items()))
     for tokens, one in verdicts.items():
         print(f"\nGains per doubling{_at(tokens)}")
-        _table(
-            ("from", "to", "nats", "90 % interval", "compute"),
-            [
-                (f"{g.ratio_from:g}", f"{g.ratio_to:g}", f"{g.gain:.4f}", f"{g.lo:.4f} to {g.hi:.4f}", f"x{g.compute:.2f}")
-                for g in one.gains
-            ],
-        )
+        rows = [
+            (f"{g.ratio_from:g}", f"{g.ratio_to:g}", f"{g.gain:.4f}", f"{g.lo:.4f} to {g.hi:.4f}", f"x{g.compute:.2f}") for g in one.gains
+        ]
+        _table(("from", "to", "nats", "90 % interval", "compute"), rows)
     for name, best in fixed_total_optima(everything).items():
         print(f"\nW4, apart from the verdict, arm {name}: {best.sentence}")
     print("\nWhat else could have made or hidden a wall")
     _table(("confound", "status", "detail"), found.rows(), left=(0, 1, 2))
-    return 0
 
 
 def _confounds(frame: "pl.DataFrame", arm: str) -> "pl.DataFrame":
@@ -213,9 +218,8 @@ def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[floa
 
 def fit(args: argparse.Namespace) -> int:
     from moe_lab import scaling
-    from moe_lab.scaling.reading import read_runs
 
-    result = scaling.fit(args.law, read_runs(args.runs), delta=scaling.SQUARES if args.squares else scaling.HUBER)
+    result = scaling.fit(args.law, scaling.read_runs(args.runs), delta=scaling.SQUARES if args.squares else scaling.HUBER)
     if args.bootstrap > 0 and result.law.terms:
         kind = "cluster" if args.cluster else "runs"
         result = scaling.bootstrap(result, args.bootstrap, kind=kind, cluster=args.cluster)
@@ -224,16 +228,15 @@ def fit(args: argparse.Namespace) -> int:
         print_json(_finite(_fit_json(result, limit)))
         return 0
     print(f"{result.law.title} ({result.law.source}) on {result.runs} runs, by {'squares' if args.squares else 'Huber 1e-3'} on ln loss")
-    _table(("coefficient", "value", "95 % interval"), [(name, f"{value:.6g}", _interval(result, name)) for name, value in _named(result)])
+    _table(
+        ("coefficient", "value", "95 % interval"),
+        [(name, f"{value:.6g}", _interval(result, name)) for name, value in result.coefficients.items()],
+    )
     print(f"objective {result.objective:.10g}, rmse of ln loss {result.rmse:.4g}, AICc {result.aicc:.2f}")
     if result.agreed < 0.25:
         print(f"only {result.agreed:.0%} of the best starts ended here: the runs hardly fix these coefficients")
     print("\n".join(text for text in (limit, _cautions([result.law.name]) if result.law.name in scaling.LAWS else "") if text))
     return 0
-
-
-def _named(result: "Fit") -> list[tuple[str, float]]:
-    return list(result.coefficients.items())
 
 
 def _interval(result: "Fit", name: str) -> str:

@@ -161,6 +161,8 @@ def _compute_reason(case: Case) -> str:
 def _budget_reason(case: Case) -> str:
     if case.judged.no_wall[0] or case.blind:
         return ""
+    if case.slope.error is not None:
+        return "a wall that moves with the tokens is a shortage of data: compare the verdicts of the other budgets"
     return "one token budget cannot tell a wall of sparsity from experts short of data: a second, 4x larger, would"
 
 
