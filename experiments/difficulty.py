@@ -64,7 +64,7 @@ BALANCE: dict[str, dict[str, dict[str, Any]]] = {
 _COLUMNS = ("width", "layers", "length", "tokens", "batch", "vocabularies", "seeds", "excerpt")
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(zip(_COLUMNS, (32, 2, 64, 2_000, 4, (512,), 1, 70), strict=True)),
-    "cpu": dict(zip(_COLUMNS, (48, 2, 96, 48_000, 4, (2048, 8192), 3, 300), strict=True)),
+    "cpu": dict(zip(_COLUMNS, (48, 2, 96, 48_000, 4, (2048, 8192), 3, 150), strict=True)),
     "gpu": dict(zip(_COLUMNS, (256, 8, 256, 200_000_000, 64, (2048, 8192), 3, None), strict=True)),
 }
 """``excerpt``: leading tokens of each unseen document that are judged; None: all. The gpu preset wants a corpus of a thousand documents."""

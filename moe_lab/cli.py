@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("moe_lab.commands.train", "train one model"),
     "trace": ("moe_lab.commands.trace", "record every routing decision of a trained run on a text"),
     "scaling": ("moe_lab.commands.scaling", "what laws expect of more experts; a verdict on runs of your own; a law fitted to them"),
+    "difficulty": ("moe_lab.commands.difficulty", "does compute follow difficulty, once the token's identity is held fixed?"),
     "report": ("moe_lab.commands.report", "one offline HTML page from a sweep or from runs"),
     "count": ("moe_lab.accounting.command", "exact parameters and FLOPs of a published model or a configuration"),
     "doctor": ("moe_lab.commands.doctor", "versions, device, extras and default corpus of this machine"),

@@ -23,12 +23,14 @@ from moe_lab.report.blocks import Block, representatives
 from moe_lab.report.coloured import ColouredText, coloured_text
 from moe_lab.report.compute import compute_section
 from moe_lab.report.curves import frontier_block, training_block
+from moe_lab.report.difficulty import difficulty_section
 from moe_lab.report.format import count_of
 from moe_lab.report.load import load_block
 from moe_lab.report.provenance import provenance
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.verdict import results_table, unfinished_table, verdict_text
 from moe_lab.report.wall import wall_section
+from moe_lab.report.whose import whose_section
 
 JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -108,10 +110,15 @@ def figure_json(figure: Any) -> dict[str, Any]:
 
 def _content(material: Material, command: str) -> dict[str, Any]:
     frontier, load, training = frontier_block(material), load_block(material), training_block(material)
-    compute = compute_section(material.traces)
+    compute, whose = compute_section(material.traces), whose_section(material)
     coloured, wall = _coloured(material, compute.first), wall_section(material)
+    difficulty = difficulty_section(compute.first)
     evidence = wall.blocks if wall else ()
-    blocks: list[Block] = [block for block in (frontier, *evidence, load, *compute.blocks, training) if block is not None]
+    hard = difficulty.blocks if difficulty else ()
+    whose_blocks = [block for _, block in whose.blocks]
+    blocks: list[Block] = [
+        block for block in (frontier, *evidence, load, *compute.blocks, *whose_blocks, *hard, training) if block is not None
+    ]
     data = [(block.name, block.data) for block in blocks] + ([("coloured_text", coloured.data)] if coloured else [])
     return {
         "questions": material.questions,
@@ -123,7 +130,9 @@ def _content(material: Material, command: str) -> dict[str, Any]:
         "wall": wall,
         "load": load,
         "compute": compute,
+        "whose": whose,
         "coloured": coloured,
+        "difficulty": difficulty,
         "training": training,
         "provenance": provenance(material, command),
         "figure_json": figure_json,

@@ -23,7 +23,8 @@ from moe_lab.errors import AnalysisError, expected
 from moe_lab.model import Decoder
 from moe_lab.routing import Router, RouterContext, Routing
 
-SEARCH_STEPS = 12
+SEARCH_STEPS = 6
+SEARCH_DOCUMENTS, SEARCH_TOKENS = 24, 128
 LARGEST_SHIFT = 64.0
 
 
@@ -56,7 +57,8 @@ def marginal_gain(
     if not routers or not all(can_shift(router) for router in routers):
         kinds = ", ".join(sorted({router.config.kind for router in routers})) or "no MoE layer"
         raise AnalysisError(expected("routers with zero-compute experts or a free count", kinds, "a longcat run"))
-    sample = list(documents)[: max(1, min(len(documents), 40))]
+    long_enough = [ids[:SEARCH_TOKENS] for ids in documents if len(ids) > 1]
+    sample = long_enough[:: max(1, len(long_enough) // SEARCH_DOCUMENTS)]
     base = score(model, documents, numbers, seq_length=seq_length, batch_size=batch_size)
     centre = float(base.ffn_count.mean())
     moved = []
@@ -208,9 +210,8 @@ def _shift_for(model: Decoder, documents: Sequence[NDArray], target: float, seq_
         with shifted(model, shift):
             return float(score(model, documents, seq_length=seq_length, batch_size=batch_size).ffn_count.mean())
 
-    start = mean(0.0)
-    sign = 1.0 if target > start else -1.0
-    size = 1e-3
+    sign = 1.0 if target > mean(0.0) else -1.0
+    size = 1e-2
     while sign * (mean(sign * size) - target) < 0 and size < LARGEST_SHIFT:
         size *= 4
     low, high = 0.0, size

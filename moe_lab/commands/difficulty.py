@@ -1,0 +1,111 @@
+"""``moe-lab difficulty RUN_OR_TRACE``: does compute follow difficulty? Tables as Parquet, a verdict in one sentence, and a page."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_lab.commands.options import add_device, add_json, add_out, add_seed, print_json
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from moe_lab.training import LoadedRun
+
+STUDY_FOLDER = "difficulty"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="the folder of a finished run, or a trace with a token table")
+    parser.add_argument("--max-tokens", type=int, default=1000, help="leading tokens of each unseen document of a run")
+    parser.add_argument("--resamples", type=int, default=2000, help="of whole documents, for intervals")
+    parser.add_argument(
+        "--no-gain", action="store_true", help="without the marginal gain, which passes the text through the run three more times"
+    )
+    add_out(parser, None, "folder of the tables (default: difficulty in the run's folder, <trace>-difficulty beside a trace)")
+    add_seed(parser)
+    add_device(parser)
+    add_json(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    from moe_lab.analysis.difficulty.study import study_verdict
+    from moe_lab.files import atomic_path, write_json
+
+    is_trace = (args.source / "meta.json").is_file()
+    out = args.out or (args.source.with_name(f"{args.source.name}-{STUDY_FOLDER}") if is_trace else args.source / STUDY_FOLDER)
+    tables = _of_trace(args) if is_trace else _of_run(args)
+    for name, table in tables.items():
+        with atomic_path(out / f"{name}.parquet") as temporary:
+            table.write_parquet(temporary)
+    verdict, sentence = study_verdict(tables["association"])
+    write_json(out / "verdict.json", {"verdict": verdict, "sentence": sentence, "source": str(args.source)})
+    if args.json:
+        print_json({"verdict": verdict, "sentence": sentence, "tables": sorted(tables), "out": out})
+        return 0
+    _print(tables)
+    print(f"verdict: {verdict}")
+    print(sentence)
+    print(f"tables: {out}; `moe-lab report {args.source}` draws them")
+    return 0
+
+
+def _of_trace(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
+    from moe_lab.analysis.difficulty import difficulty_frame
+    from moe_lab.analysis.difficulty.sources import NGRAM
+    from moe_lab.analysis.difficulty.study import difficulty_study
+    from moe_lab.trace import open_trace
+
+    frame = difficulty_frame(open_trace(args.source), seed=args.seed)
+    return difficulty_study(frame, NGRAM, args.seed, resamples=args.resamples)
+
+
+def _of_run(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
+    from moe_lab.analysis.difficulty import gain_association, marginal_gain, reallocation_regret
+    from moe_lab.analysis.difficulty.gain import can_shift
+    from moe_lab.analysis.difficulty.sources import NGRAM
+    from moe_lab.analysis.difficulty.study import difficulty_study
+    from moe_lab.errors import ConfigError, expected
+    from moe_lab.training import load_run
+
+    run = load_run(args.source, args.device)
+    if not run.config.model.moe_layers:
+        raise ConfigError(expected("a run with MoE layers", f"the dense run {args.source}"))
+    frame, ids, numbers = _unseen(run, args.max_tokens, args.seed)
+    tables = difficulty_study(frame, NGRAM, args.seed, resamples=args.resamples)
+    if not args.no_gain and all(can_shift(layer.router) for layer in run.model.moe_layers().values()):
+        gains = marginal_gain(run.model, ids, numbers, seq_length=run.config.seq_length)
+        tables |= {"gains": gains, "gain": gain_association(gains, args.seed, resamples=args.resamples)}
+        tables["regret"] = reallocation_regret(gains, seed=args.seed)
+    return tables
+
+
+def _unseen(run: "LoadedRun", max_tokens: int, seed: int) -> "tuple[pl.DataFrame, list, list[int]]":
+    """The frame to judge, the ids and the numbers of the documents that the run never saw (validation and reference)."""
+    import polars as pl
+
+    from moe_lab.analysis.difficulty.passes import score
+    from moe_lab.text import Split, difficulty_columns, load_tokens, token_classes
+
+    text = load_tokens(run.config.text)
+    unseen = [*text.documents(Split.VALIDATION), *text.documents(Split.REFERENCE)]
+    columns = difficulty_columns([*unseen, *text.documents(Split.TRAIN)], text.tokenizer.vocab_size, seed=seed)
+    classes = pl.concat([token_classes(document, run.tokenizer, text.counts()) for document in unseen])
+    ids = [document.ids[:max_tokens] for document in unseen]
+    numbers = [document.index for document in unseen]
+    scored = score(run.model, ids, numbers, seq_length=run.config.seq_length).frame()
+    described = classes.select("doc", "pos", "lexer", "freq_band", "subword", "copy").join(columns, on=["doc", "pos"])
+    return scored.join(described.cast({"doc": pl.Int64, "pos": pl.Int64}), on=["doc", "pos"], how="left"), ids, numbers
+
+
+def _print(tables: "dict[str, pl.DataFrame]") -> None:
+    import polars as pl
+
+    shown = tables["association"].select(
+        "layer", "align", "rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi", "q", "verdict", "n_tokens", "n_docs"
+    )
+    with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=3, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
+        print(shown)
+        if "gain" in tables:
+            row = tables["gain"].row(0, named=True)
+            print(f"marginal gain: rank correlation with ffn_count within ids {row['rho_token'] or 0:+.3f} ({row['verdict']})")
+            print(tables["regret"])

@@ -1,0 +1,135 @@
+"""The section on difficulty: layer x alignment map, decile curves, marginal gain, and the verdict in one sentence with its interval.
+
+Tables of ``moe-lab difficulty RUN`` are drawn where the run's folder holds them; otherwise what a trace alone can answer is computed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from moe_lab.report import difficulty_figures as figures
+from moe_lab.report.blocks import Block, Plot, Variant, table_of
+from moe_lab.report.format import decimal, whole
+from moe_lab.report.sources import NamedTrace
+
+RESAMPLES = 1000
+STUDY_FOLDER = "difficulty"
+
+
+@dataclass(frozen=True)
+class DifficultySection:
+    """``label`` names the model; ``sentence`` is the verdict with its interval; ``judged`` is False where no picture may be drawn."""
+
+    label: str
+    verdict: str
+    sentence: str
+    source: str
+    blocks: tuple[Block, ...]
+    regret: str = ""
+
+
+def difficulty_section(varying: NamedTrace | None) -> DifficultySection | None:
+    """The section for a trace in which ffn_count varies; None where there is none or its tokens are not known.
+
+    With fewer documents than the analysis needs there are no figures, and the sentence says why.
+    """
+    if varying is None or "token_id" not in varying.trace.tokens.collect_schema():
+        return None
+    from moe_lab.analysis.difficulty.study import study_verdict
+
+    tables = _tables(varying)
+    if tables is None:
+        return None
+    association = tables["association"]
+    verdict, sentence = study_verdict(association)
+    enough = not association["note"].str.contains("are needed to resample").all()
+    blocks = [_map_block(association)]
+    if tables["curves"].height:
+        blocks.append(_curve_block(tables["curves"]))
+    if "gains" in tables:
+        blocks.append(_gain_block(tables["gains"]))
+    regret = _regret(tables["gain"], tables["regret"]) if "gain" in tables else ""
+    source = "the tables of moe-lab difficulty" if _folder(varying) else "this trace alone; moe-lab difficulty RUN adds the marginal gain"
+    return DifficultySection(varying.label, verdict, sentence, source, tuple(blocks) if enough else (), regret)
+
+
+def _folder(named: NamedTrace) -> Path | None:
+    folder = named.run.folder / STUDY_FOLDER if named.run is not None else None
+    return folder if folder is not None and (folder / "verdict.json").is_file() else None
+
+
+def _tables(named: NamedTrace) -> dict[str, pl.DataFrame] | None:
+    folder = _folder(named)
+    if folder is not None:
+        return {path.stem: pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
+    from moe_lab.analysis.difficulty import difficulty_association, difficulty_curves, difficulty_frame
+    from moe_lab.analysis.difficulty.sources import NGRAM
+    from moe_lab.errors import AnalysisError, CorpusError
+
+    try:
+        frame = difficulty_frame(named.trace).collect(engine="streaming")
+        association = difficulty_association(frame, NGRAM, resamples=RESAMPLES, details=True)
+        return {"association": association, "curves": difficulty_curves(frame, NGRAM, resamples=RESAMPLES)}
+    except (AnalysisError, CorpusError):  # a trace of one document, or without token ids: no difficulty without a model
+        return None
+
+
+def _map_block(association: pl.DataFrame) -> Block:
+    top = association.filter(pl.col("rho_token").is_not_null())
+    reach = f"{decimal(top['rho_token'].min())} to {decimal(top['rho_token'].max())}" if top.height else "not defined"  # type: ignore[arg-type]
+    caption = (
+        f"Rank correlation of ffn_count with difficulty within token ids, with 95 % intervals from resampling whole documents; "
+        f"n = {whole(association['n_tokens'].max())} tokens of {whole(association['n_docs'].max())} documents at most. "  # type: ignore[arg-type]
+        "Difficulty is cross-fitted trigram surprisal, which the model has no hand in. Read it against the token that goes in for shallow "
+        "layers, and against the one to be predicted for deep ones. The raw correlation, driven by identity and frequency, is in the table."
+    )
+    shown = association.select(
+        "layer", "align", "rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi", "q", "verdict", "n_tokens", "n_docs"
+    )
+    summary = f"Correlation of compute with difficulty within token ids by layer and alignment: {reach}."
+    return Block(
+        "difficulty_map", caption, (Plot(summary, (Variant("map", figures.difficulty_map(association)),)),), association, table_of(shown)
+    )
+
+
+def _curve_block(curves: pl.DataFrame) -> Block:
+    variants = tuple(
+        Variant(f"layer {layer}, {figures.ALIGN_LABELS[str(align)]}", figures.difficulty_curves(part))
+        for (layer, align), part in curves.group_by("layer", "align", maintain_order=True)
+    )
+    caption = (
+        "Mean ffn_count by tenth of difficulty, and by tenth of how hard the token is for its own id (compute less its mean over the id, "
+        "plus the mean over all). Bars are 95 % intervals from resampling documents; "
+        f"n = {whole(float(curves['n_tokens'].to_numpy().max()))} tokens a tenth at most. "
+        "Where only the first curve rises, harder kinds of tokens get more, but not harder tokens."
+    )
+    summary = "Mean ffn_count by tenth of difficulty, raw and within token ids."
+    return Block("difficulty_curves", caption, (Plot(summary, variants),), curves, table_of(curves))
+
+
+def _gain_block(gains: pl.DataFrame) -> Block:
+    groups = figures.gain_groups(gains, RESAMPLES)
+    moved = decimal(float(gains["moved"][0]), 2)
+    caption = (
+        "What one more expert in every layer is worth, by tenth of the ffn_count that the router gave; "
+        f"n = {whole(gains.height)} predicted tokens. The same model with the bias of its real experts shifted both ways, {moved} "
+        "experts apart; bars are 95 % intervals from resampling documents. A router that spends where it matters has a rising curve."
+    )
+    summary = (
+        f"Marginal gain from {decimal(groups['gain'][0], 4)} to {decimal(groups['gain'][-1], 4)} nats per expert by tenth of ffn_count."
+    )
+    return Block("marginal_gain", caption, (Plot(summary, (Variant("gain", figures.marginal_gain(groups)),)),), groups, table_of(groups, 4))
+
+
+def _regret(gain: pl.DataFrame, regret: pl.DataFrame) -> str:
+    row = gain.row(0, named=True)
+    saved = {name: decimal(value, 4) for name, value in regret.select("allocation", "saved").rows()}
+    rho = f"{decimal(row['rho_token'])} ({decimal(row['rho_token_lo'])} to {decimal(row['rho_token_hi'])})"
+    return (
+        f"Within token ids, ffn_count and marginal gain correlate by {rho}: {row['verdict']}. "
+        f"Moving compute between tokens at an equal total would save {saved['greedy']} nats/token if the gains were known "
+        f"(an upper bound), {saved['by token id']} by a lookup of token ids, and {saved['random']} at random."
+    )

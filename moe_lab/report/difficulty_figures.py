@@ -1,0 +1,146 @@
+"""Figures of the section on difficulty: frames of ``analysis.difficulty`` in, plotly figures out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from moe_lab.report.theme import SERIES, SYMBOLS, template
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+ALIGN_LABELS = {"input": "token that goes in", "target": "token to be predicted"}
+GAIN_GROUPS = 10
+
+
+def difficulty_map(frame: pl.DataFrame) -> go.Figure:
+    """Layer x alignment: rank correlation of ffn_count with difficulty within token ids.
+
+    Args:
+        frame: columns layer, align, rho_token, rho_token_lo, rho_token_hi, rho_raw, verdict, as ``difficulty_association``.
+    """
+    import plotly.graph_objects as go
+
+    layers = frame["layer"].unique().sort().to_list()
+    aligns = [align for align in ALIGN_LABELS if align in frame["align"].to_list()]
+    rows = {(row["layer"], row["align"]): row for row in frame.to_dicts()}
+    values = [[rows[layer, align]["rho_token"] for align in aligns] for layer in layers]
+    texts = [[_cell(rows[layer, align]) for align in aligns] for layer in layers]
+    hover = [[f"{rows[layer, align]['verdict']}; raw {_number(rows[layer, align]['rho_raw'])}" for align in aligns] for layer in layers]
+    known = [abs(value) for row in values for value in row if value is not None]
+    reach = max([0.05, *known])
+    figure = go.Figure(layout={"template": template("light")})
+    figure.add_heatmap(
+        x=[ALIGN_LABELS[align] for align in aligns],
+        y=[str(layer) for layer in layers],
+        z=values,
+        text=texts,
+        texttemplate="%{text}",
+        customdata=hover,
+        hovertemplate="layer %{y}, %{x}: %{z:.3f}<br>%{customdata}<extra></extra>",
+        coloraxis="coloraxis",
+    )
+    figure.update_yaxes(type="category", autorange="reversed", title_text="layer", showgrid=False)
+    figure.update_xaxes(showgrid=False, side="top")
+    return figure.update_layout(
+        height=150 + 44 * len(layers), coloraxis={"cmin": -reach, "cmax": reach, "colorbar": {"title": {"text": "correlation"}}}
+    )
+
+
+def _cell(row: dict) -> str:
+    if row["rho_token"] is None:
+        return str(row["verdict"])
+    if row["rho_token_lo"] is None:
+        return _number(row["rho_token"])
+    return f"{_number(row['rho_token'])} ({_number(row['rho_token_lo'])} to {_number(row['rho_token_hi'])})"
+
+
+def _number(value: float | None) -> str:
+    return "\u2013" if value is None else f"{value:+.3f}".replace("-", "\u2212")
+
+
+def difficulty_curves(frame: pl.DataFrame) -> go.Figure:
+    """Mean ffn_count by tenth of difficulty: raw, and within token ids.
+
+    Args:
+        frame: one layer and alignment of ``analysis.difficulty.difficulty_curves``.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure(layout={"template": template("light")})
+    frame = frame.sort("decile")
+    for index, (value, low, high, name) in enumerate(
+        (("mean", "lo", "hi", "tenths of difficulty"), ("within", "within_lo", "within_hi", "tenths of difficulty for the token's id"))
+    ):
+        figure.add_scatter(
+            x=(frame["decile"] + 1).to_list(),
+            y=frame[value].to_list(),
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": (frame[high] - frame[value]).to_list(),
+                "arrayminus": (frame[value] - frame[low]).to_list(),
+            },
+            mode="lines+markers",
+            name=name,
+            marker={"color": SERIES[index], "symbol": SYMBOLS[index], "size": 8},
+            line={"color": SERIES[index], "width": 1.5},
+            hovertemplate="tenth %{x}: %{y:.3f}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="tenth, easiest to hardest", dtick=1)
+    figure.update_yaxes(title_text="ffn_count per token")
+    return figure.update_layout(height=360)
+
+
+def marginal_gain(frame: pl.DataFrame) -> go.Figure:
+    """Mean marginal gain by tenth of ffn_count.
+
+    Args:
+        frame: columns ffn_count (mean of the group), gain, lo, hi, as ``gain_groups``.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure(layout={"template": template("light")})
+    figure.add_scatter(
+        x=frame["ffn_count"].to_list(),
+        y=frame["gain"].to_list(),
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": (frame["hi"] - frame["gain"]).to_list(),
+            "arrayminus": (frame["gain"] - frame["lo"]).to_list(),
+        },
+        mode="lines+markers",
+        marker={"color": SERIES[0], "size": 8},
+        hovertemplate="%{x:.2f} experts: %{y:.4f} nats<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_xaxes(title_text="ffn_count that the router gave, mean over layers")
+    figure.update_yaxes(title_text="nats gained per further expert")
+    return figure.update_layout(height=340)
+
+
+def gain_groups(gains: pl.DataFrame, resamples: int = 1000, seed: int = 0) -> pl.DataFrame:
+    """[ffn_count, gain, lo, hi, n_tokens] of tokens in tenths of ffn_count, with intervals from resampling documents."""
+    from moe_lab.analysis.bootstrap import percentile_interval
+
+    ranked = gains.with_columns(
+        group=((pl.col("ffn_count").rank("average") - 0.5) * GAIN_GROUPS / pl.len()).floor().cast(pl.Int64),
+        row=pl.col("doc").rank("dense") - 1,
+    )
+    documents, groups = int(ranked["row"].max()) + 1, sorted(ranked["group"].unique())  # type: ignore[arg-type]
+    cell = ranked.group_by("row", "group").agg(n=pl.len(), total=pl.col("marginal_gain").cast(pl.Float64).sum())
+    counts, sums = (np.zeros((documents, len(groups))) for _ in range(2))
+    where = cell["row"].to_numpy(), np.searchsorted(groups, cell["group"].to_numpy())
+    counts[where], sums[where] = cell["n"].to_numpy(), cell["total"].to_numpy()
+
+    def mean(weights):  # type: ignore[no-untyped-def]
+        drawn = weights @ counts
+        return np.divide(weights @ sums, drawn, out=np.full(drawn.shape, np.nan), where=drawn > 0)
+
+    low, high = percentile_interval(mean, documents, resamples, seed, 0.95)
+    means = ranked.group_by("group").agg(ffn_count=pl.col("ffn_count").mean(), n_tokens=pl.len()).sort("group")
+    return means.select("ffn_count").with_columns(gain=mean(np.ones((1, documents)))[0], lo=low, hi=high, n_tokens=means["n_tokens"])
