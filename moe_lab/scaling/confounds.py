@@ -21,6 +21,7 @@ DROPPED = 0.01  # share of token slots beyond which dropping differs between rat
 DEAD = 0.01
 TUNING = "lr"  # the arm of a sweep's runs at other learning rates
 SHORT = "-short"  # ends the name of an arm's runs at a smaller token budget
+SURE = 1.645  # standard errors by which a difference is taken to be one
 UNEVEN = 1.5  # growth of load_cv over the grid that asks for a look
 
 
@@ -202,16 +203,27 @@ def _token_budget(s: Sweeps) -> Finding:
     budgets = s.frame["tokens"].unique().sort().to_list()
     if budgets[-1] < 2 * budgets[0]:
         return Status.NOT_MEASURED, "one token budget: a wall of sparsity and a shortage of data look alike"
-    gains = {}
+    gains, errors = {}, []
     for budget in (budgets[0], budgets[-1]):
-        means = s.frame.filter(pl.col("tokens") == budget).group_by("ratio").agg(pl.col("loss").mean()).sort("ratio").tail(2)
-        if means.height == 2:
-            gains[budget] = float(-np.diff(means["loss"])[0] / np.diff(np.log2(means["ratio"]))[0])
+        runs = s.frame.filter(pl.col("tokens") == budget).group_by("ratio").agg(pl.col("loss").mean(), pl.len()).sort("ratio").tail(2)
+        if runs.height == 2:
+            step = float(np.diff(np.log2(runs["ratio"]))[0])
+            gains[budget] = float(-np.diff(runs["loss"])[0] / step)
+            errors.append(_noise(s.frame) * math.sqrt(float((1 / runs["len"]).sum())) / step)
     if len(gains) < 2:
         return Status.NOT_MEASURED, "the budgets do not share two ratios"
     few, many = gains.values()
     text = f"the last gain is {few:.4f} at {budgets[0]:.3g} tokens and {many:.4f} at {budgets[-1]:.3g}"
-    return (Status.SUSPECT, text + ": data, not sparsity") if many - few > s.margin / 2 else (Status.CLEAR, text)
+    moved = many - few > max(s.margin / 2, SURE * math.hypot(*errors))
+    return (Status.SUSPECT, text + ": data, not sparsity") if moved else (Status.CLEAR, text)
+
+
+def _noise(frame: pl.DataFrame) -> float:
+    """Nats between runs of one budget, ratio and learning rate, pooled; 0 where there are no two."""
+    alike = [name for name in ("tokens", "ratio", "learning_rate") if name in frame.columns]
+    within = frame.select(residual=pl.col("loss") - pl.col("loss").mean().over(alike))["residual"]
+    df = frame.height - frame.select(alike).n_unique()
+    return math.sqrt(float((within**2).sum()) / df) if df else 0.0
 
 
 def _active_size(s: Sweeps) -> Finding:
