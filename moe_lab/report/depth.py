@@ -28,7 +28,7 @@ def saturation(frame: pl.DataFrame, *, choice: str = "top-k") -> go.Figure:
     need(frame, "layer", "checkpoint", "place", "choice", "saturation", "lo", "hi", "chance", "chance_by_load")
     rows = frame.filter(pl.col("choice") == choice).sort("place", "layer")
     need(rows, "layer")
-    made = _lines(rows, "saturation", ("lo", "hi"), "checkpoint", f"{choice} overlap with the last checkpoint")
+    made = _lines(rows, "saturation", ("lo", "hi"), "checkpoint", f"{choice} saturation")
     last = rows.filter(pl.col("place") == rows["place"].max())
     return _chance(made, last, {"chance": "chance, even", "chance_by_load": "chance, by load"})
 
@@ -80,7 +80,7 @@ def vocabulary_specialisation(frame: pl.DataFrame) -> go.Figure:
     """
     need(frame, "layer", "token_weighted", "load_bound")
     group = "ids_of" if "ids_of" in frame.columns else None
-    made = _lines(frame, "token_weighted", None, group, "share of an id's tokens that its top expert runs")
+    made = _lines(frame, "token_weighted", None, group, "share run by the id's top expert")
     first = frame if group is None else frame.filter(pl.col("ids_of") == frame["ids_of"][0])
     return _chance(made, first, {"load_bound": "blind to the id"})
 
@@ -145,7 +145,8 @@ def _lines(frame: pl.DataFrame, value: str, ends: tuple[str, str] | None, group:
             name=plain(name),
             hovertemplate=f"{x} %{{x}}: %{{y:.4f}}",
         )
-    made.update_xaxes(title_text=x)
+    span = [value for value in frame[x].to_list() if value is not None]
+    made.update_xaxes(title_text=x, dtick=1 if max(span) - min(span) <= 16 else None)
     made.update_yaxes(title_text=title, rangemode="tozero")
     return made.update_layout(height=360, hovermode="closest", showlegend=True)
 

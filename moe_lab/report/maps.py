@@ -13,7 +13,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.report.canvas import figure, need
+from moe_lab.report.canvas import need
+from moe_lab.report.theme import template
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -36,7 +37,7 @@ def domain_specialisation(frame: pl.DataFrame, *, domain: object = None) -> go.F
     rows = frame.filter(pl.col("domain") == wanted)
     if not rows.height:
         raise AnalysisError(expected(f"a domain among {frame['domain'].unique().sort().to_list()}", repr(domain)))
-    return _layer_map(rows, rows["specialisation"] / rows["at_random"], "share of the domain's tokens ÷ share of all tokens")
+    return _layer_map(rows, rows["specialisation"] / rows["at_random"], "domain's share ÷ overall share")
 
 
 def load_shift(frame: pl.DataFrame) -> go.Figure:
@@ -133,12 +134,18 @@ def _layer_map(rows: pl.DataFrame, ratio: pl.Series, title: str) -> go.Figure:
 def _map(ratio: NDArray, x: list[Any], y: list[Any], hover: str, title: str = "times the even value") -> go.Figure:
     with np.errstate(divide="ignore", invalid="ignore"):
         shade = np.clip(np.log2(ratio), -REACH - 1, REACH + 1).astype(np.float32)
-    made = figure()
+    from plotly.subplots import make_subplots
+
+    made = make_subplots(rows=1, cols=1).update_layout(template=template("light"))
     gap = 1 if ratio.size <= 2000 else 0
     made.add_heatmap(z=shade, customdata=ratio.astype(np.float32), x=x, y=y, coloraxis="coloraxis", hovertemplate=hover, xgap=gap, ygap=gap)
     ticks = list(range(-REACH, REACH + 1))
-    bar = {"title": {"text": title, "side": "top"}, "tickvals": ticks, "ticktext": [f"{2.0**tick:g}\u00d7" for tick in ticks]}
-    bar |= {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "len": 260, "lenmode": "pixels"}
+    bar = {"title": {"text": title, "side": "top"}, "tickvals": ticks, "ticktext": [_times(tick) for tick in ticks]}
+    bar |= {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "len": 300, "lenmode": "pixels"}
     made.update_xaxes(showgrid=False, type="category" if isinstance(x[0], str) else None)
     made.update_yaxes(showgrid=False, autorange="reversed", type="category")
     return made.update_layout(coloraxis={"cmin": -REACH, "cmax": REACH, "colorbar": bar})
+
+
+def _times(power: int) -> str:
+    return f"{2**power}\u00d7" if power >= 0 else f"1/{2**-power}"

@@ -49,7 +49,7 @@ def test_verdict_and_runs_come_first(page: str) -> None:
     plain = [re.sub(r"<[^>]*>", "", heading) for heading in headings]
     assert plain[0] == "Verdict: cannot tell"
     assert plain[1] == "Runs"
-    assert len(plain) == 8
+    assert len(plain) == 10
 
 
 def test_failed_and_unfinished_runs_are_listed_with_their_reason(page: str) -> None:
@@ -99,7 +99,8 @@ def test_nothing_on_the_page_points_to_the_network(page: str) -> None:
 def test_each_figure_has_its_data_its_command_and_its_numbers(page: str, sweep_page: Path, sweep: Path) -> None:
     names = re.findall(r'<figure id="figure-(\w+)"', page)
     evidence = ["wall_frontier", "wall_gain", "wall_elasticity", "wall_power"]
-    assert names == ["frontier", *evidence, "expert_load", "ffn_spread", "class_profile", "training_curves"]
+    whose = ["domain_specialisation", "domain_divergence", "coactivation", "transitions", "repetition"]
+    assert names == ["frontier", *evidence, "expert_load", "ffn_spread", "class_profile", *whose, "training_curves"]
     folder = sweep_page.with_name("a page_data")
     assert sorted(path.stem for path in folder.iterdir()) == sorted([*names, "coloured_text"])
     for name, figure in zip(names, re.findall(r"<figure.*?</figure>", page, flags=re.S), strict=True):
