@@ -125,18 +125,21 @@ def _decoder(size: dict[str, Any], vocabulary: int, moe: MoEConfig | None) -> De
     )
 
 
-def judge(folder: Path, preset: str, resamples: int = 2000) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Every finished run of the sweep against both difficulties: one row per cell, layer and alignment; and one verdict per router."""
-    rows = list(_cells(folder, SIZES[preset], resamples))
+def judge(folder: Path, preset: str, vocabularies: tuple[int, ...] = (), resamples: int = 1000) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Every finished run of the sweep (of some vocabularies) against both difficulties: one row per cell, layer and alignment; and one
+    verdict per router."""
+    rows = list(_cells(folder, SIZES[preset], vocabularies, resamples))
     cells = pl.concat(rows)
     return cells, verdicts(cells)
 
 
-def _cells(folder: Path, size: dict[str, Any], resamples: int) -> Iterator[pl.DataFrame]:
+def _cells(folder: Path, size: dict[str, Any], vocabularies: tuple[int, ...], resamples: int) -> Iterator[pl.DataFrame]:
     kept: dict[int, tuple[TokenizedText, pl.DataFrame]] = {}
     for path in sorted(folder.glob("*/done")):
         run = load_run(path.parent)
         vocabulary = run.config.text.vocab_size
+        if vocabularies and vocabulary not in vocabularies:
+            continue
         if vocabulary not in kept:
             text = load_tokens(run.config.text)
             kept[vocabulary] = text, _difficulties(text, run.config, size)
@@ -278,6 +281,7 @@ def main() -> None:
     judging = verbs.add_parser("judge", help="a finished sweep")
     judging.add_argument("folder", type=Path)
     judging.add_argument("--preset", default="cpu", choices=PRESETS)
+    judging.add_argument("--vocabulary", type=int, nargs="*", default=(), help="judge the runs of these vocabularies only")
     calibrating = verbs.add_parser("calibrate", help="simulated routers of known answer")
     calibrating.add_argument("--draws", type=int, default=100)
     calibrating.add_argument("--corpora", type=int, default=200)
@@ -286,7 +290,7 @@ def main() -> None:
     if args.verb == "calibrate":
         _report_calibration(args.draws, args.corpora, args.seed)
         return
-    cells, summary = judge(args.folder, args.preset)
+    cells, summary = judge(args.folder, args.preset, tuple(args.vocabulary))
     _save(cells, "cells")
     _save(summary, "verdicts")
     with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=3, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):

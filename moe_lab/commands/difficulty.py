@@ -16,6 +16,10 @@ STUDY_FOLDER = "difficulty"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="the folder of a finished run, or a trace with a token table")
+    parser.add_argument(
+        "--text", default=None, metavar="PATH", help="documents to judge a run on (default: those of its corpus that it never saw)"
+    )
+    parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
     parser.add_argument("--max-tokens", type=int, default=1000, help="leading tokens of each unseen document of a run")
     parser.add_argument("--resamples", type=int, default=2000, help="of whole documents, for intervals")
     parser.add_argument(
@@ -60,6 +64,8 @@ def _of_trace(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
 
 
 def _of_run(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
+    import torch
+
     from moe_lab.analysis.difficulty import gain_association, marginal_gain, reallocation_regret
     from moe_lab.analysis.difficulty.gain import can_shift
     from moe_lab.analysis.difficulty.sources import NGRAM
@@ -67,10 +73,11 @@ def _of_run(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
     from moe_lab.errors import ConfigError, expected
     from moe_lab.training import load_run
 
+    torch.set_num_threads(1)
     run = load_run(args.source, args.device)
     if not run.config.model.moe_layers:
         raise ConfigError(expected("a run with MoE layers", f"the dense run {args.source}"))
-    frame, ids, numbers = _unseen(run, args.max_tokens, args.seed)
+    frame, ids, numbers = _unseen(run, args)
     tables = difficulty_study(frame, NGRAM, args.seed, resamples=args.resamples)
     if not args.no_gain and all(can_shift(layer.router) for layer in run.model.moe_layers().values()):
         gains = marginal_gain(run.model, ids, numbers, seq_length=run.config.seq_length)
@@ -79,19 +86,26 @@ def _of_run(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
     return tables
 
 
-def _unseen(run: "LoadedRun", max_tokens: int, seed: int) -> "tuple[pl.DataFrame, list, list[int]]":
-    """The frame to judge, the ids and the numbers of the documents that the run never saw (validation and reference)."""
+def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, list, list[int]]":
+    """The frame to judge, and the ids and numbers of its documents: those of ``--text``, or the validation and reference documents of the
+    run's own corpus."""
     import polars as pl
 
     from moe_lab.analysis.difficulty.passes import score
-    from moe_lab.text import Split, difficulty_columns, load_tokens, token_classes
+    from moe_lab.text import Split, difficulty_columns, load_corpus, load_tokens, token_classes, tokenize_documents
 
-    text = load_tokens(run.config.text)
-    unseen = [*text.documents(Split.VALIDATION), *text.documents(Split.REFERENCE)]
-    columns = difficulty_columns([*unseen, *text.documents(Split.TRAIN)], text.tokenizer.vocab_size, seed=seed)
-    classes = pl.concat([token_classes(document, run.tokenizer, text.counts()) for document in unseen])
-    ids = [document.ids[:max_tokens] for document in unseen]
-    numbers = [document.index for document in unseen]
+    if args.text is not None:
+        judged = tokenize_documents(load_corpus(args.text, args.text_column).documents, run.tokenizer)
+        others, counts = [], None
+    else:
+        text = load_tokens(run.config.text)
+        judged = [*text.documents(Split.VALIDATION), *text.documents(Split.REFERENCE)]
+        others, counts = text.documents(Split.TRAIN), text.counts()
+    judged = [document for document in judged if len(document.ids) > 1]
+    columns = difficulty_columns([*judged, *others], run.tokenizer.vocab_size, seed=args.seed)
+    classes = pl.concat([token_classes(document, run.tokenizer, counts) for document in judged])
+    ids = [document.ids[: args.max_tokens] for document in judged]
+    numbers = [document.index for document in judged]
     scored = score(run.model, ids, numbers, seq_length=run.config.seq_length).frame()
     described = classes.select("doc", "pos", "lexer", "freq_band", "subword", "copy").join(columns, on=["doc", "pos"])
     return scored.join(described.cast({"doc": pl.Int64, "pos": pl.Int64}), on=["doc", "pos"], how="left"), ids, numbers
