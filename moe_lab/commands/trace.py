@@ -1,4 +1,4 @@
-"""``moe-lab trace RUN --text PATH``: where a trained run sends the tokens of a text."""
+"""``moe-lab trace``: where a trained run, a pretrained model or the records of an engine send the tokens of a text."""
 
 import argparse
 from pathlib import Path
@@ -10,18 +10,88 @@ from moe_lab.errors import ConfigError, expected
 if TYPE_CHECKING:
     import polars as pl
 
+KINDS = ("vllm", "sglang", "trtllm", "megatron", "moe-atlas", "stratamoe", "counts")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("--text", required=True, metavar="PATH", help="a folder, .txt, .jsonl or .parquet of documents")
+    parser.add_argument("run", type=Path, nargs="?", help="the folder of a finished run; with --import, the records to take")
+    parser.add_argument("--hf", metavar="ID_OR_PATH", help="a pretrained MoE model instead; a folder never uses the network")
+    parser.add_argument("--import", dest="kind", choices=KINDS, help="take the records of an engine or tool at RUN instead")
+    parser.add_argument("--text", metavar="PATH", help="a folder, .txt, .jsonl or .parquet of documents")
     parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
     parser.add_argument("--max-tokens", type=int, default=None, help="leading tokens of each document")
-    add_out(parser, None, "the trace's folder (default: trace-<name of the text> in the run's folder)")
+    add_out(parser, None, "the trace's folder (default for a run: trace-<name of the text> in its folder)")
+    pretrained = parser.add_argument_group("with --hf")
+    pretrained.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
+    pretrained.add_argument("--device-map", default=None, metavar="MAP", help="auto, balanced, ... (needs accelerate)")
+    pretrained.add_argument("--batch-tokens", type=int, default=4096, help="tokens of one forward pass")
+    imported = parser.add_argument_group("with --import")
+    imported.add_argument("--config", default=None, metavar="PATH", help="config.json of the model, or its folder: experts, slots, layers")
+    imported.add_argument("--num-experts", type=int, default=None, help="where neither the source nor --config tells")
+    imported.add_argument("--num-zero-experts", type=int, default=None, help="zero-compute experts of the model")
+    imported.add_argument("--top-k", type=int, default=None, help="slots of each token")
+    imported.add_argument("--model", default="", help="its name, or which of several models in SRC")
     add_device(parser)
     add_json(parser)
 
 
 def main(args: argparse.Namespace) -> int:
+    if sum(item is not None for item in (args.hf, args.kind)) + (args.run is not None and args.kind is None) != 1:
+        raise ConfigError(expected("one of RUN, --hf ID_OR_PATH or --import KIND SRC", "none or several"))
+    if args.kind is not None:
+        return _import(args)
+    if args.text is None:
+        raise ConfigError(expected("--text PATH", "none"))
+    return _run(args) if args.hf is None else _pretrained(args)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from moe_lab.trace import import_trace
+
+    if args.run is None or args.out is None:
+        raise ConfigError(expected("--import KIND SRC --out FOLDER", "no SRC" if args.run is None else "no --out"))
+    sizes = {"num_experts": args.num_experts, "num_zero_experts": args.num_zero_experts, "top_k": args.top_k}
+    trace = import_trace(args.kind, args.run, args.out, config=args.config, model=args.model, **sizes)
+    return _report(args, {"tokens": trace.num_tokens, "notes": list(trace.meta.notes)}, args.out)
+
+
+def _pretrained(args: argparse.Namespace) -> int:
+    from moe_lab.text import load_corpus
+    from moe_lab.trace.hub import Loading, trace_pretrained
+
+    if args.out is None:
+        raise ConfigError(expected("--out FOLDER with --hf", "none"))
+    trace = trace_pretrained(
+        args.hf,
+        load_corpus(args.text, args.text_column),
+        args.out,
+        max_tokens=args.max_tokens,
+        batch_tokens=args.batch_tokens,
+        loading=Loading(args.dtype, args.device, args.device_map),
+        created_from="moe-lab trace --hf",
+    )
+    loss = trace.tokens.select("loss").collect()["loss"].mean()
+    documents = trace.tokens.select("doc").collect()["doc"].n_unique()
+    return _report(args, {"loss": loss, "tokens": trace.num_tokens, "documents": documents, "notes": list(trace.meta.notes)}, args.out)
+
+
+def _report(args: argparse.Namespace, summary: dict, out: Path) -> int:
+    layers = _layers(out)
+    if args.json:
+        print_json(summary | {"trace": out, "layers": layers.to_dicts()})
+        return 0
+    print(layers)
+    told = [f"{value:,} {name}" for name, value in summary.items() if isinstance(value, int)]
+    if isinstance(summary.get("loss"), float):
+        told.append(f"{summary['loss']:.4f} nats/token")
+    print(", ".join(told))
+    for note in summary["notes"]:
+        print(f"note: {note}")
+    print(f"trace: {out}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
     from moe_lab.text import load_corpus, tokenize_documents
     from moe_lab.training import Excerpt, evaluate, load_run
     from moe_lab.training.record import trace_meta

@@ -260,7 +260,7 @@ class Capture:
             assert layer is not None
             weights = reading.weights.detach().float().cpu().numpy() if meta.has_weights and reading.weights is not None else None
             dropped = None if reading.selected is None else ((reading.selected >= 0) & (reading.indices < 0)).sum(dim=1).cpu().numpy()
-            spread = (lambda reading=reading, site=site: _spread(reading, site.score_func)) if meta.has_scores else None
+            spread = (lambda reading=reading, site=site: spread_of_reading(reading, site.score_func)) if meta.has_scores else None
             try:
                 rows = slot_rows(layer, doc, pos, ids, weights, dropped, spread)
                 if self._options.output_ratio:
@@ -370,7 +370,7 @@ def capture(
     return Capture(model, folder, options, sites, left_out)
 
 
-def _spread(reading: Reading, score_func: ScoreFunc | None) -> Spread:
+def spread_of_reading(reading: Reading, score_func: ScoreFunc | None) -> Spread:
     if reading.spread is not None:
         return reading.spread
     if reading.scores is not None:

@@ -1,0 +1,140 @@
+"""``moe-lab trace`` on a pretrained model and on records: what is written, told and refused."""
+
+import json
+import re
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from moe_lab.cli import main
+from moe_lab.trace import open_trace
+
+TEXTS = {
+    "a.txt": "the cat sat on the mat. 12 cats sat on 345 mats\n" * 3,
+    "b.txt": "def f(x):\n    return x + 1\n",
+    "c.txt": "naive words, words and more words",
+}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A tiny Qwen3-MoE with a byte tokenizer, saved as ``save_pretrained`` saves."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, **{letter: place + 1 for place, letter in enumerate(alphabet)}}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=6, num_experts_per_tok=2, max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.hf
+def test_a_pretrained_model_is_traced_over_documents(pretrained, texts, tmp_path, capsys, monkeypatch):
+    import socket
+
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a local model must not use the network"))
+    arguments = ["trace", "--hf", str(pretrained), "--text", str(texts), "--out", str(tmp_path / "t")]
+    assert main([*arguments, "--max-tokens", "100", "--batch-tokens", "128", "--json"]) == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    trace = open_trace(tmp_path / "t").check()
+    tokens = trace.tokens.sort("doc", "pos").collect()
+    lengths = [min(100, len(text.encode())) for text in TEXTS.values()]
+    assert tokens.group_by("doc").len().sort("doc")["len"].to_list() == lengths
+    assert summary["tokens"] == sum(lengths)
+    assert summary["documents"] == 3
+    assert "".join(tokens.filter(pl.col("doc") == 1)["text"].to_list()) == TEXTS["b.txt"]
+    assert tokens["unicode"].n_unique() > 2
+    assert re.search(r"100%, 0:00:00 left", printed.err)
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(pretrained).eval()
+    ids = torch.tensor([tokens.filter(pl.col("doc") == 2)["token_id"].to_list()])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    want = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
+    got = tokens.filter(pl.col("doc") == 2)["loss"]
+    assert got[0] is None
+    np.testing.assert_allclose(got[1:].to_numpy(), want, rtol=1e-3, atol=1e-4)
+    assert summary["loss"] == pytest.approx(float(tokens["loss"].mean()), rel=1e-6)  # type: ignore[arg-type]
+    assert trace.meta.tokenizer_hash
+    assert trace.meta.corpus_hash
+
+
+@pytest.mark.hf
+def test_an_interrupted_trace_of_a_pretrained_model_goes_on(pretrained, texts, tmp_path, monkeypatch):
+    import moe_lab.trace.hub as hub
+
+    arguments = ["trace", "--hf", str(pretrained), "--text", str(texts), "--batch-tokens", "1", "--out"]
+    real, calls = hub._padded, []
+
+    def fail_in_the_third(batch, pad):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(batch, pad)
+
+    monkeypatch.setattr(hub, "_padded", fail_in_the_third)
+    assert main([*arguments, str(tmp_path / "t")]) != 0
+    assert len(open_trace(tmp_path / "t.incomplete", allow_incomplete=True).check().tokens.collect()["doc"].unique()) == 2
+    monkeypatch.undo()
+    assert main([*arguments, str(tmp_path / "t")]) == 0
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    both = [open_trace(tmp_path / name).check().routing.sort("layer", "doc", "pos").collect() for name in ("t", "whole")]
+    assert both[0].equals(both[1])
+
+
+@pytest.mark.hf
+def test_a_folder_that_is_no_model_is_one_line(texts, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["trace", "--hf", str(tmp_path / "empty"), "--text", str(texts), "--out", str(tmp_path / "t")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert "cannot load" in error
+
+
+def test_records_of_an_engine_become_a_trace(tmp_path, capsys):
+    ids = np.argsort(np.random.default_rng(0).random((9, 2, 8)), axis=2)[..., :2].astype(np.int32)
+    np.savez(tmp_path / "dump.npz", routed_experts=ids, token_ids=np.arange(10))
+    arguments = ["trace", "--import", "vllm", str(tmp_path / "dump.npz"), "--out", str(tmp_path / "t"), "--num-experts", "8"]
+    assert main([*arguments, "--num-zero-experts", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "9 tokens" in printed
+    assert "note: vllm records zero-compute experts as expert 0" in printed
+    assert open_trace(tmp_path / "t").check().num_tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one of RUN, --hf ID_OR_PATH or --import KIND SRC, got none or several"),
+        (["run", "--hf", "x"], "expected one of RUN, --hf ID_OR_PATH or --import KIND SRC"),
+        (["run"], "expected --text PATH, got none"),
+        (["--import", "vllm"], "expected --import KIND SRC --out FOLDER, got no SRC"),
+        (["--import", "vllm", "nowhere.npz", "--out", "t"], "expected a file or folder at nowhere.npz, got none"),
+    ],
+)
+def test_what_is_missing_is_told(arguments, message, capsys):
+    assert main(["trace", *arguments]) == 2
+    assert message in capsys.readouterr().err
