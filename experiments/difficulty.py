@@ -236,10 +236,10 @@ def _beyond(tokens: pl.DataFrame, means: pl.DataFrame) -> pl.Series:
     return (joined["difficulty"] - joined["expected"]).fill_null(0.0)
 
 
-def calibrate(draws: int, seed: int, resamples: int = 500) -> pl.DataFrame:
+def calibrate(draws: int, seed: int, effects: tuple[float, ...] = EFFECTS, resamples: int = 500) -> pl.DataFrame:
     """[effect, draw, known, rho_token, verdict]: routers that follow difficulty within ids by a known correlation."""
     rows = []
-    for effect in EFFECTS:
+    for effect in effects:
         for draw in range(draws):
             world = World(frequency=0.4, identity=0.3, difficulty=0.64 * effect, document=0.2, level=0.2)
             tokens = simulate_router(simulate_corpus(CALIBRATION, seed + draw), world, "difficulty", seed + draw + 1)

@@ -12,6 +12,7 @@ from scipy.special import ndtr, stdtr, stdtrit
 from moe_lab.analysis.bootstrap import Floats, document_weights
 
 MIN_DOCUMENTS = 3
+MAX_CLUSTERS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,20 +91,34 @@ class Interval:
 
 
 class Bootstrap:
-    """The same samples of documents for every statistic that is asked of it."""
+    """The same samples of documents for every statistic that is asked of it.
+
+    More than ``MAX_CLUSTERS`` documents are first dealt at random into as many bundles, which are independent too: memory stays bounded.
+    """
 
     def __init__(self, documents: int, resamples: int, seed: int, level: float) -> None:
         self.level = level
+        self.bundle: np.ndarray | None = None
+        if documents > MAX_CLUSTERS:
+            self.bundle = np.random.default_rng(seed).permutation(documents) % MAX_CLUSTERS
+            documents = MAX_CLUSTERS
         self.weights = list(document_weights(documents, resamples, seed)) if documents >= MIN_DOCUMENTS else []
 
     def samples(self, of: Moments) -> Floats:
         return np.concatenate([of.drawn(weights) for weights in self.weights])
+
+    def bundled(self, of: Moments) -> Moments:
+        if self.bundle is None:
+            return of
+        sums = [np.bincount(self.bundle, weights=column, minlength=MAX_CLUSTERS) for column in (of.n, of.xy, of.xx, of.yy)]
+        return Moments(of.value, *sums)
 
     def interval(self, of: Moments) -> Interval:
         """Percentile interval over documents, its tails widened as Student's t is wider than the normal (Hesterberg 2015,
         "expanded percentile"), since percentiles of few documents are too narrow; p from the t of value over standard error."""
         if not self.weights or not np.isfinite(of.value):
             return Interval.missing() if not np.isfinite(of.value) else Interval(of.value, *[float("nan")] * 6)
+        of = self.bundled(of)
         samples = self.samples(of)
         effective = max(of.effective_documents, 2.0)
         wide, narrow = (expanded_quantiles(samples, level, effective) for level in (self.level, 0.90))

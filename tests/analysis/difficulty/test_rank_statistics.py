@@ -102,6 +102,13 @@ def test_the_bootstrap_redraws_documents_and_not_tokens():
     assert interval.lo < interval.value < interval.hi
 
 
+def test_very_many_documents_are_bundled_without_changing_the_spread():
+    generator = np.random.default_rng(2)
+    x, y = generator.normal(size=(2, 20_000))
+    interval = Bootstrap(20_000, 400, 0, 0.95).interval(moments(x, y, np.arange(20_000)))
+    assert interval.se == pytest.approx(20_000**-0.5, rel=0.15)
+
+
 def test_expanded_quantiles_are_those_of_t():
     normal = stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
     low, high = expanded_quantiles(normal, 0.95, 10)
