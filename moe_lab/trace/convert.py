@@ -86,7 +86,7 @@ def slot_rows(
         "dropped": np.zeros(len(doc), np.uint8) if dropped is None else dropped.astype(np.uint8),
     }
     if weights is not None:
-        rows["gate_mass_ffn"] = _rounded(np.where(real, weights, np.float32(0)).sum(axis=1))
+        rows["gate_mass_ffn"] = _rounded(np.where(real, weights, np.float32(0)).sum(axis=1, dtype=np.float64))
     if spread is not None:
         rows["entropy"], rows["margin"] = (_numpy(column).astype(np.float32) for column in spread())
         if not np.isfinite(rows["entropy"]).all() or np.isnan(rows["margin"]).any():
@@ -183,8 +183,8 @@ def _widened(values: np.ndarray, width: int, dtype: type, fill: int) -> np.ndarr
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """f32 in steps of 2^-20: weights that sum to one do so on disk too, where the noise of the sum would not compress."""
-    return (np.rint(values.astype(np.float64) * 2**20) / 2**20).astype(np.float32)
+    """f32 in steps of 2^-21: weights that sum to one do so on disk too, where the noise of the sum would not compress."""
+    return (np.rint(values * 2**21) / 2**21).astype(np.float32)
 
 
 def _numbers(where: str, name: str, values: np.ndarray | Tensor, count: int) -> np.ndarray:
