@@ -38,11 +38,10 @@ def ours() -> nn.Module:
 def theirs(d_model: int, d_expert: int) -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(  # pyright: ignore[reportCallIssue]
-        vocab_size=VOCABULARY, hidden_size=d_model, moe_intermediate_size=d_expert, intermediate_size=d_expert, num_hidden_layers=6,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=d_model // 8, num_experts=EXPERTS, num_experts_per_tok=SLOTS,
-        norm_topk_prob=True,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"hidden_size": d_model, "moe_intermediate_size": d_expert, "intermediate_size": d_expert}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": d_model // 8, "num_hidden_layers": 6}
+    sizes |= {"vocab_size": VOCABULARY, "num_experts": EXPERTS, "num_experts_per_tok": SLOTS, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(**sizes)
     return Qwen3MoeForCausalLM(config).eval()
 
 
