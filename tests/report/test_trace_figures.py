@@ -69,7 +69,8 @@ def test_every_measure_over_depth_has_a_point_a_layer(trace):
         assert figure.data, draw.__name__
         assert all(list(series.x) == [0, 1, 2] for series in figure.data), draw.__name__
     assert values(figures.load_shift(analysis.load_shift(trace, trace, resamples=9)).data[0].z).shape == (3, 12)
-    assert len(figures.load_over_windows(analysis.load_over_windows(trace, 100)).data) == 3
+    windows = figures.load_over_windows(analysis.load_over_windows(trace, 100))
+    assert [series.name for series in windows.data] == ["layer 0", "layer 1", "layer 2"]
 
 
 @pytest.mark.slow
