@@ -57,7 +57,7 @@ def _import(args: argparse.Namespace) -> int:
 
 def _pretrained(args: argparse.Namespace) -> int:
     from moe_lab.text import load_corpus
-    from moe_lab.trace.hub import Loading, trace_pretrained
+    from moe_lab.trace.capturing.hub import Loading, trace_pretrained
 
     if args.out is None:
         raise ConfigError(expected("--out FOLDER with --hf", "none"))

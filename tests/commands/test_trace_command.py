@@ -84,7 +84,7 @@ def test_a_pretrained_model_is_traced_over_documents(pretrained, texts, tmp_path
 
 @pytest.mark.hf
 def test_an_interrupted_trace_of_a_pretrained_model_goes_on(pretrained, texts, tmp_path, monkeypatch):
-    import moe_lab.trace.hub as hub
+    import moe_lab.trace.capturing.hub as hub
 
     arguments = ["trace", "--hf", str(pretrained), "--text", str(texts), "--batch-tokens", "1", "--out"]
     real, calls = hub._padded, []

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from hf_capture_models import build  # noqa: E402
 
-from moe_lab.trace.callback import RoutingCallback  # noqa: E402
+from moe_lab.trace.capturing.callback import RoutingCallback  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from moe_lab.files import atomic_path
 from moe_lab.routing.config import ScoreFunc
-from moe_lab.trace.capture import spread_of_reading
-from moe_lab.trace.discovery import Site, find_sites
-from moe_lab.trace.hooks import Hooks, Pass
-from moe_lab.trace.reading import as_reading
+from moe_lab.trace.capturing.discovery import Site, find_sites
+from moe_lab.trace.capturing.hooks import Hooks, Pass
+from moe_lab.trace.capturing.reading import as_reading
+from moe_lab.trace.capturing.recorder import spread_of_reading
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as _Base

@@ -6,7 +6,6 @@ Shape letters: T tokens, L layers, K slots.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -19,9 +18,12 @@ from moe_lab.accounting import count
 from moe_lab.errors import MoELabError, TraceError, expected
 from moe_lab.routing import RouterConfig
 from moe_lab.trace.convert import slot_rows
+from moe_lab.trace.importing.engines import megatron, sglang, trtllm, vllm
+from moe_lab.trace.importing.source import Document, Sizes, Source
+from moe_lab.trace.importing.tools import counts, moe_atlas, stratamoe
+from moe_lab.trace.importing.untrusted import read_json
 from moe_lab.trace.reader import Trace, open_trace
 from moe_lab.trace.schema import ROUTED, LayerMeta, TraceMeta
-from moe_lab.trace.untrusted import read_json
 from moe_lab.trace.writer import TraceWriter
 
 
@@ -37,63 +39,16 @@ class ImportKind(StrEnum):
     COUNTS = "counts"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the caller or a configuration says of the model; None where nobody does.
-
-    Attributes:
-        num_experts, num_zero_experts, top_k: of each layer.
-        layers: numbers of the MoE layers.
-        num_layers: all layers, dense ones too: some engines record a row for each.
-        model: which of several models a source holds, and its name in the metadata.
-    """
-
-    num_experts: int | None = None
-    num_zero_experts: int = 0
-    top_k: int | None = None
-    layers: tuple[int, ...] | None = None
-    num_layers: int | None = None
-    model: str = ""
-
-
-@dataclass(frozen=True)
-class Document:
-    """Consecutive tokens of one document, in every layer.
-
-    Attributes:
-        doc, pos: its number, and the position of the first token.
-        ids: [T, L, K] expert ids, -1 where a slot was not used.
-        weights: [T, L, K], or None.
-        token_ids: [T] or more, or None; those beyond T were not routed.
-        columns: name -> [len(token_ids)] further token columns, the same in every document.
-    """
-
-    doc: int
-    pos: int
-    ids: np.ndarray
-    weights: np.ndarray | None = None
-    token_ids: np.ndarray | None = None
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened source: its documents, and what it says of itself."""
-
-    documents: Iterable[Document]
-    num_experts: int | None = None
-    top_k: int | None = None
-    layers: tuple[int, ...] | None = None
-    model: str = ""
-    model_hash: str = ""
-    tokenizer_hash: str = ""
-    corpus_hash: str = ""
-    seed: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    has_weights: bool = False
-    aliases_zero_experts: bool = False
-    per_token: bool = True
-    notes: tuple[str, ...] = ()
+READERS: dict[ImportKind, Callable[[Path, Sizes], Source]] = {
+    ImportKind.VLLM: vllm,
+    ImportKind.SGLANG: sglang,
+    ImportKind.TRTLLM: trtllm,
+    ImportKind.MEGATRON: megatron,
+    ImportKind.MOE_ATLAS: moe_atlas,
+    ImportKind.STRATAMOE: stratamoe,
+    ImportKind.COUNTS: counts,
+}
+"""Each opens the file or folder of its kind."""
 
 
 def import_trace(
@@ -121,18 +76,6 @@ def import_trace(
     Raises:
         TraceError: a source that is damaged, does not conserve its counts, or does not say how many experts there are.
     """
-    from moe_lab.trace.import_engines import megatron, sglang, trtllm, vllm
-    from moe_lab.trace.import_tools import counts, moe_atlas, stratamoe
-
-    readers: dict[ImportKind, Callable[[Path, Sizes], Source]] = {
-        ImportKind.VLLM: vllm,
-        ImportKind.SGLANG: sglang,
-        ImportKind.TRTLLM: trtllm,
-        ImportKind.MEGATRON: megatron,
-        ImportKind.MOE_ATLAS: moe_atlas,
-        ImportKind.STRATAMOE: stratamoe,
-        ImportKind.COUNTS: counts,
-    }
     try:
         chosen = ImportKind(kind)
     except ValueError:
@@ -142,7 +85,7 @@ def import_trace(
         raise TraceError(expected(f"a file or folder at {src}", "none"))
     sizes = _sizes(config, num_experts, num_zero_experts, top_k, None if layers is None else tuple(layers), model)
     try:
-        source = readers[chosen](src, sizes)
+        source = READERS[chosen](src, sizes)
         _write(chosen, source, sizes, Path(path))
     except OSError as error:
         raise TraceError(f"cannot read {src}: {error.strerror or error}") from error

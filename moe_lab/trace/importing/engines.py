@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.importing import Document, Sizes, Source
-from moe_lab.trace.untrusted import integers, read_arrays, read_json, read_lines, read_torch
+from moe_lab.trace.importing.source import Document, Sizes, Source
+from moe_lab.trace.importing.untrusted import integers, read_arrays, read_json, read_lines, read_torch
 
 ROUTES = ("routed_experts", "expert_ids", "routing")
 TOKENS = ("token_ids", "input_ids")
@@ -36,7 +36,7 @@ def trtllm(src: Path, sizes: Sizes) -> Source:
 def sglang(src: Path, sizes: Sizes) -> Source:
     """Responses with ``meta_info.routed_experts`` (base64 of int32 [tokens - 1, layers, slots]), or the recorder's ``.pt`` of counts."""
     if _files(src, (".pt",), missing=False):
-        from moe_lab.trace.import_tools import source_of_counts
+        from moe_lab.trace.importing.tools import source_of_counts
 
         return source_of_counts(_recorded_counts(_files(src, (".pt",))), sizes)
     return Source(_requests(src, sizes), top_k=sizes.top_k, aliases_zero_experts=True)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.importing import Document, Sizes, Source
-from moe_lab.trace.untrusted import integers, read_arrays, read_json, read_lines
+from moe_lab.trace.importing.source import Document, Sizes, Source
+from moe_lab.trace.importing.untrusted import integers, read_arrays, read_json, read_lines
 
 MADE_UP = "Only counts were recorded. Its token rows were made up to have them: load can be read, nothing about tokens or pairs of experts."
 

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from moe_lab.errors import TraceError, expected
 from moe_lab.routing.config import ScoreFunc
 from moe_lab.trace.background import Background
+from moe_lab.trace.capturing.discovery import Site, find_sites
+from moe_lab.trace.capturing.generation import Generation
+from moe_lab.trace.capturing.hooks import Hooks, Pass, unchanged
+from moe_lab.trace.capturing.passes import Labels, Numbering
+from moe_lab.trace.capturing.provenance import Pieces, corpus_hash, model_hash, model_name, rank_folder, tokenizer_hash
+from moe_lab.trace.capturing.reading import Reader, Reading, as_reading, describe
+from moe_lab.trace.capturing.token_loss import TokenLoss
 from moe_lab.trace.convert import slot_rows
-from moe_lab.trace.discovery import Site, find_sites
-from moe_lab.trace.generation import Generation
-from moe_lab.trace.hooks import Hooks, Pass, unchanged
-from moe_lab.trace.passes import Labels, Numbering
-from moe_lab.trace.provenance import Pieces, corpus_hash, model_hash, model_name, rank_folder, tokenizer_hash
-from moe_lab.trace.reading import Reader, Reading, as_reading, describe
 from moe_lab.trace.schema import OUTPUT_RATIO, LayerMeta, TraceMeta
 from moe_lab.trace.statistics import Spread, infer_score_func, spread_of_logits, spread_of_scores
-from moe_lab.trace.token_loss import TokenLoss
 from moe_lab.trace.writer import BUFFER_BYTES, TraceWriter
 
 CHUNK_TOKENS = 8192

@@ -11,8 +11,8 @@ from moe_lab.errors import MoELabError, TraceError, expected
 from moe_lab.routing import Router, RouterConfig
 from moe_lab.routing.config import ScoreFunc
 from moe_lab.routing.router import router_class
-from moe_lab.trace.readers import SPECIAL, Special
-from moe_lab.trace.reading import Reader, Seen, triple
+from moe_lab.trace.capturing.readers import SPECIAL, Special
+from moe_lab.trace.capturing.reading import Reader, Seen, triple
 
 ROUTER_CLASS = re.compile(r"(Router|Gate|Gating)$")
 BANK_CLASS = re.compile(r"(?<!Shared)(Experts|ExpertBank)$")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.discovery import Site, paths_above
-from moe_lab.trace.passes import Inputs
+from moe_lab.trace.capturing.discovery import Site, paths_above
+from moe_lab.trace.capturing.passes import Inputs
 
 Call = dict[str, Any]
 

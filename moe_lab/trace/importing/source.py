@@ -1,0 +1,66 @@
+"""What a reader of another program's records returns: ``Source``, made of ``Document``s; and ``Sizes``, what is known beforehand."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the caller or a configuration says of the model; None where nobody does.
+
+    Attributes:
+        num_experts, num_zero_experts, top_k: of each layer.
+        layers: numbers of the MoE layers.
+        num_layers: all layers, dense ones too: some engines record a row for each.
+        model: which of several models a source holds, and its name in the metadata.
+    """
+
+    num_experts: int | None = None
+    num_zero_experts: int = 0
+    top_k: int | None = None
+    layers: tuple[int, ...] | None = None
+    num_layers: int | None = None
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Consecutive tokens of one document, in every layer.
+
+    Attributes:
+        doc, pos: its number, and the position of the first token.
+        ids: [T, L, K] expert ids, -1 where a slot was not used.
+        weights: [T, L, K], or None.
+        token_ids: [T] or more, or None; those beyond T were not routed.
+        columns: name -> [len(token_ids)] further token columns, the same in every document.
+    """
+
+    doc: int
+    pos: int
+    ids: np.ndarray
+    weights: np.ndarray | None = None
+    token_ids: np.ndarray | None = None
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source: its documents, and what it says of itself."""
+
+    documents: Iterable[Document]
+    num_experts: int | None = None
+    top_k: int | None = None
+    layers: tuple[int, ...] | None = None
+    model: str = ""
+    model_hash: str = ""
+    tokenizer_hash: str = ""
+    corpus_hash: str = ""
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    has_weights: bool = False
+    aliases_zero_experts: bool = False
+    per_token: bool = True
+    notes: tuple[str, ...] = ()
