@@ -109,9 +109,19 @@ class Measured:
     def row(self, q: float, margin: float, min_documents: int) -> dict[str, object]:
         tokens = len(self.aligned.rows) - self.num_alone
         evidence = Evidence(
-            self.raw, self.token, self.document, self.lexer, q, self.frequency_share, self.compute_by_id, self.difficulty_by_id,
-            self.documents, self.static, tokens,
-        )  # fmt: skip
+            raw=self.raw,
+            token=self.token,
+            document=self.document,
+            lexer=self.lexer,
+            q=q,
+            frequency_share=self.frequency_share,
+            compute_by_id=self.compute_by_id,
+            difficulty_by_id=self.difficulty_by_id,
+            documents=self.documents,
+            static=self.static,
+            pairs=len(self.aligned.rows),
+            tokens=tokens,
+        )
         verdict, note = judge(evidence, margin, min_documents)
         naive = naive_interval(self.token.value, tokens)
         lexer = self.lexer or Interval.missing()

@@ -41,7 +41,8 @@ class Evidence:
         compute_by_id, difficulty_by_id: whether the one or the other is the same for every token of an id.
         documents: in all, short ones included.
         static: the one value that compute has, or None where it varies.
-        tokens: pairs that the correlation rests on.
+        pairs: tokens with both compute and a difficulty.
+        tokens: of these, the ones that share their id with another, on which the correlation rests.
     """
 
     raw: Interval
@@ -54,6 +55,7 @@ class Evidence:
     difficulty_by_id: bool
     documents: int
     static: float | None
+    pairs: int
     tokens: int
 
 
@@ -76,10 +78,12 @@ def judge(evidence: Evidence, margin: float = MARGIN, min_documents: int = MIN_D
 def _obstacle(evidence: Evidence, min_documents: int) -> tuple[DifficultyVerdict, str] | None:
     """What keeps the question from being asked at all."""
     inconclusive = DifficultyVerdict.INCONCLUSIVE
-    if not evidence.tokens:
+    if not evidence.pairs:
         return inconclusive, "no token has both compute and a difficulty"
     if evidence.static is not None:
         return DifficultyVerdict.STATIC, f"every token has a compute of {evidence.static:g}, as with a fixed k"
+    if not evidence.tokens:
+        return inconclusive, "no token id occurs twice, so no token can be compared with one of its own id"
     if evidence.documents < min_documents:
         return inconclusive, f"{evidence.documents} documents; at least {min_documents} are needed to resample"
     if evidence.difficulty_by_id:

@@ -140,6 +140,13 @@ def test_tokens_whose_id_occurs_once_are_counted_and_say_nothing(routed):
     assert row["rho_token"] == pytest.approx(rest["rho_token"], abs=0.02)
 
 
+def test_ids_that_all_occur_once_cannot_be_judged(routed):
+    result = difficulty_association(routed.with_columns(token_id=pl.int_range(pl.len())), "difficulty", **FEW)
+    assert result["verdict"].to_list() == ["inconclusive"] * 2
+    assert result["n_tokens"].to_list() == [0, 0]
+    assert "no token id occurs twice" in result["note"][0]
+
+
 def test_missing_difficulties_leave_tokens_out_and_are_counted(routed):
     place = pl.int_range(pl.len()) % 7
     holes = routed.with_columns(difficulty=pl.when(place == 0).then(None).when(place == 1).then(float("nan")).otherwise("difficulty"))
