@@ -19,7 +19,6 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -168,25 +167,30 @@ def growth(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
     return pl.concat(rows).select("axis", "value", "ms", "ms_q1", "ms_q3", "exponent", "exponent_se")
 
 
+class _Watched(nn.Module):
+    """A layer that keeps its last routing, as the decoder does."""
+
+    routing: Routing
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.routing = self.layer(x, return_routing=True)
+        return y
+
+
 def instrumentation(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
     """Time of a layer's step with a training step's metrics over that without, per shape, with a 95 % interval."""
     rows = []
     for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
-        plain, watched = our_layer(shape, "auto"), our_layer(shape, "auto")
-        last: list[Routing] = []
-        route = watched.router.forward
+        plain, watched = our_layer(shape, "auto"), _Watched(our_layer(shape, "auto"))
+        watched_step = step_of(watched, shape, device, dtype)
 
-        def remember(*inputs: Any, route: Callable[..., Routing] = route, last: list[Routing] = last) -> Routing:
-            last.append(route(*inputs))
-            return last[-1]
-
-        watched.router.forward = remember
-        layer_step = step_of(watched, shape, device, dtype)
-
-        def with_metrics(step: Callable[[], Tensor] = layer_step, last: list[Routing] = last) -> dict[str, Tensor]:
-            last.clear()
+        def with_metrics(step: Callable[[], Tensor] = watched_step, module: _Watched = watched) -> dict[str, Tensor]:
             step()
-            return routing_metrics([[routing.detach() for routing in last]])
+            return routing_metrics([[module.routing.detach()]])
 
         seconds = take_turns({"off": step_of(plain, shape, device, dtype), "on": with_metrics}, rounds)
         ratios = np.array(seconds["on"]) / np.array(seconds["off"])

@@ -8,11 +8,13 @@ from scipy import stats
 
 from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.documents import RESAMPLES, Documents, Resampling, documents, nulls, over, ratio_interval, unit_sums
+from moe_lab.analysis.recorded import of_tokens, of_zero_experts
 from moe_lab.analysis.streams import KEY, by_layer
 from moe_lab.errors import TraceError, expected
 from moe_lab.trace import LayerMeta, Trace
 
 
+@of_tokens
 def router_entropy(trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> pl.DataFrame:
     """Mean entropy of the router's scores and mean margin of its choice, per layer.
 
@@ -41,6 +43,8 @@ def router_entropy(trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, l
     return nulls(pl.DataFrame(rows, schema_overrides=_TYPES))
 
 
+@of_tokens
+@of_zero_experts
 def zero_compute(trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> pl.DataFrame:
     """How many slots go to zero-compute experts, and whether tokens are polarised between no real expert and all K.
 

@@ -12,6 +12,7 @@ import polars as pl
 from scipy.sparse import csr_array
 
 from moe_lab.analysis.bootstrap import Floats, percentile_interval
+from moe_lab.analysis.recorded import of_tokens, of_zero_experts
 from moe_lab.analysis.tables import KEY, collect, token_column
 from moe_lab.config import require
 from moe_lab.trace import Trace
@@ -19,6 +20,8 @@ from moe_lab.trace import Trace
 BAND = "freq_band"
 
 
+@of_tokens
+@of_zero_experts
 def class_profile(
     trace: Trace, column: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95, include_first: bool = False
 ) -> pl.DataFrame:

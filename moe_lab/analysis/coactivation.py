@@ -10,6 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.documents import nulls, over
+from moe_lab.analysis.recorded import of_tokens
 from moe_lab.analysis.streams import chosen_layers, chunks, slots
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.convert import EMPTY_SLOT
@@ -18,6 +19,7 @@ OPTIMAL_ORDER = 256
 """Up to this many experts the leaves of the clustering are put in their best order, which takes cubic time."""
 
 
+@of_tokens
 def coactivation(trace: Trace, layers: Sequence[int] | None = None) -> pl.DataFrame:
     """Co-activation of every pair of experts, zero-compute ones included.
 

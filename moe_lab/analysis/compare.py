@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from moe_lab.analysis import counts as of
 from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.documents import RESAMPLES, Documents, Resampling, documents, nulls, over, unit_counts
+from moe_lab.analysis.recorded import of_tokens
 from moe_lab.analysis.saturation import difference, overlap_rows
 from moe_lab.analysis.streams import by_layer
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.trace import LayerMeta, Trace
 
 
+@of_tokens
 def compare(first: Trace, second: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> pl.DataFrame:
     """Divergence of the loads and overlap of the choices, per layer.
 

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.documents import RESAMPLES, Documents, Resampling, documents, nulls, over, ratio_interval, unit_sums
 from moe_lab.analysis.overlap import Ids, shared
+from moe_lab.analysis.recorded import of_tokens
 from moe_lab.analysis.streams import Slots, by_layer, first_choices, in_document_order
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
 
 
+@of_tokens
 def repetition(trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> pl.DataFrame:
     """How often a token repeats the experts of the token before it, per layer.
 

@@ -14,6 +14,7 @@ from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.counts import jensen_shannon_bits
 from moe_lab.analysis.documents import RESAMPLES, Resampling, documents, nulls, over, unit_counts, unit_sizes
 from moe_lab.analysis.groups import Grouping, group_counts, grouping
+from moe_lab.analysis.recorded import of_tokens
 from moe_lab.analysis.streams import by_layer, chosen_layers
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError, expected
@@ -97,6 +98,7 @@ def domain_divergence(
     return nulls(pl.concat(frames))
 
 
+@of_tokens
 def vocabulary_specialisation(trace: Trace, column: str = "token_id", min_count: int = 1) -> pl.DataFrame:
     """How far each layer routes by token id alone: for each id, the largest share of its tokens that one expert runs.
 
@@ -128,6 +130,7 @@ def vocabulary_specialisation(trace: Trace, column: str = "token_id", min_count:
     return nulls(pl.DataFrame(rows, schema=schema, orient="row"))
 
 
+@of_tokens
 def expert_vocabulary(
     trace: Trace, column: str = "token_id", *, layers: list[int] | None = None, top: int = 10, min_count: int = 10
 ) -> pl.DataFrame:

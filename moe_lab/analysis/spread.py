@@ -10,11 +10,14 @@ import numpy as np
 import polars as pl
 
 from moe_lab.analysis.bootstrap import Floats, percentile_interval
+from moe_lab.analysis.recorded import of_tokens, of_zero_experts
 from moe_lab.analysis.sampling import group_count
 from moe_lab.analysis.tables import collect
 from moe_lab.trace import LayerMeta, Trace
 
 
+@of_tokens
+@of_zero_experts
 def ffn_spread(trace: Trace, *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> pl.DataFrame:
     """Mean and standard deviation of ``ffn_count`` over all tokens of each layer, with three token-independent benchmarks.
 

@@ -14,6 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.documents import nulls, over
+from moe_lab.analysis.recorded import of_tokens
 from moe_lab.analysis.streams import KEY, aligned, by_layer, chosen_layers, chunks
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.trace import LayerMeta, Trace
@@ -27,6 +28,7 @@ class Pairing(StrEnum):
     RANK_ALIGNED = "rank_aligned"
 
 
+@of_tokens
 def transitions(trace: Trace, pairs: Sequence[tuple[int, int]] | None = None, *, pairing: Pairing | str = Pairing.ALL) -> pl.DataFrame:
     """Counts of (expert in one layer, expert in another) over the same tokens, zero-compute experts included.
 

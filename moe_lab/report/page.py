@@ -11,6 +11,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,10 @@ def figure_json(figure: Any) -> dict[str, Any]:
 
 def _content(material: Material, command: str) -> dict[str, Any]:
     frontier, load, training = frontier_block(material), load_block(material), training_block(material)
-    compute, whose = compute_section(material.traces), whose_section(material)
-    coloured, wall = _coloured(material, compute.first), wall_section(material)
+    of_tokens = tuple(named for named in material.traces if named.trace.meta.per_token)
+    of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
+    compute, whose = compute_section(of_compute), whose_section(replace(material, traces=of_tokens))
+    coloured, wall = _coloured(of_compute, compute.first), wall_section(material)
     difficulty = difficulty_section(compute.first)
     evidence = wall.blocks if wall else ()
     hard = difficulty.blocks if difficulty else ()
@@ -140,12 +143,12 @@ def _content(material: Material, command: str) -> dict[str, Any]:
     }
 
 
-def _coloured(material: Material, varying: NamedTrace | None) -> ColouredText | None:
+def _coloured(traces: Sequence[NamedTrace], varying: NamedTrace | None) -> ColouredText | None:
     """Of the first trace in which ffn_count varies, else of the first one."""
     if varying is not None:
         return coloured_text(varying, fixed=False)
-    traces = representatives(material.traces)
-    return coloured_text(traces[0], fixed=True) if traces else None
+    shown = representatives(traces)
+    return coloured_text(shown[0], fixed=True) if shown else None
 
 
 def _distinct(material: Material, key: str) -> list[str]:

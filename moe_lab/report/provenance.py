@@ -32,6 +32,7 @@ def provenance(material: Material, command: str) -> Provenance:
         "Devices": _distinct(record.get("device") for record in records),
         "Phase of the traces": _distinct(meta.get("phase") for meta in metas),
         "Traces made by": _distinct(meta.get("created_from") for meta in metas),
+        "Notes of the traces": _distinct(note for meta in metas for note in meta.get("notes") or ()),
     }
     configs = tuple((run.label, json.dumps(run.config, indent=1, sort_keys=True)) for run in material.runs if run.config)
     return Provenance(tuple((name, listing(values, most=24)) for name, values in facts.items() if values), configs)

@@ -231,7 +231,8 @@ def _none_finished(runs: list[RunRecord]) -> str:
 def _open(folder: Path, label: str, run: RunRecord | None = None) -> NamedTrace:
     from moe_lab.trace import open_trace
 
-    return NamedTrace(label, open_trace(folder), run)
+    trace = open_trace(folder)
+    return NamedTrace(label, trace if run else trace.check(), run)  # a run's own trace was checked as it was written
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
