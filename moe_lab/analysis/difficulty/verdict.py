@@ -108,8 +108,8 @@ def _material(evidence: Evidence, direction: int, margin: float) -> tuple[Diffic
         return DifficultyVerdict.TASK, "compute follows the difficulty of documents, but within a document it does not"
     if lexer is not None and lexer.inside(margin):
         return DifficultyVerdict.IDENTITY, "once the lexer class of the token is held fixed beside its id, nothing material is left"
-    if lexer is not None and (lexer.lo90 if direction > 0 else -lexer.hi90) <= 0:
-        return DifficultyVerdict.INCONCLUSIVE, "nothing certain is left once the lexer class of the token is held fixed too"
+    if lexer is not None and lexer.beyond(margin) != direction:
+        return DifficultyVerdict.INCONCLUSIVE, "once the lexer class of the token is held fixed too, nothing certain is left"
     if direction > 0:
         return DifficultyVerdict.ALIGNED, "harder tokens get more, compared with tokens of the same id"
     return DifficultyVerdict.INVERTED, "harder tokens get less, compared with tokens of the same id"
