@@ -110,7 +110,7 @@ class Bootstrap:
     def bundled(self, of: Moments) -> Moments:
         if self.bundle is None:
             return of
-        sums = [np.bincount(self.bundle, weights=column, minlength=MAX_CLUSTERS) for column in (of.n, of.xy, of.xx, of.yy)]
+        sums = [np.bincount(self.bundle, column, MAX_CLUSTERS).astype(np.float64) for column in (of.n, of.xy, of.xx, of.yy)]
         return Moments(of.value, *sums)
 
     def interval(self, of: Moments) -> Interval:
