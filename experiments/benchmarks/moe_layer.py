@@ -156,7 +156,7 @@ def growth(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
     base = Shape(2048, 256, 32, 4, 128)
     rows = []
     for axis, field in (("T", "tokens"), ("E", "experts"), ("k", "top_k")):
-        values = [getattr(base, field) * 2**doubling for doubling in range(-1, 3)]
+        values = [getattr(base, field) * factor // 2 for factor in (1, 2, 4, 8)]
         shapes = [Shape(**(vars(base) | {field: value})) for value in values]
         steps = {str(value): step_of(our_layer(shape, "auto"), shape, device, dtype) for value, shape in zip(values, shapes, strict=True)}
         frame = summary(take_turns(steps, rounds), against=str(values[0]))

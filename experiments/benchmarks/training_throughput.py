@@ -93,12 +93,14 @@ def parts_of(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Call
         routing: Routing = fixed[number]
         return layer.dispatch(inside.flatten(0, 1), routing, layer.experts)
 
+    gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
+
     def update() -> None:
-        for parameter in model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.randn_like(parameter)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
         clip_gradients(model, 1.0)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return {
         "routing": over(layers, lambda layer, inside, _: layer.router(inside.flatten(0, 1)).weights),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.commands.options import add_device, add_json, add_out, add_seed, add_text, print_json, text_changes
+from moe_lab.config import require
 
 if TYPE_CHECKING:
     import polars as pl
@@ -64,6 +65,15 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
     """The options of everything that runs a sweep."""
     add_out(parser, out, "the sweep's folder" + ("" if out else " (default: runs/<sweep name>)"))
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core, or one a GPU)")
+    parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local", help="who runs the workers")
+    parser.add_argument(
+        "--launcher-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="ray: address, cpus, gpus, memory_gb; slurm: cluster, minutes, cpus, gpus, memory_gb, partition, account, qos, requeues",
+    )
+    parser.add_argument("--max-hours", type=float, default=None, help="start no further run after so long")
     parser.add_argument(
         "--report", type=Path, default=None, metavar="FILE", help="where the page goes (default: report.html in the folder)"
     )
@@ -131,7 +141,15 @@ def run(args: argparse.Namespace) -> int:
 
     sweep = _sweep(args)
     out = args.out or Path("runs") / sweep.name
-    outcome = sweeps.run(sweep, out, workers=args.workers, progress=not args.json)
+    outcome = sweeps.run(
+        sweep,
+        out,
+        workers=args.workers,
+        progress=not args.json,
+        launcher=args.launcher,
+        launcher_options=_launcher_options(args.launcher_option),
+        max_hours=args.max_hours,
+    )
     page = None
     if outcome.finished and not outcome.interrupted:
         from moe_lab.report import write_report
@@ -147,6 +165,13 @@ def run(args: argparse.Namespace) -> int:
         if page is not None:
             print(f"report: {page}")
     return 130 if outcome.interrupted else 2 if outcome.failed else 0
+
+
+def _launcher_options(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for text, (key, sign, _) in zip(texts, pairs, strict=True):
+        require(bool(key and sign), "a launcher option as KEY=VALUE", repr(text))
+    return {key: value for key, _, value in pairs}
 
 
 def status(args: argparse.Namespace) -> int:

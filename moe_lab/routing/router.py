@@ -180,7 +180,9 @@ def check_finite(logits_TE: Tensor, valid: Tensor | None = None) -> None:
     """Raise ``RunError`` if a logit of a valid token is NaN or infinite; see ``Router.forward`` for when it looks."""
     if torch.compiler.is_compiling() or (logits_TE.device.type != "cpu" and not torch.is_anomaly_enabled()):
         return
-    if logits_TE.numel() == 0 or all(bool(end.isfinite()) for end in logits_TE.detach().aminmax()):  # one pass over what is nearly always fine
+    if logits_TE.numel() == 0 or all(
+        bool(end.isfinite()) for end in logits_TE.detach().aminmax()
+    ):  # one pass over what is nearly always fine
         return
     broken = ~torch.isfinite(logits_TE).all(dim=1)
     if valid is not None:

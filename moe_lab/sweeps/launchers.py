@@ -4,13 +4,13 @@ A launcher owns processes, a cluster's jobs, or whatever else runs ``worker.exec
 retries (``running.py`` does). Everything that must outlive it lies in the run store, so one launcher continues what another began.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_lab.errors import RunError, expected
+from moe_lab.errors import ConfigError, RunError, expected
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,33 @@ def train_run(values: dict[str, Any], folder: Path) -> None:
     train(RunConfig.from_dict(values), folder)
 
 
-def _local(jobs: Sequence[Job], workers: int | None, trainer: str) -> Launcher:
+def _local(jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> Launcher:
     from moe_lab.sweeps.local import LocalLauncher
 
+    if options:
+        raise ConfigError(expected("no launcher options for local", ", ".join(options), "--workers"))
     return LocalLauncher(jobs, workers, trainer)
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[Job], int | None, str], Launcher]] = {"local": _local}
-"""Name -> ``(jobs to come, workers or None for as many as fit, trainer) -> Launcher``."""
+def _ray(jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> Launcher:
+    from moe_lab.sweeps.ray_cluster import RayLauncher
+
+    return RayLauncher(jobs, workers, trainer, options)
 
 
-def build_launcher(name: str, jobs: Sequence[Job], workers: int | None, trainer: str) -> Launcher:
+def _slurm(jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> Launcher:
+    from moe_lab.sweeps.slurm import SlurmLauncher
+
+    return SlurmLauncher(jobs, workers, trainer, options)
+
+
+Builder = Callable[[Sequence[Job], int | None, str, Mapping[str, str]], Launcher]
+
+LAUNCHERS: dict[str, Builder] = {"local": _local, "ray": _ray, "slurm": _slurm}
+"""Name -> ``(jobs to come, workers or None for as many as fit, trainer, options as texts) -> Launcher``."""
+
+
+def build_launcher(name: str, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str] | None = None) -> Launcher:
     if name not in LAUNCHERS:
         raise RunError(expected(f"a launcher ({', '.join(LAUNCHERS)})", repr(name)))
-    return LAUNCHERS[name](jobs, workers, trainer)
+    return LAUNCHERS[name](jobs, workers, trainer, options or {})

@@ -8,11 +8,12 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_lab.config import require
 from moe_lab.files import write_text
 from moe_lab.sweeps.claims import acquire
 from moe_lab.sweeps.config import SweepConfig
@@ -62,6 +63,8 @@ def run(
     progress: bool = True,
     *,
     launcher: str = "local",
+    launcher_options: Mapping[str, str] | None = None,
+    max_hours: float | None = None,
     trainer: str = TRAIN,
 ) -> SweepOutcome:
     """Do every run of ``sweep`` that is not finished in the folder ``out``, and say how each ended.
@@ -70,12 +73,15 @@ def run(
         workers: processes; None takes one per core, or per GPU where a run wants CUDA.
         progress: show it: live bars on a terminal, plain lines elsewhere.
         launcher: a name in ``launchers.LAUNCHERS``.
+        launcher_options: of that launcher, as texts (``RayOptions``, ``SlurmOptions``).
+        max_hours: after so long no further run starts; those that train go on to their end, and the same command continues the rest.
         trainer: ``module:function(config values, run folder)`` for workers to call instead of ``moe_lab.training.train``.
 
     Ctrl-C and SIGTERM stop the workers and return an outcome with ``interrupted`` runs. A run that fails does not stop the others.
     Raises ``RunError`` where the folder cannot be written, also when its disk fills up on the way, or where no worker starts;
     ``CorpusError`` where the text is unfit.
     """
+    require(max_hours is None or max_hours >= 0, "max_hours of at least 0", max_hours)
     began = time.monotonic()
     store = RunStore(out)
     store.check_writable()
@@ -87,8 +93,8 @@ def run(
     with closing(build_view(progress, store, jobs)) as view, _stop_signals() as stop:
         driver.begin(view)
         if driver.queue:
-            with closing(build_launcher(launcher, list(driver.queue), workers, trainer)) as pool:
-                driver.drive(pool, view, stop)
+            with closing(build_launcher(launcher, list(driver.queue), workers, trainer, launcher_options)) as pool:
+                driver.drive(pool, view, stop, None if max_hours is None else began + 3600 * max_hours)
     return driver.outcome(time.monotonic() - began)
 
 
@@ -130,10 +136,13 @@ class _Driver:
                 self.queue.append(job)
         view.opened([self.jobs[run] for run in self.finished])
 
-    def drive(self, pool: Launcher, view: View, stop: threading.Event) -> None:
+    def drive(self, pool: Launcher, view: View, stop: threading.Event, deadline: float | None) -> None:
         looked = time.monotonic()
         while (self.queue or self.active or self.foreign) and not stop.is_set():
-            while self.queue and len(self.active) < pool.slots:
+            spent = deadline is not None and time.monotonic() >= deadline
+            if spent and not self.active:
+                return
+            while self.queue and not spent and len(self.active) < pool.slots:
                 job = self.queue.popleft()
                 self.active[job.run] = job
                 pool.submit(job)

@@ -89,11 +89,11 @@ def test_help_loads_neither_torch_nor_scipy_nor_plotly() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]")
-    for command in ("demo", "sweep", "train", "trace", "report", "count", "doctor"):
+    for command in ("demo", "sweep", "train", "trace", "scaling", "difficulty", "report", "count", "doctor"):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "sweep", "train", "trace", "report", "count", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "sweep", "train", "trace", "scaling", "difficulty", "report", "count", "doctor"])
 def test_every_command_has_help_without_torch(command: str) -> None:
     code = f"import sys\nfrom moe_lab.cli import main\ntry:\n    main(['{command}', '--help'])\nfinally:\n"
     code += "    assert 'torch' not in sys.modules"

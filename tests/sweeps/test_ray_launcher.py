@@ -1,0 +1,56 @@
+"""The Ray launcher on a cluster of this machine."""
+
+from pathlib import Path
+
+import pytest
+from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
+
+from moe_lab.errors import ConfigError, RunError
+from moe_lab.sweeps import run, status
+
+pytest.importorskip("ray", reason="needs the extra ray")
+
+
+@pytest.fixture(autouse=True)
+def _stub_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def go(out: Path, *runs: StubRun, options: dict[str, str] | None = None, workers: int | None = None):
+    return run(stub_sweep(*runs), out, workers=workers, progress=False, trainer=STUB, launcher="ray", launcher_options=options)
+
+
+@pytest.mark.slow
+def test_a_sweep_on_ray_equals_one_here_through_failures_and_kills(tmp_path: Path) -> None:
+    """One cluster start for the whole story: it takes longer than the runs."""
+    long = StubRun(name="long", steps=20, trouble="killed once")
+    bad = StubRun(name="bad", steps=4, trouble="diverges")
+    runs = [*stub_grid(3, steps=5, step_seconds=0), long, bad]
+
+    outcome = go(tmp_path, *runs)
+    assert [failure.name for failure in outcome.failed] == ["bad"]
+    assert not outcome.interrupted
+    found = {row["name"]: row["loss"] for row in status(tmp_path).rows(named=True) if row["state"] == "finished"}
+    assert found == {one.name: expected_loss(one) for one in runs if one is not bad}
+    workers = {line.split()[0] for line in (tmp_path / long.hash() / "steps.log").read_text().splitlines()}
+    assert len(workers) == 2, "the killed run was resumed by another worker"
+
+
+@pytest.mark.slow
+def test_an_unreachable_cluster_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"expected a Ray cluster at 127.0.0.1:1, got .*; try ray status"):
+        go(tmp_path, StubRun(), options={"address": "127.0.0.1:1"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpus": "0"}, "expected cpus above 0, got 0"),
+        ({"gpus": "half"}, "expected the launcher option gpus as a number, got 'half'"),
+        ({"head": "x"}, "expected fields of RayOptions"),
+    ],
+)
+def test_bad_options_are_one_line(options: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        go(tmp_path, StubRun(), options=options)
