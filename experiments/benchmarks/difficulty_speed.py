@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from measure import save
 
 from moe_lab.analysis.difficulty import compute_budget, difficulty_association, difficulty_curves, difficulty_information, difficulty_nulls
 from moe_lab.analysis.difficulty.worlds import WORLDS, simulate_router
-from moe_lab.files import atomic_path
 from moe_lab.text import TextConfig, load_tokens, ngram_surprisal, token_classes
 
 COLUMNS = ("doc", "pos", "token_id", "lexer", "freq_band", "subword", "copy")
@@ -88,8 +88,7 @@ def main() -> None:
         "label_mb_per_s": speed,
     }
     frame = pl.DataFrame(rows).with_columns(**{name: pl.lit(value) for name, value in shared.items()})
-    with atomic_path(Path(__file__).parent / "results" / "difficulty_speed.parquet") as temporary:
-        frame.write_parquet(temporary)
+    print("saved", save(frame, "difficulty_speed"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from measure import save
 
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
 
@@ -166,6 +167,7 @@ def main() -> None:
         if args.times > 1:
             link_trace(folder, Path(scratch) / "linked", args.times)
             folder = Path(scratch) / "linked"
+        rows = []
         for analysis in args.analyses:
             found = {engine: [] for engine in args.engines}
             for turn in range(args.rounds):
@@ -179,6 +181,12 @@ def main() -> None:
                 memory = max(run["gigabytes"] for run in runs)
                 ratio = statistics.median(ratios)
                 print(f"{analysis:13} {engine:8} {seconds:8.2f} s  {memory:6.2f} GB  {ratio:6.2f} of {args.engines[0]}", flush=True)
+                rows.append(
+                    {"analysis": analysis, "engine": engine, "rounds": len(runs), "seconds": seconds, "gigabytes": memory, "ratio": ratio}
+                )
+        print(
+            "saved", save(pl.DataFrame(rows).with_columns(rows=pl.lit(args.rows * args.times)), f"trace_analysis_{args.rows * args.times}")
+        )
 
 
 if __name__ == "__main__":

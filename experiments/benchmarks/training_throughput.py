@@ -5,7 +5,9 @@ memory kept. Contestants take turns; figures are medians with quartiles, ratios 
 sort-and-split loop with fused AdamW on one thread of two quiet cores. ``--split`` times the parts of a step alone: routers, experts,
 attention (forward and backward each, over all layers), and clipping with AdamW; ``rest`` is what they leave.
 
-    python experiments/benchmarks/training_throughput.py [--size 0.8M] [--rounds 9] [--processes 2] [--split]
+    python experiments/benchmarks/training_throughput.py [--size 0.8M] [--experts 2 16 64 256] [--rounds 9] [--processes 2] [--split]
+
+The bank of the 14M size with 256 experts has 1.2 billion parameters: a step needs more than 20 GB.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from moe_lab.routing import RouterConfig, Routing
 from moe_lab.training import OptimizerConfig, keep_freed_memory
 from moe_lab.training.optimizer import build_optimizer, clip_gradients
 
-BATCH, LENGTH, EXPERTS = 16, 256, (2, 16, 64, 256)
+BATCH, LENGTH, EXPERTS = 16, 256, [2, 16, 64, 256]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Size:
     num_layers: int
     d_model: int
     d_expert: int
-    reference: tuple[int, int, int, int]
+    reference: dict[int, int]
 
     def config(self, experts: int | None) -> DecoderConfig:
         """The decoder with that many experts; None is the dense twin."""
@@ -50,9 +52,9 @@ class Size:
 
 
 SIZES = {
-    "0.8M": Size(4, 128, 192, (5400, 5600, 5400, 3500)),
-    "5M": Size(6, 256, 344, (2150, 1970, 1410, 960)),
-    "14M": Size(8, 384, 512, (980, 830, 670, 270)),
+    "0.8M": Size(4, 128, 192, {2: 5400, 16: 5600, 64: 5400, 256: 3500}),
+    "5M": Size(6, 256, 344, {2: 2150, 16: 1970, 64: 1410, 256: 960}),
+    "14M": Size(8, 384, 512, {2: 980, 16: 830, 64: 670, 256: 270}),
 }
 
 
@@ -110,27 +112,27 @@ def parts_of(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Call
     }
 
 
-def measure(size: str, rounds: int) -> pl.DataFrame:
+def measure(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
     """One process's table."""
     torch.set_num_threads(1)
     keep_freed_memory()
     contestants = {"dense": stepper(SIZES[size].config(None))[0]}
     frames = []
-    for experts in EXPERTS:  # one bank at a time: four of 1.2 billion parameters would not fit
+    for experts in numbers:  # one bank at a time: four of 1.2 billion parameters would not fit
         step, *kept = stepper(SIZES[size].config(experts))
         table = summary(take_turns(contestants | {f"E={experts}": step}, rounds), against="dense")
-        frames.append(table if experts == EXPERTS[0] else table.tail(1))
+        frames.append(table if experts == numbers[0] else table.tail(1))
         del step, kept
     speed = BATCH * LENGTH / (pl.col("ms") / 1e3)
-    reference = pl.Series([None, *SIZES[size].reference], dtype=pl.Int64)
+    reference = pl.Series([None, *(SIZES[size].reference.get(experts) for experts in numbers)], dtype=pl.Int64)
     return pl.concat(frames).with_columns(tokens_per_second=speed, reference=reference, size=pl.lit(size))
 
 
-def split(size: str, rounds: int) -> pl.DataFrame:
+def split(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
     torch.set_num_threads(1)
     keep_freed_memory()
     frames = []
-    for experts in EXPERTS:
+    for experts in numbers:
         step, model, optimizer = stepper(SIZES[size].config(experts))
         table = summary(take_turns({"step": step} | parts_of(model, optimizer), rounds), against="step").select("name", "ms", "ratio")
         rest = pl.DataFrame({"name": "rest", "ms": 2 * table["ms"][0] - table["ms"].sum(), "ratio": 2 - table["ratio"].sum()})
@@ -139,12 +141,12 @@ def split(size: str, rounds: int) -> pl.DataFrame:
     return pl.concat(frames).with_columns(size=pl.lit(size))
 
 
-def both(size: str, rounds: int, processes: int) -> pl.DataFrame:
+def both(size: str, rounds: int, numbers: list[int], processes: int) -> pl.DataFrame:
     """``processes`` at once, each on one thread; speeds are added up."""
     if processes == 1:
-        return measure(size, rounds)
+        return measure(size, rounds, numbers)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        frames = pool.starmap(measure, [(size, rounds)] * processes)
+        frames = pool.starmap(measure, [(size, rounds, numbers)] * processes)
     speed = sum((frame["tokens_per_second"] for frame in frames[1:]), frames[0]["tokens_per_second"])
     return frames[0].with_columns(speed.alias("tokens_per_second"), pl.lit(processes).alias("processes"))
 
@@ -152,15 +154,16 @@ def both(size: str, rounds: int, processes: int) -> pl.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="0.8M")
+    parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--split", action="store_true")
     arguments = parser.parse_args()
     name = f"training_{'split' if arguments.split else 'throughput'}_{arguments.size}"
     if arguments.split:
-        frame = split(arguments.size, arguments.rounds)
+        frame = split(arguments.size, arguments.rounds, arguments.experts)
     else:
-        frame = both(arguments.size, arguments.rounds, arguments.processes)
+        frame = both(arguments.size, arguments.rounds, arguments.experts, arguments.processes)
         name += f"_{arguments.processes}p"
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=180, float_precision=2, tbl_hide_dataframe_shape=True):
         print(frame)
