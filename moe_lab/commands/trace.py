@@ -126,9 +126,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _layers(folder: Path) -> "pl.DataFrame":
-    """Mean and spread of ``ffn_count`` and the load's unevenness, per layer."""
+    """The load's unevenness, and mean and spread of ``ffn_count`` where the source recorded it, per layer."""
     from moe_lab.analysis import ffn_spread, load_summary
     from moe_lab.trace import open_trace
 
     trace = open_trace(folder)
-    return ffn_spread(trace).join(load_summary(trace), on="layer")
+    load = load_summary(trace)
+    recorded = trace.meta.per_token and trace.meta.zero_experts_known
+    return ffn_spread(trace).join(load, on="layer") if recorded else load

@@ -137,7 +137,7 @@ def test_gpus_are_dealt_out_to_workers(tmp_path: Path, monkeypatch: pytest.Monke
     ("options", "message"),
     [
         ({"workers": 0}, "expected at least 1 worker, got 0"),
-        ({"launcher": "carrier pigeon"}, r"expected a launcher \(local\), got 'carrier pigeon'"),
+        ({"launcher": "carrier pigeon"}, r"expected a launcher \(local, ray, slurm\), got 'carrier pigeon'"),
         ({"trainer": "no_such_module:train"}, "expected a trainer as an importable module:function, got 'no_such_module:train'"),
         ({"trainer": "stub_trainer:nothing"}, "expected a trainer as an importable module:function, got 'stub_trainer:nothing'"),
         ({"trainer": "dies_on_import:train"}, "expected workers that start, got 3 that ended before their first run; the last one said: "),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from moe_lab.errors import ConfigError, RunError, expected
 from moe_lab.files import atomic_path, default_cache_dir
@@ -169,6 +170,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.moe_lab.experts_backward(grad, *ctx.saved_tensors, ctx.on_input)
     return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None
+
+
+@register_flop_formula(torch.ops.moe_lab.experts)
+def _flops(
+    x_shape: tuple[int, int], indices_shape: tuple[int, int], weights: Any, gate_up: Any, down_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    """Of the matrix products, for torch's counter; it sees shapes only, so slots that run no real expert are counted as if they did."""
+    return 2 * 3 * indices_shape[0] * indices_shape[1] * down_shape[1] * down_shape[2]
+
+
+@register_flop_formula(torch.ops.moe_lab.experts_backward)
+def _backward_flops(grad_shape: Any, *shapes: Any, **kwargs: Any) -> int:
+    return 2 * _flops(*shapes)
 
 
 _experts.register_autograd(_backward, setup_context=_keep)
