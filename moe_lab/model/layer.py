@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe_lab.errors import ConfigError, expected
 from moe_lab.model.config import MoEConfig
-from moe_lab.model.dispatch import backend, choose, under_autocast
+from moe_lab.model.dispatch import backend, choose, native, under_autocast
 from moe_lab.model.experts import ExpertBank, SwiGLU
 from moe_lab.model.zero_experts import ZeroExperts
 from moe_lab.routing import RouterContext, Routing, build_router
@@ -23,6 +23,8 @@ class MoELayer(nn.Module):
         self.zero_experts = ZeroExperts(config.router.zero_kinds, config.d_model) if config.router.num_zero_experts else None
         self.shared = SwiGLU(config.d_model, config.num_shared_experts * config.d_expert) if config.num_shared_experts else None
         self.dispatch = backend(config.dispatch)
+        if config.dispatch in ("auto", "native"):
+            native.available()  # compile now, not in the first step, and not under ``torch.compile``
 
     def backend_name(self, x: Tensor) -> str:
         """The dispatch backend that runs tokens of this device and dtype: the configured one, or what "auto" picks."""

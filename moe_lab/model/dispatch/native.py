@@ -45,10 +45,16 @@ def experts(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
     return torch.ops.moe_lab.experts(x_TD, routing.indices, weights, bank.gate_up, bank.down, on_input, save)[0]
 
 
-@torch.compiler.assume_constant_result
+_ready: bool | None = None
+"""What ``available`` found; a plain global, because ``torch.compile`` reads those and cannot look into the search itself."""
+
+
 def available() -> bool:
     """Whether the library is there; the first call in a process loads it, the first on a machine compiles it."""
-    return isinstance(_library(), ctypes.CDLL)
+    global _ready
+    if _ready is None:
+        _ready = isinstance(_library(), ctypes.CDLL)
+    return _ready
 
 
 def problem() -> str | None:
