@@ -280,7 +280,7 @@ def unseen(options: Options) -> Iterator[Row]:
                 judged = draw(truth, design, gain * 10 ** rng.uniform(math.log10(low), math.log10(high)), 50, rng)
                 outcomes.append(judged.outcomes())
                 if truth.wall:
-                    found = [wall_at(judged, np.log2(design.ratios), i) for i in np.flatnonzero(outcomes[-1] == Outcome.WALL)]
+                    found = [wall_at(judged, np.log2(design.ratios), int(i)) for i in np.flatnonzero(outcomes[-1] == Outcome.WALL)]
                     away += [abs(math.log2(at / truth.wall)) for at in found]
             every = np.concatenate(outcomes)
             wall, none = (float((every == outcome).mean()) for outcome in (Outcome.WALL, Outcome.NO_WALL))

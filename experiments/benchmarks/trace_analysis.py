@@ -9,6 +9,7 @@ the token table where it is needed, group and count. ``--times N`` reads the sam
 """
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -116,7 +117,7 @@ def with_polars(folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def with_duckdb(folder: Path) -> dict[str, Callable[[], Any]]:
-    import duckdb
+    duckdb = importlib.import_module("duckdb")
 
     connection = duckdb.connect(config={"threads": THREADS})
     routing, tokens = f"read_parquet('{folder}/routing/*/*.parquet', hive_partitioning=true)", f"read_parquet('{folder}/tokens/*.parquet')"

@@ -18,7 +18,7 @@ def trace_of(folder: Path, **meta: bool) -> Trace:
     ids = np.stack([np.arange(30) % 4, 4 + np.arange(30) % 2], axis=1)
     doc, pos = np.repeat(np.arange(3), 10).astype(np.uint32), np.tile(np.arange(10), 3).astype(np.uint32)
     notes = ("rows were made up",)
-    with TraceWriter(folder, TraceMeta(layers=LAYERS, has_weights=False, has_scores=False, notes=notes, **meta)) as writer:
+    with TraceWriter(folder, TraceMeta(layers=LAYERS, has_weights=False, has_scores=False, notes=notes).replace(**meta)) as writer:
         for layer in LAYERS:
             rows = slot_rows(layer, doc, pos, ids, None, None, None)
             writer.write_rows(layer.layer, rows, np.bincount(ids.ravel(), minlength=6))

@@ -91,7 +91,7 @@ def test_the_known_answer_does_not_depend_on_a_draw():
     drawn = [simulate_router(tokens, world, "difficulty", seed).with_columns(layer=pl.lit(0)) for seed in range(20)]
     rhos = [difficulty_association(one, "difficulty", min_documents=2, resamples=100)["rho_token"][0] for one in drawn]
     assert truth(drawn[0], "difficulty") == pytest.approx(truth(drawn[5], "difficulty"), abs=1e-12)
-    assert np.mean(rhos) == pytest.approx(truth(drawn[0], "difficulty"), abs=4 * np.std(rhos) / 20**0.5)
+    assert np.mean(rhos) == pytest.approx(truth(drawn[0], "difficulty"), abs=4 * float(np.std(rhos)) / 20**0.5)
 
 
 def test_a_world_of_classes_needs_classes():
