@@ -26,6 +26,7 @@ from moe_lab.report.depth import (
     vocabulary_specialisation,
     zero_compute,
 )
+from moe_lab.report.difficulty_figures import difficulty_curves, difficulty_map, marginal_gain  # noqa: F401
 from moe_lab.report.intervals import seed_intervals
 from moe_lab.report.maps import coactivation, domain_specialisation, load_shift, transitions
 from moe_lab.report.theme import DASHES, DEAD, SERIES, SYMBOLS, template

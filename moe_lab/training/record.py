@@ -1,24 +1,16 @@
 """What a finished run says of itself: ``result.json``, and the provenance of its trace."""
 
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from moe_lab import __version__
 from moe_lab.accounting import count, flops
+from moe_lab.provenance import versions
 from moe_lab.text import TokenizedText
 from moe_lab.trace import LayerMeta, TraceMeta, open_trace
 from moe_lab.training.config import RATIO_MEANING, RunConfig
 from moe_lab.training.evaluate import Evaluation
-
-
-def versions() -> dict[str, str]:
-    """Versions that a number may depend on."""
-    packages = {name: version(name) for name in ("torch", "numpy", "polars", "tokenizers")}
-    return {"moe_lab": __version__, "python": platform.python_version(), **packages}
 
 
 def trace_meta(config: RunConfig, tokenizer_hash: str, corpus_hash: str) -> TraceMeta:
