@@ -24,11 +24,13 @@ class DecoderOutput:
         logits: [B, S, V].
         loss: mean nats per target, or None without targets.
         routings: one ``Routing`` per MoE layer over the B*S flattened tokens, in layer order.
+        losses: what the model's own parts add to the training loss, by name, their coefficients included.
     """
 
     logits: Tensor
     loss: Tensor | None = None
     routings: list[Routing] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Block(nn.Module):

@@ -209,7 +209,10 @@ class _Run:
             auxiliary = auxiliary + self.config.router_z_loss_coef * z_loss(routing)
             for own in routing.losses.values():
                 auxiliary = auxiliary + self.config.router_own_loss_coef * own
-        return output.loss, auxiliary / max(len(output.routings), 1), output.routings
+        auxiliary = auxiliary / max(len(output.routings), 1)
+        for part in output.losses.values():
+            auxiliary = auxiliary + part
+        return output.loss, auxiliary, output.routings
 
     def _dispatch(self) -> str | None:
         """The dispatch backend that the run's layers used; its sums are ordered in its own way, so the last bits depend on it."""
