@@ -15,7 +15,8 @@ from moe_lab.errors import ConfigError, RunError, expected
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be done: its hash, a readable name, its folder, its configuration as plain values, its cost (FLOPs) and device."""
+    """One run to be done: its hash, a readable name, its folder, its configuration as plain values, its cost (FLOPs), its device, and the
+    memory that it is expected to need there (bytes; 0: unknown)."""
 
     run: str
     name: str
@@ -23,6 +24,7 @@ class Job:
     config: dict[str, Any] = field(repr=False)
     cost: float = 1.0
     device: str = "cpu"
+    memory_bytes: int = 0
 
 
 class Result(StrEnum):
