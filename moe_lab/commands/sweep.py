@@ -75,6 +75,14 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
     )
     parser.add_argument("--max-hours", type=float, default=None, help="start no further run after so long")
     parser.add_argument(
+        "--max-flops",
+        type=float,
+        default=None,
+        metavar="N",
+        help="start no run that would take this call past N training FLOPs (as `sweep plan` counts them)",
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="train runs again that failed in an earlier call")
+    parser.add_argument(
         "--report", type=Path, default=None, metavar="FILE", help="where the page goes (default: report.html in the folder)"
     )
     add_seed(parser)
@@ -149,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
         launcher=args.launcher,
         launcher_options=_launcher_options(args.launcher_option),
         max_hours=args.max_hours,
+        max_flops=args.max_flops,
+        retry_failed=args.retry_failed,
     )
     page = None
     if outcome.finished and not outcome.interrupted:
@@ -157,11 +167,16 @@ def run(args: argparse.Namespace) -> int:
         page = write_report([out], args.report or out / "report.html", command=_command(args))
     if args.json:
         failed = [{"run": run.run, "name": run.name, "reason": run.reason} for run in outcome.failed]
-        print_json({"finished": outcome.finished, "failed": failed, "interrupted": outcome.interrupted, "report": page, "out": out})
+        ended = {"finished": outcome.finished, "failed": failed, "interrupted": outcome.interrupted, "stopped": outcome.stopped}
+        print_json(ended | {"report": page, "out": out})
     else:
         print(f"{len(outcome.finished)} of {len(sweep.runs)} runs finished in {outcome.seconds / 60:.1f} minutes")
         for failure in outcome.failed:
             print(f"failed: {failure.name} ({failure.run}): {failure.reason}", file=sys.stderr)
+        if outcome.failed:
+            print(f"`moe-lab sweep status {out}` shows their last lines, --retry-failed trains them again", file=sys.stderr)
+        if outcome.stopped:
+            print(outcome.stopped)
         if page is not None:
             print(f"report: {page}")
     return 130 if outcome.interrupted else 2 if outcome.failed else 0
@@ -181,10 +196,8 @@ def status(args: argparse.Namespace) -> int:
     if args.json:
         print(frame.write_json())
         return 0
-    import polars as pl
-
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, fmt_str_lengths=80):
-        print(frame)
+    for line in sweeps.status_lines(frame):
+        print(line)
     return 0
 
 

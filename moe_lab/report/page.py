@@ -28,8 +28,8 @@ from moe_lab.report.difficulty import difficulty_section
 from moe_lab.report.format import count_of
 from moe_lab.report.load import load_block
 from moe_lab.report.provenance import provenance
-from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
-from moe_lab.report.verdict import results_table, unfinished_table, verdict_text
+from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather, run_table
+from moe_lab.report.verdict import failed_runs, results_table, unfinished_table, verdict_text
 from moe_lab.report.wall import wall_section
 from moe_lab.report.whose import whose_section
 
@@ -122,12 +122,14 @@ def _content(material: Material, command: str) -> dict[str, Any]:
     blocks: list[Block] = [
         block for block in (frontier, *evidence, load, *compute.blocks, *whose_blocks, *hard, training) if block is not None
     ]
-    data = [(block.name, block.data) for block in blocks] + ([("coloured_text", coloured.data)] if coloured else [])
+    runs = [("runs", run_table(material.runs))] if material.runs else []
+    data = runs + [(block.name, block.data) for block in blocks] + ([("coloured_text", coloured.data)] if coloured else [])
     return {
         "questions": material.questions,
         "verdict": verdict_text(material),
         "results": results_table(material) if material.finished else None,
         "unfinished": unfinished_table(material),
+        "failed": failed_runs(material),
         "meanings": {name: _distinct(material, f"{name}_meaning") for name in ("ratio", "params")},
         "frontier": frontier,
         "wall": wall,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import polars as pl
 
+from moe_lab import failures
 from moe_lab.errors import RunError, expected
 
 if TYPE_CHECKING:
@@ -66,13 +67,14 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder as it was found. ``error`` is one line, for runs that did not finish."""
+    """One run folder as it was found. ``error`` is one line, for runs that did not finish; ``last_lines`` what a failed one said last."""
 
     folder: Path
     state: RunState
     config: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    last_lines: str = ""
 
     @property
     def label(self) -> str:
@@ -157,10 +159,9 @@ def read_run(folder: Path) -> RunRecord:
     if (folder / "done").is_file():
         error = result_error or config_error
         return RunRecord(folder, RunState.FAILED if error else RunState.FINISHED, config, result, error)
-    failure = folder / "error.txt"
-    if failure.is_file():
-        lines = failure.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return RunRecord(folder, RunState.FAILED, config, {}, lines[0][:300] if lines else "failed without a message")
+    if (folder / failures.ERROR).is_file():
+        reason = failures.reason(folder)[:300] or "failed without a message"
+        return RunRecord(folder, RunState.FAILED, config, {}, reason, failures.last_lines(folder))
     status, _ = _read_json(folder / "status.json")
     reached = f"stopped at step {status['step']} of {status['steps']}" if {"step", "steps"} <= set(status) else "not started"
     return RunRecord(folder, RunState.UNFINISHED, config, {}, reached)

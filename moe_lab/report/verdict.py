@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import polars as pl
 
 from moe_lab.errors import MoELabError
-from moe_lab.report.blocks import Table
+from moe_lab.report.blocks import MAX_TABLE_ROWS, Table
 from moe_lab.report.format import NOTHING, count_of, decimal, magnitude
 from moe_lab.report.sources import Material, RunState, run_table
 from moe_lab.report.wall import judge, judged_runs
 
 CANNOT_TELL = "cannot tell"
+MAX_FAILURES = 20
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ def results_table(material: Material) -> Table:
     """One row per finished run."""
     frame = run_table(material.finished)
     rows = []
-    for row in frame.iter_rows(named=True):
+    for row in frame.head(MAX_TABLE_ROWS).iter_rows(named=True):
         texts = [magnitude(row[name]) if digits < 0 else decimal(row[name], digits) for name, _, digits in COLUMNS]
         ratio = NOTHING if row["ratio"] is None else f"{row['ratio']:.4g}"
         rows.append((row["arm"] or row["name"] or row["run"], ratio, NOTHING if row["seed"] is None else str(row["seed"]), *texts))
     header = ("arm", "ratio", "seed", *(heading for _, heading, _ in COLUMNS))
-    return Table(header, tuple(rows), (False, *[True] * (len(header) - 1)))
+    return Table(header, tuple(rows), (False, *[True] * (len(header) - 1)), frame.height - len(rows))
 
 
 def unfinished_table(material: Material) -> Table | None:
@@ -79,5 +80,21 @@ def unfinished_table(material: Material) -> Table | None:
     others = [run for run in material.runs if run.state is not RunState.FINISHED]
     if not others:
         return None
-    rows = tuple((str(run.config.get("name") or run.folder.name), run.state.value, run.error) for run in others)
-    return Table(("run", "state", "why"), rows, (False, False, False))
+    others.sort(key=lambda run: run.state is not RunState.FAILED)
+    rows = tuple((str(run.config.get("name") or run.folder.name), run.state.value, run.error) for run in others[:MAX_TABLE_ROWS])
+    return Table(("run", "state", "why"), rows, (False, False, False), len(others) - len(rows))
+
+
+@dataclass(frozen=True)
+class Failures:
+    """What failed runs said last, as (name, reason, lines); ``left_out`` how many more there are."""
+
+    shown: tuple[tuple[str, str, str], ...]
+    left_out: int
+
+
+def failed_runs(material: Material) -> Failures | None:
+    """The failed runs that left something to read; None without any."""
+    failed = [run for run in material.runs if run.state is RunState.FAILED and run.last_lines]
+    shown = tuple((str(run.config.get("name") or run.folder.name), run.error, run.last_lines) for run in failed[:MAX_FAILURES])
+    return Failures(shown, len(failed) - len(shown)) if failed else None

@@ -2,6 +2,7 @@
 
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import LAUNCHERS, Ending, Job, Launcher, Result
+from moe_lab.sweeps.overview import status_lines
 from moe_lab.sweeps.planning import (
     cheapest_text,
     describe,
@@ -39,5 +40,6 @@ __all__ = [
     "power_text",
     "run",
     "status",
+    "status_lines",
     "wall_minutes",
 ]

@@ -18,8 +18,8 @@ REFRESH_SECONDS = 0.5
 class View(Protocol):
     """What the driver tells whoever watches."""
 
-    def opened(self, finished: Sequence[Job]) -> None:
-        """The sweep begins; these of its runs were finished before."""
+    def opened(self, finished: Sequence[Job], failed: Sequence[Job]) -> None:
+        """The sweep begins; these of its runs were finished before, and these failed and are left alone."""
         ...
 
     def started(self, job: Job) -> None: ...
@@ -38,7 +38,7 @@ def build_view(wanted: bool, store: RunStore, jobs: Sequence[Job]) -> View:
 
 
 class SilentView:
-    def opened(self, finished: Sequence[Job]) -> None: ...
+    def opened(self, finished: Sequence[Job], failed: Sequence[Job]) -> None: ...
     def started(self, job: Job) -> None: ...
     def ended(self, job: Job, ending: Ending) -> None: ...
     def refresh(self, active: Sequence[Job]) -> None: ...
@@ -85,6 +85,12 @@ def figures(progress: Progress) -> str:
     return ", ".join(parts)
 
 
+def opening_line(store: RunStore, jobs: Sequence[Job], finished: Sequence[Job], failed: Sequence[Job]) -> str:
+    """One line for a sweep that begins."""
+    line = f"{len(jobs)} runs in {store.folder}" + (f", {len(finished)} finished before" if finished else "")
+    return line + (f", {len(failed)} failed before (--retry-failed tries them again)" if failed else "")
+
+
 def ending_line(job: Job, ending: Ending, progress: Progress) -> str:
     """One line for a run that stopped."""
     return {
@@ -110,10 +116,10 @@ class PlainView:
         self._forecast = Forecast(jobs, ())
         self._spoke = time.monotonic()
 
-    def opened(self, finished: Sequence[Job]) -> None:
-        self._settled = len(finished)
-        self._forecast = Forecast(self._jobs, finished)
-        self._say(f"{len(self._jobs)} runs in {self._store.folder}" + (f", {len(finished)} finished before" if finished else ""))
+    def opened(self, finished: Sequence[Job], failed: Sequence[Job]) -> None:
+        self._settled = len(finished) + len(failed)
+        self._forecast = Forecast(self._jobs, [*finished, *failed])
+        self._say(opening_line(self._store, self._jobs, finished, failed))
 
     def started(self, job: Job) -> None:
         self._say(f"started   {job.name}  ({job.run})")
@@ -157,10 +163,12 @@ class LiveView:
         self._tasks: dict[str, TaskID] = {}
         self._drawn = 0.0
 
-    def opened(self, finished: Sequence[Job]) -> None:
-        self._forecast = Forecast(self._jobs, finished)
+    def opened(self, finished: Sequence[Job], failed: Sequence[Job]) -> None:
+        self._forecast = Forecast(self._jobs, [*finished, *failed])
         self._bars.start()
-        self._bars.update(self._sweep, completed=len(finished))
+        self._bars.update(self._sweep, completed=len(finished) + len(failed))
+        if failed:
+            self._bars.console.print(opening_line(self._store, self._jobs, finished, failed), markup=False, highlight=False)
 
     def started(self, job: Job) -> None:
         self._tasks[job.run] = self._bars.add_task(job.name, total=None, figures="starting")

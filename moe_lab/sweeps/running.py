@@ -1,7 +1,7 @@
 """Driving a sweep: long runs first, each done once, whatever dies on the way.
 
 The same call on the same folder continues what an earlier one left: finished runs are kept, interrupted ones resume from their
-checkpoints, failed ones get another chance. Two sweeps on one folder share the work.
+checkpoints, failed ones stay failed unless ``retry_failed`` gives them another chance. Two sweeps on one folder share the work.
 """
 
 import signal
@@ -14,18 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_lab.config import require
-from moe_lab.files import write_text
-from moe_lab.sweeps.claims import acquire
+from moe_lab.sweeps.admission import Admission
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import TRAIN, Ending, Job, Launcher, Result, build_launcher
 from moe_lab.sweeps.planning import describe
 from moe_lab.sweeps.progress import View, build_view
-from moe_lab.sweeps.store import DONE, ERROR, RunState, RunStore
+from moe_lab.sweeps.store import Progress, RunState, RunStore
 
 RETRIES = 2
 """How often a run is taken up again after its worker died, within one sweep."""
 POLL_SECONDS = 0.2
 FOREIGN_SECONDS = 1.0
+NOT_ITS_FAULT = "cannot write "
+"""How the reason of a run begins that failed because the store took no more: it is continued as an interrupted one is."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class SweepOutcome:
         failed: with the reason of each in one line.
         interrupted: neither, because the sweep was told to stop; the same command continues them.
         seconds: wall time of this call.
+        stopped: why it left runs to a later call, in one line; empty where it did not.
     """
 
     finished: tuple[str, ...]
     failed: tuple[FailedRun, ...]
     interrupted: tuple[str, ...]
     seconds: float
+    stopped: str = ""
 
     @property
     def complete(self) -> bool:
@@ -65,6 +68,8 @@ def run(
     launcher: str = "local",
     launcher_options: Mapping[str, str] | None = None,
     max_hours: float | None = None,
+    max_flops: float | None = None,
+    retry_failed: bool = False,
     trainer: str = TRAIN,
 ) -> SweepOutcome:
     """Do every run of ``sweep`` that is not finished in the folder ``out``, and say how each ended.
@@ -75,6 +80,9 @@ def run(
         launcher: a name in ``launchers.LAUNCHERS``.
         launcher_options: of that launcher, as texts (``RayOptions``, ``SlurmOptions``).
         max_hours: after so long no further run starts; those that train go on to their end, and the same command continues the rest.
+        max_flops: no run starts that would take this call past so many training FLOPs, as ``plan`` counts them; a resumed run counts with
+            what it has left. A shorter run that still fits goes before a longer one that does not.
+        retry_failed: train runs again that failed in an earlier call. (One that failed because the disk was full is always continued.)
         trainer: ``module:function(config values, run folder)`` for workers to call instead of ``moe_lab.training.train``.
 
     Ctrl-C and SIGTERM stop the workers and return an outcome with ``interrupted`` runs. A run that fails does not stop the others.
@@ -83,18 +91,19 @@ def run(
     """
     require(max_hours is None or max_hours >= 0, "max_hours of at least 0", max_hours)
     began = time.monotonic()
+    admission = Admission(None if max_hours is None else began + 3600 * max_hours, max_flops)
     store = RunStore(out)
     store.check_writable()
     if trainer == TRAIN:
         _tokenize(sweep)
     store.add(sweep)
     jobs = _jobs(sweep, store)
-    driver = _Driver(store, jobs)
+    driver = _Driver(store, jobs, admission)
     with closing(build_view(progress, store, jobs)) as view, _stop_signals() as stop:
-        driver.begin(view)
+        driver.begin(view, retry_failed)
         if driver.queue:
             with closing(build_launcher(launcher, list(driver.queue), workers, trainer, launcher_options)) as pool:
-                driver.drive(pool, view, stop, None if max_hours is None else began + 3600 * max_hours)
+                driver.drive(pool, view, stop)
     return driver.outcome(time.monotonic() - began)
 
 
@@ -118,8 +127,8 @@ def _jobs(sweep: SweepConfig, store: RunStore) -> list[Job]:
 class _Driver:
     """Which runs wait, run, run elsewhere, are finished and have failed."""
 
-    def __init__(self, store: RunStore, jobs: list[Job]) -> None:
-        self.store = store
+    def __init__(self, store: RunStore, jobs: list[Job], admission: Admission) -> None:
+        self.store, self.admission = store, admission
         self.jobs = {job.run: job for job in jobs}
         self.queue: deque[Job] = deque()
         self.active: dict[str, Job] = {}
@@ -128,25 +137,31 @@ class _Driver:
         self.failed: dict[str, str] = {}
         self.deaths: Counter[str] = Counter()
 
-    def begin(self, view: View) -> None:
-        for job in self.jobs.values():
-            if (job.folder / DONE).exists():
-                self.finished.append(job.run)
+    def begin(self, view: View, retry_failed: bool) -> None:
+        left: dict[str, float] = {}
+        for run, state in self.store.states(self.jobs).items():
+            reason = self.store.error(run) if state is RunState.FAILED else ""
+            if state is RunState.FINISHED:
+                self.finished.append(run)
+            elif reason and not retry_failed and not reason.startswith(NOT_ITS_FAULT):
+                self.failed[run] = reason
             else:
-                self.queue.append(job)
-        view.opened([self.jobs[run] for run in self.finished])
+                self.queue.append(self.jobs[run])
+                if state is not RunState.PENDING:
+                    left[run] = 1 - _share_kept(self.jobs[run], self.store.progress(run))
+        self.admission.left = left
+        view.opened([self.jobs[run] for run in self.finished], [self.jobs[run] for run in self.failed])
 
-    def drive(self, pool: Launcher, view: View, stop: threading.Event, deadline: float | None) -> None:
+    def drive(self, pool: Launcher, view: View, stop: threading.Event) -> None:
         looked = time.monotonic()
         while (self.queue or self.active or self.foreign) and not stop.is_set():
-            spent = deadline is not None and time.monotonic() >= deadline
-            if spent and not self.active:
-                return
-            while self.queue and not spent and len(self.active) < pool.slots:
-                job = self.queue.popleft()
+            while len(self.active) < pool.slots and (job := self.admission.next(self.queue, self.active.values())):
+                self.queue.remove(job)
                 self.active[job.run] = job
                 pool.submit(job)
                 view.started(job)
+            if not self.active and self.admission.exhausted(self.queue):
+                return
             for ending in pool.poll(POLL_SECONDS):
                 self._ended(ending, view)
             if self.foreign and time.monotonic() - looked >= FOREIGN_SECONDS:
@@ -158,12 +173,13 @@ class _Driver:
         job = self.active.pop(ending.run)
         if ending.result is Result.BUSY:
             self.foreign[job.run] = job
+            self.admission.give_back(job)
         elif ending.result is Result.DIED and self.deaths[job.run] < RETRIES:
             self.deaths[job.run] += 1
             self.queue.appendleft(job)
         elif ending.result is Result.DIED:
             ending = Ending(job.run, Result.FAILED, f"{ending.reason}, {RETRIES + 1} times")
-            _record_failure(job, ending.reason)
+            self.store.record_failure(job.run, ending.reason)
         self._settle(job, ending, view)
 
     def _settle(self, job: Job, ending: Ending, view: View) -> None:
@@ -191,16 +207,24 @@ class _Driver:
     def outcome(self, seconds: float) -> SweepOutcome:
         failed = tuple(FailedRun(run, self.jobs[run].name, reason) for run, reason in self.failed.items())
         settled = {*self.finished, *self.failed}
-        return SweepOutcome(tuple(self.finished), failed, tuple(run for run in self.jobs if run not in settled), seconds)
+        interrupted = tuple(run for run in self.jobs if run not in settled)
+        return SweepOutcome(tuple(self.finished), failed, interrupted, seconds, self._why_stopped())
+
+    def _why_stopped(self) -> str:
+        """The budget that keeps runs waiting, if one does."""
+        waiting = [job for job in self.queue if job.run not in self.active]
+        if not waiting or not self.admission.exhausted(waiting):
+            return ""
+        if self.admission.out_of_time:
+            return f"{len(waiting)} runs wait: the hours of max_hours are over; the same command goes on"
+        least = min(map(self.admission.cost, waiting))
+        return f"{len(waiting)} runs wait: {self.admission.flops:.3g} FLOPs of max_flops are left, the smallest of them needs {least:.3g}"
 
 
-def _record_failure(job: Job, reason: str) -> None:
-    """Write the dead worker's ``error.txt`` for it, unless someone else has taken the run up by now."""
-    claim = acquire(job.folder)
-    if claim is not None:
-        with claim:
-            if not (job.folder / DONE).exists():
-                write_text(job.folder / ERROR, reason + "\n")
+def _share_kept(job: Job, progress: Progress) -> float:
+    """Of a run's training, what its last checkpoint keeps; its status may be some steps ahead."""
+    every = job.config.get("checkpoint_every", 1)
+    return progress.step // every * every / progress.steps if progress.steps else 0.0
 
 
 @contextmanager

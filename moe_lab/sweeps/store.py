@@ -7,12 +7,15 @@ is the only proof of a whole run; ``error.txt`` tells why one failed; a living c
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lab import failures
 from moe_lab.errors import RunError, expected
+from moe_lab.failures import ERROR
 from moe_lab.files import content_hash, write_json, write_text
 from moe_lab.sweeps.claims import acquire, claimed, holder
 from moe_lab.sweeps.config import SweepConfig
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
 
 PLAN = "sweep.json"
 DONE = "done"
-ERROR = "error.txt"
 SCHEMA_VERSION = 1
 
 
@@ -63,8 +65,19 @@ class RunStore:
     def progress(self, run: str) -> Progress:
         return _progress(self.path(run))
 
+    def states(self, runs: Iterable[str]) -> dict[str, RunState]:
+        return {run: self.state(run) for run in runs}
+
     def error(self, run: str) -> str:
-        return _first_line(self.path(run) / ERROR)
+        return failures.reason(self.path(run))
+
+    def record_failure(self, run: str, reason: str) -> None:
+        """Write ``error.txt`` for a worker that died, unless someone else has taken the run up by now."""
+        claim = acquire(self.path(run))
+        if claim is not None:
+            with claim:
+                if not (self.path(run) / DONE).exists():
+                    write_text(self.path(run) / ERROR, reason + "\n")
 
     def plan(self) -> dict[str, Any]:
         """``{"sweeps": [{hash, name, question, preset, runs}], "runs": {hash: {name, arm, ratio, seed, config}}}``."""
@@ -140,19 +153,12 @@ def _progress(folder: Path) -> Progress:
     return Progress(values.get("step", 0), values.get("steps", 0), values.get("loss"), values.get("tokens_per_second"))
 
 
-def _first_line(path: Path) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.readline().strip()
-    except OSError:
-        return ""
-
-
 def status(folder: Path | str) -> "pl.DataFrame":
     """One row per planned run, in the plan's order: run, name, arm, ratio, seed, state, step, steps, progress (0 to 1), loss,
-    tokens_per_second, error.
+    tokens_per_second, error, last_lines.
 
-    ``loss`` is the validation loss (nats per token) of a finished run, else the last training loss; ``error`` the failed run's one line.
+    ``loss`` is the validation loss (nats per token) of a finished run, else the last training loss; ``error`` the failed run's one line,
+    ``last_lines`` the end of what it printed and of its traceback.
     Reads small files only and may be called at any time, from any machine that sees the folder. Raises ``RunError`` where it is no sweep.
     """
     import polars as pl
@@ -177,7 +183,8 @@ def status(folder: Path | str) -> "pl.DataFrame":
                 "progress": 1.0 if finished else progress.fraction,
                 "loss": result.get("loss", progress.loss),
                 "tokens_per_second": result.get("tokens_per_second", progress.tokens_per_second),
-                "error": _first_line(path / ERROR) if state is RunState.FAILED else "",
+                "error": failures.reason(path) if state is RunState.FAILED else "",
+                "last_lines": failures.last_lines(path) if state is RunState.FAILED else "",
             }
         )
     return pl.DataFrame(rows, schema=_status_schema(), orient="row")
@@ -199,4 +206,5 @@ def _status_schema() -> dict[str, Any]:
         "loss": pl.Float64,
         "tokens_per_second": pl.Float64,
         "error": pl.String,
+        "last_lines": pl.String,
     }

@@ -13,6 +13,7 @@ from report_fixtures import HOSTILE, Shape, make_failed_run, make_run, make_swee
 
 from moe_lab.errors import RunError
 from moe_lab.report import figures, write_report
+from moe_lab.report.blocks import MAX_TABLE_ROWS
 from moe_lab.report.page import script_json
 from moe_lab.trace import open_trace
 
@@ -55,6 +56,28 @@ def test_verdict_and_runs_come_first(page: str) -> None:
 def test_failed_and_unfinished_runs_are_listed_with_their_reason(page: str) -> None:
     assert "topk-64 failed the loss is nan at step 17; try a lower learning rate than 0.3 <b>" in words(page)
     assert "topk-128 unfinished stopped at step 40 of 600" in words(page)
+
+
+def test_failed_runs_show_their_last_lines_as_text(tmp_path: Path) -> None:
+    make_run(tmp_path / "good", "topk", 2, 0, None, [])
+    failed = make_failed_run(tmp_path / "bad", "it broke")
+    (failed / "log.txt").write_text(HOSTILE)
+    page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = re.search(r"<summary>Last lines of topk-64: it broke</summary>\s*<pre[^>]*>(.*?)</pre>", page, flags=re.S)
+    assert shown is not None
+    assert "<" not in shown[1]
+    assert html.unescape(shown[1]) == HOSTILE.replace("\u2028", "") + "\nTraceback (most recent call last):\n  ..."
+
+
+def test_more_runs_than_a_table_holds_are_in_the_data_file(tmp_path: Path) -> None:
+    make_run(tmp_path / "good", "topk", 2, 0, None, [])
+    waiting = {f"w{index}": {"name": f"waits {index}"} for index in range(MAX_TABLE_ROWS + 30)}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": waiting}))
+    page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count(">unfinished</td>") == MAX_TABLE_ROWS
+    assert "30 more rows are in the data file" in page
+    runs = pl.read_parquet(tmp_path / "report_data" / "runs.parquet")
+    assert runs["state"].to_list() == ["finished", *["unfinished"] * len(waiting)]
 
 
 def test_numbers_of_the_runs_are_those_of_result_json(page: str, sweep: Path) -> None:
@@ -102,7 +125,7 @@ def test_each_figure_has_its_data_its_command_and_its_numbers(page: str, sweep_p
     whose = ["domain_specialisation", "domain_divergence", "coactivation", "transitions", "repetition"]
     assert names == ["frontier", *evidence, "expert_load", "ffn_spread", "class_profile", *whose, "training_curves"]
     folder = sweep_page.with_name("a page_data")
-    assert sorted(path.stem for path in folder.iterdir()) == sorted([*names, "coloured_text"])
+    assert sorted(path.stem for path in folder.iterdir()) == sorted([*names, "coloured_text", "runs"])
     for name, figure in zip(names, re.findall(r"<figure.*?</figure>", page, flags=re.S), strict=True):
         assert hasattr(figures, name)
         assert pl.read_parquet(folder / f"{name}.parquet").height > 0

@@ -82,14 +82,25 @@ def test_a_failed_run_stops_no_other_and_says_why(tmp_path: Path, trouble: str, 
     assert "Traceback" in (tmp_path / bad.hash() / "error.txt").read_text()
 
 
-def test_a_failed_run_gets_another_chance_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    bad = StubRun(trouble="needs file")
+def test_a_failed_run_stays_failed_until_it_is_to_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bad, good = StubRun(trouble="needs file"), StubRun(name="good")
     monkeypatch.setenv("STUB_FILE", str(tmp_path / "wanted"))
-    assert len(go(tmp_path, bad).failed) == 1
+    first = go(tmp_path, bad, good)
     (tmp_path / "wanted").touch()
-    assert go(tmp_path, bad).complete
+    again = go(tmp_path, bad, good)
+    assert (again.finished, again.failed) == ((good.hash(),), first.failed)
+    assert len(pids(tmp_path, bad)) == 11
+    assert go(tmp_path, bad, good, retry_failed=True).complete
     assert not (tmp_path / bad.hash() / "error.txt").exists()
-    assert losses(tmp_path) == {bad.name: expected_loss(bad)}
+    assert losses(tmp_path)[bad.name] == expected_loss(bad)
+
+
+def test_a_run_that_a_full_disk_failed_is_continued_by_the_same_command(tmp_path: Path):
+    victim = StubRun()
+    folder = tmp_path / victim.hash()
+    folder.mkdir()
+    (folder / "error.txt").write_text("cannot write x: No space left on device; try another folder or free some space\n")
+    assert go(tmp_path, victim).complete
 
 
 def test_a_worker_that_dies_loses_only_time(tmp_path: Path):

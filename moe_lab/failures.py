@@ -1,0 +1,61 @@
+"""Why a run failed, as it lies in its folder: one line of reason, and the last lines of what it printed and of its traceback.
+
+``error.txt`` holds the reason and, below it, the traceback; ``log.txt`` what the run printed. Both are bounded here and stripped of
+control characters: a run may print anything, and these lines are shown on terminals and pages.
+"""
+
+import os
+import re
+from pathlib import Path
+
+ERROR = "error.txt"
+LOG = "log.txt"
+PRINTED_LINES, TRACEBACK_LINES = 6, 8
+LINE_CHARACTERS = 200
+TAIL_BYTES = 8192
+"""As much of the end of a file is read at most."""
+
+_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|[@-_])")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def reason(folder: Path) -> str:
+    """The first line of ``error.txt``; empty where there is none."""
+    return first_line(_read(folder / ERROR, end=False))
+
+
+def last_lines(folder: Path) -> str:
+    """What the run said last: the end of ``log.txt``, then of the traceback. Empty where it said nothing."""
+    return excerpt(_read(folder / LOG), _read(folder / ERROR))
+
+
+def first_line(error: str) -> str:
+    lines = error.splitlines()
+    return _clean(lines[0]).strip() if lines else ""
+
+
+def excerpt(log: str, error: str) -> str:
+    """``last_lines`` from the ends of the two files."""
+    traceback = error.partition("\n")[2]  # below the reason, or below a line that was cut
+    return "\n".join(_last(log, PRINTED_LINES) + _last(traceback, TRACEBACK_LINES))
+
+
+def _last(text: str, count: int) -> list[str]:
+    # A progress bar overwrites its line: what stood there last counts.
+    lines = [_clean(line.rstrip().rpartition("\r")[2]).rstrip() for line in text.split("\n")]
+    return [line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…" for line in lines if line.strip()][-count:]
+
+
+def _clean(line: str) -> str:
+    return _CONTROL.sub("", _ESCAPE.sub("", line))
+
+
+def _read(path: Path, end: bool = True) -> str:
+    """The last ``TAIL_BYTES`` of a file, or its first; empty where there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES) if end else 0)
+            return file.read(TAIL_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
