@@ -1,9 +1,36 @@
 """The MoE layer and the small decoder around it: ``MoEConfig`` -> ``MoELayer``, ``DecoderConfig`` -> ``Decoder``."""
 
 from moe_lab.model import dispatch
-from moe_lab.model.config import DecoderConfig, MoEConfig
+from moe_lab.model.config import (
+    Amplification,
+    DecoderConfig,
+    LatentAttentionConfig,
+    MoEConfig,
+    MTPConfig,
+    NgramConfig,
+    QKNorm,
+    SparseAttentionConfig,
+    Wiring,
+)
 from moe_lab.model.decoder import IGNORE, Decoder, DecoderOutput
 from moe_lab.model.experts import ExpertBank, SwiGLU
 from moe_lab.model.layer import MoELayer
 
-__all__ = ["IGNORE", "Decoder", "DecoderConfig", "DecoderOutput", "ExpertBank", "MoEConfig", "MoELayer", "SwiGLU", "dispatch"]
+__all__ = [
+    "IGNORE",
+    "Amplification",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderOutput",
+    "ExpertBank",
+    "LatentAttentionConfig",
+    "MTPConfig",
+    "MoEConfig",
+    "MoELayer",
+    "NgramConfig",
+    "QKNorm",
+    "SparseAttentionConfig",
+    "SwiGLU",
+    "Wiring",
+    "dispatch",
+]

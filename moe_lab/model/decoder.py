@@ -1,5 +1,6 @@
 """``Decoder``: a small causal language model whose feed-forwards are MoE layers. One pass returns logits, loss and every ``Routing``."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -7,11 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.errors import ConfigError, expected
-from moe_lab.model.attention import Attention, rotary_tables
-from moe_lab.model.config import DecoderConfig
-from moe_lab.model.experts import SwiGLU
+from moe_lab.model.blocks import build_block
+from moe_lab.model.config import Amplification, DecoderConfig
 from moe_lab.model.layer import MoELayer
+from moe_lab.model.mtp import MTPModule
+from moe_lab.model.ngram import GatedMemory, NgramTables
+from moe_lab.model.rotary import Rotary, rotary_tables
+from moe_lab.model.sparse_attention import Selection
 from moe_lab.routing import RouterContext, Routing
+from moe_lab.routing.losses import hidden_z_loss
 
 IGNORE = -100
 """Target id of positions that have no target."""
@@ -24,30 +29,15 @@ class DecoderOutput:
         logits: [B, S, V].
         loss: mean nats per target, or None without targets.
         routings: one ``Routing`` per MoE layer over the B*S flattened tokens, in layer order.
-        losses: what the model's own parts add to the training loss, by name, their coefficients included.
+        losses: what the model's own parts add to the training loss, by name, their coefficients included; empty without targets.
+        hidden: [B, S, D] hidden states after the last layer, before the last norm.
     """
 
     logits: Tensor
+    hidden: Tensor
     loss: Tensor | None = None
     routings: list[Routing] = field(default_factory=list)
     losses: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Block(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        sparse = layer in config.moe_layers and config.moe is not None
-        self.ffn = MoELayer(config.moe) if sparse and config.moe else SwiGLU(config.d_model, config.dense_width)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: RouterContext) -> tuple[Tensor, Routing | None]:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        if isinstance(self.ffn, MoELayer):
-            y, routing = self.ffn(self.ffn_norm(x), context, return_routing=True)
-            return x + y, routing
-        return x + self.ffn(self.ffn_norm(x)), None
 
 
 class Decoder(nn.Module):
@@ -57,11 +47,19 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        cos, sin = rotary_tables(config.context_length, config.dim_per_head, config.rope_theta)
+        d, ngram, mtp = config.d_model, config.ngram, config.mtp
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        self.embedding_norm = nn.LayerNorm(d) if config.amplification is Amplification.NORM else None
+        self.ngram = NgramTables(ngram, config.vocab_size, d) if ngram and not ngram.layers else None
+        places = ngram.layers if ngram else ()
+        self.memories = nn.ModuleDict(
+            {str(layer): GatedMemory(ngram, config.vocab_size, d, config.norm_eps) for layer in places if ngram is not None}
+        )
+        self.blocks = nn.ModuleList(build_block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(d, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(MTPModule(config, mtp) for _ in range(mtp.num_modules if mtp else 0))
+        cos, sin = rotary_tables(config.context_length, config.rotary_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self._initialise()
@@ -69,15 +67,14 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         std = self.config.initial_std
-        to_residual = std / (2 * self.config.num_layers) ** 0.5
+        to_residual = std / (2 * self.config.num_attentions) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                writes_to_residual = name.endswith((".down", "attention.out.weight"))
-                nn.init.normal_(parameter, std=to_residual if writes_to_residual else std)
+                nn.init.normal_(parameter, std=to_residual if name.endswith(WRITES_TO_STREAM) else std)
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """Layer index -> MoE layer."""
-        return {index: self.blocks[index].ffn for index in self.config.moe_layers}  # type: ignore[misc]
+        return {index: self.blocks[index].moe for index in self.config.moe_layers}  # type: ignore[misc]
 
     def forward(self, ids_BS: Tensor, targets_BS: Tensor | None = None, valid_BS: Tensor | None = None) -> DecoderOutput:
         """Args are int64 [B, S] (``targets`` -100 where there is none) and bool [B, S] (False for padding, which is never counted)."""
@@ -87,15 +84,68 @@ class Decoder(nn.Module):
         context = RouterContext(
             token_ids=ids_BS.reshape(-1), sequence_length=length, valid=None if valid_BS is None else valid_BS.reshape(-1)
         )
-        x = self.embedding(ids_BS)
+        rotary = Rotary(self.cos, self.sin).head(length)
+        x = self.embed(ids_BS)
         routings: list[Routing] = []
-        for block in self.blocks:
-            x, routing = block(x, self.cos, self.sin, context)
+        selection: Selection | None = None
+        for layer, block in enumerate(self.blocks):
+            if str(layer) in self.memories:
+                x = self.memories[str(layer)](x, ids_BS)
+            x, routing, selection = block(x, rotary, context, selection)
             if routing is not None:
                 routings.append(routing)
                 context = replace(context, previous=routing)
-        logits = F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
-        loss = None
-        if targets_BS is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets_BS.reshape(-1), ignore_index=IGNORE)
-        return DecoderOutput(logits, loss, routings)
+        logits = self.logits(self.norm(x))
+        output = DecoderOutput(logits, x, routings=routings)
+        if targets_BS is None:
+            return output
+        losses = self._losses(output, selection, ids_BS, targets_BS, valid_BS)
+        return replace(output, loss=_cross_entropy(logits, targets_BS), losses=losses)
+
+    def embed(self, ids_BS: Tensor) -> Tensor:
+        """[B, S, D]: token embedding, the mean with its n-gram tables where they stand beside it, amplified."""
+        x = self.embedding(ids_BS)
+        if self.ngram is not None:
+            x = (x + self.ngram(ids_BS)) / (self.ngram.config.num_tables + 1)
+        if self.embedding_norm is not None:
+            return self.embedding_norm(x)
+        return x * self.config.d_model**0.5 if self.config.amplification is Amplification.SQRT else x
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[B, S, D] normed hidden states -> [B, S, V]."""
+        return F.linear(normed, self.embedding.weight if self.head is None else self.head.weight)
+
+    def drafts(self, hidden: Tensor, ids_BS: Tensor) -> Iterator[Tensor]:
+        """For each MTP module k = 1, 2, ...: logits [B, S - k, V] whose entry i predicts the token at i + k + 1.
+
+        Args:
+            hidden: ``DecoderOutput.hidden`` of the same ids. ids_BS: token i + k is what module k reads at i.
+        """
+        for number, module in enumerate(self.mtp, start=1):
+            length = ids_BS.shape[1] - number
+            hidden = module(hidden[:, :length], self.embedding(ids_BS[:, number:]), Rotary(self.cos, self.sin).head(length))
+            yield self.logits(module.norm(hidden))
+
+    def _losses(
+        self, output: DecoderOutput, selection: Selection | None, ids_BS: Tensor, targets_BS: Tensor, valid_BS: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The losses of the decoder's own parts, their coefficients included."""
+        config, losses = self.config, {}
+        if config.mtp is not None:
+            drafts = self.drafts(output.hidden, ids_BS)
+            each = [_cross_entropy(logits, targets_BS[:, number:]) for number, logits in enumerate(drafts, start=1)]
+            losses["mtp"] = config.mtp.loss_coef * torch.stack(each).mean()
+        if config.sparse_attention is not None and selection is not None and selection.losses:
+            losses["indexer"] = config.sparse_attention.loss_coef * torch.stack(selection.losses).mean()
+        if config.hidden_z_loss_coef:
+            valid = None if valid_BS is None else valid_BS.reshape(-1)
+            losses["hidden_z"] = config.hidden_z_loss_coef * hidden_z_loss(output.hidden.flatten(0, 1).float(), valid)
+        return losses
+
+
+WRITES_TO_STREAM = (".down", "attention.out.weight", "attentions.0.out.weight", "attentions.1.out.weight", "latent_up.weight")
+"""Ends of the names of the matrices that write to the residual stream."""
+
+
+def _cross_entropy(logits: Tensor, targets_BS: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets_BS.reshape(-1), ignore_index=IGNORE)

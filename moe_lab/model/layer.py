@@ -13,13 +13,20 @@ from moe_lab.routing import RouterContext, Routing, build_router
 
 
 class MoELayer(nn.Module):
-    """``y = sum_real w_i E_i(x) + sum_zero w_i Z_i(x) + shared(x)`` for the slots that the router selected (see ``ZeroExperts`` for Z)."""
+    """``y = sum_real w_i E_i(x) + sum_zero w_i Z_i(x) + shared(x)`` for the slots that the router selected (see ``ZeroExperts`` for Z).
+
+    Latent experts (``d_latent``): the first sum is ``U rms(sum_real w_i E_i(D x))`` with matrices D and U around all experts (Kimi K3).
+    """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
         self.router = build_router(config.router, config.d_model)
-        self.experts = ExpertBank(config.router.num_experts, config.d_model, config.d_expert)
+        self.experts = ExpertBank(config.router.num_experts, config.expert_input_width, config.d_expert)
+        latent = config.d_latent
+        self.latent_down = None if latent is None else nn.Linear(config.d_model, latent, bias=False)
+        self.latent_norm = None if latent is None else nn.RMSNorm(latent)
+        self.latent_up = None if latent is None else nn.Linear(latent, config.d_model, bias=False)
         self.zero_experts = ZeroExperts(config.router.zero_kinds, config.d_model) if config.router.num_zero_experts else None
         self.shared = SwiGLU(config.d_model, config.num_shared_experts * config.d_expert) if config.num_shared_experts else None
         self.dispatch = backend(config.dispatch)
@@ -40,8 +47,10 @@ class MoELayer(nn.Module):
             raise ConfigError(expected(f"a last axis of d_model {self.config.d_model}", list(x.shape)))
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD, context)
-        tokens_TD, bank = under_autocast(x_TD, self.experts)
+        tokens_TD, bank = under_autocast(x_TD if self.latent_down is None else self.latent_down(x_TD), self.experts)
         y_TD = self.dispatch(tokens_TD, routing, bank)
+        if self.latent_up is not None and self.latent_norm is not None:
+            y_TD = self.latent_up(self.latent_norm(y_TD))
         if self.zero_experts is not None:
             y_TD = y_TD + self.zero_experts(x_TD, routing)
         if self.shared is not None:

@@ -15,6 +15,7 @@ from moe_lab.routing.config import (
 )
 from moe_lab.routing.controllers import ControllerConfig, ControllerKind
 from moe_lab.routing.router import ROUTERS, Router, RouterContext, build_router, register
+from moe_lab.routing.routers.scored_hash import hash_twin
 from moe_lab.routing.routing import UNUSED, Routing
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ZeroExpertKind",
     "build_router",
     "controllers",
+    "hash_twin",
     "losses",
     "monitors",
     "register",

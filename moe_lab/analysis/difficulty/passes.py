@@ -151,8 +151,8 @@ class _NormRatios:
 
     def __enter__(self) -> "_NormRatios":
         for block in self.blocks:
-            self.handles.append(block.ffn_norm.register_forward_pre_hook(self._stream))
-            self.handles.append(block.ffn.register_forward_hook(self._output))
+            self.handles.append(block.moe_norm.register_forward_pre_hook(self._stream))
+            self.handles.append(block.moe.register_forward_hook(self._output))
         return self
 
     def __exit__(self, *_: object) -> None:

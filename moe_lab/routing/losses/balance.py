@@ -8,7 +8,8 @@ kbar the mean number of used slots per token. ``scale`` says what the value is a
 
 ``scope`` says over which tokens f and P are taken: the ``"batch"`` (one micro-batch on one rank), each ``"sequence"`` (then the mean over
 sequences, DeepSeek-V3), or ``"global"``: f from ``counts`` that the caller accumulated over micro-batches or all-reduced over ranks
-(arXiv 2501.11873), P from this micro-batch, whose gradients then add up to the global one.
+(arXiv 2501.11873), P from this micro-batch, whose gradients then add up to the global one. With ``tokens``, the number of tokens that
+``counts`` come from, P and kbar are shares of theirs too: the losses of the parts, padding in them or not, add up to that of the whole.
 
 Capacity dropping does not change a loss: f counts what was selected. Average layers after the loss, never before: pooling hides the
 collapse of single layers.
@@ -47,20 +48,26 @@ class Shares(NamedTuple):
         return torch.where(self.present, values_N, 0.0).sum() / self.present.sum().clamp_min(1)
 
 
-def shares(routing: Routing, scope: Scope = "batch", *, counts: Tensor | None = None, sequence_length: int | None = None) -> Shares:
+def shares(
+    routing: Routing,
+    scope: Scope = "batch",
+    *,
+    counts: Tensor | None = None,
+    tokens: Tensor | None = None,
+    sequence_length: int | None = None,
+) -> Shares:
     """f, P and kbar of a scope; padding is left out. Raises ``ConfigError`` where the scope lacks its argument."""
     scores_TE = routing.scores
     normalised_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores_TE.dtype).tiny)
-    tokens, experts = scores_TE.shape
+    length, experts = scores_TE.shape
     valid_T = torch.ones_like(routing.indices[:, 0], dtype=torch.bool) if routing.valid is None else routing.valid
     normalised_TE = normalised_TE * valid_T.unsqueeze(1)
+    groups = 1
     if scope == "sequence":
-        if sequence_length is None or tokens % sequence_length:
-            raise ConfigError(expected(f"a sequence_length that divides {tokens} tokens for scope 'sequence'", sequence_length))
-        length, groups = sequence_length, tokens // sequence_length
-    elif scope in ("batch", "global"):
-        length, groups = tokens, 1
-    else:
+        if sequence_length is None or length % sequence_length:
+            raise ConfigError(expected(f"a sequence_length that divides {length} tokens for scope 'sequence'", sequence_length))
+        length, groups = sequence_length, length // sequence_length
+    elif scope not in ("batch", "global"):
         raise ConfigError(expected("scope among batch, sequence, global", repr(scope)))
     tokens_N = valid_T.view(groups, length).sum(dim=1)
     counts_NE = routing.grouped_counts(groups).to(scores_TE.dtype)
@@ -70,6 +77,9 @@ def shares(routing: Routing, scope: Scope = "batch", *, counts: Tensor | None = 
             got = None if counts is None else list(counts.shape)
             raise ConfigError(expected(f"counts of shape [{experts}] for scope 'global'", got, "summing Routing.selected_counts()"))
         counts_NE = counts.to(scores_TE.dtype).unsqueeze(0)
+        if tokens is not None:
+            tokens_N = tokens.reshape(1)
+            slots_N = counts_NE.sum(dim=1) / tokens_N.clamp_min(1)
     return Shares(
         load=counts_NE / counts_NE.sum(dim=1, keepdim=True).clamp_min(1),
         probability=normalised_TE.view(groups, length, experts).sum(dim=1) / tokens_N.clamp_min(1).unsqueeze(1),
@@ -84,6 +94,7 @@ def load_balancing_loss(
     scale: Scale = "one",
     scope: Scope = "batch",
     counts: Tensor | None = None,
+    tokens: Tensor | None = None,
     sequence_length: int | None = None,
 ) -> Tensor:
     """Switch Transformer's loss (arXiv 2101.03961, eq. 4) over one layer, for any number of slots.
@@ -91,12 +102,12 @@ def load_balancing_loss(
     Args:
         routing: one layer's decisions; padding is left out by ``routing.valid``.
         scale: value at uniform load: 1, or the mean number of used slots per token (Hugging Face).
-        scope: see the module. ``counts`` [E] go with "global", ``sequence_length`` with "sequence".
+        scope: see the module. ``counts`` [E] and, on request, ``tokens`` [] go with "global", ``sequence_length`` with "sequence".
 
     Returns:
         Scalar; the gradient reaches the scores alone.
     """
-    found = shares(routing, scope, counts=counts, sequence_length=sequence_length)
+    found = shares(routing, scope, counts=counts, tokens=tokens, sequence_length=sequence_length)
     experts = routing.scores.shape[1]
     return found.mean(experts * (found.load * found.probability).sum(dim=1), scale)
 
@@ -108,13 +119,14 @@ def heterogeneous_loss(
     scale: Scale = "one",
     scope: Scope = "batch",
     counts: Tensor | None = None,
+    tokens: Tensor | None = None,
     sequence_length: int | None = None,
 ) -> Tensor:
     """MoE++'s loss (arXiv 2410.07348, eq. 7): ``E sum eta_i f_i P_i``, eta = 1 for real experts and tau = ``ffn_share`` for the others.
 
     The paper writes ``sum eta_i f_i P_i`` with f the share of tokens: its value is that of ``scale="top_k"`` divided by E.
     """
-    found = shares(routing, scope, counts=counts, sequence_length=sequence_length)
+    found = shares(routing, scope, counts=counts, tokens=tokens, sequence_length=sequence_length)
     experts = routing.scores.shape[1]
     eta_E = torch.ones(experts, dtype=found.load.dtype, device=found.load.device)
     eta_E[routing.num_experts :] = ffn_share
@@ -127,10 +139,11 @@ def null_loss(
     scale: Scale = "one",
     scope: Scope = "batch",
     counts: Tensor | None = None,
+    tokens: Tensor | None = None,
     sequence_length: int | None = None,
 ) -> Tensor:
     """AdaMoE's loss (arXiv 2406.13233, eq. 6): null experts are alike, so each one's load is the mean load of them all."""
-    found = shares(routing, scope, counts=counts, sequence_length=sequence_length)
+    found = shares(routing, scope, counts=counts, tokens=tokens, sequence_length=sequence_length)
     experts, real = routing.scores.shape[1], routing.num_experts
     nulls_NE = found.load[:, real:]
     if nulls_NE.shape[1]:
@@ -146,6 +159,7 @@ def device_loss(
     scale: Scale = "one",
     scope: Scope = "batch",
     counts: Tensor | None = None,
+    tokens: Tensor | None = None,
     sequence_length: int | None = None,
 ) -> Tensor:
     """DeepSeekMoE's device-level loss (arXiv 2401.06066, eq. 15-17): ``sum_d f'_d P'_d``, f' the mean relative load of the device's
@@ -156,7 +170,7 @@ def device_loss(
     """
     experts = routing.scores.shape[1]
     members_DE = membership(groups, experts, routing.scores)
-    found = shares(routing, scope, counts=counts, sequence_length=sequence_length)
+    found = shares(routing, scope, counts=counts, tokens=tokens, sequence_length=sequence_length)
     load_ND = experts * found.load @ members_DE.t() / members_DE.sum(dim=1)
     return found.mean((load_ND * (found.probability @ members_DE.t())).sum(dim=1), scale)
 
@@ -169,6 +183,7 @@ def longcat_device_loss(
     scale: Scale = "one",
     scope: Scope = "batch",
     counts: Tensor | None = None,
+    tokens: Tensor | None = None,
     sequence_length: int | None = None,
 ) -> Tensor:
     """LongCat-Flash's device-level loss (arXiv 2509.01322, section 2.1): D groups of real experts and one of all zero-compute experts.
@@ -180,7 +195,7 @@ def longcat_device_loss(
     require(routing.num_zero_experts > 0, "zero-compute experts for longcat_device_loss", 0, "device_loss")
     require(0 < target_ffn_count < routing.top_k, f"target_ffn_count between 0 and {routing.top_k}", target_ffn_count)
     members_DE = membership(num_devices, real, routing.scores)
-    found = shares(routing, scope, counts=counts, sequence_length=sequence_length)
+    found = shares(routing, scope, counts=counts, tokens=tokens, sequence_length=sequence_length)
     real_load = found.load[:, :real] @ members_DE.t() * num_devices * routing.top_k / target_ffn_count
     zero_load = found.load[:, real:experts].sum(dim=1) * routing.top_k / (routing.top_k - target_ffn_count)
     real_part = (real_load * (found.probability[:, :real] @ members_DE.t())).sum(dim=1)

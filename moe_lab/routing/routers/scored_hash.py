@@ -6,10 +6,11 @@ Experts are ``table[token id]``; their weights are the router's scores at those 
 
 from torch import Tensor
 
-from moe_lab.routing.config import HashTable, RouterConfig, ScoreFunc
+from moe_lab.config import require
+from moe_lab.routing.config import HashTable, RouterConfig, ScoreFunc, Weighting, router_class
 from moe_lab.routing.router import RouterContext, fields, register
 from moe_lab.routing.routers.hash import TABLE, TableRouter
-from moe_lab.routing.routers.token_choice import SCORES
+from moe_lab.routing.routers.token_choice import SCORES, TokenChoice
 from moe_lab.routing.routing import Routing
 
 
@@ -42,3 +43,29 @@ class ScoredHash(TableRouter):
             num_experts=self.config.num_experts,
             valid=context.valid,
         )
+
+
+def hash_twin(router: RouterConfig, vocab_size: int, seed: int = 0) -> RouterConfig:
+    """The hash layer that stands beside layers of ``router``: as many experts and slots, weights made by the same formula.
+
+    Raises:
+        ConfigError: routers with zero-compute experts, or a kind whose weights are no per-expert score (it has no such twin).
+    """
+    kind = router_class(router.kind)
+    require(router.num_zero_experts == 0, "no zero-compute experts in hash layers", router.num_zero_experts)
+    require(issubclass(kind, TokenChoice), "a token-choice router beside hash layers", repr(router.kind))
+    require(router.norm_p is None, "no norm_p beside hash layers", router.norm_p)
+    asked = {name: getattr(kind, "fixed", {}).get(name) or getattr(router, name) for name in ("score_func", "weighting", "norm_topk_prob")}
+    # The softmax of the selected logits is the softmax of all of them, renormalised.
+    selected = asked["weighting"] == Weighting.SELECTED_SOFTMAX
+    return RouterConfig(
+        kind="scored_hash",
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        norm_topk_prob=selected or bool(asked["norm_topk_prob"]),
+        norm_eps=kind.options.get("norm_eps") if router.norm_eps is None else router.norm_eps,
+        routed_scaling_factor=router.routed_scaling_factor,
+        score_func=ScoreFunc.SOFTMAX if selected else asked["score_func"] or kind.options.get("score_func"),
+        vocab_size=vocab_size,
+        hash_seed=seed,
+    )
