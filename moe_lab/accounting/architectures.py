@@ -11,12 +11,27 @@ from moe_lab.accounting.families import (
     linear,
     longcat,
     own,
+    own_decoder,
     qwen,
     singular,
     state_space,
 )
 
-_FAMILIES = (deepseek, encoder_decoder, grouped, grouped_shared, inkling, latent, linear, longcat, own, qwen, singular, state_space)
+_FAMILIES = (
+    deepseek,
+    encoder_decoder,
+    grouped,
+    grouped_shared,
+    inkling,
+    latent,
+    linear,
+    longcat,
+    own,
+    own_decoder,
+    qwen,
+    singular,
+    state_space,
+)
 
 ARCHITECTURES: dict[str, Architecture] = {name: row for family in _FAMILIES for name, row in family.ROWS.items()}
 

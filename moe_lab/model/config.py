@@ -247,7 +247,7 @@ class DecoderConfig(Config):
             require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
         if self.head_dim is None and self.latent_attention is None:
             require(self.d_model % self.num_heads == 0, f"d_model divisible by num_heads {self.num_heads}", self.d_model, "head_dim=")
-        require(self.dim_per_head % 2 == 0 and self.dim_per_head > 0, "an even head_dim (rotary pairs)", self.dim_per_head)
+        require(self.rotary_dim % 2 == 0 and self.rotary_dim > 0, "an even head_dim (rotary pairs)", self.rotary_dim)
         require(
             self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0, f"num_kv_heads dividing num_heads {self.num_heads}", self.kv_heads
         )

@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(build_block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(d, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(d, config.vocab_size, bias=False)
-        self.mtp = nn.ModuleList(MTPModule(config, mtp) for _ in range(mtp.num_modules if mtp else 0))
+        self.mtp = nn.ModuleList([MTPModule(config, mtp) for _ in range(mtp.num_modules)] if mtp else [])
         cos, sin = rotary_tables(config.context_length, config.rotary_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -122,6 +122,7 @@ class Decoder(nn.Module):
             hidden: ``DecoderOutput.hidden`` of the same ids. ids_BS: token i + k is what module k reads at i.
         """
         for number, module in enumerate(self.mtp, start=1):
+            assert isinstance(module, MTPModule)
             length = ids_BS.shape[1] - number
             hidden = module(hidden[:, :length], self.embedding(ids_BS[:, number:]), Rotary(self.cos, self.sin).head(length))
             yield self.logits(module.norm(hidden))

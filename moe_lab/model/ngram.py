@@ -53,9 +53,11 @@ class NgramTables(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.rows = config, vocab_size, config.table_rows(vocab_size)
         self.document_start = vocab_size - 1 if config.document_start is None else config.document_start
-        width = d_model // config.num_tables
-        self.tables = nn.ModuleList(nn.Embedding(size, width, sparse=sparse) for size in self.rows)
-        self.projections = nn.ModuleList(nn.Linear(width, d_model, bias=False) for _ in self.rows)
+        width, self.sparse = d_model // config.num_tables, sparse
+        self.tables = nn.ParameterList(nn.Parameter(torch.empty(size, width)) for size in self.rows)
+        self.projection = nn.Parameter(torch.empty(d_model, d_model))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=d_model**-0.5)
 
     def ids(self, ids_BS: Tensor) -> Tensor:
         """[M, B, S] rows that the tokens read."""
@@ -63,12 +65,12 @@ class NgramTables(nn.Module):
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """[B, S, D] sum of the tables' projected rows."""
-        return self.project([table(rows_BS) for table, rows_BS in zip(self.tables, self.ids(ids_BS), strict=True)])
+        ids_MBS = self.ids(ids_BS)
+        return self.project([F.embedding(rows, table, sparse=self.sparse) for table, rows in zip(self.tables, ids_MBS, strict=True)])
 
     def project(self, rows_BSd: Sequence[Tensor]) -> Tensor:
-        """Rows of each table -> [B, S, D]."""
-        weight = torch.cat([projection.weight for projection in self.projections], dim=1)
-        return F.linear(torch.cat(list(rows_BSd), dim=2), weight)
+        """Rows of each table -> [B, S, D]. The columns of ``projection`` are the tables' matrices W, side by side."""
+        return F.linear(torch.cat(list(rows_BSd), dim=2), self.projection)
 
     def shard(self, rank: int, world_size: int) -> "NgramShard":
         """The rows of every table that process ``rank`` of ``world_size`` holds."""
@@ -83,7 +85,7 @@ class NgramShard(nn.Module):
         require(0 <= rank < world_size, f"a rank of 0 to {world_size - 1}", rank)
         bounds = [(rank * size // world_size, (rank + 1) * size // world_size) for size in tables.rows]
         self.bounds = bounds
-        weights = (table.weight[low:high].detach().clone() for table, (low, high) in zip(tables.tables, bounds, strict=True))
+        weights = (table[low:high].detach().clone() for table, (low, high) in zip(tables.tables, bounds, strict=True))
         self.tables = nn.ParameterList(nn.Parameter(weight) for weight in weights)
 
     def forward(self, ids_MBS: Tensor) -> list[Tensor]:

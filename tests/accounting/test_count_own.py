@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from moe_lab.accounting import count
 from moe_lab.accounting.families.own import ROUTERS as COUNTED_ROUTERS
 from moe_lab.errors import ConfigError
-from moe_lab.model import DecoderConfig, MoEConfig
+from moe_lab.model import (
+    Amplification,
+    DecoderConfig,
+    LatentAttentionConfig,
+    MoEConfig,
+    MTPConfig,
+    NgramConfig,
+    QKNorm,
+    SparseAttentionConfig,
+    Wiring,
+)
 from moe_lab.routing import ROUTERS, ControllerConfig, RouterConfig
 
 FIXED = ("softmax_topk", "sigmoid_topk", "deepseek_v3", "noisy_topk", "gemma", "dynmoe", "top_p", "remoe")
@@ -61,6 +71,56 @@ def test_count_of_any_decoder_is_the_sum_of_numel(config: DecoderConfig) -> None
     assert counted.total == numel(config.build())
     assert count(config.to_dict()).total == counted.total
     assert counted.by_part["head"] == (0 if config.tie_embeddings else config.vocab_size * config.d_model)
+
+
+@st.composite
+def decoders_of_parts(draw: st.DrawFn) -> DecoderConfig:
+    """Every part that some architecture adds, in any combination that makes a decoder."""
+    d, layers = 12 * draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    zero = draw(st.integers(0, 3))
+    hashed = 0 if zero else draw(st.integers(0, layers))
+    router = RouterConfig(kind="longcat" if zero else "sqrt_softplus_topk", num_experts=5, top_k=2, num_zero_experts=zero)
+    moe = MoEConfig(d, 7, router, draw(st.integers(0, 2)), d_latent=draw(st.sampled_from((None, 5))))
+    latent = LatentAttentionConfig(
+        kv_rank=draw(st.integers(1, 9)), q_rank=draw(st.sampled_from((None, 6))), nope_dim=3, rope_dim=2, value_dim=draw(st.integers(1, 5))
+    )
+    latent_or_none = draw(st.sampled_from((None, latent)))
+    return DecoderConfig(
+        vocab_size=draw(st.integers(5, 60)),
+        num_layers=layers,
+        d_model=d,
+        num_heads=2,
+        num_kv_heads=None if latent_or_none else draw(st.sampled_from((1, 2, None))),
+        context_length=16,
+        moe=draw(st.sampled_from((moe, moe, None))) if not hashed else moe,
+        num_hash_layers=hashed,
+        d_dense=draw(st.integers(1, 20)),
+        wiring=draw(st.sampled_from(Wiring)),
+        qk_norm=QKNorm.NONE if latent_or_none else draw(st.sampled_from(QKNorm)),
+        latent_attention=latent_or_none,
+        sparse_attention=draw(st.sampled_from((None, SparseAttentionConfig(top_k=4, head_dim=18, share=draw(st.integers(1, 3)))))),
+        ngram=draw(st.sampled_from((None, NgramConfig(3, 2, draw(st.floats(0.1, 0.9)), draw(st.sampled_from(((), (0,), (layers - 1,)))))))),
+        mtp=draw(st.sampled_from((None, MTPConfig(2), MTPConfig(1, d_hidden=9)))),
+        amplification=draw(st.sampled_from(Amplification)),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(decoders_of_parts())
+def test_count_of_any_combination_of_parts_is_the_sum_of_numel(config: DecoderConfig) -> None:
+    model, counted = config.build(), count(config)
+    assert counted.mtp == numel(model.mtp)
+    assert counted.total == numel(model) - counted.mtp
+    assert count(config.to_dict()).by_part == counted.by_part
+    assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_configuration_of_before_the_parts_counts_as_it_did() -> None:
+    config = DecoderConfig(d_model=32, num_heads=4, moe=MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2)))
+    old = {"vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "context_length", "moe", "num_dense_layers",
+           "d_dense", "tie_embeddings", "rope_theta", "norm_eps", "init_std"}  # fmt: skip
+    assert count({name: value for name, value in config.to_dict().items() if name in old}).by_part == count(config).by_part
 
 
 SHAPES: tuple[dict[str, Any], ...] = (

@@ -10,7 +10,7 @@ from moe_lab.accounting import count, find_model, flops
 from moe_lab.accounting.parts import Attend, Index, Recur
 from moe_lab.accounting.work import capped_sum, kernel_flops
 from moe_lab.errors import ConfigError
-from moe_lab.model import DecoderConfig, MoEConfig
+from moe_lab.model import DecoderConfig, LatentAttentionConfig, MoEConfig, NgramConfig, SparseAttentionConfig, Wiring
 from moe_lab.routing import RouterConfig
 
 WITHIN = 0.01
@@ -63,6 +63,30 @@ DECODERS = {
         num_dense_layers=1,
         d_dense=100,
     ),
+    "shortcut with latent attention and latent experts": DecoderConfig(
+        vocab_size=120,
+        num_layers=2,
+        d_model=48,
+        num_heads=4,
+        context_length=96,
+        moe=MoEConfig(48, 24, RouterConfig(num_experts=8, top_k=2), d_latent=20),
+        d_dense=60,
+        wiring=Wiring.SHORTCUT,
+        latent_attention=LatentAttentionConfig(kv_rank=20, q_rank=24, nope_dim=10, rope_dim=4, value_dim=8),
+    ),
+    "n-gram tables and a gated place": DecoderConfig(
+        vocab_size=120, num_layers=2, d_model=48, num_heads=4, context_length=96, d_dense=60, ngram=NgramConfig(layers=(1,))
+    ),
+    "sparse attention that layers share": DecoderConfig(
+        vocab_size=120,
+        num_layers=4,
+        d_model=48,
+        num_heads=4,
+        num_kv_heads=2,
+        context_length=96,
+        d_dense=60,
+        sparse_attention=SparseAttentionConfig(top_k=24, num_heads=3, head_dim=16, share=2),
+    ),
 }
 
 
@@ -76,7 +100,8 @@ def test_flops_of_our_decoders_agree_with_torchs_counter(name: str) -> None:
         trained = counted_by_torch(config.build(), ids, backward=True)
     ours = flops(config, length, "prefill")
     assert 2 * length * ours.forward == pytest.approx(seen, rel=WITHIN)
-    assert 2 * length * ours.training == pytest.approx(trained, rel=WITHIN)
+    if config.sparse_attention is None:  # an indexer has no gradient from the logits: it learns from a loss of its own
+        assert 2 * length * ours.training == pytest.approx(trained, rel=WITHIN)
 
 
 def test_a_causal_kernel_does_half_of_the_scores() -> None:

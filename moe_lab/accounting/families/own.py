@@ -1,4 +1,4 @@
-"""The decoders of ``moe_lab.model``, from their plain configuration: no import of torch is needed to count them.
+"""The MoE layers of ``moe_lab.model``, from their plain configuration: no import of torch is needed to count them.
 
 ``ROUTERS`` says for each router kind what it learns beside its weight matrix, and how many experts a token may run.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import choose, dense, gqa, norms, shared, width
+from moe_lab.accounting.blocks import shared, width
 from moe_lab.accounting.families.longcat import K_E, real_experts
 from moe_lab.accounting.fields import Fields, nested
 from moe_lab.accounting.formulas import gated_ffn
@@ -15,26 +15,6 @@ from moe_lab.accounting.parts import Part, Piece, Pieces, Used, linear, norm, ti
 from moe_lab.errors import ConfigError, expected
 
 R = Part.ROUTER
-
-
-def flatten(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``DecoderConfig.to_dict()`` under the names used here."""
-    moe = nested(values, "moe")
-    flat: dict[str, Any] = {
-        "vocab_size": values.get("vocab_size"),
-        "num_hidden_layers": values.get("num_layers"),
-        "num_attention_heads": values.get("num_heads"),
-        "num_key_value_heads": values.get("num_kv_heads") or values.get("num_heads"),
-        "head_dim": values.get("head_dim"),
-        "tie_word_embeddings": values.get("tie_embeddings"),
-        "num_dense_layers": values.get("num_dense_layers", 0) if moe else values.get("num_layers"),
-        "intermediate_size": values.get("d_dense"),
-        "context_length": values.get("context_length"),
-    }
-    d_expert, top_k, copies = moe.get("d_expert"), nested(moe, "router").get("top_k"), moe.get("num_shared_experts", 0)
-    if flat["intermediate_size"] is None and all(isinstance(size, int) for size in (d_expert, top_k, copies)):
-        flat["intermediate_size"] = d_expert * (top_k + copies)  # type: ignore[operator]
-    return {**(flatten_layer(moe) if moe else {}), **flat, "hidden_size": values.get("d_model")}
 
 
 def flatten_layer(moe: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -46,6 +26,7 @@ def flatten_layer(moe: Mapping[str, Any]) -> Mapping[str, Any]:
         "num_hidden_layers": 1,
         "moe_intermediate_size": moe.get("d_expert"),
         "n_shared_experts": moe.get("num_shared_experts", 0),
+        "moe_latent_size": moe.get("d_latent"),
         "zero_expert_num": router.get("num_zero_experts", 0),
         "num_experts_per_tok": router.get("top_k"),
         K_E: nested(router, "controller").get("target_ffn_count"),
@@ -181,21 +162,28 @@ def constants(f: Fields, run: Used) -> Pieces:
 
 
 def layer(f: Fields) -> Pieces:
-    """Router, real experts, zero-computation experts, shared experts."""
+    """Router, real experts and the projections around them, zero-computation experts, shared experts."""
     kind = f.text("kind")
     if kind not in ROUTERS:
         raise ConfigError(expected(f"a router kind with a closed form ({', '.join(sorted(ROUTERS))})", repr(kind)))
     row = ROUTERS[kind]
-    experts, run = f.size("num_experts"), row.used(f)
-    routed = times(gated_ffn(Part.ROUTED, width(f), f.size("moe_intermediate_size")), experts, run)
-    return (*row.learned(f), *routed, *constants(f, run), *shared()(f))
+    return (*row.learned(f), *routed(f, row.used(f)), *shared()(f))
 
 
-def leading(f: Fields) -> list[bool]:
-    return [number >= f.size("num_dense_layers", 0) for number in range(f.num_layers)]
+def hash_layer(f: Fields) -> Pieces:
+    """A hash layer beside layers of any router: a plain matrix that weighs K experts from a table."""
+    k = f.size("num_experts_per_tok")
+    return (linear(R, "router", width(f), f.size("num_experts")), *routed(f, Used(k, k, k)), *shared()(f))
 
 
-ROWS = {
-    "moe_lab": Architecture(blocks=(gqa(), choose(leading, layer, dense()), norms(2)), prepare=flatten),
-    "moe_lab_layer": Architecture(blocks=(layer,), top=none, prepare=flatten_layer),
-}
+def routed(f: Fields, run: Used) -> Pieces:
+    """Real experts, on the stream or on a latent of it, and zero-computation experts."""
+    d, latent = width(f), f.size_or("moe_latent_size", 0)
+    experts = times(gated_ffn(Part.ROUTED, latent or d, f.size("moe_intermediate_size")), f.size("num_experts"), run)
+    if not latent:
+        return (*experts, *constants(f, run))
+    around = (linear(Part.OTHER, "latent_down", d, latent), norm("latent_norm", latent), linear(Part.OTHER, "latent_up", latent, d))
+    return (*experts, *around, *constants(f, run))
+
+
+ROWS = {"moe_lab_layer": Architecture(blocks=(layer,), top=none, prepare=flatten_layer)}
