@@ -27,6 +27,7 @@ FLOORS = {
     "training": 3, "analysis": 3, "scaling": 3,
     "sweeps": 4, "report": 4,
     "commands": 5, "cli": 5,
+    "__main__": 6,
 }  # fmt: skip
 
 

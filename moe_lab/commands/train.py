@@ -1,7 +1,8 @@
-"""``moe-lab train``: one model, from flags or from a run's ``config.json``."""
+"""``moe-lab train``: one model, from flags or from a run's ``config.json``; on many devices under ``torchrun -m moe_lab train``."""
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="any field of the run, such as model.num_layers=6; may be repeated",
     )
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default=None, help="how the ranks of torchrun hold the model (default: ddp)")
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        choices=("tensorboard", "wandb", "trackio"),
+        help="mirror the metrics there too (extra 'track'); may be repeated",
+    )
     add_out(parser, None, "the run's folder (default: runs/train/<config hash>)")
     add_seed(parser)
     add_device(parser)
@@ -36,13 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     import torch
 
-    from moe_lab.training import keep_freed_memory, train
+    from moe_lab.training import RankError, keep_freed_memory, train
 
     torch.set_num_threads(1)
     keep_freed_memory()
     config = run_config(args)
     folder = args.out or Path("runs") / "train" / config.hash()
-    result = train(config, folder, on_step=None if args.json else _print_row)
+    try:
+        result = train(config, folder, on_step=None if args.json else _print_row, parallel=args.parallel, loggers=args.track)
+    except RankError as error:
+        if error.told:  # the rank that failed prints the one line
+            return 2
+        raise
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     if args.json:
         print_json(result.record)
     else:

@@ -13,16 +13,18 @@ from moe_lab.trace.schema import LayerMeta
 from moe_lab.trace.writer import TraceWriter
 
 
-def merge_traces(sources: Sequence[Path | str], folder: Path | str, *, renumber: bool = True) -> Trace:
+def merge_traces(sources: Sequence[Path | str], folder: Path | str, *, renumber: bool = True, tokens: pl.DataFrame | None = None) -> Trace:
     """Write all documents of several traces as one trace at ``folder`` and open it.
 
     Args:
         sources: folders of complete traces of the same layers.
         renumber: number the documents anew, in the order of the sources: ranks number theirs from 0. False keeps their numbers, which
             must then differ.
+        tokens: rows of ``TraceWriter.write_tokens`` for all of them, where the sources hold parts of one pass over the same documents:
+            decisions alone, every token's in one of them, its document numbered as in the others.
 
     Raises:
-        TraceError: no source, traces of other layers or columns, or a document twice.
+        TraceError: no source, traces of other layers or columns, a document (with ``tokens``: a token) twice, or one that is missing.
     """
     traces = [open_trace(source) for source in sources]
     if not traces:
@@ -37,20 +39,23 @@ def merge_traces(sources: Sequence[Path | str], folder: Path | str, *, renumber:
         for name in ("has_weights", "has_scores", "zero_experts_known", "per_token")
     }
     phases = {trace.meta.phase for trace in traces}
-    meta = first.replace(
-        notes=(*notes, f"Merged from {len(traces)} traces."), phase=first.phase if len(phases) == 1 else "generate", **flags
-    )
+    if tokens is None:
+        notes = (*notes, f"Merged from {len(traces)} traces.")
+    meta = first.replace(notes=notes, phase=first.phase if len(phases) == 1 else "generate", **flags)
     with TraceWriter(folder, meta) as writer:
         offset, seen = 0, set()
         for trace in traces:
             documents = (
                 trace.routing.filter(pl.col("layer") == first.layers[0].layer).select(pl.col("doc").unique()).collect()["doc"].to_list()
             )
-            if not renumber and not seen.isdisjoint(documents):
+            # With ``tokens``, the writer compares the keys of every layer with theirs.
+            if not renumber and tokens is None and not seen.isdisjoint(documents):
                 raise TraceError(expected("each document in one trace", "a document in two", "renumber=True"))
             seen.update(documents)
             _append(writer, trace, offset)
             offset += max(documents, default=-1) + 1 if renumber else 0
+        if tokens is not None:
+            writer.write_tokens(tokens)
     return open_trace(folder, verify=False)
 
 

@@ -41,12 +41,20 @@ def _path(config: RunConfig, folder: Path, step: int) -> Path:
 
 
 def leave(
-    config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rows: list[dict[str, Any]]
+    config: RunConfig,
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    rows: list[dict[str, Any]],
+    *,
+    write: bool = True,
 ) -> None:
-    """Keep the state after ``step`` steps, and the metrics so far, for the budget that branches off here."""
+    """Keep the state after ``step`` steps, and the metrics so far, for the budget that branches off here. Of several ranks one writes."""
     path = _path(config, folder, step)
-    write_text(path.with_suffix(".json"), json.dumps(rows))
-    save_checkpoint(path, model, optimizer, step, trunk_hash(config))
+    if write:
+        write_text(path.with_suffix(".json"), json.dumps(rows))
+    save_checkpoint(path, model, optimizer, step, trunk_hash(config), write=write)
 
 
 def take_up(config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file with model, optimiser and random state, and a digest that tells a damaged file from a whole one.
 
 No pickle is read. The file is written under a temporary name and renamed, so ``kill -9`` leaves the previous checkpoint in place.
+The file holds whole tensors however many ranks trained them: any number of ranks can go on with it.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe_lab.errors import CheckpointError
 from moe_lab.files import atomic_path
@@ -44,11 +46,40 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config_hash: str) -> None:
-    """State after ``step`` finished steps."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that ranks hold shards of, put together on each of them (all must call this); any other one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """The part of ``value`` that this rank holds of ``like``: every rank has read the same file."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """``module.state_dict()`` of whole tensors, on the CPU. Ranks that do not ``keep`` it only help the others to gather it."""
+    found = {}
+    for name, value in module.state_dict().items():
+        gathered = whole(value)
+        if keep:
+            found[name] = gathered.cpu()
+    return found
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config_hash: str, *, write: bool = True
+) -> None:
+    """State after ``step`` finished steps. Of several ranks all call this and one writes."""
+    tensors = {f"model.{name}": value for name, value in whole_state(model, write).items()}
     for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        for name, value in state.items():
+            gathered = whole(value)
+            if write:
+                tensors[f"optimizer.{index}.{name}"] = gathered.cpu()
+    if not write:
+        return
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -60,17 +91,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     tensors, metadata = load_tensors(path)
     if metadata.get("config") != config_hash:
         raise CheckpointError(f"expected a checkpoint of configuration {config_hash}, got {metadata.get('config')} in {path}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = model.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
     try:
-        model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")})
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                like = parameters[int(index)]
+                state.setdefault(int(index), {})[key] = _shard_like(value, like) if value.shape == like.shape else value
+        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        model.load_state_dict({name: _shard_like(value, held[name]) if name in held else value for name, value in weights.items()})
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         return int(metadata["step"])
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} does not fit its model: {error}; try deleting it to begin this run again") from error

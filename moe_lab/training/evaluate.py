@@ -5,6 +5,7 @@ text than the one a model was trained on, and its router would be judged on that
 """
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from torch import Tensor
 from moe_lab.errors import CorpusError, expected
 from moe_lab.model import IGNORE, Decoder
 from moe_lab.text import TokenizedDocument, Tokenizer, token_classes
-from moe_lab.trace import TraceMeta, TraceWriter
+from moe_lab.trace import TraceMeta, TraceWriter, merge_traces
+from moe_lab.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,6 @@ def windows(documents: Sequence[np.ndarray], excerpts: Sequence[Excerpt], seq_le
         yield WindowBatch(*(torch.from_numpy(array) for array in (ids, targets, valid)), doc=doc, pos=pos)
 
 
-@torch.no_grad()
 def evaluate(
     model: Decoder,
     documents: Sequence[TokenizedDocument],
@@ -110,6 +111,38 @@ def evaluate(
 
     The model is left in the mode it came in. Routing of padding is neither counted nor written.
     """
+    found = evaluate_together(
+        ALONE,
+        model,
+        documents,
+        tokenizer,
+        seq_length=seq_length,
+        batch_size=batch_size,
+        excerpts=excerpts,
+        reference_counts=reference_counts,
+        trace=trace,
+    )
+    assert found is not None
+    return found
+
+
+@torch.no_grad()
+def evaluate_together(
+    ranks: Ranks,
+    model: Decoder,
+    documents: Sequence[TokenizedDocument],
+    tokenizer: Tokenizer,
+    *,
+    seq_length: int,
+    batch_size: int = 16,
+    excerpts: Sequence[Excerpt] | None = None,
+    reference_counts: np.ndarray | None = None,
+    trace: tuple[Path, TraceMeta] | None = None,
+) -> Evaluation | None:
+    """``evaluate`` by several ranks, who take runs of its batches, so that each batch is computed as one rank would.
+
+    Every rank records its part beside the trace; the first puts the trace together and returns the evaluation, the others None.
+    """
     device = next(model.parameters()).device
     ids = [document.ids for document in documents]
     excerpts = excerpts_of([len(sequence) for sequence in ids]) if excerpts is None else excerpts
@@ -120,9 +153,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with TraceWriter(*trace) if trace is not None else nullcontext() as writer:
-            for batch in windows(ids, excerpts, seq_length, batch_size):
+        with TraceWriter(_part(trace[0], ranks), trace[1]) if trace is not None else nullcontext() as writer:
+            for batch, is_own in _own_batches(list(windows(ids, excerpts, seq_length, batch_size)), ranks):
                 output = model(batch.ids.to(device), valid_BS=batch.valid.to(device))
+                if not is_own:
+                    continue
                 nats = F.cross_entropy(
                     output.logits.float().flatten(0, 1), batch.targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
                 )
@@ -130,11 +165,17 @@ def evaluate(
                 if writer is not None:
                     for layer, routing in zip(model.config.moe_layers, output.routings, strict=True):
                         writer.write_routing(layer, numbers[batch.doc.ravel()], batch.pos.ravel(), routing)
-            tokens = _token_frame(documents, excerpts, losses, tokenizer, reference_counts)
-            if writer is not None:
+            _gather(losses, sorted({excerpt.document for excerpt in excerpts}), ranks)
+            tokens = _token_frame(documents, excerpts, losses, tokenizer, reference_counts) if ranks.first else None
+            if writer is not None and tokens is not None and ranks.size == 1:
                 writer.write_tokens(tokens)
     finally:
         model.train(was_training)
+    ranks.wait()
+    if tokens is None:
+        return None
+    if trace is not None and ranks.size > 1:
+        _join_parts(trace[0], tokens, ranks)
     scored = tokens.filter(pl.col("loss").is_not_null())
     nats_total = float(scored["loss"].cast(pl.Float64).sum())
     return Evaluation(
@@ -144,6 +185,37 @@ def evaluate(
         num_documents=tokens["doc"].n_unique(),
         tokens=tokens,
     )
+
+
+def _own_batches(batches: Sequence[WindowBatch], ranks: Ranks) -> Iterator[tuple[WindowBatch, bool]]:
+    """This rank's run of the batches. Shards of a model are gathered by all ranks at once, so each makes as many passes as any: one that
+    has fewer batches repeats one, which is not its own."""
+    start, stop = (len(batches) * edge // ranks.size for edge in (ranks.rank, ranks.rank + 1))
+    for number in range(start, start - (-len(batches) // ranks.size)):
+        yield batches[min(number, len(batches) - 1)], number < stop
+
+
+def _gather(losses: Sequence[np.ndarray], documents: Sequence[int], ranks: Ranks) -> None:
+    """Fill in what the other ranks have scored of these documents."""
+    if ranks.size == 1:
+        return
+    own = torch.from_numpy(np.concatenate([losses[index] for index in documents]))
+    scored = ranks.total((~own.isnan()).long()) > 0
+    found = torch.where(scored, ranks.total(own.nan_to_num()), torch.nan).cpu().numpy()
+    for index, values in zip(documents, np.split(found, np.cumsum([len(losses[index]) for index in documents])[:-1]), strict=True):
+        losses[index][:] = values
+
+
+def _part(trace: Path, ranks: Ranks, rank: int | None = None) -> Path:
+    """Where a rank (this one) records its part of a trace."""
+    return trace if ranks.size == 1 else trace.with_name(f"{trace.name}.rank-{ranks.rank if rank is None else rank}")
+
+
+def _join_parts(trace: Path, tokens: pl.DataFrame, ranks: Ranks) -> None:
+    parts = [_part(trace, ranks, rank) for rank in range(ranks.size)]
+    merge_traces(parts, trace, renumber=False, tokens=tokens)
+    for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _scatter(losses: list[np.ndarray], nats: np.ndarray, batch: WindowBatch) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from moe_lab.training.checkpoint import whole
 from moe_lab.training.config import OptimizerConfig
 
 
@@ -16,12 +17,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their total norm is at most ``max_norm``; returns the norm before. [] float32.
+    """Scale all gradients so that their total norm is at most ``max_norm``; returns the norm before. [] float32. Shards count as the wholes
+    that they are of.
 
     On a CPU, gradients within the norm are left alone: multiplying them by one would read and write the whole bank.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     if norm.device.type != "cpu" or not norm <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

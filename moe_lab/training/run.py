@@ -8,7 +8,7 @@ trusted without ``done``.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,18 @@ from moe_lab.errors import ConfigError, MoELabError, RunError, expected
 from moe_lab.files import atomic_path, write_json, write_text
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
-from moe_lab.routing.losses import load_balancing_loss, z_loss
 from moe_lab.text import Split, TokenizedText, load_tokens
 from moe_lab.training.branching import branch_steps, forget, leave, take_up
-from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors
+from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors, whole_state
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
-from moe_lab.training.evaluate import evaluate, excerpts_of
+from moe_lab.training.evaluate import Evaluation, evaluate_together, excerpts_of
 from moe_lab.training.metrics import routing_metrics
+from moe_lab.training.objective import Objective, average_gradients, spread
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
+from moe_lab.training.ranks import Parallel, Ranks, join, local_device
 from moe_lab.training.record import run_record, trace_meta
+from moe_lab.training.tracking import Logger, Tracking, chosen
 
 STATUS_SECONDS = 0.5
 
@@ -48,31 +50,43 @@ def train(
     folder: Path | str,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     cache_dir: Path | None = None,
+    *,
+    parallel: Parallel | str | None = None,
+    loggers: Sequence[Logger | str] = (),
 ) -> RunResult:
     """Train, evaluate, trace; resume from the checkpoint in ``folder`` if there is one; return at once if the run is done.
 
-    On a CPU the result is a function of the configuration and the number of threads, to the bit, interruptions included.
+    On a CPU the result is a function of the configuration and the number of threads, to the bit, interruptions included. Under
+    ``torchrun``, or in a process group that the caller has initialised, all its ranks train the one run: each must call this with the
+    same arguments and see the same folder (docs/training.md).
 
     Args:
-        on_step: called with the metrics row of each logged step.
+        on_step: called with the metrics row of each logged step, on the first rank.
         cache_dir: of tokenizers and token ids.
+        parallel: how several ranks hold the model, "ddp" (also if None) or "fsdp"; no part of the run's identity.
+        loggers: mirrors of the metrics, or their names in ``tracking.TRACKERS``; if none, those that ``MOE_LAB_TRACK`` names.
 
     Raises:
-        ConfigError, CorpusError: the configuration cannot be run.
+        ConfigError, CorpusError: the configuration cannot be run, or not on so many ranks.
         CheckpointError: the folder's checkpoint is damaged or of another configuration.
-        RunError: the folder cannot be written or belongs to another configuration, or the loss is no longer finite.
+        RunError: the folder cannot be written or belongs to another configuration, the loss is no longer finite, or another rank ended.
     """
     folder = Path(folder)
-    _claim(config, folder)
-    if (folder / "done").exists():
-        return RunResult(folder, json.loads((folder / "result.json").read_text()))
-    text = load_tokens(config.text, cache_dir)
-    if text.tokenizer.vocab_size != config.model.vocab_size:
-        raise ConfigError(expected(f"model.vocab_size equal to the tokenizer's {text.tokenizer.vocab_size}", config.model.vocab_size))
-    return _Run(config, folder, text, on_step).finish()
+    device = local_device(_device(config.device))
+    with join(config, parallel, device) as ranks:
+        if (record := ranks.from_first(lambda: _claim(config, folder))) is not None:
+            return RunResult(folder, record)
+        mirrors = chosen(loggers)
+        if ranks.size > 1:  # one rank fills the cache, the others read it
+            ranks.from_first(lambda: load_tokens(config.text, cache_dir).tokenizer.vocab_size)
+        text = load_tokens(config.text, cache_dir)
+        if text.tokenizer.vocab_size != config.model.vocab_size:
+            raise ConfigError(expected(f"model.vocab_size equal to the tokenizer's {text.tokenizer.vocab_size}", config.model.vocab_size))
+        return _Run(config, folder, text, device, ranks, on_step, mirrors).finish()
 
 
-def _claim(config: RunConfig, folder: Path) -> None:
+def _claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """Make the folder this run's; its record if it is done. Raises ``RunError`` for a folder of another run."""
     path = folder / "config.json"
     if path.exists():
         try:
@@ -81,18 +95,29 @@ def _claim(config: RunConfig, folder: Path) -> None:
             raise RunError(f"cannot read {path}: {error}; try another folder") from error
         if found != config.hash():
             raise RunError(expected(f"a folder of run {config.hash()}", f"run {found} in {folder}", "another folder"))
-        return
-    write_json(path, config.to_dict())
+    else:
+        write_json(path, config.to_dict())
+    return json.loads((folder / "result.json").read_text()) if (folder / "done").exists() else None
 
 
 class _Run:
     """The moving parts of one run; ``finish`` drives them."""
 
-    def __init__(self, config: RunConfig, folder: Path, text: TokenizedText, on_step: Callable[[dict[str, Any]], None] | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        text: TokenizedText,
+        device: torch.device,
+        ranks: Ranks,
+        on_step: Callable[[dict[str, Any]], None] | None,
+        loggers: Sequence[Logger | str],
+    ) -> None:
         self.config, self.folder, self.text, self.on_step = config, folder, text, on_step
-        self.device = _device(config.device)
+        self.device, self.ranks, self.loggers = device, ranks, loggers
         torch.manual_seed(config.seed)
         self.model = Decoder(config.model).to(self.device)
+        self.objective = spread(Objective(self.model, config, ranks), ranks)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.batches = Batches(text.train, config.batch_size, config.seq_length, config.seed)
         self.branches = branch_steps(config)
@@ -102,7 +127,17 @@ class _Run:
 
     def finish(self) -> RunResult:
         self._resume()
-        self._train()
+        tracking = Tracking(self.loggers if self.ranks.first else (), self.config, self.folder, self.step)
+        try:
+            self._train(tracking)
+            record = self._conclude()
+            tracking.log(self.step, {f"validation/{name}": record[name] for name in ("loss", "bits_per_byte")})
+        finally:
+            tracking.close()
+        return RunResult(self.folder, record)
+
+    def _conclude(self) -> dict[str, Any]:
+        """Evaluate and write the run's files; the record, on every rank."""
         trace = None
         if self.config.model.moe_layers:
             meta = trace_meta(self.config, self.text.tokenizer.hash, self.text.config.corpus_hash or "")
@@ -110,7 +145,8 @@ class _Run:
         self._write_status("evaluating")
         documents = self.text.documents(Split.VALIDATION)
         lengths = [len(document.ids) for document in documents]
-        evaluation = evaluate(
+        evaluation = evaluate_together(
+            self.ranks,
             self.model,
             documents,
             self.text.tokenizer,
@@ -119,24 +155,33 @@ class _Run:
             reference_counts=self.text.counts(Split.REFERENCE),
             trace=trace,
         )
+        weights = whole_state(self.model, keep=self.ranks.first)
+        return self.ranks.from_first(lambda: self._write(evaluation, weights, traced=trace is not None))
+
+    def _write(self, evaluation: Evaluation | None, weights: dict[str, Tensor], traced: bool) -> dict[str, Any]:
+        """What a finished run leaves; ``done`` last."""
+        assert evaluation is not None
         self.text.tokenizer.save(self.folder / "tokenizer.json")
-        save_tensors(self.folder / "model.safetensors", self.model.state_dict(), {"config": self.config.hash()})
+        save_tensors(self.folder / "model.safetensors", weights, {"config": self.config.hash()})
         metrics = pl.DataFrame(self.rows, infer_schema_length=None)
         with atomic_path(self.folder / "metrics.parquet") as path:
             metrics.write_parquet(path)
-        record = run_record(self.config, self.text, evaluation, metrics, self.seconds, self.folder if trace else None)
+        record = run_record(self.config, self.text, evaluation, metrics, self.seconds, self.folder if traced else None)
         record["dispatch"] = self._dispatch()
+        if self.ranks.parallel is not None:
+            record |= {"ranks": self.ranks.size, "parallel": self.ranks.parallel.value}
         write_json(self.folder / "result.json", record)
         self._write_status("finished")
         write_text(self.folder / "done", "")
         self._checkpoint.unlink(missing_ok=True)
         forget(self.config, self.folder)
-        return RunResult(self.folder, record)
+        return record
 
-    def _train(self) -> None:
+    def _train(self, tracking: Tracking) -> None:
         self.model.train()
         last_status = 0.0
         pending: list[dict[str, Any]] = []
+        first = self.ranks.first
         while self.step < self.config.steps:
             began = time.perf_counter()
             logged = (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.config.steps
@@ -146,9 +191,10 @@ class _Run:
                 raise RunError(f"step {self.step + 1} of {self.config.name}: {error}") from error
             self.step += 1
             self.seconds += time.perf_counter() - began
-            if row is not None:
+            if row is not None and first:
                 pending.append(row)
                 self.rows.append(row)
+                tracking.log(self.step, {name: value for name, value in row.items() if name != "step"})
                 if self.on_step is not None:
                     self.on_step(row)
                 if time.monotonic() - last_status > STATUS_SECONDS:
@@ -157,26 +203,29 @@ class _Run:
                     last_status = time.monotonic()
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self._append(pending)
-                save_checkpoint(self._checkpoint, self.model, self.optimizer, self.step, self.config.hash())
+                save_checkpoint(self._checkpoint, self.model, self.optimizer, self.step, self.config.hash(), write=first)
             if self.step in self.branches:
-                leave(self.config, self.folder, self.model, self.optimizer, self.step, self.rows)
+                leave(self.config, self.folder, self.model, self.optimizer, self.step, self.rows, write=first)
 
     def _one_step(self, logged: bool) -> dict[str, Any] | None:
-        """One optimiser step; its metrics row if this step is logged."""
+        """One optimiser step; its metrics row, over all ranks, if this step is logged."""
         began = time.perf_counter()
         config, layers = self.config, list(self.model.moe_layers().values())
         lr = config.optimizer.lr * lr_factor(self.step, config.steps, config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.ranks.draw_own_noise(config.seed, self.step)
         routings: list[list[Routing]] = [[] for _ in layers]
         language, auxiliary = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for micro_batch in self.batches(self.step).to(self.device).chunk(config.grad_accumulation):
-            nats, balance, found = self._forward(micro_batch)
-            ((nats + balance) / config.grad_accumulation).backward()
-            language += nats.detach() / config.grad_accumulation
-            auxiliary += balance.detach() / config.grad_accumulation
+        micro_batches = self.ranks.own(self.batches(self.step).to(self.device))
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            average_gradients(self.objective, now=number == len(micro_batches))
+            nats, balance, found = self.objective(micro_batch)
+            ((nats + balance) / len(micro_batches)).backward()
+            language += nats.detach() / len(micro_batches)
+            auxiliary += balance.detach() / len(micro_batches)
             for kept, routing in zip(routings, found, strict=True):
-                kept.append(routing.detach())
+                kept.append(routing)
         grad_norm = clip_gradients(self.model, config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,35 +233,19 @@ class _Run:
             layer.router.update(seen)
         if not logged:
             return None
-        loss = float(language)
+        loss, auxiliary_loss = self.ranks.mean(torch.stack([language, auxiliary])).tolist()
         if not math.isfinite(loss):
             raise RunError(expected("a finite loss", loss, f"a lower learning rate than {config.optimizer.lr:g}"))
         row = {
             "step": self.step + 1,
             "tokens": (self.step + 1) * config.tokens_per_step,
             "loss": loss,
-            "aux_loss": float(auxiliary),
+            "aux_loss": auxiliary_loss,
             "lr": lr,
             "grad_norm": float(grad_norm),
         }
-        row |= {name: float(value) for name, value in routing_metrics(routings).items()}
+        row |= {name: float(value) for name, value in routing_metrics(routings, self.ranks).items()}
         return row | {"tokens_per_second": config.tokens_per_step / (time.perf_counter() - began)}
-
-    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor, list[Routing]]:
-        """Language-model loss, weighted auxiliary losses, and the routings of one micro-batch."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == Dtype.BFLOAT16):
-            output = self.model(batch[:, :-1], batch[:, 1:])
-        assert output.loss is not None
-        auxiliary = torch.zeros((), device=self.device)
-        for routing in output.routings:
-            auxiliary = auxiliary + self.config.router_aux_loss_coef * load_balancing_loss(routing)
-            auxiliary = auxiliary + self.config.router_z_loss_coef * z_loss(routing)
-            for own in routing.losses.values():
-                auxiliary = auxiliary + self.config.router_own_loss_coef * own
-        auxiliary = auxiliary / max(len(output.routings), 1)
-        for part in output.losses.values():
-            auxiliary = auxiliary + part
-        return output.loss, auxiliary, output.routings
 
     def _dispatch(self) -> str | None:
         """The dispatch backend that the run's layers used; its sums are ordered in its own way, so the last bits depend on it."""
@@ -231,13 +264,18 @@ class _Run:
         log = self.folder / "metrics.jsonl"
         if self._checkpoint.exists():
             self.step = load_checkpoint(self._checkpoint, self.model, self.optimizer, self.config.hash())
-            lines = log.read_text().splitlines() if log.exists() else []
+            lines = log.read_text().splitlines() if self.ranks.first and log.exists() else []
             self.rows = [row for row in map(_parse, lines) if row is not None and row["step"] <= self.step]
         else:
             self.step, self.rows = take_up(self.config, self.folder, self.model, self.optimizer)
-        write_text(log, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if int(self.ranks.total(torch.tensor(self.step))) != self.step * self.ranks.size:
+            raise RunError(expected("the same checkpoint on all ranks", f"others than step {self.step}", "a folder that all ranks share"))
+        if self.ranks.first:
+            write_text(log, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _append(self, pending: list[dict[str, Any]]) -> None:
+        if not self.ranks.first:
+            return
         try:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
                 log.writelines(json.dumps(row) + "\n" for row in pending)
@@ -246,6 +284,8 @@ class _Run:
         pending.clear()
 
     def _write_status(self, state: str) -> None:
+        if not self.ranks.first:
+            return
         last = self.rows[-1] if self.rows else {}
         write_json(
             self.folder / "status.json",

@@ -1,0 +1,87 @@
+"""What a step minimises, and the model spread over the ranks that minimise it together."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_lab.model import Decoder
+from moe_lab.routing import Routing
+from moe_lab.routing.losses import load_balancing_loss, z_loss
+from moe_lab.training.config import Dtype, RunConfig
+from moe_lab.training.ranks import Parallel, Ranks
+
+
+class Objective(nn.Module):
+    """[B, S+1] token ids of this rank's part of a micro-batch -> language-model loss, weighted auxiliary losses, detached routings.
+
+    The means of both losses over the ranks of the micro-batch are the losses of the whole micro-batch, and so are those of their
+    gradients: every rank has equally many targets, z-loss and the model's own losses are means over tokens, and the balance loss has
+    its load from the counts of all ranks.
+    """
+
+    def __init__(self, model: Decoder, config: RunConfig, ranks: Ranks) -> None:
+        super().__init__()
+        self.model, self.config, self.ranks = model, config, ranks
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, Tensor, list[Routing]]:
+        config = self.config
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=config.dtype == Dtype.BFLOAT16):
+            output = self.model(batch[:, :-1], batch[:, 1:])
+        assert output.loss is not None
+        auxiliary = torch.zeros((), device=batch.device)
+        for routing, balance in zip(output.routings, self._balance(output.routings), strict=True):
+            auxiliary = auxiliary + config.router_aux_loss_coef * balance
+            auxiliary = auxiliary + config.router_z_loss_coef * z_loss(routing)
+            for own in routing.losses.values():
+                auxiliary = auxiliary + config.router_own_loss_coef * own
+        auxiliary = auxiliary / max(len(output.routings), 1)
+        for part in output.losses.values():
+            auxiliary = auxiliary + part
+        return output.loss, auxiliary, [routing.detach() for routing in output.routings]
+
+    def _balance(self, routings: list[Routing]) -> list[Tensor]:
+        """Of each layer over the whole micro-batch; one exchange for all layers."""
+        if self.ranks.parts == 1 or not routings:
+            return [load_balancing_loss(routing) for routing in routings]
+        local = [torch.cat([routing.selected_counts(), routing.num_valid().reshape(1)]) for routing in routings]
+        found = self.ranks.total_of_micro_batch(torch.cat(local)).split([len(counts) for counts in local])
+        return [
+            # A part's share of the sum, times the parts: their mean is what gradients are averaged to.
+            self.ranks.parts * load_balancing_loss(routing, scope="global", counts=counts[:-1], tokens=counts[-1])
+            for routing, counts in zip(routings, found, strict=True)
+        ]
+
+
+def spread(objective: Objective, ranks: Ranks) -> nn.Module:
+    """The objective to call in training: gradients come out averaged over the ranks. The model is changed in place by "fsdp"."""
+    if ranks.parallel == Parallel.DDP:
+        return _replicated(objective, ranks.device)
+    if ranks.parallel == Parallel.FSDP:
+        mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+        for block in objective.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective.model, mesh=mesh)
+    return objective
+
+
+def _replicated(objective: Objective, device: torch.device) -> nn.Module:
+    # The controllers keep their buffers equal themselves. (The option has another name from torch 2.13 on.)
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    # A router may have parameters that no loss reaches, so DDP must look for such; this one keeps it from warning where there is none.
+    objective.unreached = nn.Parameter(torch.zeros((), device=device))
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=devices, find_unused_parameters=True, **buffers)
+
+
+def average_gradients(objective: nn.Module, now: bool) -> None:
+    """Whether the coming backward pass exchanges gradients: only the last micro-batch of a step needs to."""
+    if isinstance(objective, DistributedDataParallel):
+        objective.require_backward_grad_sync = now
+    elif isinstance(objective, Objective) and isinstance(objective.model, FSDPModule):
+        objective.model.set_requires_gradient_sync(now)
