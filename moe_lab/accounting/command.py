@@ -1,4 +1,4 @@
-"""``moe-lab count``: parameters and work of one model, of two side by side, of a model with edits, of the tokens of a trace."""
+"""``moe-lab count``: parameters and work of one model, of two side by side, of a mini and its original, with edits, of a trace's tokens."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.accounting.counts import CONVENTIONS, ParameterCount, count
+from moe_lab.accounting.minis import MINIS, find_mini, mini_config, ratios
 from moe_lab.accounting.published import facts, find_model
 from moe_lab.accounting.tokens import ActiveDistribution, active_distribution
 from moe_lab.accounting.work import Work, flops
@@ -17,7 +18,12 @@ _CONVENTION_TEXT = {"A": "everything", "B": "without lookups", "C": "without loo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="*", metavar="ID_OR_PATH", help="a published model, a config.json or its folder; two are compared")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="ID_OR_PATH",
+        help="a published model, a mini (shown beside its original), a config.json or its folder; two are compared",
+    )
     parser.add_argument("--set", action="append", metavar="FIELD=VALUE", default=[], help="what if: another value of a field (repeatable)")
     parser.add_argument("--context", type=int, default=4096, help="tokens of context for the operations per token")
     parser.add_argument("--batch", type=int, default=1, help="sequences that decode together")
@@ -27,27 +33,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     if not args.models:
-        print("\n".join(entry["name"] for entry in facts()))
+        print("\n".join((*(entry["name"] for entry in facts()), *MINIS)))
         return 0
-    if len(args.models) > 2:
-        raise ConfigError(expected("one model, or two to compare", f"{len(args.models)} of them"))
-    if args.trace and len(args.models) > 1:
+    names = list(args.models)
+    if len(names) == 1 and names[0] in MINIS and not args.trace:
+        names.append(find_mini(names[0]).original)
+    if len(names) > 2:
+        raise ConfigError(expected("one model, or two to compare", f"{len(names)} of them"))
+    if args.trace and len(names) > 1:
         raise ConfigError(expected("one model with --trace", "two of them"))
     edits = dict(_edit(text) for text in args.set)
-    counted = [count(read(name), edits) for name in args.models]
+    # What if is asked of what was named, not of the original that stands beside a mini.
+    counted = [count(read(name), edits if number < len(args.models) else {}) for number, name in enumerate(names)]
     work = [{phase: flops(one, args.context, phase, batch=args.batch) for phase in ("train", "decode")} for one in counted]
     measured = _measure(args.trace, counted[0]) if args.trace else None
     if args.json:
-        print(_as_json(args.models, counted, work, measured))
+        print(_as_json(names, counted, work, measured))
     else:
-        print("\n".join(_table(args.models, counted, work, measured, bool(edits))))
+        print("\n".join(_table(names, counted, work, measured, bool(edits))))
     return 0
 
 
 def read(name: str) -> Any:
-    """The configuration that a name stands for: a file or folder if there is one, else a published model. Nothing is downloaded."""
+    """The configuration of a name: a file or folder if there is one, else a mini or a published model. Nothing is downloaded."""
     if Path(name).exists():
         return Path(name)
+    if name in MINIS:
+        return mini_config(name)
     entry = find_model(name)
     if entry is not None:
         return entry["config"]
@@ -99,6 +111,7 @@ def _table(
     blocks = [
         ("parameters", list(_parameter_rows(counted))),
         ("active parameters per token (mean, and range where it varies)", list(_active_rows(counted))),
+        ("ratios, embeddings told apart", list(_ratio_rows(counted))),
         (f"operations per token at a context of {work[0]['train'].context:,}", list(_work_rows(work))),
     ]
     lines = ["  ".join(_heading(names))]
@@ -108,6 +121,7 @@ def _table(
         lines += ["", *_measured_lines(measured)]
     for name, one in zip(names, counted, strict=True):
         lines += [] if edited else _published_lines(name)
+        lines += [f"\n{name}: {find_mini(name).left_out}"] if name in MINIS else []
         notes = [f"{one.phantom:,} further rows are allocated by transformers and never read"] if one.phantom else []
         lines += [f"\n{name}: assumed", *(f"  {sentence}" for sentence in one.assumed)] if one.assumed else []
         lines += [f"\n{name}: {note}" for note in notes]
@@ -147,12 +161,24 @@ def _active_rows(counted: list[ParameterCount]) -> Iterable[Row]:
             yield "  least", [one.active(convention, "least") for one in counted]
             yield "  most", [one.active(convention, "most") for one in counted]
     yield "sparsity (1 - B / total)", [1 - one.active("B") / one.total for one in counted]
-    yield "experts / experts per token", [_expert_ratio(one) for one in counted]
 
 
-def _expert_ratio(one: ParameterCount) -> float | None:
-    piece = next(iter(one.moe_layers.values()), None)
-    return None if piece is None or piece.used is None or not piece.used.mean else piece.copies / piece.used.mean
+def _ratio_rows(counted: list[ParameterCount]) -> Iterable[Row]:
+    tables = [ratios(one) if one.moe_layers else {} for one in counted]
+    for key, text in _RATIOS.items():
+        if any(table.get(key) for table in tables):
+            yield text, [table.get(key) for table in tables]
+
+
+_RATIOS = {
+    "experts_per_active": "experts / experts per token",
+    "zero_share": "zero-computation share of choices",
+    "shared_share": "shared share of active experts",
+    "layer_active": "active share of a MoE layer",
+    "sparsity": "sparsity of all layers",
+    "table_share": "n-gram share",
+    "embedding_share": "embedding and head, of the total",
+}
 
 
 def _work_rows(work: list[dict[str, Work]]) -> Iterable[Row]:

@@ -15,9 +15,11 @@ from moe_lab.model.config import (
 from moe_lab.model.decoder import IGNORE, Decoder, DecoderOutput
 from moe_lab.model.experts import ExpertBank, SwiGLU
 from moe_lab.model.layer import MoELayer
+from moe_lab.model.presets import PRESETS, preset
 
 __all__ = [
     "IGNORE",
+    "PRESETS",
     "Amplification",
     "Decoder",
     "DecoderConfig",
@@ -33,4 +35,5 @@ __all__ = [
     "SwiGLU",
     "Wiring",
     "dispatch",
+    "preset",
 ]

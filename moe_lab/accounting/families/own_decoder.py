@@ -61,7 +61,7 @@ def is_double(f: Fields) -> bool:
 
 def indexers(f: Fields) -> list[tuple[bool, ...]]:
     """For each layer: which of its attention blocks have an indexer of their own."""
-    each, share = 2 if is_double(f) else 1, f.size("index_share")
+    each, share = 2 if is_double(f) else 1, f.size_or("index_share", 1, 1)
     return [tuple((each * number + half) % share == 0 for half in range(each)) for number in range(f.num_layers)]
 
 
