@@ -80,11 +80,12 @@ class LatentAttention(CausalAttention):
         d, heads, rank = config.d_model, config.num_heads, latent.q_rank
         super().__init__(config, number, d if rank is None else rank, heads * latent.value_dim)
         self.heads, self.config = heads, latent
+        eps = config.norm_eps if latent.norm_eps is None else latent.norm_eps
         self.query_down = None if rank is None else nn.Linear(d, rank, bias=False)
-        self.query_norm = None if rank is None else nn.RMSNorm(rank, eps=config.norm_eps)
+        self.query_norm = None if rank is None else nn.RMSNorm(rank, eps=eps)
         self.query = nn.Linear(d if rank is None else rank, heads * (latent.nope_dim + latent.rope_dim), bias=False)
         self.kv_down = nn.Linear(d, latent.kv_rank + latent.rope_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(latent.kv_rank, eps=config.norm_eps)
+        self.kv_norm = nn.RMSNorm(latent.kv_rank, eps=eps)
         self.kv = nn.Linear(latent.kv_rank, heads * (latent.nope_dim + latent.value_dim), bias=False)
         self.query_scale = (d / rank) ** 0.5 if latent.scale_latents and rank is not None else 1.0
         self.kv_scale = (d / latent.kv_rank) ** 0.5 if latent.scale_latents else 1.0

@@ -90,6 +90,7 @@ class LatentAttentionConfig(Config):
         nope_dim, rope_dim, value_dim: channels of a head without and with rotary positions, and of a value.
         scale_latents: multiply queries by sqrt(d_model / q_rank) and the key-value latent by sqrt(d_model / kv_rank) (LongCat-Flash's
             variance alignment, arXiv 2509.01322).
+        norm_eps: of the latents' norms; None takes the decoder's. The releases have 1e-6 here whatever the model has (LongCat-Flash: 1e-5).
     """
 
     kv_rank: int
@@ -98,12 +99,14 @@ class LatentAttentionConfig(Config):
     rope_dim: int = 8
     value_dim: int = 16
     scale_latents: bool = False
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
             require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
         require(self.q_rank is None or self.q_rank >= 1, "q_rank of at least 1", self.q_rank)
         require(self.rope_dim % 2 == 0, "an even rope_dim (rotary pairs)", self.rope_dim)
+        require(self.norm_eps is None or self.norm_eps > 0, "norm_eps above 0", self.norm_eps)
 
 
 @dataclass(frozen=True)
