@@ -108,6 +108,9 @@ def plan(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     Console().print(sweeps.plan_table(frame))
+    device = sweep.runs[0].device
+    if (room := sweeps.free_memory(device)) and (line := sweeps.too_large(dict(frame.select("name", "memory_bytes").rows()), room)):
+        print(line)
     if not args.no_calibration:
         print(f"about {sweeps.wall_minutes(frame, args.workers):.1f} minutes in all")
     return 0

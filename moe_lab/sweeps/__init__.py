@@ -2,6 +2,7 @@
 
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import LAUNCHERS, Ending, Job, Launcher, Result
+from moe_lab.sweeps.memory import free_memory, run_memory, too_large
 from moe_lab.sweeps.overview import status_lines
 from moe_lab.sweeps.planning import (
     cheapest_text,
@@ -33,13 +34,16 @@ __all__ = [
     "describe",
     "design_of",
     "flops_per_second",
+    "free_memory",
     "load_recipe",
     "plan",
     "plan_table",
     "power_table",
     "power_text",
     "run",
+    "run_memory",
     "status",
     "status_lines",
+    "too_large",
     "wall_minutes",
 ]

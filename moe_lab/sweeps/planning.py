@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.local import available_cores
+from moe_lab.sweeps.memory import run_memory
 from moe_lab.sweeps.timing import run_minutes
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def describe(run: "RunConfig", run_hash: str | None = None) -> dict[str, Any]:
-    """One planned run: run, name, arm, ratio, seed, total_params, active_params (mean, convention A), tokens, flops (of training)."""
+    """One planned run: run, name, arm, ratio, seed, total_params, active_params (mean, convention A), tokens, flops (of
+    training), memory_bytes (expected peak, `run_memory`)."""
     total, active, flops_per_token = _cost(run.model, run.seq_length)
     tokens = run.steps * run.tokens_per_step
     return {
@@ -33,6 +35,7 @@ def describe(run: "RunConfig", run_hash: str | None = None) -> dict[str, Any]:
         "active_params": active,
         "tokens": tokens,
         "flops": float(flops_per_token * tokens),
+        "memory_bytes": run_memory(run),
     }
 
 
@@ -92,7 +95,7 @@ def plan_table(frame: "pl.DataFrame") -> "Table":
     table = Table(caption=totals, caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for title in ("run", "name", "arm"):
         table.add_column(title, no_wrap=True)
-    for title in ("ratio", "seed", "total", "active", "tokens", "FLOPs", "min"):
+    for title in ("ratio", "seed", "total", "active", "tokens", "FLOPs", "GB", "min"):
         table.add_column(title, justify="right")
     for row in frame.iter_rows(named=True):
         table.add_row(
@@ -105,6 +108,7 @@ def plan_table(frame: "pl.DataFrame") -> "Table":
             _short(row["active_params"]),
             _short(row["tokens"]),
             _power(row["flops"]),
+            f"{row['memory_bytes'] / 1e9:.2g}",
             "" if row["minutes"] is None else f"{row['minutes']:.1f}",
         )
     return table

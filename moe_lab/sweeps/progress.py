@@ -22,6 +22,7 @@ class View(Protocol):
         """The sweep begins; these of its runs were finished before, and these failed and are left alone."""
         ...
 
+    def say(self, line: str) -> None: ...
     def started(self, job: Job) -> None: ...
     def ended(self, job: Job, ending: Ending) -> None: ...
     def refresh(self, active: Sequence[Job]) -> None:
@@ -39,6 +40,7 @@ def build_view(wanted: bool, store: RunStore, jobs: Sequence[Job]) -> View:
 
 class SilentView:
     def opened(self, finished: Sequence[Job], failed: Sequence[Job]) -> None: ...
+    def say(self, line: str) -> None: ...
     def started(self, job: Job) -> None: ...
     def ended(self, job: Job, ending: Ending) -> None: ...
     def refresh(self, active: Sequence[Job]) -> None: ...
@@ -119,16 +121,16 @@ class PlainView:
     def opened(self, finished: Sequence[Job], failed: Sequence[Job]) -> None:
         self._settled = len(finished) + len(failed)
         self._forecast = Forecast(self._jobs, [*finished, *failed])
-        self._say(opening_line(self._store, self._jobs, finished, failed))
+        self.say(opening_line(self._store, self._jobs, finished, failed))
 
     def started(self, job: Job) -> None:
-        self._say(f"started   {job.name}  ({job.run})")
+        self.say(f"started   {job.name}  ({job.run})")
 
     def ended(self, job: Job, ending: Ending) -> None:
         if ending.result in (Result.FINISHED, Result.FAILED):
             self._settled += 1
             self._forecast.ended(job)
-        self._say(f"[{self._settled}/{len(self._jobs)}] " + ending_line(job, ending, self._store.progress(job.run)))
+        self.say(f"[{self._settled}/{len(self._jobs)}] " + ending_line(job, ending, self._store.progress(job.run)))
 
     def refresh(self, active: Sequence[Job]) -> None:
         if time.monotonic() - self._spoke < LINE_SECONDS:
@@ -139,12 +141,11 @@ class PlainView:
         for job, progress in running:
             own = duration(self._forecast.run_seconds_left(job, progress))
             sweep = f"sweep: {self._settled}/{len(self._jobs)}, {left} left"
-            self._say(f"running   {job.name}  {figures(progress)}, {own} left  ({sweep})")
+            self.say(f"running   {job.name}  {figures(progress)}, {own} left  ({sweep})")
 
     def close(self) -> None: ...
 
-    @staticmethod
-    def _say(line: str) -> None:
+    def say(self, line: str) -> None:
         print(line, flush=True)
 
 
@@ -168,7 +169,10 @@ class LiveView:
         self._bars.start()
         self._bars.update(self._sweep, completed=len(finished) + len(failed))
         if failed:
-            self._bars.console.print(opening_line(self._store, self._jobs, finished, failed), markup=False, highlight=False)
+            self.say(opening_line(self._store, self._jobs, finished, failed))
+
+    def say(self, line: str) -> None:
+        self._bars.console.print(line, markup=False, highlight=False)
 
     def started(self, job: Job) -> None:
         self._tasks[job.run] = self._bars.add_task(job.name, total=None, figures="starting")
@@ -179,7 +183,7 @@ class LiveView:
         if ending.result in (Result.FINISHED, Result.FAILED):
             self._bars.advance(self._sweep)
             self._forecast.ended(job)
-        self._bars.console.print(ending_line(job, ending, self._store.progress(job.run)), markup=False, highlight=False)
+        self.say(ending_line(job, ending, self._store.progress(job.run)))
 
     def refresh(self, active: Sequence[Job]) -> None:
         if time.monotonic() - self._drawn < REFRESH_SECONDS:

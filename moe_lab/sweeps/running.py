@@ -17,6 +17,7 @@ from moe_lab.config import require
 from moe_lab.sweeps.admission import Admission
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import TRAIN, Ending, Job, Launcher, Result, build_launcher
+from moe_lab.sweeps.memory import free_memory, run_memory, too_large
 from moe_lab.sweeps.planning import describe
 from moe_lab.sweeps.progress import View, build_view
 from moe_lab.sweeps.store import Progress, RunState, RunStore
@@ -85,6 +86,7 @@ def run(
         retry_failed: train runs again that failed in an earlier call. (One that failed because the disk was full is always continued.)
         trainer: ``module:function(config values, run folder)`` for workers to call instead of ``moe_lab.training.train``.
 
+    The local launcher starts no run while those that run are expected to fill the memory (``memory.run_memory``), but always one.
     Ctrl-C and SIGTERM stop the workers and return an outcome with ``interrupted`` runs. A run that fails does not stop the others.
     Raises ``RunError`` where the folder cannot be written, also when its disk fills up on the way, or where no worker starts;
     ``CorpusError`` where the text is unfit.
@@ -102,6 +104,8 @@ def run(
     with closing(build_view(progress, store, jobs)) as view, _stop_signals() as stop:
         driver.begin(view, retry_failed)
         if driver.queue:
+            if launcher == "local":  # a cluster's scheduler places runs on its nodes itself
+                driver.share_memory(view)
             with closing(build_launcher(launcher, list(driver.queue), workers, trainer, launcher_options)) as pool:
                 driver.drive(pool, view, stop)
     return driver.outcome(time.monotonic() - began)
@@ -118,7 +122,7 @@ def _tokenize(sweep: SweepConfig) -> None:
 def _jobs(sweep: SweepConfig, store: RunStore) -> list[Job]:
     """The sweep's runs, the longest first: a long one that starts last would leave the other workers idle."""
     jobs = [
-        Job(run_hash, run.name, store.path(run_hash), run.to_dict(), describe(run, run_hash)["flops"], run.device)
+        Job(run_hash, run.name, store.path(run_hash), run.to_dict(), describe(run, run_hash)["flops"], run.device, run_memory(run))
         for run_hash, run in zip(sweep.hashes, sweep.runs, strict=True)
     ]
     return sorted(jobs, key=lambda job: -job.cost)
@@ -151,6 +155,14 @@ class _Driver:
                     left[run] = 1 - _share_kept(self.jobs[run], self.store.progress(run))
         self.admission.left = left
         view.opened([self.jobs[run] for run in self.finished], [self.jobs[run] for run in self.failed])
+
+    def share_memory(self, view: View) -> None:
+        """Let no more runs at once than fit into this machine, and say which do not fit at all."""
+        device = "cuda" if any(job.device.startswith("cuda") for job in self.queue) else "cpu"
+        self.admission.memory = free_memory(device)
+        needs = {job.name: job.memory_bytes for job in self.queue}
+        if self.admission.memory is not None and (line := too_large(needs, self.admission.memory)):
+            view.say(line)
 
     def drive(self, pool: Launcher, view: View, stop: threading.Event) -> None:
         looked = time.monotonic()

@@ -53,6 +53,7 @@ class StubRun(Config):
     step_seconds: float = 0.0
     trouble: str = ""
     device: str = "cpu"
+    memory_bytes: int = 0
     seq_length: int = 8
     tokens_per_step: int = 8
     model: StubModel = field(default_factory=StubModel)

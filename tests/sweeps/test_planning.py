@@ -118,7 +118,7 @@ def test_the_table_shows_the_plan_and_its_totals(corpus: Path):
     console.print(plan_table(plan(sweep(tiny_run(corpus), tiny_run(corpus, seed=1)), calibrate=False)))
     text = console.export_text()
     cells = [line.split() for line in text.splitlines()]
-    assert ["run", "name", "arm", "ratio", "seed", "total", "active", "tokens", "FLOPs", "min"] in cells
+    assert ["run", "name", "arm", "ratio", "seed", "total", "active", "tokens", "FLOPs", "GB", "min"] in cells
     assert [tiny_run(corpus).hash(), "E4", "s0", "topk", "2", "0", "9.44k", "7.9k", "1.02k"] in [row[:9] for row in cells]
     assert "2 runs, 2.05k tokens" in text
     assert "…" not in text
