@@ -47,6 +47,7 @@ def _longcat(experts: int, zero: int, scale: float) -> dict[str, Any]:
         "top_k": 12,
         "routed_scaling_factor": scale,
         "controller": controller,
+        "device_groups": 8,
     }
 
 
@@ -58,6 +59,7 @@ def _sigmoid(experts: int, scale: float, **groups: int) -> dict[str, Any]:
 
 
 _SHARED = {"vocab_size": 2048, "context_length": 128, "tie_embeddings": False}
+_DEVICE_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "router_own_loss_coef": 1e-3}
 _SEQUENCE_LOSS = {"router_aux_loss_coef": 1e-4, "router_z_loss_coef": 0.0}
 
 MINIS: dict[str, Mini] = {
@@ -74,7 +76,7 @@ MINIS: dict[str, Mini] = {
             "mtp": {"num_modules": 1, "loss_coef": 0.1},
             "hidden_z_loss_coef": 1e-7,
         },
-        {"router_aux_loss_coef": 1e-3, "router_z_loss_coef": 0.0},
+        _DEVICE_LOSS,
         "28 layers are 2",
     ),
     "longcat_2_mini": Mini(
@@ -93,7 +95,7 @@ MINIS: dict[str, Mini] = {
             "mtp": {"num_modules": 3, "loss_coef": 0.1},
             "hidden_z_loss_coef": 1e-7,
         },
-        {"router_aux_loss_coef": 1e-3, "router_z_loss_coef": 0.0},
+        _DEVICE_LOSS,
         "38 layers are 2; the tables keep their share of all parameters, not their rows per vocabulary entry (100.6)",
     ),
     "deepseek_v3_mini": Mini(

@@ -114,6 +114,7 @@ class RouterConfig(Config):
         norm_before_drop, second_expert_policy: of GShard's top-2.
         zero_expert_kinds: what each zero-compute expert returns, ``num_zero_experts`` entries (None: the kind's own).
         zero_expert_scaling: whether ``routed_scaling_factor`` multiplies the weights of zero-compute experts too.
+        device_groups: of real experts, for the LongCat router's device-level balance loss (None: the router makes no such loss).
         ffn_share: MoE++'s tau, the capacity and loss weight of zero-compute experts against real ones.
         d_router: width of a recurrent router's state (ZAYA). rms_norm_eps: of routers that normalise.
         num_shared_gates: shared experts whose gates enter the normaliser (Inkling).
@@ -153,6 +154,7 @@ class RouterConfig(Config):
     second_expert_policy: SecondPolicy | None = None
     zero_expert_kinds: tuple[ZeroExpertKind, ...] | None = None
     zero_expert_scaling: bool | None = None
+    device_groups: int | None = None
     ffn_share: float | None = None
     d_router: int | None = None
     rms_norm_eps: float | None = None
@@ -277,6 +279,7 @@ _RANGES: tuple[tuple[str, float, bool], ...] = (
     ("capacity_factor", 0, True),
     ("eval_capacity_fraction", 0, True),
     ("expert_capacity", 1, False),
+    ("device_groups", 1, False),
     ("ffn_share", 0, True),
     ("d_router", 1, False),
     ("rms_norm_eps", 0, True),

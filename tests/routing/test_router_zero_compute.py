@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_lab.errors import ConfigError
-from moe_lab.routing import ControllerConfig, RouterConfig, RouterContext, ZeroExpertKind, build_router
+from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig, RouterContext, ZeroExpertKind, build_router
 from moe_lab.routing.routers.adamoe import null_experts
 from moe_lab.routing.routers.moepp import capacities
 
@@ -175,3 +175,20 @@ def test_a_mean_of_real_experts_that_cannot_be_reached_is_refused():
     )
     with pytest.raises(ConfigError, match=r"expected target_ffn_count from 4 to 6 \(top_k 6, num_experts 16, num_zero_experts 2\), got 3"):
         build_router(config, D)
+
+
+def test_the_longcat_router_makes_the_device_level_loss_of_its_groups_in_training_only():
+    torch.manual_seed(0)
+    controller = ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=3.0)
+    config = RouterConfig(kind="longcat", num_experts=6, num_zero_experts=3, top_k=4, device_groups=3, controller=controller)
+    router, x = config.build(5), torch.randn(40, 5)
+    routing = router(x)
+    slots, mean = routing.counts().double(), routing.scores.double().mean(dim=0)
+    by_hand = sum(3 / (3.0 * 40) * slots[2 * j : 2 * j + 2].sum() * mean[2 * j : 2 * j + 2].sum() for j in range(3))
+    by_hand = by_hand + slots[6:].sum() / ((4 - 3.0) * 40) * mean[6:].sum()
+    assert routing.losses["device"].item() == pytest.approx(float(by_hand), rel=1e-5)
+    assert not router.eval()(x).losses
+    with pytest.raises(ConfigError, match="expected device_groups dividing 6 experts, got 4"):
+        config.replace(device_groups=4)
+    with pytest.raises(ConfigError, match="expected zero-compute experts for device_groups, got 0"):
+        config.replace(num_zero_experts=0, controller=None)

@@ -4,15 +4,41 @@
 ``routed_scaling_factor * s_i`` without renormalisation. A zero-computation expert returns its input, so a token's compute varies
 between 0 and K real experts, and the controller holds its mean at K_e.
 
-The release scales the identity part too; readings of LongCat-2.0's code add it unscaled: ``zero_expert_scaling=False``.
+The release scales the identity part too; readings of LongCat-2.0's code add it unscaled: ``zero_expert_scaling=False``. With
+``device_groups`` the routing carries the device-level balance loss of the same paper, one group of which is all zero experts.
 """
 
-from moe_lab.routing.config import ScoreFunc
-from moe_lab.routing.router import fields, register
+from dataclasses import replace
+
+from torch import Tensor
+
+from moe_lab.config import require
+from moe_lab.routing.config import RouterConfig, ScoreFunc
+from moe_lab.routing.losses.balance import longcat_device_loss
+from moe_lab.routing.router import RouterContext, fields, register
 from moe_lab.routing.routers.token_choice import COMMON, ZERO, TokenChoice
+from moe_lab.routing.routing import Routing
 
 
 @register("longcat")
 class LongCat(TokenChoice):
-    options = fields(COMMON, ZERO)
+    options = fields(COMMON, ZERO, device_groups=None)
     fixed = fields(score_func=ScoreFunc.SOFTMAX)
+
+    @classmethod
+    def check_config(cls, config: RouterConfig) -> None:
+        super().check_config(config)
+        groups = config.device_groups
+        if groups is not None:
+            require(config.num_experts % groups == 0, f"device_groups dividing {config.num_experts} experts", groups)
+            require(config.num_zero_experts > 0, "zero-compute experts for device_groups", 0)
+
+    def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
+        routing = super().route(logits_TE, context)
+        config = self.config
+        if config.device_groups is None or not self.training:
+            return routing
+        target = None if config.controller is None else config.controller.target_ffn_count
+        uniform = config.top_k * config.num_experts / config.num_choices
+        loss = longcat_device_loss(routing, config.device_groups, uniform if target is None else target)
+        return replace(routing, losses={**routing.losses, "device": loss})
