@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="any field of the run, such as model.num_layers=6; may be repeated",
     )
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default=None, help="how the ranks of torchrun hold the model (default: ddp)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default=None, help="how the ranks of torchrun hold the model: whole (ddp, unless given) or in shards")
     parser.add_argument(
         "--track",
         action="append",

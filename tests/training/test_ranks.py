@@ -1,0 +1,325 @@
+"""One run on two ranks is the run of one rank: losses, counts, controllers, files and trace; and it ends as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from filelock import FileLock
+from rank_worlds import in_group, on_ranks, run_config, write_corpus
+
+from moe_lab import cli, training
+from moe_lab.errors import ConfigError, RunError
+from moe_lab.model import Decoder
+from moe_lab.text import Split, load_tokens
+from moe_lab.trace import Trace, open_trace
+from moe_lab.training import Parallel, RankError, RunConfig, train
+from moe_lab.training import ranks as ranks_module
+from moe_lab.training import run as run_module
+from moe_lab.training.checkpoint import load_tensors
+from moe_lab.training.evaluate import evaluate, evaluate_together
+from moe_lab.training.ranks import Ranks, join
+from moe_lab.training.record import trace_meta
+
+STEPS = 200
+CPU = torch.device("cpu")
+
+
+class Stopped(BaseException):
+    pass
+
+
+def stop_after_checkpoint(rank: int, config: RunConfig, folder: Path, step: int) -> None:
+    """Train up to the checkpoint at ``step`` and no further, as if every rank were ended there."""
+    original = run_module.save_checkpoint
+
+    def save(path: Path, model: Any, optimizer: Any, at: int, *args: Any, **kwargs: Any) -> None:
+        original(path, model, optimizer, at, *args, **kwargs)
+        if at == step:
+            raise Stopped
+
+    run_module.save_checkpoint = save
+    try:
+        with pytest.raises(Stopped):
+            train(config, folder, cache_dir=folder.parent)
+    finally:
+        run_module.save_checkpoint = original
+
+
+def train_on(rank: int, config: RunConfig, folder: Path, parallel: str | None) -> None:
+    train(config, folder, cache_dir=folder.parent, parallel=parallel)
+
+
+def evaluate_on(rank: int, config: RunConfig, weights: Path, folder: Path, fsdp: bool) -> None:
+    """The validation pass of one rank's weights by all ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    text = load_tokens(config.text, folder.parent)
+    model = Decoder(config.model)
+    model.load_state_dict(load_tensors(weights)[0])
+    if fsdp:
+        fully_shard(model)
+    with join(config, None, CPU) as ranks:
+        meta = trace_meta(config, text.tokenizer.hash, "")
+        documents = text.documents(Split.VALIDATION)
+        evaluate_together(ranks, model, documents, text.tokenizer, seq_length=32, batch_size=3, trace=(folder, meta))
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The same configurations on one rank and on two."""
+    root = tmp_path_factory.mktemp("ranks")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of the workers makes them
+        root = tmp_path_factory.getbasetemp().parent / "ranks"
+    root.mkdir(exist_ok=True)
+    with FileLock(root / "lock"):
+        config = run_config(write_corpus(root / "corpus"), STEPS)
+        if not (root / "made").exists():
+            _make_worlds(root, config)
+            (root / "made").touch()
+    return SimpleNamespace(root=root, config=config)
+
+
+def _make_worlds(root: Path, config: RunConfig) -> None:
+    corpus = root / "corpus"
+    short = run_config(corpus, 12)
+    split = run_config(corpus, 12, batch_size=8, grad_accumulation=2)
+    train(config, root / "one", cache_dir=root)
+    train(short, root / "short-one", cache_dir=root)
+    train(split, root / "split-one", cache_dir=root)
+    stop_after_checkpoint(0, short, root / "one-then-two", 5)
+    on_ranks(
+        2,
+        in_group,
+        [
+            (train_on, (config, root / "ddp", None)),
+            (train_on, (config, root / "fsdp", "fsdp")),
+            (train_on, (split, root / "split-ddp", "ddp")),
+            (train_on, (split, root / "split-fsdp", "fsdp")),
+            (stop_after_checkpoint, (short, root / "two-then-one", 5)),
+            (train_on, (short, root / "one-then-two", "fsdp")),
+            (evaluate_on, (config, root / "one" / "model.safetensors", root / "scored", False)),
+            (evaluate_on, (config, root / "one" / "model.safetensors", root / "scored-fsdp", True)),
+            (fail_on, (short, root / "error", "error")),
+        ],
+    )
+    train(short, root / "two-then-one", cache_dir=root)
+
+
+def metrics(folder: Path) -> pl.DataFrame:
+    return pl.read_parquet(folder / "metrics.parquet")
+
+
+def rows(trace: Trace) -> pl.DataFrame:
+    return trace.routing.collect()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_follow_the_losses_of_one_over_200_steps(worlds: SimpleNamespace, parallel: str) -> None:
+    one, two = metrics(worlds.root / "one"), metrics(worlds.root / parallel)
+    assert len(one) == STEPS
+    assert one["step"].equals(two["step"])
+    assert one["loss"][-10:].mean() < 0.5 * one["loss"][0]  # type: ignore[operator]
+    for name in ("loss", "aux_loss", "grad_norm", "router_entropy"):
+        np.testing.assert_allclose(two[name], one[name], atol=1e-5, rtol=0, err_msg=name)
+    record = json.loads((worlds.root / parallel / "result.json").read_text())
+    assert (record["ranks"], record["parallel"]) == (2, parallel)
+    assert record["loss"] == pytest.approx(json.loads((worlds.root / "one" / "result.json").read_text())["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_counts_and_controllers_of_two_ranks_are_those_of_one(worlds: SimpleNamespace, parallel: str) -> None:
+    one, two = metrics(worlds.root / "one"), metrics(worlds.root / parallel)
+    for name in ("load_cv", "max_violation", "mean_ffn_count"):
+        assert one[name].to_list() == two[name].to_list(), name
+    weights = [load_tensors(worlds.root / name / "model.safetensors")[0] for name in ("one", parallel)]
+    assert weights[0].keys() == weights[1].keys()
+    biases = [name for name in weights[0] if name.endswith("controller.bias")]
+    assert len(biases) == 2
+    for name in biases:
+        # The bias sums all steps' counts; it moved, and to the same place.
+        assert weights[0][name].abs().max() > 0
+        assert torch.equal(weights[0][name], weights[1][name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_trace_of_two_ranks_has_the_decisions_of_one_row_for_row(worlds: SimpleNamespace, parallel: str) -> None:
+    one, two = (open_trace(worlds.root / name / "trace") for name in ("one", parallel))
+    two.check()
+    exact = ["layer", "doc", "pos", "experts", "ffn_count", "zero_count"]
+    assert rows(one).select(exact).equals(rows(two).select(exact))
+    assert one.tokens.collect().drop("loss").equals(two.tokens.collect().drop("loss"))
+    assert two.meta == one.meta
+    assert not list(two.folder.parent.glob("trace.rank-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scored", "scored-fsdp"])
+def test_ranks_score_the_same_weights_to_the_same_trace_to_the_bit(worlds: SimpleNamespace, name: str) -> None:
+    text = load_tokens(worlds.config.text, worlds.root)
+    model = Decoder(worlds.config.model)
+    model.load_state_dict(load_tensors(worlds.root / "one" / "model.safetensors")[0])
+    meta = trace_meta(worlds.config, text.tokenizer.hash, "")
+    alone = worlds.root / f"{name}-alone"
+    evaluate(model, text.documents(Split.VALIDATION), text.tokenizer, seq_length=32, batch_size=3, trace=(alone, meta))
+    one, two = open_trace(alone), open_trace(worlds.root / name)
+    two.check()
+    assert rows(one).equals(rows(two))
+    assert one.tokens.collect().equals(two.tokens.collect())
+    assert one.counts().equals(two.counts())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_whole_micro_batches_are_dealt_to_ranks(worlds: SimpleNamespace, parallel: str) -> None:
+    one, two = metrics(worlds.root / "split-one"), metrics(worlds.root / f"split-{parallel}")
+    for name in ("loss", "aux_loss", "grad_norm"):
+        np.testing.assert_allclose(two[name], one[name], atol=1e-5, rtol=0, err_msg=name)
+    assert one["load_cv"].to_list() == two["load_cv"].to_list()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two-then-one", "one-then-two"])
+def test_a_run_goes_on_with_another_number_of_ranks(worlds: SimpleNamespace, name: str) -> None:
+    whole, continued = metrics(worlds.root / "short-one"), metrics(worlds.root / name)
+    assert continued["step"].to_list() == list(range(1, 13))
+    np.testing.assert_allclose(continued["loss"], whole["loss"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(continued["grad_norm"], whole["grad_norm"], atol=1e-5, rtol=0)
+
+
+def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:
+    """Train, and let rank 1 fail at step 8; what each rank saw goes to a file."""
+    ranks_module.PATIENCE = timedelta(seconds=5)
+    original = run_module.clip_gradients
+
+    steps = iter(range(1, 100))
+
+    def clip(model: Any, max_norm: float) -> Any:
+        if next(steps) == 8 and rank == 1:
+            if how == "error":
+                raise RunError("expected finite router logits, got NaN or infinity")
+            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        return original(model, max_norm)
+
+    run_module.clip_gradients = clip
+    try:
+        train(config, folder, cache_dir=folder.parent)
+    except RunError as error:
+        told = error.told if isinstance(error, RankError) else None
+        (folder / f"seen-{rank}.json").write_text(json.dumps([type(error).__name__, str(error), told]))
+    finally:
+        run_module.clip_gradients = original
+
+
+@pytest.mark.slow
+def test_the_reason_of_the_rank_that_failed_is_what_all_say(worlds: SimpleNamespace) -> None:
+    kind, message, told = json.loads((worlds.root / "error" / "seen-0.json").read_text())
+    assert (kind, told) == ("RankError", True)
+    assert message == "rank 1 of 2: step 8 of run: expected finite router logits, got NaN or infinity"
+    assert json.loads((worlds.root / "error" / "seen-1.json").read_text())[:2] == ["RunError", message.removeprefix("rank 1 of 2: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_rank_that_is_lost_ends_the_run_which_one_rank_can_continue(tmp_path: Path, how: str) -> None:
+    config = run_config(write_corpus(tmp_path / "corpus"), 20)
+    folder = tmp_path / "run"
+    context = on_ranks(2, fail_on, config, folder, how, join=False)
+    assert context is not None
+    context.processes[0].join(120)
+    assert context.processes[0].exitcode == 0
+    for process in context.processes:
+        process.kill()
+        process.join()
+    kind, message, told = json.loads((folder / "seen-0.json").read_text())
+    assert (kind, told) == ("RankError", False)
+    assert "\n" not in message
+    assert message.startswith("rank 0 of 2: another rank ended or does not answer (")
+    assert message.endswith("; try the same command, which continues from the last checkpoint")
+    assert not (folder / "done").exists()
+    # Step 5 has a checkpoint.
+    resumed = train(config, folder, cache_dir=tmp_path)
+    whole = train(config, tmp_path / "whole", cache_dir=tmp_path)
+    np.testing.assert_allclose(metrics(resumed.folder)["loss"], metrics(whole.folder)["loss"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_run_on_the_command_line(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    (tmp_path / "config.json").write_text(json.dumps(run_config(corpus, 12).to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "moe_lab", "train", "--corpus", str(corpus)]
+    command += ["--config", str(tmp_path / "config.json"), "--tokenizer", "byte", "--out", str(tmp_path / "run")]
+    environment = os.environ | {"MOE_LAB_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step")] == [str(step) for step in range(1, 13)]
+    assert result.stdout.count("validation loss") == 1
+    assert (tmp_path / "run" / "done").exists()
+
+
+def test_a_rank_whose_reason_was_told_elsewhere_prints_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose(*args: Any, **kwargs: Any) -> None:
+        raise RankError("rank 1 of 2: no space", told=told)
+
+    monkeypatch.setattr(training, "train", lose)
+    arguments = ["train", "--corpus", str(write_corpus(tmp_path / "corpus")), "--tokenizer", "byte", "--out", str(tmp_path / "run")]
+    told = True
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == ""
+    told = False
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == "moe-lab train: rank 1 of 2: no space\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4])
+def test_every_sequence_of_a_step_is_one_ranks_in_its_own_micro_batch(size: int, micro_batches: int) -> None:
+    batch = torch.arange(24 * micro_batches)
+    groups = int(np.gcd(size, micro_batches))
+    seen: dict[int, list[int]] = {}
+    for rank in range(size):
+        ranks = Ranks(rank, size, Parallel.DDP, micro_batches=micro_batches, groups=groups)
+        own = ranks.own(batch)
+        assert len(own) == micro_batches // groups
+        assert len({len(part) for part in own}) == 1
+        for part in own:
+            seen.setdefault(int(part[0]) // 24, []).extend(part.tolist())
+            assert len({int(sequence) // 24 for sequence in part}) == 1
+    assert {number: sorted(found) for number, found in seen.items()} == {
+        number: list(range(24 * number, 24 * number + 24)) for number in range(micro_batches)
+    }
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(write_corpus(tmp_path / "corpus"), 2, batch_size=4)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ConfigError, match=r"ranks that share the batch evenly \(batch_size 4, grad_accumulation 1\), got 3; try 2 ranks"):
+        ranks_module._spread(config, Parallel.DDP, CPU)
+
+
+def test_an_unknown_way_to_spread_is_one_line(tmp_path: Path) -> None:
+    config = run_config(write_corpus(tmp_path / "corpus"), 2)
+    with pytest.raises(ConfigError, match="expected parallel among ddp, fsdp, got 'pipeline'"):
+        train(config, tmp_path / "run", cache_dir=tmp_path, parallel="pipeline")
+
+
+def test_one_rank_exchanges_nothing() -> None:
+    values = torch.tensor([1.0, 2.0])
+    assert Ranks().total(values) is values
+    assert Ranks().mean(values) is values
+    assert Ranks().from_first(lambda: 3) == 3
