@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hf_copied import copy_moe, largest, randomise
+from torch import Tensor
 
 from moe_lab.errors import ConfigError
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig
@@ -58,6 +59,10 @@ def test_the_moe_block_equals_transformers_deepseek_v4(hashed: bool) -> None:
     assert largest(mine, theirs(x, ids)) < 1e-5
 
 
+def table(model: Decoder, layer: int) -> Tensor:
+    return model.moe_layers()[layer].router.get_buffer("table")
+
+
 def test_leading_moe_layers_select_by_token_id_and_the_others_do_not() -> None:
     model = Decoder(HASHED).eval()
     randomise(model, 2)
@@ -69,11 +74,10 @@ def test_leading_moe_layers_select_by_token_id_and_the_others_do_not() -> None:
         alike = all((chosen[flat == token] == chosen[flat == token][:1]).all() for token in flat.unique())
         assert alike == (layer in (1, 2))
     for layer, routing in zip((1, 2), routings[:2], strict=True):
-        assert torch.equal(routing.indices, model.blocks[layer].moe.router.table[flat])
+        assert torch.equal(routing.indices, table(model, layer)[flat])
         same = flat == flat.mode().values
         assert routing.weights[same].std(dim=0).min() > 0, "the weights are learned and depend on the context"
-    tables = [model.blocks[layer].moe.router.table for layer in (1, 2)]
-    assert not torch.equal(*tables)
+    assert not torch.equal(table(model, 1), table(model, 2))
 
 
 def test_hash_layers_train_their_router_and_have_no_balance_bias() -> None:
@@ -92,9 +96,9 @@ def test_the_tables_are_saved_with_the_model() -> None:
     torch.manual_seed(0)
     first, second = Decoder(HASHED), Decoder(HASHED)
     with torch.no_grad():
-        first.blocks[1].moe.router.table.copy_(first.blocks[1].moe.router.table.flip(0))
+        table(first, 1).copy_(table(first, 1).flip(0))
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first.blocks[1].moe.router.table, second.blocks[1].moe.router.table)
+    assert torch.equal(table(first, 1), table(second, 1))
 
 
 def test_a_number_of_hash_layers_that_does_not_fit_is_refused() -> None:
