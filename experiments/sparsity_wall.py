@@ -11,27 +11,34 @@ tokens; only the number of experts to choose from changes. The other arms are th
 
     topk-short  topk at a quarter of the tokens, branched off its long runs where it begins to decay: does a wall move with the tokens?
 
-Runs of one seed see the
-same batches in the same order, so arms can be compared in pairs; losses are of held-out text. Committed results: the folder
-``sparsity_wall/`` beside this file.
+``--alternative`` asks instead whether something else beats more experts. At each ratio from 2 it takes the model of half the ratio and
+spends what the other half of the experts would have cost on n-gram tables (``ngram``), layers (``depth``) or channels (``width``): the
+same total parameters as topk at that ratio, and for depth and width, which run more of them per token, fewer tokens, so that training
+costs the same. Runs that the plain sweep has too are shared with it.
+
+Runs of one seed see the same batches in the same order, so arms can be compared in pairs; losses are of held-out text. Committed results:
+the folder ``sparsity_wall/`` beside this file.
 
     moe-lab sweep plan experiments/sparsity_wall.py --preset small --power
     moe-lab sweep run  experiments/sparsity_wall.py --preset small --out runs/small
     moe-lab scaling verdict runs/small --out experiments/sparsity_wall
+    moe-lab sweep run  experiments/sparsity_wall.py --alternative ngram --out runs/demo
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from moe_lab.accounting import flops
+from moe_lab.accounting import count, flops
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, HashTable, RouterConfig
 from moe_lab.scaling import SHORT
+from moe_lab.scaling.alternatives import Alternative, at_total
 from moe_lab.sweeps import SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig
 
+INSTEAD = "At the same total parameters, are more experts better than {}?"
 QUESTION = "Does the loss still fall as experts are added at fixed active parameters?"
 
 
@@ -139,11 +146,19 @@ SHAPES = {
     ),
 }
 PRESETS = tuple(SHAPES)
+ALTERNATIVES = tuple(Alternative)
 
 
-def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
-    """The designed grid of ``preset``: every ratio and arm at seeds ``seed``, ``seed + 1``, ...; arm lr at the first seed alone."""
+def sweep(preset: str, *, seed: int = 0, device: str = "cpu", alternative: str | None = None) -> SweepConfig:
+    """The designed grid of ``preset``: every ratio and arm at seeds ``seed``, ``seed + 1``, ...; arm lr at the first seed alone.
+
+    With ``alternative``, arm topk at every ratio and that alternative to it.
+    """
     shape = SHAPES[preset]
+    if alternative is not None:
+        kind = Alternative(alternative)
+        runs = [run for offset in range(shape.seeds) for run in _against_experts(shape, kind, seed + offset, device)]
+        return SweepConfig(name=f"sparsity_wall_{preset}_{kind}", question=INSTEAD.format(kind), preset=preset, runs=tuple(runs))
     runs = [run for offset in range(shape.seeds) for arm in ARMS.values() for run in arm(shape, seed + offset, device)]
     runs += list(_rates(shape, seed, device))
     return SweepConfig(name=f"sparsity_wall_{preset}", question=QUESTION, preset=preset, runs=tuple(runs))
@@ -199,6 +214,23 @@ def _fixed_total(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
     reference = work[min(work, key=lambda ratio: abs(ratio - shape.total_experts // shape.top_k))]
     for ratio, run in runs.items():
         yield run.replace(train_tokens=round(shape.total_tokens * reference / work[ratio]))
+
+
+def _against_experts(shape: Shape, alternative: Alternative, seed: int, device: str) -> Iterator[RunConfig]:
+    for ratio in shape.ratios:
+        experts = _run(shape, "topk", ratio, _topk(shape, ratio), seed, device)
+        yield experts
+        if alternative is not Alternative.EXPERTS and ratio > 1:
+            yield instead(experts, _run(shape, "topk", ratio // 2, _topk(shape, ratio // 2), seed, device).model, alternative)
+
+
+def instead(experts: RunConfig, smaller: DecoderConfig, alternative: Alternative) -> RunConfig:
+    """``smaller`` brought to the parameters of the run ``experts`` by an alternative, at no more than its training FLOPs."""
+    model = at_total(smaller, count(experts.model).total, alternative)
+    spent, work = (flops(one, context=experts.seq_length, phase="train").total for one in (experts.model, model))
+    tokens = round(experts.train_tokens * min(1.0, spent / work))
+    name = experts.name.replace(experts.arm, alternative.value, 1)
+    return experts.replace(name=name, arm=alternative.value, model=model, train_tokens=tokens)
 
 
 def _rates(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a recipe file, such as experiments/sparsity_wall.py")
     parser.add_argument("--preset", default="demo", help="which of the recipe's presets")
+    parser.add_argument(
+        "--alternative", default=None, metavar="NAME", help="compare more experts with ngram, depth or width at the same total"
+    )
 
 
 def _add_power(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +211,7 @@ def _sweep(args: argparse.Namespace) -> "SweepConfig":
     """The recipe's sweep on the text that was asked for, with the content hash of each corpus recorded in its runs."""
     from moe_lab.sweeps import load_recipe
 
-    sweep = load_recipe(args.recipe, args.preset, seed=args.seed, device=args.device)
+    sweep = load_recipe(args.recipe, args.preset, seed=args.seed, device=args.device, alternative=getattr(args, "alternative", None))
     changes = text_changes(args)
     resolved = {}
     for run in sweep.runs:
@@ -225,4 +228,5 @@ def _command(args: argparse.Namespace) -> str:
     """The command line that makes this report again."""
     if getattr(args, "verb", None) is None:
         return f"moe-lab demo --out {args.out}"
-    return f"moe-lab sweep run {args.recipe} --preset {args.preset} --out {args.out or 'runs/...'}"
+    chosen = f" --alternative {args.alternative}" if args.alternative else ""
+    return f"moe-lab sweep run {args.recipe} --preset {args.preset}{chosen} --out {args.out or 'runs/...'}"

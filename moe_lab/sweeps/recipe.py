@@ -12,11 +12,14 @@ from moe_lab.errors import MoELabError, RunError, expected
 from moe_lab.sweeps.config import SweepConfig
 
 
-def load_recipe(path: Path | str, preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
+def load_recipe(path: Path | str, preset: str, *, seed: int = 0, device: str = "cpu", alternative: str | None = None) -> SweepConfig:
     """Import the recipe file at ``path`` and ask it for the sweep of ``preset``.
 
-    Raises ``RunError`` where the file is missing, does not import, has no ``sweep`` or ``PRESETS``, does not know the preset,
-    fails, or returns something else. A recipe is code of the user's and runs as such.
+    Args:
+        alternative: one of the recipe's ``ALTERNATIVES``, for recipes whose ``sweep`` takes one.
+
+    Raises ``RunError`` where the file is missing, does not import, has no ``sweep`` or ``PRESETS``, does not know the preset or the
+    alternative, fails, or returns something else. A recipe is code of the user's and runs as such.
     """
     path = Path(path)
     module = _import(path)
@@ -26,7 +29,11 @@ def load_recipe(path: Path | str, preset: str, *, seed: int = 0, device: str = "
         raise RunError(expected(f"a recipe that defines sweep and PRESETS in {path}", f"no {missing}"))
     if preset not in presets:
         raise RunError(expected(f"a preset of {path.name} ({', '.join(presets)})", repr(preset)))
-    sweep = _within(path, lambda: make(preset, seed=seed, device=device))
+    known = tuple(getattr(module, "ALTERNATIVES", ()))
+    if alternative is not None and alternative not in known:
+        raise RunError(expected(f"an alternative of {path.name} ({', '.join(known) or 'it has none'})", repr(alternative)))
+    chosen = {} if alternative is None else {"alternative": alternative}
+    sweep = _within(path, lambda: make(preset, seed=seed, device=device, **chosen))
     if not isinstance(sweep, SweepConfig):
         raise RunError(expected(f"a SweepConfig from sweep() in {path}", type(sweep).__name__))
     return sweep
