@@ -64,6 +64,8 @@ class Launcher(Protocol):
         ...
 
 
+MEMORY_HINT = "try fewer workers or a smaller batch"
+
 TRAIN = "moe_lab.sweeps.launchers:train_run"
 """The default trainer, as the importable ``module:function(config values, run folder)`` that a worker calls."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from moe_lab.errors import RunError, expected
-from moe_lab.sweeps.launchers import Ending, Job, Result
+from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"), "1")
 PATIENCE_SECONDS = 3.0
@@ -188,4 +188,4 @@ def _cause(code: int) -> str:
     if code >= 0:
         return f"worker ended with exit status {code}"
     name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
-    return f"worker killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"worker killed by {name}" + (f" (out of memory? {MEMORY_HINT})" if name == "SIGKILL" else "")

@@ -1,10 +1,16 @@
 """The Ray launcher: each run is one Ray task, on an existing cluster or on one that is started here (extra ``ray``).
 
 Ray places, packs and autoscales; a run asks for ``cpus`` and, on CUDA, for ``gpus``, which may be a fraction. A node that dies takes only
-its current runs with it: they are submitted again and resume from their checkpoints. Retries are the sweep's, so Ray's are off.
+its current runs with it: they are submitted again and resume from their checkpoints. Retries are the sweep's, so Ray's are off. Ray ends
+its driver's process a while after the head is gone, so the head is watched here, and the sweep ends before that with a line of its own.
 """
 
+import os
 import socket
+import subprocess
+import sys
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,18 +18,26 @@ from typing import Any
 
 from moe_lab.config import Config, require
 from moe_lab.errors import RunError, expected
-from moe_lab.sweeps.launchers import Ending, Job, Result
+from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
 from moe_lab.sweeps.local import ONE_THREAD
-from moe_lab.sweeps.remote import Errand, extra, last_line, read_options
+from moe_lab.sweeps.remote import Errand, Refusal, extra, last_line, read_options, settle
 
 CONNECT_SECONDS = 5.0
+PROBE_SECONDS = 30.0
+"""For a first connection, which imports ray and starts no worker."""
+WATCH_SECONDS = 2.0
+LOST_SECONDS = 20.0
+"""Without its head for so long, a cluster is lost; Ray itself ends the process after 60."""
+STORE_BYTES = 100 * 2**20
+"""Object store of a cluster started here: what passes through it is a configuration and a line of text."""
 
 
 @dataclass(frozen=True)
 class RayOptions(Config):
     """
     Attributes:
-        address: of a running cluster, such as "auto" or "ray://head:10001"; empty takes ``RAY_ADDRESS``, else starts a cluster here.
+        address: of a running cluster, such as "auto", "head:6379" or "ray://head:10001"; empty takes ``RAY_ADDRESS``, else starts a
+            cluster here.
         cpus: CPUs of one run.
         gpus: GPUs of one run on CUDA; 0.25 lets four share one.
         memory_gb: memory of one run that Ray reserves; 0 reserves none.
@@ -50,74 +64,148 @@ class RayLauncher:
         self.slots = min(workers or len(jobs), len(jobs))
         self._trainer = trainer
         self._runs: dict[Any, Job] = {}
-        self._ray = _connect(self._options.address)
-        self._task = self._ray.remote(max_retries=0, runtime_env={"env_vars": dict(ONE_THREAD)})(_do)
-        self._check_room(jobs)
+        address = self._options.address or os.environ.get("RAY_ADDRESS", "")
+        self._ray = _connect(address)
+        self._head = _Head(address if "://" in address else self._ray.get_runtime_context().gcs_address)
+        own = {name: value for name, value in os.environ.items() if name.startswith("MOE_LAB_")}
+        self._task = self._ray.remote(max_retries=0, runtime_env={"env_vars": ONE_THREAD | own})(_do)
+        self._check_room(jobs, can_grow=bool(address))
 
-    def _check_room(self, jobs: Sequence[Job]) -> None:
-        """A CUDA run on a cluster without GPUs would wait for ever, unless the cluster can grow; say so at once."""
-        have = self._ray.cluster_resources()
-        if any(job.device != "cpu" for job in jobs) and not have.get("GPU"):
-            raise RunError(expected("a Ray cluster with GPUs", f"one with {have.get('CPU', 0):g} CPUs and none", "--device cpu"))
+    def _resources(self, device: str) -> dict[str, float]:
+        """What Ray is to reserve for a run, by Ray's names."""
+        wanted = {"CPU": self._options.cpus, "memory": int(self._options.memory_gb * 2**30)}
+        return {name: value for name, value in wanted.items() if value} | ({} if device == "cpu" else {"GPU": self._options.gpus})
+
+    def _check_room(self, jobs: Sequence[Job], can_grow: bool) -> None:
+        """Runs that fit on no node wait until the cluster grows one; say so, for some clusters never do."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        for device in sorted({job.device for job in jobs}):
+            wanted = self._resources(device)
+            if not any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
+                need = ", ".join(f"{name} {value:g}" for name, value in wanted.items())
+                have = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in wanted) for node in nodes)
+                message = expected(f"a Ray node with {need} for a run on {device}", have, "the launcher options cpus=, gpus=, memory_gb=")
+                if not can_grow:
+                    raise RunError(message)
+                warnings.warn(f"{message}, or wait until the cluster grows", stacklevel=2)
 
     def submit(self, job: Job) -> None:
-        resources: dict[str, Any] = {"num_cpus": self._options.cpus, "name": job.name}
-        if job.device != "cpu":
-            resources["num_gpus"] = self._options.gpus
-        if self._options.memory_gb:
-            resources["memory"] = int(self._options.memory_gb * 2**30)
-        self._runs[self._task.options(**resources).remote(Errand.of(job, self._trainer))] = job
+        names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        resources = {names[name]: value for name, value in self._resources(job.device).items()}
+        self._runs[self._task.options(name=job.name, **resources).remote(Errand.of(job, self._trainer))] = job
 
     def poll(self, timeout: float) -> list[Ending]:
         if not self._runs:
             return []
+        self._head.check()
         try:
             ready, _ = self._ray.wait(list(self._runs), num_returns=1, timeout=timeout)
             if ready:
                 ready, _ = self._ray.wait(list(self._runs), num_returns=len(self._runs), timeout=0)
             return [self._ending(reference) for reference in ready]
         except (ConnectionError, self._ray.exceptions.RaySystemError) as error:
-            raise RunError(f"lost the Ray cluster ({last_line(error)}); run the same command again to continue") from error
+            raise RunError(_lost(last_line(error))) from error
 
     def _ending(self, reference: Any) -> Ending:
         job, errors = self._runs.pop(reference), self._ray.exceptions
         try:
-            return self._ray.get(reference)
+            return settle(self._ray.get(reference))
         except errors.OutOfMemoryError:
-            return Ending(job.run, Result.DIED, "the node ran out of memory; try the launcher option memory_gb=")
-        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError, errors.LocalRayletDiedError) as error:
-            return Ending(job.run, Result.DIED, f"its Ray worker died ({type(error).__name__})")
-        except errors.RayError as error:
+            return Ending(job.run, Result.DIED, f"the node ran out of memory ({MEMORY_HINT}, or the launcher option memory_gb=)")
+        except errors.WorkerCrashedError:
+            return Ending(job.run, Result.DIED, f"its Ray worker was killed or crashed (out of memory? {MEMORY_HINT})")
+        except errors.RayTaskError as error:
             return Ending(job.run, Result.FAILED, last_line(error))
+        except errors.RayError as error:
+            return Ending(job.run, Result.DIED, f"its Ray worker died ({type(error).__name__})")
 
     def close(self) -> None:
-        for reference in self._runs:
-            with suppress(Exception):  # the cluster may be gone; there is nothing left to stop then
-                self._ray.cancel(reference, force=True)
+        if self._head.answers():  # otherwise there is nothing left to stop, and each of these calls would wait for a minute
+            for reference in self._runs:
+                with suppress(Exception):  # it may have ended by itself
+                    self._ray.cancel(reference, force=True)
+            self._ray.shutdown()
         self._runs.clear()
-        self._ray.shutdown()
 
 
-def _do(errand: Errand) -> Ending:
+def _do(errand: Errand) -> Ending | Refusal:
     return errand()
+
+
+def _lost(cause: str) -> str:
+    return f"lost the Ray cluster ({cause}); run the same command again to continue"
+
+
+class _Head:
+    """Whether the cluster's head still takes connections."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._looked = self._seen = time.monotonic()
+
+    def answers(self) -> bool:
+        return _refusal(self._address, WATCH_SECONDS) is None
+
+    def check(self) -> None:
+        """Raises ``RunError`` once the head has been silent for too long."""
+        now = time.monotonic()
+        if now - self._looked < WATCH_SECONDS:
+            return
+        self._looked = now
+        if self.answers():
+            self._seen = now
+        elif now - self._seen >= LOST_SECONDS:
+            raise RunError(_lost(f"no answer from its head at {self._address} for {now - self._seen:.0f} s"))
 
 
 def _connect(address: str) -> Any:
     ray = extra("ray", "ray")
-    _check_reachable(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here tells nobody
+    new = {} if address else {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    if address:
+        _check_reachable(address)
     try:
-        ray.init(address=address or None, log_to_driver=False, ignore_reinit_error=True, logging_level="ERROR")
+        ray.init(address=address or "local", log_to_driver=False, ignore_reinit_error=True, logging_level="ERROR", **new)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise RunError(expected(f"a Ray cluster at {address or 'this machine'}", last_line(error), "ray status")) from error
+        raise RunError(_no_cluster(address or "this machine", last_line(error))) from error
     return ray
 
 
+def _no_cluster(place: str, got: str) -> str:
+    return expected(f"a Ray cluster at {place}", got, "one shared environment" if "mismatch" in got else "ray status")
+
+
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes, and then ends the process."""
+    """Connect from a process of its own first: where no cluster answers, Ray tries for minutes and then ends the process."""
+    cause = _refusal(address, CONNECT_SECONDS)
+    if cause is not None:
+        raise RunError(_no_cluster(address, cause))
+    command = [sys.executable, "-c", _PROBE, address]
+    try:
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise RunError(_no_cluster(address, f"no answer within {PROBE_SECONDS:.0f} s")) from None
+    if probe.returncode:
+        raise RunError(_no_cluster(address, last_line(probe.stdout or probe.stderr)))
+
+
+_PROBE = """
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except Exception as error:
+    print(*str(error).split())
+    sys.exit(1)
+"""
+
+
+def _refusal(address: str, seconds: float) -> str | None:
+    """Why nobody can connect to ``host:port``; None where one can, or where the address names no port."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdigit():
-        return
+        return None
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
     except OSError as error:
-        raise RunError(expected(f"a Ray cluster at {address}", last_line(error), "ray status")) from error
+        return last_line(error)
+    return None

@@ -1,24 +1,43 @@
 """The SLURM launcher: runs as job arrays through submitit (extra ``slurm``).
 
 Runs that are submitted together become one array. A run that is preempted or reaches its time limit is put back in the queue by submitit
-and resumes from its checkpoint. ``cluster=local`` runs the same jobs as processes of this machine, without SLURM.
+and resumes from its checkpoint; one whose job is killed or cancelled is submitted again. ``cluster=local`` runs the same jobs as
+processes of this machine, without SLURM. How jobs are doing is asked of ``squeue``: submitit asks ``sacct``, which knows nothing where
+no accounting database runs, and a job that was killed there would never end.
 """
 
+import os
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from moe_lab.config import Config, require
 from moe_lab.errors import RunError, expected
-from moe_lab.sweeps.launchers import Ending, Job, Result
-from moe_lab.sweeps.local import available_cores
-from moe_lab.sweeps.remote import Errand, extra, last_line, read_options
+from moe_lab.sweeps import worker
+from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
+from moe_lab.sweeps.local import ONE_THREAD, available_cores
+from moe_lab.sweeps.remote import Errand, extra, import_path, last_line, read_options, settle
 
 LOGS = "slurm"
 """Folder of the sweep in which submitit keeps scripts and logs."""
-POLL_SECONDS = 0.2
+ARRAY_RUNS = 1000
+"""Runs of one array: SLURM's default MaxArraySize allows indices up to 1000."""
+LOOK_SECONDS = {"local": 0.2, "slurm": 3.0}
+"""Between two looks at the jobs, by cluster."""
+RESULT_SECONDS = 10.0
+"""For how long a job's result may be under way on a shared file system after SLURM called the job ended."""
+SIGNAL_SECONDS = 90
+"""A run hears of its time limit so long before, or halfway for short limits."""
+ALIVE = (
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
+    "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
+)  # fmt: skip
+"""What ``squeue`` calls a job that is not over."""
+TAKEN = ("CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "REVOKED")
+"""Endings that SLURM or its users gave a job; the run itself did nothing wrong."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +48,7 @@ class SlurmOptions(Config):
         minutes: time limit of one run; it resumes after it.
         cpus, gpus, memory_gb: of one run; gpus on CUDA only, memory_gb 0 leaves the cluster's default.
         partition, account, qos: as sbatch takes them; empty leaves the cluster's default.
-        requeues: how often a run may come back after preemption or its time limit.
+        requeues: how often a run may come back after its time limit.
     """
 
     cluster: str = "slurm"
@@ -43,7 +62,7 @@ class SlurmOptions(Config):
     requeues: int = 20
 
     def __post_init__(self) -> None:
-        require(self.cluster in ("slurm", "local"), "cluster=slurm or cluster=local", self.cluster)
+        require(self.cluster in LOOK_SECONDS, "cluster=slurm or cluster=local", self.cluster)
         for name in ("minutes", "cpus", "gpus"):
             require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
         require(self.memory_gb >= 0, "memory_gb of at least 0", self.memory_gb)
@@ -54,6 +73,8 @@ class Requeued(Errand):
     """An errand that submitit puts back in the queue when SLURM takes its node away."""
 
     def checkpoint(self) -> Any:
+        """Called within the signal's handler; submitit then leaves the process by ``SystemExit``."""
+        worker.preempted.set()
         return extra("submitit.helpers", "slurm").DelayedSubmission(self)
 
 
@@ -64,12 +85,17 @@ class SlurmLauncher:
         if workers is not None and workers < 1:
             raise RunError(expected("at least 1 worker", workers))
         self._options = read_options(SlurmOptions, options)
-        # Without SLURM nothing else limits how many processes start.
-        self.slots = len(jobs) if self._options.cluster == "slurm" else min(workers or available_cores(), len(jobs))
+        self._is_local = self._options.cluster == "local"
+        if self._is_local:  # nothing else limits how many processes start
+            self.slots = min(workers or available_cores(), len(jobs))
+        else:  # one array keeps to the limit, several would not
+            self.slots = min(ARRAY_RUNS, len(jobs)) if workers else len(jobs)
         self._trainer = trainer
         self._executor = _executor(self._options, jobs, workers)
         self._waiting: list[Job] = []
         self._active: dict[str, Any] = {}
+        self._over_since: dict[str, float] = {}
+        self._looked = float("-inf")
 
     def submit(self, job: Job) -> None:
         self._waiting.append(job)
@@ -77,57 +103,120 @@ class SlurmLauncher:
     def poll(self, timeout: float) -> list[Ending]:
         self._flush()
         deadline = time.monotonic() + timeout
-        while True:
-            ended = [run for run, job in self._active.items() if job.done()]
-            if ended or not self._active or time.monotonic() >= deadline:
-                return [self._ending(run, self._active.pop(run)) for run in ended]
-            time.sleep(POLL_SECONDS)
+        while self._active:
+            now, due = time.monotonic(), self._looked + LOOK_SECONDS[self._options.cluster]
+            if now >= due:
+                self._looked = now
+                endings = self._look()
+                if endings:
+                    return endings
+            elif min(due, deadline) > now:
+                time.sleep(min(due, deadline) - now)
+            if time.monotonic() >= deadline:
+                break
+        return []
 
     def _flush(self) -> None:
-        """What was submitted since the last look, as one array."""
-        if not self._waiting:
-            return
-        errands = [Requeued.of(job, self._trainer) for job in self._waiting]
-        try:
-            with self._executor.batch():
-                submitted = [self._executor.submit(errand) for errand in errands]
-        except (RuntimeError, OSError) as error:
-            raise RunError(expected("sbatch to accept the runs", last_line(error), "the launcher options partition=, account=")) from error
-        self._active |= {job.run: one for job, one in zip(self._waiting, submitted, strict=True)}
-        self._waiting.clear()
+        """What was submitted since the last look, as arrays."""
+        while self._waiting:
+            some = self._waiting[:ARRAY_RUNS]
+            errands = [Requeued.of(job, self._trainer) for job in some]
+            try:
+                with _environment(ONE_THREAD | {"PYTHONPATH": import_path()}), self._executor.batch():
+                    submitted = [self._executor.submit(errand) for errand in errands]
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+                hint = "the launcher options partition=, account=, qos=, minutes="
+                raise RunError(expected("sbatch to accept the runs", last_line(error), hint)) from error
+            self._active |= {job.run: one for job, one in zip(some, submitted, strict=True)}
+            del self._waiting[: len(some)]
 
-    def _ending(self, run: str, job: Any) -> Ending:
-        errors = extra("submitit.core.utils", "slurm")
+    def _look(self) -> list[Ending]:
+        states = {run: job.state for run, job in self._active.items()} if self._is_local else self._queue_states()
+        endings = [ending for run, state in states.items() if state not in ALIVE and (ending := self._ending(run, state))]
+        for ending in endings:
+            del self._active[ending.run]
+            self._over_since.pop(ending.run, None)
+        return endings
+
+    def _queue_states(self) -> dict[str, str]:
+        """State by run; "GONE" for a job that SLURM has forgotten, none at all while the controller does not answer."""
+        command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
         try:
-            return job.result()
-        except errors.FailedJobError as error:
-            return Ending(run, Result.FAILED, last_line(error))
-        except errors.UncompletedJobError:  # killed from outside: no result was written
-            return Ending(run, Result.DIED, f"its job {job.job_id} ended as {job.state}")
+            output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        known = dict(line.split()[:2] for line in output.splitlines() if line.strip())
+        return {run: known.get(job.job_id, "GONE") for run, job in self._active.items()}
+
+    def _ending(self, run: str, state: str) -> Ending | None:
+        """How a job ended that its cluster calls over; None while its result may still arrive."""
+        job = self._active[run]
+        if job.paths.result_pickle.exists():
+            outcome, answer = extra("submitit.core.utils", "slurm").pickle_load(job.paths.result_pickle)
+            return settle(answer) if outcome == "success" else Ending(run, Result.FAILED, last_line(answer))
+        since = self._over_since.setdefault(run, time.monotonic())
+        if not self._is_local and time.monotonic() - since < RESULT_SECONDS:
+            return None
+        return Ending(run, Result.DIED, _cause(job, state))
 
     def close(self) -> None:
-        for job in self._active.values():
-            with suppress(Exception):  # it may have ended by itself
+        if self._is_local:
+            for job in self._active.values():
                 job.cancel()
+            deadline = time.monotonic() + 5
+            while any(job.state == "RUNNING" for job in self._active.values()) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        elif self._active:
+            ids = [job.job_id for job in self._active.values()]
+            with suppress(OSError, subprocess.SubprocessError):  # no controller, nothing to stop
+                subprocess.run(["scancel", *ids], capture_output=True, timeout=60)
         self._active.clear()
+
+
+def _cause(job: Any, state: str) -> str:
+    if state in TAKEN:
+        return f"its job {job.job_id} ended as {state}"
+    if state == "OUT_OF_MEMORY":
+        return f"its job {job.job_id} ran out of memory ({MEMORY_HINT}, or the launcher option memory_gb=)"
+    said = last_line(job.stderr() or "")
+    return f"its job {job.job_id} was killed or crashed (out of memory? {MEMORY_HINT}){said and ': '}{said}"
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment with ``changes``: jobs inherit it as it is when they are submitted."""
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _executor(options: SlurmOptions, jobs: Sequence[Job], workers: int | None) -> Any:
     submitit = extra("submitit", "slurm")
     folder = jobs[0].folder.absolute().parent / LOGS
+    gpus = {"gpus_per_node": options.gpus} if any(job.device != "cpu" for job in jobs) else {}
+    signal_seconds = min(SIGNAL_SECONDS, 30 * options.minutes)
+    if options.cluster == "local":
+        executor = submitit.LocalExecutor(folder, max_num_timeout=options.requeues)
+        executor.update_parameters(timeout_min=options.minutes, signal_delay_s=signal_seconds, **gpus)
+        return executor
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=options.cluster, slurm_max_num_timeout=options.requeues)
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=options.requeues)
     except RuntimeError as error:
         raise RunError(expected("SLURM on this machine (sbatch)", last_line(error), "the launcher option cluster=local")) from error
-    parameters: dict[str, Any] = {"timeout_min": options.minutes, "cpus_per_task": options.cpus, "name": "moe_lab"}
-    if options.memory_gb:
-        parameters["mem_gb"] = options.memory_gb
-    if any(job.device != "cpu" for job in jobs):
-        parameters["gpus_per_node"] = options.gpus
-    if options.cluster == "slurm":
-        named = {name: getattr(options, name) for name in ("partition", "account", "qos")}
-        parameters |= {f"slurm_{name}": value for name, value in named.items() if value and name != "account"}
-        parameters["slurm_additional_parameters"] = {"account": options.account} if options.account else {}
-        parameters["slurm_array_parallelism"] = workers or len(jobs)
-    executor.update_parameters(**parameters)
+    named = {name: getattr(options, name) for name in ("partition", "account", "qos")}
+    memory = {"mem": f"{round(options.memory_gb * 1024)}MB"} if options.memory_gb else {}
+    executor.update_parameters(
+        job_name="moe_lab",
+        time=options.minutes,
+        signal_delay_s=signal_seconds,
+        cpus_per_task=options.cpus,
+        array_parallelism=workers or ARRAY_RUNS,
+        **gpus,
+        **memory,
+        **{name: value for name, value in named.items() if value},
+    )
     return executor

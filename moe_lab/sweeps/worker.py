@@ -25,11 +25,17 @@ from typing import Any
 from moe_lab.errors import MoELabError, RunError, expected
 from moe_lab.files import TEMPORARY_PREFIX, write_text
 from moe_lab.sweeps.claims import acquire
-from moe_lab.sweeps.launchers import Ending, Job, Result
+from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
+from moe_lab.sweeps.memory import give_back_freed
 from moe_lab.sweeps.store import DONE, ERROR
 
 Trainer = Callable[[dict[str, Any], Path], object]
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+"""By which torch's errors tell that a device, or this machine, had no room; lower case."""
+
+preempted = threading.Event()
+"""Set by a launcher whose cluster takes the machine away: ``SystemExit`` then ends the process, and is no failure of the run."""
 
 
 def load_trainer(name: str) -> Trainer:
@@ -68,6 +74,8 @@ def _train(trainer: Trainer, job: Job) -> Ending:
             raise RunError(expected(f"a run that ends with the file {DONE!r}", "none", "looking into log.txt"))
         return Ending(job.run, Result.FINISHED)
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and preempted.is_set():
+            raise
         reason = one_line(error, job.folder)
         with suppress(RunError):  # a full disk: the reason still reaches whoever started the run
             write_text(job.folder / ERROR, f"{reason}\n\n{traceback.format_exc()}")
@@ -86,15 +94,21 @@ def _abandon() -> None:
 
 
 def one_line(error: BaseException, folder: Path) -> str:
-    """An exception as one line: our own message as it is, a full disk in words, any other with its type and place."""
+    """An exception as one line: our own message as it is, a full disk or memory in words, any other with its type and place."""
     message = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, MoELabError):
         return message
+    if isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and _is_memory(message)):
+        return f"out of memory{message and ': '}{message.rstrip('.')}; {MEMORY_HINT}"
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         return f"cannot write {error.filename or folder}: {error.strerror}; try another folder or free some space"
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{message and ': '}{message}{place}"
+
+
+def _is_memory(message: str) -> bool:
+    return any(words in message.lower() for words in MEMORY_WORDS)
 
 
 @contextmanager
@@ -136,6 +150,7 @@ def main(trainer_name: str) -> None:
     while True:
         ending = execute(trainer, jobs.get())
         gc.collect()  # the last run's tensors, some of which sit in reference cycles, must not add to the next run's
+        give_back_freed()
         tell(event="ended", run=ending.run, result=ending.result.value, reason=ending.reason)
         if ending.result is Result.FAILED:  # a failure may have poisoned the process (CUDA errors do): the next run gets a fresh one
             return

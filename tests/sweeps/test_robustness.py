@@ -84,7 +84,7 @@ def test_kill_9_of_workers_at_random_moments_needs_no_second_command(tmp_path: P
             os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert f"outcome {RUNS} 0 0" in output, output
-    assert "worker killed by SIGKILL (out of memory?); resuming from its checkpoint" in output
+    assert "worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch); resuming from its checkpoint" in output
     finish(tmp_path)
 
 

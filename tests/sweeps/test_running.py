@@ -115,7 +115,7 @@ def test_a_run_that_kills_every_worker_fails_after_three(tmp_path: Path):
     bad, good = StubRun(name="bad", trouble="killed every time"), StubRun(name="good")
     outcome = go(tmp_path, bad, good)
     assert outcome.finished == (good.hash(),)
-    assert outcome.failed[0].reason == "worker killed by SIGKILL (out of memory?), 3 times"
+    assert outcome.failed[0].reason == "worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch), 3 times"
     assert len(set(pids(tmp_path, bad))) == 3
     assert RunStore(tmp_path).state(bad.hash()) is RunState.FAILED
     assert RunStore(tmp_path).error(bad.hash()) == outcome.failed[0].reason

@@ -1,0 +1,48 @@
+"""Fixtures of the cluster tests: a text, the losses of this machine, and the grid as a process."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grid_process import Driver
+from tiny_grid import results, write_corpus
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of text, and a token cache of the tests' own for every process they start."""
+    folder = tmp_path_factory.mktemp("text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_LAB_CACHE", str(folder / "cache"))
+        yield write_corpus(folder / "corpus")
+
+
+@pytest.fixture
+def start(corpus: Path) -> Iterator[Callable[..., Driver]]:
+    """Starts the grid; whatever still runs at the end of the test is killed."""
+    drivers: list[Driver] = []
+
+    def begin(out: Path, *words: str, environment: dict[str, str] | None = None) -> Driver:
+        drivers.append(Driver(corpus, out, *words, environment=environment))
+        return drivers[-1]
+
+    yield begin
+    for driver in drivers:
+        if driver.process.poll() is None:
+            driver.kill()
+
+
+@pytest.fixture(scope="session")
+def local_results(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], dict[str, dict[str, Any]]]:
+    """Result by run of ``--launcher local`` for a number of steps and seeds."""
+    known: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+
+    def of(steps: int, seeds: int) -> dict[str, dict[str, Any]]:
+        if (steps, seeds) not in known:
+            out = tmp_path_factory.mktemp("local") / "out"
+            assert Driver(corpus, out, "local", f"steps={steps}", f"seeds={seeds}").end() == 0
+            known[steps, seeds] = results(out)
+        return known[steps, seeds]
+
+    return of

@@ -1,0 +1,81 @@
+"""The grid of ``tiny_grid.py`` as a process that tests watch and kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+
+
+class Driver:
+    """The grid as a process, with what it printed in a file."""
+
+    def __init__(self, corpus: Path, out: Path, *words: str, environment: dict[str, str] | None = None) -> None:
+        self.out = out
+        self.log = out.with_suffix(".log")
+        with open(self.log, "ab") as log:
+            command = [sys.executable, str(FOLDER / "tiny_grid.py"), str(corpus), str(out), *words]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | (environment or {}), start_new_session=True)
+
+    def steps(self) -> dict[str, int]:
+        """Steps by run of the runs that have begun."""
+        found = {}
+        for path in self.out.glob("*/status.json"):
+            found[path.parent.name] = json.loads(path.read_text())["step"]
+        return found
+
+    def wait_for(self, what: str, condition: Callable[[], Any], seconds: float = 180) -> Any:
+        """What ``condition`` says once it is true."""
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}; the log ends: {self.said()[-2000:]}"
+            time.sleep(0.05)
+        return found
+
+    def wait_for_steps(self, each: int, runs: int) -> None:
+        """Until so many runs have so many steps each."""
+        self.wait_for(f"{each} steps of {runs} runs", lambda: sum(steps >= each for steps in self.steps().values()) >= runs)
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def end(self, seconds: float = 300) -> int:
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def parents() -> dict[int, int]:
+    """Parent by process, of those alive."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if fields[0] not in "ZX":
+                found[int(path.parent.name)] = int(fields[1])
+    return found
+
+
+def family(roots: set[int]) -> set[int]:
+    """Processes with all they started that still live."""
+    known, found = parents(), set(roots)
+    while more := {pid for pid, parent in known.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def trainers(out: Path) -> dict[int, str]:
+    """Run by process of the runs that are being trained."""
+    alive = parents()
+    claims = {path.parent.name: path.read_text() for path in out.glob("*/.claim-*")}
+    found = {json.loads(text)["pid"]: run for run, text in claims.items() if text}
+    return {pid: run for pid, run in found.items() if pid in alive}

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# One SLURM controller and one node on loopback, without systemd, cgroups or accounting: slurm.sh {start|stop} FOLDER
+# Everything it writes lies in FOLDER, which it must own; clients find it through SLURM_CONF=FOLDER/slurm.conf. Needs root, and Debian's
+# slurmctld, slurmd, slurm-client and munge. Ports are derived from the folder's name, so that two clusters can live side by side.
+set -euo pipefail
+action=$1
+folder=$(mkdir -p "$2" && cd "$2" && pwd)
+socket=$folder/munge.socket
+export SLURM_CONF=$folder/slurm.conf
+
+stop() {
+  for name in slurmd slurmctld munged; do
+    [ -s "$folder/$name.pid" ] || continue
+    local pid
+    pid=$(cat "$folder/$name.pid")
+    kill "$pid" 2>/dev/null || true
+    for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+    kill -9 "$pid" 2>/dev/null || true
+    rm -f "$folder/$name.pid"
+  done
+}
+
+start() {
+  for tool in slurmctld slurmd munged sbatch; do
+    command -v "$tool" >/dev/null || { echo "needs $tool: apt-get install slurmctld slurmd slurm-client munge"; exit 3; }
+  done
+  [ "$(id -u)" = 0 ] || { echo "needs root: slurmd starts its jobs as their owners"; exit 3; }
+  mkdir -p "$folder"/{state,spool,log}
+  chmod 755 "$folder"
+  local port cores host
+  port=$((20000 + $(printf %s "$folder" | cksum | cut -d' ' -f1) % 10000 * 2))
+  cores=$(nproc)
+  host=$(hostname -s)
+  head -c 1024 /dev/urandom >"$folder/munge.key"
+  chmod 400 "$folder/munge.key"
+  munged --force --socket="$socket" --key-file="$folder/munge.key" --pid-file="$folder/munged.pid" \
+    --seed-file="$folder/munged.seed" --log-file="$folder/log/munged.log"
+  cat >"$SLURM_CONF" <<EOF
+ClusterName=loopback
+SlurmctldHost=$host(127.0.0.1)
+SlurmUser=root
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits for the life of its credential before it starts again: 120 seconds by default.
+AuthInfo=socket=$socket,cred_expire=2
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldLogFile=$folder/log/slurmctld.log
+SlurmdLogFile=$folder/log/slurmd.log
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=2,batch_sched_delay=0,sched_min_interval=100000
+ReturnToService=2
+KillWait=2
+# Arrays start all at once rather than one a scheduling round.
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores State=UNKNOWN
+PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
+EOF
+  slurmctld
+  slurmd
+  for _ in $(seq 100); do
+    sinfo -h -o %T 2>/dev/null | grep -q idle && return 0
+    sleep 0.2
+  done
+  echo "the node did not come up; the ends of its logs:"
+  tail -n 5 "$folder"/log/*.log
+  stop
+  exit 4
+}
+
+case $action in
+  start) start ;;
+  stop) stop ;;
+  *) echo "usage: slurm.sh {start|stop} FOLDER"; exit 2 ;;
+esac

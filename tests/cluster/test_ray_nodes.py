@@ -1,0 +1,124 @@
+"""A real Ray cluster of three nodes on this machine, each with its own processes, under ``kill -9``."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grid_process import Driver, family, trainers
+from tiny_grid import results
+
+pytest.importorskip("ray", reason="needs the extra ray")
+pytestmark = pytest.mark.slow
+
+NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+STEPS = 250
+
+
+class Nodes:
+    """Three nodes of two CPUs; the first is the head. Nodes are killed with everything they started, as by pulling a plug."""
+
+    def __init__(self) -> None:
+        self.cluster: Any = None
+
+    def begin(self, port: int = 0, others: int = 2) -> str:
+        from ray.cluster_utils import Cluster
+
+        fixed = {"gcs_server_port": port} if port else {}
+        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, **fixed})
+        for _ in range(others):
+            self.cluster.add_node(**NODE)
+        return self.cluster.address
+
+    @staticmethod
+    def processes(node: Any) -> set[int]:
+        return family({info.process.pid for infos in node.all_processes.values() for info in infos})
+
+    def kill(self, node: Any) -> set[int]:
+        """The processes that were killed."""
+        everyone = self.processes(node)
+        for pid in everyone:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return everyone
+
+    def end(self) -> None:
+        if self.cluster is None:
+            return
+        for node in [self.cluster.head_node, *self.cluster.worker_nodes]:
+            if node is not None:
+                self.kill(node)
+        self.cluster.shutdown()
+        self.cluster = None
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_enable_worker_prestart", "0")  # idle workers import ray, on cores that the runs need
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    nodes = Nodes()
+    yield nodes
+    nodes.end()
+
+
+Start = Callable[..., Driver]
+Local = Callable[[int, int], dict[str, dict[str, Any]]]
+
+
+def test_a_node_killed_in_the_middle_costs_nothing_but_time(nodes: Nodes, start: Start, local_results: Local, tmp_path: Path) -> None:
+    driver = start(tmp_path / "out", "ray", f"address={nodes.begin()}", f"steps={STEPS}")
+    driver.wait_for_steps(10, runs=4)
+    busy = trainers(driver.out)
+    victim = next(node for node in nodes.cluster.worker_nodes if nodes.processes(node) & set(busy))
+    lost = {busy[pid] for pid in nodes.kill(victim) & set(busy)}
+    assert lost, "the node trained something"
+
+    assert driver.end() == 0
+    assert "outcome 4 0 0" in driver.said()
+    assert driver.said().count("resuming from its checkpoint") == len(lost)
+    assert results(driver.out) == local_results(STEPS, 2)
+
+
+def test_a_killed_driver_leaves_nothing_and_a_killed_head_one_line(
+    nodes: Nodes, start: Start, local_results: Local, tmp_path: Path
+) -> None:
+    address = nodes.begin()
+    command = (tmp_path / "out", "ray", f"address={address}", f"steps={STEPS}", "seeds=1")
+    driver = start(*command)
+    driver.wait_for_steps(10, runs=2)
+    driver.kill()
+    driver.wait_for("the runs' processes end", lambda: not trainers(driver.out), seconds=30)
+
+    driver, begun = start(*command), driver.steps()
+    driver.wait_for("progress", lambda: sum(driver.steps().values()) >= sum(begun.values()) + 20)
+    nodes.kill(nodes.cluster.head_node)
+    assert driver.end() == 2
+    last = driver.said().strip().splitlines()[-1]
+    assert last.startswith(f"moe-lab: lost the Ray cluster (no answer from its head at {address} for ")
+    assert last.endswith("s); run the same command again to continue")
+
+    nodes.end()
+    assert nodes.begin(port=int(address.rpartition(":")[2])) == address
+    driver = start(*command)
+    assert driver.end() == 0
+    assert results(driver.out) == local_results(STEPS, 1)
+
+
+def test_a_cluster_of_another_version_is_refused_in_one_line(nodes: Nodes, start: Start, tmp_path: Path) -> None:
+    from ray._raylet import GcsClient
+
+    address = nodes.begin(others=0)
+    store = GcsClient(address=address)
+    said = json.loads(store.internal_kv_get(b"CLUSTER_METADATA", b"cluster"))
+    store.internal_kv_put(b"CLUSTER_METADATA", json.dumps(said | {"ray_version": "2.0.1"}).encode(), True, b"cluster")
+    driver = start(tmp_path / "out", "ray", f"address={address}")
+    assert driver.end() == 2
+    last = driver.said().strip().splitlines()[-1]
+    assert f"expected a Ray cluster at {address}, got" in last
+    assert "Ray: 2.0.1" in last
+    assert "try one shared environment" in last
