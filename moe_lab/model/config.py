@@ -144,8 +144,8 @@ class NgramConfig(Config):
     Attributes:
         max_n: longest n-gram, N; orders 2 to N have tables.
         num_splits: tables per order, K, each with a modulus of its own.
-        table_ratio: rows of a table over the vocabulary. Tables near a whole multiple of the vocabulary hash many bigrams alike, so the
-            ratio must keep away from whole numbers.
+        table_ratio: rows of a table over the vocabulary. Tables near a whole multiple of the vocabulary hash many frequent bigrams alike,
+            so the ratio must keep away from whole numbers; halves are no good choice either (docs/decoder.md has the measurement).
         layers: where the tables are read, each with tables of its own and a gate that the stream controls (Engram, arXiv 2601.07372);
             none: once, beside the input embedding, as their mean.
         document_start: the token id that opens a document; n-grams do not reach before it. None takes the vocabulary's last id, as
@@ -154,7 +154,7 @@ class NgramConfig(Config):
 
     max_n: int = 3
     num_splits: int = 2
-    table_ratio: float = 4.5
+    table_ratio: float = 4.37
     layers: tuple[int, ...] = ()
     document_start: int | None = None
 
@@ -163,7 +163,7 @@ class NgramConfig(Config):
         require(self.num_splits >= 1, "num_splits of at least 1", self.num_splits)
         require(self.table_ratio > 0, "table_ratio above 0", self.table_ratio)
         distance = abs(self.table_ratio - round(self.table_ratio))
-        hint = f"{int(self.table_ratio) + 0.5}"
+        hint = f"{int(self.table_ratio) + 0.37:.2f}"
         require(self.table_ratio < 1 or distance >= 0.05, "a table_ratio .05 or more from a whole number", self.table_ratio, hint)
         require(list(self.layers) == sorted(set(self.layers)), "ascending layers", self.layers)
 
