@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         return F.linear(normed, self.embedding.weight if self.head is None else self.head.weight)
 
     def drafts(self, hidden: Tensor, ids_BS: Tensor) -> Iterator[Tensor]:
-        """For each MTP module k = 1, 2, ...: logits [B, S - k, V] whose entry i predicts the token at i + k + 1.
+        """For each MTP module k = 1, 2, ... below S: logits [B, S - k, V] whose entry i predicts the token at i + k + 1.
 
         Args:
             hidden: ``DecoderOutput.hidden`` of the same ids. ids_BS: token i + k is what module k reads at i.
@@ -124,6 +124,8 @@ class Decoder(nn.Module):
         for number, module in enumerate(self.mtp, start=1):
             assert isinstance(module, MTPModule)
             length = ids_BS.shape[1] - number
+            if length < 1:
+                return
             hidden = module(hidden[:, :length], self.embedding(ids_BS[:, number:]), Rotary(self.cos, self.sin).head(length))
             yield self.logits(module.norm(hidden))
 
@@ -134,8 +136,9 @@ class Decoder(nn.Module):
         config, losses = self.config, {}
         if config.mtp is not None:
             drafts = self.drafts(output.hidden, ids_BS)
-            each = [_cross_entropy(logits, targets_BS[:, number:]) for number, logits in enumerate(drafts, start=1)]
-            losses["mtp"] = config.mtp.loss_coef * torch.stack(each).mean()
+            each = [_cross_entropy_or_zero(logits, targets_BS[:, number:]) for number, logits in enumerate(drafts, start=1)]
+            if each:
+                losses["mtp"] = config.mtp.loss_coef * torch.stack(each).mean()
         if config.sparse_attention is not None and selection is not None and selection.losses:
             losses["indexer"] = config.sparse_attention.loss_coef * torch.stack(selection.losses).mean()
         if config.hidden_z_loss_coef:
@@ -150,3 +153,9 @@ WRITES_TO_STREAM = (".down", "attention.out.weight", "attentions.0.out.weight", 
 
 def _cross_entropy(logits: Tensor, targets_BS: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets_BS.reshape(-1), ignore_index=IGNORE)
+
+
+def _cross_entropy_or_zero(logits: Tensor, targets_BS: Tensor) -> Tensor:
+    """The same, 0 without targets: the last tokens may all be padding where the first ones are not."""
+    total = F.cross_entropy(logits.float().flatten(0, 1), targets_BS.reshape(-1), ignore_index=IGNORE, reduction="sum")
+    return total / (targets_BS != IGNORE).sum().clamp_min(1)

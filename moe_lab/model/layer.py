@@ -25,7 +25,7 @@ class MoELayer(nn.Module):
         self.experts = ExpertBank(config.router.num_experts, config.expert_input_width, config.d_expert)
         latent = config.d_latent
         self.latent_down = None if latent is None else nn.Linear(config.d_model, latent, bias=False)
-        self.latent_norm = None if latent is None else nn.RMSNorm(latent)
+        self.latent_norm = None if latent is None else nn.RMSNorm(latent, eps=1e-6)
         self.latent_up = None if latent is None else nn.Linear(latent, config.d_model, bias=False)
         self.zero_experts = ZeroExperts(config.router.zero_kinds, config.d_model) if config.router.num_zero_experts else None
         self.shared = SwiGLU(config.d_model, config.num_shared_experts * config.d_expert) if config.num_shared_experts else None
