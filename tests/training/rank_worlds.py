@@ -1,4 +1,8 @@
-"""Small runs in several processes of one gloo group, for the tests of ranks."""
+"""Small runs in several processes of one gloo group, for the tests of ranks.
+
+They run in float64. In float32 the rounding of sums, which are ordered otherwise on two ranks, now and then turns a near tie of a token's
+scores into another choice, and from there on the two curves are those of two runs (docs/training.md has the measured share).
+"""
 
 import os
 import socket
@@ -61,6 +65,7 @@ def free_port() -> int:
 
 def _enter(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     work(rank, *arguments)
 

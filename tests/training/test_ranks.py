@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,13 @@ def evaluate_on(rank: int, config: RunConfig, weights: Path, folder: Path, fsdp:
         meta = trace_meta(config, text.tokenizer.hash, "")
         documents = text.documents(Split.VALIDATION)
         evaluate_together(ranks, model, documents, text.tokenizer, seq_length=32, batch_size=3, trace=(folder, meta))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")
