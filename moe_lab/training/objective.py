@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
 from moe_lab.routing.losses import load_balancing_loss, z_loss
+from moe_lab.routing.losses.parts import shared_by
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.ranks import Parallel, Ranks
 
@@ -20,8 +21,8 @@ class Objective(nn.Module):
     """[B, S+1] token ids of this rank's part of a micro-batch -> language-model loss, weighted auxiliary losses, detached routings.
 
     The means of both losses over the ranks of the micro-batch are the losses of the whole micro-batch, and so are those of their
-    gradients: every rank has equally many targets, z-loss and the model's own losses are means over tokens, and the balance loss has
-    its load from the counts of all ranks.
+    gradients: every rank has equally many targets, z-loss and the model's own losses are means over tokens, the balance loss has its
+    load from the counts of all ranks, and routers' own losses take their sums from all of them.
     """
 
     def __init__(self, model: Decoder, config: RunConfig, ranks: Ranks) -> None:
@@ -30,7 +31,8 @@ class Objective(nn.Module):
 
     def forward(self, batch: Tensor) -> tuple[Tensor, Tensor, list[Routing]]:
         config = self.config
-        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=config.dtype == Dtype.BFLOAT16):
+        whole = shared_by(self.ranks.parts, self.ranks.group)
+        with whole, torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=config.dtype == Dtype.BFLOAT16):
             output = self.model(batch[:, :-1], batch[:, 1:])
         assert output.loss is not None
         auxiliary = torch.zeros((), device=batch.device)

@@ -193,4 +193,16 @@ def all_reduced(values: Tensor) -> Tensor:
     return values
 
 
+def all_gathered(rows: Tensor, fill: float) -> Tensor:
+    """[T, E] of each data-parallel rank, where there are any, as one; those with fewer rows than the largest are filled up."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    most = torch.tensor(rows.shape[0], device=rows.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    padded = torch.cat([rows, rows.new_full((int(most) - rows.shape[0], rows.shape[1]), fill)])
+    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, padded)
+    return torch.cat(gathered)
+
+
 controller(ControllerKind.FIXED)(Controller)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import ConfigError, expected
-from moe_lab.routing.controllers.base import Controller, ControllerConfig, ControllerKind, all_reduced, controller
+from moe_lab.routing.controllers.base import Controller, ControllerConfig, ControllerKind, all_gathered, all_reduced, controller
 from moe_lab.routing.routing import Routing
 
 
@@ -37,23 +37,21 @@ class _ScoreRule(Controller):
     def update_from(self, routings: Sequence[Routing]) -> None:
         values = torch.cat([self.values(routing) for routing in routings]).to(self.bias.dtype)
         valid = torch.cat([torch.ones_like(r.indices[:, 0], dtype=torch.bool) if r.valid is None else r.valid for r in routings])
-        tokens = valid.sum()
+        # Padding sorts last, behind every rank that counts. An order statistic is no sum: ranks of data-parallel training show each other
+        # their values, and each finds the same one.
+        values, tokens = all_gathered(values.masked_fill(~valid.unsqueeze(1), float("-inf")), float("-inf")), all_reduced(valid.sum())
         if values.shape[0] == 0:
             return
-        # Padding sorts last, behind every rank that counts. Ranks that are averaged here would have to be gathered to be exact.
-        found = self.statistic(values.masked_fill(~valid.unsqueeze(1), float("-inf")), tokens)
-        packed = torch.cat([torch.where(tokens > 0, found, 0.0), (tokens > 0).to(found.dtype).reshape(1)])
-        packed = all_reduced(packed)
-        ranks = packed[-1]
-        self.bias.copy_(torch.where(ranks > 0, self.moved(packed[:-1] / ranks.clamp_min(1)), self.bias))
-        self.steps += ranks > 0
+        found = torch.where(tokens > 0, self.statistic(values, tokens), 0.0)
+        self.bias.copy_(torch.where(tokens > 0, self.moved(found), self.bias))
+        self.steps += tokens > 0
 
     def values(self, routing: Routing) -> Tensor:
         """[T, E]: what the order is taken of."""
         return routing.logits
 
     def statistic(self, values_TE: Tensor, tokens: Tensor) -> Tensor:
-        """[E]: this batch's cut-offs. Ranks of data-parallel training are averaged."""
+        """[E]: this batch's cut-offs."""
         raise TypeError(f"{type(self).__name__} does not define statistic()")
 
     def moved(self, cutoffs_E: Tensor) -> Tensor:

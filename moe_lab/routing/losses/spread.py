@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_lab.routing.losses.parts import summed
 from moe_lab.routing.routing import Routing
 
 
@@ -19,7 +20,7 @@ def importance_of(routing: Routing) -> Tensor:
     weights_TK = routing.weights if routing.valid is None else routing.weights * routing.valid.unsqueeze(1)
     used = routing.indices >= 0
     importance = torch.zeros(routing.scores.shape[1], dtype=weights_TK.dtype, device=weights_TK.device)
-    return importance.index_add(0, routing.indices.clamp_min(0).reshape(-1), (weights_TK * used).reshape(-1))
+    return summed(importance.index_add(0, routing.indices.clamp_min(0).reshape(-1), (weights_TK * used).reshape(-1)))
 
 
 def importance_loss(routing: Routing, *, unbiased: bool = False) -> Tensor:
@@ -40,7 +41,7 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, noise_std: Tensor | float, t
         inside, outside = largest[:, top_k : top_k + 1], largest[:, top_k - 1 : top_k]
         threshold_TE = torch.where(noisy_TE > inside, inside, outside)
         probability_TE = torch.special.ndtr((clean_TE - threshold_TE) / noise_std)
-    return (probability_TE if valid is None else probability_TE * valid.unsqueeze(1)).sum(dim=0)
+    return summed((probability_TE if valid is None else probability_TE * valid.unsqueeze(1)).sum(dim=0))
 
 
 def load_loss(routing: Routing, *, noisy_logits: Tensor, noise_std: Tensor | float, unbiased: bool = False) -> Tensor:

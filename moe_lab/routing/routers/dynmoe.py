@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.losses import dynmoe_loss
+from moe_lab.routing.losses.parts import summed
 from moe_lab.routing.router import Router, RouterContext, fields, full_precision, register, working_dtype
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import slots_from_mask, take
@@ -51,5 +52,5 @@ class DynMoE(Router):
             num_experts=self.config.num_experts,
             valid=context.valid,
         )
-        routing.losses["dynmoe"] = dynmoe_loss(self.weight, routing.counts() > 0)
+        routing.losses["dynmoe"] = dynmoe_loss(self.weight, summed(routing.counts()) > 0)
         return routing

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.routing.controllers import ControllerConfig, ControllerKind, ReluLambda
+from moe_lab.routing.losses.parts import summed
 from moe_lab.routing.router import RouterContext, fields, register
 from moe_lab.routing.routers.free_count import FreeCount
 from moe_lab.routing.routing import Routing
@@ -43,8 +44,8 @@ class ReMoE(FreeCount):
 
 def load_weighted_l1(routing: Routing, top_k: int) -> Tensor:
     """``E / (T^2 k) sum_i c_i sum_t g_ti``: 1 where every gate of k experts per token is 1 and the load is uniform."""
-    tokens = routing.num_valid().clamp_min(1)
+    tokens = summed(routing.num_valid()).clamp_min(1)
     gates_TE = routing.scores if routing.valid is None else torch.where(routing.valid.unsqueeze(1), routing.scores, 0.0)
     experts = gates_TE.shape[1]
-    share_E = routing.counts().to(gates_TE.dtype) / tokens
-    return experts / top_k * (share_E * gates_TE.sum(dim=0) / tokens).sum()
+    share_E = summed(routing.counts()).to(gates_TE.dtype) / tokens
+    return experts / top_k * (share_E * summed(gates_TE.sum(dim=0)) / tokens).sum()
