@@ -46,9 +46,8 @@ def acceptance_rate(
     if model.config.mtp is None:
         raise ConfigError(expected("a model with multi-token-prediction modules", "mtp None", "DecoderConfig(mtp=MTPConfig())"))
     length = seq_length if prompt_tokens is None else prompt_tokens
-    require(
-        2 <= length <= seq_length <= model.config.context_length, f"2 to {model.config.context_length} tokens", f"{length}, {seq_length}"
-    )
+    longest = model.config.context_length
+    require(2 <= length <= seq_length <= longest, f"prompt_tokens <= seq_length of 2 to {longest} tokens", f"{length} and {seq_length}")
     ids = [document.ids for document in documents]
     excerpts = excerpts_of([len(row) for row in ids]) if excerpts is None else excerpts
     device, was = next(model.parameters()).device, model.training
