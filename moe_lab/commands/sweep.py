@@ -218,10 +218,9 @@ def _sweep(args: argparse.Namespace) -> "SweepConfig":
         if run.text not in resolved:
             text = type(run.text).from_dict(run.text.to_dict() | ({"corpus_hash": None} | changes if changes else {}))
             resolved[run.text] = text if text.corpus_hash else text.resolve()
-    runs = tuple(
-        run.replace(text=resolved[run.text], model=run.model.replace(vocab_size=resolved[run.text].vocab_size)) for run in sweep.runs
-    )
-    return sweep.replace(runs=runs)
+    models = {(run.model, run.text): run.model.replace(vocab_size=resolved[run.text].vocab_size) for run in sweep.runs}
+    runs = tuple(run.replace(text=resolved[run.text], model=models[run.model, run.text]) for run in sweep.runs)
+    return sweep if runs == sweep.runs else sweep.replace(runs=runs)
 
 
 def _command(args: argparse.Namespace) -> str:

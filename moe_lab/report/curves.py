@@ -8,7 +8,7 @@ from moe_lab.report import figures
 from moe_lab.report.blocks import Block, Legend, Plot, Variant, table_of
 from moe_lab.report.format import count_of, listing
 from moe_lab.report.intervals import seed_intervals
-from moe_lab.report.sources import Material, run_table, training_metrics
+from moe_lab.report.sources import Material, training_metrics
 
 CURVES = {
     "loss": "training loss, nats/token",
@@ -21,13 +21,15 @@ CURVES = {
 POINT_BUDGET = 45_000
 """Points of all training curves of a page, about 11 bytes each."""
 FEWEST_POINTS = 50
+MAX_CURVES = 120
+"""Runs whose training is drawn; of more, as many evenly spaced over arms, ratios and seeds."""
 
 
 def frontier_block(material: Material) -> Block | None:
     """Loss against ratio, from the finished runs that have a loss; None without any."""
     from moe_lab.scaling import TUNING
 
-    runs = run_table(material.finished).drop_nulls("loss")
+    runs = material.table.drop_nulls("loss")
     runs = runs.filter(pl.col("arm").ne_missing(TUNING))  # a mean over learning rates is no point of a frontier
     if not runs.height:
         return None
@@ -53,7 +55,9 @@ def frontier_block(material: Material) -> Block | None:
 
 def training_block(material: Material) -> Block | None:
     """Small multiples of the training metrics of all finished runs; None where none logged any."""
-    metrics = training_metrics(material.finished)
+    finished = material.finished
+    step = -(-len(finished) // MAX_CURVES)
+    metrics = training_metrics(finished[:: step or 1])
     names = [name for name in CURVES if name in metrics.columns and metrics[name].drop_nulls().len()]
     if not names:
         return None
@@ -72,6 +76,8 @@ def training_block(material: Material) -> Block | None:
         "Load and counts are means over layers; MaxVio is the largest load over the mean, less 1. "
         "Seeds of one arm and ratio share a colour."
     )
+    if step > 1:
+        caption += f" Drawn, to keep the page small, is one run in {step} of {len(finished)}, evenly spaced over arms, ratios and seeds."
     legend = tuple(Legend(group, str(style["color"]), str(style["dash"])) for group, style in styles.items())
     return Block("training_curves", caption, tuple(plots), metrics.select("run", "group", "tokens", *names), table_of(final), legend)
 

@@ -14,6 +14,8 @@ from moe_lab.report.sources import Material, NamedTrace
 
 CELL_BUDGET = 110_000
 """Heatmap cells on one page, about 12 bytes each; what goes beyond it is named in the caption and left out."""
+MAX_MAPS = 16
+"""Traces that have a map."""
 SORT_ABOVE = 64
 """With more experts than this a map is also offered sorted within each layer."""
 PIXELS = 2
@@ -31,7 +33,7 @@ def load_block(material: Material) -> Block | None:
     for named in shown:
         layers = _layers_that_fit(named)
         size = sum(_width(named, layer) for layer in layers)
-        if size > left:
+        if size > left or len(frames) == MAX_MAPS:
             skipped.append(named.label)
             continue
         if len(layers) < len(named.trace.meta.layers):

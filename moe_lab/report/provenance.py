@@ -9,6 +9,9 @@ from typing import Any
 from moe_lab.report.format import listing
 from moe_lab.report.sources import Material
 
+MAX_CONFIGS = 120
+"""Configurations on one page, about 2 kB each."""
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -34,7 +37,10 @@ def provenance(material: Material, command: str) -> Provenance:
         "Traces made by": _distinct(meta.get("created_from") for meta in metas),
         "Notes of the traces": _distinct(note for meta in metas for note in meta.get("notes") or ()),
     }
-    configs = tuple((run.label, json.dumps(run.config, indent=1, sort_keys=True)) for run in material.runs if run.config)
+    with_config = [run for run in material.runs if run.config]
+    if len(with_config) > MAX_CONFIGS:
+        facts["Configurations"] = [f"{MAX_CONFIGS} of {len(with_config)} are here; each lies in config.json of its run's folder"]
+    configs = tuple((run.label, json.dumps(run.config, indent=1, sort_keys=True)) for run in with_config[:MAX_CONFIGS])
     return Provenance(tuple((name, listing(values, most=24)) for name, values in facts.items() if values), configs)
 
 

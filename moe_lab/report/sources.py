@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -113,9 +114,14 @@ class Material:
     traces: tuple[NamedTrace, ...]
     questions: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def finished(self) -> tuple[RunRecord, ...]:
         return tuple(run for run in self.runs if run.state is RunState.FINISHED)
+
+    @cached_property
+    def table(self) -> pl.DataFrame:
+        """``run_table`` of the finished runs."""
+        return run_table(self.finished)
 
 
 def gather(sources: Source | Sequence[Source]) -> Material:
@@ -144,8 +150,19 @@ def gather(sources: Source | Sequence[Source]) -> Material:
     finished = [run for run in runs if run.state is RunState.FINISHED]
     if runs and not finished and not traces:
         raise RunError(_none_finished(runs))
-    traces += [_open(run.trace, run.label, run) for run in finished if run.trace]
+    traces += _traces_of(finished)
     return Material(tuple(runs), tuple(traces), tuple(questions))
+
+
+def _traces_of(finished: Iterable[RunRecord]) -> list[NamedTrace]:
+    """The trace of the first run that has one, for each arm and ratio: figures show no other, and opening reads every byte."""
+    found: dict[str, NamedTrace] = {}
+    for run in finished:
+        result = run.result
+        group = group_name(str(result["arm"]), _number(result.get("ratio"))) if "arm" in result else run.label
+        if group not in found and run.trace:
+            found[group] = _open(run.trace, run.label, run)
+    return list(found.values())
 
 
 def as_list(sources: Source | Sequence[Source]) -> list[Source]:

@@ -9,7 +9,7 @@ import polars as pl
 from moe_lab.errors import MoELabError
 from moe_lab.report.blocks import MAX_TABLE_ROWS, Table
 from moe_lab.report.format import NOTHING, count_of, decimal, magnitude
-from moe_lab.report.sources import Material, RunState, run_table
+from moe_lab.report.sources import Material, RunState
 from moe_lab.report.wall import judge, judged_runs
 
 CANNOT_TELL = "cannot tell"
@@ -28,7 +28,7 @@ class VerdictText:
 
 def verdict_text(material: Material) -> VerdictText:
     """The verdict over the arm with most ratios; "cannot tell" with the reason where its runs do not allow one."""
-    runs = run_table(material.finished).drop_nulls("loss")
+    runs = material.table.drop_nulls("loss")
     if not runs.height:
         return VerdictText("", "This page shows where tokens went in a trace. A verdict on the sparsity wall needs the runs of a sweep.")
     rated, frame, arm = judged_runs(material)
@@ -65,7 +65,7 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
 
 def results_table(material: Material) -> Table:
     """One row per finished run."""
-    frame = run_table(material.finished)
+    frame = material.table
     rows = []
     for row in frame.head(MAX_TABLE_ROWS).iter_rows(named=True):
         texts = [magnitude(row[name]) if digits < 0 else decimal(row[name], digits) for name, _, digits in COLUMNS]

@@ -18,7 +18,7 @@ from moe_lab.errors import MoELabError
 from moe_lab.report import wall_figures as draw
 from moe_lab.report.blocks import Block, Plot, Table, Variant, table_of
 from moe_lab.report.format import NOTHING, count_of, decimal, magnitude
-from moe_lab.report.sources import Material, run_table
+from moe_lab.report.sources import Material
 
 if TYPE_CHECKING:
     from moe_lab.scaling import Band, Verdict
@@ -49,7 +49,7 @@ def judged_runs(material: Material) -> tuple[pl.DataFrame, pl.DataFrame, str]:
     """The finished runs with a loss and a ratio, those of the arm that the verdict is about, and its name."""
     from moe_lab.scaling import main_arm
 
-    runs = run_table(material.finished).drop_nulls("loss").with_columns(tokens=pl.col("train_tokens"))
+    runs = material.table.drop_nulls("loss").with_columns(tokens=pl.col("train_tokens"))
     rated = runs.drop_nulls("ratio")
     frame, arm = main_arm(rated if rated.height else runs)
     return rated, frame, arm

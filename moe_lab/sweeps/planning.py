@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from moe_lab.training import RunConfig
 
 
+MAX_ROWS = 200
+"""Rows of a plan that a terminal gets."""
+
+
 def describe(run: "RunConfig", run_hash: str | None = None) -> dict[str, Any]:
     """One planned run: run, name, arm, ratio, seed, total_params, active_params (mean, convention A), tokens, flops (of
     training), memory_bytes (expected peak, `run_memory`)."""
@@ -91,13 +95,14 @@ def plan_table(frame: "pl.DataFrame") -> "Table":
     from rich import box
     from rich.table import Table
 
+    left_out = f"\nThe other {len(frame) - MAX_ROWS:,} rows: --json" if len(frame) > MAX_ROWS else ""
     totals = f"{len(frame)} runs, {_short(float(frame['tokens'].sum()))} tokens, {_power(float(frame['flops'].sum()))} FLOPs"
-    table = Table(caption=totals, caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(caption=totals + left_out, caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for title in ("run", "name", "arm"):
         table.add_column(title, no_wrap=True)
     for title in ("ratio", "seed", "total", "active", "tokens", "FLOPs", "GB", "min"):
         table.add_column(title, justify="right")
-    for row in frame.iter_rows(named=True):
+    for row in frame.head(MAX_ROWS).iter_rows(named=True):
         table.add_row(
             row["run"],
             row["name"],
