@@ -172,7 +172,7 @@ class _Driver:
                 self.active[job.run] = job
                 pool.submit(job)
                 view.started(job)
-            if not self.active and self.admission.exhausted(self.queue):
+            if not self.active and (self.queue or self.admission.out_of_time) and self.admission.exhausted(self.queue):
                 return
             for ending in pool.poll(POLL_SECONDS):
                 self._ended(ending, view)

@@ -17,12 +17,12 @@ FOLDER = Path(__file__).parent
 class Driver:
     """The grid as a process, with what it printed in a file."""
 
-    def __init__(self, corpus: Path, out: Path, *words: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, corpus: Path, out: Path, *words: str) -> None:
         self.out = out
         self.log = out.with_suffix(".log")
         with open(self.log, "ab") as log:
             command = [sys.executable, str(FOLDER / "tiny_grid.py"), str(corpus), str(out), *words]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | (environment or {}), start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def steps(self) -> dict[str, int]:
         """Steps by run of the runs that have begun."""
@@ -36,12 +36,13 @@ class Driver:
         deadline = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}; the log ends: {self.said()[-2000:]}"
-            time.sleep(0.05)
+            time.sleep(0.1)
         return found
 
-    def wait_for_steps(self, each: int, runs: int) -> None:
-        """Until so many runs have so many steps each."""
-        self.wait_for(f"{each} steps of {runs} runs", lambda: sum(steps >= each for steps in self.steps().values()) >= runs)
+    def trained(self, each: int = 10) -> dict[int, str]:
+        """Run by process of the runs in training that have so many steps, and a checkpoint."""
+        steps = self.steps()
+        return {pid: run for pid, run in trainers(self.out).items() if steps.get(run, 0) >= each}
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")

@@ -44,7 +44,7 @@ SlurmdPort=$((port + 1))
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits for the life of its credential before it starts again: 120 seconds by default.
-AuthInfo=socket=$socket,cred_expire=2
+AuthInfo=socket=$socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
 SlurmctldLogFile=$folder/log/slurmctld.log
@@ -61,7 +61,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,sched_min_interval=100000
 ReturnToService=2
-KillWait=2
+KillWait=1
 # Arrays start all at once rather than one a scheduling round.
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP

@@ -1,0 +1,92 @@
+"""A real SLURM controller and node on loopback (``slurm.sh``): requeued, cancelled and timed-out jobs, and a driver that dies."""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grid_process import Driver
+from tiny_grid import results
+
+from moe_lab.errors import RunError
+from moe_lab.sweeps import run
+
+pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parent / "slurm.sh"
+STUBS = Path(__file__).parents[1] / "sweeps"
+
+
+@pytest.fixture(scope="module")
+def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("slurm")
+    begun = subprocess.run(["bash", str(SCRIPT), "start", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if begun.returncode:
+        pytest.skip(f"no SLURM could be brought up: {' / '.join(begun.stdout.strip().splitlines())}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        yield
+        subprocess.run(["scancel", "--me", "--signal=KILL"], check=False)
+        subprocess.run(["bash", str(SCRIPT), "stop", str(folder)], check=True)
+
+
+def job_of(pid: int) -> str:
+    """The job that a process belongs to."""
+    pairs = dict(line.partition("=")[::2] for line in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return pairs["SLURM_JOB_ID"]
+
+
+def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones(
+    controller: None, start: Callable[..., Driver], local_results: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    command = (tmp_path / "out", "slurm", "minutes=9")
+    driver = start(*command)
+    pid, requeued = next(iter(driver.wait_for("a checkpoint", driver.trained).items()))
+    subprocess.run(["scontrol", "requeue", job_of(pid)], check=True)
+
+    def another() -> dict[int, str]:
+        return {pid: run for pid, run in driver.trained().items() if run != requeued}
+
+    pid, cancelled = next(iter(driver.wait_for("another checkpoint", another).items()))
+    subprocess.run(["scancel", job_of(pid)], check=True)
+    driver.wait_for("the cancelled job's end", lambda: "ended as CANCELLED; resuming from its checkpoint" in driver.said())
+    driver.kill()
+    assert cancelled not in results(driver.out)
+
+    driver = start(*command)
+    assert driver.end() == 0
+    assert "outcome 4 0 0" in driver.said()
+    assert results(driver.out) == local_results
+
+
+def test_a_run_resumes_after_its_time_limit_or_says_that_it_ran_out_of_it(
+    controller: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(STUBS)
+    from stub_trainer import STUB, StubRun, expected_loss, stub_sweep
+
+    long = StubRun(name="long", steps=180, step_seconds=0.4)
+    outcome = run(
+        stub_sweep(long),
+        tmp_path / "comes back",
+        trainer=STUB,
+        launcher="slurm",
+        launcher_options={"minutes": "1", "requeues": "3"},
+        progress=False,
+    )
+    assert outcome.complete
+    folder = tmp_path / "comes back" / long.hash()
+    lines = (folder / "steps.log").read_text().splitlines()
+    assert len({line.split()[0] for line in lines}) >= 2, "another process took it up"
+    assert json.loads((folder / "result.json").read_text())["loss"] == expected_loss(long)
+
+
+def test_what_sbatch_refuses_is_one_line(controller: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STUBS)
+    from stub_trainer import STUB, StubRun, stub_sweep
+
+    with pytest.raises(RunError, match=r"expected sbatch to accept the runs, got .*partition.*; try the launcher options partition="):
+        run(stub_sweep(StubRun()), tmp_path, trainer=STUB, launcher="slurm", launcher_options={"partition": "nowhere"}, progress=False)
