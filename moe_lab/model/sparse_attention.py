@@ -77,13 +77,22 @@ class Indexer(nn.Module):
 def choose(scores_BSS: Tensor, top_k: int, initial: int, local: int) -> Tensor:
     """[B, S, K] positions: the first ``initial``, the latest ``local`` and then those of the largest score, none later than the query.
 
-    A query with fewer than K positions to see gets later ones too, for the shape's sake; ``Selection.seen`` tells them apart.
+    Scores of 0 are frequent, since no head may fire; of equal ones the later position is chosen, so that a choice does not depend on the
+    length of the sequence around it. Scores are compared in float32. A query with fewer than K positions to see gets later ones too, for
+    the shape's sake; ``Selection.seen`` tells them apart.
     """
     position = torch.arange(scores_BSS.shape[1], device=scores_BSS.device)
     distance_SS = position[:, None] - position
     forced_SS = (position < initial) | (distance_SS < local)
     ranked_BSS = scores_BSS.masked_fill(forced_SS, torch.inf).masked_fill(distance_SS < 0, -torch.inf)
-    return ranked_BSS.topk(top_k, dim=2).indices
+    return _ordered(ranked_BSS).topk(top_k, dim=2).indices
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """int64 numbers in the order of the values along the last axis, all different: equal values by their position."""
+    bits = (values.float() + 0.0).view(torch.int32).long()  # the sum makes -0 a 0
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return ascending * values.shape[-1] + torch.arange(values.shape[-1], device=values.device)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def deepseek_v32(top_k: int) -> Any:
     module = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32", reason="needs the extra hf")
     config = transformers.DeepseekV32Config(
         vocab_size=31, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=10,
-        qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, index_topk=top_k, index_n_heads=3, index_head_dim=8,
+        qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, index_topk=top_k, index_n_heads=16, index_head_dim=8,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4}, attn_implementation="eager",
     )  # fmt: skip
     attention = module.DeepseekV32Attention(config, 0).eval()
@@ -45,7 +45,7 @@ def deepseek_v32(top_k: int) -> Any:
 @pytest.mark.parametrize("top_k", [1, 4, 13, 40])
 def test_indexer_and_attention_equal_transformers_deepseek_v32(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, length = deepseek_v32(top_k), 20
-    sparse = SPARSE.replace(top_k=top_k, local=0)
+    sparse = SPARSE.replace(top_k=top_k, local=0, num_heads=16)  # so many that no scores tie at 0
     config = LATENT_DECODER.replace(sparse_attention=sparse)
     ours = LatentAttention(config, LATENT, 0).eval()
     copy_latent(ours, theirs)
@@ -88,21 +88,30 @@ def test_indexer_and_attention_equal_transformers_deepseek_v32(top_k: int, monke
 def test_the_choice_is_the_forced_positions_and_the_best_of_the_others(
     length: int, top_k: int, initial: int, local: int, levels: int, seed: int
 ) -> None:
-    """Ties are frequent here: any choice is right whose scores are the best ones."""
+    """Ties are frequent here: of equal scores the later position is chosen."""
     if initial + local > top_k:
         return
-    scores = torch.randint(-levels, levels + 1, (2, length, length), generator=torch.Generator().manual_seed(seed)).float()
+    scores = torch.randint(-levels, levels + 1, (2, length, length), generator=torch.Generator().manual_seed(seed)) * 0.3
     indices = choose(scores, min(top_k, length), initial, local)
     for row in range(2):
         for query in range(length):
-            picked = [position for position in indices[row, query].tolist() if position <= query]
-            assert len(set(indices[row, query].tolist())) == indices.shape[2], "no position twice"
-            assert len(picked) == min(top_k, query + 1)
             forced = {position for position in range(query + 1) if position < initial or query - position < local}
-            assert forced <= set(picked)
-            free = sorted((scores[row, query, position].item() for position in range(query + 1) if position not in forced), reverse=True)
-            found = sorted((scores[row, query, position].item() for position in picked if position not in forced), reverse=True)
-            assert found == free[: len(found)]
+            free = sorted(
+                (position for position in range(query + 1) if position not in forced), key=lambda at: (scores[row, query, at], at)
+            )
+            best = free[::-1][: max(0, top_k - len(forced))]
+            found = indices[row, query].tolist()
+            assert len(set(found)) == min(top_k, length), "no position twice"
+            assert {position for position in found if position <= query} == forced | set(best)
+
+
+def test_a_choice_does_not_depend_on_what_follows() -> None:
+    """Scores of 0 tie, and a partial sort breaks ties as the length happens to have it."""
+    scores = torch.randn(3, 60, 60).relu() * (torch.rand(3, 60, 60) < 0.3)
+    whole, half = choose(scores, 9, 1, 1), choose(scores[:, :30, :30], 9, 1, 1)
+    seen = half <= torch.arange(30)[:, None]
+    assert torch.equal(half[seen], whole[:, :30][seen])
+    assert torch.equal(choose(-0.0 * scores, 9, 1, 1), choose(0.0 * scores, 9, 1, 1))
 
 
 @BOTH

@@ -1,0 +1,168 @@
+"""Every option of ``DecoderConfig``: it survives JSON, half precision and compilation, is causal, and says what does not fit."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from decoder_options import LATENT, OPTIONS, PLAIN, SPARSE, V4
+from hf_copied import largest, randomise
+
+from moe_lab.errors import ConfigError
+from moe_lab.model import Decoder, DecoderConfig, DecoderOutput, LatentAttentionConfig, NgramConfig
+
+NAMES = pytest.mark.parametrize("name", OPTIONS)
+
+
+def total(output: DecoderOutput) -> torch.Tensor:
+    assert output.loss is not None
+    return output.loss + sum(output.losses.values())
+
+
+def ids_of(config: DecoderConfig, length: int = 20, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, [0, 9]] = config.vocab_size - 1  # two documents
+    return ids
+
+
+@NAMES
+def test_an_option_survives_json_and_changes_the_hash(name: str) -> None:
+    config = OPTIONS[name]
+    again = DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.hash() == config.hash()
+    assert len({other.hash() for other in OPTIONS.values()}) == len(OPTIONS)
+
+
+@NAMES
+def test_an_option_is_causal_and_every_parameter_gets_a_gradient(name: str) -> None:
+    config = OPTIONS[name]
+    model = Decoder(config).double()
+    randomise(model, 1)
+    ids = ids_of(config)
+    total(model(ids, ids.roll(-1, 1))).backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0}
+    assert not without
+    model.eval()
+    changed = ids.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % config.vocab_size
+    before, after = model(ids).logits, model(changed).logits
+    assert largest(before[:, :12], after[:, :12]) < 1e-12
+    assert largest(before[:, 12:], after[:, 12:]) > 1e-6
+
+
+@NAMES
+def test_an_option_starts_near_the_uniform_guess(name: str) -> None:
+    """Nothing that an option adds is so large at the start that the model is sure of something."""
+    torch.manual_seed(0)
+    config = OPTIONS[name]
+    loss = Decoder(config)(ids_of(config), ids_of(config, seed=1)).loss
+    assert loss is not None
+    assert loss.item() == pytest.approx(torch.tensor(61.0).log().item(), abs=0.6)
+
+
+@NAMES
+def test_an_option_runs_under_autocast_forward_and_backward(name: str) -> None:
+    torch.manual_seed(0)
+    model, config = Decoder(OPTIONS[name]), OPTIONS[name]
+    ids = ids_of(config)
+    wanted = model(ids, ids.roll(-1, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(ids, ids.roll(-1, 1))
+    assert found.losses.keys() == wanted.losses.keys()
+    assert total(found).item() == pytest.approx(total(wanted).item(), rel=0.03)
+    total(found).backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@NAMES
+def test_padding_behind_a_sequence_changes_nothing_before_it(name: str) -> None:
+    config = OPTIONS[name]
+    model = Decoder(config).double().eval()
+    randomise(model, 2)
+    ids = ids_of(config)
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[:, 14:] = False
+    short, padded = model(ids[:, :14]), model(ids, valid_BS=valid)
+    assert largest(short.logits, padded.logits[:, :14]) < 1e-12
+    for one, other in zip(short.routings, padded.routings, strict=True):
+        assert torch.equal(one.counts(), other.counts())
+
+
+@pytest.mark.slow
+def test_most_options_at_once_compile() -> None:
+    """Without the code generator, which would take a minute: the tracer's limits are what a model can break."""
+    torch.manual_seed(0)
+    config = OPTIONS["most at once"].replace(num_layers=1)
+    model = Decoder(config)
+    ids = ids_of(config)
+    compiled = torch.compile(model, backend="eager")
+    found, wanted = compiled(ids, ids), model(ids, ids)
+    assert largest(found.logits, wanted.logits) < 1e-5
+    total(found).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_hidden_z_loss_is_the_squared_log_sum_of_magnitudes_over_real_tokens() -> None:
+    model = Decoder(PLAIN.replace(hidden_z_loss_coef=0.25)).eval()
+    ids, valid = ids_of(PLAIN), torch.ones(2, 20, dtype=torch.bool)
+    valid[1, 5:] = False
+    output = model(ids, ids, valid)
+    kept = output.hidden[valid]
+    wanted = 0.25 * sum(row.abs().exp().sum().log() ** 2 for row in kept) / 25
+    torch.testing.assert_close(output.losses["hidden_z"], wanted)
+    assert "hidden_z" not in Decoder(PLAIN)(ids, ids).losses
+
+
+def test_amplification_multiplies_the_embedding_by_the_root_of_the_width() -> None:
+    model = Decoder(OPTIONS["embedding times sqrt(d)"])
+    torch.testing.assert_close(model.embed(torch.tensor([[3, 4]])), model.embedding.weight[None, 3:5] * 24**0.5)
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"vocab_size": 0}, "expected vocab_size of at least 1, got 0"),
+    ({"num_layers": 0}, "expected num_layers of at least 1, got 0"),
+    ({"context_length": 0}, "expected context_length of at least 1, got 0"),
+    ({"head_dim": 5}, r"expected an even head_dim \(rotary pairs\), got 5"),
+    ({"num_kv_heads": 3}, "expected num_kv_heads dividing num_heads 4, got 3"),
+    ({"num_dense_layers": 3}, "expected num_dense_layers of 0 to 2, got 3"),
+    ({"hidden_z_loss_coef": -1.0}, r"expected hidden_z_loss_coef of at least 0, got -1\.0"),
+    ({"num_hash_layers": 1, "num_dense_layers": 2}, "expected num_hash_layers of 0 to 0, got 1"),
+    ({"num_hash_layers": -1}, "expected num_hash_layers of 0 to 2, got -1"),
+    ({"moe": None, "num_hash_layers": 1}, "expected num_hash_layers of 0 to 0, got 1"),
+    ({"latent_attention": LATENT}, "expected no num_kv_heads, head_dim or qk_norm beside latent_attention, got one of them"),
+    ({"num_kv_heads": None, "latent_attention": LATENT, "head_dim": 6}, "expected no num_kv_heads, head_dim or qk_norm"),
+    ({"sparse_attention": SPARSE.replace(head_dim=4)}, r"expected sparse_attention\.head_dim of at least the 6 rotary channels, got 4"),
+    ({"ngram": NgramConfig(layers=(2,))}, r"expected ngram\.layers below 2, got \(2,\)"),
+    ({"ngram": NgramConfig(6, 1)}, "expected d_model divisible by the 5 n-gram tables of a place, got 24"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS)
+def test_contradictions_say_what_was_expected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PLAIN.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_rank": 0}, "expected kv_rank of at least 1, got 0"),
+        ({"q_rank": 0}, "expected q_rank of at least 1, got 0"),
+        ({"nope_dim": 0}, "expected nope_dim of at least 1, got 0"),
+        ({"rope_dim": 3}, r"expected an even rope_dim \(rotary pairs\), got 3"),
+        ({"value_dim": 0}, "expected value_dim of at least 1, got 0"),
+        ({"norm_eps": 0.0}, r"expected norm_eps above 0, got 0\.0"),
+    ],
+)
+def test_latents_that_cannot_be_say_what_was_expected(changes: dict[str, Any], message: str) -> None:
+    values: dict[str, Any] = {"kv_rank": 8} | changes
+    with pytest.raises(ConfigError, match=message):
+        LatentAttentionConfig(**values)
+
+
+def test_hash_layers_are_the_leading_moe_layers_and_the_config_says_so() -> None:
+    assert PLAIN.moe is not None
+    config = PLAIN.replace(num_layers=5, num_dense_layers=1, num_hash_layers=2, moe=PLAIN.moe.replace(router=V4))
+    kinds = [moe.router.kind if (moe := config.moe_of(layer)) else None for layer in range(5)]
+    assert kinds == [None, "scored_hash", "scored_hash", "sqrt_softplus_topk", "sqrt_softplus_topk"]
