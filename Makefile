@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	then $(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	else $(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; fi
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' -c $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --group dev -e '.[hf,lexers,slurm]'
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --group dev -e '.[hf,lexers,ray,slurm]'
 	@touch $@
 
 demo: $(STAMP)  ## train a small grid on this machine's own Python sources and write runs/demo/report.html (about 5 minutes)

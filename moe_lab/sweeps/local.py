@@ -20,7 +20,8 @@ from typing import IO
 from moe_lab.errors import RunError, expected
 from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
 
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"), "1")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS")
+ONE_THREAD: dict[str, str] = dict.fromkeys(THREADS, "1")
 PATIENCE_SECONDS = 3.0
 """Between asking a worker to stop and killing it."""
 

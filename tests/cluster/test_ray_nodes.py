@@ -3,14 +3,19 @@
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from grid_process import Driver, family, trainers
 from tiny_grid import results
+
+from moe_lab.sweeps import run
 
 pytest.importorskip("ray", reason="needs the extra ray")
 pytestmark = pytest.mark.slow
@@ -24,11 +29,11 @@ class Nodes:
     def __init__(self) -> None:
         self.cluster: Any = None
 
-    def begin(self, port: int = 0, others: int = 2) -> str:
+    def begin(self, port: int = 0, others: int = 2, **resources: int) -> str:
         from ray.cluster_utils import Cluster
 
         fixed = {"gcs_server_port": port} if port else {}
-        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, **fixed})
+        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, **fixed, **resources})
         for _ in range(others):
             self.cluster.add_node(**NODE)
         return self.cluster.address
@@ -107,6 +112,40 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_head_one_line(
     found = results(driver.out)
     assert found == {run: local_results[run] for run in found}
     assert len(found) == 2
+
+
+def test_four_runs_share_one_gpu_by_fraction(nodes: Nodes, stubs: ModuleType, tmp_path: Path) -> None:
+    """Ray counts a GPU that nobody looks at: the stub trainer needs none."""
+    runs = [stubs.StubRun(name=f"run {seed}", seed=seed, device="cuda") for seed in range(4)]
+    options = {"address": nodes.begin(others=0, num_cpus=4, num_gpus=1), "gpus": "0.25"}
+    (tmp_path / stubs.HOLD).touch()
+    most = 0
+
+    def watch() -> None:
+        nonlocal most
+        deadline = time.monotonic() + 100
+        while most < 4 and time.monotonic() < deadline:
+            most = max(most, len(trainers(tmp_path)))
+            time.sleep(0.1)
+        (tmp_path / stubs.HOLD).unlink()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    outcome = run(stubs.stub_sweep(*runs), tmp_path, progress=False, trainer=stubs.STUB, launcher="ray", launcher_options=options)
+    watcher.join()
+    assert outcome.complete
+    assert most == 4
+
+    with pytest.warns(UserWarning, match=r"expected a Ray node with CPU 1, GPU 2 for a run on cuda, got CPU 4, GPU 1; try .* grows"):
+        run(
+            stubs.stub_sweep(stubs.StubRun(device="cuda")),
+            tmp_path / "large",
+            progress=False,
+            trainer=stubs.STUB,
+            launcher="ray",
+            launcher_options=options | {"gpus": "2"},
+            max_hours=0,
+        )
 
 
 def test_a_cluster_of_another_version_is_refused_in_one_line(nodes: Nodes, start: Start, tmp_path: Path) -> None:

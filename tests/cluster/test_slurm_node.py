@@ -1,9 +1,11 @@
 """A real SLURM controller and node on loopback (``slurm.sh``): requeued, cancelled and timed-out jobs, and a driver that dies."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +19,6 @@ pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "slurm.sh"
-STUBS = Path(__file__).parents[1] / "sweeps"
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,9 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def job_of(pid: int) -> str:
     """The job that a process belongs to."""
-    pairs = dict(line.partition("=")[::2] for line in Path(f"/proc/{pid}/environ").read_text().split("\0"))
-    return pairs["SLURM_JOB_ID"]
+    found = re.search(r"\0SLURM_JOB_ID=(\d+)\0", Path(f"/proc/{pid}/environ").read_text())
+    assert found is not None
+    return found[1]
 
 
 def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones(
@@ -62,17 +64,12 @@ def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones
     assert results(driver.out) == local_results
 
 
-def test_a_run_resumes_after_its_time_limit_or_says_that_it_ran_out_of_it(
-    controller: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(STUBS)
-    from stub_trainer import STUB, StubRun, expected_loss, stub_sweep
-
-    long = StubRun(name="long", steps=180, step_seconds=0.4)
+def test_a_run_resumes_after_its_time_limit_or_says_that_it_ran_out_of_it(controller: None, stubs: ModuleType, tmp_path: Path) -> None:
+    long = stubs.StubRun(name="long", steps=180, step_seconds=0.4)
     outcome = run(
-        stub_sweep(long),
+        stubs.stub_sweep(long),
         tmp_path / "comes back",
-        trainer=STUB,
+        trainer=stubs.STUB,
         launcher="slurm",
         launcher_options={"minutes": "1", "requeues": "3"},
         progress=False,
@@ -81,12 +78,10 @@ def test_a_run_resumes_after_its_time_limit_or_says_that_it_ran_out_of_it(
     folder = tmp_path / "comes back" / long.hash()
     lines = (folder / "steps.log").read_text().splitlines()
     assert len({line.split()[0] for line in lines}) >= 2, "another process took it up"
-    assert json.loads((folder / "result.json").read_text())["loss"] == expected_loss(long)
+    assert json.loads((folder / "result.json").read_text())["loss"] == stubs.expected_loss(long)
 
 
-def test_what_sbatch_refuses_is_one_line(controller: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(STUBS)
-    from stub_trainer import STUB, StubRun, stub_sweep
-
+def test_what_sbatch_refuses_is_one_line(controller: None, stubs: ModuleType, tmp_path: Path) -> None:
+    sweep, options = stubs.stub_sweep(stubs.StubRun()), {"partition": "nowhere"}
     with pytest.raises(RunError, match=r"expected sbatch to accept the runs, got .*partition.*; try the launcher options partition="):
-        run(stub_sweep(StubRun()), tmp_path, trainer=STUB, launcher="slurm", launcher_options={"partition": "nowhere"}, progress=False)
+        run(sweep, tmp_path, trainer=stubs.STUB, launcher="slurm", launcher_options=options, progress=False)

@@ -1,12 +1,13 @@
 """The Ray launcher on a cluster of this machine."""
 
+import socket
 from pathlib import Path
 
 import pytest
 from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError, RunError
-from moe_lab.sweeps import run, status
+from moe_lab.sweeps import ray_cluster, run, status
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -26,21 +27,33 @@ def test_a_sweep_on_ray_equals_one_here_through_failures_and_kills(tmp_path: Pat
     """One cluster start for the whole story: it takes longer than the runs."""
     long = StubRun(name="long", steps=20, trouble="killed once")
     bad = StubRun(name="bad", steps=4, trouble="diverges")
-    runs = [*stub_grid(3, steps=5, step_seconds=0), long, bad]
+    greedy = StubRun(name="greedy", steps=4, trouble="killed every time")
+    runs = [*stub_grid(3, steps=5, step_seconds=0), long, bad, greedy]
 
     outcome = go(tmp_path, *runs)
-    assert [failure.name for failure in outcome.failed] == ["bad"]
+    assert {failure.name: failure.reason for failure in outcome.failed} == {
+        "bad": "the loss is nan at step 10; try a lower learning rate than 1",
+        "greedy": "its Ray worker was killed or crashed (out of memory? try fewer workers or a smaller batch), 3 times",
+    }
     assert not outcome.interrupted
     found = {row["name"]: row["loss"] for row in status(tmp_path).rows(named=True) if row["state"] == "finished"}
-    assert found == {one.name: expected_loss(one) for one in runs if one is not bad}
+    assert found == {one.name: expected_loss(one) for one in runs if one not in (bad, greedy)}
     workers = {line.split()[0] for line in (tmp_path / long.hash() / "steps.log").read_text().splitlines()}
     assert len(workers) == 2, "the killed run was resumed by another worker"
 
 
-@pytest.mark.slow
 def test_an_unreachable_cluster_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"expected a Ray cluster at 127.0.0.1:1, got .*; try ray status"):
         go(tmp_path, StubRun(), options={"address": "127.0.0.1:1"})
+
+
+def test_a_port_that_takes_connections_and_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would try for minutes, then end the process."""
+    monkeypatch.setattr(ray_cluster, "PROBE_SECONDS", 4.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(RunError, match=rf"expected a Ray cluster at {address}, got no answer within 4 s; try ray status"):
+            go(tmp_path, StubRun(), options={"address": address})
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """The SLURM launcher through submitit's own executor of local processes: every path but sbatch itself."""
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError, RunError
-from moe_lab.sweeps import run, status
+from moe_lab.provenance import versions
+from moe_lab.sweeps import remote, run, slurm, status
 
-pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
+submitit = pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
 LOCAL = {"cluster": "local", "minutes": "5"}
 
 
@@ -33,9 +36,49 @@ def test_runs_end_as_they_do_on_this_machine(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_failed_run_says_why_and_stops_no_other(tmp_path: Path) -> None:
     good, bad = StubRun(name="good", steps=4), StubRun(name="bad", steps=4, trouble="diverges")
-    outcome = go(tmp_path, good, bad)
+    greedy = StubRun(name="greedy", steps=4, trouble="killed every time")
+    outcome = go(tmp_path, good, bad, greedy)
     assert set(outcome.finished) == {good.hash()}
-    assert [failure.name for failure in outcome.failed] == ["bad"]
+    reasons = {failure.name: failure.reason for failure in outcome.failed}
+    assert reasons.pop("bad") == "the loss is nan at step 10; try a lower learning rate than 1"
+    killed = r"its job \d+ was killed or crashed \(out of memory\? try fewer workers or a smaller batch\).*, 3 times"
+    assert re.fullmatch(killed, reasons.pop("greedy"))
+    assert not reasons
+
+
+@pytest.mark.slow
+def test_a_run_is_put_back_after_its_time_limit_as_often_as_allowed(tmp_path: Path) -> None:
+    """Half a minute of sleep: the shortest limit is a minute, and a run hears of it halfway."""
+    long = StubRun(name="long", steps=70, step_seconds=0.5)
+    with ThreadPoolExecutor() as pool:
+        options = [LOCAL | {"minutes": "1", "requeues": times} for times in ("1", "0")]
+        often, once = pool.map(lambda index: go(tmp_path / f"{index}", long, options=options[index]), range(2))
+    assert often.complete
+    workers = {line.split()[0] for line in (tmp_path / "0" / long.hash() / "steps.log").read_text().splitlines()}
+    assert len(workers) == 2
+    assert status(tmp_path / "0")["loss"].item() == expected_loss(long)
+    assert "timed-out too many times" in once.failed[0].reason
+
+
+@pytest.mark.slow
+def test_a_job_with_other_versions_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "versions", lambda: versions() | {"moe_lab": "0.0"})
+    with pytest.raises(RunError, match=r"expected the same versions on every machine, got moe_lab .* on the worker, 0.0 at the driver"):
+        go(tmp_path, StubRun())
+
+
+def test_more_runs_than_an_array_may_hold_are_several_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "ARRAY_RUNS", 2)
+    sizes = []
+    batch = submitit.LocalExecutor._internal_process_submissions
+
+    def counted(self, submissions):
+        sizes.append(len(submissions))
+        return batch(self, submissions)
+
+    monkeypatch.setattr(submitit.LocalExecutor, "_internal_process_submissions", counted)
+    assert go(tmp_path, *stub_grid(3, steps=2, step_seconds=0), workers=3).complete
+    assert sizes == [2, 1]
 
 
 @pytest.mark.slow
