@@ -114,7 +114,7 @@ def test_compute_can_be_moved_in_a_shortcut_decoder() -> None:
 def test_the_command_line_trains_a_shortcut_decoder(text: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(json.dumps(run_of(OPTIONS["most at once"], text).to_dict()))
-    arguments = ["train", "--config", str(tmp_path / "config.json"), "--text", str(text.corpus), "--out", str(tmp_path / "run"), "--json"]
+    arguments = ["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run"), "--json"]
     assert main(arguments) == 0
     assert (tmp_path / "run" / "done").exists()
     assert load_run(tmp_path / "run").config.model.wiring == "shortcut"

@@ -41,12 +41,12 @@ def longcat_of(config: DecoderConfig) -> Any:
 
 @pytest.mark.hf
 @pytest.mark.parametrize("zero", [3, 1])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 def test_a_layer_equals_transformers_longcat_flash_forward_and_backward(seed: int, zero: int) -> None:
     config = LONGCAT.replace(moe=MoEConfig(24, 10, ROUTER.replace(num_zero_experts=zero)))
     module = pytest.importorskip("transformers.models.longcat_flash.modeling_longcat_flash", reason="needs the extra hf")
     theirs, ours = module.LongcatFlashDecoderLayer(longcat_of(config), 0).eval(), DoubleBlock(config, 0).eval()
-    randomise(theirs, seed)
+    randomise(theirs, seed, std=0.2)
     copy_double_block(ours, theirs)
     assert theirs.mlp.router.e_score_correction_bias.abs().min() > 0
     x = torch.randn(2, 9, 24)
@@ -57,7 +57,8 @@ def test_a_layer_equals_transformers_longcat_flash_forward_and_backward(seed: in
     assert routing is not None
     assert routing.zero_count().sum() > 0
     assert torch.equal(routing.indices.sort(dim=1).values, theirs.mlp.router(_read_by_moe(theirs, x, rotary))[2].sort(dim=1).values)
-    assert largest(mine, wanted) < 1e-5 * wanted.abs().max().clamp_min(1)
+    assert wanted.std() > 0.5
+    assert largest(mine, wanted) < 1e-5
     weight = torch.randn_like(wanted)
     for value in (mine, wanted):
         (value * weight).sum().backward()
