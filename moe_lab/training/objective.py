@@ -9,8 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from moe_lab.config import require
 from moe_lab.model import Decoder
-from moe_lab.routing import Routing
+from moe_lab.routing import RouterConfig, Routing
+from moe_lab.routing.config import CapacityScope
 from moe_lab.routing.losses import load_balancing_loss, z_loss
 from moe_lab.routing.losses.parts import shared_by
 from moe_lab.training.config import Dtype, RunConfig
@@ -59,11 +61,36 @@ class Objective(nn.Module):
         ]
 
 
+BATCH_WIDE = frozenset({"base", "expert_choice", "expert_threshold", "gshard_top2", "quantile_threshold", "sinkhorn", "switch"})
+"""Routers that decide for one token by looking at the others of its micro-batch: assignments, capacities, cut-offs of the batch."""
+
+
+def _decides_as_one(router: RouterConfig) -> bool:
+    """Whether the router's decisions are those of a whole micro-batch."""
+    if router.kind == "moepp":
+        return router.capacity_factor is not None
+    return router.kind in BATCH_WIDE and router.capacity_scope is not CapacityScope.SEQUENCE
+
+
+def check_shareable(config: RunConfig, ranks: Ranks) -> None:
+    """Raise ``ConfigError`` where ranks would share micro-batches over which the router must decide as one."""
+    moe = config.model.moe
+    if ranks.parts == 1 or moe is None:
+        return
+    what = f"a grad_accumulation that is a multiple of the {ranks.size} ranks: router {moe.router.kind!r} decides over whole micro-batches"
+    require(not _decides_as_one(moe.router), what, config.grad_accumulation, f"grad_accumulation {ranks.size}")
+
+
 def spread(objective: Objective, ranks: Ranks) -> nn.Module:
-    """The objective to call in training: gradients come out averaged over the ranks. The model is changed in place by "fsdp"."""
+    """The objective to call in training: gradients come out averaged over the ranks. The model is changed in place by "fsdp".
+
+    Raises ``ConfigError`` for a model that cannot be spread so.
+    """
     if ranks.parallel == Parallel.DDP:
         return _replicated(objective, ranks.device)
     if ranks.parallel == Parallel.FSDP:
+        scalars = [name for name, parameter in objective.model.named_parameters() if parameter.dim() == 0]
+        require(not scalars, "parameters with an axis to shard for parallel 'fsdp'", ", ".join(scalars), "parallel 'ddp'")
         mesh = init_device_mesh(ranks.device.type, (ranks.size,))
         for block in objective.model.blocks:
             fully_shard(block, mesh=mesh)

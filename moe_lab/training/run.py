@@ -28,7 +28,7 @@ from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
 from moe_lab.training.evaluate import Evaluation, evaluate_together, excerpts_of
 from moe_lab.training.metrics import routing_metrics
-from moe_lab.training.objective import Objective, average_gradients, spread
+from moe_lab.training.objective import Objective, average_gradients, check_shareable, spread
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
 from moe_lab.training.ranks import Parallel, Ranks, join, local_device
 from moe_lab.training.record import run_record, trace_meta
@@ -115,6 +115,7 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.text, self.on_step = config, folder, text, on_step
         self.device, self.ranks, self.loggers = device, ranks, loggers
+        check_shareable(config, ranks)
         torch.manual_seed(config.seed)
         self.model = Decoder(config.model).to(self.device)
         self.objective = spread(Objective(self.model, config, ranks), ranks)

@@ -7,6 +7,7 @@ scores into another choice, and from there on the two curves are those of two ru
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 
-from moe_lab.model import DecoderConfig, MoEConfig
-from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
+from moe_lab.errors import MoELabError
+from moe_lab.model import Decoder, DecoderConfig, MoEConfig
+from moe_lab.routing import ROUTERS, ControllerConfig, ControllerKind, RouterConfig, Routing
 from moe_lab.text import TextConfig
 from moe_lab.training import OptimizerConfig, RunConfig
+from moe_lab.training.checkpoint import whole
+from moe_lab.training.objective import Objective, average_gradients, spread
+from moe_lab.training.ranks import Ranks, join
 
 ZERO = RouterConfig(
     kind="longcat",
@@ -81,3 +87,52 @@ def in_group(rank: int, works: list[tuple[Callable[..., None], tuple[Any, ...]]]
     for work, arguments in works:
         work(rank, *arguments)
     dist.destroy_process_group()
+
+
+def router_of(kind: str) -> RouterConfig:
+    """A small router of any kind."""
+    needs: dict[str, dict[str, Any]] = {name: {"vocab_size": 257} for name in ("hash", "scored_hash", "token_lookup")}
+    needs |= {name: {"top_k": 1} for name in ("base", "llama4", "switch")} | {"mixture_of_depths": {"num_experts": 1, "top_k": 1}}
+    needs |= {"zaya": {"num_zero_experts": 1, "top_k": 1}, "inkling": {"num_shared_gates": 1}}
+    needs |= {name: {"num_zero_experts": 2} for name in ("moepp", "adamoe", "longcat")}
+    return RouterConfig(**{"kind": kind, "num_experts": 4, "top_k": 2, **needs.get(kind, {})})
+
+
+def one_step(config: RunConfig, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Gradients after the backward passes of one step, whole on every rank, and the controllers' state after its update."""
+    torch.manual_seed(config.seed)
+    objective = Objective(Decoder(config.model), config, ranks)
+    called = spread(objective, ranks)
+    batch = torch.randint(0, 256, (config.batch_size, config.seq_length + 1), generator=torch.Generator().manual_seed(1))
+    routings: list[list[Routing]] = [[] for _ in objective.model.moe_layers()]
+    micro_batches = ranks.own(batch)
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        average_gradients(called, now=number == len(micro_batches))
+        nats, auxiliary, found = called(micro_batch)
+        ((nats + auxiliary) / len(micro_batches)).backward()
+        for seen, routing in zip(routings, found, strict=True):
+            seen.append(routing)
+    gradients = {name: whole(parameter.grad) for name, parameter in objective.model.named_parameters() if parameter.grad is not None}
+    for layer, seen in zip(objective.model.moe_layers().values(), routings, strict=True):
+        layer.router.update(seen)
+    return gradients | {name: buffer.clone() for name, buffer in objective.model.named_buffers() if "controller" in name}
+
+
+def step_of_every_router(rank: int, corpus: Path, target: Path, parallel: str, micro_batches: int) -> None:
+    """``one_step`` of each router on this group's ranks."""
+    found = {}
+    for kind in sorted(ROUTERS):
+        config = router_run(corpus, kind, micro_batches)
+        with suppress(MoELabError), join(config, parallel, torch.device("cpu")) as ranks:
+            found |= {f"{kind} {name}": value.contiguous() for name, value in one_step(config, ranks).items()}
+    if rank == 0:
+        save_file(found, target)
+
+
+def router_run(corpus: Path, kind: str, micro_batches: int) -> RunConfig:
+    """The auxiliary losses weigh as much as the language's, so that a wrong one shows."""
+    changes = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0, "grad_accumulation": micro_batches}
+    config = run_config(corpus, 1, router_of(kind), **changes)
+    assert config.model.moe is not None
+    shared = config.model.moe.replace(num_shared_experts=1) if kind == "inkling" else config.model.moe
+    return config.replace(model=config.model.replace(moe=shared))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,13 @@ import polars as pl
 import pytest
 import torch
 from filelock import FileLock
-from rank_worlds import in_group, on_ranks, run_config, write_corpus
+from rank_worlds import in_group, on_ranks, one_step, router_of, router_run, run_config, step_of_every_router, write_corpus
+from safetensors.torch import load_file
 
 from moe_lab import cli, training
 from moe_lab.errors import ConfigError, RunError
 from moe_lab.model import Decoder
+from moe_lab.routing import ROUTERS, RouterConfig
 from moe_lab.text import Split, load_tokens
 from moe_lab.trace import Trace, open_trace
 from moe_lab.training import Parallel, RankError, RunConfig, train
@@ -28,6 +31,7 @@ from moe_lab.training import ranks as ranks_module
 from moe_lab.training import run as run_module
 from moe_lab.training.checkpoint import load_tensors
 from moe_lab.training.evaluate import evaluate, evaluate_together
+from moe_lab.training.objective import BATCH_WIDE, Objective, check_shareable, spread
 from moe_lab.training.ranks import Ranks, join
 from moe_lab.training.record import trace_meta
 
@@ -117,6 +121,9 @@ def _make_worlds(root: Path, config: RunConfig) -> None:
             (train_on, (short, root / "one-then-two", "fsdp")),
             (evaluate_on, (config, root / "one" / "model.safetensors", root / "scored", False)),
             (evaluate_on, (config, root / "one" / "model.safetensors", root / "scored-fsdp", True)),
+            (step_of_every_router, (corpus, root / "ddp-1.safetensors", "ddp", 1)),
+            (step_of_every_router, (corpus, root / "ddp-2.safetensors", "ddp", 2)),
+            (step_of_every_router, (corpus, root / "fsdp-1.safetensors", "fsdp", 1)),
             (fail_on, (short, root / "error", "error")),
         ],
     )
@@ -229,6 +236,60 @@ def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:
         (folder / f"seen-{rank}.json").write_text(json.dumps([type(error).__name__, str(error), told]))
     finally:
         run_module.clip_gradients = original
+
+
+NOISY = {"noisy_topk", "random", "sparsemixer"}
+"""Routers that draw random numbers, of which every rank has its own."""
+SCALARS = {"dtop_p", "dynmoe"}
+"""Routers with a parameter that has no axis to shard."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "micro_batches", "others"), [("ddp", 1, BATCH_WIDE | NOISY), ("ddp", 2, NOISY), ("fsdp", 1, BATCH_WIDE | NOISY)]
+)
+def test_gradients_and_controllers_of_every_router_are_those_of_one_rank(
+    worlds: SimpleNamespace, parallel: str, micro_batches: int, others: set[str]
+) -> None:
+    """All losses and their gradients, the router's own included; ``others`` are exactly the kinds of which the documentation says not."""
+    found = load_file(worlds.root / f"{parallel}-{micro_batches}.safetensors")
+    differing = set()
+    for kind in sorted(set(ROUTERS) - (SCALARS if parallel == "fsdp" else set())):
+        alone = one_step(router_run(worlds.root / "corpus", kind, micro_batches), Ranks(micro_batches=micro_batches))
+        together = {name.removeprefix(f"{kind} "): value for name, value in found.items() if name.startswith(f"{kind} ")}
+        assert together.keys() == alone.keys()
+        # The language loss is taken in float32.
+        same = [torch.allclose(together[name], alone[name], rtol=1e-5, atol=1e-7 * float(alone[name].abs().max())) for name in alone]
+        if not all(same):
+            differing.add(kind)
+    assert differing == others
+
+
+@pytest.mark.parametrize(
+    ("router", "is_refused"),
+    [
+        (router_of("sinkhorn"), True),
+        (router_of("switch"), True),
+        (router_of("switch").replace(capacity_scope="sequence"), False),
+        (router_of("moepp"), False),
+        (router_of("moepp").replace(capacity_factor=1.0), True),
+        (router_of("mixture_of_depths").replace(capacity_factor=0.5), False),
+    ],
+)
+def test_a_router_that_decides_over_a_micro_batch_is_given_whole_ones(tmp_path: Path, router: RouterConfig, is_refused: bool) -> None:
+    config = run_config(write_corpus(tmp_path / "corpus"), 2, router)
+    refusal = rf"expected a grad_accumulation that is a multiple of the 2 ranks: router '{router.kind}' decides"
+    with pytest.raises(ConfigError, match=refusal) if is_refused else nullcontext():
+        check_shareable(config, Ranks(0, 2, Parallel.DDP))
+    check_shareable(config, Ranks())
+    check_shareable(config.replace(grad_accumulation=2), Ranks(0, 2, Parallel.DDP, micro_batches=2, groups=2))
+
+
+def test_a_parameter_without_an_axis_cannot_be_sharded(tmp_path: Path) -> None:
+    config = router_run(write_corpus(tmp_path / "corpus"), "dynmoe", 1)
+    ranks = Ranks(0, 2, Parallel.FSDP)
+    with pytest.raises(ConfigError, match=r"expected parameters with an axis to shard .*, got blocks.* try parallel 'ddp'"):
+        spread(Objective(Decoder(config.model), config, ranks), ranks)
 
 
 @pytest.mark.slow
