@@ -5,6 +5,7 @@ scores into another choice, and from there on the two curves are those of two ru
 """
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from moe_lab.errors import MoELabError
-from moe_lab.model import Decoder, DecoderConfig, MoEConfig
+from moe_lab.model import Decoder, DecoderConfig, MoEConfig, MoELayer
 from moe_lab.routing import ROUTERS, ControllerConfig, ControllerKind, RouterConfig, Routing
 from moe_lab.text import TextConfig
 from moe_lab.training import OptimizerConfig, RunConfig
@@ -136,3 +137,26 @@ def router_run(corpus: Path, kind: str, micro_batches: int) -> RunConfig:
     assert config.model.moe is not None
     shared = config.model.moe.replace(num_shared_experts=1) if kind == "inkling" else config.model.moe
     return config.replace(model=config.model.replace(moe=shared))
+
+
+EXPERTS = RouterConfig(kind="longcat", num_experts=8, num_zero_experts=2, top_k=3)
+
+
+def expert_layer(dispatch: str) -> tuple[MoELayer, torch.Tensor]:
+    """A layer and the tokens [20, 16] of all ranks."""
+    torch.manual_seed(4)
+    return MoELayer(MoEConfig(16, 8, EXPERTS, num_shared_experts=1, dispatch=dispatch)), torch.randn(20, 16)
+
+
+def expert_parallel_example(rank: int, target: Path) -> None:
+    """The example of docs/training.md on this rank's half of the tokens and of the experts: outputs, and the shard's gradients."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def expert_parallel" in block]
+    exec(compile(example, "docs/training.md", "exec"), {})
+    layer, x = expert_layer("expert_parallel")
+    for name in ("gate_up", "down"):
+        setattr(layer.experts, name, torch.nn.Parameter(getattr(layer.experts, name).detach().chunk(2)[rank].clone()))
+    y, routing = layer(x.chunk(2)[rank], return_routing=True)
+    y.square().sum().backward()
+    gradients = {name: parameter.grad.contiguous() for name, parameter in layer.experts.named_parameters() if parameter.grad is not None}
+    save_file({"y": y.detach().contiguous(), "counts": routing.counts(), **gradients}, target.with_name(f"{target.name}-{rank}"))

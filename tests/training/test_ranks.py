@@ -17,7 +17,18 @@ import polars as pl
 import pytest
 import torch
 from filelock import FileLock
-from rank_worlds import in_group, on_ranks, one_step, router_of, router_run, run_config, step_of_every_router, write_corpus
+from rank_worlds import (
+    expert_layer,
+    expert_parallel_example,
+    in_group,
+    on_ranks,
+    one_step,
+    router_of,
+    router_run,
+    run_config,
+    step_of_every_router,
+    write_corpus,
+)
 from safetensors.torch import load_file
 
 from moe_lab import cli, training
@@ -124,6 +135,7 @@ def _make_worlds(root: Path, config: RunConfig) -> None:
             (step_of_every_router, (corpus, root / "ddp-1.safetensors", "ddp", 1)),
             (step_of_every_router, (corpus, root / "ddp-2.safetensors", "ddp", 2)),
             (step_of_every_router, (corpus, root / "fsdp-1.safetensors", "fsdp", 1)),
+            (expert_parallel_example, (root / "expert-parallel",)),
             (fail_on, (short, root / "error", "error")),
         ],
     )
@@ -290,6 +302,18 @@ def test_a_parameter_without_an_axis_cannot_be_sharded(tmp_path: Path) -> None:
     ranks = Ranks(0, 2, Parallel.FSDP)
     with pytest.raises(ConfigError, match=r"expected parameters with an axis to shard .*, got blocks.* try parallel 'ddp'"):
         spread(Objective(Decoder(config.model), config, ranks), ranks)
+
+
+@pytest.mark.slow
+def test_the_documented_expert_parallel_dispatch_is_the_layer(worlds: SimpleNamespace) -> None:
+    layer, x = expert_layer("oracle")
+    y, routing = layer(x, return_routing=True)
+    y.square().sum().backward()
+    parts = [load_file(worlds.root / f"expert-parallel-{rank}") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), y.detach())
+    for name, parameter in layer.experts.named_parameters():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), parameter.grad)
+    assert torch.equal(parts[0]["counts"] + parts[1]["counts"], routing.counts())
 
 
 @pytest.mark.slow
