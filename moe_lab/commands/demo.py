@@ -13,7 +13,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     args.recipe, args.preset = demo_recipe(), "demo"
-    args.report = args.out / "report.html"
     return sweep.run(args)
 
 

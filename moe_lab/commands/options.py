@@ -13,6 +13,11 @@ def add_out(parser: argparse.ArgumentParser, default: str | None, what: str) -> 
     parser.add_argument("--out", type=Path, default=None if default is None else Path(default), metavar="PATH", help=what)
 
 
+def place(text: str) -> "Path | str":
+    """A folder, or a URL of an object store as it is: as a path it would lose a slash."""
+    return text if "://" in text else Path(text)
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="first seed")
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lab.commands.options import add_device, add_json, add_out, add_seed, add_text, print_json, text_changes
+from moe_lab.commands.options import add_device, add_json, add_seed, add_text, place, print_json, text_changes
 from moe_lab.config import require
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_recipe(run_parser)
     add_run_arguments(run_parser, out=None)
     status_parser = verbs.add_parser("status", help="how far each run of a folder is", formatter_class=formatter)
-    status_parser.add_argument("folder", type=Path, help="the sweep's folder")
+    status_parser.add_argument("folder", type=place, help="the sweep's folder or URL")
     add_json(status_parser)
 
 
@@ -66,7 +66,13 @@ def _ratios(text: str) -> tuple[float, ...]:
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
     """The options of everything that runs a sweep."""
-    add_out(parser, out, "the sweep's folder" + ("" if out else " (default: runs/<sweep name>)"))
+    parser.add_argument(
+        "--out",
+        type=place,
+        default=out and Path(out),
+        metavar="PLACE",
+        help="the sweep's folder, or a URL such as s3://bucket/sweep (extra store)" + ("" if out else " (default: runs/<sweep name>)"),
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core, or one a GPU)")
     parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local", help="who runs the workers")
     parser.add_argument(
@@ -86,7 +92,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
     )
     parser.add_argument("--retry-failed", action="store_true", help="train runs again that failed in an earlier call")
     parser.add_argument(
-        "--report", type=Path, default=None, metavar="FILE", help="where the page goes (default: report.html in the folder)"
+        "--report",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="where the page goes (default: report.html in the folder; of a URL, in runs/<sweep name>)",
     )
     add_seed(parser)
     add_device(parser)
@@ -170,7 +180,9 @@ def run(args: argparse.Namespace) -> int:
     if outcome.finished and not outcome.interrupted:
         from moe_lab.report import write_report
 
-        page = write_report([out], args.report or out / "report.html", command=_command(args))
+        page = args.report or (out if isinstance(out, Path) else Path("runs") / sweep.name) / "report.html"
+        with sweeps.readable(out) as folder:
+            write_report([folder], page, title=f"moe_lab report: {folder.name if folder == out else out}", command=_command(args))
     if args.json:
         failed = [{"run": run.run, "name": run.name, "reason": run.reason} for run in outcome.failed]
         ended = {"finished": outcome.finished, "failed": failed, "interrupted": outcome.interrupted, "stopped": outcome.stopped}

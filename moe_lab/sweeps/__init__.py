@@ -3,6 +3,7 @@
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import LAUNCHERS, Ending, Job, Launcher, Result
 from moe_lab.sweeps.memory import free_memory, run_memory, too_large
+from moe_lab.sweeps.object_store import readable
 from moe_lab.sweeps.overview import status_lines
 from moe_lab.sweeps.planning import (
     cheapest_text,
@@ -17,7 +18,7 @@ from moe_lab.sweeps.planning import (
 )
 from moe_lab.sweeps.recipe import load_recipe
 from moe_lab.sweeps.running import FailedRun, SweepOutcome, run
-from moe_lab.sweeps.store import RunState, RunStore, status
+from moe_lab.sweeps.store import RunState, RunStore, open_store, status
 
 __all__ = [
     "LAUNCHERS",
@@ -36,10 +37,12 @@ __all__ = [
     "flops_per_second",
     "free_memory",
     "load_recipe",
+    "open_store",
     "plan",
     "plan_table",
     "power_table",
     "power_text",
+    "readable",
     "run",
     "run_memory",
     "status",

@@ -6,7 +6,7 @@ the folder is unfinished: giving up empties it and dates it back to 1970. This n
 which shared file systems have too, and giving up needs no free space.
 
 On the owner's host a claim is alive while its process is (the start time tells a reused process id). Seen from another host it is alive
-while its owner keeps touching it.
+while its owner keeps touching it, by the file server's clock: those of two machines are never compared.
 """
 
 import json
@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -57,7 +58,7 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _process_alive(owner: Owner) -> bool:
+def owner_alive(owner: Owner) -> bool:
     if owner.started is not None:
         return process_start(owner.pid) == owner.started
     try:
@@ -86,17 +87,30 @@ def holder(folder: Path, names: Iterable[str] | None = None) -> str | None:
 
 def _living_owner(path: Path) -> str | None:
     try:
-        age = time.time() - path.stat().st_mtime
+        touched = path.stat().st_mtime
+        text = path.read_text()
     except FileNotFoundError:
         return None
     try:
-        owner = Owner(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
+        owner = Owner(**json.loads(text))
     except (ValueError, TypeError):  # empty: given back, or created this very moment and not yet written
-        return "a process that is just starting" if age < HEARTBEAT_SECONDS else None
-    alive = _process_alive(owner) if owner.host == this_host() else age < SILENT_SECONDS
+        starting = touched > 0 and _now(path.parent) - touched < HEARTBEAT_SECONDS
+        return "a process that is just starting" if starting else None
+    alive = owner_alive(owner) if owner.host == this_host() else _now(path.parent) - touched < SILENT_SECONDS
     return f"process {owner.pid} on {owner.host.split('/')[0]}" if alive else None
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock that dates the files of ``folder``, which on a shared file system is not this machine's."""
+    probe = folder / f".clock-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # a reader without the right to write
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def _give_back(path: Path) -> None:

@@ -11,6 +11,8 @@ from moe_lab.sweeps.store import Progress, RunStore
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from moe_lab.sweeps.object_store import ObjectStore
+
 LINE_SECONDS = 10.0
 REFRESH_SECONDS = 0.5
 
@@ -32,7 +34,7 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
-def build_view(wanted: bool, store: RunStore, jobs: Sequence[Job]) -> View:
+def build_view(wanted: bool, store: "RunStore | ObjectStore", jobs: Sequence[Job]) -> View:
     if not wanted:
         return SilentView()
     return LiveView(store, jobs) if sys.stdout.isatty() else PlainView(store, jobs)
@@ -87,7 +89,7 @@ def figures(progress: Progress) -> str:
     return ", ".join(parts)
 
 
-def opening_line(store: RunStore, jobs: Sequence[Job], finished: Sequence[Job], failed: Sequence[Job]) -> str:
+def opening_line(store: "RunStore | ObjectStore", jobs: Sequence[Job], finished: Sequence[Job], failed: Sequence[Job]) -> str:
     """One line for a sweep that begins."""
     line = f"{len(jobs)} runs in {store.folder}" + (f", {len(finished)} finished before" if finished else "")
     return line + (f", {len(failed)} failed before (--retry-failed tries them again)" if failed else "")
@@ -112,7 +114,7 @@ def duration(seconds: float | None) -> str:
 class PlainView:
     """Lines for logs: one when a run starts and ends, one per running run every ten seconds."""
 
-    def __init__(self, store: RunStore, jobs: Sequence[Job]) -> None:
+    def __init__(self, store: "RunStore | ObjectStore", jobs: Sequence[Job]) -> None:
         self._store, self._jobs = store, jobs
         self._settled = 0
         self._forecast = Forecast(jobs, ())
@@ -152,7 +154,7 @@ class PlainView:
 class LiveView:
     """A bar for the sweep and one per running run; what ended scrolls up as a line."""
 
-    def __init__(self, store: RunStore, jobs: Sequence[Job]) -> None:
+    def __init__(self, store: "RunStore | ObjectStore", jobs: Sequence[Job]) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bars
 

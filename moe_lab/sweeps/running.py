@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_lab.config import require
 from moe_lab.sweeps.admission import Admission
@@ -20,14 +21,17 @@ from moe_lab.sweeps.launchers import TRAIN, Ending, Job, Launcher, Result, build
 from moe_lab.sweeps.memory import free_memory, run_memory, too_large
 from moe_lab.sweeps.planning import describe
 from moe_lab.sweeps.progress import View, build_view
-from moe_lab.sweeps.store import Progress, RunState, RunStore
+from moe_lab.sweeps.store import Progress, RunState, RunStore, open_store
+
+if TYPE_CHECKING:
+    from moe_lab.sweeps.object_store import ObjectStore
 
 RETRIES = 2
 """How often a run is taken up again after its worker died, within one sweep."""
 POLL_SECONDS = 0.2
 FOREIGN_SECONDS = 1.0
-NOT_ITS_FAULT = "cannot write "
-"""How the reason of a run begins that failed because the store took no more: it is continued as an interrupted one is."""
+NOT_ITS_FAULT = ("cannot write ", "cannot read ", "cannot remove from ")
+"""How the reason of a run begins that failed because the store did not do its part: it is continued as an interrupted one is."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,11 @@ def run(
     retry_failed: bool = False,
     trainer: str = TRAIN,
 ) -> SweepOutcome:
-    """Do every run of ``sweep`` that is not finished in the folder ``out``, and say how each ended.
+    """Do every run of ``sweep`` that is not finished in the folder or store ``out``, and say how each ended.
 
     Args:
+        out: a folder that every worker sees, or an fsspec URL such as ``s3://bucket/sweep`` (extra ``store``): then each worker trains in
+            a scratch folder of its own machine and copies the run's files there (`object_store`, `mirror`).
         workers: processes; None takes one per core, or per GPU where a run wants CUDA.
         progress: show it: live bars on a terminal, plain lines elsewhere.
         launcher: a name in ``launchers.LAUNCHERS``.
@@ -94,7 +100,7 @@ def run(
     require(max_hours is None or max_hours >= 0, "max_hours of at least 0", max_hours)
     began = time.monotonic()
     admission = Admission(None if max_hours is None else began + 3600 * max_hours, max_flops)
-    store = RunStore(out)
+    store = open_store(out)
     store.check_writable()
     if trainer == TRAIN:
         _tokenize(sweep)
@@ -106,7 +112,7 @@ def run(
         if driver.queue:
             if launcher == "local":  # a cluster's scheduler places runs on its nodes itself
                 driver.share_memory(view)
-            with closing(build_launcher(launcher, list(driver.queue), workers, trainer, launcher_options)) as pool:
+            with closing(_pool(store, launcher, list(driver.queue), workers, trainer, launcher_options)) as pool:
                 driver.drive(pool, view, stop)
     return driver.outcome(time.monotonic() - began)
 
@@ -119,10 +125,27 @@ def _tokenize(sweep: SweepConfig) -> None:
         load_tokens(text)
 
 
-def _jobs(sweep: SweepConfig, store: RunStore) -> list[Job]:
+def _pool(
+    store: "RunStore | ObjectStore",
+    launcher: str,
+    jobs: list[Job],
+    workers: int | None,
+    trainer: str,
+    options: Mapping[str, str] | None,
+) -> Launcher:
+    """The launcher; where the store is no folder, with every run's files copied to it."""
+    if isinstance(store, RunStore):
+        return build_launcher(launcher, jobs, workers, trainer, options)
+    from moe_lab.sweeps import mirror
+
+    return mirror.MirrorLauncher(build_launcher(launcher, jobs, workers, mirror.TRAINER, options), store, trainer)
+
+
+def _jobs(sweep: SweepConfig, store: "RunStore | ObjectStore") -> list[Job]:
     """The sweep's runs, the longest first: a long one that starts last would leave the other workers idle."""
+    shared = isinstance(store, RunStore)
     jobs = [
-        Job(run_hash, run.name, store.path(run_hash), run.to_dict(), describe(run, run_hash)["flops"], run.device, run_memory(run))
+        Job(run_hash, run.name, store.path(run_hash), run.to_dict(), describe(run, run_hash)["flops"], run.device, run_memory(run), shared)
         for run_hash, run in zip(sweep.hashes, sweep.runs, strict=True)
     ]
     return sorted(jobs, key=lambda job: -job.cost)
@@ -131,7 +154,7 @@ def _jobs(sweep: SweepConfig, store: RunStore) -> list[Job]:
 class _Driver:
     """Which runs wait, run, run elsewhere, are finished and have failed."""
 
-    def __init__(self, store: RunStore, jobs: list[Job], admission: Admission) -> None:
+    def __init__(self, store: "RunStore | ObjectStore", jobs: list[Job], admission: Admission) -> None:
         self.store, self.admission = store, admission
         self.jobs = {job.run: job for job in jobs}
         self.queue: deque[Job] = deque()

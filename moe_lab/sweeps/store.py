@@ -7,11 +7,12 @@ is the only proof of a whole run; ``error.txt`` tells why one failed; a living c
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from moe_lab import failures
 from moe_lab.errors import RunError, expected
@@ -22,6 +23,8 @@ from moe_lab.sweeps.config import SweepConfig
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from moe_lab.sweeps.object_store import ObjectStore
 
 PLAN = "sweep.json"
 DONE = "done"
@@ -45,13 +48,38 @@ class Progress:
     loss: float | None = None
     tokens_per_second: float | None = None
 
+    @classmethod
+    def of(cls, status: dict[str, Any]) -> "Progress":
+        return cls(status.get("step", 0), status.get("steps", 0), status.get("loss"), status.get("tokens_per_second"))
+
     @property
     def fraction(self) -> float:
         return min(1.0, self.step / self.steps) if self.steps else 0.0
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a run's files say; ``result`` is empty unless it is finished, ``error`` and ``last_lines`` unless it failed."""
+
+    state: RunState
+    progress: Progress
+    result: dict[str, Any]
+    error: str
+    last_lines: str
+
+
+def plan_entry(sweep: SweepConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A sweep's entry in a plan, and those of its runs by hash."""
+    runs = {
+        run_hash: {"name": run.name, "arm": run.arm, "ratio": run.ratio, "seed": run.seed, "config": run.to_dict()}
+        for run_hash, run in zip(sweep.hashes, sweep.runs, strict=True)
+    }
+    entry = {"name": sweep.name, "question": sweep.question, "preset": sweep.preset, "runs": list(sweep.hashes)}
+    return entry | {"hash": content_hash(entry)}, runs
+
+
 class RunStore:
-    """The folder of one sweep."""
+    """The folder of one sweep. ``object_store.ObjectStore`` is the same for an object store."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -70,6 +98,20 @@ class RunStore:
 
     def error(self, run: str) -> str:
         return failures.reason(self.path(run))
+
+    def records(self, runs: Sequence[str]) -> Iterator[Record]:
+        for run in runs:
+            path = self.path(run)
+            names = _names(path)
+            state = _state(path, names)
+            failed = state is RunState.FAILED
+            yield Record(
+                state,
+                _progress(path) if "status.json" in names else Progress(),
+                _json(path / "result.json") if state is RunState.FINISHED else {},
+                failures.reason(path) if failed else "",
+                failures.last_lines(path) if failed else "",
+            )
 
     def record_failure(self, run: str, reason: str) -> None:
         """Write ``error.txt`` for a worker that died, unless someone else has taken the run up by now."""
@@ -94,12 +136,7 @@ class RunStore:
 
     def add(self, sweep: SweepConfig) -> None:
         """Record ``sweep`` in the plan beside what is there. Runs of the same hash are shared, so finished ones are reused."""
-        runs = {
-            run_hash: {"name": run.name, "arm": run.arm, "ratio": run.ratio, "seed": run.seed, "config": run.to_dict()}
-            for run_hash, run in zip(sweep.hashes, sweep.runs, strict=True)
-        }
-        entry = {"name": sweep.name, "question": sweep.question, "preset": sweep.preset, "runs": list(sweep.hashes)}
-        entry["hash"] = content_hash(entry)
+        entry, runs = plan_entry(sweep)
         claim = self._claim_plan()
         with claim:
             plan = self.plan() if (self.folder / PLAN).exists() else {"schema_version": SCHEMA_VERSION, "sweeps": [], "runs": {}}
@@ -149,8 +186,20 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _progress(folder: Path) -> Progress:
-    values = _json(folder / "status.json")
-    return Progress(values.get("step", 0), values.get("steps", 0), values.get("loss"), values.get("tokens_per_second"))
+    return Progress.of(_json(folder / "status.json"))
+
+
+def open_store(place: "Path | str") -> "RunStore | ObjectStore":
+    """The store of a folder, or of an fsspec URL (``s3://bucket/sweep``); ``file://`` is a folder.
+
+    Raises ``RunError`` for a URL that cannot be opened.
+    """
+    protocol, mark, rest = str(place).partition("://")
+    if not mark or protocol in ("file", "local"):
+        return RunStore(Path(unquote(rest)) if mark else place)
+    from moe_lab.sweeps.object_store import ObjectStore
+
+    return ObjectStore(str(place))
 
 
 def status(folder: Path | str) -> "pl.DataFrame":
@@ -163,28 +212,24 @@ def status(folder: Path | str) -> "pl.DataFrame":
     """
     import polars as pl
 
-    store = RunStore(folder)
-    rows = []
+    store = open_store(folder)
     plan = store.plan()
-    for run in dict.fromkeys(run for sweep in plan["sweeps"] for run in sweep["runs"]):
-        entry, path = plan["runs"][run], store.path(run)
-        names = _names(path)
-        state = _state(path, names)
-        finished = state is RunState.FINISHED
-        progress = _progress(path) if "status.json" in names else Progress()
-        result = _json(path / "result.json") if finished else {}
+    runs = list(dict.fromkeys(run for sweep in plan["sweeps"] for run in sweep["runs"]))
+    rows = []
+    for run, found in zip(runs, store.records(runs), strict=True):
+        finished = found.state is RunState.FINISHED
         rows.append(
             {
                 "run": run,
-                **{key: entry[key] for key in ("name", "arm", "ratio", "seed")},
-                "state": state.value,
-                "step": progress.step,
-                "steps": progress.steps,
-                "progress": 1.0 if finished else progress.fraction,
-                "loss": result.get("loss", progress.loss),
-                "tokens_per_second": result.get("tokens_per_second", progress.tokens_per_second),
-                "error": failures.reason(path) if state is RunState.FAILED else "",
-                "last_lines": failures.last_lines(path) if state is RunState.FAILED else "",
+                **{key: plan["runs"][run][key] for key in ("name", "arm", "ratio", "seed")},
+                "state": found.state.value,
+                "step": found.progress.step,
+                "steps": found.progress.steps,
+                "progress": 1.0 if finished else found.progress.fraction,
+                "loss": found.result.get("loss", found.progress.loss),
+                "tokens_per_second": found.result.get("tokens_per_second", found.progress.tokens_per_second),
+                "error": found.error,
+                "last_lines": found.last_lines,
             }
         )
     return pl.DataFrame(rows, schema=_status_schema(), orient="row")

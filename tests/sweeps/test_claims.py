@@ -163,3 +163,15 @@ def test_a_full_disk_leaves_no_claim_behind(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RunError, match="No space left on device"):
         acquire(tmp_path)
     assert holder(tmp_path) is None
+
+
+@pytest.mark.parametrize("hours_wrong", [-5, 5])
+@pytest.mark.parametrize(("age", "alive"), [(10, True), (200, False)])
+def test_a_claim_of_another_host_is_judged_by_the_file_systems_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours_wrong: int, age: float, alive: bool
+):
+    write_claim(tmp_path, Owner("elsewhere", 1, 1), age=age)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours_wrong)
+    assert bool(holder(tmp_path)) is alive
+    assert [path.name for path in tmp_path.iterdir()] == [".claim-1"]

@@ -1,0 +1,161 @@
+"""A folder of an object store (an fsspec URL such as ``s3://bucket/sweep``), with every trouble told in one line (extra ``store``).
+
+Objects appear whole or not at all, so nothing is renamed into place. Names are relative to the URL.
+"""
+
+import errno
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from moe_lab.errors import MoELabError, RunError, expected
+
+CLOCK_SECONDS = 60.0
+"""How long a reading of the store's clock is carried on by this process's own."""
+_CREDENTIALS = ("permission", "credential", "forbidden", "denied", "unauthorized", "accesskey", "signature", "token")
+_NETWORK = ("connect", "timeout", "timed out", "resolve", "unreachable", "endpoint")
+
+
+class Bucket:
+    """Raises ``RunError`` for an unknown protocol, a missing package, wrong credentials, an unreachable or full store."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._files, self._root = _open(self.url)
+        self._clock: tuple[float, float] | None = None  # this process's clock, the store's
+
+    def read(self, name: str) -> bytes | None:
+        """None where there is no such object."""
+        with suppress(FileNotFoundError), self._told("read"):
+            return self._files.cat_file(self._path(name))
+        return None
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Those that exist, as many at once as the store's client can."""
+        paths = {self._path(name): name for name in names}
+        if not paths:
+            return {}
+        with self._told("read"):
+            found = self._files.cat(list(paths), on_error="omit")
+        return {paths[path]: content for path, content in found.items()}
+
+    def write(self, name: str, content: bytes) -> None:
+        with self._told("write"):
+            self._files.pipe_file(self._path(name), content)
+
+    def upload(self, source: Path, name: str) -> None:
+        """Raises ``FileNotFoundError`` where ``source`` is gone."""
+        if not source.exists():
+            raise FileNotFoundError(source)
+        with self._told("write"):
+            self._files.put_file(str(source), self._path(name))
+
+    def download(self, name: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._told("read"):
+            self._files.get_file(self._path(name), str(target))
+
+    def names(self, folder: str) -> list[str]:
+        """All objects below ``folder``, at any depth."""
+        with self._told("read"):
+            self._files.invalidate_cache()
+            found = self._files.find(self._path(folder))
+        return [str(path).removeprefix(self._root).lstrip("/") for path in found]
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Objects that do not exist are none the worse."""
+        for name in names:
+            with suppress(FileNotFoundError), self._told("remove from"):
+                self._files.rm_file(self._path(name))
+
+    def age(self, name: str) -> float | None:
+        """Seconds since an object was written, by the store's own clock; None where there is none."""
+        with suppress(FileNotFoundError), self._told("read"):
+            self._files.invalidate_cache()
+            return self._now() - self._files.modified(self._path(name)).timestamp()
+        return None
+
+    def _now(self) -> float:
+        """The store's time: that of an object written just now, carried on by this process's clock. No two machines are compared."""
+        if self._clock is None or time.monotonic() - self._clock[0] > CLOCK_SECONDS:
+            name = f"clock/{uuid.uuid4().hex}"
+            self.write(name, b"")
+            with self._told("read"):
+                self._clock = time.monotonic(), self._files.modified(self._path(name)).timestamp()
+            self.delete([name])
+        began, store = self._clock
+        return store + time.monotonic() - began
+
+    def check_writable(self) -> None:
+        """Raise ``RunError`` where the store takes no object of 64 KiB."""
+        name = f"clock/{uuid.uuid4().hex}"
+        self.write(name, b" " * 65536)
+        self.delete([name])
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @contextmanager
+    def _told(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            if action == "write":
+                raise RunError(f"cannot write {self.url}: no such bucket or folder ({_cause(error)}); try another URL") from error
+            raise
+        except MoELabError:
+            raise
+        except Exception as error:  # every client has exceptions of its own
+            raise RunError(f"cannot {action} {self.url}: {_cause(error)}; {_advice(error)}") from error
+
+
+def _open(url: str) -> tuple[Any, str]:
+    protocol = url.partition("://")[0]
+    try:
+        import fsspec
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise RunError(expected("the package fsspec", "none", "pip install 'moe_lab[store]'")) from error
+    try:
+        files, root = url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise RunError(
+            expected(f"the package that opens {protocol}://", _cause(error), f"pip install it beside fsspec for {url}")
+        ) from error
+    except ValueError as error:
+        known = ", ".join(name for name in ("s3", "gs", "az", "hf", "sftp") if name in fsspec.available_protocols())
+        raise RunError(expected(f"a folder or a URL that fsspec knows ({known}, ...)", f"{url} ({_cause(error)})")) from error
+    except Exception as error:
+        raise RunError(f"cannot open {url}: {_cause(error)}; {_advice(error)}") from error
+    return files, str(root).rstrip("/")
+
+
+def _cause(error: BaseException) -> str:
+    """One line: what the store said last, with the kind of error where that alone would say nothing."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    return line if len(line.split()) > 2 else f"{type(error).__name__}{line and ': '}{line}"
+
+
+def _advice(error: BaseException) -> str:
+    said = f"{type(error).__name__} {error}".lower().replace(" ", "")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "try another store or free some space"
+    if isinstance(error, PermissionError) or any(word in said for word in _CREDENTIALS):
+        return "try other credentials, or ask for the right to list, read and write there"
+    if isinstance(error, ConnectionError | TimeoutError) or any(word.replace(" ", "") in said for word in _NETWORK):
+        return "check the network and the endpoint, then run the same command again"
+    return "run the same command again to continue"
+
+
+def parse(content: bytes | None) -> dict[str, Any]:
+    """The object that a small JSON file holds; empty where it holds none."""
+    try:
+        values = json.loads(content or b"")
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}

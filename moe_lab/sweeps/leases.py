@@ -1,0 +1,90 @@
+"""Who trains a run whose store is an object store: a lease, renewed while its owner lives.
+
+A lease is an object with its owner's name. Object stores need not have an exclusive create, so the guarantee is weaker than that of
+``claims.py``: whoever finds no living lease writes its own, waits, and goes on only if its own still stands. Two workers that do so at the
+same moment may train the same run at worst; the first to renew then sees the other's name and stops. Nothing is lost by it: runs of one
+configuration are equal to the bit, objects appear whole, and ``done`` is written last by either.
+
+A lease on this host is alive while its process is; one of another host is alive while it was renewed within ``SILENT_SECONDS`` of the
+store's clock. The clocks of two machines are never compared.
+"""
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+
+from moe_lab.errors import RunError
+from moe_lab.sweeps.bucket import Bucket, parse
+from moe_lab.sweeps.claims import Owner, owner_alive, process_start, this_host
+
+RENEW_SECONDS = 15.0
+SILENT_SECONDS = 90.0
+SETTLE_SECONDS = 0.5
+"""Between writing a lease and trusting it: longer than between another's look and its write."""
+
+
+def living_owner(bucket: Bucket, name: str) -> str | None:
+    """The owner of a living lease in words, or None."""
+    found = parse(bucket.read(name))
+    try:
+        owner = Owner(**found["where"])
+    except (KeyError, TypeError):
+        return None
+    if owner.host == this_host():
+        alive = owner_alive(owner)
+    else:
+        age = bucket.age(name)
+        alive = age is not None and age < SILENT_SECONDS
+    return f"process {owner.pid} on {owner.host.split('/')[0]}" if alive else None
+
+
+class Lease:
+    """Held until ``release``, the end of the ``with`` block, or the end of the process."""
+
+    def __init__(self, bucket: Bucket, name: str, key: str, on_lost: Callable[[], None]) -> None:
+        self._bucket, self._name, self._key, self._on_lost = bucket, name, key, on_lost
+        self._released = threading.Event()
+        self._renewals = 0
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEW_SECONDS):
+            try:
+                found = parse(self._bucket.read(self._name)).get("key")
+                if found == self._key:
+                    self._renewals += 1
+                    _write(self._bucket, self._name, self._key, self._renewals)
+            except RunError:  # the store stumbles: whoever it concerns will hear of it when writing
+                continue
+            if found != self._key and not self._released.is_set():
+                self._on_lost()
+                return
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._released.set()
+        self._thread.join()
+        if parse(self._bucket.read(self._name)).get("key") == self._key:
+            self._bucket.delete([self._name])
+
+
+def take(bucket: Bucket, name: str, on_lost: Callable[[], None] = lambda: None) -> Lease | None:
+    """The lease ``name``, or None while someone living holds it. ``on_lost`` is called from a thread when another took it over."""
+    if living_owner(bucket, name):
+        return None
+    key = uuid.uuid4().hex
+    _write(bucket, name, key, 0)
+    time.sleep(SETTLE_SECONDS)
+    return Lease(bucket, name, key, on_lost) if parse(bucket.read(name)).get("key") == key else None
+
+
+def _write(bucket: Bucket, name: str, key: str, renewals: int) -> None:
+    owner = Owner(this_host(), os.getpid(), process_start(os.getpid()))
+    bucket.write(name, json.dumps({"key": key, "where": asdict(owner), "renewals": renewals}).encode())

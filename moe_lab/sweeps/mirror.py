@@ -1,0 +1,170 @@
+"""Training where the run store is an object store: in a scratch folder of the worker's machine, copied to the store as it grows.
+
+``MirrorLauncher`` stands before any launcher: it hands each run to ``train`` below, which fetches what an earlier worker left, calls the
+trainer, and meanwhile copies files that changed, the checkpoint after the metrics that lead up to it. ``done`` is written last.
+"""
+
+import os
+import shutil
+import tempfile
+import threading
+import traceback
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_lab import failures
+from moe_lab.errors import RunError
+from moe_lab.sweeps.bucket import Bucket
+from moe_lab.sweeps.launchers import Ending, Job, Launcher, Result
+from moe_lab.sweeps.leases import take
+from moe_lab.sweeps.object_store import FILES, LEASE, STATE, STATE_FILES, ObjectStore, scratch_name
+from moe_lab.sweeps.store import DONE
+
+TRAINER = "moe_lab.sweeps.mirror:train"
+BUSY = "another worker holds the lease of this run"
+COPY_SECONDS = 3.0
+CHECKPOINT = "checkpoint"
+"""Files whose name begins so are what a run resumes from: copied last while it trains, removed when it is done."""
+LOG_BYTES = 65536
+
+
+class MirrorLauncher:
+    """See ``launchers.Launcher``: ``inner`` with every run's files in ``store``."""
+
+    def __init__(self, inner: Launcher, store: ObjectStore, trainer: str) -> None:
+        self._inner, self._store, self._trainer = inner, store, trainer
+
+    @property
+    def slots(self) -> int:
+        return self._inner.slots
+
+    def submit(self, job: Job) -> None:
+        values = {"url": self._store.folder, "run": job.run, "trainer": self._trainer, "config": job.config}
+        self._inner.submit(replace(job, config=values))
+
+    def poll(self, timeout: float) -> list[Ending]:
+        return [self._ending(ending) for ending in self._inner.poll(timeout)]
+
+    def _ending(self, ending: Ending) -> Ending:
+        if ending.result is not Result.DIED:  # a worker that died is followed by another in the same folder
+            shutil.rmtree(self._store.path(ending.run), ignore_errors=True)
+        if ending.result is Result.FAILED and ending.reason == BUSY:
+            return Ending(ending.run, Result.BUSY)
+        if ending.result is Result.FAILED:
+            with suppress(RunError):  # a store that takes no more: the driver finds out by itself
+                self._store.record_failure(ending.run, ending.reason)
+        return ending
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def train(values: dict[str, Any], folder: Path) -> None:
+    """Train the run ``values["run"]`` of the store ``values["url"]``; ``folder`` is this attempt's own and gets the log and ``done``."""
+    from moe_lab.sweeps.worker import load_trainer, one_line
+
+    trainer = load_trainer(values["trainer"])  # first, because it may register the URL's protocol
+    bucket, run = Bucket(values["url"]), values["run"]
+    lease = take(bucket, f"{STATE}/{run}/{LEASE}", on_lost=lambda: os._exit(1))
+    if lease is None:
+        raise RunError(BUSY)
+    scratch = Path(tempfile.gettempdir()) / scratch_name(values["url"]) / run
+    with lease:
+        if bucket.read(f"{STATE}/{run}/{DONE}") is None:
+            copies = _Copies(bucket, run, scratch, folder / failures.LOG)
+            try:
+                if not (scratch / DONE).exists():  # else an earlier attempt here ended and could not copy all of it
+                    copies.fetch()
+                    with copies:
+                        trainer(values["config"], scratch)
+                copies.finish()
+            except Exception as error:
+                with suppress(RunError):
+                    bucket.write(f"{STATE}/{run}/{failures.ERROR}", f"{one_line(error, scratch)}\n\n{traceback.format_exc()}".encode())
+                raise
+        shutil.rmtree(scratch, ignore_errors=True)
+    (folder / DONE).touch()
+
+
+class _Copies:
+    """The copies of one run's files in the store; as a context manager, kept up to date by a thread."""
+
+    def __init__(self, bucket: Bucket, run: str, scratch: Path, log: Path) -> None:
+        self._bucket, self._run, self._scratch, self._log = bucket, run, scratch, log
+        self._copied: dict[str, tuple[int, int]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_up, daemon=True)
+
+    def fetch(self) -> None:
+        """Take up what the last worker left, whatever this machine still has of an older attempt."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True)
+        prefix = f"{FILES}/{self._run}/"
+        for name in self._bucket.names(prefix.rstrip("/")):
+            self._bucket.download(name, self._scratch / name.removeprefix(prefix))
+        self._bucket.delete([f"{STATE}/{self._run}/{failures.ERROR}"])
+
+    def __enter__(self) -> "_Copies":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with suppress(RunError, OSError):  # what matters is copied again by ``finish``, or this attempt fails by itself
+            self._copy()
+
+    def _keep_up(self) -> None:
+        while not self._stop.wait(COPY_SECONDS):
+            with suppress(RunError, OSError):  # tried again at the next turn
+                self._copy()
+
+    def _copy(self) -> None:
+        """The top-level files that changed. A checkpoint is held by a link while the metrics that lead up to it are copied first."""
+        self._copy_log()
+        files = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".") and path.name != DONE]
+        held = []
+        for path in files:
+            if path.name.startswith(CHECKPOINT) and self._changed(path):
+                link = path.with_name(f".copy-{path.name}")
+                link.unlink(missing_ok=True)
+                os.link(path, link)
+                held.append((path, link))
+        for path in files:
+            if not path.name.startswith(CHECKPOINT):
+                self._upload(path, path.name)
+        for path, link in held:
+            self._upload(link, path.name)
+            link.unlink()
+
+    def _changed(self, path: Path, name: str | None = None) -> bool:
+        stat = path.stat()
+        return self._copied.get(name or path.name) != (stat.st_mtime_ns, stat.st_size)
+
+    def _upload(self, path: Path, name: str) -> None:
+        if self._changed(path, name):
+            stat = path.stat()
+            self._bucket.upload(path, self._object(name))
+            self._copied[name] = (stat.st_mtime_ns, stat.st_size)
+
+    def _object(self, name: str) -> str:
+        return f"{STATE if name in STATE_FILES else FILES}/{self._run}/{name}"
+
+    def _copy_log(self) -> None:
+        if self._log.exists():
+            self._bucket.write(f"{STATE}/{self._run}/{failures.LOG}", self._log.read_bytes()[-LOG_BYTES:])
+
+    def finish(self) -> None:
+        """Everything, then ``done``, then away with the checkpoint."""
+        if not (self._scratch / DONE).exists():
+            raise RunError(f"expected a run that ends with the file {DONE!r}, got none; try looking into log.txt")
+        self._copy_log()
+        for path in sorted(self._scratch.rglob("*")):
+            name = path.relative_to(self._scratch).as_posix()
+            if path.is_file() and not path.name.startswith((".", CHECKPOINT)) and name != DONE:
+                self._upload(path, name)
+        self._bucket.write(f"{STATE}/{self._run}/{DONE}", b"")
+        old = self._bucket.names(f"{FILES}/{self._run}")
+        self._bucket.delete(name for name in old if name.rpartition("/")[2].startswith(CHECKPOINT))

@@ -1,0 +1,265 @@
+"""A sweep whose store is an object store: same numbers, taken up elsewhere, and one line for every trouble."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fsspec", reason="needs the extra store (fsspec)")
+
+from bucket_files import TROUBLE
+from stub_trainer import HOLD, StubRun, expected_loss, stub_grid, stub_sweep
+
+from moe_lab.cli import main
+from moe_lab.errors import RunError
+from moe_lab.sweeps import RunState, RunStore, SweepOutcome, leases, open_store, readable, run, status
+from moe_lab.sweeps.bucket import Bucket
+from moe_lab.sweeps.claims import Owner, this_host
+from moe_lab.sweeps.leases import living_owner, take
+from moe_lab.sweeps.object_store import ObjectStore
+
+TRAINER = "bucket_files:train"
+GRID = stub_grid(3, steps=8, step_seconds=0.0)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of bucket://, and a scratch of this test's own."""
+    monkeypatch.setenv("BUCKET_ROOT", str(tmp_path / "buckets"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for name in ("buckets", "scratch"):
+        (tmp_path / name).mkdir()
+    return tmp_path / "buckets"
+
+
+def go(url: str, *runs: StubRun, **options) -> SweepOutcome:
+    return run(stub_sweep(*(runs or GRID)), url, workers=2, progress=False, trainer=TRAINER, **options)
+
+
+def trained_steps(root: Path, one: StubRun) -> list[int]:
+    return [int(line.split()[1]) for line in (root / "b/sweep/files" / one.hash() / "steps.log").read_text().splitlines()]
+
+
+def test_a_sweep_on_a_url_has_the_numbers_of_one_in_a_folder(root: Path, tmp_path: Path):
+    assert go("bucket://b/sweep").complete
+    frame = status("bucket://b/sweep")
+    assert frame["state"].to_list() == ["finished"] * 3
+    assert dict(frame.select("name", "loss").rows()) == {one.name: expected_loss(one) for one in GRID}
+    run(stub_sweep(*GRID), tmp_path / "folder", progress=False, trainer="stub_trainer:train")
+    assert frame.equals(status(tmp_path / "folder"))
+
+
+def test_the_store_holds_every_file_and_the_machine_none(root: Path, tmp_path: Path):
+    go("bucket://b/sweep")
+    for one in GRID:
+        assert (root / "b/sweep/files" / one.hash() / "trace/part.txt").read_text() == "routes"
+        assert {path.name for path in (root / "b/sweep/state" / one.hash()).iterdir()} == {"status.json", "result.json", "done", "log.txt"}
+        assert not list((root / "b/sweep/files" / one.hash()).glob("checkpoint*"))
+    left = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+    assert not left
+    assert not list((root / "b/sweep/clock").iterdir())
+
+
+def test_another_call_trains_nothing_again_and_adds_new_runs(root: Path):
+    go("bucket://b/sweep")
+    before = trained_steps(root, GRID[0])
+    new = StubRun(name="new", seed=9, steps=3)
+    assert go("bucket://b/sweep", GRID[0], new).complete
+    assert trained_steps(root, GRID[0]) == before
+    plan = open_store("bucket://b/sweep").plan()
+    assert [len(sweep["runs"]) for sweep in plan["sweeps"]] == [3, 2]
+    assert len(plan["runs"]) == 4
+
+
+def test_a_run_goes_on_where_a_worker_of_another_machine_left_it(root: Path, tmp_path: Path):
+    broken = StubRun(name="broken", trouble="needs file")
+    os.environ["STUB_FILE"] = str(tmp_path / "wanted")
+    assert go("bucket://b/sweep", broken).failed[0].reason == "the file is missing"
+    row = status("bucket://b/sweep").row(0, named=True)
+    assert (row["state"], row["error"], row["step"]) == ("failed", "the file is missing", 10)
+    assert "the file is missing" in row["last_lines"]
+    assert go("bucket://b/sweep", broken).failed
+    shutil.rmtree(tmp_path / "scratch")  # another machine
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "wanted").touch()
+    assert go("bucket://b/sweep", broken, retry_failed=True).complete
+    assert trained_steps(root, broken) == [*range(11), *range(10, 20)]
+    assert status("bucket://b/sweep")["loss"].item() == expected_loss(broken)
+
+
+def test_a_worker_that_is_killed_loses_what_came_after_its_last_copy(root: Path):
+    killed = StubRun(name="killed", steps=20, step_seconds=0.25)
+    assert run(stub_sweep(killed), "bucket://b/sweep", progress=False, trainer="bucket_files:train_and_die_once").complete
+    assert (root / "killed").exists()
+    assert status("bucket://b/sweep")["loss"].item() == expected_loss(killed)
+    steps = trained_steps(root, killed)
+    assert steps[-1] == 19
+    assert steps.count(0) == 1, "it began again"
+
+
+def test_two_sweeps_on_one_url_share_the_work(root: Path, tmp_path: Path):
+    code = (
+        "from test_object_store import go, GRID; from stub_trainer import stub_grid\n"
+        "outcome = go('bucket://b/sweep', *stub_grid(4, 12, 0.05)); print('outcome', len(outcome.finished), len(outcome.failed))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=100)[0].split() for process in processes] == [["outcome", "4", "0"]] * 2
+    for one in stub_grid(4, 12, 0.05):
+        assert trained_steps(root, one) == list(range(one.steps)), f"{one.name} was trained by both"
+
+
+def test_a_lease_is_taken_once_and_given_back(root: Path):
+    bucket = Bucket("bucket://b/sweep")
+    with take(bucket, "lease") as lease:  # type: ignore[union-attr]
+        assert lease is not None
+        assert take(bucket, "lease") is None
+        assert str(os.getpid()) in (living_owner(bucket, "lease") or "")
+    assert bucket.read("lease") is None
+
+
+def test_of_two_who_take_a_lease_at_the_same_moment_one_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch):
+    bucket = Bucket("bucket://b/sweep")
+
+    def rival_writes(_: float) -> None:
+        bucket.write("lease", json.dumps({"key": "rival"}).encode())
+
+    monkeypatch.setattr(leases.time, "sleep", rival_writes)
+    assert take(bucket, "lease") is None
+
+
+def test_a_holder_hears_that_it_was_overtaken(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    bucket, lost = Bucket("bucket://b/sweep"), []
+    with take(bucket, "lease", on_lost=lambda: lost.append(1)):  # type: ignore[union-attr]
+        bucket.write("lease", json.dumps({"key": "rival"}).encode())
+        time.sleep(0.5)
+    assert lost == [1]
+    assert bucket.read("lease") is not None  # the rival's, which is not ours to give back
+
+
+@pytest.mark.parametrize("hours_wrong", [-5, 0, 5])
+@pytest.mark.parametrize(("silent", "alive"), [(10, True), (200, False)])
+def test_a_lease_of_another_host_is_judged_by_the_stores_clock_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, hours_wrong: int, silent: float, alive: bool
+):
+    bucket = Bucket("bucket://b/sweep")
+    bucket.write("lease", json.dumps({"key": "k", "where": vars(Owner("elsewhere", 1, 1))}).encode())
+    then = time.time() - silent
+    os.utime(root / "b/sweep/lease", (then, then))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours_wrong)
+    assert bool(living_owner(bucket, "lease")) is alive
+
+
+def test_a_lease_of_a_dead_process_of_this_host_is_free_at_once(root: Path):
+    bucket = Bucket("bucket://b/sweep")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    bucket.write("lease", json.dumps({"key": "k", "where": vars(Owner(this_host(), dead.pid, 1))}).encode())
+    assert living_owner(bucket, "lease") is None
+
+
+def test_memory_stores_hold_states_too():
+    store = ObjectStore("memory://test_object_store/sweep")
+    store.add(stub_sweep(*GRID))
+    first, second, third = (one.hash() for one in GRID)
+    store.bucket.write(f"state/{first}/done", b"")
+    store.record_failure(second, "it broke")
+    assert list(store.states([first, second, third]).values()) == [RunState.FINISHED, RunState.FAILED, RunState.PENDING]
+    assert store.error(second) == "it broke"
+    store.record_failure(first, "too late")
+    assert store.state(first) is RunState.FINISHED
+
+
+def test_a_file_url_is_a_folder(tmp_path: Path):
+    store = open_store(f"file://{tmp_path}/my%20sweep")
+    assert isinstance(store, RunStore)
+    assert store.folder == tmp_path / "my sweep"
+
+
+def test_a_report_can_be_made_of_a_url(root: Path):
+    go("bucket://b/sweep")
+    with readable("bucket://b/sweep") as folder:
+        assert len(json.loads((folder / "sweep.json").read_text())["runs"]) == 3
+        for one in GRID:
+            assert (folder / one.hash() / "done").exists()
+            assert json.loads((folder / one.hash() / "result.json").read_text())["loss"] == expected_loss(one)
+        assert [path.read_text() for path in folder.glob("*/trace/part.txt")] == ["routes"]  # one arm, one ratio
+    assert not folder.exists()
+
+
+def test_the_command_line_takes_urls(root: Path, capsys: pytest.CaptureFixture[str]):
+    go("bucket://b/sweep")
+    assert main(["sweep", "status", "bucket://b/sweep"]) == 0
+    assert "3 runs: 3 finished" in capsys.readouterr().out
+
+
+def test_a_full_store_stops_the_sweep_with_one_line_and_can_be_resumed(root: Path):
+    (root / "b").mkdir()
+    slow = StubRun(name="slow", steps=10, step_seconds=0.1)
+    out = stub_sweep(slow)
+    (root / "b" / HOLD).touch()
+    (root / TROUBLE).write_text("full")
+    with pytest.raises(RunError, match=r"^cannot write bucket://b/sweep: No space left on device; try another store or free some space$"):
+        run(out, "bucket://b/sweep", progress=False, trainer=TRAINER)
+    (root / TROUBLE).unlink()
+    assert run(out, "bucket://b/sweep", progress=False, trainer=TRAINER).complete
+
+
+def test_a_store_that_fills_while_a_run_trains_keeps_its_work(root: Path):
+    (root / TROUBLE).write_text("no checkpoints")
+    assert go("bucket://b/sweep").complete  # nobody resumed, so nobody missed them
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (
+            "denied",
+            r"^cannot (read|write) bucket://b/sweep: The AWS Access Key Id you .*; try other credentials, or ask for the right",
+        ),
+        ("gone", r"^cannot (read|write) bucket://b/sweep: Could not connect to the endpoint URL: .*; check the network and the endpoint"),
+    ],
+)
+def test_credentials_and_networks_give_one_line(root: Path, trouble: str, message: str):
+    (root / TROUBLE).write_text(trouble)
+    with pytest.raises(RunError, match=message) as caught:
+        go("bucket://b/sweep")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense://b/sweep", "expected a folder or a URL that fsspec knows .*, got nonsense://b/sweep"),
+        ("bucket://b/empty", "expected a sweep's store with sweeps/, got bucket://b/empty without one; try moe-lab sweep run first"),
+    ],
+)
+def test_a_url_without_a_sweep_gives_one_line(root: Path, url: str, message: str):
+    with pytest.raises(RunError, match=message):
+        status(url)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(RunError, match=r"expected the package fsspec, got none; try pip install 'moe_lab\[store\]'"):
+        open_store("s3://bucket/sweep")
+
+
+def test_a_missing_client_is_named():
+    if importlib.util.find_spec("s3fs"):
+        pytest.skip("s3fs is installed")
+    with pytest.raises(
+        RunError, match=r"expected the package that opens s3://, got Install s3fs to access S3; try pip install it beside fsspec"
+    ):
+        open_store("s3://bucket/sweep")
