@@ -15,8 +15,8 @@ from moe_lab.errors import ConfigError, RunError, expected
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be done: its hash, a readable name, its folder, its configuration as plain values, its cost (FLOPs), its device, and the
-    memory that it is expected to need there (bytes; 0: unknown)."""
+    """One run to be done: its hash, a readable name, its folder, its configuration as plain values, its cost (FLOPs), its device, the
+    memory that it is expected to need there (bytes; 0: unknown), and whether workers on other machines must see the folder's parent."""
 
     run: str
     name: str
@@ -25,6 +25,7 @@ class Job:
     cost: float = 1.0
     device: str = "cpu"
     memory_bytes: int = 0
+    shared: bool = True
 
 
 class Result(StrEnum):

@@ -29,7 +29,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Errand:
-    """One run, to be called where it is to be trained; the sweep's folder must be reachable there under the same path.
+    """One run, to be called where it is to be trained; a sweep's folder must be reachable there under the same path.
 
     Relative paths in the configuration are the driver's, so the call takes place in the driver's folder where the machine has it.
     """
@@ -62,7 +62,7 @@ class Errand:
         if other is not None:
             got = f"{other} {here.get(other)} on the worker, {self.versions[other]} at the driver"
             return Refusal(expected("the same versions on every machine", got, "one shared environment"))
-        if not self.job.folder.parent.is_dir():
+        if self.job.shared and not self.job.folder.parent.is_dir():
             got = f"no {self.job.folder.parent} on the worker"
             return Refusal(expected("a folder that every machine sees", got, "a shared file system"))
         return None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moe_lab.config import Config, require
@@ -22,7 +23,7 @@ from moe_lab.sweeps.local import ONE_THREAD, available_cores
 from moe_lab.sweeps.remote import Errand, extra, import_path, last_line, read_options, settle
 
 LOGS = "slurm"
-"""Folder of the sweep in which submitit keeps scripts and logs."""
+"""Folder in which submitit keeps scripts and logs: of the sweep, or of the driver's own folder where the sweep is in no shared one."""
 ARRAY_RUNS = 1000
 """Runs of one array: SLURM's default MaxArraySize allows indices up to 1000."""
 LOOK_SECONDS = {"local": 0.2, "slurm": 3.0}
@@ -196,7 +197,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 def _executor(options: SlurmOptions, jobs: Sequence[Job], workers: int | None) -> Any:
     submitit = extra("submitit", "slurm")
-    folder = jobs[0].folder.absolute().parent / LOGS
+    folder = (jobs[0].folder.absolute().parent if jobs[0].shared else Path.cwd()) / LOGS
     gpus = {"gpus_per_node": options.gpus} if any(job.device != "cpu" for job in jobs) else {}
     signal_seconds = min(SIGNAL_SECONDS, 30 * options.minutes)
     if options.cluster == "local":

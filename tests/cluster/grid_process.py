@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tiny_grid import STEPS
+
 FOLDER = Path(__file__).parent
 
 
@@ -39,10 +41,10 @@ class Driver:
             time.sleep(0.1)
         return found
 
-    def trained(self, each: int = 10) -> dict[int, str]:
-        """Run by process of the runs in training that have so many steps, and a checkpoint."""
+    def trained(self) -> dict[int, str]:
+        """Run by process of the runs in training that have a checkpoint, and half of their steps still to do."""
         steps = self.steps()
-        return {pid: run for pid, run in trainers(self.out).items() if steps.get(run, 0) >= each}
+        return {pid: run for pid, run in trainers(self.out).items() if 10 <= steps.get(run, 0) <= STEPS // 2}
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")

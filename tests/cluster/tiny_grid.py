@@ -17,6 +17,7 @@ from moe_lab.text import TextConfig
 from moe_lab.training import RunConfig
 
 STEP_TOKENS = 4 * 32
+STEPS = 300
 VOLATILE = ("seconds", "tokens_per_second")
 """Of a result: what depends on the clock."""
 
@@ -28,7 +29,7 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-def tiny_grid(corpus: Path, steps: int = 300, seeds: int = 2) -> SweepConfig:
+def tiny_grid(corpus: Path, steps: int, seeds: int) -> SweepConfig:
     runs = []
     for num_experts in (4, 8):
         moe = MoEConfig(d_model=32, d_expert=16, router=RouterConfig(num_experts=num_experts, top_k=2))
@@ -48,7 +49,7 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
 def main(corpus: str, out: str, launcher: str, *pairs: str) -> int:
     """As ``moe-lab sweep run``, without its report."""
     options = dict(pair.split("=", 1) for pair in pairs)
-    steps, seeds, workers = (int(options.pop(name, default)) for name, default in (("steps", 300), ("seeds", 2), ("workers", 0)))
+    steps, seeds, workers = (int(options.pop(name, default)) for name, default in (("steps", STEPS), ("seeds", 2), ("workers", 0)))
     try:
         outcome = run(tiny_grid(Path(corpus), steps, seeds), Path(out), workers or None, launcher=launcher, launcher_options=options)
     except MoELabError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def test_other_versions_on_a_worker_end_the_sweep_with_both_named(tmp_path: Path
 def test_a_folder_that_the_worker_does_not_see_ends_the_sweep(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"expected a folder that every machine sees, got no .*away on the worker; try a shared file system"):
         settle(Errand.of(job_in(tmp_path / "away"), STUB)())
+
+
+def test_a_run_whose_files_go_to_an_object_store_needs_no_folder_of_the_drivers(tmp_path: Path) -> None:
+    job = replace(job_in(tmp_path / "away"), shared=False)
+    assert settle(Errand.of(job, STUB)()).result is Result.FINISHED
 
 
 def test_a_trainer_that_the_worker_cannot_import_ends_the_sweep(tmp_path: Path) -> None:
