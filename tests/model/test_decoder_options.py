@@ -7,9 +7,23 @@ import pytest
 import torch
 from decoder_options import LATENT, OPTIONS, PLAIN, SPARSE, V4
 from hf_copied import largest, randomise
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_lab.errors import ConfigError
-from moe_lab.model import Decoder, DecoderConfig, DecoderOutput, LatentAttentionConfig, NgramConfig
+from moe_lab.model import (
+    Amplification,
+    Decoder,
+    DecoderConfig,
+    DecoderOutput,
+    LatentAttentionConfig,
+    MoEConfig,
+    MTPConfig,
+    NgramConfig,
+    QKNorm,
+    Wiring,
+)
+from moe_lab.routing import RouterConfig
 
 NAMES = pytest.mark.parametrize("name", OPTIONS)
 
@@ -49,6 +63,58 @@ def test_an_option_is_causal_and_every_parameter_gets_a_gradient(name: str) -> N
     before, after = model(ids).logits, model(changed).logits
     assert largest(before[:, :12], after[:, :12]) < 1e-12
     assert largest(before[:, 12:], after[:, 12:]) > 1e-6
+
+
+@st.composite
+def combinations(draw: st.DrawFn) -> DecoderConfig:
+    """Whatever fits together."""
+    zero, layers, latent = (
+        draw(st.integers(0, 2)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from((None, LATENT, LATENT.replace(q_rank=None)))),
+    )
+    dense = draw(st.integers(0, layers))
+    router = RouterConfig(kind="longcat", num_experts=5, num_zero_experts=zero, top_k=3) if zero else V4
+    places = draw(st.sets(st.integers(0, layers - 1)).map(lambda found: tuple(sorted(found))))
+    sparse = SPARSE.replace(top_k=draw(st.integers(3, 30)), share=draw(st.integers(1, 4)), initial=draw(st.integers(0, 1)))
+    ngram = NgramConfig(draw(st.integers(2, 4)), draw(st.integers(1, 2)), draw(st.sampled_from((0.02, 0.6, 3.37))), places)
+    return DecoderConfig(
+        vocab_size=draw(st.integers(3, 40)),
+        num_layers=layers,
+        num_dense_layers=dense,
+        d_model=24,
+        num_heads=4,
+        num_kv_heads=None if latent else draw(st.sampled_from((1, 2, 4, None))),
+        context_length=draw(st.integers(4, 24)),
+        moe=MoEConfig(24, draw(st.integers(1, 9)), router, draw(st.integers(0, 2)), d_latent=draw(st.sampled_from((None, 3, 30)))),
+        d_dense=draw(st.sampled_from((None, 7))),
+        num_hash_layers=0 if zero else draw(st.integers(0, layers - dense)),
+        wiring=draw(st.sampled_from(Wiring)),
+        qk_norm=QKNorm.NONE if latent else draw(st.sampled_from(QKNorm)),
+        latent_attention=latent,
+        sparse_attention=draw(st.sampled_from((None, sparse))),
+        ngram=draw(st.sampled_from((None, ngram))),
+        mtp=draw(st.sampled_from((None, MTPConfig(1), MTPConfig(2, d_hidden=5)))),
+        amplification=draw(st.sampled_from(Amplification)),
+        hidden_z_loss_coef=draw(st.sampled_from((0.0, 1e-4))),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=combinations(), data=st.data())
+def test_any_combination_runs_is_causal_and_gives_finite_gradients(config: DecoderConfig, data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, config.context_length))
+    torch.manual_seed(0)
+    model = Decoder(config).double()
+    ids = torch.randint(0, config.vocab_size, (2, length))
+    output = model(ids, torch.randint(0, config.vocab_size, (2, length)))
+    total(output).backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert len(output.routings) == len(config.moe_layers)
+    cut = data.draw(st.integers(1, length))
+    prefix = model.eval()(ids[:, :cut]).logits
+    assert largest(prefix, model(ids).logits[:, :cut]) < 1e-10
 
 
 @NAMES

@@ -54,6 +54,24 @@ def test_every_option_trains_evaluates_and_leaves_a_whole_trace(name: str, text:
     assert result.record["total_params"] == sum(value.numel() for key, value in run.model.named_parameters() if not key.startswith("mtp."))
 
 
+def test_a_run_of_most_options_resumes_to_the_bit(text: TextConfig, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(row: dict[str, float]) -> None:
+        if row["step"] == 2:
+            raise Killed
+
+    config = run_of(OPTIONS["most at once"], text).replace(checkpoint_every=1)
+    whole = train(config, tmp_path / "whole", cache_dir=tmp_path / "cache")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "cut", on_step=die, cache_dir=tmp_path / "cache")
+    cut = train(config, tmp_path / "cut", cache_dir=tmp_path / "cache")
+    metrics = [pl.read_parquet(run.folder / "metrics.parquet")["loss"].to_list() for run in (whole, cut)]
+    assert metrics[0] == metrics[1]
+    assert whole.record["loss"] == cut.record["loss"]
+
+
 @NAMES
 def test_capture_records_each_moe_layer_of_every_option(name: str, tmp_path: Path) -> None:
     """Two attentions and two dense feed-forwards of a layer are no layers of their own."""

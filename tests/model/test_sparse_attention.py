@@ -4,17 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from hf_copied import causal, copy_latent, doubled, largest, randomise
+from hf_copied import causal, copy_decoder, copy_latent, doubled, largest, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lab.errors import ConfigError
-from moe_lab.model import Decoder, DecoderConfig, LatentAttentionConfig, MTPConfig, SparseAttentionConfig, Wiring
+from moe_lab.model import Decoder, DecoderConfig, LatentAttentionConfig, MoEConfig, MTPConfig, SparseAttentionConfig, Wiring
 from moe_lab.model import attention as attention_module
 from moe_lab.model.attention import LatentAttention, build_attention
 from moe_lab.model.rotary import rotary_tables
 from moe_lab.model.sparse_attention import Selection, attend, choose, indexer_loss
+from moe_lab.routing import ControllerConfig, RouterConfig
 
 LATENT = LatentAttentionConfig(kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5)
 SPARSE = SparseAttentionConfig(top_k=5, num_heads=3, head_dim=8)
@@ -71,6 +72,34 @@ def test_indexer_and_attention_equal_transformers_deepseek_v32(top_k: int, monke
     theirs_chosen = torch.zeros_like(chosen).scatter_(2, index_scores.topk(min(top_k, length)).indices, True)[..., :length] & visible
     assert torch.equal(chosen[..., :length], theirs_chosen)
     assert largest(mine, wanted) < 1e-5
+
+
+@pytest.mark.hf
+def test_the_whole_model_has_the_logits_of_transformers_deepseek_v32() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    router = RouterConfig(
+        kind="deepseek_v3", num_experts=8, top_k=3, num_groups=4, topk_groups=2, norm_topk_prob=True, routed_scaling_factor=2.5,
+        controller=ControllerConfig(),
+    )  # fmt: skip
+    config = LATENT_DECODER.replace(
+        num_dense_layers=1, moe=MoEConfig(24, 9, router, num_shared_experts=1), tie_embeddings=False,
+        sparse_attention=SPARSE.replace(local=0, num_heads=16),
+    )  # fmt: skip
+    theirs = transformers.DeepseekV32ForCausalLM(
+        transformers.DeepseekV32Config(
+            vocab_size=31, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=12,
+            kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, index_topk=5, index_n_heads=16, index_head_dim=8,
+            intermediate_size=20, moe_intermediate_size=9, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2,
+            first_k_dense_replace=1, routed_scaling_factor=2.5, norm_topk_prob=True, max_position_embeddings=20, rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4}, attn_implementation="eager", experts_implementation="eager",
+        )
+    ).eval()  # fmt: skip
+    ours = Decoder(config).eval()
+    randomise(theirs, 8, std=0.2)
+    copy_decoder(ours, theirs)
+    ids = torch.randint(0, 31, (3, 20), generator=torch.Generator().manual_seed(0))
+    assert theirs(ids).logits.std() > 0.1
+    assert largest(ours(ids).logits, theirs(ids).logits) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------- choice
