@@ -5,16 +5,20 @@ The file holds whole tensors however many ranks trained them: any number of rank
 """
 
 import hashlib
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe_lab.errors import CheckpointError
 from moe_lab.files import atomic_path
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -46,15 +50,22 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    # Importing the module costs a second, and a run on one rank never needs it.
+    return "torch.distributed.tensor" in sys.modules and isinstance(tensor, sys.modules["torch.distributed.tensor"].DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that ranks hold shards of, put together on each of them (all must call this); any other one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def _shard_like(value: Tensor, like: Tensor) -> Tensor:
     """The part of ``value`` that this rank holds of ``like``: every rank has read the same file."""
-    if not isinstance(like, DTensor):
+    if not _is_sharded(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 

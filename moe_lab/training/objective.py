@@ -1,12 +1,10 @@
 """What a step minimises, and the model spread over the ranks that minimise it together."""
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_lab.config import require
@@ -17,6 +15,9 @@ from moe_lab.routing.losses import load_balancing_loss, z_loss
 from moe_lab.routing.losses.parts import shared_by
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.ranks import Parallel, Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class Objective(nn.Module):
@@ -91,6 +92,9 @@ def spread(objective: Objective, ranks: Ranks) -> nn.Module:
     if ranks.parallel == Parallel.FSDP:
         scalars = [name for name, parameter in objective.model.named_parameters() if parameter.dim() == 0]
         require(not scalars, "parameters with an axis to shard for parallel 'fsdp'", ", ".join(scalars), "parallel 'ddp'")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(ranks.device.type, (ranks.size,))
         for block in objective.model.blocks:
             fully_shard(block, mesh=mesh)
@@ -112,5 +116,5 @@ def average_gradients(objective: nn.Module, now: bool) -> None:
     """Whether the coming backward pass exchanges gradients: only the last micro-batch of a step needs to."""
     if isinstance(objective, DistributedDataParallel):
         objective.require_backward_grad_sync = now
-    elif isinstance(objective, Objective) and isinstance(objective.model, FSDPModule):
-        objective.model.set_requires_gradient_sync(now)
+    elif isinstance(objective, Objective) and objective.ranks.parallel == Parallel.FSDP:
+        cast("FSDPModule", objective.model).set_requires_gradient_sync(now)
