@@ -6,6 +6,7 @@ is the only proof of a whole run; ``error.txt`` tells why one failed; a living c
 
 import json
 import os
+import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from moe_lab import failures
 from moe_lab.errors import RunError, expected
 from moe_lab.failures import ERROR
 from moe_lab.files import content_hash, write_json, write_text
-from moe_lab.sweeps.claims import acquire, claimed, holder
+from moe_lab.sweeps.claims import Claim, acquire, claimed, holder
 from moe_lab.sweeps.config import SweepConfig
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 PLAN = "sweep.json"
 DONE = "done"
 SCHEMA_VERSION = 1
+PATIENCE_SECONDS = 300.0
+"""How long a process waits for its turn to add to the plan; the plan of a large sweep takes a good part of a second to write."""
 
 
 class RunState(StrEnum):
@@ -137,19 +140,24 @@ class RunStore:
     def add(self, sweep: SweepConfig) -> None:
         """Record ``sweep`` in the plan beside what is there. Runs of the same hash are shared, so finished ones are reused."""
         entry, runs = plan_entry(sweep)
-        claim = self._claim_plan()
-        with claim:
+        if self._has(entry["hash"]):
+            return
+        with self._claim_plan():
             plan = self.plan() if (self.folder / PLAN).exists() else {"schema_version": SCHEMA_VERSION, "sweeps": [], "runs": {}}
-            sweeps = [*(other for other in plan["sweeps"] if other["hash"] != entry["hash"]), entry]
-            if sweeps != plan["sweeps"]:
-                write_json(self.folder / PLAN, plan | {"sweeps": sweeps, "runs": plan["runs"] | runs})
+            if all(other["hash"] != entry["hash"] for other in plan["sweeps"]):
+                write_json(self.folder / PLAN, plan | {"sweeps": [*plan["sweeps"], entry], "runs": plan["runs"] | runs})
 
-    def _claim_plan(self, patience: float = 30.0):
-        deadline = time.monotonic() + patience
+    def _has(self, sweep: str) -> bool:
+        """A plan only grows, and is replaced whole: what stands there stays, and needs no claim to be seen."""
+        return (self.folder / PLAN).exists() and any(other["hash"] == sweep for other in self.plan()["sweeps"])
+
+    def _claim_plan(self) -> Claim:
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while (claim := acquire(self.folder)) is None:
             if time.monotonic() > deadline:
-                raise RunError(f"{self.folder / PLAN} has been held by {holder(self.folder)} for {patience:.0f} s; try again later")
-            time.sleep(0.05)
+                by = holder(self.folder) or "one process after the other"
+                raise RunError(f"{self.folder / PLAN} has been held by {by} for {PATIENCE_SECONDS:.0f} s; try again later")
+            time.sleep(random.uniform(0.05, 0.5))
         return claim
 
     def check_writable(self) -> None:
