@@ -9,6 +9,10 @@ socket=$folder/munge.socket
 export SLURM_CONF=$folder/slurm.conf
 
 stop() {
+  if [ -s "$folder/slurmctld.pid" ]; then # daemons that end leave their jobs running
+    timeout 10 scancel --me 2>/dev/null || true
+    for _ in $(seq 50); do [ -n "$(timeout 10 squeue -h 2>/dev/null)" ] || break; sleep 0.2; done
+  fi
   for name in slurmd slurmctld munged; do
     [ -s "$folder/$name.pid" ] || continue
     local pid
@@ -27,9 +31,8 @@ start() {
   [ "$(id -u)" = 0 ] || { echo "needs root: slurmd starts its jobs as their owners"; exit 3; }
   mkdir -p "$folder"/{state,spool,log}
   chmod 755 "$folder"
-  local port cores host
+  local port host
   port=$((20000 + $(printf %s "$folder" | cksum | cut -d' ' -f1) % 10000 * 2))
-  cores=$(nproc)
   host=$(hostname -s)
   head -c 1024 /dev/urandom >"$folder/munge.key"
   chmod 400 "$folder/munge.key"
@@ -59,11 +62,10 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_interval=2,batch_sched_delay=0,sched_min_interval=100000
+SchedulerParameters=sched_interval=2
 ReturnToService=2
 KillWait=1
-# Arrays start all at once rather than one a scheduling round.
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
 EOF
   slurmctld

@@ -30,15 +30,14 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         yield
-        subprocess.run(["scancel", "--me", "--signal=KILL"], check=False)
         subprocess.run(["bash", str(SCRIPT), "stop", str(folder)], check=True)
 
 
 def job_of(pid: int) -> str:
-    """The job that a process belongs to."""
-    found = re.search(r"\0SLURM_JOB_ID=(\d+)\0", Path(f"/proc/{pid}/environ").read_text())
-    assert found is not None
-    return found[1]
+    """The job that a process belongs to, as an element of its array."""
+    words = Path(f"/proc/{pid}/environ").read_text()
+    found = [re.search(rf"\0SLURM_ARRAY_{name}_ID=(\d+)\0", words) for name in ("JOB", "TASK")]
+    return "_".join(match[1] for match in found if match)
 
 
 def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones(
