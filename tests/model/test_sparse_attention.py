@@ -91,7 +91,8 @@ def test_the_whole_model_has_the_logits_of_transformers_deepseek_v32() -> None:
             kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, index_topk=5, index_n_heads=16, index_head_dim=8,
             intermediate_size=20, moe_intermediate_size=9, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=3, n_group=4,
             topk_group=2, first_k_dense_replace=1, routed_scaling_factor=2.5, norm_topk_prob=True, max_position_embeddings=20,
-            rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, attn_implementation="eager", experts_implementation="eager",
+            rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, attn_implementation="eager",
+            experts_implementation="eager",
         )
     ).eval()  # fmt: skip
     ours = Decoder(config).eval()
