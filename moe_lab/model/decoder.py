@@ -140,7 +140,9 @@ class Decoder(nn.Module):
             if each:
                 losses["mtp"] = config.mtp.loss_coef * torch.stack(each).mean()
         if config.sparse_attention is not None and selection is not None and selection.losses:
-            losses["indexer"] = config.sparse_attention.loss_coef * torch.stack(selection.losses).mean()
+            each_BS = torch.stack(selection.losses).mean(dim=0)
+            mean = each_BS.mean() if valid_BS is None else torch.where(valid_BS, each_BS, 0.0).sum() / valid_BS.sum().clamp_min(1)
+            losses["indexer"] = config.sparse_attention.loss_coef * mean
         if config.hidden_z_loss_coef:
             valid = None if valid_BS is None else valid_BS.reshape(-1)
             losses["hidden_z"] = config.hidden_z_loss_coef * hidden_z_loss(output.hidden.flatten(0, 1).float(), valid)

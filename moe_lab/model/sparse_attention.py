@@ -24,7 +24,7 @@ class Selection:
         indices: [B, S, K] int64 positions, all different.
         seen: [B, S, K] bool, False where a query has fewer than K positions to see.
         scores: [B, S, K] index scores of the chosen.
-        losses: indexer losses of the blocks so far.
+        losses: [B, S] indexer losses of the blocks so far.
     """
 
     indices: Tensor
@@ -112,7 +112,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> t
 
 
 def indexer_loss(selection: Selection, attention_BHSK: Tensor) -> Tensor:
-    """Mean over queries of ``KL(p || softmax(I))`` over the chosen positions, p the heads' mean attention (arXiv 2512.02556, eq. 4)."""
+    """[B, S] ``KL(p || softmax(I))`` of each query over the chosen positions, p the heads' mean attention (arXiv 2512.02556, eq. 4)."""
     target_BSK = attention_BHSK.detach().mean(dim=1).to(selection.scores.dtype)
     log_q_BSK = selection.scores.masked_fill(~selection.seen, -torch.inf).log_softmax(dim=2).masked_fill(~selection.seen, 0.0)
-    return (torch.special.xlogy(target_BSK, target_BSK) - target_BSK * log_q_BSK).sum(dim=2).mean()
+    return (torch.special.xlogy(target_BSK, target_BSK) - target_BSK * log_q_BSK).sum(dim=2)

@@ -270,15 +270,25 @@ def test_the_indexers_loss_is_the_divergence_from_the_heads_mean_attention() -> 
     query, key, value = (torch.randn(2, 4, 9, 6, dtype=torch.float64) for _ in range(3))
     _, attention = attend(query, key, value, selection)
     _, dense = masked_attention(query, key, value, allowed)
-    total = 0.0
+    found = indexer_loss(selection, attention)
     for row in range(2):
         for place in range(9):
             chosen = selection.seen[row, place]
             positions, scores = selection.indices[row, place][chosen], selection.scores[row, place][chosen]
             target = dense[row, :, place, positions].mean(dim=0)
             model = scores.exp() / scores.exp().sum()
-            total += (target * (target / model).log()).sum().item()
-    assert indexer_loss(selection, attention).item() == pytest.approx(total / 18, rel=1e-10)
+            wanted = (target * (target / model).log()).sum().item()
+            assert found[row, place].item() == pytest.approx(wanted, rel=1e-8, abs=1e-12)
+
+
+def test_the_indexers_loss_is_a_mean_over_blocks_and_real_tokens() -> None:
+    model = Decoder(GROUPED).double()
+    randomise(model, 6)
+    ids, valid = torch.randint(0, 31, (2, 20)), torch.ones(2, 20, dtype=torch.bool)
+    valid[1, 12:] = False
+    alone = [model(row, row).losses["indexer"].item() for row in (ids[:1], ids[1:, :12])]
+    found = model(ids, ids, valid).losses["indexer"].item()
+    assert found == pytest.approx((20 * alone[0] + 12 * alone[1]) / 32, rel=1e-9)
 
 
 @BOTH
