@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, and where the published data lie."""
+"""What every test shares: one thread, no network, no deadlines, and where the published data lie."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("POLARS_MAX_THREADS", "2")
 
 import pytest
+from hypothesis import settings
+
+# A busy machine makes an example slow, not wrong.
+settings.register_profile("moe_lab", deadline=None)
+settings.load_profile("moe_lab")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -94,6 +94,10 @@ class ParameterCount:
         used = (times * piece.active(at) for times, pieces in self.kinds for piece in pieces if piece.part not in left_out)
         return round(sum(used))
 
+    def active_without_tables(self, at: At = "mean") -> int:
+        """Convention A less the n-gram tables, of which a token reads a few rows: what runs of this library record as active."""
+        return self.active("A", at) - self.by_part[Part.NGRAM_TABLE]
+
     @property
     def active_min(self) -> int:
         """Convention B, a token that runs as few experts as it may."""

@@ -57,6 +57,11 @@ class Work:
         return 3 * self.forward
 
     @property
+    def training_with_mtp(self) -> float:
+        """The same with the multi-token-prediction modules: what a training step of all parts costs."""
+        return 3 * (self.forward + self.mtp)
+
+    @property
     def total(self) -> float:
         """Operations per token of this phase."""
         return self.training if self.phase == "train" else self.forward

@@ -21,6 +21,7 @@ def gradient_ratio(balance_loss: Tensor, language_loss: Tensor, routing: Routing
     """``R_g = ||d balance / dP|| / ||d language / dP||`` on the mean probability vector P of one layer. Keep it below 0.1.
 
     P moves by delta when every token's scores move by delta, so the gradient on P is the sum over tokens of the gradient on the scores.
+    Balance losses read probabilities as scores over their sum, so what pulls on all experts alike does not count.
     Call it before ``backward``; the graphs are kept. 0 where neither loss depends on the scores, infinity where only balance does.
 
     Args:

@@ -48,7 +48,7 @@ def _cost(model: Hashable, seq_length: int) -> tuple[int, float, float]:
     from moe_lab.accounting import count, flops
 
     parameters = count(model)
-    return parameters.total, parameters.active("A"), flops(model, context=seq_length, phase="train").total
+    return parameters.total, parameters.active_without_tables(), flops(model, context=seq_length, phase="train").training_with_mtp
 
 
 def plan(sweep: SweepConfig, calibrate: bool = True, *, cache_dir: Path | None = None) -> "pl.DataFrame":

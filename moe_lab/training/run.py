@@ -27,6 +27,7 @@ from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint, save_t
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
 from moe_lab.training.evaluate import Evaluation, evaluate_together, excerpts_of
+from moe_lab.training.health import gradient_ratios
 from moe_lab.training.metrics import routing_metrics
 from moe_lab.training.objective import Objective, average_gradients, check_shareable, spread
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
@@ -169,6 +170,7 @@ class _Run:
             metrics.write_parquet(path)
         record = run_record(self.config, self.text, evaluation, metrics, self.seconds, self.folder if traced else None)
         record["dispatch"] = self._dispatch()
+        record |= self._balance_pressure()
         if self.ranks.parallel is not None:
             record |= {"ranks": self.ranks.size, "parallel": self.ranks.parallel.value}
         write_json(self.folder / "result.json", record)
@@ -254,6 +256,13 @@ class _Run:
         x = torch.empty(1, self.config.model.d_model, device=self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == Dtype.BFLOAT16):
             return next((layer.backend_name(x) for layer in layers), None)
+
+    def _balance_pressure(self) -> dict[str, Any]:
+        """R_g of the last step's batch, where one rank has the whole model and batch; null where a ratio is infinite."""
+        if not self.config.model.moe_layers or self.ranks.size > 1 or not self.config.steps:
+            return {}
+        ratios = gradient_ratios(self.model, self.config, self.batches(self.config.steps - 1).to(self.device))
+        return {"gradient_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios]}
 
     @property
     def _checkpoint(self) -> Path:
