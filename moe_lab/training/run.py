@@ -258,10 +258,11 @@ class _Run:
             return next((layer.backend_name(x) for layer in layers), None)
 
     def _balance_pressure(self) -> dict[str, Any]:
-        """R_g of the last step's batch, where one rank has the whole model and batch; null where a ratio is infinite."""
+        """R_g of the last step's first micro-batch (a whole batch may not fit), where one rank has the whole model; null where infinite."""
         if not self.config.model.moe_layers or self.ranks.size > 1 or not self.config.steps:
             return {}
-        ratios = gradient_ratios(self.model, self.config, self.batches(self.config.steps - 1).to(self.device))
+        micro_batch = self.batches(self.config.steps - 1).chunk(self.config.grad_accumulation)[0]
+        ratios = gradient_ratios(self.model, self.config, micro_batch.to(self.device))
         return {"gradient_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios]}
 
     @property
