@@ -65,6 +65,8 @@ def _append(writer: TraceWriter, trace: Trace, offset: int) -> None:
             writer.write_tokens(batch.with_columns(pl.col("doc") + offset))
     for layer in trace.meta.layers:
         for batch in trace.batches(layer.layer, list(trace.meta.routing_schema())):
+            if batch.is_empty():  # a rank that had nothing to record
+                continue
             rows = rows_of(layer, batch, offset)
             used = batch["experts"].explode().drop_nulls().to_numpy()
             writer.write_rows(layer.layer, rows, np.bincount(used, minlength=layer.num_choices))

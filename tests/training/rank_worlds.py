@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_lab.errors import MoELabError
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig, MoELayer
 from moe_lab.routing import ROUTERS, ControllerConfig, ControllerKind, RouterConfig, Routing
 from moe_lab.text import TextConfig
+from moe_lab.trace import capture
 from moe_lab.training import OptimizerConfig, RunConfig
 from moe_lab.training.checkpoint import whole
 from moe_lab.training.objective import Objective, average_gradients, spread
@@ -160,3 +162,19 @@ def expert_parallel_example(rank: int, target: Path) -> None:
     y.square().sum().backward()
     gradients = {name: parameter.grad.contiguous() for name, parameter in layer.experts.named_parameters() if parameter.grad is not None}
     save_file({"y": y.detach().contiguous(), "counts": routing.counts(), **gradients}, target.with_name(f"{target.name}-{rank}"))
+
+
+def captured_model() -> tuple[Decoder, torch.Tensor]:
+    """A decoder and four documents [4, 12]."""
+    torch.manual_seed(5)
+    return Decoder(DecoderConfig(vocab_size=50, num_layers=2, d_model=16, num_heads=2, context_length=16, moe=MoEConfig(16, 8, EXPERTS))), (
+        torch.randint(0, 50, (4, 12))
+    )
+
+
+def capture_on(rank: int, folder: Path) -> None:
+    """Every rank runs two of the documents through its replica, under the recorder for any model."""
+    model, ids = captured_model()
+    replica = DistributedDataParallel(model)
+    with torch.no_grad(), capture(replica, folder):
+        replica(ids.chunk(2)[rank])

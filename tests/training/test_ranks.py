@@ -18,6 +18,8 @@ import pytest
 import torch
 from filelock import FileLock
 from rank_worlds import (
+    capture_on,
+    captured_model,
     expert_layer,
     expert_parallel_example,
     in_group,
@@ -36,7 +38,7 @@ from moe_lab.errors import ConfigError, RunError
 from moe_lab.model import Decoder
 from moe_lab.routing import ROUTERS, RouterConfig
 from moe_lab.text import Split, load_tokens
-from moe_lab.trace import Trace, open_trace
+from moe_lab.trace import Trace, capture, merge_traces, open_trace
 from moe_lab.training import Parallel, RankError, RunConfig, train
 from moe_lab.training import ranks as ranks_module
 from moe_lab.training import run as run_module
@@ -136,6 +138,7 @@ def _make_worlds(root: Path, config: RunConfig) -> None:
             (step_of_every_router, (corpus, root / "ddp-2.safetensors", "ddp", 2)),
             (step_of_every_router, (corpus, root / "fsdp-1.safetensors", "fsdp", 1)),
             (expert_parallel_example, (root / "expert-parallel",)),
+            (capture_on, (root / "captured",)),
             (fail_on, (short, root / "error", "error")),
         ],
     )
@@ -315,6 +318,19 @@ def test_the_documented_expert_parallel_dispatch_is_the_layer(worlds: SimpleName
     for name, parameter in layer.experts.named_parameters():
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), parameter.grad)
     assert torch.equal(parts[0]["counts"] + parts[1]["counts"], routing.counts())
+
+
+@pytest.mark.slow
+def test_the_recorder_of_any_model_writes_a_trace_per_rank_that_merge_to_that_of_one(worlds: SimpleNamespace, tmp_path: Path) -> None:
+    model, ids = captured_model()
+    with torch.no_grad(), capture(model, tmp_path / "one"):
+        for half in ids.chunk(2):
+            model(half)
+    merged = merge_traces([worlds.root / f"captured.rank-{rank}" for rank in range(2)], tmp_path / "two").check()
+    one = open_trace(tmp_path / "one")
+    assert rows(merged).equals(rows(one))
+    assert merged.tokens.collect().equals(one.tokens.collect())
+    assert merged.counts().equals(one.counts())
 
 
 @pytest.mark.slow

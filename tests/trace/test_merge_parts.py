@@ -1,0 +1,64 @@
+"""Parts of one pass over the same documents: what several ranks recorded becomes the trace that one would have written."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from moe_lab.errors import TraceError
+from moe_lab.routing import Routing
+from moe_lab.trace import LayerMeta, Trace, TraceMeta, TraceWriter, merge_traces, open_trace
+
+META = TraceMeta(model="m", layers=(LayerMeta(layer=0, num_experts=5, top_k=2), LayerMeta(layer=3, num_experts=5, top_k=2)))
+DOC = np.repeat([7, 7, 9], 4)
+POS = np.concatenate([np.arange(8), np.arange(4)])
+
+
+def routing(layer: int) -> Routing:
+    logits = torch.randn(len(DOC), 5, generator=torch.Generator().manual_seed(layer))
+    weights, indices = logits.softmax(dim=1).topk(2)
+    return Routing(indices=indices, weights=weights, logits=logits, scores=logits.softmax(dim=1), num_experts=5)
+
+
+def rows_of(found: Routing, rows: slice) -> Routing:
+    return Routing(found.indices[rows], found.weights[rows], found.logits[rows], found.scores[rows], found.num_experts)
+
+
+TOKENS = pl.DataFrame({"doc": DOC, "pos": POS, "token_id": np.arange(len(DOC)), "loss": np.linspace(0, 3, len(DOC))})
+
+
+def write(folder: Path, rows: slice, tokens: pl.DataFrame | None = None) -> Path:
+    with TraceWriter(folder, META) as writer:
+        for layer in (0, 3):
+            writer.write_routing(layer, DOC[rows], POS[rows], rows_of(routing(layer), rows))
+        if tokens is not None:
+            writer.write_tokens(tokens)
+    return folder
+
+
+def equal(one: Trace, two: Trace) -> bool:
+    same = one.routing.collect().equals(two.routing.collect()) and one.tokens.collect().equals(two.tokens.collect())
+    return same and one.meta == two.meta
+
+
+@pytest.mark.parametrize("edges", [[0, 5, 12], [0, 5, 5, 12], [0, 1, 2, 12], [0, 12, 12]])
+def test_parts_that_share_a_document_or_are_empty_become_the_trace_of_one(tmp_path: Path, edges: list[int]) -> None:
+    whole = open_trace(write(tmp_path / "whole", slice(None), TOKENS))
+    parts = [write(tmp_path / f"part{start}-{stop}-{n}", slice(start, stop)) for n, (start, stop) in enumerate(pairwise(edges))]
+    merged = merge_traces(parts, tmp_path / "merged", renumber=False, tokens=TOKENS).check()
+    assert equal(merged, whole)
+
+
+def test_a_part_that_is_missing_or_there_twice_is_refused(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", slice(0, 5)), write(tmp_path / "b", slice(5, 12))
+    with pytest.raises(TraceError, match="expected 12 tokens as in tokens, got 5"):
+        merge_traces([first], tmp_path / "merged", renumber=False, tokens=TOKENS)
+    shifted = write(tmp_path / "c", slice(4, 11))
+    with pytest.raises(TraceError, match=r"expected the same \(doc, pos\) pairs"):
+        merge_traces([first, shifted], tmp_path / "merged", renumber=False, tokens=TOKENS)
+    with pytest.raises(TraceError, match="expected each document in one trace"):
+        merge_traces([first, second], tmp_path / "merged", renumber=False)
+    assert not (tmp_path / "merged").exists()
