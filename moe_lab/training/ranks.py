@@ -205,7 +205,7 @@ def _all_or_none() -> Iterator[None]:
         lost = not isinstance(error, MoELabError) and isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
         rank, reason = dist.get_rank(), _line(error)
         if lost:
-            reason = f"another rank ended or does not answer ({reason})"
+            reason = f"another rank ended or does not answer ({reason.split('. ')[0]})"
         teller, reason = _tell(rank, reason)
         if teller != rank:
             raise RankError(f"rank {teller} of {dist.get_world_size()}: {reason}", told=True) from error

@@ -20,7 +20,17 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_lab.errors import MoELabError
-from moe_lab.model import Decoder, DecoderConfig, MoEConfig, MoELayer
+from moe_lab.model import (
+    Decoder,
+    DecoderConfig,
+    LatentAttentionConfig,
+    MoEConfig,
+    MoELayer,
+    MTPConfig,
+    NgramConfig,
+    SparseAttentionConfig,
+    Wiring,
+)
 from moe_lab.routing import ROUTERS, ControllerConfig, ControllerKind, RouterConfig, Routing
 from moe_lab.text import TextConfig
 from moe_lab.trace import capture
@@ -178,3 +188,25 @@ def capture_on(rank: int, folder: Path) -> None:
     replica = DistributedDataParallel(model)
     with torch.no_grad(), capture(replica, folder):
         replica(ids.chunk(2)[rank])
+
+
+def everything(corpus: Path) -> RunConfig:
+    """A decoder with every part that has a loss or tables of its own, in LongCat's wiring."""
+    config = run_config(corpus, 1)
+    model = config.model.replace(
+        wiring=Wiring.SHORTCUT,
+        latent_attention=LatentAttentionConfig(kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5),
+        sparse_attention=SparseAttentionConfig(top_k=6, num_heads=2, head_dim=8, initial=1, local=2, share=2),
+        ngram=NgramConfig(layers=(1,)),
+        mtp=MTPConfig(1, d_hidden=9),
+        hidden_z_loss_coef=1e-2,
+    )
+    return config.replace(model=model)
+
+
+def step_of_everything(rank: int, corpus: Path, target: Path, parallel: str) -> None:
+    config = everything(corpus)
+    with join(config, parallel, torch.device("cpu")) as ranks:
+        found = one_step(config, ranks)
+    if rank == 0:
+        save_file({name: value.contiguous() for name, value in found.items()}, target)

@@ -20,6 +20,7 @@ from filelock import FileLock
 from rank_worlds import (
     capture_on,
     captured_model,
+    everything,
     expert_layer,
     expert_parallel_example,
     in_group,
@@ -29,6 +30,7 @@ from rank_worlds import (
     router_run,
     run_config,
     step_of_every_router,
+    step_of_everything,
     write_corpus,
 )
 from safetensors.torch import load_file
@@ -139,6 +141,8 @@ def _make_worlds(root: Path, config: RunConfig) -> None:
             (step_of_every_router, (corpus, root / "fsdp-1.safetensors", "fsdp", 1)),
             (expert_parallel_example, (root / "expert-parallel",)),
             (capture_on, (root / "captured",)),
+            (step_of_everything, (corpus, root / "everything-ddp.safetensors", "ddp")),
+            (step_of_everything, (corpus, root / "everything-fsdp.safetensors", "fsdp")),
             (fail_on, (short, root / "error", "error")),
         ],
     )
@@ -279,6 +283,17 @@ def test_gradients_and_controllers_of_every_router_are_those_of_one_rank(
         if not all(same):
             differing.add(kind)
     assert differing == others
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_losses_of_the_models_own_parts_have_the_gradients_of_one_rank(worlds: SimpleNamespace, parallel: str) -> None:
+    """MTP, the indexer of sparse attention, the hidden z-loss, n-gram tables; shortcut wiring and latent attention."""
+    alone = one_step(everything(worlds.root / "corpus"), Ranks())
+    together = load_file(worlds.root / f"everything-{parallel}.safetensors")
+    assert together.keys() == alone.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-6, atol=1e-9 * float(value.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize(
