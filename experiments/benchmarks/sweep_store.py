@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/sweep_store.py opens            # plan, status and report of 10,000 runs: seconds and resident memory
     python experiments/benchmarks/sweep_store.py writers          # 200 processes claim, write and finish the runs of one store
-    python experiments/benchmarks/sweep_store.py memory           # estimated over measured peak, shapes that the constants were not fitted on
+    python experiments/benchmarks/sweep_store.py memory           # estimate over measured peak, of shapes it was not fitted on
 
 ``opens`` makes a store as a sweep leaves it (6,000 finished runs, 1,500 failed, 500 interrupted, 2,000 pending; every finished run has its
 metrics and a trace) and runs each command three times as a process of its own; the first time is kept apart, because it reads cold files.
@@ -127,17 +127,26 @@ def _trace(folder: Path, run: RunConfig) -> Path:
     return folder
 
 
+MEASURE = """
+import json, resource, subprocess, sys, time
+began = time.perf_counter()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+wall, processor = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
+print(json.dumps({"seconds": wall, "processor_seconds": processor, "peak_mb": usage.ru_maxrss / 1024}))
+sys.exit(done.returncode and done.stderr[-2000:])
+"""
+
+
 def timed(command: list[str]) -> dict[str, float]:
-    """Wall and processor seconds and the peak of resident memory (MB) of a process."""
-    began = time.perf_counter()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-        _, code, usage = os.wait4(process.pid, 0)
-        if code:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode()[-2000:]}")
-    seconds = {"seconds": time.perf_counter() - began, "processor_seconds": usage.ru_utime + usage.ru_stime}
-    return seconds | {"peak_mb": usage.ru_maxrss / 1024}
+    """Wall and processor seconds and the peak of resident memory (MB) of a process.
+
+    It is started by a small one: a process counts the memory of the one that it was forked from as its own.
+    """
+    found = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise SystemExit(f"{' '.join(command)[:200]} failed:\n{found.stderr}")
+    return json.loads(found.stdout.splitlines()[-1])
 
 
 def opens(scratch: Path, runs: int, rounds: int) -> pl.DataFrame:

@@ -138,6 +138,7 @@ def _pool(
         return build_launcher(launcher, jobs, workers, trainer, options)
     from moe_lab.sweeps import mirror
 
+    require(not store.folder.startswith("memory:"), "a store that worker processes see", store.folder, "a folder or s3://...")
     return mirror.MirrorLauncher(build_launcher(launcher, jobs, workers, mirror.TRAINER, options), store, trainer)
 
 

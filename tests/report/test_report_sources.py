@@ -89,3 +89,12 @@ def test_a_damaged_trace_is_a_trace_error(tmp_path: Path) -> None:
     (trace / "meta.json").write_text("{}")
     with pytest.raises(TraceError):
         gather(trace)
+
+
+def test_of_the_seeds_of_a_point_one_trace_is_opened(tmp_path: Path) -> None:
+    for seed in range(3):
+        for ratio in (2, 4):
+            make_run(tmp_path / f"r{ratio}s{seed}", "topk", ratio, seed, Shape(layers=1, experts=4, documents=2, tokens=30))
+    material = gather(tmp_path)
+    assert len(material.finished) == 6
+    assert [named.label for named in material.traces] == ["topk 2:1, seed 0", "topk 4:1, seed 0"]

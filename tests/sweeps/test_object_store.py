@@ -18,7 +18,7 @@ from bucket_files import TROUBLE
 from stub_trainer import HOLD, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.cli import main
-from moe_lab.errors import RunError
+from moe_lab.errors import ConfigError, RunError
 from moe_lab.sweeps import RunState, RunStore, SweepOutcome, leases, open_store, readable, run, status
 from moe_lab.sweeps.bucket import Bucket
 from moe_lab.sweeps.claims import Owner, this_host
@@ -179,6 +179,11 @@ def test_memory_stores_hold_states_too():
     assert store.error(second) == "it broke"
     store.record_failure(first, "too late")
     assert store.state(first) is RunState.FINISHED
+
+
+def test_a_store_in_this_processs_memory_is_no_place_for_workers():
+    with pytest.raises(ConfigError, match="expected a store that worker processes see, got memory://b/sweep"):
+        go("memory://b/sweep")
 
 
 def test_a_file_url_is_a_folder(tmp_path: Path):
