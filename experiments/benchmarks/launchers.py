@@ -75,7 +75,7 @@ def overhead(place: Path, sweep: SweepConfig, launchers: list[str], rounds: int)
 
         return launch
 
-    seconds = take_turns({"bare process": bare} | {name: by(name) for name in launchers}, rounds)
+    seconds = take_turns({"bare process": bare} | {name: by(name) for name in launchers}, rounds, warmup=0)
     rows = []
     for name, values in seconds.items():
         each = pl.Series([value / len(sweep.runs) for value in values])
