@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="a run's config.json to start from")
+    parser.add_argument("--mini", default=None, metavar="NAME", help="a published architecture in small, such as longcat_flash_mini")
     parser.add_argument("--experts", type=int, default=None, help="real experts of a layer (without --config: 16)")
     parser.add_argument("--top-k", type=int, default=None, help="slots per token (without --config: 2)")
     parser.add_argument("--zero-experts", type=int, default=None, help="zero-computation experts; any at all makes the router LongCat's")
@@ -27,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="any field of the run, such as model.num_layers=6; may be repeated",
     )
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default=None, help="how the ranks of torchrun hold the model: whole (ddp, unless given) or in shards")
+    parser.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        default=None,
+        help="how the ranks of torchrun hold the model: whole (ddp, unless given) or in shards",
+    )
     parser.add_argument(
         "--track",
         action="append",
@@ -73,7 +79,9 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     """The run that the flags describe, on resolved text and with the tokenizer's vocabulary."""
     from moe_lab.training import RunConfig
 
-    values = _read(args.config) if args.config is not None else _default().to_dict()
+    if args.config is not None and args.mini is not None:
+        raise ConfigError(expected("one of --config and --mini", "both"))
+    values = _read(args.config) if args.config is not None else (_mini(args.mini) if args.mini else _default()).to_dict()
     router = values["model"]["moe"]["router"] if values["model"].get("moe") else None
     flags = {"num_experts": args.experts, "top_k": args.top_k, "num_zero_experts": args.zero_experts}
     changes = {name: value for name, value in flags.items() if value is not None}
@@ -102,6 +110,14 @@ def _default() -> "RunConfig":
 
     moe = MoEConfig(d_model=64, d_expert=64, router=RouterConfig(num_experts=16, top_k=2, norm_topk_prob=True))
     return RunConfig(name="train", model=DecoderConfig(num_layers=3, d_model=64, num_heads=2, context_length=128, moe=moe), batch_size=8)
+
+
+def _mini(name: str) -> "RunConfig":
+    from moe_lab.accounting.minis import find_mini
+    from moe_lab.model import preset
+    from moe_lab.training import RunConfig
+
+    return RunConfig(name=name, arm=name, model=preset(name), batch_size=8, **find_mini(name).training)
 
 
 def _controller(router: dict[str, Any]) -> dict[str, Any]:
