@@ -14,7 +14,7 @@ from moe_lab.report.sources import Material, NamedTrace
 
 CELL_BUDGET = 110_000
 """Heatmap cells on one page, about 12 bytes each; what goes beyond it is named in the caption and left out."""
-MAX_MAPS = 16
+MAX_MAPS = 12
 """Traces that have a map."""
 SORT_ABOVE = 64
 """With more experts than this a map is also offered sorted within each layer."""
