@@ -48,6 +48,8 @@ RESULT_COLUMNS: dict[str, pl.DataType] = {
     "mean_ffn_count": pl.Float64(),
     "sd_ffn_count": pl.Float64(),
     "target_ffn_count": pl.Float64(),
+    "expert_sparsity": pl.Float64(),
+    "attention_sparsity": pl.Float64(),
     "load_cv": pl.Float64(),
     "max_violation": pl.Float64(),
     "seconds": pl.Float64(),

@@ -62,16 +62,20 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
 )
 """Result, heading and decimals (-1: three significant digits with a letter) of the numbers in the run table."""
 
+SPARSE_COLUMNS = (("expert_sparsity", "expert sparsity", 3), ("attention_sparsity", "attention sparsity", 3))
+"""What is added where a run has sparse attention: the two sparsities stand beside each other."""
+
 
 def results_table(material: Material) -> Table:
     """One row per finished run."""
     frame = material.table
+    columns = COLUMNS + (SPARSE_COLUMNS if (frame["attention_sparsity"] > 0).any() else ())
     rows = []
     for row in frame.head(MAX_TABLE_ROWS).iter_rows(named=True):
-        texts = [magnitude(row[name]) if digits < 0 else decimal(row[name], digits) for name, _, digits in COLUMNS]
+        texts = [magnitude(row[name]) if digits < 0 else decimal(row[name], digits) for name, _, digits in columns]
         ratio = NOTHING if row["ratio"] is None else f"{row['ratio']:.4g}"
         rows.append((row["arm"] or row["name"] or row["run"], ratio, NOTHING if row["seed"] is None else str(row["seed"]), *texts))
-    header = ("arm", "ratio", "seed", *(heading for _, heading, _ in COLUMNS))
+    header = ("arm", "ratio", "seed", *(heading for _, heading, _ in columns))
     return Table(header, tuple(rows), (False, *[True] * (len(header) - 1)), frame.height - len(rows))
 
 

@@ -206,3 +206,14 @@ def test_a_page_that_cannot_be_written_says_so_in_one_line(tmp_path: Path) -> No
 def test_a_page_of_a_sweep_of_many_runs_stays_under_the_limit(tmp_path: Path) -> None:
     make_sweep(tmp_path / "many", seeds=6, ratios=(1, 2, 4))
     assert write_report(tmp_path / "many", tmp_path / "p.html").stat().st_size < MAX_BYTES
+
+
+def test_attention_sparsity_stands_beside_expert_sparsity_where_there_is_any(tmp_path: Path) -> None:
+    dense = make_run(tmp_path / "a", "topk", 2, 0, None)
+    assert "attention sparsity" not in words(write_report(dense, tmp_path / "dense.html").read_text(encoding="utf-8"))
+    sparse = make_run(tmp_path / "b", "sparse", 2, 0, None)
+    result = json.loads((sparse / "result.json").read_text()) | {"expert_sparsity": 0.9583, "attention_sparsity": 0.5614}
+    (sparse / "result.json").write_text(json.dumps(result))
+    page = words(write_report([dense, sparse], tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "expert sparsity attention sparsity" in page
+    assert ".958 .561" in page.replace("0.958", ".958").replace("0.561", ".561")
