@@ -33,6 +33,7 @@ class Result(StrEnum):
     FAILED = "failed"
     BUSY = "busy"  # another living process is training this run
     DIED = "died"  # the process was killed or crashed; the run can be resumed
+    WITHDRAWN = "withdrawn"  # taken back before it began
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class Launcher(Protocol):
 
     def poll(self, timeout: float) -> list[Ending]:
         """The endings since the last call; waits at most ``timeout`` seconds for the first."""
+        ...
+
+    def withdraw(self) -> None:
+        """Take back every run that was submitted and has not begun: each ends as ``WITHDRAWN`` at a later poll. One that has begun goes on.
+
+        Called at most once, and nothing is submitted after it.
+        """
         ...
 
     def close(self) -> None:

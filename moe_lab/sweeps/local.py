@@ -173,6 +173,9 @@ class LocalLauncher:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return f"the last one said: {lines[-1]}" if lines else "the last one said nothing"
 
+    def withdraw(self) -> None:
+        """Nothing waits here: a run begins when it is submitted."""
+
     def close(self) -> None:
         workers = [worker for worker in self._workers if worker is not None]
         for worker in workers:

@@ -57,6 +57,9 @@ class MirrorLauncher:
                 self._store.record_failure(ending.run, ending.reason)
         return ending
 
+    def withdraw(self) -> None:
+        self._inner.withdraw()
+
     def close(self) -> None:
         self._inner.close()
 

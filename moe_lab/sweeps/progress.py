@@ -102,6 +102,7 @@ def ending_line(job: Job, ending: Ending, progress: Progress) -> str:
         Result.FAILED: f"FAILED    {job.name}: {ending.reason}",
         Result.BUSY: f"waiting   {job.name}: another sweep is training it",
         Result.DIED: f"again     {job.name}: {ending.reason}; resuming from its checkpoint",
+        Result.WITHDRAWN: f"withdrawn {job.name}: it had not begun",
     }[ending.result]
 
 

@@ -6,6 +6,7 @@ its driver's process a while after the head is gone, so the head is watched here
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -110,6 +111,8 @@ class RayLauncher:
         job, errors = self._runs.pop(reference), self._ray.exceptions
         try:
             return settle(self._ray.get(reference))
+        except errors.TaskCancelledError:
+            return Ending(job.run, Result.WITHDRAWN)
         except errors.OutOfMemoryError:
             return Ending(job.run, Result.DIED, f"the node ran out of memory ({MEMORY_HINT}, or the launcher option memory_gb=)")
         except errors.WorkerCrashedError:
@@ -118,6 +121,10 @@ class RayLauncher:
             return Ending(job.run, Result.FAILED, last_line(error))
         except errors.RayError as error:
             return Ending(job.run, Result.DIED, f"its Ray worker died ({type(error).__name__})")
+
+    def withdraw(self) -> None:
+        for reference in self._runs:
+            self._ray.cancel(reference, force=False)  # which interrupts a task that has begun, and ``_do`` takes no interrupt
 
     def close(self) -> None:
         if self._head.answers():  # otherwise there is nothing left to stop, and each of these calls would wait for a minute
@@ -129,6 +136,7 @@ class RayLauncher:
 
 
 def _do(errand: Errand) -> Ending | Refusal:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: an interrupt between the run's end and the task's would lose its ending
     return errand()
 
 

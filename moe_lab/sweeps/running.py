@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moe_lab.sweeps.object_store import ObjectStore
 
 RETRIES = 2
-"""How often a run is taken up again after its worker died, within one sweep."""
+"""How often in a row a run is taken up again whose worker died before it had a newer checkpoint, within one sweep."""
 POLL_SECONDS = 0.2
 FOREIGN_SECONDS = 1.0
 NOT_ITS_FAULT = ("cannot write ", "cannot read ", "cannot remove from ")
@@ -86,7 +86,8 @@ def run(
         progress: show it: live bars on a terminal, plain lines elsewhere.
         launcher: a name in ``launchers.LAUNCHERS``.
         launcher_options: of that launcher, as texts (``RayOptions``, ``SlurmOptions``).
-        max_hours: after so long no further run starts; those that train go on to their end, and the same command continues the rest.
+        max_hours: after so long no further run starts, and a cluster gives back those in its queue; those that train go on to their end,
+            and the same command continues the rest.
         max_flops: no run starts that would take this call past so many training FLOPs, as ``plan`` counts them; a resumed run counts with
             what it has left. A shorter run that still fits goes before a longer one that does not.
         retry_failed: train runs again that failed in an earlier call. (One that failed because the disk was full is always continued.)
@@ -163,7 +164,8 @@ class _Driver:
         self.foreign: dict[str, Job] = {}  # claimed by a process of another sweep
         self.finished: list[str] = []
         self.failed: dict[str, str] = {}
-        self.deaths: Counter[str] = Counter()
+        self.deaths: Counter[str] = Counter()  # since the last checkpoint
+        self.kept: dict[str, float] = {}  # share of the training that the last death left
 
     def begin(self, view: View, retry_failed: bool) -> None:
         left: dict[str, float] = {}
@@ -189,7 +191,7 @@ class _Driver:
             view.say(line)
 
     def drive(self, pool: Launcher, view: View, stop: threading.Event) -> None:
-        looked = time.monotonic()
+        looked, withdrawn = time.monotonic(), False
         while (self.queue or self.active or self.foreign) and not stop.is_set():
             while len(self.active) < pool.slots and (job := self.admission.next(self.queue, self.active.values())):
                 self.queue.remove(job)
@@ -198,6 +200,9 @@ class _Driver:
                 view.started(job)
             if not self.active and (self.queue or self.admission.out_of_time) and self.admission.exhausted(self.queue):
                 return
+            if self.admission.out_of_time and not withdrawn:
+                withdrawn = True
+                pool.withdraw()
             for ending in pool.poll(POLL_SECONDS):
                 self._ended(ending, view)
             if self.foreign and time.monotonic() - looked >= FOREIGN_SECONDS:
@@ -210,13 +215,22 @@ class _Driver:
         if ending.result is Result.BUSY:
             self.foreign[job.run] = job
             self.admission.give_back(job)
-        elif ending.result is Result.DIED and self.deaths[job.run] < RETRIES:
-            self.deaths[job.run] += 1
+        elif ending.result is Result.WITHDRAWN:
+            self.queue.append(job)
+        elif ending.result is Result.DIED and self._deaths_in_place(job) <= RETRIES:
             self.queue.appendleft(job)
         elif ending.result is Result.DIED:
             ending = Ending(job.run, Result.FAILED, f"{ending.reason}, {RETRIES + 1} times")
             self.store.record_failure(job.run, ending.reason)
         self._settle(job, ending, view)
+
+    def _deaths_in_place(self, job: Job) -> int:
+        """Deaths of a run since its last checkpoint, with this one: on nodes that are taken away again and again it still gets on."""
+        kept = _share_kept(job, self.store.progress(job.run))
+        if kept > self.kept.get(job.run, 0.0):
+            self.kept[job.run], self.deaths[job.run] = kept, 0
+        self.deaths[job.run] += 1
+        return self.deaths[job.run]
 
     def _settle(self, job: Job, ending: Ending, view: View) -> None:
         if ending.result is Result.FINISHED:

@@ -32,8 +32,9 @@ RESULT_SECONDS = 10.0
 """For how long a job's result may be under way on a shared file system after SLURM called the job ended."""
 SIGNAL_SECONDS = 90
 """A run hears of its time limit so long before, or halfway for short limits."""
+QUEUED = "PENDING"
 ALIVE = (
-    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
+    QUEUED, "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
     "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
 )  # fmt: skip
 """What ``squeue`` calls a job that is not over."""
@@ -95,13 +96,22 @@ class SlurmLauncher:
         self._executor = _executor(self._options, jobs, workers)
         self._waiting: list[Job] = []
         self._active: dict[str, Any] = {}
+        self._withdrawing = False
+        self._withdrawn: set[str] = set()  # cancelled by us, in the queue
         self._over_since: dict[str, float] = {}
         self._looked = float("-inf")
 
     def submit(self, job: Job) -> None:
         self._waiting.append(job)
 
+    def withdraw(self) -> None:
+        """Also what comes back to the queue later: it is cancelled at the look that finds it there."""
+        self._withdrawing = True
+
     def poll(self, timeout: float) -> list[Ending]:
+        if self._withdrawing and self._waiting:
+            unsent, self._waiting = self._waiting, []
+            return [Ending(job.run, Result.WITHDRAWN) for job in unsent]
         self._flush()
         deadline = time.monotonic() + timeout
         while self._active:
@@ -133,11 +143,22 @@ class SlurmLauncher:
 
     def _look(self) -> list[Ending]:
         states = {run: job.state for run, job in self._active.items()} if self._is_local else self._queue_states()
+        if self._withdrawing:
+            self._cancel_queued([run for run, state in states.items() if state == QUEUED and run not in self._withdrawn])
         endings = [ending for run, state in states.items() if state not in ALIVE and (ending := self._ending(run, state))]
         for ending in endings:
             del self._active[ending.run]
             self._over_since.pop(ending.run, None)
         return endings
+
+    def _cancel_queued(self, runs: list[str]) -> None:
+        """Only those still queued when ``scancel`` gets to them: one that has begun meanwhile goes on."""
+        for first in range(0, len(runs), ARRAY_RUNS):
+            some = runs[first : first + ARRAY_RUNS]
+            with suppress(OSError, subprocess.SubprocessError):  # the controller does not answer: tried again at the next look
+                command = ["scancel", f"--state={QUEUED}", *(self._active[run].job_id for run in some)]
+                subprocess.run(command, capture_output=True, timeout=60)
+                self._withdrawn.update(some)
 
     def _queue_states(self) -> dict[str, str]:
         """State by run; "GONE" for a job that SLURM has forgotten, none at all while the controller does not answer."""
@@ -155,6 +176,8 @@ class SlurmLauncher:
         if job.paths.result_pickle.exists():
             outcome, answer = extra("submitit.core.utils", "slurm").pickle_load(job.paths.result_pickle)
             return settle(answer) if outcome == "success" else Ending(run, Result.FAILED, last_line(answer))
+        if run in self._withdrawn:
+            return Ending(run, Result.WITHDRAWN)
         since = self._over_since.setdefault(run, time.monotonic())
         if not self._is_local and time.monotonic() - since < RESULT_SECONDS:
             return None

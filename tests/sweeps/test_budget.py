@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from fake_launcher import FakeLauncher, Times
 from stub_trainer import STUB, StubRun, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError
@@ -21,6 +22,31 @@ def test_runs_that_have_begun_end_and_no_other_begins(tmp_path: Path) -> None:
     assert not first.failed
     assert first.stopped == f"{len(first.interrupted)} runs wait: the hours of max_hours are over; the same command goes on"
     assert go(tmp_path, max_hours=None).complete
+
+
+@pytest.mark.parametrize("begun", [0, 1, 3])
+def test_a_cluster_gives_back_what_waits_in_its_queue(tmp_path: Path, fake: FakeLauncher, times: Times, begun: int) -> None:
+    runs = stub_grid(5, steps=5, step_seconds=0)
+    fake.begun, times.over = begun, lambda: len(fake.submitted) == 5
+    outcome = run(stub_sweep(*runs), tmp_path, progress=False, launcher="ray", trainer=STUB, max_hours=1)
+    assert list(outcome.finished) == fake.submitted[:begun]
+    assert sorted(outcome.interrupted) == sorted(fake.submitted[begun:])
+    assert outcome.stopped == f"{5 - begun} runs wait: the hours of max_hours are over; the same command goes on"
+    assert fake.withdrawals == 1
+    times.over = lambda: False
+    assert run(stub_sweep(*runs), tmp_path, progress=False, workers=2, trainer=STUB).complete
+
+
+def test_without_a_budget_nothing_is_taken_back(tmp_path: Path, fake: FakeLauncher) -> None:
+    fake.begun = 2
+    assert run(stub_sweep(*stub_grid(2, 5, 0)), tmp_path, progress=False, launcher="ray", trainer=STUB).complete
+    assert fake.withdrawals == 0
+
+
+def test_a_withdrawn_run_is_one_line(tmp_path: Path, fake: FakeLauncher, times: Times, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.begun, times.over = 0, lambda: bool(fake.submitted)
+    run(stub_sweep(StubRun(name="late")), tmp_path, launcher="ray", trainer=STUB, max_hours=1)
+    assert capsys.readouterr().out.splitlines()[-1] == "[0/1] withdrawn late: it had not begun"
 
 
 def test_no_hours_start_nothing(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
+from fake_launcher import Times
+from stub_trainer import HOLD, STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError, RunError
 from moe_lab.sweeps import ray_cluster, run, status
+from moe_lab.sweeps.local import available_cores
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -40,6 +42,31 @@ def test_a_sweep_on_ray_equals_one_here_through_failures_and_kills(tmp_path: Pat
     assert found == {one.name: expected_loss(one) for one in runs if one not in (bad, greedy)}
     workers = {line.split()[0] for line in (tmp_path / long.hash() / "steps.log").read_text().splitlines()}
     assert len(workers) == 2, "the killed run was resumed by another worker"
+
+
+@pytest.mark.slow
+def test_after_the_hours_ray_gives_back_what_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: Times) -> None:
+    runs = stub_grid(available_cores() + 2, steps=10, step_seconds=0.05)
+    (tmp_path / HOLD).touch()
+    times.over = lambda: bool(list(tmp_path.glob("*/steps.log")))
+    withdraw = ray_cluster.RayLauncher.withdraw
+
+    def then_let_go(launcher: ray_cluster.RayLauncher) -> None:
+        withdraw(launcher)
+        (tmp_path / HOLD).unlink()
+
+    monkeypatch.setattr(ray_cluster.RayLauncher, "withdraw", then_let_go)
+    outcome = go(tmp_path, *runs)
+    begun = {path.parent.name for path in tmp_path.glob("*/steps.log")}
+    assert begun
+    assert set(outcome.finished) == begun, "whatever has begun goes on to its end"
+    assert set(outcome.interrupted) == {one.hash() for one in runs} - begun
+    assert len(outcome.interrupted) >= 2
+
+    times.over = lambda: False
+    assert run(stub_sweep(*runs), tmp_path, progress=False, trainer=STUB).complete
+    found = {row["name"]: row["loss"] for row in status(tmp_path).rows(named=True)}
+    assert found == {one.name: expected_loss(one) for one in runs}
 
 
 def test_an_unreachable_cluster_is_one_line(tmp_path: Path) -> None:

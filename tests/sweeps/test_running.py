@@ -1,10 +1,12 @@
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from fake_launcher import FakeLauncher
 from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import RunError
@@ -119,6 +121,29 @@ def test_a_run_that_kills_every_worker_fails_after_three(tmp_path: Path):
     assert len(set(pids(tmp_path, bad))) == 3
     assert RunStore(tmp_path).state(bad.hash()) is RunState.FAILED
     assert RunStore(tmp_path).error(bad.hash()) == outcome.failed[0].reason
+
+
+@dataclass(frozen=True)
+class SparseRun(StubRun):
+    checkpoint_every: int = 10
+
+
+@pytest.mark.parametrize(
+    ("deaths", "finishes"),
+    [
+        ([3, 7, 9], False),  # never a checkpoint
+        ([10, 13, 19], False),  # the status goes on, the checkpoint does not
+        ([10, 10, 20, 20, 30, 30, 40], True),
+        ([5, 5, 10, 10, 10], False),
+        ([30, 10, 20], False),  # seen before the run was back where it had been
+    ],
+)
+def test_deaths_count_until_a_newer_checkpoint(tmp_path: Path, fake: FakeLauncher, deaths: list[int], finishes: bool):
+    fake.deaths = list(deaths)
+    outcome = run(stub_sweep(SparseRun(steps=50)), tmp_path, progress=False, launcher="ray", trainer=STUB)
+    assert outcome.complete == finishes
+    assert len(fake.submitted) == len(deaths) + finishes
+    assert [failure.reason for failure in outcome.failed] == ([] if finishes else ["its node was taken away, 3 times"])
 
 
 def test_what_a_run_prints_lies_in_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

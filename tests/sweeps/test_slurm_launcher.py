@@ -1,15 +1,20 @@
 """The SLURM launcher through submitit's own executor of local processes: every path but sbatch itself."""
 
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from fake_launcher import Times
 from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError, RunError
 from moe_lab.provenance import versions
-from moe_lab.sweeps import remote, run, slurm, status
+from moe_lab.sweeps import Ending, Job, Result, remote, run, slurm, status
 
 submitit = pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
 LOCAL = {"cluster": "local", "minutes": "5"}
@@ -88,6 +93,107 @@ def test_a_killed_job_is_taken_up_again_and_resumes(tmp_path: Path) -> None:
     workers = {line.split()[0] for line in (tmp_path / one.hash() / "steps.log").read_text().splitlines()}
     assert len(workers) == 2
     assert status(tmp_path)["loss"].item() == expected_loss(one)
+
+
+@dataclass
+class Queue:
+    """A controller: state by job, "element of an array" included. Jobs that ``begin_first`` names begin before ``scancel`` gets there."""
+
+    states: dict[str, str] = field(default_factory=dict)
+    begin_first: tuple[str, ...] = ()
+    answers: bool = True
+
+    def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if not self.answers:
+            raise subprocess.CalledProcessError(1, command)
+        if command[0] == "scancel":
+            self.states |= dict.fromkeys(self.begin_first, "RUNNING")
+            wanted = next((word.removeprefix("--state=") for word in command if word.startswith("--state=")), None)
+            for job in command[1:]:
+                if job in self.states and wanted in (None, self.states[job]):
+                    self.states[job] = "CANCELLED"
+        return subprocess.CompletedProcess(command, 0, "".join(f"{job} {state}\n" for job, state in self.states.items()), "")
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def submit(self, errand: remote.Errand) -> SimpleNamespace:
+        job = f"7_{len(self.states)}"
+        self.states[job] = "PENDING"
+        return SimpleNamespace(job_id=job, paths=SimpleNamespace(result_pickle=errand.job.folder / "result.pkl"), stderr=lambda: "")
+
+
+@pytest.fixture
+def controller(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    queue = Queue()
+    monkeypatch.setattr(slurm.subprocess, "run", queue.run)
+    monkeypatch.setattr(slurm, "_executor", lambda *_: queue)
+    monkeypatch.setitem(slurm.LOOK_SECONDS, "slurm", 0.0)
+    return queue
+
+
+def launch(folder: Path, names: str) -> slurm.SlurmLauncher:
+    jobs = [Job(name, name, folder / name, {}) for name in names]
+    launcher = slurm.SlurmLauncher(jobs, None, STUB, {})
+    for job in jobs:
+        launcher.submit(job)
+    return launcher
+
+
+def heard(launcher: slurm.SlurmLauncher) -> dict[str, Result]:
+    return {ending.run: ending.result for _ in range(3) for ending in launcher.poll(0)}
+
+
+def test_only_queued_jobs_are_taken_back(tmp_path: Path, controller: Queue) -> None:
+    launcher = launch(tmp_path, "abcd")
+    assert heard(launcher) == {}
+    controller.states |= {"7_1": "RUNNING", "7_2": "COMPLETING"}
+    launcher.withdraw()
+    assert heard(launcher) == {"a": Result.WITHDRAWN, "d": Result.WITHDRAWN}
+    assert controller.states == {"7_0": "CANCELLED", "7_1": "RUNNING", "7_2": "COMPLETING", "7_3": "CANCELLED"}
+
+    controller.states["7_1"] = "PENDING"  # preempted, and put back by SLURM
+    assert heard(launcher) == {"b": Result.WITHDRAWN}
+
+
+def test_a_job_that_begins_as_it_is_taken_back_goes_on(tmp_path: Path, controller: Queue) -> None:
+    launcher = launch(tmp_path, "ab")
+    assert heard(launcher) == {}
+    controller.begin_first = ("7_1",)
+    launcher.withdraw()
+    assert heard(launcher) == {"a": Result.WITHDRAWN}
+    assert controller.states["7_1"] == "RUNNING"
+    submitit.core.utils.cloudpickle_dump(("success", Ending("b", Result.FINISHED)), tmp_path / "result.pkl")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "result.pkl").rename(tmp_path / "b" / "result.pkl")
+    controller.states["7_1"] = "COMPLETED"
+    assert heard(launcher) == {"b": Result.FINISHED}
+
+
+def test_jobs_are_taken_back_once_the_controller_answers(tmp_path: Path, controller: Queue) -> None:
+    launcher = launch(tmp_path, "a")
+    assert heard(launcher) == {}
+    controller.answers = False
+    launcher.withdraw()
+    assert heard(launcher) == {}
+    controller.answers = True
+    assert heard(launcher) == {"a": Result.WITHDRAWN}
+
+
+def test_what_was_not_yet_sent_is_taken_back_without_a_job(tmp_path: Path, controller: Queue) -> None:
+    launcher = launch(tmp_path, "ab")
+    launcher.withdraw()
+    assert heard(launcher) == {"a": Result.WITHDRAWN, "b": Result.WITHDRAWN}
+    assert not controller.states
+
+
+def test_processes_of_this_machine_have_all_begun(tmp_path: Path, times: Times) -> None:
+    """Two are out before any has a step, the third never."""
+    runs = stub_grid(3, steps=5, step_seconds=0.02)
+    times.over = lambda: bool(list(tmp_path.glob("*/status.json")))
+    outcome = go(tmp_path, *runs)
+    assert len(outcome.finished) == 2
+    assert len(outcome.interrupted) == 1
 
 
 @pytest.mark.parametrize(
