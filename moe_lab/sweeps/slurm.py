@@ -144,7 +144,8 @@ class SlurmLauncher:
     def _look(self) -> list[Ending]:
         states = {run: job.state for run, job in self._active.items()} if self._is_local else self._queue_states()
         if self._withdrawing:
-            self._cancel_queued([run for run, state in states.items() if state == QUEUED and run not in self._withdrawn])
+            self._withdrawn -= {run for run, state in states.items() if state in ALIVE and state != QUEUED}
+            self._cancel_queued([run for run, state in states.items() if state == QUEUED])
         endings = [ending for run, state in states.items() if state not in ALIVE and (ending := self._ending(run, state))]
         for ending in endings:
             del self._active[ending.run]

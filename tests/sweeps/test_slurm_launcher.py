@@ -163,11 +163,22 @@ def test_a_job_that_begins_as_it_is_taken_back_goes_on(tmp_path: Path, controlle
     launcher.withdraw()
     assert heard(launcher) == {"a": Result.WITHDRAWN}
     assert controller.states["7_1"] == "RUNNING"
+    controller.begin_first = ()
     submitit.core.utils.cloudpickle_dump(("success", Ending("b", Result.FINISHED)), tmp_path / "result.pkl")
     (tmp_path / "b").mkdir()
     (tmp_path / "result.pkl").rename(tmp_path / "b" / "result.pkl")
     controller.states["7_1"] = "COMPLETED"
     assert heard(launcher) == {"b": Result.FINISHED}
+
+
+def test_a_job_that_began_as_it_was_taken_back_is_taken_back_when_it_is_preempted(tmp_path: Path, controller: Queue) -> None:
+    launcher = launch(tmp_path, "a")
+    assert heard(launcher) == {}
+    controller.begin_first = ("7_0",)
+    launcher.withdraw()
+    assert heard(launcher) == {}
+    controller.begin_first, controller.states["7_0"] = (), "PENDING"
+    assert heard(launcher) == {"a": Result.WITHDRAWN}
 
 
 def test_jobs_are_taken_back_once_the_controller_answers(tmp_path: Path, controller: Queue) -> None:
