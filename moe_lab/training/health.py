@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_lab.model import Decoder
 from moe_lab.routing.losses import load_balancing_loss
 from moe_lab.routing.monitors import gradient_ratio
-from moe_lab.training.config import RunConfig
+from moe_lab.training.config import Dtype, RunConfig
 
 
 def gradient_ratios(model: Decoder, config: RunConfig, batch: Tensor) -> list[float]:
@@ -20,7 +20,8 @@ def gradient_ratios(model: Decoder, config: RunConfig, batch: Tensor) -> list[fl
     was = model.training
     model.train()
     try:
-        output = model(batch[:, :-1], batch[:, 1:])
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=config.dtype == Dtype.BFLOAT16):
+            output = model(batch[:, :-1], batch[:, 1:])
     finally:
         model.train(was)
     assert output.loss is not None
