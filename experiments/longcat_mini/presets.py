@@ -54,8 +54,11 @@ def main() -> None:
     store = RunStore(parser.parse_args().folder)
     records = [json.loads((store.path(run) / "result.json").read_text()) for run in store.plan()["sweeps"][-1]["runs"]]
     frame = pl.DataFrame([{name: record.get(name) for name in ("arm", "seed", *COLUMNS, *MORE)} for record in records])
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=3, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
-        print(frame)
+    for row in frame.iter_rows(named=True):
+        reached = f"mean ffn_count {row['mean_ffn_count']:.2f} (aims at {row['target_ffn_count']:g})"
+        print(
+            f"{row['arm']:20} {row['total_params'] / 1e6:5.1f}M  loss {row['loss']:.3f}  {reached}  {row['tokens_per_second']:,.0f} tokens/s"
+        )
     path = Path(__file__).parent / "presets.parquet"
     with atomic_path(path) as temporary:
         frame.with_columns(pl.lit(value).alias(name) for name, value in provenance().items()).write_parquet(temporary)

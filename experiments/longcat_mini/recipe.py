@@ -3,7 +3,7 @@
     topk         the base: shortcut wiring, k of E experts, amplified embedding; every ratio E/k
     zero         1  zero-computation experts (half as many as real ones, 1.5 k slots of which k are real on average) at the base's mean
     sequential   2  the zero arm with the MoE's output joining the stream at once instead of a half layer later
-    ngram        3  half the experts, and n-gram tables for what the other half would have cost (tables at most half of the total)
+    ngram        3  about half the experts, and n-gram tables for what the other half would have cost (under half of the total)
     ngram-plain  4  ngram without amplification
     ngram-norm   4  ngram with a LayerNorm instead of the factor sqrt(d_model)
     topk-plain   4  the base without amplification: does it help without tables?
@@ -24,7 +24,7 @@ from moe_lab.accounting import count
 from moe_lab.model import Amplification, DecoderConfig, MoEConfig, MTPConfig, NgramConfig, Wiring
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
 from moe_lab.scaling import SHORT
-from moe_lab.scaling.alternatives import Alternative, at_total
+from moe_lab.scaling.alternatives import BETWEEN, Alternative, at_total
 from moe_lab.sweeps import SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig
@@ -116,7 +116,7 @@ def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
 
 def _at_base(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
     ratio = shape.base_ratio
-    base = _run(shape, "topk", ratio, _decoder(shape, _topk(shape, ratio)), seed, device)
+    base = _run(shape, "topk", ratio, _decoder(shape, _topk(shape, ratio * shape.top_k)), seed, device)
     budgets = (shape.train_tokens // 2, shape.train_tokens)
     yield base.replace(budgets=budgets)
     yield base.replace(budgets=budgets, train_tokens=budgets[0], arm=f"topk{SHORT}", name=f"topk{SHORT}-r{ratio}-s{seed}")
@@ -137,12 +137,12 @@ def _at_base(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
 def _over_ratios(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
     for ratio in shape.ratios:
         if ratio != shape.base_ratio:
-            yield _run(shape, "topk", ratio, _decoder(shape, _topk(shape, ratio)), seed, device)
+            yield _run(shape, "topk", ratio, _decoder(shape, _topk(shape, ratio * shape.top_k)), seed, device)
             yield _run(shape, "ngram", ratio, _ngram(shape, ratio), seed, device)
 
 
-def _topk(shape: Shape, ratio: int) -> RouterConfig:
-    return RouterConfig(num_experts=ratio * shape.top_k, top_k=shape.top_k, norm_topk_prob=True)
+def _topk(shape: Shape, experts: int) -> RouterConfig:
+    return RouterConfig(num_experts=experts, top_k=shape.top_k, norm_topk_prob=True)
 
 
 def _zero(shape: Shape, ratio: int) -> RouterConfig:
@@ -160,10 +160,22 @@ def _zero(shape: Shape, ratio: int) -> RouterConfig:
 
 
 def _ngram(shape: Shape, ratio: int) -> DecoderConfig:
-    """The parameters of ``topk`` at ``ratio``, with half of its experts."""
-    total = count(_decoder(shape, _topk(shape, ratio))).total
-    half = _decoder(shape, _topk(shape, ratio // 2)).replace(ngram=NgramConfig(max_n=3, num_splits=2, table_ratio=0.5))
-    return at_total(half, total, Alternative.NGRAM)
+    """The parameters of ``topk`` at ``ratio`` with about half of its experts: as near to half as leaves tables that do not collide."""
+    total, half = count(_decoder(shape, _topk(shape, ratio * shape.top_k))).total, ratio * shape.top_k // 2
+    found = {
+        experts: at_total(_decoder(shape, _topk(shape, experts)).replace(ngram=TABLES), total, Alternative.NGRAM)
+        for experts in range(half - half // 8, half + half // 8 + 1)
+    }
+    return found[min(found, key=lambda experts: (_collides(found[experts]), abs(experts - half)))]
+
+
+TABLES = NgramConfig(max_n=3, num_splits=2, table_ratio=0.5)
+
+
+def _collides(model: DecoderConfig) -> bool:
+    """Are the tables' rows near a whole or half multiple of the vocabulary (docs/decoder.md)?"""
+    assert model.ngram is not None
+    return model.ngram.table_ratio > 1 and min(abs(model.ngram.table_ratio % 1 - part) for part in BETWEEN) > 0.03
 
 
 def _decoder(shape: Shape, router: RouterConfig) -> DecoderConfig:

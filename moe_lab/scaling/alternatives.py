@@ -5,6 +5,7 @@ more experts were the best use of it (LongCat-Flash-Lite, arXiv 2601.21204 secti
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import StrEnum
 
 from moe_lab.accounting import count
@@ -55,19 +56,29 @@ def _experts(model: DecoderConfig, total: int) -> Iterable[DecoderConfig]:
 
 
 def _ngram(model: DecoderConfig, total: int) -> Iterable[DecoderConfig]:
-    """Tables of 2- and 3-grams, two of each (N >= 3 and K >= 2: section 3.3), or those that the model has, larger."""
+    """Tables of 2- and 3-grams, two of each (N >= 3 and K >= 2: section 3.3), or those that the model has, larger.
+
+    Rows near a whole or half multiple of the vocabulary hash many bigrams alike, so of the ratios that come within the tolerance the one
+    is taken that lies best between them (docs/decoder.md has the collisions).
+    """
     ngram = NgramConfig(table_ratio=0.5) if model.ngram is None else model.ngram
     places = max(1, len(ngram.layers))
     base = count(model.replace(ngram=ngram.replace(table_ratio=0.5))).total - places * _table_parameters(model, ngram, 0.5)
-    ratio = (total - base) / (places * model.vocab_size * model.d_model)
-    # Rows may not be near a whole multiple of the vocabulary: the nearest ratios that are not.
-    whole = round(ratio)
-    for wanted in (ratio, whole - 0.06, whole + 0.06):
-        if wanted > 0:
-            try:
-                yield model.replace(ngram=ngram.replace(table_ratio=round(wanted, 4)))
-            except ConfigError:
-                continue
+    one = places * model.vocab_size * model.d_model
+    exact, slack = (total - base) / one, 0.75 * TOLERANCE * total / one
+    if exact < 1:
+        wanted = exact
+    else:
+        near = [whole + part for whole in range(int(exact - slack), int(exact + slack) + 1) for part in BETWEEN]
+        clear = min(near, key=lambda ratio: abs(ratio - exact))
+        wanted = min(max(clear, exact - slack), exact + slack)
+    if wanted > 0:
+        with suppress(ConfigError):  # nothing within the tolerance is far enough from a whole number: the caller says what is nearest
+            yield model.replace(ngram=ngram.replace(table_ratio=round(wanted, 4)))
+
+
+BETWEEN = (0.37, 0.63)
+"""Parts of a whole that lie well between a half and a whole."""
 
 
 def _table_parameters(model: DecoderConfig, ngram: NgramConfig, ratio: float) -> int:
