@@ -56,9 +56,8 @@ def main() -> None:
     frame = pl.DataFrame([{name: record.get(name) for name in ("arm", "seed", *COLUMNS, *MORE)} for record in records])
     for row in frame.iter_rows(named=True):
         reached = f"mean ffn_count {row['mean_ffn_count']:.2f} (aims at {row['target_ffn_count']:g})"
-        print(
-            f"{row['arm']:20} {row['total_params'] / 1e6:5.1f}M  loss {row['loss']:.3f}  {reached}  {row['tokens_per_second']:,.0f} tokens/s"
-        )
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+        print(f"{row['arm']:20} {row['total_params'] / 1e6:5.1f}M  loss {row['loss']:.3f}  {reached}  {speed}")
     path = Path(__file__).parent / "presets.parquet"
     with atomic_path(path) as temporary:
         frame.with_columns(pl.lit(value).alias(name) for name, value in provenance().items()).write_parquet(temporary)
