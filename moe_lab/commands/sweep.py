@@ -80,7 +80,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="ray: address, cpus, gpus, memory_gb; slurm: cluster, minutes, cpus, gpus, memory_gb, partition, account, qos, requeues",
+        help="local: stall_minutes; ray: address, cpus, gpus, memory_gb; "
+        "slurm: cluster, minutes, cpus, gpus, memory_gb, partition, account, qos, requeues",
     )
     parser.add_argument("--max-hours", type=float, default=None, help="start no further run after so long")
     parser.add_argument(

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_lab.errors import ConfigError, RunError, expected
+from moe_lab.errors import RunError, expected
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ def train_run(values: dict[str, Any], folder: Path) -> None:
 def _local(jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> Launcher:
     from moe_lab.sweeps.local import LocalLauncher
 
-    if options:
-        raise ConfigError(expected("no launcher options for local", ", ".join(options), "--workers"))
-    return LocalLauncher(jobs, workers, trainer)
+    return LocalLauncher(jobs, workers, trainer, options)
 
 
 def _ray(jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> Launcher:

@@ -1,7 +1,7 @@
 """The local launcher: worker processes on this machine, one thread each, as many as cores or GPUs.
 
 One thread per worker and as many workers as cores beats many threads on small matrices. A worker stays for many runs; one that dies
-takes only its current run with it, and the next submit starts another.
+takes only its current run with it, and the next submit starts another. So does one that is killed because its run stands still.
 """
 
 import json
@@ -12,18 +12,36 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import IO
 
+from moe_lab.config import Config, require
 from moe_lab.errors import RunError, expected
 from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
+from moe_lab.sweeps.remote import read_options
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS")
 ONE_THREAD: dict[str, str] = dict.fromkeys(THREADS, "1")
 PATIENCE_SECONDS = 3.0
 """Between asking a worker to stop and killing it."""
+
+
+@dataclass(frozen=True)
+class LocalOptions(Config):
+    """
+    Attributes:
+        stall_minutes: a worker is killed whose run's ``status.json`` was not written for so long, and counts as died; 0 waits for ever.
+            The status stands still while a run is set up and evaluated, so this must be longer than either.
+    """
+
+    stall_minutes: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.stall_minutes >= 0, "stall_minutes of at least 0", self.stall_minutes)
 
 
 def available_cores() -> int:
@@ -68,14 +86,30 @@ class _Worker:
         self.job: Job | None = None
         self.was_ready = False
         self.leaving = False  # a worker ends itself after a failed run
+        self.stalled = False
         self._unread = b""
+        self._status, self._moved = 0, 0.0  # when the run's status was written, and when that was seen to change
 
     def give(self, job: Job) -> None:
-        self.job = job
+        self.job, self._moved = job, monotonic()
         line = {"run": job.run, "name": job.name, "folder": str(job.folder.absolute()), "config": job.config}
         with suppress(BrokenPipeError):  # it died just now: its end is seen at the next poll, and the job with it
             self.input.write(json.dumps(line).encode() + b"\n")
             self.input.flush()
+
+    def stop_if_stalled(self, seconds: float) -> None:
+        """Kill it where its run's status was not written for so long; until it is ready, it imports what it needs."""
+        if self.job is None or self.stalled:
+            return
+        try:
+            written = (self.job.folder / "status.json").stat().st_mtime_ns
+        except OSError:
+            written = 0
+        if written != self._status or not self.was_ready:
+            self._status, self._moved = written, monotonic()
+        elif monotonic() - self._moved > seconds:
+            self.stalled = True
+            self.process.kill()
 
     def events(self) -> list[dict[str, str]]:
         """Whole lines that have arrived."""
@@ -106,9 +140,12 @@ class _Worker:
 class LocalLauncher:
     """See ``launchers.Launcher``. ``workers`` None takes one per GPU if any job wants one, else one per core; never more than jobs."""
 
-    def __init__(self, jobs: Sequence[Job], workers: int | None, trainer: str) -> None:
+    def __init__(self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> None:
         if workers is not None and workers < 1:
             raise RunError(expected("at least 1 worker", workers))
+        self._options = read_options(LocalOptions, options)
+        seen = not self._options.stall_minutes or all(job.shared for job in jobs)
+        require(seen, "a folder as the store for stall_minutes", "an object store, where a run's status is elsewhere")
         devices = {job.device for job in jobs}
         self._gpus = available_gpus() if "cuda" in devices else []  # "cuda:1" names its device itself
         wanted = workers or len(self._gpus) or len(devices - {"cpu", "cuda"}) or available_cores()
@@ -145,6 +182,8 @@ class LocalLauncher:
                 endings += self._heard(worker, event)
             if ended or worker.leaving:
                 endings += self._buried(index, worker)
+            elif self._options.stall_minutes:
+                worker.stop_if_stalled(60 * self._options.stall_minutes)
         return endings
 
     def _heard(self, worker: _Worker, event: dict[str, str]) -> list[Ending]:
@@ -165,7 +204,8 @@ class LocalLauncher:
         self._stillborn += not worker.was_ready
         if self._stillborn >= 3 * self.slots:
             raise RunError(f"expected workers that start, got {self._stillborn} that ended before their first run; {self._last_words()}")
-        return [] if worker.job is None else [Ending(worker.job.run, Result.DIED, _cause(code))]
+        stalled = f"worker killed because its run's status stood still for {self._options.stall_minutes:g} minutes"
+        return [] if worker.job is None else [Ending(worker.job.run, Result.DIED, stalled if worker.stalled else _cause(code))]
 
     def _last_words(self) -> str:
         size = self._errors.seek(0, os.SEEK_END)

@@ -123,6 +123,9 @@ def _trouble(kind: str, folder: Path) -> None:
     if kind == "killed once" and not (folder / "was-killed").exists():
         (folder / "was-killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "hangs once" and not (folder / "has-hung").exists():
+        (folder / "has-hung").touch()
+        time.sleep(3600)
     if kind == "noisy":
         print("hello from python")
         os.system("echo hello from a child")
