@@ -33,7 +33,7 @@ class Driver:
             found[path.parent.name] = json.loads(path.read_text())["step"]
         return found
 
-    def wait_for(self, what: str, condition: Callable[[], Any], seconds: float = 180) -> Any:
+    def wait_for(self, what: str, condition: Callable[[], Any], seconds: float = 420) -> Any:
         """What ``condition`` says once it is true."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
@@ -49,7 +49,7 @@ class Driver:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def end(self, seconds: float = 300) -> int:
+    def end(self, seconds: float = 600) -> int:
         return self.process.wait(seconds)
 
     def kill(self) -> None:
