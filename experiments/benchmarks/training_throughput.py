@@ -22,7 +22,8 @@ from measure import save, summary, take_turns
 from torch import Tensor
 
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig, MoELayer
-from moe_lab.model.decoder import Block
+from moe_lab.model.blocks import Block
+from moe_lab.model.rotary import Rotary
 from moe_lab.routing import RouterConfig, Routing
 from moe_lab.training import OptimizerConfig, keep_freed_memory
 from moe_lab.training.optimizer import build_optimizer, clip_gradients
@@ -78,6 +79,7 @@ def stepper(config: DecoderConfig) -> tuple[Callable[[], None], Decoder, torch.o
 def parts_of(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Callable[[], None]]:
     """The parts of a step over all layers, forward and backward, each on its own."""
     x = torch.randn(BATCH, LENGTH, model.config.d_model)
+    rotary = Rotary(model.cos, model.sin).head(LENGTH)
     blocks = [block for block in model.blocks if isinstance(block, Block)]
     layers = [block.ffn for block in blocks if isinstance(block.ffn, MoELayer)]
     fixed = [layer.router(x.flatten(0, 1)).detach() for layer in layers]
@@ -107,7 +109,7 @@ def parts_of(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Call
     return {
         "routing": over(layers, lambda layer, inside, _: layer.router(inside.flatten(0, 1)).weights),
         "experts": over(layers, experts),
-        "attention": over(blocks, lambda block, inside, _: block.attention(inside, model.cos, model.sin)),
+        "attention": over(blocks, lambda block, inside, _: block.attention(inside, rotary)[0]),
         "optimizer": update,
     }
 
