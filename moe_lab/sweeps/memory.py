@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_lab.model import DecoderConfig
     from moe_lab.training import RunConfig
 
-INTERPRETER_BYTES = 400 * 2**20
+INTERPRETER_BYTES = 480 * 2**20
 """Python, torch, polars, the corpus' token ids, the tokenizer: a worker before its first step, and what the first step adds for good."""
 CUDA_CONTEXT_BYTES = 600 * 2**20
 PARAMETER_BYTES = 21
