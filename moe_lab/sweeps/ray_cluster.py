@@ -19,6 +19,7 @@ from typing import Any
 
 from moe_lab.config import Config, require
 from moe_lab.errors import RunError, expected
+from moe_lab.sweeps import worker
 from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
 from moe_lab.sweeps.local import ONE_THREAD
 from moe_lab.sweeps.remote import Errand, Refusal, extra, last_line, read_options, settle
@@ -137,7 +138,14 @@ class RayLauncher:
 
 def _do(errand: Errand) -> Ending | Refusal:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: an interrupt between the run's end and the task's would lose its ending
+    signal.signal(signal.SIGTERM, _leave)
     return errand()
+
+
+def _leave(*_: object) -> None:
+    """Ray ends a worker like this when its driver is gone or its node is drained: the run did nothing wrong and is to be resumed."""
+    worker.preempted.set()
+    sys.exit(1)
 
 
 def _lost(cause: str) -> str:

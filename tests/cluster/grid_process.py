@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tiny_grid import STEPS
+from tiny_grid import HELD, HOLD
 
 FOLDER = Path(__file__).parent
 
@@ -26,12 +26,9 @@ class Driver:
             command = [sys.executable, str(FOLDER / "tiny_grid.py"), str(corpus), str(out), *words]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
-    def steps(self) -> dict[str, int]:
-        """Steps by run of the runs that have begun."""
-        found = {}
-        for path in self.out.glob("*/status.json"):
-            found[path.parent.name] = json.loads(path.read_text())["step"]
-        return found
+    def release(self) -> None:
+        """Let the runs go on that ``hold`` stopped."""
+        (self.out / HOLD).unlink()
 
     def wait_for(self, what: str, condition: Callable[[], Any], seconds: float = 420) -> Any:
         """What ``condition`` says once it is true."""
@@ -41,10 +38,14 @@ class Driver:
             time.sleep(0.1)
         return found
 
-    def trained(self) -> dict[int, str]:
-        """Run by process of the runs in training that have a checkpoint, and half of their steps still to do."""
-        steps = self.steps()
-        return {pid: run for pid, run in trainers(self.out).items() if 10 <= steps.get(run, 0) <= STEPS // 2}
+    def held(self) -> dict[int, str]:
+        """Run by process of the runs that stand still in the middle of their training, with a checkpoint behind them."""
+        found = {}
+        for pid, run in trainers(self.out).items():
+            with suppress(FileNotFoundError):
+                if (self.out / run / HELD).read_text() == str(pid):
+                    found[pid] = run
+        return found
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
@@ -55,6 +56,13 @@ class Driver:
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def hold(out: Path) -> Path:
+    """A sweep's folder whose runs stop on their way, until ``Driver.release``."""
+    out.mkdir()
+    (out / HOLD).touch()
+    return out
 
 
 def parents() -> dict[int, int]:

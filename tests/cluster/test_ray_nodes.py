@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from grid_process import Driver, family, trainers
+from grid_process import Driver, family, hold, trainers
 from tiny_grid import results
 
 from moe_lab.sweeps import run
@@ -75,12 +75,13 @@ Results = dict[str, dict[str, Any]]
 
 
 def test_a_node_killed_in_the_middle_costs_nothing_but_time(nodes: Nodes, start: Start, local_results: Results, tmp_path: Path) -> None:
-    driver = start(tmp_path / "out", "ray", f"address={nodes.begin()}")
+    driver = start(hold(tmp_path / "out"), "ray", f"address={nodes.begin()}")
 
     def training() -> list[Any]:
-        return [node for node in nodes.cluster.worker_nodes if nodes.processes(node) & set(driver.trained())]
+        return [node for node in nodes.cluster.worker_nodes if nodes.processes(node) & set(driver.held())]
 
-    nodes.kill(driver.wait_for("a node with a checkpoint", training)[0])
+    nodes.kill(driver.wait_for("a node with a run on its way", training)[0])
+    driver.release()
     assert driver.end() == 0
     assert "outcome 4 0 0" in driver.said()
     assert "resuming from its checkpoint" in driver.said()
@@ -91,14 +92,14 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_head_one_line(
     nodes: Nodes, start: Start, local_results: Results, tmp_path: Path
 ) -> None:
     address = nodes.begin(others=1)
-    command = (tmp_path / "out", "ray", f"address={address}", "seeds=1")
+    command = (hold(tmp_path / "out"), "ray", f"address={address}", "seeds=1")
     driver = start(*command)
-    driver.wait_for("a checkpoint", driver.trained)
+    driver.wait_for("a run on its way", driver.held)
     driver.kill()
     driver.wait_for("the end of the runs' processes", lambda: not trainers(driver.out))
 
     driver = start(*command)
-    driver.wait_for("a run", lambda: trainers(driver.out))
+    driver.wait_for("a run on its way", driver.held)
     nodes.kill(nodes.cluster.head_node)
     assert driver.end() == 2
     last = driver.said().strip().splitlines()[-1]
@@ -106,6 +107,7 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_head_one_line(
     assert last.endswith("s); run the same command again to continue")
 
     nodes.end()
+    driver.release()
     assert nodes.begin(port=int(address.rpartition(":")[2]), others=1) == address
     driver = start(*command)
     assert driver.end() == 0

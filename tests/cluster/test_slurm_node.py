@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from grid_process import Driver
+from grid_process import Driver, hold
 from tiny_grid import results
 
 from moe_lab.errors import RunError
@@ -43,20 +43,21 @@ def job_of(pid: int) -> str:
 def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones(
     controller: None, start: Callable[..., Driver], local_results: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    command = (tmp_path / "out", "slurm", "minutes=9")
+    command = (hold(tmp_path / "out"), "slurm", "minutes=9")
     driver = start(*command)
-    pid, requeued = next(iter(driver.wait_for("a checkpoint", driver.trained).items()))
+    pid, requeued = next(iter(driver.wait_for("a run on its way", driver.held).items()))
     subprocess.run(["scontrol", "requeue", job_of(pid)], check=True)
 
     def another() -> dict[int, str]:
-        return {pid: run for pid, run in driver.trained().items() if run != requeued}
+        return {pid: run for pid, run in driver.held().items() if run != requeued}
 
-    pid, cancelled = next(iter(driver.wait_for("another checkpoint", another).items()))
+    pid, cancelled = next(iter(driver.wait_for("another run on its way", another).items()))
     subprocess.run(["scancel", job_of(pid)], check=True)
     driver.wait_for("the cancelled job's end", lambda: "ended as CANCELLED; resuming from its checkpoint" in driver.said())
     driver.kill()
-    assert cancelled not in results(driver.out)
+    assert not results(driver.out), f"{cancelled} and the others were on their way"
 
+    driver.release()
     driver = start(*command)
     assert driver.end() == 0
     assert "outcome 4 0 0" in driver.said()

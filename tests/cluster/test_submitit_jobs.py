@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grid_process import Driver, trainers
+from grid_process import Driver, hold, trainers
 from tiny_grid import results
 
 pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
@@ -19,9 +19,9 @@ Results = dict[str, dict[str, Any]]
 def test_taken_away_cancelled_and_orphaned_runs_end_as_undisturbed_ones(
     start: Callable[..., Driver], local_results: Results, tmp_path: Path
 ) -> None:
-    command = (tmp_path / "out", "slurm", "cluster=local", "seeds=1", "workers=2")
+    command = (hold(tmp_path / "out"), "slurm", "cluster=local", "seeds=1", "workers=2")
     driver = start(*command)
-    pid, taken = next(iter(driver.wait_for("a checkpoint", driver.trained).items()))
+    pid, taken = next(iter(driver.wait_for("a run on its way", driver.held).items()))
     os.kill(pid, signal.SIGUSR2)  # what submitit asks SLURM to send before it takes a node away
     driver.wait_for("the run in another process", lambda: taken in {run for other, run in trainers(driver.out).items() if other != pid})
     assert "again" not in driver.said(), "the job came back by itself"
@@ -31,8 +31,9 @@ def test_taken_away_cancelled_and_orphaned_runs_end_as_undisturbed_ones(
     assert not trainers(driver.out), "cancelled jobs leave no process"
 
     driver = start(*command)
-    orphans = driver.wait_for("both runs", lambda: len(found := trainers(driver.out)) == 2 and found)
+    orphans = driver.wait_for("both runs on their way", lambda: len(found := driver.held()) == 2 and found)
     driver.kill()
+    driver.release()
     driver = start(*command)
     while driver.process.poll() is None:
         now = trainers(driver.out)

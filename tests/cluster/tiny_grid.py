@@ -1,11 +1,15 @@
 """A small real grid as a process: ``python tiny_grid.py CORPUS OUT LAUNCHER [key=value ...]``, to begin and to continue.
 
 Decoders of two ratios, of a few seconds each, trained on the bytes of a folder of text. ``steps=``, ``seeds=`` and ``workers=`` are the
-grid's, other pairs the launcher's.
+grid's, other pairs the launcher's. A run stands still at step ``HELD_AT`` while the file ``HOLD`` lies beside it, so that what a test does
+to it happens in the middle of its training, however slow the machine is.
 """
 
 import json
+import os
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,16 @@ from moe_lab.text import TextConfig
 from moe_lab.training import RunConfig
 
 STEP_TOKENS = 4 * 32
-STEPS = 300
+STEPS = 100
 VOLATILE = ("seconds", "tokens_per_second")
 """Of a result: what depends on the clock."""
+TRAINER = "tiny_grid:train"
+HOLD = "hold"
+HELD = "held"
+"""In a run's folder: the process that stands still."""
+HELD_AT = 20
+HOLD_SECONDS = 600
+"""At most, for runs that a failed test leaves behind."""
 
 
 def write_corpus(folder: Path) -> Path:
@@ -46,12 +57,39 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
     return {name: {key: value for key, value in values.items() if key not in VOLATILE} for name, values in found.items()}
 
 
+class Hold:
+    """A logger that waits: the run goes on with the numbers it would have had."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.deadline = folder, time.monotonic() + HOLD_SECONDS
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        while step >= HELD_AT and (self.folder.parent / HOLD).exists() and time.monotonic() < self.deadline:
+            (self.folder / HELD).write_text(str(os.getpid()))
+            time.sleep(0.05)
+        (self.folder / HELD).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        (self.folder / HELD).unlink(missing_ok=True)
+
+
+def train(values: dict[str, Any], folder: Path) -> None:
+    """As ``launchers.train_run``, held on request."""
+    import torch
+
+    from moe_lab import training
+
+    torch.set_num_threads(1)
+    training.train(RunConfig.from_dict(values), folder, loggers=[Hold(folder)])
+
+
 def main(corpus: str, out: str, launcher: str, *pairs: str) -> int:
     """As ``moe-lab sweep run``, without its report."""
     options = dict(pair.split("=", 1) for pair in pairs)
     steps, seeds, workers = (int(options.pop(name, default)) for name, default in (("steps", STEPS), ("seeds", 2), ("workers", 0)))
     try:
-        outcome = run(tiny_grid(Path(corpus), steps, seeds), Path(out), workers or None, launcher=launcher, launcher_options=options)
+        grid = tiny_grid(Path(corpus), steps, seeds)
+        outcome = run(grid, Path(out), workers or None, launcher=launcher, launcher_options=options, trainer=TRAINER)
     except MoELabError as error:
         print(f"moe-lab: {error}", file=sys.stderr)
         return 2
