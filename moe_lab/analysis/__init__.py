@@ -4,17 +4,25 @@ Every function takes an opened ``Trace`` (or several), returns a frame with docu
 says what each measure may and may not claim. All of them read a trace a few files at a time.
 """
 
+from typing import TYPE_CHECKING
+
 from moe_lab.analysis.certainty import router_entropy, zero_compute
 from moe_lab.analysis.classes import class_profile
 from moe_lab.analysis.coactivation import coactivation, coactivation_order
 from moe_lab.analysis.compare import compare, load_shift
-from moe_lab.analysis.difficulty import difficulty_association, marginal_gain
+from moe_lab.analysis.difficulty import difficulty_association
 from moe_lab.analysis.load import expert_load, load_over_windows, load_summary
 from moe_lab.analysis.repetition import repetition
 from moe_lab.analysis.saturation import saturation
 from moe_lab.analysis.specialisation import domain_divergence, domain_specialisation, expert_vocabulary, vocabulary_specialisation
 from moe_lab.analysis.spread import ffn_spread
 from moe_lab.analysis.transitions import transitions
+from moe_lab.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from moe_lab.analysis.difficulty.gain import marginal_gain
+
+__getattr__ = on_first_use(__name__, {"difficulty.gain": ("marginal_gain",)})  # torch
 
 specialisation = domain_specialisation
 

@@ -34,7 +34,10 @@ def percentile_interval(
         shape = statistic(np.ones((1, documents))).shape[1:]
         return np.full(shape, np.nan), np.full(shape, np.nan)
     samples = np.concatenate([statistic(weights) for weights in document_weights(documents, resamples, seed)])
-    undefined = np.isnan(samples).all(axis=0)
+    missing = np.isnan(samples)
+    undefined = missing.all(axis=0)
     samples[:, undefined] = 0
-    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    # numpy's nanquantile goes through a Python loop over all cells.
+    quantile = np.nanquantile if (missing.any(axis=0) & ~undefined).any() else np.quantile
+    low, high = quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.where(undefined, np.nan, low), np.where(undefined, np.nan, high)

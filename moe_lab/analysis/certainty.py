@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy import stats
 
 from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.documents import RESAMPLES, Documents, Resampling, documents, nulls, over, ratio_interval, unit_sums
@@ -85,7 +84,7 @@ def _zero_row(trace: Trace, layer: LayerMeta, docs: Documents, resampling: Resam
         | {"compute_intensity": intensity, "at_zero": float(over(np.array(at_zero), np.array(tokens)))}
         | {"at_full": float(over(np.array(at_full), np.array(tokens)))}
         | {"polarisation": polar, "polarisation_lo": polar_low, "polarisation_hi": polar_high}
-        | {"binomial": float(stats.binom.pmf([0, layer.top_k], layer.top_k, intensity).sum()) if tokens else np.nan}
+        | {"binomial": (1 - intensity) ** layer.top_k + intensity**layer.top_k if tokens else np.nan}
     )
 
 

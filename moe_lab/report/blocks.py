@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from moe_lab.report.canvas import Canvas
 from moe_lab.report.format import NOTHING, decimal, whole
 from moe_lab.report.sources import NamedTrace
 
@@ -22,8 +23,12 @@ class Variant:
     """One figure of a plot. Below ``min_width`` pixels it scrolls sideways instead of shrinking."""
 
     name: str
-    figure: go.Figure
+    canvas: Canvas
     min_width: int = 0
+
+    @property
+    def figure(self) -> go.Figure:
+        return self.canvas.figure()
 
 
 @dataclass(frozen=True)

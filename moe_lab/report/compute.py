@@ -74,7 +74,7 @@ def _spread_block(traces: list[NamedTrace]) -> Block:
         "varies as much. Only a spread beyond it, and a difference between kinds of tokens (next figure), speak for a choice. "
         "Below: mean and target K_e; every token counted, so without interval."
     )
-    variants = tuple(Variant(named.label, figures.ffn_spread(frame)) for named, frame in zip(traces, frames, strict=True))
+    variants = tuple(Variant(named.label, figures.ffn_spread.canvas(frame)) for named, frame in zip(traces, frames, strict=True))
     return Block("ffn_spread", caption, (Plot(summary, variants),), data, table_of(data))
 
 
@@ -91,7 +91,7 @@ def _profile_block(traces: list[NamedTrace]) -> Block | None:
             if frame["class"].n_unique() < 2:  # nothing to compare
                 continue
             summary = summary or _extremes(frame, words, named.label)
-            variants.append(Variant(f"{words}, {named.label}", figures.class_profile(frame)))
+            variants.append(Variant(f"{words}, {named.label}", figures.class_profile.canvas(frame)))
             frames.append(frame.select(pl.lit(named.label).alias("run"), pl.lit(column).alias("column"), pl.all()))
     if not frames:
         return None

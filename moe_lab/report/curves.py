@@ -49,7 +49,7 @@ def frontier_block(material: Material) -> Block | None:
     if meanings:
         caption += f" The ratio is: {meanings}."
     data = runs.select("label", "arm", "ratio", "ratio_meaning", "seed", "loss", "total_params", "active_params", "train_tokens")
-    plot = Plot(summary, (Variant("", figures.frontier(runs)),))
+    plot = Plot(summary, (Variant("", figures.frontier.canvas(runs)),))
     return Block("frontier", caption, (plot,), data, table_of(means, 4))
 
 
@@ -69,7 +69,9 @@ def training_block(material: Material) -> Block | None:
         ends = final[name].drop_nulls()
         summary = f"{CURVES[name]} over training tokens, {runs}, ending between {ends.min():.4g} and {ends.max():.4g}."
         log = name == "grad_norm" and bool((metrics[name].drop_nulls() > 0).all())
-        plots.append(Plot(summary, (Variant("", figures.training_curves(metrics, name, title=CURVES[name], log=log, points=points)),)))
+        plots.append(
+            Plot(summary, (Variant("", figures.training_curves.canvas(metrics, name, title=CURVES[name], log=log, points=points)),))
+        )
     styles = {group: figures.line_style(index) for index, group in enumerate(metrics["group"].unique(maintain_order=True))}
     caption = (
         f"n = {runs}; one line is one run: logged steps as they were, no smoothing and no interval, at most {points} points drawn. "

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from moe_lab.report.canvas import figure, need, plain
+from moe_lab.report.canvas import Canvas, drawn, need, plain
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 MAX_SERIES = 8
 """More series than colours cannot be told apart; the first ones are drawn."""
 
 
-def saturation(frame: pl.DataFrame, *, choice: str = "top-k") -> go.Figure:
+@drawn
+def saturation(frame: pl.DataFrame, *, choice: str = "top-k") -> Canvas:
     """Overlap with the last checkpoint, a series per checkpoint; the dotted lines are chance and chance by load.
 
     Args:
@@ -33,7 +31,8 @@ def saturation(frame: pl.DataFrame, *, choice: str = "top-k") -> go.Figure:
     return _chance(made, last, {"chance": "chance, even", "chance_by_load": "chance, by load"})
 
 
-def repetition(frame: pl.DataFrame, *, choice: str = "first") -> go.Figure:
+@drawn
+def repetition(frame: pl.DataFrame, *, choice: str = "first") -> Canvas:
     """How often a token repeats its predecessor's experts, with chance.
 
     Args:
@@ -48,7 +47,8 @@ def repetition(frame: pl.DataFrame, *, choice: str = "first") -> go.Figure:
     return _chance(made, rows, {"chance": "chance, even", "chance_by_load": "chance, by load"})
 
 
-def router_entropy(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def router_entropy(frame: pl.DataFrame) -> Canvas:
     """Mean router entropy per layer; the dotted line is that of even scores.
 
     Args:
@@ -59,7 +59,8 @@ def router_entropy(frame: pl.DataFrame) -> go.Figure:
     return _chance(made, frame, {"entropy_max": "even scores"})
 
 
-def zero_compute(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def zero_compute(frame: pl.DataFrame) -> Canvas:
     """Share of slots of zero-compute experts, and polarisation beside what independent slots would give.
 
     Args:
@@ -72,7 +73,8 @@ def zero_compute(frame: pl.DataFrame) -> go.Figure:
     return _chance(made, frame, {"binomial": "polarisation of independent slots"})
 
 
-def vocabulary_specialisation(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def vocabulary_specialisation(frame: pl.DataFrame) -> Canvas:
     """How far each layer is a lookup of the token id; the dotted line is what a layer blind to it would show.
 
     Args:
@@ -85,7 +87,8 @@ def vocabulary_specialisation(frame: pl.DataFrame) -> go.Figure:
     return _chance(made, first, {"load_bound": "blind to the id"})
 
 
-def domain_divergence(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def domain_divergence(frame: pl.DataFrame) -> Canvas:
     """Jensen-Shannon divergence of every two domains over depth (the widest pairs, where there are many).
 
     Args:
@@ -101,7 +104,8 @@ def domain_divergence(frame: pl.DataFrame) -> go.Figure:
     return _chance(made, shuffled, {"shuffled": "documents shuffled, mean of pairs"})
 
 
-def compare(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def compare(frame: pl.DataFrame) -> Canvas:
     """Change between two traces over depth: divergence of the loads and, on shared tokens, overlap of the choices.
 
     Args:
@@ -114,7 +118,8 @@ def compare(frame: pl.DataFrame) -> go.Figure:
     return _chance(made, frame, {"overlap_chance": "overlap by load alone"})
 
 
-def load_over_windows(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def load_over_windows(frame: pl.DataFrame) -> Canvas:
     """Balancedness (mean / max load) of consecutive windows, a series per layer (evenly spaced layers where there are many).
 
     Args:
@@ -128,8 +133,8 @@ def load_over_windows(frame: pl.DataFrame) -> go.Figure:
     return made.update_xaxes(title_text="window")
 
 
-def _lines(frame: pl.DataFrame, value: str, ends: tuple[str, str] | None, group: str | None, title: str, *, x: str = "layer") -> go.Figure:
-    made = figure()
+def _lines(frame: pl.DataFrame, value: str, ends: tuple[str, str] | None, group: str | None, title: str, *, x: str = "layer") -> Canvas:
+    made = Canvas()
     parts: Sequence[tuple[Any, pl.DataFrame]] = (
         [("measured", frame)] if group is None else [(key[0], part) for key, part in frame.group_by(group, maintain_order=True)]
     )
@@ -158,7 +163,7 @@ def _bars(part: pl.DataFrame, value: str, ends: tuple[str, str] | None, colour: 
     return {"type": "data", "symmetric": False, "array": up.to_list(), "arrayminus": down.to_list(), "thickness": 1.5, "color": colour}
 
 
-def _chance(made: go.Figure, frame: pl.DataFrame, columns: dict[str, str]) -> go.Figure:
+def _chance(made: Canvas, frame: pl.DataFrame, columns: dict[str, str]) -> Canvas:
     for index, (column, name) in enumerate(columns.items()):
         if frame[column].null_count() == frame.height:
             continue

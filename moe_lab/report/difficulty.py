@@ -91,13 +91,17 @@ def _map_block(association: pl.DataFrame) -> Block:
     )
     summary = f"Correlation of compute with difficulty within token ids by layer and alignment: {reach}."
     return Block(
-        "difficulty_map", caption, (Plot(summary, (Variant("map", figures.difficulty_map(association)),)),), association, table_of(shown)
+        "difficulty_map",
+        caption,
+        (Plot(summary, (Variant("map", figures.difficulty_map.canvas(association)),)),),
+        association,
+        table_of(shown),
     )
 
 
 def _curve_block(curves: pl.DataFrame) -> Block:
     variants = tuple(
-        Variant(f"layer {layer}, {figures.ALIGN_LABELS[str(align)]}", figures.difficulty_curves(part))
+        Variant(f"layer {layer}, {figures.ALIGN_LABELS[str(align)]}", figures.difficulty_curves.canvas(part))
         for (layer, align), part in curves.group_by("layer", "align", maintain_order=True)
     )
     caption = (
@@ -121,7 +125,9 @@ def _gain_block(gains: pl.DataFrame) -> Block:
     summary = (
         f"Marginal gain from {decimal(groups['gain'][0], 4)} to {decimal(groups['gain'][-1], 4)} nats per expert by tenth of ffn_count."
     )
-    return Block("marginal_gain", caption, (Plot(summary, (Variant("gain", figures.marginal_gain(groups)),)),), groups, table_of(groups, 4))
+    return Block(
+        "marginal_gain", caption, (Plot(summary, (Variant("gain", figures.marginal_gain.canvas(groups)),)),), groups, table_of(groups, 4)
+    )
 
 
 def _regret(gain: pl.DataFrame, regret: pl.DataFrame) -> str:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import polars as pl
 
-from moe_lab.report.theme import SERIES, SYMBOLS, template
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from moe_lab.report.canvas import Canvas, drawn
+from moe_lab.report.theme import SERIES, SYMBOLS
 
 ALIGN_LABELS = {"input": "token that goes in", "target": "token to be predicted"}
 GAIN_GROUPS = 10
 
 
-def difficulty_map(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def difficulty_map(frame: pl.DataFrame) -> Canvas:
     """Layer x alignment: rank correlation of ffn_count with difficulty within token ids.
 
     Args:
         frame: columns layer, align, rho_token, rho_token_lo, rho_token_hi, rho_raw, verdict, as ``difficulty_association``.
     """
-    import plotly.graph_objects as go
-
     layers = frame["layer"].unique().sort().to_list()
     aligns = [align for align in ALIGN_LABELS if align in frame["align"].to_list()]
     rows = {(row["layer"], row["align"]): row for row in frame.to_dicts()}
@@ -32,7 +27,7 @@ def difficulty_map(frame: pl.DataFrame) -> go.Figure:
     hover = [[f"{rows[layer, align]['verdict']}; raw {_number(rows[layer, align]['rho_raw'])}" for align in aligns] for layer in layers]
     known = [abs(value) for row in values for value in row if value is not None]
     reach = max([0.05, *known])
-    figure = go.Figure(layout={"template": template("light")})
+    figure = Canvas()
     figure.add_heatmap(
         x=[ALIGN_LABELS[align] for align in aligns],
         y=[str(layer) for layer in layers],
@@ -62,15 +57,14 @@ def _number(value: float | None) -> str:
     return "\u2013" if value is None else f"{value:+.3f}".replace("-", "\u2212")
 
 
-def difficulty_curves(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def difficulty_curves(frame: pl.DataFrame) -> Canvas:
     """Mean ffn_count by tenth of difficulty: raw, and within token ids.
 
     Args:
         frame: one layer and alignment of ``analysis.difficulty.difficulty_curves``.
     """
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout={"template": template("light")})
+    figure = Canvas()
     frame = frame.sort("decile")
     for index, (value, low, high, name) in enumerate(
         (("mean", "lo", "hi", "tenths of difficulty"), ("within", "within_lo", "within_hi", "tenths of difficulty for the token's id"))
@@ -95,15 +89,14 @@ def difficulty_curves(frame: pl.DataFrame) -> go.Figure:
     return figure.update_layout(height=360)
 
 
-def marginal_gain(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def marginal_gain(frame: pl.DataFrame) -> Canvas:
     """Mean marginal gain by tenth of ffn_count.
 
     Args:
         frame: columns ffn_count (mean of the group), gain, lo, hi, as ``gain_groups``.
     """
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout={"template": template("light")})
+    figure = Canvas()
     figure.add_scatter(
         x=frame["ffn_count"].to_list(),
         y=frame["gain"].to_list(),

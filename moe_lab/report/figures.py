@@ -7,15 +7,14 @@ that came from data, because plotly reads tags in labels. ``plotly`` is imported
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.report.canvas import figure as _figure
-from moe_lab.report.canvas import need as _need
-from moe_lab.report.canvas import plain
+from moe_lab.report.canvas import Canvas, drawn, need, plain
 from moe_lab.report.depth import (
     compare,
     domain_divergence,
@@ -29,11 +28,8 @@ from moe_lab.report.depth import (
 from moe_lab.report.difficulty_figures import difficulty_curves, difficulty_map, marginal_gain  # noqa: F401
 from moe_lab.report.intervals import seed_intervals
 from moe_lab.report.maps import coactivation, domain_specialisation, load_shift, transitions
-from moe_lab.report.theme import DASHES, DEAD, SERIES, SYMBOLS, template
+from moe_lab.report.theme import DASHES, DEAD, SERIES, SYMBOLS
 from moe_lab.report.wall_figures import wall_compute, wall_elasticity, wall_frontier, wall_gain, wall_loss, wall_power  # noqa: F401
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 __all__ = [
     "class_profile",
@@ -62,15 +58,16 @@ MAX_LOG2_LOAD = 4
 """The load scale ends at 16 times the fair share and at a 16th of it; what lies beyond takes the colour of the end."""
 
 
-def frontier(frame: pl.DataFrame, *, level: float = 0.95) -> go.Figure:
+@drawn
+def frontier(frame: pl.DataFrame, *, level: float = 0.95) -> Canvas:
     """Validation loss against the total:active ratio, one series per arm.
 
     Args:
         frame: one row per run with columns arm (text), ratio (null for a run without experts), seed, loss in nats/token.
         level: coverage of the t-intervals over seeds, drawn where a ratio has at least two seeds.
     """
-    _need(frame, "arm", "ratio", "seed", "loss")
-    figure = _figure()
+    need(frame, "arm", "ratio", "seed", "loss")
+    figure = Canvas()
     intervals = seed_intervals(frame, level=level)
     for index, arm in enumerate(arms(frame)):
         style = {"color": SERIES[index % len(SERIES)], "symbol": SYMBOLS[index % len(SYMBOLS)]}
@@ -110,25 +107,22 @@ def frontier(frame: pl.DataFrame, *, level: float = 0.95) -> go.Figure:
     return figure.update_layout(height=420, hovermode="closest")
 
 
-def expert_load(frame: pl.DataFrame, *, order: str = "id") -> go.Figure:
+@drawn
+def expert_load(frame: pl.DataFrame, *, order: str = "id") -> Canvas:
     """Layer x expert heatmap of load, where 1 is the fair share; zero-compute experts in a panel of their own.
 
     Args:
         frame: one row per layer and expert with columns layer, expert, is_zero, load (fair share = 1), as ``analysis.expert_load``.
         order: "id" keeps the experts' ids; "load" sorts each layer by load, which shows the shape where there are hundreds.
     """
-    _need(frame, "layer", "expert", "is_zero", "load")
+    need(frame, "layer", "expert", "is_zero", "load")
     if order not in ("id", "load"):
         raise AnalysisError(expected("order to be 'id' or 'load'", repr(order)))
-    from plotly.subplots import make_subplots
-
     layers = frame["layer"].unique().sort()
     panels = [panel for zero in (False, True) if (panel := frame.filter(pl.col("is_zero") == zero)).height]
     widths = [_columns(panel) for panel in panels]
     shares = [max(width / sum(widths), 0.12) for width in widths]
-    figure = make_subplots(
-        rows=1, cols=len(panels), shared_yaxes=True, column_widths=[share / sum(shares) for share in shares], horizontal_spacing=0.03
-    ).update_layout(template=template("light"))
+    figure = Canvas([share / sum(shares) for share in shares], gap=0.03)
     for column, panel in enumerate(panels, start=1):
         _load_panel(figure, panel, layers, order, column)
     reach = _log2_reach(frame["load"])
@@ -139,21 +133,22 @@ def expert_load(frame: pl.DataFrame, *, order: str = "id") -> go.Figure:
     bar |= {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "len": 260, "lenmode": "pixels"}
     rows = np.unique(np.linspace(0, layers.len() - 1, min(layers.len(), 24)).round().astype(int)).tolist()
     figure.update_yaxes(type="category", autorange="reversed", tickvals=[str(layers[row]) for row in rows], showgrid=False)
-    figure.update_yaxes(title_text="layer", col=1)
+    figure.update_yaxes(title_text="layer", panel=1)
     figure.update_xaxes(showgrid=False)
     height = 190 + int(np.clip(layers.len() * 26, 90, 760))
     return figure.update_layout(height=height, coloraxis={"cmin": -reach, "cmax": reach, "colorbar": bar})
 
 
-def class_profile(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def class_profile(frame: pl.DataFrame) -> Canvas:
     """Mean ffn_count per token class with its interval; the layers behind it as small dots.
 
     Args:
         frame: columns layer (null = mean over layers), class, n_tokens, n_docs, mean, lo, hi, as ``analysis.class_profile``; adjusted,
             adjusted_lo, adjusted_hi are drawn where they are there.
     """
-    _need(frame, "layer", "class", "n_tokens", "n_docs", "mean", "lo", "hi")
-    figure = _figure()
+    need(frame, "layer", "class", "n_tokens", "n_docs", "mean", "lo", "hi")
+    figure = Canvas()
     total = frame.filter(pl.col("layer").is_null()).sort("mean")
     place = {name: float(index) for index, name in enumerate(total["class"])}
     layers = frame.filter(pl.col("layer").is_not_null() & pl.col("class").is_in(list(place)))
@@ -180,7 +175,7 @@ def class_profile(frame: pl.DataFrame) -> go.Figure:
     return figure.update_layout(height=130 + (42 if adjusted else 30) * max(total.height, 2))
 
 
-def _profile_series(figure: go.Figure, total: pl.DataFrame, mean: str, lo: str, hi: str, *, shift: float, name: str, series: int) -> None:
+def _profile_series(figure: Canvas, total: pl.DataFrame, mean: str, lo: str, hi: str, *, shift: float, name: str, series: int) -> None:
     bars = {"array": (total[hi] - total[mean]).to_list(), "arrayminus": (total[mean] - total[lo]).to_list()}
     figure.add_scatter(
         x=total[mean].to_list(),
@@ -195,20 +190,19 @@ def _profile_series(figure: go.Figure, total: pl.DataFrame, mean: str, lo: str, 
     )
 
 
-def ffn_spread(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def ffn_spread(frame: pl.DataFrame) -> Canvas:
     """Standard deviation of ffn_count over tokens, per layer, beside those that routers without a look at the token would give.
 
     Args:
         frame: columns layer, mean, sd, hypergeometric_sd as ``analysis.ffn_spread``; sd_lo, sd_hi (interval of sd), independent_sd and
             target (of the mean) are drawn where they are there and not null.
     """
-    _need(frame, "layer", "mean", "sd", "hypergeometric_sd")
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09).update_layout(template=template("light"))
+    need(frame, "layer", "mean", "sd", "hypergeometric_sd")
+    figure = Canvas((0.5, 0.5), stacked=True, gap=0.09)
     frame = frame.sort("layer")
     layers = [str(layer) for layer in frame["layer"]]
-    for column, name, row, marker in _SPREAD_SERIES:
+    for column, name, panel, marker in _SPREAD_SERIES:
         if column not in frame.columns or frame[column].null_count() == frame.height:
             continue
         figure.add_scatter(
@@ -220,12 +214,11 @@ def ffn_spread(frame: pl.DataFrame) -> go.Figure:
             marker=marker,
             hovertemplate=f"layer %{{x}}: {name} %{{y:.3f}}<extra></extra>",
             showlegend=column != "mean",
-            row=row,
-            col=1,
+            panel=panel,
         )
-    figure.update_xaxes(type="category", title_text="layer", row=2)
-    figure.update_yaxes(title_text="sd of ffn_count", rangemode="tozero", row=1)
-    figure.update_yaxes(title_text="mean ffn_count", row=2)
+    figure.update_xaxes(type="category", title_text="layer", panel=2)
+    figure.update_yaxes(title_text="sd of ffn_count", rangemode="tozero", panel=1)
+    figure.update_yaxes(title_text="mean ffn_count", panel=2)
     return figure.update_layout(height=470)
 
 
@@ -250,9 +243,8 @@ _SPREAD_SERIES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
 )
 
 
-def training_curves(
-    frame: pl.DataFrame, metric: str, *, title: str | None = None, log: bool = False, points: int = MAX_POINTS
-) -> go.Figure:
+@drawn
+def training_curves(frame: pl.DataFrame, metric: str, *, title: str | None = None, log: bool = False, points: int = MAX_POINTS) -> Canvas:
     """One metric over the training tokens, one line per run, runs of one group in one colour and dash.
 
     Args:
@@ -262,15 +254,16 @@ def training_curves(
         log: draw the metric on a log scale.
         points: the most points of one line.
     """
-    _need(frame, "run", "group", "tokens", metric)
-    figure = _figure()
+    need(frame, "run", "group", "tokens", metric)
+    figure = Canvas()
     groups = {group: index for index, group in enumerate(frame["group"].unique(maintain_order=True))}
     for (group, run), rows in frame.drop_nulls(metric).group_by("group", "run", maintain_order=True):
         index = groups[str(group)]
-        rows = thin(rows.sort("tokens"), points)
+        tokens, values = (rows[column].to_numpy().astype(np.float32) for column in ("tokens", metric))
+        shown = np.argsort(rows["tokens"].to_numpy(), kind="stable")[evenly(rows.height, points)]
         figure.add_scatter(
-            x=rows["tokens"].cast(pl.Float32).to_numpy(),
-            y=rows[metric].cast(pl.Float32).to_numpy(),
+            x=tokens[shown],
+            y=values[shown],
             mode="lines",
             line=line_style(index),
             name=plain(run),
@@ -297,11 +290,9 @@ def arms(frame: pl.DataFrame) -> list[str]:
     return counts["arm"].to_list()
 
 
-def thin(frame: pl.DataFrame, points: int) -> pl.DataFrame:
-    """At most ``points`` evenly spaced rows, the first and the last among them."""
-    if frame.height <= points:
-        return frame
-    return frame[np.linspace(0, frame.height - 1, points).round().astype(int).tolist()]
+def evenly(count: int, points: int) -> NDArray[np.int64]:
+    """At most ``points`` evenly spaced numbers below ``count``, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, points)).round().astype(np.int64)
 
 
 def _powers_of_two(ratios: pl.Series) -> list[float]:
@@ -324,7 +315,7 @@ def _columns(panel: pl.DataFrame) -> int:
     return int(panel["expert"].max() - panel["expert"].min() + 1)  # type: ignore[operator]
 
 
-def _load_panel(figure: go.Figure, panel: pl.DataFrame, layers: pl.Series, order: str, column: int) -> None:
+def _load_panel(figure: Canvas, panel: pl.DataFrame, layers: pl.Series, order: str, column: int) -> None:
     """Draw one panel: the load in log2 on the shared colour axis, and dead experts over it in a colour outside that scale."""
     first, width = int(panel["expert"].min()), _columns(panel)  # type: ignore[arg-type]
     load = np.full((layers.len(), width), np.nan, dtype=np.float32)
@@ -341,10 +332,10 @@ def _load_panel(figure: go.Figure, panel: pl.DataFrame, layers: pl.Series, order
     columns = list(range(1, width + 1)) if order == "load" else list(range(first, first + width))
     common: dict[str, Any] = {"x": columns, "y": [str(layer) for layer in layers], "xgap": gap, "ygap": gap}
     hover = f"layer %{{y}}, {kind} {where}<br>%{{customdata:.3f}} \u00d7 fair share<extra></extra>"
-    figure.add_heatmap(z=shade, customdata=load, coloraxis="coloraxis", hovertemplate=hover, **common, row=1, col=column)
+    figure.add_heatmap(z=shade, customdata=load, coloraxis="coloraxis", hovertemplate=hover, **common, panel=column)
     if (load == 0).any():
         scale = [[0, "rgba(0,0,0,0)"], [1, DEAD]]
         dead = (load == 0).astype(np.uint8)
-        figure.add_heatmap(z=dead, zmin=0, zmax=1, colorscale=scale, showscale=False, hoverinfo="skip", **common, row=1, col=column)
+        figure.add_heatmap(z=dead, zmin=0, zmax=1, colorscale=scale, showscale=False, hoverinfo="skip", **common, panel=column)
     title = "zero" if zero else "expert"
-    figure.update_xaxes(title_text=title + (", sorted by load" if order == "load" and not zero else ""), col=column)
+    figure.update_xaxes(title_text=title + (", sorted by load" if order == "load" and not zero else ""), panel=column)

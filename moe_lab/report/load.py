@@ -62,9 +62,9 @@ def _variants(named: NamedTrace, frame: pl.DataFrame, room: int) -> list[Variant
     """By expert id, and sorted where there are many experts and ``room`` for a second map."""
     width = max(_width(named, layer.layer) for layer in named.trace.meta.layers)
     min_width = PIXELS * width + 80 if width > 128 else 0
-    variants = [Variant(named.label, figures.expert_load(frame), min_width)]
+    variants = [Variant(named.label, figures.expert_load.canvas(frame), min_width)]
     if width > SORT_ABOVE and room > 1:
-        variants.append(Variant(f"{named.label}, sorted by load", figures.expert_load(frame, order="load"), min_width))
+        variants.append(Variant(f"{named.label}, sorted by load", figures.expert_load.canvas(frame, order="load"), min_width))
     return variants
 
 

@@ -6,18 +6,14 @@ sum of their counts over the sum of what was expected.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.report.canvas import need
-from moe_lab.report.theme import template
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from moe_lab.report.canvas import Canvas, drawn, need
 
 BINS = 128
 """Most rows and columns of a map of pairs."""
@@ -25,7 +21,8 @@ REACH = 3
 """The scale ends at 8 times the even value and at an 8th of it; what lies beyond takes the colour of the end."""
 
 
-def domain_specialisation(frame: pl.DataFrame, *, domain: object = None) -> go.Figure:
+@drawn
+def domain_specialisation(frame: pl.DataFrame, *, domain: object = None) -> Canvas:
     """Layer x expert map of one domain: its share of tokens over that of all domains.
 
     Args:
@@ -40,7 +37,8 @@ def domain_specialisation(frame: pl.DataFrame, *, domain: object = None) -> go.F
     return _layer_map(rows, rows["specialisation"] / rows["at_random"], "domain's share ÷ overall share")
 
 
-def load_shift(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def load_shift(frame: pl.DataFrame) -> Canvas:
     """Layer x expert map of how an expert's share of the slots changed, as a ratio.
 
     Args:
@@ -50,7 +48,8 @@ def load_shift(frame: pl.DataFrame) -> go.Figure:
     return _layer_map(frame, frame["share_b"] / frame["share_a"], "share after ÷ share before")
 
 
-def coactivation(frame: pl.DataFrame, *, layer: int | None = None, order: pl.DataFrame | None = None, bins: int = BINS) -> go.Figure:
+@drawn
+def coactivation(frame: pl.DataFrame, *, layer: int | None = None, order: pl.DataFrame | None = None, bins: int = BINS) -> Canvas:
     """Expert x expert map of one layer: pairs that ran together over what the two loads alone would give.
 
     Args:
@@ -74,7 +73,8 @@ def coactivation(frame: pl.DataFrame, *, layer: int | None = None, order: pl.Dat
     return _pair_map(count, even, names, names, bins, "expert", "expert")
 
 
-def transitions(frame: pl.DataFrame, *, layers: tuple[int, int] | None = None, bins: int = BINS) -> go.Figure:
+@drawn
+def transitions(frame: pl.DataFrame, *, layers: tuple[int, int] | None = None, bins: int = BINS) -> Canvas:
     """Expert x expert map from one layer to another: tokens that ran both over what independent layers would give.
 
     Args:
@@ -99,7 +99,7 @@ def _square(rows: pl.DataFrame, column: str, place: NDArray[np.int64], experts: 
     return table
 
 
-def _pair_map(count: NDArray, even: NDArray, rows: NDArray, columns: NDArray, bins: int, x_title: str, y_title: str) -> go.Figure:
+def _pair_map(count: NDArray, even: NDArray, rows: NDArray, columns: NDArray, bins: int, x_title: str, y_title: str) -> Canvas:
     """A map of count / even; ``rows`` and ``columns`` are the experts in drawn order."""
     edges = [np.unique(np.linspace(0, size, min(size, bins) + 1).round().astype(int)) for size in count.shape]
     count, even = (np.add.reduceat(np.add.reduceat(table, edges[0][:-1], 0), edges[1][:-1], 1) for table in (count, even))
@@ -118,7 +118,7 @@ def _names(order: NDArray, edges: NDArray) -> list[str]:
     return [str(order[start]) + (f" +{size - 1}" if size > 1 else "") for start, size in zip(edges[:-1], sizes, strict=True)]
 
 
-def _layer_map(rows: pl.DataFrame, ratio: pl.Series, title: str) -> go.Figure:
+def _layer_map(rows: pl.DataFrame, ratio: pl.Series, title: str) -> Canvas:
     layers = rows["layer"].unique().sort()
     table = np.full((layers.len(), int(rows["expert"].max()) + 1), np.nan)  # type: ignore[arg-type]
     places = {layer: index for index, layer in enumerate(layers)}
@@ -131,12 +131,10 @@ def _layer_map(rows: pl.DataFrame, ratio: pl.Series, title: str) -> go.Figure:
     return made.update_layout(height=190 + int(np.clip(layers.len() * 26, 90, 760)))
 
 
-def _map(ratio: NDArray, x: list[Any], y: list[Any], hover: str, title: str = "times the even value") -> go.Figure:
+def _map(ratio: NDArray, x: list[Any], y: list[Any], hover: str, title: str = "times the even value") -> Canvas:
     with np.errstate(divide="ignore", invalid="ignore"):
         shade = np.clip(np.log2(ratio), -REACH - 1, REACH + 1).astype(np.float32)
-    from plotly.subplots import make_subplots
-
-    made = make_subplots(rows=1, cols=1).update_layout(template=template("light"))
+    made = Canvas()
     gap = 1 if ratio.size <= 2000 else 0
     made.add_heatmap(z=shade, customdata=ratio.astype(np.float32), x=x, y=y, coloraxis="coloraxis", hovertemplate=hover, xgap=gap, ygap=gap)
     ticks = list(range(-REACH, REACH + 1))

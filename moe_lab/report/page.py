@@ -28,7 +28,7 @@ from moe_lab.report.difficulty import difficulty_section
 from moe_lab.report.format import count_of
 from moe_lab.report.load import load_block
 from moe_lab.report.provenance import provenance
-from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather, run_table
+from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.verdict import failed_runs, results_table, unfinished_table, verdict_text
 from moe_lab.report.wall import wall_section
 from moe_lab.report.whose import whose_section
@@ -87,7 +87,7 @@ def render(**values: Any) -> str:
         style=Markup(_template_text(environment, "page.css")),
         scripts={name: Markup(text) for name, text in scripts.items()},
         script_hashes=Markup(" ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values())),
-        themes={name: theme.template(name).to_plotly_json() for name in theme.PALETTES},
+        themes={name: theme.template_values(name) for name in theme.PALETTES},
         **values,
     )
 
@@ -100,13 +100,6 @@ def script_json(value: Any) -> Markup:
     for character, escape in JSON_ESCAPES.items():
         text = text.replace(character, escape)
     return Markup(text)
-
-
-def figure_json(figure: Any) -> dict[str, Any]:
-    """A figure without its template: the page has both themes once and sets the one that is wanted."""
-    values = figure.to_plotly_json()
-    values["layout"].pop("template", None)
-    return values
 
 
 def _content(material: Material, command: str) -> dict[str, Any]:
@@ -122,7 +115,7 @@ def _content(material: Material, command: str) -> dict[str, Any]:
     blocks: list[Block] = [
         block for block in (frontier, *evidence, load, *compute.blocks, *whose_blocks, *hard, training) if block is not None
     ]
-    runs = [("runs", run_table(material.runs))] if material.runs else []
+    runs = [("runs", material.all_runs)] if material.runs else []
     data = runs + [(block.name, block.data) for block in blocks] + ([("coloured_text", coloured.data)] if coloured else [])
     return {
         "questions": material.questions,
@@ -140,7 +133,6 @@ def _content(material: Material, command: str) -> dict[str, Any]:
         "difficulty": difficulty,
         "training": training,
         "provenance": provenance(material, command),
-        "figure_json": figure_json,
         "data": data,
     }
 

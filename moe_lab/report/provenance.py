@@ -37,7 +37,7 @@ def provenance(material: Material, command: str) -> Provenance:
         "Traces made by": _distinct(meta.get("created_from") for meta in metas),
         "Notes of the traces": _distinct(note for meta in metas for note in meta.get("notes") or ()),
     }
-    with_config = [run for run in material.runs if run.config]
+    with_config = [run for run in material.runs if run.begun]
     if len(with_config) > MAX_CONFIGS:
         facts["Configurations"] = [f"{MAX_CONFIGS} of {len(with_config)} are here; each lies in config.json of its run's folder"]
     configs = tuple((run.label, json.dumps(run.config, indent=1, sort_keys=True)) for run in with_config[:MAX_CONFIGS])

@@ -7,8 +7,9 @@ as finished only when its ``done`` file lies there and its ``result.json`` can b
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -71,21 +72,41 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder as it was found. ``error`` is one line, for runs that did not finish; ``last_lines`` what a failed one said last."""
+    """One run folder as it was found.
+
+    Attributes:
+        error: one line, for runs that did not finish.
+        planned: the name that a plan gives the run.
+        begun: whether the run has a configuration in its folder.
+    """
 
     folder: Path
     state: RunState
-    config: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     error: str = ""
-    last_lines: str = ""
+    planned: str = ""
+    begun: bool = True
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Read when it is asked for, as a page shows a hundred of ten thousand; empty where it cannot be read."""
+        return _read_json(self.folder / "config.json")[0] if self.begun else {}
+
+    @property
+    def last_lines(self) -> str:
+        """What a failed run said last; read when it is asked for."""
+        return failures.last_lines(self.folder) if self.state is RunState.FAILED else ""
+
+    @cached_property
+    def name(self) -> str:
+        return self.planned or str(self.config.get("name") or self.folder.name)
 
     @property
     def label(self) -> str:
-        """Arm, ratio and seed in words; the folder's name where a run has none."""
+        """Arm, ratio and seed in words; the run's name where it has none."""
         arm, ratio, seed = (self.result.get(key) for key in ("arm", "ratio", "seed"))
         if arm is None:
-            return str(self.config.get("name") or self.folder.name)
+            return self.name
         return group_name(str(arm), _number(ratio)) + (f", seed {seed}" if seed is not None else "")
 
     @property
@@ -122,9 +143,14 @@ class Material:
         return tuple(run for run in self.runs if run.state is RunState.FINISHED)
 
     @cached_property
+    def all_runs(self) -> pl.DataFrame:
+        """``run_table`` of all runs."""
+        return run_table(self.runs)
+
+    @property
     def table(self) -> pl.DataFrame:
-        """``run_table`` of the finished runs."""
-        return run_table(self.finished)
+        """That of the finished runs."""
+        return self.all_runs.filter(state=RunState.FINISHED.value)
 
 
 def gather(sources: Source | Sequence[Source]) -> Material:
@@ -172,26 +198,23 @@ def as_list(sources: Source | Sequence[Source]) -> list[Source]:
     return list(sources) if isinstance(sources, list | tuple) else [sources]  # type: ignore[list-item]
 
 
-def read_run(folder: Path) -> RunRecord:
-    """The record of one run folder; never raises for what is inside it."""
-    config, config_error = _read_json(folder / "config.json")
-    result, result_error = _read_json(folder / "result.json")
-    if (folder / "done").is_file():
-        error = result_error or config_error
-        return RunRecord(folder, RunState.FAILED if error else RunState.FINISHED, config, result, error)
-    if (folder / failures.ERROR).is_file():
-        reason = failures.reason(folder)[:300] or "failed without a message"
-        return RunRecord(folder, RunState.FAILED, config, {}, reason, failures.last_lines(folder))
+def read_run(folder: Path, files: Container[str], planned: str = "") -> RunRecord:
+    """The record of one run folder, which holds ``files``; never raises for what is inside it."""
+    if "done" in files:
+        result, error = _read_json(folder / "result.json")
+        return RunRecord(folder, RunState.FAILED if error else RunState.FINISHED, result, error, planned)
+    if failures.ERROR in files:
+        return RunRecord(folder, RunState.FAILED, {}, failures.reason(folder)[:300] or "failed without a message", planned)
     status, _ = _read_json(folder / "status.json")
     reached = f"stopped at step {status['step']} of {status['steps']}" if {"step", "steps"} <= set(status) else "not started"
-    return RunRecord(folder, RunState.UNFINISHED, config, {}, reached)
+    return RunRecord(folder, RunState.UNFINISHED, {}, reached, planned)
 
 
 def run_table(runs: Iterable[RunRecord]) -> pl.DataFrame:
     """One row per run: ``RESULT_COLUMNS``, then label, group, state, error and folder (text)."""
-    rows = []
+    rows, casts = [], [(name, _CASTS[type(dtype)]) for name, dtype in RESULT_COLUMNS.items()]
     for run in runs:
-        row = {name: _cast(run.result.get(name), dtype) for name, dtype in RESULT_COLUMNS.items()}
+        row = {name: cast(run.result.get(name)) for name, cast in casts}
         row["run"] = row["run"] or run.folder.name
         group = group_name(row["arm"] or "", row["ratio"])
         rows.append(row | {"label": run.label, "group": group, "state": run.state.value, "error": run.error, "folder": str(run.folder)})
@@ -228,28 +251,29 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
     if not folder.exists():
         raise RunError(expected("a sweep folder, a run folder or a trace", f"no such folder: {folder}", "`moe-lab demo` to make one"))
     if (folder / "config.json").is_file():
-        return [read_run(folder)], []
+        return [read_run(folder, os.listdir(folder))], []
     found = _run_folders(folder)
     plan, _ = _read_json(folder / PLAN)
-    planned = plan.get("runs") if isinstance(plan.get("runs"), dict) else {}
-    begun = {run.name for run in found}
-    waiting = [folder / name for name in planned or {} if name not in begun]
+    runs = plan.get("runs")
+    entries = runs.items() if isinstance(runs, dict) else ()
+    names = {run: str(entry.get("name") or "") if isinstance(entry, dict) else "" for run, entry in entries}
+    waiting = [run for run in names if run not in found]
     if not found and not waiting:
         hint = "the folder that `moe-lab sweep run` was given with --out"
         raise RunError(expected("a folder with finished runs or a trace", f"{folder} without any", hint))
-    never = [RunRecord(run, RunState.UNFINISHED, {"name": (planned or {})[run.name].get("name")}, error="not started") for run in waiting]
+    records = [read_run(folder / run, files, names.get(run, "")) for run, files in found.items()]
+    records += [RunRecord(folder / run, RunState.UNFINISHED, {}, "not started", names[run], begun=False) for run in waiting]
     sweeps = plan.get("sweeps") or []
-    return [*map(read_run, found), *never], [str(sweep["question"]) for sweep in sweeps if sweep.get("question")]
+    return records, [str(sweep["question"]) for sweep in sweeps if sweep.get("question")]
 
 
-def _run_folders(folder: Path) -> list[Path]:
-    """Sorted by name. (``Path.glob`` takes five times as long over ten thousand folders.)"""
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".") and os.path.exists(f"{entry.path}/config.json")]
-    except NotADirectoryError:
-        return []
-    return [folder / name for name in sorted(names)]
+def _run_folders(folder: Path) -> dict[str, frozenset[str]]:
+    """The files of each folder with a configuration, sorted by name; each folder is listed once."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        found = {entry.name: frozenset(os.listdir(entry.path)) for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+    return {name: found[name] for name in sorted(found) if "config.json" in found[name]}
 
 
 def _none_finished(runs: list[RunRecord]) -> str:
@@ -280,11 +304,16 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _cast(value: Any, dtype: pl.DataType) -> Any:
-    if value is None or isinstance(dtype, pl.String):
-        return None if value is None else str(value)
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _whole(value: Any) -> int | None:
     number = _number(value)
-    return None if number is None else int(number) if dtype.is_integer() else number
+    return None if number is None or not math.isfinite(number) else int(number)
+
+
+_CASTS: dict[type[pl.DataType], Callable[[Any], Any]] = {pl.String: _text, pl.Int64: _whole, pl.Float64: _number}
 
 
 def _order(run: RunRecord) -> tuple[bool, str, float, int]:

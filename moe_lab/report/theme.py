@@ -65,6 +65,11 @@ def css_variables() -> dict[str, str]:
     return variables | {f"tint-{index}": f"light-dark({light}, {dark})" for index, (light, dark) in pairs} | {"dead": DEAD}
 
 
+def template_values(name: str) -> dict[str, Any]:
+    """``template`` as plain values."""
+    return {"layout": _layout(PALETTES[name])}
+
+
 def template(name: str) -> go.layout.Template:
     """The plotly template of theme ``name`` ("light" or "dark"); plotly knows them as ``moe_lab_light`` and ``moe_lab_dark``."""
     return _templates()[name]
@@ -72,17 +77,16 @@ def template(name: str) -> go.layout.Template:
 
 @cache
 def _templates() -> dict[str, go.layout.Template]:
+    import plotly.graph_objects as go
     import plotly.io as pio
 
-    made = {name: _template(palette) for name, palette in PALETTES.items()}
+    made = {name: go.layout.Template(template_values(name)) for name in PALETTES}
     for name, value in made.items():
         pio.templates[f"moe_lab_{name}"] = value
     return made
 
 
-def _template(palette: Palette) -> go.layout.Template:
-    import plotly.graph_objects as go
-
+def _layout(palette: Palette) -> dict[str, Any]:
     axis: dict[str, Any] = {
         "automargin": True,
         "gridcolor": palette.line,
@@ -96,17 +100,15 @@ def _template(palette: Palette) -> go.layout.Template:
     }
     bar = {"outlinewidth": 0, "thickness": 12, "ticks": "outside", "ticklen": 3, "tickcolor": palette.muted}
     steps = len(palette.diverging) - 1
-    return go.layout.Template(
-        layout={
-            "font": {"family": FONT, "size": 13, "color": palette.ink},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "colorway": SERIES,
-            "xaxis": axis,
-            "yaxis": axis,
-            "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-            "margin": {"l": 8, "r": 8, "t": 8, "b": 8, "pad": 0},
-            "hoverlabel": {"bgcolor": palette.raised, "bordercolor": palette.muted, "font": {"color": palette.ink}, "namelength": -1},
-            "coloraxis": {"colorscale": [[index / steps, colour] for index, colour in enumerate(palette.diverging)], "colorbar": bar},
-        }
-    )
+    return {
+        "font": {"family": FONT, "size": 13, "color": palette.ink},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": SERIES,
+        "xaxis": axis,
+        "yaxis": axis,
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8, "pad": 0},
+        "hoverlabel": {"bgcolor": palette.raised, "bordercolor": palette.muted, "font": {"color": palette.ink}, "namelength": -1},
+        "coloraxis": {"colorscale": [[index / steps, colour] for index, colour in enumerate(palette.diverging)], "colorbar": bar},
+    }

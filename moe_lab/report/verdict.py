@@ -85,13 +85,13 @@ def unfinished_table(material: Material) -> Table | None:
     if not others:
         return None
     others.sort(key=lambda run: run.state is not RunState.FAILED)
-    rows = tuple((str(run.config.get("name") or run.folder.name), run.state.value, run.error) for run in others[:MAX_TABLE_ROWS])
+    rows = tuple((run.name, run.state.value, run.error) for run in others[:MAX_TABLE_ROWS])
     return Table(("run", "state", "why"), rows, (False, False, False), len(others) - len(rows))
 
 
 @dataclass(frozen=True)
 class Failures:
-    """What failed runs said last, as (name, reason, lines); ``left_out`` how many more there are."""
+    """What failed runs said last, as (name, reason, lines); ``left_out`` how many further runs failed."""
 
     shown: tuple[tuple[str, str, str], ...]
     left_out: int
@@ -99,6 +99,11 @@ class Failures:
 
 def failed_runs(material: Material) -> Failures | None:
     """The failed runs that left something to read; None without any."""
-    failed = [run for run in material.runs if run.state is RunState.FAILED and run.last_lines]
-    shown = tuple((str(run.config.get("name") or run.folder.name), run.error, run.last_lines) for run in failed[:MAX_FAILURES])
-    return Failures(shown, len(failed) - len(shown)) if failed else None
+    failed = [run for run in material.runs if run.state is RunState.FAILED]
+    shown: list[tuple[str, str, str]] = []
+    for seen, run in enumerate(failed, start=1):
+        if lines := run.last_lines:
+            shown.append((run.name, run.error, lines))
+        if len(shown) == MAX_FAILURES:
+            return Failures(tuple(shown), len(failed) - seen)
+    return Failures(tuple(shown), 0) if shown else None

@@ -73,7 +73,13 @@ def wall_section(material: Material) -> WallSection | None:
         verdict, band = judge(runs, frame, arm), frontier_band(frame)
     except MoELabError:
         return None
-    blocks = (_frontier(runs, frame, arm, verdict, band), _gain(verdict), _elasticity(runs, frame, arm, verdict), _power(frame, verdict))
+    published = _published(frame)
+    blocks = (
+        _frontier(runs, frame, arm, verdict, band, published),
+        _gain(verdict),
+        _elasticity(runs, frame, arm, verdict, published),
+        _power(frame, verdict),
+    )
     try:
         found = confounds(runs, arm=arm)
         table = Table(("confound", "status", "detail"), tuple(found.rows()), (False, False, False))
@@ -83,16 +89,15 @@ def wall_section(material: Material) -> WallSection | None:
     return WallSection(blocks, _forms(verdict, band), table, optima)
 
 
-def _frontier(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict, band: Band) -> Block:
+def _frontier(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict, band: Band, published: pl.DataFrame) -> Block:
     measured = _compute_saved(band, verdict)
-    published = _published(frame)
     best = _best_of_budgets(runs, arm)
     held = band.means.filter("held_out")["ratio"].to_list()
     without = f" without ratio {held[0]:g}" if held else ""
     variants = (
-        Variant("loss", draw.wall_frontier(band.curve, band.means)),
-        Variant("compute saved, with published frontiers", draw.wall_compute(measured, published)),
-        Variant("loss against compute, with Marin's frontier", draw.wall_loss(best, _marin(best))),
+        Variant("loss", draw.wall_frontier.canvas(band.curve, band.means)),
+        Variant("compute saved, with published frontiers", draw.wall_compute.canvas(measured, published)),
+        Variant("loss against compute, with Marin's frontier", draw.wall_loss.canvas(best, _marin(best))),
     )
     low, high = band.means.row(0, named=True), band.means.row(-1, named=True)
     summary = (
@@ -175,10 +180,10 @@ def _gain(verdict: Verdict) -> Block:
         f"n = {count_of(gains.height, 'step')}. Bars are {100 * verdict.confidence:g} % intervals. Grey: gains worth less than 5 % of "
         "compute. W1 asks for every interval inside the grey from some ratio on; a bar that merely crosses zero proves nothing."
     )
-    return Block("wall_gain", caption, (Plot(summary, (Variant("", draw.wall_gain(gains)),)),), gains, table_of(gains, 4))
+    return Block("wall_gain", caption, (Plot(summary, (Variant("", draw.wall_gain.canvas(gains)),)),), gains, table_of(gains, 4))
 
 
-def _elasticity(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict) -> Block:
+def _elasticity(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict, published: pl.DataFrame) -> Block:
     from moe_lab.scaling import TUNING
 
     rows = [_elasticity_row(f"{arm or 'this sweep'}, {magnitude(float(frame['tokens'].max()))} tokens", verdict)]  # type: ignore[arg-type]
@@ -190,7 +195,7 @@ def _elasticity(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verd
             rows.append(_elasticity_row(f"{other}, {magnitude(float(part['tokens'].max()))} tokens", judge(runs, part, arm)))  # type: ignore[arg-type]
         except MoELabError:
             continue
-    rows += _published_elasticities(frame)
+    rows += _published_elasticities(published)
     table = pl.DataFrame(rows, schema_overrides={"lo": pl.Float64, "hi": pl.Float64})
     margin = 0.05 / math.log(2)
     low, high = verdict.interval
@@ -200,7 +205,7 @@ def _elasticity(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verd
         "(W3), with 90 % intervals; published: the same two doublings by Ludziejewski's and Ling's laws here, and Kimi K2's slope."
     )
     return Block(
-        "wall_elasticity", caption, (Plot(summary, (Variant("", draw.wall_elasticity(table, margin)),)),), table, table_of(table, 3)
+        "wall_elasticity", caption, (Plot(summary, (Variant("", draw.wall_elasticity.canvas(table, margin)),)),), table, table_of(table, 3)
     )
 
 
@@ -210,8 +215,7 @@ def _elasticity_row(what: str, verdict: Verdict) -> dict[str, object]:
     return {"what": what, "elasticity": verdict.elasticity, "lo": low if known else None, "hi": high if known else None, "published": False}
 
 
-def _published_elasticities(frame: pl.DataFrame) -> list[dict[str, object]]:
-    published = _published(frame)
+def _published_elasticities(published: pl.DataFrame) -> list[dict[str, object]]:
     rows = []
     for name in ("Ludziejewski, at this size", "Ling, at this compute", "Kimi K2"):
         part = published.filter(pl.col("frontier") == name)
@@ -241,7 +245,7 @@ def _power(frame: pl.DataFrame, verdict: Verdict) -> Block:
         "gains fade within the margin has none, and counts unless a wall is claimed. Below 1M tokens per expert every sweep cannot "
         "tell. A share of .9 has a 90 % interval of ±.03."
     )
-    return Block("wall_power", caption, (Plot(summary, (Variant("", draw.wall_power(table)),)),), table, table_of(table, 2))
+    return Block("wall_power", caption, (Plot(summary, (Variant("", draw.wall_power.canvas(table)),)),), table, table_of(table, 2))
 
 
 def _forms(verdict: Verdict, band: Band) -> Table:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import html
 import math
-from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
-from moe_lab.report.theme import DASHES, SERIES, SYMBOLS, template
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from moe_lab.report.canvas import Canvas, drawn, need, plain
+from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
 BAND = "rgba(47,121,196,0.20)"  # the first series colour, thin enough to read through in both themes
 MARGIN = "rgba(125,127,136,0.22)"
 
 
-def wall_frontier(curve: pl.DataFrame, means: pl.DataFrame) -> go.Figure:
+@drawn
+def wall_frontier(curve: pl.DataFrame, means: pl.DataFrame) -> Canvas:
     """Loss against ratio: the fitted curve with its band, the means it was fitted to and those it was not shown.
 
     Args:
         curve: columns ratio, loss, lo, hi, as ``scaling.frontier_band``'s curve.
         means: columns ratio, loss, lo, hi, held_out, as its means.
     """
-    _need(curve, "ratio", "loss", "lo", "hi")
-    _need(means, "ratio", "loss", "lo", "hi", "held_out")
-    figure = _figure()
+    need(curve, "ratio", "loss", "lo", "hi")
+    need(means, "ratio", "loss", "lo", "hi", "held_out")
+    figure = Canvas().update_layout(hovermode="closest")
     _band(figure, curve, "90 % band")
     _line(figure, curve["ratio"], curve["loss"], 0, "fitted")
     for held, name, symbol in ((False, "measured", "circle"), (True, "measured, held out of the fit", "diamond-open")):
@@ -38,15 +34,16 @@ def wall_frontier(curve: pl.DataFrame, means: pl.DataFrame) -> go.Figure:
     return _log2_axis(figure, means["ratio"]).update_layout(height=400)
 
 
-def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> go.Figure:
+@drawn
+def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
     """Compute saved against ratio, with published frontiers under it.
 
     Args:
         measured: columns ratio, compute (multiplier against the smallest ratio), lo, hi.
         published: columns frontier, ratio, compute, beyond (outside the runs it was fitted on).
     """
-    _need(measured, "ratio", "compute", "lo", "hi")
-    figure = _figure()
+    need(measured, "ratio", "compute", "lo", "hi")
+    figure = Canvas().update_layout(hovermode="closest")
     for index, (name, rows) in enumerate(published.group_by("frontier", maintain_order=True), start=1):
         style = {"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5}
         figure.add_scatter(
@@ -54,7 +51,7 @@ def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> go.Figure:
             y=rows["compute"].to_list(),
             mode="lines",
             line=style,
-            name=_plain(name[0]),
+            name=plain(name[0]),
             hovertemplate="ratio %{x:.3~g}: x%{y:.2f} compute",
         )
     _points(figure, measured, "compute", 0, "this sweep", "circle", "ratio %{x:.4~g}: x%{y:.2f} compute", lines=True)
@@ -62,17 +59,18 @@ def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> go.Figure:
     return _log2_axis(figure, measured["ratio"]).update_layout(height=420)
 
 
-def wall_loss(measured: pl.DataFrame, published: pl.DataFrame) -> go.Figure:
+@drawn
+def wall_loss(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
     """Loss against training compute: this sweep's best per budget and a published compute-optimal frontier.
 
     Args:
         measured: columns compute (FLOPs), loss, ratio.
         published: columns frontier, compute, loss.
     """
-    _need(measured, "compute", "loss", "ratio")
-    figure = _figure()
+    need(measured, "compute", "loss", "ratio")
+    figure = Canvas().update_layout(hovermode="closest")
     for index, (name, rows) in enumerate(published.group_by("frontier", maintain_order=True), start=1):
-        _line(figure, rows["compute"], rows["loss"], index, _plain(name[0]))
+        _line(figure, rows["compute"], rows["loss"], index, plain(name[0]))
     figure.add_scatter(
         x=measured["compute"].to_list(),
         y=measured["loss"].to_list(),
@@ -87,14 +85,15 @@ def wall_loss(measured: pl.DataFrame, published: pl.DataFrame) -> go.Figure:
     return figure.update_layout(height=400)
 
 
-def wall_gain(gains: pl.DataFrame) -> go.Figure:
+@drawn
+def wall_gain(gains: pl.DataFrame) -> Canvas:
     """Gain per doubling of the ratio with its interval, against the margin below which a doubling buys nothing.
 
     Args:
         gains: columns ratio_from, ratio_to, gain, lo, hi, margin, as ``Verdict.gain_table()``.
     """
-    _need(gains, "ratio_from", "ratio_to", "gain", "lo", "hi", "margin")
-    figure = _figure()
+    need(gains, "ratio_from", "ratio_to", "gain", "lo", "hi", "margin")
+    figure = Canvas().update_layout(hovermode="closest")
     margin = float(gains["margin"][0])
     figure.add_hrect(y0=-margin, y1=margin, fillcolor=MARGIN, line_width=0, layer="below")
     middle = (gains["ratio_from"] * gains["ratio_to"]).sqrt()
@@ -110,15 +109,16 @@ def wall_gain(gains: pl.DataFrame) -> go.Figure:
     return _log2_axis(figure, ends).update_layout(height=360)
 
 
-def wall_elasticity(frame: pl.DataFrame, margin: float) -> go.Figure:
+@drawn
+def wall_elasticity(frame: pl.DataFrame, margin: float) -> Canvas:
     """Elasticity d ln C / d ln ratio of each arm and budget with its interval, and of published laws.
 
     Args:
         frame: columns what, elasticity, lo, hi (null for laws), published.
         margin: elasticity below which a doubling of the ratio is worth less than the compute that counts as nothing.
     """
-    _need(frame, "what", "elasticity", "lo", "hi", "published")
-    figure = _figure()
+    need(frame, "what", "elasticity", "lo", "hi", "published")
+    figure = Canvas().update_layout(hovermode="closest")
     figure.add_vrect(x0=-margin, x1=margin, fillcolor=MARGIN, line_width=0, layer="below")
     place = {name: index for index, name in enumerate(reversed(frame["what"].to_list()))}
     for known, name, series, symbol in ((False, "this sweep, 90 % interval", 0, "circle"), (True, "published", 1, "diamond-open")):
@@ -132,23 +132,24 @@ def wall_elasticity(frame: pl.DataFrame, margin: float) -> go.Figure:
             mode="markers",
             marker={"size": 9, "color": SERIES[series], "symbol": symbol},
             error_x=None if known else {"type": "data", "symmetric": False, "thickness": 2, "width": 5, **bars},
-            customdata=[_plain(what) for what in rows["what"]],
+            customdata=[plain(what) for what in rows["what"]],
             hovertemplate="%{customdata}: %{x:.2f}<extra></extra>",
             name=name,
         )
-    figure.update_yaxes(tickvals=list(place.values()), ticktext=[_plain(name) for name in place], range=[-0.6, len(place) - 0.4])
+    figure.update_yaxes(tickvals=list(place.values()), ticktext=[plain(name) for name in place], range=[-0.6, len(place) - 0.4])
     figure.update_xaxes(title_text="elasticity")
     return figure.update_layout(height=150 + 34 * max(len(place), 2))
 
 
-def wall_power(frame: pl.DataFrame) -> go.Figure:
+@drawn
+def wall_power(frame: pl.DataFrame) -> Canvas:
     """The chance that a sweep of this grid settles each candidate truth, against its seeds.
 
     Args:
         frame: columns truth, seeds, settled, as ``scaling.power``.
     """
-    _need(frame, "truth", "seeds", "settled")
-    figure = _figure()
+    need(frame, "truth", "seeds", "settled")
+    figure = Canvas().update_layout(hovermode="closest")
     for index, (name, rows) in enumerate(frame.sort("seeds").group_by("truth", maintain_order=True)):
         figure.add_scatter(
             x=rows["seeds"].to_list(),
@@ -156,7 +157,7 @@ def wall_power(frame: pl.DataFrame) -> go.Figure:
             mode="lines+markers",
             line={"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5},
             marker={"size": 8, "symbol": SYMBOLS[index % len(SYMBOLS)]},
-            name=_plain(name[0]),
+            name=plain(name[0]),
             hovertemplate="%{x} seeds: %{y:.2f}",
         )
     figure.add_hline(y=0.9, line={"color": SERIES[-1], "dash": "dot", "width": 1.5})
@@ -165,13 +166,7 @@ def wall_power(frame: pl.DataFrame) -> go.Figure:
     return figure.update_layout(height=360)
 
 
-def _figure() -> go.Figure:
-    import plotly.graph_objects as go
-
-    return go.Figure(layout={"template": template("light"), "hovermode": "closest"})
-
-
-def _band(figure: go.Figure, curve: pl.DataFrame, name: str) -> None:
+def _band(figure: Canvas, curve: pl.DataFrame, name: str) -> None:
     ratios = curve["ratio"].to_list()
     figure.add_scatter(
         x=ratios + ratios[::-1],
@@ -184,13 +179,13 @@ def _band(figure: go.Figure, curve: pl.DataFrame, name: str) -> None:
     )
 
 
-def _line(figure: go.Figure, x: pl.Series, y: pl.Series, index: int, name: str) -> None:
+def _line(figure: Canvas, x: pl.Series, y: pl.Series, index: int, name: str) -> None:
     style = {"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5}
     figure.add_scatter(x=x.to_list(), y=y.to_list(), mode="lines", line=style, name=name, hoverinfo="skip")
 
 
 def _points(
-    figure: go.Figure,
+    figure: Canvas,
     rows: pl.DataFrame,
     column: str,
     series: int,
@@ -216,21 +211,10 @@ def _points(
     )
 
 
-def _log2_axis(figure: go.Figure, ratios: pl.Series) -> go.Figure:
+def _log2_axis(figure: Canvas, ratios: pl.Series) -> Canvas:
     low, high = math.floor(math.log2(float(ratios.min()))), math.ceil(math.log2(float(ratios.max())))  # type: ignore[arg-type]
     ticks = [2.0**power for power in range(low, high + 1)]
     labels = [f"{tick:g}" for tick in ticks]
     return figure.update_xaxes(
         type="log", tickmode="array", tickvals=ticks, ticktext=labels, title_text="total : active experts (log scale)"
     )
-
-
-def _need(frame: pl.DataFrame, *columns: str) -> None:
-    missing = [column for column in columns if column not in frame.columns]
-    if missing or not frame.height:
-        got: Any = f"{frame.height} rows without {missing or 'none'}"
-        raise AnalysisError(expected(f"a frame with rows and columns {', '.join(columns)}", got))
-
-
-def _plain(text: object) -> str:
-    return html.escape(str(text), quote=False)

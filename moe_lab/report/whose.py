@@ -85,7 +85,8 @@ def _specialisation_block(named: NamedTrace) -> Block | None:
     drawn = data.filter(pl.col("layer").is_in(layers))
     wide = 2 * _width(named) + 80 if _width(named) > 128 else 0
     variants = tuple(
-        Variant(f"{column} = {figures.plain(domain)}", figures.domain_specialisation(drawn, domain=domain), wide) for domain in domains
+        Variant(f"{column} = {figures.plain(domain)}", figures.domain_specialisation.canvas(drawn, domain=domain), wide)
+        for domain in domains
     )
     ratio = data.filter(pl.col("at_random") > 0, pl.col("domain").is_in(domains)).with_columns(
         ratio=pl.col("specialisation") / pl.col("at_random")
@@ -127,7 +128,9 @@ def _divergence_block(named: NamedTrace) -> Block | None:
         f"none; at most {MAX_SERIES} pairs are drawn. Bars, where drawn, are 95 % intervals from resampling documents {RESAMPLES} "
         "times; finite samples diverge a little even where kinds do not: the dotted line is what documents dealt anew to the names give."
     )
-    return Block("domain_divergence", caption, (Plot(summary, (Variant("", figures.domain_divergence(data)),)),), data, table_of(data))
+    return Block(
+        "domain_divergence", caption, (Plot(summary, (Variant("", figures.domain_divergence.canvas(data)),)),), data, table_of(data)
+    )
 
 
 def _coactivation_block(named: NamedTrace) -> Block | None:
@@ -139,7 +142,7 @@ def _coactivation_block(named: NamedTrace) -> Block | None:
         return None
     data = coactivation(named.trace, layers)
     order = coactivation_order(data)
-    variants = tuple(Variant(f"layer {layer}", figures.coactivation(data, layer=layer, order=order)) for layer in layers)
+    variants = tuple(Variant(f"layer {layer}", figures.coactivation.canvas(data, layer=layer, order=order)) for layer in layers)
     met = data.filter(pl.col("expected") >= 5).sort("lift", descending=True, nulls_last=True)
     first = met.row(0, named=True) if met.height else None
     summary = "Pairs of experts that run together on a token, over what their loads alone would give. " + (
@@ -165,7 +168,7 @@ def _transitions_block(named: NamedTrace) -> Block | None:
         return None
     chosen = [pairs[place] for place in _even(len(pairs), PICKED_LAYERS)]
     data = transitions(named.trace, chosen)
-    variants = tuple(Variant(f"layer {pair[0]} to {pair[1]}", figures.transitions(data, layers=pair)) for pair in chosen)
+    variants = tuple(Variant(f"layer {pair[0]} to {pair[1]}", figures.transitions.canvas(data, layers=pair)) for pair in chosen)
     met = data.filter(pl.col("expected") >= 5).sort("lift", descending=True, nulls_last=True)
     summary = "Pairs of an expert in one layer and one in the next that run on the same token, over what independent layers would give."
     if met.height:
@@ -189,7 +192,7 @@ def _repetition_block(named: NamedTrace) -> Block | None:
     if not data["n_pairs"].max():
         return None
     variants = tuple(
-        Variant(words, figures.repetition(data, choice=choice))
+        Variant(words, figures.repetition.canvas(data, choice=choice))
         for choice, words in (("first", "first choice"), ("either", "any of the chosen"))
     )
     rates = data.filter(pl.col("choice") == "first")["rate"].drop_nulls().to_list()
@@ -217,7 +220,7 @@ def _saturation_block(traces: Sequence[NamedTrace]) -> Block | None:
         return None
     names = [f"{place}: {named.label}" for place, named in enumerate(same, start=1)]
     data = saturation({name: named.trace for name, named in zip(names, same, strict=True)}, last.trace, resamples=RESAMPLES)
-    variants = tuple(Variant(choice, figures.saturation(data, choice=choice)) for choice in ("top-k", "top-1"))
+    variants = tuple(Variant(choice, figures.saturation.canvas(data, choice=choice)) for choice in ("top-k", "top-1"))
     mean = float(np.nanmean(data.filter(pl.col("choice") == "top-k", pl.col("place") == 0)["saturation"].cast(pl.Float64).to_numpy()))
     tokens = whole(max(data["n_tokens"].to_list()))
     summary = f"Overlap of each checkpoint's routing with that of {last.label}: {decimal(mean, 2)} on average over layers in the first."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from scipy import stats
+from scipy.special import chdtri, fdtri, ndtri, stdtrit  # scipy.stats takes a second to import
 
 from moe_lab.scaling.forms import FADE, FORMS, SMOOTH, FormFit, fit_form
 
@@ -46,7 +46,7 @@ class Noise:
     def quantile(self, confidence: float) -> float:
         """Half-width of a two-sided interval in standard errors."""
         tail = (1 + confidence) / 2
-        return float(stats.norm.ppf(tail) if self.known is not None else stats.t.ppf(tail, max(self.df, 1)))
+        return float(ndtri(tail) if self.known is not None else stdtrit(max(self.df, 1), tail))
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,10 @@ def _break(fits: dict[str, FormFit], aicc: dict[str, np.ndarray], noise: Noise, 
     with np.errstate(invalid="ignore"):
         delta = np.where(np.isfinite(scores.min(0)), smooth - scores.min(0), -np.inf)
     if noise.known is None:
-        threshold = stats.f.ppf(confidence, 1, noise.df) if noise.df else np.inf
+        threshold = fdtri(1, noise.df, confidence) if noise.df else np.inf
         variance = noise.within / noise.df if noise.df else np.zeros(len(best))
     else:
-        threshold, variance = stats.chi2.ppf(confidence, 1), np.full(len(best), noise.known**2)
+        threshold, variance = chdtri(1, 1 - confidence), np.full(len(best), noise.known**2)
     at, lower, upper, falls = (np.zeros(len(best), dtype) for dtype in (float, float, float, bool))
     for index, name in enumerate(names):
         rows = best == index

@@ -113,10 +113,11 @@ class Law:
 
     def logs(self, point: Values, *shape: Any) -> dict[str, Any]:
         """Letter -> natural logarithm of its variable."""
-        missing = [name for name in self.variables if name not in point]
+        needed = self.variables
+        missing = [name for name in needed if name not in point]
         if missing:
-            raise AnalysisError(expected(f"{', '.join(self.variables)} for the law {self.name}", f"no {', '.join(missing)}"))
-        logs = {letter: np.log(point[name]) for letter, name in LETTERS.items() if name in self.variables}
+            raise AnalysisError(expected(f"{', '.join(needed)} for the law {self.name}", f"no {', '.join(missing)}"))
+        logs = {letter: np.log(point[name]) for letter, name in LETTERS.items() if name in needed}
         if self.effective is not None:
             logs["e"] = self.effective(point, *shape)
         return logs

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 import polars as pl
-from scipy import stats
+from scipy.special import chdtri
 
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.fit import SQUARES, Fit, fit, make_problem
@@ -147,7 +147,7 @@ def profile(result: Fit, name: str, values: np.ndarray | None = None) -> pl.Data
 
 def profile_interval(table: pl.DataFrame, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Where the deviance crosses chi2, interpolated in ln value; -inf or inf at an end that it does not reach."""
-    limit = float(stats.chi2.ppf(confidence, 1))
+    limit = float(chdtri(1, 1 - confidence))
     value, deviance = table["value"].to_numpy(), table["deviance"].to_numpy()
     inside = np.flatnonzero(deviance <= limit)
     first, last = int(inside[0]), int(inside[-1])

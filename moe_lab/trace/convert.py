@@ -3,17 +3,22 @@
 Shape letters: T tokens, K slots (``top_k`` of the layer's metadata).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import polars as pl
-from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.routing import Routing
 from moe_lab.trace.schema import OUTPUT_RATIO, ROUTING_COLUMNS, LayerMeta
-from moe_lab.trace.statistics import Spread, spread_of_scores
+
+if TYPE_CHECKING:  # readers of traces need no torch, which takes two seconds to import
+    from torch import Tensor
+
+    from moe_lab.routing import Routing
+    from moe_lab.trace.statistics import Spread
 
 EMPTY_SLOT = 65_535
 """Stands for an unused slot in buffered id arrays; never an expert id (see ``schema.MAX_CHOICES``), never on disk."""
@@ -33,6 +38,8 @@ def routing_rows(layer: LayerMeta, doc: np.ndarray | Tensor, pos: np.ndarray | T
     Raises:
         TraceError: shapes or expert numbers that disagree, ids out of range or repeated in a token, weights or scores not finite.
     """
+    from moe_lab.trace.statistics import spread_of_scores
+
     where = f"layer {layer.layer}: "
     if (routing.num_experts, routing.num_zero_experts) != (layer.num_experts, layer.num_zero_experts):
         want, got = f"{layer.num_experts} + {layer.num_zero_experts}", f"{routing.num_experts} + {routing.num_zero_experts}"

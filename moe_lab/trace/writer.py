@@ -5,6 +5,8 @@ model waits for the disk only where the disk is slower. Everything goes to ``<fo
 after the counts were found to add up.
 """
 
+from __future__ import annotations
+
 import shutil
 import time
 import zlib
@@ -14,20 +16,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import polars as pl
-from torch import Tensor
 
 from moe_lab.errors import MoELabError, TraceError, expected
 from moe_lab.files import write_json
-from moe_lab.routing import Routing
 from moe_lab.trace.background import Background
 from moe_lab.trace.convert import Rows, key_checksum, routing_frame, routing_rows
 from moe_lab.trace.place import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
 from moe_lab.trace.resume import DOCUMENTS_FILE, Rest, count_slots, part_of, ranges, recover, write_meta, write_part
 from moe_lab.trace.schema import META_FILE, ROUTED, ROUTING_COLUMNS, ROWS_PER_PART, TOKEN_COLUMNS, PartMeta, TraceMeta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_lab.routing import Routing
 
 __all__ = ["INCOMPLETE_SUFFIX", "TraceWriter", "check_tokens", "file_checksum"]
 

@@ -4,12 +4,15 @@ import base64
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import polars as pl
 import pytest
+from plotly.subplots import make_subplots
 from scipy import stats
 
 from moe_lab.errors import AnalysisError
 from moe_lab.report import figures
+from moe_lab.report.canvas import Canvas
 from moe_lab.report.intervals import seed_intervals
 from moe_lab.report.theme import DEAD
 
@@ -169,3 +172,53 @@ def test_text_from_data_is_not_read_as_markup() -> None:
 def test_a_frame_that_cannot_be_drawn_says_what_it_lacks(frame: pl.DataFrame) -> None:
     with pytest.raises(AnalysisError, match="expected a frame with rows and columns arm, ratio, seed, loss"):
         figures.frontier(frame)
+
+
+def _layout(figure: go.Figure, axis: str) -> dict[str, Any]:
+    values = getattr(figure.layout, axis).to_plotly_json()
+    return {name: np.round(value, 9).tolist() if name == "domain" else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_panels_lie_where_plotly_puts_subplots(stacked: bool) -> None:
+    shares = (0.5, 0.5) if stacked else (0.2, 0.5, 0.3)
+    canvas = Canvas(shares, stacked=stacked, gap=0.06)
+    kept = {"rows": 2, "shared_xaxes": True, "vertical_spacing": 0.06}
+    across = {"cols": 3, "shared_yaxes": True, "column_widths": shares, "horizontal_spacing": 0.06}
+    theirs = make_subplots(**(kept if stacked else across))
+    for panel in range(1, len(shares) + 1):
+        canvas.add_scatter(x=[0, 1], y=[1, 2], panel=panel)
+        theirs.add_scatter(x=[0, 1], y=[1, 2], **({"row": panel, "col": 1} if stacked else {"row": 1, "col": panel}))
+    ours = canvas.figure()
+    assert [(trace.xaxis, trace.yaxis) for trace in ours.data] == [(trace.xaxis, trace.yaxis) for trace in theirs.data]
+    for axis in ("x", "y"):
+        for panel in ("", 2, 3)[: len(shares)]:
+            whole = {"domain": [0.0, 1.0]}  # which plotly.js takes by itself
+            assert whole | _layout(ours, f"{axis}axis{panel}") == whole | _layout(theirs, f"{axis}axis{panel}")
+
+
+def test_lines_and_bands_are_those_of_plotly() -> None:
+    canvas, theirs = Canvas(), go.Figure()
+    for figure in (canvas, theirs):
+        figure.add_hline(y=3.0, line={"dash": "dash"}, annotation_text="level")
+        figure.add_vline(x=2.0, line={"width": 1.5})
+        figure.add_hrect(y0=-1, y1=1, fillcolor="red", line_width=0, layer="below")
+        figure.add_vrect(x0=-1, x1=1, fillcolor="red")
+    ours = canvas.figure().layout
+    assert [shape.to_plotly_json() for shape in ours.shapes] == [shape.to_plotly_json() for shape in theirs.layout.shapes]
+    assert ours.annotations[0].to_plotly_json() == theirs.layout.annotations[0].to_plotly_json()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "u1", "i4", ">f4"])
+def test_arrays_reach_the_page_as_plotly_packs_them(dtype: str) -> None:
+    table = np.arange(6).reshape(2, 3).astype(dtype)
+    canvas = Canvas().add_heatmap(z=table, x=table[0], y=["a", "b"])
+    (trace,) = canvas.spec()["data"]
+    theirs = go.Figure(go.Heatmap(z=table.astype(table.dtype.newbyteorder("=")), x=table[0], y=["a", "b"])).to_plotly_json()["data"][0]
+    assert trace["z"] == theirs["z"]
+    assert trace["y"] == ["a", "b"]
+
+
+def test_a_figure_that_plotly_does_not_know_raises() -> None:
+    with pytest.raises(ValueError, match="Invalid value"):
+        Canvas().update_layout(height="tall").figure()

@@ -5,6 +5,8 @@ import hashlib
 import html
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +17,8 @@ from moe_lab.errors import RunError
 from moe_lab.report import figures, write_report
 from moe_lab.report.blocks import MAX_TABLE_ROWS
 from moe_lab.report.page import script_json
+from moe_lab.report.sources import Material, RunRecord, RunState
+from moe_lab.report.verdict import MAX_FAILURES, failed_runs
 from moe_lab.trace import open_trace
 
 MAX_BYTES = 8_000_000
@@ -217,3 +221,25 @@ def test_attention_sparsity_stands_beside_expert_sparsity_where_there_is_any(tmp
     page = words(write_report([dense, sparse], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "expert sparsity attention sparsity" in page
     assert ".958 .561" in page.replace("0.958", ".958").replace("0.561", ".561")
+
+
+def test_a_page_needs_no_torch(sweep: Path, tmp_path: Path) -> None:
+    """Importing it, or scipy.stats, takes longer than drawing the page."""
+    code = (
+        "import sys; from moe_lab.report import write_report; write_report(sys.argv[1], sys.argv[2]); "
+        "print(sorted({'torch', 'scipy.stats', 'transformers', 'plotly.graph_objects'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(sweep), str(tmp_path / "report.html")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_last_lines_are_counted_beyond_those_shown(tmp_path: Path) -> None:
+    runs = [RunRecord(tmp_path / str(number), RunState.FAILED, error=f"trouble {number}") for number in range(MAX_FAILURES + 4)]
+    for run in runs[1:]:
+        run.folder.mkdir()
+        (run.folder / "log.txt").write_text(f"the end of {run.folder.name}\n")
+    found = failed_runs(Material(tuple(runs), ()))
+    assert found is not None
+    assert [lines for _, _, lines in found.shown] == [f"the end of {number}" for number in range(1, MAX_FAILURES + 1)]
+    assert found.left_out == 3
+    assert failed_runs(Material(tuple(runs[:1]), ())) is None, "it left nothing to read"

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.stats import binom
 
 from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.difficulty.association import standard_level_ranks
@@ -56,7 +55,7 @@ def _spread(spent: Floats, slots: int | None) -> dict[str, float]:
     q10, median, q90 = np.quantile(spent, [0.1, 0.5, 0.9])
     share = spent.mean() / top if top > 0 else 0.0
     count = round(top)
-    ends = float(binom.pmf(0, count, share) + binom.pmf(count, count, share)) if count and 0 <= share <= 1 else float("nan")
+    ends = (1 - share) ** count + share**count if count and 0 <= share <= 1 else float("nan")
     return {
         "mean": float(spent.mean()),
         "sd": float(spent.std()),

@@ -16,7 +16,6 @@ import polars as pl
 
 from moe_lab.accounting import count
 from moe_lab.errors import MoELabError, TraceError, expected
-from moe_lab.routing import RouterConfig
 from moe_lab.trace.convert import slot_rows
 from moe_lab.trace.importing.engines import megatron, sglang, trtllm, vllm
 from moe_lab.trace.importing.source import Document, Sizes, Source
@@ -97,6 +96,8 @@ def _sizes(config: Any, experts: int | None, zero: int | None, top_k: int | None
     if config is not None:
         values = _config_values(config)
         try:
+            from moe_lab.routing import RouterConfig
+
             router, counted = RouterConfig.from_hf(values, 0), count(values)
         except MoELabError as error:
             raise TraceError(f"cannot take the sizes from the configuration: {error}") from error
