@@ -7,11 +7,12 @@ import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Self
 
 from moe_lab.errors import ConfigError, expected
-from moe_lab.files import content_hash
+from moe_lab.files import canonical_json, content_hash, digest
 
 
 def require(condition: bool, what: str, got: object, hint: str = "") -> None:
@@ -23,9 +24,13 @@ def require(condition: bool, what: str, got: object, hint: str = "") -> None:
 class Config:
     """Mixin of frozen dataclasses: ``to_dict``, ``from_dict``, ``hash``, ``replace``."""
 
+    def written(self) -> tuple[str, ...]:
+        """Names of the fields that ``to_dict`` and ``hash`` have: all, unless a class leaves one out where it means nothing."""
+        return _names(type(self))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values only: nested configurations become dictionaries, enums strings, tuples lists."""
-        return {name: _plain(getattr(self, name)) for name in _names(type(self))}
+        return {name: _plain(getattr(self, name)) for name in self.written()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -46,6 +51,27 @@ class Config:
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def hashes(configs: Sequence[Config]) -> tuple[str, ...]:
+    """The ``hash`` of each. Thousands of runs share a few models and texts: an object that several configurations hold is encoded once."""
+    known: dict[int, str] = {}
+
+    def encoded(value: Any) -> str:
+        if type(value) in _PLAIN:
+            return canonical_json(value)
+        if id(value) not in known:
+            known[id(value)] = canonical_json(_plain(value))
+        return known[id(value)]
+
+    found = []
+    for config in configs:
+        if type(config).to_dict is not Config.to_dict:  # it writes itself in its own way
+            found.append(config.hash())
+            continue
+        parts = {name: encoded(getattr(config, name)) for name in config.written()} | {"class": canonical_json(type(config).__name__)}
+        found.append(digest("{" + ",".join(f'"{name}":{parts[name]}' for name in sorted(parts)) + "}"))
+    return tuple(found)
 
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})

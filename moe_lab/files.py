@@ -51,5 +51,12 @@ def write_json(target: Path | str, value: Any) -> None:
 
 def content_hash(value: Any, length: int = 12) -> str:
     """Hex digest of a JSON-serialisable value; equal values give equal digests on every machine."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+    return digest(canonical_json(value), length)
+
+
+canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
+"""JSON of a value, equal for equal values."""
+
+
+def digest(text: str, length: int = 12) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -11,6 +11,7 @@ from moe_lab.config import require
 if TYPE_CHECKING:
     import polars as pl
 
+    from moe_lab.model import DecoderConfig
     from moe_lab.sweeps import SweepConfig
 
 VERBS = ("plan", "run", "status")
@@ -231,9 +232,15 @@ def _sweep(args: argparse.Namespace) -> "SweepConfig":
         if run.text not in resolved:
             text = type(run.text).from_dict(run.text.to_dict() | ({"corpus_hash": None} | changes if changes else {}))
             resolved[run.text] = text if text.corpus_hash else text.resolve()
-    models = {(run.model, run.text): run.model.replace(vocab_size=resolved[run.text].vocab_size) for run in sweep.runs}
-    runs = tuple(run.replace(text=resolved[run.text], model=models[run.model, run.text]) for run in sweep.runs)
-    return sweep if runs == sweep.runs else sweep.replace(runs=runs)
+    models: dict[tuple[DecoderConfig, int], DecoderConfig] = {}
+    runs = []
+    for run in sweep.runs:
+        text, model = resolved[run.text], run.model
+        if model.vocab_size != text.vocab_size:
+            wanted = model, text.vocab_size
+            model = models[wanted] = models.get(wanted) or model.replace(vocab_size=text.vocab_size)
+        runs.append(run if text == run.text and model is run.model else run.replace(text=text, model=model))
+    return sweep if all(new is old for new, old in zip(runs, sweep.runs, strict=True)) else sweep.replace(runs=tuple(runs))
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, hashes, require
 
 if TYPE_CHECKING:
     from moe_lab.training import RunConfig
@@ -27,13 +27,14 @@ class SweepConfig(Config):
         require(bool(_FOLDER_NAME.fullmatch(self.name)), "a sweep name of letters, digits, '.', '_' and '-'", repr(self.name))
         require(len(self.runs) > 0, "a sweep of at least one run", f"none in {self.name!r}")
         # Equal configurations have equal hashes, and comparing them takes a fraction of the time.
-        for run, times in Counter(self.runs).items():
-            require(times == 1, f"every run of {self.name!r} once", f"{run.name!r} ({run.hash()}) {times} times", "another seed or ratio")
+        if len(set(self.runs)) < len(self.runs):
+            run, times = Counter(self.runs).most_common(1)[0]
+            require(False, f"every run of {self.name!r} once", f"{run.name!r} ({run.hash()}) {times} times", "another seed or ratio")
 
     @cached_property
     def hashes(self) -> tuple[str, ...]:
         """The runs' content hashes, in the order of ``runs``: hashing thousands of configurations takes seconds, so do it once."""
-        return tuple(run.hash() for run in self.runs)
+        return hashes(self.runs)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

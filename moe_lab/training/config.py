@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from moe_lab.config import Config, require
 from moe_lab.model import DecoderConfig
@@ -132,10 +131,9 @@ class RunConfig(Config):
         steps = self._steps(tokens)
         return steps - round(self.optimizer.decay_fraction * steps)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As every configuration's; ``budgets`` only where there are any, so that a run that is alone keeps its hash."""
-        values = super().to_dict()
-        return values if self.budgets else {name: value for name, value in values.items() if name != "budgets"}
+    def written(self) -> tuple[str, ...]:
+        """``budgets`` only where there are any, so that a run that is alone keeps its hash."""
+        return tuple(name for name in super().written() if name != "budgets" or self.budgets)
 
     @property
     def target_ffn_count(self) -> float | None:
