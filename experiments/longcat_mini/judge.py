@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from scipy.stats import t
 
 from moe_lab.files import atomic_path, write_text
 from moe_lab.provenance import provenance
-from moe_lab.scaling import SHORT
+from moe_lab.scaling import SHORT, crossing
+from moe_lab.scaling.against import Result, mean_interval, result_of
 from moe_lab.sweeps import RunStore
 from moe_lab.text import Split, load_tokens
 from moe_lab.training import excerpts_of, load_run
@@ -73,11 +73,8 @@ def paired(runs: pl.DataFrame, arm: str, other: str, ratio: int) -> np.ndarray:
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high): 95 %, t with n - 1 degrees of freedom; unbounded for one value."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, -np.inf, np.inf
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
-    return mean, mean - half, mean + half
+    mean, low, high = mean_interval(values)
+    return mean, -np.inf if low is None else low, np.inf if high is None else high
 
 
 def slope(runs: pl.DataFrame, ratio: int) -> float:
@@ -90,11 +87,8 @@ def slope(runs: pl.DataFrame, ratio: int) -> float:
 
 
 def verdict(low: float, high: float) -> str:
-    if high < 0:
-        return "better"
-    if low > 0:
-        return "worse"
-    return "no difference of .02" if low > -MARGIN and high < MARGIN else "cannot tell at this size"
+    result = result_of(low, high, MARGIN)
+    return {Result.NO_DIFFERENCE: "no difference of .02", Result.CANNOT_TELL: "cannot tell at this size"}.get(result, result.value)
 
 
 def comparisons(runs: pl.DataFrame, base: int) -> pl.DataFrame:
@@ -123,19 +117,6 @@ def comparisons(runs: pl.DataFrame, base: int) -> pl.DataFrame:
             }
         )
     return pl.DataFrame(rows).sort("question", "ratio", maintain_order=True)
-
-
-def crossing(table: pl.DataFrame) -> str:
-    """Between which ratios tables begin to win, if the intervals settle it."""
-    rows = table.filter(question=3).sort("ratio")
-    better, worse = (rows.filter(verdict=word)["ratio"].to_list() for word in ("better", "worse"))
-    if better and worse and max(worse) < min(better):
-        return f"tables lose up to ratio {max(worse)} and win from ratio {min(better)}: the curves cross between"
-    if better and not worse:
-        return f"tables win at ratios {', '.join(map(str, better))} and lose at none: no crossing is seen in this range"
-    if worse and not better:
-        return f"tables lose at ratios {', '.join(map(str, worse))} and win at none: no crossing is seen in this range"
-    return "cannot tell: the intervals settle no crossing"
 
 
 def acceptance(folder: Path, runs: pl.DataFrame) -> pl.DataFrame:
@@ -171,7 +152,8 @@ def page(runs: pl.DataFrame, table: pl.DataFrame, drafts: pl.DataFrame, base: in
         change = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
         compute = f"x{row['compute']:.2f} ({row['compute_low']:.2f} to {row['compute_high']:.2f})"
         lines.append(f"| {row['question']}. {row['text']} | {row['ratio']} | {change} | {compute} | {row['verdict']} |")
-    lines += ["", f"Tables against experts over ratios: {crossing(table)}.", "", "Losses:", "", "| arm | ratio | loss | sd over seeds |"]
+    tables = table.filter(question=3).select("ratio", result="verdict")
+    lines += ["", f"N-gram tables over ratios: {crossing(tables)}.", "", "Losses:", "", "| arm | ratio | loss | sd over seeds |"]
     lines += ["|---|---|---|---|"]
     lines += [f"| {arm} | {ratio} | {loss:.4f} | {sd or 0:.4f} |" for arm, ratio, _, loss, sd in means.sort("arm", "ratio").iter_rows()]
     lines += ["", "Drafts of the MTP module that greedy verification keeps:", ""]

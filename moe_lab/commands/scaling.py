@@ -123,7 +123,8 @@ def verdict(args: argparse.Namespace) -> int:
     if args.out is not None:
         _write(args.out, everything, arm, verdicts, found)
     if args.json:
-        print_json([_as_json(tokens, arm, one, found) for tokens, one in verdicts.items()])
+        against = _against(everything, arm, verdicts).to_dicts()
+        print_json([_as_json(tokens, arm, one, found) | {"against_experts": against} for tokens, one in verdicts.items()])
     else:
         _print(everything, arm, verdicts, found)
     return 0
@@ -152,10 +153,32 @@ def _print(everything: "pl.DataFrame", arm: str, verdicts: "dict[float | None, V
             (f"{g.ratio_from:g}", f"{g.ratio_to:g}", f"{g.gain:.4f}", f"{g.lo:.4f} to {g.hi:.4f}", f"x{g.compute:.2f}") for g in one.gains
         ]
         _table(("from", "to", "nats", "90 % interval", "compute"), rows)
+    against = _against(everything, arm, verdicts)
+    if against.height:
+        print("\nInstead of more experts, at the same total: loss less that of the experts")
+        rows = [(row["alternative"], f"{row['ratio']:g}", *_against_words(row)) for row in against.iter_rows(named=True)]
+        _table(("alternative", "ratio", "pairs", "nats", "95 % interval", "compute", "result"), rows, left=(0, 6))
     for name, best in fixed_total_optima(everything).items():
         print(f"\nW4, apart from the verdict, arm {name}: {best.sentence}")
     print("\nWhat else could have made or hidden a wall")
     _table(("confound", "status", "detail"), found.rows(), left=(0, 1, 2))
+
+
+def _against(runs: "pl.DataFrame", arm: str, verdicts: "Mapping[float | None, Verdict]") -> "pl.DataFrame":
+    """Empty where no arm is an alternative to experts, or the runs lack the columns to tell."""
+    import polars as pl
+
+    from moe_lab.scaling import against_experts
+
+    if not {"arm", "seed", "total_params"} <= set(runs.columns):
+        return pl.DataFrame()
+    return against_experts(runs, arm=arm or None, compute_slope=next(iter(verdicts.values())).compute_slope)
+
+
+def _against_words(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Pairs, nats, interval, compute and result."""
+    interval = "-" if row["lo"] is None else f"{row['lo']:+.4f} to {row['hi']:+.4f}"
+    return f"{row['seeds']}", f"{row['difference']:+.4f}", interval, f"x{row['compute']:.2f}", row["result"]
 
 
 def _confounds(frame: "pl.DataFrame", arm: str) -> "pl.DataFrame":
@@ -207,13 +230,22 @@ def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[floa
     for name, method in (("gains", "gain_table"), ("forms", "form_table")):
         parts = [getattr(one, method)().with_columns(tokens=pl.lit(tokens, pl.Float64)) for tokens, one in verdicts.items()]
         frames[name] = pl.concat(parts)
+    against = _against(runs, arm, verdicts)
+    if against.height:
+        frames["against_experts"] = against
     for name, frame in frames.items():
         with atomic_path(folder / f"{name}.parquet") as path:
             frame.write_parquet(path)
     confounds = "\n".join(f"- {name}: {status}; {detail}" for name, status, detail in found.rows())
     told = "\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items())
     optima = "".join(f"\nW4, apart from the verdict, arm {name}: {best.sentence}\n" for name, best in fixed_total_optima(runs).items())
-    write_text(folder / "verdict.md", f"{told}\n{optima}\nConfounds\n{confounds}\n")
+    instead = "".join(
+        f"- {row['alternative']} at ratio {row['ratio']:g}: {nats} nats ({interval}, {pairs} pairs), {compute} in compute: {result}\n"
+        for row in against.iter_rows(named=True)
+        for pairs, nats, interval, compute, result in [_against_words(row)]
+    )
+    instead = f"\nInstead of more experts, at the same total\n{instead}" if instead else ""
+    write_text(folder / "verdict.md", f"{told}\n{optima}{instead}\nConfounds\n{confounds}\n")
 
 
 def fit(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,19 +30,24 @@ TITLES = {
     "wall_gain": "Gain per doubling, against the margin",
     "wall_elasticity": "Elasticity",
     "wall_power": "What this grid could tell",
+    "against_experts": "Instead of more experts",
 }
 
 
 @dataclass(frozen=True)
 class WallSection:
-    """``blocks`` with their headings in ``titles``; ``forms`` compares the shapes of the frontier, ``confounds`` what else could have
-    made or hidden a wall; ``optima`` says which ratio is best at fixed total parameters (W4), for the arms that hold them fixed."""
+    """``forms`` compares the shapes of the frontier, ``confounds`` what else could have made or hidden a wall; ``optima`` says which ratio
+    is best at fixed total parameters (W4), for the arms that hold them fixed."""
 
     blocks: tuple[Block, ...]
     forms: Table | None
     confounds: Table | None
     optima: tuple[str, ...] = ()
-    titles: Mapping[str, str] = field(default_factory=lambda: TITLES)
+
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """Heading by name of the block."""
+        return {block.name: TITLES[block.name] for block in self.blocks}
 
 
 def judged_runs(material: Material) -> tuple[pl.DataFrame, pl.DataFrame, str]:
@@ -74,11 +79,12 @@ def wall_section(material: Material) -> WallSection | None:
     except MoELabError:
         return None
     published = _published(frame)
-    blocks = (
+    blocks: tuple[Block | None, ...] = (
         _frontier(runs, frame, arm, verdict, band, published),
         _gain(verdict),
         _elasticity(runs, frame, arm, verdict, published),
         _power(frame, verdict),
+        _against(runs, arm, verdict),
     )
     try:
         found = confounds(runs, arm=arm)
@@ -86,7 +92,7 @@ def wall_section(material: Material) -> WallSection | None:
     except MoELabError:
         table = None
     optima = tuple(f"Arm {name}: {best.sentence}." for name, best in fixed_total_optima(runs).items())
-    return WallSection(blocks, _forms(verdict, band), table, optima)
+    return WallSection(tuple(block for block in blocks if block is not None), _forms(verdict, band), table, optima)
 
 
 def _frontier(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict, band: Band, published: pl.DataFrame) -> Block:
@@ -246,6 +252,30 @@ def _power(frame: pl.DataFrame, verdict: Verdict) -> Block:
         "tell. A share of .9 has a 90 % interval of ±.03."
     )
     return Block("wall_power", caption, (Plot(summary, (Variant("", draw.wall_power.canvas(table)),)),), table, table_of(table, 2))
+
+
+def _against(runs: pl.DataFrame, arm: str, verdict: Verdict) -> Block | None:
+    """None where no arm is an alternative to experts."""
+    from moe_lab.scaling import against_experts, crossing
+
+    try:
+        table = against_experts(runs, arm=arm or None, compute_slope=verdict.compute_slope)
+    except MoELabError:  # an arm of that name in a sweep of another design, or one that is not at its end
+        return None
+    if table.is_empty():
+        return None
+    told = "; ".join(f"{kind} {crossing(part)}" for (kind,), part in table.group_by("alternative", maintain_order=True))
+    seeds = table["seeds"]
+    number = f"{seeds.min()}" if seeds.n_unique() == 1 else f"{seeds.min()} to {seeds.max()}"
+    caption = (
+        f"n = {number} pairs of runs per point: the same seed, the same total parameters (within 2 %), and no more training FLOPs than "
+        "the runs with experts. Below 0 the alternative is better. Bars are 95 % Student t-intervals over the pairs, not corrected for "
+        f"how many there are. {told[:1].upper()}{told[1:]}. Compute is exp(-difference / (dL/dlnC)) with dL/dlnC = "
+        f"{verdict.compute_slope:.3f}; differences worth less than 5 % of it count as none."
+    )
+    summary = f"Loss of each alternative less that of more experts, by ratio: {told}."
+    variants = (Variant("", draw.against_experts.canvas(table)),)
+    return Block("against_experts", caption, (Plot(summary, variants),), table, table_of(table, 4))
 
 
 def _forms(verdict: Verdict, band: Band) -> Table:

@@ -166,6 +166,34 @@ def wall_power(frame: pl.DataFrame) -> Canvas:
     return figure.update_layout(height=360)
 
 
+@drawn
+def against_experts(frame: pl.DataFrame) -> Canvas:
+    """Loss of each alternative less that of more experts at the same total, with its interval over seeds.
+
+    Args:
+        frame: columns alternative, ratio, difference, lo, hi, seeds, as ``scaling.against_experts``.
+    """
+    need(frame, "alternative", "ratio", "difference", "lo", "hi", "seeds")
+    figure = Canvas().update_layout(hovermode="closest")
+    figure.add_hline(y=0, line={"color": SERIES[-1], "width": 1})
+    for index, (name, rows) in enumerate(frame.group_by("alternative", maintain_order=True)):
+        up, down = rows["hi"] - rows["difference"], rows["difference"] - rows["lo"]
+        bars = {"array": up.to_list(), "arrayminus": down.to_list(), "color": SERIES[index % len(SERIES)]}
+        figure.add_scatter(
+            x=(rows["ratio"] * 2 ** (0.06 * index)).to_list(),  # beside each other, where intervals would hide one another
+            y=rows["difference"].to_list(),
+            mode="lines+markers",
+            line={"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5},
+            marker={"color": SERIES[index % len(SERIES)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 9},
+            error_y={"type": "data", "symmetric": False, "thickness": 1.5, "width": 5, **bars},
+            customdata=rows.select("ratio", "seeds").rows(),
+            hovertemplate="ratio %{customdata[0]:.4~g}, %{customdata[1]} seeds: %{y:+.4f} nats",
+            name=plain(name[0]),
+        )
+    figure.update_yaxes(title_text="loss less that of more experts, nats/token")
+    return _log2_axis(figure, frame["ratio"]).update_layout(height=400)
+
+
 def _band(figure: Canvas, curve: pl.DataFrame, name: str) -> None:
     ratios = curve["ratio"].to_list()
     figure.add_scatter(

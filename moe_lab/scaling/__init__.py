@@ -1,5 +1,6 @@
 """Losses of many runs in, a law and a verdict out: published scaling laws, fits with their uncertainty, and the sparsity wall."""
 
+from moe_lab.scaling.against import Alternative, against_experts, crossing
 from moe_lab.scaling.band import Band, frontier_band
 from moe_lab.scaling.confounds import SHORT, TUNING, confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
@@ -22,6 +23,7 @@ __all__ = [
     "SHORT",
     "SQUARES",
     "TUNING",
+    "Alternative",
     "Band",
     "Design",
     "Fit",
@@ -35,11 +37,13 @@ __all__ = [
     "Saturation",
     "Truth",
     "Verdict",
+    "against_experts",
     "bootstrap",
     "cheapest",
     "compute_optimal",
     "confounds",
     "constrained_optimum",
+    "crossing",
     "datasets",
     "default_truths",
     "designs",

@@ -6,24 +6,14 @@ more experts were the best use of it (LongCat-Flash-Lite, arXiv 2601.21204 secti
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from enum import StrEnum
 
 from moe_lab.accounting import count
 from moe_lab.config import require
 from moe_lab.errors import ConfigError, expected
 from moe_lab.model import DecoderConfig, NgramConfig
+from moe_lab.scaling.against import TOLERANCE, Alternative
 
-TOLERANCE = 0.02
-"""Largest relative difference from the total asked for."""
-
-
-class Alternative(StrEnum):
-    """What the parameters beyond a smaller model are spent on."""
-
-    EXPERTS = "experts"
-    NGRAM = "ngram"
-    DEPTH = "depth"
-    WIDTH = "width"
+__all__ = ["BETWEEN", "Alternative", "at_total"]
 
 
 def at_total(model: DecoderConfig, total: int, alternative: Alternative | str, *, tolerance: float = TOLERANCE) -> DecoderConfig:

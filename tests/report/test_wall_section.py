@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from moe_lab.errors import AnalysisError
-from moe_lab.report import figures, write_report
+from moe_lab.report import figures, wall, write_report
 from moe_lab.report.sources import gather
 from moe_lab.report.verdict import verdict_text
 from moe_lab.report.wall import wall_section
@@ -104,3 +104,18 @@ def test_a_hostile_arm_name_stays_text(tmp_path: Path) -> None:
 def test_a_figure_of_the_wrong_frame_is_one_line() -> None:
     with pytest.raises(AnalysisError, match="expected a frame with rows and columns"):
         figures.wall_gain(pl.DataFrame({"gain": [1.0]}))
+
+
+def test_alternatives_to_experts_have_a_figure_where_the_sweep_has_them(sweep: Path) -> None:
+    runs, frame, arm = wall.judged_runs(gather(sweep))
+    runs = frame.with_columns(total_params=(1e6 * pl.col("ratio")).cast(pl.Int64))
+    other = runs.filter(pl.col("ratio") > 1).with_columns(arm=pl.lit("ngram"), ratio=pl.col("ratio") / 2, loss=pl.col("loss") + 0.5)
+    verdict = wall.judge(runs, frame, arm)
+    assert wall._against(runs, arm, verdict) is None
+    block = wall._against(pl.concat([runs, other]), arm, verdict)
+    assert block is not None
+    assert block.data["difference"].to_list() == pytest.approx([0.5] * (runs["ratio"].n_unique() - 1))
+    assert "Ngram loses at ratio 2, 4, 8, 16" in block.caption
+    (trace,) = block.plots[0].variants[0].figure.data
+    assert trace.name == "ngram"
+    assert list(trace.y) == pytest.approx(block.data["difference"].to_list())
