@@ -166,9 +166,14 @@ def test_two_ranks_follow_the_losses_of_one_over_200_steps(worlds: SimpleNamespa
     assert one["loss"][-10:].mean() < 0.5 * one["loss"][0]  # type: ignore[operator]
     for name in ("loss", "aux_loss", "grad_norm", "router_entropy"):
         np.testing.assert_allclose(two[name], one[name], atol=1e-5, rtol=0, err_msg=name)
-    record = json.loads((worlds.root / parallel / "result.json").read_text())
+    alone, record = (json.loads((worlds.root / name / "result.json").read_text()) for name in ("one", parallel))
     assert (record["ranks"], record["parallel"]) == (2, parallel)
-    assert record["loss"] == pytest.approx(json.loads((worlds.root / "one" / "result.json").read_text())["loss"], abs=1e-5)
+    assert record["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert all(ratio > 0 for ratio in alone["gradient_ratio"])
+    if parallel == "ddp":
+        assert record["gradient_ratio"] == pytest.approx(alone["gradient_ratio"], rel=1e-4)
+    else:
+        assert "gradient_ratio" not in record, "no rank has the whole model"
 
 
 @pytest.mark.slow
