@@ -14,7 +14,8 @@ tokens; only the number of experts to choose from changes. The other arms are th
 ``--alternative`` asks instead whether something else beats more experts. At each ratio from 2 it takes the model of half the ratio and
 spends what the other half of the experts would have cost on n-gram tables (``ngram``), layers (``depth``) or channels (``width``): the
 same total parameters as topk at that ratio, and for depth and width, which run more of them per token, fewer tokens, so that training
-costs the same. Runs that the plain sweep has too are shared with it.
+costs the same. Tables come with their amplified embedding (arXiv 2601.21204), without which they lose half a nat (longcat_mini/). Runs
+that the plain sweep has too are shared with it.
 
 Runs of one seed see the same batches in the same order, so arms can be compared in pairs; losses are of held-out text. Committed results:
 the folder ``sparsity_wall/`` beside this file.
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moe_lab.accounting import count, flops
-from moe_lab.model import DecoderConfig, MoEConfig
+from moe_lab.model import Amplification, DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, HashTable, RouterConfig
 from moe_lab.scaling import SHORT
 from moe_lab.scaling.alternatives import Alternative, at_total
@@ -227,6 +228,8 @@ def _against_experts(shape: Shape, alternative: Alternative, seed: int, device: 
 def instead(experts: RunConfig, smaller: DecoderConfig, alternative: Alternative) -> RunConfig:
     """``smaller`` brought to the parameters of the run ``experts`` by an alternative, at no more than its training FLOPs."""
     model = at_total(smaller, count(experts.model).total, alternative)
+    if alternative is Alternative.NGRAM and model.amplification is Amplification.NONE:
+        model = model.replace(amplification=Amplification.SQRT)
     spent, work = (flops(one, context=experts.seq_length, phase="train").total for one in (experts.model, model))
     tokens = round(experts.train_tokens * min(1.0, spent / work))
     name = experts.name.replace(experts.arm, alternative.value, 1)

@@ -6,7 +6,7 @@ import pytest
 
 from moe_lab.accounting import count, flops
 from moe_lab.errors import ConfigError, RunError
-from moe_lab.model import DecoderConfig, LatentAttentionConfig, MoEConfig
+from moe_lab.model import Amplification, DecoderConfig, LatentAttentionConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 from moe_lab.scaling.alternatives import Alternative, at_total
 from moe_lab.sweeps import load_recipe
@@ -65,6 +65,7 @@ def test_the_recipe_pairs_each_ratio_with_an_alternative_of_the_same_total_and_n
         assert len(arms[alternative]) == len(arms["topk"]) - 1  # nothing smaller than ratio 1
         for experts, other in zip(arms["topk"][1:], arms[alternative], strict=True):
             assert count(other.model).total == pytest.approx(count(experts.model).total, rel=0.02)
+            assert (other.model.amplification is Amplification.SQRT) == (alternative == "ngram"), "tables are nothing without it"
             work = [flops(run.model, run.seq_length, "train").total * run.train_tokens for run in (experts, other)]
             assert 0.95 * work[0] < work[1] < 1.001 * work[0]
     shared = [run for run in load_recipe(RECIPE, "demo", alternative=alternative).runs if run.arm == "topk"]
