@@ -11,11 +11,11 @@ tokens; only the number of experts to choose from changes. The other arms are th
 
     topk-short  topk at a quarter of the tokens, branched off its long runs where it begins to decay: does a wall move with the tokens?
 
-``--alternative`` asks instead whether something else beats more experts. At each ratio from 2 it takes the model of half the ratio and
-spends what the other half of the experts would have cost on n-gram tables (``ngram``), layers (``depth``) or channels (``width``): the
-same total parameters as topk at that ratio, and for depth and width, which run more of them per token, fewer tokens, so that training
-costs the same. Tables come with their amplified embedding (arXiv 2601.21204), without which they lose half a nat (longcat_mini/). Runs
-that the plain sweep has too are shared with it.
+``--alternative`` asks instead whether something else beats more experts. Arm ``experts`` is topk with an amplified embedding (arXiv
+2601.21204: without it tables lose half a nat, see longcat_mini/, and experts a little, so all arms have it). At each ratio from 2 an
+alternative takes the model of half the ratio and spends what the other half of the experts would have cost on n-gram tables (``ngram``),
+layers (``depth``) or channels (``width``): the same total parameters as experts at that ratio, and for depth and width, which run more
+of them per token, fewer tokens, so that training costs the same. Alternatives in one folder share the runs with experts.
 
 Runs of one seed see the same batches in the same order, so arms can be compared in pairs; losses are of held-out text. Committed results:
 the folder ``sparsity_wall/`` beside this file.
@@ -23,7 +23,7 @@ the folder ``sparsity_wall/`` beside this file.
     moe-lab sweep plan experiments/sparsity_wall.py --preset small --power
     moe-lab sweep run  experiments/sparsity_wall.py --preset small --out runs/small
     moe-lab scaling verdict runs/small --out experiments/sparsity_wall
-    moe-lab sweep run  experiments/sparsity_wall.py --alternative ngram --out runs/demo
+    moe-lab sweep run  experiments/sparsity_wall.py --alternative ngram --out runs/instead
 """
 
 import math
@@ -153,7 +153,7 @@ ALTERNATIVES = tuple(Alternative)
 def sweep(preset: str, *, seed: int = 0, device: str = "cpu", alternative: str | None = None) -> SweepConfig:
     """The designed grid of ``preset``: every ratio and arm at seeds ``seed``, ``seed + 1``, ...; arm lr at the first seed alone.
 
-    With ``alternative``, arm topk at every ratio and that alternative to it.
+    With ``alternative``, arm experts at every ratio and that alternative to it.
     """
     shape = SHAPES[preset]
     if alternative is not None:
@@ -218,18 +218,20 @@ def _fixed_total(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
 
 
 def _against_experts(shape: Shape, alternative: Alternative, seed: int, device: str) -> Iterator[RunConfig]:
+    def amplified(ratio: int) -> RunConfig:
+        run = _run(shape, Alternative.EXPERTS.value, ratio, _topk(shape, ratio), seed, device)
+        return run.replace(model=run.model.replace(amplification=Amplification.SQRT))
+
     for ratio in shape.ratios:
-        experts = _run(shape, "topk", ratio, _topk(shape, ratio), seed, device)
+        experts = amplified(ratio)
         yield experts
         if alternative is not Alternative.EXPERTS and ratio > 1:
-            yield instead(experts, _run(shape, "topk", ratio // 2, _topk(shape, ratio // 2), seed, device).model, alternative)
+            yield instead(experts, amplified(ratio // 2).model, alternative)
 
 
 def instead(experts: RunConfig, smaller: DecoderConfig, alternative: Alternative) -> RunConfig:
     """``smaller`` brought to the parameters of the run ``experts`` by an alternative, at no more than its training FLOPs."""
     model = at_total(smaller, count(experts.model).total, alternative)
-    if alternative is Alternative.NGRAM and model.amplification is Amplification.NONE:
-        model = model.replace(amplification=Amplification.SQRT)
     spent, work = (flops(one, context=experts.seq_length, phase="train").total for one in (experts.model, model))
     tokens = round(experts.train_tokens * min(1.0, spent / work))
     name = experts.name.replace(experts.arm, alternative.value, 1)

@@ -55,7 +55,8 @@ def against_experts(runs: pl.DataFrame, *, arm: str | None = None, compute_slope
     Args:
         runs: one row per run with columns arm, ratio, seed, loss (nats per token), total_params. An alternative is an arm called "ngram",
             "depth" or "width".
-        arm: that of the runs with experts (default: the one with most ratios).
+        arm: that of the runs with experts; "experts" has precedence, as what the recipes pair alternatives with (default: the arm with
+            most ratios).
         compute_slope: -dL/dlnC, nats per e-fold of compute; without it a difference is not put into compute, and there is no margin.
 
     Returns:
@@ -70,10 +71,12 @@ def against_experts(runs: pl.DataFrame, *, arm: str | None = None, compute_slope
     missing = [name for name in ("arm", "ratio", "seed", "loss", "total_params") if name not in runs.columns]
     if missing:
         raise AnalysisError(expected("columns arm, ratio, seed, loss, total_params", f"none called {', '.join(missing)}"))
-    others = runs.filter(pl.col("arm").is_in([kind.value for kind in Alternative]))
+    alternatives = pl.col("arm").is_in([kind.value for kind in Alternative if kind is not Alternative.EXPERTS])
+    others, experts = runs.filter(alternatives), runs.filter(arm=Alternative.EXPERTS.value)
     if others.is_empty():
         return pl.DataFrame(schema=_SCHEMA)
-    experts = main_arm(runs.filter(~pl.col("arm").is_in([kind.value for kind in Alternative])), arm)[0]
+    if experts.is_empty():
+        experts = main_arm(runs.filter(~alternatives), arm)[0]
     pairs = _pairs(others, experts)
     rows = []
     for (kind, ratio), group in pairs.group_by("arm", "ratio_experts", maintain_order=True):

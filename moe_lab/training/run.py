@@ -258,8 +258,8 @@ class _Run:
             return next((layer.backend_name(x) for layer in layers), None)
 
     def _balance_pressure(self) -> dict[str, Any]:
-        """R_g, where the first rank has the whole model; null where infinite. On half of the last step's first micro-batch: the graph is kept
-        for two gradients, and the run must not need more memory for it than for a step."""
+        """R_g, where the first rank has the whole model; null where infinite. On half of the last step's first micro-batch: the graph is
+        kept for two gradients, and the run must not need more memory for it than for a step."""
         if not self.config.model.moe_layers or self.ranks.parallel is Parallel.FSDP or not self.config.steps:
             return {}
         micro_batch = self.batches(self.config.steps - 1).chunk(self.config.grad_accumulation)[0]

@@ -75,6 +75,13 @@ def test_the_crossing_is_told_where_the_intervals_settle_it() -> None:
     assert told({2.0: open_}) == "cannot tell: the intervals settle no ratio"
 
 
+def test_the_arm_that_was_made_for_the_pairs_has_precedence() -> None:
+    runs = sweep({8.0: (0.1, 0.1, 0.1, 0.1)})
+    made = runs.filter(arm="topk").with_columns(arm=pl.lit("experts"), loss=pl.col("loss") - 0.5)
+    assert against_experts(pl.concat([runs, made]))["difference"].to_list() == pytest.approx([0.6])
+    assert against_experts(pl.concat([runs, made]), arm="topk")["difference"].to_list() == pytest.approx([0.6])
+
+
 def test_a_sweep_without_alternatives_has_no_rows_and_a_half_finished_one_says_so() -> None:
     runs = sweep({})
     assert against_experts(runs).is_empty()

@@ -58,18 +58,17 @@ def test_what_cannot_be_had_is_said() -> None:
 @pytest.mark.parametrize("alternative", ["ngram", "depth", "width"])
 def test_the_recipe_pairs_each_ratio_with_an_alternative_of_the_same_total_and_no_more_work(alternative: str) -> None:
     sweep = load_recipe(RECIPE, "small", alternative=alternative)
-    plain = {run.hash() for run in load_recipe(RECIPE, "demo").runs}
-    assert {run.arm for run in sweep.runs} == {"topk", alternative}
+    assert {run.arm for run in sweep.runs} == {"experts", alternative}
+    assert {run.model.amplification for run in sweep.runs} == {Amplification.SQRT}, "no arm has it to itself"
     for seed in {run.seed for run in sweep.runs}:
-        arms = {arm: [run for run in sweep.runs if run.seed == seed and run.arm == arm] for arm in ("topk", alternative)}
-        assert len(arms[alternative]) == len(arms["topk"]) - 1  # nothing smaller than ratio 1
-        for experts, other in zip(arms["topk"][1:], arms[alternative], strict=True):
+        arms = {arm: [run for run in sweep.runs if run.seed == seed and run.arm == arm] for arm in ("experts", alternative)}
+        assert len(arms[alternative]) == len(arms["experts"]) - 1  # nothing smaller than ratio 1
+        for experts, other in zip(arms["experts"][1:], arms[alternative], strict=True):
             assert count(other.model).total == pytest.approx(count(experts.model).total, rel=0.02)
-            assert (other.model.amplification is Amplification.SQRT) == (alternative == "ngram"), "tables are nothing without it"
             work = [flops(run.model, run.seq_length, "train").total * run.train_tokens for run in (experts, other)]
             assert 0.95 * work[0] < work[1] < 1.001 * work[0]
-    shared = [run for run in load_recipe(RECIPE, "demo", alternative=alternative).runs if run.arm == "topk"]
-    assert {run.hash() for run in shared} <= plain
+    alone = {run.hash() for run in load_recipe(RECIPE, "small", alternative="experts").runs}
+    assert alone == {run.hash() for run in sweep.runs if run.arm == "experts"}, "alternatives share the runs with experts"
 
 
 def test_alternatives_that_a_recipe_does_not_have_are_named(tmp_path: Path) -> None:
