@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	else $(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; fi
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' -c $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --group dev -e '.[hf,lexers,ray,slurm]'
+	$(BIN)/python -m compileall -q moe_lab  # also where PYTHONDONTWRITEBYTECODE is set: half a second of every start
 	@touch $@
 
 demo: $(STAMP)  ## train a small grid on this machine's own Python sources and write runs/demo/report.html (about 5 minutes)

@@ -259,11 +259,11 @@ def training_curves(frame: pl.DataFrame, metric: str, *, title: str | None = Non
     groups = {group: index for index, group in enumerate(frame["group"].unique(maintain_order=True))}
     for (group, run), rows in frame.drop_nulls(metric).group_by("group", "run", maintain_order=True):
         index = groups[str(group)]
-        tokens, values = (rows[column].to_numpy().astype(np.float32) for column in ("tokens", metric))
-        shown = np.argsort(rows["tokens"].to_numpy(), kind="stable")[evenly(rows.height, points)]
+        tokens, values = rows["tokens"].to_numpy(), rows[metric].to_numpy()
+        shown = np.argsort(tokens, kind="stable")[evenly(rows.height, points)]
         figure.add_scatter(
-            x=tokens[shown],
-            y=values[shown],
+            x=tokens[shown].astype(np.float32),
+            y=values[shown].astype(np.float32),
             mode="lines",
             line=line_style(index),
             name=plain(run),
