@@ -22,6 +22,7 @@ import polars as pl
 
 from moe_lab import failures
 from moe_lab.errors import RunError, expected
+from moe_lab.files import skim_json
 
 if TYPE_CHECKING:
     from moe_lab.trace import Trace
@@ -262,7 +263,7 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
     if (folder / "config.json").is_file():
         return [read_run(folder, os.listdir(folder))], []
     found = _run_folders(folder)
-    plan, _ = _read_json(folder / PLAN)
+    plan = _read_plan(folder)
     runs = plan.get("runs")
     entries = runs.items() if isinstance(runs, dict) else ()
     names = {run: str(entry.get("name") or "") if isinstance(entry, dict) else "" for run, entry in entries}
@@ -319,6 +320,15 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError) as error:
         return {}, f"{path.name} cannot be read: {str(error).splitlines()[0]}"
     return (value, "") if isinstance(value, dict) else ({}, f"{path.name} holds no object")
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    """What a sweep's folder says of its runs, without their configurations; empty where it says nothing that can be read."""
+    try:
+        plan = skim_json(folder / PLAN, "config", depth=3)
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
 
 
 def _number(value: Any) -> float | None:

@@ -100,7 +100,7 @@ class ObjectStore:
             reason = failures.first_line(_text(error))
             yield Record(states[run], Progress.of(parse(status)), parse(result), reason, lines)
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self, configs: bool = True) -> dict[str, Any]:
         found = self.bucket.read_many(self.bucket.names(SWEEPS))
         plans = sorted((parse(content) for content in found.values()), key=lambda plan: (plan.get("added", 0), plan.get("hash", "")))
         if not plans:

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from moe_lab import failures
 from moe_lab.errors import RunError, expected
 from moe_lab.failures import ERROR
-from moe_lab.files import content_hash, write_json, write_text
+from moe_lab.files import content_hash, skim_json, write_json, write_text
 from moe_lab.sweeps.claims import Claim, acquire, claimed, holder
 from moe_lab.sweeps.config import SweepConfig
 
@@ -124,11 +124,12 @@ class RunStore:
                 if not (self.path(run) / DONE).exists():
                     write_text(self.path(run) / ERROR, reason + "\n")
 
-    def plan(self) -> dict[str, Any]:
-        """``{"sweeps": [{hash, name, question, preset, runs}], "runs": {hash: {name, arm, ratio, seed, config}}}``."""
+    def plan(self, configs: bool = True) -> dict[str, Any]:
+        """``{"sweeps": [{hash, name, question, preset, runs}], "runs": {hash: {name, arm, ratio, seed, config}}}``; ``config`` may be
+        missing where nobody asked for ``configs``."""
         path = self.folder / PLAN
         try:
-            plan = json.loads(path.read_text(encoding="utf-8"))
+            plan = json.loads(path.read_text(encoding="utf-8")) if configs else skim_json(path, "config", depth=3)
         except FileNotFoundError:
             raise RunError(expected(f"a sweep folder with {PLAN}", f"{self.folder} without one", "moe-lab sweep run first")) from None
         except (OSError, ValueError) as error:
@@ -221,7 +222,7 @@ def status(folder: Path | str) -> "pl.DataFrame":
     import polars as pl
 
     store = open_store(folder)
-    plan = store.plan()
+    plan = store.plan(configs=False)
     runs = list(dict.fromkeys(run for sweep in plan["sweeps"] for run in sweep["runs"]))
     rows = []
     for run, found in zip(runs, store.records(runs), strict=True):
