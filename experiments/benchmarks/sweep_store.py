@@ -164,7 +164,7 @@ def opens(scratch: Path, runs: int, rounds: int) -> pl.DataFrame:
     rows = []
     for number in range(rounds):
         for name, command in commands.items():
-            rows.append({"command": name, "runs": runs, "round": number, **timed(command)})
+            rows.append({"opened": name, "runs": runs, "round": number, **timed(command)})
             print(rows[-1])
     print(f"the page has {(scratch / 'report.html').stat().st_size / 1e6:.1f} MB")
     return pl.DataFrame(rows)
@@ -243,7 +243,7 @@ def main() -> None:
             "memory": lambda: memory(Path(folder)),
         }[args.what]()
     if args.what == "opens":
-        print(frame.group_by("command", maintain_order=True).agg(pl.col("seconds", "processor_seconds").median(), pl.col("peak_mb").max()))
+        print(frame.group_by("opened", maintain_order=True).agg(pl.col("seconds", "processor_seconds").median(), pl.col("peak_mb").max()))
     else:
         print(frame)
     if args.save:
