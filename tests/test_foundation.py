@@ -171,3 +171,21 @@ def test_skimming_leaves_out_what_a_plan_is_full_of(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text((tmp_path / "plan.json").read_text()[:200])
     with pytest.raises(ValueError, match=r"delimiter|Expecting|Unterminated"):
         skim_json(tmp_path / "cut.json", "config", depth=3)
+
+
+@pytest.mark.parametrize("package", ["moe_lab.trace", "moe_lab.analysis", "moe_lab.analysis.difficulty"])
+def test_names_imported_on_first_use_are_those_of_the_package(package: str) -> None:
+    code = f"""
+import importlib, sys
+module = importlib.import_module({package!r})
+assert "torch" not in sys.modules
+assert all(getattr(module, name) is not None for name in module.__all__)
+assert "torch" in sys.modules
+assert not hasattr(module, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_submodules_with_lazy_names_can_be_reached_from_their_package() -> None:
+    code = "import moe_lab.trace as t; print(t.importing.ImportKind.VLLM, t.capturing.recorder.capture is t.capture)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "vllm True\n"
