@@ -12,11 +12,13 @@ from typing import Any
 def on_first_use(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
     """The ``__getattr__`` of ``package``: submodule -> names that it gives. The submodules themselves can be reached as if imported."""
     places = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
-    submodules = {module.partition(".")[0] for module in modules}
 
     def get(name: str) -> Any:
-        if name in submodules:
-            return importlib.import_module(f"{package}.{name}")
+        inside = [module for module in modules if module.partition(".")[0] == name]
+        for module in inside:
+            importlib.import_module(f"{package}.{module}")
+        if inside:
+            return sys.modules[f"{package}.{name}"]
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(places[name]), name)
