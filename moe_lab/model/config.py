@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_lab.config import Config, require
 from moe_lab.routing import RouterConfig, hash_twin
+from moe_lab.routing.controllers.base import choice
 
 if TYPE_CHECKING:
     from moe_lab.model.decoder import Decoder
@@ -246,6 +247,8 @@ class DecoderConfig(Config):
     init_std: float | None = None
 
     def __post_init__(self) -> None:
+        for name, options in _CHOICES.items():
+            object.__setattr__(self, name, choice(options, getattr(self, name), f"{name} among"))
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "context_length"):
             require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
         if self.head_dim is None and self.latent_attention is None:
@@ -344,3 +347,7 @@ class DecoderConfig(Config):
         from moe_lab.model.decoder import Decoder
 
         return Decoder(self)
+
+
+_CHOICES = {"wiring": Wiring, "qk_norm": QKNorm, "amplification": Amplification}
+"""Fields of ``DecoderConfig`` that take one of a few values, which a plain string may name."""

@@ -180,6 +180,27 @@ def test_the_hidden_z_loss_is_the_squared_log_sum_of_magnitudes_over_real_tokens
     assert "hidden_z" not in Decoder(PLAIN)(ids, ids).losses
 
 
+@pytest.mark.parametrize(
+    ("field", "name", "member"),
+    [
+        ("wiring", "plain", Wiring.PLAIN),
+        ("wiring", "shortcut", Wiring.SHORTCUT),
+        ("qk_norm", "head", QKNorm.HEAD),
+        ("amplification", "sqrt", Amplification.SQRT),
+        ("amplification", "norm", Amplification.NORM),
+    ],
+)
+def test_a_choice_by_its_plain_name_builds_the_same_decoder(field: str, name: str, member: Any) -> None:
+    """Both have the same hash, so they must be the same model."""
+    models = []
+    for value in (name, member):
+        torch.manual_seed(0)
+        models.append(Decoder(PLAIN.replace(**{field: value})).eval())
+    assert models[0].config.hash() == models[1].config.hash()
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    assert torch.equal(models[0](ids_of(PLAIN)).logits, models[1](ids_of(PLAIN)).logits)
+
+
 def test_amplification_multiplies_the_embedding_by_the_root_of_the_width() -> None:
     model = Decoder(OPTIONS["embedding times sqrt(d)"])
     torch.testing.assert_close(model.embed(torch.tensor([[3, 4]])), model.embedding.weight[None, 3:5] * 24**0.5)
@@ -189,6 +210,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 0}, "expected vocab_size of at least 1, got 0"),
     ({"num_layers": 0}, "expected num_layers of at least 1, got 0"),
     ({"context_length": 0}, "expected context_length of at least 1, got 0"),
+    ({"wiring": "shortcat"}, "expected wiring among plain, shortcut, sequential, got 'shortcat'"),
+    ({"qk_norm": None}, "expected qk_norm among none, head, width, got None"),
+    ({"amplification": "double"}, "expected amplification among none, sqrt, norm, got 'double'"),
     ({"head_dim": 5}, r"expected an even head_dim \(rotary pairs\), got 5"),
     ({"num_kv_heads": 3}, "expected num_kv_heads dividing num_heads 4, got 3"),
     ({"num_dense_layers": 3}, "expected num_dense_layers of 0 to 2, got 3"),
