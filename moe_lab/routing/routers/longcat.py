@@ -32,6 +32,9 @@ class LongCat(TokenChoice):
         if groups is not None:
             require(config.num_experts % groups == 0, f"device_groups dividing {config.num_experts} experts", groups)
             require(config.num_zero_experts > 0, "zero-compute experts for device_groups", 0)
+            target = None if config.controller is None else config.controller.target_ffn_count
+            room = target is None or target < config.top_k
+            require(room, f"target_ffn_count below top_k {config.top_k} for device_groups, whose last is all zero-compute experts", target)
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         routing = super().route(logits_TE, context)
