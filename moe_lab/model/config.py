@@ -262,7 +262,11 @@ class DecoderConfig(Config):
             require(self.moe.d_model == self.d_model, f"moe.d_model equal to d_model {self.d_model}", self.moe.d_model)
         elif self.d_dense is None:
             require(False, "d_dense in a decoder without moe", "None")
+        require(self.d_dense is None or self.d_dense >= 1, "d_dense of at least 1", self.d_dense)
         require(self.hidden_z_loss_coef >= 0, "hidden_z_loss_coef of at least 0", self.hidden_z_loss_coef)
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            value = getattr(self, name)
+            require(value > 0 if value is not None else name == "init_std", f"{name} above 0", value)
         self._check_hash_layers()
         self._check_attention()
         self._check_ngram()
