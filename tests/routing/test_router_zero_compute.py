@@ -192,5 +192,5 @@ def test_the_longcat_router_makes_the_device_level_loss_of_its_groups_in_trainin
         config.replace(device_groups=4)
     with pytest.raises(ConfigError, match="expected zero-compute experts for device_groups, got 0"):
         config.replace(num_zero_experts=0, controller=None)
-    with pytest.raises(ConfigError, match="expected target_ffn_count below top_k 4 for device_groups, .*, got 4"):
+    with pytest.raises(ConfigError, match=r"expected target_ffn_count below top_k 4 for device_groups, .*, got 4"):
         config.replace(controller=controller.replace(target_ffn_count=4.0))
