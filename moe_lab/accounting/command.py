@@ -63,8 +63,7 @@ def read(name: str) -> Any:
     entry = find_model(name)
     if entry is not None:
         return entry["config"]
-    names = [one["name"] for one in facts()]
-    short = {one.partition("/")[2].lower(): one for one in names}
+    short = {one["name"].partition("/")[2].lower(): one["name"] for one in facts()} | {mini: mini for mini in MINIS}
     near = [short[match] for match in get_close_matches(name.partition("/")[2].lower() or name.lower(), short, n=4, cutoff=0.4)]
     hint = f"one of {', '.join(near)}" if near else "moe-lab count, which lists the known models"
     raise ConfigError(expected("a published model or a path to a config.json", repr(name), hint))

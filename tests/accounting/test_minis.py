@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from moe_lab.accounting import count
+from moe_lab.accounting.command import read
 from moe_lab.accounting.minis import MINIS, beside_original, find_mini, mini_config, ratios
 from moe_lab.accounting.published import find_model
 from moe_lab.errors import ConfigError
@@ -86,3 +87,5 @@ def test_the_command_shows_a_mini_beside_its_original_without_torch() -> None:
 def test_an_unknown_mini_is_named() -> None:
     with pytest.raises(ConfigError, match=r"expected a mini among longcat_flash_mini, .*, got 'gpt_mini'"):
         find_mini("gpt_mini")
+    with pytest.raises(ConfigError, match=r"got 'LongCat_Flash_Mini'; try one of longcat_flash_mini, "):
+        read("LongCat_Flash_Mini")
