@@ -6,15 +6,17 @@ A reader therefore sees the old file, the new file, or none. `kill -9` leaves at
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moe_lab.errors import RunError
+from moe_lab.errors import RunError, expected
 
 TEMPORARY_PREFIX = ".tmp-"
+_PART = re.compile(r"[A-Za-z0-9._=-]+")
 
 
 @contextmanager
@@ -33,6 +35,24 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the folder itself may be what could not be made; the first error is the one to tell
             temporary.unlink(missing_ok=True)
+
+
+def check_name(name: str, source: Path | str) -> str:
+    """``name`` itself, if it is a relative path that stays below the folder it is joined to.
+
+    Every name that comes from the content of a file or from a store passes here before it becomes a path. Each part between slashes holds
+    only letters, digits and ``. _ = -``, and is neither ``.`` nor ``..``; so no absolute path, no drive, no control character.
+    ``source`` is what the message calls the place of the name. Raises ``RunError``.
+    """
+    if not all(_PART.fullmatch(part) and part not in (".", "..") for part in name.split("/")):
+        got = ascii(name)[:100]
+        raise RunError(expected("file names of letters, digits and . _ = - between slashes", f"{got} in {source}", "removing that file"))
+    return name
+
+
+def below(folder: Path, name: str, source: Path | str) -> Path:
+    """The path of ``name`` under ``folder``. Raises ``RunError`` as ``check_name``."""
+    return folder / check_name(name, source)
 
 
 def default_cache_dir() -> Path:

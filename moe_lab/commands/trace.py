@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pretrained.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
     pretrained.add_argument("--device-map", default=None, metavar="MAP", help="auto, balanced, ... (needs accelerate)")
     pretrained.add_argument("--batch-tokens", type=int, default=4096, help="tokens of one forward pass")
+    pretrained.add_argument("--trust-remote-code", action="store_true", help="run Python files that came with the model (default: refuse)")
     imported = parser.add_argument_group("with --import")
     imported.add_argument("--config", default=None, metavar="PATH", help="config.json of the model, or its folder: experts, slots, layers")
     imported.add_argument("--num-experts", type=int, default=None, help="where neither the source nor --config tells")
@@ -67,7 +68,7 @@ def _pretrained(args: argparse.Namespace) -> int:
         args.out,
         max_tokens=args.max_tokens,
         batch_tokens=args.batch_tokens,
-        loading=Loading(args.dtype, args.device, args.device_map),
+        loading=Loading(args.dtype, args.device, args.device_map, args.trust_remote_code),
         created_from="moe-lab trace --hf",
     )
     loss = trace.tokens.select("loss").collect()["loss"].mean()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import MoELabError, RunError, expected
+from moe_lab.files import check_name
 
 CLOCK_SECONDS = 60.0
 """How long a reading of the store's clock is carried on by this process's own."""
@@ -55,16 +56,17 @@ class Bucket:
             self._files.put_file(str(source), self._path(name))
 
     def download(self, name: str, target: Path) -> None:
+        check_name(name, self.url)
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._told("read"):
             self._files.get_file(self._path(name), str(target))
 
     def names(self, folder: str) -> list[str]:
-        """All objects below ``folder``, at any depth."""
+        """All objects below ``folder``, at any depth. Raises ``RunError`` for a name that could lead out of a folder it is copied to."""
         with self._told("read"):
             self._files.invalidate_cache()
             found = self._files.find(self._path(folder))
-        return [str(path).removeprefix(self._root).lstrip("/") for path in found]
+        return [check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url) for path in found]
 
     def delete(self, names: Iterable[str]) -> None:
         """Objects that do not exist are none the worse."""

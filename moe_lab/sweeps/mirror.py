@@ -16,6 +16,7 @@ from typing import Any
 
 from moe_lab import failures
 from moe_lab.errors import RunError
+from moe_lab.files import below
 from moe_lab.sweeps.bucket import Bucket
 from moe_lab.sweeps.launchers import Ending, Job, Launcher, Result
 from moe_lab.sweeps.leases import take
@@ -106,7 +107,7 @@ class _Copies:
         self._scratch.mkdir(parents=True)
         prefix = f"{FILES}/{self._run}/"
         for name in self._bucket.names(prefix.rstrip("/")):
-            self._bucket.download(name, self._scratch / name.removeprefix(prefix))
+            self._bucket.download(name, below(self._scratch, name.removeprefix(prefix), self._bucket.url))
         self._bucket.delete([f"{STATE}/{self._run}/{failures.ERROR}"])
 
     def __enter__(self) -> "_Copies":

@@ -19,11 +19,11 @@ from typing import Any
 
 from moe_lab import failures
 from moe_lab.errors import RunError, expected
-from moe_lab.files import content_hash
+from moe_lab.files import below, content_hash
 from moe_lab.sweeps.bucket import Bucket, parse
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.leases import living_owner
-from moe_lab.sweeps.store import DONE, PLAN, SCHEMA_VERSION, Progress, Record, RunState, RunStore, open_store, plan_entry
+from moe_lab.sweeps.store import DONE, PLAN, SCHEMA_VERSION, Progress, Record, RunState, RunStore, check_run_names, open_store, plan_entry
 
 STATE, FILES, SWEEPS = "state", "files", "sweeps"
 LEASE, STATUS, RESULT = "lease.json", "status.json", "result.json"
@@ -110,7 +110,7 @@ class ObjectStore:
             raise RunError(expected(f"plans of version {SCHEMA_VERSION}", f"{versions.pop()} in {self.folder}", "another URL"))
         sweeps = [{key: plan[key] for key in ("hash", "name", "question", "preset", "runs")} for plan in plans]
         runs = {run: entry for plan in plans for run, entry in plan["entries"].items()}
-        return {"schema_version": SCHEMA_VERSION, "sweeps": sweeps, "runs": runs}
+        return check_run_names({"schema_version": SCHEMA_VERSION, "sweeps": sweeps, "runs": runs}, self.folder)
 
     def add(self, sweep: SweepConfig) -> None:
         """Write the plan under its own hash; where it lies already, nothing changes."""
@@ -133,7 +133,7 @@ def fetch(store: ObjectStore, folder: Path) -> None:
     finished = [run for run in plan["runs"] if f"{STATE}/{run}/{DONE}" in contents]
     metrics = store.bucket.read_many(f"{FILES}/{run}/metrics.parquet" for run in finished)
     for name, content in (contents | metrics).items():
-        path = folder / name.split("/", 1)[1]
+        path = below(folder, name.split("/", 1)[1], store.folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
@@ -142,7 +142,7 @@ def fetch(store: ObjectStore, folder: Path) -> None:
         points.setdefault((plan["runs"][run]["arm"], plan["runs"][run]["ratio"]), run)
     for run in points.values():
         for name in store.bucket.names(f"{FILES}/{run}/trace"):
-            store.bucket.download(name, folder / name.split("/", 1)[1])
+            store.bucket.download(name, below(folder, name.split("/", 1)[1], store.folder))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ is the only proof of a whole run; ``error.txt`` tells why one failed; a living c
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PLAN = "sweep.json"
 DONE = "done"
+_RUN_NAME = re.compile(r"[0-9a-f]{12}")
 SCHEMA_VERSION = 1
 PATIENCE_SECONDS = 300.0
 """How long a process waits for its turn to add to the plan; the plan of a large sweep takes a good part of a second to write."""
@@ -79,6 +81,15 @@ def plan_entry(sweep: SweepConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     entry = {"name": sweep.name, "question": sweep.question, "preset": sweep.preset, "runs": list(sweep.hashes)}
     return entry | {"hash": content_hash(entry)}, runs
+
+
+def check_run_names(plan: dict[str, Any], source: Path | str) -> dict[str, Any]:
+    """``plan`` itself. Raises ``RunError`` where it names a run by anything but 12 hexadecimal digits: run names become folder names."""
+    for run in [*plan["runs"], *(run for sweep in plan["sweeps"] for run in sweep["runs"])]:
+        if not (isinstance(run, str) and _RUN_NAME.fullmatch(run)):
+            got = ascii(run)[:100]
+            raise RunError(expected("runs named by 12 hexadecimal digits", f"{got} in {source}", "a plan that moe-lab sweep wrote"))
+    return plan
 
 
 class RunStore:
@@ -136,7 +147,7 @@ class RunStore:
             raise RunError(expected("a readable plan", f"{path}: {error}", "running the sweep again into another folder")) from error
         if plan.get("schema_version") != SCHEMA_VERSION:
             raise RunError(expected(f"a plan of version {SCHEMA_VERSION}", f"{plan.get('schema_version')} in {path}", "another folder"))
-        return plan
+        return check_run_names(plan, path)
 
     def add(self, sweep: SweepConfig) -> None:
         """Record ``sweep`` in the plan beside what is there. Runs of the same hash are shared, so finished ones are reused."""

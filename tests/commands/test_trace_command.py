@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -138,3 +141,28 @@ def test_records_of_an_engine_become_a_trace(tmp_path, capsys):
 def test_what_is_missing_is_told(arguments, message, capsys):
     assert main(["trace", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
+def test_code_that_came_with_a_model_never_runs_unasked(pretrained, texts, tmp_path, place):
+    """With ``y`` on standard input, in a network namespace of its own where the machine allows one."""
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(pretrained, folder)
+    values = json.loads((folder / place).read_text())
+    if place == "config.json":
+        values |= {"model_type": "evil", "architectures": ["EvilForCausalLM"]}
+        values["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}
+    else:
+        values |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}}
+        (folder / "tokenizer.json").unlink()
+    (folder / place).write_text(json.dumps(values))
+    code = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\nEvilConfig = EvilForCausalLM = EvilTokenizer = object\n"
+    (folder / "evil.py").write_text(code)
+    command = [sys.executable, "-m", "moe_lab", "trace", "--hf", str(folder), "--text", str(texts), "--out", str(tmp_path / "t")]
+    isolated = ["unshare", "--net"] if not subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode else []
+    done = subprocess.run([*isolated, *command], input="y\n" * 9, capture_output=True, text=True, timeout=200)
+    assert not marker.exists()
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "--trust-remote-code" in done.stderr

@@ -268,3 +268,72 @@ def test_a_missing_client_is_named():
         RunError, match=r"expected the package that opens s3://, got Install s3fs to access S3; try pip install it beside fsspec"
     ):
         open_store("s3://bucket/sweep")
+
+
+HOSTILE_NAMES = [
+    "state//{outside}/written",
+    "state/../../written",
+    "state/{run}/../../../written",
+    "state/{run}/..",
+    "state/{run}/./result.json",
+    "state/{run}//result.json",
+    "state/{run}/\\..\\..\\written",
+    "state/{run}/C:\\written",
+    "state/{run}/a\nb",
+    "state/{run}/a\x1b[2Jb",
+    "state/{run}/a\x00b",
+    "state/{run}/a b",
+    "state/{run}/~/.bashrc",
+    "state/{run}/$HOME",
+    "state/{run}/%2e%2e/written",
+    "state/{run}/\u202ereversed",
+    "state/{run}/\ud800",
+    "state/{run}/" + "é" * 10_000,
+    "files/{run}/trace/../../../written",
+    "files/{run}/trace//{outside}/written",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=range(len(HOSTILE_NAMES)))
+def test_no_object_name_leads_out_of_the_folder_it_is_copied_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    url = f"memory://hostile/{tmp_path.name}"
+    store = ObjectStore(url)
+    store.add(stub_sweep(GRID[0]))
+    hash_ = GRID[0].hash()
+    store.bucket.write(f"state/{hash_}/done", b"")
+    hostile = name.format(outside=outside, run=hash_)
+    find, cat, get = (getattr(store.bucket._files, method) for method in ("find", "cat", "get_file"))
+    root = store.bucket._path("")
+
+    def find_more(path: str, **options):
+        more = [root + hostile] if hostile.startswith(path.removeprefix(root)) else []
+        return [*find(path, **options), *more]
+
+    def cat_more(paths, **options):
+        known = [path for path in paths if path != root + hostile]
+        return (cat(known, **options) if known else {}) | {path: b"{}" for path in paths if path not in known}
+
+    def get_more(path: str, target: str):
+        return Path(target).write_bytes(b"x") if path == root + hostile else get(path, target)
+
+    monkeypatch.setattr(type(store.bucket._files), "find", staticmethod(find_more))
+    monkeypatch.setattr(type(store.bucket._files), "cat", staticmethod(cat_more))
+    monkeypatch.setattr(type(store.bucket._files), "get_file", staticmethod(get_more))
+    monkeypatch.setattr(tempfile, "tempdir", str(outside / "deep" / "down"))
+    Path(tempfile.tempdir).mkdir(parents=True)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="expected file names of letters") as caught, readable(url):
+        pass
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isascii()
+    assert str(caught.value).isprintable()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("run", ["../../../x", "/abs", "0123456789ab/..", "0123456789AB", "", "0123456789abc"])
+def test_a_plan_names_runs_by_their_hash_alone(tmp_path: Path, run: str):
+    plan = {"schema_version": 1, "sweeps": [], "runs": {run: {}}}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    with pytest.raises(RunError, match="expected runs named by 12 hexadecimal digits"):
+        status(tmp_path)

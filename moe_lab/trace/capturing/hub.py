@@ -27,11 +27,15 @@ CLASS_COLUMNS = ("start", "end", "n_bytes", "lexer", "subword", "unicode", "case
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded: ``dtype`` (auto, float32, bfloat16, float16), ``device``, or a ``device_map`` of accelerate."""
+    """How a model is loaded: ``dtype`` (auto, float32, bfloat16, float16), ``device``, or a ``device_map`` of accelerate.
+
+    ``trust_remote_code`` lets Python files that came with the model run. False refuses such a model and never asks on standard input.
+    """
 
     dtype: str = "auto"
     device: str = "cpu"
     device_map: str | None = None
+    trust_remote_code: bool = False
 
 
 def trace_pretrained(
@@ -81,16 +85,23 @@ def trace_pretrained(
 
 
 def load_pretrained(model_id: str | Path, loading: Loading) -> tuple[Any, Any]:
-    """(model in evaluation mode, tokenizer). A folder is read with the network off."""
+    """(model in evaluation mode, tokenizer). A folder is read with the network off.
+
+    Raises ``TraceError`` for a model that cannot be loaded, and for one that needs code of its own unless ``loading`` trusts it.
+    """
     try:
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise TraceError("expected the extra hf, got no transformers; try pip install 'moe_lab[hf]'") from error
     local = Path(model_id).exists()
     placed = {"device_map": loading.device_map} if loading.device_map else {}
-    options = {"local_files_only": local, "dtype": loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype), **placed}
+    source = {"local_files_only": local, "trust_remote_code": loading.trust_remote_code}
+    options = {"dtype": loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype), **source, **placed}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_id), local_files_only=local)
+        if not loading.trust_remote_code and _needs_code(model_id, local):
+            got = f"{model_id}, which needs Python code that came with it (auto_map)"
+            raise TraceError(expected("a model that transformers knows", got, "--trust-remote-code if you trust that code"))
+        tokenizer = AutoTokenizer.from_pretrained(str(model_id), **source)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(str(model_id), **options)
         except ValueError as error:
@@ -101,6 +112,18 @@ def load_pretrained(model_id: str | Path, loading: Loading) -> tuple[Any, Any]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise TraceError(f"cannot load {model_id}: {reason}; try a folder with config.json, weights and tokenizer") from error
     return (model if placed else model.to(loading.device)).eval(), tokenizer
+
+
+def _needs_code(model_id: str | Path, local: bool) -> bool:
+    """Whether only Python files that came with the model can build it; none of them is imported to find out."""
+    import transformers
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    config, _ = PreTrainedConfig.get_config_dict(str(model_id), local_files_only=local)
+    model = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
+    tokenizer = get_tokenizer_config(str(model_id), local_files_only=local)
+    return model or ("auto_map" in tokenizer and not hasattr(transformers, str(tokenizer.get("tokenizer_class"))))
 
 
 def tokenized(corpus: Corpus, tokenizer: Any, max_tokens: int | None) -> list[TokenizedDocument]:
