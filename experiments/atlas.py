@@ -1,9 +1,10 @@
-"""The atlas of published MoE models: total against active parameters, and sparsity over time, on one offline page.
+"""The atlas of published MoE models: total against active parameters, and sparsity over time, on
+one offline page.
 
     python experiments/atlas.py [--out build/atlas.html]
 
-Writes the page (two interactive figures and the table, nothing loaded from anywhere), and beside this file ``atlas/models.csv``, the frame
-they are drawn from. Needs no GPU, no data and no network.
+Writes the page (two interactive figures and the table, nothing loaded from anywhere), and beside
+this file ``atlas/models.csv``, the frame they are drawn from. Needs no GPU, no data and no network.
 """
 
 import argparse
@@ -34,7 +35,9 @@ SHOWN = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/atlas.html"))
     out = parser.parse_args().out
     frame = models()
@@ -50,20 +53,26 @@ def main() -> None:
 def page(frame: pl.DataFrame) -> str:
     figures = [atlas(frame), sparsity_over_time(frame)]
     drawn = [
-        pio.to_html(figure.update_layout(height=680), include_plotlyjs=number == 0, full_html=False, config={"displaylogo": False})
+        pio.to_html(
+            figure.update_layout(height=680),
+            include_plotlyjs=number == 0,
+            full_html=False,
+            config={"displaylogo": False},
+        )
         for number, figure in enumerate(figures)
     ]
     notes = "".join(f"<p>{escape(line)}</p>" for line in sentences(frame))
     head = '<meta charset="utf-8"><title>Atlas of published MoE models</title><style>body{font-family:system-ui,sans-serif;margin:1.5rem}'
-    style = (
-        "table{border-collapse:collapse;font-size:.85rem}td,th{padding:.2rem .6rem;text-align:right}td:first-child{text-align:left}</style>"
-    )
+    style = "table{border-collapse:collapse;font-size:.85rem}td,th{padding:.2rem .6rem;text-align:right}td:first-child{text-align:left}</style>"
     return f"<!doctype html><html lang='en'><head>{head}{style}</head><body>{drawn[0]}{drawn[1]}{notes}{table(frame)}</body></html>\n"
 
 
 def table(frame: pl.DataFrame) -> str:
     header = "".join(f"<th>{escape(name)}</th>" for name in SHOWN)
-    rows = ("".join(f"<td>{escape(cell(value))}</td>" for value in row) for row in frame.select(SHOWN).iter_rows())
+    rows = (
+        "".join(f"<td>{escape(cell(value))}</td>" for value in row)
+        for row in frame.select(SHOWN).iter_rows()
+    )
     return f"<table><tr>{header}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
@@ -74,7 +83,9 @@ def cell(value: object) -> str:
 
 
 def sentences(frame: pl.DataFrame) -> list[str]:
-    """What is 94 % and 97 % sparse and by which definition, and the range of the models whose count of experts varies."""
+    """What is 94 % and 97 % sparse and by which definition, and the range of the models whose count
+    of experts varies.
+    """
     varying = frame.filter(pl.col("num_zero_experts") > 0).iter_rows(named=True)
     ranges = (
         f"{row['name']}: {1 - row['active_max'] / row['total']:.1%} sparse for a token that runs {row['slots']} real experts, "
@@ -85,12 +96,16 @@ def sentences(frame: pl.DataFrame) -> list[str]:
 
 
 def sentence(frame: pl.DataFrame, level: float) -> str:
-    """Which models are at a sparsity, by parameters (1 - active / total) and by experts (1 - k / E), to the nearest percent."""
+    """Which models are at a sparsity, by parameters (1 - active / total) and by experts (1 - k /
+    E), to the nearest percent.
+    """
     found = {
         what: frame.filter((pl.col(column) - level).abs() <= 0.005)["name"].to_list()
         for what, column in (("by parameters", "sparsity"), ("by experts", "expert_sparsity"))
     }
-    return f"{level:.0%} sparse " + "; ".join(f"{what}: {', '.join(names) or 'none'}" for what, names in found.items())
+    return f"{level:.0%} sparse " + "; ".join(
+        f"{what}: {', '.join(names) or 'none'}" for what, names in found.items()
+    )
 
 
 if __name__ == "__main__":

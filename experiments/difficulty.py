@@ -1,8 +1,11 @@
-"""Does compute follow difficulty? Five routers whose count can vary, two tokenizers, two balance strengths, three seeds; and a calibration.
+"""Does compute follow difficulty? Five routers whose count can vary, two tokenizers, two balance
+strengths, three seeds; and a calibration.
 
-Each run is a small decoder; what its router spends on documents that neither model nor tokenizer has seen is set against two
-difficulties that the model has no hand in: cross-fitted trigram surprisal and the loss of a dense twin. A verdict is printed only where
-sign and equivalence class agree in 80 % of the cells. ``calibrate`` asks the same analysis about simulated routers of known answer.
+Each run is a small decoder; what its router spends on documents that neither model nor tokenizer
+has seen is set against two difficulties that the model has no hand in: cross-fitted trigram
+surprisal and the loss of a dense twin. A verdict is printed only where sign and equivalence class
+agree in 80 % of the cells. ``calibrate`` asks the same analysis about simulated routers of known
+answer.
 
     moe-lab sweep run experiments/difficulty.py --preset cpu --out runs/difficulty
     python experiments/difficulty.py judge runs/difficulty        # writes experiments/difficulty/cells.parquet and verdicts.parquet
@@ -20,12 +23,25 @@ import polars as pl
 
 from moe_lab.analysis.difficulty import difficulty_association
 from moe_lab.analysis.difficulty.passes import score
-from moe_lab.analysis.difficulty.worlds import Corpus, World, simulate_corpus, simulate_router, truth
+from moe_lab.analysis.difficulty.worlds import (
+    Corpus,
+    World,
+    simulate_corpus,
+    simulate_router,
+    truth,
+)
 from moe_lab.files import atomic_path
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 from moe_lab.sweeps import SweepConfig
-from moe_lab.text import Split, TextConfig, TokenizedText, load_tokens, ngram_surprisal, token_classes
+from moe_lab.text import (
+    Split,
+    TextConfig,
+    TokenizedText,
+    load_tokens,
+    ngram_surprisal,
+    token_classes,
+)
 from moe_lab.training import Dtype, Excerpt, OptimizerConfig, RunConfig, load_run
 from moe_lab.training.reference import dense_twins
 
@@ -52,14 +68,19 @@ BALANCE: dict[str, dict[str, dict[str, Any]]] = {
         "expert_threshold": {"aux": 0.0},
     },
     "strong": {
-        "longcat": {"aux": 1e-2, "controller": {"kind": "proportional", "rate": 0.1, "target_ffn_count": 2.0}},
+        "longcat": {
+            "aux": 1e-2,
+            "controller": {"kind": "proportional", "rate": 0.1, "target_ffn_count": 2.0},
+        },
         "moepp": {"aux": 1e-1},
         "top_p": {"aux": 1e-1, "own": 1e-4},
         "remoe": {"aux": 1e-1},
         "expert_threshold": {"aux": 1e-1},
     },
 }
-"""Balance strength -> router -> ``aux`` (coefficient of the balance loss), ``own`` (of the router's own), and fields of the router."""
+"""Balance strength -> router -> ``aux`` (coefficient of the balance loss), ``own`` (of the router's
+own), and fields of the router.
+"""
 
 _COLUMNS = ("width", "layers", "length", "tokens", "batch", "vocabularies", "seeds", "excerpt")
 SIZES: dict[str, dict[str, Any]] = {
@@ -67,7 +88,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": dict(zip(_COLUMNS, (48, 2, 96, 48_000, 4, (2048, 8192), 3, 150), strict=True)),
     "gpu": dict(zip(_COLUMNS, (256, 8, 256, 200_000_000, 64, (2048, 8192), 3, None), strict=True)),
 }
-"""``excerpt``: leading tokens of each unseen document that are judged; None: all. The gpu preset wants a corpus of a thousand documents."""
+"""``excerpt``: leading tokens of each unseen document that are judged; None: all.
+
+The gpu preset wants a corpus of a thousand documents.
+"""
 
 MIN_DOCUMENTS = 150
 """The default corpus leaves 174 documents unseen; the rule of 200 is relaxed to what there is."""
@@ -75,7 +99,12 @@ AGREEMENT = 0.8
 EFFECTS = (0.0, 0.05, 0.10, -0.10)
 CALIBRATION = Corpus(documents=260, tokens=300, vocabulary=800, ties=True)
 NEITHER = ("frequency-driven", "identity-driven", "no material association")
-RIGHT = {0.0: NEITHER, 0.05: ("difficulty-aligned",), 0.10: ("difficulty-aligned",), -0.10: ("inverted",)}
+RIGHT = {
+    0.0: NEITHER,
+    0.05: ("difficulty-aligned",),
+    0.10: ("difficulty-aligned",),
+    -0.10: ("inverted",),
+}
 
 
 def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
@@ -87,13 +116,27 @@ def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
         for balance in BALANCE
         for router in ROUTERS
     ]
-    return SweepConfig(name=f"difficulty_{preset}", question=QUESTION, preset=preset, runs=tuple(runs))
+    return SweepConfig(
+        name=f"difficulty_{preset}", question=QUESTION, preset=preset, runs=tuple(runs)
+    )
 
 
-def _run(preset: str, size: dict[str, Any], router: str, balance: str, vocabulary: int, seed: int, device: str) -> RunConfig:
+def _run(
+    preset: str,
+    size: dict[str, Any],
+    router: str,
+    balance: str,
+    vocabulary: int,
+    seed: int,
+    device: str,
+) -> RunConfig:
     fields = {"num_experts": 16, "top_k": 2} | ROUTERS[router] | BALANCE[balance][router]
     aux, own = fields.pop("aux"), fields.pop("own", 1.0)
-    moe = MoEConfig(d_model=size["width"], d_expert=size["width"], router=RouterConfig.from_dict({"kind": router} | fields))
+    moe = MoEConfig(
+        d_model=size["width"],
+        d_expert=size["width"],
+        router=RouterConfig.from_dict({"kind": router} | fields),
+    )
     return RunConfig(
         name=f"{router}-{balance}-v{vocabulary}-s{seed}",
         arm=f"{router}, {balance}",
@@ -125,15 +168,20 @@ def _decoder(size: dict[str, Any], vocabulary: int, moe: MoEConfig | None) -> De
     )
 
 
-def judge(folder: Path, preset: str, vocabularies: tuple[int, ...] = (), resamples: int = 1000) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Every finished run of the sweep (of some vocabularies) against both difficulties: one row per cell, layer and alignment; and one
-    verdict per router."""
+def judge(
+    folder: Path, preset: str, vocabularies: tuple[int, ...] = (), resamples: int = 1000
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Every finished run of the sweep (of some vocabularies) against both difficulties: one row per
+    cell, layer and alignment; and one verdict per router.
+    """
     rows = list(_cells(folder, SIZES[preset], vocabularies, resamples))
     cells = pl.concat(rows)
     return cells, verdicts(cells)
 
 
-def _cells(folder: Path, size: dict[str, Any], vocabularies: tuple[int, ...], resamples: int) -> Iterator[pl.DataFrame]:
+def _cells(
+    folder: Path, size: dict[str, Any], vocabularies: tuple[int, ...], resamples: int
+) -> Iterator[pl.DataFrame]:
     kept: dict[int, tuple[TokenizedText, pl.DataFrame]] = {}
     for path in sorted(folder.glob("*/done")):
         run = load_run(path.parent)
@@ -146,13 +194,29 @@ def _cells(folder: Path, size: dict[str, Any], vocabularies: tuple[int, ...], re
         text, difficulties = kept[vocabulary]
         documents = _unseen(text)
         ids = [document.ids[: size["excerpt"]] for document in documents]
-        scored = score(run.model, ids, [document.index for document in documents], seq_length=run.config.seq_length)
+        scored = score(
+            run.model,
+            ids,
+            [document.index for document in documents],
+            seq_length=run.config.seq_length,
+        )
         frame = scored.frame().join(difficulties, on=["doc", "pos"], how="left")
         router, balance, _, _ = run.config.name.rsplit("-", 3)
         for name in ("ngram_loss", "ref_loss"):
-            table = difficulty_association(frame, name, resamples=resamples, min_documents=MIN_DOCUMENTS, details=True)
-            cell = {"router": router, "balance": balance, "vocabulary": vocabulary, "seed": run.config.seed, "difficulty": name}
-            cell |= {"loss": float(np.nanmean(scored.loss)), "mean_ffn_count": float(scored.ffn_count.mean())}
+            table = difficulty_association(
+                frame, name, resamples=resamples, min_documents=MIN_DOCUMENTS, details=True
+            )
+            cell = {
+                "router": router,
+                "balance": balance,
+                "vocabulary": vocabulary,
+                "seed": run.config.seed,
+                "difficulty": name,
+            }
+            cell |= {
+                "loss": float(np.nanmean(scored.loss)),
+                "mean_ffn_count": float(scored.ffn_count.mean()),
+            }
             yield table.select(*(pl.lit(value).alias(key) for key, value in cell.items()), pl.all())
         print(f"judged {run.config.name}", flush=True)
 
@@ -162,7 +226,9 @@ def _unseen(text: TokenizedText) -> list[Any]:
 
 
 def _difficulties(text: TokenizedText, config: RunConfig, size: dict[str, Any]) -> pl.DataFrame:
-    """[doc, pos, ngram_loss, ref_loss, lexer] of the unseen documents; each is scored by text that does not hold it."""
+    """[doc, pos, ngram_loss, ref_loss, lexer] of the unseen documents; each is scored by text that
+    does not hold it.
+    """
     unseen = _unseen(text)
     documents = [*unseen, *text.documents(Split.TRAIN)]
     vocabulary = text.tokenizer.vocab_size
@@ -170,24 +236,43 @@ def _difficulties(text: TokenizedText, config: RunConfig, size: dict[str, Any]) 
     classes = [token_classes(document, text.tokenizer, text.counts()) for document in unseen]
     frame = pl.concat(classes).select("doc", "pos", "lexer", "freq_band", "subword", "copy")
     frame = frame.with_columns(ngram_loss=pl.Series(np.concatenate(surprisal)))
-    twin = config.replace(model=_decoder(size, vocabulary, None), seed=1000, train_tokens=2 * size["tokens"])
-    excerpts = [Excerpt(index, 0, min(len(document.ids), size["excerpt"] or len(document.ids))) for index, document in enumerate(unseen)]
+    twin = config.replace(
+        model=_decoder(size, vocabulary, None), seed=1000, train_tokens=2 * size["tokens"]
+    )
+    excerpts = [
+        Excerpt(index, 0, min(len(document.ids), size["excerpt"] or len(document.ids)))
+        for index, document in enumerate(unseen)
+    ]
     twins = dense_twins(documents, twin, excerpts=excerpts).select("doc", "pos", "ref_loss")
-    print(f"twins of vocabulary {vocabulary}: {twins['ref_loss'].drop_nulls().mean():.3f} nats/token", flush=True)
-    return frame.join(twins, on=["doc", "pos"], how="left").with_columns(pl.col("doc", "pos").cast(pl.Int64))
+    print(
+        f"twins of vocabulary {vocabulary}: {twins['ref_loss'].drop_nulls().mean():.3f} nats/token",
+        flush=True,
+    )
+    return frame.join(twins, on=["doc", "pos"], how="left").with_columns(
+        pl.col("doc", "pos").cast(pl.Int64)
+    )
 
 
-CLASSES = {"difficulty-aligned": 1, "inverted": -1, "frequency-driven": 0, "identity-driven": 0, "no material association": 0}
+CLASSES = {
+    "difficulty-aligned": 1,
+    "inverted": -1,
+    "frequency-driven": 0,
+    "identity-driven": 0,
+    "no material association": 0,
+}
 
 
 def verdicts(cells: pl.DataFrame) -> pl.DataFrame:
-    """[router, layer, align, cells, agree, verdict, rho_token, rho_min, rho_max]: over balance, tokenizer, difficulty and seed.
+    """[router, layer, align, cells, agree, verdict, rho_token, rho_min, rho_max]: over balance,
+    tokenizer, difficulty and seed.
 
-    The verdict is the commonest equivalence class (aligned, inverted, nothing material within ids) if ``AGREEMENT`` of the cells share it
-    and the sign, in words; else "no verdict: the cells disagree".
+    The verdict is the commonest equivalence class (aligned, inverted, nothing material within ids)
+    if ``AGREEMENT`` of the cells share it and the sign, in words; else "no verdict: the cells
+    disagree".
     """
     classed = cells.with_columns(
-        sign=pl.col("verdict").replace_strict(CLASSES, default=None, return_dtype=pl.Int8), static=pl.col("verdict") == "static layer"
+        sign=pl.col("verdict").replace_strict(CLASSES, default=None, return_dtype=pl.Int8),
+        static=pl.col("verdict") == "static layer",
     )
     rows = []
     for key, group in classed.group_by("router", "layer", "align", maintain_order=True):
@@ -196,19 +281,31 @@ def verdicts(cells: pl.DataFrame) -> pl.DataFrame:
         common = counts.row(0, named=True) if counts.height else None
         agree = common["count"] / group.height if common else 0.0
         words = {1: "difficulty-aligned", -1: "inverted", 0: "no material association within ids"}
-        verdict = words[common["sign"]] if common and agree >= AGREEMENT else "no verdict: the cells disagree"
+        verdict = (
+            words[common["sign"]]
+            if common and agree >= AGREEMENT
+            else "no verdict: the cells disagree"
+        )
         if moving.height < (1 - AGREEMENT) * group.height:
             verdict = "static layer"
-        row = dict(zip(("router", "layer", "align"), key, strict=True)) | {"cells": group.height, "agree": agree, "verdict": verdict}
+        row = dict(zip(("router", "layer", "align"), key, strict=True)) | {
+            "cells": group.height,
+            "agree": agree,
+            "verdict": verdict,
+        }
         row |= {"rho_raw": moving["rho_raw"].mean(), "rho_token": moving["rho_token"].mean()}
-        rows.append(row | {"rho_min": moving["rho_token"].min(), "rho_max": moving["rho_token"].max()})
+        rows.append(
+            row | {"rho_min": moving["rho_token"].min(), "rho_max": moving["rho_token"].max()}
+        )
     return pl.DataFrame(rows, infer_schema_length=None).sort("router", "layer", "align")
 
 
 def coverage(corpora: int, seed: int, resamples: int = 1000) -> pl.DataFrame:
-    """[draw, rho_token, lo, hi, naive_lo, naive_hi, rho_raw, raw_lo, raw_hi]: one row for each simulated corpus of one language.
+    """[draw, rho_token, lo, hi, naive_lo, naive_hi, rho_raw, raw_lo, raw_hi]: one row for each
+    simulated corpus of one language.
 
-    Documents differ in their mean difficulty, in the level of compute, and in how strongly compute follows difficulty, as documents do.
+    Documents differ in their mean difficulty, in the level of compute, and in how strongly compute
+    follows difficulty, as documents do.
     """
     # What the language expects of an id: the same for every corpus.
     language = simulate_corpus(replace(CALIBRATION, documents=2000), 987_654)
@@ -224,9 +321,21 @@ def coverage(corpora: int, seed: int, resamples: int = 1000) -> pl.DataFrame:
         logit = 0.35 * np.log(1 + ids / 20) - 1 + slope[doc] * hard + level[doc]
         spent = generator.binomial(12, 1 / (1 + np.exp(-logit)))
         frame = tokens.with_columns(layer=pl.lit(0), ffn_count=spent)
-        found = difficulty_association(frame, "difficulty", seed=draw, resamples=resamples, details=True).row(0, named=True)
-        names = {"rho_token": "rho_token", "lo": "rho_token_lo", "hi": "rho_token_hi", "naive_lo": "rho_token_naive_lo"}
-        names |= {"naive_hi": "rho_token_naive_hi", "rho_raw": "rho_raw", "raw_lo": "rho_raw_lo", "raw_hi": "rho_raw_hi"}
+        found = difficulty_association(
+            frame, "difficulty", seed=draw, resamples=resamples, details=True
+        ).row(0, named=True)
+        names = {
+            "rho_token": "rho_token",
+            "lo": "rho_token_lo",
+            "hi": "rho_token_hi",
+            "naive_lo": "rho_token_naive_lo",
+        }
+        names |= {
+            "naive_hi": "rho_token_naive_hi",
+            "rho_raw": "rho_raw",
+            "raw_lo": "rho_raw_lo",
+            "raw_hi": "rho_raw_hi",
+        }
         rows.append({"draw": draw} | {name: found[source] for name, source in names.items()})
     return pl.DataFrame(rows)
 
@@ -236,34 +345,60 @@ def _beyond(tokens: pl.DataFrame, means: pl.DataFrame) -> pl.Series:
     return (joined["difficulty"] - joined["expected"]).fill_null(0.0)
 
 
-def calibrate(draws: int, seed: int, effects: tuple[float, ...] = EFFECTS, resamples: int = 500) -> pl.DataFrame:
-    """[effect, draw, known, rho_token, verdict]: routers that follow difficulty within ids by a known correlation."""
+def calibrate(
+    draws: int, seed: int, effects: tuple[float, ...] = EFFECTS, resamples: int = 500
+) -> pl.DataFrame:
+    """[effect, draw, known, rho_token, verdict]: routers that follow difficulty within ids by a
+    known correlation.
+    """
     rows = []
     for effect in effects:
         for draw in range(draws):
-            world = World(frequency=0.4, identity=0.3, difficulty=0.64 * effect, document=0.2, level=0.2)
-            tokens = simulate_router(simulate_corpus(CALIBRATION, seed + draw), world, "difficulty", seed + draw + 1)
+            world = World(
+                frequency=0.4, identity=0.3, difficulty=0.64 * effect, document=0.2, level=0.2
+            )
+            tokens = simulate_router(
+                simulate_corpus(CALIBRATION, seed + draw), world, "difficulty", seed + draw + 1
+            )
             known = truth(tokens, "difficulty")
             frame = tokens.with_columns(layer=pl.lit(0))
-            found = difficulty_association(frame, "difficulty", seed=draw, resamples=resamples).row(0, named=True)
-            rows.append({"effect": effect, "draw": draw, "known": known, "rho_token": found["rho_token"], "verdict": found["verdict"]})
+            found = difficulty_association(frame, "difficulty", seed=draw, resamples=resamples).row(
+                0, named=True
+            )
+            rows.append(
+                {
+                    "effect": effect,
+                    "draw": draw,
+                    "known": known,
+                    "rho_token": found["rho_token"],
+                    "verdict": found["verdict"],
+                }
+            )
     return pl.DataFrame(rows)
 
 
 def _report_calibration(draws: int, corpora: int, seed: int) -> None:
     spread = coverage(corpora, seed)
     _save(spread, "coverage")
-    for name, lo, hi in (("rho_token", "lo", "hi"), ("rho_token", "naive_lo", "naive_hi"), ("rho_raw", "raw_lo", "raw_hi")):
+    for name, lo, hi in (
+        ("rho_token", "lo", "hi"),
+        ("rho_token", "naive_lo", "naive_hi"),
+        ("rho_raw", "raw_lo", "raw_hi"),
+    ):
         true = spread[name].mean()
         share = ((spread[lo] < true) & (spread[hi] > true)).mean()
-        print(f"coverage of {lo}..{hi} of {name} (mean {true:.4f}) over {corpora} corpora: {share:.3f}")
+        print(
+            f"coverage of {lo}..{hi} of {name} (mean {true:.4f}) over {corpora} corpora: {share:.3f}"
+        )
     table = calibrate(draws, seed)
     _save(table, "calibration")
     for (effect,), group in table.group_by("effect", maintain_order=True):
         right = group["verdict"].is_in(RIGHT[float(effect)]).sum()  # type: ignore[arg-type]
         found = dict(group["verdict"].value_counts().rows())
         known = group["known"].to_numpy().mean()
-        print(f"effect {effect:+.2f} (known {known:+.3f}): {right} of {group.height} right, {found}")
+        print(
+            f"effect {effect:+.2f} (known {known:+.3f}): {right} of {group.height} right, {found}"
+        )
 
 
 def _save(frame: pl.DataFrame, name: str) -> None:
@@ -276,12 +411,20 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     judging = verbs.add_parser("judge", help="a finished sweep")
     judging.add_argument("folder", type=Path)
     judging.add_argument("--preset", default="cpu", choices=PRESETS)
-    judging.add_argument("--vocabulary", type=int, nargs="*", default=(), help="judge the runs of these vocabularies only")
+    judging.add_argument(
+        "--vocabulary",
+        type=int,
+        nargs="*",
+        default=(),
+        help="judge the runs of these vocabularies only",
+    )
     calibrating = verbs.add_parser("calibrate", help="simulated routers of known answer")
     calibrating.add_argument("--draws", type=int, default=100)
     calibrating.add_argument("--corpora", type=int, default=200)
@@ -293,7 +436,13 @@ def main() -> None:
     cells, summary = judge(args.folder, args.preset, tuple(args.vocabulary))
     _save(cells, "cells")
     _save(summary, "verdicts")
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=3, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        float_precision=3,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+    ):
         print(summary)
 
 

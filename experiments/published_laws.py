@@ -1,9 +1,11 @@
-"""Recompute, from published runs, the numbers that published scaling laws rest on; and judge sweeps drawn from known truths.
+"""Recompute, from published runs, the numbers that published scaling laws rest on; and judge sweeps
+drawn from known truths.
 
     MOE_LAB_DATA=... python experiments/published_laws.py            # everything, about five minutes on two cores
     python experiments/published_laws.py --only verdicts --draws 500 # no data needed
 
-Prints one table per section (what, published, found, within) and exits 1 where a number is not reproduced.
+Prints one table per section (what, published, found, within) and exits 1 where a number is not
+reproduced.
 """
 
 import argparse
@@ -61,74 +63,123 @@ def near(what: str, value: float, found: float, tolerance: float, digits: int = 
 
 
 def clark_runs(options: Options, router: str, largest: int = 512) -> pl.DataFrame:
-    runs = published("clark", options.data).filter((pl.col("routing_frequency") == 0.5) & (pl.col("k") == 1) & (pl.col("seed") == 42))
-    return runs.filter(pl.col("router_type").is_in([ROUTERS[router], "Dense"]) & (pl.col("num_experts") <= largest))
+    runs = published("clark", options.data).filter(
+        (pl.col("routing_frequency") == 0.5) & (pl.col("k") == 1) & (pl.col("seed") == 42)
+    )
+    return runs.filter(
+        pl.col("router_type").is_in([ROUTERS[router], "Dense"]) & (pl.col("num_experts") <= largest)
+    )
 
 
 def clark_table_3(options: Options) -> Iterator[Row]:
     """arXiv 2202.01169 table 3, least squares on ln L as there; the interval is a bootstrap's 95 %."""
     for router in ROUTERS:
-        result = bootstrap(fit("clark", clark_runs(options, router), delta=SQUARES), options.repetitions)
+        result = bootstrap(
+            fit("clark", clark_runs(options, router), delta=SQUARES), options.repetitions
+        )
         for name, value in LAWS["clark"].coefficients(router).items():
             low, high = result.interval(name)
             found = f"{result.coefficients[name]:.4g} [{low:.4g}, {high:.4g}]"
             yield Row(f"{router} {name}", f"{value:g}", found, low <= value <= high)
         largest = leave_largest_out(result, "active_params")
-        yield Row(f"{router} without its largest size: bias there", "-.055 to -.066 (N <= 130M)", f"{largest['bias'][0]:.3f} nats", None)
+        yield Row(
+            f"{router} without its largest size: bias there",
+            "-.055 to -.066 (N <= 130M)",
+            f"{largest['bias'][0]:.3f} nats",
+            None,
+        )
 
 
 def clark_saturation(options: Options) -> Iterator[Row]:
     """E_max follows the edge of the grid it was fitted on, so it is not reported."""
     for router in ROUTERS:
         for largest in (64, 128, 512):
-            found = saturation(fit("clark", clark_runs(options, router, largest)), options.repetitions)
-            yield Row(f"{router}, E <= {largest}", "not identified", found.sentence, found.value is None)
+            found = saturation(
+                fit("clark", clark_runs(options, router, largest)), options.repetitions
+            )
+            yield Row(
+                f"{router}, E <= {largest}", "not identified", found.sentence, found.value is None
+            )
 
 
 def clark_verdicts(options: Options) -> Iterator[Row]:
     """Each size of S-BASE is a sweep of one seed, with the noise given: no wall may be claimed."""
     for largest in (64, 128, 512):
         runs = clark_runs(options, "S-BASE", largest)
-        for (size,), sweep in runs.sort("active_params").group_by("active_params", maintain_order=True):
+        for (size,), sweep in runs.sort("active_params").group_by(
+            "active_params", maintain_order=True
+        ):
             if sweep["ratio"].n_unique() < 3:
                 continue
             verdict = wall_verdict(sweep, noise_sd=CLARK_NOISE)
             at = "" if verdict.at is None else f" at {verdict.at:g}"
             found = f"{verdict.outcome}{at}, elasticity {verdict.elasticity:.2f}"
-            yield Row(f"{size / 1e6:.0f}M, E <= {largest}", "no wall claimed", found, verdict.outcome is not Outcome.WALL)  # type: ignore[operator]
+            yield Row(
+                f"{size / 1e6:.0f}M, E <= {largest}",
+                "no wall claimed",
+                found,
+                verdict.outcome is not Outcome.WALL,
+            )  # type: ignore[operator]
 
 
 def sldbench(options: Options) -> Iterator[Row]:
-    """arXiv 2507.21184: step 249000, trained below 1e9 parameters, tested on 1.3B. E counts experts, whatever k."""
-    runs = published("clark_curves", options.data).filter(pl.col("step") == 249000).with_columns(ratio=pl.col("num_experts").cast(float))
-    train, test = runs.filter(pl.col("active_params") < 1e9), runs.filter(pl.col("active_params") > 1e9)
+    """arXiv 2507.21184: step 249000, trained below 1e9 parameters, tested on 1.3B.
+
+    E counts experts, whatever k.
+    """
+    runs = (
+        published("clark_curves", options.data)
+        .filter(pl.col("step") == 249000)
+        .with_columns(ratio=pl.col("num_experts").cast(float))
+    )
+    train, test = (
+        runs.filter(pl.col("active_params") < 1e9),
+        runs.filter(pl.col("active_params") > 1e9),
+    )
     loss = test["loss"].to_numpy()
     for law, log, r2 in (("sldbench", False, 0.832695), ("bilinear", True, 0.690013)):
         result = fit(law, train, delta=SQUARES, log=log)
         for name, value in LAWS[law].coefficients("SLDBench").items():
             digits = 4 if value > 10 else 6
-            yield near(f"{law} {name}", value, result.coefficients[name], 0.51 * 10**-digits, digits)
+            yield near(
+                f"{law} {name}", value, result.coefficients[name], 0.51 * 10**-digits, digits
+            )
         found = 1 - ((result.predict(test) - loss) ** 2).sum() / ((loss - loss.mean()) ** 2).sum()
         yield near(f"{law} test R2", r2, float(found), 5.1e-7, 6)
 
 
 def epoch(options: Options) -> Iterator[Row]:
-    """arXiv 2404.10102 (coefficients of its notebook), the five largest losses left out; Llama-3-style parabolas on the same runs."""
+    """arXiv 2404.10102 (coefficients of its notebook), the five largest losses left out;
+    Llama-3-style parabolas on the same runs.
+    """
     runs = published("epoch", options.data)
     result = fit("hoffmann", runs.sort("loss").head(240))
     yield near("objective x 1e3", 1.0182740346, 1e3 * result.objective, 5e-8, 8)
-    for name, value in {"A": 477.84, "B": 2143.86, "E": 1.81724, "alpha": 0.34731, "beta": 0.36718}.items():
+    for name, value in {
+        "A": 477.84,
+        "B": 2143.86,
+        "E": 1.81724,
+        "alpha": 0.34731,
+        "beta": 0.36718,
+    }.items():
         yield near(name, value, result.coefficients[name], 5e-4 * value)
     budgets = np.array([6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21])
     nearest = budgets[np.abs(np.log(runs["compute"].to_numpy()[:, None] / budgets)).argmin(1)]
     close = np.abs(np.log(runs["compute"].to_numpy() / nearest)) < 0.08
     parabolas = isoflop(runs.with_columns(compute=pl.Series(nearest)).filter(pl.Series(close)))
-    yield near("isoFLOP parabolas: exponent of N (2203.15556 table 2)", 0.49, parabolas.active_exponent, 0.015)
+    yield near(
+        "isoFLOP parabolas: exponent of N (2203.15556 table 2)",
+        0.49,
+        parabolas.active_exponent,
+        0.015,
+    )
     yield near("isoFLOP parabolas: exponent of D", 0.51, parabolas.token_exponent, 0.015)
 
 
 def gadre(options: Options) -> Iterator[Row]:
-    """arXiv 2403.08540: five small RedPajama runs predict 1.4B at 640 tokens per parameter and 6.9B at 20."""
+    """arXiv 2403.08540: five small RedPajama runs predict 1.4B at 640 tokens per parameter and 6.9B
+    at 20.
+    """
     runs = published("gadre", options.data).filter(pl.col("dataset") == "rpj").sort("active_params")
     sizes = runs["active_params"].unique().sort()
     small = (pl.col("chin_mult") == 1) & (pl.col("active_params") <= sizes[3])
@@ -144,22 +195,39 @@ def gadre(options: Options) -> Iterator[Row]:
         yield near(name, value, found, 5e-4 * value)
     for name, error in (("rpj-open_lm_1b-32.0", 0.7103), ("rpj-open_lm_7b-1.0", 0.7320)):
         target = runs.filter(pl.col("name") == name)
-        yield near(f"{name}, error in %", error, 100 * float(result.predict(target)[0] / target["loss"][0] - 1), 1e-4)
+        yield near(
+            f"{name}, error in %",
+            error,
+            100 * float(result.predict(target)[0] / target["loss"][0] - 1),
+            1e-4,
+        )
 
 
 def single_numbers(options: Options) -> Iterator[Row]:
-    """Marin's forecast, Ludziejewski's tables from table 3, Ling's leverage, Kimi's slope, LongCat's step."""
+    """Marin's forecast, Ludziejewski's tables from table 3, Ling's leverage, Kimi's slope,
+    LongCat's step.
+    """
     rows = published("marin", options.data).sort("compute")
     slope, level = np.polyfit(np.log(rows["compute"][:6]), np.log(rows["loss"][:6] - 1.6), 1)
-    yield near("Marin refit at 1e21 (measured 2.599)", 2.605, 1.6 + math.exp(level) * 1e21**slope, 5e-4)
+    yield near(
+        "Marin refit at 1e21 (measured 2.599)", 2.605, 1.6 + math.exp(level) * 1e21**slope, 5e-4
+    )
     law = LAWS["ludziejewski"]
     k = law.coefficients()
     reduced = published("ludziejewski_reduced", options.data)
     point = {"active_params": 1e9, "tokens": 1e10, "ratio": reduced["ratio"].to_numpy()}
     experts = np.exp(law.logs(point, k["Estart"], k["Emax"])["e"])
-    for column, found in (("m", k["a"] * experts ** k["delta"]), ("n", k["b"] * experts ** k["omega"])):
+    for column, found in (
+        ("m", k["a"] * experts ** k["delta"]),
+        ("n", k["b"] * experts ** k["omega"]),
+    ):
         worst = float(np.abs(found / reduced[column].to_numpy() - 1).max())
-        yield Row(f"Ludziejewski table 3 -> 4, {column}", "<= 0.3 %", f"{100 * worst:.2f} %", worst <= 0.003)
+        yield Row(
+            f"Ludziejewski table 3 -> 4, {column}",
+            "<= 0.3 %",
+            f"{100 * worst:.2f} %",
+            worst <= 0.003,
+        )
     worst = 0.0
     for row in published("ludziejewski_optima", options.data).iter_rows(named=True):
         active, tokens = compute_optimal(law, row["compute"], {"ratio": row["ratio"]})
@@ -168,7 +236,9 @@ def single_numbers(options: Options) -> Iterator[Row]:
     leverage = LAWS["ling"].predict({"ratio": 1 / 0.031, "granularity": 12.0, "compute": 1e22})
     yield near("Ling EL(.031, 12, 1e22)", 7.245, float(leverage), 5e-4)
     kimi = published("kimi", options.data)
-    slope = np.polyfit(np.log(kimi["ratio"].to_numpy()), np.log(kimi["compute_multiplier"].to_numpy()), 1)[0]
+    slope = np.polyfit(
+        np.log(kimi["ratio"].to_numpy()), np.log(kimi["compute_multiplier"].to_numpy()), 1
+    )[0]
     yield near("Kimi K2 d ln C / d ln ratio", -0.289, float(slope), 5e-4)
     step = expected_gain(1.6e12, 48e9, 135e9, 35e12, routed=135e9 / 0.092)
     yield near("LongCat +135B, doublings", 0.127, float(step["doublings"][0]), 5e-4)
@@ -185,10 +255,17 @@ def misfit(options: Options) -> Iterator[Row]:
 
 CLARK_130M = {"a": -0.0830, "b": -0.1180, "c": 0.0099, "d": 1.1136, "Estart": 2.07, "Emax": 300.0}
 LINE = Truth("line", lambda r, d: -0.03 * np.log2(r), ("line",))
-SMOOTH = Truth("Clark E_max 300", lambda r, d: LAWS["clark"].predict({"active_params": 1.3e8, "ratio": r}, CLARK_130M), ("saturation",))
+SMOOTH = Truth(
+    "Clark E_max 300",
+    lambda r, d: LAWS["clark"].predict({"active_params": 1.3e8, "ratio": r}, CLARK_130M),
+    ("saturation",),
+)
 JOINT = law_truth("ludziejewski")
-WALL = Truth("hard wall at 32", lambda r, d: -0.03 * np.log2(np.minimum(r, 32)), ("plateau",), wall=32.0)
-# truth, largest ratio, nats between seeds, seeds, share of the right form in docs/scaling.md (None: not in that table)
+WALL = Truth(
+    "hard wall at 32", lambda r, d: -0.03 * np.log2(np.minimum(r, 32)), ("plateau",), wall=32.0
+)
+# truth, largest ratio, nats between seeds, seeds, share of the right form in docs/scaling.md (None:
+# not in that table)
 GRID: tuple[tuple[Truth, int, float, int, float | None], ...] = (
     (LINE, 64, 0.006, 3, 0.95),
     (LINE, 256, 0.006, 3, 0.95),
@@ -217,55 +294,90 @@ GRID: tuple[tuple[Truth, int, float, int, float | None], ...] = (
 
 
 def verdicts(options: Options) -> Iterator[Row]:
-    """Sweeps drawn at 10M active and 1B tokens: the right form as often as docs/scaling.md, the noise known as there, and the
-    verdicts. Within: the right form not below the notes by three standard errors, no wall on smooth truths beyond 2 %."""
+    """Sweeps drawn at 10M active and 1B tokens: the right form as often as docs/scaling.md, the
+    noise known as there, and the
+    verdicts. Within: the right form not below the notes by three standard errors, no wall on smooth
+    truths beyond 2 %.
+    """
     for number, (truth, largest, sd, seeds, share) in enumerate(GRID):
-        design = Design(tuple(2.0**e for e in range(round(math.log2(largest)) + 1)), seeds, 1e7, 1e9)
+        design = Design(
+            tuple(2.0**e for e in range(round(math.log2(largest)) + 1)), seeds, 1e7, 1e9
+        )
         judged = draw(truth, design, sd, options.draws, np.random.default_rng(number), known=True)
         right = float(np.isin(judged.best_form(), truth.forms).mean())
         outcomes = judged.outcomes()
-        wall, none = (float((outcomes == outcome).mean()) for outcome in (Outcome.WALL, Outcome.NO_WALL))
+        wall, none = (
+            float((outcomes == outcome).mean()) for outcome in (Outcome.WALL, Outcome.NO_WALL)
+        )
         false = none if truth.wall else wall
-        error = 0.0 if share is None else 3 * math.sqrt(max(share * (1 - share), 0.01) / options.draws)
+        error = (
+            0.0 if share is None else 3 * math.sqrt(max(share * (1 - share), 0.01) / options.draws)
+        )
         found = f"form {right:.2f}; wall {wall:.2f}, no wall {none:.2f}, cannot tell {1 - wall - none:.2f}"
         what = f"{truth.name}, 1-{largest}, sd {sd} x {seeds}"
-        yield Row(what, "" if share is None else f"form {share:.2f}", found, false <= 0.02 and (share is None or right >= share - error))
+        yield Row(
+            what,
+            "" if share is None else f"form {share:.2f}",
+            found,
+            false <= 0.02 and (share is None or right >= share - error),
+        )
 
 
 def random_design(rng: np.random.Generator) -> Design:
-    """Another size, budget, grid and number of seeds than those of docs/scaling.md; every expert has the tokens a verdict asks for."""
+    """Another size, budget, grid and number of seeds than those of docs/scaling.md; every expert
+    has the tokens a verdict asks for.
+    """
     active = 10 ** rng.uniform(6.3, 9)
     step, first = rng.choice([0.5, 1.0, 1.0, 1.5, 2.0]), rng.integers(0, 2)
     exponents = np.arange(first, rng.choice([6, 7, 8, 9, 10]) + 1e-9, step)
     ratios = tuple((2.0**exponents).tolist())
-    return Design(ratios, int(rng.integers(2, 6)), active, max(active * 10 ** rng.uniform(1.3, 2.5), 1.1e6 * ratios[-1]))
+    return Design(
+        ratios,
+        int(rng.integers(2, 6)),
+        active,
+        max(active * 10 ** rng.uniform(1.3, 2.5), 1.1e6 * ratios[-1]),
+    )
 
 
 def random_smooth(rng: np.random.Generator, design: Design) -> Truth:
     """A line, a saturation, a power law, Ludziejewski's law at its own budget or at a starved one."""
-    worth, maximum, exponent = rng.uniform(1.02, 1.3), 10 ** rng.uniform(1.5, 3.5), rng.uniform(0.1, 1)
+    worth, maximum, exponent = (
+        rng.uniform(1.02, 1.3),
+        10 ** rng.uniform(1.5, 3.5),
+        rng.uniform(0.1, 1),
+    )
     nats = design.slope * math.log(worth)
     kinds = (
         Truth(f"line x{worth:.2f}", lambda r, d: -nats * np.log2(r), ("line",)),
         saturation_truth(maximum, worth),
         Truth(f"power {exponent:.2f}", lambda r, d: 2 * nats / exponent * r**-exponent, ("power",)),
         law_truth("ludziejewski"),
-        Truth("ludziejewski, 20 tokens a parameter", lambda r, d: law_truth().loss(r, d.replace(tokens=20 * d.active_params)), ()),
+        Truth(
+            "ludziejewski, 20 tokens a parameter",
+            lambda r, d: law_truth().loss(r, d.replace(tokens=20 * d.active_params)),
+            (),
+        ),
     )
     return kinds[rng.integers(len(kinds))]
 
 
 def random_wall(rng: np.random.Generator, design: Design) -> Truth:
-    """A plateau or a hinge (a tenth of the gain goes on) anywhere with three and a half doublings beyond it."""
-    at = design.ratios[0] * 2 ** rng.uniform(2, max(2.2, math.log2(design.ratios[-1] / design.ratios[0]) - 3.5))
+    """A plateau or a hinge (a tenth of the gain goes on) anywhere with three and a half doublings
+    beyond it.
+    """
+    at = design.ratios[0] * 2 ** rng.uniform(
+        2, max(2.2, math.log2(design.ratios[-1] / design.ratios[0]) - 3.5)
+    )
     nats, rest = design.slope * math.log(rng.uniform(1.12, 1.4)), rng.choice([0.0, 0.1])
     loss = lambda r, d: -nats * (np.log2(np.minimum(r, at)) + rest * np.log2(np.maximum(r / at, 1)))  # noqa: E731
     return Truth(f"wall at {at:.3g}", loss, ("plateau", "hinge"), wall=at)
 
 
 def unseen(options: Options) -> Iterator[Row]:
-    """198 settings drawn at random: sizes, budgets, grids (steps of half a doubling to two), noises, seeds, truths. Noise relative to the
-    gain of a doubling at the start of the grid; fifty draws each."""
+    """198 settings drawn at random: sizes, budgets, grids (steps of half a doubling to two),
+    noises, seeds, truths. Noise relative to the gain of a doubling at the start of the grid; fifty
+    draws each.
+    """
     rng = np.random.default_rng(2026)
     for name, make in (("smooth truths", random_smooth), ("walls", random_wall)):
         for low, high in ((0.02, 0.1), (0.1, 0.3), (0.3, 1.0)):
@@ -277,19 +389,35 @@ def unseen(options: Options) -> Iterator[Row]:
                 truth = make(rng, design)
                 ends = np.array([design.ratios[0], 2 * design.ratios[0]])
                 gain = max(float(-np.diff(truth.loss(ends, design))[0]), 1e-4)
-                judged = draw(truth, design, gain * 10 ** rng.uniform(math.log10(low), math.log10(high)), 50, rng)
+                judged = draw(
+                    truth,
+                    design,
+                    gain * 10 ** rng.uniform(math.log10(low), math.log10(high)),
+                    50,
+                    rng,
+                )
                 outcomes.append(judged.outcomes())
                 if truth.wall:
-                    found = [wall_at(judged, np.log2(design.ratios), int(i)) for i in np.flatnonzero(outcomes[-1] == Outcome.WALL)]
+                    found = [
+                        wall_at(judged, np.log2(design.ratios), int(i))
+                        for i in np.flatnonzero(outcomes[-1] == Outcome.WALL)
+                    ]
                     away += [abs(math.log2(at / truth.wall)) for at in found]
             every = np.concatenate(outcomes)
-            wall, none = (float((every == outcome).mean()) for outcome in (Outcome.WALL, Outcome.NO_WALL))
+            wall, none = (
+                float((every == outcome).mean()) for outcome in (Outcome.WALL, Outcome.NO_WALL)
+            )
             found = f"wall {wall:.3f}, no wall {none:.3f}, cannot tell {1 - wall - none:.3f}"
             if away:
                 found += f"; placed within {np.quantile(away, 0.95):.2f} doublings (95 %)"
             wrong = none if make is random_wall else wall
             close = not away or float(np.quantile(away, 0.95)) < 0.5
-            yield Row(f"{name}, noise {low:g}-{high:g} of a gain", "wrong <= .02", found, wrong <= 0.02 and close)
+            yield Row(
+                f"{name}, noise {low:g}-{high:g} of a gain",
+                "wrong <= .02",
+                found,
+                wrong <= 0.02 and close,
+            )
 
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
@@ -308,20 +436,32 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of published data (default: MOE_LAB_DATA)")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="one section; may be repeated")
-    parser.add_argument("--draws", type=int, default=500, help="simulated sweeps per truth and design")
+    parser.add_argument(
+        "--data", type=Path, help="folder of published data (default: MOE_LAB_DATA)"
+    )
+    parser.add_argument(
+        "--only", choices=SECTIONS, action="append", help="one section; may be repeated"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=500, help="simulated sweeps per truth and design"
+    )
     parser.add_argument("--repetitions", type=int, default=1000, help="bootstrap repetitions")
     arguments = parser.parse_args()
     options = Options(arguments.data, arguments.draws, arguments.repetitions)
     missed = 0
     for name in arguments.only or SECTIONS:
         section = SECTIONS[name]
-        print(f"\n### {name}\n\n{(section.__doc__ or '').strip()}\n\n| what | published | found | within |\n|---|---|---|---|", flush=True)
+        print(
+            f"\n### {name}\n\n{(section.__doc__ or '').strip()}\n\n| what | published | found | within |\n|---|---|---|---|",
+            flush=True,
+        )
         try:
             for row in section(options):
                 missed += row.within is False
-                print(f"| {row.what} | {row.published} | {row.found} | {_MARKS[row.within]} |", flush=True)
+                print(
+                    f"| {row.what} | {row.published} | {row.found} | {_MARKS[row.within]} |",
+                    flush=True,
+                )
         except MoELabError as error:
             print(error, file=sys.stderr)
             return 2

@@ -1,8 +1,11 @@
-"""Which router, all else equal? Every kind on the shelf in the same small decoder, with the same mean number of real experts per token.
+"""Which router, all else equal? Every kind on the shelf in the same small decoder, with the same
+mean number of real experts per token.
 
-Same active budget: every run aims at two of 16 experts per token, on the same batches; kinds that cannot are in ``LEFT_OUT`` with the
-reason. Coefficients and rates are each paper's where this size allows them. ``gap`` is the loss less that of the plain top-k on the same
-seeds, with its 95 % t interval: one that holds 0 ranks nothing, and neither does a router that missed the budget (``on_budget`` false).
+Same active budget: every run aims at two of 16 experts per token, on the same batches; kinds that
+cannot are in ``LEFT_OUT`` with the reason. Coefficients and rates are each paper's where this size
+allows them. ``gap`` is the loss less that of the plain top-k on the same seeds, with its 95 % t
+interval: one that holds 0 ranks nothing, and neither does a router that missed the budget
+(``on_budget`` false).
 
     moe-lab sweep run experiments/router_shootout.py --preset cpu --out runs/router_shootout
     python experiments/router_shootout.py runs/router_shootout      # the table; writes experiments/router_shootout/results.parquet
@@ -29,17 +32,30 @@ PRESETS = ("cpu", "gpu")
 VOCAB = 2048
 REFERENCE = "softmax_topk"
 BUDGET, BUDGET_TOLERANCE = 2.0, 0.05
-"""Real experts per token that every router aims at, and the share by which its mean may miss it and still be compared."""
+"""Real experts per token that every router aims at, and the share by which its mean may miss it and
+still be compared.
+"""
 SIGN = {"kind": "sign", "rate": 1e-2}
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "softmax_topk": {"norm_topk_prob": True},
-    "softmax_topk, bias": {"kind": "softmax_topk", "norm_topk_prob": True, "controller": SIGN, "aux": 0.0},
+    "softmax_topk, bias": {
+        "kind": "softmax_topk",
+        "norm_topk_prob": True,
+        "controller": SIGN,
+        "aux": 0.0,
+    },
     "topk_softmax": {},
     "sigmoid_topk": {"norm_topk_prob": True, "controller": SIGN, "aux": 1e-4},
     "sqrt_softplus_topk": {"norm_topk_prob": True, "controller": SIGN, "aux": 1e-4},
     "deepseek_v2": {"num_groups": 4, "topk_groups": 2, "routed_scaling_factor": 8.0},
-    "deepseek_v3": {"num_groups": 4, "topk_groups": 2, "norm_topk_prob": True, "controller": SIGN, "aux": 1e-4},
+    "deepseek_v3": {
+        "num_groups": 4,
+        "topk_groups": 2,
+        "norm_topk_prob": True,
+        "controller": SIGN,
+        "aux": 1e-4,
+    },
     "pnorm_topk": {},
     "noisy_topk": {"own": 0.1},
     "sparsemixer": {},
@@ -67,7 +83,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "scored_hash": {"vocab_size": VOCAB, "norm_topk_prob": True, "aux": 0.0},
     "random": {"aux": 0.0},
 }
-"""Label -> fields of ``RouterConfig``; ``kind`` is the label unless given, ``aux`` and ``own`` are the run's loss coefficients."""
+"""Label -> fields of ``RouterConfig``; ``kind`` is the label unless given, ``aux`` and ``own`` are
+the run's loss coefficients.
+"""
 
 LEFT_OUT = {
     "token_choice": "the general form of kinds above",
@@ -84,8 +102,14 @@ LEFT_OUT = {
 
 
 def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
-    runs = [_run(preset, label, dict(fields), seed + offset, device) for offset in range(3) for label, fields in ROUTERS.items()]
-    return SweepConfig(name=f"router_shootout_{preset}", question=QUESTION, preset=preset, runs=tuple(runs))
+    runs = [
+        _run(preset, label, dict(fields), seed + offset, device)
+        for offset in range(3)
+        for label, fields in ROUTERS.items()
+    ]
+    return SweepConfig(
+        name=f"router_shootout_{preset}", question=QUESTION, preset=preset, runs=tuple(runs)
+    )
 
 
 def _run(preset: str, label: str, fields: dict[str, Any], seed: int, device: str) -> RunConfig:
@@ -98,7 +122,14 @@ def _run(preset: str, label: str, fields: dict[str, Any], seed: int, device: str
         name=f"{label}-s{seed}",
         arm=label,
         seed=seed,
-        model=DecoderConfig(vocab_size=VOCAB, num_layers=layers, d_model=width, num_heads=width // 32, context_length=length, moe=moe),
+        model=DecoderConfig(
+            vocab_size=VOCAB,
+            num_layers=layers,
+            d_model=width,
+            num_heads=width // 32,
+            context_length=length,
+            moe=moe,
+        ),
         text=TextConfig(vocab_size=VOCAB),
         optimizer=OptimizerConfig(lr=2e-3 if big else 4e-3),
         batch_size=64 if big else 8,
@@ -113,37 +144,74 @@ def _run(preset: str, label: str, fields: dict[str, Any], seed: int, device: str
 
 
 def table(folder: Path) -> pl.DataFrame:
-    """One row per router: means over seeds, and the loss against the plain top-k's on the same seeds with its 95 % t interval."""
+    """One row per router: means over seeds, and the loss against the plain top-k's on the same
+    seeds with its 95 % t interval.
+    """
     rows = []
     store = RunStore(folder)
     for path in (store.path(run) / "result.json" for run in store.plan()["sweeps"][-1]["runs"]):
         record = json.loads(path.read_text())
         metrics = pl.read_parquet(path.parent / "metrics.parquet").tail(10)
-        names = ("arm", "seed", "loss", "load_cv", "max_violation", "mean_ffn_count", "sd_ffn_count", "total_params", "train_tokens")
+        names = (
+            "arm",
+            "seed",
+            "loss",
+            "load_cv",
+            "max_violation",
+            "mean_ffn_count",
+            "sd_ffn_count",
+            "total_params",
+            "train_tokens",
+        )
         last = metrics.row(-1, named=True)
         step_ms = 1e3 * last["tokens"] / last["step"] / record["tokens_per_second"]
-        rows.append({name: record[name] for name in names} | {"router_entropy": metrics["router_entropy"].mean(), "step_ms": step_ms})
+        rows.append(
+            {name: record[name] for name in names}
+            | {"router_entropy": metrics["router_entropy"].mean(), "step_ms": step_ms}
+        )
     frame = pl.DataFrame(rows, infer_schema_length=None)
     plain = frame.filter(pl.col("arm") == REFERENCE).select("seed", reference=pl.col("loss"))
-    frame = frame.join(plain, on="seed", how="left").with_columns(gap=pl.col("loss") - pl.col("reference")).drop("reference")
+    frame = (
+        frame.join(plain, on="seed", how="left")
+        .with_columns(gap=pl.col("loss") - pl.col("reference"))
+        .drop("reference")
+    )
     means = [pl.col(name).mean() for name in frame.columns if name not in ("arm", "seed", "gap")]
     seeds = frame["seed"].n_unique()
     half = pl.col("gap").std() * (t.ppf(0.975, seeds - 1) / seeds**0.5)
     gap = pl.col("gap").mean()
-    table = frame.group_by("arm").agg(pl.len().alias("seeds"), gap, (gap - half).alias("gap_lo"), (gap + half).alias("gap_hi"), *means)
-    on_budget = ((pl.col("mean_ffn_count") / BUDGET - 1).abs() <= BUDGET_TOLERANCE).alias("on_budget")
+    table = frame.group_by("arm").agg(
+        pl.len().alias("seeds"),
+        gap,
+        (gap - half).alias("gap_lo"),
+        (gap + half).alias("gap_hi"),
+        *means,
+    )
+    on_budget = ((pl.col("mean_ffn_count") / BUDGET - 1).abs() <= BUDGET_TOLERANCE).alias(
+        "on_budget"
+    )
     return table.with_columns(on_budget).sort(pl.col("on_budget").not_(), "loss")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="the finished sweep")
     frame = table(parser.parse_args().folder)
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=3, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        float_precision=3,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+    ):
         print(frame)
     path = Path(__file__).parent / "router_shootout" / "results.parquet"
     with atomic_path(path) as temporary:
-        frame.with_columns(pl.lit(value).alias(name) for name, value in provenance().items()).write_parquet(temporary)
+        frame.with_columns(
+            pl.lit(value).alias(name) for name, value in provenance().items()
+        ).write_parquet(temporary)
     print("saved", path)
 
 

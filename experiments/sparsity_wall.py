@@ -1,7 +1,8 @@
 """How far can total experts grow over active ones before it stops paying?
 
-The main arm, ``topk``, has the same active shape in every run (d_model, layers, k experts of the same width per token) and the same
-tokens; only the number of experts to choose from changes. The other arms are there to tell a wall from what looks like one:
+The main arm, ``topk``, has the same active shape in every run (d_model, layers, k experts of the
+same width per token) and the same tokens; only the number of experts to choose from changes. The
+other arms are there to tell a wall from what looks like one:
 
     zero        zero-computation experts (LongCat's router): the same mean number of real experts, a varying one per token
     hash        a fixed table of token ids instead of a learned router: what experts are worth when nothing is routed well
@@ -11,14 +12,16 @@ tokens; only the number of experts to choose from changes. The other arms are th
 
     topk-short  topk at a quarter of the tokens, branched off its long runs where it begins to decay: does a wall move with the tokens?
 
-``--alternative`` asks instead whether something else beats more experts. Arm ``experts`` is topk with an amplified embedding (arXiv
-2601.21204: without it tables lose half a nat, see longcat_mini/, and experts a little, so all arms have it). At each ratio from 2 an
-alternative takes the model of half the ratio and spends what the other half of the experts would have cost on n-gram tables (``ngram``),
-layers (``depth``) or channels (``width``): the same total parameters as experts at that ratio, and for depth and width, which run more
-of them per token, fewer tokens, so that training costs the same. Alternatives in one folder share the runs with experts.
+``--alternative`` asks instead whether something else beats more experts. Arm ``experts`` is topk
+with an amplified embedding (arXiv 2601.21204: without it tables lose half a nat, see longcat_mini/,
+and experts a little, so all arms have it). At each ratio from 2 an alternative takes the model of
+half the ratio and spends what the other half of the experts would have cost on n-gram tables
+(``ngram``), layers (``depth``) or channels (``width``): the same total parameters as experts at
+that ratio, and for depth and width, which run more of them per token, fewer tokens, so that
+training costs the same. Alternatives in one folder share the runs with experts.
 
-Runs of one seed see the same batches in the same order, so arms can be compared in pairs; losses are of held-out text. Committed results:
-the folder ``sparsity_wall/`` beside this file.
+Runs of one seed see the same batches in the same order, so arms can be compared in pairs; losses
+are of held-out text. Committed results: the folder ``sparsity_wall/`` beside this file.
 
     moe-lab sweep plan experiments/sparsity_wall.py --preset small --power
     moe-lab sweep run  experiments/sparsity_wall.py --preset small --out runs/small
@@ -45,8 +48,10 @@ QUESTION = "Does the loss still fall as experts are added at fixed active parame
 
 @dataclass(frozen=True)
 class Shape:
-    """What a preset fixes for all its runs. Ratios are experts over active experts (E/k), one tuple per arm; ``short_tokens`` is the
-    budget that branches off the long runs (None: there is one budget); ``total_tokens`` those of arm total at ``total_experts`` / k."""
+    """What a preset fixes for all its runs. Ratios are experts over active experts (E/k), one tuple
+    per arm; ``short_tokens`` is the budget that branches off the long runs (None: there is one
+    budget); ``total_tokens`` those of arm total at ``total_experts`` / k.
+    """
 
     ratios: tuple[int, ...]
     seeds: int
@@ -104,7 +109,8 @@ SHAPES = {
         lr=3e-3,
         eval_tokens=50_000,
     ),
-    # Router rows grow with the experts and count as active: a wide residual stream and few, large experts keep that under a tenth.
+    # Router rows grow with the experts and count as active: a wide residual stream and few, large
+    # experts keep that under a tenth.
     "gpu": Shape(
         ratios=(1, 2, 4, 8, 16, 32, 64, 128),
         zero_ratios=(32,),
@@ -128,7 +134,8 @@ SHAPES = {
         eval_tokens=500_000,
         checkpoint_every=500,
     ),
-    # What 45 minutes of one GPU pay for (docs/scaling.md): a pilot, with a power of .6 to .7 for W1 and W2.
+    # What 45 minutes of one GPU pay for (docs/scaling.md): a pilot, with a power of .6 to .7 for W1
+    # and W2.
     "pilot": Shape(
         ratios=(1, 4, 16, 64, 256),
         lr_ratios=(1, 16, 256),
@@ -150,19 +157,38 @@ PRESETS = tuple(SHAPES)
 ALTERNATIVES = tuple(Alternative)
 
 
-def sweep(preset: str, *, seed: int = 0, device: str = "cpu", alternative: str | None = None) -> SweepConfig:
-    """The designed grid of ``preset``: every ratio and arm at seeds ``seed``, ``seed + 1``, ...; arm lr at the first seed alone.
+def sweep(
+    preset: str, *, seed: int = 0, device: str = "cpu", alternative: str | None = None
+) -> SweepConfig:
+    """The designed grid of ``preset``: every ratio and arm at seeds ``seed``, ``seed + 1``, ...;
+    arm lr at the first seed alone.
 
     With ``alternative``, arm experts at every ratio and that alternative to it.
     """
     shape = SHAPES[preset]
     if alternative is not None:
         kind = Alternative(alternative)
-        runs = [run for offset in range(shape.seeds) for run in _against_experts(shape, kind, seed + offset, device)]
-        return SweepConfig(name=f"sparsity_wall_{preset}_{kind}", question=INSTEAD.format(kind), preset=preset, runs=tuple(runs))
-    runs = [run for offset in range(shape.seeds) for arm in ARMS.values() for run in arm(shape, seed + offset, device)]
+        runs = [
+            run
+            for offset in range(shape.seeds)
+            for run in _against_experts(shape, kind, seed + offset, device)
+        ]
+        return SweepConfig(
+            name=f"sparsity_wall_{preset}_{kind}",
+            question=INSTEAD.format(kind),
+            preset=preset,
+            runs=tuple(runs),
+        )
+    runs = [
+        run
+        for offset in range(shape.seeds)
+        for arm in ARMS.values()
+        for run in arm(shape, seed + offset, device)
+    ]
     runs += list(_rates(shape, seed, device))
-    return SweepConfig(name=f"sparsity_wall_{preset}", question=QUESTION, preset=preset, runs=tuple(runs))
+    return SweepConfig(
+        name=f"sparsity_wall_{preset}", question=QUESTION, preset=preset, runs=tuple(runs)
+    )
 
 
 def _fixed_active(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
@@ -174,7 +200,12 @@ def _fixed_active(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
             budgets = (shape.short_tokens, shape.train_tokens)
             yield run.replace(budgets=budgets)
             short = f"topk{SHORT}"
-            yield run.replace(budgets=budgets, train_tokens=shape.short_tokens, arm=short, name=run.name.replace("topk", short, 1))
+            yield run.replace(
+                budgets=budgets,
+                train_tokens=shape.short_tokens,
+                arm=short,
+                name=run.name.replace("topk", short, 1),
+            )
 
 
 def _zero_experts(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
@@ -185,7 +216,11 @@ def _zero_experts(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
 def _hash_control(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
     for ratio in shape.hash_ratios:
         router = RouterConfig(
-            kind="hash", num_experts=ratio * shape.top_k, top_k=shape.top_k, vocab_size=shape.vocab_size, hash_table=HashTable.RANDOM
+            kind="hash",
+            num_experts=ratio * shape.top_k,
+            top_k=shape.top_k,
+            vocab_size=shape.vocab_size,
+            hash_table=HashTable.RANDOM,
         )
         yield _run(shape, "hash", ratio, router, seed, device)
 
@@ -193,11 +228,15 @@ def _hash_control(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
 def _per_expert(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
     for ratio in shape.per_expert_ratios:
         tokens = shape.train_tokens * ratio // max(shape.ratios)
-        yield _run(shape, "per_expert", ratio, _topk(shape, ratio), seed, device).replace(train_tokens=tokens)
+        yield _run(shape, "per_expert", ratio, _topk(shape, ratio), seed, device).replace(
+            train_tokens=tokens
+        )
 
 
 def _fixed_total(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
-    """Fewer experts per token at larger ratios; the tokens make up for it, so that parameters and FLOPs stay what they are."""
+    """Fewer experts per token at larger ratios; the tokens make up for it, so that parameters and
+    FLOPs stay what they are.
+    """
     if not shape.total_ratios:
         return
     runs = {
@@ -205,19 +244,28 @@ def _fixed_total(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
             shape,
             "total",
             ratio,
-            RouterConfig(num_experts=shape.total_experts, top_k=shape.total_experts // ratio, norm_topk_prob=True),
+            RouterConfig(
+                num_experts=shape.total_experts,
+                top_k=shape.total_experts // ratio,
+                norm_topk_prob=True,
+            ),
             seed,
             device,
         )
         for ratio in shape.total_ratios
     }
-    work = {ratio: flops(run.model, context=run.seq_length, phase="train").total for ratio, run in runs.items()}
+    work = {
+        ratio: flops(run.model, context=run.seq_length, phase="train").total
+        for ratio, run in runs.items()
+    }
     reference = work[min(work, key=lambda ratio: abs(ratio - shape.total_experts // shape.top_k))]
     for ratio, run in runs.items():
         yield run.replace(train_tokens=round(shape.total_tokens * reference / work[ratio]))
 
 
-def _against_experts(shape: Shape, alternative: Alternative, seed: int, device: str) -> Iterator[RunConfig]:
+def _against_experts(
+    shape: Shape, alternative: Alternative, seed: int, device: str
+) -> Iterator[RunConfig]:
     def amplified(ratio: int) -> RunConfig:
         run = _run(shape, Alternative.EXPERTS.value, ratio, _topk(shape, ratio), seed, device)
         return run.replace(model=run.model.replace(amplification=Amplification.SQRT))
@@ -230,9 +278,14 @@ def _against_experts(shape: Shape, alternative: Alternative, seed: int, device: 
 
 
 def instead(experts: RunConfig, smaller: DecoderConfig, alternative: Alternative) -> RunConfig:
-    """``smaller`` brought to the parameters of the run ``experts`` by an alternative, at no more than its training FLOPs."""
+    """``smaller`` brought to the parameters of the run ``experts`` by an alternative, at no more
+    than its training FLOPs.
+    """
     model = at_total(smaller, count(experts.model).total, alternative)
-    spent, work = (flops(one, context=experts.seq_length, phase="train").total for one in (experts.model, model))
+    spent, work = (
+        flops(one, context=experts.seq_length, phase="train").total
+        for one in (experts.model, model)
+    )
     tokens = round(experts.train_tokens * min(1.0, spent / work))
     name = experts.name.replace(experts.arm, alternative.value, 1)
     return experts.replace(name=name, arm=alternative.value, model=model, train_tokens=tokens)
@@ -242,9 +295,14 @@ def _rates(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
     for ratio in shape.lr_ratios:
         for factor in (math.sqrt(0.5), math.sqrt(2)):
             run = _run(shape, "lr", ratio, _topk(shape, ratio), seed, device)
-            run = run.replace(name=f"{run.name}-x{factor:.2f}", optimizer=OptimizerConfig(lr=shape.lr * factor))
+            run = run.replace(
+                name=f"{run.name}-x{factor:.2f}", optimizer=OptimizerConfig(lr=shape.lr * factor)
+            )
             if shape.short_tokens is not None:
-                run = run.replace(budgets=(shape.short_tokens, shape.train_tokens), train_tokens=shape.short_tokens)
+                run = run.replace(
+                    budgets=(shape.short_tokens, shape.train_tokens),
+                    train_tokens=shape.short_tokens,
+                )
             yield run
 
 
@@ -262,7 +320,9 @@ def _topk(shape: Shape, ratio: int) -> RouterConfig:
 
 
 def _zero(shape: Shape, ratio: int) -> RouterConfig:
-    """Half as many zero-computation experts as real ones and K = 1.5 k slots: K_e = k is uniform load, as in LongCat-Flash."""
+    """Half as many zero-computation experts as real ones and K = 1.5 k slots: K_e = k is uniform
+    load, as in LongCat-Flash.
+    """
     real, slots = ratio * shape.top_k, shape.top_k + shape.top_k // 2
     zero = real // 2
     return RouterConfig(
@@ -270,12 +330,19 @@ def _zero(shape: Shape, ratio: int) -> RouterConfig:
         num_experts=real,
         num_zero_experts=zero,
         top_k=slots,
-        routed_scaling_factor=(real + zero) / slots,  # the weights of a token sum to about 1 at the start, when scores are uniform
-        controller=ControllerConfig(kind=ControllerKind.PROPORTIONAL, rate=0.1, target_ffn_count=slots * real / (real + zero)),
+        routed_scaling_factor=(real + zero)
+        / slots,  # the weights of a token sum to about 1 at the start, when scores are uniform
+        controller=ControllerConfig(
+            kind=ControllerKind.PROPORTIONAL,
+            rate=0.1,
+            target_ffn_count=slots * real / (real + zero),
+        ),
     )
 
 
-def _run(shape: Shape, arm: str, ratio: int, router: RouterConfig, seed: int, device: str) -> RunConfig:
+def _run(
+    shape: Shape, arm: str, ratio: int, router: RouterConfig, seed: int, device: str
+) -> RunConfig:
     moe = MoEConfig(d_model=shape.d_model, d_expert=shape.d_expert, router=router)
     model = DecoderConfig(
         vocab_size=shape.vocab_size,

@@ -1,6 +1,8 @@
-"""``moe-lab``: one module per command in ``moe_lab.commands``, imported when it is called, so that ``--help`` stays instant.
+"""``moe-lab``: one module per command in ``moe_lab.commands``, imported when it is called, so that
+``--help`` stays instant.
 
-A ``MoELabError`` is the user's to mend: it is printed as one line and the exit code is 2. Anything else is a bug and keeps its traceback.
+A ``MoELabError`` is the user's to mend: it is printed as one line and the exit code is 2. Anything
+else is a bug and keeps its traceback.
 """
 
 import argparse
@@ -14,15 +16,30 @@ from moe_lab import __version__
 from moe_lab.errors import MoELabError
 
 COMMANDS = {
-    "demo": ("moe_lab.commands.demo", "train a small grid on text that every Python ships, and write its report"),
+    "demo": (
+        "moe_lab.commands.demo",
+        "train a small grid on text that every Python ships, and write its report",
+    ),
     "sweep": ("moe_lab.commands.sweep", "plan, run or watch a designed grid of runs"),
     "train": ("moe_lab.commands.train", "train one model"),
     "trace": ("moe_lab.commands.trace", "record every routing decision of a trained run on a text"),
-    "scaling": ("moe_lab.commands.scaling", "what laws expect of more experts; a verdict on runs of your own; a law fitted to them"),
-    "difficulty": ("moe_lab.commands.difficulty", "does compute follow difficulty, once the token's identity is held fixed?"),
+    "scaling": (
+        "moe_lab.commands.scaling",
+        "what laws expect of more experts; a verdict on runs of your own; a law fitted to them",
+    ),
+    "difficulty": (
+        "moe_lab.commands.difficulty",
+        "does compute follow difficulty, once the token's identity is held fixed?",
+    ),
     "report": ("moe_lab.commands.report", "one offline HTML page from a sweep or from runs"),
-    "count": ("moe_lab.accounting.command", "exact parameters and FLOPs of a published model or a configuration"),
-    "doctor": ("moe_lab.commands.doctor", "versions, device, extras and default corpus of this machine"),
+    "count": (
+        "moe_lab.accounting.command",
+        "exact parameters and FLOPs of a published model or a configuration",
+    ),
+    "doctor": (
+        "moe_lab.commands.doctor",
+        "versions, device, extras and default corpus of this machine",
+    ),
 }
 
 
@@ -48,7 +65,9 @@ def _top_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 an error of the caller's or a failed run, 130 interrupted)."""
+    """Run one command; returns the exit code (0 done, 2 an error of the caller's or a failed run,
+    130 interrupted).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         _top_parser().print_help()
@@ -57,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "sweep" and len(arguments) > 1 and arguments[1].endswith(".py"):
         arguments.insert(1, "run")
     module = importlib.import_module(COMMANDS[name][0])
-    parser = Parser(prog=f"moe-lab {name}", description=COMMANDS[name][1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(
+        prog=f"moe-lab {name}",
+        description=COMMANDS[name][1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     module.add_arguments(parser)
     try:
         return module.main(parser.parse_args(arguments[1:]))

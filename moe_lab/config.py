@@ -1,6 +1,8 @@
-"""What every configuration has in common: it is a frozen dataclass that round-trips through JSON and has a content hash.
+"""What every configuration has in common: it is a frozen dataclass that round-trips through JSON
+and has a content hash.
 
-A configuration checks itself in ``__post_init__`` with ``require``; nested configurations are rebuilt from their field types.
+A configuration checks itself in ``__post_init__`` with ``require``; nested configurations are
+rebuilt from their field types.
 """
 
 import dataclasses
@@ -25,11 +27,15 @@ class Config:
     """Mixin of frozen dataclasses: ``to_dict``, ``from_dict``, ``hash``, ``replace``."""
 
     def written(self) -> tuple[str, ...]:
-        """Names of the fields that ``to_dict`` and ``hash`` have: all, unless a class leaves one out where it means nothing."""
+        """Names of the fields that ``to_dict`` and ``hash`` have: all, unless a class leaves one
+        out where it means nothing.
+        """
         return _names(type(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values only: nested configurations become dictionaries, enums strings, tuples lists."""
+        """Plain JSON values only: nested configurations become dictionaries, enums strings, tuples
+        lists.
+        """
         return {name: _plain(getattr(self, name)) for name in self.written()}
 
     @classmethod
@@ -39,7 +45,11 @@ class Config:
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(expected(f"fields of {cls.__name__} ({', '.join(sorted(known))})", ", ".join(unknown)))
+            raise ConfigError(
+                expected(
+                    f"fields of {cls.__name__} ({', '.join(sorted(known))})", ", ".join(unknown)
+                )
+            )
         try:
             return cls(**{name: _rebuild(hints[name], value) for name, value in values.items()})
         except TypeError as error:
@@ -54,7 +64,11 @@ class Config:
 
 
 def hashes(configs: Sequence[Config]) -> tuple[str, ...]:
-    """The ``hash`` of each. Thousands of runs share a few models and texts: an object that several configurations hold is encoded once."""
+    """The ``hash`` of each.
+
+    Thousands of runs share a few models and texts: an object that several configurations hold is
+    encoded once.
+    """
     known: dict[int, str] = {}
 
     def encoded(value: Any) -> str:
@@ -69,8 +83,12 @@ def hashes(configs: Sequence[Config]) -> tuple[str, ...]:
         if type(config).to_dict is not Config.to_dict:  # it writes itself in its own way
             found.append(config.hash())
             continue
-        parts = {name: encoded(getattr(config, name)) for name in config.written()} | {"class": canonical_json(type(config).__name__)}
-        found.append(digest("{" + ",".join(f'"{name}":{parts[name]}' for name in sorted(parts)) + "}"))
+        parts = {name: encoded(getattr(config, name)) for name in config.written()} | {
+            "class": canonical_json(type(config).__name__)
+        }
+        found.append(
+            digest("{" + ",".join(f'"{name}":{parts[name]}' for name in sorted(parts)) + "}")
+        )
     return tuple(found)
 
 
@@ -83,7 +101,9 @@ def _names(kind: type) -> tuple[str, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """As ``dataclasses.asdict``, which copies every leaf: ten thousand configurations of a sweep would take half a minute."""
+    """As ``dataclasses.asdict``, which copies every leaf: ten thousand configurations of a sweep
+    would take half a minute.
+    """
     kind = type(value)
     if kind in _PLAIN:
         return value
@@ -111,5 +131,7 @@ def _rebuild(hint: Any, value: Any) -> Any:
         try:
             return hint(value)
         except ValueError:
-            raise ConfigError(expected(f"one of {', '.join(item.value for item in hint)}", value)) from None
+            raise ConfigError(
+                expected(f"one of {', '.join(item.value for item in hint)}", value)
+            ) from None
     return value

@@ -1,6 +1,7 @@
 """The errors a user can meet. Each message says what was expected, what was found, and what to try.
 
-The command line prints such an error as one line and exits with code 2; anything else is a bug and shows its traceback.
+The command line prints such an error as one line and exits with code 2; anything else is a bug and
+shows its traceback.
 """
 
 

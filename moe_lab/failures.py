@@ -1,7 +1,9 @@
-"""Why a run failed, as it lies in its folder: one line of reason, and the last lines of what it printed and of its traceback.
+"""Why a run failed, as it lies in its folder: one line of reason, and the last lines of what it
+printed and of its traceback.
 
-``error.txt`` holds the reason and, below it, the traceback; ``log.txt`` what the run printed. Both are bounded here and stripped of
-control characters: a run may print anything, and these lines are shown on terminals and pages.
+``error.txt`` holds the reason and, below it, the traceback; ``log.txt`` what the run printed. Both
+are bounded here and stripped of control characters: a run may print anything, and these lines are
+shown on terminals and pages.
 """
 
 import os
@@ -25,7 +27,10 @@ def reason(folder: Path) -> str:
 
 
 def last_lines(folder: Path) -> str:
-    """What the run said last: the end of ``log.txt``, then of the traceback. Empty where it said nothing."""
+    """What the run said last: the end of ``log.txt``, then of the traceback.
+
+    Empty where it said nothing.
+    """
     return excerpt(_read(folder / LOG), _read(folder / ERROR))
 
 
@@ -43,7 +48,11 @@ def excerpt(log: str, error: str) -> str:
 def _last(text: str, count: int) -> list[str]:
     # A progress bar overwrites its line: what stood there last counts.
     lines = [_clean(line.rstrip().rpartition("\r")[2]).rstrip() for line in text.split("\n")]
-    return [line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…" for line in lines if line.strip()][-count:]
+    return [
+        line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…"
+        for line in lines
+        if line.strip()
+    ][-count:]
 
 
 def _clean(line: str) -> str:

@@ -1,6 +1,8 @@
-"""Writing without half-written files: everything goes to a temporary name beside its target and is renamed.
+"""Writing without half-written files: everything goes to a temporary name beside its target and is
+renamed.
 
-A reader therefore sees the old file, the new file, or none. `kill -9` leaves at most a ``.tmp-*`` file, which nothing reads.
+A reader therefore sees the old file, the new file, or none. `kill -9` leaves at most a ``.tmp-*``
+file, which nothing reads.
 """
 
 import hashlib
@@ -21,7 +23,9 @@ _PART = re.compile(r"[A-Za-z0-9._=-]+")
 
 @contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; rename it to ``target`` when the block ends without an error."""
+    """Yield a temporary path beside ``target``; rename it to ``target`` when the block ends without
+    an error.
+    """
     target = Path(target)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
     try:
@@ -31,22 +35,33 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise RunError(f"cannot write {target}: {error.strerror or error}; try another folder or free some space") from error
+        raise RunError(
+            f"cannot write {target}: {error.strerror or error}; try another folder or free some space"
+        ) from error
     finally:
-        with suppress(OSError):  # the folder itself may be what could not be made; the first error is the one to tell
+        with suppress(
+            OSError
+        ):  # the folder itself may be what could not be made; the first error is the one to tell
             temporary.unlink(missing_ok=True)
 
 
 def check_name(name: str, source: Path | str) -> str:
     """``name`` itself, if it is a relative path that stays below the folder it is joined to.
 
-    Every name that comes from the content of a file or from a store passes here before it becomes a path. Each part between slashes holds
-    only letters, digits and ``. _ = -``, and is neither ``.`` nor ``..``; so no absolute path, no drive, no control character.
-    ``source`` is what the message calls the place of the name. Raises ``RunError``.
+    Every name that comes from the content of a file or from a store passes here before it becomes a
+    path. Each part between slashes holds only letters, digits and ``. _ = -``, and is neither ``.``
+    nor ``..``; so no absolute path, no drive, no control character. ``source`` is what the message
+    calls the place of the name. Raises ``RunError``.
     """
     if not all(_PART.fullmatch(part) and part not in (".", "..") for part in name.split("/")):
         got = ascii(name)[:100]
-        raise RunError(expected("file names of letters, digits and . _ = - between slashes", f"{got} in {source}", "removing that file"))
+        raise RunError(
+            expected(
+                "file names of letters, digits and . _ = - between slashes",
+                f"{got} in {source}",
+                "removing that file",
+            )
+        )
     return name
 
 
@@ -70,19 +85,24 @@ def write_json(target: Path | str, value: Any) -> None:
 
 
 def skim_json(path: Path | str, name: str, depth: int) -> Any:
-    """What ``write_json`` wrote to ``path``, without the objects called ``name`` that lie ``depth`` objects deep.
+    """What ``write_json`` wrote to ``path``, without the objects called ``name`` that lie ``depth``
+    objects deep.
 
-    Nine tenths of a large plan are configurations that few readers want: finding their ends takes a tenth of the time of parsing them.
-    A file in another layout is parsed whole. Raises ``OSError`` or ``ValueError`` as ``json.load`` would.
+    Nine tenths of a large plan are configurations that few readers want: finding their ends takes a
+    tenth of the time of parsing them. A file in another layout is parsed whole. Raises ``OSError``
+    or ``ValueError`` as ``json.load`` would.
     """
     text = Path(path).read_text(encoding="utf-8")
     margin = "\n" + " " * depth
     begin, end = f'{margin}"{name}": {{\n', margin + "}"
     kept, place = [], 0
-    # Neither can stand inside a text, where a line break is written as \n, and what the object holds is indented further.
+    # Neither can stand inside a text, where a line break is written as \n, and what the object
+    # holds is indented further.
     while (found := text.find(begin, place)) >= 0:
         over = text.find(end, found + len(begin) - 1)
-        if over < 0 or text[over + len(end) : over + len(end) + 1] != ",":  # cut short, the last of its keys, or no file of ours
+        if (
+            over < 0 or text[over + len(end) : over + len(end) + 1] != ","
+        ):  # cut short, the last of its keys, or no file of ours
             return json.loads(text)
         kept.append(text[place:found])
         place = over + len(end) + 1
@@ -94,7 +114,9 @@ def content_hash(value: Any, length: int = 12) -> str:
     return digest(canonical_json(value), length)
 
 
-canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
+canonical_json = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+).encode
 """JSON of a value, equal for equal values."""
 
 

@@ -1,4 +1,5 @@
-"""Names of a package that are imported when they are first used (PEP 562): importing torch costs seconds that most callers need not pay.
+"""Names of a package that are imported when they are first used (PEP 562): importing torch costs
+seconds that most callers need not pay.
 
 A package lists them under ``TYPE_CHECKING`` too, for type checkers and readers.
 """
@@ -10,7 +11,10 @@ from typing import Any
 
 
 def on_first_use(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``: submodule -> names that it gives. The submodules themselves can be reached as if imported."""
+    """The ``__getattr__`` of ``package``: submodule -> names that it gives.
+
+    The submodules themselves can be reached as if imported.
+    """
     places = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""Where a number comes from: the versions and the machine that made it, as columns or JSON beside it."""
+"""Where a number comes from: the versions and the machine that made it, as columns or JSON beside
+it.
+"""
 
 import datetime
 import os
@@ -14,7 +16,11 @@ PACKAGES = ("torch", "numpy", "polars", "tokenizers")
 
 def versions() -> dict[str, str]:
     """Versions that a number may depend on."""
-    return {"moe_lab": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {
+        "moe_lab": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
 
 
 def machine() -> str:
@@ -26,12 +32,19 @@ def provenance() -> dict[str, str]:
     """Columns for a committed result: the day, the command as typed, the machine and the versions."""
     script = os.path.relpath(sys.argv[0]) if sys.argv[0] else "-"
     command = " ".join(["python", script, *sys.argv[1:]])
-    return {"date": datetime.date.today().isoformat(), "command": command, "machine": machine(), **versions()}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "machine": machine(),
+        **versions(),
+    }
 
 
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -13,9 +13,11 @@
 # %% [markdown]
 # # Was that a sparsity wall?
 #
-# LongCat-2.0's authors report that, at about 97 % sparsity, another 135B expert parameters bought almost nothing. It reads like a wall:
-# beyond some total:active ratio, experts stop paying. This notebook asks what the published scaling laws *expected* of that step, how
-# many runs it would take to see it, which sweep could tell a wall from diminishing returns, and what a sweep of your own says.
+# LongCat-2.0's authors report that, at about 97 % sparsity, another 135B expert parameters bought
+# almost nothing. It reads like a wall: beyond some total:active ratio, experts stop paying. This
+# notebook asks what the published scaling laws *expected* of that step, how many runs it would take
+# to see it, which sweep could tell a wall from diminishing returns, and what a sweep of your own
+# says.
 #
 # Everything here is closed form or simulation: it takes a few seconds, one thread and no data.
 
@@ -42,26 +44,32 @@ from moe_lab.scaling import (
     with_budgets,
 )
 
-pl.Config.set_tbl_rows(20).set_fmt_str_lengths(90).set_tbl_width_chars(160).set_tbl_hide_column_data_types(True)
+pl.Config.set_tbl_rows(20).set_fmt_str_lengths(90).set_tbl_width_chars(
+    160
+).set_tbl_hide_column_data_types(True)
 
 # %% [markdown]
 # ## 1. How large was the step?
 #
-# Laws of sparsity are smooth in the *logarithm* of the ratio, so a step is counted in doublings. 1.6T parameters hold the 135B: before
-# them there were 1.465T, of which +135B is 9.2 %. That is an eighth of a doubling.
+# Laws of sparsity are smooth in the *logarithm* of the ratio, so a step is counted in doublings.
+# 1.6T parameters hold the 135B: before them there were 1.465T, of which +135B is 9.2 %. That is an
+# eighth of a doubling.
 
 # %%
 TOTAL, ACTIVE, ADDED, TOKENS = 1.6e12, 48e9, 135e9, 35e12
 before = TOTAL - ADDED
 doublings = math.log2(TOTAL / before)
-print(f"+{ADDED / before:.1%} is {doublings:.3f} of a doubling; the ratio goes from {before / ACTIVE:.1f} to {TOTAL / ACTIVE:.1f}")
+print(
+    f"+{ADDED / before:.1%} is {doublings:.3f} of a doubling; the ratio goes from {before / ACTIVE:.1f} to {TOTAL / ACTIVE:.1f}"
+)
 assert abs(doublings - 0.127) < 5e-4
 
 # %% [markdown]
 # ## 2. What did each law expect of it?
 #
-# `gain` is nats per token, `compute` the multiplier of training compute that would have bought the same. `extrapolated` lists the variables
-# that leave the range of the runs behind a law: here nearly all of them do, so this is a range of expectations and no prediction.
+# `gain` is nats per token, `compute` the multiplier of training compute that would have bought the
+# same. `extrapolated` lists the variables that leave the range of the runs behind a law: here
+# nearly all of them do, so this is a range of expectations and no prediction.
 
 # %%
 step = expected_gain(before, ACTIVE, ADDED, TOKENS)
@@ -74,7 +82,8 @@ assert step["gain"].max() < 0.004  # type: ignore[operator]
 #
 # ## 3. How large a step could be seen?
 #
-# The gain of a step grows with its doublings, the noise does not. One run of each arm shows a gain of about four times the noise.
+# The gain of a step grows with its doublings, the noise does not. One run of each arm shows a gain
+# of about four times the noise.
 
 # %%
 law, noise = LAWS["ludziejewski"], 0.0005
@@ -82,7 +91,9 @@ start = {"active_params": ACTIVE, "tokens": TOKENS, "ratio": before / ACTIVE}
 for added in (0.05, 0.127, 0.5, 1.0, 2.0):
     gain = float(law.predict(start) - law.predict({**start, "ratio": start["ratio"] * 2**added}))
     seeds = math.ceil(2 * (2.925 * noise / gain) ** 2)
-    print(f"{added:5.3f} doublings: {gain:.4f} nats, {seeds} seed{'s' if seeds > 1 else ''} of each arm to see it nine times in ten")
+    print(
+        f"{added:5.3f} doublings: {gain:.4f} nats, {seeds} seed{'s' if seeds > 1 else ''} of each arm to see it nine times in ten"
+    )
 
 # %% [markdown]
 # Seeing the step is still not seeing a wall. "The gain is not significant" is no evidence: on a perfectly straight frontier of 30 mnats per
@@ -92,14 +103,17 @@ for added in (0.05, 0.127, 0.5, 1.0, 2.0):
 rng = np.random.default_rng(0)
 means = -0.03 * np.arange(7) + rng.normal(0, 0.012 / math.sqrt(3), (2000, 7))
 naive = (-np.diff(means, axis=1) < 2 * 0.012 * math.sqrt(2 / 3)).any(axis=1).mean()
-print(f'the rule "some gain below two standard errors" calls a wall on {naive:.0%} of straight lines')
+print(
+    f'the rule "some gain below two standard errors" calls a wall on {naive:.0%} of straight lines'
+)
 assert naive > 0.38
 
 # %% [markdown]
 # ## 4. Which sweep could tell?
 #
-# A wall is claimed only if every gain beyond it lies *within a margin* (5 % of compute per doubling) for three doublings, and a form with a
-# break beats smooth ones. Here is what a pilot at 3M active parameters and 300M tokens would say under five truths.
+# A wall is claimed only if every gain beyond it lies *within a margin* (5 % of compute per
+# doubling) for three doublings, and a form with a break beats smooth ones. Here is what a pilot at
+# 3M active parameters and 300M tokens would say under five truths.
 
 # %%
 pilot = Design(tuple(4.0**e for e in range(5)), seeds=2, active_params=3e6, tokens=3e8)
@@ -107,7 +121,12 @@ plan = plan_power(pilot, noise_sd=0.004, draws=100)
 print(f"the pilot, {pilot.runs} runs, {pilot.flops:.1e} FLOPs:")
 print(plan.own.select("truth", "wall", "no_wall", "cannot_tell", "settled"))
 best = plan.best
-print("cheapest sufficient design:", "none tried" if best is None else f"{best.ratios[-1]:g} x {best.seeds} seeds, {best.flops:.1e} FLOPs")
+print(
+    "cheapest sufficient design:",
+    "none tried"
+    if best is None
+    else f"{best.ratios[-1]:g} x {best.seeds} seeds, {best.flops:.1e} FLOPs",
+)
 
 # %%
 grid = [Design(tuple(2.0**e for e in range(10)), seeds, 1e7, 1e9) for seeds in (2, 3, 5, 8)]
@@ -116,18 +135,31 @@ figures.wall_power(power(grid, default_truths(), noise_sd=0.004, draws=100))
 # %% [markdown]
 # ## 5. A sweep of your own
 #
-# A frame with a row per run is enough: ratio, seed, loss (nats per token), active_params, tokens. `read_runs` takes Parquet, CSV, JSONL
-# or the folder of `moe-lab sweep run`. This is the committed `small` preset if it is there, and otherwise a sweep drawn from a
-# frontier that bends at 32.
+# A frame with a row per run is enough: ratio, seed, loss (nats per token), active_params, tokens.
+# `read_runs` takes Parquet, CSV, JSONL or the folder of `moe-lab sweep run`. This is the committed
+# `small` preset if it is there, and otherwise a sweep drawn from a frontier that bends at 32.
 
 # %%
 roots = [Path.cwd(), *Path.cwd().parents]
-committed = next((path for root in roots if (path := root / "experiments" / "sparsity_wall" / "runs.parquet").exists()), None)
+committed = next(
+    (
+        path
+        for root in roots
+        if (path := root / "experiments" / "sparsity_wall" / "runs.parquet").exists()
+    ),
+    None,
+)
 
 
 def drawn() -> pl.DataFrame:
     rows = [
-        {"ratio": 2.0**e, "seed": seed, "loss": 3 - 0.03 * min(e, 5) + rng.normal(0, 0.002), "active_params": 1e7, "tokens": 1e9}
+        {
+            "ratio": 2.0**e,
+            "seed": seed,
+            "loss": 3 - 0.03 * min(e, 5) + rng.normal(0, 0.002),
+            "active_params": 1e7,
+            "tokens": 1e9,
+        }
         for e in range(10)
         for seed in range(3)
     ]
@@ -143,8 +175,12 @@ print(verdict.outcome.upper(), verdict.sentence, *verdict.reasons, sep="\n- ")
 # The headline is the elasticity: how many per cent of compute a per cent of ratio is worth. Kimi K2 reports .29; .07 is the margin.
 
 # %%
-print(f"elasticity {verdict.elasticity:.2f}, {verdict.interval[0]:.2f} to {verdict.interval[1]:.2f}")
-print(verdict.gain_table().select("ratio_from", "ratio_to", "gain", "lo", "hi", "compute", "margin"))
+print(
+    f"elasticity {verdict.elasticity:.2f}, {verdict.interval[0]:.2f} to {verdict.interval[1]:.2f}"
+)
+print(
+    verdict.gain_table().select("ratio_from", "ratio_to", "gain", "lo", "hi", "compute", "margin")
+)
 figures.wall_gain(verdict.gain_table())
 
 # %%
@@ -162,8 +198,9 @@ print(confounds(runs, arm=arm or None))
 # %% [markdown]
 # ## 6. A wall, and a fade that is none
 #
-# The same verdict on two sweeps whose truth we know: a hard wall at 32, and Ludziejewski's law at 20 tokens per parameter, whose gains
-# fade to nothing by 64. The second has no break: it is a model short of data.
+# The same verdict on two sweeps whose truth we know: a hard wall at 32, and Ludziejewski's law at
+# 20 tokens per parameter, whose gains fade to nothing by 64. The second has no break: it is a model
+# short of data.
 
 # %%
 walled = wall_verdict(drawn())
@@ -174,7 +211,8 @@ short = pl.DataFrame(
     {
         "ratio": 2.0**e,
         "seed": seed,
-        "loss": float(law.predict({"active_params": 1e7, "tokens": 2e8, "ratio": 2.0**e})) + rng.normal(0, 0.002),
+        "loss": float(law.predict({"active_params": 1e7, "tokens": 2e8, "ratio": 2.0**e}))
+        + rng.normal(0, 0.002),
         "active_params": 1e7,
         "tokens": 2e8,
     }

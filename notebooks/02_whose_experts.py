@@ -14,8 +14,9 @@
 # %% [markdown]
 # # Whose experts are they?
 #
-# Every token of a Mixture-of-Experts model is sent to a few of many experts. This notebook records those decisions for a small model,
-# and asks in plain steps: is the load even? which experts run together? do they belong to token ids, to places, to a kind of text?
+# Every token of a Mixture-of-Experts model is sent to a few of many experts. This notebook records
+# those decisions for a small model, and asks in plain steps: is the load even? which experts run
+# together? do they belong to token ids, to places, to a kind of text?
 #
 # The same works for any Mixture-of-Experts checkpoint of transformers: replace the model by yours.
 
@@ -43,20 +44,24 @@ from moe_lab.trace import capture, open_trace
 from moe_lab.training import RunConfig, load_run, train
 
 torch.set_num_threads(1)
-pl.Config(tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, float_precision=3)
+pl.Config(
+    tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, float_precision=3
+)
 
 # %% [markdown]
 # ## A small model
 #
-# Top-2 of 8 experts in two layers, trained for a moment on this Python's own standard library. It says nothing about large models, but its
-# router has begun to choose.
+# Top-2 of 8 experts in two layers, trained for a moment on this Python's own standard library. It
+# says nothing about large models, but its router has begun to choose.
 
 # %%
 folder = Path(tempfile.mkdtemp())
 moe = MoEConfig(d_model=32, d_expert=32, router=RouterConfig(num_experts=8, top_k=2))
 config = RunConfig(
     name="notebook",
-    model=DecoderConfig(vocab_size=512, num_layers=2, d_model=32, num_heads=1, context_length=64, moe=moe),
+    model=DecoderConfig(
+        vocab_size=512, num_layers=2, d_model=32, num_heads=1, context_length=64, moe=moe
+    ),
     text=TextConfig(vocab_size=512),
     batch_size=8,
     seq_length=64,
@@ -70,11 +75,13 @@ text = load_tokens(config.text)
 # %% [markdown]
 # ## Record what the routers decide
 #
-# `capture` hooks the routers and writes every decision to a folder of Parquet. It checks as it runs that no slot is lost, and raises where
-# a router was not found.
+# `capture` hooks the routers and writes every decision to a folder of Parquet. It checks as it runs
+# that no slot is lost, and raises where a router was not found.
 
 # %%
-documents = [document.ids[:64] for document in text.documents(Split.VALIDATION) if len(document.ids) >= 64][:120]
+documents = [
+    document.ids[:64] for document in text.documents(Split.VALIDATION) if len(document.ids) >= 64
+][:120]
 half = len(documents) // 2
 for name, part in (("first", documents[:half]), ("second", documents[half:])):
     with torch.no_grad(), capture(model, folder / name):
@@ -86,32 +93,43 @@ print(f"{trace.num_tokens} tokens in {len(trace.meta.layers)} layers")
 # %% [markdown]
 # ## Is the load even?
 #
-# A load of 1 is the fair share. `max_violation` is how far the busiest expert exceeds it, `effective_experts` how many evenly loaded ones
-# would be as uneven.
+# A load of 1 is the fair share. `max_violation` is how far the busiest expert exceeds it,
+# `effective_experts` how many evenly loaded ones would be as uneven.
 
 # %%
-print(load_summary(trace).select("layer", "slots", "load_cv", "max_violation", "gini", "effective_experts", "dead"))
+print(
+    load_summary(trace).select(
+        "layer", "slots", "load_cv", "max_violation", "gini", "effective_experts", "dead"
+    )
+)
 heatmap = figures.expert_load(expert_load(trace))
 assert load_summary(trace)["slots"].to_list() == [2 * trace.num_tokens] * 2
 
 # %% [markdown]
 # ## Which experts run together?
 #
-# All pairs of a token count. `lift` compares them with what the two loads alone would give: 1 means that the experts keep to their loads.
+# All pairs of a token count. `lift` compares them with what the two loads alone would give: 1 means
+# that the experts keep to their loads.
 
 # %%
 pairs = coactivation(trace)
 print(pairs.sort("lift", descending=True, nulls_last=True).head(5))
-assert pairs["count"].sum() == 2 * trace.num_tokens  # top-2 of two layers: one pair a token and layer
+assert (
+    pairs["count"].sum() == 2 * trace.num_tokens
+)  # top-2 of two layers: one pair a token and layer
 
 # %% [markdown]
 # ## Whose are they?
 #
-# First by token id: the mean share of an id's tokens that its top expert runs, beside `load_bound`, which a layer blind to the id would
-# show. Layers that look up the input id have much more for `token_id` than for `true_id`, the id that follows.
+# First by token id: the mean share of an id's tokens that its top expert runs, beside `load_bound`,
+# which a layer blind to the id would show. Layers that look up the input id have much more for
+# `token_id` than for `true_id`, the id that follows.
 
 # %%
-kinds = [vocabulary_specialisation(trace, column, min_count=20).with_columns(ids_of=pl.lit(column)) for column in ("token_id", "true_id")]
+kinds = [
+    vocabulary_specialisation(trace, column, min_count=20).with_columns(ids_of=pl.lit(column))
+    for column in ("token_id", "true_id")
+]
 ids = pl.concat(kinds)
 print(ids)
 assert (ids["token_weighted"] >= ids["load_bound"] - 1e-9).all()
@@ -122,7 +140,11 @@ assert (ids["token_weighted"] >= ids["load_bound"] - 1e-9).all()
 
 # %%
 bands = domain_specialisation(trace, "position_band", resamples=200)
-print(bands.filter(pl.col("domain") == 0).select("layer", "expert", "specialisation", "lo", "hi", "at_random").head(8))
+print(
+    bands.filter(pl.col("domain") == 0)
+    .select("layer", "expert", "specialisation", "lo", "hi", "at_random")
+    .head(8)
+)
 
 # %% [markdown]
 # ## Do neighbours share experts?
@@ -135,8 +157,9 @@ print(repetition(trace, resamples=200))
 # %% [markdown]
 # ## Two texts, or two checkpoints
 #
-# `compare` sets two traces side by side. Two halves of one corpus should hardly differ; where the texts are the same, as for two
-# checkpoints, it also compares choice by choice, and `saturation` follows many checkpoints to the last.
+# `compare` sets two traces side by side. Two halves of one corpus should hardly differ; where the
+# texts are the same, as for two checkpoints, it also compares choice by choice, and `saturation`
+# follows many checkpoints to the last.
 
 # %%
 change = compare(trace, other, resamples=200)

@@ -34,7 +34,9 @@ FLOORS = {
 
 
 def imports_of(path: Path) -> set[str]:
-    """Rooms that a file names in an import, wherever the import stands; TYPE_CHECKING blocks and commands run by the user apart."""
+    """Rooms that a file names in an import, wherever the import stands; TYPE_CHECKING blocks and
+    commands run by the user apart.
+    """
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
@@ -47,7 +49,9 @@ def imports_of(path: Path) -> set[str]:
 def test_a_room_imports_from_lower_floors_only(room: str) -> None:
     paths = sorted((PACKAGE / room).rglob("*.py")) or [PACKAGE / f"{room}.py"]
     for path in paths:
-        allowed = {other for other, floor in FLOORS.items() if floor < FLOORS[room] or floor == 0} | {room}
+        allowed = {
+            other for other, floor in FLOORS.items() if floor < FLOORS[room] or floor == 0
+        } | {room}
         found = imports_of(path)
         if path.name == "command.py":  # a room's own command belongs to the top floor
             continue
@@ -55,7 +59,11 @@ def test_a_room_imports_from_lower_floors_only(room: str) -> None:
 
 
 def test_every_room_of_the_package_has_a_floor() -> None:
-    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    rooms = {
+        path.stem
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert rooms - {"__init__", "recipes"} == set(FLOORS)
 
 
@@ -65,7 +73,9 @@ def test_expected_has_the_one_sentence_form() -> None:
 
 
 CONTROLLER = ControllerConfig(ControllerKind.PROPORTIONAL, 0.5, 2.0)
-ROUTER = RouterConfig(kind="longcat", num_experts=4, num_zero_experts=2, top_k=3, controller=CONTROLLER)
+ROUTER = RouterConfig(
+    kind="longcat", num_experts=4, num_zero_experts=2, top_k=3, controller=CONTROLLER
+)
 DEEP = DecoderConfig(d_model=16, moe=MoEConfig(16, 8, ROUTER))
 
 
@@ -133,17 +143,31 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import sys, moe_lab; print(sorted({'torch', 'numpy', 'scipy', 'polars', 'plotly'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 LAYOUTS = [
     {
         "runs": {
-            "a": {"arm": "x", "config": {"deep": {"config": {"y": 1}}, "z": []}, "name": "n\n   }, {"},
+            "a": {
+                "arm": "x",
+                "config": {"deep": {"config": {"y": 1}}, "z": []},
+                "name": "n\n   }, {",
+            },
             "b": {"config": {}, "name": "m"},
         }
     },
-    {"runs": {"a": {"arm": "x", "config": {"last": 1}}, "b": {"config": {"first": 2}, "name": "m"}}},
+    {
+        "runs": {
+            "a": {"arm": "x", "config": {"last": 1}},
+            "b": {"config": {"first": 2}, "name": "m"},
+        }
+    },
     {"config": {"top": {"config": {"a": 1}}}, "other": [{"config": {"in a list": 1}, "name": "l"}]},
     {},
     [1, "config"],
@@ -152,10 +176,16 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("value", LAYOUTS)
 @pytest.mark.parametrize("indent", [1, 2, None])
-def test_a_skimmed_file_is_the_parsed_one_without_some_objects(value: object, indent: int | None, tmp_path: Path) -> None:
+def test_a_skimmed_file_is_the_parsed_one_without_some_objects(
+    value: object, indent: int | None, tmp_path: Path
+) -> None:
     def without(found: Any, depth: int) -> Any:
         if isinstance(found, dict):
-            return {key: without(item, depth + 1) for key, item in found.items() if not (key == "config" and depth == 2 and item)}
+            return {
+                key: without(item, depth + 1)
+                for key, item in found.items()
+                if not (key == "config" and depth == 2 and item)
+            }
         return [without(item, depth + 1) for item in found] if isinstance(found, list) else found
 
     path = tmp_path / "plan.json"
@@ -164,16 +194,28 @@ def test_a_skimmed_file_is_the_parsed_one_without_some_objects(value: object, in
 
 
 def test_skimming_leaves_out_what_a_plan_is_full_of(tmp_path: Path) -> None:
-    runs = {f"{number:012x}": {"arm": "x", "config": {"lr": 1.0, "model": {"d": 1}}, "name": str(number)} for number in range(50)}
+    runs = {
+        f"{number:012x}": {
+            "arm": "x",
+            "config": {"lr": 1.0, "model": {"d": 1}},
+            "name": str(number),
+        }
+        for number in range(50)
+    }
     write_json(tmp_path / "plan.json", {"runs": runs, "sweeps": []})
     found = skim_json(tmp_path / "plan.json", "config", depth=3)
-    assert found == {"runs": {run: {"arm": "x", "name": entry["name"]} for run, entry in runs.items()}, "sweeps": []}
+    assert found == {
+        "runs": {run: {"arm": "x", "name": entry["name"]} for run, entry in runs.items()},
+        "sweeps": [],
+    }
     (tmp_path / "cut.json").write_text((tmp_path / "plan.json").read_text()[:200])
     with pytest.raises(ValueError, match=r"delimiter|Expecting|Unterminated"):
         skim_json(tmp_path / "cut.json", "config", depth=3)
 
 
-@pytest.mark.parametrize("package", ["moe_lab.trace", "moe_lab.analysis", "moe_lab.analysis.difficulty"])
+@pytest.mark.parametrize(
+    "package", ["moe_lab.trace", "moe_lab.analysis", "moe_lab.analysis.difficulty"]
+)
 def test_names_imported_on_first_use_are_those_of_the_package(package: str) -> None:
     code = f"""
 import importlib, sys
@@ -188,4 +230,9 @@ assert not hasattr(module, "nothing")
 
 def test_submodules_with_lazy_names_can_be_reached_from_their_package() -> None:
     code = "import moe_lab.trace as t; print(t.importing.ImportKind.VLLM, t.capturing.recorder.capture is t.capture)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "vllm True\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "vllm True\n"
+    )

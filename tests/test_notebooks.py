@@ -1,4 +1,6 @@
-"""Every notebook runs from top to bottom as a plain script: one thread, no network, in under a minute on an idle machine."""
+"""Every notebook runs from top to bottom as a plain script: one thread, no network, in under a
+minute on an idle machine.
+"""
 
 import os
 import subprocess
@@ -15,7 +17,14 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
 def test_the_notebook_runs(path: Path, tmp_path: Path) -> None:
     threads = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
     environment = os.environ | threads | {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -24,5 +24,7 @@ def test_every_link_of_the_readme_leads_somewhere(target: str) -> None:
 
 def test_every_command_and_target_of_the_readme_exists() -> None:
     assert set(re.findall(r"^moe-lab (\w+)", README, flags=re.MULTILINE)) <= set(COMMANDS)
-    targets = set(re.findall(r"^(\w+):.*##", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(
+        re.findall(r"^(\w+):.*##", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
+    )
     assert set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE)) <= targets

@@ -1,7 +1,9 @@
-"""Counting a model from its configuration, against building it on the meta device and summing its parameters (transformers).
+"""Counting a model from its configuration, against building it on the meta device and summing its
+parameters (transformers).
 
-Every published model is counted (total, the three active figures, the table of parts) in turn with the others; the budget is 50 ms. Three
-of them are also built. A fresh interpreter imports the room and counts one, to show what a first call costs and that torch is not loaded.
+Every published model is counted (total, the three active figures, the table of parts) in turn with
+the others; the budget is 50 ms. Three of them are also built. A fresh interpreter imports the room
+and counts one, to show what a first call costs and that torch is not loaded.
 
     python experiments/benchmarks/accounting.py [--rounds 9]
 """
@@ -51,14 +53,18 @@ def building(config: dict[str, Any], config_class: str, model_class: str) -> Cal
 
     def run() -> int:
         with torch.device("meta"):
-            model = getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
+            model = getattr(transformers, model_class)(
+                getattr(transformers, config_class)(**config)
+            )
         return model.num_parameters()
 
     return run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     configs = {entry["name"]: entry["config"] for entry in facts()}
@@ -66,17 +72,30 @@ def main() -> None:
     table = summary(seconds, against="mistralai/Mixtral-8x7B").sort("ms", descending=True)
     print(table.select("name", "ms", "ms_q1", "ms_q3").head(8))
     slowest = table.row(0, named=True)
-    print(f"slowest of {len(table)}: {slowest['name']}, median {slowest['ms']:.1f} ms (budget {BUDGET_MS} ms)")
+    print(
+        f"slowest of {len(table)}: {slowest['name']}, median {slowest['ms']:.1f} ms (budget {BUDGET_MS} ms)"
+    )
     against = []
     for name, classes in BUILT.items():
-        pair = take_turns({"count": counting(configs[name]), "build": building(configs[name], *classes)}, max(rounds // 3, 3))
-        against.append(summary(pair, against="count").filter(pl.col("name") == "build").with_columns(name=pl.lit(f"build {name}")))
+        pair = take_turns(
+            {"count": counting(configs[name]), "build": building(configs[name], *classes)},
+            max(rounds // 3, 3),
+        )
+        against.append(
+            summary(pair, against="count")
+            .filter(pl.col("name") == "build")
+            .with_columns(name=pl.lit(f"build {name}"))
+        )
     print(pl.concat(against).select("name", "ms", "ratio", "ratio_q1", "ratio_q3"))
     began = time.perf_counter()
-    fresh = subprocess.run([sys.executable, "-c", FRESH], check=True, capture_output=True, text=True)
+    fresh = subprocess.run(
+        [sys.executable, "-c", FRESH], check=True, capture_output=True, text=True
+    )
     imported, counted = map(float, fresh.stdout.split())
     process = time.perf_counter() - began
-    print(f"fresh interpreter: import {imported * 1e3:.0f} ms, first count {counted * 1e3:.0f} ms, process {process:.2f} s")
+    print(
+        f"fresh interpreter: import {imported * 1e3:.0f} ms, first count {counted * 1e3:.0f} ms, process {process:.2f} s"
+    )
     print(save(pl.concat([table, *against]), "accounting"))
 
 

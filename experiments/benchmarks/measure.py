@@ -1,4 +1,6 @@
-"""Timing that survives a noisy machine: contestants take turns, medians and quartiles are kept, ratios are taken round by round."""
+"""Timing that survives a noisy machine: contestants take turns, medians and quartiles are kept,
+ratios are taken round by round.
+"""
 
 import statistics
 import time
@@ -14,8 +16,12 @@ from moe_lab.provenance import provenance
 RESULTS = Path(__file__).parent / "results"
 
 
-def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, ``rounds`` per contestant, in rotating order after ``warmup`` uncounted rounds."""
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each call, ``rounds`` per contestant, in rotating order after ``warmup`` uncounted
+    rounds.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(-warmup, rounds):
@@ -29,7 +35,9 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int, war
 
 
 def summary(seconds: Mapping[str, list[float]], against: str) -> pl.DataFrame:
-    """One row per contestant: median and quartiles in milliseconds, and the median of the paired ratios to ``against``."""
+    """One row per contestant: median and quartiles in milliseconds, and the median of the paired
+    ratios to ``against``.
+    """
     rows = []
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4)
@@ -51,5 +59,7 @@ def save(frame: pl.DataFrame, name: str) -> Path:
     if torch.cuda.is_available():
         record["device"] = torch.cuda.get_device_name()
     with atomic_path(path) as temporary:
-        frame.with_columns(pl.lit(value).alias(key) for key, value in record.items()).write_parquet(temporary)
+        frame.with_columns(pl.lit(value).alias(key) for key, value in record.items()).write_parquet(
+            temporary
+        )
     return path

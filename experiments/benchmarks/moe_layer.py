@@ -1,15 +1,19 @@
-"""One MoE layer, forward and backward, against the limit and a peer: the dense SwiGLU of the same active FLOPs, each dispatch backend of
-ours, and transformers' ``Qwen3MoeSparseMoeBlock`` with its eager and its grouped experts. Same weights, same tokens, same selections.
+"""One MoE layer, forward and backward, against the limit and a peer: the dense SwiGLU of the same
+active FLOPs, each dispatch backend of ours, and transformers' ``Qwen3MoeSparseMoeBlock`` with its
+eager and its grouped experts. Same weights, same tokens, same selections.
 
-Contestants take turns; figures are medians with quartiles, ratios to the dense twin are paired round by round. ``peak_mb`` is the memory
-that a step adds over the resting process, gradients included (each contestant measured alone, in a fresh process); ``bound_mb`` is the bar:
-1.3 times the dense twin's step plus the bank's gradient, which no layer can do without.
+Contestants take turns; figures are medians with quartiles, ratios to the dense twin are paired
+round by round. ``peak_mb`` is the memory that a step adds over the resting process, gradients
+included (each contestant measured alone, in a fresh process); ``bound_mb`` is the bar: 1.3 times
+the dense twin's step plus the bank's gradient, which no layer can do without.
 
-    python experiments/benchmarks/moe_layer.py [--rounds 15] [--threads 2] [--growth | --instrumentation] [--device cuda]
+    python experiments/benchmarks/moe_layer.py [--rounds 15] [--threads 2] [--growth |
+    --instrumentation] [--device cuda]
 
-``--growth`` instead doubles T, E and k one at a time and fits the exponents. ``--instrumentation`` pairs the layer with and without the
-metrics of a training step (entropy, counts, ffn_count, MaxVio, load CV); its interval is a bootstrap of the median over rounds.
-On CUDA the shapes are d_model 1024 to 2048 in bfloat16.
+``--growth`` instead doubles T, E and k one at a time and fits the exponents. ``--instrumentation``
+pairs the layer with and without the metrics of a training step (entropy, counts, ffn_count, MaxVio,
+load CV); its interval is a bootstrap of the median over rounds. On CUDA the shapes are d_model 1024
+to 2048 in bfloat16.
 """
 
 import argparse
@@ -49,10 +53,19 @@ class Shape:
         return f"T{self.tokens} d{self.d_model} E{self.experts} k{self.top_k} f{self.d_expert}"
 
 
-CPU_SHAPES = (Shape(4096, 256, 8, 2, 256), Shape(4096, 256, 64, 4, 128), Shape(4096, 256, 256, 8, 64))
+CPU_SHAPES = (
+    Shape(4096, 256, 8, 2, 256),
+    Shape(4096, 256, 64, 4, 128),
+    Shape(4096, 256, 256, 8, 64),
+)
 CUDA_SHAPES = tuple(
     Shape(tokens, d_model, experts, top_k, d_model // 2)
-    for tokens, d_model, experts, top_k in ((8192, 1024, 64, 4), (16384, 1024, 256, 8), (16384, 2048, 64, 8), (32768, 2048, 256, 8))
+    for tokens, d_model, experts, top_k in (
+        (8192, 1024, 64, 4),
+        (16384, 1024, 256, 8),
+        (16384, 2048, 64, 8),
+        (32768, 2048, 256, 8),
+    )
 )
 
 
@@ -85,16 +98,25 @@ def module_of(name: str, shape: Shape) -> nn.Module:
     if name not in HF_EXPERTS:
         return layer
     block = hf_block(shape, HF_EXPERTS[name])
-    state = {"gate.weight": layer.router.weight, "experts.gate_up_proj": layer.experts.gate_up, "experts.down_proj": layer.experts.down}
+    state = {
+        "gate.weight": layer.router.weight,
+        "experts.gate_up_proj": layer.experts.gate_up,
+        "experts.down_proj": layer.experts.down,
+    }
     block.load_state_dict({key: value.detach() for key, value in state.items()})
     return block
 
 
-def step_of(module: nn.Module, shape: Shape, device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+def step_of(
+    module: nn.Module, shape: Shape, device: str, dtype: torch.dtype
+) -> Callable[[], Tensor]:
     """One forward and backward on fixed tokens; returns the output."""
     module.to(device, dtype)
     generator = torch.Generator().manual_seed(1)
-    x, grad = (torch.randn(1, shape.tokens, shape.d_model, generator=generator).to(device, dtype) for _ in range(2))
+    x, grad = (
+        torch.randn(1, shape.tokens, shape.d_model, generator=generator).to(device, dtype)
+        for _ in range(2)
+    )
 
     def step() -> Tensor:
         module.zero_grad(set_to_none=True)
@@ -117,11 +139,17 @@ def contest(shape: Shape, rounds: int, device: str, dtype: torch.dtype) -> pl.Da
     wanted = steps["cpu"]()
     for name, step in steps.items():
         if name != "dense":
-            torch.testing.assert_close(step(), wanted, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=1e-2)
+            torch.testing.assert_close(
+                step(), wanted, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=1e-2
+            )
     slow = {name: steps.pop(name) for name in ("HF eager",) if shape.experts > SLOW}
     frames = [summary(take_turns(steps, rounds), against="dense")]
     if slow:
-        frames.append(summary(take_turns({"dense": steps["dense"]} | slow, 3), against="dense").filter(pl.col("name") != "dense"))
+        frames.append(
+            summary(take_turns({"dense": steps["dense"]} | slow, 3), against="dense").filter(
+                pl.col("name") != "dense"
+            )
+        )
     return pl.concat(frames).with_columns(shape=pl.lit(str(shape)))
 
 
@@ -134,7 +162,9 @@ def peak_of(name: str, shape: Shape, threads: int) -> float:
 def _peak(name: str, shape: Shape, threads: int) -> float:
     torch.set_num_threads(threads)
     small = Shape(64, shape.d_model, 4, 2, 16)
-    step_of(module_of(name, small), small, "cpu", torch.float32)()  # libraries and thread pools are not the step's
+    step_of(
+        module_of(name, small), small, "cpu", torch.float32
+    )()  # libraries and thread pools are not the step's
     step = step_of(module_of(name, shape), shape, "cpu", torch.float32)
     before = _resident()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -152,19 +182,30 @@ def bank_mb(shape: Shape) -> float:
 
 
 def growth(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
-    """Milliseconds of ``auto`` and its dense twin as T, E and k double, and the exponent of each curve with its standard error."""
+    """Milliseconds of ``auto`` and its dense twin as T, E and k double, and the exponent of each
+    curve with its standard error.
+    """
     base = Shape(2048, 256, 32, 4, 128)
     rows = []
     for axis, field in (("T", "tokens"), ("E", "experts"), ("k", "top_k")):
         values = [getattr(base, field) * factor // 2 for factor in (1, 2, 4, 8)]
         shapes = [Shape(**(vars(base) | {field: value})) for value in values]
-        steps = {str(value): step_of(our_layer(shape, "auto"), shape, device, dtype) for value, shape in zip(values, shapes, strict=True)}
+        steps = {
+            str(value): step_of(our_layer(shape, "auto"), shape, device, dtype)
+            for value, shape in zip(values, shapes, strict=True)
+        }
         frame = summary(take_turns(steps, rounds), against=str(values[0]))
         x, y = np.log2(values), np.log2(frame["ms"].to_numpy())
         (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
         exponent = {"axis": axis, "exponent": slope, "exponent_se": math.sqrt(covariance[0, 0])}
-        rows.append(frame.with_columns(value=pl.Series(values), **{key: pl.lit(item) for key, item in exponent.items()}))
-    return pl.concat(rows).select("axis", "value", "ms", "ms_q1", "ms_q3", "exponent", "exponent_se")
+        rows.append(
+            frame.with_columns(
+                value=pl.Series(values), **{key: pl.lit(item) for key, item in exponent.items()}
+            )
+        )
+    return pl.concat(rows).select(
+        "axis", "value", "ms", "ms_q1", "ms_q3", "exponent", "exponent_se"
+    )
 
 
 class _Watched(nn.Module):
@@ -182,31 +223,53 @@ class _Watched(nn.Module):
 
 
 def instrumentation(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
-    """Time of a layer's step with a training step's metrics over that without, per shape, with a 95 % interval."""
+    """Time of a layer's step with a training step's metrics over that without, per shape, with a 95
+    % interval.
+    """
     rows = []
     for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
         plain, watched = our_layer(shape, "auto"), _Watched(our_layer(shape, "auto"))
         watched_step = step_of(watched, shape, device, dtype)
 
-        def with_metrics(step: Callable[[], Tensor] = watched_step, module: _Watched = watched) -> dict[str, Tensor]:
+        def with_metrics(
+            step: Callable[[], Tensor] = watched_step, module: _Watched = watched
+        ) -> dict[str, Tensor]:
             step()
             return routing_metrics([[module.routing.detach()]])
 
-        seconds = take_turns({"off": step_of(plain, shape, device, dtype), "on": with_metrics}, rounds)
+        seconds = take_turns(
+            {"off": step_of(plain, shape, device, dtype), "on": with_metrics}, rounds
+        )
         ratios = np.array(seconds["on"]) / np.array(seconds["off"])
         resampled = np.median(np.random.default_rng(0).choice(ratios, (2000, rounds)), axis=1)
         low, high = np.quantile(resampled, [0.025, 0.975])
-        rows.append({"shape": str(shape), "rounds": rounds, "ratio": float(np.median(ratios)), "lo": float(low), "hi": float(high)})
+        rows.append(
+            {
+                "shape": str(shape),
+                "rounds": rounds,
+                "ratio": float(np.median(ratios)),
+                "lo": float(low),
+                "hi": float(high),
+            }
+        )
     return pl.DataFrame(rows)
 
 
 def show(frame: pl.DataFrame) -> None:
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=180, float_precision=2, tbl_hide_dataframe_shape=True):
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=180,
+        float_precision=2,
+        tbl_hide_dataframe_shape=True,
+    ):
         print(frame, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     other = parser.add_mutually_exclusive_group()
@@ -221,7 +284,10 @@ def main() -> None:
         frame, name = growth(arguments.rounds, arguments.device, dtype), "moe_layer_growth"
         show(frame)
     elif arguments.instrumentation:
-        frame, name = instrumentation(arguments.rounds, arguments.device, dtype), "moe_layer_instrumentation"
+        frame, name = (
+            instrumentation(arguments.rounds, arguments.device, dtype),
+            "moe_layer_instrumentation",
+        )
         show(frame)
     else:
         frames = []
@@ -229,13 +295,24 @@ def main() -> None:
             table = contest(shape, arguments.rounds, arguments.device, dtype)
             if not cuda:
                 peaks = pl.DataFrame(
-                    {"name": table["name"], "peak_mb": [peak_of(name, shape, arguments.threads) for name in table["name"]]}
+                    {
+                        "name": table["name"],
+                        "peak_mb": [
+                            peak_of(name, shape, arguments.threads) for name in table["name"]
+                        ],
+                    }
                 )
                 bound = 1.3 * peaks.filter(pl.col("name") == "dense")["peak_mb"][0] + bank_mb(shape)
-                table = table.join(peaks, on="name", how="left").with_columns(bound_mb=pl.lit(bound))
+                table = table.join(peaks, on="name", how="left").with_columns(
+                    bound_mb=pl.lit(bound)
+                )
             layer = our_layer(shape, "auto")
             x = torch.empty(1, shape.d_model, device=arguments.device, dtype=dtype)
-            frames.append(table.with_columns(auto=pl.lit(choose(x, layer.experts.to(arguments.device, dtype)))))
+            frames.append(
+                table.with_columns(
+                    auto=pl.lit(choose(x, layer.experts.to(arguments.device, dtype)))
+                )
+            )
             show(frames[-1])
         frame, name = pl.concat(frames), "moe_layer"
     print("saved", save(frame, name + suffix))

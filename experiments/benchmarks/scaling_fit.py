@@ -1,12 +1,13 @@
-"""How fast a law is fitted with its uncertainty: Clark's form on his S-BASE runs, 1,000 bootstrap repetitions, against plain scipy; and
-how long a power study of 500 draws x 5 truths takes.
+"""How fast a law is fitted with its uncertainty: Clark's form on his S-BASE runs, 1,000 bootstrap
+repetitions, against plain scipy; and how long a power study of 500 draws x 5 truths takes.
 
     MOE_LAB_DATA=... python experiments/benchmarks/scaling_fit.py
 
-Both sides minimise the same objective from the same starts for the same resampled runs. The plain side is the law written out with its
-derivatives, in a loop over scipy's `L-BFGS-B` (the published practice, tolerance 1e-14) and over `least_squares`, timed on some of the
-repetitions and scaled up. Times are
-seconds of processor time, so that other work on the machine does not enter, beside those of the wall clock.
+Both sides minimise the same objective from the same starts for the same resampled runs. The plain
+side is the law written out with its derivatives, in a loop over scipy's `L-BFGS-B` (the published
+practice, tolerance 1e-14) and over `least_squares`, timed on some of the repetitions and scaled up.
+Times are seconds of processor time, so that other work on the machine does not enter, beside those
+of the wall clock.
 """
 
 import argparse
@@ -34,7 +35,9 @@ def timed(work: Callable[[], object]) -> tuple[object, float, float]:
 
 
 class Plain:
-    """Clark's law written out for one set of resampled runs, with its derivatives: what a script would hand to scipy."""
+    """Clark's law written out for one set of resampled runs, with its derivatives: what a script
+    would hand to scipy.
+    """
 
     def __init__(self, problem: Problem, counts: np.ndarray):
         names = ("d", "a", "b", "c", "Estart", "Emax")
@@ -63,10 +66,14 @@ class Plain:
             slope = b + c * self.n / LN10
             by_offset = inner**2 / (inner + 1 / maximum)  # d e / d offset
             by_start = slope * by_offset * offset**2 / start
-            by_maximum = slope * (1 / maximum / (inner + 1 / maximum) - by_offset * offset**2 / maximum)
+            by_maximum = slope * (
+                1 / maximum / (inner + 1 / maximum) - by_offset * offset**2 / maximum
+            )
             residual = (d + a * self.n + slope * e - self.target) * self.root
             jacobian = np.empty((len(self.n), 6))
-            for column, value in zip(self.order, (1.0, self.n, e, self.n * e / LN10, by_start, by_maximum), strict=True):
+            for column, value in zip(
+                self.order, (1.0, self.n, e, self.n * e / LN10, by_start, by_maximum), strict=True
+            ):
                 jacobian[:, column] = value * self.root
         return residual, jacobian
 
@@ -78,33 +85,53 @@ def with_lbfgs(plain: Plain, start: np.ndarray) -> float:
 
 def with_least_squares(plain: Plain, start: np.ndarray) -> float:
     tolerances = {"ftol": 1e-14, "xtol": 1e-14, "gtol": 1e-14}
-    return float(least_squares(plain.residual, start, plain.jacobian, x_scale="jac", max_nfev=5000, **tolerances).cost)  # type: ignore[arg-type]
+    return float(
+        least_squares(
+            plain.residual, start, plain.jacobian, x_scale="jac", max_nfev=5000, **tolerances
+        ).cost
+    )  # type: ignore[arg-type]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of published data (default: MOE_LAB_DATA)")
-    parser.add_argument("--plain", type=int, default=20, help="repetitions the plain loops are timed on")
+    parser.add_argument(
+        "--data", type=Path, help="folder of published data (default: MOE_LAB_DATA)"
+    )
+    parser.add_argument(
+        "--plain", type=int, default=20, help="repetitions the plain loops are timed on"
+    )
     arguments = parser.parse_args()
-    runs = published("clark", arguments.data).filter((pl.col("routing_frequency") == 0.5) & (pl.col("k") == 1) & (pl.col("seed") == 42))
+    runs = published("clark", arguments.data).filter(
+        (pl.col("routing_frequency") == 0.5) & (pl.col("k") == 1) & (pl.col("seed") == 42)
+    )
     runs = runs.filter(pl.col("router_type").is_in(["S-Base", "Dense"]))
     result, wall_fit, cpu_fit = timed(lambda: fit("clark", runs, delta=SQUARES))
     drawn, wall, cpu = timed(lambda: bootstrap(result, REPETITIONS))  # type: ignore[arg-type]
-    print(f"batched: fit {wall_fit:.2f} s (processor {cpu_fit:.2f}), {REPETITIONS} repetitions {wall:.2f} s (processor {cpu:.2f})")
+    print(
+        f"batched: fit {wall_fit:.2f} s (processor {cpu_fit:.2f}), {REPETITIONS} repetitions {wall:.2f} s (processor {cpu:.2f})"
+    )
     base = make_problem(result.law, runs, SQUARES, None)  # type: ignore[attr-defined]
     starts = bootstrap_starts(base, result)  # type: ignore[arg-type]
-    counts = np.random.default_rng(0).multinomial(runs.height, np.full(runs.height, 1 / runs.height), REPETITIONS)
+    counts = np.random.default_rng(0).multinomial(
+        runs.height, np.full(runs.height, 1 / runs.height), REPETITIONS
+    )
     batched = drawn.draws["objective"].to_numpy()[: arguments.plain]  # type: ignore[attr-defined]
     for name, method in (("L-BFGS-B", with_lbfgs), ("least_squares", with_least_squares)):
         resampled = [Plain(base, row) for row in counts[: arguments.plain]]
-        best, _, plain = timed(lambda method=method, resampled=resampled: [min(method(p, s) for s in starts) for p in resampled])
+        best, _, plain = timed(
+            lambda method=method, resampled=resampled: [
+                min(method(p, s) for s in starts) for p in resampled
+            ]
+        )
         scaled = plain * REPETITIONS / arguments.plain
         worse = float((np.array(best) > batched * (1 + 1e-6)).mean())
         text = f"{scaled:.0f} s of processor for {REPETITIONS} repetitions, {scaled / cpu:.0f} times the batched path"
         print(f"plain scipy {name}: {text}; a worse optimum in {worse:.0%} of the repetitions")
     design = Design(tuple(2.0**e for e in range(10)), 3, 1e7, 1e9)
     _, wall, cpu = timed(lambda: power(design, default_truths(), noise_sd=0.006, draws=500))
-    print(f"power study, 500 draws x {len(default_truths())} truths: {wall:.2f} s (processor {cpu:.2f})")
+    print(
+        f"power study, 500 draws x {len(default_truths())} truths: {wall:.2f} s (processor {cpu:.2f})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Reading a large trace: load, co-activation and vocabulary specialisation, against plain DuckDB and polars queries over the same files.
+"""Reading a large trace: load, co-activation and vocabulary specialisation, against plain DuckDB
+and polars queries over the same files.
 
-Writes a made-up trace (16 layers, top-8 of 128, a Zipf vocabulary), then runs every analysis in a fresh process of its own, engines taking
-turns, and prints seconds, peak memory and the ratio to this package. The queries say the plain thing: unnest or explode the slots, join
-the token table where it is needed, group and count. ``--times N`` reads the same files linked N times, to see time grow and memory not.
+Writes a made-up trace (16 layers, top-8 of 128, a Zipf vocabulary), then runs every analysis in a
+fresh process of its own, engines taking turns, and prints seconds, peak memory and the ratio to
+this package. The queries say the plain thing: unnest or explode the slots, join the token table
+where it is needed, group and count. ``--times N`` reads the same files linked N times, to see time
+grow and memory not.
 
-    python experiments/benchmarks/trace_analysis.py [--rows 4000000] [--rounds 3] [--times 1] [--engines moe_lab polars duckdb]
-    (duckdb: pip install -c constraints.txt duckdb)
+    python experiments/benchmarks/trace_analysis.py [--rows 4000000] [--rounds 3] [--times 1]
+    [--engines moe_lab polars duckdb] (duckdb: pip install -c constraints.txt duckdb)
 """
 
 import argparse
@@ -35,20 +38,35 @@ ENGINES = ("moe_lab", "polars", "duckdb")
 
 
 def write_trace(folder: Path, rows: int) -> None:
-    """``rows`` token-layer rows. Experts of a token are an arithmetic progression modulo 128 with an odd step, so they are distinct."""
+    """``rows`` token-layer rows.
+
+    Experts of a token are an arithmetic progression modulo 128 with an odd step, so they are
+    distinct.
+    """
     tokens = rows // LAYERS
     generator = np.random.default_rng(0)
-    meta = TraceMeta(layers=tuple(LayerMeta(layer, EXPERTS, 0, TOP_K) for layer in range(LAYERS)), vocab_size=VOCABULARY)
+    meta = TraceMeta(
+        layers=tuple(LayerMeta(layer, EXPERTS, 0, TOP_K) for layer in range(LAYERS)),
+        vocab_size=VOCABULARY,
+    )
     with TraceWriter(folder, meta) as writer:
         for start in range(0, tokens, 2**17):
             row = np.arange(start, min(start + 2**17, tokens))
             doc, pos = (row // 2048).astype(np.uint32), (row % 2048).astype(np.uint32)
-            writer.write_tokens(pl.DataFrame({"doc": doc, "pos": pos, "token_id": generator.zipf(1.3, len(row)) % VOCABULARY}))
+            writer.write_tokens(
+                pl.DataFrame(
+                    {"doc": doc, "pos": pos, "token_id": generator.zipf(1.3, len(row)) % VOCABULARY}
+                )
+            )
             for layer in range(LAYERS):
                 first = (generator.beta(1, 2, len(row)) * EXPERTS).astype(np.int64)
                 step = 2 * generator.integers(0, EXPERTS // 2, len(row)) + 1
-                ids = ((first[:, None] + step[:, None] * np.arange(TOP_K)) % EXPERTS).astype(np.uint16)
-                weights = np.sort(generator.random((len(row), TOP_K), dtype=np.float32), axis=1)[:, ::-1].astype(np.float16)
+                ids = ((first[:, None] + step[:, None] * np.arange(TOP_K)) % EXPERTS).astype(
+                    np.uint16
+                )
+                weights = np.sort(generator.random((len(row), TOP_K), dtype=np.float32), axis=1)[
+                    :, ::-1
+                ].astype(np.float16)
                 size = len(row)
                 rows_of_layer = {
                     "doc": doc, "pos": pos, "experts": ids, "weights": weights, "ffn_count": np.full(size, TOP_K, np.uint8),
@@ -60,7 +78,9 @@ def write_trace(folder: Path, rows: int) -> None:
 
 
 def link_trace(folder: Path, target: Path, times: int) -> None:
-    """The same files under ``times`` names each: a trace that is longer by that factor and takes no space."""
+    """The same files under ``times`` names each: a trace that is longer by that factor and takes no
+    space.
+    """
     values = json.loads((folder / "meta.json").read_text())
     parts = {}
     for number in range(times):
@@ -90,7 +110,12 @@ def with_polars(folder: Path) -> dict[str, Callable[[], Any]]:
     slots = routing.select("layer", "experts").explode("experts")
 
     def load() -> Any:
-        return slots.group_by("layer", "experts").agg(n=pl.len()).collect(engine="streaming")["n"].sum()
+        return (
+            slots.group_by("layer", "experts")
+            .agg(n=pl.len())
+            .collect(engine="streaming")["n"]
+            .sum()
+        )
 
     def coactivation() -> Any:
         first = routing.select("layer", "experts", a="experts").explode("a").explode("experts")
@@ -103,7 +128,9 @@ def with_polars(folder: Path) -> dict[str, Callable[[], Any]]:
         )
 
     def vocabulary() -> Any:
-        joined = routing.select("layer", "doc", "pos", "experts").join(tokens.select("doc", "pos", "token_id"), on=["doc", "pos"])
+        joined = routing.select("layer", "doc", "pos", "experts").join(
+            tokens.select("doc", "pos", "token_id"), on=["doc", "pos"]
+        )
         counts = joined.explode("experts").group_by("layer", "token_id", "experts").agg(n=pl.len())
         share = (
             counts.group_by("layer", "token_id")
@@ -120,7 +147,10 @@ def with_duckdb(folder: Path) -> dict[str, Callable[[], Any]]:
     duckdb = importlib.import_module("duckdb")
 
     connection = duckdb.connect(config={"threads": THREADS})
-    routing, tokens = f"read_parquet('{folder}/routing/*/*.parquet', hive_partitioning=true)", f"read_parquet('{folder}/tokens/*.parquet')"
+    routing, tokens = (
+        f"read_parquet('{folder}/routing/*/*.parquet', hive_partitioning=true)",
+        f"read_parquet('{folder}/tokens/*.parquet')",
+    )
     queries = {
         "load": f"select sum(n) from (select layer, e, count(*) n from (select layer, unnest(experts) e from {routing}) group by all)",
         "coactivation": "select sum(n) from (select layer, a, b, count(*) n from (select layer, a, unnest(experts) b from "
@@ -130,26 +160,45 @@ def with_duckdb(folder: Path) -> dict[str, Callable[[], Any]]:
         f"{routing} r join {tokens} t on r.doc = t.doc and r.pos = t.pos) group by all) group by all) "
         f"join (select token_id, count(*) n from {tokens} group by all) using (token_id) group by layer)",
     }
-    return {name: lambda query=query: connection.execute(query).fetchall()[0][0] for name, query in queries.items()}
+    return {
+        name: lambda query=query: connection.execute(query).fetchall()[0][0]
+        for name, query in queries.items()
+    }
 
 
 def work(engine: str, analysis: str, folder: Path) -> None:
     """One analysis in this process; prints its answer, seconds and peak memory."""
-    run = {"moe_lab": with_moe_lab, "polars": with_polars, "duckdb": with_duckdb}[engine](folder)[analysis]
+    run = {"moe_lab": with_moe_lab, "polars": with_polars, "duckdb": with_duckdb}[engine](folder)[
+        analysis
+    ]
     began = time.perf_counter()
     answer = float(run())
     seconds = time.perf_counter() - began
-    print(json.dumps({"answer": answer, "seconds": seconds, "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+    print(
+        json.dumps(
+            {
+                "answer": answer,
+                "seconds": seconds,
+                "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            }
+        )
+    )
 
 
 def measure(engine: str, analysis: str, folder: Path) -> dict[str, float]:
     environment = os.environ | {"POLARS_MAX_THREADS": str(THREADS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--worker", engine, analysis, str(folder)]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(
+            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -164,7 +213,9 @@ def main() -> None:
         folder = Path(scratch) / "trace"
         write_trace(folder, args.rows)
         size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
-        print(f"{args.rows * args.times:,} rows, {size / args.rows / TOP_K:.2f} bytes per slot, {THREADS} threads")
+        print(
+            f"{args.rows * args.times:,} rows, {size / args.rows / TOP_K:.2f} bytes per slot, {THREADS} threads"
+        )
         if args.times > 1:
             link_trace(folder, Path(scratch) / "linked", args.times)
             folder = Path(scratch) / "linked"
@@ -172,21 +223,41 @@ def main() -> None:
         for analysis in args.analyses:
             found = {engine: [] for engine in args.engines}
             for turn in range(args.rounds):
-                for engine in [*args.engines[turn % len(args.engines) :], *args.engines[: turn % len(args.engines)]]:
+                for engine in [
+                    *args.engines[turn % len(args.engines) :],
+                    *args.engines[: turn % len(args.engines)],
+                ]:
                     found[engine].append(measure(engine, analysis, folder))
             answers = [run["answer"] for runs in found.values() for run in runs]
             assert np.allclose(answers, answers[0]), answers
             for engine, runs in found.items():
-                ratios = [run["seconds"] / own["seconds"] for run, own in zip(runs, found[args.engines[0]], strict=True)]
+                ratios = [
+                    run["seconds"] / own["seconds"]
+                    for run, own in zip(runs, found[args.engines[0]], strict=True)
+                ]
                 seconds = statistics.median(run["seconds"] for run in runs)
                 memory = max(run["gigabytes"] for run in runs)
                 ratio = statistics.median(ratios)
-                print(f"{analysis:13} {engine:8} {seconds:8.2f} s  {memory:6.2f} GB  {ratio:6.2f} of {args.engines[0]}", flush=True)
+                print(
+                    f"{analysis:13} {engine:8} {seconds:8.2f} s  {memory:6.2f} GB  {ratio:6.2f} of {args.engines[0]}",
+                    flush=True,
+                )
                 rows.append(
-                    {"analysis": analysis, "engine": engine, "rounds": len(runs), "seconds": seconds, "gigabytes": memory, "ratio": ratio}
+                    {
+                        "analysis": analysis,
+                        "engine": engine,
+                        "rounds": len(runs),
+                        "seconds": seconds,
+                        "gigabytes": memory,
+                        "ratio": ratio,
+                    }
                 )
         print(
-            "saved", save(pl.DataFrame(rows).with_columns(rows=pl.lit(args.rows * args.times)), f"trace_analysis_{args.rows * args.times}")
+            "saved",
+            save(
+                pl.DataFrame(rows).with_columns(rows=pl.lit(args.rows * args.times)),
+                f"trace_analysis_{args.rows * args.times}",
+            ),
         )
 
 

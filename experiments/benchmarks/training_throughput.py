@@ -1,11 +1,15 @@
-"""Training throughput of three small decoders with top-2 of E experts, against the dense twin of the same active width, per process.
+"""Training throughput of three small decoders with top-2 of E experts, against the dense twin of
+the same active width, per process.
 
-A step is forward, backward, clipping and fused AdamW on random bytes (batch 16 x 256), as a sweep's worker runs it: one thread, and freed
-memory kept. Contestants take turns; figures are medians with quartiles, ratios are paired. The reference tokens/s are those of a
-sort-and-split loop with fused AdamW on one thread of two quiet cores. ``--split`` times the parts of a step alone: routers, experts,
-attention (forward and backward each, over all layers), and clipping with AdamW; ``rest`` is what they leave.
+A step is forward, backward, clipping and fused AdamW on random bytes (batch 16 x 256), as a sweep's
+worker runs it: one thread, and freed memory kept. Contestants take turns; figures are medians with
+quartiles, ratios are paired. The reference tokens/s are those of a sort-and-split loop with fused
+AdamW on one thread of two quiet cores. ``--split`` times the parts of a step alone: routers,
+experts, attention (forward and backward each, over all layers), and clipping with AdamW; ``rest``
+is what they leave.
 
-    python experiments/benchmarks/training_throughput.py [--size 0.8M] [--experts 2 16 64 256] [--rounds 9] [--processes 2] [--split]
+    python experiments/benchmarks/training_throughput.py [--size 0.8M] [--experts 2 16 64 256]
+    [--rounds 9] [--processes 2] [--split]
 
 The bank of the 14M size with 256 experts has 1.2 billion parameters: a step needs more than 20 GB.
 """
@@ -84,7 +88,9 @@ def parts_of(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Call
     layers = [block.ffn for block in blocks if isinstance(block.ffn, MoELayer)]
     fixed = [layer.router(x.flatten(0, 1)).detach() for layer in layers]
 
-    def over(modules: list[Any], forward: Callable[[Any, Tensor, int], Tensor]) -> Callable[[], None]:
+    def over(
+        modules: list[Any], forward: Callable[[Any, Tensor, int], Tensor]
+    ) -> Callable[[], None]:
         def run() -> None:
             for number, module in enumerate(modules):
                 inside = x.clone().requires_grad_()
@@ -107,7 +113,9 @@ def parts_of(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Call
         optimizer.zero_grad(set_to_none=True)
 
     return {
-        "routing": over(layers, lambda layer, inside, _: layer.router(inside.flatten(0, 1)).weights),
+        "routing": over(
+            layers, lambda layer, inside, _: layer.router(inside.flatten(0, 1)).weights
+        ),
         "experts": over(layers, experts),
         "attention": over(blocks, lambda block, inside, _: block.attention(inside, rotary)[0]),
         "optimizer": update,
@@ -126,8 +134,12 @@ def measure(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
         frames.append(table if experts == numbers[0] else table.tail(1))
         del step, kept
     speed = BATCH * LENGTH / (pl.col("ms") / 1e3)
-    reference = pl.Series([None, *(SIZES[size].reference.get(experts) for experts in numbers)], dtype=pl.Int64)
-    return pl.concat(frames).with_columns(tokens_per_second=speed, reference=reference, size=pl.lit(size))
+    reference = pl.Series(
+        [None, *(SIZES[size].reference.get(experts) for experts in numbers)], dtype=pl.Int64
+    )
+    return pl.concat(frames).with_columns(
+        tokens_per_second=speed, reference=reference, size=pl.lit(size)
+    )
 
 
 def split(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
@@ -136,8 +148,16 @@ def split(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
     frames = []
     for experts in numbers:
         step, model, optimizer = stepper(SIZES[size].config(experts))
-        table = summary(take_turns({"step": step} | parts_of(model, optimizer), rounds), against="step").select("name", "ms", "ratio")
-        rest = pl.DataFrame({"name": "rest", "ms": 2 * table["ms"][0] - table["ms"].sum(), "ratio": 2 - table["ratio"].sum()})
+        table = summary(
+            take_turns({"step": step} | parts_of(model, optimizer), rounds), against="step"
+        ).select("name", "ms", "ratio")
+        rest = pl.DataFrame(
+            {
+                "name": "rest",
+                "ms": 2 * table["ms"][0] - table["ms"].sum(),
+                "ratio": 2 - table["ratio"].sum(),
+            }
+        )
         frames.append(pl.concat([table, rest]).with_columns(experts=pl.lit(experts)))
         del step, model, optimizer
     return pl.concat(frames).with_columns(size=pl.lit(size))
@@ -149,12 +169,18 @@ def both(size: str, rounds: int, numbers: list[int], processes: int) -> pl.DataF
         return measure(size, rounds, numbers)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         frames = pool.starmap(measure, [(size, rounds, numbers)] * processes)
-    speed = sum((frame["tokens_per_second"] for frame in frames[1:]), frames[0]["tokens_per_second"])
-    return frames[0].with_columns(speed.alias("tokens_per_second"), pl.lit(processes).alias("processes"))
+    speed = sum(
+        (frame["tokens_per_second"] for frame in frames[1:]), frames[0]["tokens_per_second"]
+    )
+    return frames[0].with_columns(
+        speed.alias("tokens_per_second"), pl.lit(processes).alias("processes")
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="0.8M")
     parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS)
     parser.add_argument("--rounds", type=int, default=9)
@@ -167,7 +193,13 @@ def main() -> None:
     else:
         frame = both(arguments.size, arguments.rounds, arguments.experts, arguments.processes)
         name += f"_{arguments.processes}p"
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=180, float_precision=2, tbl_hide_dataframe_shape=True):
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=180,
+        float_precision=2,
+        tbl_hide_dataframe_shape=True,
+    ):
         print(frame)
     print("saved", save(frame, name))
 

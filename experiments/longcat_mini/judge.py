@@ -1,12 +1,15 @@
-"""From a finished sweep of ``recipe.py`` to answers: paired differences, their margin in compute, verdicts, MTP acceptance.
+"""From a finished sweep of ``recipe.py`` to answers: paired differences, their margin in compute,
+verdicts, MTP acceptance.
 
     python experiments/longcat_mini/judge.py runs/longcat_mini --out experiments/longcat_mini
 
-writes ``runs.parquet`` (one row per run), ``comparisons.parquet``, ``acceptance.parquet`` and ``verdict.md``. A comparison is the loss of
-one arm less that of another on the same seed, at the same tokens; its interval is a 95 % t interval over seeds. It says "no difference of
-.02" only where the whole interval lies within .02 nats (the effect that LongCat-Flash-Lite reports of amplification), and "cannot tell"
-where the interval holds 0 and more than that. Compute: a difference is worth ``exp(-difference / s)`` times the base's compute, with s
-the fall of the base's loss per e-fold of tokens, from its own runs at half the tokens.
+writes ``runs.parquet`` (one row per run), ``comparisons.parquet``, ``acceptance.parquet`` and
+``verdict.md``. A comparison is the loss of one arm less that of another on the same seed, at the
+same tokens; its interval is a 95 % t interval over seeds. It says "no difference of .02" only where
+the whole interval lies within .02 nats (the effect that LongCat-Flash-Lite reports of
+amplification), and "cannot tell" where the interval holds 0 and more than that. Compute: a
+difference is worth ``exp(-difference / s)`` times the base's compute, with s the fall of the base's
+loss per e-fold of tokens, from its own runs at half the tokens.
 """
 
 import argparse
@@ -28,7 +31,18 @@ from moe_lab.training.acceptance import acceptance_rate
 
 MARGIN = 0.02
 COLUMNS = (
-    *("run", "arm", "seed", "loss", "total_params", "active_params", "flops_per_token", "train_tokens", "mean_ffn_count", "sd_ffn_count"),
+    *(
+        "run",
+        "arm",
+        "seed",
+        "loss",
+        "total_params",
+        "active_params",
+        "flops_per_token",
+        "train_tokens",
+        "mean_ffn_count",
+        "sd_ffn_count",
+    ),
     *("load_cv", "dead_experts", "eval_tokens", "eval_documents", "corpus_hash"),
 )
 
@@ -43,7 +57,12 @@ class Question(NamedTuple):
 
 
 QUESTIONS = (
-    Question(1, "zero-computation experts against fixed top-k at the same mean of real experts", "zero", "topk"),
+    Question(
+        1,
+        "zero-computation experts against fixed top-k at the same mean of real experts",
+        "zero",
+        "topk",
+    ),
     Question(2, "shortcut wiring against its sequential twin", "zero", "sequential"),
     Question(4, "amplification by sqrt(d), with tables", "ngram", "ngram-plain"),
     Question(4, "amplification by a LayerNorm, with tables", "ngram-norm", "ngram-plain"),
@@ -53,20 +72,31 @@ QUESTIONS = (
 
 
 def read(folder: Path) -> pl.DataFrame:
-    """One row per run: COLUMNS, and ``ratio`` as the recipe means it (that of the topk run with the same parameters)."""
+    """One row per run: COLUMNS, and ``ratio`` as the recipe means it (that of the topk run with the
+    same parameters).
+    """
     store = RunStore(folder)
     plan = store.plan()
     rows = []
     for run in plan["sweeps"][-1]["runs"]:
         record = json.loads((store.path(run) / "result.json").read_text())
         ratio = int(plan["runs"][run]["name"].split("-r")[-1].split("-")[0])
-        rows.append({"run": run, "ratio": ratio, **{name: record.get(name) for name in COLUMNS if name != "run"}})
+        rows.append(
+            {
+                "run": run,
+                "ratio": ratio,
+                **{name: record.get(name) for name in COLUMNS if name != "run"},
+            }
+        )
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def paired(runs: pl.DataFrame, arm: str, other: str, ratio: int) -> np.ndarray:
     """[seeds] loss of ``arm`` less loss of ``other``."""
-    both = [runs.filter(pl.col("arm") == name, pl.col("ratio") == ratio).select("seed", "loss") for name in (arm, other)]
+    both = [
+        runs.filter(pl.col("arm") == name, pl.col("ratio") == ratio).select("seed", "loss")
+        for name in (arm, other)
+    ]
     joined = both[0].join(both[1], on="seed", suffix="_other").sort("seed")
     return (joined["loss"] - joined["loss_other"]).to_numpy()
 
@@ -80,22 +110,35 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 def slope(runs: pl.DataFrame, ratio: int) -> float:
     """Nats by which the base's loss falls per e-fold of tokens, between half of them and all."""
     fall = []
-    for _, group in runs.filter(pl.col("ratio") == ratio, pl.col("arm").is_in(["topk", f"topk{SHORT}"])).group_by("seed"):
+    for _, group in runs.filter(
+        pl.col("ratio") == ratio, pl.col("arm").is_in(["topk", f"topk{SHORT}"])
+    ).group_by("seed"):
         long, short = (group.filter(pl.col("arm") == arm) for arm in ("topk", f"topk{SHORT}"))
-        fall.append((short["loss"][0] - long["loss"][0]) / np.log(long["train_tokens"][0] / short["train_tokens"][0]))
+        fall.append(
+            (short["loss"][0] - long["loss"][0])
+            / np.log(long["train_tokens"][0] / short["train_tokens"][0])
+        )
     return float(np.mean(fall))
 
 
 def verdict(low: float, high: float) -> str:
     result = result_of(low, high, MARGIN)
-    return {Result.NO_DIFFERENCE: "no difference of .02", Result.CANNOT_TELL: "cannot tell at this size"}.get(result, result.value)
+    return {
+        Result.NO_DIFFERENCE: "no difference of .02",
+        Result.CANNOT_TELL: "cannot tell at this size",
+    }.get(result, result.value)
 
 
 def comparisons(runs: pl.DataFrame, base: int) -> pl.DataFrame:
-    """One row per question and ratio: question, text, arm, other, ratio, seeds, difference, low, high (nats), compute, verdict."""
+    """One row per question and ratio: question, text, arm, other, ratio, seeds, difference, low,
+    high (nats), compute, verdict.
+    """
     asked = [(question, base) for question in QUESTIONS]
     ratios = runs.filter(pl.col("arm") == "ngram")["ratio"].unique().sort().to_list()
-    asked += [(Question(3, "n-gram tables for half of the experts", "ngram", "topk"), ratio) for ratio in ratios]
+    asked += [
+        (Question(3, "n-gram tables for half of the experts", "ngram", "topk"), ratio)
+        for ratio in ratios
+    ]
     worth, rows = slope(runs, base), []
     for question, ratio in asked:
         values = paired(runs, question.arm, question.other, ratio)
@@ -112,7 +155,8 @@ def comparisons(runs: pl.DataFrame, base: int) -> pl.DataFrame:
                 "compute": float(np.exp(-mean / worth)),
                 "compute_low": float(np.exp(-high / worth)),
                 "compute_high": float(np.exp(-low / worth)),
-                "total_over_active": shape["total_params"][0] / runs.filter(pl.col("ratio") == ratio, arm="topk")["active_params"][0],
+                "total_over_active": shape["total_params"][0]
+                / runs.filter(pl.col("ratio") == ratio, arm="topk")["active_params"][0],
                 "verdict": verdict(low, high),
             }
         )
@@ -120,23 +164,46 @@ def comparisons(runs: pl.DataFrame, base: int) -> pl.DataFrame:
 
 
 def acceptance(folder: Path, runs: pl.DataFrame) -> pl.DataFrame:
-    """Per seed, of the mtp runs on their validation excerpts: seed, count ("text" or "generated"), drafts, accepted, rate."""
+    """Per seed, of the mtp runs on their validation excerpts: seed, count ("text" or "generated"),
+    drafts, accepted, rate.
+    """
     rows = []
     for run, seed in runs.filter(arm="mtp").select("run", "seed").iter_rows():
         loaded = load_run(folder / run)
         config = loaded.config
         documents = load_tokens(config.text).documents(Split.VALIDATION)
-        excerpts = excerpts_of([len(one.ids) for one in documents], config.eval_excerpt_tokens, config.eval_tokens)
-        for count, prompt, chosen in (("text", None, excerpts), ("generated", config.seq_length // 2, excerpts[::4])):
-            found = acceptance_rate(loaded.model, documents, seq_length=config.seq_length, excerpts=chosen, prompt_tokens=prompt)
+        excerpts = excerpts_of(
+            [len(one.ids) for one in documents], config.eval_excerpt_tokens, config.eval_tokens
+        )
+        for count, prompt, chosen in (
+            ("text", None, excerpts),
+            ("generated", config.seq_length // 2, excerpts[::4]),
+        ):
+            found = acceptance_rate(
+                loaded.model,
+                documents,
+                seq_length=config.seq_length,
+                excerpts=chosen,
+                prompt_tokens=prompt,
+            )
             drafts, accepted = int(found["drafts"].sum()), int(found["accepted"].sum())
-            rows.append({"seed": seed, "count": count, "drafts": drafts, "accepted": accepted, "rate": accepted / drafts})
+            rows.append(
+                {
+                    "seed": seed,
+                    "count": count,
+                    "drafts": drafts,
+                    "accepted": accepted,
+                    "rate": accepted / drafts,
+                }
+            )
     return pl.DataFrame(rows)
 
 
 def page(runs: pl.DataFrame, table: pl.DataFrame, drafts: pl.DataFrame, base: int) -> str:
     """``verdict.md``."""
-    means = runs.group_by("arm", "ratio").agg(pl.len().alias("seeds"), pl.col("loss").mean(), pl.col("loss").std().alias("sd"))
+    means = runs.group_by("arm", "ratio").agg(
+        pl.len().alias("seeds"), pl.col("loss").mean(), pl.col("loss").std().alias("sd")
+    )
     lines = ["# LongCat in miniature", ""]
     first = runs.row(0, named=True)
     lines += [
@@ -151,11 +218,23 @@ def page(runs: pl.DataFrame, table: pl.DataFrame, drafts: pl.DataFrame, base: in
     for row in table.iter_rows(named=True):
         change = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
         compute = f"x{row['compute']:.2f} ({row['compute_low']:.2f} to {row['compute_high']:.2f})"
-        lines.append(f"| {row['question']}. {row['text']} | {row['ratio']} | {change} | {compute} | {row['verdict']} |")
+        lines.append(
+            f"| {row['question']}. {row['text']} | {row['ratio']} | {change} | {compute} | {row['verdict']} |"
+        )
     tables = table.filter(question=3).select("ratio", result="verdict")
-    lines += ["", f"N-gram tables over ratios: {crossing(tables)}.", "", "Losses:", "", "| arm | ratio | loss | sd over seeds |"]
+    lines += [
+        "",
+        f"N-gram tables over ratios: {crossing(tables)}.",
+        "",
+        "Losses:",
+        "",
+        "| arm | ratio | loss | sd over seeds |",
+    ]
     lines += ["|---|---|---|---|"]
-    lines += [f"| {arm} | {ratio} | {loss:.4f} | {sd or 0:.4f} |" for arm, ratio, _, loss, sd in means.sort("arm", "ratio").iter_rows()]
+    lines += [
+        f"| {arm} | {ratio} | {loss:.4f} | {sd or 0:.4f} |"
+        for arm, ratio, _, loss, sd in means.sort("arm", "ratio").iter_rows()
+    ]
     lines += ["", "Drafts of the MTP module that greedy verification keeps:", ""]
     for (count,), group in drafts.group_by("count", maintain_order=True):
         mean, low, high = interval(group["rate"].to_numpy())
@@ -165,9 +244,13 @@ def page(runs: pl.DataFrame, table: pl.DataFrame, drafts: pl.DataFrame, base: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="the finished sweep")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the results go")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="where the results go"
+    )
     args = parser.parse_args()
     runs = read(args.folder)
     base = int(runs.filter(arm="zero")["ratio"][0])
@@ -175,7 +258,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, frame in (("runs", runs), ("comparisons", table), ("acceptance", drafts)):
         with atomic_path(args.out / f"{name}.parquet") as path:
-            frame.with_columns(pl.lit(value).alias(column) for column, value in provenance().items()).write_parquet(path)
+            frame.with_columns(
+                pl.lit(value).alias(column) for column, value in provenance().items()
+            ).write_parquet(path)
     text = page(runs, table, drafts, base)
     write_text(args.out / "verdict.md", text)
     print(text)

@@ -1,4 +1,5 @@
-"""Every mini (docs/decoder.md) trained for the demo's budget on the default corpus: does it stay finite, does it reach its K_e?
+"""Every mini (docs/decoder.md) trained for the demo's budget on the default corpus: does it stay
+finite, does it reach its K_e?
 
 moe-lab sweep run experiments/longcat_mini/presets.py --out runs/minis
 python experiments/longcat_mini/presets.py runs/minis       # the table; writes experiments/longcat_mini/presets.parquet
@@ -21,8 +22,24 @@ from moe_lab.training import OptimizerConfig, RunConfig
 PRESETS = ("demo", "short")
 QUESTION = "Do the published architectures train at laptop size?"
 TOKENS = {"demo": 204_800, "short": 10_240}
-COLUMNS = ("loss", "total_params", "flops_per_token", "train_tokens", "tokens_per_second", "mean_ffn_count", "sd_ffn_count")
-MORE = ("target_ffn_count", "num_experts", "num_zero_experts", "top_k", "load_cv", "dead_experts", "eval_tokens")
+COLUMNS = (
+    "loss",
+    "total_params",
+    "flops_per_token",
+    "train_tokens",
+    "tokens_per_second",
+    "mean_ffn_count",
+    "sd_ffn_count",
+)
+MORE = (
+    "target_ffn_count",
+    "num_experts",
+    "num_zero_experts",
+    "top_k",
+    "load_cv",
+    "dead_experts",
+    "eval_tokens",
+)
 
 
 def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
@@ -49,18 +66,34 @@ def _run(name: str, preset: str, seed: int, device: str) -> RunConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="the finished sweep")
     store = RunStore(parser.parse_args().folder)
-    records = [json.loads((store.path(run) / "result.json").read_text()) for run in store.plan()["sweeps"][-1]["runs"]]
-    frame = pl.DataFrame([{name: record.get(name) for name in ("arm", "seed", *COLUMNS, *MORE)} for record in records])
+    records = [
+        json.loads((store.path(run) / "result.json").read_text())
+        for run in store.plan()["sweeps"][-1]["runs"]
+    ]
+    frame = pl.DataFrame(
+        [
+            {name: record.get(name) for name in ("arm", "seed", *COLUMNS, *MORE)}
+            for record in records
+        ]
+    )
     for row in frame.iter_rows(named=True):
-        reached = f"mean ffn_count {row['mean_ffn_count']:.2f} (aims at {row['target_ffn_count']:g})"
+        reached = (
+            f"mean ffn_count {row['mean_ffn_count']:.2f} (aims at {row['target_ffn_count']:g})"
+        )
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-        print(f"{row['arm']:20} {row['total_params'] / 1e6:5.1f}M  loss {row['loss']:.3f}  {reached}  {speed}")
+        print(
+            f"{row['arm']:20} {row['total_params'] / 1e6:5.1f}M  loss {row['loss']:.3f}  {reached}  {speed}"
+        )
     path = Path(__file__).parent / "presets.parquet"
     with atomic_path(path) as temporary:
-        frame.with_columns(pl.lit(value).alias(name) for name, value in provenance().items()).write_parquet(temporary)
+        frame.with_columns(
+            pl.lit(value).alias(name) for name, value in provenance().items()
+        ).write_parquet(temporary)
     print("saved", path)
 
 

@@ -1,4 +1,5 @@
-"""Do the ideas of LongCat-Flash pay, each beside what it replaces? Five questions at one size, paired by seed.
+"""Do the ideas of LongCat-Flash pay, each beside what it replaces? Five questions at one size,
+paired by seed.
 
     topk         the base: shortcut wiring, k of E experts, amplified embedding; every ratio E/k
     zero         1  zero-computation experts (half as many as real ones, 1.5 k slots of which k are real on average) at the base's mean
@@ -10,8 +11,8 @@
     mtp          5  the base with one multi-token-prediction module
     topk-short      the base at half the tokens, branched off: what a difference in loss is worth in compute
 
-Runs of one seed see the same batches. ``judge.py`` beside this file reads the folder and writes the comparisons; what is committed here
-is the ``small`` preset, ``gpu`` is the same design for one GPU.
+Runs of one seed see the same batches. ``judge.py`` beside this file reads the folder and writes the
+comparisons; what is committed here is the ``small`` preset, ``gpu`` is the same design for one GPU.
 
     moe-lab sweep run experiments/longcat_mini/recipe.py --preset small --out runs/longcat_mini
     python experiments/longcat_mini/judge.py runs/longcat_mini --out experiments/longcat_mini
@@ -34,7 +35,9 @@ QUESTION = "Which of LongCat-Flash's ideas pay at this size: zero experts, short
 
 @dataclass(frozen=True)
 class Shape:
-    """``base_ratio`` is where every question but the third is asked; ``ratios`` are those of the third."""
+    """``base_ratio`` is where every question but the third is asked; ``ratios`` are those of the
+    third.
+    """
 
     ratios: tuple[int, ...]
     base_ratio: int
@@ -110,16 +113,27 @@ def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
     """Every arm at seeds ``seed``, ``seed + 1``, ..., the questions at one ratio first."""
     shape = SHAPES[preset]
     runs = [run for offset in range(shape.seeds) for run in _at_base(shape, seed + offset, device)]
-    runs += [run for offset in range(shape.seeds) for run in _over_ratios(shape, seed + offset, device)]
-    return SweepConfig(name=f"longcat_mini_{preset}", question=QUESTION, preset=preset, runs=tuple(runs))
+    runs += [
+        run for offset in range(shape.seeds) for run in _over_ratios(shape, seed + offset, device)
+    ]
+    return SweepConfig(
+        name=f"longcat_mini_{preset}", question=QUESTION, preset=preset, runs=tuple(runs)
+    )
 
 
 def _at_base(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
     ratio = shape.base_ratio
-    base = _run(shape, "topk", ratio, _decoder(shape, _topk(shape, ratio * shape.top_k)), seed, device)
+    base = _run(
+        shape, "topk", ratio, _decoder(shape, _topk(shape, ratio * shape.top_k)), seed, device
+    )
     budgets = (shape.train_tokens // 2, shape.train_tokens)
     yield base.replace(budgets=budgets)
-    yield base.replace(budgets=budgets, train_tokens=budgets[0], arm=f"topk{SHORT}", name=f"topk{SHORT}-r{ratio}-s{seed}")
+    yield base.replace(
+        budgets=budgets,
+        train_tokens=budgets[0],
+        arm=f"topk{SHORT}",
+        name=f"topk{SHORT}-r{ratio}-s{seed}",
+    )
     zero = _decoder(shape, _zero(shape, ratio))
     tables = _ngram(shape, ratio)
     for arm, model in {
@@ -137,7 +151,14 @@ def _at_base(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
 def _over_ratios(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
     for ratio in shape.ratios:
         if ratio != shape.base_ratio:
-            yield _run(shape, "topk", ratio, _decoder(shape, _topk(shape, ratio * shape.top_k)), seed, device)
+            yield _run(
+                shape,
+                "topk",
+                ratio,
+                _decoder(shape, _topk(shape, ratio * shape.top_k)),
+                seed,
+                device,
+            )
             yield _run(shape, "ngram", ratio, _ngram(shape, ratio), seed, device)
 
 
@@ -146,24 +167,37 @@ def _topk(shape: Shape, experts: int) -> RouterConfig:
 
 
 def _zero(shape: Shape, ratio: int) -> RouterConfig:
-    """Half as many zero-computation experts as real ones and 1.5 k slots: k real experts are uniform load, as in LongCat-Flash."""
+    """Half as many zero-computation experts as real ones and 1.5 k slots: k real experts are
+    uniform load, as in LongCat-Flash.
+    """
     real, slots = ratio * shape.top_k, shape.top_k * 3 // 2
-    controller = ControllerConfig(kind=ControllerKind.PROPORTIONAL, rate=0.1, target_ffn_count=float(shape.top_k))
+    controller = ControllerConfig(
+        kind=ControllerKind.PROPORTIONAL, rate=0.1, target_ffn_count=float(shape.top_k)
+    )
     return RouterConfig(
         kind="longcat",
         num_experts=real,
         num_zero_experts=real // 2,
         top_k=slots,
-        routed_scaling_factor=real * 1.5 / slots,  # the weights of a token sum to about 1 at the start, when scores are uniform
+        routed_scaling_factor=real
+        * 1.5
+        / slots,  # the weights of a token sum to about 1 at the start, when scores are uniform
         controller=controller,
     )
 
 
 def _ngram(shape: Shape, ratio: int) -> DecoderConfig:
-    """The parameters of ``topk`` at ``ratio`` with about half of its experts: as near to half as leaves tables that do not collide."""
-    total, half = count(_decoder(shape, _topk(shape, ratio * shape.top_k))).total, ratio * shape.top_k // 2
+    """The parameters of ``topk`` at ``ratio`` with about half of its experts: as near to half as
+    leaves tables that do not collide.
+    """
+    total, half = (
+        count(_decoder(shape, _topk(shape, ratio * shape.top_k))).total,
+        ratio * shape.top_k // 2,
+    )
     found = {
-        experts: at_total(_decoder(shape, _topk(shape, experts)).replace(ngram=TABLES), total, Alternative.NGRAM)
+        experts: at_total(
+            _decoder(shape, _topk(shape, experts)).replace(ngram=TABLES), total, Alternative.NGRAM
+        )
         for experts in range(half - half // 8, half + half // 8 + 1)
     }
     return found[min(found, key=lambda experts: (_collides(found[experts]), abs(experts - half)))]
@@ -175,7 +209,10 @@ TABLES = NgramConfig(max_n=3, num_splits=2, table_ratio=0.5)
 def _collides(model: DecoderConfig) -> bool:
     """Are the tables' rows near a whole or half multiple of the vocabulary (docs/decoder.md)?"""
     assert model.ngram is not None
-    return model.ngram.table_ratio > 1 and min(abs(model.ngram.table_ratio % 1 - part) for part in BETWEEN) > 0.03
+    return (
+        model.ngram.table_ratio > 1
+        and min(abs(model.ngram.table_ratio % 1 - part) for part in BETWEEN) > 0.03
+    )
 
 
 def _decoder(shape: Shape, router: RouterConfig) -> DecoderConfig:
@@ -192,7 +229,9 @@ def _decoder(shape: Shape, router: RouterConfig) -> DecoderConfig:
     )
 
 
-def _run(shape: Shape, arm: str, ratio: int, model: DecoderConfig, seed: int, device: str) -> RunConfig:
+def _run(
+    shape: Shape, arm: str, ratio: int, model: DecoderConfig, seed: int, device: str
+) -> RunConfig:
     return RunConfig(
         name=f"{arm}-r{ratio}-s{seed}",
         arm=arm,

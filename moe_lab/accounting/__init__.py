@@ -1,4 +1,6 @@
-"""What a model costs, from its configuration alone: parameters, active parameters, floating point operations, the published models."""
+"""What a model costs, from its configuration alone: parameters, active parameters, floating point
+operations, the published models.
+"""
 
 from moe_lab.accounting.counts import ParameterCount, count
 from moe_lab.accounting.figures import parts_treemap

@@ -10,30 +10,50 @@ from moe_lab.accounting.parts import Part, Pieces, linear, norm, prefixed
 
 
 class Layer(NamedTuple):
-    """The pieces of one layer; ``number`` is None for what stands outside the layers, and counts on after them for MTP modules."""
+    """The pieces of one layer; ``number`` is None for what stands outside the layers, and counts on
+    after them for MTP modules.
+    """
 
     number: int | None
     pieces: Pieces
 
 
 def copy_of_last_layer(architecture: "Architecture", f: Fields, index: int) -> Pieces:
-    """One MTP module as DeepSeek-V3 has it (arXiv 2412.19437 section 2.2): a layer, three norms and a projection from the normed hidden
-    state and the embedding of the next token. Embedding and head are the main model's, and are not counted again.
+    """One MTP module as DeepSeek-V3 has it (arXiv 2412.19437 section 2.2): a layer, three norms and
+    a projection from the normed hidden state and the embedding of the next token. Embedding and
+    head are the main model's, and are not counted again.
 
     The layer is what ``mtp_layer_types`` and ``mtp_mlp_layer_types`` say, or the last layer again.
     """
     if f.find("mtp_layer_types") is None:
-        f.note("mtp", "an MTP module is the last layer again, three norms and a projection (the form of DeepSeek-V3)")
+        f.note(
+            "mtp",
+            "an MTP module is the last layer again, three norms and a projection (the form of DeepSeek-V3)",
+        )
         return mtp_module(f, join(f.at(f.num_layers - 1), architecture.blocks))
     modules = f.size("num_nextn_predict_layers")
-    kinds = {"layer_types": f.find("mtp_layer_types"), "mlp_layer_types": f.optional("mtp_mlp_layer_types", ["sparse"] * modules)}
-    own = {**f.values, **kinds, "num_hidden_layers": modules, "num_nextn_predict_layers": 0, "per_layer_config": None}
+    kinds = {
+        "layer_types": f.find("mtp_layer_types"),
+        "mlp_layer_types": f.optional("mtp_mlp_layer_types", ["sparse"] * modules),
+    }
+    own = {
+        **f.values,
+        **kinds,
+        "num_hidden_layers": modules,
+        "num_nextn_predict_layers": 0,
+        "per_layer_config": None,
+    }
     return mtp_module(f, join(Fields(own, f.family, f.defaults).at(index), architecture.blocks))
 
 
 def mtp_module(f: Fields, block: Pieces) -> Pieces:
     d = f.size("hidden_size")
-    joint = (norm("enorm", d), norm("hnorm", d), linear(Part.OTHER, "eh_proj", 2 * d, d), norm("final_norm", d))
+    joint = (
+        norm("enorm", d),
+        norm("hnorm", d),
+        linear(Part.OTHER, "eh_proj", 2 * d, d),
+        norm("final_norm", d),
+    )
     return prefixed("mtp", (*joint, *block), Part.MTP)
 
 
@@ -46,7 +66,8 @@ class Architecture:
         top: embedding, final norm, head.
         mtp: one multi-token-prediction module.
         prepare: rewrites a raw configuration before it is read (nested sizes, names of its own).
-        overrides: layer -> its own fields, where a configuration without ``per_layer_config`` says in other words that layers differ.
+        overrides: layer -> its own fields, where a configuration without ``per_layer_config`` says
+            in other words that layers differ.
         layers: replaces the stack of equal layers (encoder-decoder models).
     """
 
@@ -66,7 +87,10 @@ class Architecture:
             return self.layers(f)
         count = f.num_layers
         known: list[tuple[list[Condition], Pieces]] = []
-        stack = [Layer(None, self.top(f)), *(Layer(number, self._layer(f, number, known)) for number in range(count))]
+        stack = [
+            Layer(None, self.top(f)),
+            *(Layer(number, self._layer(f, number, known)) for number in range(count)),
+        ]
         modules = f.size_or("num_nextn_predict_layers", 0, most=MOST)
         return stack + [Layer(count + index, self.mtp(self, f, index)) for index in range(modules)]
 

@@ -1,4 +1,6 @@
-"""``ARCHITECTURES``: model type -> ``Architecture``, gathered from ``families/``, and the names that stand for another row."""
+"""``ARCHITECTURES``: model type -> ``Architecture``, gathered from ``families/``, and the names
+that stand for another row.
+"""
 
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.families import (
@@ -33,7 +35,9 @@ _FAMILIES = (
     state_space,
 )
 
-ARCHITECTURES: dict[str, Architecture] = {name: row for family in _FAMILIES for name, row in family.ROWS.items()}
+ARCHITECTURES: dict[str, Architecture] = {
+    name: row for family in _FAMILIES for name, row in family.ROWS.items()
+}
 
 SAME_AS: dict[str, str] = {
     "bailing_moe_v2": "bailing_moe",
@@ -62,7 +66,9 @@ SAME_AS: dict[str, str] = {
     "step3p7": "step3p5",
     "unlimited_ocr": "unlimited_ocr_text",
 }
-"""Model types without a row of their own: the text part of a multimodal model, or another name for the same layers."""
+"""Model types without a row of their own: the text part of a multimodal model, or another name for
+the same layers.
+"""
 
 
 def find(model_type: str) -> Architecture | None:

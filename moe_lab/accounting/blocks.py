@@ -1,7 +1,9 @@
-"""From fields to pieces: blocks that several architectures share, each a small factory of functions ``Fields -> Pieces``.
+"""From fields to pieces: blocks that several architectures share, each a small factory of functions
+``Fields -> Pieces``.
 
-A block sees the configuration of one layer. Its factory's arguments say which field carries which size, so that a row of
-``architectures.py`` is a list of blocks. Blocks of a single architecture live in ``families.py``.
+A block sees the configuration of one layer. Its factory's arguments say which field carries which
+size, so that a row of ``architectures.py`` is a list of blocks. Blocks of a single architecture
+live in ``families.py``.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +27,9 @@ def flag(f: Fields, field: str | bool) -> bool:
 
 
 def head_dim(f: Fields, heads: int) -> int:
-    """``head_dim``, or ``hidden_size / num_attention_heads`` where neither the configuration nor the architecture has one."""
+    """``head_dim``, or ``hidden_size / num_attention_heads`` where neither the configuration nor
+    the architecture has one.
+    """
     if f.find("head_dim") is not None or "head_dim" in f.defaults:
         return f.size("head_dim")
     d = width(f)
@@ -40,7 +44,12 @@ def heads_of(f: Fields) -> tuple[int, int, int]:
     """(query heads, key-value heads, channels of a head)."""
     heads, kv = f.size("num_attention_heads"), f.size("num_key_value_heads")
     if heads % kv:
-        raise ConfigError(expected(f"num_attention_heads divisible by num_key_value_heads = {kv}", f"num_attention_heads = {heads}"))
+        raise ConfigError(
+            expected(
+                f"num_attention_heads divisible by num_key_value_heads = {kv}",
+                f"num_attention_heads = {heads}",
+            )
+        )
     return heads, kv, head_dim(f, heads)
 
 
@@ -65,7 +74,9 @@ _TYPE_NAMES = {
 
 
 def window(f: Fields) -> int | None:
-    """The sliding window of this layer: on layers of that type where there are types, else everywhere the field is set."""
+    """The sliding window of this layer: on layers of that type where there are types, else
+    everywhere the field is set.
+    """
     size = f.size_or("sliding_window", 0)
     if not size or not f.truth("use_sliding_window", True):
         return None
@@ -74,7 +85,8 @@ def window(f: Fields) -> int | None:
     return size if layer_type(f) == "sliding_attention" else None
 
 
-# ---------------------------------------------------------------------------------------------------------------- mixers
+# ----------------------------------------------------------------------------------------------------------------
+# mixers
 
 
 def gqa(
@@ -86,11 +98,17 @@ def gqa(
     extra: tuple[Block, ...] = (),
     window: Callable[[Fields], int | None] = window,
 ) -> Block:
-    """Grouped-query attention. ``out_bias`` None follows ``bias``; ``norms`` is "none", "head", "width" or a boolean field's name."""
+    """Grouped-query attention.
+
+    ``out_bias`` None follows ``bias``; ``norms`` is "none", "head", "width" or a boolean field's
+    name.
+    """
 
     def block(f: Fields) -> Pieces:
         heads, kv, dim = heads_of(f)
-        kind = norms if norms in ("none", "head", "width") else ("head" if f.flag(norms) else "none")
+        kind = (
+            norms if norms in ("none", "head", "width") else ("head" if f.flag(norms) else "none")
+        )
         kernel = Attend(heads, dim, dim, window=window(f))
         pieces = formulas.gqa(
             width(f),
@@ -107,11 +125,22 @@ def gqa(
     return block
 
 
-def mla(*, bias: str | bool = "attention_bias", index: Block | None = None, extra: tuple[Block, ...] = ()) -> Block:
-    """Multi-head latent attention; with ``index`` it attends to the ``index_topk`` tokens that the indexer selects."""
+def mla(
+    *,
+    bias: str | bool = "attention_bias",
+    index: Block | None = None,
+    extra: tuple[Block, ...] = (),
+) -> Block:
+    """Multi-head latent attention; with ``index`` it attends to the ``index_topk`` tokens that the
+    indexer selects.
+    """
 
     def block(f: Fields) -> Pieces:
-        top = f.size("index_topk") if index is not None and layer_type(f) == "indexed_attention" else None
+        top = (
+            f.size("index_topk")
+            if index is not None and layer_type(f) == "indexed_attention"
+            else None
+        )
         rank_q = f.nullable("q_lora_rank")
         pieces = formulas.mla(
             width(f),
@@ -125,7 +154,11 @@ def mla(*, bias: str | bool = "attention_bias", index: Block | None = None, extr
             window=window(f),
             top=top,
         )
-        return (*pieces, *(index(f) if index is not None and top is not None else ()), *join(f, extra))
+        return (
+            *pieces,
+            *(index(f) if index is not None and top is not None else ()),
+            *join(f, extra),
+        )
 
     return block
 
@@ -134,7 +167,9 @@ def indexer(f: Fields) -> Pieces:
     """The lightning indexer of this layer, unless it shares an earlier layer's selection."""
     if shares_selection(f):
         return ()
-    return formulas.indexer(width(f), f.size("q_lora_rank"), f.size("index_n_heads"), f.size("index_head_dim"))
+    return formulas.indexer(
+        width(f), f.size("q_lora_rank"), f.size("index_n_heads"), f.size("index_head_dim")
+    )
 
 
 def shares_selection(f: Fields) -> bool:
@@ -163,7 +198,12 @@ def by_type(kinds: Mapping[str, Block]) -> Block:
     def block(f: Fields) -> Pieces:
         kind = layer_type(f)
         if kind not in kinds:
-            raise ConfigError(expected(f"layer_types of {', '.join(sorted(kinds))} in the {f.family} configuration", repr(kind)))
+            raise ConfigError(
+                expected(
+                    f"layer_types of {', '.join(sorted(kinds))} in the {f.family} configuration",
+                    repr(kind),
+                )
+            )
         return kinds[kind](f)
 
     return block
@@ -185,7 +225,8 @@ def sinks(f: Fields) -> Pieces:
     return (vector(Part.ATTENTION, "sinks", f.size("num_attention_heads")),)
 
 
-# ---------------------------------------------------------------------------------------------------------- feed-forward
+# ----------------------------------------------------------------------------------------------------------
+# feed-forward
 
 
 def dense(size: str = "intermediate_size", bias: str | bool = False) -> Block:
@@ -200,7 +241,8 @@ def shared(
     bias: str | bool = False,
     even_none: bool = False,
 ) -> Block:
-    """Shared experts fused into one feed-forward of ``n_shared_experts * size`` (``counted``) or of ``size`` channels.
+    """Shared experts fused into one feed-forward of ``n_shared_experts * size`` (``counted``) or of
+    ``size`` channels.
 
     ``even_none``: transformers builds it for no shared expert too, so that its output bias remains.
     """
@@ -213,7 +255,9 @@ def shared(
             copies = f.nullable("n_shared_experts")
             if copies is None:
                 return ()
-            channels = f.size(size) * f.check_size("n_shared_experts", f.entry("n_shared_experts", copies), 0)
+            channels = f.size(size) * f.check_size(
+                "n_shared_experts", f.entry("n_shared_experts", copies), 0
+            )
         return make(Part.SHARED, width(f), channels, flag(f, bias)) if channels or even_none else ()
 
     return block
@@ -228,7 +272,12 @@ def used(f: Fields) -> tuple[int, Used]:
     """(experts, how many a token runs). Raises where top-k exceeds the experts."""
     experts, k = f.size("num_experts"), f.size("num_experts_per_tok")
     if k > experts:
-        raise ConfigError(expected(f"num_experts_per_tok of at most num_experts = {experts}", f"num_experts_per_tok = {k}"))
+        raise ConfigError(
+            expected(
+                f"num_experts_per_tok of at most num_experts = {experts}",
+                f"num_experts_per_tok = {k}",
+            )
+        )
     return experts, Used(k, k, k)
 
 
@@ -242,7 +291,10 @@ def moe(
     score_bias: bool = False,
     d_in: Callable[[Fields], int] = width,
 ) -> Block:
-    """Router and routed experts. ``score_bias``: the selection bias is stored as a parameter; ``d_in``: the experts' input width."""
+    """Router and routed experts.
+
+    ``score_bias``: the selection bias is stored as a parameter; ``d_in``: the experts' input width.
+    """
     make = formulas.gated_ffn if gated else formulas.plain_ffn
 
     def block(f: Fields) -> Pieces:
@@ -261,7 +313,8 @@ def choose(rule: Rule, sparse: Block, otherwise: Block) -> Block:
     return lambda f: (sparse if f.mark(rule) else otherwise)(f)
 
 
-# ----------------------------------------------------------------------------------------------------------------- rest
+# -----------------------------------------------------------------------------------------------------------------
+# rest
 
 
 def join(f: Fields, blocks: tuple[Block, ...]) -> Pieces:
@@ -284,7 +337,8 @@ def top(
 ) -> Block:
     """Input embedding, final norm and output head; a tied head is the embedding multiplied.
 
-    ``may_tie`` False: the published implementation never ties the two, whatever ``tie_word_embeddings`` says.
+    ``may_tie`` False: the published implementation never ties the two, whatever
+    ``tie_word_embeddings`` says.
     """
 
     def block(f: Fields) -> Pieces:
@@ -295,8 +349,18 @@ def top(
         if head:
             tied = may_tie and f.flag("tie_word_embeddings")
             if not may_tie and f.truth("tie_word_embeddings"):
-                f.note("tie_word_embeddings", f"embedding and head are two matrices (transformers never ties them in {f.family})")
-            pieces.append(Piece(Part.HEAD, "lm_head (tied)" if tied else "lm_head", 0 if tied else vocab * d, vocab * d))
+                f.note(
+                    "tie_word_embeddings",
+                    f"embedding and head are two matrices (transformers never ties them in {f.family})",
+                )
+            pieces.append(
+                Piece(
+                    Part.HEAD,
+                    "lm_head (tied)" if tied else "lm_head",
+                    0 if tied else vocab * d,
+                    vocab * d,
+                )
+            )
             if flag(f, head_bias):
                 pieces.append(vector(Part.OTHER, "lm_head.bias", vocab))
         return (*pieces, *join(f, extra))

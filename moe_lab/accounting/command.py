@@ -1,4 +1,6 @@
-"""``moe-lab count``: parameters and work of one model, of two side by side, of a mini and its original, with edits, of a trace's tokens."""
+"""``moe-lab count``: parameters and work of one model, of two side by side, of a mini and its
+original, with edits, of a trace's tokens.
+"""
 
 import argparse
 import json
@@ -24,10 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID_OR_PATH",
         help="a published model, a mini (shown beside its original), a config.json or its folder; two are compared",
     )
-    parser.add_argument("--set", action="append", metavar="FIELD=VALUE", default=[], help="what if: another value of a field (repeatable)")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of context for the operations per token")
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="FIELD=VALUE",
+        default=[],
+        help="what if: another value of a field (repeatable)",
+    )
+    parser.add_argument(
+        "--context", type=int, default=4096, help="tokens of context for the operations per token"
+    )
     parser.add_argument("--batch", type=int, default=1, help="sequences that decode together")
-    parser.add_argument("--trace", metavar="FOLDER", help="a trace of the model: active parameters as measured, token by token")
+    parser.add_argument(
+        "--trace",
+        metavar="FOLDER",
+        help="a trace of the model: active parameters as measured, token by token",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON (a list for two models)")
 
 
@@ -44,8 +58,14 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(expected("one model with --trace", "two of them"))
     edits = dict(_edit(text) for text in args.set)
     # What if is asked of what was named, not of the original that stands beside a mini.
-    counted = [count(read(name), edits if number < len(args.models) else {}) for number, name in enumerate(names)]
-    work = [{phase: flops(one, args.context, phase, batch=args.batch) for phase in ("train", "decode")} for one in counted]
+    counted = [
+        count(read(name), edits if number < len(args.models) else {})
+        for number, name in enumerate(names)
+    ]
+    work = [
+        {phase: flops(one, args.context, phase, batch=args.batch) for phase in ("train", "decode")}
+        for one in counted
+    ]
     measured = _measure(args.trace, counted[0]) if args.trace else None
     if args.json:
         print(_as_json(names, counted, work, measured))
@@ -55,7 +75,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read(name: str) -> Any:
-    """The configuration of a name: a file or folder if there is one, else a mini or a published model. Nothing is downloaded."""
+    """The configuration of a name: a file or folder if there is one, else a mini or a published
+    model. Nothing is downloaded.
+    """
     if Path(name).exists():
         return Path(name)
     if name in MINIS:
@@ -63,8 +85,15 @@ def read(name: str) -> Any:
     entry = find_model(name)
     if entry is not None:
         return entry["config"]
-    short = {one["name"].partition("/")[2].lower(): one["name"] for one in facts()} | {mini: mini for mini in MINIS}
-    near = [short[match] for match in get_close_matches(name.partition("/")[2].lower() or name.lower(), short, n=4, cutoff=0.4)]
+    short = {one["name"].partition("/")[2].lower(): one["name"] for one in facts()} | {
+        mini: mini for mini in MINIS
+    }
+    near = [
+        short[match]
+        for match in get_close_matches(
+            name.partition("/")[2].lower() or name.lower(), short, n=4, cutoff=0.4
+        )
+    ]
     hint = f"one of {', '.join(near)}" if near else "moe-lab count, which lists the known models"
     raise ConfigError(expected("a published model or a path to a config.json", repr(name), hint))
 
@@ -83,15 +112,29 @@ def _measure(folder: str, counted: ParameterCount) -> ActiveDistribution:
     from moe_lab.trace import open_trace
 
     counts: dict[int, Any] = {}
-    ordered = open_trace(folder).routing.select("layer", "doc", "pos", "ffn_count").sort("layer", "doc", "pos").collect()
+    ordered = (
+        open_trace(folder)
+        .routing.select("layer", "doc", "pos", "ffn_count")
+        .sort("layer", "doc", "pos")
+        .collect()
+    )
     for (layer,), rows in ordered.group_by("layer", maintain_order=True):
         counts[int(layer)] = rows["ffn_count"].to_numpy()  # type: ignore[call-overload]
     return active_distribution(counted, counts)
 
 
-def _as_json(names: list[str], counted: list[ParameterCount], work: list[dict[str, Work]], measured: ActiveDistribution | None) -> str:
+def _as_json(
+    names: list[str],
+    counted: list[ParameterCount],
+    work: list[dict[str, Work]],
+    measured: ActiveDistribution | None,
+) -> str:
     rows = [
-        {"name": name, **one.to_dict(), "flops": {phase: done.to_dict() for phase, done in phases.items()}}
+        {
+            "name": name,
+            **one.to_dict(),
+            "flops": {phase: done.to_dict() for phase, done in phases.items()},
+        }
         for name, one, phases in zip(names, counted, work, strict=True)
     ]
     if measured is not None:
@@ -99,19 +142,30 @@ def _as_json(names: list[str], counted: list[ParameterCount], work: list[dict[st
     return json.dumps(rows[0] if len(rows) == 1 else rows, indent=1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ text
+# ------------------------------------------------------------------------------------------------------------------
+# text
 
 Row = tuple[str, list[float | None]]
 
 
 def _table(
-    names: list[str], counted: list[ParameterCount], work: list[dict[str, Work]], measured: ActiveDistribution | None, edited: bool
+    names: list[str],
+    counted: list[ParameterCount],
+    work: list[dict[str, Work]],
+    measured: ActiveDistribution | None,
+    edited: bool,
 ) -> list[str]:
     blocks = [
         ("parameters", list(_parameter_rows(counted))),
-        ("active parameters per token (mean, and range where it varies)", list(_active_rows(counted))),
+        (
+            "active parameters per token (mean, and range where it varies)",
+            list(_active_rows(counted)),
+        ),
         ("ratios, embeddings told apart", list(_ratio_rows(counted))),
-        (f"operations per token at a context of {work[0]['train'].context:,}", list(_work_rows(work))),
+        (
+            f"operations per token at a context of {work[0]['train'].context:,}",
+            list(_work_rows(work)),
+        ),
     ]
     lines = ["  ".join(_heading(names))]
     for title, rows in blocks:
@@ -121,8 +175,16 @@ def _table(
     for name, one in zip(names, counted, strict=True):
         lines += [] if edited else _published_lines(name)
         lines += [f"\n{name}: {find_mini(name).left_out}"] if name in MINIS else []
-        notes = [f"{one.phantom:,} further rows are allocated by transformers and never read"] if one.phantom else []
-        lines += [f"\n{name}: assumed", *(f"  {sentence}" for sentence in one.assumed)] if one.assumed else []
+        notes = (
+            [f"{one.phantom:,} further rows are allocated by transformers and never read"]
+            if one.phantom
+            else []
+        )
+        lines += (
+            [f"\n{name}: assumed", *(f"  {sentence}" for sentence in one.assumed)]
+            if one.assumed
+            else []
+        )
         lines += [f"\n{name}: {note}" for note in notes]
     return lines
 
@@ -133,14 +195,22 @@ def _published_lines(name: str) -> list[str]:
     if entry is None:
         return []
     published = entry["published"]
-    active = published.get("active") or f"{published.get('active_min')} to {published.get('active_max')}"
-    figures = f"{published.get('total')} total, {active} active in convention {published['convention']}"
+    active = (
+        published.get("active") or f"{published.get('active_min')} to {published.get('active_max')}"
+    )
+    figures = (
+        f"{published.get('total')} total, {active} active in convention {published['convention']}"
+    )
     note = f"; {entry['note']}" if "note" in entry else ""
     return [f"\n{name}: published as {figures} ({published['source']}){note}"]
 
 
 def _heading(names: list[str]) -> list[str]:
-    return [f"{'':34}", *(f"{name[-34:]:>34}" for name in names), *(["       ratio"] if len(names) == 2 else [])]
+    return [
+        f"{'':34}",
+        *(f"{name[-34:]:>34}" for name in names),
+        *(["       ratio"] if len(names) == 2 else []),
+    ]
 
 
 def _parameter_rows(counted: list[ParameterCount]) -> Iterable[Row]:
@@ -155,7 +225,10 @@ def _parameter_rows(counted: list[ParameterCount]) -> Iterable[Row]:
 
 def _active_rows(counted: list[ParameterCount]) -> Iterable[Row]:
     for convention in CONVENTIONS:
-        yield f"{convention}: {_CONVENTION_TEXT[convention]}", [one.active(convention) for one in counted]
+        yield (
+            f"{convention}: {_CONVENTION_TEXT[convention]}",
+            [one.active(convention) for one in counted],
+        )
         if any(one.active_min != one.active_max for one in counted):
             yield "  least", [one.active(convention, "least") for one in counted]
             yield "  most", [one.active(convention, "most") for one in counted]
@@ -183,11 +256,17 @@ _RATIOS = {
 def _work_rows(work: list[dict[str, Work]]) -> Iterable[Row]:
     yield "forward", [phases["train"].forward for phases in work]
     for part in dict.fromkeys(part for phases in work for part in phases["train"].by_part):
-        yield f"  {part.replace('_', ' ')}", [phases["train"].by_part.get(part, 0.0) for phases in work]
+        yield (
+            f"  {part.replace('_', ' ')}",
+            [phases["train"].by_part.get(part, 0.0) for phases in work],
+        )
     yield "training (forward and backward)", [phases["train"].training for phases in work]
     yield "decoding the next token", [phases["decode"].forward for phases in work]
     batch = work[0]["decode"].batch
-    yield f"weight bytes per token, batch {batch}", [phases["decode"].weight_bytes_per_token for phases in work]
+    yield (
+        f"weight bytes per token, batch {batch}",
+        [phases["decode"].weight_bytes_per_token for phases in work],
+    )
     if batch > 1:
         yield "  distinct experts per layer", [phases["decode"].distinct_experts for phases in work]
 
@@ -222,5 +301,8 @@ def _measured_lines(measured: ActiveDistribution) -> list[str]:
         ("nominal mean", [float(mean)]),
         ("nominal range", [float(least), float(most)]),
     ]
-    cells = (f"{name:34}  " + "  ".join(f"{_number(value):>34}" for value in values) for name, values in rows)
+    cells = (
+        f"{name:34}  " + "  ".join(f"{_number(value):>34}" for value in values)
+        for name, values in rows
+    )
     return [f"measured over {measured.tokens:,} tokens (convention {measured.convention})", *cells]

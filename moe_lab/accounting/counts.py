@@ -1,10 +1,11 @@
-"""``count(config) -> ParameterCount``: total and active parameters in closed form, without building the model.
+"""``count(config) -> ParameterCount``: total and active parameters in closed form, without building
+the model.
 
 Laboratories count active parameters in three ways, and a published figure is right in one of them:
 
-A. everything that is stored, less the experts that a token does not run;
-B. A without what is only looked up: the input embedding unless it is also the head, and n-gram tables;
-C. B without the head (a tied embedding is the head).
+A. everything that is stored, less the experts that a token does not run; B. A without what is only
+looked up: the input embedding unless it is also the head, and n-gram tables; C. B without the head
+(a tied embedding is the head).
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,8 @@ class ParameterCount:
         layers: all pieces, layer by layer.
         assumed: one sentence for each value that the configuration does not hold.
         read: the fields that the count depends on, under the names used here.
-        context_length: the context that the configuration is made for, where it is one of this library's.
+        context_length: the context that the configuration is made for, where it is one of this
+            library's.
     """
 
     model_type: str
@@ -51,7 +53,9 @@ class ParameterCount:
 
     @cached_property
     def kinds(self) -> tuple[tuple[int, Pieces], ...]:
-        """(number of layers, their pieces) for each kind of layer: equal layers hold the same pieces."""
+        """(number of layers, their pieces) for each kind of layer: equal layers hold the same
+        pieces.
+        """
         found: dict[int, tuple[int, Pieces]] = {}
         for layer in self.layers:
             known, _ = found.get(id(layer.pieces), (0, ()))
@@ -65,12 +69,16 @@ class ParameterCount:
 
     @property
     def mtp(self) -> int:
-        """Parameters of the multi-token-prediction modules, beyond the embedding and head that they share."""
+        """Parameters of the multi-token-prediction modules, beyond the embedding and head that they
+        share.
+        """
         return self.by_part[Part.MTP.value]
 
     @property
     def phantom(self) -> int:
-        """Rows that the transformers implementation allocates beside these and no token reads: ``numel`` is ``total + phantom``."""
+        """Rows that the transformers implementation allocates beside these and no token reads:
+        ``numel`` is ``total + phantom``.
+        """
         return sum(times * piece.phantom for times, pieces in self.kinds for piece in pieces)
 
     @cached_property
@@ -84,18 +92,29 @@ class ParameterCount:
 
     @cached_property
     def tied(self) -> bool:
-        return any(piece.part is Part.HEAD and piece.macs and not piece.size for _, piece in self.pieces())
+        return any(
+            piece.part is Part.HEAD and piece.macs and not piece.size for _, piece in self.pieces()
+        )
 
     def active(self, convention: Convention = "B", at: At = "mean") -> int:
-        """Parameters that one token uses in a convention, ``at`` the least, mean or most experts that it may run."""
+        """Parameters that one token uses in a convention, ``at`` the least, mean or most experts
+        that it may run.
+        """
         if convention not in CONVENTIONS:
             raise ConfigError(expected("a convention A, B or C", repr(convention)))
         left_out = _LEFT_OUT[convention, self.tied]
-        used = (times * piece.active(at) for times, pieces in self.kinds for piece in pieces if piece.part not in left_out)
+        used = (
+            times * piece.active(at)
+            for times, pieces in self.kinds
+            for piece in pieces
+            if piece.part not in left_out
+        )
         return round(sum(used))
 
     def active_without_tables(self, at: At = "mean") -> int:
-        """Convention A less the n-gram tables, of which a token reads a few rows: what runs of this library record as active."""
+        """Convention A less the n-gram tables, of which a token reads a few rows: what runs of this
+        library record as active.
+        """
         return self.active("A", at) - self.by_part[Part.NGRAM_TABLE]
 
     @property
@@ -115,25 +134,49 @@ class ParameterCount:
 
     @property
     def moe_layers(self) -> dict[int, Piece]:
-        """Layer -> its routed experts as one piece (``size`` is one whole expert), MTP modules left out."""
+        """Layer -> its routed experts as one piece (``size`` is one whole expert), MTP modules left
+        out.
+        """
         found: dict[int, Piece] = {}
         for layer, piece in self.pieces():
             if layer is not None and piece.part is Part.ROUTED:
                 known = found.get(layer)
-                found[layer] = piece if known is None else known._replace(size=known.size + piece.size)
+                found[layer] = (
+                    piece if known is None else known._replace(size=known.size + piece.size)
+                )
         return found
 
     def frame(self) -> "pl.DataFrame":
-        """One row per piece: layer (null outside the layers), part, name, params, copies, active_min, active_mean, active_max, phantom."""
+        """One row per piece: layer (null outside the layers), part, name, params, copies,
+        active_min, active_mean, active_max, phantom.
+        """
         import polars as pl
 
         rows = [
-            (layer, piece.part.value, piece.name, piece.params, piece.copies, *map(piece.active, ("least", "mean", "most")), piece.phantom)
+            (
+                layer,
+                piece.part.value,
+                piece.name,
+                piece.params,
+                piece.copies,
+                *map(piece.active, ("least", "mean", "most")),
+                piece.phantom,
+            )
             for layer, piece in self.pieces()
         ]
         floats = ("active_min", "active_mean", "active_max")
-        schema = {"layer": pl.Int32, "part": pl.String, "name": pl.String, "params": pl.Int64, "copies": pl.Int64}
-        return pl.DataFrame(rows, schema={**schema, **dict.fromkeys(floats, pl.Float64), "phantom": pl.Int64}, orient="row")
+        schema = {
+            "layer": pl.Int32,
+            "part": pl.String,
+            "name": pl.String,
+            "params": pl.Int64,
+            "copies": pl.Int64,
+        }
+        return pl.DataFrame(
+            rows,
+            schema={**schema, **dict.fromkeys(floats, pl.Float64), "phantom": pl.Int64},
+            orient="row",
+        )
 
     def by_layer(self) -> "pl.DataFrame":
         """One row per layer and part: layer, part, params, active_min, active_mean, active_max."""
@@ -144,37 +187,57 @@ class ParameterCount:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``moe-lab count --json`` prints."""
-        active = {name: {at: self.active(name, at) for at in ("least", "mean", "most")} for name in CONVENTIONS}
+        active = {
+            name: {at: self.active(name, at) for at in ("least", "mean", "most")}
+            for name in CONVENTIONS
+        }
         numbers = {"total": self.total, "active": active, "mtp": self.mtp, "phantom": self.phantom}
-        return {"model_type": self.model_type, **numbers, "by_part": self.by_part, "assumed": list(self.assumed)}
+        return {
+            "model_type": self.model_type,
+            **numbers,
+            "by_part": self.by_part,
+            "assumed": list(self.assumed),
+        }
 
 
 def _left_out(convention: Convention, tied: bool) -> frozenset[Part]:
     out = {Part.MTP}
     if convention != "A":
-        out |= {Part.NGRAM_TABLE} if tied and convention == "B" else {Part.NGRAM_TABLE, Part.EMBEDDING}
+        out |= (
+            {Part.NGRAM_TABLE} if tied and convention == "B" else {Part.NGRAM_TABLE, Part.EMBEDDING}
+        )
     return frozenset(out | {Part.HEAD}) if convention == "C" else frozenset(out)
 
 
-_LEFT_OUT = {(convention, tied): _left_out(convention, tied) for convention in CONVENTIONS for tied in (False, True)}
+_LEFT_OUT = {
+    (convention, tied): _left_out(convention, tied)
+    for convention in CONVENTIONS
+    for tied in (False, True)
+}
 
 
 def count(config: Any, edits: Mapping[str, Any] | None = None) -> ParameterCount:
     """Count a model from its configuration.
 
     Args:
-        config: a Hugging Face configuration (dictionary, path to ``config.json`` or its folder, ``PretrainedConfig``), multimodal ones by
-            their text part; or a ``DecoderConfig``, ``MoEConfig`` or ``RunConfig`` of this library.
-        edits: "what if": field -> value, in place of what the configuration says under any of the field's names.
+        config: a Hugging Face configuration (dictionary, path to ``config.json`` or its folder,
+            ``PretrainedConfig``), multimodal ones by their text part; or a ``DecoderConfig``,
+            ``MoEConfig`` or ``RunConfig`` of this library.
+        edits: "what if": field -> value, in place of what the configuration says under any of the
+            field's names.
 
     Raises:
-        ConfigError: an architecture that is not in the table, a field that is missing, fields that contradict each other, an edit of a
-            field that the count does not depend on.
+        ConfigError: an architecture that is not in the table, a field that is missing, fields that
+            contradict each other, an edit of a field that the count does not depend on.
     """
     architecture, fields = resolve(config, edits)
     layers = tuple(architecture.build(fields))
     if unread := sorted(name for name in edits or {} if canonical(name) not in fields.read):
         near = get_close_matches(unread[0], sorted(fields.read), n=3, cutoff=0.4)
-        raise ConfigError(expected(f"a field that the count of {fields.family} reads", unread[0], ", ".join(near)))
+        raise ConfigError(
+            expected(f"a field that the count of {fields.family} reads", unread[0], ", ".join(near))
+        )
     context = fields.size_or("context_length", 0) or None
-    return ParameterCount(fields.family, layers, tuple(fields.assumed.values()), frozenset(fields.read), context)
+    return ParameterCount(
+        fields.family, layers, tuple(fields.assumed.values()), frozenset(fields.read), context
+    )

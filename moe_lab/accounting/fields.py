@@ -1,9 +1,12 @@
-"""``Fields``: a configuration read by name, with every alias accepted, every default noted and every gap an error that names the field.
+"""``Fields``: a configuration read by name, with every alias accepted, every default noted and
+every gap an error that names the field.
 
-A field is asked for by its most common Hugging Face name. A value that is absent comes from the architecture's own defaults and is then
-written to ``assumed``; where the architecture has none, a ``ConfigError`` names the field. ``Fields.at(layer)`` is the same configuration
-as one layer sees it: ``per_layer_config`` overrides and lists with one value per layer are resolved. A view remembers on which of its
-layer's own values it was asked for, so that layers that agree in these are counted once (``Fields.holds``).
+A field is asked for by its most common Hugging Face name. A value that is absent comes from the
+architecture's own defaults and is then written to ``assumed``; where the architecture has none, a
+``ConfigError`` names the field. ``Fields.at(layer)`` is the same configuration as one layer sees
+it: ``per_layer_config`` overrides and lists with one value per layer are resolved. A view remembers
+on which of its layer's own values it was asked for, so that layers that agree in these are counted
+once (``Fields.holds``).
 """
 
 import re
@@ -22,10 +25,21 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "intermediate_size": ("ffn_hidden_size",),
     "moe_intermediate_size": ("expert_ffn_hidden_size", "d_expert"),
     "num_experts": ("n_routed_experts", "num_local_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("moe_topk", "moe_k", "moe_top_k", "num_experts_per_token", "top_k_experts"),
+    "num_experts_per_tok": (
+        "moe_topk",
+        "moe_k",
+        "moe_top_k",
+        "num_experts_per_token",
+        "top_k_experts",
+    ),
     "n_shared_experts": ("num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
     "zero_expert_num": ("num_zero_experts",),
-    "num_nextn_predict_layers": ("num_mtp_layers", "mtp_num_layers", "num_mtp_modules", "mtp_num_hidden_layers"),
+    "num_nextn_predict_layers": (
+        "num_mtp_layers",
+        "mtp_num_layers",
+        "num_mtp_modules",
+        "mtp_num_hidden_layers",
+    ),
     "shared_expert_intermediate_size": (
         "moe_shared_expert_intermediate_size",
         "shared_intermediate_size",
@@ -40,7 +54,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """Canonical name -> the other names that public configurations give the same field."""
 
 MOST = 10_000
-"""The most layers, modules or tables of one model: they are made one by one, and an absurd number must not fill the memory."""
+"""The most layers, modules or tables of one model: they are made one by one, and an absurd number
+must not fill the memory.
+"""
 
 _MISSING = object()
 
@@ -53,7 +69,9 @@ def names_of(name: str) -> tuple[str, ...]:
 
 
 def canonical(name: str) -> str:
-    """The name under which a field is known here: ``n_routed_experts`` -> ``num_experts``; an unknown name stays itself."""
+    """The name under which a field is known here: ``n_routed_experts`` -> ``num_experts``; an
+    unknown name stays itself.
+    """
     return next((field for field, aliases in ALIASES.items() if name in aliases), name)
 
 
@@ -63,7 +81,8 @@ class Fields:
     Args:
         values: the configuration as plain values.
         family: the architecture's name, for messages.
-        defaults: field -> value (or function of the ``Fields``) that the architecture takes where the configuration is silent.
+        defaults: field -> value (or function of the ``Fields``) that the architecture takes where
+            the configuration is silent.
     """
 
     def __init__(self, values: Mapping[str, Any], family: str, defaults: Mapping[str, Any]) -> None:
@@ -103,23 +122,41 @@ class Fields:
 
     def _look_up(self, name: str) -> Any:
         self.read.add(name)
-        found = [(alias, self.values[alias]) for alias in names_of(name) if self.values.get(alias) is not None]
+        found = [
+            (alias, self.values[alias])
+            for alias in names_of(name)
+            if self.values.get(alias) is not None
+        ]
         if not found:
             return None
         if any(value != found[0][1] for _, value in found[1:]):
             both = ", ".join(f"{alias}={value}" for alias, value in found)
             if name not in _FIRST_WINS:
-                raise ConfigError(expected(f"one value of {name} in the {self.family} configuration", both, "removing one of them"))
+                raise ConfigError(
+                    expected(
+                        f"one value of {name} in the {self.family} configuration",
+                        both,
+                        "removing one of them",
+                    )
+                )
             self.note(name, f"{found[0][0]} = {found[0][1]} (the configuration has {both})")
         value = found[0][1]
         return list(value) if isinstance(value, tuple) else value
 
     def entry(self, name: str, value: Any) -> Any:
-        """A list has one value for each layer: this layer's. Anything else is the same in all layers."""
+        """A list has one value for each layer: this layer's.
+
+        Anything else is the same in all layers.
+        """
         if self.layer is None or not isinstance(value, list):
             return value
         if self.layer >= len(value):
-            raise ConfigError(expected(f"{name} with one entry for each layer (at least {self.layer + 1})", f"{len(value)} entries"))
+            raise ConfigError(
+                expected(
+                    f"{name} with one entry for each layer (at least {self.layer + 1})",
+                    f"{len(value)} entries",
+                )
+            )
         self.conditions.append((name, value[self.layer]))
         return value[self.layer]
 
@@ -128,7 +165,9 @@ class Fields:
         return any(alias in self.values for alias in names_of(name))
 
     def get(self, name: str) -> Any:
-        """The value, or the architecture's default (noted in ``assumed``), or a ``ConfigError`` that names the field."""
+        """The value, or the architecture's default (noted in ``assumed``), or a ``ConfigError``
+        that names the field.
+        """
         value = self.find(name)
         if value is not None:
             return value
@@ -138,7 +177,10 @@ class Fields:
         return default
 
     def default(self, name: str) -> Any:
-        """What the architecture takes where the configuration is silent. A rule notes for itself what it had to assume."""
+        """What the architecture takes where the configuration is silent.
+
+        A rule notes for itself what it had to assume.
+        """
         if name not in self.defaults:
             return _MISSING
         value = self.defaults[name]
@@ -149,7 +191,10 @@ class Fields:
 
     def assume(self, name: str, value: Any, why: str = "") -> None:
         """Record a default in ``assumed``."""
-        self.assumed.setdefault(name, f"{name} = {value} (not in the configuration; {why or f'the usual value of {self.family}'})")
+        self.assumed.setdefault(
+            name,
+            f"{name} = {value} (not in the configuration; {why or f'the usual value of {self.family}'})",
+        )
 
     def note(self, key: str, sentence: str) -> None:
         """Record any other assumption under ``key``."""
@@ -158,7 +203,9 @@ class Fields:
     def missing(self, name: str) -> ConfigError:
         others = ALIASES.get(name, ())
         hint = f"adding it (also read as {', '.join(others)})" if others else "adding it"
-        return ConfigError(expected(f"a field {name} in the {self.family} configuration", "none", hint))
+        return ConfigError(
+            expected(f"a field {name} in the {self.family} configuration", "none", hint)
+        )
 
     def nullable(self, name: str) -> Any:
         """A field whose null means "none of it"; absent takes the default, and without one raises."""
@@ -181,8 +228,15 @@ class Fields:
     def check_size(self, name: str, value: Any, least: int = 1, most: int | None = None) -> int:
         if type(value) is int and value >= least and (most is None or value <= most):
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < least:
-            raise ConfigError(expected(f"{name} as a whole number of at least {least}", short(value)))
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or value != value // 1
+            or value < least
+        ):
+            raise ConfigError(
+                expected(f"{name} as a whole number of at least {least}", short(value))
+            )
         if most is not None and value > most:
             raise ConfigError(expected(f"{name} of at most {most:,}", short(value)))
         return int(value)
@@ -190,7 +244,11 @@ class Fields:
     def size_or(self, name: str, otherwise: int, least: int = 0, most: int | None = None) -> int:
         """A whole number whose absence is normal and means ``otherwise``."""
         value = self.find(name)
-        return otherwise if value is None else self.check_size(name, self.entry(name, value), least, most)
+        return (
+            otherwise
+            if value is None
+            else self.check_size(name, self.entry(name, value), least, most)
+        )
 
     def truth(self, name: str, otherwise: bool = False) -> bool:
         """A boolean whose absence is normal and means ``otherwise``."""
@@ -216,10 +274,17 @@ class Fields:
         return value
 
     def flag(self, name: str) -> bool:
-        """A boolean. Only true and false: a word that describes the bias says nothing about its size."""
+        """A boolean.
+
+        Only true and false: a word that describes the bias says nothing about its size.
+        """
         value = self.get(name)
         if not isinstance(value, bool | int):
-            raise ConfigError(expected(f"{name} as true or false in the {self.family} configuration", short(value)))
+            raise ConfigError(
+                expected(
+                    f"{name} as true or false in the {self.family} configuration", short(value)
+                )
+            )
         return bool(value)
 
     def number(self, name: str) -> float:
@@ -236,12 +301,20 @@ class Fields:
         return self.size("num_hidden_layers", most=MOST)
 
     def per_layer(self, name: str) -> list[Any]:
-        """A list with one entry per layer; entries beyond the last layer may describe MTP modules and are left out."""
+        """A list with one entry per layer; entries beyond the last layer may describe MTP modules
+        and are left out.
+        """
         value, layers = self.get(name), self.num_layers
         extra = self.size_or("num_nextn_predict_layers", 0)
         if not isinstance(value, list | tuple) or not layers <= len(value) <= layers + extra:
             size = len(value) if isinstance(value, list | tuple) else short(value)
-            raise ConfigError(expected(f"{name} with num_hidden_layers = {layers} entries", size, "changing both together"))
+            raise ConfigError(
+                expected(
+                    f"{name} with num_hidden_layers = {layers} entries",
+                    size,
+                    "changing both together",
+                )
+            )
         return list(value[:layers])
 
     def once(self, rule: Callable[["Fields"], Any]) -> Any:
@@ -277,14 +350,21 @@ def nested(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _overrides(config: Any) -> dict[int, dict[str, Any]]:
-    """``per_layer_config``: layer -> the fields that are different there. A layer that skips a module has no closed form here."""
+    """``per_layer_config``: layer -> the fields that are different there.
+
+    A layer that skips a module has no closed form here.
+    """
     try:
         read = {int(layer): dict(fields) for layer, fields in (config or {}).items()}
     except (AttributeError, TypeError, ValueError):
         raise ConfigError(expected("per_layer_config as layer -> fields", short(config))) from None
     for layer, fields in read.items():
         if fields.get("skip"):
-            raise ConfigError(expected("per_layer_config without skip", f"skip = {fields['skip']} in layer {layer}"))
+            raise ConfigError(
+                expected(
+                    "per_layer_config without skip", f"skip = {fields['skip']} in layer {layer}"
+                )
+            )
     return read
 
 

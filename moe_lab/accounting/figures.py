@@ -1,4 +1,6 @@
-"""Pictures of what a model is made of and of where the published ones stand. plotly is imported when a figure is made."""
+"""Pictures of what a model is made of and of where the published ones stand. plotly is imported
+when a figure is made.
+"""
 
 import math
 from collections import defaultdict
@@ -23,13 +25,17 @@ COLOURS = {
 }
 SPARSITIES = (0.5, 0.75, 0.9, 0.94, 0.97, 0.99)
 MARKED = (0.94, 0.97)
-"""1 - active / total at the two ends of LongCat-Flash: 94.4 % for a token that runs 12 real experts, 96.7 % for one that runs none. The
-mean of LongCat-2.0 is 97.0 %, DeepSeek-V4-Pro 96.9 %."""
+"""1 - active / total at the two ends of LongCat-Flash: 94.4 % for a token that runs 12 real
+experts, 96.7 % for one that runs none. The mean of LongCat-2.0 is 97.0 %, DeepSeek-V4-Pro 96.9 %.
+"""
 SYMBOLS = ("circle", "diamond", "square", "x")
 
 
 def parts_treemap(counted: ParameterCount, title: str = "") -> "go.Figure":
-    """Areas are stored parameters: parts, and inside each of them its pieces summed over layers. Expert areas tell what a token runs."""
+    """Areas are stored parameters: parts, and inside each of them its pieces summed over layers.
+
+    Expert areas tell what a token runs.
+    """
     import plotly.graph_objects as go
 
     sizes: dict[tuple[Part, str], int] = defaultdict(int)
@@ -39,8 +45,12 @@ def parts_treemap(counted: ParameterCount, title: str = "") -> "go.Figure":
         active[piece.part, piece.name] += piece.active()
     shown = {key: size for key, size in sizes.items() if size}
     parts = list(dict.fromkeys(part for part, _ in shown))
-    totals = {part: sum(size for (owner, _), size in shown.items() if owner is part) for part in parts}
-    used = {part: sum(value for (owner, _), value in active.items() if owner is part) for part in parts}
+    totals = {
+        part: sum(size for (owner, _), size in shown.items() if owner is part) for part in parts
+    }
+    used = {
+        part: sum(value for (owner, _), value in active.items() if owner is part) for part in parts
+    }
     leaves = list(shown)
     return go.Figure(
         go.Treemap(
@@ -49,19 +59,27 @@ def parts_treemap(counted: ParameterCount, title: str = "") -> "go.Figure":
             parents=[""] * len(parts) + [part.value for part, _ in leaves],
             values=[totals[part] for part in parts] + [shown[leaf] for leaf in leaves],
             customdata=[used[part] for part in parts] + [active[leaf] for leaf in leaves],
-            marker={"colors": [COLOURS.get(part, "#a6acb4") for part in (*parts, *(part for part, _ in leaves))]},
+            marker={
+                "colors": [
+                    COLOURS.get(part, "#a6acb4") for part in (*parts, *(part for part, _ in leaves))
+                ]
+            },
             branchvalues="total",
             hovertemplate="%{label}<br>%{value:,} stored<br>%{customdata:,.0f} used by a token<extra></extra>",
         ),
         layout={
-            "title": {"text": title or f"{counted.model_type}: {counted.total / 1e9:,.2f}B parameters"},
+            "title": {
+                "text": title or f"{counted.model_type}: {counted.total / 1e9:,.2f}B parameters"
+            },
             "margin": {"l": 8, "r": 8, "b": 8},
         },
     )
 
 
 def atlas(frame: "pl.DataFrame") -> "go.Figure":
-    """Total against active parameters of ``models()``, log-log, with lines of equal sparsity; ranges of dynamic models as bars."""
+    """Total against active parameters of ``models()``, log-log, with lines of equal sparsity;
+    ranges of dynamic models as bars.
+    """
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -74,7 +92,11 @@ def atlas(frame: "pl.DataFrame") -> "go.Figure":
             mode="lines+text",
             text=["", f"{sparsity:.0%}"],
             textposition="middle right",
-            line={"color": "#a8321a" if marked else "#a6acb4", "width": 2 if marked else 1, "dash": "solid" if marked else "dot"},
+            line={
+                "color": "#a8321a" if marked else "#a6acb4",
+                "width": 2 if marked else 1,
+                "dash": "solid" if marked else "dot",
+            },
             hoverinfo="skip",
             showlegend=False,
         )
@@ -90,8 +112,14 @@ def atlas(frame: "pl.DataFrame") -> "go.Figure":
             hovertemplate=_HOVER,
         )
     figure.update_layout(
-        title={"text": "Published MoE models: total against active parameters (each in its laboratory's convention)"},
-        xaxis={"type": "log", "title": {"text": "active parameters per token"}, "range": [math.log10(low), math.log10(high) + 0.25]},
+        title={
+            "text": "Published MoE models: total against active parameters (each in its laboratory's convention)"
+        },
+        xaxis={
+            "type": "log",
+            "title": {"text": "active parameters per token"},
+            "range": [math.log10(low), math.log10(high) + 0.25],
+        },
         yaxis={"type": "log", "title": {"text": "total parameters"}},
         legend={"title": {"text": "family"}},
     )
@@ -99,7 +127,9 @@ def atlas(frame: "pl.DataFrame") -> "go.Figure":
 
 
 def sparsity_over_time(frame: "pl.DataFrame") -> "go.Figure":
-    """1 - active / total against date, with 94 % and 97 % marked; 1 - k / E of the same model as an open marker."""
+    """1 - active / total against date, with 94 % and 97 % marked; 1 - k / E of the same model as an
+    open marker.
+    """
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -118,7 +148,9 @@ def sparsity_over_time(frame: "pl.DataFrame") -> "go.Figure":
             hovertemplate=_HOVER,
         )
     for level in MARKED:
-        figure.add_hline(y=level, line={"color": "#a8321a", "width": 1}, annotation={"text": f"{level:.0%}"})
+        figure.add_hline(
+            y=level, line={"color": "#a8321a", "width": 1}, annotation={"text": f"{level:.0%}"}
+        )
     figure.update_layout(
         title={"text": "Sparsity of published MoE models: two definitions"},
         xaxis={"title": {"text": "date of publication"}},
@@ -127,9 +159,7 @@ def sparsity_over_time(frame: "pl.DataFrame") -> "go.Figure":
     return figure
 
 
-_HOVER = (
-    "%{customdata[0]}<br>total %{customdata[1]}, active %{customdata[2]} (convention %{customdata[3]})<br>%{customdata[4]}<extra></extra>"
-)
+_HOVER = "%{customdata[0]}<br>total %{customdata[1]}, active %{customdata[2]} (convention %{customdata[3]})<br>%{customdata[4]}<extra></extra>"
 
 
 def _hover(rows: "pl.DataFrame") -> list[list[str]]:
@@ -150,8 +180,14 @@ def _range(rows: "pl.DataFrame") -> dict[str, object]:
     return {
         "type": "data",
         "symmetric": False,
-        "array": [row["active_max"] - row["active"] if _varies(row) else 0 for row in rows.iter_rows(named=True)],
-        "arrayminus": [row["active"] - row["active_min"] if _varies(row) else 0 for row in rows.iter_rows(named=True)],
+        "array": [
+            row["active_max"] - row["active"] if _varies(row) else 0
+            for row in rows.iter_rows(named=True)
+        ],
+        "arrayminus": [
+            row["active"] - row["active_min"] if _varies(row) else 0
+            for row in rows.iter_rows(named=True)
+        ],
     }
 
 
@@ -160,11 +196,20 @@ def _sparsity_range(rows: "pl.DataFrame") -> dict[str, object]:
     return {
         "type": "data",
         "symmetric": False,
-        "array": [(row["active"] - row["active_min"]) / row["total"] if _varies(row) else 0 for row in named],
-        "arrayminus": [(row["active_max"] - row["active"]) / row["total"] if _varies(row) else 0 for row in named],
+        "array": [
+            (row["active"] - row["active_min"]) / row["total"] if _varies(row) else 0
+            for row in named
+        ],
+        "arrayminus": [
+            (row["active_max"] - row["active"]) / row["total"] if _varies(row) else 0
+            for row in named
+        ],
     }
 
 
 def _varies(row: dict[str, object]) -> bool:
-    """Does the model choose its count (LongCat)? Then the range is in convention B, as its figure is."""
+    """Does the model choose its count (LongCat)?
+
+    Then the range is in convention B, as its figure is.
+    """
     return row["convention"] == "B" and row["active_max"] != row["active_min"]

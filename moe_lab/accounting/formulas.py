@@ -1,21 +1,40 @@
-"""Closed forms: sizes in, pieces out. Nothing here knows a configuration; ``blocks.py`` reads the sizes and calls these.
+"""Closed forms: sizes in, pieces out. Nothing here knows a configuration; ``blocks.py`` reads the
+sizes and calls these.
 
-Sources: grouped-query attention arXiv 2305.13245; multi-head latent attention arXiv 2405.04434 section 2.1; sparse attention with a
-lightning indexer arXiv 2512.02556; gated feed-forwards arXiv 2002.05202; Mamba arXiv 2312.00752; Mamba-2 arXiv 2405.21060; gated delta
-rule arXiv 2412.06464; Kimi Delta Attention arXiv 2510.26692; lightning attention arXiv 2501.08313. The multiply-accumulates of a
-recurrence are those of its recurrent form: one for each state entry that is written, read or corrected.
+Sources: grouped-query attention arXiv 2305.13245; multi-head latent attention arXiv 2405.04434
+section 2.1; sparse attention with a lightning indexer arXiv 2512.02556; gated feed-forwards arXiv
+2002.05202; Mamba arXiv 2312.00752; Mamba-2 arXiv 2405.21060; gated delta rule arXiv 2412.06464;
+Kimi Delta Attention arXiv 2510.26692; lightning attention arXiv 2501.08313. The
+multiply-accumulates of a
+recurrence are those of its recurrent form: one for each state entry that is written, read or
+corrected.
 """
 
 from typing import Literal
 
-from moe_lab.accounting.parts import Attend, Index, Part, Piece, Pieces, Recur, conv, linear, norm, vector
+from moe_lab.accounting.parts import (
+    Attend,
+    Index,
+    Part,
+    Piece,
+    Pieces,
+    Recur,
+    conv,
+    linear,
+    norm,
+    vector,
+)
 
 A = Part.ATTENTION
 
 
 def gated_ffn(part: Part, d: int, width: int, bias: bool = False) -> Pieces:
     """Three matrices: ``(act(x W_gate) * x W_up) W_down``."""
-    return (linear(part, "gate_proj", d, width, bias), linear(part, "up_proj", d, width, bias), linear(part, "down_proj", width, d, bias))
+    return (
+        linear(part, "gate_proj", d, width, bias),
+        linear(part, "up_proj", d, width, bias),
+        linear(part, "down_proj", width, d, bias),
+    )
 
 
 def plain_ffn(part: Part, d: int, width: int, bias: bool = False) -> Pieces:
@@ -27,7 +46,10 @@ def qk_norms(kind: Literal["none", "head", "width"], heads: int, kv_heads: int, 
     """RMSNorm of queries and keys: over each head, over all heads together, or none."""
     if kind == "none":
         return ()
-    return (norm("q_norm", dim if kind == "head" else heads * dim), norm("k_norm", dim if kind == "head" else kv_heads * dim))
+    return (
+        norm("q_norm", dim if kind == "head" else heads * dim),
+        norm("k_norm", dim if kind == "head" else kv_heads * dim),
+    )
 
 
 def gqa(
@@ -45,7 +67,8 @@ def gqa(
 ) -> Pieces:
     """Grouped-query attention: ``d*h*hd + 2*d*kv*hd + h*hd*d`` and biases.
 
-    ``query_width`` 2 is a query projection that also yields an output gate; without ``values`` the keys serve as values.
+    ``query_width`` 2 is a query projection that also yields an output gate; without ``values`` the
+    keys serve as values.
     """
     v = dim if v_dim is None else v_dim
     projections = [
@@ -63,7 +86,11 @@ def scores(kernel: Attend) -> Piece:
 
 def sparse(piece: Piece, top: int) -> Piece:
     """The same piece; if it is softmax attention, over the ``top`` keys that an indexer selects."""
-    return piece._replace(kernel=piece.kernel._replace(top=top)) if isinstance(piece.kernel, Attend) else piece
+    return (
+        piece._replace(kernel=piece.kernel._replace(top=top))
+        if isinstance(piece.kernel, Attend)
+        else piece
+    )
 
 
 def mla(
@@ -79,31 +106,69 @@ def mla(
     window: int | None = None,
     top: int | None = None,
 ) -> Pieces:
-    """Multi-head latent attention:
-    ``d*rq + rq + rq*h*(nope+rope) + d*(rkv+rope) + rkv + rkv*h*(nope+v) + h*v*d``; without q-LoRA the first three are ``d*h*(nope+rope)``.
+    """Multi-head latent attention: ``d*rq + rq + rq*h*(nope+rope) + d*(rkv+rope) + rkv +
+    rkv*h*(nope+v) + h*v*d``; without q-LoRA the first three are ``d*h*(nope+rope)``.
     """
     query = mla_query(d, heads, rank_q, nope + rope, bias)
-    return (*query, *mla_kv(d, heads, rank_kv, nope, rope, v, bias=bias), mla_scores(heads, rank_kv, nope, rope, v, window, top))
+    return (
+        *query,
+        *mla_kv(d, heads, rank_kv, nope, rope, v, bias=bias),
+        mla_scores(heads, rank_kv, nope, rope, v, window, top),
+    )
 
 
 def mla_query(d: int, heads: int, rank_q: int | None, qk: int, bias: bool = False) -> Pieces:
     if rank_q is None:
         return (linear(A, "q_proj", d, heads * qk),)
-    return (linear(A, "q_a_proj", d, rank_q, bias), norm("q_a_norm", rank_q), linear(A, "q_b_proj", rank_q, heads * qk))
+    return (
+        linear(A, "q_a_proj", d, rank_q, bias),
+        norm("q_a_norm", rank_q),
+        linear(A, "q_b_proj", rank_q, heads * qk),
+    )
 
 
-def mla_kv(d: int, heads: int, rank_kv: int, nope: int, rope: int, v: int, *, bias: bool = False, latent: bool = True) -> Pieces:
+def mla_kv(
+    d: int,
+    heads: int,
+    rank_kv: int,
+    nope: int,
+    rope: int,
+    v: int,
+    *,
+    bias: bool = False,
+    latent: bool = True,
+) -> Pieces:
     """Everything after the query; without ``latent`` the layer reads the latent of an earlier one."""
-    down = (linear(A, "kv_a_proj", d, rank_kv + rope, bias), norm("kv_a_norm", rank_kv)) if latent else ()
-    return (*down, linear(A, "kv_b_proj", rank_kv, heads * (nope + v)), linear(A, "o_proj", heads * v, d, bias))
+    down = (
+        (linear(A, "kv_a_proj", d, rank_kv + rope, bias), norm("kv_a_norm", rank_kv))
+        if latent
+        else ()
+    )
+    return (
+        *down,
+        linear(A, "kv_b_proj", rank_kv, heads * (nope + v)),
+        linear(A, "o_proj", heads * v, d, bias),
+    )
 
 
-def mla_scores(heads: int, rank_kv: int, nope: int, rope: int, v: int, window: int | None = None, top: int | None = None) -> Piece:
-    return scores(Attend(heads, nope + rope, v, window=window, top=top, absorbed=(rank_kv + rope, rank_kv)))
+def mla_scores(
+    heads: int,
+    rank_kv: int,
+    nope: int,
+    rope: int,
+    v: int,
+    window: int | None = None,
+    top: int | None = None,
+) -> Piece:
+    return scores(
+        Attend(heads, nope + rope, v, window=window, top=top, absorbed=(rank_kv + rope, rank_kv))
+    )
 
 
 def indexer(d: int, rank_q: int, heads: int, dim: int, stride: int = 1) -> Pieces:
-    """DeepSeek sparse attention: queries from the latent (``rank_q``) or the stream, one key per token, one weight per head."""
+    """DeepSeek sparse attention: queries from the latent (``rank_q``) or the stream, one key per
+    token, one weight per head.
+    """
     return (
         linear(A, "indexer.wq_b", rank_q, heads * dim),
         linear(A, "indexer.wk", d, dim),
@@ -113,7 +178,9 @@ def indexer(d: int, rank_q: int, heads: int, dim: int, stride: int = 1) -> Piece
     )
 
 
-def mamba1(d: int, expand: int, state: int, rank: int, kernel: int, conv_bias: bool, bias: bool) -> Pieces:
+def mamba1(
+    d: int, expand: int, state: int, rank: int, kernel: int, conv_bias: bool, bias: bool
+) -> Pieces:
     """Selective state space of Mamba as Jamba uses it: with norms on dt, B and C."""
     inner = expand * d
     return (
@@ -131,7 +198,16 @@ def mamba1(d: int, expand: int, state: int, rank: int, kernel: int, conv_bias: b
     )
 
 
-def mamba2(d: int, inner: int, heads: int, groups: int, state: int, kernel: int, conv_bias: bool, bias: bool) -> Pieces:
+def mamba2(
+    d: int,
+    inner: int,
+    heads: int,
+    groups: int,
+    state: int,
+    kernel: int,
+    conv_bias: bool,
+    bias: bool,
+) -> Pieces:
     """Mamba-2: one decay per head, B and C shared by the heads of a group."""
     channels = inner + 2 * groups * state
     return (
@@ -146,8 +222,12 @@ def mamba2(d: int, inner: int, heads: int, groups: int, state: int, kernel: int,
     )
 
 
-def delta_net(d: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, kernel: int) -> Pieces:
-    """Gated DeltaNet of Qwen3-Next: convolved queries, keys and values, an output gate, a write strength and a decay per value head."""
+def delta_net(
+    d: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, kernel: int
+) -> Pieces:
+    """Gated DeltaNet of Qwen3-Next: convolved queries, keys and values, an output gate, a write
+    strength and a decay per value head.
+    """
     keys, values = key_heads * key_dim, value_heads * value_dim
     return (
         linear(A, "in_proj_qkv", d, 2 * keys + values),
@@ -162,8 +242,18 @@ def delta_net(d: int, key_heads: int, value_heads: int, key_dim: int, value_dim:
     )
 
 
-def kda(d: int, heads: int, dim: int, kernel: int, *, low_rank_decay: bool = True, low_rank_gate: bool = True) -> Pieces:
-    """Kimi Delta Attention: a decay for each channel of each head; decay and output gate through a bottleneck of one head, or in full."""
+def kda(
+    d: int,
+    heads: int,
+    dim: int,
+    kernel: int,
+    *,
+    low_rank_decay: bool = True,
+    low_rank_gate: bool = True,
+) -> Pieces:
+    """Kimi Delta Attention: a decay for each channel of each head; decay and output gate through a
+    bottleneck of one head, or in full.
+    """
     width = heads * dim
 
     def projection(name: str, low_rank: bool) -> Pieces:
@@ -186,7 +276,9 @@ def kda(d: int, heads: int, dim: int, kernel: int, *, low_rank_decay: bool = Tru
 
 
 def lightning(d: int, heads: int, dim: int) -> Pieces:
-    """Lightning attention of MiniMax-01: linear attention with a fixed decay per head, an output norm and an output gate."""
+    """Lightning attention of MiniMax-01: linear attention with a fixed decay per head, an output
+    norm and an output gate.
+    """
     width = heads * dim
     return (
         norm("norm", width),
@@ -199,11 +291,17 @@ def lightning(d: int, heads: int, dim: int) -> Pieces:
 
 def short_conv(d: int, kernel: int, bias: bool) -> Pieces:
     """The gated short convolution of LFM2."""
-    return (linear(A, "in_proj", d, 3 * d, bias), conv(A, "conv", d, kernel, bias), linear(A, "out_proj", d, d, bias))
+    return (
+        linear(A, "in_proj", d, 3 * d, bias),
+        conv(A, "conv", d, kernel, bias),
+        linear(A, "out_proj", d, d, bias),
+    )
 
 
 def hyper_connection(streams: int, d: int, outputs: int, scales: int, name: str) -> Pieces:
-    """Manifold-constrained hyper-connections (arXiv 2512.24880): ``outputs`` mixing weights read from all streams at once."""
+    """Manifold-constrained hyper-connections (arXiv 2512.24880): ``outputs`` mixing weights read
+    from all streams at once.
+    """
     return (
         linear(Part.OTHER, f"{name}.fn", streams * d, outputs),
         vector(Part.OTHER, f"{name}.base", outputs),

@@ -1,9 +1,12 @@
-"""The minis: published architectures at sizes that train on a laptop, as plain ``DecoderConfig`` values.
+"""The minis: published architectures at sizes that train on a laptop, as plain ``DecoderConfig``
+values.
 
-Experts, slots, zero-compute and shared experts are the original's own numbers, and the widths of experts, dense feed-forwards, heads and
-latents its shares of the model width, so a layer holds and runs the same fractions. What cannot keep its share: the router (it grows
-with the width, not its square), the layers (so one leading dense or hash layer stands for one to three), and embeddings, which every
-ratio here leaves out. ``moe_lab.model.preset`` builds them; ``ratios`` compares them with their originals (docs/decoder.md).
+Experts, slots, zero-compute and shared experts are the original's own numbers, and the widths of
+experts, dense feed-forwards, heads and latents its shares of the model width, so a layer holds and
+runs the same fractions. What cannot keep its share: the router (it grows with the width, not its
+square), the layers (so one leading dense or hash layer stands for one to three), and embeddings,
+which every ratio here leaves out. ``moe_lab.model.preset`` builds them; ``ratios`` compares them
+with their originals (docs/decoder.md).
 """
 
 from collections.abc import Mapping
@@ -22,7 +25,8 @@ class Mini:
     Attributes:
         original: identifier of the published model in ``models.json``.
         config: ``DecoderConfig.to_dict()`` without what is left at its default.
-        training: ``RunConfig`` fields that the original's report gives, or that stand for what it gives.
+        training: ``RunConfig`` fields that the original's report gives, or that stand for what it
+            gives.
         left_out: what of the architecture the mini does not have.
     """
 
@@ -33,12 +37,19 @@ class Mini:
 
 
 def _moe(d_model: int, d_expert: int, shared: int = 0, **router: Any) -> dict[str, Any]:
-    return {"d_model": d_model, "d_expert": d_expert, "num_shared_experts": shared, "router": router}
+    return {
+        "d_model": d_model,
+        "d_expert": d_expert,
+        "num_shared_experts": shared,
+        "router": router,
+    }
 
 
 def _longcat(experts: int, zero: int, scale: float) -> dict[str, Any]:
-    """Twelve slots of which eight are real experts on average (arXiv 2509.01322). The controller's rate is not published: with hundreds
-    of experts 0.1 takes some 500 steps to the target, 0.5 a hundred."""
+    """Twelve slots of which eight are real experts on average (arXiv 2509.01322). The controller's
+    rate is not published: with hundreds of experts 0.1 takes some 500 steps to the target, 0.5 a
+    hundred.
+    """
     controller = {"kind": "proportional", "rate": 0.5, "target_ffn_count": 8.0}
     return {
         "kind": "longcat",
@@ -54,12 +65,21 @@ def _longcat(experts: int, zero: int, scale: float) -> dict[str, Any]:
 def _sigmoid(experts: int, scale: float, **groups: int) -> dict[str, Any]:
     """DeepSeek-V3's router, its bias moved by gamma = 0.001 a step (arXiv 2412.19437)."""
     controller = {"kind": "sign", "rate": 1e-3}
-    shape = {"num_experts": experts, "top_k": 8, "norm_topk_prob": True, "routed_scaling_factor": scale}
+    shape = {
+        "num_experts": experts,
+        "top_k": 8,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": scale,
+    }
     return {"kind": "deepseek_v3", **shape, "controller": controller, **groups}
 
 
 _SHARED = {"vocab_size": 2048, "context_length": 128, "tie_embeddings": False}
-_DEVICE_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "router_own_loss_coef": 1e-3}
+_DEVICE_LOSS = {
+    "router_aux_loss_coef": 0.0,
+    "router_z_loss_coef": 0.0,
+    "router_own_loss_coef": 1e-3,
+}
 _SEQUENCE_LOSS = {"router_aux_loss_coef": 1e-4, "router_z_loss_coef": 0.0}
 
 MINIS: dict[str, Mini] = {
@@ -71,7 +91,14 @@ MINIS: dict[str, Mini] = {
             "num_heads": 4,
             "d_dense": 192,
             "wiring": "shortcut",
-            "latent_attention": {"q_rank": 24, "kv_rank": 8, "nope_dim": 32, "rope_dim": 16, "value_dim": 32, "scale_latents": True},
+            "latent_attention": {
+                "q_rank": 24,
+                "kv_rank": 8,
+                "nope_dim": 32,
+                "rope_dim": 16,
+                "value_dim": 32,
+                "scale_latents": True,
+            },
             "moe": _moe(96, 32, **_longcat(512, 256, 6.0)),
             "mtp": {"num_modules": 1, "loss_coef": 0.1},
             "hidden_z_loss_coef": 1e-7,
@@ -87,8 +114,22 @@ MINIS: dict[str, Mini] = {
             "num_heads": 3,
             "d_dense": 144,
             "wiring": "shortcut",
-            "latent_attention": {"q_rank": 18, "kv_rank": 6, "nope_dim": 32, "rope_dim": 8, "value_dim": 32, "scale_latents": True},
-            "sparse_attention": {"top_k": 32, "num_heads": 3, "head_dim": 16, "initial": 1, "local": 16, "share": 2},
+            "latent_attention": {
+                "q_rank": 18,
+                "kv_rank": 6,
+                "nope_dim": 32,
+                "rope_dim": 8,
+                "value_dim": 32,
+                "scale_latents": True,
+            },
+            "sparse_attention": {
+                "top_k": 32,
+                "num_heads": 3,
+                "head_dim": 16,
+                "initial": 1,
+                "local": 16,
+                "share": 2,
+            },
             "moe": _moe(96, 24, **_longcat(768, 128, 9.0)),
             "ngram": {"max_n": 5, "num_splits": 4, "table_ratio": 5.1},
             "amplification": "sqrt",
@@ -106,7 +147,13 @@ MINIS: dict[str, Mini] = {
             "num_heads": 8,
             "d_dense": 288,
             "num_dense_layers": 1,
-            "latent_attention": {"q_rank": 24, "kv_rank": 8, "nope_dim": 32, "rope_dim": 16, "value_dim": 32},
+            "latent_attention": {
+                "q_rank": 24,
+                "kv_rank": 8,
+                "nope_dim": 32,
+                "rope_dim": 16,
+                "value_dim": 32,
+            },
             "moe": _moe(112, 32, 1, **_sigmoid(256, 2.5, num_groups=8, topk_groups=4)),
             "mtp": {"num_modules": 1, "loss_coef": 0.3},
         },
@@ -149,7 +196,13 @@ MINIS: dict[str, Mini] = {
             "num_heads": 4,
             "d_dense": 288,
             "num_dense_layers": 1,
-            "latent_attention": {"q_rank": 24, "kv_rank": 8, "nope_dim": 32, "rope_dim": 16, "value_dim": 32},
+            "latent_attention": {
+                "q_rank": 24,
+                "kv_rank": 8,
+                "nope_dim": 32,
+                "rope_dim": 16,
+                "value_dim": 32,
+            },
             "moe": _moe(112, 32, 1, **_sigmoid(384, 2.827)),
         },
         _SEQUENCE_LOSS,
@@ -198,12 +251,14 @@ def mini_config(name: str) -> dict[str, Any]:
 
 
 def ratios(counted: ParameterCount) -> dict[str, float]:
-    """What makes two models of different size the same architecture; embeddings, head and lookup tables told apart.
+    """What makes two models of different size the same architecture; embeddings, head and lookup
+    tables told apart.
 
-    Keys: experts_per_active (E / mean of real experts run), zero_share (zero-compute experts over all choices), shared_share (of the
-    expert parameters that a token runs), layer_active (share of the parameters of the MoE layers that a token runs, routers and norms
-    left out), sparsity (1 - active / total of all layers, routers included), table_share (n-gram tables over all parameters but embedding
-    and head), embedding_share (embedding and head over all parameters).
+    Keys: experts_per_active (E / mean of real experts run), zero_share (zero-compute experts over
+    all choices), shared_share (of the expert parameters that a token runs), layer_active (share of
+    the parameters of the MoE layers that a token runs, routers and norms left out), sparsity (1 -
+    active / total of all layers, routers included), table_share (n-gram tables over all parameters
+    but embedding and head), embedding_share (embedding and head over all parameters).
     """
     layers = counted.moe_layers
     if not layers:
@@ -211,15 +266,25 @@ def ratios(counted: ParameterCount) -> dict[str, float]:
     parts = counted.by_part
     ends = parts[Part.EMBEDDING] + parts[Part.HEAD]
     body = counted.total - ends - parts[Part.NGRAM_TABLE]
-    pieces = [piece for number, piece in counted.pieces() if number in layers and piece.part not in LOOKUP]
+    pieces = [
+        piece for number, piece in counted.pieces() if number in layers and piece.part not in LOOKUP
+    ]
     square = [piece for piece in pieces if piece.part not in (Part.ROUTER, Part.NORM)]
-    real, idle = (sum(piece.copies for piece in group) for group in (layers.values(), (p for p in pieces if p.part is Part.ZERO_EXPERT)))
-    routed, shared = (sum(piece.active() for piece in pieces if piece.part is part) for part in (Part.ROUTED, Part.SHARED))
+    real, idle = (
+        sum(piece.copies for piece in group)
+        for group in (layers.values(), (p for p in pieces if p.part is Part.ZERO_EXPERT))
+    )
+    routed, shared = (
+        sum(piece.active() for piece in pieces if piece.part is part)
+        for part in (Part.ROUTED, Part.SHARED)
+    )
     return {
-        "experts_per_active": real / sum(piece.used.mean for piece in layers.values() if piece.used is not None),
+        "experts_per_active": real
+        / sum(piece.used.mean for piece in layers.values() if piece.used is not None),
         "zero_share": idle / (real + idle),
         "shared_share": shared / (shared + routed),
-        "layer_active": sum(piece.active() for piece in square) / sum(piece.params for piece in square),
+        "layer_active": sum(piece.active() for piece in square)
+        / sum(piece.params for piece in square),
         "sparsity": 1 - counted.active("C") / body,
         "table_share": parts[Part.NGRAM_TABLE] / (counted.total - ends),
         "embedding_share": ends / counted.total,

@@ -1,7 +1,9 @@
-"""``Part`` and ``Piece``: a model as a flat list of typed pieces, each a matrix, a vector or a computation without weights.
+"""``Part`` and ``Piece``: a model as a flat list of typed pieces, each a matrix, a vector or a
+computation without weights.
 
-Everything that accounting reports is a sum over pieces: parameters are ``size * copies``, the active ones count the copies that a token
-runs, and the work of a token is two floating point operations for each multiply-accumulate plus what its ``Kernel`` costs.
+Everything that accounting reports is a sum over pieces: parameters are ``size * copies``, the
+active ones count the copies that a token runs, and the work of a token is two floating point
+operations for each multiply-accumulate plus what its ``Kernel`` costs.
 """
 
 from enum import StrEnum
@@ -11,9 +13,10 @@ from typing import NamedTuple
 class Part(StrEnum):
     """What a piece belongs to: the columns of every table here.
 
-    ``HEAD`` is the output matrix without its bias. ``NORM`` holds every normalisation weight, inside attention too. ``NGRAM_TABLE`` holds
-    the lookup tables beside the input embedding (n-gram and per-layer embeddings). ``OTHER`` holds hyper-connections, residual scales,
-    latent projections around the experts, output biases.
+    ``HEAD`` is the output matrix without its bias. ``NORM`` holds every normalisation weight,
+    inside attention too. ``NGRAM_TABLE`` holds the lookup tables beside the input embedding (n-gram
+    and per-layer embeddings). ``OTHER`` holds hyper-connections, residual scales, latent
+    projections around the experts, output biases.
     """
 
     EMBEDDING = "embedding"
@@ -44,14 +47,16 @@ class Used(NamedTuple):
 
 
 class Attend(NamedTuple):
-    """Softmax attention of one query: scores over ``qk`` channels and a mix of values of ``v`` channels, in each of ``heads`` heads.
+    """Softmax attention of one query: scores over ``qk`` channels and a mix of values of ``v``
+    channels, in each of ``heads`` heads.
 
     Attributes:
         window: only the last ``window`` positions are visible.
         chunk: only positions of the same aligned chunk are visible.
         stride: keys are summaries of ``stride`` positions; unfinished ones are not visible.
         top: of the visible keys, at most this many are attended to (chosen by an ``Index``).
-        absorbed: (qk, v) in decoding, where MLA multiplies the key and value up-projections into query and output.
+        absorbed: (qk, v) in decoding, where MLA multiplies the key and value up-projections into
+            query and output.
         causal: False for encoders and cross-attention.
     """
 
@@ -67,7 +72,9 @@ class Attend(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The lightning indexer of sparse attention (arXiv 2512.02556): every visible key is scored in ``heads`` heads of ``dim`` channels."""
+    """The lightning indexer of sparse attention (arXiv 2512.02556): every visible key is scored in
+    ``heads`` heads of ``dim`` channels.
+    """
 
     heads: int
     dim: int
@@ -75,7 +82,9 @@ class Index(NamedTuple):
 
 
 class Recur(NamedTuple):
-    """A linear-attention or state-space recurrence: ``macs`` multiply-accumulates per token, whatever the context."""
+    """A linear-attention or state-space recurrence: ``macs`` multiply-accumulates per token,
+    whatever the context.
+    """
 
     macs: int
 
@@ -142,4 +151,6 @@ def times(pieces: Pieces, copies: int, used: Used, part: Part = Part.ROUTED) -> 
 
 def prefixed(prefix: str, pieces: Pieces, part: Part | None = None) -> Pieces:
     """The same pieces under ``prefix.``, as another part if ``part`` is given."""
-    return tuple(piece._replace(name=f"{prefix}.{piece.name}", part=part or piece.part) for piece in pieces)
+    return tuple(
+        piece._replace(name=f"{prefix}.{piece.name}", part=part or piece.part) for piece in pieces
+    )

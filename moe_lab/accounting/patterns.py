@@ -1,4 +1,6 @@
-"""Which layers are what: rules that read a pattern from a configuration, for layer types and for the layers that are sparse."""
+"""Which layers are what: rules that read a pattern from a configuration, for layer types and for
+the layers that are sparse.
+"""
 
 from collections.abc import Callable
 
@@ -19,7 +21,9 @@ def first_only(f: Fields) -> list[bool]:
 
 
 def after_dense(f: Fields) -> list[bool]:
-    """``first_k_dense_replace`` leading dense layers; then every ``moe_layer_freq``-th, or where its list says so (DeepSeek)."""
+    """``first_k_dense_replace`` leading dense layers; then every ``moe_layer_freq``-th, or where
+    its list says so (DeepSeek).
+    """
     first, layers = f.size("first_k_dense_replace", 0), f.num_layers
     if isinstance(f.find("moe_layer_freq"), list):
         return [bool(mark) for mark in f.per_layer("moe_layer_freq")]
@@ -63,7 +67,10 @@ def usual_dense(count: int) -> Rule:
 
     def rule(f: Fields) -> list[bool]:
         if f.find("first_k_dense_replace") is None:
-            f.note("mlp_layer_types", f"the first {count} layers are dense (no mlp_layer_types; the usual pattern of {f.family})")
+            f.note(
+                "mlp_layer_types",
+                f"the first {count} layers are dense (no mlp_layer_types; the usual pattern of {f.family})",
+            )
         first = f.size_or("first_k_dense_replace", count)
         return [layer >= first for layer in range(f.num_layers)]
 
@@ -72,13 +79,24 @@ def usual_dense(count: int) -> Rule:
 
 def sparse_step(f: Fields) -> list[bool]:
     """Every ``decoder_sparse_step``-th layer, except ``mlp_only_layers`` (Qwen)."""
-    step, dense, experts = f.size("decoder_sparse_step"), set(f.numbers("mlp_only_layers")), f.size("num_experts", 0)
-    return [layer not in dense and experts > 0 and (layer + 1) % step == 0 for layer in range(f.num_layers)]
+    step, dense, experts = (
+        f.size("decoder_sparse_step"),
+        set(f.numbers("mlp_only_layers")),
+        f.size("num_experts", 0),
+    )
+    return [
+        layer not in dense and experts > 0 and (layer + 1) % step == 0
+        for layer in range(f.num_layers)
+    ]
 
 
 def ernie(f: Fields) -> list[bool]:
     """``moe_layer_start_index`` to ``moe_layer_end_index``, every ``moe_layer_interval``-th."""
-    start, end, step = f.size("moe_layer_start_index", 0), f.size("moe_layer_end_index", -1), f.size("moe_layer_interval")
+    start, end, step = (
+        f.size("moe_layer_start_index", 0),
+        f.size("moe_layer_end_index", -1),
+        f.size("moe_layer_interval"),
+    )
     last = f.num_layers - 1 if end == -1 else end
     return [(layer + 1) % step == 0 and start <= layer <= last for layer in range(f.num_layers)]
 
@@ -93,8 +111,14 @@ def llama4(f: Fields) -> list[bool]:
 
 
 def jamba_experts(f: Fields) -> list[bool]:
-    """Every ``expert_layer_period``-th from ``expert_layer_offset``, if there is more than one expert."""
-    period, offset, several = f.size("expert_layer_period"), f.size("expert_layer_offset", 0), f.size("num_experts", 0) > 1
+    """Every ``expert_layer_period``-th from ``expert_layer_offset``, if there is more than one
+    expert.
+    """
+    period, offset, several = (
+        f.size("expert_layer_period"),
+        f.size("expert_layer_offset", 0),
+        f.size("num_experts", 0) > 1,
+    )
     return [several and layer % period == offset for layer in range(f.num_layers)]
 
 
@@ -104,19 +128,25 @@ def step3_layers(f: Fields) -> list[bool]:
         return usual_dense(3)(f)
     names = f.text("moe_layers_enum").split(",")
     if not all(name.strip().isdecimal() for name in names if name.strip()):
-        raise ConfigError(expected('moe_layers_enum as "3,4,5,..."', repr(f.text("moe_layers_enum"))))
+        raise ConfigError(
+            expected('moe_layers_enum as "3,4,5,..."', repr(f.text("moe_layers_enum")))
+        )
     listed = {int(name) for name in names if name.strip()}
     return [layer in listed for layer in range(f.num_layers)]
 
 
-# ----------------------------------------------------------------------------------------------------------- layer types
+# -----------------------------------------------------------------------------------------------------------
+# layer types
 
 Types = Callable[[Fields], list[str]]
 
 
 def usual_types(f: Fields, types: list[str], what: str) -> list[str]:
     """A pattern that no field says: noted as an assumption."""
-    f.note("layer_types", f"layer_types: {what} (not in the configuration; the usual pattern of {f.family})")
+    f.note(
+        "layer_types",
+        f"layer_types: {what} (not in the configuration; the usual pattern of {f.family})",
+    )
     return types
 
 
@@ -125,25 +155,39 @@ def all_of(kind: str) -> Types:
 
 
 def every_nth_full(period: str | int, other: str, full: str = "full_attention") -> Types:
-    """``other`` except every ``period``-th layer, counted from 1; ``period`` is a number or the field that has it."""
+    """``other`` except every ``period``-th layer, counted from 1; ``period`` is a number or the
+    field that has it.
+    """
 
     def rule(f: Fields) -> list[str]:
         step = period if isinstance(period, int) else f.size(period, 0)
         types = [other if not step or (layer + 1) % step else full for layer in range(f.num_layers)]
-        return usual_types(f, types, f"{full} in every layer divisible by {step}, else {other}") if isinstance(period, int) else types
+        return (
+            usual_types(f, types, f"{full} in every layer divisible by {step}, else {other}")
+            if isinstance(period, int)
+            else types
+        )
 
     return rule
 
 
 def indexer_types(f: Fields) -> list[str]:
-    """ "full" where a layer selects tokens itself, "shared" where it takes over the selection of an earlier one (GLM-5)."""
+    """ "full" where a layer selects tokens itself, "shared" where it takes over the selection of an
+    earlier one (GLM-5).
+    """
     pattern = f.find("index_topk_pattern")
     if isinstance(pattern, str):
         return [{"F": "full", "S": "shared"}.get(mark, mark) for mark in pattern]
     if pattern is not None:
         return f.per_layer("index_topk_pattern")
-    every_nth, skipped = max(f.size_or("index_topk_freq", 1), 1), f.size_or("index_skip_topk_offset", 2)
-    return ["full" if max(layer - skipped + 1, 0) % every_nth == 0 else "shared" for layer in range(f.num_layers)]
+    every_nth, skipped = (
+        max(f.size_or("index_topk_freq", 1), 1),
+        f.size_or("index_skip_topk_offset", 2),
+    )
+    return [
+        "full" if max(layer - skipped + 1, 0) % every_nth == 0 else "shared"
+        for layer in range(f.num_layers)
+    ]
 
 
 def kda_types(f: Fields) -> list[str]:
@@ -151,19 +195,33 @@ def kda_types(f: Fields) -> list[str]:
     listed = f.table("linear_attn_config").get("full_attn_layers")
     if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
         full = set(range(4, f.num_layers, 4))
-        types = ["full_attention" if layer in full else "linear_attention" for layer in range(f.num_layers)]
-        return usual_types(f, types, "full_attention in every fourth layer after the first, else linear_attention")
-    return ["full_attention" if layer + 1 in set(listed) else "linear_attention" for layer in range(f.num_layers)]
+        types = [
+            "full_attention" if layer in full else "linear_attention"
+            for layer in range(f.num_layers)
+        ]
+        return usual_types(
+            f, types, "full_attention in every fourth layer after the first, else linear_attention"
+        )
+    return [
+        "full_attention" if layer + 1 in set(listed) else "linear_attention"
+        for layer in range(f.num_layers)
+    ]
 
 
 def jamba_types(f: Fields) -> list[str]:
     period, offset = f.size("attn_layer_period"), f.size("attn_layer_offset", 0)
-    return ["full_attention" if layer % period == offset else "linear_attention" for layer in range(f.num_layers)]
+    return [
+        "full_attention" if layer % period == offset else "linear_attention"
+        for layer in range(f.num_layers)
+    ]
 
 
 def bamba_types(f: Fields) -> list[str]:
     attention = set(f.numbers("attn_layer_indices"))
-    return ["full_attention" if layer in attention else "linear_attention" for layer in range(f.num_layers)]
+    return [
+        "full_attention" if layer in attention else "linear_attention"
+        for layer in range(f.num_layers)
+    ]
 
 
 _NEMOTRON = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
@@ -186,7 +244,8 @@ def nemotron_layers(f: Fields) -> int:
     return len(listed) if isinstance(listed, list) else len(f.text("hybrid_override_pattern"))
 
 
-# ------------------------------------------------------------------------------------------------------ other derivations
+# ------------------------------------------------------------------------------------------------------
+# other derivations
 
 
 def kv_is_heads(f: Fields) -> int:

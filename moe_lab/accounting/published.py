@@ -1,7 +1,9 @@
-"""``models()``: the published MoE models with their counts, and the figures that their laboratories gave.
+"""``models()``: the published MoE models with their counts, and the figures that their laboratories
+gave.
 
-``models.json`` holds facts only: configuration, published figures, date, and where each comes from. Everything else is counted. The
-convention in which a laboratory's active figure is right stands beside it, since the same model has three.
+``models.json`` holds facts only: configuration, published figures, date, and where each comes from.
+Everything else is counted. The convention in which a laboratory's active figure is right stands
+beside it, since the same model has three.
 """
 
 import json
@@ -24,7 +26,9 @@ def facts() -> tuple[dict[str, Any], ...]:
 
 
 def find_model(name: str) -> dict[str, Any] | None:
-    """The entry of a model by its identifier, or by the part after the slash; letter case does not matter."""
+    """The entry of a model by its identifier, or by the part after the slash; letter case does not
+    matter.
+    """
     wanted = name.lower()
     for entry in facts():
         known = entry["name"].lower()
@@ -36,11 +40,14 @@ def find_model(name: str) -> dict[str, Any] | None:
 def models() -> "pl.DataFrame":
     """One row per published model.
 
-    Columns: name, family, model_type, date (first of the month), num_layers, num_experts, top_k (mean of real experts per token where
-    there are zero-computation ones), slots (K), num_zero_experts, num_shared_experts; total, mtp; active_a, active_b, active_c (means),
-    active_min, active_max (convention B); published_total, published_active, published_min, published_max, convention (of the published
-    active figure) and fits (every convention that rounds to it); active (mean in that convention); ratio_experts = E / k,
-    ratio_parameters = total / active; sparsity = 1 - active / total, expert_sparsity = 1 - k / E; source, config_source, status, note.
+    Columns: name, family, model_type, date (first of the month), num_layers, num_experts, top_k
+    (mean of real experts per token where there are zero-computation ones), slots (K),
+    num_zero_experts, num_shared_experts; total, mtp; active_a, active_b, active_c (means),
+    active_min, active_max (convention B); published_total, published_active, published_min,
+    published_max, convention (of the published active figure) and fits (every convention that
+    rounds to it); active (mean in that convention); ratio_experts = E / k, ratio_parameters = total
+    / active; sparsity = 1 - active / total, expert_sparsity = 1 - k / E; source, config_source,
+    status, note.
     """
     import polars as pl
 
@@ -61,7 +68,13 @@ def _row(entry: dict[str, Any], counted: ParameterCount) -> dict[str, Any]:
         "family": entry["family"],
         "model_type": counted.model_type,
         "date": entry["date"],
-        "num_layers": len({layer for layer, piece in counted.pieces() if layer is not None and piece.part is not Part.MTP}),
+        "num_layers": len(
+            {
+                layer
+                for layer, piece in counted.pieces()
+                if layer is not None and piece.part is not Part.MTP
+            }
+        ),
         "num_experts": experts.copies,
         "top_k": float(mean),
         "slots": int(experts.used.most),
@@ -77,7 +90,9 @@ def _row(entry: dict[str, Any], counted: ParameterCount) -> dict[str, Any]:
         "published_min": figure(published.get("active_min")),
         "published_max": figure(published.get("active_max")),
         "convention": convention,
-        "fits": "".join(name for name, value in active.items() if rounds_to(value, published.get("active"))),
+        "fits": "".join(
+            name for name, value in active.items() if rounds_to(value, published.get("active"))
+        ),
         "active": active[convention],
         "ratio_experts": experts.copies / mean,
         "ratio_parameters": counted.total / active[convention],
@@ -92,7 +107,12 @@ def _row(entry: dict[str, Any], counted: ParameterCount) -> dict[str, Any]:
 
 def _shared(config: dict[str, Any], counted: ParameterCount) -> int:
     """Shared experts of an MoE layer: the configured number, else one if there are any."""
-    for name in ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"):
+    for name in (
+        "n_shared_experts",
+        "num_shared_experts",
+        "num_shared_expert",
+        "moe_num_shared_experts",
+    ):
         if config.get(name) is not None:
             return int(config[name])
     return int(counted.by_part[Part.SHARED.value] > 0)
@@ -104,7 +124,10 @@ def figure(text: str | None) -> float | None:
 
 
 def rounds_to(value: float, text: str | None) -> bool:
-    """Does ``value`` become the published figure when rounded to its digits? 36.63e9 becomes "37B", 37.55e9 does not."""
+    """Does ``value`` become the published figure when rounded to its digits?
+
+    36.63e9 becomes "37B", 37.55e9 does not.
+    """
     if text is None:
         return False
     _, _, decimals = text[:-1].partition(".")

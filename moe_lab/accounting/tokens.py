@@ -1,4 +1,6 @@
-"""``active_distribution(count, ffn_counts)``: active parameters as they were measured, token by token, in place of a nominal number."""
+"""``active_distribution(count, ffn_counts)``: active parameters as they were measured, token by
+token, in place of a nominal number.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,37 +36,53 @@ class ActiveDistribution:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **{name: getattr(self, name) for name in ("convention", "tokens", "mean", "sd", "lowest", "highest")},
+            **{
+                name: getattr(self, name)
+                for name in ("convention", "tokens", "mean", "sd", "lowest", "highest")
+            },
             "quantiles": {str(share): value for share, value in self.quantiles.items()},
             "nominal": dict(zip(("least", "mean", "most"), self.nominal, strict=True)),
             "mean_ffn_count": {str(layer): value for layer, value in self.mean_ffn_count.items()},
         }
 
 
-def active_distribution(count: ParameterCount, ffn_counts: Mapping[int, Any], convention: Convention = "B") -> ActiveDistribution:
+def active_distribution(
+    count: ParameterCount, ffn_counts: Mapping[int, Any], convention: Convention = "B"
+) -> ActiveDistribution:
     """The distribution over tokens of the parameters that they used.
 
     Args:
-        ffn_counts: MoE layer -> integers [T], the real experts that each token ran there; the same tokens in the same order in all layers.
-            Layers go by the model's numbers, or by their order where none of those is a MoE layer of the model.
+        ffn_counts: MoE layer -> integers [T], the real experts that each token ran there; the same
+            tokens in the same order in all layers. Layers go by the model's numbers, or by their
+            order where none of those is a MoE layer of the model.
 
     Raises:
-        ConfigError: layers that are not the model's, unequal lengths, no tokens, a count outside what the layer allows.
+        ConfigError: layers that are not the model's, unequal lengths, no tokens, a count outside
+            what the layer allows.
     """
     import numpy as np
 
     layers = _match(count.moe_layers, sorted(ffn_counts))
-    base = count.active(convention, "least") - sum(piece.active("least") for piece in layers.values())
+    base = count.active(convention, "least") - sum(
+        piece.active("least") for piece in layers.values()
+    )
     measured = {layer: np.asarray(values) for layer, values in ffn_counts.items()}
     tokens = {values.shape for values in measured.values()}
     if len(tokens) != 1 or len(shape := next(iter(tokens))) != 1 or shape[0] == 0:
-        raise ConfigError(expected("ffn_counts of the same tokens in every layer", f"shapes {sorted(tokens)}"))
+        raise ConfigError(
+            expected("ffn_counts of the same tokens in every layer", f"shapes {sorted(tokens)}")
+        )
     total = np.full(shape, float(base))
     for layer, piece in layers.items():
         assert piece.used is not None
         values = measured[layer]
         if values.min() < 0 or values.max() > piece.copies:
-            raise ConfigError(expected(f"ffn_counts of 0 to {piece.copies} in layer {layer}", f"{values.min()} to {values.max()}"))
+            raise ConfigError(
+                expected(
+                    f"ffn_counts of 0 to {piece.copies} in layer {layer}",
+                    f"{values.min()} to {values.max()}",
+                )
+            )
         total += piece.size * values.astype(np.float64)
     return ActiveDistribution(
         convention=convention,
@@ -74,7 +92,11 @@ def active_distribution(count: ParameterCount, ffn_counts: Mapping[int, Any], co
         lowest=float(total.min()),
         highest=float(total.max()),
         quantiles={share: float(np.quantile(total, share)) for share in QUANTILES},
-        nominal=(count.active(convention, "least"), count.active(convention), count.active(convention, "most")),
+        nominal=(
+            count.active(convention, "least"),
+            count.active(convention),
+            count.active(convention, "most"),
+        ),
         mean_ffn_count={layer: float(measured[layer].mean()) for layer in layers},
     )
 
@@ -85,8 +107,14 @@ def _match(moe_layers: dict[int, Piece], measured: list[int]) -> dict[int, Piece
         return moe_layers
     if len(measured) == len(moe_layers) and not set(measured) & set(moe_layers):
         return dict(zip(measured, moe_layers.values(), strict=True))
-    raise ConfigError(expected(f"ffn_counts for MoE layers {_brief(sorted(moe_layers))}", _brief(measured)))
+    raise ConfigError(
+        expected(f"ffn_counts for MoE layers {_brief(sorted(moe_layers))}", _brief(measured))
+    )
 
 
 def _brief(layers: list[int]) -> str:
-    return ", ".join(map(str, layers)) if len(layers) < 8 else f"{layers[0]} to {layers[-1]} ({len(layers)} layers)"
+    return (
+        ", ".join(map(str, layers))
+        if len(layers) < 8
+        else f"{layers[0]} to {layers[-1]} ({len(layers)} layers)"
+    )

@@ -1,9 +1,12 @@
-"""``flops(config, context, phase)``: floating point operations per token, and the weights that a decoding step reads.
+"""``flops(config, context, phase)``: floating point operations per token, and the weights that a
+decoding step reads.
 
-A matrix costs two operations per multiply-accumulate and token; softmax attention costs ``2 h (qk + v)`` per query and key; a backward
-pass costs twice the forward one, so training costs three times. Softmax, norms, activations and rotary embeddings are left out, as
-they are in torch's flop counter. In decoding MLA multiplies its up-projections into query and output (arXiv 2405.04434 section 2.1.2),
-which leaves the cost of the matrices as it is and makes scores ``rkv + rope`` wide and values ``rkv``.
+A matrix costs two operations per multiply-accumulate and token; softmax attention costs ``2 h (qk +
+v)`` per query and key; a backward pass costs twice the forward one, so training costs three times.
+Softmax, norms, activations and rotary embeddings are left out, as they are in torch's flop counter.
+In decoding MLA multiplies its up-projections into query and output (arXiv 2405.04434 section
+2.1.2), which leaves the cost of the matrices as it is and makes scores ``rkv + rope`` wide and
+values ``rkv``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,12 +33,18 @@ SCORES, INDEXER, RECURRENCE = "attention_scores", "indexer", "recurrence"
 class Work:
     """
     Attributes:
-        context: tokens of a sequence (train, prefill), or tokens visible to the new one, itself included (decode).
-        by_part: forward operations per token; parts, and "attention_scores", "indexer", "recurrence".
-        forward, forward_min, forward_max: their sum for a token that runs as many experts as the mean, the least, the most.
-        mtp: forward operations of the multi-token-prediction modules with the head each applies, in no other number here.
-        weight_bytes: bytes of weights that one decoding step of ``batch`` sequences reads; None in other phases.
-        distinct_experts: mean over MoE layers of the experts that such a step reads; None in other phases.
+        context: tokens of a sequence (train, prefill), or tokens visible to the new one, itself
+            included (decode).
+        by_part: forward operations per token; parts, and "attention_scores", "indexer",
+            "recurrence".
+        forward, forward_min, forward_max: their sum for a token that runs as many experts as the
+            mean, the least, the most.
+        mtp: forward operations of the multi-token-prediction modules with the head each applies, in
+            no other number here.
+        weight_bytes: bytes of weights that one decoding step of ``batch`` sequences reads; None in
+            other phases.
+        distinct_experts: mean over MoE layers of the experts that such a step reads; None in other
+            phases.
     """
 
     model_type: str
@@ -58,7 +67,9 @@ class Work:
 
     @property
     def training_with_mtp(self) -> float:
-        """The same with the multi-token-prediction modules: what a training step of all parts costs."""
+        """The same with the multi-token-prediction modules: what a training step of all parts
+        costs.
+        """
         return 3 * (self.forward + self.mtp)
 
     @property
@@ -75,14 +86,35 @@ class Work:
         import polars as pl
 
         factor = 3 if self.phase == "train" else 1
-        rows = [(part, value, value / self.forward, factor * value) for part, value in self.by_part.items()]
-        schema = {"part": pl.String, "forward": pl.Float64, "share": pl.Float64, "total": pl.Float64}
+        rows = [
+            (part, value, value / self.forward, factor * value)
+            for part, value in self.by_part.items()
+        ]
+        schema = {
+            "part": pl.String,
+            "forward": pl.Float64,
+            "share": pl.Float64,
+            "total": pl.Float64,
+        }
         return pl.DataFrame(rows, schema=schema, orient="row")
 
     def to_dict(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("forward", "forward_min", "forward_max", "training", "total", "mtp")}
-        decoding = {name: getattr(self, name) for name in ("weight_bytes", "weight_bytes_per_token", "distinct_experts")}
-        return {"phase": self.phase, "context": self.context, "batch": self.batch, **numbers, **decoding, "by_part": self.by_part}
+        numbers = {
+            name: getattr(self, name)
+            for name in ("forward", "forward_min", "forward_max", "training", "total", "mtp")
+        }
+        decoding = {
+            name: getattr(self, name)
+            for name in ("weight_bytes", "weight_bytes_per_token", "distinct_experts")
+        }
+        return {
+            "phase": self.phase,
+            "context": self.context,
+            "batch": self.batch,
+            **numbers,
+            **decoding,
+            "by_part": self.by_part,
+        }
 
 
 def flops(
@@ -98,16 +130,19 @@ def flops(
     """Work per token of a model, from its configuration or its ``ParameterCount``.
 
     Args:
-        context: tokens of the sequence (train, prefill), or tokens that the new one sees, itself included (decode). None takes the
-            ``context_length`` of our own configurations, and 4096 for others, which ``assumed`` then says.
+        context: tokens of the sequence (train, prefill), or tokens that the new one sees, itself
+            included (decode). None takes the ``context_length`` of our own configurations, and 4096
+            for others, which ``assumed`` then says.
         phase: "train", "prefill" or "decode". The head is applied to every token in all of them.
         batch: sequences that decode together (they share the weights that a step reads).
-        load: measured tokens (or shares) per real expert, for all layers or by layer, for the distinct experts of a decoding step; None
-            takes them as equally loaded. Tokens of a step are taken to choose independently.
-        causal: in training and prefill, the exact mean over the positions of a causal sequence, about half the scores: what a kernel
-            executes that skips masked keys. By default every position is charged as the last one, which is the custom of the field
-            (12 L h q T of arXiv 2204.02311, appendix B) and what ``torch.utils.flop_counter`` reports. Windows, chunks and top-k
-            selections limit the keys either way.
+        load: measured tokens (or shares) per real expert, for all layers or by layer, for the
+            distinct experts of a decoding step; None takes them as equally loaded. Tokens of a step
+            are taken to choose independently.
+        causal: in training and prefill, the exact mean over the positions of a causal sequence,
+            about half the scores: what a kernel executes that skips masked keys. By default every
+            position is charged as the last one, which is the custom of the field (12 L h q T of
+            arXiv 2204.02311, appendix B) and what ``torch.utils.flop_counter`` reports. Windows,
+            chunks and top-k selections limit the keys either way.
         bytes_per_parameter: 2 for bfloat16.
 
     Raises:
@@ -119,11 +154,15 @@ def flops(
     assumed = counted.assumed
     if context is None:
         context = counted.context_length or CONTEXT
-        assumed += () if counted.context_length else (f"context = {CONTEXT} tokens (none was given)",)
+        assumed += (
+            () if counted.context_length else (f"context = {CONTEXT} tokens (none was given)",)
+        )
     for name, value in (("context", context), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(expected(f"{name} of at least 1 token", repr(value)))
-    tables: dict[At, dict[str, float]] = {at: _by_part(counted, context, phase, causal, at) for at in ("least", "mean", "most")}
+    tables: dict[At, dict[str, float]] = {
+        at: _by_part(counted, context, phase, causal, at) for at in ("least", "mean", "most")
+    }
     head = sum(2 * piece.macs for _, piece in counted.pieces() if piece.part is Part.HEAD)
     modules = len({layer for layer, piece in counted.pieces() if piece.part is Part.MTP})
     mtp = [table.pop(Part.MTP.value, 0.0) for table in tables.values()][1] + modules * head
@@ -144,14 +183,18 @@ def flops(
     )
 
 
-def _by_part(counted: ParameterCount, context: int, phase: Phase, causal: bool, at: At) -> dict[str, float]:
+def _by_part(
+    counted: ParameterCount, context: int, phase: Phase, causal: bool, at: At
+) -> dict[str, float]:
     sums: dict[str, float] = {}
     costs: dict[Kernel, float] = {}
     for times, pieces in counted.kinds:
         for piece in pieces:
             if piece.macs:
                 runs = piece.copies if piece.used is None else getattr(piece.used, at)
-                sums[piece.part.value] = sums.get(piece.part.value, 0.0) + times * 2 * piece.macs * runs
+                sums[piece.part.value] = (
+                    sums.get(piece.part.value, 0.0) + times * 2 * piece.macs * runs
+                )
             if piece.kernel is not None:
                 if piece.kernel not in costs:
                     costs[piece.kernel] = kernel_flops(piece.kernel, context, phase, causal)
@@ -161,18 +204,28 @@ def _by_part(counted: ParameterCount, context: int, phase: Phase, causal: bool, 
 
 
 def _kernel_name(kernel: Kernel) -> str:
-    return SCORES if isinstance(kernel, Attend) else INDEXER if isinstance(kernel, Index) else RECURRENCE
+    return (
+        SCORES
+        if isinstance(kernel, Attend)
+        else INDEXER
+        if isinstance(kernel, Index)
+        else RECURRENCE
+    )
 
 
 def kernel_flops(kernel: Kernel, context: int, phase: Phase, causal: bool = False) -> float:
-    """Operations of one query: that of the last position, or if ``causal`` the mean over all positions of a sequence."""
+    """Operations of one query: that of the last position, or if ``causal`` the mean over all
+    positions of a sequence.
+    """
     decoding = phase == "decode"
     mean = causal and not decoding
     if isinstance(kernel, Attend):
         qk, v = kernel.absorbed if decoding and kernel.absorbed else (kernel.qk, kernel.v)
         return 2 * kernel.heads * (qk + v) * _keys(kernel, context, mean, decoding)
     if isinstance(kernel, Index):
-        visible = capped_sum(context, kernel.stride, None) / context if mean else context // kernel.stride
+        visible = (
+            capped_sum(context, kernel.stride, None) / context if mean else context // kernel.stride
+        )
         return 2 * kernel.heads * (kernel.dim + 1) * visible
     return 2 * kernel.macs
 
@@ -201,11 +254,15 @@ def capped_sum(length: int, stride: int, cap: int | None) -> int:
     return stride * cap * (cap - 1) // 2 + cap * (length - cap * stride + 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------------------------------
+# decoding
 
 
 def _read(counted: ParameterCount, batch: int, load: Load | None) -> tuple[float, float]:
-    """(parameters that a decoding step reads, distinct experts per MoE layer). Rows of lookup tables are too few to count."""
+    """(parameters that a decoding step reads, distinct experts per MoE layer).
+
+    Rows of lookup tables are too few to count.
+    """
     parameters, experts = 0.0, {}
     for layer, piece in counted.pieces():
         if piece.part in LOOKUP or piece.part is Part.MTP:
@@ -215,7 +272,9 @@ def _read(counted: ParameterCount, batch: int, load: Load | None) -> tuple[float
         elif piece.used is None:
             parameters += piece.size
         else:
-            distinct = distinct_experts(piece, batch, _load_of(load, layer) if piece.part is Part.ROUTED else None)
+            distinct = distinct_experts(
+                piece, batch, _load_of(load, layer) if piece.part is Part.ROUTED else None
+            )
             parameters += piece.size * distinct
             if piece.part is Part.ROUTED:
                 experts[layer] = distinct
@@ -226,14 +285,17 @@ def _load_of(load: Load | None, layer: int | None) -> Sequence[float] | None:
     if load is None or not isinstance(load, Mapping):
         return load
     if layer is None or layer not in load:
-        raise ConfigError(expected(f"a load for MoE layer {layer}", f"layers {', '.join(map(str, sorted(load)))}"))
+        raise ConfigError(
+            expected(f"a load for MoE layer {layer}", f"layers {', '.join(map(str, sorted(load)))}")
+        )
     return load[layer]
 
 
 def distinct_experts(piece: Piece, batch: int, load: Sequence[float] | None) -> float:
     """Expected number of different experts that ``batch`` tokens choose, each on its own.
 
-    Equally loaded: ``E (1 - (1 - k/E)^B)``; under loads q_i with ``sum q_i = k``: ``sum_i 1 - (1 - q_i)^B``.
+    Equally loaded: ``E (1 - (1 - k/E)^B)``; under loads q_i with ``sum q_i = k``: ``sum_i 1 - (1 -
+    q_i)^B``.
     """
     assert piece.used is not None
     per_token = piece.used.mean
@@ -242,7 +304,12 @@ def distinct_experts(piece: Piece, batch: int, load: Sequence[float] | None) -> 
     values = [float(value) for value in load]
     total = sum(values)
     if len(values) != piece.copies or min(values, default=-1.0) < 0 or not total > 0:
-        raise ConfigError(expected(f"a load of {piece.copies} numbers of at least 0 that are not all 0", f"{len(values)} numbers"))
+        raise ConfigError(
+            expected(
+                f"a load of {piece.copies} numbers of at least 0 that are not all 0",
+                f"{len(values)} numbers",
+            )
+        )
     shares = [per_token * value / total for value in values]
     if max(shares) > 1 + 1e-6:
         what = f"a load in which no expert has more than 1/{per_token:g} of the total (a token chooses an expert once)"

@@ -1,7 +1,9 @@
-"""Trace in, polars frame out: load, spread of compute, token classes, co-activation, specialisation, saturation, difficulty.
+"""Trace in, polars frame out: load, spread of compute, token classes, co-activation,
+specialisation, saturation, difficulty.
 
-Every function takes an opened ``Trace`` (or several), returns a frame with documented columns, and prints nothing; ``docs/analysis.md``
-says what each measure may and may not claim. All of them read a trace a few files at a time.
+Every function takes an opened ``Trace`` (or several), returns a frame with documented columns, and
+prints nothing; ``docs/analysis.md`` says what each measure may and may not claim. All of them read
+a trace a few files at a time.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +16,12 @@ from moe_lab.analysis.difficulty import difficulty_association
 from moe_lab.analysis.load import expert_load, load_over_windows, load_summary
 from moe_lab.analysis.repetition import repetition
 from moe_lab.analysis.saturation import saturation
-from moe_lab.analysis.specialisation import domain_divergence, domain_specialisation, expert_vocabulary, vocabulary_specialisation
+from moe_lab.analysis.specialisation import (
+    domain_divergence,
+    domain_specialisation,
+    expert_vocabulary,
+    vocabulary_specialisation,
+)
 from moe_lab.analysis.spread import ffn_spread
 from moe_lab.analysis.transitions import transitions
 from moe_lab.lazy import on_first_use

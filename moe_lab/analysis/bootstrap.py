@@ -1,7 +1,8 @@
-"""Intervals from resampling documents: tokens of one document are not independent, so the document is the unit that is drawn.
+"""Intervals from resampling documents: tokens of one document are not independent, so the document
+is the unit that is drawn.
 
-A statistic is a function of per-document sums, so one bootstrap sample is one row of integer weights (how often each document was drawn)
-times the table of sums: no token is touched twice.
+A statistic is a function of per-document sums, so one bootstrap sample is one row of integer
+weights (how often each document was drawn) times the table of sums: no token is touched twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +15,15 @@ BLOCK_CELLS = 2**23
 
 
 def document_weights(documents: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Blocks [B, documents] of draw counts, ``resamples`` rows in all; the same for the same arguments."""
+    """Blocks [B, documents] of draw counts, ``resamples`` rows in all; the same for the same
+    arguments.
+    """
     generator = np.random.default_rng(seed)
     block = max(1, BLOCK_CELLS // max(documents, 1))
     for start in range(0, resamples, block):
-        yield generator.multinomial(documents, np.full(documents, 1 / documents), size=min(block, resamples - start)).astype(np.float64)
+        yield generator.multinomial(
+            documents, np.full(documents, 1 / documents), size=min(block, resamples - start)
+        ).astype(np.float64)
 
 
 def percentile_interval(
@@ -27,13 +32,16 @@ def percentile_interval(
     """Lower and upper ends [...] of the percentile interval.
 
     Args:
-        statistic: weights [B, documents] -> values [B, ...], NaN where a sample does not define one (left out of the percentiles).
+        statistic: weights [B, documents] -> values [B, ...], NaN where a sample does not define one
+            (left out of the percentiles).
         documents: how many documents there are; with fewer than 2 both ends are NaN.
     """
     if documents < 2:
         shape = statistic(np.ones((1, documents))).shape[1:]
         return np.full(shape, np.nan), np.full(shape, np.nan)
-    samples = np.concatenate([statistic(weights) for weights in document_weights(documents, resamples, seed)])
+    samples = np.concatenate(
+        [statistic(weights) for weights in document_weights(documents, resamples, seed)]
+    )
     missing = np.isnan(samples)
     undefined = missing.all(axis=0)
     samples[:, undefined] = 0

@@ -1,7 +1,9 @@
-"""Compute per class of tokens: the mean number of real experts each class gets, raw and adjusted, with intervals from documents.
+"""Compute per class of tokens: the mean number of real experts each class gets, raw and adjusted,
+with intervals from documents.
 
-A raw class mean mixes what a class is with where and how often its tokens occur. The adjusted mean asks what the class would get if its
-tokens were spread over frequency bands and positions as all tokens are (direct standardisation); read the two side by side.
+A raw class mean mixes what a class is with where and how often its tokens occur. The adjusted mean
+asks what the class would get if its tokens were spread over frequency bands and positions as all
+tokens are (direct standardisation); read the two side by side.
 """
 
 from collections.abc import Iterator
@@ -23,22 +25,32 @@ BAND = "freq_band"
 @of_tokens
 @of_zero_experts
 def class_profile(
-    trace: Trace, column: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95, include_first: bool = False
+    trace: Trace,
+    column: str,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    include_first: bool = False,
 ) -> pl.DataFrame:
     """Mean ``ffn_count`` of each class of tokens, per layer and over all layers.
 
     Args:
         trace: a trace with a token table.
         column: the token column that names the class; tokens where it is null are left out.
-        resamples, seed, level: of the percentile interval; documents are drawn, with all their tokens.
-        include_first: also use position 0 of every document, which holds the end-of-text token and often is an attention sink.
+        resamples, seed, level: of the percentile interval; documents are drawn, with all their
+            tokens.
+        include_first: also use position 0 of every document, which holds the end-of-text token and
+            often is an attention sink.
 
     Returns:
-        [layer, class, n_tokens, n_docs, mean, lo, hi, adjusted, adjusted_lo, adjusted_hi, coverage], ``layer`` null for the mean over
-        layers of each token (n_tokens still counts tokens). ``adjusted`` weights the class's means within strata of ``freq_band`` (where
-        the trace has it and it is not the class itself) and log2 of the position by the share of all tokens in the stratum;
-        ``coverage`` is the share of all tokens in strata where the class occurs at all: where it is far below 1 the adjusted mean speaks
-        of those strata only. Ends of intervals are null for a class that occurs in fewer than 2 documents.
+        [layer, class, n_tokens, n_docs, mean, lo, hi, adjusted, adjusted_lo, adjusted_hi,
+        coverage], ``layer`` null for the mean over layers of each token (n_tokens still counts
+        tokens). ``adjusted`` weights the class's means within strata of ``freq_band`` (where the
+        trace has it and it is not the class itself) and log2 of the position by the share of all
+        tokens in the stratum; ``coverage`` is the share of all tokens in strata where the class
+        occurs at all: where it is far below 1 the adjusted mean speaks of those strata only. Ends
+        of intervals are null for a class that occurs in fewer than 2 documents.
 
     Raises:
         AnalysisError: where the trace has no such column.
@@ -53,7 +65,9 @@ def class_profile(
     if not include_first:
         tokens = tokens.filter(pl.col("pos") > 0)
     tokens = tokens.with_columns(bucket=(pl.col("pos") + 1).log(2).floor())
-    profiles = [cells.profile(layer, resamples, seed, level) for layer, cells in _cells(trace, tokens)]
+    profiles = [
+        cells.profile(layer, resamples, seed, level) for layer, cells in _cells(trace, tokens)
+    ]
     nothing = pl.DataFrame(schema=_COLUMNS | {"class": tokens.collect_schema()["class"]})
     return pl.concat([nothing, *profiles]).sort("layer", "class", nulls_last=False)
 
@@ -93,23 +107,32 @@ class _Cells:
             coverage=np.bincount(self.class_of, self.weight, minlength=self.table.height),
         )
         ends = ["lo", "hi", "adjusted_lo", "adjusted_hi"]
-        frame = frame.with_columns(pl.when("in_many").then(pl.col(ends))).with_columns(pl.col(pl.Float64).fill_nan(None))
+        frame = frame.with_columns(pl.when("in_many").then(pl.col(ends))).with_columns(
+            pl.col(pl.Float64).fill_nan(None)
+        )
         return frame.select(*_COLUMNS)
 
     def means(self, weights_BD: Floats) -> Floats:
-        """[B, 2, C]: raw and adjusted mean of each class with documents weighted; NaN where none of its tokens is drawn."""
+        """[B, 2, C]: raw and adjusted mean of each class with documents weighted; NaN where none of
+        its tokens is drawn.
+        """
         n_BM, sums_BM = (weights_BD @ self.counts, weights_BD @ self.sums)
         drawn = n_BM > 0
         mean_BM = np.divide(sums_BM, n_BM, out=np.zeros_like(sums_BM), where=drawn)
         weight_BM = np.where(drawn, self.weight, 0)
         raw = self._by_class(sums_BM), self._by_class(n_BM)
         adjusted = self._by_class(weight_BM * mean_BM), self._by_class(weight_BM)
-        pairs = [np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0) for top, bottom in (raw, adjusted)]
+        pairs = [
+            np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+            for top, bottom in (raw, adjusted)
+        ]
         return np.stack(pairs, axis=1)
 
     def _by_class(self, values_BM: Floats) -> Floats:
         cells = len(self.class_of)
-        return values_BM @ csr_array((np.ones(cells), (np.arange(cells), self.class_of)), shape=(cells, self.table.height))
+        return values_BM @ csr_array(
+            (np.ones(cells), (np.arange(cells), self.class_of)), shape=(cells, self.table.height)
+        )
 
 
 def _cells(trace: Trace, tokens: pl.LazyFrame) -> Iterator[tuple[int | None, _Cells]]:
@@ -120,7 +143,9 @@ def _cells(trace: Trace, tokens: pl.LazyFrame) -> Iterator[tuple[int | None, _Ce
     for layer in layers:
         rows = trace.routing.filter(pl.col("layer") == layer).select(*KEY, "ffn_count")
         found = collect(
-            rows.join(tokens, on=list(KEY)).group_by("doc", *_CELL).agg(sum=pl.col("ffn_count").cast(pl.Int64).sum(), n=pl.len())
+            rows.join(tokens, on=list(KEY))
+            .group_by("doc", *_CELL)
+            .agg(sum=pl.col("ffn_count").cast(pl.Int64).sum(), n=pl.len())
         )
         if not found.height:
             return
@@ -140,12 +165,22 @@ class _Layout:
     classes: pl.DataFrame
 
     def place(self, found: pl.DataFrame) -> _Cells:
-        placed = found.join(self.documents, on="doc").join(self.cells, on=list(_CELL), nulls_equal=True)
+        placed = found.join(self.documents, on="doc").join(
+            self.cells, on=list(_CELL), nulls_equal=True
+        )
         where = placed["row"].to_numpy(), placed["column"].to_numpy()
         shape = (self.documents.height, self.cells.height)
-        counts, sums = (csr_array((placed[name].to_numpy().astype(np.float64), where), shape=shape) for name in ("n", "sum"))
+        counts, sums = (
+            csr_array((placed[name].to_numpy().astype(np.float64), where), shape=shape)
+            for name in ("n", "sum")
+        )
         return _Cells(
-            self.documents.height, self.classes, self.cells["class_row"].to_numpy(), self.cells["weight"].to_numpy(), counts, sums
+            self.documents.height,
+            self.classes,
+            self.cells["class_row"].to_numpy(),
+            self.cells["weight"].to_numpy(),
+            counts,
+            sums,
         )
 
 
@@ -154,11 +189,25 @@ _CELL = ("class", "band", "bucket")
 
 def _layout(tokens: pl.LazyFrame) -> _Layout:
     found = collect(tokens.group_by("doc", *_CELL).agg(n=pl.len()))
-    strata = found.group_by("band", "bucket").agg(weight=pl.col("n").sum()).with_columns(pl.col("weight") / pl.col("weight").sum())
-    classes = found.group_by("class").agg(n_tokens=pl.col("n").sum().cast(pl.Int64), n_docs=pl.col("doc").n_unique().cast(pl.Int64))
+    strata = (
+        found.group_by("band", "bucket")
+        .agg(weight=pl.col("n").sum())
+        .with_columns(pl.col("weight") / pl.col("weight").sum())
+    )
+    classes = found.group_by("class").agg(
+        n_tokens=pl.col("n").sum().cast(pl.Int64), n_docs=pl.col("doc").n_unique().cast(pl.Int64)
+    )
     classes = classes.sort("class")
-    cells = found.select(_CELL).unique().sort(_CELL).with_row_index("column").join(strata, on=["band", "bucket"], nulls_equal=True)
-    cells = cells.join(classes.select("class").with_row_index("class_row"), on="class").sort("column")
+    cells = (
+        found.select(_CELL)
+        .unique()
+        .sort(_CELL)
+        .with_row_index("column")
+        .join(strata, on=["band", "bucket"], nulls_equal=True)
+    )
+    cells = cells.join(classes.select("class").with_row_index("class_row"), on="class").sort(
+        "column"
+    )
     return _Layout(found.select("doc").unique().sort("doc").with_row_index("row"), cells, classes)
 
 

@@ -1,6 +1,8 @@
-"""Which experts run together on a token: all pairs of a layer, beside what their loads alone would give.
+"""Which experts run together on a token: all pairs of a layer, beside what their loads alone would
+give.
 
-(OLMoE's published script counts only pairs that are neighbours in rank order; here all k (k - 1) / 2 pairs of a token count once.)
+(OLMoE's published script counts only pairs that are neighbours in rank order; here all k (k - 1) /
+2 pairs of a token count once.)
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,9 @@ from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.convert import EMPTY_SLOT
 
 OPTIMAL_ORDER = 256
-"""Up to this many experts the leaves of the clustering are put in their best order, which takes cubic time."""
+"""Up to this many experts the leaves of the clustering are put in their best order, which takes
+cubic time.
+"""
 
 
 @of_tokens
@@ -28,38 +32,46 @@ def coactivation(trace: Trace, layers: Sequence[int] | None = None) -> pl.DataFr
         layers: layers to count; all by default. The result has E (E - 1) / 2 rows a layer.
 
     Returns:
-        [layer, expert_a, expert_b, count, given_a, given_b, expected, lift] for expert_a < expert_b, pairs that never met included:
-        ``count`` tokens that ran both; ``given_a`` is the share of expert_a's tokens that also ran expert_b (OLMoE, arXiv 2409.02060
-        section 5.2), ``given_b`` the other way; ``expected`` is proportional to the product of the two loads and sums to the number of
-        pairs, and ``lift = count / expected`` is 1 where the two keep to their loads. Null where an expert never ran.
+        [layer, expert_a, expert_b, count, given_a, given_b, expected, lift] for expert_a <
+        expert_b, pairs that never met included: ``count`` tokens that ran both; ``given_a`` is the
+        share of expert_a's tokens that also ran expert_b (OLMoE, arXiv 2409.02060 section 5.2),
+        ``given_b`` the other way; ``expected`` is proportional to the product of the two loads and
+        sums to the number of pairs, and ``lift = count / expected`` is 1 where the two keep to
+        their loads. Null where an expert never ran.
     """
-    return pl.concat(_pairs(layer, pair_counts(trace, layer)) for layer in chosen_layers(trace, layers))
+    return pl.concat(
+        _pairs(layer, pair_counts(trace, layer)) for layer in chosen_layers(trace, layers)
+    )
 
 
 def coactivation_order(pairs: pl.DataFrame) -> pl.DataFrame:
-    """An order of each layer's experts in which those that run together stand together: leaves of an average-linkage clustering.
+    """An order of each layer's experts in which those that run together stand together: leaves of
+    an average-linkage clustering.
 
     Args:
         pairs: as ``coactivation`` returns.
 
     Returns:
-        [layer, place, expert]: ``place`` 0.. of each expert. The distance of two experts is ``1 / (1 + lift)``, 1 where that is not
+        [layer, place, expert]: ``place`` 0.. of each expert. The distance of two experts is ``1 /
+            (1 + lift)``, 1 where that is not
         defined, so dead experts come last or alone.
     """
     frames = []
     for layer in pairs.partition_by("layer", maintain_order=True):
         order = _leaves(layer)
         frames.append(
-            pl.DataFrame({"place": np.arange(len(order), dtype=np.uint16), "expert": order.astype(np.uint16)}).select(
-                pl.lit(layer["layer"][0], pl.UInt32).alias("layer"), pl.all()
-            )
+            pl.DataFrame(
+                {"place": np.arange(len(order), dtype=np.uint16), "expert": order.astype(np.uint16)}
+            ).select(pl.lit(layer["layer"][0], pl.UInt32).alias("layer"), pl.all())
         )
     schema = {"layer": pl.UInt32, "place": pl.UInt16, "expert": pl.UInt16}
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
 
 
 def pair_counts(trace: Trace, layer: LayerMeta) -> NDArray[np.int64]:
-    """[E, E], symmetric: tokens that ran both experts; the diagonal holds the tokens of each expert."""
+    """[E, E], symmetric: tokens that ran both experts; the diagonal holds the tokens of each
+    expert.
+    """
     bins = layer.num_choices + 1  # the last bin takes the slots that were not used
     total = np.zeros(bins * bins, dtype=np.int64)
     for batch in slots(trace, layer):
@@ -104,4 +116,6 @@ def _leaves(pairs: pl.DataFrame) -> NDArray[np.int64]:
         return np.arange(experts)
     ordered = pairs.sort("expert_a", "expert_b")
     distance = 1 / (1 + ordered["lift"].fill_null(0).to_numpy())
-    return leaves_list(linkage(distance, "average", optimal_ordering=experts <= OPTIMAL_ORDER)).astype(np.int64)
+    return leaves_list(
+        linkage(distance, "average", optimal_ordering=experts <= OPTIMAL_ORDER)
+    ).astype(np.int64)

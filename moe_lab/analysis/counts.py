@@ -1,7 +1,9 @@
-"""Pure functions of expert counts: how uneven a load is, in the numbers that papers and engines quote.
+"""Pure functions of expert counts: how uneven a load is, in the numbers that papers and engines
+quote.
 
-Every function takes counts [..., E] of the real experts of one layer (dead experts present, as zeros), works over the last axis, and
-returns [...]. Where nothing was counted the answer is NaN. They take published count tables as well as a trace's own counts.
+Every function takes counts [..., E] of the real experts of one layer (dead experts present, as
+zeros), works over the last axis, and returns [...]. Where nothing was counted the answer is NaN.
+They take published count tables as well as a trace's own counts.
 """
 
 import numpy as np
@@ -11,13 +13,19 @@ Floats = NDArray[np.float64]
 
 
 def load_cv(counts: ArrayLike) -> Floats:
-    """Coefficient of variation: population standard deviation over mean. 0 when even, sqrt(E - 1) when one expert takes all."""
+    """Coefficient of variation: population standard deviation over mean.
+
+    0 when even, sqrt(E - 1) when one expert takes all.
+    """
     counts = np.asarray(counts, dtype=np.float64)
     return _over(counts.std(axis=-1), counts.mean(axis=-1))
 
 
 def max_over_mean(counts: ArrayLike) -> Floats:
-    """Load of the busiest expert in fair shares: what a synchronous layer waits for. 1 when even, E when one expert takes all."""
+    """Load of the busiest expert in fair shares: what a synchronous layer waits for.
+
+    1 when even, E when one expert takes all.
+    """
     counts = np.asarray(counts, dtype=np.float64)
     return _over(counts.max(axis=-1), counts.mean(axis=-1))
 
@@ -49,7 +57,10 @@ def load_entropy(counts: ArrayLike) -> Floats:
 
 
 def effective_experts(counts: ArrayLike) -> Floats:
-    """exp(entropy): how many evenly loaded experts would be as uneven. E when even, 1 when one expert takes all."""
+    """exp(entropy): how many evenly loaded experts would be as uneven.
+
+    E when even, 1 when one expert takes all.
+    """
     return np.exp(load_entropy(counts))
 
 
@@ -59,7 +70,10 @@ def dead_experts(counts: ArrayLike) -> NDArray[np.int64]:
 
 
 def jensen_shannon_bits(counts: ArrayLike, others: ArrayLike) -> Floats:
-    """Jensen-Shannon divergence in bits between two loads [..., E] as distributions. 0 when alike, 1 when disjoint."""
+    """Jensen-Shannon divergence in bits between two loads [..., E] as distributions.
+
+    0 when alike, 1 when disjoint.
+    """
     first, second = (np.asarray(item, dtype=np.float64) for item in (counts, others))
     first, second = (_over(item, item.sum(axis=-1, keepdims=True)) for item in (first, second))
     middle = load_entropy(first + second)

@@ -1,7 +1,9 @@
-"""Sums per document, for intervals that resample documents: tokens of one document are not independent.
+"""Sums per document, for intervals that resample documents: tokens of one document are not
+independent.
 
-Where there are more than ``MAX_UNITS`` documents (or the table of sums would be too large), each unit that is drawn is a bundle of
-documents, dealt out in turn: still independent units, only fewer, and memory stays bounded.
+Where there are more than ``MAX_UNITS`` documents (or the table of sums would be too large), each
+unit that is drawn is a bundle of documents, dealt out in turn: still independent units, only fewer,
+and memory stays bounded.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,9 @@ RESAMPLES = 400
 
 @dataclass(frozen=True)
 class Resampling:
-    """How an interval is made: ``resamples`` draws, percentile interval of ``level``, the same for the same ``seed``."""
+    """How an interval is made: ``resamples`` draws, percentile interval of ``level``, the same for
+    the same ``seed``.
+    """
 
     resamples: int = RESAMPLES
     seed: int = 0
@@ -35,7 +39,9 @@ class Resampling:
         require(self.resamples >= 1, "at least 1 resample", self.resamples)
 
     def interval(self, statistic: Callable[[Floats], Floats], units: int) -> tuple[Floats, Floats]:
-        """Ends of the percentile interval of ``statistic`` (weights [B, U] -> values [B, ...]); NaN with fewer than 2 units."""
+        """Ends of the percentile interval of ``statistic`` (weights [B, U] -> values [B, ...]); NaN
+        with fewer than 2 units.
+        """
         return percentile_interval(statistic, units, self.resamples, self.seed, self.level)
 
 
@@ -57,7 +63,9 @@ class Documents:
 
 
 def documents(trace: Trace, cells: int = 1) -> Documents:
-    """The documents of a trace, in as many units as keep a table of ``cells`` numbers a unit within bounds."""
+    """The documents of a trace, in as many units as keep a table of ``cells`` numbers a unit within
+    bounds.
+    """
     first = min(trace.meta.layers, key=lambda layer: layer.layer)
     docs = [np.zeros(0, dtype=np.uint32)]
     for batch in trace.batches(first.layer, ["doc"]):
@@ -65,7 +73,9 @@ def documents(trace: Trace, cells: int = 1) -> Documents:
     return Documents(docs[0], min(len(docs[0]), MAX_UNITS, max(2, MAX_CELLS // max(cells, 1))))
 
 
-def unit_counts(trace: Trace, layer: LayerMeta, docs: Documents, groups: Grouping | None = None) -> NDArray[np.uint32]:
+def unit_counts(
+    trace: Trace, layer: LayerMeta, docs: Documents, groups: Grouping | None = None
+) -> NDArray[np.uint32]:
     """[U, G, E] slots of each expert by each unit's tokens of each group (G = 1 without groups)."""
     size, bins = len(groups) if groups else 1, layer.num_choices + 1
     table = np.zeros((docs.units * size + 1) * bins, dtype=np.uint32)
@@ -84,7 +94,9 @@ def unit_sizes(docs: Documents, groups: Grouping) -> NDArray[np.int64]:
     table = np.zeros(docs.units * len(groups), dtype=np.int64)
     for frame in groups.codes():
         frame = frame.drop_nulls("code")
-        add_counts(table, docs.unit(frame["doc"].to_numpy()) * len(groups) + frame["code"].to_numpy())
+        add_counts(
+            table, docs.unit(frame["doc"].to_numpy()) * len(groups) + frame["code"].to_numpy()
+        )
     return table.reshape(docs.units, len(groups))
 
 
@@ -92,11 +104,15 @@ def unit_sums(docs: Documents, doc: NDArray, values_TM: NDArray) -> Floats:
     """[U, M] sums of values [T, M] over each unit's tokens."""
     unit = docs.unit(doc)
     columns = np.asarray(values_TM, dtype=np.float64).T
-    return np.stack([np.bincount(unit, column, minlength=docs.units) for column in columns], axis=1).astype(np.float64)
+    return np.stack(
+        [np.bincount(unit, column, minlength=docs.units) for column in columns], axis=1
+    ).astype(np.float64)
 
 
 def ratio_interval(sums_UM: Floats, resampling: Resampling) -> tuple[Floats, Floats, Floats]:
-    """Ratios of columns 1.. to column 0 of sums [U, M], with the ends of their intervals: three arrays [M - 1]."""
+    """Ratios of columns 1.. to column 0 of sums [U, M], with the ends of their intervals: three
+    arrays [M - 1].
+    """
 
     def ratios(weights: Floats) -> Floats:
         totals = weights @ sums_UM

@@ -1,7 +1,9 @@
-"""Which group each token belongs to: by a column of ``tokens`` or by one derived from it, as a stream of small codes.
+"""Which group each token belongs to: by a column of ``tokens`` or by one derived from it, as a
+stream of small codes.
 
-Two columns are derived where a trace does not hold them: ``position_band`` (0 for the first position of a document, then b for positions
-2^(b-1) .. 2^b - 1) and ``true_id`` (the id of the token that follows in the document, which a language model is to predict).
+Two columns are derived where a trace does not hold them: ``position_band`` (0 for the first
+position of a document, then b for positions 2^(b-1) .. 2^b - 1) and ``true_id`` (the id of the
+token that follows in the document, which a language model is to predict).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +14,17 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.streams import KEY, MAX_CELLS, Frames, Ints, add_counts, aligned, chunks, in_document_order, token_keys
+from moe_lab.analysis.streams import (
+    KEY,
+    MAX_CELLS,
+    Frames,
+    Ints,
+    add_counts,
+    aligned,
+    chunks,
+    in_document_order,
+    token_keys,
+)
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
@@ -29,7 +41,8 @@ class Grouping:
         name: of the column.
         values: [G] what each group is called, in order; its place is the code.
         sizes: [G] tokens of each group.
-        codes: a new stream of doc, pos and ``code`` (u32, null where the token is in no group) in the order of the token table.
+        codes: a new stream of doc, pos and ``code`` (u32, null where the token is in no group) in
+            the order of the token table.
     """
 
     name: str
@@ -54,21 +67,39 @@ def grouping(trace: Trace, column: str, name: str | None = None, min_size: int =
         AnalysisError: there is no such column.
     """
     if trace.num_tokens and not any(name.startswith("tokens/") for name in trace.parts):
-        raise AnalysisError(expected("a trace with a token table", "one without", "capturing the model again with its text"))
+        raise AnalysisError(
+            expected(
+                "a trace with a token table",
+                "one without",
+                "capturing the model again with its text",
+            )
+        )
     values = partial(_values, trace, column)
-    found = pl.concat([_sizes(frame) for frame in values()] or [pl.DataFrame(schema={"value": pl.Null, "n": pl.Int64})])
-    table = found.group_by("value").agg(pl.col("n").sum()).filter(pl.col("n") >= min_size).sort("value")
+    found = pl.concat(
+        [_sizes(frame) for frame in values()]
+        or [pl.DataFrame(schema={"value": pl.Null, "n": pl.Int64})]
+    )
+    table = (
+        found.group_by("value").agg(pl.col("n").sum()).filter(pl.col("n") >= min_size).sort("value")
+    )
     lookup = table.select("value").with_row_index("code")
 
     def codes() -> Frames:
         for frame in values():
             yield frame.join(lookup, on="value", how="left", maintain_order="left").drop("value")
 
-    return Grouping(name or column, table["value"].alias(name or column), table["n"].cast(pl.Int64).to_numpy(), codes)
+    return Grouping(
+        name or column,
+        table["value"].alias(name or column),
+        table["n"].cast(pl.Int64).to_numpy(),
+        codes,
+    )
 
 
 def windows(trace: Trace, window: int) -> Grouping:
-    """Consecutive windows of ``window`` tokens in order of (doc, pos); codes are the windows' numbers."""
+    """Consecutive windows of ``window`` tokens in order of (doc, pos); codes are the windows'
+    numbers.
+    """
 
     def codes() -> Frames:
         row = 0
@@ -84,13 +115,20 @@ def windows(trace: Trace, window: int) -> Grouping:
 
     total = sum(frame.height for frame in token_batches(trace))
     starts = np.arange(0, total, window)
-    return Grouping("window", pl.Series("window", starts // window, dtype=pl.UInt32), np.minimum(window, total - starts), codes)
+    return Grouping(
+        "window",
+        pl.Series("window", starts // window, dtype=pl.UInt32),
+        np.minimum(window, total - starts),
+        codes,
+    )
 
 
 def group_counts(trace: Trace, layer: LayerMeta, groups: Grouping) -> Iterator[tuple[int, NDArray]]:
-    """Slots of each expert in each group: (first group, table [G', E]) for successive blocks of groups, of bounded size.
+    """Slots of each expert in each group: (first group, table [G', E]) for successive blocks of
+    groups, of bounded size.
 
-    Blocks are as many as the table needs to stay under ``MAX_CELLS`` cells; each reads the layer once.
+    Blocks are as many as the table needs to stay under ``MAX_CELLS`` cells; each reads the layer
+    once.
     """
     block = max(1, MAX_CELLS // layer.num_choices)
     dtype = np.uint32 if trace.num_tokens < 2**32 else np.int64
@@ -108,8 +146,12 @@ def group_counts(trace: Trace, layer: LayerMeta, groups: Grouping) -> Iterator[t
         yield first, table.reshape(size + 1, bins)[:-1, :-1]
 
 
-def coded_batches(trace: Trace, layer: LayerMeta, groups: Grouping | None) -> Iterator[tuple[pl.DataFrame, Ints]]:
-    """Batches of a layer: doc, pos and experts, with the code of each token's group [T] (-1 where it is in none; 0 without groups)."""
+def coded_batches(
+    trace: Trace, layer: LayerMeta, groups: Grouping | None
+) -> Iterator[tuple[pl.DataFrame, Ints]]:
+    """Batches of a layer: doc, pos and experts, with the code of each token's group [T] (-1 where
+    it is in none; 0 without groups).
+    """
     routing = trace.batches(layer.layer, [*KEY, "experts"])
     if groups is None:
         yield from ((frame, np.zeros(frame.height, dtype=np.int64)) for frame in routing)
@@ -150,7 +192,8 @@ def _values(trace: Trace, column: str) -> Frames:
 def _following(trace: Trace) -> Frames:
     """The id of the next token of each document: null for the last one and before a gap.
 
-    Unrouted tokens count as what follows, so the token table is read whole; rows that do not stand in order are sorted.
+    Unrouted tokens count as what follows, so the token table is read whole; rows that do not stand
+    in order are sorted.
     """
     routed = [ROUTED] if ROUTED in trace.tokens.collect_schema() else []
     last: pl.DataFrame | None = None
@@ -163,7 +206,9 @@ def _following(trace: Trace) -> Frames:
 
 
 def _shifted(frame: pl.DataFrame) -> pl.DataFrame:
-    follows = (pl.col("doc") == pl.col("doc").shift(-1)) & (pl.col("pos") + 1 == pl.col("pos").shift(-1))
+    follows = (pl.col("doc") == pl.col("doc").shift(-1)) & (
+        pl.col("pos") + 1 == pl.col("pos").shift(-1)
+    )
     return frame.with_columns(value=pl.when(follows).then(pl.col("token_id").shift(-1)))
 
 

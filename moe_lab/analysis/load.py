@@ -1,7 +1,9 @@
-"""How evenly the experts are loaded: per expert, per layer, per class of tokens, and over windows of the token stream.
+"""How evenly the experts are loaded: per expert, per layer, per class of tokens, and over windows
+of the token stream.
 
-Real and zero-compute experts are never mixed: means, CV, maximum, entropy and dead experts are those of the real ones. A zero-compute
-expert's count is given in the same unit (a real expert's fair share), so that the two can be compared, and ``share`` is of all slots.
+Real and zero-compute experts are never mixed: means, CV, maximum, entropy and dead experts are
+those of the real ones. A zero-compute expert's count is given in the same unit (a real expert's
+fair share), so that the two can be compared, and ``share`` is of all slots.
 """
 
 from collections.abc import Sequence
@@ -24,62 +26,96 @@ def expert_load(trace: Trace, by: str | None = None) -> pl.DataFrame:
 
     Args:
         trace: an opened trace.
-        by: a column of ``trace.tokens`` to count apart (a class, a domain, ``doc``), or ``position_band``: 0 for the first position of
-            each document, b for positions 2^(b-1) .. 2^b - 1. Tokens where it is null are left out.
+        by: a column of ``trace.tokens`` to count apart (a class, a domain, ``doc``), or
+            ``position_band``: 0 for the first position of each document, b for positions 2^(b-1) ..
+            2^b - 1. Tokens where it is null are left out.
 
     Returns:
-        [layer, (by,) expert, is_zero, count, share, load]: ``count`` slots; ``share`` of all slots of the layer (and group), real and
-        zero-compute together; ``load`` is the count over the mean count of the layer's (and group's) **real** experts, for both kinds:
-        1 is a real expert's fair share. ``load`` is null where no real expert ran, ``share`` where no slot was used.
+        [layer, (by,) expert, is_zero, count, share, load]: ``count`` slots; ``share`` of all slots
+            of the layer (and group), real and
+        zero-compute together; ``load`` is the count over the mean count of the layer's (and
+        group's) **real** experts, for both kinds: 1 is a real expert's fair share. ``load`` is null
+        where no real expert ran, ``share`` where no slot was used.
     """
     table = trace.counts() if by is None else counts_by(trace, grouping(trace, by))
     group = ["layer"] if by is None else ["layer", by]
     fair = pl.col("count").filter(~pl.col("is_zero")).mean().over(group)
     total = pl.col("count").sum().over(group)
-    return table.with_columns(share=pl.when(total > 0).then(pl.col("count") / total), load=pl.when(fair > 0).then(pl.col("count") / fair))
+    return table.with_columns(
+        share=pl.when(total > 0).then(pl.col("count") / total),
+        load=pl.when(fair > 0).then(pl.col("count") / fair),
+    )
 
 
 def load_summary(trace: Trace, by: str | None = None) -> pl.DataFrame:
     """One row of load statistics per layer (and value of ``by``, as in ``expert_load``).
 
     Returns:
-        [layer, (by,) slots, zero_share, load_cv, max_violation, max_over_mean, balancedness, gini, entropy, effective_experts, dead]:
-        ``slots`` used, ``zero_share`` of them by zero-compute experts; the rest over the real experts, dead ones included, as defined in
+        [layer, (by,) slots, zero_share, load_cv, max_violation, max_over_mean, balancedness, gini,
+        entropy, effective_experts, dead]: ``slots`` used, ``zero_share`` of them by zero-compute
+        experts; the rest over the real experts, dead ones included, as defined in
         ``analysis.counts`` (``entropy`` in nats). Null where no real expert ran.
     """
     groups = None if by is None else grouping(trace, by)
     frames = []
     for layer in by_layer(trace):
-        blocks = [(0, trace.layer_counts(layer)[None])] if groups is None else group_counts(trace, layer, groups)
+        blocks = (
+            [(0, trace.layer_counts(layer)[None])]
+            if groups is None
+            else group_counts(trace, layer, groups)
+        )
         for first, table_GE in blocks:
-            names = {} if groups is None else {groups.name: groups.values[first : first + len(table_GE)]}
+            names = (
+                {}
+                if groups is None
+                else {groups.name: groups.values[first : first + len(table_GE)]}
+            )
             frames.append(_summary(layer, names, table_GE))
     return pl.concat(frames)
 
 
-def load_over_windows(trace: Trace, window: int = 8192, *, column: str | None = None, averages: Sequence[int] = ()) -> pl.DataFrame:
-    """Load statistics of consecutive windows of tokens: what a step or a serving batch of that size would see.
+def load_over_windows(
+    trace: Trace, window: int = 8192, *, column: str | None = None, averages: Sequence[int] = ()
+) -> pl.DataFrame:
+    """Load statistics of consecutive windows of tokens: what a step or a serving batch of that size
+    would see.
 
     Args:
         trace: a trace with a token table.
         window: tokens in a window, in order of (doc, pos); the last one may be shorter.
-        column: a token column that names the windows instead, such as the training or serving step; in order of its values.
-        averages: also give the mean balancedness of the last N windows for each N here; serving engines quote 10, 100 and 1000 steps.
+        column: a token column that names the windows instead, such as the training or serving step;
+            in order of its values.
+        averages: also give the mean balancedness of the last N windows for each N here; serving
+            engines quote 10, 100 and 1000 steps.
 
     Returns:
-        [layer, window, tokens, balancedness, load_cv, max_violation, (balancedness_N)]: ``balancedness`` is mean / max over the real
-        experts; ``balancedness_N`` averages the windows there are while fewer than N have passed.
+        [layer, window, tokens, balancedness, load_cv, max_violation, (balancedness_N)]:
+        ``balancedness`` is mean / max over the real experts; ``balancedness_N`` averages the
+        windows there are while fewer than N have passed.
     """
     require(window >= 1, "a window of at least 1 token", window)
-    require(all(number >= 1 for number in averages), "averages over at least 1 window", list(averages))
+    require(
+        all(number >= 1 for number in averages), "averages over at least 1 window", list(averages)
+    )
     groups = windows(trace, window) if column is None else grouping(trace, column, "window")
     frames = []
     for layer in by_layer(trace):
         for first, table_GE in group_counts(trace, layer, groups):
             places = slice(first, first + len(table_GE))
-            frames.append(_summary(layer, {"window": groups.values[places], "tokens": groups.sizes[places]}, table_GE))
-    table = pl.concat(frames).select("layer", "window", "tokens", "balancedness", "load_cv", "max_violation")
-    means = {f"balancedness_{n}": pl.col("balancedness").rolling_mean(n, min_samples=1).over("layer") for n in averages}
+            frames.append(
+                _summary(
+                    layer,
+                    {"window": groups.values[places], "tokens": groups.sizes[places]},
+                    table_GE,
+                )
+            )
+    table = pl.concat(frames).select(
+        "layer", "window", "tokens", "balancedness", "load_cv", "max_violation"
+    )
+    means = {
+        f"balancedness_{n}": pl.col("balancedness").rolling_mean(n, min_samples=1).over("layer")
+        for n in averages
+    }
     return table.with_columns(**means)
 
 
@@ -87,9 +123,15 @@ def _summary(layer: LayerMeta, names: dict[str, Any], table_GE: NDArray[Any]) ->
     """One row of statistics for each row of counts."""
     counts_GE = table_GE.astype(np.int64)
     real_GE, slots_G = counts_GE[:, : layer.num_experts], counts_GE.sum(axis=1)
-    zero_share = np.divide(slots_G - real_GE.sum(axis=1), slots_G, out=np.full(len(slots_G), np.nan), where=slots_G > 0)
-    columns = {"slots": slots_G, "zero_share": zero_share} | {name: function(real_GE) for name, function in _STATISTICS.items()}
-    frame = pl.DataFrame({**names, **columns, "dead": of.dead_experts(real_GE)}).with_columns(pl.col(pl.Float64).fill_nan(None))
+    zero_share = np.divide(
+        slots_G - real_GE.sum(axis=1), slots_G, out=np.full(len(slots_G), np.nan), where=slots_G > 0
+    )
+    columns = {"slots": slots_G, "zero_share": zero_share} | {
+        name: function(real_GE) for name, function in _STATISTICS.items()
+    }
+    frame = pl.DataFrame({**names, **columns, "dead": of.dead_experts(real_GE)}).with_columns(
+        pl.col(pl.Float64).fill_nan(None)
+    )
     return frame.select(pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all())
 
 

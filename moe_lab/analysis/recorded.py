@@ -1,5 +1,6 @@
-"""What a trace must have recorded for an analysis to mean something. Imports keep what their source does not say as missing; a measure of
-it would be a number about nothing."""
+"""What a trace must have recorded for an analysis to mean something. Imports keep what their source
+does not say as missing; a measure of it would be a number about nothing.
+"""
 
 import functools
 from collections.abc import Callable
@@ -14,27 +15,43 @@ Analysis = Callable[Concatenate[Trace, P], R]
 
 
 def of_tokens(analysis: Analysis[P, R]) -> Analysis[P, R]:
-    """For measures of tokens, of pairs of experts or of the order of tokens: rows that were made up to have given counts hold none."""
+    """For measures of tokens, of pairs of experts or of the order of tokens: rows that were made up
+    to have given counts hold none.
+    """
 
     @functools.wraps(analysis)
     def checked(trace: Trace, *args: P.args, **kwargs: P.kwargs) -> R:
         for one in (trace, *_traces(args)):
             if not one.meta.per_token:
-                raise AnalysisError(expected(f"a trace of tokens for {_name(analysis)}", "one that holds only counts", "expert_load"))
+                raise AnalysisError(
+                    expected(
+                        f"a trace of tokens for {_name(analysis)}",
+                        "one that holds only counts",
+                        "expert_load",
+                    )
+                )
         return analysis(trace, *args, **kwargs)
 
     return checked
 
 
 def of_zero_experts(analysis: Analysis[P, R]) -> Analysis[P, R]:
-    """For measures of ``ffn_count`` and ``zero_count``: some engines write zero-compute experts as expert 0."""
+    """For measures of ``ffn_count`` and ``zero_count``: some engines write zero-compute experts as
+    expert 0.
+    """
 
     @functools.wraps(analysis)
     def checked(trace: Trace, *args: P.args, **kwargs: P.kwargs) -> R:
         for one in (trace, *_traces(args)):
             if not one.meta.zero_experts_known:
                 got = f"an import ({one.meta.created_from}) that writes them as real ones"
-                raise AnalysisError(expected(f"a trace that tells zero-compute experts for {_name(analysis)}", got, "capture()"))
+                raise AnalysisError(
+                    expected(
+                        f"a trace that tells zero-compute experts for {_name(analysis)}",
+                        got,
+                        "capture()",
+                    )
+                )
         return analysis(trace, *args, **kwargs)
 
     return checked

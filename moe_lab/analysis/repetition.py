@@ -1,8 +1,10 @@
-"""Do neighbouring tokens run the same experts: the repetition rates of Mixtral (arXiv 2401.04088, section 5, table 5).
+"""Do neighbouring tokens run the same experts: the repetition rates of Mixtral (arXiv 2401.04088,
+section 5, table 5).
 
-``first`` is the share of tokens whose first choice is that of the token before it in the document; ``either`` the share whose chosen set
-has an expert in common with it (for top-2: first or second choice). At random the sets of k of E meet with 1 - C(E-k, k) / C(E, k): 0.125
-and 0.464 for top-2 of 8. Because of this, the tokens of a document are no independent sample.
+``first`` is the share of tokens whose first choice is that of the token before it in the document;
+``either`` the share whose chosen set has an expert in common with it (for top-2: first or second
+choice). At random the sets of k of E meet with 1 - C(E-k, k) / C(E, k): 0.125 and 0.464 for top-2
+of 8. Because of this, the tokens of a document are no independent sample.
 """
 
 import math
@@ -12,7 +14,16 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.documents import RESAMPLES, Documents, Resampling, documents, nulls, over, ratio_interval, unit_sums
+from moe_lab.analysis.documents import (
+    RESAMPLES,
+    Documents,
+    Resampling,
+    documents,
+    nulls,
+    over,
+    ratio_interval,
+    unit_sums,
+)
 from moe_lab.analysis.overlap import Ids, shared
 from moe_lab.analysis.recorded import of_tokens
 from moe_lab.analysis.streams import Slots, by_layer, first_choices, in_document_order
@@ -21,14 +32,17 @@ from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
 
 
 @of_tokens
-def repetition(trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> pl.DataFrame:
+def repetition(
+    trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> pl.DataFrame:
     """How often a token repeats the experts of the token before it, per layer.
 
     Returns:
-        [layer, choice, n_pairs, n_docs, rate, lo, hi, chance, chance_by_load]: ``choice`` "first" or "either"; ``n_pairs`` tokens whose
-        predecessor (same document, position one lower) is in the trace; ``chance`` is that of choosing evenly at random, null for
-        "either" where tokens use different numbers of slots; ``chance_by_load`` is the rate among the same tokens paired at random (within
-        a batch of rows), which loads alone would give. Null without pairs.
+        [layer, choice, n_pairs, n_docs, rate, lo, hi, chance, chance_by_load]: ``choice`` "first"
+        or "either"; ``n_pairs`` tokens whose predecessor (same document, position one lower) is in
+        the trace; ``chance`` is that of choosing evenly at random, null for "either" where tokens
+        use different numbers of slots; ``chance_by_load`` is the rate among the same tokens paired
+        at random (within a batch of rows), which loads alone would give. Null without pairs.
     """
     docs, resampling = documents(trace, 3), Resampling(resamples, seed, level)
     rows = [row for layer in by_layer(trace) for row in _layer_rows(trace, layer, docs, resampling)]
@@ -36,11 +50,15 @@ def repetition(trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level
 
 
 def chance_of_meeting(experts: int, slots: int) -> float:
-    """Probability that two sets of ``slots`` distinct experts out of ``experts``, drawn evenly, have one in common."""
+    """Probability that two sets of ``slots`` distinct experts out of ``experts``, drawn evenly,
+    have one in common.
+    """
     return 1 - math.comb(experts - slots, slots) / math.comb(experts, slots)
 
 
-def _layer_rows(trace: Trace, layer: LayerMeta, docs: Documents, resampling: Resampling) -> list[dict[str, object]]:
+def _layer_rows(
+    trace: Trace, layer: LayerMeta, docs: Documents, resampling: Resampling
+) -> list[dict[str, object]]:
     generator = np.random.default_rng([resampling.seed, layer.layer])
     sums_U3, shuffled = np.zeros((docs.units, 3)), np.zeros(2)
     full = True
@@ -51,8 +69,16 @@ def _layer_rows(trace: Trace, layer: LayerMeta, docs: Documents, resampling: Res
         shuffled += [same.sum() for same in _same((before[0][order], before[1][order]), after)]
         full &= not (before[1] == EMPTY_SLOT).any()
     pairs = int(sums_U3[:, 0].sum())
-    chance = {"first": 1 / layer.num_choices, "either": chance_of_meeting(layer.num_choices, layer.top_k) if full else None}
-    found = zip(*ratio_interval(sums_U3, resampling), chance.items(), over(shuffled, np.array(pairs)), strict=True)
+    chance = {
+        "first": 1 / layer.num_choices,
+        "either": chance_of_meeting(layer.num_choices, layer.top_k) if full else None,
+    }
+    found = zip(
+        *ratio_interval(sums_U3, resampling),
+        chance.items(),
+        over(shuffled, np.array(pairs)),
+        strict=True,
+    )
     return [
         {"layer": layer.layer, "choice": choice, "n_pairs": pairs, "n_docs": len(docs.docs)}
         | {"rate": value, "lo": low, "hi": high, "chance": even, "chance_by_load": by_load}
@@ -69,7 +95,9 @@ def _same(before: Choice, after: Choice) -> tuple[NDArray[np.bool_], NDArray[np.
     return first, shared(before[1], after[1]) > 0
 
 
-def _neighbours(trace: Trace, layer: LayerMeta) -> Iterator[tuple[NDArray[np.uint32], Choice, Choice]]:
+def _neighbours(
+    trace: Trace, layer: LayerMeta
+) -> Iterator[tuple[NDArray[np.uint32], Choice, Choice]]:
     """Batches of pairs: the document, the token before, the token after."""
     last: pl.DataFrame | None = None
     for frame in in_document_order(trace, layer.layer, ["experts", "weights"]):
@@ -81,7 +109,11 @@ def _neighbours(trace: Trace, layer: LayerMeta) -> Iterator[tuple[NDArray[np.uin
         ids = expert_slots(layer, frame["experts"])
         first = first_choices(layer, Slots(frame, ids))
         pair = np.flatnonzero((doc[1:] == doc[:-1]) & (pos[1:] == pos[:-1] + 1))
-        yield frame["doc"].to_numpy()[pair], (first[pair], ids[pair]), (first[pair + 1], ids[pair + 1])
+        yield (
+            frame["doc"].to_numpy()[pair],
+            (first[pair], ids[pair]),
+            (first[pair + 1], ids[pair + 1]),
+        )
 
 
 _SCHEMA = {"layer": pl.UInt32, "choice": pl.String, "n_pairs": pl.Int64, "n_docs": pl.Int64}

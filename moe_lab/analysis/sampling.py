@@ -1,8 +1,10 @@
-"""Choosing K of M experts with given marginal rates and nothing else: conditional Bernoulli sampling.
+"""Choosing K of M experts with given marginal rates and nothing else: conditional Bernoulli
+sampling.
 
-Each expert i flips a coin with odds w_i and only outcomes with exactly K heads are kept: P(S) is proportional to the product of w_i over
-S. Among all ways to choose K experts with given inclusion rates it has the largest entropy, so it is what a router would do that knows
-the marginal loads and not the token. (Chen, Dempster and Liu, Biometrika 81:457-469, 1994.)
+Each expert i flips a coin with odds w_i and only outcomes with exactly K heads are kept: P(S) is
+proportional to the product of w_i over S. Among all ways to choose K experts with given inclusion
+rates it has the largest entropy, so it is what a router would do that knows the marginal loads and
+not the token. (Chen, Dempster and Liu, Biometrika 81:457-469, 1994.)
 
 Shape letters: M experts, K slots.
 """
@@ -25,7 +27,10 @@ def symmetric_polynomials(odds_M: Floats, slots: int) -> Floats:
 
 
 def inclusion_rates(odds_M: Floats, slots: int) -> Floats:
-    """[M]: probability that each expert is among the K chosen; sums to K. Exact, by convolving the experts before and after each."""
+    """[M]: probability that each expert is among the K chosen; sums to K.
+
+    Exact, by convolving the experts before and after each.
+    """
     experts = len(odds_M)
     before, after = np.zeros((experts + 1, slots + 1)), np.zeros((experts + 1, slots + 1))
     before[0, 0] = after[experts, 0] = 1
@@ -39,11 +44,15 @@ def inclusion_rates(odds_M: Floats, slots: int) -> Floats:
     return odds_M * without / before[experts, slots]
 
 
-def fit_odds(rates_M: Floats, slots: int, tolerance: float = 1e-7, max_steps: int = 200) -> Floats | None:
-    """Odds [M] whose inclusion rates are ``rates`` (each strictly between 0 and 1, sum = K), or None where that does not settle.
+def fit_odds(
+    rates_M: Floats, slots: int, tolerance: float = 1e-7, max_steps: int = 200
+) -> Floats | None:
+    """Odds [M] whose inclusion rates are ``rates`` (each strictly between 0 and 1, sum = K), or
+    None where that does not settle.
 
-    Minimises the convex ``log e_K(exp x) - rates . x`` over log-odds x by quasi-Newton steps. The Hessian is the covariance of the
-    inclusions; Hajek's approximation of it, ``diag(d) - d d' / sum(d)`` with d matched to the variances, makes the step a division.
+    Minimises the convex ``log e_K(exp x) - rates . x`` over log-odds x by quasi-Newton steps. The
+    Hessian is the covariance of the inclusions; Hajek's approximation of it, ``diag(d) - d d' /
+    sum(d)`` with d matched to the variances, makes the step a division.
     """
     log_odds = np.log(rates_M / (1 - rates_M))
     value = _objective(log_odds, rates_M, slots)
@@ -58,14 +67,19 @@ def fit_odds(rates_M: Floats, slots: int, tolerance: float = 1e-7, max_steps: in
         for _ in range(30):
             d = variance + d * d / d.sum()
         move = np.clip(error / d, -MAX_MOVE, MAX_MOVE)
-        while not (lower := _objective(log_odds + move, rates_M, slots)) <= value + 1e-12 and np.abs(move).max() > 1e-9:
+        while (
+            not (lower := _objective(log_odds + move, rates_M, slots)) <= value + 1e-12
+            and np.abs(move).max() > 1e-9
+        ):
             move /= 2
         log_odds, value = log_odds + move, lower
     return None
 
 
 def _scaled(log_odds_M: Floats, slots: int) -> Floats:
-    """Odds that sum to K: the choice depends on their ratios alone, and this keeps the polynomials in range."""
+    """Odds that sum to K: the choice depends on their ratios alone, and this keeps the polynomials
+    in range.
+    """
     odds = np.exp(log_odds_M - log_odds_M.max())
     return odds * (slots / odds.sum())
 
@@ -76,7 +90,8 @@ def _objective(log_odds_M: Floats, rates_M: Floats, slots: int) -> float:
 
 
 def group_count(rates_M: Floats, in_group_M: NDArray[np.bool_], slots: int) -> Floats | None:
-    """[K + 1]: distribution of how many of the K chosen belong to the group, at the given inclusion rates.
+    """[K + 1]: distribution of how many of the K chosen belong to the group, at the given inclusion
+    rates.
 
     Rates of 0 and 1 are taken out first. None where ``fit_odds`` does not settle.
     """

@@ -1,7 +1,9 @@
-"""Router saturation: how early in training the routing of a text is what it will be in the end (OLMoE, arXiv 2409.02060, section 5.1).
+"""Router saturation: how early in training the routing of a text is what it will be in the end
+(OLMoE, arXiv 2409.02060, section 5.1).
 
-For the same text through checkpoints of one model, the saturation of a layer at checkpoint t is the mean over tokens of
-``|E(t) and E(last)| / k``, with E the set of the k chosen experts; at random k / E. Top-1 compares the first choice alone; at random 1 / E.
+For the same text through checkpoints of one model, the saturation of a layer at checkpoint t is the
+mean over tokens of ``|E(t) and E(last)| / k``, with E the set of the k chosen experts; at random k
+/ E. Top-1 compares the first choice alone; at random 1 / E.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +12,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.documents import RESAMPLES, Documents, Resampling, documents, nulls, ratio_interval, unit_sums
+from moe_lab.analysis.documents import (
+    RESAMPLES,
+    Documents,
+    Resampling,
+    documents,
+    nulls,
+    ratio_interval,
+    unit_sums,
+)
 from moe_lab.analysis.overlap import shared, used
 from moe_lab.analysis.streams import KEY, Slots, aligned, by_layer, first_choices
 from moe_lab.errors import AnalysisError, TraceError, expected
@@ -29,60 +39,96 @@ def saturation(
     """Overlap of each checkpoint's routing with that of the last one, on the same tokens.
 
     Args:
-        traces: traces of the same text through checkpoints, oldest first, or by name (such as the step).
-        last: the trace that the others are compared with; by default the last of ``traces``, which is then left out of the result.
+        traces: traces of the same text through checkpoints, oldest first, or by name (such as the
+            step).
+        last: the trace that the others are compared with; by default the last of ``traces``, which
+            is then left out of the result.
         resamples, seed, level: of the percentile interval from resampling documents.
 
     Returns:
-        [layer, checkpoint, place, choice, n_tokens, n_docs, saturation, lo, hi, chance, chance_by_load]: ``checkpoint`` is the name (or the
-        number in the sequence) and ``place`` its order; ``choice`` is "top-1" (the slot of the largest weight; the first slot in traces
-        without weights) or "top-k"; with a varying number of slots, top-k divides by those that the last checkpoint used, and tokens
-        without any are left out. ``chance`` is that of choosing evenly, k / E or 1 / E; ``chance_by_load`` that of two routers which keep
-        the measured loads of both checkpoints and never look at the token.
+        [layer, checkpoint, place, choice, n_tokens, n_docs, saturation, lo, hi, chance,
+        chance_by_load]: ``checkpoint`` is the name (or the number in the sequence) and ``place``
+        its order; ``choice`` is "top-1" (the slot of the largest weight; the first slot in traces
+        without weights) or "top-k"; with a varying number of slots, top-k divides by those that the
+        last checkpoint used, and tokens without any are left out. ``chance`` is that of choosing
+        evenly, k / E or 1 / E; ``chance_by_load`` that of two routers which keep the measured loads
+        of both checkpoints and never look at the token.
 
     Raises:
         AnalysisError: fewer than two checkpoints, or ones with other layers, experts or tokens.
     """
-    named = dict(traces) if isinstance(traces, Mapping) else {str(number): trace for number, trace in enumerate(traces)}
+    named = (
+        dict(traces)
+        if isinstance(traces, Mapping)
+        else {str(number): trace for number, trace in enumerate(traces)}
+    )
     if last is None:
         if len(named) < 2:
-            raise AnalysisError(expected("at least two checkpoints of one model", len(named), "tracing an earlier checkpoint as well"))
+            raise AnalysisError(
+                expected(
+                    "at least two checkpoints of one model",
+                    len(named),
+                    "tracing an earlier checkpoint as well",
+                )
+            )
         last = named.pop(list(named)[-1])
     resampling, docs, rows = Resampling(resamples, seed, level), documents(last, 3), []
     for place, (name, trace) in enumerate(named.items()):
         require_same_tokens(trace, last)
         for layer in by_layer(last):
             found = overlap_rows(trace, last, layer, docs, resampling)
-            rows += [{"layer": layer.layer, "checkpoint": name, "place": place, **row} for row in found]
+            rows += [
+                {"layer": layer.layer, "checkpoint": name, "place": place, **row} for row in found
+            ]
     return nulls(pl.DataFrame(rows, schema=_SCHEMA)).sort("layer", "choice", "place")
 
 
-def paired_slots(first: Trace, second: Trace, layer: LayerMeta, columns: Sequence[str] = ()) -> Iterator[tuple[Slots, Slots]]:
+def paired_slots(
+    first: Trace, second: Trace, layer: LayerMeta, columns: Sequence[str] = ()
+) -> Iterator[tuple[Slots, Slots]]:
     """A layer of two traces side by side, rows of the same (doc, pos)."""
     names = list(dict.fromkeys([*KEY, "experts", *columns]))
     right = f"layer {layer.layer} of the other trace"
-    for one, other in aligned(first.batches(layer.layer, names), lambda: second.batches(layer.layer, names), right):
-        yield Slots(one, expert_slots(layer, one["experts"])), Slots(other, expert_slots(layer, other["experts"]))
+    for one, other in aligned(
+        first.batches(layer.layer, names), lambda: second.batches(layer.layer, names), right
+    ):
+        yield (
+            Slots(one, expert_slots(layer, one["experts"])),
+            Slots(other, expert_slots(layer, other["experts"])),
+        )
 
 
 def require_same_tokens(first: Trace, second: Trace) -> None:
     """Raise ``AnalysisError`` unless two traces have the same layers, experts and tokens."""
     if problem := difference(first, second):
-        raise AnalysisError(expected("traces of the same text through the same layers", problem, "tracing both checkpoints on one text"))
+        raise AnalysisError(
+            expected(
+                "traces of the same text through the same layers",
+                problem,
+                "tracing both checkpoints on one text",
+            )
+        )
 
 
 def difference(first: Trace, second: Trace) -> str:
     """Why the tokens of two traces cannot be compared one by one; empty where they can."""
-    shapes = [[(layer.layer, layer.num_experts, layer.num_zero_experts) for layer in by_layer(trace)] for trace in (first, second)]
+    shapes = [
+        [(layer.layer, layer.num_experts, layer.num_zero_experts) for layer in by_layer(trace)]
+        for trace in (first, second)
+    ]
     if shapes[0] != shapes[1]:
         return "other layers or numbers of experts"
     if first.num_tokens != second.num_tokens:
         return f"{first.num_tokens} and {second.num_tokens} tokens"
-    if not all(any(name.startswith("tokens/") for name in trace.parts) for trace in (first, second)):
+    if not all(
+        any(name.startswith("tokens/") for name in trace.parts) for trace in (first, second)
+    ):
         return ""  # no ids to compare; keys are compared as the rows are read
     names, others = [*KEY, "token_id"], 0
     try:
-        for one, other in aligned(first.batches(None, names), lambda: second.batches(None, names), "the other trace"):
+        for one, other in aligned(
+            first.batches(None, names), lambda: second.batches(None, names), "the other trace"
+        ):
             others += int((one["token_id"] != other["token_id"]).sum())
     except TraceError as error:
         return str(error)
@@ -92,26 +138,50 @@ def difference(first: Trace, second: Trace) -> str:
 def overlap_rows(
     trace: Trace, last: Trace, layer: LayerMeta, docs: Documents, resampling: Resampling
 ) -> list[dict[str, str | int | float]]:
-    """Overlap of one layer of two traces: a row for the first choice and one for all slots, as ``saturation`` returns them."""
+    """Overlap of one layer of two traces: a row for the first choice and one for all slots, as
+    ``saturation`` returns them.
+    """
     sums_U3 = np.zeros((docs.units, 3))
-    loads = np.zeros((2, 2, layer.num_choices))  # first choices or all slots, this trace or the last, E
+    loads = np.zeros(
+        (2, 2, layer.num_choices)
+    )  # first choices or all slots, this trace or the last, E
     slots = 0
     for now, final in paired_slots(trace, last, layer, ["weights"]):
         firsts = first_choices(layer, now), first_choices(layer, final)
         slots_T = used(final.ids)
         has = slots_T > 0
         share_T = np.divide(shared(final.ids, now.ids), slots_T, out=np.zeros(len(has)), where=has)
-        sums_U3 += unit_sums(docs, now.frame["doc"].to_numpy(), np.stack([has, (firsts[0] == firsts[1]) & has, share_T], axis=1))
+        sums_U3 += unit_sums(
+            docs,
+            now.frame["doc"].to_numpy(),
+            np.stack([has, (firsts[0] == firsts[1]) & has, share_T], axis=1),
+        )
         for side, (batch, first) in enumerate(zip((now, final), firsts, strict=True)):
             loads[0, side] += _load(first, layer)
             loads[1, side] += _load(batch.ids, layer)
         slots += int(slots_T.sum())
     tokens = int(sums_U3[:, 0].sum())
     rates = loads / max(tokens, 1)
-    found = zip(*ratio_interval(sums_U3, resampling), ("top-1", "top-k"), (1.0, slots / max(tokens, 1)), rates, strict=True)
+    found = zip(
+        *ratio_interval(sums_U3, resampling),
+        ("top-1", "top-k"),
+        (1.0, slots / max(tokens, 1)),
+        rates,
+        strict=True,
+    )
     return [
-        {"choice": choice, "n_tokens": tokens, "n_docs": len(docs.docs), "saturation": value, "lo": low, "hi": high}
-        | {"chance": width / layer.num_choices, "chance_by_load": float(rate[0] @ rate[1] / width) if width else np.nan}
+        {
+            "choice": choice,
+            "n_tokens": tokens,
+            "n_docs": len(docs.docs),
+            "saturation": value,
+            "lo": low,
+            "hi": high,
+        }
+        | {
+            "chance": width / layer.num_choices,
+            "chance_by_load": float(rate[0] @ rate[1] / width) if width else np.nan,
+        }
         for value, low, high, choice, width, rate in found
     ]
 
@@ -120,5 +190,12 @@ def _load(ids: NDArray[np.uint16], layer: LayerMeta) -> NDArray[np.int64]:
     return np.bincount(ids[ids != EMPTY_SLOT], minlength=layer.num_choices)
 
 
-_SCHEMA = {"layer": pl.UInt32, "checkpoint": pl.String, "place": pl.UInt32, "choice": pl.String, "n_tokens": pl.Int64, "n_docs": pl.Int64}
+_SCHEMA = {
+    "layer": pl.UInt32,
+    "checkpoint": pl.String,
+    "place": pl.UInt32,
+    "choice": pl.String,
+    "n_tokens": pl.Int64,
+    "n_docs": pl.Int64,
+}
 _SCHEMA |= dict.fromkeys(("saturation", "lo", "hi", "chance", "chance_by_load"), pl.Float64)

@@ -1,7 +1,9 @@
-"""Whose experts are they: how far routing differs between domains of text, and how far it is a lookup of the token id.
+"""Whose experts are they: how far routing differs between domains of text, and how far it is a
+lookup of the token id.
 
-Definitions of OLMoE (arXiv 2409.02060, section 5): with N_D tokens of domain D of which N_{i,D} ran expert i, the domain specialisation of
-i is N_{i,D} / N_D (at random K / E); with N_x tokens of id x of which N_{i,x} ran expert i, its vocabulary specialisation is N_{i,x} / N_x.
+Definitions of OLMoE (arXiv 2409.02060, section 5): with N_D tokens of domain D of which N_{i,D} ran
+expert i, the domain specialisation of i is N_{i,D} / N_D (at random K / E); with N_x tokens of id x
+of which N_{i,x} ran expert i, its vocabulary specialisation is N_{i,x} / N_x.
 """
 
 from itertools import combinations
@@ -12,7 +14,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.counts import jensen_shannon_bits
-from moe_lab.analysis.documents import RESAMPLES, Resampling, documents, nulls, over, unit_counts, unit_sizes
+from moe_lab.analysis.documents import (
+    RESAMPLES,
+    Resampling,
+    documents,
+    nulls,
+    over,
+    unit_counts,
+    unit_sizes,
+)
 from moe_lab.analysis.groups import Grouping, group_counts, grouping
 from moe_lab.analysis.recorded import of_tokens
 from moe_lab.analysis.streams import by_layer, chosen_layers
@@ -26,19 +36,27 @@ MAX_DEALS = 50
 
 
 def domain_specialisation(
-    trace: Trace, column: str = "domain", *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+    trace: Trace,
+    column: str = "domain",
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> pl.DataFrame:
     """Share of each domain's tokens that ran each expert.
 
     Args:
         trace: a trace with a token table.
-        column: the token column that names the domain (or any class); tokens where it is null are left out.
-        resamples, seed, level: of the percentile interval from resampling documents; 0 resamples leave it out.
+        column: the token column that names the domain (or any class); tokens where it is null are
+            left out.
+        resamples, seed, level: of the percentile interval from resampling documents; 0 resamples
+            leave it out.
 
     Returns:
-        [layer, domain, expert, is_zero, count, tokens, specialisation, lo, hi, at_random]: ``specialisation = count / tokens`` of the
-        domain; ``at_random`` is the expert's share of all counted tokens, which every domain would show if it played no part. Ends of
-        intervals are null for a domain of fewer than 2 documents.
+        [layer, domain, expert, is_zero, count, tokens, specialisation, lo, hi, at_random]:
+        ``specialisation = count / tokens`` of the domain; ``at_random`` is the expert's share of
+        all counted tokens, which every domain would show if it played no part. Ends of intervals
+        are null for a domain of fewer than 2 documents.
     """
     groups = _domains(trace, column)
     docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
@@ -70,17 +88,25 @@ def domain_specialisation(
 
 
 def domain_divergence(
-    trace: Trace, column: str = "domain", *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+    trace: Trace,
+    column: str = "domain",
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> pl.DataFrame:
     """Jensen-Shannon divergence in bits between the expert loads (all slots) of every two domains.
 
     Returns:
-        [layer, domain_a, domain_b, bits, lo, hi, shuffled]: ``bits`` is 0 where the two domains load the experts alike, 1 where they share
-        none, null where a domain used no slot. Samples differ even where domains do not: ``shuffled`` is the mean over up to ``MAX_DEALS``
-        draws in which the documents of both are dealt anew to the two names, and is what ``bits`` must exceed. Finite samples push the
-        resampled values up as they push ``bits``, so the interval is the reflected one, ``2 bits - q``, cut at 0 and 1. ``lo``, ``hi``
-        and ``shuffled`` are null with fewer than 2 documents in a domain, ``shuffled`` also where a document (or a drawn bundle of them,
-        see ``analysis.documents``) mixes domains.
+        [layer, domain_a, domain_b, bits, lo, hi, shuffled]: ``bits`` is 0 where the two domains
+            load the experts alike, 1 where they share
+        none, null where a domain used no slot. Samples differ even where domains do not:
+        ``shuffled`` is the mean over up to ``MAX_DEALS`` draws in which the documents of both are
+        dealt anew to the two names, and is what ``bits`` must exceed. Finite samples push the
+        resampled values up as they push ``bits``, so the interval is the reflected one, ``2 bits -
+        q``, cut at 0 and 1. ``lo``, ``hi`` and ``shuffled`` are null with fewer than 2 documents in
+        a domain, ``shuffled`` also where a document (or a drawn bundle of them, see
+        ``analysis.documents``) mixes domains.
     """
     groups = _domains(trace, column)
     docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
@@ -90,28 +116,43 @@ def domain_divergence(
     few_P = (here_UG.sum(axis=0) < 2)[pairs_P2].any(axis=1)
     frames = []
     for layer in by_layer(trace):
-        found_4P = _divergences(unit_counts(trace, layer, docs, groups), here_UG, pairs_P2, resampling)
+        found_4P = _divergences(
+            unit_counts(trace, layer, docs, groups), here_UG, pairs_P2, resampling
+        )
         found_4P[1:, few_P] = np.nan
-        names = {"domain_a": groups.values.gather(pairs_P2[:, 0]), "domain_b": groups.values.gather(pairs_P2[:, 1])}
+        names = {
+            "domain_a": groups.values.gather(pairs_P2[:, 0]),
+            "domain_b": groups.values.gather(pairs_P2[:, 1]),
+        }
         values = dict(zip(("bits", "lo", "hi", "shuffled"), found_4P, strict=True))
-        frames.append(pl.DataFrame({**names, **values}).select(pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all()))
+        frames.append(
+            pl.DataFrame({**names, **values}).select(
+                pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all()
+            )
+        )
     return nulls(pl.concat(frames))
 
 
 @of_tokens
-def vocabulary_specialisation(trace: Trace, column: str = "token_id", min_count: int = 1) -> pl.DataFrame:
-    """How far each layer routes by token id alone: for each id, the largest share of its tokens that one expert runs.
+def vocabulary_specialisation(
+    trace: Trace, column: str = "token_id", min_count: int = 1
+) -> pl.DataFrame:
+    """How far each layer routes by token id alone: for each id, the largest share of its tokens
+    that one expert runs.
 
     Args:
         trace: a trace with a token table.
-        column: the token column that holds the id: ``token_id`` (input), ``true_id`` (the id that follows, derived where the trace has no
-            such column), or a recorded column such as the id that the model predicted.
-        min_count: leave out ids with fewer tokens. An id seen once always has a share of 1, so rare ids inflate ``mean``.
+        column: the token column that holds the id: ``token_id`` (input), ``true_id`` (the id that
+            follows, derived where the trace has no such column), or a recorded column such as the
+            id that the model predicted.
+        min_count: leave out ids with fewer tokens. An id seen once always has a share of 1, so rare
+            ids inflate ``mean``.
 
     Returns:
-        [layer, ids, tokens, mean, token_weighted, load_bound]: over the ids, plain ``mean`` and mean weighted by their tokens;
-        ``load_bound`` is the share of all these tokens that the busiest expert runs, which a layer blind to the id would show for every
-        frequent id. Zero-compute experts count as experts.
+        [layer, ids, tokens, mean, token_weighted, load_bound]: over the ids, plain ``mean`` and
+            mean weighted by their tokens;
+        ``load_bound`` is the share of all these tokens that the busiest expert runs, which a layer
+        blind to the id would show for every frequent id. Zero-compute experts count as experts.
     """
     require(min_count >= 1, "a min_count of at least 1", min_count)
     groups = grouping(trace, column, "id", min_count)
@@ -132,7 +173,12 @@ def vocabulary_specialisation(trace: Trace, column: str = "token_id", min_count:
 
 @of_tokens
 def expert_vocabulary(
-    trace: Trace, column: str = "token_id", *, layers: list[int] | None = None, top: int = 10, min_count: int = 10
+    trace: Trace,
+    column: str = "token_id",
+    *,
+    layers: list[int] | None = None,
+    top: int = 10,
+    min_count: int = 10,
 ) -> pl.DataFrame:
     """The ids that each expert runs most exclusively.
 
@@ -144,8 +190,9 @@ def expert_vocabulary(
         min_count: leave out ids with fewer tokens.
 
     Returns:
-        [layer, expert, is_zero, id, count, tokens, share] sorted by layer, expert and falling ``share = count / tokens`` (then tokens);
-        fewer than ``top`` rows for an expert that ran fewer ids.
+        [layer, expert, is_zero, id, count, tokens, share] sorted by layer, expert and falling
+        ``share = count / tokens`` (then tokens); fewer than ``top`` rows for an expert that ran
+        fewer ids.
     """
     require(min_count >= 1 and top >= 1, "a min_count and a top of at least 1", (min_count, top))
     groups = grouping(trace, column, "id", min_count)
@@ -155,9 +202,21 @@ def expert_vocabulary(
         for first, table_GE in group_counts(trace, layer, groups):
             places = slice(first, first + len(table_GE))
             found = _best_ids(layer, table_GE, groups.values[places], groups.sizes[places], top)
-            found = pl.concat([*best, found]).sort("expert", "share", "tokens", "id", descending=[False, True, True, False])
+            found = pl.concat([*best, found]).sort(
+                "expert", "share", "tokens", "id", descending=[False, True, True, False]
+            )
             best = [found.group_by("expert", maintain_order=True).head(top)]
-        frames.append(best[0].select(pl.lit(layer.layer, pl.UInt32).alias("layer"), "expert", "is_zero", "id", "count", "tokens", "share"))
+        frames.append(
+            best[0].select(
+                pl.lit(layer.layer, pl.UInt32).alias("layer"),
+                "expert",
+                "is_zero",
+                "id",
+                "count",
+                "tokens",
+                "share",
+            )
+        )
     return pl.concat(frames)
 
 
@@ -170,13 +229,23 @@ def vocabulary_shares(highest: ArrayLike, tokens: ArrayLike) -> tuple[float, flo
     """
     top: NDArray[np.float64] = np.asarray(highest, dtype=np.float64)
     size: NDArray[np.float64] = np.asarray(tokens, dtype=np.float64)
-    return (float((top / size).mean()), float(top.sum() / size.sum())) if len(size) else (np.nan, np.nan)
+    return (
+        (float((top / size).mean()), float(top.sum() / size.sum()))
+        if len(size)
+        else (np.nan, np.nan)
+    )
 
 
 def _domains(trace: Trace, column: str) -> Grouping:
     groups = grouping(trace, column, "domain")
     if len(groups) > MAX_DOMAINS:
-        raise AnalysisError(expected(f"a column of at most {MAX_DOMAINS} domains", f"{len(groups)} values of {column!r}", "another column"))
+        raise AnalysisError(
+            expected(
+                f"a column of at most {MAX_DOMAINS} domains",
+                f"{len(groups)} values of {column!r}",
+                "another column",
+            )
+        )
     return groups
 
 
@@ -200,7 +269,10 @@ def _shares(weights_BU: Floats, counts_UGE: NDArray, sizes_UG: NDArray) -> Float
 
 
 def _divergences(
-    counts_UGE: NDArray[np.uint32], here_UG: NDArray[np.bool_], pairs_P2: NDArray[np.int64], resampling: Resampling | None
+    counts_UGE: NDArray[np.uint32],
+    here_UG: NDArray[np.bool_],
+    pairs_P2: NDArray[np.int64],
+    resampling: Resampling | None,
 ) -> Floats:
     """[4, P]: bits, lo, hi and shuffled of each pair of domains."""
     units, groups, experts = counts_UGE.shape
@@ -208,7 +280,9 @@ def _divergences(
 
     def bits(weights_BU: Floats) -> Floats:
         loads_BGE = (weights_BU @ flat).reshape(-1, groups, experts)
-        return np.stack([jensen_shannon_bits(loads_BGE[:, a], loads_BGE[:, b]) for a, b in pairs_P2], axis=1)
+        return np.stack(
+            [jensen_shannon_bits(loads_BGE[:, a], loads_BGE[:, b]) for a, b in pairs_P2], axis=1
+        )
 
     found = np.full((4, len(pairs_P2)), np.nan)
     if not len(pairs_P2):
@@ -222,7 +296,12 @@ def _divergences(
     return found
 
 
-def _shuffled(load_UE: NDArray, here_UG: NDArray[np.bool_], pairs_P2: NDArray[np.int64], resampling: Resampling) -> Floats:
+def _shuffled(
+    load_UE: NDArray,
+    here_UG: NDArray[np.bool_],
+    pairs_P2: NDArray[np.int64],
+    resampling: Resampling,
+) -> Floats:
     """[P] mean divergence of each pair when the documents of the two are dealt anew to their names."""
     generator, means = np.random.default_rng(resampling.seed), []
     for a, b in pairs_P2:
@@ -230,19 +309,36 @@ def _shuffled(load_UE: NDArray, here_UG: NDArray[np.bool_], pairs_P2: NDArray[np
         if not kept.any():
             means.append(np.nan)
             continue
-        deals = np.stack([generator.permutation(here_UG[kept, a]) for _ in range(min(resampling.resamples, MAX_DEALS))]).astype(np.float64)
+        deals = np.stack(
+            [
+                generator.permutation(here_UG[kept, a])
+                for _ in range(min(resampling.resamples, MAX_DEALS))
+            ]
+        ).astype(np.float64)
         load = load_UE[kept].astype(np.float64)
         means.append(float(np.mean(jensen_shannon_bits(deals @ load, (1 - deals) @ load))))
     return np.array(means)
 
 
-def _best_ids(layer: LayerMeta, table_GE: NDArray, ids: pl.Series, sizes: NDArray, top: int) -> pl.DataFrame:
+def _best_ids(
+    layer: LayerMeta, table_GE: NDArray, ids: pl.Series, sizes: NDArray, top: int
+) -> pl.DataFrame:
     share_GE = table_GE / np.maximum(sizes, 1)[:, None]
-    order_GE = np.lexsort((np.broadcast_to(-sizes[:, None], share_GE.shape), -share_GE), axis=0)[:top]
+    order_GE = np.lexsort((np.broadcast_to(-sizes[:, None], share_GE.shape), -share_GE), axis=0)[
+        :top
+    ]
     expert = np.tile(np.arange(layer.num_choices), len(order_GE))
     place = order_GE.ravel()
     frame = pl.DataFrame(
-        {"expert": expert.astype(np.uint16), "is_zero": expert >= layer.num_experts, "id": ids.gather(place)}
-        | {"count": table_GE[place, expert].astype(np.int64), "tokens": sizes[place], "share": share_GE[place, expert]}
+        {
+            "expert": expert.astype(np.uint16),
+            "is_zero": expert >= layer.num_experts,
+            "id": ids.gather(place),
+        }
+        | {
+            "count": table_GE[place, expert].astype(np.int64),
+            "tokens": sizes[place],
+            "share": share_GE[place, expert],
+        }
     )
     return frame.filter(pl.col("count") > 0)

@@ -1,7 +1,9 @@
-"""How much the number of real experts per token varies, beside what a router would show that never looks at the token.
+"""How much the number of real experts per token varies, beside what a router would show that never
+looks at the token.
 
-Variation alone proves nothing. A router with zero-compute experts that picks K of N + Z at random already gives each token a different
-number of real experts; a claim of adaptive compute must show more than that, and then that the extra follows the tokens.
+Variation alone proves nothing. A router with zero-compute experts that picks K of N + Z at random
+already gives each token a different number of real experts; a claim of adaptive compute must show
+more than that, and then that the extra follows the tokens.
 """
 
 import math
@@ -18,23 +20,30 @@ from moe_lab.trace import LayerMeta, Trace
 
 @of_tokens
 @of_zero_experts
-def ffn_spread(trace: Trace, *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> pl.DataFrame:
-    """Mean and standard deviation of ``ffn_count`` over all tokens of each layer, with three token-independent benchmarks.
+def ffn_spread(
+    trace: Trace, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> pl.DataFrame:
+    """Mean and standard deviation of ``ffn_count`` over all tokens of each layer, with three
+    token-independent benchmarks.
 
     Returns:
-        [layer, n_tokens, n_docs, mean, sd, sd_lo, sd_hi, min, max, hypergeometric_mean, hypergeometric_sd, matched_sd, independent_sd]:
+        [layer, n_tokens, n_docs, mean, sd, sd_lo, sd_hi, min, max, hypergeometric_mean,
+        hypergeometric_sd, matched_sd, independent_sd]:
 
-        * ``sd`` is the population standard deviation; ``sd_lo``, ``sd_hi`` its percentile interval from resampling documents (null with
-          fewer than 2).
-        * ``hypergeometric_mean``, ``hypergeometric_sd``: K distinct experts among N real and Z zero-compute ones, all alike. From the
-          configuration alone: 8 and 1.621 for LongCat-Flash's top-12 of 512 + 256.
-        * ``matched_sd``: the hypergeometric formula at the measured mean, ``sqrt(K p (1-p) (N+Z-K) / (N+Z-1))`` with p = mean / K: the
-          two groups keep their measured shares, experts within a group are alike.
-        * ``independent_sd``: every expert keeps its measured load and nothing else (conditional Bernoulli sampling, see
-          ``analysis.sampling``). Skewed loads spread less than even ones, so this is the benchmark that ``sd`` must exceed.
+        * ``sd`` is the population standard deviation; ``sd_lo``, ``sd_hi`` its percentile interval
+          from resampling documents (null with fewer than 2).
+        * ``hypergeometric_mean``, ``hypergeometric_sd``: K distinct experts among N real and Z
+          zero-compute ones, all alike. From the configuration alone: 8 and 1.621 for
+          LongCat-Flash's top-12 of 512 + 256.
+        * ``matched_sd``: the hypergeometric formula at the measured mean, ``sqrt(K p (1-p) (N+Z-K)
+          / (N+Z-1))`` with p = mean / K: the two groups keep their measured shares, experts within
+          a group are alike.
+        * ``independent_sd``: every expert keeps its measured load and nothing else (conditional
+          Bernoulli sampling, see ``analysis.sampling``). Skewed loads spread less than even ones,
+          so this is the benchmark that ``sd`` must exceed.
 
-        The benchmarks are null in a layer where some token used fewer than K slots: there the number of slots is itself the router's
-        choice. Without zero-compute experts they are 0.
+        The benchmarks are null in a layer where some token used fewer than K slots: there the
+        number of slots is itself the router's choice. Without zero-compute experts they are 0.
     """
     found = collect(
         trace.routing.group_by("layer", "doc").agg(
@@ -53,7 +62,13 @@ def ffn_spread(trace: Trace, *, resamples: int = 1000, seed: int = 0, level: flo
             continue
         sums_D3 = documents.select("n", "total", "square").to_numpy().astype(np.float64)
         mean, sd = _moments(sums_D3.sum(axis=0))
-        low, high = percentile_interval(lambda weights, sums=sums_D3: _moments(weights @ sums)[1], len(sums_D3), resamples, seed, level)
+        low, high = percentile_interval(
+            lambda weights, sums=sums_D3: _moments(weights @ sums)[1],
+            len(sums_D3),
+            resamples,
+            seed,
+            level,
+        )
         filled = documents["fewest"].min() == layer.top_k
         rows.append(
             {"layer": layer.layer, "n_tokens": int(sums_D3[:, 0].sum()), "n_docs": len(sums_D3)}
@@ -65,14 +80,20 @@ def ffn_spread(trace: Trace, *, resamples: int = 1000, seed: int = 0, level: flo
 
 
 def hypergeometric(num_experts: int, num_zero_experts: int, top_k: int) -> tuple[float, float]:
-    """Mean and standard deviation of the real experts among ``top_k`` distinct ones drawn evenly from all."""
+    """Mean and standard deviation of the real experts among ``top_k`` distinct ones drawn evenly
+    from all.
+    """
     mean = top_k * num_experts / (num_experts + num_zero_experts)
     return mean, _hypergeometric_sd(mean, num_experts + num_zero_experts, top_k)
 
 
 def independent_sd(layer: LayerMeta, rates_E: Floats) -> float | None:
-    """Standard deviation of the real count when experts keep their inclusion rates [E] (sum = K) and the token plays no part."""
-    distribution = group_count(rates_E, np.arange(layer.num_choices) < layer.num_experts, layer.top_k)
+    """Standard deviation of the real count when experts keep their inclusion rates [E] (sum = K)
+    and the token plays no part.
+    """
+    distribution = group_count(
+        rates_E, np.arange(layer.num_choices) < layer.num_experts, layer.top_k
+    )
     if distribution is None:
         return None
     counts = np.arange(layer.top_k + 1)
@@ -80,16 +101,27 @@ def independent_sd(layer: LayerMeta, rates_E: Floats) -> float | None:
     return math.sqrt(max(distribution @ counts**2 - mean**2, 0.0))
 
 
-def _benchmarks(trace: Trace, layer: LayerMeta, mean: float, tokens: float) -> dict[str, float | None]:
+def _benchmarks(
+    trace: Trace, layer: LayerMeta, mean: float, tokens: float
+) -> dict[str, float | None]:
     even_mean, even_sd = hypergeometric(layer.num_experts, layer.num_zero_experts, layer.top_k)
     matched = _hypergeometric_sd(mean, layer.num_choices, layer.top_k)
-    independent = independent_sd(layer, trace.layer_counts(layer) / tokens) if layer.num_zero_experts else 0.0
-    return {"hypergeometric_mean": even_mean, "hypergeometric_sd": even_sd, "matched_sd": matched, "independent_sd": independent}
+    independent = (
+        independent_sd(layer, trace.layer_counts(layer) / tokens) if layer.num_zero_experts else 0.0
+    )
+    return {
+        "hypergeometric_mean": even_mean,
+        "hypergeometric_sd": even_sd,
+        "matched_sd": matched,
+        "independent_sd": independent,
+    }
 
 
 def _hypergeometric_sd(mean: float, choices: int, top_k: int) -> float:
     share = mean / top_k
-    return math.sqrt(max(top_k * share * (1 - share) * (choices - top_k) / max(choices - 1, 1), 0.0))
+    return math.sqrt(
+        max(top_k * share * (1 - share) * (choices - top_k) / max(choices - 1, 1), 0.0)
+    )
 
 
 def _moments(sums: Floats) -> tuple[Floats, Floats]:
@@ -102,5 +134,7 @@ _SCHEMA = (
     {"layer": pl.UInt32, "n_tokens": pl.Int64, "n_docs": pl.Int64}
     | dict.fromkeys(("mean", "sd", "sd_lo", "sd_hi"), pl.Float64)
     | {"min": pl.UInt8, "max": pl.UInt8}
-    | dict.fromkeys(("hypergeometric_mean", "hypergeometric_sd", "matched_sd", "independent_sd"), pl.Float64)
+    | dict.fromkeys(
+        ("hypergeometric_mean", "hypergeometric_sd", "matched_sd", "independent_sd"), pl.Float64
+    )
 )

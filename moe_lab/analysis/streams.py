@@ -1,8 +1,10 @@
-"""A trace as a stream of small aligned arrays: slots of one layer, beside a column of the tokens or the slots of another layer.
+"""A trace as a stream of small aligned arrays: slots of one layer, beside a column of the tokens or
+the slots of another layer.
 
-Rows of ``tokens`` and of every layer come in one order in the traces that this package writes, so two tables are read side by side and
-their keys compared; only where the order differs is one of them held in memory and looked up. Memory is then that of a few files,
-whatever the length of the trace.
+Rows of ``tokens`` and of every layer come in one order in the traces that this package writes, so
+two tables are read side by side and their keys compared; only where the order differs is one of
+them held in memory and looked up. Memory is then that of a few files, whatever the length of the
+trace.
 
 Shape letters: T rows of a batch, K slots, G groups, E experts of a layer (zero-compute ones last).
 """
@@ -23,7 +25,9 @@ KEY = ("doc", "pos")
 MAX_CELLS = 2**26
 """Largest table of counts that is held at once; more groups are counted in several passes."""
 SMALL_TABLE = 2**17
-"""A table of counts that fits the processor's cache is faster counted whole, a larger one cell by cell."""
+"""A table of counts that fits the processor's cache is faster counted whole, a larger one cell by
+cell.
+"""
 CHUNK_ROWS = 2**15
 
 Frames = Iterator[pl.DataFrame]
@@ -44,20 +48,28 @@ class Slots:
 
 
 def slots(trace: Trace, layer: LayerMeta, columns: Sequence[str] = ()) -> Iterator[Slots]:
-    """The rows of a layer with their expert ids, a file at a time; ``columns`` of the routing table are read along."""
+    """The rows of a layer with their expert ids, a file at a time; ``columns`` of the routing table
+    are read along.
+    """
     for batch in trace.batches(layer.layer, list(dict.fromkeys([*KEY, "experts", *columns]))):
         yield Slots(batch, expert_slots(layer, batch["experts"]))
 
 
 def first_choices(layer: LayerMeta, batch: Slots) -> NDArray[np.uint16]:
-    """[T] the expert with the largest weight (the first such slot), ``EMPTY_SLOT`` where no slot was used; needs column ``weights``."""
+    """[T] the expert with the largest weight (the first such slot), ``EMPTY_SLOT`` where no slot
+    was used; needs column ``weights``.
+    """
     used_TK = batch.ids != EMPTY_SLOT
     weights = batch.frame["weights"]
-    if weights.null_count() == len(weights):  # a source without weights lists its slots in order of rank
+    if weights.null_count() == len(
+        weights
+    ):  # a source without weights lists its slots in order of rank
         return batch.ids[:, 0]
     flat = weights.explode(empty_as_null=False).cast(pl.Float32).to_numpy()
     if len(flat) != used_TK.sum() or not np.isfinite(flat).all():
-        raise TraceError(f"layer {layer.layer}: expected one finite weight for each expert id, got others; try open_trace(...).check()")
+        raise TraceError(
+            f"layer {layer.layer}: expected one finite weight for each expert id, got others; try open_trace(...).check()"
+        )
     weights_TK = np.full(batch.ids.shape, -np.inf, dtype=np.float32)
     weights_TK[used_TK] = flat
     return np.take_along_axis(batch.ids, weights_TK.argmax(axis=1)[:, None], axis=1)[:, 0]
@@ -84,11 +96,14 @@ class Cursor:
                 return None
 
 
-def aligned(left: Frames, right: Callable[[], Frames], what: str) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+def aligned(
+    left: Frames, right: Callable[[], Frames], what: str
+) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
     """Each frame of ``left`` with the rows of ``right`` of the same (doc, pos), in the same order.
 
     Args:
-        left, right: frames with doc and pos; ``right`` is called again where the orders differ, and then held in memory.
+        left, right: frames with doc and pos; ``right`` is called again where the orders differ, and
+            then held in memory.
         what: names ``right`` in the error.
 
     Raises:
@@ -98,7 +113,9 @@ def aligned(left: Frames, right: Callable[[], Frames], what: str) -> Iterator[tu
     for frame in left:
         if table is None:
             other = cursor.take(frame.height)
-            if other is not None and all(np.array_equal(frame[name].to_numpy(), other[name].to_numpy()) for name in KEY):
+            if other is not None and all(
+                np.array_equal(frame[name].to_numpy(), other[name].to_numpy()) for name in KEY
+            ):
                 yield frame, other
                 continue
             table = _Lookup(pl.concat(right()), what)
@@ -115,17 +132,24 @@ class _Lookup:
         keys = token_keys(frame)
         places = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
         if len(keys) and not (len(self._keys) and np.array_equal(self._keys[places], keys)):
-            raise TraceError(expected(f"every routed (doc, pos) in {self._what}", "others", "open_trace(...).check()"))
+            raise TraceError(
+                expected(
+                    f"every routed (doc, pos) in {self._what}", "others", "open_trace(...).check()"
+                )
+            )
         return self._frame[places]
 
 
 def token_keys(frame: pl.DataFrame) -> NDArray[np.uint64]:
     """[T] doc and pos in one number that orders as they do."""
-    return frame["doc"].to_numpy().astype(np.uint64) << np.uint64(32) | frame["pos"].to_numpy().astype(np.uint64)
+    return frame["doc"].to_numpy().astype(np.uint64) << np.uint64(32) | frame[
+        "pos"
+    ].to_numpy().astype(np.uint64)
 
 
 def in_document_order(trace: Trace, layer: int | None, columns: Sequence[str]) -> Frames:
-    """The rows of a layer (None: of the tokens) so that each document's rows stand together in order of position.
+    """The rows of a layer (None: of the tokens) so that each document's rows stand together in
+    order of position.
 
     Rows that were written in another order (the steps of a batched decode) are sorted in memory.
     """
@@ -142,7 +166,10 @@ def by_layer(trace: Trace) -> list[LayerMeta]:
 
 
 def chosen_layers(trace: Trace, layers: Sequence[int] | None) -> list[LayerMeta]:
-    """The asked layers in order of depth, all by default. Raises ``AnalysisError`` for one that was not traced."""
+    """The asked layers in order of depth, all by default.
+
+    Raises ``AnalysisError`` for one that was not traced.
+    """
     known = [layer.layer for layer in by_layer(trace)]
     if layers is not None and (missing := sorted(set(layers) - set(known))):
         raise AnalysisError(expected(f"layers among {known}", missing))

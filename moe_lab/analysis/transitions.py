@@ -1,8 +1,10 @@
 """From the experts of one layer to those of another: which pairs of experts the same token runs.
 
-``all`` counts every expert of one layer with every expert of the other, k x k pairs a token. OLMoE's published counter (arXiv 2409.02060,
-section 5, scripts/run_moe_analysis.py) zips the two lists, so that the choice of rank r is paired with that of rank r alone and a token
-adds k pairs: that is ``rank_aligned`` here, for comparison with the published tables. It is no joint distribution of the two layers.
+``all`` counts every expert of one layer with every expert of the other, k x k pairs a token.
+OLMoE's published counter (arXiv 2409.02060, section 5, scripts/run_moe_analysis.py) zips the two
+lists, so that the choice of rank r is paired with that of rank r alone and a token adds k pairs:
+that is ``rank_aligned`` here, for comparison with the published tables. It is no joint distribution
+of the two layers.
 """
 
 from collections.abc import Sequence
@@ -29,19 +31,28 @@ class Pairing(StrEnum):
 
 
 @of_tokens
-def transitions(trace: Trace, pairs: Sequence[tuple[int, int]] | None = None, *, pairing: Pairing | str = Pairing.ALL) -> pl.DataFrame:
-    """Counts of (expert in one layer, expert in another) over the same tokens, zero-compute experts included.
+def transitions(
+    trace: Trace,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    *,
+    pairing: Pairing | str = Pairing.ALL,
+) -> pl.DataFrame:
+    """Counts of (expert in one layer, expert in another) over the same tokens, zero-compute experts
+    included.
 
     Args:
         trace: an opened trace.
-        pairs: (from, to) layers; each traced layer with the next traced one by default. The result has E x E rows a pair.
-        pairing: "all" slots with all, or OLMoE's "rank_aligned", where slot r of one layer meets slot r of the other only (slots in the
-            order in which the trace lists them).
+        pairs: (from, to) layers; each traced layer with the next traced one by default. The result
+            has E x E rows a pair.
+        pairing: "all" slots with all, or OLMoE's "rank_aligned", where slot r of one layer meets
+            slot r of the other only (slots in the order in which the trace lists them).
 
     Returns:
-        [from_layer, to_layer, expert_from, expert_to, count, given_from, expected, lift], pairs that never met included: ``given_from``
-        is the share of expert_from's pairs that lead to expert_to; ``expected`` is the product of the two marginal counts over the number
-        of pairs, which layers that choose independently of each other would show, and ``lift = count / expected``. Null where not defined.
+        [from_layer, to_layer, expert_from, expert_to, count, given_from, expected, lift], pairs
+        that never met included: ``given_from`` is the share of expert_from's pairs that lead to
+        expert_to; ``expected`` is the product of the two marginal counts over the number of pairs,
+        which layers that choose independently of each other would show, and ``lift = count /
+        expected``. Null where not defined.
 
     Raises:
         AnalysisError: a layer was not traced, or an unknown pairing.
@@ -53,20 +64,34 @@ def transitions(trace: Trace, pairs: Sequence[tuple[int, int]] | None = None, *,
     frames = []
     for first, second in pairs:
         (source,), (target,) = chosen_layers(trace, [first]), chosen_layers(trace, [second])
-        frames.append(_transitions(source, target, transition_counts(trace, source, target, Pairing(pairing))))
+        frames.append(
+            _transitions(source, target, transition_counts(trace, source, target, Pairing(pairing)))
+        )
     return pl.concat(frames) if frames else pl.DataFrame(schema=_SCHEMA)
 
 
-def transition_counts(trace: Trace, source: LayerMeta, target: LayerMeta, pairing: Pairing = Pairing.ALL) -> NDArray[np.int64]:
+def transition_counts(
+    trace: Trace, source: LayerMeta, target: LayerMeta, pairing: Pairing = Pairing.ALL
+) -> NDArray[np.int64]:
     """[E, E'] pairs of slots of the two layers in the same token."""
     bins, width = source.num_choices + 1, target.num_choices + 1
     total = np.zeros(bins * width, dtype=np.int64)
     columns = [*KEY, "experts"]
     right = f"layer {target.layer}"
-    for left, other in aligned(trace.batches(source.layer, columns), lambda: trace.batches(target.layer, columns), right):
-        from_TK, to_TK = expert_slots(source, left["experts"]), expert_slots(target, other["experts"])
+    for left, other in aligned(
+        trace.batches(source.layer, columns), lambda: trace.batches(target.layer, columns), right
+    ):
+        from_TK, to_TK = (
+            expert_slots(source, left["experts"]),
+            expert_slots(target, other["experts"]),
+        )
         for part in chunks(len(from_TK)):
-            _add(total, _bins(from_TK[part], bins - 1) * width, _bins(to_TK[part], width - 1), pairing)
+            _add(
+                total,
+                _bins(from_TK[part], bins - 1) * width,
+                _bins(to_TK[part], width - 1),
+                pairing,
+            )
     return total.reshape(bins, width)[:-1, :-1]
 
 
@@ -77,7 +102,12 @@ def _bins(ids_TK: NDArray[np.uint16], empty: int) -> NDArray[np.int64]:
     return ids_KT
 
 
-def _add(total: NDArray[np.int64], rows_KT: NDArray[np.int64], columns_KT: NDArray[np.int64], pairing: Pairing) -> None:
+def _add(
+    total: NDArray[np.int64],
+    rows_KT: NDArray[np.int64],
+    columns_KT: NDArray[np.int64],
+    pairing: Pairing,
+) -> None:
     small = total.size <= 4 * rows_KT.shape[1]
     for a, row in enumerate(rows_KT):
         for b, column in enumerate(columns_KT):
@@ -96,11 +126,18 @@ def _transitions(source: LayerMeta, target: LayerMeta, counts: NDArray[np.int64]
     expected_count = product / total if total else product
     values = {"count": counts.ravel(), "given_from": over(counts.ravel(), rows[a])}
     values |= {"expected": expected_count, "lift": over(counts.ravel(), expected_count)}
-    layers = [pl.lit(layer.layer, pl.UInt32).alias(name) for name, layer in (("from_layer", source), ("to_layer", target))]
+    layers = [
+        pl.lit(layer.layer, pl.UInt32).alias(name)
+        for name, layer in (("from_layer", source), ("to_layer", target))
+    ]
     experts = {"expert_from": a.astype(np.uint16), "expert_to": b.astype(np.uint16)}
     return nulls(pl.DataFrame({**experts, **values}).select(*layers, pl.all()))
 
 
-_SCHEMA = {"from_layer": pl.UInt32, "to_layer": pl.UInt32, "expert_from": pl.UInt16, "expert_to": pl.UInt16, "count": pl.Int64} | (
-    dict.fromkeys(("given_from", "expected", "lift"), pl.Float64)
-)
+_SCHEMA = {
+    "from_layer": pl.UInt32,
+    "to_layer": pl.UInt32,
+    "expert_from": pl.UInt16,
+    "expert_to": pl.UInt16,
+    "count": pl.Int64,
+} | (dict.fromkeys(("given_from", "expected", "lift"), pl.Float64))

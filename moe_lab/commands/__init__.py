@@ -1,1 +1,3 @@
-"""The commands of ``moe-lab``: each module has ``add_arguments(parser)`` and ``main(args) -> exit code``."""
+"""The commands of ``moe-lab``: each module has ``add_arguments(parser)`` and ``main(args) -> exit
+code``.
+"""

@@ -19,7 +19,12 @@ def main(args: argparse.Namespace) -> int:
 def demo_recipe() -> Path:
     """The recipe of the demo: in a clone's ``experiments/``, or carried in the installed package."""
     package = Path(__file__).resolve().parents[1]
-    for candidate in (package.parent / "experiments" / "sparsity_wall.py", package / "recipes" / "sparsity_wall.py"):
+    for candidate in (
+        package.parent / "experiments" / "sparsity_wall.py",
+        package / "recipes" / "sparsity_wall.py",
+    ):
         if candidate.exists():
             return candidate
-    raise RunError("expected experiments/sparsity_wall.py beside the package, got none; try running from a clone of the project")
+    raise RunError(
+        "expected experiments/sparsity_wall.py beside the package, got none; try running from a clone of the project"
+    )

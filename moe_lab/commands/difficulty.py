@@ -1,4 +1,7 @@
-"""``moe-lab difficulty RUN_OR_TRACE``: does compute follow difficulty? Tables as Parquet, a verdict in one sentence, and a page."""
+"""``moe-lab difficulty RUN_OR_TRACE``: does compute follow difficulty?
+
+Tables as Parquet, a verdict in one sentence, and a page.
+"""
 
 import argparse
 from pathlib import Path
@@ -15,17 +18,35 @@ STUDY_FOLDER = "difficulty"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="the folder of a finished run, or a trace with a token table")
     parser.add_argument(
-        "--text", default=None, metavar="PATH", help="documents to judge a run on (default: those of its corpus that it never saw)"
+        "source", type=Path, help="the folder of a finished run, or a trace with a token table"
+    )
+    parser.add_argument(
+        "--text",
+        default=None,
+        metavar="PATH",
+        help="documents to judge a run on (default: those of its corpus that it never saw)",
     )
     parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
-    parser.add_argument("--max-tokens", type=int, default=1000, help="leading tokens of each unseen document of a run")
-    parser.add_argument("--resamples", type=int, default=2000, help="of whole documents, for intervals")
     parser.add_argument(
-        "--no-gain", action="store_true", help="without the marginal gain, which passes the text through the run three more times"
+        "--max-tokens",
+        type=int,
+        default=1000,
+        help="leading tokens of each unseen document of a run",
     )
-    add_out(parser, None, "folder of the tables (default: difficulty in the run's folder, <trace>-difficulty beside a trace)")
+    parser.add_argument(
+        "--resamples", type=int, default=2000, help="of whole documents, for intervals"
+    )
+    parser.add_argument(
+        "--no-gain",
+        action="store_true",
+        help="without the marginal gain, which passes the text through the run three more times",
+    )
+    add_out(
+        parser,
+        None,
+        "folder of the tables (default: difficulty in the run's folder, <trace>-difficulty beside a trace)",
+    )
     add_seed(parser)
     add_device(parser)
     add_json(parser)
@@ -36,13 +57,19 @@ def main(args: argparse.Namespace) -> int:
     from moe_lab.files import atomic_path, write_json
 
     is_trace = (args.source / "meta.json").is_file()
-    out = args.out or (args.source.with_name(f"{args.source.name}-{STUDY_FOLDER}") if is_trace else args.source / STUDY_FOLDER)
+    out = args.out or (
+        args.source.with_name(f"{args.source.name}-{STUDY_FOLDER}")
+        if is_trace
+        else args.source / STUDY_FOLDER
+    )
     tables = _of_trace(args) if is_trace else _of_run(args)
     for name, table in tables.items():
         with atomic_path(out / f"{name}.parquet") as temporary:
             table.write_parquet(temporary)
     verdict, sentence = study_verdict(tables["association"])
-    write_json(out / "verdict.json", {"verdict": verdict, "sentence": sentence, "source": str(args.source)})
+    write_json(
+        out / "verdict.json", {"verdict": verdict, "sentence": sentence, "source": str(args.source)}
+    )
     if args.json:
         print_json({"verdict": verdict, "sentence": sentence, "tables": sorted(tables), "out": out})
         return 0
@@ -79,23 +106,38 @@ def _of_run(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
         raise ConfigError(expected("a run with MoE layers", f"the dense run {args.source}"))
     frame, ids, numbers = _unseen(run, args)
     tables = difficulty_study(frame, NGRAM, args.seed, resamples=args.resamples)
-    if not args.no_gain and all(can_shift(layer.router) for layer in run.model.moe_layers().values()):
+    if not args.no_gain and all(
+        can_shift(layer.router) for layer in run.model.moe_layers().values()
+    ):
         gains = marginal_gain(run.model, ids, numbers, seq_length=run.config.seq_length)
-        tables |= {"gains": gains, "gain": gain_association(gains, args.seed, resamples=args.resamples)}
+        tables |= {
+            "gains": gains,
+            "gain": gain_association(gains, args.seed, resamples=args.resamples),
+        }
         tables["regret"] = reallocation_regret(gains, seed=args.seed)
     return tables
 
 
 def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, list, list[int]]":
-    """The frame to judge, and the ids and numbers of its documents: those of ``--text``, or the validation and reference documents of the
-    run's own corpus."""
+    """The frame to judge, and the ids and numbers of its documents: those of ``--text``, or the
+    validation and reference documents of the run's own corpus.
+    """
     import polars as pl
 
     from moe_lab.analysis.difficulty.passes import score
-    from moe_lab.text import Split, difficulty_columns, load_corpus, load_tokens, token_classes, tokenize_documents
+    from moe_lab.text import (
+        Split,
+        difficulty_columns,
+        load_corpus,
+        load_tokens,
+        token_classes,
+        tokenize_documents,
+    )
 
     if args.text is not None:
-        judged = tokenize_documents(load_corpus(args.text, args.text_column).documents, run.tokenizer)
+        judged = tokenize_documents(
+            load_corpus(args.text, args.text_column).documents, run.tokenizer
+        )
         others, counts = [], None
     else:
         text = load_tokens(run.config.text)
@@ -107,19 +149,45 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
     ids = [document.ids[: args.max_tokens] for document in judged]
     numbers = [document.index for document in judged]
     scored = score(run.model, ids, numbers, seq_length=run.config.seq_length).frame()
-    described = classes.select("doc", "pos", "lexer", "freq_band", "subword", "copy").join(columns, on=["doc", "pos"])
-    return scored.join(described.cast({"doc": pl.Int64, "pos": pl.Int64}), on=["doc", "pos"], how="left"), ids, numbers
+    described = classes.select("doc", "pos", "lexer", "freq_band", "subword", "copy").join(
+        columns, on=["doc", "pos"]
+    )
+    return (
+        scored.join(
+            described.cast({"doc": pl.Int64, "pos": pl.Int64}), on=["doc", "pos"], how="left"
+        ),
+        ids,
+        numbers,
+    )
 
 
 def _print(tables: "dict[str, pl.DataFrame]") -> None:
     import polars as pl
 
     shown = tables["association"].select(
-        "layer", "align", "rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi", "q", "verdict", "n_tokens", "n_docs"
+        "layer",
+        "align",
+        "rho_raw",
+        "rho_strata",
+        "rho_token",
+        "rho_token_lo",
+        "rho_token_hi",
+        "q",
+        "verdict",
+        "n_tokens",
+        "n_docs",
     )
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=3, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        float_precision=3,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+    ):
         print(shown)
         if "gain" in tables:
             row = tables["gain"].row(0, named=True)
-            print(f"marginal gain: rank correlation with ffn_count within ids {row['rho_token'] or 0:+.3f} ({row['verdict']})")
+            print(
+                f"marginal gain: rank correlation with ffn_count within ids {row['rho_token'] or 0:+.3f} ({row['verdict']})"
+            )
             print(tables["regret"])

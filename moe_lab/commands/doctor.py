@@ -19,7 +19,17 @@ EXTRAS = {
     "track": ("tensorboard", "wandb", "trackio"),
     "notebooks": ("jupytext", "ipykernel", "nbclient"),
 }
-BASE = ("torch", "numpy", "scipy", "polars", "plotly", "jinja2", "tokenizers", "safetensors", "rich")
+BASE = (
+    "torch",
+    "numpy",
+    "scipy",
+    "polars",
+    "plotly",
+    "jinja2",
+    "tokenizers",
+    "safetensors",
+    "rich",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +42,24 @@ def main(args: argparse.Namespace) -> int:
         print_json(findings)
         return 0
     print(f"moe_lab {findings['moe_lab']}   Python {findings['python']}   {findings['platform']}")
-    print("packages   " + "  ".join(f"{name} {version or 'MISSING'}" for name, version in findings["packages"].items()))
+    print(
+        "packages   "
+        + "  ".join(
+            f"{name} {version or 'MISSING'}" for name, version in findings["packages"].items()
+        )
+    )
     for extra, present in findings["extras"].items():
-        found = "  ".join(f"{name} {version}" if version else f"{name} missing" for name, version in present.items())
+        found = "  ".join(
+            f"{name} {version}" if version else f"{name} missing"
+            for name, version in present.items()
+        )
         print(f"extra      {extra:10} {found}")
     print(f"device     {findings['device']}")
     print(f"cores      {findings['cores']}")
     print(f"experts    {findings['experts']}")
-    print(f"browser    {findings['browser'] or 'none found (page tests and static figures need chromium)'}")
+    print(
+        f"browser    {findings['browser'] or 'none found (page tests and static figures need chromium)'}"
+    )
     print(f"corpus     {findings['corpus']}")
     return 0
 
@@ -51,11 +71,17 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "packages": {name: _version(name) for name in BASE},
-        "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "extras": {
+            extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()
+        },
         "device": _device(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "experts": _experts(),
-        "browser": shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"),
+        "browser": shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome"),
         "corpus": _corpus(),
     }
 
@@ -72,14 +98,21 @@ def _device() -> str:
 
     if not torch.cuda.is_available():
         return "cpu"
-    return ", ".join(f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count()))
+    return ", ".join(
+        f"cuda:{index} {torch.cuda.get_device_name(index)}"
+        for index in range(torch.cuda.device_count())
+    )
 
 
 def _experts() -> str:
     """Which dispatch backend the CPU gets, and why it is not the compiled one."""
     from moe_lab.model.dispatch import native
 
-    return "compiled (dispatch native)" if native.available() else f"not compiled (dispatch cpu, slower): {native.problem()}"
+    return (
+        "compiled (dispatch native)"
+        if native.available()
+        else f"not compiled (dispatch cpu, slower): {native.problem()}"
+    )
 
 
 def _corpus() -> str:

@@ -10,7 +10,13 @@ if TYPE_CHECKING:
 
 
 def add_out(parser: argparse.ArgumentParser, default: str | None, what: str) -> None:
-    parser.add_argument("--out", type=Path, default=None if default is None else Path(default), metavar="PATH", help=what)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None if default is None else Path(default),
+        metavar="PATH",
+        help=what,
+    )
 
 
 def place(text: str) -> "Path | str":
@@ -27,16 +33,23 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON for machines instead of tables")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON for machines instead of tables"
+    )
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--corpus", default=None, metavar="PATH", help='a folder, .txt, .jsonl or .parquet; "stdlib" is this Python\'s own sources'
+        "--corpus",
+        default=None,
+        metavar="PATH",
+        help='a folder, .txt, .jsonl or .parquet; "stdlib" is this Python\'s own sources',
     )
     parser.add_argument("--text-column", default=None, help="column of a .jsonl or .parquet corpus")
     parser.add_argument("--vocab-size", type=int, default=None, help="of the BPE tokenizer")
-    parser.add_argument("--tokenizer", choices=("bpe", "byte"), default=None, help="what a token is")
+    parser.add_argument(
+        "--tokenizer", choices=("bpe", "byte"), default=None, help="what a token is"
+    )
 
 
 def text_changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,8 +59,14 @@ def text_changes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def text_config(args: argparse.Namespace, default: "TextConfig") -> "TextConfig":
-    """``default`` with the options that were given, resolved (the corpus is read and its content hash recorded)."""
-    return type(default).from_dict(default.to_dict() | {"corpus_hash": None} | text_changes(args)).resolve()
+    """``default`` with the options that were given, resolved (the corpus is read and its content
+    hash recorded).
+    """
+    return (
+        type(default)
+        .from_dict(default.to_dict() | {"corpus_hash": None} | text_changes(args))
+        .resolve()
+    )
 
 
 def print_json(value: Any) -> None:

@@ -8,8 +8,12 @@ from moe_lab.commands.options import add_json, add_out, place, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", nargs="+", type=place, help="a sweep's folder or URL, run folders, or a trace")
-    add_out(parser, None, "the page (default: report.html in the first folder; of a URL, in this one)")
+    parser.add_argument(
+        "source", nargs="+", type=place, help="a sweep's folder or URL, run folders, or a trace"
+    )
+    add_out(
+        parser, None, "the page (default: report.html in the first folder; of a URL, in this one)"
+    )
     parser.add_argument("--title", default=None, help="heading of the page")
     add_json(parser)
 
@@ -27,7 +31,10 @@ def main(args: argparse.Namespace) -> int:
         if urls:
             from moe_lab.sweeps import readable
 
-            folders = [stack.enter_context(readable(source)) if source in urls else source for source in args.source]
+            folders = [
+                stack.enter_context(readable(source)) if source in urls else source
+                for source in args.source
+            ]
         title = args.title or (f"moe_lab report: {urls[0]}" if urls else None)
         page = write_report(folders, out, title=title, command=command)
     if args.json:

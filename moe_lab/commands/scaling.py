@@ -1,4 +1,6 @@
-"""``moe-lab scaling {step,verdict,fit}``: what the laws expect of more experts, a verdict on runs of one's own, a law fitted to them."""
+"""``moe-lab scaling {step,verdict,fit}``: what the laws expect of more experts, a verdict on runs
+of one's own, a law fitted to them.
+"""
 
 import argparse
 import math
@@ -26,37 +28,89 @@ def amount(text: str) -> float:
     except (ValueError, KeyError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(expected("a number above 0, with k, M, B or T", repr(text), "1.6T"))
+        raise argparse.ArgumentTypeError(
+            expected("a number above 0, with k, M, B or T", repr(text), "1.6T")
+        )
     return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="{step,verdict,fit}", required=True)
     plain = argparse.ArgumentDefaultsHelpFormatter
-    step_parser = verbs.add_parser("step", help="what each law expects of adding expert parameters", formatter_class=plain)
-    for name, what in (("total", "parameters before the step"), ("active", "per token"), ("add", "expert parameters to add")):
+    step_parser = verbs.add_parser(
+        "step", help="what each law expects of adding expert parameters", formatter_class=plain
+    )
+    for name, what in (
+        ("total", "parameters before the step"),
+        ("active", "per token"),
+        ("add", "expert parameters to add"),
+    ):
         step_parser.add_argument(f"--{name}", type=amount, required=True, metavar="N", help=what)
-    step_parser.add_argument("--tokens", type=amount, required=True, metavar="N", help="training tokens")
-    step_parser.add_argument("--included", action="store_true", help="the total is the one after the step")
-    step_parser.add_argument("--routed", type=amount, default=None, metavar="N", help="of the total, in routed experts (default: all)")
-    step_parser.add_argument("--granularity", type=amount, default=12.0, metavar="G", help="for laws that know it")
-    step_parser.add_argument("--noise", type=amount, default=0.0005, metavar="NATS", help="between seeds")
+    step_parser.add_argument(
+        "--tokens", type=amount, required=True, metavar="N", help="training tokens"
+    )
+    step_parser.add_argument(
+        "--included", action="store_true", help="the total is the one after the step"
+    )
+    step_parser.add_argument(
+        "--routed",
+        type=amount,
+        default=None,
+        metavar="N",
+        help="of the total, in routed experts (default: all)",
+    )
+    step_parser.add_argument(
+        "--granularity", type=amount, default=12.0, metavar="G", help="for laws that know it"
+    )
+    step_parser.add_argument(
+        "--noise", type=amount, default=0.0005, metavar="NATS", help="between seeds"
+    )
     add_json(step_parser)
-    verdict_parser = verbs.add_parser("verdict", help="wall, no wall or cannot tell, of runs of your own", formatter_class=plain)
-    verdict_parser.add_argument("runs", type=Path, help="Parquet, CSV or JSON lines with a row per run, or a sweep's folder")
-    verdict_parser.add_argument("--arm", default=None, help="which arm (default: the one with most ratios)")
-    verdict_parser.add_argument("--by-budget", action="store_true", help="one verdict per token budget")
-    verdict_parser.add_argument("--noise", type=amount, default=None, metavar="NATS", help="between seeds, known from elsewhere")
-    verdict_parser.add_argument("--vocab-size", type=int, default=None, help="lets losses in bits be recognised")
+    verdict_parser = verbs.add_parser(
+        "verdict", help="wall, no wall or cannot tell, of runs of your own", formatter_class=plain
+    )
+    verdict_parser.add_argument(
+        "runs", type=Path, help="Parquet, CSV or JSON lines with a row per run, or a sweep's folder"
+    )
+    verdict_parser.add_argument(
+        "--arm", default=None, help="which arm (default: the one with most ratios)"
+    )
+    verdict_parser.add_argument(
+        "--by-budget", action="store_true", help="one verdict per token budget"
+    )
+    verdict_parser.add_argument(
+        "--noise",
+        type=amount,
+        default=None,
+        metavar="NATS",
+        help="between seeds, known from elsewhere",
+    )
+    verdict_parser.add_argument(
+        "--vocab-size", type=int, default=None, help="lets losses in bits be recognised"
+    )
     verdict_parser.add_argument("--bits", action="store_true", help="losses are bits per token")
-    add_out(verdict_parser, None, "a folder for runs, gains, forms and confounds as Parquet and the verdict as text")
+    add_out(
+        verdict_parser,
+        None,
+        "a folder for runs, gains, forms and confounds as Parquet and the verdict as text",
+    )
     add_json(verdict_parser)
-    fit_parser = verbs.add_parser("fit", help="a law's coefficients with bootstrap intervals", formatter_class=plain)
+    fit_parser = verbs.add_parser(
+        "fit", help="a law's coefficients with bootstrap intervals", formatter_class=plain
+    )
     fit_parser.add_argument("law", help="a name in moe_lab.scaling.LAWS")
-    fit_parser.add_argument("runs", type=Path, help="as for verdict; columns loss and the law's variables")
-    fit_parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="repetitions; 0 for none")
-    fit_parser.add_argument("--cluster", default=None, metavar="COLUMN", help="redraw whole groups of runs")
-    fit_parser.add_argument("--squares", action="store_true", help="least squares instead of Huber's loss of 1e-3")
+    fit_parser.add_argument(
+        "runs", type=Path, help="as for verdict; columns loss and the law's variables"
+    )
+    fit_parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="repetitions; 0 for none"
+    )
+    fit_parser.add_argument(
+        "--cluster", default=None, metavar="COLUMN", help="redraw whole groups of runs"
+    )
+    fit_parser.add_argument(
+        "--squares", action="store_true", help="least squares instead of Huber's loss of 1e-3"
+    )
     add_json(fit_parser)
 
 
@@ -71,7 +125,9 @@ def step(args: argparse.Namespace) -> int:
     before = after - args.add
     routed = before if args.routed is None else args.routed
     if before < args.active:
-        raise AnalysisError(expected("a total before the step of at least the active parameters", f"{before:g}"))
+        raise AnalysisError(
+            expected("a total before the step of at least the active parameters", f"{before:g}")
+        )
     options = {"routed": routed, "granularity": args.granularity, "noise_sd": args.noise}
     table = expected_gain(before, args.active, args.add, args.tokens, **options)
     if args.json:
@@ -79,27 +135,43 @@ def step(args: argparse.Namespace) -> int:
         return 0
     print(f"+{short(args.add)} on {short(routed)} is {_growth(args.add, routed)}.")
     if not args.included and args.routed is None:
-        print(f"If the {short(args.total)} hold the {short(args.add)} already (--included), it is {_growth(args.add, routed - args.add)}.")
+        print(
+            f"If the {short(args.total)} hold the {short(args.add)} already (--included), it is {_growth(args.add, routed - args.add)}."
+        )
     rows = [
         (
             f"{row['law']} {row['coefficients']}",
             f"{row['gain']:.4f}",
-            "more than any" if math.isinf(row["compute"]) else f"{100 * (row['compute'] - 1):+.1f} %",
+            "more than any"
+            if math.isinf(row["compute"])
+            else f"{100 * (row['compute'] - 1):+.1f} %",
             "-" if row["seeds"] is None else f"{row['seeds']:,}",
             row["extrapolated"] or "no",
         )
         for row in table.iter_rows(named=True)
     ]
-    _table(("law", "nats", "compute", "seeds to see it", "beyond the runs it was fitted on"), rows, left=(0, 4))
+    _table(
+        ("law", "nats", "compute", "seeds to see it", "beyond the runs it was fitted on"),
+        rows,
+        left=(0, 4),
+    )
     least, most = table["gain"].min(), table["gain"].max()
-    print(f"The laws expect {least:.4f} to {most:.4f} nats. Seeds: of each arm, for the gain to be seen nine times in ten at a noise of")
-    print(f"{args.noise:g} nats between seeds; - where none is expected. The range that a law was fitted on is told where this leaves it.")
+    print(
+        f"The laws expect {least:.4f} to {most:.4f} nats. Seeds: of each arm, for the gain to be seen nine times in ten at a noise of"
+    )
+    print(
+        f"{args.noise:g} nats between seeds; - where none is expected. The range that a law was fitted on is told where this leaves it."
+    )
     print(_cautions([str(name) for name in table["law"]]))
     return 0
 
 
 def _growth(add: float, routed: float) -> str:
-    return f"{100 * add / routed:.1f} %, {math.log2(1 + add / routed):.3f} of a doubling" if routed > 0 else "all of it"
+    return (
+        f"{100 * add / routed:.1f} %, {math.log2(1 + add / routed):.3f} of a doubling"
+        if routed > 0
+        else "all of it"
+    )
 
 
 def _cautions(names: list[str]) -> str:
@@ -124,13 +196,20 @@ def verdict(args: argparse.Namespace) -> int:
         _write(args.out, everything, arm, verdicts, found)
     if args.json:
         against = _against(everything, arm, verdicts).to_dicts()
-        print_json([_as_json(tokens, arm, one, found) | {"against_experts": against} for tokens, one in verdicts.items()])
+        print_json(
+            [
+                _as_json(tokens, arm, one, found) | {"against_experts": against}
+                for tokens, one in verdicts.items()
+            ]
+        )
     else:
         _print(everything, arm, verdicts, found)
     return 0
 
 
-def _judge(args: argparse.Namespace, everything: "pl.DataFrame", runs: "pl.DataFrame", arm: str) -> "dict[float | None, Verdict]":
+def _judge(
+    args: argparse.Namespace, everything: "pl.DataFrame", runs: "pl.DataFrame", arm: str
+) -> "dict[float | None, Verdict]":
     """One verdict, or one per token budget where that was asked for."""
     from moe_lab.scaling import verdict_by_budget, wall_verdict, with_budgets
 
@@ -140,31 +219,54 @@ def _judge(args: argparse.Namespace, everything: "pl.DataFrame", runs: "pl.DataF
     try:
         return {None: wall_verdict(runs, budgets=with_budgets(everything, arm), **options)}
     except AnalysisError as error:
-        raise AnalysisError(str(error).replace("one verdict per budget and the others as budgets=", "--by-budget")) from None
+        raise AnalysisError(
+            str(error).replace("one verdict per budget and the others as budgets=", "--by-budget")
+        ) from None
 
 
-def _print(everything: "pl.DataFrame", arm: str, verdicts: "dict[float | None, Verdict]", found: "pl.DataFrame") -> None:
+def _print(
+    everything: "pl.DataFrame",
+    arm: str,
+    verdicts: "dict[float | None, Verdict]",
+    found: "pl.DataFrame",
+) -> None:
     from moe_lab.scaling import fixed_total_optima
 
     print("\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items()))
     for tokens, one in verdicts.items():
         print(f"\nGains per doubling{_at(tokens)}")
         rows = [
-            (f"{g.ratio_from:g}", f"{g.ratio_to:g}", f"{g.gain:.4f}", f"{g.lo:.4f} to {g.hi:.4f}", f"x{g.compute:.2f}") for g in one.gains
+            (
+                f"{g.ratio_from:g}",
+                f"{g.ratio_to:g}",
+                f"{g.gain:.4f}",
+                f"{g.lo:.4f} to {g.hi:.4f}",
+                f"x{g.compute:.2f}",
+            )
+            for g in one.gains
         ]
         _table(("from", "to", "nats", "90 % interval", "compute"), rows)
     against = _against(everything, arm, verdicts)
     if against.height:
         print("\nInstead of more experts, at the same total: loss less that of the experts")
-        rows = [(row["alternative"], f"{row['ratio']:g}", *_against_words(row)) for row in against.iter_rows(named=True)]
-        _table(("alternative", "ratio", "pairs", "nats", "95 % interval", "compute", "result"), rows, left=(0, 6))
+        rows = [
+            (row["alternative"], f"{row['ratio']:g}", *_against_words(row))
+            for row in against.iter_rows(named=True)
+        ]
+        _table(
+            ("alternative", "ratio", "pairs", "nats", "95 % interval", "compute", "result"),
+            rows,
+            left=(0, 6),
+        )
     for name, best in fixed_total_optima(everything).items():
         print(f"\nW4, apart from the verdict, arm {name}: {best.sentence}")
     print("\nWhat else could have made or hidden a wall")
     _table(("confound", "status", "detail"), found.rows(), left=(0, 1, 2))
 
 
-def _against(runs: "pl.DataFrame", arm: str, verdicts: "Mapping[float | None, Verdict]") -> "pl.DataFrame":
+def _against(
+    runs: "pl.DataFrame", arm: str, verdicts: "Mapping[float | None, Verdict]"
+) -> "pl.DataFrame":
     """Empty where no arm is an alternative to experts, or the runs lack the columns to tell."""
     import polars as pl
 
@@ -172,13 +274,21 @@ def _against(runs: "pl.DataFrame", arm: str, verdicts: "Mapping[float | None, Ve
 
     if not {"arm", "seed", "total_params"} <= set(runs.columns):
         return pl.DataFrame()
-    return against_experts(runs, arm=arm or None, compute_slope=next(iter(verdicts.values())).compute_slope)
+    return against_experts(
+        runs, arm=arm or None, compute_slope=next(iter(verdicts.values())).compute_slope
+    )
 
 
 def _against_words(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Pairs, nats, interval, compute and result."""
     interval = "-" if row["lo"] is None else f"{row['lo']:+.4f} to {row['hi']:+.4f}"
-    return f"{row['seeds']}", f"{row['difference']:+.4f}", interval, f"x{row['compute']:.2f}", row["result"]
+    return (
+        f"{row['seeds']}",
+        f"{row['difference']:+.4f}",
+        interval,
+        f"x{row['compute']:.2f}",
+        row["result"],
+    )
 
 
 def _confounds(frame: "pl.DataFrame", arm: str) -> "pl.DataFrame":
@@ -189,7 +299,11 @@ def _confounds(frame: "pl.DataFrame", arm: str) -> "pl.DataFrame":
     try:
         return confounds(frame, arm=arm or None)
     except MoELabError as error:
-        return pl.DataFrame([("all", "not measured", str(error))], schema=["confound", "status", "detail"], orient="row")
+        return pl.DataFrame(
+            [("all", "not measured", str(error))],
+            schema=["confound", "status", "detail"],
+            orient="row",
+        )
 
 
 def _at(tokens: float | None) -> str:
@@ -199,12 +313,34 @@ def _at(tokens: float | None) -> str:
 def _told(tokens: float | None, arm: str, one: "Verdict") -> str:
     """The verdict as text: outcome, sentence, reasons."""
     of = f" (arm {arm})" if arm else ""
-    return "\n".join([f"{one.outcome.upper()}{_at(tokens)}{of}", one.sentence, *(f"- {reason}" for reason in one.reasons)])
+    return "\n".join(
+        [
+            f"{one.outcome.upper()}{_at(tokens)}{of}",
+            one.sentence,
+            *(f"- {reason}" for reason in one.reasons),
+        ]
+    )
 
 
-def _as_json(tokens: float | None, arm: str, one: "Verdict", found: "pl.DataFrame") -> dict[str, Any]:
-    names = ("outcome", "at", "elasticity", "interval", "sentence", "reasons", "margin", "compute_slope", "noise_sd")
-    values: dict[str, Any] = {"tokens": tokens, "arm": arm, **{name: getattr(one, name) for name in names}}
+def _as_json(
+    tokens: float | None, arm: str, one: "Verdict", found: "pl.DataFrame"
+) -> dict[str, Any]:
+    names = (
+        "outcome",
+        "at",
+        "elasticity",
+        "interval",
+        "sentence",
+        "reasons",
+        "margin",
+        "compute_slope",
+        "noise_sd",
+    )
+    values: dict[str, Any] = {
+        "tokens": tokens,
+        "arm": arm,
+        **{name: getattr(one, name) for name in names},
+    }
     tables = {"gains": one.gain_table(), "forms": one.form_table(), "confounds": found}
     return _finite(values | {name: table.to_dicts() for name, table in tables.items()})
 
@@ -218,7 +354,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[float | None, Verdict]", found: "pl.DataFrame") -> None:
+def _write(
+    folder: Path,
+    runs: "pl.DataFrame",
+    arm: str,
+    verdicts: "Mapping[float | None, Verdict]",
+    found: "pl.DataFrame",
+) -> None:
     import polars as pl
 
     from moe_lab.files import atomic_path, write_text
@@ -228,7 +370,10 @@ def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[floa
     origin = {name: pl.lit(value) for name, value in provenance().items() if name != "command"}
     frames = {"runs": runs.with_columns(**origin), "confounds": found}
     for name, method in (("gains", "gain_table"), ("forms", "form_table")):
-        parts = [getattr(one, method)().with_columns(tokens=pl.lit(tokens, pl.Float64)) for tokens, one in verdicts.items()]
+        parts = [
+            getattr(one, method)().with_columns(tokens=pl.lit(tokens, pl.Float64))
+            for tokens, one in verdicts.items()
+        ]
         frames[name] = pl.concat(parts)
     against = _against(runs, arm, verdicts)
     if against.height:
@@ -238,7 +383,10 @@ def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[floa
             frame.write_parquet(path)
     confounds = "\n".join(f"- {name}: {status}; {detail}" for name, status, detail in found.rows())
     told = "\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items())
-    optima = "".join(f"\nW4, apart from the verdict, arm {name}: {best.sentence}\n" for name, best in fixed_total_optima(runs).items())
+    optima = "".join(
+        f"\nW4, apart from the verdict, arm {name}: {best.sentence}\n"
+        for name, best in fixed_total_optima(runs).items()
+    )
     instead = "".join(
         f"- {row['alternative']} at ratio {row['ratio']:g}: {nats} nats ({interval}, {pairs} pairs), {compute} in compute: {result}\n"
         for row in against.iter_rows(named=True)
@@ -251,23 +399,49 @@ def _write(folder: Path, runs: "pl.DataFrame", arm: str, verdicts: "Mapping[floa
 def fit(args: argparse.Namespace) -> int:
     from moe_lab import scaling
 
-    result = scaling.fit(args.law, scaling.read_runs(args.runs), delta=scaling.SQUARES if args.squares else scaling.HUBER)
+    result = scaling.fit(
+        args.law,
+        scaling.read_runs(args.runs),
+        delta=scaling.SQUARES if args.squares else scaling.HUBER,
+    )
     if args.bootstrap > 0 and result.law.terms:
         kind = "cluster" if args.cluster else "runs"
         result = scaling.bootstrap(result, args.bootstrap, kind=kind, cluster=args.cluster)
-    limit = scaling.saturation(result).sentence if result.law.shape and result.law.output == "loss" else ""
+    limit = (
+        scaling.saturation(result).sentence
+        if result.law.shape and result.law.output == "loss"
+        else ""
+    )
     if args.json:
         print_json(_finite(_fit_json(result, limit)))
         return 0
-    print(f"{result.law.title} ({result.law.source}) on {result.runs} runs, by {'squares' if args.squares else 'Huber 1e-3'} on ln loss")
+    print(
+        f"{result.law.title} ({result.law.source}) on {result.runs} runs, by {'squares' if args.squares else 'Huber 1e-3'} on ln loss"
+    )
     _table(
         ("coefficient", "value", "95 % interval"),
-        [(name, f"{value:.6g}", _interval(result, name)) for name, value in result.coefficients.items()],
+        [
+            (name, f"{value:.6g}", _interval(result, name))
+            for name, value in result.coefficients.items()
+        ],
     )
-    print(f"objective {result.objective:.10g}, rmse of ln loss {result.rmse:.4g}, AICc {result.aicc:.2f}")
+    print(
+        f"objective {result.objective:.10g}, rmse of ln loss {result.rmse:.4g}, AICc {result.aicc:.2f}"
+    )
     if result.agreed < 0.25:
-        print(f"only {result.agreed:.0%} of the best starts ended here: the runs hardly fix these coefficients")
-    print("\n".join(text for text in (limit, _cautions([result.law.name]) if result.law.name in scaling.LAWS else "") if text))
+        print(
+            f"only {result.agreed:.0%} of the best starts ended here: the runs hardly fix these coefficients"
+        )
+    print(
+        "\n".join(
+            text
+            for text in (
+                limit,
+                _cautions([result.law.name]) if result.law.name in scaling.LAWS else "",
+            )
+            if text
+        )
+    )
     return 0
 
 
@@ -280,10 +454,24 @@ def _interval(result: "Fit", name: str) -> str:
 
 def _fit_json(result: "Fit", limit: str) -> dict[str, Any]:
     intervals = (
-        {} if result.draws is None else {name: result.interval(name) for name in result.coefficients if name in result.draws.columns}
+        {}
+        if result.draws is None
+        else {
+            name: result.interval(name)
+            for name in result.coefficients
+            if name in result.draws.columns
+        }
     )
-    numbers = {name: getattr(result, name) for name in ("objective", "rmse", "aicc", "runs", "agreed")}
-    return {"law": result.law.name, "coefficients": result.coefficients, "intervals": intervals, **numbers, "saturation": limit or None}
+    numbers = {
+        name: getattr(result, name) for name in ("objective", "rmse", "aicc", "runs", "agreed")
+    }
+    return {
+        "law": result.law.name,
+        "coefficients": result.coefficients,
+        "intervals": intervals,
+        **numbers,
+        "saturation": limit or None,
+    }
 
 
 def short(number: float) -> str:
@@ -294,7 +482,9 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], left: tuple[int, ...] = (0,)) -> None:
+def _table(
+    header: tuple[str, ...], rows: list[tuple[Any, ...]], left: tuple[int, ...] = (0,)
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape

@@ -1,11 +1,22 @@
-"""``moe-lab sweep {plan,run,status}``: designed grids. ``moe-lab sweep RECIPE`` is ``moe-lab sweep run RECIPE``."""
+"""``moe-lab sweep {plan,run,status}``: designed grids.
+
+``moe-lab sweep RECIPE`` is ``moe-lab sweep run RECIPE``.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lab.commands.options import add_device, add_json, add_seed, add_text, place, print_json, text_changes
+from moe_lab.commands.options import (
+    add_device,
+    add_json,
+    add_seed,
+    add_text,
+    place,
+    print_json,
+    text_changes,
+)
 from moe_lab.config import require
 
 if TYPE_CHECKING:
@@ -20,42 +31,88 @@ VERBS = ("plan", "run", "status")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="{plan,run,status}", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    plan_parser = verbs.add_parser("plan", help="the table of runs, their cost and a time estimate", formatter_class=formatter)
+    plan_parser = verbs.add_parser(
+        "plan", help="the table of runs, their cost and a time estimate", formatter_class=formatter
+    )
     _add_recipe(plan_parser)
-    plan_parser.add_argument("--workers", type=int, default=None, help="processes to plan for (default: one a core)")
+    plan_parser.add_argument(
+        "--workers", type=int, default=None, help="processes to plan for (default: one a core)"
+    )
     plan_parser.add_argument("--no-calibration", action="store_true", help="no time estimate")
     _add_power(plan_parser)
     add_seed(plan_parser)
     add_device(plan_parser)
     add_text(plan_parser)
     add_json(plan_parser)
-    run_parser = verbs.add_parser("run", help="do every run that is not finished, then write the report", formatter_class=formatter)
+    run_parser = verbs.add_parser(
+        "run",
+        help="do every run that is not finished, then write the report",
+        formatter_class=formatter,
+    )
     _add_recipe(run_parser)
     add_run_arguments(run_parser, out=None)
-    status_parser = verbs.add_parser("status", help="how far each run of a folder is", formatter_class=formatter)
+    status_parser = verbs.add_parser(
+        "status", help="how far each run of a folder is", formatter_class=formatter
+    )
     status_parser.add_argument("folder", type=place, help="the sweep's folder or URL")
     add_json(status_parser)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a recipe file, such as experiments/sparsity_wall.py")
+    parser.add_argument(
+        "recipe", type=Path, help="a recipe file, such as experiments/sparsity_wall.py"
+    )
     parser.add_argument("--preset", default="demo", help="which of the recipe's presets")
     parser.add_argument(
-        "--alternative", default=None, metavar="NAME", help="compare more experts with ngram, depth or width at the same total"
+        "--alternative",
+        default=None,
+        metavar="NAME",
+        help="compare more experts with ngram, depth or width at the same total",
     )
 
 
 def _add_power(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("power", "what the sweep could tell, and the cheapest one that could")
-    group.add_argument("--power", action="store_true", help="the chance of each verdict instead of the table of runs")
-    group.add_argument("--noise", type=float, default=None, metavar="NATS", help="between seeds (default: typical of the size)")
-    group.add_argument("--ratios", type=_ratios, default=None, metavar="1,2,4,...", help="another grid than the recipe's")
-    group.add_argument("--seeds", type=int, default=None, metavar="N", help="other than the recipe's")
-    group.add_argument(
-        "--truth", action="append", default=None, metavar="KIND", help="line, saturation:300, wall:32, law:ludziejewski; repeatable"
+    group = parser.add_argument_group(
+        "power", "what the sweep could tell, and the cheapest one that could"
     )
-    group.add_argument("--draws", type=int, default=500, help="simulated sweeps per truth and design")
-    group.add_argument("--target", type=float, default=0.9, help="probability with which every truth is to be settled")
+    group.add_argument(
+        "--power",
+        action="store_true",
+        help="the chance of each verdict instead of the table of runs",
+    )
+    group.add_argument(
+        "--noise",
+        type=float,
+        default=None,
+        metavar="NATS",
+        help="between seeds (default: typical of the size)",
+    )
+    group.add_argument(
+        "--ratios",
+        type=_ratios,
+        default=None,
+        metavar="1,2,4,...",
+        help="another grid than the recipe's",
+    )
+    group.add_argument(
+        "--seeds", type=int, default=None, metavar="N", help="other than the recipe's"
+    )
+    group.add_argument(
+        "--truth",
+        action="append",
+        default=None,
+        metavar="KIND",
+        help="line, saturation:300, wall:32, law:ludziejewski; repeatable",
+    )
+    group.add_argument(
+        "--draws", type=int, default=500, help="simulated sweeps per truth and design"
+    )
+    group.add_argument(
+        "--target",
+        type=float,
+        default=0.9,
+        help="probability with which every truth is to be settled",
+    )
 
 
 def _ratios(text: str) -> tuple[float, ...]:
@@ -72,10 +129,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         type=place,
         default=out and Path(out),
         metavar="PLACE",
-        help="the sweep's folder, or a URL such as s3://bucket/sweep (extra store)" + ("" if out else " (default: runs/<sweep name>)"),
+        help="the sweep's folder, or a URL such as s3://bucket/sweep (extra store)"
+        + ("" if out else " (default: runs/<sweep name>)"),
     )
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core, or one a GPU)")
-    parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local", help="who runs the workers")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes (default: one a core, or one a GPU)"
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("local", "ray", "slurm"),
+        default="local",
+        help="who runs the workers",
+    )
     parser.add_argument(
         "--launcher-option",
         action="append",
@@ -84,7 +149,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         help="local: stall_minutes; ray: address, cpus, gpus, memory_gb; "
         "slurm: cluster, minutes, cpus, gpus, memory_gb, partition, account, qos, requeues",
     )
-    parser.add_argument("--max-hours", type=float, default=None, help="start no further run after so long")
+    parser.add_argument(
+        "--max-hours", type=float, default=None, help="start no further run after so long"
+    )
     parser.add_argument(
         "--max-flops",
         type=float,
@@ -92,7 +159,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         metavar="N",
         help="start no run that would take this call past N training FLOPs (as `sweep plan` counts them)",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="train runs again that failed in an earlier call")
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="train runs again that failed in an earlier call",
+    )
     parser.add_argument(
         "--report",
         type=Path,
@@ -124,7 +195,9 @@ def plan(args: argparse.Namespace) -> int:
 
     Console().print(sweeps.plan_table(frame))
     device = sweep.runs[0].device
-    if (room := sweeps.free_memory(device)) and (line := sweeps.too_large(dict(frame.select("name", "memory_bytes").rows()), room)):
+    if (room := sweeps.free_memory(device)) and (
+        line := sweeps.too_large(dict(frame.select("name", "memory_bytes").rows()), room)
+    ):
         print(line)
     if not args.no_calibration:
         print(f"about {sweeps.wall_minutes(frame, args.workers):.1f} minutes in all")
@@ -132,7 +205,9 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def _power(args: argparse.Namespace, frame: "pl.DataFrame") -> int:
-    """The chance of each verdict of the sweep's main arm, and the cheapest design that settles every truth."""
+    """The chance of each verdict of the sweep's main arm, and the cheapest design that settles
+    every truth.
+    """
     from rich.console import Console
 
     from moe_lab import sweeps
@@ -141,9 +216,20 @@ def _power(args: argparse.Namespace, frame: "pl.DataFrame") -> int:
     design = sweeps.design_of(frame, ratios=args.ratios, seeds=args.seeds)
     truths = None if args.truth is None else [parse_truth(text) for text in args.truth]
     speed = None if args.no_calibration else sweeps.flops_per_second(frame, args.workers)
-    found = plan_power(design, noise_sd=args.noise, truths=truths, draws=args.draws, target=args.target, flops_per_second=speed)
+    found = plan_power(
+        design,
+        noise_sd=args.noise,
+        truths=truths,
+        draws=args.draws,
+        target=args.target,
+        flops_per_second=speed,
+    )
     if args.json:
-        best = None if found.best is None else found.best.to_dict() | {"flops": found.best.flops, "runs": found.best.runs}
+        best = (
+            None
+            if found.best is None
+            else found.best.to_dict() | {"flops": found.best.flops, "runs": found.best.runs}
+        )
         print_json(
             {
                 "design": design.to_dict() | {"flops": design.flops, "runs": design.runs},
@@ -162,7 +248,9 @@ def _power(args: argparse.Namespace, frame: "pl.DataFrame") -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run, report, and say in one line what came of it: exit code 0 when every run finished, 2 when some failed, 130 interrupted."""
+    """Run, report, and say in one line what came of it: exit code 0 when every run finished, 2 when
+    some failed, 130 interrupted.
+    """
     from moe_lab import sweeps
 
     sweep = _sweep(args)
@@ -182,19 +270,39 @@ def run(args: argparse.Namespace) -> int:
     if outcome.finished and not outcome.interrupted:
         from moe_lab.report import write_report
 
-        page = args.report or (out if isinstance(out, Path) else Path("runs") / sweep.name) / "report.html"
+        page = (
+            args.report
+            or (out if isinstance(out, Path) else Path("runs") / sweep.name) / "report.html"
+        )
         with sweeps.readable(out) as folder:
-            write_report([folder], page, title=f"moe_lab report: {folder.name if folder == out else out}", command=_command(args))
+            write_report(
+                [folder],
+                page,
+                title=f"moe_lab report: {folder.name if folder == out else out}",
+                command=_command(args),
+            )
     if args.json:
-        failed = [{"run": run.run, "name": run.name, "reason": run.reason} for run in outcome.failed]
-        ended = {"finished": outcome.finished, "failed": failed, "interrupted": outcome.interrupted, "stopped": outcome.stopped}
+        failed = [
+            {"run": run.run, "name": run.name, "reason": run.reason} for run in outcome.failed
+        ]
+        ended = {
+            "finished": outcome.finished,
+            "failed": failed,
+            "interrupted": outcome.interrupted,
+            "stopped": outcome.stopped,
+        }
         print_json(ended | {"report": page, "out": out})
     else:
-        print(f"{len(outcome.finished)} of {len(sweep.runs)} runs finished in {outcome.seconds / 60:.1f} minutes")
+        print(
+            f"{len(outcome.finished)} of {len(sweep.runs)} runs finished in {outcome.seconds / 60:.1f} minutes"
+        )
         for failure in outcome.failed:
             print(f"failed: {failure.name} ({failure.run}): {failure.reason}", file=sys.stderr)
         if outcome.failed:
-            print(f"`moe-lab sweep status {out}` shows their last lines, --retry-failed trains them again", file=sys.stderr)
+            print(
+                f"`moe-lab sweep status {out}` shows their last lines, --retry-failed trains them again",
+                file=sys.stderr,
+            )
         if outcome.stopped:
             print(outcome.stopped)
         if page is not None:
@@ -222,15 +330,25 @@ def status(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> "SweepConfig":
-    """The recipe's sweep on the text that was asked for, with the content hash of each corpus recorded in its runs."""
+    """The recipe's sweep on the text that was asked for, with the content hash of each corpus
+    recorded in its runs.
+    """
     from moe_lab.sweeps import load_recipe
 
-    sweep = load_recipe(args.recipe, args.preset, seed=args.seed, device=args.device, alternative=getattr(args, "alternative", None))
+    sweep = load_recipe(
+        args.recipe,
+        args.preset,
+        seed=args.seed,
+        device=args.device,
+        alternative=getattr(args, "alternative", None),
+    )
     changes = text_changes(args)
     resolved = {}
     for run in sweep.runs:
         if run.text not in resolved:
-            text = type(run.text).from_dict(run.text.to_dict() | ({"corpus_hash": None} | changes if changes else {}))
+            text = type(run.text).from_dict(
+                run.text.to_dict() | ({"corpus_hash": None} | changes if changes else {})
+            )
             resolved[run.text] = text if text.corpus_hash else text.resolve()
     models: dict[tuple[DecoderConfig, int], DecoderConfig] = {}
     runs = []
@@ -239,8 +357,14 @@ def _sweep(args: argparse.Namespace) -> "SweepConfig":
         if model.vocab_size != text.vocab_size:
             wanted = model, text.vocab_size
             model = models[wanted] = models.get(wanted) or model.replace(vocab_size=text.vocab_size)
-        runs.append(run if text == run.text and model is run.model else run.replace(text=text, model=model))
-    return sweep if all(new is old for new, old in zip(runs, sweep.runs, strict=True)) else sweep.replace(runs=tuple(runs))
+        runs.append(
+            run if text == run.text and model is run.model else run.replace(text=text, model=model)
+        )
+    return (
+        sweep
+        if all(new is old for new, old in zip(runs, sweep.runs, strict=True))
+        else sweep.replace(runs=tuple(runs))
+    )
 
 
 def _command(args: argparse.Namespace) -> str:

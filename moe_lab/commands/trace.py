@@ -1,4 +1,6 @@
-"""``moe-lab trace``: where a trained run, a pretrained model or the records of an engine send the tokens of a text."""
+"""``moe-lab trace``: where a trained run, a pretrained model or the records of an engine send the
+tokens of a text.
+"""
 
 import argparse
 from pathlib import Path
@@ -14,22 +16,66 @@ KINDS = ("vllm", "sglang", "trtllm", "megatron", "moe-atlas", "stratamoe", "coun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, nargs="?", help="the folder of a finished run; with --import, the records to take")
-    parser.add_argument("--hf", metavar="ID_OR_PATH", help="a pretrained MoE model instead; a folder never uses the network")
-    parser.add_argument("--import", dest="kind", choices=KINDS, help="take the records of an engine or tool at RUN instead")
-    parser.add_argument("--text", metavar="PATH", help="a folder, .txt, .jsonl or .parquet of documents")
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        help="the folder of a finished run; with --import, the records to take",
+    )
+    parser.add_argument(
+        "--hf",
+        metavar="ID_OR_PATH",
+        help="a pretrained MoE model instead; a folder never uses the network",
+    )
+    parser.add_argument(
+        "--import",
+        dest="kind",
+        choices=KINDS,
+        help="take the records of an engine or tool at RUN instead",
+    )
+    parser.add_argument(
+        "--text", metavar="PATH", help="a folder, .txt, .jsonl or .parquet of documents"
+    )
     parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
-    parser.add_argument("--max-tokens", type=int, default=None, help="leading tokens of each document")
-    add_out(parser, None, "the trace's folder (default for a run: trace-<name of the text> in its folder)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=None, help="leading tokens of each document"
+    )
+    add_out(
+        parser,
+        None,
+        "the trace's folder (default for a run: trace-<name of the text> in its folder)",
+    )
     pretrained = parser.add_argument_group("with --hf")
-    pretrained.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
-    pretrained.add_argument("--device-map", default=None, metavar="MAP", help="auto, balanced, ... (needs accelerate)")
-    pretrained.add_argument("--batch-tokens", type=int, default=4096, help="tokens of one forward pass")
-    pretrained.add_argument("--trust-remote-code", action="store_true", help="run Python files that came with the model (default: refuse)")
+    pretrained.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights",
+    )
+    pretrained.add_argument(
+        "--device-map", default=None, metavar="MAP", help="auto, balanced, ... (needs accelerate)"
+    )
+    pretrained.add_argument(
+        "--batch-tokens", type=int, default=4096, help="tokens of one forward pass"
+    )
+    pretrained.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python files that came with the model (default: refuse)",
+    )
     imported = parser.add_argument_group("with --import")
-    imported.add_argument("--config", default=None, metavar="PATH", help="config.json of the model, or its folder: experts, slots, layers")
-    imported.add_argument("--num-experts", type=int, default=None, help="where neither the source nor --config tells")
-    imported.add_argument("--num-zero-experts", type=int, default=None, help="zero-compute experts of the model")
+    imported.add_argument(
+        "--config",
+        default=None,
+        metavar="PATH",
+        help="config.json of the model, or its folder: experts, slots, layers",
+    )
+    imported.add_argument(
+        "--num-experts", type=int, default=None, help="where neither the source nor --config tells"
+    )
+    imported.add_argument(
+        "--num-zero-experts", type=int, default=None, help="zero-compute experts of the model"
+    )
     imported.add_argument("--top-k", type=int, default=None, help="slots of each token")
     imported.add_argument("--model", default="", help="its name, or which of several models in SRC")
     add_device(parser)
@@ -37,8 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if sum(item is not None for item in (args.hf, args.kind)) + (args.run is not None and args.kind is None) != 1:
-        raise ConfigError(expected("one of RUN, --hf ID_OR_PATH or --import KIND SRC", "none or several"))
+    if (
+        sum(item is not None for item in (args.hf, args.kind))
+        + (args.run is not None and args.kind is None)
+        != 1
+    ):
+        raise ConfigError(
+            expected("one of RUN, --hf ID_OR_PATH or --import KIND SRC", "none or several")
+        )
     if args.kind is not None:
         return _import(args)
     if args.text is None:
@@ -50,9 +102,17 @@ def _import(args: argparse.Namespace) -> int:
     from moe_lab.trace import import_trace
 
     if args.run is None or args.out is None:
-        raise ConfigError(expected("--import KIND SRC --out FOLDER", "no SRC" if args.run is None else "no --out"))
-    sizes = {"num_experts": args.num_experts, "num_zero_experts": args.num_zero_experts, "top_k": args.top_k}
-    trace = import_trace(args.kind, args.run, args.out, config=args.config, model=args.model, **sizes)
+        raise ConfigError(
+            expected("--import KIND SRC --out FOLDER", "no SRC" if args.run is None else "no --out")
+        )
+    sizes = {
+        "num_experts": args.num_experts,
+        "num_zero_experts": args.num_zero_experts,
+        "top_k": args.top_k,
+    }
+    trace = import_trace(
+        args.kind, args.run, args.out, config=args.config, model=args.model, **sizes
+    )
     return _report(args, {"tokens": trace.num_tokens, "notes": list(trace.meta.notes)}, args.out)
 
 
@@ -73,7 +133,16 @@ def _pretrained(args: argparse.Namespace) -> int:
     )
     loss = trace.tokens.select("loss").collect()["loss"].mean()
     documents = trace.tokens.select("doc").collect()["doc"].n_unique()
-    return _report(args, {"loss": loss, "tokens": trace.num_tokens, "documents": documents, "notes": list(trace.meta.notes)}, args.out)
+    return _report(
+        args,
+        {
+            "loss": loss,
+            "tokens": trace.num_tokens,
+            "documents": documents,
+            "notes": list(trace.meta.notes),
+        },
+        args.out,
+    )
 
 
 def _report(args: argparse.Namespace, summary: dict, out: Path) -> int:
@@ -103,7 +172,10 @@ def _run(args: argparse.Namespace) -> int:
     corpus = load_corpus(args.text, args.text_column)
     out = args.out or args.run / f"trace-{Path(args.text).stem}"
     documents = tokenize_documents(corpus.documents, run.tokenizer)
-    lengths = [len(document.ids) if args.max_tokens is None else min(args.max_tokens, len(document.ids)) for document in documents]
+    lengths = [
+        len(document.ids) if args.max_tokens is None else min(args.max_tokens, len(document.ids))
+        for document in documents
+    ]
     evaluation = evaluate(
         run.model,
         documents,
@@ -114,8 +186,15 @@ def _run(args: argparse.Namespace) -> int:
     )
     layers = _layers(out)
     if args.json:
-        summary = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte, "tokens": evaluation.num_tokens}
-        print_json(summary | {"documents": evaluation.num_documents, "trace": out, "layers": layers.to_dicts()})
+        summary = {
+            "loss": evaluation.loss,
+            "bits_per_byte": evaluation.bits_per_byte,
+            "tokens": evaluation.num_tokens,
+        }
+        print_json(
+            summary
+            | {"documents": evaluation.num_documents, "trace": out, "layers": layers.to_dicts()}
+        )
         return 0
     print(layers)
     print(
@@ -127,7 +206,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _layers(folder: Path) -> "pl.DataFrame":
-    """The load's unevenness, and mean and spread of ``ffn_count`` where the source recorded it, per layer."""
+    """The load's unevenness, and mean and spread of ``ffn_count`` where the source recorded it, per
+    layer.
+    """
     from moe_lab.analysis import ffn_spread, load_summary
     from moe_lab.trace import open_trace
 

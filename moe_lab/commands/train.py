@@ -1,4 +1,6 @@
-"""``moe-lab train``: one model, from flags or from a run's ``config.json``; on many devices under ``torchrun -m moe_lab train``."""
+"""``moe-lab train``: one model, from flags or from a run's ``config.json``; on many devices under
+``torchrun -m moe_lab train``.
+"""
 
 import argparse
 import json
@@ -6,7 +8,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.commands.options import add_device, add_json, add_out, add_seed, add_text, print_json, text_config
+from moe_lab.commands.options import (
+    add_device,
+    add_json,
+    add_out,
+    add_seed,
+    add_text,
+    print_json,
+    text_config,
+)
 from moe_lab.errors import ConfigError, expected
 
 if TYPE_CHECKING:
@@ -14,12 +24,34 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="a run's config.json to start from")
-    parser.add_argument("--mini", default=None, metavar="NAME", help="a published architecture in small, such as longcat_flash_mini")
-    parser.add_argument("--experts", type=int, default=None, help="real experts of a layer (without --config: 16)")
-    parser.add_argument("--top-k", type=int, default=None, help="slots per token (without --config: 2)")
-    parser.add_argument("--zero-experts", type=int, default=None, help="zero-computation experts; any at all makes the router LongCat's")
-    parser.add_argument("--tokens", type=int, default=None, help="training tokens (without --config: 200000)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a run's config.json to start from",
+    )
+    parser.add_argument(
+        "--mini",
+        default=None,
+        metavar="NAME",
+        help="a published architecture in small, such as longcat_flash_mini",
+    )
+    parser.add_argument(
+        "--experts", type=int, default=None, help="real experts of a layer (without --config: 16)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=None, help="slots per token (without --config: 2)"
+    )
+    parser.add_argument(
+        "--zero-experts",
+        type=int,
+        default=None,
+        help="zero-computation experts; any at all makes the router LongCat's",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=None, help="training tokens (without --config: 200000)"
+    )
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
     parser.add_argument(
         "--set",
@@ -58,7 +90,13 @@ def main(args: argparse.Namespace) -> int:
     config = run_config(args)
     folder = args.out or Path("runs") / "train" / config.hash()
     try:
-        result = train(config, folder, on_step=None if args.json else _print_row, parallel=args.parallel, loggers=args.track)
+        result = train(
+            config,
+            folder,
+            on_step=None if args.json else _print_row,
+            parallel=args.parallel,
+            loggers=args.track,
+        )
     except RankError as error:
         if error.told:  # the rank that failed prints the one line
             return 2
@@ -69,7 +107,9 @@ def main(args: argparse.Namespace) -> int:
         print_json(result.record)
     else:
         record = result.record
-        print(f"validation loss {record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte, {record['eval_tokens']:,} tokens")
+        print(
+            f"validation loss {record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte, {record['eval_tokens']:,} tokens"
+        )
         print(f"{record['total_params']:,} parameters, {record['active_params']:,.0f} active")
         print(f"run: {result.folder}")
     return 0
@@ -81,18 +121,41 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
 
     if args.config is not None and args.mini is not None:
         raise ConfigError(expected("one of --config and --mini", "both"))
-    values = _read(args.config) if args.config is not None else (_mini(args.mini) if args.mini else _default()).to_dict()
+    values = (
+        _read(args.config)
+        if args.config is not None
+        else (_mini(args.mini) if args.mini else _default()).to_dict()
+    )
     router = values["model"]["moe"]["router"] if values["model"].get("moe") else None
-    flags = {"num_experts": args.experts, "top_k": args.top_k, "num_zero_experts": args.zero_experts}
+    flags = {
+        "num_experts": args.experts,
+        "top_k": args.top_k,
+        "num_zero_experts": args.zero_experts,
+    }
     changes = {name: value for name, value in flags.items() if value is not None}
     if changes and router is None:
-        raise ConfigError(expected("a configuration with an MoE layer for --experts, --top-k and --zero-experts", "a dense one"))
+        raise ConfigError(
+            expected(
+                "a configuration with an MoE layer for --experts, --top-k and --zero-experts",
+                "a dense one",
+            )
+        )
     if router is not None:
         router |= changes
         if args.zero_experts:
-            router |= {"kind": "longcat", "norm_topk_prob": False, "controller": _controller(router)}
-            router["routed_scaling_factor"] = (router["num_experts"] + router["num_zero_experts"]) / router["top_k"]
-    values |= {name: value for name, value in (("train_tokens", args.tokens), ("seed", args.seed)) if value is not None}
+            router |= {
+                "kind": "longcat",
+                "norm_topk_prob": False,
+                "controller": _controller(router),
+            }
+            router["routed_scaling_factor"] = (
+                router["num_experts"] + router["num_zero_experts"]
+            ) / router["top_k"]
+    values |= {
+        name: value
+        for name, value in (("train_tokens", args.tokens), ("seed", args.seed))
+        if value is not None
+    }
     values["device"] = args.device
     if args.lr is not None:
         values["optimizer"]["lr"] = args.lr
@@ -108,8 +171,14 @@ def _default() -> "RunConfig":
     from moe_lab.routing import RouterConfig
     from moe_lab.training import RunConfig
 
-    moe = MoEConfig(d_model=64, d_expert=64, router=RouterConfig(num_experts=16, top_k=2, norm_topk_prob=True))
-    return RunConfig(name="train", model=DecoderConfig(num_layers=3, d_model=64, num_heads=2, context_length=128, moe=moe), batch_size=8)
+    moe = MoEConfig(
+        d_model=64, d_expert=64, router=RouterConfig(num_experts=16, top_k=2, norm_topk_prob=True)
+    )
+    return RunConfig(
+        name="train",
+        model=DecoderConfig(num_layers=3, d_model=64, num_heads=2, context_length=128, moe=moe),
+        batch_size=8,
+    )
 
 
 def _mini(name: str) -> "RunConfig":
@@ -117,12 +186,18 @@ def _mini(name: str) -> "RunConfig":
     from moe_lab.model import preset
     from moe_lab.training import RunConfig
 
-    return RunConfig(name=name, arm=name, model=preset(name), batch_size=8, **find_mini(name).training)
+    return RunConfig(
+        name=name, arm=name, model=preset(name), batch_size=8, **find_mini(name).training
+    )
 
 
 def _controller(router: dict[str, Any]) -> dict[str, Any]:
     """LongCat's proportional rule with the target that uniform load gives."""
-    target = router["top_k"] * router["num_experts"] / (router["num_experts"] + router["num_zero_experts"])
+    target = (
+        router["top_k"]
+        * router["num_experts"]
+        / (router["num_experts"] + router["num_zero_experts"])
+    )
     return {"kind": "proportional", "rate": 0.1, "target_ffn_count": target}
 
 
@@ -132,7 +207,13 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; try the config.json of a run") from error
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise ConfigError(expected(f"a run's configuration in {path}", "JSON without a model", "the config.json of a run"))
+        raise ConfigError(
+            expected(
+                f"a run's configuration in {path}",
+                "JSON without a model",
+                "the config.json of a run",
+            )
+        )
     values.setdefault("optimizer", {})
     return values
 
@@ -144,7 +225,13 @@ def _assign(values: dict[str, Any], item: str) -> None:
     for parent in parents:
         values = values.get(parent) if isinstance(values.get(parent), dict) else {}  # type: ignore[assignment]
     if not equals or leaf not in values:
-        raise ConfigError(expected("--set FIELD=VALUE with a field of the run's config.json", repr(item), "--set model.num_layers=6"))
+        raise ConfigError(
+            expected(
+                "--set FIELD=VALUE with a field of the run's config.json",
+                repr(item),
+                "--set model.num_layers=6",
+            )
+        )
     try:
         values[leaf] = json.loads(raw)
     except ValueError:
@@ -153,5 +240,9 @@ def _assign(values: dict[str, Any], item: str) -> None:
 
 def _print_row(row: dict[str, Any]) -> None:
     parts = [f"step {row['step']:6d}", f"loss {row['loss']:.4f}"]
-    parts += [f"{name} {row[name]:.3f}" for name in ("load_cv", "max_violation", "mean_ffn_count") if name in row]
+    parts += [
+        f"{name} {row[name]:.3f}"
+        for name in ("load_cv", "max_violation", "mean_ffn_count")
+        if name in row
+    ]
     print("  ".join([*parts, f"{row['tokens_per_second']:,.0f} tok/s"]), flush=True)

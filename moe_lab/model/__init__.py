@@ -1,4 +1,6 @@
-"""The MoE layer and the small decoder around it: ``MoEConfig`` -> ``MoELayer``, ``DecoderConfig`` -> ``Decoder``."""
+"""The MoE layer and the small decoder around it: ``MoEConfig`` -> ``MoELayer``, ``DecoderConfig``
+-> ``Decoder``.
+"""
 
 from moe_lab.model import dispatch
 from moe_lab.model.config import (

@@ -1,5 +1,7 @@
-"""What a model is made of: ``MoEConfig`` (one layer), ``DecoderConfig`` (the small decoder around it), and the parts that some
-architectures add: ``LatentAttentionConfig``, ``SparseAttentionConfig``, ``NgramConfig``, ``MTPConfig``.
+"""What a model is made of: ``MoEConfig`` (one layer), ``DecoderConfig`` (the small decoder around
+it), and the parts that some
+architectures add: ``LatentAttentionConfig``, ``SparseAttentionConfig``, ``NgramConfig``,
+``MTPConfig``.
 """
 
 from dataclasses import dataclass, field
@@ -23,9 +25,11 @@ class MoEConfig(Config):
         d_model: width of the residual stream.
         d_expert: hidden width of one SwiGLU expert.
         router: which experts run, with which weights.
-        num_shared_experts: experts that every token runs, fused into one feed-forward of ``num_shared_experts * d_expert``.
-        d_latent: routed experts work on a projection of the stream to this width (latent experts: Nemotron 3, Kimi K3), None on the
-            stream itself; router, zero-compute and shared experts see the stream.
+        num_shared_experts: experts that every token runs, fused into one feed-forward of
+            ``num_shared_experts * d_expert``.
+        d_latent: routed experts work on a projection of the stream to this width (latent experts:
+            Nemotron 3, Kimi K3), None on the stream itself; router, zero-compute and shared experts
+            see the stream.
         dispatch: a name in ``dispatch.BACKENDS``, or "auto".
     """
 
@@ -39,8 +43,14 @@ class MoEConfig(Config):
     def __post_init__(self) -> None:
         require(self.d_model >= 1, "d_model of at least 1", self.d_model)
         require(self.d_expert >= 1, "d_expert of at least 1", self.d_expert)
-        require(self.num_shared_experts >= 0, "num_shared_experts of at least 0", self.num_shared_experts)
-        require(self.d_latent is None or self.d_latent >= 1, "d_latent of at least 1", self.d_latent)
+        require(
+            self.num_shared_experts >= 0,
+            "num_shared_experts of at least 0",
+            self.num_shared_experts,
+        )
+        require(
+            self.d_latent is None or self.d_latent >= 1, "d_latent of at least 1", self.d_latent
+        )
 
     @property
     def expert_input_width(self) -> int:
@@ -56,9 +66,10 @@ class MoEConfig(Config):
 class Wiring(StrEnum):
     """How a layer's parts are connected.
 
-    ``PLAIN``: attention, then one feed-forward. ``SHORTCUT``: LongCat-Flash's shortcut-connected MoE, two attentions and two dense
-    feed-forwards, with the MoE beside the second half of them. ``SEQUENTIAL``: the shortcut's twin, the same parts in which the output
-    of the MoE joins the stream at once.
+    ``PLAIN``: attention, then one feed-forward. ``SHORTCUT``: LongCat-Flash's shortcut-connected
+    MoE, two attentions and two dense feed-forwards, with the MoE beside the second half of them.
+    ``SEQUENTIAL``: the shortcut's twin, the same parts in which the output of the MoE joins the
+    stream at once.
     """
 
     PLAIN = "plain"
@@ -67,7 +78,9 @@ class Wiring(StrEnum):
 
 
 class QKNorm(StrEnum):
-    """RMSNorm of queries and keys before the rotation: none, over each head (Qwen3), or over all heads together (OLMoE)."""
+    """RMSNorm of queries and keys before the rotation: none, over each head (Qwen3), or over all
+    heads together (OLMoE).
+    """
 
     NONE = "none"
     HEAD = "head"
@@ -75,7 +88,9 @@ class QKNorm(StrEnum):
 
 
 class Amplification(StrEnum):
-    """What the embedding passes before it enters the stream: nothing, a factor sqrt(d_model), or a LayerNorm (arXiv 2601.21204)."""
+    """What the embedding passes before it enters the stream: nothing, a factor sqrt(d_model), or a
+    LayerNorm (arXiv 2601.21204).
+    """
 
     NONE = "none"
     SQRT = "sqrt"
@@ -87,11 +102,14 @@ class LatentAttentionConfig(Config):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1).
 
     Attributes:
-        q_rank, kv_rank: widths of the query and key-value latents; q_rank None projects queries from the stream.
-        nope_dim, rope_dim, value_dim: channels of a head without and with rotary positions, and of a value.
-        scale_latents: multiply queries by sqrt(d_model / q_rank) and the key-value latent by sqrt(d_model / kv_rank) (LongCat-Flash's
-            variance alignment, arXiv 2509.01322).
-        norm_eps: of the latents' norms; None takes the decoder's. The releases have 1e-6 here whatever the model has (LongCat-Flash: 1e-5).
+        q_rank, kv_rank: widths of the query and key-value latents; q_rank None projects queries
+            from the stream.
+        nope_dim, rope_dim, value_dim: channels of a head without and with rotary positions, and of
+            a value.
+        scale_latents: multiply queries by sqrt(d_model / q_rank) and the key-value latent by
+            sqrt(d_model / kv_rank) (LongCat-Flash's variance alignment, arXiv 2509.01322).
+        norm_eps: of the latents' norms; None takes the decoder's. The releases have 1e-6 here
+            whatever the model has (LongCat-Flash: 1e-5).
     """
 
     kv_rank: int
@@ -112,14 +130,18 @@ class LatentAttentionConfig(Config):
 
 @dataclass(frozen=True)
 class SparseAttentionConfig(Config):
-    """A lightning indexer chooses the positions that each query attends to (DeepSeek-V3.2, arXiv 2512.02556; LongCat-2.0's LSA).
+    """A lightning indexer chooses the positions that each query attends to (DeepSeek-V3.2, arXiv
+    2512.02556; LongCat-2.0's LSA).
 
     Attributes:
-        top_k: positions per query, the forced ones included; as many as there are where the query sees fewer.
+        top_k: positions per query, the forced ones included; as many as there are where the query
+            sees fewer.
         num_heads, head_dim: of the indexer.
-        initial, local: the first and the latest positions, which are always chosen (the query's own is the last of the local ones).
+        initial, local: the first and the latest positions, which are always chosen (the query's own
+            is the last of the local ones).
         share: attention blocks in a row that use one selection, which the first of them makes.
-        loss_coef: of the indexer's loss, KL from the heads' mean attention over the chosen positions; nothing else trains the indexer.
+        loss_coef: of the indexer's loss, KL from the heads' mean attention over the chosen
+            positions; nothing else trains the indexer.
     """
 
     top_k: int = 32
@@ -133,24 +155,35 @@ class SparseAttentionConfig(Config):
     def __post_init__(self) -> None:
         for name in ("top_k", "num_heads", "head_dim", "share"):
             require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
-        require(self.initial >= 0 and self.local >= 0, "initial and local of at least 0", f"{self.initial} and {self.local}")
-        require(self.initial + self.local <= self.top_k, f"initial + local of at most top_k {self.top_k}", self.initial + self.local)
+        require(
+            self.initial >= 0 and self.local >= 0,
+            "initial and local of at least 0",
+            f"{self.initial} and {self.local}",
+        )
+        require(
+            self.initial + self.local <= self.top_k,
+            f"initial + local of at most top_k {self.top_k}",
+            self.initial + self.local,
+        )
         require(self.loss_coef >= 0, "loss_coef of at least 0", self.loss_coef)
 
 
 @dataclass(frozen=True)
 class NgramConfig(Config):
-    """N-gram embedding tables (LongCat-Flash-Lite, arXiv 2601.21204): (max_n - 1) * num_splits hashed tables that share d_model channels.
+    """N-gram embedding tables (LongCat-Flash-Lite, arXiv 2601.21204): (max_n - 1) * num_splits
+    hashed tables that share d_model channels.
 
     Attributes:
         max_n: longest n-gram, N; orders 2 to N have tables.
         num_splits: tables per order, K, each with a modulus of its own.
-        table_ratio: rows of a table over the vocabulary. Tables near a whole multiple of the vocabulary hash many frequent bigrams alike,
-            so the ratio must keep away from whole numbers; halves are no good choice either (docs/decoder.md has the measurement).
-        layers: where the tables are read, each with tables of its own and a gate that the stream controls (Engram, arXiv 2601.07372);
-            none: once, beside the input embedding, as their mean.
-        document_start: the token id that opens a document; n-grams do not reach before it. None takes the vocabulary's last id, as
-            `moe_lab.text` has it.
+        table_ratio: rows of a table over the vocabulary. Tables near a whole multiple of the
+            vocabulary hash many frequent bigrams alike, so the ratio must keep away from whole
+            numbers; halves are no good choice either (docs/decoder.md has the measurement).
+        layers: where the tables are read, each with tables of its own and a gate that the stream
+            controls (Engram, arXiv 2601.07372); none: once, beside the input embedding, as their
+            mean.
+        document_start: the token id that opens a document; n-grams do not reach before it. None
+            takes the vocabulary's last id, as `moe_lab.text` has it.
     """
 
     max_n: int = 3
@@ -165,7 +198,12 @@ class NgramConfig(Config):
         require(self.table_ratio > 0, "table_ratio above 0", self.table_ratio)
         distance = abs(self.table_ratio - round(self.table_ratio))
         hint = f"{int(self.table_ratio) + 0.37:.2f}"
-        require(self.table_ratio < 1 or distance >= 0.05, "a table_ratio .05 or more from a whole number", self.table_ratio, hint)
+        require(
+            self.table_ratio < 1 or distance >= 0.05,
+            "a table_ratio .05 or more from a whole number",
+            self.table_ratio,
+            hint,
+        )
         require(list(self.layers) == sorted(set(self.layers)), "ascending layers", self.layers)
 
     @property
@@ -174,13 +212,18 @@ class NgramConfig(Config):
         return (self.max_n - 1) * self.num_splits
 
     def table_rows(self, vocab_size: int) -> tuple[int, ...]:
-        """Rows of each table, by order and then split: ``int(table_ratio * V + 2 i + 1)``, all different, as the release has them."""
-        return tuple(int(self.table_ratio * vocab_size + 2 * table + 1) for table in range(self.num_tables))
+        """Rows of each table, by order and then split: ``int(table_ratio * V + 2 i + 1)``, all
+        different, as the release has them.
+        """
+        return tuple(
+            int(self.table_ratio * vocab_size + 2 * table + 1) for table in range(self.num_tables)
+        )
 
 
 @dataclass(frozen=True)
 class MTPConfig(Config):
-    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437 section 2.2) with a dense feed-forward in each module, as LongCat-Flash has it.
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437 section 2.2) with a dense feed-forward
+    in each module, as LongCat-Flash has it.
 
     Attributes:
         num_modules: depth D; module k predicts the token k places after the next one.
@@ -194,13 +237,16 @@ class MTPConfig(Config):
 
     def __post_init__(self) -> None:
         require(self.num_modules >= 1, "num_modules of at least 1", self.num_modules)
-        require(self.d_hidden is None or self.d_hidden >= 1, "d_hidden of at least 1", self.d_hidden)
+        require(
+            self.d_hidden is None or self.d_hidden >= 1, "d_hidden of at least 1", self.d_hidden
+        )
         require(self.loss_coef >= 0, "loss_coef of at least 0", self.loss_coef)
 
 
 @dataclass(frozen=True)
 class DecoderConfig(Config):
-    """A decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU, whose feed-forwards are MoE layers.
+    """A decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU, whose feed-forwards are MoE
+    layers.
 
     Attributes:
         vocab_size: token ids ``0..vocab_size-1``.
@@ -208,18 +254,23 @@ class DecoderConfig(Config):
         num_heads, num_kv_heads, head_dim: None takes num_heads and ``d_model / num_heads``.
         moe: the MoE layer of each sparse layer; None makes every layer dense.
         num_dense_layers: leading layers with a dense feed-forward.
-        d_dense: hidden width of a dense feed-forward; None takes ``d_expert * (top_k + num_shared_experts)``, the active width.
+        d_dense: hidden width of a dense feed-forward; None takes ``d_expert * (top_k +
+            num_shared_experts)``, the active width.
         wiring: how a layer's parts are connected.
-        num_hash_layers: leading MoE layers in which a table of token ids selects the experts and the learned router weighs them (V4).
+        num_hash_layers: leading MoE layers in which a table of token ids selects the experts and
+            the learned router weighs them (V4).
         qk_norm: of grouped-query attention.
         latent_attention: multi-head latent attention instead of grouped-query attention.
-        sparse_attention: attention to the positions that a lightning indexer chooses; None attends to all.
+        sparse_attention: attention to the positions that a lightning indexer chooses; None attends
+            to all.
         ngram: n-gram embedding tables. mtp: multi-token-prediction modules.
         amplification: of the embedding before it enters the stream.
-        hidden_z_loss_coef: of the z-loss on the last hidden states (LongCat-Flash, arXiv 2509.01322 section 3).
+        hidden_z_loss_coef: of the z-loss on the last hidden states (LongCat-Flash, arXiv 2509.01322
+            section 3).
         tie_embeddings: the head is the transposed embedding.
-        init_std: standard deviation of every matrix at the start (those that write to the residual stream are divided by sqrt(2 L));
-            None takes ``0.5 / sqrt(d_model)``, which is DeepSeek-V3's 0.006 at its width of 7168.
+        init_std: standard deviation of every matrix at the start (those that write to the residual
+            stream are divided by sqrt(2 L)); None takes ``0.5 / sqrt(d_model)``, which is
+            DeepSeek-V3's 0.006 at its width of 7168.
     """
 
     vocab_size: int = 2048
@@ -252,48 +303,105 @@ class DecoderConfig(Config):
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "context_length"):
             require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
         if self.head_dim is None and self.latent_attention is None:
-            require(self.d_model % self.num_heads == 0, f"d_model divisible by num_heads {self.num_heads}", self.d_model, "head_dim=")
-        require(self.rotary_dim % 2 == 0 and self.rotary_dim > 0, "an even head_dim (rotary pairs)", self.rotary_dim)
+            require(
+                self.d_model % self.num_heads == 0,
+                f"d_model divisible by num_heads {self.num_heads}",
+                self.d_model,
+                "head_dim=",
+            )
         require(
-            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0, f"num_kv_heads dividing num_heads {self.num_heads}", self.kv_heads
+            self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+            "an even head_dim (rotary pairs)",
+            self.rotary_dim,
         )
-        require(0 <= self.num_dense_layers <= self.num_layers, f"num_dense_layers of 0 to {self.num_layers}", self.num_dense_layers)
+        require(
+            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
+            f"num_kv_heads dividing num_heads {self.num_heads}",
+            self.kv_heads,
+        )
+        require(
+            0 <= self.num_dense_layers <= self.num_layers,
+            f"num_dense_layers of 0 to {self.num_layers}",
+            self.num_dense_layers,
+        )
         if self.moe is not None:
-            require(self.moe.d_model == self.d_model, f"moe.d_model equal to d_model {self.d_model}", self.moe.d_model)
+            require(
+                self.moe.d_model == self.d_model,
+                f"moe.d_model equal to d_model {self.d_model}",
+                self.moe.d_model,
+            )
         elif self.d_dense is None:
             require(False, "d_dense in a decoder without moe", "None")
         require(self.d_dense is None or self.d_dense >= 1, "d_dense of at least 1", self.d_dense)
-        require(self.hidden_z_loss_coef >= 0, "hidden_z_loss_coef of at least 0", self.hidden_z_loss_coef)
+        require(
+            self.hidden_z_loss_coef >= 0,
+            "hidden_z_loss_coef of at least 0",
+            self.hidden_z_loss_coef,
+        )
         for name in ("rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
-            require(value > 0 if value is not None else name == "init_std", f"{name} above 0", value)
+            require(
+                value > 0 if value is not None else name == "init_std", f"{name} above 0", value
+            )
         self._check_hash_layers()
         self._check_attention()
         self._check_ngram()
         if self.mtp is not None:
             most = self.context_length - 2
-            require(self.mtp.num_modules <= most, f"mtp.num_modules of at most context_length - 2 = {most}", self.mtp.num_modules)
+            require(
+                self.mtp.num_modules <= most,
+                f"mtp.num_modules of at most context_length - 2 = {most}",
+                self.mtp.num_modules,
+            )
 
     def _check_hash_layers(self) -> None:
-        require(0 <= self.num_hash_layers <= len(self.moe_layers), f"num_hash_layers of 0 to {len(self.moe_layers)}", self.num_hash_layers)
+        require(
+            0 <= self.num_hash_layers <= len(self.moe_layers),
+            f"num_hash_layers of 0 to {len(self.moe_layers)}",
+            self.num_hash_layers,
+        )
         if self.num_hash_layers and self.moe is not None:
             hash_twin(self.moe.router, self.vocab_size)
 
     def _check_attention(self) -> None:
         if self.latent_attention is not None:
-            given = self.num_kv_heads is not None or self.head_dim is not None or self.qk_norm is not QKNorm.NONE
-            require(not given, "no num_kv_heads, head_dim or qk_norm beside latent_attention", "one of them")
+            given = (
+                self.num_kv_heads is not None
+                or self.head_dim is not None
+                or self.qk_norm is not QKNorm.NONE
+            )
+            require(
+                not given,
+                "no num_kv_heads, head_dim or qk_norm beside latent_attention",
+                "one of them",
+            )
         if self.sparse_attention is not None:
             dim = self.sparse_attention.head_dim
-            require(dim >= self.rotary_dim, f"sparse_attention.head_dim of at least the {self.rotary_dim} rotary channels", dim)
+            require(
+                dim >= self.rotary_dim,
+                f"sparse_attention.head_dim of at least the {self.rotary_dim} rotary channels",
+                dim,
+            )
 
     def _check_ngram(self) -> None:
         if self.ngram is None:
             return
         tables, layers, start = self.ngram.num_tables, self.ngram.layers, self.ngram.document_start
-        require(self.d_model % tables == 0, f"d_model divisible by the {tables} n-gram tables of a place", self.d_model)
-        require(all(0 <= layer < self.num_layers for layer in layers), f"ngram.layers below {self.num_layers}", layers)
-        require(start is None or 0 <= start < self.vocab_size, f"ngram.document_start below vocab_size {self.vocab_size}", start)
+        require(
+            self.d_model % tables == 0,
+            f"d_model divisible by the {tables} n-gram tables of a place",
+            self.d_model,
+        )
+        require(
+            all(0 <= layer < self.num_layers for layer in layers),
+            f"ngram.layers below {self.num_layers}",
+            layers,
+        )
+        require(
+            start is None or 0 <= start < self.vocab_size,
+            f"ngram.document_start below vocab_size {self.vocab_size}",
+            start,
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -308,7 +416,9 @@ class DecoderConfig(Config):
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that carry rotary positions."""
-        return self.dim_per_head if self.latent_attention is None else self.latent_attention.rope_dim
+        return (
+            self.dim_per_head if self.latent_attention is None else self.latent_attention.rope_dim
+        )
 
     @property
     def num_attentions(self) -> int:
@@ -340,7 +450,9 @@ class DecoderConfig(Config):
         return self.moe
 
     def attention_sparsity(self, context: int) -> float:
-        """Share of the visible (query, key) pairs of a causal sequence of ``context`` tokens that no query attends to; 0 if dense."""
+        """Share of the visible (query, key) pairs of a causal sequence of ``context`` tokens that
+        no query attends to; 0 if dense.
+        """
         if self.sparse_attention is None:
             return 0.0
         k = min(self.sparse_attention.top_k, context)

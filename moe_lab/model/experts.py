@@ -1,4 +1,5 @@
-"""Feed-forwards: ``SwiGLU`` (dense, shared experts) and ``ExpertBank`` (all routed experts of a layer, stacked).
+"""Feed-forwards: ``SwiGLU`` (dense, shared experts) and ``ExpertBank`` (all routed experts of a
+layer, stacked).
 
 ``E_i(x) = (silu(x W_gate^T) * (x W_up^T)) W_down^T`` without biases (arXiv 2002.05202, SwiGLU).
 """
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None = None) -> Tensor:
-    """[..., D] -> [..., D] with ``gate_up`` [2F, D] (gate first), ``down`` [D, F]; ``scale`` [..., F] multiplies hidden units."""
+    """[..., D] -> [..., D] with ``gate_up`` [2F, D] (gate first), ``down`` [D, F]; ``scale`` [...,
+    F] multiplies hidden units.
+    """
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     hidden = F.silu(gate) * up
     return F.linear(hidden if scale is None else hidden * scale.to(hidden.dtype), down)
@@ -28,7 +31,10 @@ class SwiGLU(nn.Module):
 
 
 class ExpertBank(nn.Module):
-    """E experts of width F on D channels: ``gate_up`` [E, 2F, D] and ``down`` [E, D, F]. Dispatch backends read the two tensors."""
+    """E experts of width F on D channels: ``gate_up`` [E, 2F, D] and ``down`` [E, D, F].
+
+    Dispatch backends read the two tensors.
+    """
 
     def __init__(self, num_experts: int, d_model: int, d_expert: int) -> None:
         super().__init__()

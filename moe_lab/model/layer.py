@@ -13,41 +13,73 @@ from moe_lab.routing import RouterContext, Routing, build_router
 
 
 class MoELayer(nn.Module):
-    """``y = sum_real w_i E_i(x) + sum_zero w_i Z_i(x) + shared(x)`` for the slots that the router selected (see ``ZeroExperts`` for Z).
+    """``y = sum_real w_i E_i(x) + sum_zero w_i Z_i(x) + shared(x)`` for the slots that the router
+    selected (see ``ZeroExperts`` for Z).
 
-    Latent experts (``d_latent``): the first sum is ``U rms(sum_real w_i E_i(D x))`` with matrices D and U around all experts (Kimi K3).
+    Latent experts (``d_latent``): the first sum is ``U rms(sum_real w_i E_i(D x))`` with matrices D
+    and U around all experts (Kimi K3).
     """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
         self.router = build_router(config.router, config.d_model)
-        self.experts = ExpertBank(config.router.num_experts, config.expert_input_width, config.d_expert)
+        self.experts = ExpertBank(
+            config.router.num_experts, config.expert_input_width, config.d_expert
+        )
         latent = config.d_latent
         self.latent_down = None if latent is None else nn.Linear(config.d_model, latent, bias=False)
         self.latent_norm = None if latent is None else nn.RMSNorm(latent, eps=1e-6)
         self.latent_up = None if latent is None else nn.Linear(latent, config.d_model, bias=False)
-        self.zero_experts = ZeroExperts(config.router.zero_kinds, config.d_model) if config.router.num_zero_experts else None
-        self.shared = SwiGLU(config.d_model, config.num_shared_experts * config.d_expert) if config.num_shared_experts else None
+        self.zero_experts = (
+            ZeroExperts(config.router.zero_kinds, config.d_model)
+            if config.router.num_zero_experts
+            else None
+        )
+        self.shared = (
+            SwiGLU(config.d_model, config.num_shared_experts * config.d_expert)
+            if config.num_shared_experts
+            else None
+        )
         self.dispatch = backend(config.dispatch)
         if config.dispatch in ("auto", "native"):
             native.available()  # compile now, not in the first step, and not under ``torch.compile``
 
     def backend_name(self, x: Tensor) -> str:
-        """The dispatch backend that runs tokens of this device and dtype: the configured one, or what "auto" picks."""
-        return choose(*under_autocast(x, self.experts)) if self.config.dispatch == "auto" else self.config.dispatch
+        """The dispatch backend that runs tokens of this device and dtype: the configured one, or
+        what "auto" picks.
+        """
+        return (
+            choose(*under_autocast(x, self.experts))
+            if self.config.dispatch == "auto"
+            else self.config.dispatch
+        )
 
     @overload
-    def forward(self, x: Tensor, context: RouterContext | None = None, *, return_routing: Literal[False] = False) -> Tensor: ...
+    def forward(
+        self,
+        x: Tensor,
+        context: RouterContext | None = None,
+        *,
+        return_routing: Literal[False] = False,
+    ) -> Tensor: ...
     @overload
-    def forward(self, x: Tensor, context: RouterContext | None = None, *, return_routing: Literal[True]) -> tuple[Tensor, Routing]: ...
-    def forward(self, x: Tensor, context: RouterContext | None = None, *, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, context: RouterContext | None = None, *, return_routing: Literal[True]
+    ) -> tuple[Tensor, Routing]: ...
+    def forward(
+        self, x: Tensor, context: RouterContext | None = None, *, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
         """[..., D] -> [..., D], and the layer's ``Routing`` over the flattened tokens on request."""
         if x.shape[-1] != self.config.d_model:
-            raise ConfigError(expected(f"a last axis of d_model {self.config.d_model}", list(x.shape)))
+            raise ConfigError(
+                expected(f"a last axis of d_model {self.config.d_model}", list(x.shape))
+            )
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD, context)
-        tokens_TD, bank = under_autocast(x_TD if self.latent_down is None else self.latent_down(x_TD), self.experts)
+        tokens_TD, bank = under_autocast(
+            x_TD if self.latent_down is None else self.latent_down(x_TD), self.experts
+        )
         y_TD = self.dispatch(tokens_TD, routing, bank)
         if self.latent_up is not None and self.latent_norm is not None:
             y_TD = self.latent_up(self.latent_norm(y_TD))
@@ -59,12 +91,17 @@ class MoELayer(nn.Module):
         return (y, routing) if return_routing else y
 
     def _shared_scale(self, routing: Routing) -> Tensor | None:
-        """[T, hidden width of the shared experts]: their gates, where the router makes them (Inkling)."""
+        """[T, hidden width of the shared experts]: their gates, where the router makes them
+        (Inkling).
+        """
         gates_TS = routing.shared_weights
         if gates_TS is None:
             return None
         if gates_TS.shape[1] != self.config.num_shared_experts:
             raise ConfigError(
-                expected(f"num_shared_experts equal to the router's {gates_TS.shape[1]} shared gates", self.config.num_shared_experts)
+                expected(
+                    f"num_shared_experts equal to the router's {gates_TS.shape[1]} shared gates",
+                    self.config.num_shared_experts,
+                )
             )
         return gates_TS.repeat_interleave(self.config.d_expert, dim=1)

@@ -1,7 +1,9 @@
-"""Multi-token prediction: small modules that predict tokens after the next one from the decoder's last hidden state.
+"""Multi-token prediction: small modules that predict tokens after the next one from the decoder's
+last hidden state.
 
-Module k (from 1): ``h^k_i = Layer_k(M_k [rms(h^{k-1}_i) ; rms(E(t_{i+k}))])`` predicts ``t_{i+k+1}`` through the decoder's own embedding
-and head (DeepSeek-V3, arXiv 2412.19437, eq. 21 to 23). The layer is one attention and one dense feed-forward (LongCat-Flash).
+Module k (from 1): ``h^k_i = Layer_k(M_k [rms(h^{k-1}_i) ; rms(E(t_{i+k}))])`` predicts
+``t_{i+k+1}`` through the decoder's own embedding and head (DeepSeek-V3, arXiv 2412.19437, eq. 21 to
+23). The layer is one attention and one dense feed-forward (LongCat-Flash).
 """
 
 import torch
@@ -26,7 +28,9 @@ class MTPModule(nn.Module):
         self.norm = nn.RMSNorm(d, eps=eps)
 
     def forward(self, hidden: Tensor, embedded: Tensor, rotary: Rotary) -> Tensor:
-        """[B, S, D] hidden states and the embeddings of the tokens k places after -> [B, S, D], before the module's last norm."""
+        """[B, S, D] hidden states and the embeddings of the tokens k places after -> [B, S, D],
+        before the module's last norm.
+        """
         x = self.join(torch.cat((self.hidden_norm(hidden), self.embedding_norm(embedded)), dim=2))
         mixed, _ = self.attention(self.attention_norm(x), rotary)
         x = x + mixed

@@ -1,4 +1,7 @@
-"""``preset(name)``: a published architecture in small. The table is ``moe_lab.accounting.minis``, which counts them without torch."""
+"""``preset(name)``: a published architecture in small.
+
+The table is ``moe_lab.accounting.minis``, which counts them without torch.
+"""
 
 from typing import Any
 
@@ -9,7 +12,8 @@ PRESETS = tuple(MINIS)
 
 
 def preset(name: str, **changes: Any) -> DecoderConfig:
-    """The decoder of that name, with ``changes`` of its fields (``vocab_size``, ``context_length``, ...).
+    """The decoder of that name, with ``changes`` of its fields (``vocab_size``, ``context_length``,
+    ...).
 
     Raises:
         ConfigError: an unknown name, or changes that make no decoder.

@@ -1,7 +1,8 @@
-"""``ZeroExperts``: what the zero-compute experts of a layer add, as one weighted sum and no matrix product over experts.
+"""``ZeroExperts``: what the zero-compute experts of a layer add, as one weighted sum and no matrix
+product over experts.
 
-Identity: ``E(x) = x`` (LongCat, arXiv 2509.01322). Zero: ``E(x) = 0``. Constant: ``E(x) = a_1 x + a_2 v`` with
-``[a_1, a_2] = softmax(W_c x)`` and a learned v (MoE++, arXiv 2410.07348 section 3.1).
+Identity: ``E(x) = x`` (LongCat, arXiv 2509.01322). Zero: ``E(x) = 0``. Constant: ``E(x) = a_1 x +
+a_2 v`` with ``[a_1, a_2] = softmax(W_c x)`` and a learned v (MoE++, arXiv 2410.07348 section 3.1).
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ class ZeroExperts(nn.Module):
         # The last entry stands for every slot that is no zero-compute expert.
         identity = [kind is ZeroExpertKind.IDENTITY for kind in kinds] + [False]
         self.register_buffer("is_identity", torch.tensor(identity), persistent=False)
-        self.register_buffer("constant_ids", torch.tensor(constants, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "constant_ids", torch.tensor(constants, dtype=torch.int64), persistent=False
+        )
         self.mixture = nn.Parameter(torch.empty(len(constants), 2, d_model)) if constants else None
         self.vector = nn.Parameter(torch.empty(len(constants), d_model)) if constants else None
         for parameter in self.parameters():
@@ -46,4 +49,6 @@ class ZeroExperts(nn.Module):
         weights_TC = (weights_TK.unsqueeze(2) * chosen_TKC).sum(dim=1)
         share_TC2 = torch.einsum("td,cjd->tcj", x_TD, self.mixture.to(x_TD.dtype)).softmax(dim=2)
         scale_T = scale_T + (weights_TC * share_TC2[..., 0]).sum(dim=1)
-        return x_TD * scale_T.unsqueeze(1) + (weights_TC * share_TC2[..., 1]) @ self.vector.to(x_TD.dtype)
+        return x_TD * scale_T.unsqueeze(1) + (weights_TC * share_TC2[..., 1]) @ self.vector.to(
+            x_TD.dtype
+        )

@@ -33,7 +33,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing area. ``summary`` says in words what it shows; several ``variants`` become a choice on the page."""
+    """One drawing area.
+
+    ``summary`` says in words what it shows; several ``variants`` become a choice on the page.
+    """
 
     summary: str
     variants: tuple[Variant, ...]
@@ -41,7 +44,9 @@ class Plot:
 
 @dataclass(frozen=True)
 class Table:
-    """Texts, already formatted; ``numeric`` says which columns are set to the right, ``left_out`` how many rows are not here."""
+    """Texts, already formatted; ``numeric`` says which columns are set to the right, ``left_out``
+    how many rows are not here.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -60,7 +65,9 @@ class Legend:
 
 @dataclass(frozen=True)
 class Block:
-    """One figure of the page; ``name`` is also that of its function in ``figures`` and of its Parquet file."""
+    """One figure of the page; ``name`` is also that of its function in ``figures`` and of its
+    Parquet file.
+    """
 
     name: str
     caption: str
@@ -71,15 +78,24 @@ class Block:
 
 
 def table_of(frame: pl.DataFrame, digits: int = 3) -> Table:
-    """A frame as texts, cut at ``MAX_TABLE_ROWS``: floats with ``digits`` decimals, integers with thousands."""
+    """A frame as texts, cut at ``MAX_TABLE_ROWS``: floats with ``digits`` decimals, integers with
+    thousands.
+    """
     numeric = tuple(frame[name].dtype.is_numeric() for name in frame.columns)
     shown = frame.head(MAX_TABLE_ROWS)
     rows = tuple(tuple(_cell(value, digits) for value in row) for row in shown.rows())
-    return Table(tuple(name.replace("_", " ") for name in frame.columns), rows, numeric, frame.height - shown.height)
+    return Table(
+        tuple(name.replace("_", " ") for name in frame.columns),
+        rows,
+        numeric,
+        frame.height - shown.height,
+    )
 
 
 def representatives(traces: Sequence[NamedTrace]) -> list[NamedTrace]:
-    """One trace per arm and ratio (the lowest seed), those with zero-compute experts first, then by falling number of experts."""
+    """One trace per arm and ratio (the lowest seed), those with zero-compute experts first, then by
+    falling number of experts.
+    """
     first: dict[str, NamedTrace] = {}
     for named in traces:
         first.setdefault(named.group, named)
@@ -88,7 +104,9 @@ def representatives(traces: Sequence[NamedTrace]) -> list[NamedTrace]:
 
 def _zero_then_large(named: NamedTrace) -> tuple[int, int]:
     layers = named.trace.meta.layers
-    return -max(layer.num_zero_experts for layer in layers), -max(layer.num_experts for layer in layers)
+    return -max(layer.num_zero_experts for layer in layers), -max(
+        layer.num_experts for layer in layers
+    )
 
 
 def _cell(value: object, digits: int) -> str:

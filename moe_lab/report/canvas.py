@@ -1,7 +1,9 @@
-"""What every figure is drawn on: a canvas that collects traces and layout as plain values, for a page or for a plotly figure.
+"""What every figure is drawn on: a canvas that collects traces and layout as plain values, for a
+page or for a plotly figure.
 
-plotly's own ``add_scatter`` and ``update_layout`` check each value, copy each trace and look up each axis at every call: a page of sixty
-figures took four seconds in them. A page takes the plain values as they are; whoever calls a function of ``figures`` gets them checked.
+plotly's own ``add_scatter`` and ``update_layout`` check each value, copy each trace and look up
+each axis at every call: a page of sixty figures took four seconds in them. A page takes the plain
+values as they are; whoever calls a function of ``figures`` gets them checked.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ P = ParamSpec("P")
 
 
 class Canvas:
-    """An empty figure in the light template: a row of panels that share their y axis, or a column that shares its x axis.
+    """An empty figure in the light template: a row of panels that share their y axis, or a column
+    that shares its x axis.
 
-    Methods have the names and take the keywords of plotly's own, underscores for nested names (``title_text``) included.
+    Methods have the names and take the keywords of plotly's own, underscores for nested names
+    (``title_text``) included.
 
     Args:
         shares: of the panels, from the left or from above, adding up to one.
@@ -35,7 +39,9 @@ class Canvas:
         gap: between panels, as a share of the whole.
     """
 
-    def __init__(self, shares: Sequence[float] = (1.0,), *, stacked: bool = False, gap: float = 0.0) -> None:
+    def __init__(
+        self, shares: Sequence[float] = (1.0,), *, stacked: bool = False, gap: float = 0.0
+    ) -> None:
         self._traces: list[dict[str, Any]] = []
         self._layout: dict[str, Any] = {}
         self._panels, self._stacked = len(shares), stacked
@@ -43,7 +49,10 @@ class Canvas:
         for panel, share in enumerate(shares, start=1):
             end = begin + share * room
             domain = [1 - end, 1 - begin] if stacked else [begin, end]
-            self._axis("y" if stacked else "x", panel)["domain"] = [max(domain[0], 0.0), min(domain[1], 1.0)]
+            self._axis("y" if stacked else "x", panel)["domain"] = [
+                max(domain[0], 0.0),
+                min(domain[1], 1.0),
+            ]
             begin = end + gap
         if self._panels == 1:
             self._layout.clear()
@@ -51,7 +60,9 @@ class Canvas:
         for panel in range(1, self._panels + 1):
             self._axis("x", panel)["anchor"] = _name("y", panel)
             self._axis("y", panel)["anchor"] = _name("x", panel)
-        own, last = ("x", self._panels) if stacked else ("y", 1)  # the shared axis is labelled once: below, or on the left
+        own, last = (
+            ("x", self._panels) if stacked else ("y", 1)
+        )  # the shared axis is labelled once: below, or on the left
         for panel in set(range(1, self._panels + 1)) - {last}:
             self._axis(own, panel).update(matches=_name(own, last), showticklabels=False)
 
@@ -72,8 +83,17 @@ class Canvas:
     def add_hline(self, y: float, *, annotation_text: str | None = None, **values: Any) -> Self:
         """Across the whole width; its text stands above its right end."""
         if annotation_text is not None:
-            place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": y, "yref": "y", "yanchor": "bottom"}
-            self._layout.setdefault("annotations", []).append({"text": annotation_text, "showarrow": False, **place})
+            place = {
+                "x": 1,
+                "xref": "x domain",
+                "xanchor": "right",
+                "y": y,
+                "yref": "y",
+                "yanchor": "bottom",
+            }
+            self._layout.setdefault("annotations", []).append(
+                {"text": annotation_text, "showarrow": False, **place}
+            )
         return self._shape("line", {"y0": y, "y1": y} | values, across="x")
 
     def add_vline(self, x: float, **values: Any) -> Self:
@@ -87,7 +107,12 @@ class Canvas:
 
     def _shape(self, kind: str, values: dict[str, Any], across: str) -> Self:
         along = "y" if across == "x" else "x"
-        ends = {f"{across}0": 0, f"{across}1": 1, f"{across}ref": f"{across} domain", f"{along}ref": along}
+        ends = {
+            f"{across}0": 0,
+            f"{across}1": 1,
+            f"{across}ref": f"{across} domain",
+            f"{along}ref": along,
+        }
         self._layout.setdefault("shapes", []).append({"type": kind, **ends, **_nested(values)})
         return self
 
@@ -114,18 +139,31 @@ class Canvas:
         return self._layout["height"]
 
     def figure(self) -> go.Figure:
-        """In the light template. ``plotly`` is imported on the first call; it raises ``ValueError`` for what it does not know."""
+        """In the light template.
+
+        ``plotly`` is imported on the first call; it raises ``ValueError`` for what it does not
+        know.
+        """
         import plotly.graph_objects as go
 
-        return go.Figure({"data": self._traces, "layout": {"template": template("light"), **self._layout}})
+        return go.Figure(
+            {"data": self._traces, "layout": {"template": template("light"), **self._layout}}
+        )
 
     def spec(self) -> dict[str, Any]:
         """The figure as plotly.js reads it, without a template."""
-        return {"data": [{name: _packed(value) for name, value in trace.items()} for trace in self._traces], "layout": self._layout}
+        return {
+            "data": [
+                {name: _packed(value) for name, value in trace.items()} for trace in self._traces
+            ],
+            "layout": self._layout,
+        }
 
 
 class Drawn(Generic[P]):
-    """A function that draws on a canvas, called as one that returns a plotly figure; ``canvas`` calls it as it is."""
+    """A function that draws on a canvas, called as one that returns a plotly figure; ``canvas``
+    calls it as it is.
+    """
 
     def __init__(self, draw: Callable[P, Canvas]) -> None:
         self.canvas = draw
@@ -145,7 +183,10 @@ def need(frame: pl.DataFrame, *columns: str) -> None:
     missing = [column for column in columns if column not in frame.columns]
     if missing or not frame.height:
         raise AnalysisError(
-            expected(f"a frame with rows and columns {', '.join(columns)}", f"{frame.height} rows without {missing or 'none'}")
+            expected(
+                f"a frame with rows and columns {', '.join(columns)}",
+                f"{frame.height} rows without {missing or 'none'}",
+            )
         )
 
 
@@ -160,7 +201,11 @@ def _packed(value: Any) -> Any:
         return value
     shape = {"shape": ", ".join(map(str, value.shape))} if value.ndim > 1 else {}
     numbers = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
-    return {"dtype": value.dtype.str[1:], "bdata": base64.b64encode(numbers.tobytes()).decode("ascii"), **shape}
+    return {
+        "dtype": value.dtype.str[1:],
+        "bdata": base64.b64encode(numbers.tobytes()).decode("ascii"),
+        **shape,
+    }
 
 
 _DTYPES = frozenset({"i1", "u1", "i2", "u2", "i4", "u4", "f4", "f8"})

@@ -1,7 +1,9 @@
-"""Real validation text with a colour under each token: its ffn_count, or its router entropy where ffn_count cannot vary.
+"""Real validation text with a colour under each token: its ffn_count, or its router entropy where
+ffn_count cannot vary.
 
-Everything a reader can point at is prepared here; the page's script only looks it up. Slots travel as base64 in the
-order token, layer, slot (experts as little-endian u16, weights as u8), because lists of 94 layers x 12 slots would fill the page.
+Everything a reader can point at is prepared here; the page's script only looks it up. Slots travel
+as base64 in the order token, layer, slot (experts as little-endian u16, weights as u8), because
+lists of 94 layers x 12 slots would fill the page.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ WEIGHT_STEPS = 255
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to colour: a tint per token ("0".."6", "-" for no value) and a legend of (tint, label)."""
+    """One way to colour: a tint per token ("0".."6", "-" for no value) and a legend of (tint,
+    label).
+    """
 
     name: str
     codes: str
@@ -39,7 +43,9 @@ class Mode:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """``text`` as shown, ``label`` for readers who hear it (only where the text is blank), and whether it ends a line."""
+    """``text`` as shown, ``label`` for readers who hear it (only where the text is blank), and
+    whether it ends a line.
+    """
 
     text: str
     label: str
@@ -57,7 +63,9 @@ class ShownDocument:
 
 @dataclass(frozen=True)
 class ColouredText:
-    """Everything of this section: documents of tokens in page order, the modes, the lookup table of the script, and the data."""
+    """Everything of this section: documents of tokens in page order, the modes, the lookup table of
+    the script, and the data.
+    """
 
     label: str
     fixed: bool
@@ -80,21 +88,42 @@ def coloured_text(named: NamedTrace, *, fixed: bool) -> ColouredText | None:
     tokens = _choose(named)
     if tokens is None:
         return None
-    routing = named.trace.routing.join(tokens.lazy().select("doc", "pos", "index"), on=["doc", "pos"]).sort("index", "layer").collect()
+    routing = (
+        named.trace.routing.join(tokens.lazy().select("doc", "pos", "index"), on=["doc", "pos"])
+        .sort("index", "layer")
+        .collect()
+    )
     layers = routing["layer"].unique().sort().to_list()
     if routing.height != tokens.height * len(layers):
         got = f"{routing.height} rows for {tokens.height} tokens in {len(layers)} layers"
-        raise TraceError(expected(f"every token of {named.label} in every layer", got, "opening the trace and its check()"))
+        raise TraceError(
+            expected(
+                f"every token of {named.label} in every layer",
+                got,
+                "opening the trace and its check()",
+            )
+        )
     column, words = ("entropy", "router entropy in nats") if fixed else ("ffn_count", "ffn_count")
     values = routing[column].cast(pl.Float64).to_numpy().reshape(tokens.height, len(layers))
-    modes = [_mode(f"{words}, mean over {len(layers)} layers" if len(layers) > 1 else words, values.mean(axis=1))]
+    modes = [
+        _mode(
+            f"{words}, mean over {len(layers)} layers" if len(layers) > 1 else words,
+            values.mean(axis=1),
+        )
+    ]
     if len(layers) > 1:
-        modes += [_mode(f"{words}, layer {layer}", values[:, index]) for index, layer in enumerate(layers)]
-    modes.append(_mode("loss in nats", tokens["loss"].cast(pl.Float64).fill_null(np.nan).to_numpy()))
+        modes += [
+            _mode(f"{words}, layer {layer}", values[:, index]) for index, layer in enumerate(layers)
+        ]
+    modes.append(
+        _mode("loss in nats", tokens["loss"].cast(pl.Float64).fill_null(np.nan).to_numpy())
+    )
     documents = tuple(map(_document, tokens.partition_by("doc", maintain_order=True)))
     lookup = _lookup(named, tokens, routing, layers)
     keep = ["layer", "doc", "pos", "ffn_count", "zero_count", "entropy", "experts", "weights"]
-    data = tokens.drop("index").join(routing.select(keep), on=["doc", "pos"], maintain_order="left_right")
+    data = tokens.drop("index").join(
+        routing.select(keep), on=["doc", "pos"], maintain_order="left_right"
+    )
     return ColouredText(named.label, fixed, documents, tuple(modes), lookup, data)
 
 
@@ -104,13 +133,17 @@ def _document(tokens: pl.DataFrame) -> ShownDocument:
 
 
 def show(text: str) -> ShownToken:
-    """A token's text with control and direction characters replaced by visible signs, so that no text can rearrange the page."""
+    """A token's text with control and direction characters replaced by visible signs, so that no
+    text can rearrange the page.
+    """
     shown = "".join(map(_visible, text))
     return ShownToken(shown, _spoken(text) if not text.strip() else "", "\n" in text)
 
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-"""Unicode categories of control, format, surrogate, private and unassigned characters, and of line and paragraph separators."""
+"""Unicode categories of control, format, surrogate, private and unassigned characters, and of line
+and paragraph separators.
+"""
 
 
 def _visible(character: str) -> str:
@@ -125,12 +158,18 @@ def _spoken(text: str) -> str:
     runs: list[tuple[str, int]] = []
     for character in text:
         name = names.get(character, "blank")
-        runs = [*runs[:-1], (name, runs[-1][1] + 1)] if runs and runs[-1][0] == name else [*runs, (name, 1)]
+        runs = (
+            [*runs[:-1], (name, runs[-1][1] + 1)]
+            if runs and runs[-1][0] == name
+            else [*runs, (name, 1)]
+        )
     return " ".join(name if count == 1 else f"{count} {name}s" for name, count in runs)
 
 
 def _choose(named: NamedTrace) -> pl.DataFrame | None:
-    """The leading recorded tokens of documents at evenly spaced places: chosen by position, never by what they show."""
+    """The leading recorded tokens of documents at evenly spaced places: chosen by position, never
+    by what they show.
+    """
     names = named.trace.tokens.collect_schema().names()
     if "text" not in names:
         return None
@@ -138,32 +177,50 @@ def _choose(named: NamedTrace) -> pl.DataFrame | None:
     total = max(MIN_TOKENS, min(MAX_TOKENS, SLOT_BUDGET // slots))
     each = total // DOCUMENTS
     sizes = named.trace.tokens.group_by("doc").agg(n=pl.len()).sort("doc").collect()
-    enough = sizes.filter(pl.col("n") >= min(each, int(np.median(sizes["n"].to_numpy()))))["doc"].to_list()
+    enough = sizes.filter(pl.col("n") >= min(each, int(np.median(sizes["n"].to_numpy()))))[
+        "doc"
+    ].to_list()
     if not enough:
         return None
-    chosen = [enough[index] for index in np.unique(np.linspace(0, len(enough) - 1, DOCUMENTS).round().astype(int))]
+    chosen = [
+        enough[index]
+        for index in np.unique(np.linspace(0, len(enough) - 1, DOCUMENTS).round().astype(int))
+    ]
     extra = [name for name in ("lexer", "subword", "freq_band") if name in names]
-    tokens = named.trace.tokens.filter(pl.col("doc").is_in(chosen)).select("doc", "pos", "token_id", "text", "loss", *extra).collect()
+    tokens = (
+        named.trace.tokens.filter(pl.col("doc").is_in(chosen))
+        .select("doc", "pos", "token_id", "text", "loss", *extra)
+        .collect()
+    )
     # A sampled trace has gaps; text reads on within one run of positions only.
     gap = pl.col("pos").cast(pl.Int64) - pl.int_range(pl.len())
     tokens = tokens.sort("doc", "pos").filter((gap == gap.first()).over("doc"))
-    tokens = tokens.group_by("doc", maintain_order=True).head(each).filter(pl.col("text").str.len_chars() > 0)
+    tokens = (
+        tokens.group_by("doc", maintain_order=True)
+        .head(each)
+        .filter(pl.col("text").str.len_chars() > 0)
+    )
     return tokens.with_row_index("index") if tokens.height else None
 
 
 def _mode(name: str, values: np.ndarray) -> Mode:
     codes, labels = tint(values)
     counts = {code: codes.count(code) for code in labels}
-    return Mode(name, codes, tuple((code, f"{label} ({whole(counts[code])})") for code, label in labels.items()))
+    return Mode(
+        name,
+        codes,
+        tuple((code, f"{label} ({whole(counts[code])})") for code, label in labels.items()),
+    )
 
 
 def tint(values: np.ndarray) -> tuple[str, dict[str, str]]:
     """Bin values into at most ``TINTS`` tints.
 
     Returns:
-        One character per value, and the label of each tint that occurs, from few to many: the least and the largest value under it.
-        At most ``TINTS`` consecutive integers get a tint each; otherwise the tints divide the range between the 1st and the 99th
-        percentile evenly. NaN is "-", "no value".
+        One character per value, and the label of each tint that occurs, from few to many: the least
+        and the largest value under it. At most ``TINTS`` consecutive integers get a tint each;
+        otherwise the tints divide the range between the 1st and the 99th percentile evenly. NaN is
+        "-", "no value".
     """
     known = values[np.isfinite(values)]
     if not known.size:
@@ -173,12 +230,17 @@ def tint(values: np.ndarray) -> tuple[str, dict[str, str]]:
         places = ((values - low) / (high - low) * (TINTS - 1)).round()
     else:
         low, high = np.percentile(known, [1, 99])
-        # Means over layers fall exactly on the edges: the small shift keeps rounding from deciding where they go.
+        # Means over layers fall exactly on the edges: the small shift keeps rounding from deciding
+        # where they go.
         places = np.floor((values - low) / max(high - low, 1e-9) * TINTS + 1e-6)
     places = np.clip(places, 0, TINTS - 1)
     codes = "".join(str(int(place)) if np.isfinite(place) else "-" for place in places)
     decimals = 0 if np.all(known == known.round()) else 2
-    labels = {str(place): _extent(values[places == place], decimals) for place in range(TINTS) if (places == place).any()}
+    labels = {
+        str(place): _extent(values[places == place], decimals)
+        for place in range(TINTS)
+        if (places == place).any()
+    }
     return codes, labels | ({"-": "no value"} if "-" in codes else {})
 
 
@@ -187,9 +249,15 @@ def _extent(values: np.ndarray, decimals: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _lookup(named: NamedTrace, tokens: pl.DataFrame, routing: pl.DataFrame, layers: list[int]) -> dict[str, Any]:
+def _lookup(
+    named: NamedTrace, tokens: pl.DataFrame, routing: pl.DataFrame, layers: list[int]
+) -> dict[str, Any]:
     slots = max(layer.top_k for layer in named.trace.meta.layers)
-    first_zero = [layer.num_experts for number in layers if (layer := named.trace.meta.layer(number)) is not None]
+    first_zero = [
+        layer.num_experts
+        for number in layers
+        if (layer := named.trace.meta.layer(number)) is not None
+    ]
     weights = _padded(routing["weights"].cast(pl.List(pl.Float32)), slots, 0.0)
     largest = float(weights.max(initial=0.0)) or 1.0
     experts = _padded(routing["experts"].cast(pl.List(pl.Int64)), slots, NO_SLOT)
@@ -201,7 +269,9 @@ def _lookup(named: NamedTrace, tokens: pl.DataFrame, routing: pl.DataFrame, laye
         "doc": tokens["doc"].to_list(),
         "pos": tokens["pos"].to_list(),
         "loss": [None if loss is None else round(loss, 3) for loss in tokens["loss"].to_list()],
-        "kind": [" · ".join(str(item) for item in row if item is not None) for row in _classes(tokens)],
+        "kind": [
+            " · ".join(str(item) for item in row if item is not None) for row in _classes(tokens)
+        ],
         "experts": _base64(experts, "<u2"),
         "weights": _base64(np.clip(weights / largest, 0, 1) * WEIGHT_STEPS, "u1"),
         "largestWeight": largest,

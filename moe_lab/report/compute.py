@@ -1,4 +1,6 @@
-"""The section on ffn_count: where routers choose how many real experts a token gets, and a sentence where they cannot."""
+"""The section on ffn_count: where routers choose how many real experts a token gets, and a sentence
+where they cannot.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,23 @@ from moe_lab.report.blocks import Block, Plot, Variant, representatives, table_o
 from moe_lab.report.format import decimal, listing, whole
 from moe_lab.report.sources import NamedTrace
 
-CLASS_COLUMNS = {"lexer": "lexer class", "subword": "subword position", "freq_band": "frequency band"}
-"""Columns of the token table that classify tokens, with their names in words; those a trace lacks are skipped."""
+CLASS_COLUMNS = {
+    "lexer": "lexer class",
+    "subword": "subword position",
+    "freq_band": "frequency band",
+}
+"""Columns of the token table that classify tokens, with their names in words; those a trace lacks
+are skipped.
+"""
 MAX_TRACES = 4
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class ComputeSection:
-    """``fixed`` names the traces whose ffn_count is one number, in words; the blocks cover the others, of which ``first`` is one."""
+    """``fixed`` names the traces whose ffn_count is one number, in words; the blocks cover the
+    others, of which ``first`` is one.
+    """
 
     fixed: str
     blocks: tuple[Block, ...]
@@ -31,13 +41,23 @@ def compute_section(traces: tuple[NamedTrace, ...]) -> ComputeSection:
     counts = [(named, _distinct_counts(named)) for named in representatives(traces)]
     varying = [named for named, values in counts if len(values) > 1]
     constant = [(named, values[0]) for named, values in counts if len(values) == 1]
-    blocks = (_spread_block(varying[:MAX_TRACES]), _profile_block(varying[:MAX_TRACES])) if varying else ()
+    blocks = (
+        (_spread_block(varying[:MAX_TRACES]), _profile_block(varying[:MAX_TRACES]))
+        if varying
+        else ()
+    )
     shown = tuple(block for block in blocks if block is not None)
-    return ComputeSection(_fixed_sentence(constant, bool(varying)), shown, varying[0] if varying else None)
+    return ComputeSection(
+        _fixed_sentence(constant, bool(varying)), shown, varying[0] if varying else None
+    )
 
 
 def _distinct_counts(named: NamedTrace) -> list[int]:
-    frame = named.trace.routing.group_by("layer").agg(low=pl.col("ffn_count").min(), high=pl.col("ffn_count").max()).collect()
+    frame = (
+        named.trace.routing.group_by("layer")
+        .agg(low=pl.col("ffn_count").min(), high=pl.col("ffn_count").max())
+        .collect()
+    )
     if (frame["low"] < frame["high"]).any():
         return [int(frame["low"].min()), int(frame["high"].max())]  # type: ignore[arg-type]
     return sorted(frame["low"].unique().to_list())[:1]
@@ -47,7 +67,10 @@ def _fixed_sentence(constant: list[tuple[NamedTrace, int]], others: bool) -> str
     if not constant:
         return ""
     values = sorted({value for _, value in constant})
-    parts = [f"{value} in {listing([named.group for named, own in constant if own == value])}" for value in values]
+    parts = [
+        f"{value} in {listing([named.group for named, own in constant if own == value])}"
+        for value in values
+    ]
     ending = "they have no spread to draw" if others else "so there is nothing to draw here"
     return f"With a fixed k every token runs the same number of real experts: ffn_count is {'; '.join(parts)}; {ending}."
 
@@ -57,16 +80,26 @@ def _spread_block(traces: list[NamedTrace]) -> Block:
 
     frames = []
     for named in traces:
-        target = pl.lit(named.run.result.get("target_ffn_count") if named.run else None, dtype=pl.Float64)
+        target = pl.lit(
+            named.run.result.get("target_ffn_count") if named.run else None, dtype=pl.Float64
+        )
         frames.append(ffn_spread(named.trace, resamples=RESAMPLES).with_columns(target=target))
-    data = pl.concat([frame.select(pl.lit(named.label).alias("run"), pl.all()) for named, frame in zip(traces, frames, strict=True)])
+    data = pl.concat(
+        [
+            frame.select(pl.lit(named.label).alias("run"), pl.all())
+            for named, frame in zip(traces, frames, strict=True)
+        ]
+    )
     first = frames[0]
     summary = (
         f"Standard deviation of ffn_count over tokens, per layer. In {traces[0].label} it is {_range(first['sd'])}. Drawing the same "
         f"number of slots evenly without a look at the token gives {_range(first['hypergeometric_sd'])}, drawing each expert by its load "
         f"{_range(first['independent_sd'])}. Mean ffn_count is {_range(first['mean'])}."
     )
-    sizes = [f"{whole(frame['n_tokens'].max())} validation tokens in {named.label}" for named, frame in zip(traces, frames, strict=True)]
+    sizes = [
+        f"{whole(frame['n_tokens'].max())} validation tokens in {named.label}"
+        for named, frame in zip(traces, frames, strict=True)
+    ]
     caption = (
         f"n = {listing(sizes)}. Above: standard deviation of ffn_count over tokens, with 95 % intervals from resampling whole documents "
         f"{RESAMPLES:,} times, beside two routers that never look at the token: slots drawn evenly among real and zero-compute experts "
@@ -74,7 +107,10 @@ def _spread_block(traces: list[NamedTrace]) -> Block:
         "varies as much. Only a spread beyond it, and a difference between kinds of tokens (next figure), speak for a choice. "
         "Below: mean and target K_e; every token counted, so without interval."
     )
-    variants = tuple(Variant(named.label, figures.ffn_spread.canvas(frame)) for named, frame in zip(traces, frames, strict=True))
+    variants = tuple(
+        Variant(named.label, figures.ffn_spread.canvas(frame))
+        for named, frame in zip(traces, frames, strict=True)
+    )
     return Block("ffn_spread", caption, (Plot(summary, variants),), data, table_of(data))
 
 
@@ -87,12 +123,18 @@ def _profile_block(traces: list[NamedTrace]) -> Block | None:
         for column, words in CLASS_COLUMNS.items():
             if column not in present:
                 continue
-            frame = class_profile(named.trace, column, resamples=RESAMPLES).cast({"class": pl.String})
+            frame = class_profile(named.trace, column, resamples=RESAMPLES).cast(
+                {"class": pl.String}
+            )
             if frame["class"].n_unique() < 2:  # nothing to compare
                 continue
             summary = summary or _extremes(frame, words, named.label)
             variants.append(Variant(f"{words}, {named.label}", figures.class_profile.canvas(frame)))
-            frames.append(frame.select(pl.lit(named.label).alias("run"), pl.lit(column).alias("column"), pl.all()))
+            frames.append(
+                frame.select(
+                    pl.lit(named.label).alias("run"), pl.lit(column).alias("column"), pl.all()
+                )
+            )
     if not frames:
         return None
     data = pl.concat(frames, how="diagonal_relaxed")

@@ -30,7 +30,9 @@ def frontier_block(material: Material) -> Block | None:
     from moe_lab.scaling import TUNING
 
     runs = material.table.drop_nulls("loss")
-    runs = runs.filter(pl.col("arm").ne_missing(TUNING))  # a mean over learning rates is no point of a frontier
+    runs = runs.filter(
+        pl.col("arm").ne_missing(TUNING)
+    )  # a mean over learning rates is no point of a frontier
     if not runs.height:
         return None
     means = seed_intervals(runs)
@@ -43,12 +45,20 @@ def frontier_block(material: Material) -> Block | None:
         else f"{arms[0]} has {low['mean']:.4f} nats per token."
     )
     meanings = listing(runs["ratio_meaning"].drop_nulls().unique(maintain_order=True).to_list())
-    caption = (
-        f"n = {count_of(runs.height, 'run')}. Small marks are single runs, large ones means over seeds; {_intervals(means['n'].to_list())}."
-    )
+    caption = f"n = {count_of(runs.height, 'run')}. Small marks are single runs, large ones means over seeds; {_intervals(means['n'].to_list())}."
     if meanings:
         caption += f" The ratio is: {meanings}."
-    data = runs.select("label", "arm", "ratio", "ratio_meaning", "seed", "loss", "total_params", "active_params", "train_tokens")
+    data = runs.select(
+        "label",
+        "arm",
+        "ratio",
+        "ratio_meaning",
+        "seed",
+        "loss",
+        "total_params",
+        "active_params",
+        "train_tokens",
+    )
     plot = Plot(summary, (Variant("", figures.frontier.canvas(runs)),))
     return Block("frontier", caption, (plot,), data, table_of(means, 4))
 
@@ -58,21 +68,40 @@ def training_block(material: Material) -> Block | None:
     finished = material.finished
     step = -(-len(finished) // MAX_CURVES)
     metrics = training_metrics(finished[:: step or 1])
-    names = [name for name in CURVES if name in metrics.columns and metrics[name].drop_nulls().len()]
+    names = [
+        name for name in CURVES if name in metrics.columns and metrics[name].drop_nulls().len()
+    ]
     if not names:
         return None
-    final = metrics.group_by("run", maintain_order=True).agg(pl.col("tokens").last(), pl.col(names).last())
+    final = metrics.group_by("run", maintain_order=True).agg(
+        pl.col("tokens").last(), pl.col(names).last()
+    )
     runs = count_of(final.height, "run")
-    points = min(figures.MAX_POINTS, max(FEWEST_POINTS, POINT_BUDGET // (final.height * len(names))))
+    points = min(
+        figures.MAX_POINTS, max(FEWEST_POINTS, POINT_BUDGET // (final.height * len(names)))
+    )
     plots = []
     for name in names:
         ends = final[name].drop_nulls()
         summary = f"{CURVES[name]} over training tokens, {runs}, ending between {ends.min():.4g} and {ends.max():.4g}."
         log = name == "grad_norm" and bool((metrics[name].drop_nulls() > 0).all())
         plots.append(
-            Plot(summary, (Variant("", figures.training_curves.canvas(metrics, name, title=CURVES[name], log=log, points=points)),))
+            Plot(
+                summary,
+                (
+                    Variant(
+                        "",
+                        figures.training_curves.canvas(
+                            metrics, name, title=CURVES[name], log=log, points=points
+                        ),
+                    ),
+                ),
+            )
         )
-    styles = {group: figures.line_style(index) for index, group in enumerate(metrics["group"].unique(maintain_order=True))}
+    styles = {
+        group: figures.line_style(index)
+        for index, group in enumerate(metrics["group"].unique(maintain_order=True))
+    }
     caption = (
         f"n = {runs}; one line is one run: logged steps as they were, no smoothing and no interval, at most {points} points drawn. "
         "Load and counts are means over layers; MaxVio is the largest load over the mean, less 1. "
@@ -80,8 +109,17 @@ def training_block(material: Material) -> Block | None:
     )
     if step > 1:
         caption += f" Drawn, to keep the page small, is one run in {step} of {len(finished)}, evenly spaced over arms, ratios and seeds."
-    legend = tuple(Legend(group, str(style["color"]), str(style["dash"])) for group, style in styles.items())
-    return Block("training_curves", caption, tuple(plots), metrics.select("run", "group", "tokens", *names), table_of(final), legend)
+    legend = tuple(
+        Legend(group, str(style["color"]), str(style["dash"])) for group, style in styles.items()
+    )
+    return Block(
+        "training_curves",
+        caption,
+        tuple(plots),
+        metrics.select("run", "group", "tokens", *names),
+        table_of(final),
+        legend,
+    )
 
 
 def _intervals(counts: list[int]) -> str:
@@ -90,4 +128,6 @@ def _intervals(counts: list[int]) -> str:
     if high == 1:
         return "each point is one seed, so there is no interval, and a difference between points may be noise"
     number = f"n = {low} each" if low == high else f"n = {low} to {high}"
-    return f"bars are 95 % Student t-intervals over the seeds of a point ({number})" + (", none where n = 1" if low == 1 else "")
+    return f"bars are 95 % Student t-intervals over the seeds of a point ({number})" + (
+        ", none where n = 1" if low == 1 else ""
+    )

@@ -1,6 +1,8 @@
-"""The section on difficulty: layer x alignment map, decile curves, marginal gain, and the verdict in one sentence with its interval.
+"""The section on difficulty: layer x alignment map, decile curves, marginal gain, and the verdict
+in one sentence with its interval.
 
-Tables of ``moe-lab difficulty RUN`` are drawn where the run's folder holds them; otherwise what a trace alone can answer is computed here.
+Tables of ``moe-lab difficulty RUN`` are drawn where the run's folder holds them; otherwise what a
+trace alone can answer is computed here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ STUDY_FOLDER = "difficulty"
 
 @dataclass(frozen=True)
 class DifficultySection:
-    """``label`` names the model; ``sentence`` is the verdict with its interval; ``judged`` is False where no picture may be drawn."""
+    """``label`` names the model; ``sentence`` is the verdict with its interval; ``judged`` is False
+    where no picture may be drawn.
+    """
 
     label: str
     verdict: str
@@ -32,7 +36,8 @@ class DifficultySection:
 
 
 def difficulty_section(varying: NamedTrace | None) -> DifficultySection | None:
-    """The section for a trace in which ffn_count varies; None where there is none or its tokens are not known.
+    """The section for a trace in which ffn_count varies; None where there is none or its tokens are
+    not known.
 
     With fewer documents than the analysis needs there are no figures, and the sentence says why.
     """
@@ -52,8 +57,14 @@ def difficulty_section(varying: NamedTrace | None) -> DifficultySection | None:
     if "gains" in tables:
         blocks.append(_gain_block(tables["gains"]))
     regret = _regret(tables["gain"], tables["regret"]) if "gain" in tables else ""
-    source = "the tables of moe-lab difficulty" if _folder(varying) else "this trace alone; moe-lab difficulty RUN adds the marginal gain"
-    return DifficultySection(varying.label, verdict, sentence, source, tuple(blocks) if enough else (), regret)
+    source = (
+        "the tables of moe-lab difficulty"
+        if _folder(varying)
+        else "this trace alone; moe-lab difficulty RUN adds the marginal gain"
+    )
+    return DifficultySection(
+        varying.label, verdict, sentence, source, tuple(blocks) if enough else (), regret
+    )
 
 
 def _folder(named: NamedTrace) -> Path | None:
@@ -65,21 +76,35 @@ def _tables(named: NamedTrace) -> dict[str, pl.DataFrame] | None:
     folder = _folder(named)
     if folder is not None:
         return {path.stem: pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
-    from moe_lab.analysis.difficulty import difficulty_association, difficulty_curves, difficulty_frame
+    from moe_lab.analysis.difficulty import (
+        difficulty_association,
+        difficulty_curves,
+        difficulty_frame,
+    )
     from moe_lab.analysis.difficulty.sources import NGRAM
     from moe_lab.errors import AnalysisError, CorpusError
 
     try:
         frame = difficulty_frame(named.trace).collect(engine="streaming")
         association = difficulty_association(frame, NGRAM, resamples=RESAMPLES, details=True)
-        return {"association": association, "curves": difficulty_curves(frame, NGRAM, resamples=RESAMPLES)}
-    except (AnalysisError, CorpusError):  # a trace of one document, or without token ids: no difficulty without a model
+        return {
+            "association": association,
+            "curves": difficulty_curves(frame, NGRAM, resamples=RESAMPLES),
+        }
+    except (
+        AnalysisError,
+        CorpusError,
+    ):  # a trace of one document, or without token ids: no difficulty without a model
         return None
 
 
 def _map_block(association: pl.DataFrame) -> Block:
     top = association.filter(pl.col("rho_token").is_not_null())
-    reach = f"{decimal(top['rho_token'].min())} to {decimal(top['rho_token'].max())}" if top.height else "not defined"  # type: ignore[arg-type]
+    reach = (
+        f"{decimal(top['rho_token'].min())} to {decimal(top['rho_token'].max())}"
+        if top.height
+        else "not defined"
+    )  # type: ignore[arg-type]
     caption = (
         f"Rank correlation of ffn_count with difficulty within token ids, with 95 % intervals from resampling whole documents; "
         f"n = {whole(association['n_tokens'].max())} tokens of {whole(association['n_docs'].max())} documents at most. "  # type: ignore[arg-type]
@@ -87,9 +112,21 @@ def _map_block(association: pl.DataFrame) -> Block:
         "layers, and against the one to be predicted for deep ones. The raw correlation, driven by identity and frequency, is in the table."
     )
     shown = association.select(
-        "layer", "align", "rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi", "q", "verdict", "n_tokens", "n_docs"
+        "layer",
+        "align",
+        "rho_raw",
+        "rho_strata",
+        "rho_token",
+        "rho_token_lo",
+        "rho_token_hi",
+        "q",
+        "verdict",
+        "n_tokens",
+        "n_docs",
     )
-    summary = f"Correlation of compute with difficulty within token ids by layer and alignment: {reach}."
+    summary = (
+        f"Correlation of compute with difficulty within token ids by layer and alignment: {reach}."
+    )
     return Block(
         "difficulty_map",
         caption,
@@ -101,7 +138,10 @@ def _map_block(association: pl.DataFrame) -> Block:
 
 def _curve_block(curves: pl.DataFrame) -> Block:
     variants = tuple(
-        Variant(f"layer {layer}, {figures.ALIGN_LABELS[str(align)]}", figures.difficulty_curves.canvas(part))
+        Variant(
+            f"layer {layer}, {figures.ALIGN_LABELS[str(align)]}",
+            figures.difficulty_curves.canvas(part),
+        )
         for (layer, align), part in curves.group_by("layer", "align", maintain_order=True)
     )
     caption = (
@@ -122,11 +162,13 @@ def _gain_block(gains: pl.DataFrame) -> Block:
         f"n = {whole(gains.height)} predicted tokens. The same model with the bias of its real experts shifted both ways, {moved} "
         "experts apart; bars are 95 % intervals from resampling documents. A router that spends where it matters has a rising curve."
     )
-    summary = (
-        f"Marginal gain from {decimal(groups['gain'][0], 4)} to {decimal(groups['gain'][-1], 4)} nats per expert by tenth of ffn_count."
-    )
+    summary = f"Marginal gain from {decimal(groups['gain'][0], 4)} to {decimal(groups['gain'][-1], 4)} nats per expert by tenth of ffn_count."
     return Block(
-        "marginal_gain", caption, (Plot(summary, (Variant("gain", figures.marginal_gain.canvas(groups)),)),), groups, table_of(groups, 4)
+        "marginal_gain",
+        caption,
+        (Plot(summary, (Variant("gain", figures.marginal_gain.canvas(groups)),)),),
+        groups,
+        table_of(groups, 4),
     )
 
 

@@ -17,14 +17,21 @@ def difficulty_map(frame: pl.DataFrame) -> Canvas:
     """Layer x alignment: rank correlation of ffn_count with difficulty within token ids.
 
     Args:
-        frame: columns layer, align, rho_token, rho_token_lo, rho_token_hi, rho_raw, verdict, as ``difficulty_association``.
+        frame: columns layer, align, rho_token, rho_token_lo, rho_token_hi, rho_raw, verdict, as
+            ``difficulty_association``.
     """
     layers = frame["layer"].unique().sort().to_list()
     aligns = [align for align in ALIGN_LABELS if align in frame["align"].to_list()]
     rows = {(row["layer"], row["align"]): row for row in frame.to_dicts()}
     values = [[rows[layer, align]["rho_token"] for align in aligns] for layer in layers]
     texts = [[_cell(rows[layer, align]) for align in aligns] for layer in layers]
-    hover = [[f"{rows[layer, align]['verdict']}; raw {_number(rows[layer, align]['rho_raw'])}" for align in aligns] for layer in layers]
+    hover = [
+        [
+            f"{rows[layer, align]['verdict']}; raw {_number(rows[layer, align]['rho_raw'])}"
+            for align in aligns
+        ]
+        for layer in layers
+    ]
     known = [abs(value) for row in values for value in row if value is not None]
     reach = max([0.05, *known])
     figure = Canvas()
@@ -41,7 +48,8 @@ def difficulty_map(frame: pl.DataFrame) -> Canvas:
     figure.update_yaxes(type="category", autorange="reversed", title_text="layer", showgrid=False)
     figure.update_xaxes(showgrid=False, side="top")
     return figure.update_layout(
-        height=150 + 44 * len(layers), coloraxis={"cmin": -reach, "cmax": reach, "colorbar": {"title": {"text": "correlation"}}}
+        height=150 + 44 * len(layers),
+        coloraxis={"cmin": -reach, "cmax": reach, "colorbar": {"title": {"text": "correlation"}}},
     )
 
 
@@ -67,7 +75,10 @@ def difficulty_curves(frame: pl.DataFrame) -> Canvas:
     figure = Canvas()
     frame = frame.sort("decile")
     for index, (value, low, high, name) in enumerate(
-        (("mean", "lo", "hi", "tenths of difficulty"), ("within", "within_lo", "within_hi", "tenths of difficulty for the token's id"))
+        (
+            ("mean", "lo", "hi", "tenths of difficulty"),
+            ("within", "within_lo", "within_hi", "tenths of difficulty for the token's id"),
+        )
     ):
         figure.add_scatter(
             x=(frame["decile"] + 1).to_list(),
@@ -117,15 +128,21 @@ def marginal_gain(frame: pl.DataFrame) -> Canvas:
 
 
 def gain_groups(gains: pl.DataFrame, resamples: int = 1000, seed: int = 0) -> pl.DataFrame:
-    """[ffn_count, gain, lo, hi, n_tokens] of tokens in tenths of ffn_count, with intervals from resampling documents."""
+    """[ffn_count, gain, lo, hi, n_tokens] of tokens in tenths of ffn_count, with intervals from
+    resampling documents.
+    """
     from moe_lab.analysis.bootstrap import percentile_interval
 
     ranked = gains.with_columns(
-        group=((pl.col("ffn_count").rank("average") - 0.5) * GAIN_GROUPS / pl.len()).floor().cast(pl.Int64),
+        group=((pl.col("ffn_count").rank("average") - 0.5) * GAIN_GROUPS / pl.len())
+        .floor()
+        .cast(pl.Int64),
         row=pl.col("doc").rank("dense") - 1,
     )
     documents, groups = int(ranked["row"].max()) + 1, sorted(ranked["group"].unique())  # type: ignore[arg-type]
-    cell = ranked.group_by("row", "group").agg(n=pl.len(), total=pl.col("marginal_gain").cast(pl.Float64).sum())
+    cell = ranked.group_by("row", "group").agg(
+        n=pl.len(), total=pl.col("marginal_gain").cast(pl.Float64).sum()
+    )
     counts, sums = (np.zeros((documents, len(groups))) for _ in range(2))
     where = cell["row"].to_numpy(), np.searchsorted(groups, cell["group"].to_numpy())
     counts[where], sums[where] = cell["n"].to_numpy(), cell["total"].to_numpy()
@@ -135,5 +152,11 @@ def gain_groups(gains: pl.DataFrame, resamples: int = 1000, seed: int = 0) -> pl
         return np.divide(weights @ sums, drawn, out=np.full(drawn.shape, np.nan), where=drawn > 0)
 
     low, high = percentile_interval(mean, documents, resamples, seed, 0.95)
-    means = ranked.group_by("group").agg(ffn_count=pl.col("ffn_count").mean(), n_tokens=pl.len()).sort("group")
-    return means.select("ffn_count").with_columns(gain=mean(np.ones((1, documents)))[0], lo=low, hi=high, n_tokens=means["n_tokens"])
+    means = (
+        ranked.group_by("group")
+        .agg(ffn_count=pl.col("ffn_count").mean(), n_tokens=pl.len())
+        .sort("group")
+    )
+    return means.select("ffn_count").with_columns(
+        gain=mean(np.ones((1, documents)))[0], lo=low, hi=high, n_tokens=means["n_tokens"]
+    )

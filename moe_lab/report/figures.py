@@ -1,7 +1,9 @@
-"""Polars frames in, plotly figures out. Each function is named after the analysis whose frame it draws.
+"""Polars frames in, plotly figures out. Each function is named after the analysis whose frame it
+draws.
 
-A figure has no title (the page sets heading and caption around it), carries the light template of ``theme``, and escapes every text
-that came from data, because plotly reads tags in labels. ``plotly`` is imported on the first call.
+A figure has no title (the page sets heading and caption around it), carries the light template of
+``theme``, and escapes every text that came from data, because plotly reads tags in labels.
+``plotly`` is imported on the first call.
 """
 
 from __future__ import annotations
@@ -29,7 +31,15 @@ from moe_lab.report.difficulty_figures import difficulty_curves, difficulty_map,
 from moe_lab.report.intervals import seed_intervals
 from moe_lab.report.maps import coactivation, domain_specialisation, load_shift, transitions
 from moe_lab.report.theme import DASHES, DEAD, SERIES, SYMBOLS
-from moe_lab.report.wall_figures import against_experts, wall_compute, wall_elasticity, wall_frontier, wall_gain, wall_loss, wall_power  # noqa: F401
+from moe_lab.report.wall_figures import (
+    against_experts,
+    wall_compute,
+    wall_elasticity,
+    wall_frontier,
+    wall_gain,
+    wall_loss,
+    wall_power,
+)  # noqa: F401
 
 __all__ = [
     "class_profile",
@@ -53,9 +63,12 @@ __all__ = [
 ]
 
 MAX_POINTS = 400
-"""A training curve is thinned to this many points by default: about as many as a plot has pixels."""
+"""A training curve is thinned to this many points by default: about as many as a plot has pixels.
+"""
 MAX_LOG2_LOAD = 4
-"""The load scale ends at 16 times the fair share and at a 16th of it; what lies beyond takes the colour of the end."""
+"""The load scale ends at 16 times the fair share and at a 16th of it; what lies beyond takes the
+colour of the end.
+"""
 
 
 @drawn
@@ -63,7 +76,8 @@ def frontier(frame: pl.DataFrame, *, level: float = 0.95) -> Canvas:
     """Validation loss against the total:active ratio, one series per arm.
 
     Args:
-        frame: one row per run with columns arm (text), ratio (null for a run without experts), seed, loss in nats/token.
+        frame: one row per run with columns arm (text), ratio (null for a run without experts),
+            seed, loss in nats/token.
         level: coverage of the t-intervals over seeds, drawn where a ratio has at least two seeds.
     """
     need(frame, "arm", "ratio", "seed", "loss")
@@ -74,7 +88,11 @@ def frontier(frame: pl.DataFrame, *, level: float = 0.95) -> Canvas:
         runs = frame.filter(pl.col("arm") == arm).sort("ratio", "seed")
         means = intervals.filter(pl.col("arm") == arm).sort("ratio")
         if runs["ratio"].null_count() == runs.height:
-            figure.add_hline(y=means["mean"][0], line={"color": style["color"], "dash": "dash", "width": 1.5}, annotation_text=plain(arm))
+            figure.add_hline(
+                y=means["mean"][0],
+                line={"color": style["color"], "dash": "dash", "width": 1.5},
+                annotation_text=plain(arm),
+            )
             continue
         figure.add_scatter(
             x=runs["ratio"].to_list(),
@@ -94,7 +112,13 @@ def frontier(frame: pl.DataFrame, *, level: float = 0.95) -> Canvas:
             mode="lines+markers",
             marker={**style, "size": 9},
             line={"color": style["color"], "width": 1.5, "dash": DASHES[index % len(DASHES)]},
-            error_y={"type": "data", "array": bars, "thickness": 1.5, "width": 5, "color": style["color"]},
+            error_y={
+                "type": "data",
+                "array": bars,
+                "thickness": 1.5,
+                "width": 5,
+                "color": style["color"],
+            },
             customdata=means.select("n", "lo", "hi").rows(),
             hovertemplate="ratio %{x:.4~g}, %{customdata[0]} seeds<br>mean %{y:.4f}<br>%{customdata[1]:.4f} to %{customdata[2]:.4f}",
             name=plain(arm),
@@ -102,24 +126,35 @@ def frontier(frame: pl.DataFrame, *, level: float = 0.95) -> Canvas:
         )
     ticks = _powers_of_two(frame["ratio"].drop_nulls())
     labels = [f"{tick:g}" for tick in ticks]
-    figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=labels, title_text="total : active experts (log scale)")
+    figure.update_xaxes(
+        type="log",
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=labels,
+        title_text="total : active experts (log scale)",
+    )
     figure.update_yaxes(title_text="validation loss, nats/token")
     return figure.update_layout(height=420, hovermode="closest")
 
 
 @drawn
 def expert_load(frame: pl.DataFrame, *, order: str = "id") -> Canvas:
-    """Layer x expert heatmap of load, where 1 is the fair share; zero-compute experts in a panel of their own.
+    """Layer x expert heatmap of load, where 1 is the fair share; zero-compute experts in a panel of
+    their own.
 
     Args:
-        frame: one row per layer and expert with columns layer, expert, is_zero, load (fair share = 1), as ``analysis.expert_load``.
-        order: "id" keeps the experts' ids; "load" sorts each layer by load, which shows the shape where there are hundreds.
+        frame: one row per layer and expert with columns layer, expert, is_zero, load (fair share =
+            1), as ``analysis.expert_load``.
+        order: "id" keeps the experts' ids; "load" sorts each layer by load, which shows the shape
+            where there are hundreds.
     """
     need(frame, "layer", "expert", "is_zero", "load")
     if order not in ("id", "load"):
         raise AnalysisError(expected("order to be 'id' or 'load'", repr(order)))
     layers = frame["layer"].unique().sort()
-    panels = [panel for zero in (False, True) if (panel := frame.filter(pl.col("is_zero") == zero)).height]
+    panels = [
+        panel for zero in (False, True) if (panel := frame.filter(pl.col("is_zero") == zero)).height
+    ]
     widths = [_columns(panel) for panel in panels]
     shares = [max(width / sum(widths), 0.12) for width in widths]
     figure = Canvas([share / sum(shares) for share in shares], gap=0.03)
@@ -127,16 +162,41 @@ def expert_load(frame: pl.DataFrame, *, order: str = "id") -> Canvas:
         _load_panel(figure, panel, layers, order, column)
     reach = _log2_reach(frame["load"])
     ticks = (
-        list(range(-reach, reach + 1)) if reach <= 3 else list(range(-reach, reach + 1, 2)) if reach % 2 == 0 else [-5, -3, -1, 0, 1, 3, 5]
+        list(range(-reach, reach + 1))
+        if reach <= 3
+        else list(range(-reach, reach + 1, 2))
+        if reach % 2 == 0
+        else [-5, -3, -1, 0, 1, 3, 5]
     )
-    bar = {"title": {"text": "load ÷ fair share", "side": "top"}, "tickvals": ticks, "ticktext": [_times(tick) for tick in ticks]}
-    bar |= {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "len": 260, "lenmode": "pixels"}
-    rows = np.unique(np.linspace(0, layers.len() - 1, min(layers.len(), 24)).round().astype(int)).tolist()
-    figure.update_yaxes(type="category", autorange="reversed", tickvals=[str(layers[row]) for row in rows], showgrid=False)
+    bar = {
+        "title": {"text": "load ÷ fair share", "side": "top"},
+        "tickvals": ticks,
+        "ticktext": [_times(tick) for tick in ticks],
+    }
+    bar |= {
+        "orientation": "h",
+        "y": 1.0,
+        "yanchor": "bottom",
+        "x": 0,
+        "xanchor": "left",
+        "len": 260,
+        "lenmode": "pixels",
+    }
+    rows = np.unique(
+        np.linspace(0, layers.len() - 1, min(layers.len(), 24)).round().astype(int)
+    ).tolist()
+    figure.update_yaxes(
+        type="category",
+        autorange="reversed",
+        tickvals=[str(layers[row]) for row in rows],
+        showgrid=False,
+    )
     figure.update_yaxes(title_text="layer", panel=1)
     figure.update_xaxes(showgrid=False)
     height = 190 + int(np.clip(layers.len() * 26, 90, 760))
-    return figure.update_layout(height=height, coloraxis={"cmin": -reach, "cmax": reach, "colorbar": bar})
+    return figure.update_layout(
+        height=height, coloraxis={"cmin": -reach, "cmax": reach, "colorbar": bar}
+    )
 
 
 @drawn
@@ -144,8 +204,9 @@ def class_profile(frame: pl.DataFrame) -> Canvas:
     """Mean ffn_count per token class with its interval; the layers behind it as small dots.
 
     Args:
-        frame: columns layer (null = mean over layers), class, n_tokens, n_docs, mean, lo, hi, as ``analysis.class_profile``; adjusted,
-            adjusted_lo, adjusted_hi are drawn where they are there.
+        frame: columns layer (null = mean over layers), class, n_tokens, n_docs, mean, lo, hi, as
+            ``analysis.class_profile``; adjusted, adjusted_lo, adjusted_hi are drawn where they are
+            there.
     """
     need(frame, "layer", "class", "n_tokens", "n_docs", "mean", "lo", "hi")
     figure = Canvas()
@@ -162,28 +223,66 @@ def class_profile(frame: pl.DataFrame) -> Canvas:
         name="one layer",
     )
     adjusted = "adjusted" in frame.columns
-    _profile_series(figure, total, "mean", "lo", "hi", shift=0.16 * adjusted, name="mean over layers", series=0)
+    _profile_series(
+        figure, total, "mean", "lo", "hi", shift=0.16 * adjusted, name="mean over layers", series=0
+    )
     if adjusted:
-        _profile_series(figure, total, "adjusted", "adjusted_lo", "adjusted_hi", shift=-0.16, name="adjusted", series=1)
+        _profile_series(
+            figure,
+            total,
+            "adjusted",
+            "adjusted_lo",
+            "adjusted_hi",
+            shift=-0.16,
+            name="adjusted",
+            series=1,
+        )
     tokens = total["n_tokens"].to_numpy()
     if tokens.sum():
         average = float(np.average(total["mean"].to_numpy(), weights=tokens))
         figure.add_vline(x=average, line={"dash": "dot", "width": 1.5, "color": SERIES[-1]})
-    labels = [f"{plain(name)} ({count:,})" for name, count in total.select("class", "n_tokens").rows()]
-    figure.update_yaxes(tickvals=list(place.values()), ticktext=labels, range=[-0.6, total.height - 0.4], ticks="", showgrid=False)
+    labels = [
+        f"{plain(name)} ({count:,})" for name, count in total.select("class", "n_tokens").rows()
+    ]
+    figure.update_yaxes(
+        tickvals=list(place.values()),
+        ticktext=labels,
+        range=[-0.6, total.height - 0.4],
+        ticks="",
+        showgrid=False,
+    )
     figure.update_xaxes(title_text="ffn_count per token")
     return figure.update_layout(height=130 + (42 if adjusted else 30) * max(total.height, 2))
 
 
-def _profile_series(figure: Canvas, total: pl.DataFrame, mean: str, lo: str, hi: str, *, shift: float, name: str, series: int) -> None:
-    bars = {"array": (total[hi] - total[mean]).to_list(), "arrayminus": (total[mean] - total[lo]).to_list()}
+def _profile_series(
+    figure: Canvas,
+    total: pl.DataFrame,
+    mean: str,
+    lo: str,
+    hi: str,
+    *,
+    shift: float,
+    name: str,
+    series: int,
+) -> None:
+    bars = {
+        "array": (total[hi] - total[mean]).to_list(),
+        "arrayminus": (total[mean] - total[lo]).to_list(),
+    }
     figure.add_scatter(
         x=total[mean].to_list(),
         y=[index + shift for index in range(total.height)],
         mode="markers",
         marker={"size": 9, "color": SERIES[series], "symbol": SYMBOLS[series]},
         error_x={"type": "data", "symmetric": False, "thickness": 2, "width": 4, **bars},
-        customdata=total.select("n_tokens", "n_docs", lo, hi, pl.col("class").map_elements(plain, return_dtype=pl.String)).rows(),
+        customdata=total.select(
+            "n_tokens",
+            "n_docs",
+            lo,
+            hi,
+            pl.col("class").map_elements(plain, return_dtype=pl.String),
+        ).rows(),
         hovertemplate=f"%{{customdata[4]}}, {name}: %{{x:.3f}} (%{{customdata[2]:.3f}} to %{{customdata[3]:.3f}})<br>"
         "%{customdata[0]:,} tokens, %{customdata[1]} documents<extra></extra>",
         name=name,
@@ -192,11 +291,13 @@ def _profile_series(figure: Canvas, total: pl.DataFrame, mean: str, lo: str, hi:
 
 @drawn
 def ffn_spread(frame: pl.DataFrame) -> Canvas:
-    """Standard deviation of ffn_count over tokens, per layer, beside those that routers without a look at the token would give.
+    """Standard deviation of ffn_count over tokens, per layer, beside those that routers without a
+    look at the token would give.
 
     Args:
-        frame: columns layer, mean, sd, hypergeometric_sd as ``analysis.ffn_spread``; sd_lo, sd_hi (interval of sd), independent_sd and
-            target (of the mean) are drawn where they are there and not null.
+        frame: columns layer, mean, sd, hypergeometric_sd as ``analysis.ffn_spread``; sd_lo, sd_hi
+            (interval of sd), independent_sd and target (of the mean) are drawn where they are there
+            and not null.
     """
     need(frame, "layer", "mean", "sd", "hypergeometric_sd")
     figure = Canvas((0.5, 0.5), stacked=True, gap=0.09)
@@ -226,7 +327,14 @@ def _error_bars(frame: pl.DataFrame, column: str) -> dict[str, Any] | None:
     if column != "sd" or not {"sd_lo", "sd_hi"} <= set(frame.columns):
         return None
     up, down = frame["sd_hi"] - frame["sd"], frame["sd"] - frame["sd_lo"]
-    return {"type": "data", "symmetric": False, "array": up.to_list(), "arrayminus": down.to_list(), "thickness": 2, "width": 4}
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up.to_list(),
+        "arrayminus": down.to_list(),
+        "thickness": 2,
+        "width": 4,
+    }
 
 
 def _dash_marker(index: int) -> dict[str, Any]:
@@ -244,8 +352,16 @@ _SPREAD_SERIES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
 
 
 @drawn
-def training_curves(frame: pl.DataFrame, metric: str, *, title: str | None = None, log: bool = False, points: int = MAX_POINTS) -> Canvas:
-    """One metric over the training tokens, one line per run, runs of one group in one colour and dash.
+def training_curves(
+    frame: pl.DataFrame,
+    metric: str,
+    *,
+    title: str | None = None,
+    log: bool = False,
+    points: int = MAX_POINTS,
+) -> Canvas:
+    """One metric over the training tokens, one line per run, runs of one group in one colour and
+    dash.
 
     Args:
         frame: columns run, group (both text), tokens and ``metric``; rows of all runs.
@@ -256,8 +372,12 @@ def training_curves(frame: pl.DataFrame, metric: str, *, title: str | None = Non
     """
     need(frame, "run", "group", "tokens", metric)
     figure = Canvas()
-    groups = {group: index for index, group in enumerate(frame["group"].unique(maintain_order=True))}
-    for (group, run), rows in frame.drop_nulls(metric).group_by("group", "run", maintain_order=True):
+    groups = {
+        group: index for index, group in enumerate(frame["group"].unique(maintain_order=True))
+    }
+    for (group, run), rows in frame.drop_nulls(metric).group_by(
+        "group", "run", maintain_order=True
+    ):
         index = groups[str(group)]
         tokens, values = rows["tokens"].to_numpy(), rows[metric].to_numpy()
         shown = np.argsort(tokens, kind="stable")[evenly(rows.height, points)]
@@ -276,12 +396,20 @@ def training_curves(frame: pl.DataFrame, metric: str, *, title: str | None = Non
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dash of the ``index``-th group of runs; dashes change where the colours begin again."""
-    return {"color": SERIES[index % len(SERIES)], "dash": DASHES[index // len(SERIES) % len(DASHES)], "width": 1.5}
+    """Colour and dash of the ``index``-th group of runs; dashes change where the colours begin
+    again.
+    """
+    return {
+        "color": SERIES[index % len(SERIES)],
+        "dash": DASHES[index // len(SERIES) % len(DASHES)],
+        "width": 1.5,
+    }
 
 
 def arms(frame: pl.DataFrame) -> list[str]:
-    """The arms of a run table, the one with most ratios first: it is the series that a verdict is about."""
+    """The arms of a run table, the one with most ratios first: it is the series that a verdict is
+    about.
+    """
     counts = (
         frame.group_by("arm", maintain_order=True)
         .agg(pl.col("ratio").n_unique().alias("n"))
@@ -297,7 +425,11 @@ def evenly(count: int, points: int) -> NDArray[np.int64]:
 
 def _powers_of_two(ratios: pl.Series) -> list[float]:
     values = [float(value) for value in ratios if value > 0]
-    low, high = (math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))) if values else (0, 1)
+    low, high = (
+        (math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))))
+        if values
+        else (0, 1)
+    )
     return [2.0**power for power in range(low, high + 1)]
 
 
@@ -315,12 +447,18 @@ def _columns(panel: pl.DataFrame) -> int:
     return int(panel["expert"].max() - panel["expert"].min() + 1)  # type: ignore[operator]
 
 
-def _load_panel(figure: Canvas, panel: pl.DataFrame, layers: pl.Series, order: str, column: int) -> None:
-    """Draw one panel: the load in log2 on the shared colour axis, and dead experts over it in a colour outside that scale."""
+def _load_panel(
+    figure: Canvas, panel: pl.DataFrame, layers: pl.Series, order: str, column: int
+) -> None:
+    """Draw one panel: the load in log2 on the shared colour axis, and dead experts over it in a
+    colour outside that scale.
+    """
     first, width = int(panel["expert"].min()), _columns(panel)  # type: ignore[arg-type]
     load = np.full((layers.len(), width), np.nan, dtype=np.float32)
     row = {layer: index for index, layer in enumerate(layers)}
-    load[[row[layer] for layer in panel["layer"]], (panel["expert"] - first).to_numpy()] = panel["load"].to_numpy()
+    load[[row[layer] for layer in panel["layer"]], (panel["expert"] - first).to_numpy()] = panel[
+        "load"
+    ].to_numpy()
     if order == "load":
         load = -np.sort(-load, axis=1)
     with np.errstate(divide="ignore"):
@@ -330,12 +468,31 @@ def _load_panel(figure: Canvas, panel: pl.DataFrame, layers: pl.Series, order: s
     where = "rank %{x}" if order == "load" else "%{x}"
     gap = 1 if load.size <= 2000 else 0
     columns = list(range(1, width + 1)) if order == "load" else list(range(first, first + width))
-    common: dict[str, Any] = {"x": columns, "y": [str(layer) for layer in layers], "xgap": gap, "ygap": gap}
+    common: dict[str, Any] = {
+        "x": columns,
+        "y": [str(layer) for layer in layers],
+        "xgap": gap,
+        "ygap": gap,
+    }
     hover = f"layer %{{y}}, {kind} {where}<br>%{{customdata:.3f}} \u00d7 fair share<extra></extra>"
-    figure.add_heatmap(z=shade, customdata=load, coloraxis="coloraxis", hovertemplate=hover, **common, panel=column)
+    figure.add_heatmap(
+        z=shade, customdata=load, coloraxis="coloraxis", hovertemplate=hover, **common, panel=column
+    )
     if (load == 0).any():
         scale = [[0, "rgba(0,0,0,0)"], [1, DEAD]]
         dead = (load == 0).astype(np.uint8)
-        figure.add_heatmap(z=dead, zmin=0, zmax=1, colorscale=scale, showscale=False, hoverinfo="skip", **common, panel=column)
+        figure.add_heatmap(
+            z=dead,
+            zmin=0,
+            zmax=1,
+            colorscale=scale,
+            showscale=False,
+            hoverinfo="skip",
+            **common,
+            panel=column,
+        )
     title = "zero" if zero else "expert"
-    figure.update_xaxes(title_text=title + (", sorted by load" if order == "load" and not zero else ""), panel=column)
+    figure.update_xaxes(
+        title_text=title + (", sorted by load" if order == "load" and not zero else ""),
+        panel=column,
+    )

@@ -1,4 +1,6 @@
-"""Numbers as a reader wants them: thousands grouped, magnitudes with their letter, a dash where there is nothing."""
+"""Numbers as a reader wants them: thousands grouped, magnitudes with their letter, a dash where
+there is nothing.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +11,19 @@ _LETTERS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:,.{digits}f}".replace("-", MINUS)
+    return (
+        NOTHING
+        if value is None or not math.isfinite(value)
+        else f"{value:,.{digits}f}".replace("-", MINUS)
+    )
 
 
 def whole(value: float | None) -> str:
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:,.0f}".replace("-", MINUS)
+    return (
+        NOTHING
+        if value is None or not math.isfinite(value)
+        else f"{value:,.0f}".replace("-", MINUS)
+    )
 
 
 def magnitude(value: float | None) -> str:
@@ -32,5 +42,7 @@ def count_of(number: int, noun: str) -> str:
 
 def listing(items: Sequence[str], most: int = 8) -> str:
     """``a, b and c``; past ``most`` items the rest is only counted."""
-    shown = [*items] if len(items) <= most else [*items[: most - 1], f"{len(items) - most + 1} more"]
+    shown = (
+        [*items] if len(items) <= most else [*items[: most - 1], f"{len(items) - most + 1} more"]
+    )
     return " and ".join((", ".join(shown[:-1]), shown[-1])) if len(shown) > 1 else "".join(shown)

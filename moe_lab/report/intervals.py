@@ -5,7 +5,9 @@ import polars as pl
 from moe_lab.errors import AnalysisError, expected
 
 
-def seed_intervals(frame: pl.DataFrame, *, value: str = "loss", level: float = 0.95) -> pl.DataFrame:
+def seed_intervals(
+    frame: pl.DataFrame, *, value: str = "loss", level: float = 0.95
+) -> pl.DataFrame:
     """Mean of ``value`` over the seeds of each arm and ratio.
 
     Args:
@@ -14,15 +16,24 @@ def seed_intervals(frame: pl.DataFrame, *, value: str = "loss", level: float = 0
         level: coverage of the interval, between 0 and 1.
 
     Returns:
-        Columns arm, ratio, n (runs), mean, sd, lo, hi. With one run sd, lo and hi are null: one seed says nothing about the spread.
+        Columns arm, ratio, n (runs), mean, sd, lo, hi. With one run sd, lo and hi are null: one
+        seed says nothing about the spread.
     """
     if not 0 < level < 1:
         raise AnalysisError(expected("a level between 0 and 1", level, "0.95"))
     from scipy.special import stdtrit
 
     groups = frame.group_by("arm", "ratio", maintain_order=True).agg(
-        n=pl.len(), mean=pl.col(value).mean(), sd=pl.when(pl.len() > 1).then(pl.col(value).std(ddof=1))
+        n=pl.len(),
+        mean=pl.col(value).mean(),
+        sd=pl.when(pl.len() > 1).then(pl.col(value).std(ddof=1)),
     )
     quantiles = [float(stdtrit(n - 1, (1 + level) / 2)) if n > 1 else None for n in groups["n"]]
-    half = pl.Series("half", quantiles, dtype=pl.Float64) * groups["sd"] / groups["n"].cast(pl.Float64).sqrt()
-    return groups.with_columns(lo=groups["mean"] - half, hi=groups["mean"] + half).sort("arm", "ratio")
+    half = (
+        pl.Series("half", quantiles, dtype=pl.Float64)
+        * groups["sd"]
+        / groups["n"].cast(pl.Float64).sqrt()
+    )
+    return groups.with_columns(lo=groups["mean"] - half, hi=groups["mean"] + half).sort(
+        "arm", "ratio"
+    )

@@ -13,7 +13,9 @@ from moe_lab.report.format import count_of, listing, whole
 from moe_lab.report.sources import Material, NamedTrace
 
 CELL_BUDGET = 110_000
-"""Heatmap cells on one page, about 12 bytes each; what goes beyond it is named in the caption and left out."""
+"""Heatmap cells on one page, about 12 bytes each; what goes beyond it is named in the caption and
+left out.
+"""
 MAX_MAPS = 12
 """Traces that have a map."""
 SORT_ABOVE = 64
@@ -37,13 +39,17 @@ def load_block(material: Material) -> Block | None:
             skipped.append(named.label)
             continue
         if len(layers) < len(named.trace.meta.layers):
-            thinned.append(f"{len(layers)} of {len(named.trace.meta.layers)} layers of {named.label}")
+            thinned.append(
+                f"{len(layers)} of {len(named.trace.meta.layers)} layers of {named.label}"
+            )
         frame = expert_load(named.trace).filter(pl.col("layer").is_in(layers))
         added = _variants(named, frame, left // size)
         variants += added
         left -= size * len(added)
         frames.append(frame.select(pl.lit(named.label).alias("run"), pl.all()))
-        summaries.append(load_summary(named.trace).select(pl.lit(named.label).alias("run"), pl.all()))
+        summaries.append(
+            load_summary(named.trace).select(pl.lit(named.label).alias("run"), pl.all())
+        )
     if not frames:
         return None
     data = pl.concat(frames, how="diagonal_relaxed")
@@ -64,7 +70,13 @@ def _variants(named: NamedTrace, frame: pl.DataFrame, room: int) -> list[Variant
     min_width = PIXELS * width + 80 if width > 128 else 0
     variants = [Variant(named.label, figures.expert_load.canvas(frame), min_width)]
     if width > SORT_ABOVE and room > 1:
-        variants.append(Variant(f"{named.label}, sorted by load", figures.expert_load.canvas(frame, order="load"), min_width))
+        variants.append(
+            Variant(
+                f"{named.label}, sorted by load",
+                figures.expert_load.canvas(frame, order="load"),
+                min_width,
+            )
+        )
     return variants
 
 
@@ -72,7 +84,12 @@ def _layers_that_fit(named: NamedTrace) -> list[int]:
     """The layers of a trace, or as many evenly spaced ones as fit the whole budget."""
     layers = sorted(layer.layer for layer in named.trace.meta.layers)
     fit = max(1, CELL_BUDGET // max(_width(named, layer) for layer in layers))
-    return [layers[index] for index in np.unique(np.linspace(0, len(layers) - 1, min(fit, len(layers))).round().astype(int))]
+    return [
+        layers[index]
+        for index in np.unique(
+            np.linspace(0, len(layers) - 1, min(fit, len(layers))).round().astype(int)
+        )
+    ]
 
 
 def _width(named: NamedTrace, layer: int) -> int:
@@ -83,7 +100,11 @@ def _width(named: NamedTrace, layer: int) -> int:
 def _caption(data: pl.DataFrame, shown: Sequence[NamedTrace]) -> str:
     counts = {named.trace.num_tokens for named in shown}
     n = whole(min(counts)) if len(counts) == 1 else f"{whole(min(counts))} to {whole(max(counts))}"
-    zero = " Zero-compute experts have a panel of their own, in the same unit." if data["is_zero"].any() else ""
+    zero = (
+        " Zero-compute experts have a panel of their own, in the same unit."
+        if data["is_zero"].any()
+        else ""
+    )
     return (
         f"Slots that went to each expert ÷ the mean over the real experts of its layer (fair share = 1), in n = {n} validation tokens: "
         "a count of all of them, so without interval. The scale is symmetric in log₂ around 1 and ends at "
@@ -103,5 +124,12 @@ def _summary(data: pl.DataFrame) -> str:
 
 
 def _deaths(data: pl.DataFrame) -> str:
-    dead = data.filter((pl.col("count") == 0) & ~pl.col("is_zero")).group_by("run", maintain_order=True).len()
-    return listing([f"{count_of(number, 'dead expert')} in {run}" for run, number in dead.rows()]) or "there is no dead expert"
+    dead = (
+        data.filter((pl.col("count") == 0) & ~pl.col("is_zero"))
+        .group_by("run", maintain_order=True)
+        .len()
+    )
+    return (
+        listing([f"{count_of(number, 'dead expert')} in {run}" for run, number in dead.rows()])
+        or "there is no dead expert"
+    )

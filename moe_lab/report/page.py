@@ -1,7 +1,9 @@
-"""``write_report``: sources in, one offline HTML page out, with the data of each figure as Parquet beside it.
+"""``write_report``: sources in, one offline HTML page out, with the data of each figure as Parquet
+beside it.
 
-All text on the page is untrusted and escaped by the template; JSON inside ``<script>`` is escaped here. A content security policy with the
-hashes of the page's own three scripts keeps any other script from running and any request from leaving.
+All text on the page is untrusted and escaped by the template; JSON inside ``<script>`` is escaped
+here. A content security policy with the hashes of the page's own three scripts keeps any other
+script from running and any request from leaving.
 """
 
 from __future__ import annotations
@@ -33,14 +35,26 @@ from moe_lab.report.verdict import failed_runs, results_table, unfinished_table,
 from moe_lab.report.wall import wall_section
 from moe_lab.report.whose import whose_section
 
-JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+JSON_ESCAPES = {
+    "<": "\\u003c",
+    ">": "\\u003e",
+    "&": "\\u0026",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
 
 
-def write_report(sources: Source | Sequence[Source], path: Path | str, title: str | None = None, command: str | None = None) -> Path:
+def write_report(
+    sources: Source | Sequence[Source],
+    path: Path | str,
+    title: str | None = None,
+    command: str | None = None,
+) -> Path:
     """Write the page and ``<page stem>_data/NAME.parquet`` beside it.
 
     Args:
-        sources: a sweep folder, a run folder, a trace folder or an open ``Trace``, or a sequence of them.
+        sources: a sweep folder, a run folder, a trace folder or an open ``Trace``, or a sequence of
+            them.
         path: of the HTML file; an existing one is replaced when the new one is complete.
         title: of the page; made from the sources by default.
         command: what a reader types to make the page again; ``moe-lab report ...`` by default.
@@ -54,13 +68,20 @@ def write_report(sources: Source | Sequence[Source], path: Path | str, title: st
     """
     path = Path(path)
     material = gather(sources)
-    names = [str(source if isinstance(source, str | Path) else source.folder) for source in as_list(sources)]
+    names = [
+        str(source if isinstance(source, str | Path) else source.folder)
+        for source in as_list(sources)
+    ]
     command = command or shlex.join(["moe-lab", "report", *names, "--out", str(path)])
-    title = title or f"moe_lab report: {Path(names[0]).name}" + (f" and {count_of(len(names) - 1, 'other')}" if names[1:] else "")
+    title = title or f"moe_lab report: {Path(names[0]).name}" + (
+        f" and {count_of(len(names) - 1, 'other')}" if names[1:] else ""
+    )
     content = _content(material, command)
     for name, frame in content.pop("data"):
         write_parquet(frame, _data_folder(path) / f"{name}.parquet")
-    write_text(path, render(title=title, command=command, data_folder=_data_folder(path).name, **content))
+    write_text(
+        path, render(title=title, command=command, data_folder=_data_folder(path).name, **content)
+    )
     return path
 
 
@@ -75,11 +96,17 @@ def render(**values: Any) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=PackageLoader("moe_lab.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("moe_lab.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["script_json"] = script_json
     variables = "".join(f"--{name}:{value};" for name, value in theme.css_variables().items())
-    scripts = {name: _template_text(environment, f"{name}.js") for name in ("early", "page")} | {"plotly": get_plotlyjs()}
+    scripts = {name: _template_text(environment, f"{name}.js") for name in ("early", "page")} | {
+        "plotly": get_plotlyjs()
+    }
     # A closing tag inside a script would end it early; today's plotly.js has none, a later one may.
     scripts = {name: text.replace("</script", "<\\/script") for name, text in scripts.items()}
     return environment.get_template("page.html.j2").render(
@@ -93,7 +120,9 @@ def render(**values: Any) -> str:
 
 
 def script_json(value: Any) -> Markup:
-    """JSON for a ``<script type="application/json">``: nothing in it can close the element or start a comment."""
+    """JSON for a ``<script type="application/json">``: nothing in it can close the element or start
+    a comment.
+    """
     from plotly.utils import PlotlyJSONEncoder
 
     text = json.dumps(value, cls=PlotlyJSONEncoder, separators=(",", ":"), ensure_ascii=False)
@@ -103,7 +132,11 @@ def script_json(value: Any) -> Markup:
 
 
 def _content(material: Material, command: str) -> dict[str, Any]:
-    frontier, load, training = frontier_block(material), load_block(material), training_block(material)
+    frontier, load, training = (
+        frontier_block(material),
+        load_block(material),
+        training_block(material),
+    )
     of_tokens = tuple(named for named in material.traces if named.trace.meta.per_token)
     of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
     compute, whose = compute_section(of_compute), whose_section(replace(material, traces=of_tokens))
@@ -113,10 +146,16 @@ def _content(material: Material, command: str) -> dict[str, Any]:
     hard = difficulty.blocks if difficulty else ()
     whose_blocks = [block for _, block in whose.blocks]
     blocks: list[Block] = [
-        block for block in (frontier, *evidence, load, *compute.blocks, *whose_blocks, *hard, training) if block is not None
+        block
+        for block in (frontier, *evidence, load, *compute.blocks, *whose_blocks, *hard, training)
+        if block is not None
     ]
     runs = [("runs", material.all_runs)] if material.runs else []
-    data = runs + [(block.name, block.data) for block in blocks] + ([("coloured_text", coloured.data)] if coloured else [])
+    data = (
+        runs
+        + [(block.name, block.data) for block in blocks]
+        + ([("coloured_text", coloured.data)] if coloured else [])
+    )
     return {
         "questions": material.questions,
         "verdict": verdict_text(material),
@@ -146,7 +185,9 @@ def _coloured(traces: Sequence[NamedTrace], varying: NamedTrace | None) -> Colou
 
 
 def _distinct(material: Material, key: str) -> list[str]:
-    return list(dict.fromkeys(str(run.result[key]) for run in material.finished if run.result.get(key)))
+    return list(
+        dict.fromkeys(str(run.result[key]) for run in material.finished if run.result.get(key))
+    )
 
 
 def _data_folder(path: Path) -> Path:

@@ -22,10 +22,16 @@ class Provenance:
 
 
 def provenance(material: Material, command: str) -> Provenance:
-    """Versions, corpus and tokenizer hashes, seeds and devices over all runs and traces; a fact nobody recorded is left out."""
+    """Versions, corpus and tokenizer hashes, seeds and devices over all runs and traces; a fact
+    nobody recorded is left out.
+    """
     metas = [named.trace.meta.to_dict() for named in material.traces]
     records: list[dict[str, Any]] = [*(run.result for run in material.runs), *metas]
-    versions = _distinct(f"{name} {version}" for record in records for name, version in (record.get("versions") or {}).items())
+    versions = _distinct(
+        f"{name} {version}"
+        for record in records
+        for name, version in (record.get("versions") or {}).items()
+    )
     facts = {
         "Command of this page": [command],
         "Versions": versions,
@@ -35,13 +41,22 @@ def provenance(material: Material, command: str) -> Provenance:
         "Devices": _distinct(record.get("device") for record in records),
         "Phase of the traces": _distinct(meta.get("phase") for meta in metas),
         "Traces made by": _distinct(meta.get("created_from") for meta in metas),
-        "Notes of the traces": _distinct(note for meta in metas for note in meta.get("notes") or ()),
+        "Notes of the traces": _distinct(
+            note for meta in metas for note in meta.get("notes") or ()
+        ),
     }
     with_config = [run for run in material.runs if run.begun]
     if len(with_config) > MAX_CONFIGS:
-        facts["Configurations"] = [f"{MAX_CONFIGS} of {len(with_config)} are here; each lies in config.json of its run's folder"]
-    configs = tuple((run.label, json.dumps(run.config, indent=1, sort_keys=True)) for run in with_config[:MAX_CONFIGS])
-    return Provenance(tuple((name, listing(values, most=24)) for name, values in facts.items() if values), configs)
+        facts["Configurations"] = [
+            f"{MAX_CONFIGS} of {len(with_config)} are here; each lies in config.json of its run's folder"
+        ]
+    configs = tuple(
+        (run.label, json.dumps(run.config, indent=1, sort_keys=True))
+        for run in with_config[:MAX_CONFIGS]
+    )
+    return Provenance(
+        tuple((name, listing(values, most=24)) for name, values in facts.items() if values), configs
+    )
 
 
 def _distinct(values: Any) -> list[str]:

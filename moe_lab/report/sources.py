@@ -1,7 +1,8 @@
 """What a report is made from: folders in, records of runs and traces out.
 
-A source is a sweep folder (run folders inside), a run folder, a trace folder, or an open ``Trace``. Nothing is trusted: a run counts
-as finished only when its ``done`` file lies there and its ``result.json`` can be read; the others are listed with their error line.
+A source is a sweep folder (run folders inside), a run folder, a trace folder, or an open ``Trace``.
+Nothing is trusted: a run counts as finished only when its ``done`` file lies there and its
+``result.json`` can be read; the others are listed with their error line.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class RunRecord:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Read when it is asked for, as a page shows a hundred of ten thousand; empty where it cannot be read."""
+        """Read when it is asked for, as a page shows a hundred of ten thousand; empty where it
+        cannot be read.
+        """
         return _read_json(self.folder / "config.json")[0] if self.begun else {}
 
     @property
@@ -130,12 +133,19 @@ class NamedTrace:
     def group(self) -> str:
         """What the seeds of one arm and ratio share; a bare trace is alone."""
         result = self.run.result if self.run else {}
-        return group_name(str(result["arm"]), _number(result.get("ratio"))) if "arm" in result else self.label
+        return (
+            group_name(str(result["arm"]), _number(result.get("ratio")))
+            if "arm" in result
+            else self.label
+        )
 
 
 @dataclass(frozen=True)
 class Material:
-    """Everything a page is made from. ``questions`` are those of the sweeps, in their authors' words."""
+    """Everything a page is made from.
+
+    ``questions`` are those of the sweeps, in their authors' words.
+    """
 
     runs: tuple[RunRecord, ...]
     traces: tuple[NamedTrace, ...]
@@ -163,7 +173,8 @@ def gather(sources: Source | Sequence[Source]) -> Material:
         sources: one sweep folder, run folder, trace folder or ``Trace``, or a sequence of them.
 
     Raises:
-        RunError: a folder is missing, holds neither runs nor a trace, or none of the runs is finished.
+        RunError: a folder is missing, holds neither runs nor a trace, or none of the runs is
+            finished.
         TraceError: a trace is damaged.
     """
     runs: list[RunRecord] = []
@@ -188,11 +199,17 @@ def gather(sources: Source | Sequence[Source]) -> Material:
 
 
 def _traces_of(finished: Iterable[RunRecord]) -> list[NamedTrace]:
-    """The trace of the first run that has one, for each arm and ratio: figures show no other, and opening reads every byte."""
+    """The trace of the first run that has one, for each arm and ratio: figures show no other, and
+    opening reads every byte.
+    """
     found: dict[str, NamedTrace] = {}
     for run in finished:
         result = run.result
-        group = group_name(str(result["arm"]), _number(result.get("ratio"))) if "arm" in result else run.label
+        group = (
+            group_name(str(result["arm"]), _number(result.get("ratio")))
+            if "arm" in result
+            else run.label
+        )
         if group not in found and run.trace:
             found[group] = _open(run.trace, run.label, run)
     return list(found.values())
@@ -206,11 +223,23 @@ def read_run(folder: Path, files: Container[str], planned: str = "") -> RunRecor
     """The record of one run folder, which holds ``files``; never raises for what is inside it."""
     if "done" in files:
         result, error = _read_json(folder / "result.json")
-        return RunRecord(folder, RunState.FAILED if error else RunState.FINISHED, result, error, planned)
+        return RunRecord(
+            folder, RunState.FAILED if error else RunState.FINISHED, result, error, planned
+        )
     if failures.ERROR in files:
-        return RunRecord(folder, RunState.FAILED, {}, failures.reason(folder)[:300] or "failed without a message", planned)
+        return RunRecord(
+            folder,
+            RunState.FAILED,
+            {},
+            failures.reason(folder)[:300] or "failed without a message",
+            planned,
+        )
     status, _ = _read_json(folder / "status.json")
-    reached = f"stopped at step {status['step']} of {status['steps']}" if {"step", "steps"} <= set(status) else "not started"
+    reached = (
+        f"stopped at step {status['step']} of {status['steps']}"
+        if {"step", "steps"} <= set(status)
+        else "not started"
+    )
     return RunRecord(folder, RunState.UNFINISHED, {}, reached, planned)
 
 
@@ -222,9 +251,14 @@ def run_table(runs: Iterable[RunRecord]) -> pl.DataFrame:
     for name, dtype in RESULT_COLUMNS.items():
         cast = _CASTS[type(dtype)]
         columns[name] = [cast(result.get(name)) for result in results]
-    columns["run"] = [name or run.folder.name for name, run in zip(columns["run"], runs, strict=True)]
+    columns["run"] = [
+        name or run.folder.name for name, run in zip(columns["run"], runs, strict=True)
+    ]
     columns["label"] = [run.label for run in runs]
-    columns["group"] = [group_name(arm or "", ratio) for arm, ratio in zip(columns["arm"], columns["ratio"], strict=True)]
+    columns["group"] = [
+        group_name(arm or "", ratio)
+        for arm, ratio in zip(columns["arm"], columns["ratio"], strict=True)
+    ]
     columns["state"] = [run.state.value for run in runs]
     columns["error"] = [run.error for run in runs]
     columns["folder"] = [str(run.folder) for run in runs]
@@ -233,7 +267,9 @@ def run_table(runs: Iterable[RunRecord]) -> pl.DataFrame:
 
 
 def training_metrics(runs: Iterable[RunRecord]) -> pl.DataFrame:
-    """The logged steps of all runs in one frame, with columns run (label) and group; empty where no run has metrics."""
+    """The logged steps of all runs in one frame, with columns run (label) and group; empty where no
+    run has metrics.
+    """
     frames = []
     for run in runs:
         path = run.folder / "metrics.parquet"
@@ -243,11 +279,20 @@ def training_metrics(runs: Iterable[RunRecord]) -> pl.DataFrame:
             frame = pl.read_parquet(path)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise RunError(
-                expected(f"a Parquet file at {path}", str(error).splitlines()[0], "removing the run and running it again")
+                expected(
+                    f"a Parquet file at {path}",
+                    str(error).splitlines()[0],
+                    "removing the run and running it again",
+                )
             ) from error
         numbers = frame.select(pl.selectors.numeric().cast(pl.Float64))
-        names = {"run": run.label, "group": group_name(str(run.result.get("arm", "")), _number(run.result.get("ratio")))}
-        frames.append(numbers.with_columns(*(pl.lit(value).alias(name) for name, value in names.items())))
+        names = {
+            "run": run.label,
+            "group": group_name(str(run.result.get("arm", "")), _number(run.result.get("ratio"))),
+        }
+        frames.append(
+            numbers.with_columns(*(pl.lit(value).alias(name) for name, value in names.items()))
+        )
     return pl.concat(frames, how="diagonal") if frames else pl.DataFrame()
 
 
@@ -257,29 +302,47 @@ def group_name(arm: str, ratio: float | None) -> str:
 
 
 def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
-    """The runs of a run folder or a sweep folder, planned ones that never began among them, and the questions of the sweep."""
+    """The runs of a run folder or a sweep folder, planned ones that never began among them, and the
+    questions of the sweep.
+    """
     if not folder.exists():
-        raise RunError(expected("a sweep folder, a run folder or a trace", f"no such folder: {folder}", "`moe-lab demo` to make one"))
+        raise RunError(
+            expected(
+                "a sweep folder, a run folder or a trace",
+                f"no such folder: {folder}",
+                "`moe-lab demo` to make one",
+            )
+        )
     if (folder / "config.json").is_file():
         return [read_run(folder, os.listdir(folder))], []
     found = _run_folders(folder)
     plan = _read_plan(folder)
     runs = plan.get("runs")
     entries = runs.items() if isinstance(runs, dict) else ()
-    names = {run: str(entry.get("name") or "") if isinstance(entry, dict) else "" for run, entry in entries}
+    names = {
+        run: str(entry.get("name") or "") if isinstance(entry, dict) else ""
+        for run, entry in entries
+    }
     waiting = [run for run in names if run not in found]
     if not found and not waiting:
         hint = "the folder that `moe-lab sweep run` was given with --out"
-        raise RunError(expected("a folder with finished runs or a trace", f"{folder} without any", hint))
+        raise RunError(
+            expected("a folder with finished runs or a trace", f"{folder} without any", hint)
+        )
     records = [read_run(folder / run, files, names.get(run, "")) for run, files in found.items()]
-    records += [RunRecord(folder / run, RunState.UNFINISHED, {}, "not started", names[run], begun=False) for run in waiting]
+    records += [
+        RunRecord(folder / run, RunState.UNFINISHED, {}, "not started", names[run], begun=False)
+        for run in waiting
+    ]
     sweeps = plan.get("sweeps") or []
     return records, [str(sweep["question"]) for sweep in sweeps if sweep.get("question")]
 
 
 @contextmanager
 def _no_search_for_cycles() -> Iterator[None]:
-    """What JSON files hold has no reference cycles, and looking for them takes a fifth of the time of reading ten thousand."""
+    """What JSON files hold has no reference cycles, and looking for them takes a fifth of the time
+    of reading ten thousand.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
@@ -294,7 +357,11 @@ def _run_folders(folder: Path) -> dict[str, frozenset[str]]:
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
-        found = {entry.name: frozenset(os.listdir(entry.path)) for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        found = {
+            entry.name: frozenset(os.listdir(entry.path))
+            for entry in entries
+            if entry.is_dir() and not entry.name.startswith(".")
+        }
     return {name: found[name] for name in sorted(found) if "config.json" in found[name]}
 
 
@@ -302,14 +369,18 @@ def _none_finished(runs: list[RunRecord]) -> str:
     failed = [run for run in runs if run.state is RunState.FAILED]
     first = f", the first with: {failed[0].error}" if failed else ""
     got = f"{len(runs)} runs of which none is finished ({len(failed)} failed{first})"
-    return expected("at least one finished run", got, "running the same sweep command again: it resumes")
+    return expected(
+        "at least one finished run", got, "running the same sweep command again: it resumes"
+    )
 
 
 def _open(folder: Path, label: str, run: RunRecord | None = None) -> NamedTrace:
     from moe_lab.trace import open_trace
 
     trace = open_trace(folder)
-    return NamedTrace(label, trace if run else trace.check(), run)  # a run's own trace was checked as it was written
+    return NamedTrace(
+        label, trace if run else trace.check(), run
+    )  # a run's own trace was checked as it was written
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
@@ -323,7 +394,9 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
-    """What a sweep's folder says of its runs, without their configurations; empty where it says nothing that can be read."""
+    """What a sweep's folder says of its runs, without their configurations; empty where it says
+    nothing that can be read.
+    """
     try:
         plan = skim_json(folder / PLAN, "config", depth=3)
     except (OSError, ValueError):
@@ -344,7 +417,11 @@ def _whole(value: Any) -> int | None:
     return None if number is None or not math.isfinite(number) else int(number)
 
 
-_CASTS: dict[type[pl.DataType], Callable[[Any], Any]] = {pl.String: _text, pl.Int64: _whole, pl.Float64: _number}
+_CASTS: dict[type[pl.DataType], Callable[[Any], Any]] = {
+    pl.String: _text,
+    pl.Int64: _whole,
+    pl.Float64: _number,
+}
 
 
 def _order(run: RunRecord) -> tuple[bool, str, float, int]:

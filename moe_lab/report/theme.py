@@ -1,7 +1,8 @@
 """One palette for the page and its figures: CSS variables, and a light and a dark plotly template.
 
-The figures carry no colours of their own paper or ink: both come from the template, so a page changes between light and dark by
-changing the template alone. The series colours are mid-tones that keep a contrast of at least 3 to both papers.
+The figures carry no colours of their own paper or ink: both come from the template, so a page
+changes between light and dark by changing the template alone. The series colours are mid-tones that
+keep a contrast of at least 3 to both papers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ DEAD = "#d6247f"
 
 @dataclass(frozen=True)
 class Palette:
-    """The colours of one theme, as CSS hex strings. ``tints`` go under text, from few to many; ``diverging`` is centred."""
+    """The colours of one theme, as CSS hex strings.
+
+    ``tints`` go under text, from few to many; ``diverging`` is centred.
+    """
 
     paper: str
     raised: str
@@ -60,9 +64,15 @@ PALETTES = {"light": LIGHT, "dark": DARK}
 def css_variables() -> dict[str, str]:
     """CSS custom properties that follow the page's ``color-scheme``, by name."""
     names = ("paper", "raised", "ink", "muted", "line", "accent")
-    variables = {name: f"light-dark({getattr(LIGHT, name)}, {getattr(DARK, name)})" for name in names}
+    variables = {
+        name: f"light-dark({getattr(LIGHT, name)}, {getattr(DARK, name)})" for name in names
+    }
     pairs = enumerate(zip(LIGHT.tints, DARK.tints, strict=True))
-    return variables | {f"tint-{index}": f"light-dark({light}, {dark})" for index, (light, dark) in pairs} | {"dead": DEAD}
+    return (
+        variables
+        | {f"tint-{index}": f"light-dark({light}, {dark})" for index, (light, dark) in pairs}
+        | {"dead": DEAD}
+    )
 
 
 def template_values(name: str) -> dict[str, Any]:
@@ -71,7 +81,9 @@ def template_values(name: str) -> dict[str, Any]:
 
 
 def template(name: str) -> go.layout.Template:
-    """The plotly template of theme ``name`` ("light" or "dark"); plotly knows them as ``moe_lab_light`` and ``moe_lab_dark``."""
+    """The plotly template of theme ``name`` ("light" or "dark"); plotly knows them as
+    ``moe_lab_light`` and ``moe_lab_dark``.
+    """
     return _templates()[name]
 
 
@@ -98,7 +110,13 @@ def _layout(palette: Palette) -> dict[str, Any]:
         "ticklen": 4,
         "title": {"standoff": 8},
     }
-    bar = {"outlinewidth": 0, "thickness": 12, "ticks": "outside", "ticklen": 3, "tickcolor": palette.muted}
+    bar = {
+        "outlinewidth": 0,
+        "thickness": 12,
+        "ticks": "outside",
+        "ticklen": 3,
+        "tickcolor": palette.muted,
+    }
     steps = len(palette.diverging) - 1
     return {
         "font": {"family": FONT, "size": 13, "color": palette.ink},
@@ -107,8 +125,25 @@ def _layout(palette: Palette) -> dict[str, Any]:
         "colorway": SERIES,
         "xaxis": axis,
         "yaxis": axis,
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8, "pad": 0},
-        "hoverlabel": {"bgcolor": palette.raised, "bordercolor": palette.muted, "font": {"color": palette.ink}, "namelength": -1},
-        "coloraxis": {"colorscale": [[index / steps, colour] for index, colour in enumerate(palette.diverging)], "colorbar": bar},
+        "hoverlabel": {
+            "bgcolor": palette.raised,
+            "bordercolor": palette.muted,
+            "font": {"color": palette.ink},
+            "namelength": -1,
+        },
+        "coloraxis": {
+            "colorscale": [
+                [index / steps, colour] for index, colour in enumerate(palette.diverging)
+            ],
+            "colorbar": bar,
+        },
     }

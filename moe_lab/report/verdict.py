@@ -1,4 +1,6 @@
-"""The first thing on the page: what the runs say about the sparsity wall, and the table of all runs."""
+"""The first thing on the page: what the runs say about the sparsity wall, and the table of all
+runs.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,24 @@ class VerdictText:
 
 
 def verdict_text(material: Material) -> VerdictText:
-    """The verdict over the arm with most ratios; "cannot tell" with the reason where its runs do not allow one."""
+    """The verdict over the arm with most ratios; "cannot tell" with the reason where its runs do
+    not allow one.
+    """
     runs = material.table.drop_nulls("loss")
     if not runs.height:
-        return VerdictText("", "This page shows where tokens went in a trace. A verdict on the sparsity wall needs the runs of a sweep.")
+        return VerdictText(
+            "",
+            "This page shows where tokens went in a trace. A verdict on the sparsity wall needs the runs of a sweep.",
+        )
     rated, frame, arm = judged_runs(material)
     try:
         verdict = judge(rated, frame, arm)
     except MoELabError as error:
-        return VerdictText(CANNOT_TELL, f"Cannot tell whether there is a wall: {error}.", details=_basis(frame, arm))
+        return VerdictText(
+            CANNOT_TELL,
+            f"Cannot tell whether there is a wall: {error}.",
+            details=_basis(frame, arm),
+        )
     details = _basis(frame, arm)
     if verdict.elasticity is not None and verdict.interval is not None:
         low, high = verdict.interval
@@ -60,9 +71,14 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("target_ffn_count", "target", 3),
     ("tokens_per_second", "tokens/s", -1),
 )
-"""Result, heading and decimals (-1: three significant digits with a letter) of the numbers in the run table."""
+"""Result, heading and decimals (-1: three significant digits with a letter) of the numbers in the
+run table.
+"""
 
-SPARSE_COLUMNS = (("expert_sparsity", "expert sparsity", 3), ("attention_sparsity", "attention sparsity", 3))
+SPARSE_COLUMNS = (
+    ("expert_sparsity", "expert sparsity", 3),
+    ("attention_sparsity", "attention sparsity", 3),
+)
 """What is added where a run has sparse attention: the two sparsities stand beside each other."""
 
 
@@ -72,11 +88,23 @@ def results_table(material: Material) -> Table:
     columns = COLUMNS + (SPARSE_COLUMNS if (frame["attention_sparsity"] > 0).any() else ())
     rows = []
     for row in frame.head(MAX_TABLE_ROWS).iter_rows(named=True):
-        texts = [magnitude(row[name]) if digits < 0 else decimal(row[name], digits) for name, _, digits in columns]
+        texts = [
+            magnitude(row[name]) if digits < 0 else decimal(row[name], digits)
+            for name, _, digits in columns
+        ]
         ratio = NOTHING if row["ratio"] is None else f"{row['ratio']:.4g}"
-        rows.append((row["arm"] or row["name"] or row["run"], ratio, NOTHING if row["seed"] is None else str(row["seed"]), *texts))
+        rows.append(
+            (
+                row["arm"] or row["name"] or row["run"],
+                ratio,
+                NOTHING if row["seed"] is None else str(row["seed"]),
+                *texts,
+            )
+        )
     header = ("arm", "ratio", "seed", *(heading for _, heading, _ in columns))
-    return Table(header, tuple(rows), (False, *[True] * (len(header) - 1)), frame.height - len(rows))
+    return Table(
+        header, tuple(rows), (False, *[True] * (len(header) - 1)), frame.height - len(rows)
+    )
 
 
 def unfinished_table(material: Material) -> Table | None:
@@ -91,7 +119,9 @@ def unfinished_table(material: Material) -> Table | None:
 
 @dataclass(frozen=True)
 class Failures:
-    """What failed runs said last, as (name, reason, lines); ``left_out`` how many further runs failed."""
+    """What failed runs said last, as (name, reason, lines); ``left_out`` how many further runs
+    failed.
+    """
 
     shown: tuple[tuple[str, str, str], ...]
     left_out: int

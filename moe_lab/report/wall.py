@@ -1,7 +1,8 @@
 """The evidence under the verdict: its figures and tables, from the records of a sweep's runs.
 
-The arm that is judged is the one with most ratios; its shorter budget (``-short``), its runs at other learning rates (``lr``) and the
-other arms serve the comparisons. Published frontiers come from the coefficients of `scaling.LAWS`: no data is needed to draw them.
+The arm that is judged is the one with most ratios; its shorter budget (``-short``), its runs at
+other learning rates (``lr``) and the other arms serve the comparisons. Published frontiers come
+from the coefficients of `scaling.LAWS`: no data is needed to draw them.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ TITLES = {
 
 @dataclass(frozen=True)
 class WallSection:
-    """``forms`` compares the shapes of the frontier, ``confounds`` what else could have made or hidden a wall; ``optima`` says which ratio
-    is best at fixed total parameters (W4), for the arms that hold them fixed."""
+    """``forms`` compares the shapes of the frontier, ``confounds`` what else could have made or
+    hidden a wall; ``optima`` says which ratio is best at fixed total parameters (W4), for the arms
+    that hold them fixed.
+    """
 
     blocks: tuple[Block, ...]
     forms: Table | None
@@ -51,7 +54,9 @@ class WallSection:
 
 
 def judged_runs(material: Material) -> tuple[pl.DataFrame, pl.DataFrame, str]:
-    """The finished runs with a loss and a ratio, those of the arm that the verdict is about, and its name."""
+    """The finished runs with a loss and a ratio, those of the arm that the verdict is about, and
+    its name.
+    """
     from moe_lab.scaling import main_arm
 
     runs = material.table.drop_nulls("loss").with_columns(tokens=pl.col("train_tokens"))
@@ -91,19 +96,34 @@ def wall_section(material: Material) -> WallSection | None:
         table = Table(("confound", "status", "detail"), tuple(found.rows()), (False, False, False))
     except MoELabError:
         table = None
-    optima = tuple(f"Arm {name}: {best.sentence}." for name, best in fixed_total_optima(runs).items())
-    return WallSection(tuple(block for block in blocks if block is not None), _forms(verdict, band), table, optima)
+    optima = tuple(
+        f"Arm {name}: {best.sentence}." for name, best in fixed_total_optima(runs).items()
+    )
+    return WallSection(
+        tuple(block for block in blocks if block is not None), _forms(verdict, band), table, optima
+    )
 
 
-def _frontier(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict, band: Band, published: pl.DataFrame) -> Block:
+def _frontier(
+    runs: pl.DataFrame,
+    frame: pl.DataFrame,
+    arm: str,
+    verdict: Verdict,
+    band: Band,
+    published: pl.DataFrame,
+) -> Block:
     measured = _compute_saved(band, verdict)
     best = _best_of_budgets(runs, arm)
     held = band.means.filter("held_out")["ratio"].to_list()
     without = f" without ratio {held[0]:g}" if held else ""
     variants = (
         Variant("loss", draw.wall_frontier.canvas(band.curve, band.means)),
-        Variant("compute saved, with published frontiers", draw.wall_compute.canvas(measured, published)),
-        Variant("loss against compute, with Marin's frontier", draw.wall_loss.canvas(best, _marin(best))),
+        Variant(
+            "compute saved, with published frontiers", draw.wall_compute.canvas(measured, published)
+        ),
+        Variant(
+            "loss against compute, with Marin's frontier", draw.wall_loss.canvas(best, _marin(best))
+        ),
     )
     low, high = band.means.row(0, named=True), band.means.row(-1, named=True)
     summary = (
@@ -118,25 +138,40 @@ def _frontier(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdic
         "data says where a law leaves the runs it was fitted on. Marin's frontier is of other text, tokens and sizes: compare its slope, "
         "not its level."
     )
-    data = pl.concat([measured.with_columns(frontier=pl.lit("this sweep")), published], how="diagonal")
-    return Block("wall_frontier", caption, (Plot(summary, variants),), data, table_of(band.means, 4))
+    data = pl.concat(
+        [measured.with_columns(frontier=pl.lit("this sweep")), published], how="diagonal"
+    )
+    return Block(
+        "wall_frontier", caption, (Plot(summary, variants),), data, table_of(band.means, 4)
+    )
 
 
 def _compute_saved(band: Band, verdict: Verdict) -> pl.DataFrame:
     first = band.means["loss"][0]
     multiplier = lambda name: ((first - pl.col(name)) / verdict.compute_slope).exp()  # noqa: E731
-    return band.means.select("ratio", compute=multiplier("loss"), lo=multiplier("hi"), hi=multiplier("lo"))
+    return band.means.select(
+        "ratio", compute=multiplier("loss"), lo=multiplier("hi"), hi=multiplier("lo")
+    )
 
 
 def _published(frame: pl.DataFrame) -> pl.DataFrame:
-    """[frontier, ratio, compute, beyond]: compute saved against the smallest ratio of the sweep, by published coefficients."""
+    """[frontier, ratio, compute, beyond]: compute saved against the smallest ratio of the sweep, by
+    published coefficients.
+    """
     from moe_lab.scaling import LAWS
 
     ratios = frame["ratio"].cast(pl.Float64)
     low, high = float(ratios.min()), float(ratios.max())  # type: ignore[arg-type]
     grid = np.geomspace(low, high, 25)
-    active, tokens = (float(frame[name].cast(pl.Float64).median()) for name in ("active_params", "tokens"))  # type: ignore[arg-type]
-    here = {"active_params": active, "tokens": tokens, "granularity": 12.0, "compute": 6 * active * tokens}
+    active, tokens = (
+        float(frame[name].cast(pl.Float64).median()) for name in ("active_params", "tokens")
+    )  # type: ignore[arg-type]
+    here = {
+        "active_params": active,
+        "tokens": tokens,
+        "granularity": 12.0,
+        "compute": 6 * active * tokens,
+    }
     asked = [
         ("Ludziejewski, at this size", "ludziejewski", here),
         ("Ling, at this compute", "ling", here),
@@ -150,7 +185,14 @@ def _published(frame: pl.DataFrame) -> pl.DataFrame:
             end = {**point, "ratio": float(ratio)}
             value = LAWS[law].compute_equivalent({**point, "ratio": low}, end)
             if math.isfinite(value) and value > 0:
-                rows.append({"frontier": name, "ratio": float(ratio), "compute": value, "beyond": "; ".join(LAWS[law].outside(end))})
+                rows.append(
+                    {
+                        "frontier": name,
+                        "ratio": float(ratio),
+                        "compute": value,
+                        "beyond": "; ".join(LAWS[law].outside(end)),
+                    }
+                )
     return pl.DataFrame(rows)
 
 
@@ -165,7 +207,13 @@ def _best_of_budgets(runs: pl.DataFrame, arm: str) -> pl.DataFrame:
         plain=(6.0 * pl.col("active_params") * pl.col("tokens")).mean(),
     )
     means = means.with_columns(compute=pl.coalesce("compute", "plain"))
-    return means.sort("loss").group_by("tokens", maintain_order=True).first().sort("tokens").select("compute", "loss", "ratio")
+    return (
+        means.sort("loss")
+        .group_by("tokens", maintain_order=True)
+        .first()
+        .sort("tokens")
+        .select("compute", "loss", "ratio")
+    )
 
 
 def _marin(best: pl.DataFrame) -> pl.DataFrame:
@@ -173,32 +221,53 @@ def _marin(best: pl.DataFrame) -> pl.DataFrame:
 
     law = LAWS["marin"]
     compute = np.geomspace(min(float(best["compute"].min()), 1e18), 1e21, 30)  # type: ignore[arg-type]
-    return pl.DataFrame({"frontier": law.title, "compute": compute, "loss": np.asarray(law.predict({"compute": compute}))})
+    return pl.DataFrame(
+        {
+            "frontier": law.title,
+            "compute": compute,
+            "loss": np.asarray(law.predict({"compute": compute})),
+        }
+    )
 
 
 def _gain(verdict: Verdict) -> Block:
     gains = verdict.gain_table()
     last = gains.row(-1, named=True)
-    summary = (
-        f"The last doubling bought {last['gain']:.4f} nats ({last['lo']:.4f} to {last['hi']:.4f}); the margin is {last['margin']:.4f}."
-    )
+    summary = f"The last doubling bought {last['gain']:.4f} nats ({last['lo']:.4f} to {last['hi']:.4f}); the margin is {last['margin']:.4f}."
     caption = (
         f"n = {count_of(gains.height, 'step')}. Bars are {100 * verdict.confidence:g} % intervals. Grey: gains worth less than 5 % of "
         "compute. W1 asks for every interval inside the grey from some ratio on; a bar that merely crosses zero proves nothing."
     )
-    return Block("wall_gain", caption, (Plot(summary, (Variant("", draw.wall_gain.canvas(gains)),)),), gains, table_of(gains, 4))
+    return Block(
+        "wall_gain",
+        caption,
+        (Plot(summary, (Variant("", draw.wall_gain.canvas(gains)),)),),
+        gains,
+        table_of(gains, 4),
+    )
 
 
-def _elasticity(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict, published: pl.DataFrame) -> Block:
+def _elasticity(
+    runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verdict, published: pl.DataFrame
+) -> Block:
     from moe_lab.scaling import TUNING
 
-    rows = [_elasticity_row(f"{arm or 'this sweep'}, {magnitude(float(frame['tokens'].max()))} tokens", verdict)]  # type: ignore[arg-type]
+    rows = [
+        _elasticity_row(
+            f"{arm or 'this sweep'}, {magnitude(float(frame['tokens'].max()))} tokens", verdict
+        )
+    ]  # type: ignore[arg-type]
     for other in runs["arm"].unique(maintain_order=True).drop_nulls().to_list() if arm else []:
         part = runs.filter(pl.col("arm") == other)
         if other in (arm, TUNING) or part["ratio"].n_unique() < 3 or part["tokens"].n_unique() > 1:
             continue
         try:
-            rows.append(_elasticity_row(f"{other}, {magnitude(float(part['tokens'].max()))} tokens", judge(runs, part, arm)))  # type: ignore[arg-type]
+            rows.append(
+                _elasticity_row(
+                    f"{other}, {magnitude(float(part['tokens'].max()))} tokens",
+                    judge(runs, part, arm),
+                )
+            )  # type: ignore[arg-type]
         except MoELabError:
             continue
     rows += _published_elasticities(published)
@@ -211,14 +280,24 @@ def _elasticity(runs: pl.DataFrame, frame: pl.DataFrame, arm: str, verdict: Verd
         "(W3), with 90 % intervals; published: the same two doublings by Ludziejewski's and Ling's laws here, and Kimi K2's slope."
     )
     return Block(
-        "wall_elasticity", caption, (Plot(summary, (Variant("", draw.wall_elasticity.canvas(table, margin)),)),), table, table_of(table, 3)
+        "wall_elasticity",
+        caption,
+        (Plot(summary, (Variant("", draw.wall_elasticity.canvas(table, margin)),)),),
+        table,
+        table_of(table, 3),
     )
 
 
 def _elasticity_row(what: str, verdict: Verdict) -> dict[str, object]:
     low, high = verdict.interval
     known = math.isfinite(low)
-    return {"what": what, "elasticity": verdict.elasticity, "lo": low if known else None, "hi": high if known else None, "published": False}
+    return {
+        "what": what,
+        "elasticity": verdict.elasticity,
+        "lo": low if known else None,
+        "hi": high if known else None,
+        "published": False,
+    }
 
 
 def _published_elasticities(published: pl.DataFrame) -> list[dict[str, object]]:
@@ -229,7 +308,9 @@ def _published_elasticities(published: pl.DataFrame) -> list[dict[str, object]]:
         if part.height > 1:
             x, y = part["ratio"].log(), part["compute"].log()
             slope = float((y[-1] - y[0]) / (x[-1] - x[0]))
-            rows.append({"what": name, "elasticity": slope, "lo": None, "hi": None, "published": True})
+            rows.append(
+                {"what": name, "elasticity": slope, "lo": None, "hi": None, "published": True}
+            )
     return rows
 
 
@@ -237,7 +318,9 @@ def _power(frame: pl.DataFrame, verdict: Verdict) -> Block:
     from moe_lab.scaling import Design, default_truths, power, typical_noise
 
     ratios = tuple(sorted(float(ratio) for ratio in frame["ratio"].unique()))
-    active, tokens = (float(frame[name].cast(pl.Float64).median()) for name in ("active_params", "tokens"))  # type: ignore[arg-type]
+    active, tokens = (
+        float(frame[name].cast(pl.Float64).median()) for name in ("active_params", "tokens")
+    )  # type: ignore[arg-type]
     known = math.isfinite(verdict.noise_sd) and verdict.noise_sd > 0
     noise = verdict.noise_sd if known else typical_noise(active)[0]
     plans = [Design(ratios, seeds, active, tokens) for seeds in SEEDS]
@@ -251,7 +334,13 @@ def _power(frame: pl.DataFrame, verdict: Verdict) -> Block:
         "gains fade within the margin has none, and counts unless a wall is claimed. Below 1M tokens per expert every sweep cannot "
         "tell. A share of .9 has a 90 % interval of ±.03."
     )
-    return Block("wall_power", caption, (Plot(summary, (Variant("", draw.wall_power.canvas(table)),)),), table, table_of(table, 2))
+    return Block(
+        "wall_power",
+        caption,
+        (Plot(summary, (Variant("", draw.wall_power.canvas(table)),)),),
+        table,
+        table_of(table, 2),
+    )
 
 
 def _against(runs: pl.DataFrame, arm: str, verdict: Verdict) -> Block | None:
@@ -260,11 +349,16 @@ def _against(runs: pl.DataFrame, arm: str, verdict: Verdict) -> Block | None:
 
     try:
         table = against_experts(runs, arm=arm or None, compute_slope=verdict.compute_slope)
-    except MoELabError:  # an arm of that name in a sweep of another design, or one that is not at its end
+    except (
+        MoELabError
+    ):  # an arm of that name in a sweep of another design, or one that is not at its end
         return None
     if table.is_empty():
         return None
-    told = "; ".join(f"{kind} {crossing(part)}" for (kind,), part in table.group_by("alternative", maintain_order=True))
+    told = "; ".join(
+        f"{kind} {crossing(part)}"
+        for (kind,), part in table.group_by("alternative", maintain_order=True)
+    )
     seeds = table["seeds"]
     number = f"{seeds.min()}" if seeds.n_unique() == 1 else f"{seeds.min()} to {seeds.max()}"
     caption = (
@@ -279,7 +373,9 @@ def _against(runs: pl.DataFrame, arm: str, verdict: Verdict) -> Block | None:
 
 
 def _forms(verdict: Verdict, band: Band) -> Table:
-    """AICc on all ratios beside the misses at the ratio that was held out: a form that fits may still not foresee."""
+    """AICc on all ratios beside the misses at the ratio that was held out: a form that fits may
+    still not foresee.
+    """
     missed = {row["form"]: row for row in band.forms.iter_rows(named=True)}
     rows = tuple(
         (
@@ -291,4 +387,8 @@ def _forms(verdict: Verdict, band: Band) -> Table:
         )
         for form in verdict.forms
     )
-    return Table(("form", "ΔAICc", "weight", "break at ratio", "miss at the held-out ratio, nats"), rows, (False, True, True, True, True))
+    return Table(
+        ("form", "ΔAICc", "weight", "break at ratio", "miss at the held-out ratio, nats"),
+        rows,
+        (False, True, True, True, True),
+    )

@@ -1,4 +1,7 @@
-"""The figures of the verdict: frontier with band, gain per doubling, elasticity, power. Frames in, plotly figures out, as in `figures`."""
+"""The figures of the verdict: frontier with band, gain per doubling, elasticity, power.
+
+Frames in, plotly figures out, as in `figures`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import polars as pl
 from moe_lab.report.canvas import Canvas, drawn, need, plain
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
-BAND = "rgba(47,121,196,0.20)"  # the first series colour, thin enough to read through in both themes
+BAND = (
+    "rgba(47,121,196,0.20)"  # the first series colour, thin enough to read through in both themes
+)
 MARGIN = "rgba(125,127,136,0.22)"
 
 
 @drawn
 def wall_frontier(curve: pl.DataFrame, means: pl.DataFrame) -> Canvas:
-    """Loss against ratio: the fitted curve with its band, the means it was fitted to and those it was not shown.
+    """Loss against ratio: the fitted curve with its band, the means it was fitted to and those it
+    was not shown.
 
     Args:
         curve: columns ratio, loss, lo, hi, as ``scaling.frontier_band``'s curve.
@@ -26,10 +32,21 @@ def wall_frontier(curve: pl.DataFrame, means: pl.DataFrame) -> Canvas:
     figure = Canvas().update_layout(hovermode="closest")
     _band(figure, curve, "90 % band")
     _line(figure, curve["ratio"], curve["loss"], 0, "fitted")
-    for held, name, symbol in ((False, "measured", "circle"), (True, "measured, held out of the fit", "diamond-open")):
+    for held, name, symbol in (
+        (False, "measured", "circle"),
+        (True, "measured, held out of the fit", "diamond-open"),
+    ):
         rows = means.filter(pl.col("held_out") == held)
         if rows.height:
-            _points(figure, rows, "loss", 0 if not held else 1, name, symbol, "ratio %{x:.4~g}: %{y:.4f} nats")
+            _points(
+                figure,
+                rows,
+                "loss",
+                0 if not held else 1,
+                name,
+                symbol,
+                "ratio %{x:.4~g}: %{y:.4f} nats",
+            )
     figure.update_yaxes(title_text="validation loss, nats/token")
     return _log2_axis(figure, means["ratio"]).update_layout(height=400)
 
@@ -44,8 +61,14 @@ def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
     """
     need(measured, "ratio", "compute", "lo", "hi")
     figure = Canvas().update_layout(hovermode="closest")
-    for index, (name, rows) in enumerate(published.group_by("frontier", maintain_order=True), start=1):
-        style = {"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5}
+    for index, (name, rows) in enumerate(
+        published.group_by("frontier", maintain_order=True), start=1
+    ):
+        style = {
+            "color": SERIES[index % len(SERIES)],
+            "dash": DASHES[index % len(DASHES)],
+            "width": 1.5,
+        }
         figure.add_scatter(
             x=rows["ratio"].to_list(),
             y=rows["compute"].to_list(),
@@ -54,14 +77,24 @@ def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
             name=plain(name[0]),
             hovertemplate="ratio %{x:.3~g}: x%{y:.2f} compute",
         )
-    _points(figure, measured, "compute", 0, "this sweep", "circle", "ratio %{x:.4~g}: x%{y:.2f} compute", lines=True)
+    _points(
+        figure,
+        measured,
+        "compute",
+        0,
+        "this sweep",
+        "circle",
+        "ratio %{x:.4~g}: x%{y:.2f} compute",
+        lines=True,
+    )
     figure.update_yaxes(title_text="compute of ratio 1 at equal loss", type="log")
     return _log2_axis(figure, measured["ratio"]).update_layout(height=420)
 
 
 @drawn
 def wall_loss(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
-    """Loss against training compute: this sweep's best per budget and a published compute-optimal frontier.
+    """Loss against training compute: this sweep's best per budget and a published compute-optimal
+    frontier.
 
     Args:
         measured: columns compute (FLOPs), loss, ratio.
@@ -69,7 +102,9 @@ def wall_loss(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
     """
     need(measured, "compute", "loss", "ratio")
     figure = Canvas().update_layout(hovermode="closest")
-    for index, (name, rows) in enumerate(published.group_by("frontier", maintain_order=True), start=1):
+    for index, (name, rows) in enumerate(
+        published.group_by("frontier", maintain_order=True), start=1
+    ):
         _line(figure, rows["compute"], rows["loss"], index, plain(name[0]))
     figure.add_scatter(
         x=measured["compute"].to_list(),
@@ -87,7 +122,8 @@ def wall_loss(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
 
 @drawn
 def wall_gain(gains: pl.DataFrame) -> Canvas:
-    """Gain per doubling of the ratio with its interval, against the margin below which a doubling buys nothing.
+    """Gain per doubling of the ratio with its interval, against the margin below which a doubling
+    buys nothing.
 
     Args:
         gains: columns ratio_from, ratio_to, gain, lo, hi, margin, as ``Verdict.gain_table()``.
@@ -99,10 +135,23 @@ def wall_gain(gains: pl.DataFrame) -> Canvas:
     middle = (gains["ratio_from"] * gains["ratio_to"]).sqrt()
     rows = gains.with_columns(ratio=middle).rename({"gain": "value"})
     steps = [f"{low:g} to {high:g}" for low, high in gains.select("ratio_from", "ratio_to").rows()]
-    _points(figure, rows, "value", 0, "gain per doubling", "circle", "%{customdata}: %{y:.4f} nats per doubling", custom=steps)
+    _points(
+        figure,
+        rows,
+        "value",
+        0,
+        "gain per doubling",
+        "circle",
+        "%{customdata}: %{y:.4f} nats per doubling",
+        custom=steps,
+    )
     figure.add_hline(y=0, line={"color": SERIES[-1], "width": 1})
     figure.add_scatter(
-        x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 12, "color": MARGIN}, name="within the margin"
+        x=[None],
+        y=[None],
+        mode="markers",
+        marker={"symbol": "square", "size": 12, "color": MARGIN},
+        name="within the margin",
     )
     figure.update_yaxes(title_text="nats per doubling of the ratio")
     ends = pl.concat([gains["ratio_from"], gains["ratio_to"]])
@@ -111,32 +160,46 @@ def wall_gain(gains: pl.DataFrame) -> Canvas:
 
 @drawn
 def wall_elasticity(frame: pl.DataFrame, margin: float) -> Canvas:
-    """Elasticity d ln C / d ln ratio of each arm and budget with its interval, and of published laws.
+    """Elasticity d ln C / d ln ratio of each arm and budget with its interval, and of published
+    laws.
 
     Args:
         frame: columns what, elasticity, lo, hi (null for laws), published.
-        margin: elasticity below which a doubling of the ratio is worth less than the compute that counts as nothing.
+        margin: elasticity below which a doubling of the ratio is worth less than the compute that
+            counts as nothing.
     """
     need(frame, "what", "elasticity", "lo", "hi", "published")
     figure = Canvas().update_layout(hovermode="closest")
     figure.add_vrect(x0=-margin, x1=margin, fillcolor=MARGIN, line_width=0, layer="below")
     place = {name: index for index, name in enumerate(reversed(frame["what"].to_list()))}
-    for known, name, series, symbol in ((False, "this sweep, 90 % interval", 0, "circle"), (True, "published", 1, "diamond-open")):
+    for known, name, series, symbol in (
+        (False, "this sweep, 90 % interval", 0, "circle"),
+        (True, "published", 1, "diamond-open"),
+    ):
         rows = frame.filter(pl.col("published") == known)
         if not rows.height:
             continue
-        bars = {"array": (rows["hi"] - rows["elasticity"]).to_list(), "arrayminus": (rows["elasticity"] - rows["lo"]).to_list()}
+        bars = {
+            "array": (rows["hi"] - rows["elasticity"]).to_list(),
+            "arrayminus": (rows["elasticity"] - rows["lo"]).to_list(),
+        }
         figure.add_scatter(
             x=rows["elasticity"].to_list(),
             y=[place[what] for what in rows["what"]],
             mode="markers",
             marker={"size": 9, "color": SERIES[series], "symbol": symbol},
-            error_x=None if known else {"type": "data", "symmetric": False, "thickness": 2, "width": 5, **bars},
+            error_x=None
+            if known
+            else {"type": "data", "symmetric": False, "thickness": 2, "width": 5, **bars},
             customdata=[plain(what) for what in rows["what"]],
             hovertemplate="%{customdata}: %{x:.2f}<extra></extra>",
             name=name,
         )
-    figure.update_yaxes(tickvals=list(place.values()), ticktext=[plain(name) for name in place], range=[-0.6, len(place) - 0.4])
+    figure.update_yaxes(
+        tickvals=list(place.values()),
+        ticktext=[plain(name) for name in place],
+        range=[-0.6, len(place) - 0.4],
+    )
     figure.update_xaxes(title_text="elasticity")
     return figure.update_layout(height=150 + 34 * max(len(place), 2))
 
@@ -150,41 +213,65 @@ def wall_power(frame: pl.DataFrame) -> Canvas:
     """
     need(frame, "truth", "seeds", "settled")
     figure = Canvas().update_layout(hovermode="closest")
-    for index, (name, rows) in enumerate(frame.sort("seeds").group_by("truth", maintain_order=True)):
+    for index, (name, rows) in enumerate(
+        frame.sort("seeds").group_by("truth", maintain_order=True)
+    ):
         figure.add_scatter(
             x=rows["seeds"].to_list(),
             y=rows["settled"].to_list(),
             mode="lines+markers",
-            line={"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5},
+            line={
+                "color": SERIES[index % len(SERIES)],
+                "dash": DASHES[index % len(DASHES)],
+                "width": 1.5,
+            },
             marker={"size": 8, "symbol": SYMBOLS[index % len(SYMBOLS)]},
             name=plain(name[0]),
             hovertemplate="%{x} seeds: %{y:.2f}",
         )
     figure.add_hline(y=0.9, line={"color": SERIES[-1], "dash": "dot", "width": 1.5})
-    figure.update_xaxes(title_text="seeds at each ratio", tickvals=frame["seeds"].unique().sort().to_list())
+    figure.update_xaxes(
+        title_text="seeds at each ratio", tickvals=frame["seeds"].unique().sort().to_list()
+    )
     figure.update_yaxes(title_text="chance of the right verdict", range=[-0.03, 1.03])
     return figure.update_layout(height=360)
 
 
 @drawn
 def against_experts(frame: pl.DataFrame) -> Canvas:
-    """Loss of each alternative less that of more experts at the same total, with its interval over seeds.
+    """Loss of each alternative less that of more experts at the same total, with its interval over
+    seeds.
 
     Args:
-        frame: columns alternative, ratio, difference, lo, hi, seeds, as ``scaling.against_experts``.
+        frame: columns alternative, ratio, difference, lo, hi, seeds, as
+            ``scaling.against_experts``.
     """
     need(frame, "alternative", "ratio", "difference", "lo", "hi", "seeds")
     figure = Canvas().update_layout(hovermode="closest")
     figure.add_hline(y=0, line={"color": SERIES[-1], "width": 1})
     for index, (name, rows) in enumerate(frame.group_by("alternative", maintain_order=True)):
         up, down = rows["hi"] - rows["difference"], rows["difference"] - rows["lo"]
-        bars = {"array": up.to_list(), "arrayminus": down.to_list(), "color": SERIES[index % len(SERIES)]}
+        bars = {
+            "array": up.to_list(),
+            "arrayminus": down.to_list(),
+            "color": SERIES[index % len(SERIES)],
+        }
         figure.add_scatter(
-            x=(rows["ratio"] * 2 ** (0.06 * index)).to_list(),  # beside each other, where intervals would hide one another
+            x=(
+                rows["ratio"] * 2 ** (0.06 * index)
+            ).to_list(),  # beside each other, where intervals would hide one another
             y=rows["difference"].to_list(),
             mode="lines+markers",
-            line={"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5},
-            marker={"color": SERIES[index % len(SERIES)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 9},
+            line={
+                "color": SERIES[index % len(SERIES)],
+                "dash": DASHES[index % len(DASHES)],
+                "width": 1.5,
+            },
+            marker={
+                "color": SERIES[index % len(SERIES)],
+                "symbol": SYMBOLS[index % len(SYMBOLS)],
+                "size": 9,
+            },
             error_y={"type": "data", "symmetric": False, "thickness": 1.5, "width": 5, **bars},
             customdata=rows.select("ratio", "seeds").rows(),
             hovertemplate="ratio %{customdata[0]:.4~g}, %{customdata[1]} seeds: %{y:+.4f} nats",
@@ -208,8 +295,14 @@ def _band(figure: Canvas, curve: pl.DataFrame, name: str) -> None:
 
 
 def _line(figure: Canvas, x: pl.Series, y: pl.Series, index: int, name: str) -> None:
-    style = {"color": SERIES[index % len(SERIES)], "dash": DASHES[index % len(DASHES)], "width": 1.5}
-    figure.add_scatter(x=x.to_list(), y=y.to_list(), mode="lines", line=style, name=name, hoverinfo="skip")
+    style = {
+        "color": SERIES[index % len(SERIES)],
+        "dash": DASHES[index % len(DASHES)],
+        "width": 1.5,
+    }
+    figure.add_scatter(
+        x=x.to_list(), y=y.to_list(), mode="lines", line=style, name=name, hoverinfo="skip"
+    )
 
 
 def _points(
@@ -224,7 +317,10 @@ def _points(
     lines: bool = False,
     custom: list[str] | None = None,
 ) -> None:
-    bars = {"array": (rows["hi"] - rows[column]).to_list(), "arrayminus": (rows[column] - rows["lo"]).to_list()}
+    bars = {
+        "array": (rows["hi"] - rows[column]).to_list(),
+        "arrayminus": (rows[column] - rows["lo"]).to_list(),
+    }
     known = all(value is not None and math.isfinite(value) for value in bars["array"])
     figure.add_scatter(
         x=rows["ratio"].to_list(),
@@ -232,7 +328,9 @@ def _points(
         mode="lines+markers" if lines else "markers",
         line={"color": SERIES[series], "width": 2},
         marker={"color": SERIES[series], "symbol": symbol, "size": 9},
-        error_y={"type": "data", "symmetric": False, "thickness": 1.5, "width": 5, **bars} if known else None,
+        error_y={"type": "data", "symmetric": False, "thickness": 1.5, "width": 5, **bars}
+        if known
+        else None,
         customdata=custom,
         hovertemplate=hover + "<extra></extra>",
         name=name,
@@ -240,9 +338,16 @@ def _points(
 
 
 def _log2_axis(figure: Canvas, ratios: pl.Series) -> Canvas:
-    low, high = math.floor(math.log2(float(ratios.min()))), math.ceil(math.log2(float(ratios.max())))  # type: ignore[arg-type]
+    low, high = (
+        math.floor(math.log2(float(ratios.min()))),
+        math.ceil(math.log2(float(ratios.max()))),
+    )  # type: ignore[arg-type]
     ticks = [2.0**power for power in range(low, high + 1)]
     labels = [f"{tick:g}" for tick in ticks]
     return figure.update_xaxes(
-        type="log", tickmode="array", tickvals=ticks, ticktext=labels, title_text="total : active experts (log scale)"
+        type="log",
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=labels,
+        title_text="total : active experts (log scale)",
     )

@@ -1,7 +1,9 @@
-"""The section on whose experts they are: specialisation, co-activation, transitions and repetition of one trace, saturation of several.
+"""The section on whose experts they are: specialisation, co-activation, transitions and repetition
+of one trace, saturation of several.
 
-Everything keeps to a budget of cells, so that a model of 94 layers and 512 experts still makes a page that opens: layers are picked evenly,
-pairs of experts are binned, and the reader chooses the layer.
+Everything keeps to a budget of cells, so that a model of 94 layers and 512 experts still makes a
+page that opens: layers are picked evenly, pairs of experts are binned, and the reader chooses the
+layer.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from moe_lab.report.sources import Material, NamedTrace
 from moe_lab.trace import LayerMeta
 
 DOMAINS = ("domain", "source", "language", "lexer", "subword", "freq_band", "position_band")
-"""Columns that tell kinds of text apart, the first that a trace has with at least two values; the last one can always be derived."""
+"""Columns that tell kinds of text apart, the first that a trace has with at least two values; the
+last one can always be derived.
+"""
 MOST_DOMAINS = 6
 MAP_CELLS = 200_000
 """Cells of the specialisation maps, about 11 bytes each."""
@@ -50,8 +54,12 @@ def whose_section(material: Material) -> WhoseSection:
             ("From layer to layer", _transitions_block),
             ("Repetition along the text", _repetition_block),
         )
-        blocks += [(heading, block) for heading, maker in makers if (block := maker(shown[0])) is not None]
-    if (block := _saturation_block([named for named in material.traces if named.run is None])) is not None:
+        blocks += [
+            (heading, block) for heading, maker in makers if (block := maker(shown[0])) is not None
+        ]
+    if (
+        block := _saturation_block([named for named in material.traces if named.run is None])
+    ) is not None:
         blocks.append(("Saturation over checkpoints", block))
     return WhoseSection(tuple(blocks))
 
@@ -85,7 +93,11 @@ def _specialisation_block(named: NamedTrace) -> Block | None:
     drawn = data.filter(pl.col("layer").is_in(layers))
     wide = 2 * _width(named) + 80 if _width(named) > 128 else 0
     variants = tuple(
-        Variant(f"{column} = {figures.plain(domain)}", figures.domain_specialisation.canvas(drawn, domain=domain), wide)
+        Variant(
+            f"{column} = {figures.plain(domain)}",
+            figures.domain_specialisation.canvas(drawn, domain=domain),
+            wide,
+        )
         for domain in domains
     )
     ratio = data.filter(pl.col("at_random") > 0, pl.col("domain").is_in(domains)).with_columns(
@@ -93,10 +105,13 @@ def _specialisation_block(named: NamedTrace) -> Block | None:
     )
     top = ratio.sort("ratio", "tokens", descending=True, nulls_last=True).head(TABLE_ROWS)
     first = top.row(0, named=True) if top.height else None
-    summary = "Share of each kind's tokens that each expert runs, over its share of all tokens. " + (
-        f"The largest is {decimal(first['ratio'], 2)} times, expert {first['expert']} of layer {first['layer']} for {first['domain']}."
-        if first
-        else ""
+    summary = (
+        "Share of each kind's tokens that each expert runs, over its share of all tokens. "
+        + (
+            f"The largest is {decimal(first['ratio'], 2)} times, expert {first['expert']} of layer {first['layer']} for {first['domain']}."
+            if first
+            else ""
+        )
     )
     caption = (
         f"n = {whole(named.trace.num_tokens)} tokens of {named.label}, by {column}. Colour: share of the kind's tokens that the expert "
@@ -105,7 +120,9 @@ def _specialisation_block(named: NamedTrace) -> Block | None:
         "the largest ratios; among many experts some are large by chance."
     )
     if len(layers) < len(named.trace.meta.layers):
-        caption += f" Drawn are {len(layers)} of {len(named.trace.meta.layers)} layers, evenly spaced."
+        caption += (
+            f" Drawn are {len(layers)} of {len(named.trace.meta.layers)} layers, evenly spaced."
+        )
     return Block("domain_specialisation", caption, (Plot(summary, variants),), data, table_of(top))
 
 
@@ -129,7 +146,11 @@ def _divergence_block(named: NamedTrace) -> Block | None:
         "times; finite samples diverge a little even where kinds do not: the dotted line is what documents dealt anew to the names give."
     )
     return Block(
-        "domain_divergence", caption, (Plot(summary, (Variant("", figures.domain_divergence.canvas(data)),)),), data, table_of(data)
+        "domain_divergence",
+        caption,
+        (Plot(summary, (Variant("", figures.domain_divergence.canvas(data)),)),),
+        data,
+        table_of(data),
     )
 
 
@@ -137,18 +158,28 @@ def _coactivation_block(named: NamedTrace) -> Block | None:
     from moe_lab.analysis import coactivation, coactivation_order
 
     meta = {layer.layer: layer for layer in named.trace.meta.layers}
-    layers = [layer for layer in _even_layers(named, PICKED_LAYERS) if meta[layer].top_k > 1 and meta[layer].num_choices > 2]
+    layers = [
+        layer
+        for layer in _even_layers(named, PICKED_LAYERS)
+        if meta[layer].top_k > 1 and meta[layer].num_choices > 2
+    ]
     if not layers:
         return None
     data = coactivation(named.trace, layers)
     order = coactivation_order(data)
-    variants = tuple(Variant(f"layer {layer}", figures.coactivation.canvas(data, layer=layer, order=order)) for layer in layers)
+    variants = tuple(
+        Variant(f"layer {layer}", figures.coactivation.canvas(data, layer=layer, order=order))
+        for layer in layers
+    )
     met = data.filter(pl.col("expected") >= 5).sort("lift", descending=True, nulls_last=True)
     first = met.row(0, named=True) if met.height else None
-    summary = "Pairs of experts that run together on a token, over what their loads alone would give. " + (
-        f"The largest is {decimal(first['lift'], 2)} times, experts {first['expert_a']} and {first['expert_b']} of layer {first['layer']}."
-        if first
-        else ""
+    summary = (
+        "Pairs of experts that run together on a token, over what their loads alone would give. "
+        + (
+            f"The largest is {decimal(first['lift'], 2)} times, experts {first['expert_a']} and {first['expert_b']} of layer {first['layer']}."
+            if first
+            else ""
+        )
     )
     caption = (
         f"n = {whole(named.trace.num_tokens)} tokens of {named.label}: all pairs of experts of a token, counted once, ÷ the count in "
@@ -156,7 +187,9 @@ def _coactivation_block(named: NamedTrace) -> Block | None:
         f"{_binned(named)}. Layers shown: {listing([str(layer) for layer in layers])}. Every token counted, so without interval; the table "
         "lists the largest lifts among pairs of which at least 5 were expected."
     )
-    return Block("coactivation", caption, (Plot(summary, variants),), data, table_of(met.head(TABLE_ROWS)))
+    return Block(
+        "coactivation", caption, (Plot(summary, variants),), data, table_of(met.head(TABLE_ROWS))
+    )
 
 
 def _transitions_block(named: NamedTrace) -> Block | None:
@@ -168,7 +201,10 @@ def _transitions_block(named: NamedTrace) -> Block | None:
         return None
     chosen = [pairs[place] for place in _even(len(pairs), PICKED_LAYERS)]
     data = transitions(named.trace, chosen)
-    variants = tuple(Variant(f"layer {pair[0]} to {pair[1]}", figures.transitions.canvas(data, layers=pair)) for pair in chosen)
+    variants = tuple(
+        Variant(f"layer {pair[0]} to {pair[1]}", figures.transitions.canvas(data, layers=pair))
+        for pair in chosen
+    )
     met = data.filter(pl.col("expected") >= 5).sort("lift", descending=True, nulls_last=True)
     summary = "Pairs of an expert in one layer and one in the next that run on the same token, over what independent layers would give."
     if met.height:
@@ -182,7 +218,9 @@ def _transitions_block(named: NamedTrace) -> Block | None:
         "(k x k pairs a token) ÷ the product of their shares. Columns stand beside the rows that lead to them most"
         f"{_binned(named)}. Every token counted, so without interval."
     )
-    return Block("transitions", caption, (Plot(summary, variants),), data, table_of(met.head(TABLE_ROWS)))
+    return Block(
+        "transitions", caption, (Plot(summary, variants),), data, table_of(met.head(TABLE_ROWS))
+    )
 
 
 def _repetition_block(named: NamedTrace) -> Block | None:
@@ -197,9 +235,7 @@ def _repetition_block(named: NamedTrace) -> Block | None:
     )
     rates = data.filter(pl.col("choice") == "first")["rate"].drop_nulls().to_list()
     pairs, docs = max(data["n_pairs"].to_list()), count_of(data["n_docs"].to_list()[0], "document")
-    summary = (
-        f"Share of tokens whose first choice is that of the one before, over depth: {decimal(min(rates), 2)} to {decimal(max(rates), 2)}."
-    )
+    summary = f"Share of tokens whose first choice is that of the one before, over depth: {decimal(min(rates), 2)} to {decimal(max(rates), 2)}."
     caption = (
         f"n = {whole(pairs)} pairs of neighbouring tokens in {docs}. Bars are 95 % "
         f"intervals from resampling documents {RESAMPLES} times. Dotted: experts drawn evenly; dash-dotted: the same tokens paired at "
@@ -219,9 +255,22 @@ def _saturation_block(traces: Sequence[NamedTrace]) -> Block | None:
     if not same:
         return None
     names = [f"{place}: {named.label}" for place, named in enumerate(same, start=1)]
-    data = saturation({name: named.trace for name, named in zip(names, same, strict=True)}, last.trace, resamples=RESAMPLES)
-    variants = tuple(Variant(choice, figures.saturation.canvas(data, choice=choice)) for choice in ("top-k", "top-1"))
-    mean = float(np.nanmean(data.filter(pl.col("choice") == "top-k", pl.col("place") == 0)["saturation"].cast(pl.Float64).to_numpy()))
+    data = saturation(
+        {name: named.trace for name, named in zip(names, same, strict=True)},
+        last.trace,
+        resamples=RESAMPLES,
+    )
+    variants = tuple(
+        Variant(choice, figures.saturation.canvas(data, choice=choice))
+        for choice in ("top-k", "top-1")
+    )
+    mean = float(
+        np.nanmean(
+            data.filter(pl.col("choice") == "top-k", pl.col("place") == 0)["saturation"]
+            .cast(pl.Float64)
+            .to_numpy()
+        )
+    )
     tokens = whole(max(data["n_tokens"].to_list()))
     summary = f"Overlap of each checkpoint's routing with that of {last.label}: {decimal(mean, 2)} on average over layers in the first."
     caption = (
@@ -255,4 +304,6 @@ def _cells(layers: Sequence[LayerMeta]) -> int:
 
 
 def _binned(named: NamedTrace) -> str:
-    return f"; more than {BINS} are binned, neighbours sharing a cell" if _width(named) > BINS else ""
+    return (
+        f"; more than {BINS} are binned, neighbours sharing a cell" if _width(named) > BINS else ""
+    )

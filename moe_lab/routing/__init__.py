@@ -1,4 +1,6 @@
-"""Which experts, with which weights: ``RouterConfig`` -> ``Router`` -> ``Routing``, with losses, controllers and monitors."""
+"""Which experts, with which weights: ``RouterConfig`` -> ``Router`` -> ``Routing``, with losses,
+controllers and monitors.
+"""
 
 from moe_lab.routing import controllers, losses, monitors, routers
 from moe_lab.routing.config import (

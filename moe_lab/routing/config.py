@@ -1,7 +1,7 @@
 """``RouterConfig``: one flat configuration for every router, and the choices that appear in it.
 
-Each router class lists the optional fields it reads (``Router.options``, with their defaults); a field that is set but not read by the
-kind is an error, so nothing is ever silently ignored.
+Each router class lists the optional fields it reads (``Router.options``, with their defaults); a
+field that is set but not read by the kind is an error, so nothing is ever silently ignored.
 """
 
 import dataclasses
@@ -37,7 +37,9 @@ class SelectOn(StrEnum):
 
 
 class Weighting(StrEnum):
-    """Where the weights of the selected experts come from: their scores, or a softmax over their logits alone."""
+    """Where the weights of the selected experts come from: their scores, or a softmax over their
+    logits alone.
+    """
 
     SCORES = "scores"
     SELECTED_SOFTMAX = "selected_softmax"
@@ -51,14 +53,18 @@ class GroupScore(StrEnum):
 
 
 class GroupFill(StrEnum):
-    """What stands for the scores of the groups left out: minus infinity, or zero (which a negative biased score can lose to: A.X K2)."""
+    """What stands for the scores of the groups left out: minus infinity, or zero (which a negative
+    biased score can lose to: A.X K2).
+    """
 
     EXCLUDE = "exclude"
     ZERO = "zero"
 
 
 class ZeroExpertKind(StrEnum):
-    """What a zero-compute expert returns: its input, nothing, or a learned mixture of its input and a constant vector (MoE++)."""
+    """What a zero-compute expert returns: its input, nothing, or a learned mixture of its input and
+    a constant vector (MoE++).
+    """
 
     IDENTITY = "identity"
     ZERO = "zero"
@@ -73,7 +79,9 @@ class CapacityScope(StrEnum):
 
 
 class SecondPolicy(StrEnum):
-    """How GShard's second expert is chosen in training: always the runner-up, the runner-up with probability min(1, 2 g_2), or sampled."""
+    """How GShard's second expert is chosen in training: always the runner-up, the runner-up with
+    probability min(1, 2 g_2), or sampled.
+    """
 
     ALL = "all"
     RANDOM = "random"
@@ -81,7 +89,9 @@ class SecondPolicy(StrEnum):
 
 
 class HashTable(StrEnum):
-    """How a hash router's table is drawn: at random, or greedily so that expected loads are even under given token frequencies."""
+    """How a hash router's table is drawn: at random, or greedily so that expected loads are even
+    under given token frequencies.
+    """
 
     RANDOM = "random"
     BALANCED = "balanced"
@@ -89,37 +99,53 @@ class HashTable(StrEnum):
 
 @dataclass(frozen=True)
 class RouterConfig(Config):
-    """What a router is made of. ``None`` means "the kind's own default"; ``docs/routing.md`` lists which kind reads which field.
+    """What a router is made of. ``None`` means "the kind's own default"; ``docs/routing.md`` lists
+    which kind reads which field.
 
     Attributes:
         kind: a name in ``ROUTERS``.
         num_experts: real experts (N in the LongCat papers, E elsewhere).
-        top_k: slots per token, K, of kinds with a fixed count; the largest count of kinds that cut each token on its own (top_p, xmoe,
-            d2dmoe); the mean count aimed at of kinds with a budget (expert choice, thresholds, ReMoE, ...), whose slots are ``max_slots``.
+        top_k: slots per token, K, of kinds with a fixed count; the largest count of kinds that cut
+            each token on its own (top_p, xmoe, d2dmoe); the mean count aimed at of kinds with a
+            budget (expert choice, thresholds, ReMoE, ...), whose slots are ``max_slots``.
         num_zero_experts: zero-compute experts (Z), whose ids follow the real ones.
         norm_topk_prob: divide the selected weights by their sum.
         routed_scaling_factor: multiplies every weight.
-        controller: what moves the selection bias or threshold (None: no bias, or the kind's own rule).
+        controller: what moves the selection bias or threshold (None: no bias, or the kind's own
+            rule).
         score_func, select_on, weighting: the general token-choice router, ``kind="token_choice"``.
-        norm_p, norm_eps, norm_min: p of the norm that divides the weights (None: their sum); added to, and smallest value of, the divisor.
+        norm_p, norm_eps, norm_min: p of the norm that divides the weights (None: their sum); added
+            to, and smallest value of, the divisor.
         router_bias: a learned bias on the logits.
         logit_scale, logit_softcap: logits become ``c * tanh(scale * l / c)``; no cap if None.
-        num_groups, topk_groups, group_score, group_fill: keep the experts of the best ``topk_groups`` of ``num_groups`` groups.
+        num_groups, topk_groups, group_score, group_fill: keep the experts of the best
+            ``topk_groups`` of ``num_groups`` groups.
         jitter_eps: in training the input is multiplied by noise uniform in [1 - eps, 1 + eps].
-        sparsemixer_eps: relative gap to the maximum beyond which SparseMixer masks an expert, halved.
-        capacity_factor: an expert's capacity over its fair share (dropping routers); share of tokens that pass (mixture of depths).
-        eval_capacity_fraction: in evaluation the capacity is this share of all tokens (NLLB; 1: nothing is dropped).
-        expert_capacity: capacity in slots, instead of a factor; ``capacity_scope``: per batch or per sequence.
+        sparsemixer_eps: relative gap to the maximum beyond which SparseMixer masks an expert,
+            halved.
+        capacity_factor: an expert's capacity over its fair share (dropping routers); share of
+            tokens that pass (mixture of depths).
+        eval_capacity_fraction: in evaluation the capacity is this share of all tokens (NLLB; 1:
+            nothing is dropped).
+        expert_capacity: capacity in slots, instead of a factor; ``capacity_scope``: per batch or
+            per sequence.
         batch_prioritized: capacity goes to the most confident tokens first, not to the earliest.
         norm_before_drop, second_expert_policy: of GShard's top-2.
-        zero_expert_kinds: what each zero-compute expert returns, ``num_zero_experts`` entries (None: the kind's own).
-        zero_expert_scaling: whether ``routed_scaling_factor`` multiplies the weights of zero-compute experts too.
-        device_groups: of real experts, for the LongCat router's device-level balance loss (None: the router makes no such loss).
-        ffn_share: MoE++'s tau, the capacity and loss weight of zero-compute experts against real ones.
-        d_router: width of a recurrent router's state (ZAYA). rms_norm_eps: of routers that normalise.
+        zero_expert_kinds: what each zero-compute expert returns, ``num_zero_experts`` entries
+            (None: the kind's own).
+        zero_expert_scaling: whether ``routed_scaling_factor`` multiplies the weights of
+            zero-compute experts too.
+        device_groups: of real experts, for the LongCat router's device-level balance loss (None:
+            the router makes no such loss).
+        ffn_share: MoE++'s tau, the capacity and loss weight of zero-compute experts against real
+            ones.
+        d_router: width of a recurrent router's state (ZAYA). rms_norm_eps: of routers that
+            normalise.
         num_shared_gates: shared experts whose gates enter the normaliser (Inkling).
-        top_p: probability mass that the selected experts must reach. threshold: cut of xmoe and d2dmoe.
-        min_slots, max_slots: fewest and most experts of a token where the count is free (None: 0 and all).
+        top_p: probability mass that the selected experts must reach. threshold: cut of xmoe and
+            d2dmoe.
+        min_slots, max_slots: fewest and most experts of a token where the count is free (None: 0
+            and all).
         vocab_size, hash_table, hash_seed: token-id tables.
     """
 
@@ -170,9 +196,14 @@ class RouterConfig(Config):
     def __post_init__(self) -> None:
         for name, options in _CHOICES.items():
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, choice(options, getattr(self, name), f"{name} among"))
+                object.__setattr__(
+                    self, name, choice(options, getattr(self, name), f"{name} among")
+                )
         if self.zero_expert_kinds is not None:
-            kinds = tuple(choice(ZeroExpertKind, kind, "zero_expert_kinds among") for kind in self.zero_expert_kinds)
+            kinds = tuple(
+                choice(ZeroExpertKind, kind, "zero_expert_kinds among")
+                for kind in self.zero_expert_kinds
+            )
             object.__setattr__(self, "zero_expert_kinds", kinds)
         require(self.num_experts >= 1, "num_experts of at least 1", self.num_experts)
         require(self.num_zero_experts >= 0, "num_zero_experts of at least 0", self.num_zero_experts)
@@ -183,20 +214,33 @@ class RouterConfig(Config):
             self.top_k,
             "a smaller top_k or more experts",
         )
-        require(self.routed_scaling_factor > 0, "routed_scaling_factor above 0", self.routed_scaling_factor)
+        require(
+            self.routed_scaling_factor > 0,
+            "routed_scaling_factor above 0",
+            self.routed_scaling_factor,
+        )
         for name, low, strict in _RANGES:
             value = getattr(self, name)
             fits = value is None or (value > low if strict else value >= low)
             require(fits, f"{name} {'above' if strict else 'of at least'} {low}", value)
         require(self.top_p is None or self.top_p <= 1, "top_p of at most 1", self.top_p)
-        require(self.threshold is None or self.threshold <= 1, "threshold of at most 1", self.threshold)
+        require(
+            self.threshold is None or self.threshold <= 1, "threshold of at most 1", self.threshold
+        )
         self._check_slots()
         self._check_groups()
         router_class(self.kind).check_config(self)
 
     def _check_slots(self) -> None:
-        low, high = self.min_slots or 0, self.num_choices if self.max_slots is None else self.max_slots
-        require(low <= high <= self.num_choices, f"min_slots <= max_slots <= {self.num_choices}", f"{low} and {high}")
+        low, high = (
+            self.min_slots or 0,
+            self.num_choices if self.max_slots is None else self.max_slots,
+        )
+        require(
+            low <= high <= self.num_choices,
+            f"min_slots <= max_slots <= {self.num_choices}",
+            f"{low} and {high}",
+        )
         kinds = self.zero_expert_kinds
         require(
             kinds is None or len(kinds) == self.num_zero_experts,
@@ -205,7 +249,11 @@ class RouterConfig(Config):
         )
 
     def _check_groups(self) -> None:
-        require((self.num_groups is None) == (self.topk_groups is None), "num_groups and topk_groups together", "only one of them")
+        require(
+            (self.num_groups is None) == (self.topk_groups is None),
+            "num_groups and topk_groups together",
+            "only one of them",
+        )
         if self.num_groups is None or self.topk_groups is None:
             return
         require(
@@ -214,9 +262,17 @@ class RouterConfig(Config):
             self.num_groups,
             f"one of {', '.join(str(n) for n in range(1, min(self.num_choices, 64) + 1) if self.num_choices % n == 0)}",
         )
-        require(self.topk_groups <= self.num_groups, f"topk_groups of at most num_groups {self.num_groups}", self.topk_groups)
+        require(
+            self.topk_groups <= self.num_groups,
+            f"topk_groups of at most num_groups {self.num_groups}",
+            self.topk_groups,
+        )
         reachable = self.topk_groups * (self.num_choices // self.num_groups)
-        require(self.top_k <= reachable, f"top_k of at most {reachable}, the experts of topk_groups {self.topk_groups} groups", self.top_k)
+        require(
+            self.top_k <= reachable,
+            f"top_k of at most {reachable}, the experts of topk_groups {self.topk_groups} groups",
+            self.top_k,
+        )
 
     @property
     def num_choices(self) -> int:
@@ -242,13 +298,15 @@ class RouterConfig(Config):
 
     @staticmethod
     def from_hf(config: Any, layer: int | None = None) -> "RouterConfig":
-        """The router of a Hugging Face model: ``config`` is a ``PretrainedConfig`` or the dictionary of a ``config.json``.
+        """The router of a Hugging Face model: ``config`` is a ``PretrainedConfig`` or the
+        dictionary of a ``config.json``.
 
         Args:
             layer: for models whose layers differ (HunYuan's lists, the hash layers of DeepSeek-V4).
 
         Raises:
-            ConfigError: the model type is unknown, or the configuration lacks a value the router needs.
+            ConfigError: the model type is unknown, or the configuration lacks a value the router
+                needs.
         """
         from moe_lab.routing.hf import router_config
 

@@ -1,21 +1,39 @@
-"""``RouterConfig.from_hf``: the router of a Hugging Face model from its configuration (``hf_weights`` copies its parameters).
+"""``RouterConfig.from_hf``: the router of a Hugging Face model from its configuration
+(``hf_weights`` copies its parameters).
 
-One entry of ``FAMILIES`` says what the router of a ``model_type`` does; names differ between models, so every value is looked up under
-all names in use. Nothing is guessed: a missing value or an unknown model type is an error. transformers itself is not imported.
+One entry of ``FAMILIES`` says what the router of a ``model_type`` does; names differ between
+models, so every value is looked up under all names in use. Nothing is guessed: a missing value or
+an unknown model type is an error. transformers itself is not imported.
 
-What is reproduced is the router module. Beam, Laguna and MiniMax-M3 multiply by their scaling factor after the experts, outside it.
+What is reproduced is the router module. Beam, Laguna and MiniMax-M3 multiply by their scaling
+factor after the experts, outside it.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_lab.errors import ConfigError, expected
-from moe_lab.routing.config import CapacityScope, GroupFill, GroupScore, RouterConfig, ScoreFunc, SecondPolicy, SelectOn
+from moe_lab.routing.config import (
+    CapacityScope,
+    GroupFill,
+    GroupScore,
+    RouterConfig,
+    ScoreFunc,
+    SecondPolicy,
+    SelectOn,
+)
 from moe_lab.routing.controllers import ControllerConfig
 
 NAMES: dict[str, tuple[str, ...]] = {
     "num_experts": ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
-    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
+    "top_k": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_top_k",
+        "moe_k",
+        "top_k_experts",
+    ),
     "routed_scaling_factor": ("routed_scaling_factor", "router_scaling_factor", "route_scale"),
     "norm_topk_prob": ("norm_topk_prob", "moe_renormalize"),
     "num_groups": ("n_group", "num_expert_group"),
@@ -31,21 +49,34 @@ class Source:
 
     def __init__(self, config: Any, layer: int | None) -> None:
         self.config, self.layer = config, layer
-        self.model_type = str(self.get("model_type", default="")) or ("dbrx_ffn" if self.has("moe_normalize_expert_weights") else "")
+        self.model_type = str(self.get("model_type", default="")) or (
+            "dbrx_ffn" if self.has("moe_normalize_expert_weights") else ""
+        )
 
     def has(self, name: str) -> bool:
-        return name in self.config if isinstance(self.config, Mapping) else hasattr(self.config, name)
+        return (
+            name in self.config if isinstance(self.config, Mapping) else hasattr(self.config, name)
+        )
 
     def get(self, *names: str, default: Any = ...) -> Any:
         """The first of ``names`` that is present and not None; lists are per layer."""
         for name in names:
-            value = self.config.get(name) if isinstance(self.config, Mapping) else getattr(self.config, name, None)
+            value = (
+                self.config.get(name)
+                if isinstance(self.config, Mapping)
+                else getattr(self.config, name, None)
+            )
             if isinstance(value, list | tuple):
                 value = self._of_layer(name, value)
             if value is not None:
                 return value
         if default is ...:
-            raise ConfigError(expected(f"one of {', '.join(names)} in the {self.model_type} configuration", "none of them"))
+            raise ConfigError(
+                expected(
+                    f"one of {', '.join(names)} in the {self.model_type} configuration",
+                    "none of them",
+                )
+            )
         return default
 
     def ours(self, name: str, default: Any = ...) -> Any:
@@ -53,7 +84,9 @@ class Source:
 
     def _of_layer(self, name: str, values: list | tuple) -> Any:
         if self.layer is None and len(set(values)) > 1:
-            raise ConfigError(expected(f"the layer whose {name} is wanted", None, "from_hf(config, layer=0)"))
+            raise ConfigError(
+                expected(f"the layer whose {name} is wanted", None, "from_hf(config, layer=0)")
+            )
         return values[self.layer or 0]
 
 
@@ -63,7 +96,10 @@ Family = Callable[[Source], Fields]
 
 def _softmax(norm: bool | None) -> Family:
     """``norm`` None: as the configuration's flag says."""
-    return lambda source: {"kind": "softmax_topk", "norm_topk_prob": bool(source.ours("norm_topk_prob")) if norm is None else norm}
+    return lambda source: {
+        "kind": "softmax_topk",
+        "norm_topk_prob": bool(source.ours("norm_topk_prob")) if norm is None else norm,
+    }
 
 
 def _selected_softmax(bias: bool = False, mean: bool = False) -> Family:
@@ -112,7 +148,10 @@ def _groups(source: Source, fill: GroupFill | None = None) -> Fields:
 
 def _deepseek_v2(source: Source) -> Fields:
     limited = source.get("topk_method") == "group_limited_greedy"
-    fields = {"kind": "deepseek_v2", "routed_scaling_factor": float(source.ours("routed_scaling_factor"))}
+    fields = {
+        "kind": "deepseek_v2",
+        "routed_scaling_factor": float(source.ours("routed_scaling_factor")),
+    }
     # The release fills with zeros and weighs with the filled scores; -inf selects the same experts.
     return fields | (_groups(source) if limited else {})
 
@@ -125,7 +164,11 @@ def _mistral(always_norm: bool) -> Family:
             "norm_topk_prob": norm,
             "norm_eps": 1e-20 if norm else None,
             "routed_scaling_factor": float(source.ours("routed_scaling_factor")),
-            **({"group_score": GroupScore.BEST_TWO} if source.ours("num_groups", default=1) > 1 else {}),
+            **(
+                {"group_score": GroupScore.BEST_TWO}
+                if source.ours("num_groups", default=1) > 1
+                else {}
+            ),
             **_groups(source, GroupFill.ZERO),
         }
 
@@ -133,7 +176,9 @@ def _mistral(always_norm: bool) -> Family:
 
 
 def _scored(source: Source) -> Fields:
-    """DeepSeek-V4 and Inkling 2: the score function is named in the configuration; V4's first layers look their experts up."""
+    """DeepSeek-V4 and Inkling 2: the score function is named in the configuration; V4's first
+    layers look their experts up.
+    """
     name = source.get("scoring_func")
     if name not in SCORING:
         raise ConfigError(expected(f"scoring_func among {', '.join(SCORING)}", repr(name)))
@@ -154,7 +199,11 @@ def _cohere2(source: Source) -> Fields:
         return {"kind": "topk_softmax"}
     if function != "sigmoid":
         raise ConfigError(expected("expert_selection_fn softmax or sigmoid", repr(function)))
-    return {"kind": "sigmoid_topk", "select_on": SelectOn.LOGITS, "norm_topk_prob": bool(source.ours("norm_topk_prob"))}
+    return {
+        "kind": "sigmoid_topk",
+        "select_on": SelectOn.LOGITS,
+        "norm_topk_prob": bool(source.ours("norm_topk_prob")),
+    }
 
 
 def _dbrx(source: Source) -> Fields:
@@ -181,7 +230,9 @@ def _laguna(source: Source) -> Fields:
 
 
 def _muse_spark(source: Source) -> Fields:
-    return _sigmoid(norm=True, eps=1e-15)(source) | {"logit_scale": float(source.get("output_multiplier"))}
+    return _sigmoid(norm=True, eps=1e-15)(source) | {
+        "logit_scale": float(source.get("output_multiplier"))
+    }
 
 
 def _kolibri(source: Source) -> Fields:
@@ -264,7 +315,14 @@ def _family(family: Family, *model_types: str) -> dict[str, Family]:
 
 
 FAMILIES: dict[str, Family] = {
-    **_family(_softmax(norm=True), "mixtral", "minimax", "hunyuan_v1_moe", "qwen3_5_moe_text", "qwen3_vl_moe_text"),
+    **_family(
+        _softmax(norm=True),
+        "mixtral",
+        "minimax",
+        "hunyuan_v1_moe",
+        "qwen3_5_moe_text",
+        "qwen3_vl_moe_text",
+    ),
     **_family(
         _softmax(norm=None),
         "qwen2_moe",
@@ -279,7 +337,15 @@ FAMILIES: dict[str, Family] = {
     ),
     **_family(_softmax(norm=False), "jamba"),
     **_family(_dbrx, "dbrx_ffn"),
-    **_family(_selected_softmax(), "aria_text", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "jetmoe"),
+    **_family(
+        _selected_softmax(),
+        "aria_text",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "jetmoe",
+    ),
     **_family(_selected_softmax(bias=True), "gpt_oss"),
     **_family(_selected_softmax(bias=True, mean=True), "openai_privacy_filter"),
     **_family(_cohere2, "cohere2_moe"),
@@ -336,11 +402,25 @@ def router_config(config: Any, layer: int | None = None) -> RouterConfig:
     source = Source(config, layer)
     family = FAMILIES.get(source.model_type)
     if family is None:
-        inner = next((value for name in NESTED if (value := source.get(name, default=None)) is not None), None)
+        inner = next(
+            (value for name in NESTED if (value := source.get(name, default=None)) is not None),
+            None,
+        )
         if inner is not None:
             return router_config(inner, layer)
         known = ", ".join(sorted(FAMILIES))
-        raise ConfigError(expected(f"a model_type among {known}", repr(source.model_type), "building a RouterConfig by hand"))
-    common: Fields = {"num_experts": lambda: source.ours("num_experts"), "top_k": lambda: source.ours("top_k")}
+        raise ConfigError(
+            expected(
+                f"a model_type among {known}",
+                repr(source.model_type),
+                "building a RouterConfig by hand",
+            )
+        )
+    common: Fields = {
+        "num_experts": lambda: source.ours("num_experts"),
+        "top_k": lambda: source.ours("top_k"),
+    }
     fields = family(source)
-    return RouterConfig(**{name: read() for name, read in common.items() if name not in fields} | fields)
+    return RouterConfig(
+        **{name: read() for name, read in common.items() if name not in fields} | fields
+    )

@@ -1,4 +1,6 @@
-"""``Router.load_hf``: copy weights, router bias, correction bias and the few special parameters from a Hugging Face router module."""
+"""``Router.load_hf``: copy weights, router bias, correction bias and the few special parameters
+from a Hugging Face router module.
+"""
 
 from collections.abc import Mapping
 
@@ -10,7 +12,12 @@ from moe_lab.routing.router import Router
 
 WEIGHTS = ("weight", "gate.weight", "proj.weight", "wg.weight", "layer.weight", "classifier.weight")
 ROUTER_BIASES = ("bias", "classifier.bias")
-SELECTION_BIASES = ("e_score_correction_bias", "moe_statics.e_score_correction_bias", "expert_bias", "balancing_biases")
+SELECTION_BIASES = (
+    "e_score_correction_bias",
+    "moe_statics.e_score_correction_bias",
+    "expert_bias",
+    "balancing_biases",
+)
 CHILDREN = ("gate", "router")
 EXTRA = {
     "scale": "input_scale",
@@ -32,8 +39,19 @@ EXTRA = {
 
 def load_router(router: Router, module: nn.Module, selection_bias: Tensor | None) -> None:
     """See ``Router.load_hf``."""
-    block, inner = module, next((child for name in CHILDREN if isinstance(child := getattr(module, name, None), nn.Module)), None)
-    # A block's router is its child; a router whose weight sits in a linear called ``gate`` is itself.
+    block, inner = (
+        module,
+        next(
+            (
+                child
+                for name in CHILDREN
+                if isinstance(child := getattr(module, name, None), nn.Module)
+            ),
+            None,
+        ),
+    )
+    # A block's router is its child; a router whose weight sits in a linear called ``gate`` is
+    # itself.
     if inner is not None and not isinstance(inner, nn.Linear):
         module = inner
     found = {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
@@ -62,11 +80,15 @@ def _refuse_loss(router: Router, copied: dict[str, Tensor]) -> None:
             continue
         if name not in ignored and bool(copied[name].any()):
             hint = "router_bias=True" if name == "bias" else "controller=ControllerConfig()"
-            raise CheckpointError(expected(f"a router without {name}", "one that is not zero", hint))
+            raise CheckpointError(
+                expected(f"a router without {name}", "one that is not zero", hint)
+            )
         del copied[name]
 
 
-def _first(copied: dict[str, Tensor], ours: str, names: tuple[str, ...], found: Mapping[str, Tensor]) -> None:
+def _first(
+    copied: dict[str, Tensor], ours: str, names: tuple[str, ...], found: Mapping[str, Tensor]
+) -> None:
     for name in names:
         if name in found:
             copied[ours] = found[name].squeeze(0) if name.startswith("moe_statics") else found[name]
@@ -76,14 +98,30 @@ def _first(copied: dict[str, Tensor], ours: str, names: tuple[str, ...], found: 
 def _assign(router: Router, copied: Mapping[str, Tensor], module: str) -> None:
     own = {**dict(router.named_parameters()), **dict(router.named_buffers())}
     # The first layer of a recurrent model continues from nothing and has no scale for it.
-    missing = sorted(name for name, _ in router.named_parameters() if name not in copied and name != "state_scale")
+    missing = sorted(
+        name
+        for name, _ in router.named_parameters()
+        if name not in copied and name != "state_scale"
+    )
     if missing:
-        raise CheckpointError(expected(f"a router with {', '.join(missing)}", f"{module}, which has none", "another kind or module"))
+        raise CheckpointError(
+            expected(
+                f"a router with {', '.join(missing)}",
+                f"{module}, which has none",
+                "another kind or module",
+            )
+        )
     for name, tensor in copied.items():
         target = own.get(name)
         if target is None:
             continue
         if target.shape != tensor.shape:
-            raise CheckpointError(expected(f"{name} of shape {list(target.shape)} in {module}", list(tensor.shape), "RouterConfig.from_hf"))
+            raise CheckpointError(
+                expected(
+                    f"{name} of shape {list(target.shape)} in {module}",
+                    list(tensor.shape),
+                    "RouterConfig.from_hf",
+                )
+            )
         with torch.no_grad():
             target.copy_(tensor)

@@ -1,8 +1,10 @@
 """``Router``: which experts, with which weights.
 
-A router is a function of logits with small state. It reads tokens and returns a ``Routing``; it counts nothing itself, so activation
-checkpointing and evaluation cannot disturb it. After an optimiser step the training loop hands the step's routings back through
-``Router.update``, which lets the controller (if any) move the selection bias or threshold: once a step, over all micro-batches.
+A router is a function of logits with small state. It reads tokens and returns a ``Routing``; it
+counts nothing itself, so activation checkpointing and evaluation cannot disturb it. After an
+optimiser step the training loop hands the step's routings back through ``Router.update``, which
+lets the controller (if any) move the selection bias or threshold: once a step, over all
+micro-batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +19,25 @@ from torch import Tensor, nn
 
 from moe_lab.config import require
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.routing.config import ROUTERS, RouterConfig, ZeroExpertKind, check_only_read_fields, router_class
+from moe_lab.routing.config import (
+    ROUTERS,
+    RouterConfig,
+    ZeroExpertKind,
+    check_only_read_fields,
+    router_class,
+)
 from moe_lab.routing.controllers import ControllerConfig, ControllerKind, build_controller
 from moe_lab.routing.routing import Routing
 
-__all__ = ["ROUTERS", "Router", "RouterConfig", "RouterContext", "build_router", "fields", "register"]
+__all__ = [
+    "ROUTERS",
+    "Router",
+    "RouterConfig",
+    "RouterContext",
+    "build_router",
+    "fields",
+    "register",
+]
 
 
 @dataclass(frozen=True)
@@ -30,8 +46,10 @@ class RouterContext:
 
     Attributes:
         token_ids: [T] int64 (hash routers, token lookup).
-        sequence_length: tokens of one sequence; T is a multiple of it (sequence-level budgets, capacities and losses).
-        previous: the routing of the preceding MoE layer (gating residuals of MoE++, recurrence of ZAYA).
+        sequence_length: tokens of one sequence; T is a multiple of it (sequence-level budgets,
+            capacities and losses).
+        previous: the routing of the preceding MoE layer (gating residuals of MoE++, recurrence of
+            ZAYA).
         valid: [T] bool, False for padding.
     """
 
@@ -41,21 +59,28 @@ class RouterContext:
     valid: Tensor | None = None
 
     def tokens_per_sequence(self, num_tokens: int) -> int:
-        """``sequence_length``, or all tokens where none is given. Raises ``ConfigError`` if it does not divide the tokens."""
+        """``sequence_length``, or all tokens where none is given.
+
+        Raises ``ConfigError`` if it does not divide the tokens.
+        """
         length = self.sequence_length or num_tokens
         if num_tokens % max(length, 1):
-            raise ConfigError(expected(f"a number of tokens that sequence_length {length} divides", num_tokens))
+            raise ConfigError(
+                expected(f"a number of tokens that sequence_length {length} divides", num_tokens)
+            )
         return length
 
 
 class Router(nn.Module):
-    """Base of all routers: a weight matrix [E, D], an optional controller, ``forward(x) -> Routing``.
+    """Base of all routers: a weight matrix [E, D], an optional controller, ``forward(x) ->
+    Routing``.
 
-    Subclasses implement ``route`` and list the configuration fields they read. Logits and scores are computed in float32 whatever the
-    dtype of ``x`` (float64 stays float64).
+    Subclasses implement ``route`` and list the configuration fields they read. Logits and scores
+    are computed in float32 whatever the dtype of ``x`` (float64 stays float64).
 
     Attributes:
-        options: optional ``RouterConfig`` fields that this kind reads -> value where the configuration leaves them unset.
+        options: optional ``RouterConfig`` fields that this kind reads -> value where the
+            configuration leaves them unset.
         controllers: controller kinds that this router can follow.
         default_controller: the controller where the configuration has none.
         learned: whether there is a weight matrix at all.
@@ -86,7 +111,12 @@ class Router(nn.Module):
         check_only_read_fields(config, frozenset(cls.options))
         if config.controller is not None and config.controller.kind not in cls.controllers:
             known = ", ".join(sorted(kind.value for kind in cls.controllers))
-            raise ConfigError(expected(f"a controller among {known} for kind {config.kind!r}", repr(config.controller.kind.value)))
+            raise ConfigError(
+                expected(
+                    f"a controller among {known} for kind {config.kind!r}",
+                    repr(config.controller.kind.value),
+                )
+            )
 
     @classmethod
     def slots(cls, config: RouterConfig) -> int:
@@ -111,8 +141,8 @@ class Router(nn.Module):
 
         Raises:
             ConfigError: the last axis is not d_model, or the context lacks what this kind needs.
-            RunError: a logit is NaN or infinite (checked on the CPU; on other devices only under ``torch.autograd.detect_anomaly``,
-                because the check waits for the device).
+            RunError: a logit is NaN or infinite (checked on the CPU; on other devices only under
+                ``torch.autograd.detect_anomaly``, because the check waits for the device).
         """
         if x_TD.dim() != 2 or x_TD.shape[1] != self.d_model:
             raise ConfigError(expected(f"tokens of shape [T, {self.d_model}]", list(x_TD.shape)))
@@ -125,9 +155,15 @@ class Router(nn.Module):
         return self.route(logits_TE, context)
 
     def jittered(self, x_TD: Tensor) -> Tensor:
-        """In training, the input times uniform noise around 1 (Switch, arXiv 2101.03961, section 2.2), if ``jitter_eps`` is set."""
+        """In training, the input times uniform noise around 1 (Switch, arXiv 2101.03961, section
+        2.2), if ``jitter_eps`` is set.
+        """
         eps = self.config.jitter_eps
-        return x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps) if eps and self.training else x_TD
+        return (
+            x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
+            if eps and self.training
+            else x_TD
+        )
 
     def logits(self, x_TD: Tensor) -> Tensor:
         with full_precision(x_TD):
@@ -144,7 +180,8 @@ class Router(nn.Module):
         return None if self.controller is None else self.controller.bias
 
     def update(self, routings: Sequence[Routing]) -> None:
-        """One controller step over the routings of one optimiser step (all its micro-batches, and all data-parallel ranks).
+        """One controller step over the routings of one optimiser step (all its micro-batches, and
+        all data-parallel ranks).
 
         Does nothing in evaluation mode, and nothing where there is no controller.
         """
@@ -152,10 +189,12 @@ class Router(nn.Module):
             self.controller.update_from(routings)
 
     def load_hf(self, module: nn.Module, selection_bias: Tensor | None = None) -> "Router":
-        """Copy weights, router bias and correction bias from a Hugging Face router, or from the block that holds one.
+        """Copy weights, router bias and correction bias from a Hugging Face router, or from the
+        block that holds one.
 
         Args:
-            module: the router, or the MoE block around it (some models keep the correction bias on the block).
+            module: the router, or the MoE block around it (some models keep the correction bias on
+                the block).
             selection_bias: [E] correction bias, where ``module`` does not hold it.
 
         Raises:
@@ -168,8 +207,13 @@ class Router(nn.Module):
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off: routing in half precision turns near scores into ties. (The meta device has no autocast to turn off.)"""
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    """Autocast off: routing in half precision turns near scores into ties.
+
+    (The meta device has no autocast to turn off.)
+    """
+    return (
+        nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    )
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -177,8 +221,12 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_finite(logits_TE: Tensor, valid: Tensor | None = None) -> None:
-    """Raise ``RunError`` if a logit of a valid token is NaN or infinite; see ``Router.forward`` for when it looks."""
-    if torch.compiler.is_compiling() or (logits_TE.device.type != "cpu" and not torch.is_anomaly_enabled()):
+    """Raise ``RunError`` if a logit of a valid token is NaN or infinite; see ``Router.forward`` for
+    when it looks.
+    """
+    if torch.compiler.is_compiling() or (
+        logits_TE.device.type != "cpu" and not torch.is_anomaly_enabled()
+    ):
         return
     if logits_TE.numel() == 0 or all(
         bool(end.isfinite()) for end in logits_TE.detach().aminmax()
@@ -190,7 +238,13 @@ def check_finite(logits_TE: Tensor, valid: Tensor | None = None) -> None:
     count = int(broken.sum())
     if count:
         got = f"NaN or infinity for {count} of {logits_TE.shape[0]} tokens (first: token {int(broken.nonzero()[0, 0])})"
-        raise RunError(expected("finite router logits", got, "a lower learning rate, a router z-loss, or inputs without NaN"))
+        raise RunError(
+            expected(
+                "finite router logits",
+                got,
+                "a lower learning rate, a router z-loss, or inputs without NaN",
+            )
+        )
 
 
 def fields(*groups: Mapping[str, Any], **defaults: Any) -> Mapping[str, Any]:

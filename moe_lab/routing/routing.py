@@ -18,17 +18,24 @@ class Routing:
     """One layer's decisions for T tokens.
 
     Attributes:
-        indices: [T, K] int64, the expert that runs in each slot; -1 where the slot runs nothing. Ids ``0..num_experts-1`` are
-            real experts, ``num_experts..`` zero-compute ones. A token never names one expert twice.
-        weights: [T, K], the gate weight of each slot; 0 where ``indices`` is -1. Carries the gradient of the router.
+        indices: [T, K] int64, the expert that runs in each slot; -1 where the slot runs nothing.
+            Ids ``0..num_experts-1`` are real experts, ``num_experts..`` zero-compute ones. A token
+            never names one expert twice.
+        weights: [T, K], the gate weight of each slot; 0 where ``indices`` is -1. Carries the
+            gradient of the router.
         logits: [T, E], the router's raw outputs, E = num_experts + num_zero_experts.
-        scores: [T, E], the scores from which weights are taken (softmax, sigmoid, ... of the logits), before any selection bias.
+        scores: [T, E], the scores from which weights are taken (softmax, sigmoid, ... of the
+            logits), before any selection bias.
         num_experts: number of real experts, from the configuration (never max id + 1).
         num_zero_experts: number of zero-compute experts.
-        selected: [T, K] int64, what was selected before capacity dropping, or None where nothing can be dropped.
-        valid: [T] bool, False for padding (routed, never counted), or None where every token is real.
-        weights_on_input: True where the weight multiplies the expert's input, not its output (Llama-4).
-        losses: the router's own training losses by name, scalars without coefficient (entropy of top-p, L1 of ReMoE with its lambda).
+        selected: [T, K] int64, what was selected before capacity dropping, or None where nothing
+            can be dropped.
+        valid: [T] bool, False for padding (routed, never counted), or None where every token is
+            real.
+        weights_on_input: True where the weight multiplies the expert's input, not its output
+            (Llama-4).
+        losses: the router's own training losses by name, scalars without coefficient (entropy of
+            top-p, L1 of ReMoE with its lambda).
         shared_weights: [T, S], gates of shared experts, where the router makes them (Inkling).
         state: [T, R], what the next layer's router continues from (ZAYA).
     """
@@ -56,30 +63,48 @@ class Routing:
         return self.indices.shape[1]
 
     def counts(self) -> Tensor:
-        """[E] int64: how many slots of valid tokens each expert runs. Sums to the number of used slots."""
+        """[E] int64: how many slots of valid tokens each expert runs.
+
+        Sums to the number of used slots.
+        """
         return self._count(self.indices)
 
     def selected_counts(self) -> Tensor:
-        """[E] int64: how many slots of valid tokens selected each expert, dropped ones included: the demand that balancing steers."""
+        """[E] int64: how many slots of valid tokens selected each expert, dropped ones included:
+        the demand that balancing steers.
+        """
         return self._count(self.indices if self.selected is None else self.selected)
 
     def num_valid(self) -> Tensor:
         """[] int64: tokens that are not padding."""
-        return torch.full((), self.num_tokens, device=self.indices.device) if self.valid is None else self.valid.sum()
+        return (
+            torch.full((), self.num_tokens, device=self.indices.device)
+            if self.valid is None
+            else self.valid.sum()
+        )
 
     def grouped_counts(self, groups: int) -> Tensor:
-        """[groups, E] int64: the selected counts of each of ``groups`` equal runs of tokens (sequences)."""
+        """[groups, E] int64: the selected counts of each of ``groups`` equal runs of tokens
+        (sequences).
+        """
         total = self.num_experts + self.num_zero_experts
-        group_T = torch.arange(self.num_tokens, device=self.indices.device) // max(self.num_tokens // groups, 1)
+        group_T = torch.arange(self.num_tokens, device=self.indices.device) // max(
+            self.num_tokens // groups, 1
+        )
         selected_TK = self.indices if self.selected is None else self.selected
-        return self._bins(selected_TK, group_T.unsqueeze(1) * total, groups * total).view(groups, total)
+        return self._bins(selected_TK, group_T.unsqueeze(1) * total, groups * total).view(
+            groups, total
+        )
 
     def _count(self, indices_TK: Tensor) -> Tensor:
         return self._bins(indices_TK, 0, self.num_experts + self.num_zero_experts)
 
     def _bins(self, indices_TK: Tensor, offset: Tensor | int, total: int) -> Tensor:
-        counted = indices_TK >= 0 if self.valid is None else (indices_TK >= 0) & self.valid.unsqueeze(1)
-        # What is not counted falls into an extra bin that is cut off; and ``bincount`` waits for a CUDA device, ``scatter_add_`` does not.
+        counted = (
+            indices_TK >= 0 if self.valid is None else (indices_TK >= 0) & self.valid.unsqueeze(1)
+        )
+        # What is not counted falls into an extra bin that is cut off; and ``bincount`` waits for a
+        # CUDA device, ``scatter_add_`` does not.
         bins = torch.where(counted, indices_TK + offset, total).reshape(-1)
         if bins.device.type == "cpu":
             return torch.bincount(bins, minlength=total + 1)[:total]
@@ -94,19 +119,25 @@ class Routing:
         return (self.indices >= self.num_experts).sum(dim=1)
 
     def dropped(self) -> Tensor:
-        """[T, K] bool: slots that selected an expert and lost it to its capacity (told from slots never used)."""
+        """[T, K] bool: slots that selected an expert and lost it to its capacity (told from slots
+        never used).
+        """
         if self.selected is None:
             return torch.zeros_like(self.indices, dtype=torch.bool)
         return (self.selected >= 0) & (self.indices < 0)
 
     def entropy(self) -> Tensor:
         """[T]: entropy in nats of the scores, normalised to sum to one over the experts."""
-        share = self.scores / self.scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(self.scores.dtype).tiny)
+        share = self.scores / self.scores.sum(dim=1, keepdim=True).clamp_min(
+            torch.finfo(self.scores.dtype).tiny
+        )
         # Two to four times as fast as ``torch.special.entr``.
         return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(dim=1)
 
     def margin(self) -> Tensor:
-        """[T]: the K-th largest score less the next one (how close the token was to another set); inf where K = E."""
+        """[T]: the K-th largest score less the next one (how close the token was to another set);
+        inf where K = E.
+        """
         if self.top_k >= self.scores.shape[1]:
             return self.scores.new_full((self.num_tokens,), float("inf"))
         top = self.scores.topk(self.top_k + 1, dim=1).values
@@ -114,11 +145,17 @@ class Routing:
 
     def detach(self) -> "Routing":
         """The same decisions without the autograd graph (and without ``losses``)."""
-        changes = {item.name: getattr(self, item.name).detach() for item in fields(self) if isinstance(getattr(self, item.name), Tensor)}
+        changes = {
+            item.name: getattr(self, item.name).detach()
+            for item in fields(self)
+            if isinstance(getattr(self, item.name), Tensor)
+        }
         return replace(self, **changes, losses={})
 
     def check(self) -> "Routing":
-        """Raise ``TraceError`` unless ids are in range, no token names an expert twice and weights are finite. Synchronises."""
+        """Raise ``TraceError`` unless ids are in range, no token names an expert twice and weights
+        are finite. Synchronises.
+        """
         total = self.num_experts + self.num_zero_experts
         if self.indices.numel() == 0:
             return self
@@ -127,7 +164,11 @@ class Routing:
             raise TraceError(expected(f"expert ids between -1 and {total - 1}", f"{low}..{high}"))
         ordered = self.indices.sort(dim=1).values
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-            raise TraceError("expected each token to name an expert at most once, got a repeated id")
+            raise TraceError(
+                "expected each token to name an expert at most once, got a repeated id"
+            )
         if not bool(torch.isfinite(self.weights).all()):
-            raise TraceError("expected finite gate weights, got NaN or infinity; try lowering the learning rate")
+            raise TraceError(
+                "expected finite gate weights, got NaN or infinity; try lowering the learning rate"
+            )
         return self

@@ -1,4 +1,7 @@
-"""The pieces that routers select with: top k, group limits, free counts as slots, and capacity. None of them waits for the device."""
+"""The pieces that routers select with: top k, group limits, free counts as slots, and capacity.
+
+None of them waits for the device.
+"""
 
 import torch
 from torch import Tensor
@@ -13,20 +16,31 @@ def select_topk(scores_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> 
     return choice.topk(top_k, dim=1).indices
 
 
-def limit_groups(choice_TE: Tensor, num_groups: int, topk_groups: int, score: GroupScore, fill: GroupFill) -> Tensor:
-    """[T, E]: ``choice`` with the experts of all but the best ``topk_groups`` of ``num_groups`` equal groups filled.
+def limit_groups(
+    choice_TE: Tensor, num_groups: int, topk_groups: int, score: GroupScore, fill: GroupFill
+) -> Tensor:
+    """[T, E]: ``choice`` with the experts of all but the best ``topk_groups`` of ``num_groups``
+    equal groups filled.
 
-    DeepSeek-V2 (arXiv 2405.04434) ranks groups by their best expert, DeepSeek-V3 (arXiv 2412.19437) by the sum of their best two.
+    DeepSeek-V2 (arXiv 2405.04434) ranks groups by their best expert, DeepSeek-V3 (arXiv 2412.19437)
+    by the sum of their best two.
     """
     grouped = choice_TE.view(choice_TE.shape[0], num_groups, -1)
-    best = grouped.topk(2, dim=2).values.sum(dim=2) if score == GroupScore.BEST_TWO else grouped.amax(dim=2)
-    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(topk_groups, dim=1).indices, True)
+    best = (
+        grouped.topk(2, dim=2).values.sum(dim=2)
+        if score == GroupScore.BEST_TWO
+        else grouped.amax(dim=2)
+    )
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
+        1, best.topk(topk_groups, dim=1).indices, True
+    )
     value = float("-inf") if fill == GroupFill.EXCLUDE else 0.0
     return grouped.masked_fill(~kept.unsqueeze(2), value).reshape(choice_TE.shape)
 
 
 def slots_from_mask(mask_TE: Tensor, order_TE: Tensor, slots: int, at_least: int = 0) -> Tensor:
-    """[T, slots] ids of the experts where ``mask``, highest ``order`` first, -1 in the slots left over.
+    """[T, slots] ids of the experts where ``mask``, highest ``order`` first, -1 in the slots left
+    over.
 
     Args:
         order_TE: finite; decides who stays where a row of the mask has more than ``slots`` experts.
@@ -55,8 +69,9 @@ def within_capacity(
 ) -> Tensor:
     """[T, K] bool: the slots that fit into their expert's capacity, counted anew in each sequence.
 
-    All first choices are placed before any second choice (GShard, arXiv 2006.16668), each in order of position, or of descending
-    ``priority`` (batch-prioritised routing, arXiv 2106.05974). Unused slots never fit; padding takes no place and always does.
+    All first choices are placed before any second choice (GShard, arXiv 2006.16668), each in order
+    of position, or of descending ``priority`` (batch-prioritised routing, arXiv 2106.05974). Unused
+    slots never fit; padding takes no place and always does.
 
     Args:
         capacity_E: [E] int64.

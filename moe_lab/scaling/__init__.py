@@ -1,4 +1,6 @@
-"""Losses of many runs in, a law and a verdict out: published scaling laws, fits with their uncertainty, and the sparsity wall."""
+"""Losses of many runs in, a law and a verdict out: published scaling laws, fits with their
+uncertainty, and the sparsity wall.
+"""
 
 from moe_lab.scaling.against import Alternative, against_experts, crossing
 from moe_lab.scaling.band import Band, frontier_band
@@ -9,11 +11,25 @@ from moe_lab.scaling.gain import expected_gain
 from moe_lab.scaling.judge import Outcome
 from moe_lab.scaling.law import Law
 from moe_lab.scaling.laws import LAWS
-from moe_lab.scaling.optimum import Isoflop, Optimum, compute_optimal, constrained_optimum, fixed_total_optima, isoflop
+from moe_lab.scaling.optimum import (
+    Isoflop,
+    Optimum,
+    compute_optimal,
+    constrained_optimum,
+    fixed_total_optima,
+    isoflop,
+)
 from moe_lab.scaling.planner import Plan, parse_truth, plan_power, typical_noise
 from moe_lab.scaling.power import Design, Truth, cheapest, default_truths, designs, power
 from moe_lab.scaling.reading import main_arm, read_runs, with_budgets
-from moe_lab.scaling.uncertainty import Saturation, bootstrap, leave_largest_out, profile, profile_interval, saturation
+from moe_lab.scaling.uncertainty import (
+    Saturation,
+    bootstrap,
+    leave_largest_out,
+    profile,
+    profile_interval,
+    saturation,
+)
 from moe_lab.scaling.verdict import FormScore, Gain, Verdict, verdict_by_budget, wall_verdict
 
 __all__ = [

@@ -1,8 +1,10 @@
-"""Did something else beat more experts? Runs of an alternative beside the runs with experts of the same total, paired by seed.
+"""Did something else beat more experts? Runs of an alternative beside the runs with experts of the
+same total, paired by seed.
 
-A sweep with ``--alternative`` trains, at each total, a model with more experts and one whose parameters went into n-gram tables, layers or
-channels instead (`alternatives`). Seeds share batches, so the difference of two runs of one seed is free of the seed's own effect; the
-interval is Student's over seeds. Fewer than two pairs have none.
+A sweep with ``--alternative`` trains, at each total, a model with more experts and one whose
+parameters went into n-gram tables, layers or channels instead (`alternatives`). Seeds share
+batches, so the difference of two runs of one seed is free of the seed's own effect; the interval is
+Student's over seeds. Fewer than two pairs have none.
 """
 
 import math
@@ -31,7 +33,9 @@ class Alternative(StrEnum):
 
 
 class Result(StrEnum):
-    """Of an alternative: the interval of its difference lies below 0, above 0, within the margin, or it holds 0 and more than that."""
+    """Of an alternative: the interval of its difference lies below 0, above 0, within the margin,
+    or it holds 0 and more than that.
+    """
 
     BETTER = "better"
     WORSE = "worse"
@@ -49,29 +53,44 @@ _SCHEMA = {
 }
 
 
-def against_experts(runs: pl.DataFrame, *, arm: str | None = None, compute_slope: float | None = None) -> pl.DataFrame:
+def against_experts(
+    runs: pl.DataFrame, *, arm: str | None = None, compute_slope: float | None = None
+) -> pl.DataFrame:
     """Each alternative against more experts at the same total.
 
     Args:
-        runs: one row per run with columns arm, ratio, seed, loss (nats per token), total_params. An alternative is an arm called "ngram",
-            "depth" or "width".
-        arm: that of the runs with experts; "experts" has precedence, as what the recipes pair alternatives with (default: the arm with
-            most ratios).
-        compute_slope: -dL/dlnC, nats per e-fold of compute; without it a difference is not put into compute, and there is no margin.
+        runs: one row per run with columns arm, ratio, seed, loss (nats per token), total_params. An
+            alternative is an arm called "ngram", "depth" or "width".
+        arm: that of the runs with experts; "experts" has precedence, as what the recipes pair
+            alternatives with (default: the arm with most ratios).
+        compute_slope: -dL/dlnC, nats per e-fold of compute; without it a difference is not put into
+            compute, and there is no margin.
 
     Returns:
-        [alternative, ratio, total_params (both of the run with experts), seeds, difference (loss of the alternative less that of the
-        experts, mean over seeds), lo, hi (95 %), compute (what the difference is worth as a multiplier of compute, above 1 where the
-        alternative is better), compute_lo, compute_hi, result]; no rows where there is no alternative. The margin of "no difference" is
-        5 % of compute.
+        [alternative, ratio, total_params (both of the run with experts), seeds, difference (loss of
+        the alternative less that of the experts, mean over seeds), lo, hi (95 %), compute (what the
+        difference is worth as a multiplier of compute, above 1 where the alternative is better),
+        compute_lo, compute_hi, result]; no rows where there is no alternative. The margin of "no
+        difference" is 5 % of compute.
 
     Raises:
-        AnalysisError: a column is missing, or runs of an alternative have no run with experts of the same seed within 2 % of their total.
+        AnalysisError: a column is missing, or runs of an alternative have no run with experts of
+            the same seed within 2 % of their total.
     """
-    missing = [name for name in ("arm", "ratio", "seed", "loss", "total_params") if name not in runs.columns]
+    missing = [
+        name
+        for name in ("arm", "ratio", "seed", "loss", "total_params")
+        if name not in runs.columns
+    ]
     if missing:
-        raise AnalysisError(expected("columns arm, ratio, seed, loss, total_params", f"none called {', '.join(missing)}"))
-    alternatives = pl.col("arm").is_in([kind.value for kind in Alternative if kind is not Alternative.EXPERTS])
+        raise AnalysisError(
+            expected(
+                "columns arm, ratio, seed, loss, total_params", f"none called {', '.join(missing)}"
+            )
+        )
+    alternatives = pl.col("arm").is_in(
+        [kind.value for kind in Alternative if kind is not Alternative.EXPERTS]
+    )
     others, experts = runs.filter(alternatives), runs.filter(arm=Alternative.EXPERTS.value)
     if others.is_empty():
         return pl.DataFrame(schema=_SCHEMA)
@@ -81,7 +100,9 @@ def against_experts(runs: pl.DataFrame, *, arm: str | None = None, compute_slope
     rows = []
     for (kind, ratio), group in pairs.group_by("arm", "ratio_experts", maintain_order=True):
         mean, low, high = mean_interval((group["loss"] - group["loss_experts"]).to_numpy())
-        worth = lambda value: None if value is None or compute_slope is None else math.exp(-value / compute_slope)  # noqa: E731
+        worth = lambda value: (
+            None if value is None or compute_slope is None else math.exp(-value / compute_slope)
+        )  # noqa: E731
         rows.append(
             {
                 "alternative": kind,
@@ -90,36 +111,64 @@ def against_experts(runs: pl.DataFrame, *, arm: str | None = None, compute_slope
                 "seeds": group.height,
                 **{"difference": mean, "lo": low, "hi": high},
                 **{"compute": worth(mean), "compute_lo": worth(high), "compute_hi": worth(low)},
-                "result": result_of(low, high, 0.0 if compute_slope is None else compute_slope * math.log(MARGIN)).value,
+                "result": result_of(
+                    low, high, 0.0 if compute_slope is None else compute_slope * math.log(MARGIN)
+                ).value,
             }
         )
     return pl.DataFrame(rows, schema=_SCHEMA).sort("alternative", "ratio")
 
 
 def _pairs(others: pl.DataFrame, experts: pl.DataFrame) -> pl.DataFrame:
-    """Every run of an alternative with the run with experts of its seed whose total is nearest; its columns end in ``_experts``."""
-    named = experts.select("seed", **{f"{name}_experts": pl.col(name) for name in ("ratio", "loss", "total_params")})
+    """Every run of an alternative with the run with experts of its seed whose total is nearest; its
+    columns end in ``_experts``.
+    """
+    named = experts.select(
+        "seed", **{f"{name}_experts": pl.col(name) for name in ("ratio", "loss", "total_params")}
+    )
     apart = (pl.col("total_params") / pl.col("total_params_experts") - 1).abs()
-    found = others.select("arm", "seed", "loss", "total_params").with_row_index("row").join(named, on="seed").with_columns(apart=apart)
-    found = found.sort("row", "apart").group_by("row", maintain_order=True).first().filter(pl.col("apart") <= TOLERANCE)
+    found = (
+        others.select("arm", "seed", "loss", "total_params")
+        .with_row_index("row")
+        .join(named, on="seed")
+        .with_columns(apart=apart)
+    )
+    found = (
+        found.sort("row", "apart")
+        .group_by("row", maintain_order=True)
+        .first()
+        .filter(pl.col("apart") <= TOLERANCE)
+    )
     if found.height < others.height:
         lone = others.height - found.height
         what = f"a run with experts of the same seed within {TOLERANCE:.0%} of each total"
-        raise AnalysisError(expected(what, f"none for {lone} of {others.height} runs", "running the sweep with --alternative to its end"))
+        raise AnalysisError(
+            expected(
+                what,
+                f"none for {lone} of {others.height} runs",
+                "running the sweep with --alternative to its end",
+            )
+        )
     return found.sort("arm", "ratio_experts", "seed")
 
 
-def mean_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float | None, float | None]:
+def mean_interval(
+    values: np.ndarray, confidence: float = CONFIDENCE
+) -> tuple[float, float | None, float | None]:
     """(mean, lo, hi) of [n] values by Student's t; no ends for a single value."""
     mean = float(values.mean())
     if len(values) < 2:
         return mean, None, None
-    half = float(stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / len(values) ** 0.5)
+    half = float(
+        stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / len(values) ** 0.5
+    )
     return mean, mean - half, mean + half
 
 
 def result_of(low: float | None, high: float | None, margin: float) -> Result:
-    """What the interval of a difference says, where differences within ``margin`` (nats) count as none."""
+    """What the interval of a difference says, where differences within ``margin`` (nats) count as
+    none.
+    """
     if low is None or high is None:
         return Result.CANNOT_TELL
     if high < 0:
@@ -130,8 +179,13 @@ def result_of(low: float | None, high: float | None, margin: float) -> Result:
 
 
 def crossing(table: pl.DataFrame) -> str:
-    """Where the alternative of ``table`` ([ratio, result], one row per ratio) begins to beat more experts, if the intervals settle it."""
-    won, lost = (sorted(table.filter(result=word.value)["ratio"].to_list()) for word in (Result.BETTER, Result.WORSE))
+    """Where the alternative of ``table`` ([ratio, result], one row per ratio) begins to beat more
+    experts, if the intervals settle it.
+    """
+    won, lost = (
+        sorted(table.filter(result=word.value)["ratio"].to_list())
+        for word in (Result.BETTER, Result.WORSE)
+    )
     listed = lambda ratios: ", ".join(f"{ratio:g}" for ratio in ratios)  # noqa: E731
     if won and lost and max(lost) < min(won):
         return f"loses up to ratio {max(lost):g} and wins from ratio {min(won):g}: the curves cross between"

@@ -1,7 +1,9 @@
-"""The frontier as a curve with a band, fitted without its largest ratios, and how far each form misses those.
+"""The frontier as a curve with a band, fitted without its largest ratios, and how far each form
+misses those.
 
-In: runs of one sweep. Out: the form with the smallest AICc drawn through the smaller ratios, its interval from redrawn noise, and the
-measured means of the ratios it did not see beside what it expected there. A form that fits and does not foresee is no law.
+In: runs of one sweep. Out: the form with the smallest AICc drawn through the smaller ratios, its
+interval from redrawn noise, and the measured means of the ratios it did not see beside what it
+expected there. A form that fits and does not foresee is no law.
 """
 
 from dataclasses import dataclass
@@ -19,9 +21,11 @@ FEWEST_FITTED = 4
 
 @dataclass(frozen=True)
 class Band:
-    """``form`` is the best by AICc on the fitted ratios; ``curve`` [ratio, loss, lo, hi]; ``means`` [ratio, loss, lo, hi, held_out] with
-    intervals of the means (NaN where the noise is unknown); ``forms`` [form, delta_aicc, error, rmse]: misses at the ratios held out,
-    measured less expected, at the largest and root mean square (null where none was held out)."""
+    """``form`` is the best by AICc on the fitted ratios; ``curve`` [ratio, loss, lo, hi]; ``means``
+    [ratio, loss, lo, hi, held_out] with intervals of the means (NaN where the noise is unknown);
+    ``forms`` [form, delta_aicc, error, rmse]: misses at the ratios held out, measured less
+    expected, at the largest and root mean square (null where none was held out).
+    """
 
     form: str
     curve: pl.DataFrame
@@ -38,8 +42,9 @@ def frontier_band(
     noise_sd: float | None = None,
     seed: int = 0,
 ) -> Band:
-    """Fit without the ``hold_out`` largest ratios (fewer where less than four ratios would be left). Raises ``AnalysisError`` as
-    `wall_verdict` does."""
+    """Fit without the ``hold_out`` largest ratios (fewer where less than four ratios would be
+    left). Raises ``AnalysisError`` as `wall_verdict` does.
+    """
     sweep = read_sweep(frame)
     x, counts = sweep.log2, sweep.counts
     kept = max(min(len(x), FEWEST_FITTED), len(x) - hold_out)
@@ -49,16 +54,29 @@ def frontier_band(
     best = min(scores, key=lambda name: float(scores[name][0]))
     sd = float(noise.sd[0])
     error = np.where(np.isfinite(sd), sd, 0.0) / np.sqrt(counts)
-    means = np.vstack([sweep.means, sweep.means + np.random.default_rng(seed).normal(0, 1, (draws, len(x))) * error])
+    means = np.vstack(
+        [
+            sweep.means,
+            sweep.means + np.random.default_rng(seed).normal(0, 1, (draws, len(x))) * error,
+        ]
+    )
     at = np.linspace(x[0], x[-1], POINTS)
-    drawn = curve(fit_form(FORMS[best], inner, means[:, :kept], weights), inner, means[:, :kept], weights, at)
+    drawn = curve(
+        fit_form(FORMS[best], inner, means[:, :kept], weights), inner, means[:, :kept], weights, at
+    )
     low, high = np.quantile(drawn[1:], [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     half = noise.quantile(confidence) * sd / np.sqrt(counts)
     rows = []
     for name, form in FORMS.items():
         missed = (
             sweep.means[kept:]
-            - curve(fit_form(form, inner, sweep.means[None, :kept], weights), inner, sweep.means[None, :kept], weights, x)[0, kept:]
+            - curve(
+                fit_form(form, inner, sweep.means[None, :kept], weights),
+                inner,
+                sweep.means[None, :kept],
+                weights,
+                x,
+            )[0, kept:]
         )
         rows.append(
             {
@@ -80,5 +98,7 @@ def frontier_band(
                 "held_out": np.arange(len(x)) >= kept,
             }
         ),
-        pl.DataFrame(rows, schema_overrides={"error": pl.Float64, "rmse": pl.Float64}).sort("delta_aicc"),
+        pl.DataFrame(rows, schema_overrides={"error": pl.Float64, "rmse": pl.Float64}).sort(
+            "delta_aicc"
+        ),
     )

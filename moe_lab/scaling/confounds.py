@@ -1,7 +1,9 @@
-"""What else could have made, or hidden, a wall: one line per confound, from the columns a sweep has (docs/scaling.md).
+"""What else could have made, or hidden, a wall: one line per confound, from the columns a sweep has
+(docs/scaling.md).
 
-A learning rate a factor of two off costs as much as a doubling of the experts: on the misfit runs the gain from 64 to 256 experts is
-.0013 nats per doubling at the best rate of the grid and .016-.024 at its neighbours, a wall made by a grid of factor two.
+A learning rate a factor of two off costs as much as a doubling of the experts: on the misfit runs
+the gain from 64 to 256 experts is .0013 nats per doubling at the best rate of the grid and
+.016-.024 at its neighbours, a wall made by a grid of factor two.
 """
 
 import math
@@ -36,8 +38,10 @@ Finding = tuple[Status, str]
 
 @dataclass(frozen=True)
 class Sweeps:
-    """The runs of one arm, which may hold several token budgets and learning rates; ``tuning``, those with its runs at other learning
-    rates; the names of all ``arms``; the margin in nats per doubling."""
+    """The runs of one arm, which may hold several token budgets and learning rates; ``tuning``,
+    those with its runs at other learning rates; the names of all ``arms``; the margin in nats per
+    doubling.
+    """
 
     frame: pl.DataFrame
     tuning: pl.DataFrame
@@ -45,15 +49,21 @@ class Sweeps:
     margin: float
 
     def has(self, *names: str) -> bool:
-        return all(name in self.frame.columns and self.frame[name].null_count() < self.frame.height for name in names)
+        return all(
+            name in self.frame.columns and self.frame[name].null_count() < self.frame.height
+            for name in names
+        )
 
     def largest_budget(self) -> pl.DataFrame:
         return self.frame.filter(pl.col("tokens") == pl.col("tokens").max())
 
     def tuned(self) -> pl.DataFrame:
-        """The ratios that were run at several learning rates, at the largest token budget and with the seeds that have them; all runs
-        of the largest budget where none was."""
-        rates = self.tuning.group_by("tokens", "ratio").agg(pl.col("learning_rate").n_unique().alias("rates"))
+        """The ratios that were run at several learning rates, at the largest token budget and with
+        the seeds that have them; all runs of the largest budget where none was.
+        """
+        rates = self.tuning.group_by("tokens", "ratio").agg(
+            pl.col("learning_rate").n_unique().alias("rates")
+        )
         several = rates.filter(pl.col("rates") > 1)
         if several.is_empty():
             return self.largest_budget()
@@ -61,48 +71,74 @@ class Sweeps:
         runs = self.tuning.join(chosen, on=["tokens", "ratio"], how="semi")
         if "seed" not in runs.columns:
             return runs
-        # The mean of three seeds at one rate beside single seeds at its neighbours would be a difference of seeds.
+        # The mean of three seeds at one rate beside single seeds at its neighbours would be a
+        # difference of seeds.
         full = runs.group_by("ratio", "seed").agg(pl.col("learning_rate").n_unique().alias("rates"))
         full = full.filter(pl.col("rates") == pl.col("rates").max().over("ratio"))
         return runs.join(full, on=["ratio", "seed"], how="semi")
 
-    def by_ratio(self, column: str, how: Callable[[pl.Expr], pl.Expr] = pl.Expr.mean) -> pl.DataFrame:
+    def by_ratio(
+        self, column: str, how: Callable[[pl.Expr], pl.Expr] = pl.Expr.mean
+    ) -> pl.DataFrame:
         return self.frame.group_by("ratio").agg(how(pl.col(column)).alias(column)).sort("ratio")
 
 
-def confounds(frame: pl.DataFrame | pl.LazyFrame, *, margin: float | None = None, arm: str | None = None) -> pl.DataFrame:
-    """[confound, status ("clear", "suspect", "not measured"), detail] for runs of [ratio, loss, active_params, tokens] and whatever else
-    they have: seed, learning_rate, drop_rate, dead_experts (share), load_cv, arm, bits_per_byte. Several token budgets and learning rates
-    are welcome. ``margin`` in nats per doubling; by default 5 % of compute from the published law. ``arm``: the arm that is judged;
-    ``arm``-short holds its runs at a smaller token budget and "lr" those at other learning rates; the others are only named.
+def confounds(
+    frame: pl.DataFrame | pl.LazyFrame, *, margin: float | None = None, arm: str | None = None
+) -> pl.DataFrame:
+    """[confound, status ("clear", "suspect", "not measured"), detail] for runs of [ratio, loss,
+    active_params, tokens] and whatever else they have: seed, learning_rate, drop_rate, dead_experts
+    (share), load_cv, arm, bits_per_byte. Several token budgets and learning rates are welcome.
+    ``margin`` in nats per doubling; by default 5 % of compute from the published law. ``arm``: the
+    arm that is judged; ``arm``-short holds its runs at a smaller token budget and "lr" those at
+    other learning rates; the others are only named.
     """
     frame = frame.lazy().collect()
-    missing = [name for name in ("ratio", "loss", "active_params", "tokens") if name not in frame.columns]
+    missing = [
+        name for name in ("ratio", "loss", "active_params", "tokens") if name not in frame.columns
+    ]
     if missing:
-        raise AnalysisError(expected("columns ratio, loss, active_params, tokens", f"none called {', '.join(missing)}"))
+        raise AnalysisError(
+            expected(
+                "columns ratio, loss, active_params, tokens", f"none called {', '.join(missing)}"
+            )
+        )
     runs = tuning = frame.filter(pl.col("loss").is_finite())
     if arm is not None:
         runs, tuning = (
-            runs.filter(pl.col("arm").cast(pl.String).is_in(names)) for names in ((arm, arm + SHORT), (arm, arm + SHORT, TUNING))
+            runs.filter(pl.col("arm").cast(pl.String).is_in(names))
+            for names in ((arm, arm + SHORT), (arm, arm + SHORT, TUNING))
         )
     if runs["ratio"].n_unique() < 2:
-        raise AnalysisError(expected("two or more ratios with finite losses", runs["ratio"].n_unique()))
+        raise AnalysisError(
+            expected("two or more ratios with finite losses", runs["ratio"].n_unique())
+        )
     if margin is None:
         ratios = runs["ratio"].cast(pl.Float64)
         middle = math.sqrt(float(ratios.min() * ratios.max()))  # type: ignore[operator]
-        active, tokens = (float(runs[name].cast(pl.Float64).median()) for name in ("active_params", "tokens"))  # type: ignore[arg-type]
+        active, tokens = (
+            float(runs[name].cast(pl.Float64).median()) for name in ("active_params", "tokens")
+        )  # type: ignore[arg-type]
         margin = (MARGIN - 1) * law_slope(active, tokens, middle).value
-    arms = tuple(sorted(set(frame["arm"].drop_nulls().cast(pl.String)))) if "arm" in frame.columns else ()
+    arms = (
+        tuple(sorted(set(frame["arm"].drop_nulls().cast(pl.String))))
+        if "arm" in frame.columns
+        else ()
+    )
     sweeps = Sweeps(runs, tuning, arms, margin)
     rows = [(name, *check(sweeps)) for name, check in CHECKS.items()]
-    return pl.DataFrame(rows, schema={"confound": pl.String, "status": pl.String, "detail": pl.String}, orient="row")
+    return pl.DataFrame(
+        rows, schema={"confound": pl.String, "status": pl.String, "detail": pl.String}, orient="row"
+    )
 
 
 def _seeds(s: Sweeps) -> Finding:
     if not s.has("seed"):
         return Status.NOT_MEASURED, "no column seed"
     least = int(s.largest_budget().group_by("ratio").agg(pl.col("seed").n_unique())["seed"].min())  # type: ignore[arg-type]
-    return (Status.CLEAR if least >= 3 else Status.SUSPECT), f"{least} at the ratio that has fewest; three separate noise from trend"
+    return (
+        Status.CLEAR if least >= 3 else Status.SUSPECT
+    ), f"{least} at the ratio that has fewest; three separate noise from trend"
 
 
 def _learning_rate_bracket(s: Sweeps) -> Finding:
@@ -110,7 +146,10 @@ def _learning_rate_bracket(s: Sweeps) -> Finding:
         return Status.NOT_MEASURED, "no column learning_rate"
     open_ended = [ratio for ratio, curve in _curves(s) if not curve.bracketed]
     if open_ended:
-        return Status.SUSPECT, f"no better rate on both sides of the best at ratio {', '.join(f'{r:g}' for r in open_ended)}"
+        return (
+            Status.SUSPECT,
+            f"no better rate on both sides of the best at ratio {', '.join(f'{r:g}' for r in open_ended)}",
+        )
     return Status.CLEAR, "the best rate of every ratio has a worse one on either side"
 
 
@@ -124,11 +163,17 @@ def _learning_rate_grid(s: Sweeps) -> Finding:
     cost = max(curve.half_step_cost for curve in curves)
     step = max(curve.step for curve in curves)
     text = f"rates a factor {step:.2g} apart leave up to {cost:.4f} nats untuned against a margin of {s.margin:.4f}"
-    return (Status.SUSPECT, text + "; space them by the square root of two") if cost > s.margin else (Status.CLEAR, text)
+    return (
+        (Status.SUSPECT, text + "; space them by the square root of two")
+        if cost > s.margin
+        else (Status.CLEAR, text)
+    )
 
 
 def _gain_by_learning_rate(s: Sweeps) -> Finding:
-    """The last gain at every rate both ratios share: a wall at one rate that is none at the next is a wall of the tuning."""
+    """The last gain at every rate both ratios share: a wall at one rate that is none at the next is
+    a wall of the tuning.
+    """
     if not s.has("learning_rate"):
         return Status.NOT_MEASURED, "no column learning_rate"
     runs = s.tuned()
@@ -137,18 +182,32 @@ def _gain_by_learning_rate(s: Sweeps) -> Finding:
         return Status.NOT_MEASURED, "fewer than two ratios have several rates"
     low, high = ratios[-2:]
     table = runs.group_by("ratio", "learning_rate").agg(pl.col("loss").mean())
-    at = {r: dict(table.filter(pl.col("ratio") == r).select("learning_rate", "loss").iter_rows()) for r in (low, high)}
+    at = {
+        r: dict(table.filter(pl.col("ratio") == r).select("learning_rate", "loss").iter_rows())
+        for r in (low, high)
+    }
     doublings = math.log2(high / low)
-    gains = {rate: (at[low][rate] - at[high][rate]) / doublings for rate in sorted(at[low].keys() & at[high].keys())}
+    gains = {
+        rate: (at[low][rate] - at[high][rate]) / doublings
+        for rate in sorted(at[low].keys() & at[high].keys())
+    }
     if len(gains) < 2:
         return Status.NOT_MEASURED, "the last two ratios share fewer than two rates"
     best = min(gains, key=lambda rate: at[low][rate] + at[high][rate])
     rates = list(gains)
     near = rates[max(0, rates.index(best) - 1) : rates.index(best) + 2]
     spread = max(gains[rate] for rate in near) - min(gains[rate] for rate in near)
-    text = f"gain per doubling {low:g} to {high:g}: " + ", ".join(f"{gains[rate]:.4f} at {rate:g}" for rate in near)
-    if spread > s.margin and min(gains[rate] for rate in near) < s.margin < max(gains[rate] for rate in near):
-        return Status.SUSPECT, text + f"; on both sides of the margin {s.margin:.4f}, so a wall here would be the learning rate's"
+    text = f"gain per doubling {low:g} to {high:g}: " + ", ".join(
+        f"{gains[rate]:.4f} at {rate:g}" for rate in near
+    )
+    if spread > s.margin and min(gains[rate] for rate in near) < s.margin < max(
+        gains[rate] for rate in near
+    ):
+        return (
+            Status.SUSPECT,
+            text
+            + f"; on both sides of the margin {s.margin:.4f}, so a wall here would be the learning rate's",
+        )
     return Status.CLEAR, text
 
 
@@ -159,15 +218,19 @@ def _learning_rate_shift(s: Sweeps) -> Finding:
     if len(best) < 2:
         return Status.NOT_MEASURED, "fewer than two ratios have a bracketed best rate"
     factor = max(rate for _, rate in best) / min(rate for _, rate in best)
-    text = (
-        f"the best rate moves by a factor {factor:.2f} from ratio {best[0][0]:g} ({best[0][1]:.3g}) to {best[-1][0]:g} ({best[-1][1]:.3g})"
+    text = f"the best rate moves by a factor {factor:.2f} from ratio {best[0][0]:g} ({best[0][1]:.3g}) to {best[-1][0]:g} ({best[-1][1]:.3g})"
+    return (
+        (Status.SUSPECT, text + "; tune every ratio")
+        if factor > math.sqrt(2)
+        else (Status.CLEAR, text)
     )
-    return (Status.SUSPECT, text + "; tune every ratio") if factor > math.sqrt(2) else (Status.CLEAR, text)
 
 
 @dataclass(frozen=True)
 class RateCurve:
-    """Loss against ln learning rate at one ratio: whether the best rate is inside, the vertex of a parabola, what half a step costs."""
+    """Loss against ln learning rate at one ratio: whether the best rate is inside, the vertex of a
+    parabola, what half a step costs.
+    """
 
     bracketed: bool
     best: float
@@ -182,30 +245,50 @@ def _curves(s: Sweeps) -> list[tuple[float, RateCurve]]:
         rate, loss = np.log(table["learning_rate"].to_numpy()), table["loss"].to_numpy()
         middle = int(loss.argmin())
         if not 0 < middle < len(loss) - 1:
-            curves.append((float(ratio), RateCurve(False, math.exp(rate[middle]), math.nan, math.nan)))  # type: ignore[arg-type]
+            curves.append(
+                (float(ratio), RateCurve(False, math.exp(rate[middle]), math.nan, math.nan))
+            )  # type: ignore[arg-type]
             continue
         near = slice(middle - 1, middle + 2)
         curve = np.polyfit(rate[near], loss[near], 2)
         step = float(np.diff(rate[near]).max())
         cost = float(curve[0]) * (step / 2) ** 2
-        curves.append((float(ratio), RateCurve(True, math.exp(-curve[1] / (2 * curve[0])), math.exp(step), cost)))  # type: ignore[arg-type]
+        curves.append(
+            (
+                float(ratio),
+                RateCurve(True, math.exp(-curve[1] / (2 * curve[0])), math.exp(step), cost),
+            )
+        )  # type: ignore[arg-type]
     return curves
 
 
 def _tokens_per_expert(s: Sweeps) -> Finding:
     fewest = float((s.largest_budget()["tokens"] / s.largest_budget()["ratio"]).min())  # type: ignore[arg-type]
     text = f"{fewest:.3g} tokens per expert at the largest ratio"
-    return (Status.CLEAR, text) if fewest >= TOKENS_PER_EXPERT else (Status.SUSPECT, text + f", below {TOKENS_PER_EXPERT:.0e}")
+    return (
+        (Status.CLEAR, text)
+        if fewest >= TOKENS_PER_EXPERT
+        else (Status.SUSPECT, text + f", below {TOKENS_PER_EXPERT:.0e}")
+    )
 
 
 def _token_budget(s: Sweeps) -> Finding:
     """Whether the last gain grows with the tokens: then what ended it was data, not sparsity."""
     budgets = s.frame["tokens"].unique().sort().to_list()
     if budgets[-1] < 2 * budgets[0]:
-        return Status.NOT_MEASURED, "one token budget: a wall of sparsity and a shortage of data look alike"
+        return (
+            Status.NOT_MEASURED,
+            "one token budget: a wall of sparsity and a shortage of data look alike",
+        )
     gains, errors = {}, []
     for budget in (budgets[0], budgets[-1]):
-        runs = s.frame.filter(pl.col("tokens") == budget).group_by("ratio").agg(pl.col("loss").mean(), pl.len()).sort("ratio").tail(2)
+        runs = (
+            s.frame.filter(pl.col("tokens") == budget)
+            .group_by("ratio")
+            .agg(pl.col("loss").mean(), pl.len())
+            .sort("ratio")
+            .tail(2)
+        )
         if runs.height == 2:
             step = float(np.diff(np.log2(runs["ratio"]))[0])
             gains[budget] = float(-np.diff(runs["loss"])[0] / step)
@@ -213,7 +296,9 @@ def _token_budget(s: Sweeps) -> Finding:
     if len(gains) < 2:
         return Status.NOT_MEASURED, "the budgets do not share two ratios"
     few, many = gains.values()
-    text = f"the last gain is {few:.4f} at {budgets[0]:.3g} tokens and {many:.4f} at {budgets[-1]:.3g}"
+    text = (
+        f"the last gain is {few:.4f} at {budgets[0]:.3g} tokens and {many:.4f} at {budgets[-1]:.3g}"
+    )
     moved = many - few > max(s.margin / 2, SURE * math.hypot(*errors))
     return (Status.SUSPECT, text + ": data, not sparsity") if moved else (Status.CLEAR, text)
 
@@ -229,7 +314,9 @@ def _noise(frame: pl.DataFrame) -> float:
 def _active_size(s: Sweeps) -> Finding:
     sizes = s.frame["active_params"].cast(pl.Float64)
     spread = float(sizes.max() / sizes.min()) - 1  # type: ignore[operator]
-    return (Status.CLEAR if spread < 0.05 else Status.SUSPECT), f"active parameters differ by {100 * spread:.1f} %"
+    return (
+        Status.CLEAR if spread < 0.05 else Status.SUSPECT
+    ), f"active parameters differ by {100 * spread:.1f} %"
 
 
 def _worst_share(column: str, limit: float, what: str) -> Callable[[Sweeps], Finding]:
@@ -255,14 +342,18 @@ def _load(s: Sweeps) -> Finding:
 def _control(s: Sweeps) -> Finding:
     if not s.arms:
         return Status.NOT_MEASURED, "no column arm"
-    return (Status.CLEAR if any("hash" in arm for arm in s.arms) else Status.NOT_MEASURED), f"arms: {', '.join(s.arms)}"
+    return (
+        Status.CLEAR if any("hash" in arm for arm in s.arms) else Status.NOT_MEASURED
+    ), f"arms: {', '.join(s.arms)}"
 
 
 def _held_out(s: Sweeps) -> Finding:
     if not s.has("bits_per_byte"):
         return Status.NOT_MEASURED, "no column bits_per_byte"
     order = np.corrcoef(s.frame["loss"].to_numpy(), s.frame["bits_per_byte"].to_numpy())[0, 1]
-    return (Status.CLEAR if order > 0.9 else Status.SUSPECT), f"loss and held-out bits per byte correlate at {order:.2f}"
+    return (
+        Status.CLEAR if order > 0.9 else Status.SUSPECT
+    ), f"loss and held-out bits per byte correlate at {order:.2f}"
 
 
 CHECKS: dict[str, Callable[[Sweeps], Finding]] = {

@@ -1,8 +1,10 @@
-"""Published scaling data by name: where it comes from, under which licence, with which checksum, read into our column names.
+"""Published scaling data by name: where it comes from, under which licence, with which checksum,
+read into our column names.
 
-Nothing is downloaded and nothing is shipped: files lie in ``$MOE_LAB_DATA/scaling`` (or ``$MOE_LAB_DATA``), in ``data_dir``, or where
-``file`` says. Every frame keeps its original columns and gains those of the house that it can fill: loss (nats/token), active_params,
-total_params, tokens, ratio, compute (FLOPs), learning_rate, seed.
+Nothing is downloaded and nothing is shipped: files lie in ``$MOE_LAB_DATA/scaling`` (or
+``$MOE_LAB_DATA``), in ``data_dir``, or where ``file`` says. Every frame keeps its original columns
+and gains those of the house that it can fill: loss (nats/token), active_params, total_params,
+tokens, ratio, compute (FLOPs), learning_rate, seed.
 """
 
 import gzip
@@ -26,7 +28,9 @@ MISFIT_LOSS = "eval/ppl//fsx-onellm/data/corpora/text_only/text_eval/c4.jsonl"
 
 @dataclass(frozen=True)
 class Dataset:
-    """``sha256`` is of the decompressed file; ``redistributable`` with attribution; ``read`` adds the columns of the house."""
+    """``sha256`` is of the decompressed file; ``redistributable`` with attribution; ``read`` adds
+    the columns of the house.
+    """
 
     name: str
     file: str
@@ -40,7 +44,9 @@ class Dataset:
 def _clark(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(
         loss=pl.col("loss_validation"),
-        active_params=pl.col("dense_parameter_count"),  # dense-equivalent, the N of the paper's fits
+        active_params=pl.col(
+            "dense_parameter_count"
+        ),  # dense-equivalent, the N of the paper's fits
         total_params=pl.col("total_parameter_count"),
         ratio=pl.col("num_experts") / pl.col("k"),
         tokens=pl.col("step").cast(pl.Float64) * CLARK_TOKENS_PER_STEP,
@@ -57,7 +63,12 @@ def _epoch(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _gadre(frame: pl.DataFrame) -> pl.DataFrame:
-    columns = {"loss": pl.col("loss_c4_val"), "active_params": pl.col("N"), "tokens": pl.col("D"), "learning_rate": pl.col("lr")}
+    columns = {
+        "loss": pl.col("loss_c4_val"),
+        "active_params": pl.col("N"),
+        "tokens": pl.col("D"),
+        "learning_rate": pl.col("lr"),
+    }
     return frame.with_columns(**columns, compute=6.0 * pl.col("N") * pl.col("D"))
 
 
@@ -74,7 +85,10 @@ def _steplaw(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _misfit(frame: pl.DataFrame) -> pl.DataFrame:
-    """The 51 runs of 250 steps; the others never finished. Two runs of a learning rate differ in the weight of the balance loss."""
+    """The 51 runs of 250 steps; the others never finished.
+
+    Two runs of a learning rate differ in the weight of the balance loss.
+    """
     finished = frame.filter((pl.col("steps") == 250) & (pl.col("train/step") == 250))
     return finished.with_columns(
         loss=pl.col(MISFIT_LOSS).cast(pl.Float64).log(),
@@ -93,27 +107,45 @@ def _marin(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _kimi(frame: pl.DataFrame) -> pl.DataFrame:
     first, second = frame.columns
-    return frame.with_columns(ratio=pl.col(first).cast(pl.Float64), compute_multiplier=pl.col(second))
+    return frame.with_columns(
+        ratio=pl.col(first).cast(pl.Float64), compute_multiplier=pl.col(second)
+    )
 
 
 def _ludz_optima(frame: pl.DataFrame) -> pl.DataFrame:
-    columns = {"compute": pl.col("F_flops"), "ratio": pl.col("E").cast(pl.Float64), "active_params": pl.col("Nact_opt")}
+    columns = {
+        "compute": pl.col("F_flops"),
+        "ratio": pl.col("E").cast(pl.Float64),
+        "active_params": pl.col("Nact_opt"),
+    }
     return frame.with_columns(**columns, tokens=pl.col("D_opt"))
 
 
 def _ludz_runs(frame: pl.DataFrame) -> pl.DataFrame:
-    columns = {"ratio": pl.col("E").cast(pl.Float64), "active_params": pl.col("Nact_eq10"), "total_params": pl.col("Ntotal_eq9")}
+    columns = {
+        "ratio": pl.col("E").cast(pl.Float64),
+        "active_params": pl.col("Nact_eq10"),
+        "total_params": pl.col("Ntotal_eq9"),
+    }
     return frame.with_columns(**columns, tokens=pl.col("D_tokens"))
 
 
 def _ling(frame: pl.DataFrame) -> pl.DataFrame:
     """One row per model and number of experts: a design without losses."""
-    experts = frame.with_columns(pl.col("E_list").cast(pl.String).str.split(" ").list.eval(pl.element().cast(pl.Float64)))
-    return experts.explode("E_list").with_columns(ratio=pl.col("E_list") / pl.col("Ea"), learning_rate=pl.col("lr"))
+    experts = frame.with_columns(
+        pl.col("E_list").cast(pl.String).str.split(" ").list.eval(pl.element().cast(pl.Float64))
+    )
+    return experts.explode("E_list").with_columns(
+        ratio=pl.col("E_list") / pl.col("Ea"), learning_rate=pl.col("lr")
+    )
 
 
 def _tiny(frame: pl.DataFrame) -> pl.DataFrame:
-    columns = {"loss": pl.col("val_loss"), "active_params": pl.col("N_nonemb").cast(pl.Float64), "learning_rate": pl.col("lr")}
+    columns = {
+        "loss": pl.col("val_loss"),
+        "active_params": pl.col("N_nonemb").cast(pl.Float64),
+        "learning_rate": pl.col("lr"),
+    }
     return frame.with_columns(**columns, tokens=pl.col("D").cast(pl.Float64), ratio=pl.lit(1.0))
 
 
@@ -244,8 +276,15 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def published(name: str, data_dir: Path | str | None = None, *, file: Path | str | None = None, check: bool = True) -> pl.DataFrame:
-    """One published data set as a frame. ``check=False`` accepts a file whose checksum is not the one its numbers here were made with.
+def published(
+    name: str,
+    data_dir: Path | str | None = None,
+    *,
+    file: Path | str | None = None,
+    check: bool = True,
+) -> pl.DataFrame:
+    """One published data set as a frame. ``check=False`` accepts a file whose checksum is not the
+    one its numbers here were made with.
 
     Raises ``AnalysisError`` for an unknown name, a file that is missing or not the one expected.
     """
@@ -257,7 +296,11 @@ def published(name: str, data_dir: Path | str | None = None, *, file: Path | str
         content = path.read_bytes()
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError) as error:
-        raise AnalysisError(expected(f"a readable copy of {data.file}", f"{path}: {error}", f"a copy from {data.source}")) from error
+        raise AnalysisError(
+            expected(
+                f"a readable copy of {data.file}", f"{path}: {error}", f"a copy from {data.source}"
+            )
+        ) from error
     found = hashlib.sha256(content).hexdigest()
     if check and found != data.sha256:
         what = f"{data.file} with sha256 {data.sha256[:12]}"
@@ -265,20 +308,40 @@ def published(name: str, data_dir: Path | str | None = None, *, file: Path | str
     try:
         return data.read(pl.read_csv(io.BytesIO(content), infer_schema_length=None))
     except pl.exceptions.PolarsError as error:
-        raise AnalysisError(expected(f"the columns of {data.file}", str(error).splitlines()[0], f"a copy from {data.source}")) from error
+        raise AnalysisError(
+            expected(
+                f"the columns of {data.file}",
+                str(error).splitlines()[0],
+                f"a copy from {data.source}",
+            )
+        ) from error
 
 
 def _find(data: Dataset, data_dir: Path | str | None) -> Path:
     folder = data_dir or os.environ.get(ENVIRONMENT)
     if not folder:
-        raise AnalysisError(expected(f"a folder of published data in {ENVIRONMENT} or data_dir=", "none", f"a copy of {data.source}"))
+        raise AnalysisError(
+            expected(
+                f"a folder of published data in {ENVIRONMENT} or data_dir=",
+                "none",
+                f"a copy of {data.source}",
+            )
+        )
     for path in (Path(folder) / "scaling" / data.file, Path(folder) / data.file):
         if path.is_file():
             return path
-    raise AnalysisError(expected(f"{data.file} in {folder} or its folder scaling", "no such file", f"a copy from {data.source}"))
+    raise AnalysisError(
+        expected(
+            f"{data.file} in {folder} or its folder scaling",
+            "no such file",
+            f"a copy from {data.source}",
+        )
+    )
 
 
 def datasets() -> pl.DataFrame:
     """What `published` can read: [name, file, source, licence, redistributable, sha256]."""
     fields = ("name", "file", "source", "licence", "redistributable", "sha256")
-    return pl.DataFrame([{field: getattr(data, field) for field in fields} for data in DATASETS.values()])
+    return pl.DataFrame(
+        [{field: getattr(data, field) for field in fields} for data in DATASETS.values()]
+    )

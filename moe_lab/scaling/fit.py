@@ -1,8 +1,10 @@
-"""Fitting a law to runs: sum of Huber's loss on log loss, many starts, no early end; and what the fit says about itself.
+"""Fitting a law to runs: sum of Huber's loss on log loss, many starts, no early end; and what the
+fit says about itself.
 
-Conventions (docs/scaling.md): Huber 1e-3 on ln L, summed; tolerance 1e-14; 80 starts chosen from thousands of random points with
-the amplitudes solved; AICc from the squared log residuals. `plain_fit` is the same objective through scipy, one start at a time:
-slow, simple, and what the tests hold the batched path against.
+Conventions (docs/scaling.md): Huber 1e-3 on ln L, summed; tolerance 1e-14; 80 starts chosen from
+thousands of random points with the amplitudes solved; AICc from the squared log residuals.
+`plain_fit` is the same objective through scipy, one start at a time: slow, simple, and what the
+tests hold the batched path against.
 """
 
 import math
@@ -25,16 +27,21 @@ from moe_lab.scaling.starts import starting_points
 HUBER = 1e-3
 STARTS = 80
 SQUARES = math.inf
-SCREENING, FINALISTS = 60, 16  # every start gets this many steps, the best of them as many as they need
+SCREENING, FINALISTS = (
+    60,
+    16,
+)  # every start gets this many steps, the best of them as many as they need
 NEGLIGIBLE = 1e-24  # mean square of ln loss below which losses are reproduced exactly
 AGREE = 1e-6  # relative: starts that end this close to the best objective found the same optimum
 
 
 @dataclass(frozen=True)
 class Fit:
-    """``coefficients`` as the paper writes them; ``objective`` the weighted sum of Huber losses; ``rmse`` and ``aicc`` of its residuals
-    (ln loss, or the loss where ``log`` is False); ``agreed`` the share of the best sixteen starts that ended at that objective;
-    ``draws`` a row of coefficients per repetition once `bootstrap` has run; ``frame`` the runs."""
+    """``coefficients`` as the paper writes them; ``objective`` the weighted sum of Huber losses;
+    ``rmse`` and ``aicc`` of its residuals (ln loss, or the loss where ``log`` is False); ``agreed``
+    the share of the best sixteen starts that ended at that objective; ``draws`` a row of
+    coefficients per repetition once `bootstrap` has run; ``frame`` the runs.
+    """
 
     law: Law
     coefficients: dict[str, float]
@@ -67,16 +74,30 @@ class Fit:
 
 
 def columns(frame: Values | pl.DataFrame, law: Law) -> dict[str, Any]:
-    """The law's variables out of a frame, as float arrays. Raises ``AnalysisError`` where one is missing, empty or not positive."""
+    """The law's variables out of a frame, as float arrays.
+
+    Raises ``AnalysisError`` where one is missing, empty or not positive.
+    """
     if not isinstance(frame, pl.DataFrame):
         return dict(frame)
     missing = [name for name in law.variables if name not in frame.columns]
     if missing:
-        raise AnalysisError(expected(f"columns {', '.join(law.variables)} for the law {law.name}", f"none called {', '.join(missing)}"))
+        raise AnalysisError(
+            expected(
+                f"columns {', '.join(law.variables)} for the law {law.name}",
+                f"none called {', '.join(missing)}",
+            )
+        )
     point = {name: frame[name].cast(pl.Float64).to_numpy() for name in law.variables}
     for name, values in point.items():
         if not (np.isfinite(values) & (values > 0)).all():
-            raise AnalysisError(expected(f"{name} above 0 in every run", f"{values[~(values > 0)][:1]}", "dropping those runs"))
+            raise AnalysisError(
+                expected(
+                    f"{name} above 0 in every run",
+                    f"{values[~(values > 0)][:1]}",
+                    "dropping those runs",
+                )
+            )
     return point
 
 
@@ -93,10 +114,11 @@ def fit(
 ) -> Fit:
     """Fit ``law`` to runs [loss (nats/token), the law's variables].
 
-    ``delta`` of Huber's loss (``SQUARES`` for least squares) on ln loss, or on the loss with ``log=False``; ``weight`` a column of run
-    weights; ``initial`` adds a start.
-    A form of the ratio alone (line, saturation, hinge, plateau) is fitted by least squares on the loss over a grid of its breaks.
-    Raises ``AnalysisError`` for unknown laws, missing columns, losses that are not positive, or fewer runs than coefficients.
+    ``delta`` of Huber's loss (``SQUARES`` for least squares) on ln loss, or on the loss with
+    ``log=False``; ``weight`` a column of run weights; ``initial`` adds a start. A form of the ratio
+    alone (line, saturation, hinge, plateau) is fitted by least squares on the loss over a grid of
+    its breaks. Raises ``AnalysisError`` for unknown laws, missing columns, losses that are not
+    positive, or fewer runs than coefficients.
     """
     chosen = find_law(law)
     if chosen.formula is not None:
@@ -107,12 +129,20 @@ def fit(
     extra = [to_theta(chosen, values) for values in (*chosen.published.values(), *given)]
     points = np.concatenate([points, np.array(extra).reshape(-1, points.shape[1])])
     floor = NEGLIGIBLE * float(problem.weights.sum())
-    first, value, _ = minimise(problem.objective, problem.curved, points, iterations=SCREENING, floor=floor)
+    first, value, _ = minimise(
+        problem.objective, problem.curved, points, iterations=SCREENING, floor=floor
+    )
     finalists = first[np.argsort(value)[:FINALISTS]]
     theta, value, _ = minimise(problem.objective, problem.curved, finalists, floor=floor)
     best = int(np.nanargmin(value))
     if not np.isfinite(value[best]):
-        raise AnalysisError(expected("a fit with a finite objective", f"none from {len(points)} starts", "another law or more runs"))
+        raise AnalysisError(
+            expected(
+                "a fit with a finite objective",
+                f"none from {len(points)} starts",
+                "another law or more runs",
+            )
+        )
     agreed = float(np.mean(value <= value[best] * (1 + AGREE) + floor))
     return _report(problem, frame, theta[best], float(value[best]), agreed, weight)
 
@@ -125,25 +155,52 @@ def find_law(law: str | Law) -> Law:
     return LAWS[law]
 
 
-def make_problem(law: Law, frame: pl.DataFrame, delta: float, weight: str | None, log: bool = True) -> Problem:
+def make_problem(
+    law: Law, frame: pl.DataFrame, delta: float, weight: str | None, log: bool = True
+) -> Problem:
     names = unknowns(law)
     loss = check_losses(frame, len(names))
     weights = np.ones(len(loss)) if weight is None else frame[weight].cast(pl.Float64).to_numpy()
-    return Problem(law, columns(frame, law), (np.log(loss) if log else loss)[None], weights[None], delta, names, log)
+    return Problem(
+        law,
+        columns(frame, law),
+        (np.log(loss) if log else loss)[None],
+        weights[None],
+        delta,
+        names,
+        log,
+    )
 
 
 def check_losses(frame: pl.DataFrame, coefficients: int) -> np.ndarray:
     if "loss" not in frame.columns:
-        raise AnalysisError(expected("a column loss", f"columns {', '.join(frame.columns)}", "renaming yours"))
+        raise AnalysisError(
+            expected("a column loss", f"columns {', '.join(frame.columns)}", "renaming yours")
+        )
     loss = frame["loss"].cast(pl.Float64).to_numpy()
     if not (np.isfinite(loss) & (loss > 0)).all():
-        raise AnalysisError(expected("finite losses above 0", f"{loss[~(loss > 0)][:1]}", "dropping the runs that diverged"))
+        raise AnalysisError(
+            expected(
+                "finite losses above 0",
+                f"{loss[~(loss > 0)][:1]}",
+                "dropping the runs that diverged",
+            )
+        )
     if len(loss) <= coefficients:
-        raise AnalysisError(expected(f"more runs than coefficients ({coefficients})", len(loss), "a simpler law"))
+        raise AnalysisError(
+            expected(f"more runs than coefficients ({coefficients})", len(loss), "a simpler law")
+        )
     return loss
 
 
-def _report(problem: Problem, frame: pl.DataFrame, theta: np.ndarray, value: float, agreed: float, weight: str | None) -> Fit:
+def _report(
+    problem: Problem,
+    frame: pl.DataFrame,
+    theta: np.ndarray,
+    value: float,
+    agreed: float,
+    weight: str | None,
+) -> Fit:
     residual = (problem.response(theta[None])[0] - problem.target)[0]
     runs, k = len(residual), len(problem.names) + 1
     mean_square = float(np.average(residual**2, weights=problem.weights[0]))
@@ -164,8 +221,14 @@ def _report(problem: Problem, frame: pl.DataFrame, theta: np.ndarray, value: flo
 
 
 def aicc(mean_square: float, runs: int, k: int) -> float:
-    """Second-order AIC of Gaussian residuals, ``k`` counting their variance (inf where there are too few runs)."""
-    return runs * math.log(max(mean_square, 1e-300)) + 2 * k + (2 * k * (k + 1) / (runs - k - 1) if runs > k + 1 else math.inf)
+    """Second-order AIC of Gaussian residuals, ``k`` counting their variance (inf where there are
+    too few runs).
+    """
+    return (
+        runs * math.log(max(mean_square, 1e-300))
+        + 2 * k
+        + (2 * k * (k + 1) / (runs - k - 1) if runs > k + 1 else math.inf)
+    )
 
 
 _SHAPE_NAMES = {"line": (), "saturation": ("Emax",), "hinge": ("t",), "plateau": ("t",)}
@@ -178,17 +241,38 @@ def _fit_of_ratio(law: Law, frame: pl.DataFrame) -> Fit:
     ordered = frame.sort("ratio")
     x, loss = np.log2(columns(ordered, law)["ratio"]), ordered["loss"].cast(pl.Float64).to_numpy()
     found = fit_form(FORMS[law.name], x, loss[None], np.ones(len(x)))
-    coefficients = {name: -float(value) for name, value in zip(_SLOPE_NAMES, found.coefficients[0], strict=False)}
-    coefficients |= {name: float(2.0**value) for name, value in zip(_SHAPE_NAMES[law.name], found.shape[0], strict=True)}
+    coefficients = {
+        name: -float(value)
+        for name, value in zip(_SLOPE_NAMES, found.coefficients[0], strict=False)
+    }
+    coefficients |= {
+        name: float(2.0**value)
+        for name, value in zip(_SHAPE_NAMES[law.name], found.shape[0], strict=True)
+    }
     if law.shape:
         coefficients["Estart"] = START
-    coefficients["c"] = float(np.mean(loss - np.asarray(law.predict({"ratio": 2.0**x}, {**coefficients, "c": 0.0}))))
+    coefficients["c"] = float(
+        np.mean(loss - np.asarray(law.predict({"ratio": 2.0**x}, {**coefficients, "c": 0.0})))
+    )
     square = float(found.rss[0]) / len(loss)
     runs, k = len(loss), FORMS[law.name].parameters + 1
-    return Fit(law, coefficients, 0.5 * runs * square, math.sqrt(square), aicc(square, runs, k), runs, 1.0, SQUARES, False, frame)
+    return Fit(
+        law,
+        coefficients,
+        0.5 * runs * square,
+        math.sqrt(square),
+        aicc(square, runs, k),
+        runs,
+        1.0,
+        SQUARES,
+        False,
+        frame,
+    )
 
 
-def plain_fit(law: str | Law, frame: pl.DataFrame, *, delta: float = HUBER, starts: int = 20, seed: int = 0) -> Fit:
+def plain_fit(
+    law: str | Law, frame: pl.DataFrame, *, delta: float = HUBER, starts: int = 20, seed: int = 0
+) -> Fit:
     """The oracle: the same objective and starts, one `scipy.optimize.least_squares` after another."""
     problem = make_problem(find_law(law), frame, delta, None)
     results = [plain_minimum(problem, start) for start in starting_points(problem, starts, seed)]
@@ -207,5 +291,15 @@ def plain_minimum(problem: Problem, start: np.ndarray) -> tuple[np.ndarray, floa
 
     robust = {} if math.isinf(problem.delta) else {"loss": "huber", "f_scale": problem.delta}
     with np.errstate(all="ignore"):
-        result = least_squares(residual, start, jacobian, x_scale="jac", ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=5000, **robust)  # type: ignore[arg-type]
+        result = least_squares(
+            residual,
+            start,
+            jacobian,
+            x_scale="jac",
+            ftol=1e-15,
+            xtol=1e-15,
+            gtol=1e-15,
+            max_nfev=5000,
+            **robust,
+        )  # type: ignore[arg-type]
     return result.x, float(result.cost)

@@ -1,7 +1,8 @@
-"""The "+X experts" calculator: what each published law expects of adding expert parameters, and how many seeds would see it.
+"""The "+X experts" calculator: what each published law expects of adding expert parameters, and how
+many seeds would see it.
 
-LongCat-2.0's +135B on 1.6T is a ninth of a doubling; smooth laws expect .0004-.004 nats of it, so seeing almost nothing is what
-diminishing returns look like, not a wall.
+LongCat-2.0's +135B on 1.6T is a ninth of a doubling; smooth laws expect .0004-.004 nats of it, so
+seeing almost nothing is what diminishing returns look like, not a wall.
 """
 
 import math
@@ -28,13 +29,23 @@ def expected_gain(
     granularity: float = 12.0,
     noise_sd: float = LARGE_RUN_NOISE,
 ) -> pl.DataFrame:
-    """[law, coefficients, gain (nats), compute (multiplier), seeds, doublings, extrapolated] for ``add`` more expert parameters.
+    """[law, coefficients, gain (nats), compute (multiplier), seeds, doublings, extrapolated] for
+    ``add`` more expert parameters.
 
-    ``routed``: parameters of the routed experts today (their growth is the growth of the ratio; by default all of ``total``);
-    ``ratio``: experts E/k today, by default total / active. ``seeds``: runs of each arm for the gain to be seen nine times in ten against
-    ``noise_sd`` (null where no gain is expected). Laws of leverage give compute; the nats beside are that times Ludziejewski's dL/dlnC.
+    ``routed``: parameters of the routed experts today (their growth is the growth of the ratio; by
+    default all of ``total``);
+    ``ratio``: experts E/k today, by default total / active. ``seeds``: runs of each arm for the
+    gain to be seen nine times in ten against ``noise_sd`` (null where no gain is expected). Laws of
+    leverage give compute; the nats beside are that times Ludziejewski's dL/dlnC.
     """
-    numbers = {"total": total, "active": active, "add": add, "tokens": tokens, "noise_sd": noise_sd, "granularity": granularity}
+    numbers = {
+        "total": total,
+        "active": active,
+        "add": add,
+        "tokens": tokens,
+        "noise_sd": noise_sd,
+        "granularity": granularity,
+    }
     for name, value in numbers.items():
         if not (math.isfinite(value) and value > 0):
             raise AnalysisError(expected(f"{name} above 0", value))
@@ -42,7 +53,9 @@ def expected_gain(
     ratio = total / active if ratio is None else ratio
     if total < active or not 0 < routed <= total or ratio < 1:
         got = f"total {total:g}, active {active:g}, routed {routed:g}, ratio {ratio:g}"
-        raise AnalysisError(expected("active <= total, routed <= total and a ratio of at least 1", got))
+        raise AnalysisError(
+            expected("active <= total, routed <= total and a ratio of at least 1", got)
+        )
     growth = (routed + add) / routed
     before = {
         "active_params": active,

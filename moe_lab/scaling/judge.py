@@ -1,4 +1,5 @@
-"""W1, W2 and W3 of docs/scaling.md, for one sweep or for many simulated ones at once. Numbers in, numbers out, no prose.
+"""W1, W2 and W3 of docs/scaling.md, for one sweep or for many simulated ones at once. Numbers in,
+numbers out, no prose.
 
 W1  equivalence: from r* on, the interval of every gain per doubling lies inside (-margin, margin). A gain that is merely not
     significant proves nothing: on a straight line the rule "gain below two standard errors" calls a wall in 38-82 % of sweeps.
@@ -31,7 +32,9 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Noise:
-    """Residual sum of squares ``within`` [B] on ``df`` degrees of freedom, or a standard deviation ``known`` from elsewhere."""
+    """Residual sum of squares ``within`` [B] on ``df`` degrees of freedom, or a standard deviation
+    ``known`` from elsewhere.
+    """
 
     within: np.ndarray
     df: int
@@ -51,11 +54,13 @@ class Noise:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Arrays over B draws. ``steps`` [P, 2] are the ratios compared; ``gains`` and ``half`` [B, P]: nats per doubling of the ratio and
-    the half-width of their interval; ``aicc`` form -> [B]; ``wall_from`` [B] index of the ratio W1 starts at (-1 where it holds
-    nowhere); ``break_form`` [B], the best form with a break; ``break_at``, ``break_lower``, ``break_upper`` [B] log2 ratio;
-    ``sharpness`` [B] deviance by which it beats a bend over three doublings (NaN where it leads no smooth form); ``slope``,
-    ``slope_half`` [B] nats per doubling over the last two doublings."""
+    """Arrays over B draws. ``steps`` [P, 2] are the ratios compared; ``gains`` and ``half`` [B, P]:
+    nats per doubling of the ratio and the half-width of their interval; ``aicc`` form -> [B];
+    ``wall_from`` [B] index of the ratio W1 starts at (-1 where it holds nowhere); ``break_form``
+    [B], the best form with a break; ``break_at``, ``break_lower``, ``break_upper`` [B] log2 ratio;
+    ``sharpness`` [B] deviance by which it beats a bend over three doublings (NaN where it leads no
+    smooth form); ``slope``, ``slope_half`` [B] nats per doubling over the last two doublings.
+    """
 
     steps: np.ndarray
     gains: np.ndarray
@@ -78,7 +83,9 @@ class Judgement:
 
     def outcomes(self) -> np.ndarray:
         """[B] of `Outcome`: a wall needs W1 and W2, no wall the last gain above the margin."""
-        return np.select([self.wall, self.no_wall], [Outcome.WALL, Outcome.NO_WALL], Outcome.CANNOT_TELL)
+        return np.select(
+            [self.wall, self.no_wall], [Outcome.WALL, Outcome.NO_WALL], Outcome.CANNOT_TELL
+        )
 
     def best_form(self) -> np.ndarray:
         names = np.array(list(self.aicc))
@@ -95,9 +102,11 @@ def judge(
     charge: np.ndarray | None = None,
     confidence: float = 0.9,
 ) -> Judgement:
-    """``x`` [R] log2 ratio, ``means`` [B, R], ``counts`` [R] runs per ratio, ``margin`` in nats per doubling,
-    ``charge`` [P] what the extra active compute of each of `doublings` would have bought by itself (nats per doubling): a sweep shows
-    "no wall" only if its last gain passes the margin with that taken off."""
+    """``x`` [R] log2 ratio, ``means`` [B, R], ``counts`` [R] runs per ratio, ``margin`` in nats per
+    doubling, ``charge`` [P] what the extra active compute of each of `doublings` would have bought
+    by itself (nats per doubling): a sweep shows "no wall" only if its last gain passes the margin
+    with that taken off.
+    """
     steps = doublings(x)
     low, high = steps.T
     length = x[high] - x[low]
@@ -117,28 +126,52 @@ def judge(
     charged = 0.0 if charge is None else max(0.0, float(charge[-1]))
     no_wall = gains[:, -1] - charged - half[:, -1] > margin
     breaks = (form, delta, at, lower, upper, sharpness)
-    return Judgement(steps, gains, half, aicc, fits, wall_from, *breaks, slope, slope_half, w1, w2, w1 & w2, no_wall)
+    return Judgement(
+        steps,
+        gains,
+        half,
+        aicc,
+        fits,
+        wall_from,
+        *breaks,
+        slope,
+        slope_half,
+        w1,
+        w2,
+        w1 & w2,
+        no_wall,
+    )
 
 
 def doublings(x: np.ndarray) -> np.ndarray:
-    """[P, 2]: each ratio with the first at least twice as large, the last pair ending at the last ratio; ``x`` [R] log2 ratio."""
+    """[P, 2]: each ratio with the first at least twice as large, the last pair ending at the last
+    ratio; ``x`` [R] log2 ratio.
+    """
     high = np.searchsorted(x, x + 1 - ROUNDING)
     pairs = [(low, top) for low, top in enumerate(high.tolist()) if top < len(x)]
     last = len(x) - 1
-    if not pairs or pairs[-1][1] < last:  # a grid that ends in a wider or a narrower step than its others
+    if (
+        not pairs or pairs[-1][1] < last
+    ):  # a grid that ends in a wider or a narrower step than its others
         pairs.append((max(np.searchsorted(x, x[-1] - 1 + ROUNDING, side="right") - 1, 0), last))
     return np.array(pairs)
 
 
-def form_scores(x: np.ndarray, means: np.ndarray, counts: np.ndarray, noise: Noise) -> dict[str, np.ndarray]:
+def form_scores(
+    x: np.ndarray, means: np.ndarray, counts: np.ndarray, noise: Noise
+) -> dict[str, np.ndarray]:
     """AICc of each form, [B]."""
-    return {name: _aicc(fit_form(form, x, means, counts), counts, noise) for name, form in FORMS.items()}
+    return {
+        name: _aicc(fit_form(form, x, means, counts), counts, noise) for name, form in FORMS.items()
+    }
 
 
 def _aicc(fit: FormFit, counts: np.ndarray, noise: Noise) -> np.ndarray:
-    """Second-order AIC of the R means, whose noise is known, or estimated on ``noise.df`` degrees of freedom of its own.
+    """Second-order AIC of the R means, whose noise is known, or estimated on ``noise.df`` degrees
+    of freedom of its own.
 
-    The deviance is that of the means and the noise together, with the variance at its best: (df + R) ln(1 + rss / within).
+    The deviance is that of the means and the noise together, with the variance at its best: (df +
+    R) ln(1 + rss / within).
     """
     ratios, k = len(counts), fit.form.parameters
     if ratios - k - 1 <= 0 and k > 2:
@@ -148,9 +181,16 @@ def _aicc(fit: FormFit, counts: np.ndarray, noise: Noise) -> np.ndarray:
 
 
 def _sharpness(
-    x: np.ndarray, means: np.ndarray, counts: np.ndarray, noise: Noise, fits: dict[str, FormFit], rows: np.ndarray
+    x: np.ndarray,
+    means: np.ndarray,
+    counts: np.ndarray,
+    noise: Noise,
+    fits: dict[str, FormFit],
+    rows: np.ndarray,
 ) -> np.ndarray:
-    """By how much a hinge or plateau has less deviance than a bend over three doublings, of the draws in ``rows`` [B]."""
+    """By how much a hinge or plateau has less deviance than a bend over three doublings, of the
+    draws in ``rows`` [B].
+    """
     found = np.full(len(means), np.nan)
     if rows.any():
         some = Noise(noise.within[rows], noise.df, noise.known)
@@ -166,16 +206,24 @@ def _deviance(rss: np.ndarray, ratios: int, noise: Noise) -> np.ndarray:
     return (noise.df + ratios) * np.log1p(rss / np.maximum(noise.within, 1e-300))
 
 
-def _suffix_within(gains: np.ndarray, half: np.ndarray, margin: float, low: np.ndarray) -> np.ndarray:
-    """Index of the first ratio from which every later gain's interval lies inside the margin, -1 where even the last does not."""
+def _suffix_within(
+    gains: np.ndarray, half: np.ndarray, margin: float, low: np.ndarray
+) -> np.ndarray:
+    """Index of the first ratio from which every later gain's interval lies inside the margin, -1
+    where even the last does not.
+    """
     inside = np.abs(gains) + half < margin
     held = np.logical_and.accumulate(inside[:, ::-1], axis=1).sum(1)
     return np.where(held > 0, low[np.minimum(gains.shape[1] - held, gains.shape[1] - 1)], -1)
 
 
-def _break(fits: dict[str, FormFit], aicc: dict[str, np.ndarray], noise: Noise, confidence: float) -> tuple[np.ndarray, ...]:
-    """The best form with a break: its name, its lead over the best smooth form, the break, the break's limits, and whether
-    the loss falls on the way to it. The limits come from the profile likelihood, with F in place of chi2 for an estimated noise."""
+def _break(
+    fits: dict[str, FormFit], aicc: dict[str, np.ndarray], noise: Noise, confidence: float
+) -> tuple[np.ndarray, ...]:
+    """The best form with a break: its name, its lead over the best smooth form, the break, the
+    break's limits, and whether the loss falls on the way to it. The limits come from the profile
+    likelihood, with F in place of chi2 for an estimated noise.
+    """
     names = [name for name, fit in fits.items() if fit.breaks is not None]
     scores = np.stack([aicc[name] for name in names])
     smooth = np.stack([aicc[name] for name in SMOOTH]).min(0)
@@ -204,8 +252,12 @@ def _break(fits: dict[str, FormFit], aicc: dict[str, np.ndarray], noise: Noise, 
     return np.array(names)[best], delta, at, lower, upper, falls
 
 
-def _edge_slope(x: np.ndarray, means: np.ndarray, counts: np.ndarray, noise: Noise, width: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nats per doubling over the last two doublings (at least the last two ratios): weighted slope and half-width of its interval."""
+def _edge_slope(
+    x: np.ndarray, means: np.ndarray, counts: np.ndarray, noise: Noise, width: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nats per doubling over the last two doublings (at least the last two ratios): weighted slope
+    and half-width of its interval.
+    """
     keep = x >= min(x[-1] - 2 - ROUNDING, x[-2])
     weight = counts[keep] / counts[keep].sum()
     centred = x[keep] - weight @ x[keep]

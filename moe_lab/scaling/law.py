@@ -1,12 +1,15 @@
-"""What a scaling law is: a formula with published coefficients, where it was fitted, derivatives, and what a change is worth in compute.
+"""What a scaling law is: a formula with published coefficients, where it was fitted, derivatives,
+and what a change is worth in compute.
 
-A law is a sum of terms, each an amplitude times the exponential of a linear combination of products of log variables; that table
-is all a law is, and `fit` reads the same table. Letters in a table are natural logarithms:
+A law is a sum of terms, each an amplitude times the exponential of a linear combination of products
+of log variables; that table is all a law is, and `fit` reads the same table. Letters in a table are
+natural logarithms:
 
     n active_params N    t total_params    d tokens D    x ratio E/k    g granularity G    c training compute C (FLOPs)
     e the effective (saturated) number of experts or activation, made from the ratio and the law's two shape coefficients
 
-Losses are nats per token. Formulas are analytic, so a complex step gives derivatives to machine precision.
+Losses are nats per token. Formulas are analytic, so a complex step gives derivatives to machine
+precision.
 """
 
 import math
@@ -22,7 +25,14 @@ from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.forms import effective_ratio
 
 Values = Mapping[str, Any]
-LETTERS = {"n": "active_params", "t": "total_params", "d": "tokens", "x": "ratio", "g": "granularity", "c": "compute"}
+LETTERS = {
+    "n": "active_params",
+    "t": "total_params",
+    "d": "tokens",
+    "x": "ratio",
+    "g": "granularity",
+    "c": "compute",
+}
 LN2, LN10 = math.log(2), math.log(10)
 
 
@@ -45,7 +55,9 @@ LOG_AMPLITUDE: dict[Base, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True)
 class Term:
-    """``amplitude * exp(sum of exponent * scale * product of letters)``: ``exponents`` maps a coefficient to (letters, scale)."""
+    """``amplitude * exp(sum of exponent * scale * product of letters)``: ``exponents`` maps a
+    coefficient to (letters, scale).
+    """
 
     amplitude: str
     exponents: Mapping[str, tuple[str, float]] = field(default_factory=dict)
@@ -64,9 +76,11 @@ def ling_activation(variables: Values, start: Any, maximum: Any) -> Any:
 
 @dataclass(frozen=True)
 class Law:
-    """``published`` maps a name (router, arm) to coefficients, the first being the default; ``limits`` maps a variable to the range
-    of the runs behind them; ``shape`` names the two coefficients of ``effective``; ``output`` is "loss" or "leverage" (a compute
-    multiplier); ``formula`` replaces ``terms`` where a law is no sum of terms."""
+    """``published`` maps a name (router, arm) to coefficients, the first being the default;
+    ``limits`` maps a variable to the range of the runs behind them; ``shape`` names the two
+    coefficients of ``effective``; ``output`` is "loss" or "leverage" (a compute multiplier);
+    ``formula`` replaces ``terms`` where a law is no sum of terms.
+    """
 
     name: str
     title: str
@@ -83,8 +97,17 @@ class Law:
     @property
     def variables(self) -> tuple[str, ...]:
         """Names of the variables it needs."""
-        letters = {letter for term in self.terms for product, _ in term.exponents.values() for letter in product}
-        return tuple(LETTERS[letter] for letter in LETTERS if letter in letters or (letter == "x" and ("e" in letters or self.formula)))
+        letters = {
+            letter
+            for term in self.terms
+            for product, _ in term.exponents.values()
+            for letter in product
+        }
+        return tuple(
+            LETTERS[letter]
+            for letter in LETTERS
+            if letter in letters or (letter == "x" and ("e" in letters or self.formula))
+        )
 
     def coefficients(self, which: Values | str | None = None) -> Values:
         """A mapping as it is, a published set by name, or the first published set."""
@@ -92,13 +115,19 @@ class Law:
             names = list(self.published)
             if not names or (which is not None and which not in names):
                 raise AnalysisError(
-                    expected(f"published coefficients of {self.name} ({', '.join(names) or 'none'})", which, "your own fit")
+                    expected(
+                        f"published coefficients of {self.name} ({', '.join(names) or 'none'})",
+                        which,
+                        "your own fit",
+                    )
                 )
             return self.published[which or names[0]]
         return which
 
     def predict(self, point: Values, coefficients: Values | str | None = None) -> Any:
-        """Loss in nats/token (or a compute multiplier) at ``point``: variable -> number or array; they broadcast."""
+        """Loss in nats/token (or a compute multiplier) at ``point``: variable -> number or array;
+        they broadcast.
+        """
         chosen = self.coefficients(coefficients)
         if self.formula is not None:
             return self.formula(chosen, point)
@@ -116,34 +145,53 @@ class Law:
         needed = self.variables
         missing = [name for name in needed if name not in point]
         if missing:
-            raise AnalysisError(expected(f"{', '.join(needed)} for the law {self.name}", f"no {', '.join(missing)}"))
+            raise AnalysisError(
+                expected(f"{', '.join(needed)} for the law {self.name}", f"no {', '.join(missing)}")
+            )
         logs = {letter: np.log(point[name]) for letter, name in LETTERS.items() if name in needed}
         if self.effective is not None:
             logs["e"] = self.effective(point, *shape)
         return logs
 
-    def derivative(self, variable: str, point: Values, coefficients: Values | str | None = None) -> Any:
+    def derivative(
+        self, variable: str, point: Values, coefficients: Values | str | None = None
+    ) -> Any:
         """d output / d ln ``variable``, by a complex step."""
         step = 1e-30
         moved = {**point, variable: np.asarray(point[variable]) * np.exp(1j * step)}
         return self.predict(moved, coefficients).imag / step
 
-    def compute_equivalent(self, start: Values, end: Values, coefficients: Values | str | None = None) -> float:
-        """The compute multiplier that takes ``start`` to the loss of ``end`` at the ratio of ``start`` (inf where none does).
+    def compute_equivalent(
+        self, start: Values, end: Values, coefficients: Values | str | None = None
+    ) -> float:
+        """The compute multiplier that takes ``start`` to the loss of ``end`` at the ratio of
+        ``start`` (inf where none does).
 
-        Active parameters and tokens grow as C^1/2 each where the law has both, else the one it has takes all of C (for Clark's
-        fixed-token law the answer is therefore a multiplier of parameters). A leverage law answers with a quotient.
+        Active parameters and tokens grow as C^1/2 each where the law has both, else the one it has
+        takes all of C (for Clark's fixed-token law the answer is therefore a multiplier of
+        parameters). A leverage law answers with a quotient.
         """
         if self.output == "leverage":
             return float(self.predict(end, coefficients) / self.predict(start, coefficients))
-        grows = [name for name in ("active_params", "total_params", "tokens") if name in self.variables]
+        grows = [
+            name for name in ("active_params", "total_params", "tokens") if name in self.variables
+        ]
         if not grows:
-            raise AnalysisError(expected("a law of parameters or tokens", f"{self.name}, a law of the ratio alone"))
+            raise AnalysisError(
+                expected("a law of parameters or tokens", f"{self.name}, a law of the ratio alone")
+            )
         target = float(self.predict(end, coefficients))
 
         def gap(log_multiplier: float) -> float:
             factor = math.exp(log_multiplier / len(grows))
-            return float(self.predict({**start, **{name: start[name] * factor for name in grows}}, coefficients)) - target
+            return (
+                float(
+                    self.predict(
+                        {**start, **{name: start[name] * factor for name in grows}}, coefficients
+                    )
+                )
+                - target
+            )
 
         low, high = -40.0, 40.0
         if gap(low) * gap(high) > 0:

@@ -1,4 +1,6 @@
-"""The published laws, one entry each, as printed in their papers (reference values: docs/scaling.md)."""
+"""The published laws, one entry each, as printed in their papers (reference values:
+docs/scaling.md).
+"""
 
 import numpy as np
 
@@ -19,9 +21,30 @@ _ALL = (
         "arXiv 2202.01169, eqs. 4-5 and table 3: log10 L = a log10 N + b log10 Eh + c log10 N log10 Eh + d",
         (Term("d", {"a": ("n", 1.0), "b": ("e", 1.0), "c": ("ne", 1 / LN10)}, Base.LOG10),),
         {
-            "S-BASE": {"a": -0.082, "b": -0.108, "c": 0.009, "d": 1.104, "Estart": 1.847, "Emax": 314.478},
-            "RL-R": {"a": -0.083, "b": -0.126, "c": 0.012, "d": 1.111, "Estart": 1.880, "Emax": 469.982},
-            "HASH": {"a": -0.087, "b": -0.136, "c": 0.012, "d": 1.157, "Estart": 4.175, "Emax": 477.741},
+            "S-BASE": {
+                "a": -0.082,
+                "b": -0.108,
+                "c": 0.009,
+                "d": 1.104,
+                "Estart": 1.847,
+                "Emax": 314.478,
+            },
+            "RL-R": {
+                "a": -0.083,
+                "b": -0.126,
+                "c": 0.012,
+                "d": 1.111,
+                "Estart": 1.880,
+                "Emax": 469.982,
+            },
+            "HASH": {
+                "a": -0.087,
+                "b": -0.136,
+                "c": 0.012,
+                "d": 1.157,
+                "Estart": 4.175,
+                "Emax": 477.741,
+            },
         },
         {"active_params": (1.5e7, 1.31e9), "ratio": (1, 512), "tokens": (1.3e11, 1.31e11)},
         CLARK_SHAPE,
@@ -80,7 +103,17 @@ _ALL = (
             Term("a", {"alpha": ("n", -1.0)}),
             Term("b", {"beta": ("d", -1.0)}),
         ),
-        {"moe": {"a": 18.1, "alpha": 0.115, "b": 30.8, "beta": 0.147, "g": 2.1, "gamma": 0.58, "c": 0.47}},
+        {
+            "moe": {
+                "a": 18.1,
+                "alpha": 0.115,
+                "b": 30.8,
+                "beta": 0.147,
+                "g": 2.1,
+                "gamma": 0.58,
+                "c": 0.47,
+            }
+        },
         {"granularity": (1, 16), "tokens": (1.6e10, 1.3e11)},
         caution="64 experts of full size throughout: says nothing about the ratio",
     ),
@@ -148,11 +181,25 @@ _ALL = (
         (
             Term(
                 "one",
-                {"a": ("e", 1.0), "d": ("ec", 1 / LN10), "gamma": ("egg", 1 / LN2**2), "beta": ("eg", 1 / LN2)},
+                {
+                    "a": ("e", 1.0),
+                    "d": ("ec", 1 / LN10),
+                    "gamma": ("egg", 1 / LN2**2),
+                    "beta": ("eg", 1 / LN2),
+                },
                 Base.ONE,
             ),
         ),
-        {"table 2": {"a": 1.23, "d": -0.0761, "gamma": 0.0167, "beta": -0.117, "Astart": 0.0163, "Amax": 5.28e16}},
+        {
+            "table 2": {
+                "a": 1.23,
+                "d": -0.0761,
+                "gamma": 0.0167,
+                "beta": -0.117,
+                "Astart": 0.0163,
+                "Amax": 5.28e16,
+            }
+        },
         {"ratio": (1, 125), "compute": (1e18, 6e20), "granularity": (2, 16)},
         ("Astart", "Amax"),
         ling_activation,
@@ -177,7 +224,12 @@ _ALL = (
         output="leverage",
         caution="four rounded numbers from one report",
     ),
-    Law("line", "straight line in log ratio", "L = c - s log2 r", formula=lambda k, v: k["c"] - k["s"] * _doublings(v)),
+    Law(
+        "line",
+        "straight line in log ratio",
+        "L = c - s log2 r",
+        formula=lambda k, v: k["c"] - k["s"] * _doublings(v),
+    ),
     Law(
         "power",
         "saturating power law of the ratio",
@@ -188,14 +240,20 @@ _ALL = (
         "saturation",
         "Clark's saturation in log ratio",
         "L = c - s log2 Eh(r; Estart, Emax), Eh as 2202.01169 eq. 5",
-        formula=lambda k, v: k["c"] - k["s"] * np.log(effective_ratio(v["ratio"], k["Estart"], k["Emax"])) / LN2,
+        formula=lambda k, v: (
+            k["c"] - k["s"] * np.log(effective_ratio(v["ratio"], k["Estart"], k["Emax"])) / LN2
+        ),
         shape=CLARK_SHAPE,
     ),
     Law(
         "hinge",
         "two slopes in log ratio",
         "L = c - s x - u max(0, x - log2 t), x = log2 r",
-        formula=lambda k, v: k["c"] - k["s"] * _doublings(v) - k["u"] * np.maximum(0, _doublings(v) - np.log2(k["t"])),
+        formula=lambda k, v: (
+            k["c"]
+            - k["s"] * _doublings(v)
+            - k["u"] * np.maximum(0, _doublings(v) - np.log2(k["t"]))
+        ),
     ),
     Law(
         "plateau",

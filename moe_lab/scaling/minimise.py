@@ -1,9 +1,11 @@
-"""Many small minimisations at once, one problem per row: damped Gauss-Newton, then BFGS with a weak Wolfe line search.
+"""Many small minimisations at once, one problem per row: damped Gauss-Newton, then BFGS with a weak
+Wolfe line search.
 
-Scaling-law objectives are sums of a nearly absolute loss (Huber 1e-3) whose valleys are long and flat. The usual one-start,
-default-tolerance L-BFGS-B stops inside them (the cause of the Chinchilla paper's own misfit, 2404.10102), so a problem here ends
-only when several steps in a row no longer lower its value. The line search is that of Lewis & Overton (Math. Program. 141, 2013):
-bisection on sufficient decrease and curvature, which also holds for functions that are not smooth.
+Scaling-law objectives are sums of a nearly absolute loss (Huber 1e-3) whose valleys are long and
+flat. The usual one-start, default-tolerance L-BFGS-B stops inside them (the cause of the Chinchilla
+paper's own misfit, 2404.10102), so a problem here ends only when several steps in a row no longer
+lower its value. The line search is that of Lewis & Overton (Math. Program. 141, 2013): bisection on
+sufficient decrease and curvature, which also holds for functions that are not smooth.
 """
 
 from collections.abc import Callable
@@ -16,14 +18,19 @@ Curved = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.nda
 SUFFICIENT, CURVATURE = 1e-4, 0.9
 STALLED_STEPS = 3
 LEVENBERG_STEPS = 60
-LIGHT, HEAVY = 1e-2, 1e8  # damping, as a share of the Hessian, below which a step is Newton's and above which it is none
+LIGHT, HEAVY = (
+    1e-2,
+    1e8,
+)  # damping, as a share of the Hessian, below which a step is Newton's and above which it is none
 RIDGE = 1e-8
 LINE_STEPS = 40
 
 
 @dataclass
 class _State:
-    """Problems still running, by ``rows``: points, values, gradients, inverse Hessians, steps without progress."""
+    """Problems still running, by ``rows``: points, values, gradients, inverse Hessians, steps
+    without progress.
+    """
 
     rows: np.ndarray
     point: np.ndarray
@@ -33,25 +40,55 @@ class _State:
     stalled: np.ndarray
 
     def keep(self, mask: np.ndarray) -> "_State":
-        return _State(*(array[mask] for array in (self.rows, self.point, self.value, self.gradient, self.inverse, self.stalled)))
+        return _State(
+            *(
+                array[mask]
+                for array in (
+                    self.rows,
+                    self.point,
+                    self.value,
+                    self.gradient,
+                    self.inverse,
+                    self.stalled,
+                )
+            )
+        )
 
 
 def minimise(
-    objective: Objective, curved: Curved, start: np.ndarray, *, iterations: int = 1000, tolerance: float = 1e-14, floor: float = 0.0
+    objective: Objective,
+    curved: Curved,
+    start: np.ndarray,
+    *,
+    iterations: int = 1000,
+    tolerance: float = 1e-14,
+    floor: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minimise B problems of p unknowns from ``start`` [B, p]: Levenberg-Marquardt first, then BFGS to the end.
+    """Minimise B problems of p unknowns from ``start`` [B, p]: Levenberg-Marquardt first, then BFGS
+    to the end.
 
-    ``objective(points [b, p], rows [b]) -> (values [b], gradients [b, p])`` evaluates the problems named by ``rows`` (inf is allowed);
-    ``curved`` returns (values, gradients, approximate Hessians [b, p, p]). ``tolerance`` is the relative decrease that counts and
-    ``floor`` a value that is as good as zero. Returns points [B, p], values [B], and whether each ended before ``iterations`` [B].
+    ``objective(points [b, p], rows [b]) -> (values [b], gradients [b, p])`` evaluates the problems
+    named by ``rows`` (inf is allowed); ``curved`` returns (values, gradients, approximate Hessians
+    [b, p, p]). ``tolerance`` is the relative decrease that counts and ``floor`` a value that is as
+    good as zero. Returns points [B, p], values [B], and whether each ended before ``iterations``
+    [B].
     """
     steps = min(LEVENBERG_STEPS, iterations)
-    points, values, done = levenberg(curved, start, iterations=steps, tolerance=tolerance, floor=floor)
+    points, values, done = levenberg(
+        curved, start, iterations=steps, tolerance=tolerance, floor=floor
+    )
     rows = np.flatnonzero(~done)
     if not len(rows):
         return points, values, done
     value, gradient = objective(points[rows], rows)
-    state = _State(rows, points[rows], value, gradient, _metric(curved, points[rows], rows), np.zeros(len(rows), int))
+    state = _State(
+        rows,
+        points[rows],
+        value,
+        gradient,
+        _metric(curved, points[rows], rows),
+        np.zeros(len(rows), int),
+    )
     for _ in range(iterations):
         state = _step(state, objective, curved, tolerance)
         points[state.rows], values[state.rows] = state.point, state.value
@@ -66,17 +103,26 @@ def minimise(
 def levenberg(
     curved: Curved, start: np.ndarray, *, iterations: int, tolerance: float, floor: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Damped Gauss-Newton steps, each problem with its own damping. Returns points, values, and which are at their minimum: there an
-    all but undamped step promises less than ``tolerance`` of the value. Squares end so; nearly absolute losses seldom do."""
+    """Damped Gauss-Newton steps, each problem with its own damping. Returns points, values, and
+    which are at their minimum: there an all but undamped step promises less than ``tolerance`` of
+    the value. Squares end so; nearly absolute losses seldom do.
+    """
     rows, points, done = np.arange(len(start)), start.copy(), np.zeros(len(start), bool)
     values, gradient, hessian = curved(points, rows)
     damping = np.full(len(start), 1e-3)
     for _ in range(iterations):
         diagonal = np.einsum("bpp->bp", hessian)
-        lift = damping[rows, None] * np.maximum(diagonal, 1e-9 * diagonal.max(1, keepdims=True)) + 1e-300
-        step = np.linalg.solve(hessian + lift[:, :, None] * np.eye(points.shape[1]), -gradient[:, :, None])[:, :, 0]
+        lift = (
+            damping[rows, None] * np.maximum(diagonal, 1e-9 * diagonal.max(1, keepdims=True))
+            + 1e-300
+        )
+        step = np.linalg.solve(
+            hessian + lift[:, :, None] * np.eye(points.shape[1]), -gradient[:, :, None]
+        )[:, :, 0]
         promise = -0.5 * (gradient * step).sum(1)
-        ended = (values[rows] <= floor) | ((promise <= tolerance * values[rows]) & (damping[rows] <= LIGHT))
+        ended = (values[rows] <= floor) | (
+            (promise <= tolerance * values[rows]) & (damping[rows] <= LIGHT)
+        )
         done[rows[ended]] = True
         keep = ~ended & (damping[rows] < HEAVY)
         rows, gradient, hessian, step = rows[keep], gradient[keep], hessian[keep], step[keep]
@@ -110,7 +156,9 @@ def _step(state: _State, objective: Objective, curved: Curved, tolerance: float)
     small = ~(fall > tolerance * np.abs(state.value))
     stalled = np.where(small, state.stalled + 1, 0)
     inverse = _update(state.inverse, point - state.point, gradient - state.gradient)
-    if small.any():  # a stale Hessian can stall a problem that is not finished: start over from the local metric
+    if (
+        small.any()
+    ):  # a stale Hessian can stall a problem that is not finished: start over from the local metric
         inverse[small] = _metric(curved, point[small], state.rows[small])
     return _State(state.rows, point, value, gradient, inverse, stalled)
 
@@ -127,7 +175,11 @@ def _line_search(
         decreased = trial_value <= state.value[todo] + SUFFICIENT * length[todo] * slope[todo]
         flat = np.einsum("bi,bi->b", trial_gradient, direction[todo]) >= CURVATURE * slope[todo]
         good = todo[decreased]
-        point[good], value[good], gradient[good] = trial[decreased], trial_value[decreased], trial_gradient[decreased]
+        point[good], value[good], gradient[good] = (
+            trial[decreased],
+            trial_value[decreased],
+            trial_gradient[decreased],
+        )
         high[todo[~decreased]] = length[todo[~decreased]]
         low[good] = length[good]
         todo = todo[~(decreased & flat)]

@@ -1,6 +1,8 @@
-"""Best points: compute-optimal splits of a law, isoFLOP parabolas through runs, and the best ratio under a constraint (W4).
+"""Best points: compute-optimal splits of a law, isoFLOP parabolas through runs, and the best ratio
+under a constraint (W4).
 
-A best ratio at fixed total parameters, bytes or time (W4) can exist with no wall at all: it is reported apart from the verdict.
+A best ratio at fixed total parameters, bytes or time (W4) can exist with no wall at all: it is
+reported apart from the verdict.
 """
 
 import math
@@ -18,25 +20,38 @@ SAME = 1.05  # within this factor a constraint holds
 
 
 def compute_optimal(
-    law: str | Law, compute: float, point: Values | None = None, coefficients: Values | str | None = None
+    law: str | Law,
+    compute: float,
+    point: Values | None = None,
+    coefficients: Values | str | None = None,
 ) -> tuple[float, float]:
-    """(active parameters, tokens) that minimise a law's loss with 6 N D = ``compute`` FLOPs; ``point`` holds its other variables."""
+    """(active parameters, tokens) that minimise a law's loss with 6 N D = ``compute`` FLOPs;
+    ``point`` holds its other variables.
+    """
     chosen = find_law(law)
     other = dict(point or {})
 
     def loss(log_active: float) -> float:
         active = math.exp(log_active)
-        return float(chosen.predict({**other, "active_params": active, "tokens": compute / 6 / active}, coefficients))
+        return float(
+            chosen.predict(
+                {**other, "active_params": active, "tokens": compute / 6 / active}, coefficients
+            )
+        )
 
     middle = 0.5 * math.log(compute / 6)
-    found = minimize_scalar(loss, bounds=(middle - 12, middle + 12), method="bounded", options={"xatol": 1e-10})
+    found = minimize_scalar(
+        loss, bounds=(middle - 12, middle + 12), method="bounded", options={"xatol": 1e-10}
+    )
     active = math.exp(float(found.x))  # type: ignore[attr-defined]
     return active, compute / 6 / active
 
 
 @dataclass(frozen=True)
 class Isoflop:
-    """``optima`` [compute, active_params, tokens, loss, runs]; N* = ``active_amplitude`` C^``active_exponent``, likewise tokens."""
+    """``optima`` [compute, active_params, tokens, loss, runs]; N* = ``active_amplitude``
+    C^``active_exponent``, likewise tokens.
+    """
 
     optima: pl.DataFrame
     active_exponent: float
@@ -46,23 +61,33 @@ class Isoflop:
 
 
 def isoflop(frame: pl.DataFrame, *, span: float = math.inf) -> Isoflop:
-    """A parabola in ln N through the runs of each compute budget, and power laws through the minima (Llama 3's method, 2407.21783 3.2.1).
+    """A parabola in ln N through the runs of each compute budget, and power laws through the minima
+    (Llama 3's method, 2407.21783 3.2.1).
 
-    ``frame`` [compute (equal within a budget), active_params, tokens, loss]. Budgets whose parabola has no minimum inside its runs are
-    left out. ``span`` keeps runs within this factor of the smallest loss's size: wide parabolas are biased (2603.21862 gives sizes).
+    ``frame`` [compute (equal within a budget), active_params, tokens, loss]. Budgets whose parabola
+    has no minimum inside its runs are left out. ``span`` keeps runs within this factor of the
+    smallest loss's size: wide parabolas are biased (2603.21862 gives sizes).
     """
     rows = []
-    for (compute,), runs in frame.sort("compute", "active_params").group_by("compute", maintain_order=True):
+    for (compute,), runs in frame.sort("compute", "active_params").group_by(
+        "compute", maintain_order=True
+    ):
         size = np.log(runs["active_params"].cast(pl.Float64).to_numpy())
         loss = runs["loss"].to_numpy()
-        near = np.abs(size - size[loss.argmin()]) <= math.log(span) if math.isfinite(span) else np.ones(len(size), bool)
+        near = (
+            np.abs(size - size[loss.argmin()]) <= math.log(span)
+            if math.isfinite(span)
+            else np.ones(len(size), bool)
+        )
         if near.sum() < 4 or len(np.unique(size[near])) < 3:
             continue
         curve = np.polyfit(size[near], loss[near], 2)
         best = -curve[1] / (2 * curve[0])
         if curve[0] <= 0 or not size[near].min() < best < size[near].max():
             continue
-        log_product = float(np.mean(size[near] + np.log(runs["tokens"].cast(pl.Float64).to_numpy()[near])))
+        log_product = float(
+            np.mean(size[near] + np.log(runs["tokens"].cast(pl.Float64).to_numpy()[near]))
+        )
         rows.append(
             {
                 "compute": float(compute),  # type: ignore[arg-type]
@@ -73,17 +98,27 @@ def isoflop(frame: pl.DataFrame, *, span: float = math.inf) -> Isoflop:
             }
         )
     if len(rows) < 2:
-        raise AnalysisError(expected("two or more budgets with a minimum inside their runs", len(rows), "more sizes per budget"))
+        raise AnalysisError(
+            expected(
+                "two or more budgets with a minimum inside their runs",
+                len(rows),
+                "more sizes per budget",
+            )
+        )
     optima = pl.DataFrame(rows)
     log_compute = np.log(optima["compute"].to_numpy())
     active = np.polyfit(log_compute, np.log(optima["active_params"].to_numpy()), 1)
     tokens = np.polyfit(log_compute, np.log(optima["tokens"].to_numpy()), 1)
-    return Isoflop(optima, float(active[0]), math.exp(active[1]), float(tokens[0]), math.exp(tokens[1]))
+    return Isoflop(
+        optima, float(active[0]), math.exp(active[1]), float(tokens[0]), math.exp(tokens[1])
+    )
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The ratio of the smallest loss under a constraint, its bootstrap ``interval``, and whether it lies ``inside`` the grid."""
+    """The ratio of the smallest loss under a constraint, its bootstrap ``interval``, and whether it
+    lies ``inside`` the grid.
+    """
 
     ratio: float
     interval: tuple[float, float]
@@ -91,11 +126,14 @@ class Optimum:
     sentence: str
 
 
-def constrained_optimum(frame: pl.DataFrame, *, constraint: str = "total_params", repetitions: int = 1000, seed: int = 0) -> Optimum:
-    """W4: the best ratio of an arm [ratio, seed, loss] run at one value of ``constraint`` (checked within 5 % where the column exists).
+def constrained_optimum(
+    frame: pl.DataFrame, *, constraint: str = "total_params", repetitions: int = 1000, seed: int = 0
+) -> Optimum:
+    """W4: the best ratio of an arm [ratio, seed, loss] run at one value of ``constraint`` (checked
+    within 5 % where the column exists).
 
-    A parabola in log2 ratio through the best ratio and two neighbours on either side; the interval redraws the
-    noise between runs of a ratio (one run per ratio leaves it a point).
+    A parabola in log2 ratio through the best ratio and two neighbours on either side; the interval
+    redraws the noise between runs of a ratio (one run per ratio leaves it a point).
     """
     for name in ("ratio", "seed", "loss"):
         if name not in frame.columns:
@@ -105,7 +143,13 @@ def constrained_optimum(frame: pl.DataFrame, *, constraint: str = "total_params"
     if constraint in frame.columns:
         low, high = float(frame[constraint].min()), float(frame[constraint].max())  # type: ignore[arg-type]
         if high > SAME * low:
-            raise AnalysisError(expected(f"one value of {constraint} (within 5 %)", f"{low:g} to {high:g}", "constraint= another column"))
+            raise AnalysisError(
+                expected(
+                    f"one value of {constraint} (within 5 %)",
+                    f"{low:g} to {high:g}",
+                    "constraint= another column",
+                )
+            )
     ratios = frame["ratio"].unique().sort().to_numpy().astype(float)
     losses = [frame.filter(pl.col("ratio") == ratio)["loss"].to_numpy() for ratio in ratios]
     rng = np.random.default_rng(seed)
@@ -113,7 +157,11 @@ def constrained_optimum(frame: pl.DataFrame, *, constraint: str = "total_params"
     best = _vertex(x, np.array([values.mean() for values in losses]))
     counts = np.array([len(values) for values in losses])
     df = int((counts - 1).sum())
-    spread = math.sqrt(sum(((values - values.mean()) ** 2).sum() for values in losses) / df) if df else 0.0
+    spread = (
+        math.sqrt(sum(((values - values.mean()) ** 2).sum() for values in losses) / df)
+        if df
+        else 0.0
+    )
     noise = rng.standard_t(max(df, 1), (repetitions, len(x))) * spread / np.sqrt(counts)
     means = np.array([values.mean() for values in losses]) + noise
     drawn = np.array([_vertex(x, row) for row in means])
@@ -126,21 +174,28 @@ def constrained_optimum(frame: pl.DataFrame, *, constraint: str = "total_params"
 
 
 def fixed_total_optima(frame: pl.DataFrame) -> dict[str, Optimum]:
-    """`constrained_optimum` of every arm of ``frame`` [arm, ratio, seed, loss, total_params, active_params] that has one total and
-    several active sizes: W4, apart from any verdict."""
+    """`constrained_optimum` of every arm of ``frame`` [arm, ratio, seed, loss, total_params,
+    active_params] that has one total and several active sizes: W4, apart from any verdict.
+    """
     if not {"arm", "ratio", "seed", "loss", "total_params", "active_params"} <= set(frame.columns):
         return {}
     found = {}
-    for (arm,), runs in frame.drop_nulls(["arm", "ratio", "loss", "total_params", "active_params"]).group_by("arm", maintain_order=True):
+    for (arm,), runs in frame.drop_nulls(
+        ["arm", "ratio", "loss", "total_params", "active_params"]
+    ).group_by("arm", maintain_order=True):
         total, active = (runs[name].cast(pl.Float64) for name in ("total_params", "active_params"))
-        fixed = float(total.max()) <= SAME * float(total.min()) and float(active.max()) > SAME * float(active.min())  # type: ignore[arg-type]
+        fixed = float(total.max()) <= SAME * float(total.min()) and float(
+            active.max()
+        ) > SAME * float(active.min())  # type: ignore[arg-type]
         if fixed and runs["ratio"].n_unique() >= 3:
             found[str(arm)] = constrained_optimum(runs)
     return found
 
 
 def _vertex(x: np.ndarray, loss: np.ndarray) -> float:
-    """log2 of the best ratio: the vertex of a parabola around the smallest mean, held within the grid."""
+    """log2 of the best ratio: the vertex of a parabola around the smallest mean, held within the
+    grid.
+    """
     middle = int(loss.argmin())
     near = slice(max(0, middle - 2), middle + 3)
     if len(x[near]) < 3:

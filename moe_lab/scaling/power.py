@@ -1,7 +1,9 @@
-"""What a planned sweep could tell: the probability of each verdict under candidate truths, its cost, and the cheapest that suffices.
+"""What a planned sweep could tell: the probability of each verdict under candidate truths, its
+cost, and the cheapest that suffices.
 
-A design is a grid of ratios, a number of seeds, an active size and a token budget. Each truth is a loss as a function of the ratio;
-sweeps are drawn from it with the noise the user expects and judged exactly as `wall_verdict` judges a real one.
+A design is a grid of ratios, a number of seeds, an active size and a token budget. Each truth is a
+loss as a function of the ratio; sweeps are drawn from it with the noise the user expects and judged
+exactly as `wall_verdict` judges a real one.
 """
 
 import math
@@ -27,7 +29,9 @@ NO_NOISE = 1e-7
 
 @dataclass(frozen=True)
 class Design(Config):
-    """One planned sweep: ``ratios`` total:active ascending, ``seeds`` runs at each, ``active_params``, ``tokens`` per run."""
+    """One planned sweep: ``ratios`` total:active ascending, ``seeds`` runs at each,
+    ``active_params``, ``tokens`` per run.
+    """
 
     ratios: tuple[float, ...]
     seeds: int
@@ -36,9 +40,17 @@ class Design(Config):
 
     def __post_init__(self) -> None:
         require(len(self.ratios) >= 3, "three or more ratios", len(self.ratios))
-        require(list(self.ratios) == sorted(set(self.ratios)) and self.ratios[0] >= 1, "ascending ratios from 1", self.ratios)
+        require(
+            list(self.ratios) == sorted(set(self.ratios)) and self.ratios[0] >= 1,
+            "ascending ratios from 1",
+            self.ratios,
+        )
         require(self.seeds >= 1, "one seed or more", self.seeds)
-        require(self.active_params > 0 and self.tokens > 0, "sizes above 0", (self.active_params, self.tokens))
+        require(
+            self.active_params > 0 and self.tokens > 0,
+            "sizes above 0",
+            (self.active_params, self.tokens),
+        )
 
     @property
     def runs(self) -> int:
@@ -46,19 +58,25 @@ class Design(Config):
 
     @property
     def flops(self) -> float:
-        """6 N D per run: the head, attention and the router come on top (`moe_lab.accounting` counts them)."""
+        """6 N D per run: the head, attention and the router come on top (`moe_lab.accounting`
+        counts them).
+        """
         return 6 * self.active_params * self.tokens * self.runs
 
     @property
     def slope(self) -> float:
         """-dL/dlnC in the middle of the grid, from the published law the verdict uses."""
-        return law_slope(self.active_params, self.tokens, math.sqrt(self.ratios[0] * self.ratios[-1])).value
+        return law_slope(
+            self.active_params, self.tokens, math.sqrt(self.ratios[0] * self.ratios[-1])
+        ).value
 
 
 @dataclass(frozen=True)
 class Truth:
-    """``loss(ratios [R], design) -> [R]`` nats up to a constant; ``wall`` the ratio past which nothing is gained, None if nowhere;
-    ``forms`` the names of `FORMS` that count as having recognised it."""
+    """``loss(ratios [R], design) -> [R]`` nats up to a constant; ``wall`` the ratio past which
+    nothing is gained, None if nowhere; ``forms`` the names of `FORMS` that count as having
+    recognised it.
+    """
 
     name: str
     loss: Callable[[np.ndarray, Design], np.ndarray]
@@ -75,21 +93,35 @@ def saturation_truth(maximum: float = 300.0, worth: float = 1.2, start: float = 
     """Clark's saturation at ``maximum``; a doubling of the effective ratio is worth ``worth``."""
 
     def loss(r: np.ndarray, d: Design) -> np.ndarray:
-        return -d.slope * math.log(worth) * np.log2(effective_ratio(r, np.array(start), np.array(maximum)))
+        return (
+            -d.slope
+            * math.log(worth)
+            * np.log2(effective_ratio(r, np.array(start), np.array(maximum)))
+        )
 
     return Truth(f"saturation at {maximum:g}", loss, ("saturation", "power"))
 
 
 def wall_truth(at: float = 32.0, worth: float = DOUBLING_WORTH) -> Truth:
     """A straight line up to ``at`` and nothing after."""
-    return Truth(f"wall at {at:g}", lambda r, d: -d.slope * math.log(worth) * np.log2(np.minimum(r, at)), ("plateau", "hinge"), wall=at)
+    return Truth(
+        f"wall at {at:g}",
+        lambda r, d: -d.slope * math.log(worth) * np.log2(np.minimum(r, at)),
+        ("plateau", "hinge"),
+        wall=at,
+    )
 
 
 def law_truth(law: str = "ludziejewski", coefficients: str | None = None) -> Truth:
     """A published law at the design's size and budget."""
 
     def loss(r: np.ndarray, d: Design) -> np.ndarray:
-        point = {"active_params": d.active_params, "tokens": d.tokens, "ratio": r, "total_params": d.active_params * r}
+        point = {
+            "active_params": d.active_params,
+            "tokens": d.tokens,
+            "ratio": r,
+            "total_params": d.active_params * r,
+        }
         return np.asarray(LAWS[law].predict(point, coefficients))
 
     return Truth(f"law {law}", loss, ("saturation",))
@@ -100,7 +132,11 @@ def default_truths() -> tuple[Truth, ...]:
 
 
 def designs(
-    active_params: float, tokens: float, *, ratio_max: Iterable[float] = (64, 128, 256, 512), seeds: Iterable[int] = (2, 3, 5, 8)
+    active_params: float,
+    tokens: float,
+    *,
+    ratio_max: Iterable[float] = (64, 128, 256, 512),
+    seeds: Iterable[int] = (2, 3, 5, 8),
 ) -> list[Design]:
     """Grids of doublings from 1 to each ``ratio_max``, with each number of seeds."""
     grids = [tuple(2.0**e for e in range(round(math.log2(top)) + 1)) for top in ratio_max]
@@ -108,19 +144,39 @@ def designs(
 
 
 def draw(
-    truth: Truth, design: Design, noise_sd: float, draws: int, rng: np.random.Generator, *, margin: float = MARGIN, known: bool = False
+    truth: Truth,
+    design: Design,
+    noise_sd: float,
+    draws: int,
+    rng: np.random.Generator,
+    *,
+    margin: float = MARGIN,
+    known: bool = False,
 ) -> Judgement:
-    """Judge ``draws`` simulated sweeps. ``known`` hands the noise to the verdict, as one seed would need."""
+    """Judge ``draws`` simulated sweeps.
+
+    ``known`` hands the noise to the verdict, as one seed would need.
+    """
     ratios = np.array(design.ratios)
-    losses = truth.loss(ratios, design)[None, :, None] + rng.normal(0, noise_sd, (draws, len(ratios), design.seeds))
+    losses = truth.loss(ratios, design)[None, :, None] + rng.normal(
+        0, noise_sd, (draws, len(ratios), design.seeds)
+    )
     means = losses.mean(2)
     within = ((losses - means[:, :, None]) ** 2).sum((1, 2))
     noise = Noise(within, len(ratios) * (design.seeds - 1), noise_sd if known else None)
-    return judge(np.log2(ratios), means, np.full(len(ratios), design.seeds), noise, (margin - 1) * design.slope)
+    return judge(
+        np.log2(ratios),
+        means,
+        np.full(len(ratios), design.seeds),
+        noise,
+        (margin - 1) * design.slope,
+    )
 
 
 def right_answer(truth: Truth, design: Design, margin: float = MARGIN) -> Outcome | None:
-    """What a noiseless sweep of this design should say; None where saying nothing is right (a grid that ends in fading gains)."""
+    """What a noiseless sweep of this design should say; None where saying nothing is right (a grid
+    that ends in fading gains).
+    """
     if truth.wall is not None:
         return Outcome.WALL
     ratios = np.array(design.ratios)
@@ -145,31 +201,49 @@ def power(
     known_noise: bool = False,
     flops_per_second: float | None = None,
 ) -> pl.DataFrame:
-    """[design, truth, wall, no_wall, cannot_tell, settled, form, wrong, ratios, ratio_max, seeds, runs, tokens, flops, hours]
+    """[design, truth, wall, no_wall, cannot_tell, settled, form, wrong, ratios, ratio_max, seeds,
+    runs, tokens, flops, hours]
 
-    one row per design and truth: the share of ``draws`` that ends in each verdict; ``settled`` the share that gives the right answer;
-    ``wrong`` the share that claims a wall where there is none or none where there is; ``form`` the share that recognises the shape;
-    ``hours`` at ``flops_per_second`` (null without). ``noise_sd``: nats between seeds (docs/scaling.md: .004-.008 at 3-11M parameters,
-    .0005-.0007 above 100M). ``known_noise`` lets one seed be judged.
+    one row per design and truth: the share of ``draws`` that ends in each verdict; ``settled`` the
+    share that gives the right answer; ``wrong`` the share that claims a wall where there is none or
+    none where there is; ``form`` the share that recognises the shape; ``hours`` at
+    ``flops_per_second`` (null without). ``noise_sd``: nats between seeds (docs/scaling.md:
+    .004-.008 at 3-11M parameters, .0005-.0007 above 100M). ``known_noise`` lets one seed be judged.
     """
     plans = [planned] if isinstance(planned, Design) else list(planned)
     if not plans or draws < 1 or not noise_sd > 0:
         raise AnalysisError(
-            expected("a design, one draw or more and noise above 0", f"{len(plans)} designs, {draws} draws, noise {noise_sd}")
+            expected(
+                "a design, one draw or more and noise above 0",
+                f"{len(plans)} designs, {draws} draws, noise {noise_sd}",
+            )
         )
     rows = []
     chosen = truths if truths is not None else default_truths()
     for number, design in enumerate(plans):
         rng = np.random.default_rng([seed, number])
-        chances = [(truth.name, _chances(truth, design, noise_sd, draws, rng, margin, known_noise)) for truth in chosen]
+        chances = [
+            (truth.name, _chances(truth, design, noise_sd, draws, rng, margin, known_noise))
+            for truth in chosen
+        ]
         rows.extend({"design": number, "truth": name, **columns} for name, columns in chances)
     table = pl.DataFrame(rows)
-    hours = pl.lit(None, pl.Float64) if flops_per_second is None else pl.col("flops") / flops_per_second / 3600
+    hours = (
+        pl.lit(None, pl.Float64)
+        if flops_per_second is None
+        else pl.col("flops") / flops_per_second / 3600
+    )
     return table.with_columns(hours=hours)
 
 
 def _chances(
-    truth: Truth, design: Design, noise_sd: float, draws: int, rng: np.random.Generator, margin: float, known: bool
+    truth: Truth,
+    design: Design,
+    noise_sd: float,
+    draws: int,
+    rng: np.random.Generator,
+    margin: float,
+    known: bool,
 ) -> dict[str, float | int | None]:
     judged = draw(truth, design, noise_sd, draws, rng, margin=margin, known=known)
     outcomes = judged.outcomes()
@@ -198,7 +272,9 @@ _COLUMNS = {"wall": Outcome.WALL, "no_wall": Outcome.NO_WALL, "cannot_tell": Out
 
 
 def cheapest(table: pl.DataFrame, target: float = TARGET) -> int | None:
-    """The design of `power`'s table with the fewest FLOPs that settles every truth with probability ``target``; None where none does."""
+    """The design of `power`'s table with the fewest FLOPs that settles every truth with probability
+    ``target``; None where none does.
+    """
     worst = table.group_by("design").agg(pl.col("settled").min(), pl.col("flops").first())
     enough = worst.filter(pl.col("settled") >= target).sort("flops", "design")
     return None if enough.is_empty() else int(enough["design"][0])

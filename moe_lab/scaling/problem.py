@@ -1,8 +1,10 @@
-"""A law and its data as a function of a parameter vector: residuals of log loss, their gradient, and good places to start.
+"""A law and its data as a function of a parameter vector: residuals of log loss, their gradient,
+and good places to start.
 
-The unknowns theta are the logarithms of the amplitudes, the exponents, and the logarithms of the two shape coefficients (Estart,
-Emax). In them every law of `LAWS` with terms is ``ln L = logsumexp(features @ theta)``, so residuals and their Jacobian are exact and
-one pass serves every start and every bootstrap draw together.
+The unknowns theta are the logarithms of the amplitudes, the exponents, and the logarithms of the
+two shape coefficients (Estart, Emax). In them every law of `LAWS` with terms is ``ln L =
+logsumexp(features @ theta)``, so residuals and their Jacobian are exact and one pass serves every
+start and every bootstrap draw together.
 """
 
 from dataclasses import dataclass
@@ -16,8 +18,10 @@ CLIP = 60.0  # bound on the logarithm of a shape coefficient: exp(60) experts is
 
 @dataclass(frozen=True)
 class Problem:
-    """``target`` (ln loss, or the loss itself where ``log`` is False) and ``weights``: one row [1, n] shared by all draws or one row
-    per draw [B, n]; ``delta`` of Huber's loss (inf: squares); ``names`` of the unknowns in order."""
+    """``target`` (ln loss, or the loss itself where ``log`` is False) and ``weights``: one row [1,
+    n] shared by all draws or one row per draw [B, n]; ``delta`` of Huber's loss (inf: squares);
+    ``names`` of the unknowns in order.
+    """
 
     law: Law
     point: Values
@@ -32,23 +36,38 @@ class Problem:
         return array[rows] if len(array) > 1 else array
 
     def objective(self, theta: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sum of weighted Huber losses [b] and its gradient [b, p]. Points with an impossible shape are worth inf."""
+        """Sum of weighted Huber losses [b] and its gradient [b, p].
+
+        Points with an impossible shape are worth inf.
+        """
         value, gradient, _ = self._evaluate(theta, rows, curvature=False)
         return value, gradient
 
-    def curved(self, theta: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Value [b], gradient [b, p] and Gauss-Newton Hessian [b, p, p], residuals beyond ``delta`` weighted down as Huber's loss does."""
+    def curved(
+        self, theta: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Value [b], gradient [b, p] and Gauss-Newton Hessian [b, p, p], residuals beyond ``delta``
+        weighted down as Huber's loss does.
+        """
         return self._evaluate(theta, rows, curvature=True)
 
-    def _evaluate(self, theta: np.ndarray, rows: np.ndarray, *, curvature: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _evaluate(
+        self, theta: np.ndarray, rows: np.ndarray, *, curvature: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             predicted, jacobian = self.response(theta)
             residual = predicted - self.rows(self.target, rows)
             weights = self.rows(self.weights, rows)
             size = np.abs(residual)
-            loss = np.where(size <= self.delta, 0.5 * residual**2, self.delta * (size - 0.5 * min(self.delta, 1e300)))
+            loss = np.where(
+                size <= self.delta,
+                0.5 * residual**2,
+                self.delta * (size - 0.5 * min(self.delta, 1e300)),
+            )
             value = (weights * loss).sum(1)
-            gradient = ((weights * np.clip(residual, -self.delta, self.delta))[:, None] @ jacobian)[:, 0]
+            gradient = ((weights * np.clip(residual, -self.delta, self.delta))[:, None] @ jacobian)[
+                :, 0
+            ]
             hessian = np.zeros(0)
             if curvature:
                 relative = weights * np.minimum(1, self.delta / np.maximum(size, 1e-300))
@@ -98,16 +117,24 @@ class Problem:
         return peak + np.log(total), jacobian
 
     def _logs(self, theta: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Letters [1 or b, n], and for each shape coefficient d e / d ln shape [b, n] by a complex step."""
+        """Letters [1 or b, n], and for each shape coefficient d e / d ln shape [b, n] by a complex
+        step.
+        """
         if not self.law.shape or self.law.effective is None:
             return {letter: value[None] for letter, value in self.law.logs(self.point).items()}, {}
-        shape = {name: np.exp(np.clip(theta[:, [self.names.index(name)]], -CLIP, CLIP)) for name in self.law.shape}
+        shape = {
+            name: np.exp(np.clip(theta[:, [self.names.index(name)]], -CLIP, CLIP))
+            for name in self.law.shape
+        }
         point = {name: np.asarray(value)[None] for name, value in self.point.items()}
         logs = self.law.logs(point, *shape.values())
         step = 1e-30
         slopes = {}
         for name in self.law.shape:
-            moved = [value * np.exp(1j * step) if other == name else value for other, value in shape.items()]
+            moved = [
+                value * np.exp(1j * step) if other == name else value
+                for other, value in shape.items()
+            ]
             slopes[name] = self.law.effective(point, *moved).imag / step
         return logs, slopes
 
@@ -123,14 +150,29 @@ def to_theta(law: Law, coefficients: Values) -> np.ndarray:
     """[p], the inverse of `to_coefficients`."""
     bases = {term.amplitude: term.base for term in law.terms if term.base is not Base.ONE}
     bases |= dict.fromkeys(law.shape, Base.VALUE)
-    return np.array([LOG_AMPLITUDE[bases.get(name, Base.LN)](coefficients[name]) for name in unknowns(law)], dtype=float)
+    return np.array(
+        [LOG_AMPLITUDE[bases.get(name, Base.LN)](coefficients[name]) for name in unknowns(law)],
+        dtype=float,
+    )
 
 
-_FROM_THETA = {Base.VALUE: lambda t: np.exp(np.clip(t, -700, 700)), Base.LN: lambda t: t, Base.LOG10: lambda t: t / LN10}
+_FROM_THETA = {
+    Base.VALUE: lambda t: np.exp(np.clip(t, -700, 700)),
+    Base.LN: lambda t: t,
+    Base.LOG10: lambda t: t / LN10,
+}
 
 
 def to_coefficients(law: Law, theta: np.ndarray) -> dict[str, np.ndarray]:
-    """Coefficient -> [...], from theta [..., p]. A shape coefficient that ran off to infinity is reported as exp(60)."""
+    """Coefficient -> [...], from theta [..., p].
+
+    A shape coefficient that ran off to infinity is reported as exp(60).
+    """
     bases = {term.amplitude: term.base for term in law.terms if term.base is not Base.ONE}
-    coefficients = {name: _FROM_THETA[bases.get(name, Base.LN)](theta[..., i]) for i, name in enumerate(unknowns(law))}
-    return coefficients | {name: np.exp(np.clip(coefficients[name], -CLIP, CLIP)) for name in law.shape}
+    coefficients = {
+        name: _FROM_THETA[bases.get(name, Base.LN)](theta[..., i])
+        for i, name in enumerate(unknowns(law))
+    }
+    return coefficients | {
+        name: np.exp(np.clip(coefficients[name], -CLIP, CLIP)) for name in law.shape
+    }

@@ -1,7 +1,8 @@
-"""Runs from where users keep them: a Parquet, CSV or JSON-lines file with one row per run, or the folder of a sweep.
+"""Runs from where users keep them: a Parquet, CSV or JSON-lines file with one row per run, or the
+folder of a sweep.
 
-Out: one frame with the columns that `wall_verdict`, `confounds` and `fit` name. A run of a sweep's folder counts when its ``done`` file
-lies there; ``train_tokens`` is called tokens.
+Out: one frame with the columns that `wall_verdict`, `confounds` and `fit` name. A run of a sweep's
+folder counts when its ``done`` file lies there; ``train_tokens`` is called tokens.
 """
 
 import json
@@ -22,47 +23,85 @@ READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".tsv": lambda path: _text(path, "\t"),
     ".jsonl": pl.read_ndjson,
 }
-NAMES = {"train_tokens": "tokens", "final_loss": "loss", "val_loss": "loss", "validation_loss": "loss"}
+NAMES = {
+    "train_tokens": "tokens",
+    "final_loss": "loss",
+    "val_loss": "loss",
+    "validation_loss": "loss",
+}
 
 
 def read_runs(path: Path | str) -> pl.DataFrame:
-    """One row per run. Raises ``AnalysisError`` in one line where there is nothing that can be read."""
+    """One row per run.
+
+    Raises ``AnalysisError`` in one line where there is nothing that can be read.
+    """
     path = Path(path)
     if path.is_dir():
         frame = _folder(path)
     elif not path.exists():
-        raise AnalysisError(expected("a file of runs or a sweep's folder", f"no such path: {path}", "one written by moe-lab sweep run"))
+        raise AnalysisError(
+            expected(
+                "a file of runs or a sweep's folder",
+                f"no such path: {path}",
+                "one written by moe-lab sweep run",
+            )
+        )
     elif path.suffix.lower() not in READERS:
-        raise AnalysisError(expected(f"a file ending in {', '.join(READERS)} or a sweep's folder", path.name))
+        raise AnalysisError(
+            expected(f"a file ending in {', '.join(READERS)} or a sweep's folder", path.name)
+        )
     else:
         try:
             frame = READERS[path.suffix.lower()](path)
         except (pl.exceptions.PolarsError, OSError, ValueError) as error:
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise AnalysisError(expected(f"a readable {path.suffix[1:].upper()} file", f"{path.name}: {first}")) from error
+            raise AnalysisError(
+                expected(f"a readable {path.suffix[1:].upper()} file", f"{path.name}: {first}")
+            ) from error
     for theirs, ours in NAMES.items():
         if theirs in frame.columns and ours not in frame.columns:
             frame = frame.rename({theirs: ours})
-    bits = [name for name in frame.columns if "bit" in name.lower() or name.lower() in ("bpb", "bpc", "bpt")]
+    bits = [
+        name
+        for name in frame.columns
+        if "bit" in name.lower() or name.lower() in ("bpb", "bpc", "bpt")
+    ]
     if "loss" not in frame.columns and bits:
         raise AnalysisError(
-            expected("losses in nats per token in a column loss", f"only {', '.join(bits)}", "--bits with bits per token renamed to loss")
+            expected(
+                "losses in nats per token in a column loss",
+                f"only {', '.join(bits)}",
+                "--bits with bits per token renamed to loss",
+            )
         )
     return frame
 
 
 def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame, str]:
-    """The runs of ``arm`` and its name ("" where the frame has none); by default of the arm with most ratios among those with
-    three or more at one token budget, and of two such the one with more tokens."""
+    """The runs of ``arm`` and its name ("" where the frame has none); by default of the arm with
+    most ratios among those with three or more at one token budget, and of two such the one with
+    more tokens.
+    """
     if "arm" not in frame.columns:
         if arm is not None:
-            raise AnalysisError(expected("a column arm to choose from", f"columns {', '.join(frame.columns)}"))
+            raise AnalysisError(
+                expected("a column arm to choose from", f"columns {', '.join(frame.columns)}")
+            )
         return frame, ""
     if "ratio" not in frame.columns:
-        raise AnalysisError(expected(f"columns {', '.join(COLUMNS)}", "none called ratio", "renaming yours"))
+        raise AnalysisError(
+            expected(f"columns {', '.join(COLUMNS)}", "none called ratio", "renaming yours")
+        )
     tokens = pl.col("tokens").max() if "tokens" in frame.columns else pl.lit(0)
-    single = (pl.col("tokens").n_unique() == 1) & (pl.col("ratio").n_unique() >= 3) if "tokens" in frame.columns else pl.lit(True)
-    ratios = frame.group_by("arm", maintain_order=True).agg(pl.col("ratio").n_unique(), tokens.alias("tokens"), single.alias("single"))
+    single = (
+        (pl.col("tokens").n_unique() == 1) & (pl.col("ratio").n_unique() >= 3)
+        if "tokens" in frame.columns
+        else pl.lit(True)
+    )
+    ratios = frame.group_by("arm", maintain_order=True).agg(
+        pl.col("ratio").n_unique(), tokens.alias("tokens"), single.alias("single")
+    )
     ratios = ratios.sort("single", "ratio", "tokens", descending=True, maintain_order=True)
     names = [str(name) for name in ratios["arm"]]
     if arm is not None and arm not in names:
@@ -72,8 +111,9 @@ def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame,
 
 
 def with_budgets(frame: pl.DataFrame, arm: str) -> pl.DataFrame | None:
-    """The runs of ``arm`` and of its shorter budget, from which dL/dlnC can be measured; None where there is no shorter budget, or
-    the loss did not fall from it."""
+    """The runs of ``arm`` and of its shorter budget, from which dL/dlnC can be measured; None where
+    there is no shorter budget, or the loss did not fall from it.
+    """
     if not arm or arm + SHORT not in set(frame["arm"].cast(pl.String)):
         return None
     both = frame.filter(pl.col("arm").cast(pl.String).is_in([arm, arm + SHORT]))
@@ -86,9 +126,13 @@ def with_budgets(frame: pl.DataFrame, arm: str) -> pl.DataFrame | None:
 
 def _text(path: Path, separator: str) -> pl.DataFrame:
     """Columns of numbers as numbers, also where a run that diverged is written as nan, NaN or inf."""
-    frame = pl.read_csv(path, separator=separator, infer_schema=False, null_values=["", "null", "None", "NA"])
+    frame = pl.read_csv(
+        path, separator=separator, infer_schema=False, null_values=["", "null", "None", "NA"]
+    )
     numbers = frame.select(pl.all().str.to_lowercase().cast(pl.Float64, strict=False))
-    kept = [name for name in frame.columns if numbers[name].null_count() == frame[name].null_count()]
+    kept = [
+        name for name in frame.columns if numbers[name].null_count() == frame[name].null_count()
+    ]
     return frame.with_columns(numbers.select(kept))
 
 
@@ -98,8 +142,16 @@ def _folder(folder: Path) -> pl.DataFrame:
         try:
             result = json.loads((done.parent / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise AnalysisError(expected(f"a readable result.json in {done.parent}", str(error).splitlines()[0])) from error
-        rows.append({name: value for name, value in result.items() if isinstance(value, int | float | str)})
+            raise AnalysisError(
+                expected(f"a readable result.json in {done.parent}", str(error).splitlines()[0])
+            ) from error
+        rows.append(
+            {name: value for name, value in result.items() if isinstance(value, int | float | str)}
+        )
     if not rows:
-        raise AnalysisError(expected("a sweep's folder with finished runs", f"{folder} without any", "moe-lab sweep run"))
+        raise AnalysisError(
+            expected(
+                "a sweep's folder with finished runs", f"{folder} without any", "moe-lab sweep run"
+            )
+        )
     return pl.DataFrame(rows, infer_schema_length=None)

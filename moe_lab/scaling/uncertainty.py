@@ -1,7 +1,9 @@
-"""How far a fit can be trusted: bootstraps, profile likelihood, leaving the largest runs out, and whether E_max was found at all.
+"""How far a fit can be trusted: bootstraps, profile likelihood, leaving the largest runs out, and
+whether E_max was found at all.
 
-A fitted E_max follows the edge of the grid: on Clark's own data E <= 64 gives 130-150, E <= 128 gives 205-230 and all of it 239-470.
-`saturation` therefore reports it only where its bounds lie within twice the largest ratio measured and close together.
+A fitted E_max follows the edge of the grid: on Clark's own data E <= 64 gives 130-150, E <= 128
+gives 205-230 and all of it 239-470. `saturation` therefore reports it only where its bounds lie
+within twice the largest ratio measured and close together.
 """
 
 import math
@@ -17,9 +19,16 @@ from moe_lab.scaling.fit import SQUARES, Fit, fit, make_problem
 from moe_lab.scaling.minimise import minimise
 from moe_lab.scaling.problem import Problem, to_coefficients, to_theta, unknowns
 
-EMAX_SPREAD = (1.0, 0.35, 4.0)  # a draw's optimum may sit far from the fit's: start on either side of it
+EMAX_SPREAD = (
+    1.0,
+    0.35,
+    4.0,
+)  # a draw's optimum may sit far from the fit's: start on either side of it
 PROFILE_POINTS = 41
-DRAW_ITERATIONS, DRAW_TOLERANCE = 400, 1e-11  # a draw needs its optimum to a thousandth of the spread between draws
+DRAW_ITERATIONS, DRAW_TOLERANCE = (
+    400,
+    1e-11,
+)  # a draw needs its optimum to a thousandth of the spread between draws
 CONFIDENCE = 0.95
 EDGE_FACTOR, WIDEST = 2.0, 4.0
 
@@ -33,15 +42,27 @@ class Resample(StrEnum):
 
 
 def bootstrap(
-    result: Fit, repetitions: int = 1000, *, kind: Resample | str = Resample.RUNS, cluster: str | None = None, seed: int = 0
+    result: Fit,
+    repetitions: int = 1000,
+    *,
+    kind: Resample | str = Resample.RUNS,
+    cluster: str | None = None,
+    seed: int = 0,
 ) -> Fit:
     """The fit with ``draws`` [repetitions rows, a column per coefficient and ``objective``].
 
-    ``cluster`` names the column whose groups are redrawn together (runs of one size share what is wrong with that size); with few groups
-    its intervals are too narrow still. All repetitions are minimised together.
+    ``cluster`` names the column whose groups are redrawn together (runs of one size share what is
+    wrong with that size); with few groups its intervals are too narrow still. All repetitions are
+    minimised together.
     """
     if not result.law.terms:
-        raise AnalysisError(expected("a fit of a law of terms", result.law.name, "wall_verdict, which compares the forms of the ratio"))
+        raise AnalysisError(
+            expected(
+                "a fit of a law of terms",
+                result.law.name,
+                "wall_verdict, which compares the forms of the ratio",
+            )
+        )
     base = make_problem(result.law, result.frame, result.delta, result.weight, result.log)
     rng = np.random.default_rng(seed)
     problem = _RESAMPLERS[Resample(kind)](base, result, repetitions, cluster, rng)
@@ -50,11 +71,17 @@ def bootstrap(
     theta = np.tile(starts[0], (repetitions, 1))
     for start in starts:
         points, values, _ = minimise(
-            problem.objective, problem.curved, np.tile(start, (repetitions, 1)), iterations=DRAW_ITERATIONS, tolerance=DRAW_TOLERANCE
+            problem.objective,
+            problem.curved,
+            np.tile(start, (repetitions, 1)),
+            iterations=DRAW_ITERATIONS,
+            tolerance=DRAW_TOLERANCE,
         )
         better = values < best
         theta[better], best[better] = points[better], values[better]
-    return replace(result, draws=pl.DataFrame({**to_coefficients(result.law, theta), "objective": best}))
+    return replace(
+        result, draws=pl.DataFrame({**to_coefficients(result.law, theta), "objective": best})
+    )
 
 
 def bootstrap_starts(problem: Problem, result: Fit) -> np.ndarray:
@@ -73,7 +100,10 @@ def bootstrap_starts(problem: Problem, result: Fit) -> np.ndarray:
 
 
 def _hold(problem: Problem, column: int, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Minimise over everything but one unknown, kept where ``start`` [B, p] has it. Returns points [B, p] and values [B]."""
+    """Minimise over everything but one unknown, kept where ``start`` [B, p] has it.
+
+    Returns points [B, p] and values [B].
+    """
     free = [i for i in range(start.shape[1]) if i != column]
 
     def whole(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -93,47 +123,69 @@ def _hold(problem: Problem, column: int, start: np.ndarray) -> tuple[np.ndarray,
     return whole(points, np.arange(len(start))), values
 
 
-def _redraw_runs(base: Problem, result: Fit, repetitions: int, cluster: str | None, rng: np.random.Generator) -> Problem:
+def _redraw_runs(
+    base: Problem, result: Fit, repetitions: int, cluster: str | None, rng: np.random.Generator
+) -> Problem:
     runs = base.weights.shape[1]
     counts = rng.multinomial(runs, np.full(runs, 1 / runs), repetitions)
     return replace(base, weights=counts * base.weights)
 
 
-def _redraw_clusters(base: Problem, result: Fit, repetitions: int, cluster: str | None, rng: np.random.Generator) -> Problem:
+def _redraw_clusters(
+    base: Problem, result: Fit, repetitions: int, cluster: str | None, rng: np.random.Generator
+) -> Problem:
     if cluster is None or cluster not in result.frame.columns:
-        raise AnalysisError(expected("the column of the groups as cluster=", cluster, "active_params"))
+        raise AnalysisError(
+            expected("the column of the groups as cluster=", cluster, "active_params")
+        )
     groups, index = np.unique(result.frame[cluster].to_numpy(), return_inverse=True)
     if len(groups) < 3:
-        raise AnalysisError(expected("three or more groups to resample", f"{len(groups)} in {cluster}", "kind='runs'"))
+        raise AnalysisError(
+            expected(
+                "three or more groups to resample", f"{len(groups)} in {cluster}", "kind='runs'"
+            )
+        )
     counts = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), repetitions)
     return replace(base, weights=counts[:, index] * base.weights)
 
 
-def _redraw_noise(base: Problem, result: Fit, repetitions: int, cluster: str | None, rng: np.random.Generator) -> Problem:
+def _redraw_noise(
+    base: Problem, result: Fit, repetitions: int, cluster: str | None, rng: np.random.Generator
+) -> Problem:
     fitted = base.response(to_theta(result.law, result.coefficients)[None])[0]
     runs = fitted.shape[1]
     sd = result.rmse * math.sqrt(runs / (runs - len(base.names)))
     return replace(base, target=fitted + rng.normal(0, sd, (repetitions, runs)))
 
 
-_RESAMPLERS = {Resample.RUNS: _redraw_runs, Resample.CLUSTER: _redraw_clusters, Resample.PARAMETRIC: _redraw_noise}
+_RESAMPLERS = {
+    Resample.RUNS: _redraw_runs,
+    Resample.CLUSTER: _redraw_clusters,
+    Resample.PARAMETRIC: _redraw_noise,
+}
 
 
 def profile(result: Fit, name: str, values: np.ndarray | None = None) -> pl.DataFrame:
-    """Profile likelihood of one coefficient: [value, objective, deviance], everything else refitted at each value.
+    """Profile likelihood of one coefficient: [value, objective, deviance], everything else refitted
+    at each value.
 
-    With the scale of the residuals also free, the deviance is n ln(objective / best) for squares and twice that for the absolute
-    residuals that a small ``delta`` amounts to. By default the values of a shape coefficient run from a tenth to a thousand times the
-    fit's, others half to twice.
+    With the scale of the residuals also free, the deviance is n ln(objective / best) for squares
+    and twice that for the absolute residuals that a small ``delta`` amounts to. By default the
+    values of a shape coefficient run from a tenth to a thousand times the fit's, others half to
+    twice.
     """
     problem = make_problem(result.law, result.frame, result.delta, result.weight, result.log)
     names = unknowns(result.law)
     if name not in names:
-        raise AnalysisError(expected(f"a coefficient of {result.law.name} ({', '.join(names)})", name))
+        raise AnalysisError(
+            expected(f"a coefficient of {result.law.name} ({', '.join(names)})", name)
+        )
     if values is None:
         low, high = (0.1, 1000.0) if name in result.law.shape else (0.5, 2.0)
         values = result.coefficients[name] * np.geomspace(low, high, PROFILE_POINTS)
-    thetas = np.array([to_theta(result.law, {**result.coefficients, name: value}) for value in values])
+    thetas = np.array(
+        [to_theta(result.law, {**result.coefficients, name: value}) for value in values]
+    )
     column = names.index(name)
     if result.law.shape and name == result.law.shape[1]:
         other = names.index(result.law.shape[0])
@@ -146,7 +198,9 @@ def profile(result: Fit, name: str, values: np.ndarray | None = None) -> pl.Data
 
 
 def profile_interval(table: pl.DataFrame, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Where the deviance crosses chi2, interpolated in ln value; -inf or inf at an end that it does not reach."""
+    """Where the deviance crosses chi2, interpolated in ln value; -inf or inf at an end that it does
+    not reach.
+    """
     limit = float(chdtri(1, 1 - confidence))
     value, deviance = table["value"].to_numpy(), table["deviance"].to_numpy()
     inside = np.flatnonzero(deviance <= limit)
@@ -163,7 +217,9 @@ def profile_interval(table: pl.DataFrame, confidence: float = CONFIDENCE) -> tup
 
 @dataclass(frozen=True)
 class Saturation:
-    """E_max of a fit: ``value`` is None where it was not found; ``low`` and ``high`` bound it; ``edge`` is the largest ratio measured."""
+    """E_max of a fit: ``value`` is None where it was not found; ``low`` and ``high`` bound it;
+    ``edge`` is the largest ratio measured.
+    """
 
     value: float | None
     low: float
@@ -173,33 +229,69 @@ class Saturation:
 
 
 def saturation(result: Fit, repetitions: int = 400) -> Saturation:
-    """E_max with the wider of its profile and bootstrap 95 % bounds (drawn here where the fit has no draws), and whether it was found.
+    """E_max with the wider of its profile and bootstrap 95 % bounds (drawn here where the fit has
+    no draws), and whether it was found.
 
-    Found means that the upper bound stays within twice the largest ratio measured, and that the bounds are less than a factor of four
-    apart: on Clark's S-BASE runs up to 512 experts the bounds 100 and 754 meet the first and say little.
+    Found means that the upper bound stays within twice the largest ratio measured, and that the
+    bounds are less than a factor of four apart: on Clark's S-BASE runs up to 512 experts the bounds
+    100 and 754 meet the first and say little.
     """
     if "Emax" not in result.law.shape or not result.law.terms:
-        raise AnalysisError(expected("a fitted law that saturates in the ratio", result.law.name, "clark or ludziejewski"))
+        raise AnalysisError(
+            expected(
+                "a fitted law that saturates in the ratio", result.law.name, "clark or ludziejewski"
+            )
+        )
     edge = float(result.frame["ratio"].max())  # type: ignore[arg-type]
     drawn = result if result.draws is not None else bootstrap(result, repetitions)
     bounds = (profile_interval(profile(result, "Emax")), drawn.interval("Emax"))
     low, high = max(0.0, min(low for low, _ in bounds)), max(high for _, high in bounds)
     interval = f"95 % {low:.0f} to {'no bound' if high > 1e6 * edge else f'{high:.0f}'}"
     if high > EDGE_FACTOR * edge:
-        return Saturation(None, low, high, edge, f"E_max not identified: {interval}, past twice the largest ratio {edge:g}")
+        return Saturation(
+            None,
+            low,
+            high,
+            edge,
+            f"E_max not identified: {interval}, past twice the largest ratio {edge:g}",
+        )
     if high > WIDEST * low:
-        return Saturation(None, low, high, edge, f"E_max not identified: {interval}, more than a factor of {WIDEST:g} apart")
+        return Saturation(
+            None,
+            low,
+            high,
+            edge,
+            f"E_max not identified: {interval}, more than a factor of {WIDEST:g} apart",
+        )
     value = result.coefficients["Emax"]
-    return Saturation(value, low, high, edge, f"E_max = {value:.0f} ({interval}), within twice the largest ratio {edge:g}")
+    return Saturation(
+        value,
+        low,
+        high,
+        edge,
+        f"E_max = {value:.0f} ({interval}), within twice the largest ratio {edge:g}",
+    )
 
 
 def leave_largest_out(result: Fit, by: str, count: int = 1) -> pl.DataFrame:
-    """Refit without the ``count`` largest values of ``by`` and predict them: [held_out, runs, bias, rmse], nats (predicted - measured)."""
+    """Refit without the ``count`` largest values of ``by`` and predict them: [held_out, runs, bias,
+    rmse], nats (predicted - measured).
+    """
     if by not in result.frame.columns:
         raise AnalysisError(expected(f"a column of {', '.join(result.frame.columns)}", by))
     held = result.frame[by].unique().sort(descending=True)[:count]
-    rest, out = result.frame.filter(~pl.col(by).is_in(held.implode())), result.frame.filter(pl.col(by).is_in(held.implode()))
-    refitted = fit(result.law, rest, delta=result.delta, log=result.log, weight=result.weight, initial=result.coefficients)
+    rest, out = (
+        result.frame.filter(~pl.col(by).is_in(held.implode())),
+        result.frame.filter(pl.col(by).is_in(held.implode())),
+    )
+    refitted = fit(
+        result.law,
+        rest,
+        delta=result.delta,
+        log=result.log,
+        weight=result.weight,
+        initial=result.coefficients,
+    )
     error = refitted.predict(out) - out["loss"].to_numpy()
     table = out.select(held_out=pl.col(by)).with_columns(error=pl.Series(error))
     grouped = table.group_by("held_out", maintain_order=True).agg(

@@ -1,8 +1,10 @@
-"""Is there a sparsity wall? One sweep over the total:active ratio in, one of three answers out, with its reasons.
+"""Is there a sparsity wall? One sweep over the total:active ratio in, one of three answers out,
+with its reasons.
 
-The rules are those of `judge` (W1 equivalence, W2 model choice, W3 elasticity). A wall needs W1 and W2. "No wall" needs the last
-measured doubling to be worth more than the margin. Everything else cannot tell, and says what would settle it. A sweep whose
-experts saw fewer tokens than any published sweep's cannot tell either way: it measures early training.
+The rules are those of `judge` (W1 equivalence, W2 model choice, W3 elasticity). A wall needs W1 and
+W2. "No wall" needs the last measured doubling to be worth more than the margin. Everything else
+cannot tell, and says what would settle it. A sweep whose experts saw fewer tokens than any
+published sweep's cannot tell either way: it measures early training.
 """
 
 import math
@@ -25,7 +27,9 @@ NEAR = 0.25  # doublings
 
 @dataclass(frozen=True)
 class Gain:
-    """What one step of the ratio bought: nats per doubling, its interval, and the interval as compute multipliers per doubling."""
+    """What one step of the ratio bought: nats per doubling, its interval, and the interval as
+    compute multipliers per doubling.
+    """
 
     ratio_from: float
     ratio_to: float
@@ -39,8 +43,9 @@ class Gain:
 
 @dataclass(frozen=True)
 class FormScore:
-    """A form of the frontier: AICc minus the best form's, the Akaike weight, and the ratio it bends at (None
-    for smooth forms and for a bend at the edge of what was searched)."""
+    """A form of the frontier: AICc minus the best form's, the Akaike weight, and the ratio it bends
+    at (None for smooth forms and for a bend at the edge of what was searched).
+    """
 
     name: str
     delta_aicc: float
@@ -50,9 +55,11 @@ class FormScore:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``at``: the ratio the wall stands at, or the ratio up to which there is none, or None. ``elasticity``: d ln C_equivalent /
-    d ln ratio over the last two doublings (0.07 is 5 % of compute per doubling) with its ``interval``. ``sentence`` is what a report
-    prints first. ``margin``: nats per doubling; ``compute_slope``: -dL/dlnC; ``noise_sd``: nats between runs of one ratio (NaN: unknown).
+    """``at``: the ratio the wall stands at, or the ratio up to which there is none, or None.
+    ``elasticity``: d ln C_equivalent / d ln ratio over the last two doublings (0.07 is 5 % of
+    compute per doubling) with its ``interval``. ``sentence`` is what a report
+    prints first. ``margin``: nats per doubling; ``compute_slope``: -dL/dlnC; ``noise_sd``: nats
+    between runs of one ratio (NaN: unknown).
     """
 
     outcome: Outcome
@@ -69,12 +76,16 @@ class Verdict:
     forms: tuple[FormScore, ...]
 
     def gain_table(self) -> pl.DataFrame:
-        """[ratio_from, ratio_to, gain, lo, hi, compute, compute_lo, compute_hi, margin]: nats, and compute multipliers, per doubling."""
+        """[ratio_from, ratio_to, gain, lo, hi, compute, compute_lo, compute_hi, margin]: nats, and
+        compute multipliers, per doubling.
+        """
         return pl.DataFrame(list(self.gains)).with_columns(margin=pl.lit(self.margin))
 
     def form_table(self) -> pl.DataFrame:
         """[name, delta_aicc, weight, break_at], best form first."""
-        return pl.DataFrame(list(self.forms), schema_overrides={"break_at": pl.Float64}).sort("delta_aicc")
+        return pl.DataFrame(list(self.forms), schema_overrides={"break_at": pl.Float64}).sort(
+            "delta_aicc"
+        )
 
 
 def wall_verdict(
@@ -87,15 +98,20 @@ def wall_verdict(
     confidence: float = 0.9,
     vocab_size: int | None = None,
 ) -> Verdict:
-    """Judge one sweep of [ratio, seed, loss (nats/token), active_params, tokens] at fixed active compute and one token budget.
+    """Judge one sweep of [ratio, seed, loss (nats/token), active_params, tokens] at fixed active
+    compute and one token budget.
 
-    ``budgets``: runs of the same columns at other budgets, from which dL/dlnC is measured; ``compute_slope`` states it; without either
-    it comes from a published law. ``noise_sd``: nats between seeds known from elsewhere, which makes one seed enough. ``margin``: the
-    compute multiplier per doubling that counts as nothing. ``vocab_size`` lets losses in bits be recognised.
-    Raises ``AnalysisError`` on a frame that is no such sweep.
+    ``budgets``: runs of the same columns at other budgets, from which dL/dlnC is measured;
+    ``compute_slope`` states it; without either
+    it comes from a published law. ``noise_sd``: nats between seeds known from elsewhere, which
+    makes one seed enough. ``margin``: the compute multiplier per doubling that counts as nothing.
+    ``vocab_size`` lets losses in bits be recognised. Raises ``AnalysisError`` on a frame that is no
+    such sweep.
     """
     if margin <= 1 or not 0.5 < confidence < 1:
-        raise AnalysisError(expected("a margin above 1 and a confidence in (0.5, 1)", f"{margin} and {confidence}"))
+        raise AnalysisError(
+            expected("a margin above 1 and a confidence in (0.5, 1)", f"{margin} and {confidence}")
+        )
     if noise_sd is not None and not noise_sd > 0:
         raise AnalysisError(expected("a noise_sd above 0 nats", noise_sd))
     sweep = read_sweep(frame, vocab_size=vocab_size)
@@ -103,8 +119,20 @@ def wall_verdict(
     noise = Noise(np.array([sweep.within]), sweep.df, noise_sd)
     nats = (margin - 1) * slope.value
     low, high = doublings(sweep.log2).T
-    charge = slope.value * np.log(sweep.active[high] / sweep.active[low]) / (sweep.log2[high] - sweep.log2[low])
-    judged = judge(sweep.log2, sweep.means[None], sweep.counts, noise, nats, charge=charge, confidence=confidence)
+    charge = (
+        slope.value
+        * np.log(sweep.active[high] / sweep.active[low])
+        / (sweep.log2[high] - sweep.log2[low])
+    )
+    judged = judge(
+        sweep.log2,
+        sweep.means[None],
+        sweep.counts,
+        noise,
+        nats,
+        charge=charge,
+        confidence=confidence,
+    )
     case = Case(sweep, slope, noise, nats, margin, confidence, charge, judged)
     outcome, at = _decide(case)
     edge, half = elasticity(case)
@@ -125,9 +153,11 @@ def wall_verdict(
 
 
 def verdict_by_budget(frame: pl.DataFrame | pl.LazyFrame, **options: Any) -> dict[float, Verdict]:
-    """One verdict per token budget, tokens -> verdict, each with dL/dlnC measured over all budgets where they share ratios.
+    """One verdict per token budget, tokens -> verdict, each with dL/dlnC measured over all budgets
+    where they share ratios.
 
-    A wall that moves to larger ratios with more tokens is a shortage of data. ``options`` are `wall_verdict`'s.
+    A wall that moves to larger ratios with more tokens is a shortage of data. ``options`` are
+    `wall_verdict`'s.
     """
     frame = frame.lazy().collect()
     if "tokens" not in frame.columns:
@@ -135,13 +165,18 @@ def verdict_by_budget(frame: pl.DataFrame | pl.LazyFrame, **options: Any) -> dic
     budgets = sorted(frame["tokens"].unique().to_list())
     if len(budgets) > 1 and not options.keys() & {"budgets", "compute_slope"}:
         options = {**options, "budgets": frame}
-    return {float(tokens): wall_verdict(frame.filter(pl.col("tokens") == tokens), **options) for tokens in budgets}
+    return {
+        float(tokens): wall_verdict(frame.filter(pl.col("tokens") == tokens), **options)
+        for tokens in budgets
+    }
 
 
 def _slope(sweep: Sweep, budgets: pl.DataFrame | None, stated: float | None) -> ComputeSlope:
     if stated is not None:
         if not stated > 0:
-            raise AnalysisError(expected("a compute_slope above 0 nats per e-fold of compute", stated))
+            raise AnalysisError(
+                expected("a compute_slope above 0 nats per e-fold of compute", stated)
+            )
         return ComputeSlope(stated, None, f"the margin's dL/dlnC = {stated:.4f} was given")
     if budgets is not None:
         return measured_slope(budgets)
@@ -151,12 +186,16 @@ def _slope(sweep: Sweep, budgets: pl.DataFrame | None, stated: float | None) -> 
 def _decide(case: Case) -> tuple[Outcome, float | None]:
     ratios, judged = case.sweep.ratios, case.judged
     outcome = Outcome.CANNOT_TELL if case.blind or case.starved else Outcome(judged.outcomes()[0])
-    return outcome, {Outcome.WALL: wall_at(judged, case.sweep.log2), Outcome.NO_WALL: float(ratios[-1])}.get(outcome)
+    return outcome, {
+        Outcome.WALL: wall_at(judged, case.sweep.log2),
+        Outcome.NO_WALL: float(ratios[-1]),
+    }.get(outcome)
 
 
 def wall_at(judged: Judgement, x: np.ndarray, draw: int = 0) -> float:
-    """The ratio of the break: the measured one nearest to it (within a quarter of a doubling, or in the break's interval), else the
-    break as fitted."""
+    """The ratio of the break: the measured one nearest to it (within a quarter of a doubling, or in
+    the break's interval), else the break as fitted.
+    """
     fitted = float(judged.break_at[draw])
     nearest = float(x[np.abs(x - fitted).argmin()])
     inside = judged.break_lower[draw] <= nearest <= judged.break_upper[draw]
@@ -166,17 +205,28 @@ def wall_at(judged: Judgement, x: np.ndarray, draw: int = 0) -> float:
 def _gains(case: Case) -> tuple[Gain, ...]:
     ratios, judged = case.sweep.ratios, case.judged
     rows = []
-    for index, (gain, half) in enumerate(zip(judged.gains[0].tolist(), judged.half[0].tolist(), strict=True)):
+    for index, (gain, half) in enumerate(
+        zip(judged.gains[0].tolist(), judged.half[0].tolist(), strict=True)
+    ):
         nats = (gain, gain - half, gain + half)
         low, high = judged.steps[index]
-        rows.append(Gain(float(ratios[low]), float(ratios[high]), *nats, *(math.exp(g / case.slope.value) for g in nats)))
+        rows.append(
+            Gain(
+                float(ratios[low]),
+                float(ratios[high]),
+                *nats,
+                *(math.exp(g / case.slope.value) for g in nats),
+            )
+        )
     return tuple(rows)
 
 
 def _forms(case: Case) -> tuple[FormScore, ...]:
     scores = {name: float(values[0]) for name, values in case.judged.aicc.items()}
     lowest = min(scores.values())
-    delta = {name: score - lowest if math.isfinite(score) else math.inf for name, score in scores.items()}
+    delta = {
+        name: score - lowest if math.isfinite(score) else math.inf for name, score in scores.items()
+    }
     total = sum(math.exp(-d / 2) for d in delta.values())
     rows = []
     for name, fit in case.judged.fits.items():
@@ -184,6 +234,11 @@ def _forms(case: Case) -> tuple[FormScore, ...]:
         if fit.breaks is not None and fit.profile is not None:
             best = int(fit.profile[0].argmin())
             at = float(2.0 ** fit.breaks[best]) if best < len(fit.breaks) - 1 else None
-        # With one run per ratio there are too few runs for any form's AICc: then no form has a weight.
-        rows.append(FormScore(name, delta[name], math.exp(-delta[name] / 2) / total if total else math.nan, at))
+        # With one run per ratio there are too few runs for any form's AICc: then no form has a
+        # weight.
+        rows.append(
+            FormScore(
+                name, delta[name], math.exp(-delta[name] / 2) / total if total else math.nan, at
+            )
+        )
     return tuple(sorted(rows, key=lambda row: row.delta_aicc))

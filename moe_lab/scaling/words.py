@@ -1,7 +1,8 @@
-"""What a judged sweep is told as: one sentence that a report prints first, and the reasons under it.
+"""What a judged sweep is told as: one sentence that a report prints first, and the reasons under
+it.
 
-In: a `Case`, the sweep with everything computed from it. Out: strings. A sentence that cannot tell names the seeds, the grid and
-the tokens per expert it had, and those that would settle it.
+In: a `Case`, the sweep with everything computed from it. Out: strings. A sentence that cannot tell
+names the seeds, the grid and the tokens per expert it had, and those that would settle it.
 """
 
 import math
@@ -14,7 +15,9 @@ from moe_lab.scaling.judge import DELTA_AICC, DOUBLINGS_BEYOND, ROUNDING, Judgem
 from moe_lab.scaling.margin import ComputeSlope
 from moe_lab.scaling.sweep import Sweep
 
-TOKENS_PER_EXPERT = 1e6  # the smallest published MoE sweep (misfit, 262M tokens, top-2 of 256) gave each expert 2e6
+TOKENS_PER_EXPERT = (
+    1e6  # the smallest published MoE sweep (misfit, 262M tokens, top-2 of 256) gave each expert 2e6
+)
 FULL_GRID = 8  # ratios a sweep should have for its form to be told (docs/scaling.md)
 WORTH_SAYING = 0.02  # difference in active parameters below which nothing is said of it
 SILENT = 1e-9  # nats: no two runs that differ agree this well
@@ -49,11 +52,15 @@ class Case:
 
 
 def elasticity(case: Case) -> tuple[float, float]:
-    """d ln C / d ln ratio = (dL/dlnr) / (dL/dlnC), and the half-width of its interval (delta method where the slope was measured)."""
+    """d ln C / d ln ratio = (dL/dlnr) / (dL/dlnC), and the half-width of its interval (delta method
+    where the slope was measured).
+    """
     value = float(case.judged.slope[0]) / math.log(2) / case.slope.value
     half = float(case.judged.slope_half[0]) / math.log(2) / case.slope.value
     if case.slope.error is not None:
-        half = math.hypot(half, case.noise.quantile(case.confidence) * value * case.slope.error / case.slope.value)
+        half = math.hypot(
+            half, case.noise.quantile(case.confidence) * value * case.slope.error / case.slope.value
+        )
     return value, half
 
 
@@ -99,10 +106,20 @@ def _w1_reason(case: Case) -> str:
         return ""
     start = int(judged.wall_from[0])
     if start >= 0:
-        rest = "" if judged.w1[0] else f"; a wall needs it over {DOUBLINGS_BEYOND:g} doublings, after gains that were larger"
+        rest = (
+            ""
+            if judged.w1[0]
+            else f"; a wall needs it over {DOUBLINGS_BEYOND:g} doublings, after gains that were larger"
+        )
         return f"W1: from ratio {ratios[start]:g} on every gain lies within {_margin(case)}{rest}"
     gain, half = _last_gain(case)
-    verb = "is above" if gain - half > case.margin else "is below" if gain + half < -case.margin else "overlaps"
+    verb = (
+        "is above"
+        if gain - half > case.margin
+        else "is below"
+        if gain + half < -case.margin
+        else "overlaps"
+    )
     return f"W1: the last gain, {_interval(gain, half)} nats per doubling, {verb} {_margin(case)}"
 
 
@@ -112,11 +129,15 @@ def _last_gain(case: Case) -> tuple[float, float]:
 
 def _paid_reason(case: Case) -> str:
     """How far the loss demonstrably still fell, where that is short of the end."""
-    above = np.flatnonzero(case.judged.gains[0] - np.maximum(case.charge, 0) - case.judged.half[0] > case.margin)
+    above = np.flatnonzero(
+        case.judged.gains[0] - np.maximum(case.charge, 0) - case.judged.half[0] > case.margin
+    )
     if case.blind or case.judged.no_wall[0] or not len(above):
         return ""
     reached = case.sweep.ratios[case.judged.steps[above[-1], 1]]
-    return f"up to ratio {reached:g} a doubling was still worth more than {_percent(case)} of compute"
+    return (
+        f"up to ratio {reached:g} a doubling was still worth more than {_percent(case)} of compute"
+    )
 
 
 def _w2_reason(case: Case) -> str:
@@ -147,7 +168,9 @@ def _w3_reason(case: Case) -> str:
 
 
 def _compute_reason(case: Case) -> str:
-    """Router rows count as active parameters: what the larger ratios cost is taken off before a gain refutes a wall."""
+    """Router rows count as active parameters: what the larger ratios cost is taken off before a
+    gain refutes a wall.
+    """
     spread = float(case.sweep.active.max() / case.sweep.active.min()) - 1
     if spread < WORTH_SAYING:
         return ""
@@ -243,14 +266,18 @@ def _settles(case: Case) -> str:
 
 
 def seeds_needed(case: Case) -> int | None:
-    """Seeds that would put the last gain's interval on one side of the margin, were the gain as measured (at least m/2 from it)."""
+    """Seeds that would put the last gain's interval on one side of the margin, were the gain as
+    measured (at least m/2 from it).
+    """
     if case.blind:
         return None
     low, high = case.sweep.log2[case.judged.steps[-1]]
     step = float(high - low)
     distance = max(abs(case.margin - abs(float(case.judged.gains[0, -1]))), case.margin / 2)
     # 1.645 for the interval and 1.28 so that nine sweeps in ten succeed
-    return max(2, math.ceil(2 * ((1.645 + 1.28) * float(case.noise.sd[0]) / (distance * step)) ** 2))
+    return max(
+        2, math.ceil(2 * ((1.645 + 1.28) * float(case.noise.sd[0]) / (distance * step)) ** 2)
+    )
 
 
 def _reach(case: Case) -> float:

@@ -1,7 +1,8 @@
 """Which run may start next: the first in line that time, FLOPs and memory allow.
 
-The line is ordered by cost, the longest first. A run that would overshoot the FLOPs that are left is passed over for good; one that does
-not fit into the memory that is free is passed over until it does, and after ``PATIENCE`` shorter runs went before it nothing else starts.
+The line is ordered by cost, the longest first. A run that would overshoot the FLOPs that are left
+is passed over for good; one that does not fit into the memory that is free is passed over until it
+does, and after ``PATIENCE`` shorter runs went before it nothing else starts.
 """
 
 import time
@@ -21,9 +22,10 @@ class Admission:
     """
     Attributes:
         deadline: of ``time.monotonic``, after which nothing starts.
-        flops: training FLOPs that may still be started; a run counts with what it has left to train, and once however often its worker
-            dies. What was finished before does not count.
-        memory: bytes that the active runs may be expected to need together. A run that alone needs more runs alone.
+        flops: training FLOPs that may still be started; a run counts with what it has left to
+            train, and once however often its worker dies. What was finished before does not count.
+        memory: bytes that the active runs may be expected to need together. A run that alone needs
+            more runs alone.
         left: share of its training that a run has left, where that is not 1.
     """
 

@@ -1,4 +1,5 @@
-"""A folder of an object store (an fsspec URL such as ``s3://bucket/sweep``), with every trouble told in one line (extra ``store``).
+"""A folder of an object store (an fsspec URL such as ``s3://bucket/sweep``), with every trouble
+told in one line (extra ``store``).
 
 Objects appear whole or not at all, so nothing is renamed into place. Names are relative to the URL.
 """
@@ -17,12 +18,23 @@ from moe_lab.files import check_name
 
 CLOCK_SECONDS = 60.0
 """How long a reading of the store's clock is carried on by this process's own."""
-_CREDENTIALS = ("permission", "credential", "forbidden", "denied", "unauthorized", "accesskey", "signature", "token")
+_CREDENTIALS = (
+    "permission",
+    "credential",
+    "forbidden",
+    "denied",
+    "unauthorized",
+    "accesskey",
+    "signature",
+    "token",
+)
 _NETWORK = ("connect", "timeout", "timed out", "resolve", "unreachable", "endpoint")
 
 
 class Bucket:
-    """Raises ``RunError`` for an unknown protocol, a missing package, wrong credentials, an unreachable or full store."""
+    """Raises ``RunError`` for an unknown protocol, a missing package, wrong credentials, an
+    unreachable or full store.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -62,11 +74,17 @@ class Bucket:
             self._files.get_file(self._path(name), str(target))
 
     def names(self, folder: str) -> list[str]:
-        """All objects below ``folder``, at any depth. Raises ``RunError`` for a name that could lead out of a folder it is copied to."""
+        """All objects below ``folder``, at any depth.
+
+        Raises ``RunError`` for a name that could lead out of a folder it is copied to.
+        """
         with self._told("read"):
             self._files.invalidate_cache()
             found = self._files.find(self._path(folder))
-        return [check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url) for path in found]
+        return [
+            check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url)
+            for path in found
+        ]
 
     def delete(self, names: Iterable[str]) -> None:
         """Objects that do not exist are none the worse."""
@@ -82,7 +100,10 @@ class Bucket:
         return None
 
     def _now(self) -> float:
-        """The store's time: that of an object written just now, carried on by this process's clock. No two machines are compared."""
+        """The store's time: that of an object written just now, carried on by this process's clock.
+
+        No two machines are compared.
+        """
         if self._clock is None or time.monotonic() - self._clock[0] > CLOCK_SECONDS:
             name = f"clock/{uuid.uuid4().hex}"
             self.write(name, b"")
@@ -107,12 +128,16 @@ class Bucket:
             yield
         except FileNotFoundError as error:
             if action == "write":
-                raise RunError(f"cannot write {self.url}: no such bucket or folder ({_cause(error)}); try another URL") from error
+                raise RunError(
+                    f"cannot write {self.url}: no such bucket or folder ({_cause(error)}); try another URL"
+                ) from error
             raise
         except MoELabError:
             raise
         except Exception as error:  # every client has exceptions of its own
-            raise RunError(f"cannot {action} {self.url}: {_cause(error)}; {_advice(error)}") from error
+            raise RunError(
+                f"cannot {action} {self.url}: {_cause(error)}; {_advice(error)}"
+            ) from error
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -121,23 +146,39 @@ def _open(url: str) -> tuple[Any, str]:
         import fsspec
         from fsspec.core import url_to_fs
     except ImportError as error:
-        raise RunError(expected("the package fsspec", "none", "pip install 'moe_lab[store]'")) from error
+        raise RunError(
+            expected("the package fsspec", "none", "pip install 'moe_lab[store]'")
+        ) from error
     try:
         files, root = url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         raise RunError(
-            expected(f"the package that opens {protocol}://", _cause(error), f"pip install it beside fsspec for {url}")
+            expected(
+                f"the package that opens {protocol}://",
+                _cause(error),
+                f"pip install it beside fsspec for {url}",
+            )
         ) from error
     except ValueError as error:
-        known = ", ".join(name for name in ("s3", "gs", "az", "hf", "sftp") if name in fsspec.available_protocols())
-        raise RunError(expected(f"a folder or a URL that fsspec knows ({known}, ...)", f"{url} ({_cause(error)})")) from error
+        known = ", ".join(
+            name
+            for name in ("s3", "gs", "az", "hf", "sftp")
+            if name in fsspec.available_protocols()
+        )
+        raise RunError(
+            expected(
+                f"a folder or a URL that fsspec knows ({known}, ...)", f"{url} ({_cause(error)})"
+            )
+        ) from error
     except Exception as error:
         raise RunError(f"cannot open {url}: {_cause(error)}; {_advice(error)}") from error
     return files, str(root).rstrip("/")
 
 
 def _cause(error: BaseException) -> str:
-    """One line: what the store said last, with the kind of error where that alone would say nothing."""
+    """One line: what the store said last, with the kind of error where that alone would say
+    nothing.
+    """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     return line if len(line.split()) > 2 else f"{type(error).__name__}{line and ': '}{line}"
@@ -149,7 +190,9 @@ def _advice(error: BaseException) -> str:
         return "try another store or free some space"
     if isinstance(error, PermissionError) or any(word in said for word in _CREDENTIALS):
         return "try other credentials, or ask for the right to list, read and write there"
-    if isinstance(error, ConnectionError | TimeoutError) or any(word.replace(" ", "") in said for word in _NETWORK):
+    if isinstance(error, ConnectionError | TimeoutError) or any(
+        word.replace(" ", "") in said for word in _NETWORK
+    ):
         return "check the network and the endpoint, then run the same command again"
     return "run the same command again to continue"
 

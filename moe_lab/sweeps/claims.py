@@ -1,12 +1,15 @@
-"""Who may write into a folder: a claim that survives ``kill -9`` and is taken over without two winners.
+"""Who may write into a folder: a claim that survives ``kill -9`` and is taken over without two
+winners.
 
-A claim is a small file ``.claim-N`` holding the owner's host, process id and start time. Only the highest N counts, and it comes into
-being by an exclusive create, so of all who see claim N abandoned exactly one can create N + 1. The highest claim is never removed while
-the folder is unfinished: giving up empties it and dates it back to 1970. This needs nothing of the file system but exclusive create,
-which shared file systems have too, and giving up needs no free space.
+A claim is a small file ``.claim-N`` holding the owner's host, process id and start time. Only the
+highest N counts, and it comes into being by an exclusive create, so of all who see claim N
+abandoned exactly one can create N + 1. The highest claim is never removed while the folder is
+unfinished: giving up empties it and dates it back to 1970. This needs nothing of the file system
+but exclusive create, which shared file systems have too, and giving up needs no free space.
 
-On the owner's host a claim is alive while its process is (the start time tells a reused process id). Seen from another host it is alive
-while its owner keeps touching it, by the file server's clock: those of two machines are never compared.
+On the owner's host a claim is alive while its process is (the start time tells a reused process
+id). Seen from another host it is alive while its owner keeps touching it, by the file server's
+clock: those of two machines are never compared.
 """
 
 import json
@@ -34,12 +37,16 @@ class Owner:
     host: str
     pid: int
     started: int | None
-    """The kernel's start time of the process in clock ticks since boot; None where ``/proc`` is missing."""
+    """The kernel's start time of the process in clock ticks since boot; None where ``/proc`` is
+    missing.
+    """
 
 
 @cache
 def this_host() -> str:
-    """This machine, this boot and this process-id namespace: process ids mean something only within all three."""
+    """This machine, this boot and this process-id namespace: process ids mean something only within
+    all three.
+    """
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     parts = [socket.gethostname()]
     if boot.exists():
@@ -71,7 +78,11 @@ def owner_alive(owner: Owner) -> bool:
 
 
 def _numbers(names: Iterable[str]) -> list[int]:
-    return [int(name[len(PREFIX) :]) for name in names if name.startswith(PREFIX) and name[len(PREFIX) :].isdigit()]
+    return [
+        int(name[len(PREFIX) :])
+        for name in names
+        if name.startswith(PREFIX) and name[len(PREFIX) :].isdigit()
+    ]
 
 
 def claimed(names: Iterable[str]) -> bool:
@@ -80,7 +91,10 @@ def claimed(names: Iterable[str]) -> bool:
 
 
 def holder(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """A living owner in words ("process 12 on host"), or None where the folder is free. ``names`` saves listing the folder."""
+    """A living owner in words ("process 12 on host"), or None where the folder is free.
+
+    ``names`` saves listing the folder.
+    """
     numbers = _numbers(os.listdir(folder) if names is None else names)
     return _living_owner(folder / f"{PREFIX}{max(numbers)}") if numbers else None
 
@@ -93,15 +107,24 @@ def _living_owner(path: Path) -> str | None:
         return None
     try:
         owner = Owner(**json.loads(text))
-    except (ValueError, TypeError):  # empty: given back, or created this very moment and not yet written
+    except (
+        ValueError,
+        TypeError,
+    ):  # empty: given back, or created this very moment and not yet written
         starting = touched > 0 and _now(path.parent) - touched < HEARTBEAT_SECONDS
         return "a process that is just starting" if starting else None
-    alive = owner_alive(owner) if owner.host == this_host() else _now(path.parent) - touched < SILENT_SECONDS
+    alive = (
+        owner_alive(owner)
+        if owner.host == this_host()
+        else _now(path.parent) - touched < SILENT_SECONDS
+    )
     return f"process {owner.pid} on {owner.host.split('/')[0]}" if alive else None
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock that dates the files of ``folder``, which on a shared file system is not this machine's."""
+    """The time by the clock that dates the files of ``folder``, which on a shared file system is
+    not this machine's.
+    """
     probe = folder / f".clock-{uuid.uuid4().hex[:8]}"
     try:
         probe.touch()
@@ -120,7 +143,9 @@ def _give_back(path: Path) -> None:
 
 
 class Claim:
-    """The right to write into one folder, held until ``release`` (or the end of the ``with`` block) or the end of the process."""
+    """The right to write into one folder, held until ``release`` (or the end of the ``with`` block)
+    or the end of the process.
+    """
 
     def __init__(self, folder: Path, number: int, on_lost: Callable[[], None]) -> None:
         self.path = folder / f"{PREFIX}{number}"
@@ -136,14 +161,20 @@ class Claim:
                 overtaken = max(_numbers(os.listdir(self.path.parent))) > self._number
             except FileNotFoundError:
                 overtaken = True
-            except OSError:  # the file system stumbles: whoever it concerns will hear of it when writing
+            except (
+                OSError
+            ):  # the file system stumbles: whoever it concerns will hear of it when writing
                 continue
             if overtaken and not self._released.is_set():
                 self._on_lost()
                 return
 
     def release(self, *, forget: bool = False) -> None:
-        """Give the folder back. ``forget`` removes every trace, which is safe only where a ``done`` file tells newcomers to stay out."""
+        """Give the folder back.
+
+        ``forget`` removes every trace, which is safe only where a ``done`` file tells newcomers to
+        stay out.
+        """
         self._released.set()
         if forget:
             for number in _numbers(os.listdir(self.path.parent)):
@@ -162,7 +193,8 @@ class Claim:
 def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim | None:
     """Claim ``folder`` (made if missing) for this process; None while a living process holds it.
 
-    ``on_lost`` is called from a thread if another host took the claim over because this process stayed silent for too long.
+    ``on_lost`` is called from a thread if another host took the claim over because this process
+    stayed silent for too long.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +211,9 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
                 _give_back(mine)
                 raise
         everyone = _numbers(os.listdir(folder))
-        if number not in everyone or max(everyone) > number:  # seen before the last owner tidied up: a newer claim stands
+        if (
+            number not in everyone or max(everyone) > number
+        ):  # seen before the last owner tidied up: a newer claim stands
             mine.unlink(missing_ok=True)
             return None
         for older in everyone:
@@ -188,5 +222,7 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
     except FileExistsError:
         return None
     except OSError as error:
-        raise RunError(f"cannot write {folder}: {error.strerror or error}; try another folder or free some space") from error
+        raise RunError(
+            f"cannot write {folder}: {error.strerror or error}; try another folder or free some space"
+        ) from error
     return Claim(folder, number, on_lost)

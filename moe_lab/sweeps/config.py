@@ -16,7 +16,11 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class SweepConfig(Config):
-    """A designed set of runs. ``name`` is the sweep's folder under ``runs/``; every run has its own hash, which is its folder there."""
+    """A designed set of runs.
+
+    ``name`` is the sweep's folder under ``runs/``; every run has its own hash, which is its folder
+    there.
+    """
 
     name: str
     question: str
@@ -24,20 +28,33 @@ class SweepConfig(Config):
     preset: str = ""
 
     def __post_init__(self) -> None:
-        require(bool(_FOLDER_NAME.fullmatch(self.name)), "a sweep name of letters, digits, '.', '_' and '-'", repr(self.name))
+        require(
+            bool(_FOLDER_NAME.fullmatch(self.name)),
+            "a sweep name of letters, digits, '.', '_' and '-'",
+            repr(self.name),
+        )
         require(len(self.runs) > 0, "a sweep of at least one run", f"none in {self.name!r}")
         # Equal configurations have equal hashes, and comparing them takes a fraction of the time.
         if len(set(self.runs)) < len(self.runs):
             run, times = Counter(self.runs).most_common(1)[0]
-            require(False, f"every run of {self.name!r} once", f"{run.name!r} ({run.hash()}) {times} times", "another seed or ratio")
+            require(
+                False,
+                f"every run of {self.name!r} once",
+                f"{run.name!r} ({run.hash()}) {times} times",
+                "another seed or ratio",
+            )
 
     @cached_property
     def hashes(self) -> tuple[str, ...]:
-        """The runs' content hashes, in the order of ``runs``: hashing thousands of configurations takes seconds, so do it once."""
+        """The runs' content hashes, in the order of ``runs``: hashing thousands of configurations
+        takes seconds, so do it once.
+        """
         return hashes(self.runs)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        from moe_lab.training import RunConfig  # imports torch, which neither a sweep's status nor its errors need
+        from moe_lab.training import (
+            RunConfig,
+        )  # imports torch, which neither a sweep's status nor its errors need
 
         return cls(**{**values, "runs": tuple(RunConfig.from_dict(run) for run in values["runs"])})

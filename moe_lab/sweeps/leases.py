@@ -1,12 +1,15 @@
 """Who trains a run whose store is an object store: a lease, renewed while its owner lives.
 
-A lease is an object with its owner's name. Object stores need not have an exclusive create, so the guarantee is weaker than that of
-``claims.py``: whoever finds no living lease writes its own, waits, and goes on only if its own still stands. Two workers that do so at the
-same moment may train the same run at worst; the first to renew then sees the other's name and stops. Nothing is lost by it: runs of one
-configuration are equal to the bit, objects appear whole, and ``done`` is written last by either.
+A lease is an object with its owner's name. Object stores need not have an exclusive create, so the
+guarantee is weaker than that of ``claims.py``: whoever finds no living lease writes its own, waits,
+and goes on only if its own still stands. Two workers that do so at the same moment may train the
+same run at worst; the first to renew then sees the other's name and stops. Nothing is lost by it:
+runs of one configuration are equal to the bit, objects appear whole, and ``done`` is written last
+by either.
 
-A lease on this host is alive while its process is; one of another host is alive while it was renewed within ``SILENT_SECONDS`` of the
-store's clock. The clocks of two machines are never compared.
+A lease on this host is alive while its process is; one of another host is alive while it was
+renewed within ``SILENT_SECONDS`` of the store's clock. The clocks of two machines are never
+compared.
 """
 
 import json
@@ -76,7 +79,10 @@ class Lease:
 
 
 def take(bucket: Bucket, name: str, on_lost: Callable[[], None] = lambda: None) -> Lease | None:
-    """The lease ``name``, or None while someone living holds it. ``on_lost`` is called from a thread when another took it over."""
+    """The lease ``name``, or None while someone living holds it.
+
+    ``on_lost`` is called from a thread when another took it over.
+    """
     if living_owner(bucket, name):
         return None
     key = uuid.uuid4().hex
@@ -87,4 +93,6 @@ def take(bucket: Bucket, name: str, on_lost: Callable[[], None] = lambda: None) 
 
 def _write(bucket: Bucket, name: str, key: str, renewals: int) -> None:
     owner = Owner(this_host(), os.getpid(), process_start(os.getpid()))
-    bucket.write(name, json.dumps({"key": key, "where": asdict(owner), "renewals": renewals}).encode())
+    bucket.write(
+        name, json.dumps({"key": key, "where": asdict(owner), "renewals": renewals}).encode()
+    )

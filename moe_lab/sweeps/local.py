@@ -1,7 +1,8 @@
 """The local launcher: worker processes on this machine, one thread each, as many as cores or GPUs.
 
-One thread per worker and as many workers as cores beats many threads on small matrices. A worker stays for many runs; one that dies
-takes only its current run with it, and the next submit starts another. So does one that is killed because its run stands still.
+One thread per worker and as many workers as cores beats many threads on small matrices. A worker
+stays for many runs; one that dies takes only its current run with it, and the next submit starts
+another. So does one that is killed because its run stands still.
 """
 
 import json
@@ -24,7 +25,13 @@ from moe_lab.errors import RunError, expected
 from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
 from moe_lab.sweeps.remote import read_options
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS")
+THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+    "RAYON_NUM_THREADS",
+)
 ONE_THREAD: dict[str, str] = dict.fromkeys(THREADS, "1")
 PATIENCE_SECONDS = 3.0
 """Between asking a worker to stop and killing it."""
@@ -34,8 +41,9 @@ PATIENCE_SECONDS = 3.0
 class LocalOptions(Config):
     """
     Attributes:
-        stall_minutes: a worker is killed whose run's ``status.json`` was not written for so long, and counts as died; 0 waits for ever.
-            The status stands still while a run is set up and evaluated, so this must be longer than either.
+        stall_minutes: a worker is killed whose run's ``status.json`` was not written for so long,
+            and counts as died; 0 waits for ever. The status stands still while a run is set up and
+            evaluated, so this must be longer than either.
     """
 
     stall_minutes: float = 0.0
@@ -46,12 +54,16 @@ class LocalOptions(Config):
 
 def available_cores() -> int:
     """Cores this process may use: the smaller of its affinity and its control group's quota."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(affinity, _quota(Path("/sys/fs/cgroup")) or affinity))
 
 
 def _quota(root: Path) -> int | None:
-    """Whole cores (rounded up) that a container's control group grants, version 2 or 1; None for no limit."""
+    """Whole cores (rounded up) that a container's control group grants, version 2 or 1; None for no
+    limit.
+    """
     groups = [("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")]
     for quota_name, period_name in groups:
         with suppress(OSError, ValueError, IndexError):
@@ -78,7 +90,9 @@ class _Worker:
 
     def __init__(self, trainer: str, environment: dict[str, str], errors: IO[bytes]) -> None:
         command = [sys.executable, "-P", "-m", "moe_lab.sweeps.worker", trainer]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
+        )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.input, self.output = self.process.stdin, self.process.stdout
@@ -88,17 +102,29 @@ class _Worker:
         self.leaving = False  # a worker ends itself after a failed run
         self.stalled = False
         self._unread = b""
-        self._status, self._moved = 0, 0.0  # when the run's status was written, and when that was seen to change
+        self._status, self._moved = (
+            0,
+            0.0,
+        )  # when the run's status was written, and when that was seen to change
 
     def give(self, job: Job) -> None:
         self.job, self._moved = job, monotonic()
-        line = {"run": job.run, "name": job.name, "folder": str(job.folder.absolute()), "config": job.config}
-        with suppress(BrokenPipeError):  # it died just now: its end is seen at the next poll, and the job with it
+        line = {
+            "run": job.run,
+            "name": job.name,
+            "folder": str(job.folder.absolute()),
+            "config": job.config,
+        }
+        with suppress(
+            BrokenPipeError
+        ):  # it died just now: its end is seen at the next poll, and the job with it
             self.input.write(json.dumps(line).encode() + b"\n")
             self.input.flush()
 
     def stop_if_stalled(self, seconds: float) -> None:
-        """Kill it where its run's status was not written for so long; until it is ready, it imports what it needs."""
+        """Kill it where its run's status was not written for so long; until it is ready, it imports
+        what it needs.
+        """
         if self.job is None or self.stalled:
             return
         try:
@@ -138,16 +164,28 @@ class _Worker:
 
 
 class LocalLauncher:
-    """See ``launchers.Launcher``. ``workers`` None takes one per GPU if any job wants one, else one per core; never more than jobs."""
+    """See ``launchers.Launcher``.
 
-    def __init__(self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> None:
+    ``workers`` None takes one per GPU if any job wants one, else one per core; never more than
+    jobs.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
+    ) -> None:
         if workers is not None and workers < 1:
             raise RunError(expected("at least 1 worker", workers))
         self._options = read_options(LocalOptions, options)
         seen = not self._options.stall_minutes or all(job.shared for job in jobs)
-        require(seen, "a folder as the store for stall_minutes", "an object store, where a run's status is elsewhere")
+        require(
+            seen,
+            "a folder as the store for stall_minutes",
+            "an object store, where a run's status is elsewhere",
+        )
         devices = {job.device for job in jobs}
-        self._gpus = available_gpus() if "cuda" in devices else []  # "cuda:1" names its device itself
+        self._gpus = (
+            available_gpus() if "cuda" in devices else []
+        )  # "cuda:1" names its device itself
         wanted = workers or len(self._gpus) or len(devices - {"cpu", "cuda"}) or available_cores()
         self.slots = min(wanted, max(1, len(jobs)))
         self._trainer = trainer
@@ -157,13 +195,22 @@ class LocalLauncher:
         self._stillborn = 0
 
     def submit(self, job: Job) -> None:
-        index = next(index for index, worker in enumerate(self._workers) if worker is None or worker.job is None)
+        index = next(
+            index
+            for index, worker in enumerate(self._workers)
+            if worker is None or worker.job is None
+        )
         worker = self._workers[index] or self._start(index)
         worker.give(job)
 
     def _start(self, index: int) -> _Worker:
-        # The parent's own import path, so that a worker finds what the parent found (a trainer in a script's folder, say).
-        environment = os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        # The parent's own import path, so that a worker finds what the parent found (a trainer in a
+        # script's folder, say).
+        environment = (
+            os.environ
+            | ONE_THREAD
+            | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        )
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[index % len(self._gpus)]
         worker = _Worker(self._trainer, environment, self._errors)
@@ -177,7 +224,9 @@ class LocalLauncher:
         for index, worker in enumerate(self._workers):
             if worker is None:
                 continue
-            ended = worker.process.poll() is not None  # asked before reading, so that nothing said before the end is missed
+            ended = (
+                worker.process.poll() is not None
+            )  # asked before reading, so that nothing said before the end is missed
             for event in worker.events():
                 endings += self._heard(worker, event)
             if ended or worker.leaving:
@@ -203,9 +252,15 @@ class LocalLauncher:
         code = worker.reap()
         self._stillborn += not worker.was_ready
         if self._stillborn >= 3 * self.slots:
-            raise RunError(f"expected workers that start, got {self._stillborn} that ended before their first run; {self._last_words()}")
+            raise RunError(
+                f"expected workers that start, got {self._stillborn} that ended before their first run; {self._last_words()}"
+            )
         stalled = f"worker killed because its run's status stood still for {self._options.stall_minutes:g} minutes"
-        return [] if worker.job is None else [Ending(worker.job.run, Result.DIED, stalled if worker.stalled else _cause(code))]
+        return (
+            []
+            if worker.job is None
+            else [Ending(worker.job.run, Result.DIED, stalled if worker.stalled else _cause(code))]
+        )
 
     def _last_words(self) -> str:
         size = self._errors.seek(0, os.SEEK_END)
@@ -232,4 +287,6 @@ def _cause(code: int) -> str:
     if code >= 0:
         return f"worker ended with exit status {code}"
     name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
-    return f"worker killed by {name}" + (f" (out of memory? {MEMORY_HINT})" if name == "SIGKILL" else "")
+    return f"worker killed by {name}" + (
+        f" (out of memory? {MEMORY_HINT})" if name == "SIGKILL" else ""
+    )

@@ -1,7 +1,9 @@
-"""How much memory a run will need: parameters with their gradients and Adam moments, activations of a micro-batch, logits, the interpreter.
+"""How much memory a run will need: parameters with their gradients and Adam moments, activations of
+a micro-batch, logits, the interpreter.
 
-The constants are measured (docs/scale.md): peaks of resident memory of fresh worker processes, float32 on a CPU with the compiled experts
-of `moe_lab.model`. They are upper sides of a fit, because a run that was admitted and does not fit takes its neighbours with it.
+The constants are measured (docs/scale.md): peaks of resident memory of fresh worker processes,
+float32 on a CPU with the compiled experts of `moe_lab.model`. They are upper sides of a fit,
+because a run that was admitted and does not fit takes its neighbours with it.
 """
 
 import ctypes
@@ -15,10 +17,14 @@ if TYPE_CHECKING:
     from moe_lab.training import RunConfig
 
 INTERPRETER_BYTES = 480 * 2**20
-"""Python, torch, polars, the corpus' token ids, the tokenizer: a worker before its first step, and what the first step adds for good."""
+"""Python, torch, polars, the corpus' token ids, the tokenizer: a worker before its first step, and
+what the first step adds for good.
+"""
 CUDA_CONTEXT_BYTES = 600 * 2**20
 PARAMETER_BYTES = 21
-"""Weight, gradient and two moments make 16 in float32; taking up a checkpoint holds its tensors beside the model's (20.4 measured)."""
+"""Weight, gradient and two moments make 16 in float32; taking up a checkpoint holds its tensors
+beside the model's (20.4 measured).
+"""
 AUTOCAST_BYTES = 4
 """A bfloat16 copy of a weight, and of its gradient."""
 LOGIT_COPIES = 5
@@ -31,9 +37,11 @@ SHARE = 0.9
 
 
 def run_memory(run: "RunConfig") -> int:
-    """Bytes that a run is expected to need at its peak: of a worker process on the CPU, of the device on CUDA (main memory apart).
+    """Bytes that a run is expected to need at its peak: of a worker process on the CPU, of the
+    device on CUDA (main memory apart).
 
-    A configuration of another trainer may say it itself in ``memory_bytes``; 0, unknown, where it does not.
+    A configuration of another trainer may say it itself in ``memory_bytes``; 0, unknown, where it
+    does not.
     """
     if not hasattr(run, "grad_accumulation"):
         return int(getattr(run, "memory_bytes", 0))
@@ -48,7 +56,9 @@ def run_memory(run: "RunConfig") -> int:
 
 
 @lru_cache(maxsize=4096)
-def _run_memory(model: Hashable, sequences: int, seq_length: int, eval_tokens: int, autocast: bool, cuda: bool) -> int:
+def _run_memory(
+    model: Hashable, sequences: int, seq_length: int, eval_tokens: int, autocast: bool, cuda: bool
+) -> int:
     from moe_lab.accounting import count
 
     config: Any = model
@@ -58,7 +68,9 @@ def _run_memory(model: Hashable, sequences: int, seq_length: int, eval_tokens: i
     evaluation = 4 * EVALUATION_BATCH * seq_length * (3 * config.vocab_size + 20 * config.d_model)
     if cuda:
         return CUDA_CONTEXT_BYTES + parameters + max(step, evaluation)
-    return INTERPRETER_BYTES + parameters + max(step, evaluation) + EVALUATED_TOKEN_BYTES * eval_tokens
+    return (
+        INTERPRETER_BYTES + parameters + max(step, evaluation) + EVALUATED_TOKEN_BYTES * eval_tokens
+    )
 
 
 def _activations(model: "DecoderConfig", seq_length: int, cuda: bool) -> int:
@@ -67,21 +79,33 @@ def _activations(model: "DecoderConfig", seq_length: int, cuda: bool) -> int:
     attention = 4 * stream + 12 * heads
     if model.sparse_attention is not None:
         chosen = min(model.sparse_attention.top_k, seq_length)
-        attention += 2 * model.sparse_attention.num_heads * seq_length + chosen * (4 * model.num_heads + 4 * heads)
+        attention += 2 * model.sparse_attention.num_heads * seq_length + chosen * (
+            4 * model.num_heads + 4 * heads
+        )
     dense = 4 * stream + 3 * model.dense_width
     layers = model.num_layers + (model.mtp.num_modules if model.mtp else 0)
     ffn = dense * (layers - len(model.moe_layers) + model.num_attentions - model.num_layers)
     if model.moe is not None:
         width = model.moe.router.top_k + model.moe.num_shared_experts
-        saved = 3 * model.moe.d_expert + (3 * stream if cuda else 0)  # the compiled experts of the CPU keep no copy of their inputs
-        ffn += len(model.moe_layers) * (4 * stream + width * saved + 4 * model.moe.router.num_experts)
+        saved = 3 * model.moe.d_expert + (
+            3 * stream if cuda else 0
+        )  # the compiled experts of the CPU keep no copy of their inputs
+        ffn += len(model.moe_layers) * (
+            4 * stream + width * saved + 4 * model.moe.router.num_experts
+        )
     tables = model.ngram.num_tables * (1 + len(model.ngram.layers)) if model.ngram else 0
     return attention * (model.num_attentions + layers - model.num_layers) + ffn + tables * stream
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that runs on ``device`` may share, ``SHARE`` of what is free now; None where that cannot be told."""
-    free = _free_on_gpus() if device.startswith("cuda") else _free_here(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    """Bytes that runs on ``device`` may share, ``SHARE`` of what is free now; None where that
+    cannot be told.
+    """
+    free = (
+        _free_on_gpus()
+        if device.startswith("cuda")
+        else _free_here(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    )
     return None if free is None else int(SHARE * free)
 
 
@@ -91,18 +115,28 @@ def _free_on_gpus() -> int | None:
 
     if not torch.cuda.is_available():
         return None
-    return sum(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+    return sum(
+        torch.cuda.get_device_properties(index).total_memory
+        for index in range(torch.cuda.device_count())
+    )
 
 
 def _free_here(meminfo: Path, groups: Path) -> int | None:
-    """The smaller of what the kernel calls available and what the control group (version 2 or 1) leaves."""
+    """The smaller of what the kernel calls available and what the control group (version 2 or 1)
+    leaves.
+    """
     found = []
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         numbers = [_number(groups / limit), _number(groups / used)]
         if None not in numbers:
             found.append(max(0, numbers[0] - numbers[1]))  # type: ignore[operator]
     try:
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        line = next(
+            line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")
+        )
         found.append(1024 * int(line.split()[1]))
     except (OSError, StopIteration, ValueError, IndexError):
         pass
@@ -118,8 +152,12 @@ def _number(path: Path) -> int | None:
 
 
 def too_large(needs: dict[str, int], room: int) -> str:
-    """One line on the runs (name -> bytes) that alone need more than ``room``; empty where there is none."""
-    names = sorted((name for name, need in needs.items() if need > room), key=lambda name: -needs[name])
+    """One line on the runs (name -> bytes) that alone need more than ``room``; empty where there is
+    none.
+    """
+    names = sorted(
+        (name for name, need in needs.items() if need > room), key=lambda name: -needs[name]
+    )
     if not names:
         return ""
     others = f" and {len(names) - 1} more" if names[1:] else ""
@@ -128,8 +166,10 @@ def too_large(needs: dict[str, int], room: int) -> str:
 
 
 def give_back_freed() -> None:
-    """Return what this process has freed to the system. A worker keeps it within a run (``keep_freed_memory``); after a large run, it would
-    hold what the next ones of the sweep were admitted on."""
+    """Return what this process has freed to the system. A worker keeps it within a run
+    (``keep_freed_memory``); after a large run, it would hold what the next ones of the sweep were
+    admitted on.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

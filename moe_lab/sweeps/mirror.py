@@ -1,7 +1,9 @@
-"""Training where the run store is an object store: in a scratch folder of the worker's machine, copied to the store as it grows.
+"""Training where the run store is an object store: in a scratch folder of the worker's machine,
+copied to the store as it grows.
 
-``MirrorLauncher`` stands before any launcher: it hands each run to ``train`` below, which fetches what an earlier worker left, calls the
-trainer, and meanwhile copies files that changed, the checkpoint after the metrics that lead up to it. ``done`` is written last.
+``MirrorLauncher`` stands before any launcher: it hands each run to ``train`` below, which fetches
+what an earlier worker left, calls the trainer, and meanwhile copies files that changed, the
+checkpoint after the metrics that lead up to it. ``done`` is written last.
 """
 
 import os
@@ -27,7 +29,9 @@ TRAINER = "moe_lab.sweeps.mirror:train"
 BUSY = "another worker holds the lease of this run"
 COPY_SECONDS = 3.0
 CHECKPOINT = "checkpoint"
-"""Files whose name begins so are what a run resumes from: copied last while it trains, removed when it is done."""
+"""Files whose name begins so are what a run resumes from: copied last while it trains, removed when
+it is done.
+"""
 LOG_BYTES = 65536
 
 
@@ -42,14 +46,21 @@ class MirrorLauncher:
         return self._inner.slots
 
     def submit(self, job: Job) -> None:
-        values = {"url": self._store.folder, "run": job.run, "trainer": self._trainer, "config": job.config}
+        values = {
+            "url": self._store.folder,
+            "run": job.run,
+            "trainer": self._trainer,
+            "config": job.config,
+        }
         self._inner.submit(replace(job, config=values))
 
     def poll(self, timeout: float) -> list[Ending]:
         return [self._ending(ending) for ending in self._inner.poll(timeout)]
 
     def _ending(self, ending: Ending) -> Ending:
-        if ending.result is not Result.DIED:  # a worker that died is followed by another in the same folder
+        if (
+            ending.result is not Result.DIED
+        ):  # a worker that died is followed by another in the same folder
             shutil.rmtree(self._store.path(ending.run), ignore_errors=True)
         if ending.result is Result.FAILED and ending.reason == BUSY:
             return Ending(ending.run, Result.BUSY)
@@ -66,7 +77,9 @@ class MirrorLauncher:
 
 
 def train(values: dict[str, Any], folder: Path) -> None:
-    """Train the run ``values["run"]`` of the store ``values["url"]``; ``folder`` is this attempt's own and gets the log and ``done``."""
+    """Train the run ``values["run"]`` of the store ``values["url"]``; ``folder`` is this attempt's
+    own and gets the log and ``done``.
+    """
     from moe_lab.sweeps.worker import load_trainer, one_line
 
     trainer = load_trainer(values["trainer"])  # first, because it may register the URL's protocol
@@ -79,21 +92,28 @@ def train(values: dict[str, Any], folder: Path) -> None:
         if bucket.read(f"{STATE}/{run}/{DONE}") is None:
             copies = _Copies(bucket, run, scratch, folder / failures.LOG)
             try:
-                if not (scratch / DONE).exists():  # else an earlier attempt here ended and could not copy all of it
+                if not (
+                    scratch / DONE
+                ).exists():  # else an earlier attempt here ended and could not copy all of it
                     copies.fetch()
                     with copies:
                         trainer(values["config"], scratch)
                 copies.finish()
             except Exception as error:
                 with suppress(RunError):
-                    bucket.write(f"{STATE}/{run}/{failures.ERROR}", f"{one_line(error, scratch)}\n\n{traceback.format_exc()}".encode())
+                    bucket.write(
+                        f"{STATE}/{run}/{failures.ERROR}",
+                        f"{one_line(error, scratch)}\n\n{traceback.format_exc()}".encode(),
+                    )
                 raise
         shutil.rmtree(scratch, ignore_errors=True)
     (folder / DONE).touch()
 
 
 class _Copies:
-    """The copies of one run's files in the store; as a context manager, kept up to date by a thread."""
+    """The copies of one run's files in the store; as a context manager, kept up to date by a
+    thread.
+    """
 
     def __init__(self, bucket: Bucket, run: str, scratch: Path, log: Path) -> None:
         self._bucket, self._run, self._scratch, self._log = bucket, run, scratch, log
@@ -107,7 +127,9 @@ class _Copies:
         self._scratch.mkdir(parents=True)
         prefix = f"{FILES}/{self._run}/"
         for name in self._bucket.names(prefix.rstrip("/")):
-            self._bucket.download(name, below(self._scratch, name.removeprefix(prefix), self._bucket.url))
+            self._bucket.download(
+                name, below(self._scratch, name.removeprefix(prefix), self._bucket.url)
+            )
         self._bucket.delete([f"{STATE}/{self._run}/{failures.ERROR}"])
 
     def __enter__(self) -> "_Copies":
@@ -117,7 +139,9 @@ class _Copies:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        with suppress(RunError, OSError):  # what matters is copied again by ``finish``, or this attempt fails by itself
+        with suppress(
+            RunError, OSError
+        ):  # what matters is copied again by ``finish``, or this attempt fails by itself
             self._copy()
 
     def _keep_up(self) -> None:
@@ -126,9 +150,16 @@ class _Copies:
                 self._copy()
 
     def _copy(self) -> None:
-        """The top-level files that changed. A checkpoint is held by a link while the metrics that lead up to it are copied first."""
+        """The top-level files that changed.
+
+        A checkpoint is held by a link while the metrics that lead up to it are copied first.
+        """
         self._copy_log()
-        files = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".") and path.name != DONE]
+        files = [
+            path
+            for path in self._scratch.iterdir()
+            if path.is_file() and not path.name.startswith(".") and path.name != DONE
+        ]
         held = []
         for path in files:
             if path.name.startswith(CHECKPOINT) and self._changed(path):
@@ -158,12 +189,16 @@ class _Copies:
 
     def _copy_log(self) -> None:
         if self._log.exists():
-            self._bucket.write(f"{STATE}/{self._run}/{failures.LOG}", self._log.read_bytes()[-LOG_BYTES:])
+            self._bucket.write(
+                f"{STATE}/{self._run}/{failures.LOG}", self._log.read_bytes()[-LOG_BYTES:]
+            )
 
     def finish(self) -> None:
         """Everything, then ``done``, then away with the checkpoint."""
         if not (self._scratch / DONE).exists():
-            raise RunError(f"expected a run that ends with the file {DONE!r}, got none; try looking into log.txt")
+            raise RunError(
+                f"expected a run that ends with the file {DONE!r}, got none; try looking into log.txt"
+            )
         self._copy_log()
         for path in sorted(self._scratch.rglob("*")):
             name = path.relative_to(self._scratch).as_posix()

@@ -4,8 +4,9 @@
     state/<run>/                small files that say what a run is up to: lease, status, result, error, log, done (written last)
     files/<run>/                everything else: checkpoint while it trains, then metrics, weights, trace
 
-State lies apart so that one listing tells the state of ten thousand runs. A worker trains in a scratch folder of its own machine and copies
-from there (``mirror.py``); it writes below its own run's names only.
+State lies apart so that one listing tells the state of ten thousand runs. A worker trains in a
+scratch folder of its own machine and copies from there (``mirror.py``); it writes below its own
+run's names only.
 """
 
 import json
@@ -23,7 +24,18 @@ from moe_lab.files import below, content_hash
 from moe_lab.sweeps.bucket import Bucket, parse
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.leases import living_owner
-from moe_lab.sweeps.store import DONE, PLAN, SCHEMA_VERSION, Progress, Record, RunState, RunStore, check_run_names, open_store, plan_entry
+from moe_lab.sweeps.store import (
+    DONE,
+    PLAN,
+    SCHEMA_VERSION,
+    Progress,
+    Record,
+    RunState,
+    RunStore,
+    check_run_names,
+    open_store,
+    plan_entry,
+)
 
 STATE, FILES, SWEEPS = "state", "files", "sweeps"
 LEASE, STATUS, RESULT = "lease.json", "status.json", "result.json"
@@ -90,10 +102,14 @@ class ObjectStore:
         wanted = {
             STATUS: [run for run in runs if STATUS in names.get(run, ())],
             RESULT: [run for run in runs if states[run] is RunState.FINISHED],
-            failures.LOG: [run for run in runs if states[run] is RunState.FAILED and failures.LOG in names[run]],
+            failures.LOG: [
+                run for run in runs if states[run] is RunState.FAILED and failures.LOG in names[run]
+            ],
             failures.ERROR: [run for run in runs if states[run] is RunState.FAILED],
         }
-        found = self.bucket.read_many(f"{STATE}/{run}/{name}" for name, owners in wanted.items() for run in owners)
+        found = self.bucket.read_many(
+            f"{STATE}/{run}/{name}" for name, owners in wanted.items() for run in owners
+        )
         for run in runs:
             status, result, log, error = (found.get(f"{STATE}/{run}/{name}") for name in wanted)
             lines = failures.excerpt(_text(log), _text(error)) if error is not None else ""
@@ -102,15 +118,35 @@ class ObjectStore:
 
     def plan(self, configs: bool = True) -> dict[str, Any]:
         found = self.bucket.read_many(self.bucket.names(SWEEPS))
-        plans = sorted((parse(content) for content in found.values()), key=lambda plan: (plan.get("added", 0), plan.get("hash", "")))
+        plans = sorted(
+            (parse(content) for content in found.values()),
+            key=lambda plan: (plan.get("added", 0), plan.get("hash", "")),
+        )
         if not plans:
-            raise RunError(expected(f"a sweep's store with {SWEEPS}/", f"{self.folder} without one", "moe-lab sweep run first"))
+            raise RunError(
+                expected(
+                    f"a sweep's store with {SWEEPS}/",
+                    f"{self.folder} without one",
+                    "moe-lab sweep run first",
+                )
+            )
         versions = {plan.get("schema_version") for plan in plans} - {SCHEMA_VERSION}
         if versions:
-            raise RunError(expected(f"plans of version {SCHEMA_VERSION}", f"{versions.pop()} in {self.folder}", "another URL"))
-        sweeps = [{key: plan[key] for key in ("hash", "name", "question", "preset", "runs")} for plan in plans]
+            raise RunError(
+                expected(
+                    f"plans of version {SCHEMA_VERSION}",
+                    f"{versions.pop()} in {self.folder}",
+                    "another URL",
+                )
+            )
+        sweeps = [
+            {key: plan[key] for key in ("hash", "name", "question", "preset", "runs")}
+            for plan in plans
+        ]
         runs = {run: entry for plan in plans for run, entry in plan["entries"].items()}
-        return check_run_names({"schema_version": SCHEMA_VERSION, "sweeps": sweeps, "runs": runs}, self.folder)
+        return check_run_names(
+            {"schema_version": SCHEMA_VERSION, "sweeps": sweeps, "runs": runs}, self.folder
+        )
 
     def add(self, sweep: SweepConfig) -> None:
         """Write the plan under its own hash; where it lies already, nothing changes."""
@@ -118,7 +154,12 @@ class ObjectStore:
         name = f"{SWEEPS}/{entry['hash']}.json"
         if self.bucket.read(name) is None:
             # The time only orders plans for the reader.
-            plan = {"schema_version": SCHEMA_VERSION, "added": time.time(), **entry, "entries": runs}
+            plan = {
+                "schema_version": SCHEMA_VERSION,
+                "added": time.time(),
+                **entry,
+                "entries": runs,
+            }
             self.bucket.write(name, json.dumps(plan).encode())
 
     def check_writable(self) -> None:
@@ -126,7 +167,9 @@ class ObjectStore:
 
 
 def fetch(store: ObjectStore, folder: Path) -> None:
-    """Make ``folder`` a sweep's folder for readers: the plan, the state and metrics of every run, and one trace per arm and ratio."""
+    """Make ``folder`` a sweep's folder for readers: the plan, the state and metrics of every run,
+    and one trace per arm and ratio.
+    """
     plan = store.plan()
     names = store.bucket.names(STATE)
     contents = store.bucket.read_many(name for name in names if not name.endswith(LEASE))

@@ -1,4 +1,6 @@
-"""What a sweep will cost before it is run: parameters and FLOPs in closed form, minutes from a few timed training steps."""
+"""What a sweep will cost before it is run: parameters and FLOPs in closed form, minutes from a few
+timed training steps.
+"""
 
 import heapq
 import math
@@ -25,8 +27,9 @@ MAX_ROWS = 200
 
 
 def describe(run: "RunConfig", run_hash: str | None = None) -> dict[str, Any]:
-    """One planned run: run, name, arm, ratio, seed, total_params, active_params (mean, convention A), tokens, flops (of
-    training), memory_bytes (expected peak, `run_memory`)."""
+    """One planned run: run, name, arm, ratio, seed, total_params, active_params (mean, convention
+    A), tokens, flops (of training), memory_bytes (expected peak, `run_memory`).
+    """
     total, active, flops_per_token = _cost(run.model, run.seq_length)
     tokens = run.steps * run.tokens_per_step
     return {
@@ -48,16 +51,24 @@ def _cost(model: Hashable, seq_length: int) -> tuple[int, float, float]:
     from moe_lab.accounting import count, flops
 
     parameters = count(model)
-    return parameters.total, parameters.active_without_tables(), flops(model, context=seq_length, phase="train").training_with_mtp
+    return (
+        parameters.total,
+        parameters.active_without_tables(),
+        flops(model, context=seq_length, phase="train").training_with_mtp,
+    )
 
 
-def plan(sweep: SweepConfig, calibrate: bool = True, *, cache_dir: Path | None = None) -> "pl.DataFrame":
-    """One row per run, in the sweep's order: the columns of ``describe`` and minutes (null without ``calibrate``).
+def plan(
+    sweep: SweepConfig, calibrate: bool = True, *, cache_dir: Path | None = None
+) -> "pl.DataFrame":
+    """One row per run, in the sweep's order: the columns of ``describe`` and minutes (null without
+    ``calibrate``).
 
-    Calibration trains each distinct shape for a few steps on one thread in a temporary folder and extrapolates to all steps and the
-    validation pass; a run that branches off a longer one of the sweep trains its decay alone. Timings are cached per shape and machine
-    in ``cache_dir`` (default: MOE_LAB_CACHE, else ``~/.cache/moe_lab``).
-    Raises ``MoELabError`` where the runs could not be trained at all.
+    Calibration trains each distinct shape for a few steps on one thread in a temporary folder and
+    extrapolates to all steps and the validation pass; a run that branches off a longer one of the
+    sweep trains its decay alone. Timings are cached per shape and machine in ``cache_dir``
+    (default: MOE_LAB_CACHE, else ``~/.cache/moe_lab``). Raises ``MoELabError`` where the runs could
+    not be trained at all.
     """
     import polars as pl
 
@@ -65,12 +76,19 @@ def plan(sweep: SweepConfig, calibrate: bool = True, *, cache_dir: Path | None =
     minutes: list[float] | list[None] = [None] * len(rows)
     if calibrate:
         left = _left_to_train(sweep)
-        minutes = [whole * share for whole, share in zip(run_minutes(sweep.runs, cache_dir), left, strict=True)]
-    return pl.DataFrame(rows, infer_schema_length=None).with_columns(minutes=pl.Series(minutes, dtype=pl.Float64))
+        minutes = [
+            whole * share
+            for whole, share in zip(run_minutes(sweep.runs, cache_dir), left, strict=True)
+        ]
+    return pl.DataFrame(rows, infer_schema_length=None).with_columns(
+        minutes=pl.Series(minutes, dtype=pl.Float64)
+    )
 
 
 def _left_to_train(sweep: SweepConfig) -> list[float]:
-    """The share of its steps that each run trains itself: all, or the decay where the sweep has the long run it branches off."""
+    """The share of its steps that each run trains itself: all, or the decay where the sweep has the
+    long run it branches off.
+    """
     from moe_lab.training.branching import branch_steps, trunk_hash
 
     family = {run: trunk_hash(run) for run in sweep.runs if run.budgets}
@@ -83,7 +101,9 @@ def _left_to_train(sweep: SweepConfig) -> list[float]:
 
 
 def wall_minutes(frame: "pl.DataFrame", workers: int | None = None) -> float:
-    """Wall time of a calibrated plan when ``workers`` (default: one per core) take its runs in turn, the longest first."""
+    """Wall time of a calibrated plan when ``workers`` (default: one per core) take its runs in
+    turn, the longest first.
+    """
     free = [0.0] * (workers or available_cores())
     for length in frame["minutes"].sort(descending=True):
         heapq.heapreplace(free, free[0] + length)
@@ -95,7 +115,9 @@ def plan_table(frame: "pl.DataFrame") -> "Table":
     from rich import box
     from rich.table import Table
 
-    left_out = f"\nThe other {len(frame) - MAX_ROWS:,} rows: --json" if len(frame) > MAX_ROWS else ""
+    left_out = (
+        f"\nThe other {len(frame) - MAX_ROWS:,} rows: --json" if len(frame) > MAX_ROWS else ""
+    )
     totals = f"{len(frame)} runs, {_short(float(frame['tokens'].sum()))} tokens, {_power(float(frame['flops'].sum()))} FLOPs"
     table = Table(caption=totals + left_out, caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for title in ("run", "name", "arm"):
@@ -119,8 +141,11 @@ def plan_table(frame: "pl.DataFrame") -> "Table":
     return table
 
 
-def design_of(frame: "pl.DataFrame", *, ratios: tuple[float, ...] | None = None, seeds: int | None = None) -> "Design":
-    """The sweep that a verdict would judge, out of a plan: its arm with most ratios at the largest token budget.
+def design_of(
+    frame: "pl.DataFrame", *, ratios: tuple[float, ...] | None = None, seeds: int | None = None
+) -> "Design":
+    """The sweep that a verdict would judge, out of a plan: its arm with most ratios at the largest
+    token budget.
 
     ``ratios`` and ``seeds`` replace the plan's. Seeds are those of the ratio that has fewest.
     """
@@ -140,8 +165,12 @@ def design_of(frame: "pl.DataFrame", *, ratios: tuple[float, ...] | None = None,
 
 
 def flops_per_second(frame: "pl.DataFrame", workers: int | None = None) -> float:
-    """6 x active parameters x tokens of a calibrated plan over its wall time: the rate at which designs of `Design.flops` pass."""
-    return float((6 * frame["active_params"] * frame["tokens"]).sum()) / (60 * wall_minutes(frame, workers))
+    """6 x active parameters x tokens of a calibrated plan over its wall time: the rate at which
+    designs of `Design.flops` pass.
+    """
+    return float((6 * frame["active_params"] * frame["tokens"]).sum()) / (
+        60 * wall_minutes(frame, workers)
+    )
 
 
 def power_text(found: "Plan", speed: float | None) -> str:
@@ -157,7 +186,13 @@ def power_table(found: "Plan") -> "Table":
     for title in ("were the truth", "wall", "no wall", "cannot tell", "settled", "wrong"):
         table.add_column(title, justify="left" if title == "were the truth" else "right")
     for row in found.own.iter_rows(named=True):
-        table.add_row(row["truth"], *(f"{100 * row[name]:.0f} %" for name in ("wall", "no_wall", "cannot_tell", "settled", "wrong")))
+        table.add_row(
+            row["truth"],
+            *(
+                f"{100 * row[name]:.0f} %"
+                for name in ("wall", "no_wall", "cannot_tell", "settled", "wrong")
+            ),
+        )
     return table
 
 
@@ -166,7 +201,9 @@ def cheapest_text(found: "Plan", speed: float | None) -> str:
     if found.best is None:
         import polars as pl
 
-        worst = found.others.group_by("design").agg(pl.col("settled").min().alias("worst"), pl.col("flops").first())
+        worst = found.others.group_by("design").agg(
+            pl.col("settled").min().alias("worst"), pl.col("flops").first()
+        )
         last = worst.sort("worst", "flops", descending=[True, False]).row(0, named=True)
         closest = _design_text(found.designs[last["design"]], speed)
         return f"no design tried {goal}; the closest, {closest}, reaches {last['worst']:.2f}: a larger model has less noise"
@@ -176,7 +213,9 @@ def cheapest_text(found: "Plan", speed: float | None) -> str:
 
 
 def _design_text(design: "Design", speed: float | None) -> str:
-    hours = "" if speed is None else f", {design.flops / speed / 3600:.3g} hours at this machine's rate"
+    hours = (
+        "" if speed is None else f", {design.flops / speed / 3600:.3g} hours at this machine's rate"
+    )
     return (
         f"{len(design.ratios)} ratios {design.ratios[0]:g}-{design.ratios[-1]:g} x {design.seeds} seeds of {_short(design.active_params)} "
         f"active on {_short(design.tokens)} tokens: {design.runs} runs, {_power(design.flops)} FLOPs{hours}"

@@ -1,4 +1,7 @@
-"""Watching a sweep: a live bar per run on a terminal, plain lines elsewhere. What a run is doing is read from its ``status.json``."""
+"""Watching a sweep: a live bar per run on a terminal, plain lines elsewhere.
+
+What a run is doing is read from its ``status.json``.
+"""
 
 import sys
 import time
@@ -21,7 +24,9 @@ class View(Protocol):
     """What the driver tells whoever watches."""
 
     def opened(self, finished: Sequence[Job], failed: Sequence[Job]) -> None:
-        """The sweep begins; these of its runs were finished before, and these failed and are left alone."""
+        """The sweep begins; these of its runs were finished before, and these failed and are left
+        alone.
+        """
         ...
 
     def say(self, line: str) -> None: ...
@@ -54,7 +59,9 @@ class Forecast:
 
     def __init__(self, jobs: Sequence[Job], finished: Sequence[Job]) -> None:
         self._left = sum(job.cost for job in jobs) - sum(job.cost for job in finished)
-        self._first_seen: dict[str, tuple[float, float]] = {}  # run -> (time, fraction done), for runs resumed half-way
+        self._first_seen: dict[
+            str, tuple[float, float]
+        ] = {}  # run -> (time, fraction done), for runs resumed half-way
         self._done = 0.0
         self._began = time.monotonic()
 
@@ -66,7 +73,9 @@ class Forecast:
     def seconds_left(self, active: Sequence[tuple[Job, Progress]]) -> float | None:
         done, left = self._done, self._left
         for job, progress in active:
-            _, begun_with = self._first_seen.setdefault(job.run, (time.monotonic(), progress.fraction))
+            _, begun_with = self._first_seen.setdefault(
+                job.run, (time.monotonic(), progress.fraction)
+            )
             done += job.cost * max(0.0, progress.fraction - begun_with)
             left -= job.cost * progress.fraction
         elapsed = time.monotonic() - self._began
@@ -74,7 +83,9 @@ class Forecast:
 
     def run_seconds_left(self, job: Job, progress: Progress) -> float | None:
         """Of one run's training; None until it has been seen to move."""
-        began, begun_with = self._first_seen.setdefault(job.run, (time.monotonic(), progress.fraction))
+        began, begun_with = self._first_seen.setdefault(
+            job.run, (time.monotonic(), progress.fraction)
+        )
         moved = progress.fraction - begun_with
         return None if moved <= 0 else (1 - progress.fraction) * (time.monotonic() - began) / moved
 
@@ -89,10 +100,19 @@ def figures(progress: Progress) -> str:
     return ", ".join(parts)
 
 
-def opening_line(store: "RunStore | ObjectStore", jobs: Sequence[Job], finished: Sequence[Job], failed: Sequence[Job]) -> str:
+def opening_line(
+    store: "RunStore | ObjectStore",
+    jobs: Sequence[Job],
+    finished: Sequence[Job],
+    failed: Sequence[Job],
+) -> str:
     """One line for a sweep that begins."""
-    line = f"{len(jobs)} runs in {store.folder}" + (f", {len(finished)} finished before" if finished else "")
-    return line + (f", {len(failed)} failed before (--retry-failed tries them again)" if failed else "")
+    line = f"{len(jobs)} runs in {store.folder}" + (
+        f", {len(finished)} finished before" if finished else ""
+    )
+    return line + (
+        f", {len(failed)} failed before (--retry-failed tries them again)" if failed else ""
+    )
 
 
 def ending_line(job: Job, ending: Ending, progress: Progress) -> str:
@@ -109,7 +129,13 @@ def ending_line(job: Job, ending: Ending, progress: Progress) -> str:
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return "?"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 class PlainView:
@@ -133,7 +159,10 @@ class PlainView:
         if ending.result in (Result.FINISHED, Result.FAILED):
             self._settled += 1
             self._forecast.ended(job)
-        self.say(f"[{self._settled}/{len(self._jobs)}] " + ending_line(job, ending, self._store.progress(job.run)))
+        self.say(
+            f"[{self._settled}/{len(self._jobs)}] "
+            + ending_line(job, ending, self._store.progress(job.run))
+        )
 
     def refresh(self, active: Sequence[Job]) -> None:
         if time.monotonic() - self._spoke < LINE_SECONDS:
@@ -161,7 +190,12 @@ class LiveView:
 
         self._store, self._jobs = store, jobs
         self._forecast = Forecast(jobs, ())
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}", style="dim"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", style="dim"),
+        )
         self._bars = Bars(*columns, refresh_per_second=2)
         self._sweep = self._bars.add_task("sweep", total=len(jobs), figures="")
         self._tasks: dict[str, TaskID] = {}
@@ -195,9 +229,20 @@ class LiveView:
         running = [(job, self._store.progress(job.run)) for job in active]
         for job, progress in running:
             text = figures(progress).partition(", ")[2]  # without the step, which the bar shows
-            text += f", {duration(self._forecast.run_seconds_left(job, progress))} left" if text else "starting"
-            self._bars.update(self._tasks[job.run], total=progress.steps or None, completed=progress.step, figures=text)
-        self._bars.update(self._sweep, figures=f"{duration(self._forecast.seconds_left(running))} left")
+            text += (
+                f", {duration(self._forecast.run_seconds_left(job, progress))} left"
+                if text
+                else "starting"
+            )
+            self._bars.update(
+                self._tasks[job.run],
+                total=progress.steps or None,
+                completed=progress.step,
+                figures=text,
+            )
+        self._bars.update(
+            self._sweep, figures=f"{duration(self._forecast.seconds_left(running))} left"
+        )
 
     def close(self) -> None:
         self._bars.stop()

@@ -1,8 +1,11 @@
-"""The Ray launcher: each run is one Ray task, on an existing cluster or on one that is started here (extra ``ray``).
+"""The Ray launcher: each run is one Ray task, on an existing cluster or on one that is started here
+(extra ``ray``).
 
-Ray places, packs and autoscales; a run asks for ``cpus`` and, on CUDA, for ``gpus``, which may be a fraction. A node that dies takes only
-its current runs with it: they are submitted again and resume from their checkpoints. Retries are the sweep's, so Ray's are off. Ray ends
-its driver's process a while after the head is gone, so the head is watched here, and the sweep ends before that with a line of its own.
+Ray places, packs and autoscales; a run asks for ``cpus`` and, on CUDA, for ``gpus``, which may be a
+fraction. A node that dies takes only its current runs with it: they are submitted again and resume
+from their checkpoints. Retries are the sweep's, so Ray's are off. Ray ends its driver's process a
+while after the head is gone, so the head is watched here, and the sweep ends before that with a
+line of its own.
 """
 
 import os
@@ -31,15 +34,17 @@ WATCH_SECONDS = 2.0
 LOST_SECONDS = 20.0
 """Without its head for so long, a cluster is lost; Ray itself ends the process after 60."""
 STORE_BYTES = 100 * 2**20
-"""Object store of a cluster started here: what passes through it is a configuration and a line of text."""
+"""Object store of a cluster started here: what passes through it is a configuration and a line of
+text.
+"""
 
 
 @dataclass(frozen=True)
 class RayOptions(Config):
     """
     Attributes:
-        address: of a running cluster, such as "auto", "head:6379" or "ray://head:10001"; empty takes ``RAY_ADDRESS``, else starts a
-            cluster here.
+        address: of a running cluster, such as "auto", "head:6379" or "ray://head:10001"; empty
+            takes ``RAY_ADDRESS``, else starts a cluster here.
         cpus: CPUs of one run.
         gpus: GPUs of one run on CUDA; 0.25 lets four share one.
         memory_gb: memory of one run that Ray reserves; 0 reserves none.
@@ -57,9 +62,14 @@ class RayOptions(Config):
 
 
 class RayLauncher:
-    """See ``launchers.Launcher``. All runs are submitted at once, or ``workers`` at a time: what waits tells Ray how far to scale."""
+    """See ``launchers.Launcher``.
 
-    def __init__(self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> None:
+    All runs are submitted at once, or ``workers`` at a time: what waits tells Ray how far to scale.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
+    ) -> None:
         if workers is not None and workers < 1:
             raise RunError(expected("at least 1 worker", workers))
         self._options = read_options(RayOptions, options)
@@ -68,25 +78,41 @@ class RayLauncher:
         self._runs: dict[Any, Job] = {}
         address = self._options.address or os.environ.get("RAY_ADDRESS", "")
         self._ray = _connect(address)
-        self._head = _Head(address if "://" in address else self._ray.get_runtime_context().gcs_address)
+        self._head = _Head(
+            address if "://" in address else self._ray.get_runtime_context().gcs_address
+        )
         own = {name: value for name, value in os.environ.items() if name.startswith("MOE_LAB_")}
-        self._task = self._ray.remote(max_retries=0, runtime_env={"env_vars": ONE_THREAD | own})(_do)
+        self._task = self._ray.remote(max_retries=0, runtime_env={"env_vars": ONE_THREAD | own})(
+            _do
+        )
         self._check_room(jobs, can_grow=bool(address))
 
     def _resources(self, device: str) -> dict[str, float]:
         """What Ray is to reserve for a run, by Ray's names."""
         wanted = {"CPU": self._options.cpus, "memory": int(self._options.memory_gb * 2**30)}
-        return {name: value for name, value in wanted.items() if value} | ({} if device == "cpu" else {"GPU": self._options.gpus})
+        return {name: value for name, value in wanted.items() if value} | (
+            {} if device == "cpu" else {"GPU": self._options.gpus}
+        )
 
     def _check_room(self, jobs: Sequence[Job], can_grow: bool) -> None:
-        """Runs that fit on no node wait until the cluster grows one; say so, for some clusters never do."""
+        """Runs that fit on no node wait until the cluster grows one; say so, for some clusters
+        never do.
+        """
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         for device in sorted({job.device for job in jobs}):
             wanted = self._resources(device)
-            if not any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
+            if not any(
+                all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes
+            ):
                 need = ", ".join(f"{name} {value:g}" for name, value in wanted.items())
-                have = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in wanted) for node in nodes)
-                message = expected(f"a Ray node with {need} for a run on {device}", have, "the launcher options cpus=, gpus=, memory_gb=")
+                have = "; ".join(
+                    ", ".join(f"{name} {node.get(name, 0):g}" for name in wanted) for node in nodes
+                )
+                message = expected(
+                    f"a Ray node with {need} for a run on {device}",
+                    have,
+                    "the launcher options cpus=, gpus=, memory_gb=",
+                )
                 if not can_grow:
                     raise RunError(message)
                 warnings.warn(f"{message}, or wait until the cluster grows", stacklevel=2)
@@ -94,7 +120,9 @@ class RayLauncher:
     def submit(self, job: Job) -> None:
         names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         resources = {names[name]: value for name, value in self._resources(job.device).items()}
-        self._runs[self._task.options(name=job.name, **resources).remote(Errand.of(job, self._trainer))] = job
+        self._runs[
+            self._task.options(name=job.name, **resources).remote(Errand.of(job, self._trainer))
+        ] = job
 
     def poll(self, timeout: float) -> list[Ending]:
         if not self._runs:
@@ -115,9 +143,17 @@ class RayLauncher:
         except errors.TaskCancelledError:
             return Ending(job.run, Result.WITHDRAWN)
         except errors.OutOfMemoryError:
-            return Ending(job.run, Result.DIED, f"the node ran out of memory ({MEMORY_HINT}, or the launcher option memory_gb=)")
+            return Ending(
+                job.run,
+                Result.DIED,
+                f"the node ran out of memory ({MEMORY_HINT}, or the launcher option memory_gb=)",
+            )
         except errors.WorkerCrashedError:
-            return Ending(job.run, Result.DIED, f"its Ray worker was killed or crashed (out of memory? {MEMORY_HINT})")
+            return Ending(
+                job.run,
+                Result.DIED,
+                f"its Ray worker was killed or crashed (out of memory? {MEMORY_HINT})",
+            )
         except errors.RayTaskError as error:
             return Ending(job.run, Result.FAILED, last_line(error))
         except errors.RayError as error:
@@ -125,7 +161,9 @@ class RayLauncher:
 
     def withdraw(self) -> None:
         for reference in self._runs:
-            self._ray.cancel(reference, force=False)  # which interrupts a task that has begun, and ``_do`` takes no interrupt
+            self._ray.cancel(
+                reference, force=False
+            )  # which interrupts a task that has begun, and ``_do`` takes no interrupt
 
     def close(self) -> None:
         if self._head.answers():  # otherwise there is nothing left to stop, and each of these calls would wait for a minute
@@ -137,13 +175,17 @@ class RayLauncher:
 
 
 def _do(errand: Errand) -> Ending | Refusal:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: an interrupt between the run's end and the task's would lose its ending
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # for good: an interrupt between the run's end and the task's would lose its ending
     signal.signal(signal.SIGTERM, _leave)
     return errand()
 
 
 def _leave(*_: object) -> None:
-    """Ray ends a worker like this when its driver is gone or its node is drained: the run did nothing wrong and is to be resumed."""
+    """Ray ends a worker like this when its driver is gone or its node is drained: the run did
+    nothing wrong and is to be resumed.
+    """
     worker.preempted.set()
     sys.exit(1)
 
@@ -171,7 +213,9 @@ class _Head:
         if self.answers():
             self._seen = now
         elif now - self._seen >= LOST_SECONDS:
-            raise RunError(_lost(f"no answer from its head at {self._address} for {now - self._seen:.0f} s"))
+            raise RunError(
+                _lost(f"no answer from its head at {self._address} for {now - self._seen:.0f} s")
+            )
 
 
 def _connect(address: str) -> Any:
@@ -181,24 +225,38 @@ def _connect(address: str) -> Any:
     if address:
         _check_reachable(address)
     try:
-        ray.init(address=address or "local", log_to_driver=False, ignore_reinit_error=True, logging_level="ERROR", **new)
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            ignore_reinit_error=True,
+            logging_level="ERROR",
+            **new,
+        )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise RunError(_no_cluster(address or "this machine", last_line(error))) from error
     return ray
 
 
 def _no_cluster(place: str, got: str) -> str:
-    return expected(f"a Ray cluster at {place}", got, "one shared environment" if "mismatch" in got else "ray status")
+    return expected(
+        f"a Ray cluster at {place}",
+        got,
+        "one shared environment" if "mismatch" in got else "ray status",
+    )
 
 
 def _check_reachable(address: str) -> None:
-    """Connect from a process of its own first: where no cluster answers, Ray tries for minutes and then ends the process."""
+    """Connect from a process of its own first: where no cluster answers, Ray tries for minutes and
+    then ends the process.
+    """
     cause = _refusal(address, CONNECT_SECONDS)
     if cause is not None:
         raise RunError(_no_cluster(address, cause))
     command = [sys.executable, "-c", _PROBE, address]
     try:
-        probe = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL)
+        probe = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired:
         raise RunError(_no_cluster(address, f"no answer within {PROBE_SECONDS:.0f} s")) from None
     if probe.returncode:
@@ -216,7 +274,9 @@ except Exception as error:
 
 
 def _refusal(address: str, seconds: float) -> str | None:
-    """Why nobody can connect to ``host:port``; None where one can, or where the address names no port."""
+    """Why nobody can connect to ``host:port``; None where one can, or where the address names no
+    port.
+    """
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdigit():
         return None

@@ -1,4 +1,7 @@
-"""Recipes: Python files with ``PRESETS`` and ``sweep(preset, *, seed, device) -> SweepConfig``. Each mistake in one gives one line."""
+"""Recipes: Python files with ``PRESETS`` and ``sweep(preset, *, seed, device) -> SweepConfig``.
+
+Each mistake in one gives one line.
+"""
 
 import importlib.util
 import sys
@@ -12,26 +15,41 @@ from moe_lab.errors import MoELabError, RunError, expected
 from moe_lab.sweeps.config import SweepConfig
 
 
-def load_recipe(path: Path | str, preset: str, *, seed: int = 0, device: str = "cpu", alternative: str | None = None) -> SweepConfig:
+def load_recipe(
+    path: Path | str,
+    preset: str,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    alternative: str | None = None,
+) -> SweepConfig:
     """Import the recipe file at ``path`` and ask it for the sweep of ``preset``.
 
     Args:
         alternative: one of the recipe's ``ALTERNATIVES``, for recipes whose ``sweep`` takes one.
 
-    Raises ``RunError`` where the file is missing, does not import, has no ``sweep`` or ``PRESETS``, does not know the preset or the
-    alternative, fails, or returns something else. A recipe is code of the user's and runs as such.
+    Raises ``RunError`` where the file is missing, does not import, has no ``sweep`` or ``PRESETS``,
+    does not know the preset or the alternative, fails, or returns something else. A recipe is code
+    of the user's and runs as such.
     """
     path = Path(path)
     module = _import(path)
     make, presets = getattr(module, "sweep", None), getattr(module, "PRESETS", None)
     if not callable(make) or presets is None:
         missing = "sweep(preset, *, seed, device)" if not callable(make) else "PRESETS"
-        raise RunError(expected(f"a recipe that defines sweep and PRESETS in {path}", f"no {missing}"))
+        raise RunError(
+            expected(f"a recipe that defines sweep and PRESETS in {path}", f"no {missing}")
+        )
     if preset not in presets:
         raise RunError(expected(f"a preset of {path.name} ({', '.join(presets)})", repr(preset)))
     known = tuple(getattr(module, "ALTERNATIVES", ()))
     if alternative is not None and alternative not in known:
-        raise RunError(expected(f"an alternative of {path.name} ({', '.join(known) or 'it has none'})", repr(alternative)))
+        raise RunError(
+            expected(
+                f"an alternative of {path.name} ({', '.join(known) or 'it has none'})",
+                repr(alternative),
+            )
+        )
     chosen = {} if alternative is None else {"alternative": alternative}
     sweep = _within(path, lambda: make(preset, seed=seed, device=device, **chosen))
     if not isinstance(sweep, SweepConfig):
@@ -41,7 +59,13 @@ def load_recipe(path: Path | str, preset: str, *, seed: int = 0, device: str = "
 
 def _import(path: Path) -> ModuleType:
     if not path.is_file():
-        raise RunError(expected("a recipe file", f"{path}, which is {'a folder' if path.is_dir() else 'missing'}", "experiments/*.py"))
+        raise RunError(
+            expected(
+                "a recipe file",
+                f"{path}, which is {'a folder' if path.is_dir() else 'missing'}",
+                "experiments/*.py",
+            )
+        )
     name = f"moe_lab_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -54,19 +78,27 @@ def _import(path: Path) -> ModuleType:
 
 
 def _within(path: Path, action: Callable[[], Any]) -> Any:
-    """``action()``, whose exceptions become one line with the recipe's line number; our own errors already are one."""
+    """``action()``, whose exceptions become one line with the recipe's line number; our own errors
+    already are one.
+    """
     try:
         return action()
     except MoELabError:
         raise
     except (Exception, SystemExit) as error:
         message = " ".join(str(error).split())
-        raise RunError(f"recipe {path}{_line(error, path)} failed: {type(error).__name__}{message and ': '}{message}") from error
+        raise RunError(
+            f"recipe {path}{_line(error, path)} failed: {type(error).__name__}{message and ': '}{message}"
+        ) from error
 
 
 def _line(error: BaseException, path: Path) -> str:
     """``:12`` where the innermost frame of the recipe (or its syntax error) stands."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f":{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
     return f":{lines[-1]}" if lines else ""

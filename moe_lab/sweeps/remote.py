@@ -1,4 +1,6 @@
-"""What the launchers of clusters have in common: one run as something that can be pickled and called on another machine."""
+"""What the launchers of clusters have in common: one run as something that can be pickled and
+called on another machine.
+"""
 
 import contextlib
 import dataclasses
@@ -22,16 +24,20 @@ Options = TypeVar("Options", bound=Config)
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a machine can do no run at all; one such machine would fail the whole queue, so it ends the sweep."""
+    """Why a machine can do no run at all; one such machine would fail the whole queue, so it ends
+    the sweep.
+    """
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Errand:
-    """One run, to be called where it is to be trained; a sweep's folder must be reachable there under the same path.
+    """One run, to be called where it is to be trained; a sweep's folder must be reachable there
+    under the same path.
 
-    Relative paths in the configuration are the driver's, so the call takes place in the driver's folder where the machine has it.
+    Relative paths in the configuration are the driver's, so the call takes place in the driver's
+    folder where the machine has it.
     """
 
     trainer: str
@@ -41,7 +47,9 @@ class Errand:
 
     @classmethod
     def of(cls, job: Job, trainer: str) -> "Errand":
-        return cls(trainer, dataclasses.replace(job, folder=job.folder.absolute()), versions(), Path.cwd())
+        return cls(
+            trainer, dataclasses.replace(job, folder=job.folder.absolute()), versions(), Path.cwd()
+        )
 
     def __call__(self) -> Ending | Refusal:
         """Never raises for what happens inside the run, as ``worker.execute``."""
@@ -58,13 +66,19 @@ class Errand:
 
     def _unfit(self) -> Refusal | None:
         here = versions()
-        other = next((name for name in self.versions if here.get(name) != self.versions[name]), None)
+        other = next(
+            (name for name in self.versions if here.get(name) != self.versions[name]), None
+        )
         if other is not None:
             got = f"{other} {here.get(other)} on the worker, {self.versions[other]} at the driver"
-            return Refusal(expected("the same versions on every machine", got, "one shared environment"))
+            return Refusal(
+                expected("the same versions on every machine", got, "one shared environment")
+            )
         if self.job.shared and not self.job.folder.parent.is_dir():
             got = f"no {self.job.folder.parent} on the worker"
-            return Refusal(expected("a folder that every machine sees", got, "a shared file system"))
+            return Refusal(
+                expected("a folder that every machine sees", got, "a shared file system")
+            )
         return None
 
 
@@ -76,12 +90,17 @@ def settle(answer: Ending | Refusal) -> Ending:
 
 
 def import_path() -> str:
-    """This process's own import path, so that a worker finds what the driver found (a trainer in a script's folder, say)."""
+    """This process's own import path, so that a worker finds what the driver found (a trainer in a
+    script's folder, say).
+    """
     return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def read_options(kind: type[Options], options: Mapping[str, str]) -> Options:
-    """A launcher's options from ``key=value`` texts. Raises ``ConfigError`` for one that it has not or cannot read."""
+    """A launcher's options from ``key=value`` texts.
+
+    Raises ``ConfigError`` for one that it has not or cannot read.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = dict(options)
     for key in set(options) & set(defaults):
@@ -89,7 +108,9 @@ def read_options(kind: type[Options], options: Mapping[str, str]) -> Options:
             try:
                 values[key] = type(defaults[key])(options[key])
             except ValueError:
-                raise ConfigError(expected(f"the launcher option {key} as a number", repr(options[key]))) from None
+                raise ConfigError(
+                    expected(f"the launcher option {key} as a number", repr(options[key]))
+                ) from None
     return kind.from_dict(values)
 
 
@@ -98,10 +119,16 @@ def extra(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise RunError(expected(f"the package {module.partition('.')[0]}", "none", f"pip install 'moe_lab[{name}]'")) from error
+        raise RunError(
+            expected(
+                f"the package {module.partition('.')[0]}", "none", f"pip install 'moe_lab[{name}]'"
+            )
+        ) from error
 
 
 def last_line(error: BaseException | str) -> str:
     """Cluster libraries put the cause last."""
     name = error if isinstance(error, str) else type(error).__name__
-    return next((line.strip() for line in reversed(str(error).strip().splitlines()) if line.strip()), name)
+    return next(
+        (line.strip() for line in reversed(str(error).strip().splitlines()) if line.strip()), name
+    )

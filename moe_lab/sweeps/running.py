@@ -1,7 +1,8 @@
 """Driving a sweep: long runs first, each done once, whatever dies on the way.
 
-The same call on the same folder continues what an earlier one left: finished runs are kept, interrupted ones resume from their
-checkpoints, failed ones stay failed unless ``retry_failed`` gives them another chance. Two sweeps on one folder share the work.
+The same call on the same folder continues what an earlier one left: finished runs are kept,
+interrupted ones resume from their checkpoints, failed ones stay failed unless ``retry_failed``
+gives them another chance. Two sweeps on one folder share the work.
 """
 
 import signal
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
     from moe_lab.sweeps.object_store import ObjectStore
 
 RETRIES = 2
-"""How often in a row a run is taken up again whose worker died before it had a newer checkpoint, within one sweep."""
+"""How often in a row a run is taken up again whose worker died before it had a newer checkpoint,
+within one sweep.
+"""
 POLL_SECONDS = 0.2
 FOREIGN_SECONDS = 1.0
 NOT_ITS_FAULT = ("cannot write ", "cannot read ", "cannot remove from ")
-"""How the reason of a run begins that failed because the store did not do its part: it is continued as an interrupted one is."""
+"""How the reason of a run begins that failed because the store did not do its part: it is continued
+as an interrupted one is.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,26 +82,32 @@ def run(
     retry_failed: bool = False,
     trainer: str = TRAIN,
 ) -> SweepOutcome:
-    """Do every run of ``sweep`` that is not finished in the folder or store ``out``, and say how each ended.
+    """Do every run of ``sweep`` that is not finished in the folder or store ``out``, and say how
+    each ended.
 
     Args:
-        out: a folder that every worker sees, or an fsspec URL such as ``s3://bucket/sweep`` (extra ``store``): then each worker trains in
-            a scratch folder of its own machine and copies the run's files there (`object_store`, `mirror`).
+        out: a folder that every worker sees, or an fsspec URL such as ``s3://bucket/sweep`` (extra
+            ``store``): then each worker trains in a scratch folder of its own machine and copies
+            the run's files there (`object_store`, `mirror`).
         workers: processes; None takes one per core, or per GPU where a run wants CUDA.
         progress: show it: live bars on a terminal, plain lines elsewhere.
         launcher: a name in ``launchers.LAUNCHERS``.
         launcher_options: of that launcher, as texts (``RayOptions``, ``SlurmOptions``).
-        max_hours: after so long no further run starts, and a cluster gives back those in its queue; those that train go on to their end,
-            and the same command continues the rest.
-        max_flops: no run starts that would take this call past so many training FLOPs, as ``plan`` counts them; a resumed run counts with
-            what it has left. A shorter run that still fits goes before a longer one that does not.
-        retry_failed: train runs again that failed in an earlier call. (One that failed because the disk was full is always continued.)
-        trainer: ``module:function(config values, run folder)`` for workers to call instead of ``moe_lab.training.train``.
+        max_hours: after so long no further run starts, and a cluster gives back those in its queue;
+            those that train go on to their end, and the same command continues the rest.
+        max_flops: no run starts that would take this call past so many training FLOPs, as ``plan``
+            counts them; a resumed run counts with what it has left. A shorter run that still fits
+            goes before a longer one that does not.
+        retry_failed: train runs again that failed in an earlier call. (One that failed because the
+            disk was full is always continued.)
+        trainer: ``module:function(config values, run folder)`` for workers to call instead of
+            ``moe_lab.training.train``.
 
-    The local launcher starts no run while those that run are expected to fill the memory (``memory.run_memory``), but always one.
-    Ctrl-C and SIGTERM stop the workers and return an outcome with ``interrupted`` runs. A run that fails does not stop the others.
-    Raises ``RunError`` where the folder cannot be written, also when its disk fills up on the way, or where no worker starts;
-    ``CorpusError`` where the text is unfit.
+    The local launcher starts no run while those that run are expected to fill the memory
+    (``memory.run_memory``), but always one. Ctrl-C and SIGTERM stop the workers and return an
+    outcome with ``interrupted`` runs. A run that fails does not stop the others. Raises
+    ``RunError`` where the folder cannot be written, also when its disk fills up on the way, or
+    where no worker starts; ``CorpusError`` where the text is unfit.
     """
     require(max_hours is None or max_hours >= 0, "max_hours of at least 0", max_hours)
     began = time.monotonic()
@@ -113,13 +124,17 @@ def run(
         if driver.queue:
             if launcher == "local":  # a cluster's scheduler places runs on its nodes itself
                 driver.share_memory(view)
-            with closing(_pool(store, launcher, list(driver.queue), workers, trainer, launcher_options)) as pool:
+            with closing(
+                _pool(store, launcher, list(driver.queue), workers, trainer, launcher_options)
+            ) as pool:
                 driver.drive(pool, view, stop)
     return driver.outcome(time.monotonic() - began)
 
 
 def _tokenize(sweep: SweepConfig) -> None:
-    """Fill the token cache before any worker wants it: unfit text is one error for the sweep, and no two workers learn one tokenizer."""
+    """Fill the token cache before any worker wants it: unfit text is one error for the sweep, and
+    no two workers learn one tokenizer.
+    """
     from moe_lab.text import load_tokens
 
     for text in dict.fromkeys(run.text for run in sweep.runs):
@@ -139,15 +154,33 @@ def _pool(
         return build_launcher(launcher, jobs, workers, trainer, options)
     from moe_lab.sweeps import mirror
 
-    require(not store.folder.startswith("memory:"), "a store that worker processes see", store.folder, "a folder or s3://...")
-    return mirror.MirrorLauncher(build_launcher(launcher, jobs, workers, mirror.TRAINER, options), store, trainer)
+    require(
+        not store.folder.startswith("memory:"),
+        "a store that worker processes see",
+        store.folder,
+        "a folder or s3://...",
+    )
+    return mirror.MirrorLauncher(
+        build_launcher(launcher, jobs, workers, mirror.TRAINER, options), store, trainer
+    )
 
 
 def _jobs(sweep: SweepConfig, store: "RunStore | ObjectStore") -> list[Job]:
-    """The sweep's runs, the longest first: a long one that starts last would leave the other workers idle."""
+    """The sweep's runs, the longest first: a long one that starts last would leave the other
+    workers idle.
+    """
     shared = isinstance(store, RunStore)
     jobs = [
-        Job(run_hash, run.name, store.path(run_hash), run.to_dict(), describe(run, run_hash)["flops"], run.device, run_memory(run), shared)
+        Job(
+            run_hash,
+            run.name,
+            store.path(run_hash),
+            run.to_dict(),
+            describe(run, run_hash)["flops"],
+            run.device,
+            run_memory(run),
+            shared,
+        )
         for run_hash, run in zip(sweep.hashes, sweep.runs, strict=True)
     ]
     return sorted(jobs, key=lambda job: -job.cost)
@@ -156,7 +189,9 @@ def _jobs(sweep: SweepConfig, store: "RunStore | ObjectStore") -> list[Job]:
 class _Driver:
     """Which runs wait, run, run elsewhere, are finished and have failed."""
 
-    def __init__(self, store: "RunStore | ObjectStore", jobs: list[Job], admission: Admission) -> None:
+    def __init__(
+        self, store: "RunStore | ObjectStore", jobs: list[Job], admission: Admission
+    ) -> None:
         self.store, self.admission = store, admission
         self.jobs = {job.run: job for job in jobs}
         self.queue: deque[Job] = deque()
@@ -180,7 +215,9 @@ class _Driver:
                 if state is not RunState.PENDING:
                     left[run] = 1 - _share_kept(self.jobs[run], self.store.progress(run))
         self.admission.left = left
-        view.opened([self.jobs[run] for run in self.finished], [self.jobs[run] for run in self.failed])
+        view.opened(
+            [self.jobs[run] for run in self.finished], [self.jobs[run] for run in self.failed]
+        )
 
     def share_memory(self, view: View) -> None:
         """Let no more runs at once than fit into this machine, and say which do not fit at all."""
@@ -193,12 +230,18 @@ class _Driver:
     def drive(self, pool: Launcher, view: View, stop: threading.Event) -> None:
         looked, withdrawn = time.monotonic(), False
         while (self.queue or self.active or self.foreign) and not stop.is_set():
-            while len(self.active) < pool.slots and (job := self.admission.next(self.queue, self.active.values())):
+            while len(self.active) < pool.slots and (
+                job := self.admission.next(self.queue, self.active.values())
+            ):
                 self.queue.remove(job)
                 self.active[job.run] = job
                 pool.submit(job)
                 view.started(job)
-            if not self.active and (self.queue or self.admission.out_of_time) and self.admission.exhausted(self.queue):
+            if (
+                not self.active
+                and (self.queue or self.admission.out_of_time)
+                and self.admission.exhausted(self.queue)
+            ):
                 return
             if self.admission.out_of_time and not withdrawn:
                 withdrawn = True
@@ -225,7 +268,9 @@ class _Driver:
         self._settle(job, ending, view)
 
     def _deaths_in_place(self, job: Job) -> int:
-        """Deaths of a run since its last checkpoint, with this one: on nodes that are taken away again and again it still gets on."""
+        """Deaths of a run since its last checkpoint, with this one: on nodes that are taken away
+        again and again it still gets on.
+        """
         kept = _share_kept(job, self.store.progress(job.run))
         if kept > self.kept.get(job.run, 0.0):
             self.kept[job.run], self.deaths[job.run] = kept, 0
@@ -255,7 +300,9 @@ class _Driver:
                 self.queue.append(job)
 
     def outcome(self, seconds: float) -> SweepOutcome:
-        failed = tuple(FailedRun(run, self.jobs[run].name, reason) for run, reason in self.failed.items())
+        failed = tuple(
+            FailedRun(run, self.jobs[run].name, reason) for run, reason in self.failed.items()
+        )
         settled = {*self.finished, *self.failed}
         interrupted = tuple(run for run in self.jobs if run not in settled)
         return SweepOutcome(tuple(self.finished), failed, interrupted, seconds, self._why_stopped())
@@ -279,12 +326,18 @@ def _share_kept(job: Job, progress: Progress) -> float:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Set the event on SIGINT and SIGTERM instead of dying. Outside the main thread signals stay as they are."""
+    """Set the event on SIGINT and SIGTERM instead of dying.
+
+    Outside the main thread signals stay as they are.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stop
     finally:

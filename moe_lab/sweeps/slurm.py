@@ -1,9 +1,10 @@
 """The SLURM launcher: runs as job arrays through submitit (extra ``slurm``).
 
-Runs that are submitted together become one array. A run that is preempted or reaches its time limit is put back in the queue by submitit
-and resumes from its checkpoint; one whose job is killed or cancelled is submitted again. ``cluster=local`` runs the same jobs as
-processes of this machine, without SLURM. How jobs are doing is asked of ``squeue``: submitit asks ``sacct``, which knows nothing where
-no accounting database runs, and a job that was killed there would never end.
+Runs that are submitted together become one array. A run that is preempted or reaches its time limit
+is put back in the queue by submitit and resumes from its checkpoint; one whose job is killed or
+cancelled is submitted again. ``cluster=local`` runs the same jobs as processes of this machine,
+without SLURM. How jobs are doing is asked of ``squeue``: submitit asks ``sacct``, which knows
+nothing where no accounting database runs, and a job that was killed there would never end.
 """
 
 import os
@@ -23,13 +24,17 @@ from moe_lab.sweeps.local import ONE_THREAD, available_cores
 from moe_lab.sweeps.remote import Errand, extra, import_path, last_line, read_options, settle
 
 LOGS = "slurm"
-"""Folder in which submitit keeps scripts and logs: of the sweep, or of the driver's own folder where the sweep is in no shared one."""
+"""Folder in which submitit keeps scripts and logs: of the sweep, or of the driver's own folder
+where the sweep is in no shared one.
+"""
 ARRAY_RUNS = 1000
 """Runs of one array: SLURM's default MaxArraySize allows indices up to 1000."""
 LOOK_SECONDS = {"local": 0.2, "slurm": 3.0}
 """Between two looks at the jobs, by cluster."""
 RESULT_SECONDS = 10.0
-"""For how long a job's result may be under way on a shared file system after SLURM called the job ended."""
+"""For how long a job's result may be under way on a shared file system after SLURM called the job
+ended.
+"""
 SIGNAL_SECONDS = 90
 """A run hears of its time limit so long before, or halfway for short limits."""
 QUEUED = "PENDING"
@@ -48,7 +53,8 @@ class SlurmOptions(Config):
     Attributes:
         cluster: "slurm", or "local" for processes of this machine.
         minutes: time limit of one run; it resumes after it.
-        cpus, gpus, memory_gb: of one run; gpus on CUDA only, memory_gb 0 leaves the cluster's default.
+        cpus, gpus, memory_gb: of one run; gpus on CUDA only, memory_gb 0 leaves the cluster's
+            default.
         partition, account, qos: as sbatch takes them; empty leaves the cluster's default.
         requeues: how often a run may come back after its time limit.
     """
@@ -83,7 +89,9 @@ class Requeued(Errand):
 class SlurmLauncher:
     """See ``launchers.Launcher``. ``workers`` limits how many runs of an array run at once."""
 
-    def __init__(self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
+    ) -> None:
         if workers is not None and workers < 1:
             raise RunError(expected("at least 1 worker", workers))
         self._options = read_options(SlurmOptions, options)
@@ -133,39 +141,66 @@ class SlurmLauncher:
             some = self._waiting[:ARRAY_RUNS]
             errands = [Requeued.of(job, self._trainer) for job in some]
             try:
-                with _environment(ONE_THREAD | {"PYTHONPATH": import_path()}), self._executor.batch():
+                with (
+                    _environment(ONE_THREAD | {"PYTHONPATH": import_path()}),
+                    self._executor.batch(),
+                ):
                     submitted = [self._executor.submit(errand) for errand in errands]
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 hint = "the launcher options partition=, account=, qos=, minutes="
-                raise RunError(expected("sbatch to accept the runs", last_line(error), hint)) from error
+                raise RunError(
+                    expected("sbatch to accept the runs", last_line(error), hint)
+                ) from error
             self._active |= {job.run: one for job, one in zip(some, submitted, strict=True)}
             del self._waiting[: len(some)]
 
     def _look(self) -> list[Ending]:
-        states = {run: job.state for run, job in self._active.items()} if self._is_local else self._queue_states()
+        states = (
+            {run: job.state for run, job in self._active.items()}
+            if self._is_local
+            else self._queue_states()
+        )
         if self._withdrawing:
-            self._withdrawn -= {run for run, state in states.items() if state in ALIVE and state != QUEUED}
+            self._withdrawn -= {
+                run for run, state in states.items() if state in ALIVE and state != QUEUED
+            }
             self._cancel_queued([run for run, state in states.items() if state == QUEUED])
-        endings = [ending for run, state in states.items() if state not in ALIVE and (ending := self._ending(run, state))]
+        endings = [
+            ending
+            for run, state in states.items()
+            if state not in ALIVE and (ending := self._ending(run, state))
+        ]
         for ending in endings:
             del self._active[ending.run]
             self._over_since.pop(ending.run, None)
         return endings
 
     def _cancel_queued(self, runs: list[str]) -> None:
-        """Only those still queued when ``scancel`` gets to them: one that has begun meanwhile goes on."""
+        """Only those still queued when ``scancel`` gets to them: one that has begun meanwhile goes
+        on.
+        """
         for first in range(0, len(runs), ARRAY_RUNS):
             some = runs[first : first + ARRAY_RUNS]
-            with suppress(OSError, subprocess.SubprocessError):  # the controller does not answer: tried again at the next look
-                command = ["scancel", f"--state={QUEUED}", *(self._active[run].job_id for run in some)]
+            with suppress(
+                OSError, subprocess.SubprocessError
+            ):  # the controller does not answer: tried again at the next look
+                command = [
+                    "scancel",
+                    f"--state={QUEUED}",
+                    *(self._active[run].job_id for run in some),
+                ]
                 subprocess.run(command, capture_output=True, timeout=60)
                 self._withdrawn.update(some)
 
     def _queue_states(self) -> dict[str, str]:
-        """State by run; "GONE" for a job that SLURM has forgotten, none at all while the controller does not answer."""
+        """State by run; "GONE" for a job that SLURM has forgotten, none at all while the controller
+        does not answer.
+        """
         command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
         try:
-            output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+            output = subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=60
+            ).stdout
         except (OSError, subprocess.SubprocessError):
             return {}
         known = dict(line.split()[:2] for line in output.splitlines() if line.strip())
@@ -175,8 +210,14 @@ class SlurmLauncher:
         """How a job ended that its cluster calls over; None while its result may still arrive."""
         job = self._active[run]
         if job.paths.result_pickle.exists():
-            outcome, answer = extra("submitit.core.utils", "slurm").pickle_load(job.paths.result_pickle)
-            return settle(answer) if outcome == "success" else Ending(run, Result.FAILED, last_line(answer))
+            outcome, answer = extra("submitit.core.utils", "slurm").pickle_load(
+                job.paths.result_pickle
+            )
+            return (
+                settle(answer)
+                if outcome == "success"
+                else Ending(run, Result.FAILED, last_line(answer))
+            )
         if run in self._withdrawn:
             return Ending(run, Result.WITHDRAWN)
         since = self._over_since.setdefault(run, time.monotonic())
@@ -189,7 +230,10 @@ class SlurmLauncher:
             for job in self._active.values():
                 job.cancel()
             deadline = time.monotonic() + 5
-            while any(job.state == "RUNNING" for job in self._active.values()) and time.monotonic() < deadline:
+            while (
+                any(job.state == "RUNNING" for job in self._active.values())
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.05)
         elif self._active:
             ids = [job.job_id for job in self._active.values()]
@@ -209,7 +253,9 @@ def _cause(job: Any, state: str) -> str:
 
 @contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """This process's environment with ``changes``: jobs inherit it as it is when they are submitted."""
+    """This process's environment with ``changes``: jobs inherit it as it is when they are
+    submitted.
+    """
     before = dict(os.environ)
     os.environ.update(changes)
     try:
@@ -226,12 +272,20 @@ def _executor(options: SlurmOptions, jobs: Sequence[Job], workers: int | None) -
     signal_seconds = min(SIGNAL_SECONDS, 30 * options.minutes)
     if options.cluster == "local":
         executor = submitit.LocalExecutor(folder, max_num_timeout=options.requeues)
-        executor.update_parameters(timeout_min=options.minutes, signal_delay_s=signal_seconds, **gpus)
+        executor.update_parameters(
+            timeout_min=options.minutes, signal_delay_s=signal_seconds, **gpus
+        )
         return executor
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=options.requeues)
     except RuntimeError as error:
-        raise RunError(expected("SLURM on this machine (sbatch)", last_line(error), "the launcher option cluster=local")) from error
+        raise RunError(
+            expected(
+                "SLURM on this machine (sbatch)",
+                last_line(error),
+                "the launcher option cluster=local",
+            )
+        ) from error
     named = {name: getattr(options, name) for name in ("partition", "account", "qos")}
     memory = {"mem": f"{round(options.memory_gb * 1024)}MB"} if options.memory_gb else {}
     executor.update_parameters(

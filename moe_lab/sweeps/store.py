@@ -1,7 +1,9 @@
-"""The run store: one folder per sweep, in it ``sweep.json`` (the plan) and one folder per run, named by the run's content hash.
+"""The run store: one folder per sweep, in it ``sweep.json`` (the plan) and one folder per run,
+named by the run's content hash.
 
-What a run is up to is read from its folder alone, so any process on any machine that sees the store knows it: ``done`` (written last)
-is the only proof of a whole run; ``error.txt`` tells why one failed; a living claim (``claims.py``) says that it is being trained.
+What a run is up to is read from its folder alone, so any process on any machine that sees the store
+knows it: ``done`` (written last) is the only proof of a whole run; ``error.txt`` tells why one
+failed; a living claim (``claims.py``) says that it is being trained.
 """
 
 import json
@@ -33,7 +35,9 @@ DONE = "done"
 _RUN_NAME = re.compile(r"[0-9a-f]{12}")
 SCHEMA_VERSION = 1
 PATIENCE_SECONDS = 300.0
-"""How long a process waits for its turn to add to the plan; the plan of a large sweep takes a good part of a second to write."""
+"""How long a process waits for its turn to add to the plan; the plan of a large sweep takes a good
+part of a second to write.
+"""
 
 
 class RunState(StrEnum):
@@ -46,7 +50,9 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run came, from its live ``status.json``; everything 0 or None where there is none yet."""
+    """How far a run came, from its live ``status.json``; everything 0 or None where there is none
+    yet.
+    """
 
     step: int = 0
     steps: int = 0
@@ -55,7 +61,12 @@ class Progress:
 
     @classmethod
     def of(cls, status: dict[str, Any]) -> "Progress":
-        return cls(status.get("step", 0), status.get("steps", 0), status.get("loss"), status.get("tokens_per_second"))
+        return cls(
+            status.get("step", 0),
+            status.get("steps", 0),
+            status.get("loss"),
+            status.get("tokens_per_second"),
+        )
 
     @property
     def fraction(self) -> float:
@@ -64,7 +75,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Record:
-    """What a run's files say; ``result`` is empty unless it is finished, ``error`` and ``last_lines`` unless it failed."""
+    """What a run's files say; ``result`` is empty unless it is finished, ``error`` and
+    ``last_lines`` unless it failed.
+    """
 
     state: RunState
     progress: Progress
@@ -76,19 +89,40 @@ class Record:
 def plan_entry(sweep: SweepConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """A sweep's entry in a plan, and those of its runs by hash."""
     runs = {
-        run_hash: {"name": run.name, "arm": run.arm, "ratio": run.ratio, "seed": run.seed, "config": run.to_dict()}
+        run_hash: {
+            "name": run.name,
+            "arm": run.arm,
+            "ratio": run.ratio,
+            "seed": run.seed,
+            "config": run.to_dict(),
+        }
         for run_hash, run in zip(sweep.hashes, sweep.runs, strict=True)
     }
-    entry = {"name": sweep.name, "question": sweep.question, "preset": sweep.preset, "runs": list(sweep.hashes)}
+    entry = {
+        "name": sweep.name,
+        "question": sweep.question,
+        "preset": sweep.preset,
+        "runs": list(sweep.hashes),
+    }
     return entry | {"hash": content_hash(entry)}, runs
 
 
 def check_run_names(plan: dict[str, Any], source: Path | str) -> dict[str, Any]:
-    """``plan`` itself. Raises ``RunError`` where it names a run by anything but 12 hexadecimal digits: run names become folder names."""
+    """``plan`` itself.
+
+    Raises ``RunError`` where it names a run by anything but 12 hexadecimal digits: run names become
+    folder names.
+    """
     for run in [*plan["runs"], *(run for sweep in plan["sweeps"] for run in sweep["runs"])]:
         if not (isinstance(run, str) and _RUN_NAME.fullmatch(run)):
             got = ascii(run)[:100]
-            raise RunError(expected("runs named by 12 hexadecimal digits", f"{got} in {source}", "a plan that moe-lab sweep wrote"))
+            raise RunError(
+                expected(
+                    "runs named by 12 hexadecimal digits",
+                    f"{got} in {source}",
+                    "a plan that moe-lab sweep wrote",
+                )
+            )
     return plan
 
 
@@ -128,7 +162,9 @@ class RunStore:
             )
 
     def record_failure(self, run: str, reason: str) -> None:
-        """Write ``error.txt`` for a worker that died, unless someone else has taken the run up by now."""
+        """Write ``error.txt`` for a worker that died, unless someone else has taken the run up by
+        now.
+        """
         claim = acquire(self.path(run))
         if claim is not None:
             with claim:
@@ -136,44 +172,85 @@ class RunStore:
                     write_text(self.path(run) / ERROR, reason + "\n")
 
     def plan(self, configs: bool = True) -> dict[str, Any]:
-        """``{"sweeps": [{hash, name, question, preset, runs}], "runs": {hash: {name, arm, ratio, seed, config}}}``; ``config`` may be
-        missing where nobody asked for ``configs``."""
+        """``{"sweeps": [{hash, name, question, preset, runs}], "runs": {hash: {name, arm, ratio,
+        seed, config}}}``; ``config`` may be missing where nobody asked for ``configs``.
+        """
         path = self.folder / PLAN
         try:
-            plan = json.loads(path.read_text(encoding="utf-8")) if configs else skim_json(path, "config", depth=3)
+            plan = (
+                json.loads(path.read_text(encoding="utf-8"))
+                if configs
+                else skim_json(path, "config", depth=3)
+            )
         except FileNotFoundError:
-            raise RunError(expected(f"a sweep folder with {PLAN}", f"{self.folder} without one", "moe-lab sweep run first")) from None
+            raise RunError(
+                expected(
+                    f"a sweep folder with {PLAN}",
+                    f"{self.folder} without one",
+                    "moe-lab sweep run first",
+                )
+            ) from None
         except (OSError, ValueError) as error:
-            raise RunError(expected("a readable plan", f"{path}: {error}", "running the sweep again into another folder")) from error
+            raise RunError(
+                expected(
+                    "a readable plan",
+                    f"{path}: {error}",
+                    "running the sweep again into another folder",
+                )
+            ) from error
         if plan.get("schema_version") != SCHEMA_VERSION:
-            raise RunError(expected(f"a plan of version {SCHEMA_VERSION}", f"{plan.get('schema_version')} in {path}", "another folder"))
+            raise RunError(
+                expected(
+                    f"a plan of version {SCHEMA_VERSION}",
+                    f"{plan.get('schema_version')} in {path}",
+                    "another folder",
+                )
+            )
         return check_run_names(plan, path)
 
     def add(self, sweep: SweepConfig) -> None:
-        """Record ``sweep`` in the plan beside what is there. Runs of the same hash are shared, so finished ones are reused."""
+        """Record ``sweep`` in the plan beside what is there.
+
+        Runs of the same hash are shared, so finished ones are reused.
+        """
         entry, runs = plan_entry(sweep)
         if self._has(entry["hash"]):
             return
         with self._claim_plan():
-            plan = self.plan() if (self.folder / PLAN).exists() else {"schema_version": SCHEMA_VERSION, "sweeps": [], "runs": {}}
+            plan = (
+                self.plan()
+                if (self.folder / PLAN).exists()
+                else {"schema_version": SCHEMA_VERSION, "sweeps": [], "runs": {}}
+            )
             if all(other["hash"] != entry["hash"] for other in plan["sweeps"]):
-                write_json(self.folder / PLAN, plan | {"sweeps": [*plan["sweeps"], entry], "runs": plan["runs"] | runs})
+                write_json(
+                    self.folder / PLAN,
+                    plan | {"sweeps": [*plan["sweeps"], entry], "runs": plan["runs"] | runs},
+                )
 
     def _has(self, sweep: str) -> bool:
-        """A plan only grows, and is replaced whole: what stands there stays, and needs no claim to be seen."""
-        return (self.folder / PLAN).exists() and any(other["hash"] == sweep for other in self.plan()["sweeps"])
+        """A plan only grows, and is replaced whole: what stands there stays, and needs no claim to
+        be seen.
+        """
+        return (self.folder / PLAN).exists() and any(
+            other["hash"] == sweep for other in self.plan()["sweeps"]
+        )
 
     def _claim_plan(self) -> Claim:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (claim := acquire(self.folder)) is None:
             if time.monotonic() > deadline:
                 by = holder(self.folder) or "one process after the other"
-                raise RunError(f"{self.folder / PLAN} has been held by {by} for {PATIENCE_SECONDS:.0f} s; try again later")
+                raise RunError(
+                    f"{self.folder / PLAN} has been held by {by} for {PATIENCE_SECONDS:.0f} s; try again later"
+                )
             time.sleep(random.uniform(0.05, 0.5))
         return claim
 
     def check_writable(self) -> None:
-        """Raise ``RunError`` where the folder takes no file of 64 KiB: it is full, read-only or gone."""
+        """Raise ``RunError`` where the folder takes no file of 64 KiB: it is full, read-only or
+        gone.
+        """
         probe = self.folder / ".writable"
         write_text(probe, " " * 65536)
         probe.unlink(missing_ok=True)
@@ -223,12 +300,13 @@ def open_store(place: "Path | str") -> "RunStore | ObjectStore":
 
 
 def status(folder: Path | str) -> "pl.DataFrame":
-    """One row per planned run, in the plan's order: run, name, arm, ratio, seed, state, step, steps, progress (0 to 1), loss,
-    tokens_per_second, error, last_lines.
+    """One row per planned run, in the plan's order: run, name, arm, ratio, seed, state, step,
+    steps, progress (0 to 1), loss, tokens_per_second, error, last_lines.
 
-    ``loss`` is the validation loss (nats per token) of a finished run, else the last training loss; ``error`` the failed run's one line,
-    ``last_lines`` the end of what it printed and of its traceback.
-    Reads small files only and may be called at any time, from any machine that sees the folder. Raises ``RunError`` where it is no sweep.
+    ``loss`` is the validation loss (nats per token) of a finished run, else the last training loss;
+    ``error`` the failed run's one line, ``last_lines`` the end of what it printed and of its
+    traceback. Reads small files only and may be called at any time, from any machine that sees the
+    folder. Raises ``RunError`` where it is no sweep.
     """
     import polars as pl
 
@@ -247,7 +325,9 @@ def status(folder: Path | str) -> "pl.DataFrame":
                 "steps": found.progress.steps,
                 "progress": 1.0 if finished else found.progress.fraction,
                 "loss": found.result.get("loss", found.progress.loss),
-                "tokens_per_second": found.result.get("tokens_per_second", found.progress.tokens_per_second),
+                "tokens_per_second": found.result.get(
+                    "tokens_per_second", found.progress.tokens_per_second
+                ),
                 "error": found.error,
                 "last_lines": found.last_lines,
             }

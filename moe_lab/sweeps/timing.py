@@ -1,4 +1,6 @@
-"""How long a run will take: a few timed steps of each distinct shape on one thread, extrapolated; timings are kept between plans."""
+"""How long a run will take: a few timed steps of each distinct shape on one thread, extrapolated;
+timings are kept between plans.
+"""
 
 import platform
 import tempfile
@@ -21,9 +23,11 @@ TIMED_SECONDS = 15.0
 
 
 def run_minutes(runs: "Iterable[RunConfig]", cache_dir: Path | None = None) -> list[float]:
-    """Minutes of each run on one thread: its training steps, and the validation pass at a third of a training token's cost (forward only).
+    """Minutes of each run on one thread: its training steps, and the validation pass at a third of
+    a training token's cost (forward only).
 
-    Timings are cached per shape and machine in ``cache_dir`` (default: MOE_LAB_CACHE, else ``~/.cache/moe_lab``).
+    Timings are cached per shape and machine in ``cache_dir`` (default: MOE_LAB_CACHE, else
+    ``~/.cache/moe_lab``).
     """
     cache = (cache_dir or default_cache_dir()) / "timings"
     timings: dict[Hashable, float] = {}
@@ -35,14 +39,25 @@ def run_minutes(runs: "Iterable[RunConfig]", cache_dir: Path | None = None) -> l
         shape = _shape(run)
         if shape not in timings:
             timings[shape] = _seconds_per_token(run, cache)
-        judged = sum(lengths[run.text]) if run.eval_tokens is None else min(run.eval_tokens, sum(lengths[run.text]))
+        judged = (
+            sum(lengths[run.text])
+            if run.eval_tokens is None
+            else min(run.eval_tokens, sum(lengths[run.text]))
+        )
         minutes.append(timings[shape] * (run.steps * run.tokens_per_step + judged / 3) / 60)
     return minutes
 
 
 def _shape(run: "RunConfig") -> tuple[Any, ...]:
     """What the time of a step depends on."""
-    return (run.model, run.batch_size, run.seq_length, run.grad_accumulation, run.device, run.dtype.value)
+    return (
+        run.model,
+        run.batch_size,
+        run.seq_length,
+        run.grad_accumulation,
+        run.device,
+        run.dtype.value,
+    )
 
 
 def _validation_lengths(text: "TextConfig") -> list[int]:
@@ -56,7 +71,9 @@ def _seconds_per_token(run: "RunConfig", cache: Path) -> float:
     import torch
 
     model, *rest = _shape(run)
-    key = content_hash([model.to_dict(), *rest, torch.__version__, platform.node(), platform.machine()])
+    key = content_hash(
+        [model.to_dict(), *rest, torch.__version__, platform.node(), platform.machine()]
+    )
     path = cache / f"{key}.txt"
     if path.exists():
         return float(path.read_text())
@@ -70,12 +87,15 @@ class _EnoughError(Exception):
 
 
 def _seconds_per_step(run: "RunConfig") -> float:
-    """Median over the steps after the first, which also pays for memory and kernels that later ones reuse."""
+    """Median over the steps after the first, which also pays for memory and kernels that later ones
+    reuse.
+    """
     import torch
 
     from moe_lab.training import train
 
-    # A worker has one thread, so its processor time is its wall time, and other load on this machine does not count.
+    # A worker has one thread, so its processor time is its wall time, and other load on this
+    # machine does not count.
     clock = time.process_time if run.device == "cpu" else time.perf_counter
     ticks: list[float] = []
 
@@ -84,11 +104,19 @@ def _seconds_per_step(run: "RunConfig") -> float:
         if len(ticks) > TIMED_STEPS or (len(ticks) > 1 and ticks[-1] - ticks[0] > TIMED_SECONDS):
             raise _EnoughError
 
-    short = run.replace(train_tokens=run.tokens_per_step * (TIMED_STEPS + 2), budgets=(), log_every=1, checkpoint_every=10 * TIMED_STEPS)
+    short = run.replace(
+        train_tokens=run.tokens_per_step * (TIMED_STEPS + 2),
+        budgets=(),
+        log_every=1,
+        checkpoint_every=10 * TIMED_STEPS,
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with tempfile.TemporaryDirectory(prefix="moe-lab-timing-") as folder, torch.random.fork_rng(devices=[]):
+        with (
+            tempfile.TemporaryDirectory(prefix="moe-lab-timing-") as folder,
+            torch.random.fork_rng(devices=[]),
+        ):
             train(short, folder, on_step=tick)
     except _EnoughError:
         pass

@@ -1,8 +1,9 @@
 """One worker process: runs one run after another, so that importing torch is paid for once.
 
-``execute`` is what every launcher runs. ``python -m moe_lab.sweeps.worker TRAINER`` serves the local launcher: jobs come as JSON lines on
-standard input, events leave as JSON lines on what was standard output, and what a trainer prints goes to the run's ``log.txt``.
-The worker ends when its input does, which is also what happens when the sweep that started it is killed: no orphans.
+``execute`` is what every launcher runs. ``python -m moe_lab.sweeps.worker TRAINER`` serves the
+local launcher: jobs come as JSON lines on standard input, events leave as JSON lines on what was
+standard output, and what a trainer prints goes to the run's ``log.txt``. The worker ends when its
+input does, which is also what happens when the sweep that started it is killed: no orphans.
 """
 
 import errno
@@ -31,11 +32,18 @@ from moe_lab.sweeps.store import DONE, ERROR
 
 Trainer = Callable[[dict[str, Any], Path], object]
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+)
 """By which torch's errors tell that a device, or this machine, had no room; lower case."""
 
 preempted = threading.Event()
-"""Set by a launcher whose cluster takes the machine away: ``SystemExit`` then ends the process, and is no failure of the run."""
+"""Set by a launcher whose cluster takes the machine away: ``SystemExit`` then ends the process, and
+is no failure of the run.
+"""
 
 
 def load_trainer(name: str) -> Trainer:
@@ -44,11 +52,14 @@ def load_trainer(name: str) -> Trainer:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RunError(expected("a trainer as an importable module:function", f"{name!r}: {error}")) from error
+        raise RunError(
+            expected("a trainer as an importable module:function", f"{name!r}: {error}")
+        ) from error
 
 
 def execute(trainer: Trainer, job: Job) -> Ending:
-    """Claim the job's folder and train the run there, or resume it. Never raises for what happens inside the run.
+    """Claim the job's folder and train the run there, or resume it. Never raises for what happens
+    inside the run.
 
     The reason of a failure goes to ``error.txt`` too: one line, then the traceback.
     """
@@ -59,7 +70,11 @@ def execute(trainer: Trainer, job: Job) -> Ending:
     if claim is None:
         return Ending(job.run, Result.BUSY)
     with claim:
-        ending = Ending(job.run, Result.FINISHED) if (job.folder / DONE).exists() else _train(trainer, job)
+        ending = (
+            Ending(job.run, Result.FINISHED)
+            if (job.folder / DONE).exists()
+            else _train(trainer, job)
+        )
         if ending.result is Result.FINISHED:
             claim.release(forget=True)
         return ending
@@ -71,7 +86,9 @@ def _train(trainer: Trainer, job: Job) -> Ending:
         with _output_to(job.folder / "log.txt"):
             trainer(job.config, job.folder)
         if not (job.folder / DONE).exists():
-            raise RunError(expected(f"a run that ends with the file {DONE!r}", "none", "looking into log.txt"))
+            raise RunError(
+                expected(f"a run that ends with the file {DONE!r}", "none", "looking into log.txt")
+            )
         return Ending(job.run, Result.FINISHED)
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and preempted.is_set():
@@ -90,15 +107,21 @@ def _tidy(folder: Path) -> None:
 
 
 def _abandon() -> None:
-    os._exit(1)  # another host believes this process dead and trains the run: two writers must not be
+    os._exit(
+        1
+    )  # another host believes this process dead and trains the run: two writers must not be
 
 
 def one_line(error: BaseException, folder: Path) -> str:
-    """An exception as one line: our own message as it is, a full disk or memory in words, any other with its type and place."""
+    """An exception as one line: our own message as it is, a full disk or memory in words, any other
+    with its type and place.
+    """
     message = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, MoELabError):
         return message
-    if isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and _is_memory(message)):
+    if isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError)) and _is_memory(message)
+    ):
         return f"out of memory{message and ': '}{message.rstrip('.')}; {MEMORY_HINT}"
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         return f"cannot write {error.filename or folder}: {error.strerror}; try another folder or free some space"
@@ -113,7 +136,9 @@ def _is_memory(message: str) -> bool:
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """Append everything that this process writes to its standard streams to ``path``, from native code too."""
+    """Append everything that this process writes to its standard streams to ``path``, from native
+    code too.
+    """
     kept = [os.dup(1), os.dup(2)]
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -131,7 +156,9 @@ def _output_to(path: Path) -> Iterator[None]:
 
 
 def main(trainer_name: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the sweep decides and closes our input
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the sweep decides and closes our input
     faulthandler.enable()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -152,7 +179,9 @@ def main(trainer_name: str) -> None:
         gc.collect()  # the last run's tensors, some of which sit in reference cycles, must not add to the next run's
         give_back_freed()
         tell(event="ended", run=ending.run, result=ending.result.value, reason=ending.reason)
-        if ending.result is Result.FAILED:  # a failure may have poisoned the process (CUDA errors do): the next run gets a fresh one
+        if (
+            ending.result is Result.FAILED
+        ):  # a failure may have poisoned the process (CUDA errors do): the next run gets a fresh one
             return
 
 

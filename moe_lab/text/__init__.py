@@ -2,9 +2,20 @@
 
 from moe_lab.text.classes import CLASSES, token_classes
 from moe_lab.text.corpus import Corpus, Document, Split, load_corpus
-from moe_lab.text.difficulty import NgramModel, difficulty_columns, ngram_surprisal, unigram_surprisal
+from moe_lab.text.difficulty import (
+    NgramModel,
+    difficulty_columns,
+    ngram_surprisal,
+    unigram_surprisal,
+)
 from moe_lab.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
-from moe_lab.text.tokens import TextConfig, TokenizedDocument, TokenizedText, load_tokens, tokenize_documents
+from moe_lab.text.tokens import (
+    TextConfig,
+    TokenizedDocument,
+    TokenizedText,
+    load_tokens,
+    tokenize_documents,
+)
 
 __all__ = [
     "CLASSES",

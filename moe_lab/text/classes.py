@@ -1,8 +1,9 @@
-"""What kind of token each token is: orthogonal class columns over a document's tokens, none of which asks a model.
+"""What kind of token each token is: orthogonal class columns over a document's tokens, none of
+which asks a model.
 
-Several columns and never one flat list, since the classes overlap and are confounded: a keyword is also frequent, whole and often copied.
-Every rule is a function from a ``TokenView`` to one code a token; ``CLASSES`` names the codes in order. The end-of-document id is
-``special`` throughout.
+Several columns and never one flat list, since the classes overlap and are confounded: a keyword is
+also frequent, whole and often copied. Every rule is a function from a ``TokenView`` to one code a
+token; ``CLASSES`` names the codes in order. The end-of-document id is ``special`` throughout.
 """
 
 import functools
@@ -17,7 +18,18 @@ from moe_lab.text.english import RIGHT_QUOTE, is_function_word
 from moe_lab.text.python_lexer import PYTHON_CLASSES, python_classes
 from moe_lab.text.tokenizer import Tokenizer
 from moe_lab.text.tokens import TokenizedDocument
-from moe_lab.text.view import CHARACTER_CLASSES, DIGIT, LETTER, LOWER, NEWLINE, PUNCT, SPACE, UPPER, TokenView, prefix_sum
+from moe_lab.text.view import (
+    CHARACTER_CLASSES,
+    DIGIT,
+    LETTER,
+    LOWER,
+    NEWLINE,
+    PUNCT,
+    SPACE,
+    UPPER,
+    TokenView,
+    prefix_sum,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,44 +50,75 @@ def _log2_names(first: int, last: int) -> tuple[str, ...]:
 CLASSES: dict[str, tuple[str, ...]] = {
     "lexer": (*PYTHON_CLASSES, "text", "special"),
     "subword": ("word_start", "continuation", "non_word", "special"),
-    "freq_band": ("most_frequent", "frequent", "medium", "infrequent", "least_frequent", "rare", "special"),
+    "freq_band": (
+        "most_frequent",
+        "frequent",
+        "medium",
+        "infrequent",
+        "least_frequent",
+        "rare",
+        "special",
+    ),
     "unicode": (*CHARACTER_CLASSES, "mixed", "byte_fragment", "special"),
     "case": ("lower", "title", "upper", "camel", "mixed", "none", "special"),
     "copy": ("0", "1", "2", "3+", "special"),
     "copy_distance": ("none", *_log2_names(0, 14), "special"),
     "repeat": ("first", "repeat", "special"),
     "position": ("0", *_log2_names(0, 16)),
-    "boundary": ("first_in_document", "after_newline", "sentence_initial", "before_punct", "inside", "special"),
+    "boundary": (
+        "first_in_document",
+        "after_newline",
+        "sentence_initial",
+        "before_punct",
+        "inside",
+        "special",
+    ),
     "function": ("function", "content", "number", "punct", "other", "special"),
 }
-CODES = {column: {name: code for code, name in enumerate(names)} for column, names in CLASSES.items()}
+CODES = {
+    column: {name: code for code, name in enumerate(names)} for column, names in CLASSES.items()
+}
 # Column ``function`` of a character outside words, by its class.
-OUTSIDE_WORDS = np.array([CODES["function"]["punct" if name in ("punct", "symbol") else "other"] for name in CHARACTER_CLASSES])
+OUTSIDE_WORDS = np.array(
+    [
+        CODES["function"]["punct" if name in ("punct", "symbol") else "other"]
+        for name in CHARACTER_CLASSES
+    ]
+)
 
 
-def token_classes(document: TokenizedDocument, tokenizer: Tokenizer, reference_counts: np.ndarray | None = None) -> "pl.DataFrame":
+def token_classes(
+    document: TokenizedDocument, tokenizer: Tokenizer, reference_counts: np.ndarray | None = None
+) -> "pl.DataFrame":
     """One row for each token of ``document``, the opening end-of-document id included.
 
     Args:
-        reference_counts: [V] occurrences of each id in text that neither trains nor is judged (``TokenizedText.counts()``); without
-            it ``freq_band`` is null but for ``special``.
+        reference_counts: [V] occurrences of each id in text that neither trains nor is judged
+            (``TokenizedText.counts()``); without it ``freq_band`` is null but for ``special``.
 
-    Columns: doc, pos, token_id, start, end (u32; characters of the text), n_bytes (u32, those of the token), spans_classes (bool), and
-    as Enum of ``CLASSES[column]``:
+    Columns: doc, pos, token_id, start, end (u32; characters of the text), n_bytes (u32, those of
+    the token), spans_classes (bool), and as Enum of ``CLASSES[column]``:
 
-        lexer: lexer class of the first character that is not blank, by the document's name: Python's own tokenizer for ``.py``, Pygments
-            (extra ``lexers``) for other languages that it knows, else ``text``. ``spans_classes`` tells the tokens that hold several.
-        subword: ``word_start`` or ``continuation`` of a word (letters, digits, underscore), by that character and its left neighbour.
-        freq_band: ``rare`` below 30 reference occurrences, unseen ids included; the other ids in five bands of about equal mass.
-        unicode: class of the characters that are not blank, ``mixed`` where they differ; ``byte_fragment`` where the bytes are not UTF-8.
-        case: of the letters that have case; ``camel`` has an upper-case letter right after a lower-case one.
-        copy: longest suffix of 1, 2 or 3 tokens before this one whose most recent earlier occurrence in the document was followed by this
-            token, else 0 (the associative-recall hits of Arora et al. 2312.04927); ``copy_distance``: tokens back to that follower.
+        lexer: lexer class of the first character that is not blank, by the document's name:
+            Python's own tokenizer for ``.py``, Pygments (extra ``lexers``) for other languages that
+            it knows, else ``text``. ``spans_classes`` tells the tokens that hold several.
+        subword: ``word_start`` or ``continuation`` of a word (letters, digits, underscore), by that
+        character and its left neighbour.
+        freq_band: ``rare`` below 30 reference occurrences, unseen ids included; the other ids in
+        five bands of about equal mass.
+        unicode: class of the characters that are not blank, ``mixed`` where they differ;
+        ``byte_fragment`` where the bytes are not UTF-8.
+        case: of the letters that have case; ``camel`` has an upper-case letter right after a
+        lower-case one.
+        copy: longest suffix of 1, 2 or 3 tokens before this one whose most recent earlier
+            occurrence in the document was followed by this token, else 0 (the associative-recall
+            hits of Arora et al. 2312.04927); ``copy_distance``: tokens back to that follower.
         repeat: whether the id occurred before in the document.
         position: pos in powers of two.
-        boundary: the first that applies of first token, follows a token that holds a newline, begins a sentence (after ``. ! ?`` and a
-            blank), stands right before punctuation.
-        function: English function or content word, by the whole word that the token is part of; a number; punctuation or symbol.
+        boundary: the first that applies of first token, follows a token that holds a newline,
+            begins a sentence (after ``. ! ?`` and a blank), stands right before punctuation.
+        function: English function or content word, by the whole word that the token is part of; a
+        number; punctuation or symbol.
     """
     import polars as pl  # slow to import, and text alone does not need it
 
@@ -89,9 +132,15 @@ def token_classes(document: TokenizedDocument, tokenizer: Tokenizer, reference_c
         "n_bytes": tokenizer.token_lengths[view.ids],
     }
     lexer, spans_classes = _lexer(view)
-    codes = {"lexer": lexer, **{column: rule(view) for column, rule in RULES.items()}, **_copy(view)}
+    codes = {
+        "lexer": lexer,
+        **{column: rule(view) for column, rule in RULES.items()},
+        **_copy(view),
+    }
     bands = frequency_bands(reference_counts, tokenizer) if reference_counts is not None else None
-    codes["freq_band"] = np.full(len(view.ids), len(CLASSES["freq_band"])) if bands is None else bands[view.ids]
+    codes["freq_band"] = (
+        np.full(len(view.ids), len(CLASSES["freq_band"])) if bands is None else bands[view.ids]
+    )
     columns = {name: pl.Series(name, values.astype(np.uint32)) for name, values in places.items()}
     columns["spans_classes"] = pl.Series(spans_classes)
     for column, names in CLASSES.items():
@@ -113,11 +162,17 @@ def _named(column: str) -> "pl.Series":
 def frequency_bands(counts: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """[V] uint8 index into ``CLASSES["freq_band"]`` from [V] counts.
 
-    The ids seen at least 30 times, most frequent first, are cut where each fifth of their occurrences ends; an id that lies across a cut
-    goes where its middle lies.
+    The ids seen at least 30 times, most frequent first, are cut where each fifth of their
+    occurrences ends; an id that lies across a cut goes where its middle lies.
     """
     if counts.shape != (tokenizer.vocab_size,):
-        raise CorpusError(expected(f"reference counts of {tokenizer.vocab_size} ids", f"shape {counts.shape}", "TokenizedText.counts()"))
+        raise CorpusError(
+            expected(
+                f"reference counts of {tokenizer.vocab_size} ids",
+                f"shape {counts.shape}",
+                "TokenizedText.counts()",
+            )
+        )
     bands = np.full(len(counts), CODES["freq_band"]["rare"], dtype=np.uint8)
     order = np.argsort(-counts, kind="stable")
     order = order[counts[order] >= RARE_BELOW]
@@ -144,14 +199,24 @@ def _subword(view: TokenView) -> np.ndarray:
     inside = np.append(False, view.starts[1:] < view.ends[:-1])
     left = np.where(view.first > 0, view.is_word[view.first - 1], False)
     codes = CODES["subword"]
-    return np.where(~word, codes["non_word"], np.where(left | inside, codes["continuation"], codes["word_start"]))
+    return np.where(
+        ~word,
+        codes["non_word"],
+        np.where(left | inside, codes["continuation"], codes["word_start"]),
+    )
 
 
 def _unicode(view: TokenView) -> np.ndarray:
     codes = CODES["unicode"]
-    inked = np.where(view.is_mixed(view.character_class), codes["mixed"], view.character_class[view.first])
+    inked = np.where(
+        view.is_mixed(view.character_class), codes["mixed"], view.character_class[view.first]
+    )
     blank = np.where(view.count(view.character_class == NEWLINE) > 0, NEWLINE, SPACE)
-    return np.where(view.tokenizer.is_fragment[view.ids], codes["byte_fragment"], np.where(view.has_ink, inked, blank))
+    return np.where(
+        view.tokenizer.is_fragment[view.ids],
+        codes["byte_fragment"],
+        np.where(view.has_ink, inked, blank),
+    )
 
 
 def _case(view: TokenView) -> np.ndarray:
@@ -202,7 +267,9 @@ def _function(view: TokenView) -> np.ndarray:
     begins, ends = edges[::2], edges[1::2]
     is_function = is_function_word(view.codes, begins, ends)
     is_number = view.character_class[begins] == DIGIT
-    word_codes = np.where(is_number, codes["number"], np.where(is_function, codes["function"], codes["content"]))
+    word_codes = np.where(
+        is_number, codes["number"], np.where(is_function, codes["function"], codes["content"])
+    )
     characters = OUTSIDE_WORDS[view.character_class]
     characters[in_word] = np.repeat(word_codes, ends - begins)
     return characters[view.first]
@@ -229,14 +296,19 @@ def _copy(view: TokenView) -> dict[str, np.ndarray]:
         hit = (follower >= 0) & (ids[follower] == ids)
         longest[hit], distance[hit] = length, (places - follower)[hit]
     repeat = np.where(suffixes[0] >= 0, CODES["repeat"]["repeat"], CODES["repeat"]["first"])
-    return {"copy": longest, "copy_distance": _log2_code(distance, len(CLASSES["copy_distance"]) - 2), "repeat": repeat}
+    return {
+        "copy": longest,
+        "copy_distance": _log2_code(distance, len(CLASSES["copy_distance"]) - 2),
+        "repeat": repeat,
+    }
 
 
 def _earlier_suffixes(ids: np.ndarray) -> Iterator[np.ndarray]:
-    """For suffixes of 1, 2, ... tokens: [T] the last earlier place where the suffix that ends at each place ended too, else -1.
+    """For suffixes of 1, 2, ... tokens: [T] the last earlier place where the suffix that ends at
+    each place ended too, else -1.
 
-    Places are sorted by suffix, earlier ones first. Those sorted by their last n - 1 tokens, moved on by one place and sorted once more by
-    their own token, are sorted by their last n.
+    Places are sorted by suffix, earlier ones first. Those sorted by their last n - 1 tokens, moved
+    on by one place and sorted once more by their own token, are sorted by their last n.
     """
     order, group = np.arange(len(ids)), np.zeros(len(ids) + 1, dtype=np.int64)
     for length in range(1, MAX_COPY + 1):

@@ -1,7 +1,9 @@
-"""Lexer classes of every character of source in any language but Python, through Pygments (extra ``lexers``), under the names of Python's.
+"""Lexer classes of every character of source in any language but Python, through Pygments (extra
+``lexers``), under the names of Python's.
 
-Pygments sorts text into some eighty token types in a tree; ``MAPPING`` names a class for the branches, and a type takes that of its
-nearest ancestor. What a grammar calls plain text, and what it cannot read, is ``other``.
+Pygments sorts text into some eighty token types in a tree; ``MAPPING`` names a class for the
+branches, and a type takes that of its nearest ancestor. What a grammar calls plain text, and what
+it cannot read, is ``other``.
 """
 
 import functools
@@ -38,13 +40,17 @@ MAPPING: dict[str, str] = {
     "Token.Text": "other",
     "Token.Text.Whitespace": "newline_indent",
 }
-BLANK_IS_LAYOUT = tuple(name for name in CODE if name not in ("string_body", "docstring", "comment"))
+BLANK_IS_LAYOUT = tuple(
+    name for name in CODE if name not in ("string_body", "docstring", "comment")
+)
 BRACKETS = "()[]{}"
 QUOTES = "\"'`"
 
 
 def lexer_for(name: str) -> "Lexer | None":
-    """The Pygments lexer for a file of that name; None where there is none, where it is prose, or where Pygments is not installed."""
+    """The Pygments lexer for a file of that name; None where there is none, where it is prose, or
+    where Pygments is not installed.
+    """
     suffix = name.rsplit("/", 1)[-1].rsplit(".", 1)
     return _lexer_for_suffix(suffix[1]) if len(suffix) == 2 else None
 
@@ -61,7 +67,9 @@ def _lexer_for_suffix(suffix: str) -> "Lexer | None":
         lexer = get_lexer_for_filename(f"file.{suffix}", stripnl=False, ensurenl=False)
     except ClassNotFound:
         return None
-    return None if set(lexer.aliases) & {"text", "output", "markdown", "restructuredtext"} else lexer
+    return (
+        None if set(lexer.aliases) & {"text", "output", "markdown", "restructuredtext"} else lexer
+    )
 
 
 def code_classes(text: str, lexer: "Lexer") -> np.ndarray:

@@ -1,7 +1,9 @@
-"""Corpora: named documents, kept apart, with a content hash. A source goes in, a ``Corpus`` comes out.
+"""Corpora: named documents, kept apart, with a content hash. A source goes in, a ``Corpus`` comes
+out.
 
-The default corpus is the Python source of the running interpreter's standard library: real text that is on every machine.
-It differs between interpreter versions, so every corpus records the hash of what it holds. Nothing here touches the network.
+The default corpus is the Python source of the running interpreter's standard library: real text
+that is on every machine. It differs between interpreter versions, so every corpus records the hash
+of what it holds. Nothing here touches the network.
 """
 
 import hashlib
@@ -20,14 +22,29 @@ from moe_lab.files import content_hash
 
 STDLIB = "stdlib"
 
-# Folders of the standard library that hold no ordinary source: test suites, generated tables, demonstrations, pages of help.
-STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "encodings", "turtledemo", "pydoc_data", "site-packages", "dist-packages"})
+# Folders of the standard library that hold no ordinary source: test suites, generated tables,
+# demonstrations, pages of help.
+STDLIB_SKIPPED = frozenset(
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+        "turtledemo",
+        "pydoc_data",
+        "site-packages",
+        "dist-packages",
+    }
+)
 
 OWN_TEXT = "a folder of your own text, a .txt, a .jsonl or a .parquet file"
 
 
 class Split(StrEnum):
-    """The three parts of a corpus. ``reference`` gives frequencies and n-gram counts; no model trains on it."""
+    """The three parts of a corpus.
+
+    ``reference`` gives frequencies and n-gram counts; no model trains on it.
+    """
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -40,7 +57,11 @@ REFERENCE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Document:
-    """One text. ``name`` is its path in the corpus (``json/decoder.py``) or its row (``data.jsonl:7``); ``hash`` is of the text."""
+    """One text.
+
+    ``name`` is its path in the corpus (``json/decoder.py``) or its row (``data.jsonl:7``); ``hash``
+    is of the text.
+    """
 
     name: str
     text: str
@@ -52,7 +73,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, no text twice. ``hash`` changes with any name or text, not with where the corpus lies."""
+    """Documents in a fixed order, no text twice.
+
+    ``hash`` changes with any name or text, not with where the corpus lies.
+    """
 
     documents: tuple[Document, ...]
     source: str
@@ -62,10 +86,11 @@ class Corpus:
         return content_hash([[document.name, document.hash] for document in self.documents])
 
     def split(self, seed: int = 0) -> dict[Split, tuple[Document, ...]]:
-        """Train, validation and reference documents, 70/20/10 by count, each in corpus order and never empty.
+        """Train, validation and reference documents, 70/20/10 by count, each in corpus order and
+        never empty.
 
-        The part a document falls into depends on its own hash and ``seed``, not on its name or place.
-        Raises ``CorpusError`` for fewer than three documents.
+        The part a document falls into depends on its own hash and ``seed``, not on its name or
+        place. Raises ``CorpusError`` for fewer than three documents.
         """
         total = len(self.documents)
         if total < len(Split):
@@ -76,12 +101,26 @@ class Corpus:
                     "a folder of several files, or a .jsonl with one text a line",
                 )
             )
-        num_validation, num_reference = max(1, round(VALIDATION_SHARE * total)), max(1, round(REFERENCE_SHARE * total))
-        ranked = sorted(range(total), key=lambda index: hashlib.sha256(f"{seed}:{self.documents[index].hash}".encode()).digest())
+        num_validation, num_reference = (
+            max(1, round(VALIDATION_SHARE * total)),
+            max(1, round(REFERENCE_SHARE * total)),
+        )
+        ranked = sorted(
+            range(total),
+            key=lambda index: hashlib.sha256(
+                f"{seed}:{self.documents[index].hash}".encode()
+            ).digest(),
+        )
         part = dict.fromkeys(ranked[:num_validation], Split.VALIDATION)
-        part |= dict.fromkeys(ranked[num_validation : num_validation + num_reference], Split.REFERENCE)
+        part |= dict.fromkeys(
+            ranked[num_validation : num_validation + num_reference], Split.REFERENCE
+        )
         return {
-            split: tuple(document for index, document in enumerate(self.documents) if part.get(index, Split.TRAIN) is split)
+            split: tuple(
+                document
+                for index, document in enumerate(self.documents)
+                if part.get(index, Split.TRAIN) is split
+            )
             for split in Split
         }
 
@@ -90,13 +129,15 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
     """Read a corpus.
 
     Args:
-        source: ``"stdlib"`` (write ``"./stdlib"`` for a folder of that name); a folder, each of its files one document, recursively,
-            leaving out names that begin with a dot, ``__pycache__`` and links to folders; a ``.txt`` file, one document; a ``.jsonl``
-            file, one object a line; a ``.parquet`` file, one text a row.
+        source: ``"stdlib"`` (write ``"./stdlib"`` for a folder of that name); a folder, each of its
+            files one document, recursively, leaving out names that begin with a dot,
+            ``__pycache__`` and links to folders; a ``.txt`` file, one document; a ``.jsonl`` file,
+            one object a line; a ``.parquet`` file, one text a row.
         text_column: the field or column that holds the text of a ``.jsonl`` or ``.parquet`` file.
 
-    Documents come sorted by name (rows in file order); blank ones are left out, and of equal texts the first is kept.
-    Raises ``CorpusError`` where the source is missing, unreadable, binary, malformed or holds no text.
+    Documents come sorted by name (rows in file order); blank ones are left out, and of equal texts
+    the first is kept. Raises ``CorpusError`` where the source is missing, unreadable, binary,
+    malformed or holds no text.
     """
     source = os.fspath(source)
     if source == STDLIB:
@@ -105,10 +146,18 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
     if path.is_dir():
         return _corpus(_read_folder(_folder_files(path)), source)
     if not path.exists():
-        raise CorpusError(expected('"stdlib" or the path of a text', f"{source}, which does not exist", OWN_TEXT))
+        raise CorpusError(
+            expected('"stdlib" or the path of a text', f"{source}, which does not exist", OWN_TEXT)
+        )
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise CorpusError(expected(f"a folder or a file ending in {', '.join(READERS)}", source, "a folder that holds the file"))
+        raise CorpusError(
+            expected(
+                f"a folder or a file ending in {', '.join(READERS)}",
+                source,
+                "a folder that holds the file",
+            )
+        )
     return _corpus(reader(path, text_column), source)
 
 
@@ -124,28 +173,43 @@ def _corpus(documents: Iterator[Document], source: str) -> Corpus:
 
 def _read_stdlib() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    # The interpreter's own list of its modules leaves out its test suite, build configuration and installed packages.
+    # The interpreter's own list of its modules leaves out its test suite, build configuration and
+    # installed packages.
     files = [
         (name, path)
         for name, path in _folder_files(root, skipped=STDLIB_SKIPPED)
-        if name.endswith(".py") and name.partition("/")[0].removesuffix(".py") in sys.stdlib_module_names
+        if name.endswith(".py")
+        and name.partition("/")[0].removesuffix(".py") in sys.stdlib_module_names
     ]
     if not files:
-        raise CorpusError(expected(f"the standard library's Python sources in {root}", "none", OWN_TEXT))
+        raise CorpusError(
+            expected(f"the standard library's Python sources in {root}", "none", OWN_TEXT)
+        )
     return _read_folder(files)
 
 
 def _folder_files(root: Path, skipped: frozenset[str] = frozenset()) -> list[tuple[str, str]]:
-    """(name, path) of the regular files under ``root``, by name. Links to folders are not followed, so loops cannot occur."""
+    """(name, path) of the regular files under ``root``, by name.
+
+    Links to folders are not followed, so loops cannot occur.
+    """
 
     def refuse(error: OSError) -> None:
-        raise CorpusError(expected("a readable folder", f"{error.filename}: {error.strerror}")) from error
+        raise CorpusError(
+            expected("a readable folder", f"{error.filename}: {error.strerror}")
+        ) from error
 
     found = []
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__" and name not in skipped]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and name != "__pycache__" and name not in skipped
+        ]
         paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
-        found += [(_name(os.path.relpath(path, root)), path) for path in paths if os.path.isfile(path)]
+        found += [
+            (_name(os.path.relpath(path, root)), path) for path in paths if os.path.isfile(path)
+        ]
     return sorted(found)
 
 
@@ -169,7 +233,9 @@ def _read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CorpusError(expected("UTF-8 text", f"{path}, which is not at byte {error.start}", hint)) from error
+        raise CorpusError(
+            expected("UTF-8 text", f"{path}, which is not at byte {error.start}", hint)
+        ) from error
 
 
 def _read_txt(path: Path, text_column: str) -> Iterator[Document]:
@@ -184,10 +250,24 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise CorpusError(expected("one JSON object a line", f"{path}:{number}, which does not parse: {error}")) from error
+            raise CorpusError(
+                expected(
+                    "one JSON object a line", f"{path}:{number}, which does not parse: {error}"
+                )
+            ) from error
         if not isinstance(row, dict) or text_column not in row:
-            found = f"with the fields {', '.join(row) or '(none)'}" if isinstance(row, dict) else f"of type {type(row).__name__}"
-            raise CorpusError(expected(f'an object with the field "{text_column}"', f"{path}:{number} {found}", "another text_column"))
+            found = (
+                f"with the fields {', '.join(row) or '(none)'}"
+                if isinstance(row, dict)
+                else f"of type {type(row).__name__}"
+            )
+            raise CorpusError(
+                expected(
+                    f'an object with the field "{text_column}"',
+                    f"{path}:{number} {found}",
+                    "another text_column",
+                )
+            )
         yield _row(path, number, row[text_column])
 
 
@@ -200,10 +280,20 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
             found = f"{path} with the columns {', '.join(columns) or '(none)'}"
             raise CorpusError(expected(f'a column "{text_column}"', found, "another text_column"))
         if columns[text_column] != pl.String:
-            raise CorpusError(expected(f'text in column "{text_column}"', f"{path} with {columns[text_column]}", "another text_column"))
+            raise CorpusError(
+                expected(
+                    f'text in column "{text_column}"',
+                    f"{path} with {columns[text_column]}",
+                    "another text_column",
+                )
+            )
         values = pl.read_parquet(path, columns=[text_column])[text_column]
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise CorpusError(expected("a Parquet file", f"{path}, which cannot be read: {str(error).splitlines()[0]}")) from error
+        raise CorpusError(
+            expected(
+                "a Parquet file", f"{path}, which cannot be read: {str(error).splitlines()[0]}"
+            )
+        ) from error
     for number, value in enumerate(values, start=1):
         yield _row(path, number, value)
 
@@ -213,14 +303,24 @@ def _row(path: Path, number: int, value: object) -> Document:
     if value is None:
         return Document(name=name, text="")
     if not isinstance(value, str):
-        raise CorpusError(expected("text", f"{path}:{number} with {type(value).__name__}", "another text_column"))
+        raise CorpusError(
+            expected("text", f"{path}:{number} with {type(value).__name__}", "another text_column")
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(expected("UTF-8 text", f"{path}:{number} with a lone surrogate at character {error.start}")) from error
+        raise CorpusError(
+            expected(
+                "UTF-8 text", f"{path}:{number} with a lone surrogate at character {error.start}"
+            )
+        ) from error
     if "\0" in value:
         raise CorpusError(expected("text", f"{path}:{number} with a NUL character"))
     return Document(name=name, text=value)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

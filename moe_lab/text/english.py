@@ -1,4 +1,6 @@
-"""English function words: the closed classes, which are few, frequent and predictable, against the open classes of content words."""
+"""English function words: the closed classes, which are few, frequent and predictable, against the
+open classes of content words.
+"""
 
 from string import ascii_lowercase, ascii_uppercase
 
@@ -29,7 +31,8 @@ _CLOSED_CLASSES = {
 
 FUNCTION_WORDS = frozenset(word for words in _CLOSED_CLASSES.values() for word in words.split())
 
-# A word of up to ten letters, lower case, is one number of six bits a letter, so that a text's words are looked up all at once.
+# A word of up to ten letters, lower case, is one number of six bits a letter, so that a text's
+# words are looked up all at once.
 MAX_LETTERS = 10
 _OTHER = 63
 _LETTERS = np.full(128, _OTHER, dtype=np.uint64)
@@ -39,7 +42,9 @@ _LETTERS[ord("'")] = 27
 
 
 def _keys(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """[words] uint64 of the words ``codes[begin:end]``, of which only the first ten characters count."""
+    """[words] uint64 of the words ``codes[begin:end]``, of which only the first ten characters
+    count.
+    """
     letters = _LETTERS[np.where(codes == RIGHT_QUOTE, ord("'"), np.minimum(codes, 127))]
     keys = np.zeros(len(begins), dtype=np.uint64)
     for offset in range(MAX_LETTERS):
@@ -52,14 +57,24 @@ def _keys(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray
 def _vocabulary_keys() -> np.ndarray:
     words = sorted(FUNCTION_WORDS)
     ends = np.cumsum([len(word) for word in words])
-    return np.sort(_keys(np.array([ord(letter) for letter in "".join(words)], dtype=np.uint32), np.append(0, ends[:-1]), ends))
+    return np.sort(
+        _keys(
+            np.array([ord(letter) for letter in "".join(words)], dtype=np.uint32),
+            np.append(0, ends[:-1]),
+            ends,
+        )
+    )
 
 
 _FUNCTION_KEYS = _vocabulary_keys()
 
 
 def is_function_word(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """[words] bool for the words ``codes[begin:end]`` of a text's code points, in any case and with either apostrophe."""
+    """[words] bool for the words ``codes[begin:end]`` of a text's code points, in any case and with
+    either apostrophe.
+    """
     keys = _keys(codes, begins, ends)
-    found = _FUNCTION_KEYS[np.minimum(np.searchsorted(_FUNCTION_KEYS, keys), len(_FUNCTION_KEYS) - 1)]
+    found = _FUNCTION_KEYS[
+        np.minimum(np.searchsorted(_FUNCTION_KEYS, keys), len(_FUNCTION_KEYS) - 1)
+    ]
     return (found == keys) & (ends - begins <= MAX_LETTERS)

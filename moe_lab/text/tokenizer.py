@@ -1,7 +1,9 @@
-"""Byte and byte-level BPE tokenizers. Documents in, a ``Tokenizer`` out; text in, ids and character spans out.
+"""Byte and byte-level BPE tokenizers. Documents in, a ``Tokenizer`` out; text in, ids and character
+spans out.
 
-A tokenizer is its list of merges and nothing else: ids 0..255 are the bytes, then one id per merge (Sennrich et al. 1508.07909, over
-bytes as in GPT-2), and the last id ends a document. No text can spell that last id, and ``decode(encode(text)) == text`` for every text.
+A tokenizer is its list of merges and nothing else: ids 0..255 are the bytes, then one id per merge
+(Sennrich et al. 1508.07909, over bytes as in GPT-2), and the last id ends a document. No text can
+spell that last id, and ``decode(encode(text)) == text`` for every text.
 """
 
 import functools
@@ -37,7 +39,8 @@ class Tokenizer:
     """Text to ids and back.
 
     Args:
-        merges: pairs of ids, in the order they were learnt. A pair whose bytes are already a token adds no id, and is still merged.
+        merges: pairs of ids, in the order they were learnt. A pair whose bytes are already a token
+            adds no id, and is still merged.
 
     Attributes:
         tokens: the bytes of each id; empty for ``eos_id``.
@@ -52,7 +55,11 @@ class Tokenizer:
         spelled = list(tokens)
         for left, right in self.merges:
             if not (0 <= left < len(spelled) and 0 <= right < len(spelled)):
-                raise CorpusError(expected("merges of ids already made", f"({left}, {right}) with {len(spelled)} ids"))
+                raise CorpusError(
+                    expected(
+                        "merges of ids already made", f"({left}, {right}) with {len(spelled)} ids"
+                    )
+                )
             merged = spelled[left] + spelled[right]
             if merged not in tokens:
                 tokens[merged] = len(spelled)
@@ -77,32 +84,47 @@ class Tokenizer:
         data = _utf8(text)
         if not self.merges:
             return np.frombuffer(data, dtype=np.uint8).astype(np.int32)
-        return np.array(self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32)
+        return np.array(
+            self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32
+        )
 
     def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """([n] ids, [n] starts, [n] ends), int32; token i covers ``text[starts[i]:ends[i]]``, in characters.
+        """([n] ids, [n] starts, [n] ends), int32; token i covers ``text[starts[i]:ends[i]]``, in
+        characters.
 
-        Tokens that share a character, each holding some of its bytes, all get the span of that character.
+        Tokens that share a character, each holding some of its bytes, all get the span of that
+        character.
         """
         ids = self.encode(text)
         return ids, *self.spans(text, ids)
 
     def spans(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The (starts, ends) of ``encode_with_spans`` for ids that spell ``text``; an end of document covers nothing."""
+        """The (starts, ends) of ``encode_with_spans`` for ids that spell ``text``; an end of
+        document covers nothing.
+        """
         lengths = self.token_lengths[ids]
         last_byte = np.cumsum(lengths)
         data = np.frombuffer(_utf8(text), dtype=np.uint8)
-        # The character that each byte belongs to: a byte 10xxxxxx continues the character before it.
+        # The character that each byte belongs to: a byte 10xxxxxx continues the character before
+        # it.
         character = np.cumsum((data & 0xC0) != 0x80, dtype=np.int32) - 1
         if lengths.sum() != len(data):
-            raise CorpusError(expected("ids that spell the text", f"{lengths.sum()} bytes of tokens for {len(data)} bytes of text"))
+            raise CorpusError(
+                expected(
+                    "ids that spell the text",
+                    f"{lengths.sum()} bytes of tokens for {len(data)} bytes of text",
+                )
+            )
         character = np.append(character, np.int32(len(text)))
         starts = character[last_byte - lengths]
         ends = np.where(lengths > 0, character[last_byte - 1] + 1, starts)
         return starts.astype(np.int32), ends.astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 (a cut character) become U+FFFD. Raises ``CorpusError`` for unknown ids."""
+        """The text of ``ids``; bytes that are not UTF-8 (a cut character) become U+FFFD.
+
+        Raises ``CorpusError`` for unknown ids.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
@@ -114,20 +136,32 @@ class Tokenizer:
         return b"".join(map(self.tokens.__getitem__, ids.tolist()))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one id; ``b""`` for the end of document. Those of a document's ids add up to its UTF-8 bytes."""
+        """The bytes of one id; ``b""`` for the end of document.
+
+        Those of a document's ids add up to its UTF-8 bytes.
+        """
         self._check(token_id)
         return self.tokens[token_id]
 
     def _check(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
-            raise CorpusError(expected(f"token ids in 0..{self.vocab_size - 1}", token_id, "the tokenizer that made these ids"))
+            raise CorpusError(
+                expected(
+                    f"token ids in 0..{self.vocab_size - 1}",
+                    token_id,
+                    "the tokenizer that made these ids",
+                )
+            )
 
     def save(self, path: Path | str) -> None:
         write_json(path, {"format": FORMAT, "hash": self.hash, "merges": self.merges})
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read what ``save`` wrote. Raises ``CorpusError`` for a file that is missing, damaged or of another format."""
+        """Read what ``save`` wrote.
+
+        Raises ``CorpusError`` for a file that is missing, damaged or of another format.
+        """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             tokenizer = cls(values["merges"])
@@ -135,10 +169,16 @@ class Tokenizer:
         except OSError as error:
             raise CorpusError(expected("a saved tokenizer", f"{path}: {error.strerror}")) from error
         except (ValueError, KeyError, TypeError, CorpusError) as error:
-            raise CorpusError(expected("a saved tokenizer", f"{path}, which is damaged", "training it again")) from error
+            raise CorpusError(
+                expected("a saved tokenizer", f"{path}, which is damaged", "training it again")
+            ) from error
         if not intact:
             raise CorpusError(
-                expected(f"a saved tokenizer of format {FORMAT}", f"{path}, whose hash or format differs", "training it again")
+                expected(
+                    f"a saved tokenizer of format {FORMAT}",
+                    f"{path}, whose hash or format differs",
+                    "training it again",
+                )
             )
         return tokenizer
 
@@ -165,19 +205,31 @@ def train_tokenizer(
     """Learn a tokenizer from ``documents`` alone: give it the train split and nothing else.
 
     Args:
-        vocab_size: number of ids, the 256 bytes and the end of document included. A byte tokenizer always has 257.
-        cache_dir: folder to keep and look for trained tokenizers, by the hash of the text and the settings; None trains anew.
+        vocab_size: number of ids, the 256 bytes and the end of document included. A byte tokenizer
+            always has 257.
+        cache_dir: folder to keep and look for trained tokenizers, by the hash of the text and the
+            settings; None trains anew.
 
-    The same documents give the same tokenizer. Raises ``CorpusError`` where the text has too few distinct pairs for ``vocab_size``.
+    The same documents give the same tokenizer. Raises ``CorpusError`` where the text has too few
+    distinct pairs for ``vocab_size``.
     """
     if TokenizerKind(kind) is TokenizerKind.BYTE:
         return Tokenizer()
     if vocab_size < BYTE_VOCAB_SIZE:
-        raise CorpusError(expected(f"a vocabulary of at least {BYTE_VOCAB_SIZE} (bytes and end of document)", vocab_size))
+        raise CorpusError(
+            expected(
+                f"a vocabulary of at least {BYTE_VOCAB_SIZE} (bytes and end of document)",
+                vocab_size,
+            )
+        )
     if cache_dir is None:
         return _train(documents, vocab_size)
     texts = hashlib.sha256("".join(document.hash for document in documents).encode()).hexdigest()
-    path = Path(cache_dir) / "tokenizers" / f"{content_hash({'format': FORMAT, 'texts': texts, 'vocab_size': vocab_size})}.json"
+    path = (
+        Path(cache_dir)
+        / "tokenizers"
+        / f"{content_hash({'format': FORMAT, 'texts': texts, 'vocab_size': vocab_size})}.json"
+    )
     if path.exists():
         try:
             return Tokenizer.load(path)
@@ -193,7 +245,8 @@ def _train(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
     bpe = library.Tokenizer(library.models.BPE())
     bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # the end of document is ours: were it the library's, a text could spell it
+        vocab_size=vocab_size
+        - 1,  # the end of document is ours: were it the library's, a text could spell it
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -202,7 +255,9 @@ def _train(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
     if tokenizer.vocab_size < vocab_size:
         raise CorpusError(
             expected(
-                f"text that supports a vocabulary of {vocab_size}", f"text that ends at {tokenizer.vocab_size}", "a smaller vocab_size"
+                f"text that supports a vocabulary of {vocab_size}",
+                f"text that ends at {tokenizer.vocab_size}",
+                "a smaller vocab_size",
             )
         )
     return tokenizer
@@ -222,7 +277,9 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(expected("text that UTF-8 can write", f"a lone surrogate at character {error.start}")) from error
+        raise CorpusError(
+            expected("text that UTF-8 can write", f"a lone surrogate at character {error.start}")
+        ) from error
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -236,7 +293,11 @@ def _is_utf8(data: bytes) -> bool:
 @functools.cache
 def _byte_characters() -> tuple[str, ...]:
     """GPT-2's printable character for each byte, which is how byte-level BPE spells its tokens."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
     return tuple(chr(value if value in printable else next(others)) for value in range(NUM_BYTES))
 
@@ -247,7 +308,9 @@ def _to_characters(token: bytes) -> str:
 
 
 def _library() -> Any:
-    """The ``tokenizers`` library, imported when first needed and, unless the user says otherwise, on one thread as all our workers are."""
+    """The ``tokenizers`` library, imported when first needed and, unless the user says otherwise,
+    on one thread as all our workers are.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import tokenizers
 

@@ -1,7 +1,9 @@
-"""A corpus as ids: ``TextConfig`` in, ``TokenizedText`` out, through a cache that makes the second load a matter of milliseconds.
+"""A corpus as ids: ``TextConfig`` in, ``TokenizedText`` out, through a cache that makes the second
+load a matter of milliseconds.
 
-One ``.npz`` file holds a whole tokenized corpus: the merges, the ids and the names. The texts are not stored beside them, since the ids
-spell them exactly. The file is named after the content hash of the corpus and the settings, and is renamed into place when whole, so any
+One ``.npz`` file holds a whole tokenized corpus: the merges, the ids and the names. The texts are
+not stored beside them, since the ids spell them exactly. The file is named after the content hash
+of the corpus and the settings, and is renamed into place when whole, so any
 number of processes may build it at once: they write the same bytes.
 """
 
@@ -32,7 +34,8 @@ class TextConfig(Config):
         text_column: where a ``.jsonl`` or ``.parquet`` corpus keeps its text.
         tokenizer: ``"bpe"``, learnt from the train split, or ``"byte"``.
         vocab_size: number of ids, end of document included; always 257 with ``"byte"``.
-        corpus_hash: content hash the corpus must have; None takes it as it is. ``resolve`` fills it in.
+        corpus_hash: content hash the corpus must have; None takes it as it is. ``resolve`` fills it
+            in.
         seed: of the split into train, validation and reference documents.
     """
 
@@ -46,29 +49,48 @@ class TextConfig(Config):
     def __post_init__(self) -> None:
         require(bool(self.corpus), '"stdlib" or a path as corpus', repr(self.corpus))
         if self.tokenizer not in list(TokenizerKind):
-            raise ConfigError(expected(f"a tokenizer among {', '.join(TokenizerKind)}", self.tokenizer))
+            raise ConfigError(
+                expected(f"a tokenizer among {', '.join(TokenizerKind)}", self.tokenizer)
+            )
         # One way to write one thing, so that equal settings have equal hashes.
         object.__setattr__(self, "tokenizer", TokenizerKind(self.tokenizer))
         if self.tokenizer is TokenizerKind.BYTE:
             object.__setattr__(self, "vocab_size", BYTE_VOCAB_SIZE)
-        require(self.vocab_size >= BYTE_VOCAB_SIZE, f"a vocab_size of at least {BYTE_VOCAB_SIZE}", self.vocab_size)
+        require(
+            self.vocab_size >= BYTE_VOCAB_SIZE,
+            f"a vocab_size of at least {BYTE_VOCAB_SIZE}",
+            self.vocab_size,
+        )
 
     def resolve(self) -> "TextConfig":
-        """The same configuration with the hash of the corpus as it is now. Raises ``CorpusError`` where it had another hash."""
+        """The same configuration with the hash of the corpus as it is now.
+
+        Raises ``CorpusError`` where it had another hash.
+        """
         return self.replace(corpus_hash=self.load().hash)
 
     def load(self) -> Corpus:
-        """The corpus. Raises ``CorpusError`` where ``corpus_hash`` is set and the text found is not that text."""
+        """The corpus.
+
+        Raises ``CorpusError`` where ``corpus_hash`` is set and the text found is not that text.
+        """
         corpus = load_corpus(self.corpus, self.text_column)
         if self.corpus_hash not in (None, corpus.hash):
             hint = "the text and the Python version this configuration was made with, or corpus_hash=None"
-            raise CorpusError(expected(f"the corpus with content hash {self.corpus_hash}", f"{corpus.hash} in {self.corpus}", hint))
+            raise CorpusError(
+                expected(
+                    f"the corpus with content hash {self.corpus_hash}",
+                    f"{corpus.hash} in {self.corpus}",
+                    hint,
+                )
+            )
         return corpus
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """A document and its tokens. The first token is the end-of-document id, an empty span at character 0.
+    """A document and its tokens. The first token is the end-of-document id, an empty span at
+    character 0.
 
     Attributes:
         index: place of the document in the corpus, unique across splits; the ``doc`` of traces.
@@ -125,7 +147,9 @@ class TokenizedText:
         return np.bincount(self.stream(split), minlength=self.tokenizer.vocab_size)
 
     def documents(self, split: Split | str) -> list[TokenizedDocument]:
-        """The documents of a split in corpus order, with their texts and the character span of each token."""
+        """The documents of a split in corpus order, with their texts and the character span of each
+        token.
+        """
         return [self._document(int(index)) for index in self._members(split)]
 
     def _members(self, split: Split | str) -> np.ndarray:
@@ -135,24 +159,43 @@ class TokenizedText:
         ids = self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int32)
         text = self.tokenizer.decode(ids)
         starts, ends = self.tokenizer.spans(text, ids)
-        return TokenizedDocument(index=index, name=self.names[index], text=text, ids=ids, starts=starts, ends=ends)
+        return TokenizedDocument(
+            index=index, name=self.names[index], text=text, ids=ids, starts=starts, ends=ends
+        )
 
 
-def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[TokenizedDocument]:
-    """Any documents in the tokens of ``tokenizer``, each opened by ``eos_id``; ``index`` is the place in ``documents``."""
+def tokenize_documents(
+    documents: Sequence[Document], tokenizer: Tokenizer
+) -> list[TokenizedDocument]:
+    """Any documents in the tokens of ``tokenizer``, each opened by ``eos_id``; ``index`` is the
+    place in ``documents``.
+    """
     tokenized = []
     for index, document in enumerate(documents):
-        ids = np.concatenate([np.array([tokenizer.eos_id], dtype=np.int32), tokenizer.encode(document.text)])
+        ids = np.concatenate(
+            [np.array([tokenizer.eos_id], dtype=np.int32), tokenizer.encode(document.text)]
+        )
         starts, ends = tokenizer.spans(document.text, ids)
-        tokenized.append(TokenizedDocument(index=index, name=document.name, text=document.text, ids=ids, starts=starts, ends=ends))
+        tokenized.append(
+            TokenizedDocument(
+                index=index,
+                name=document.name,
+                text=document.text,
+                ids=ids,
+                starts=starts,
+                ends=ends,
+            )
+        )
     return tokenized
 
 
 def load_tokens(config: TextConfig, cache_dir: Path | str | None = None) -> TokenizedText:
-    """The corpus of ``config`` as ids, from the cache where it is there, else read, split, tokenized and put there.
+    """The corpus of ``config`` as ids, from the cache where it is there, else read, split,
+    tokenized and put there.
 
-    With ``config.corpus_hash`` set and a warm cache the corpus itself is not read. A damaged cache file is built again.
-    Raises ``CorpusError`` for a corpus that is missing, unfit, or not the one with ``corpus_hash``.
+    With ``config.corpus_hash`` set and a warm cache the corpus itself is not read. A damaged cache
+    file is built again. Raises ``CorpusError`` for a corpus that is missing, unfit, or not the one
+    with ``corpus_hash``.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     corpus = None
@@ -171,22 +214,38 @@ def load_tokens(config: TextConfig, cache_dir: Path | str | None = None) -> Toke
 def _cache_key(config: TextConfig) -> str:
     """Where the text came from is left out: the same documents are the same tokens in any folder."""
     values = config.to_dict()
-    return content_hash({"format": FORMAT, **{name: values[name] for name in ("corpus_hash", "tokenizer", "vocab_size", "seed")}})
+    return content_hash(
+        {
+            "format": FORMAT,
+            **{name: values[name] for name in ("corpus_hash", "tokenizer", "vocab_size", "seed")},
+        }
+    )
 
 
 def _build(config: TextConfig, corpus: Corpus, cache: Path) -> TokenizedText:
     parts = corpus.split(config.seed)
-    code = {document.hash: SPLITS.index(split) for split, documents in parts.items() for document in documents}
-    tokenizer = train_tokenizer(parts[Split.TRAIN], config.vocab_size, config.tokenizer, cache_dir=cache)
+    code = {
+        document.hash: SPLITS.index(split)
+        for split, documents in parts.items()
+        for document in documents
+    }
+    tokenizer = train_tokenizer(
+        parts[Split.TRAIN], config.vocab_size, config.tokenizer, cache_dir=cache
+    )
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     opened = np.array([tokenizer.eos_id], dtype=dtype)
-    encoded = [np.concatenate([opened, tokenizer.encode(document.text).astype(dtype)]) for document in corpus.documents]
+    encoded = [
+        np.concatenate([opened, tokenizer.encode(document.text).astype(dtype)])
+        for document in corpus.documents
+    ]
     return TokenizedText(
         config=config,
         tokenizer=tokenizer,
         ids=np.concatenate(encoded),
         offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-        split_codes=np.array([code[document.hash] for document in corpus.documents], dtype=np.uint8),
+        split_codes=np.array(
+            [code[document.hash] for document in corpus.documents], dtype=np.uint8
+        ),
         names=tuple(document.name for document in corpus.documents),
     )
 
@@ -204,7 +263,9 @@ def _write(path: Path, text: TokenizedText) -> None:
 
 
 def _read(path: Path, config: TextConfig) -> TokenizedText | None:
-    """What ``_write`` wrote, or None where there is no such file or it is damaged (each array carries its checksum)."""
+    """What ``_write`` wrote, or None where there is no such file or it is damaged (each array
+    carries its checksum).
+    """
     if not path.is_file():
         return None
     try:
@@ -217,7 +278,9 @@ def _read(path: Path, config: TextConfig) -> TokenizedText | None:
                 split_codes=arrays["split_codes"],
                 names=tuple(json.loads(arrays["names"].tobytes())),
             )
-    except Exception:  # a damaged archive raises nearly anything, and the answer is always to build it again
+    except (
+        Exception
+    ):  # a damaged archive raises nearly anything, and the answer is always to build it again
         return None
     return text if _is_whole(text) else None
 

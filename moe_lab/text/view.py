@@ -1,7 +1,9 @@
-"""``TokenView``: a document's characters and tokens as the arrays that every rule of ``classes`` reads.
+"""``TokenView``: a document's characters and tokens as the arrays that every rule of ``classes``
+reads.
 
-Each property of a character is looked up once, in a table over Unicode; each question about a token is then a difference of two prefix
-sums. A token is judged by its ink, that is its characters other than blanks: " the" begins at its "t".
+Each property of a character is looked up once, in a table over Unicode; each question about a token
+is then a difference of two prefix sums. A token is judged by its ink, that is its characters other
+than blanks: " the" begins at its "t".
 """
 
 import functools
@@ -21,7 +23,15 @@ CLASS_MASK = 7
 UNKNOWN = 255
 
 # First letter of Unicode's general category; marks belong to the letter they sit on.
-CATEGORY_CLASS = {"L": LETTER, "M": LETTER, "N": DIGIT, "P": PUNCT, "S": SYMBOL, "Z": SPACE, "C": CONTROL}
+CATEGORY_CLASS = {
+    "L": LETTER,
+    "M": LETTER,
+    "N": DIGIT,
+    "P": PUNCT,
+    "S": SYMBOL,
+    "Z": SPACE,
+    "C": CONTROL,
+}
 NEWLINES = frozenset("\n\r\v\f\x85\u2028\u2029")
 
 
@@ -43,7 +53,9 @@ def _properties(character: str) -> int:
 
 
 def character_properties(codes: np.ndarray) -> np.ndarray:
-    """[n] uint8 of [n] code points: index into ``CHARACTER_CLASSES`` (``& CLASS_MASK``) and the flags UPPER, LOWER and WORD."""
+    """[n] uint8 of [n] code points: index into ``CHARACTER_CLASSES`` (``& CLASS_MASK``) and the
+    flags UPPER, LOWER and WORD.
+    """
     table = _table()
     found = table[codes]
     missing = np.unique(codes[found == UNKNOWN])
@@ -55,7 +67,10 @@ def character_properties(codes: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class TokenView:
-    """A document of T tokens and n characters. Character arrays have n + 1 entries: a final newline stands for the end of the text."""
+    """A document of T tokens and n characters.
+
+    Character arrays have n + 1 entries: a final newline stands for the end of the text.
+    """
 
     document: TokenizedDocument
     tokenizer: Tokenizer
@@ -117,7 +132,9 @@ class TokenView:
 
     @cached_property
     def first(self) -> np.ndarray:
-        """[T] place of the token's first character that is not blank; of its first character where it is all blank."""
+        """[T] place of the token's first character that is not blank; of its first character where
+        it is all blank.
+        """
         return np.where(self.has_ink, self.ink[self.ink_range[0]], self.starts)
 
     def count(self, member: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""What happened: every routing decision as Parquet. ``capture`` and ``import_trace`` write a trace, ``open_trace`` reads one."""
+"""What happened: every routing decision as Parquet.
+
+``capture`` and ``import_trace`` write a trace, ``open_trace`` reads one.
+"""
 
 from typing import TYPE_CHECKING
 

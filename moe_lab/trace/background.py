@@ -1,7 +1,8 @@
 """One thread that does jobs in order, with a bound on the bytes that wait for it.
 
-Writing Parquet and taking statistics must not stop the model, and must not pile up behind it either: ``submit`` waits while too much
-is queued. An error in a job is raised in the caller's thread, by the next ``submit`` or ``drain``; jobs after it are not done.
+Writing Parquet and taking statistics must not stop the model, and must not pile up behind it
+either: ``submit`` waits while too much is queued. An error in a job is raised in the caller's
+thread, by the next ``submit`` or ``drain``; jobs after it are not done.
 """
 
 import threading
@@ -12,7 +13,8 @@ from collections.abc import Callable
 class Background:
     """Jobs in order, at most ``limit_bytes`` of them waiting (one job may be larger by itself).
 
-    The thread starts with the first job and is a daemon: a process that is interrupted ends without waiting for it.
+    The thread starts with the first job and is a daemon: a process that is interrupted ends without
+    waiting for it.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -26,9 +28,16 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], object], size: int) -> None:
-        """Queue a job that holds ``size`` bytes. Waits while the queue is full; raises what an earlier job raised."""
+        """Queue a job that holds ``size`` bytes.
+
+        Waits while the queue is full; raises what an earlier job raised.
+        """
         with self._changed:
-            while self._error is None and self._waiting_bytes and self._waiting_bytes + size > self.limit_bytes:
+            while (
+                self._error is None
+                and self._waiting_bytes
+                and self._waiting_bytes + size > self.limit_bytes
+            ):
                 self._changed.wait()
             self._raise()
             self._jobs.append((job, size))

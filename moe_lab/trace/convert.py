@@ -1,4 +1,5 @@
-"""From a ``Routing`` to the rows of a trace: torch tensors in, compact arrays, then one polars frame out; no Python loop over tokens.
+"""From a ``Routing`` to the rows of a trace: torch tensors in, compact arrays, then one polars
+frame out; no Python loop over tokens.
 
 Shape letters: T tokens, K slots (``top_k`` of the layer's metadata).
 """
@@ -21,13 +22,17 @@ if TYPE_CHECKING:  # readers of traces need no torch, which takes two seconds to
     from moe_lab.trace.statistics import Spread
 
 EMPTY_SLOT = 65_535
-"""Stands for an unused slot in buffered id arrays; never an expert id (see ``schema.MAX_CHOICES``), never on disk."""
+"""Stands for an unused slot in buffered id arrays; never an expert id (see ``schema.MAX_CHOICES``),
+never on disk.
+"""
 
 Rows: TypeAlias = dict[str, np.ndarray]
 """Column name -> array over T; ``experts`` and ``weights`` are [T, K] with the used slots first."""
 
 
-def routing_rows(layer: LayerMeta, doc: np.ndarray | Tensor, pos: np.ndarray | Tensor, routing: Routing) -> Rows:
+def routing_rows(
+    layer: LayerMeta, doc: np.ndarray | Tensor, pos: np.ndarray | Tensor, routing: Routing
+) -> Rows:
     """Compact arrays of the valid tokens of one routing.
 
     Args:
@@ -36,13 +41,20 @@ def routing_rows(layer: LayerMeta, doc: np.ndarray | Tensor, pos: np.ndarray | T
         routing: the layer's decisions for those T tokens.
 
     Raises:
-        TraceError: shapes or expert numbers that disagree, ids out of range or repeated in a token, weights or scores not finite.
+        TraceError: shapes or expert numbers that disagree, ids out of range or repeated in a token,
+            weights or scores not finite.
     """
     from moe_lab.trace.statistics import spread_of_scores
 
     where = f"layer {layer.layer}: "
-    if (routing.num_experts, routing.num_zero_experts) != (layer.num_experts, layer.num_zero_experts):
-        want, got = f"{layer.num_experts} + {layer.num_zero_experts}", f"{routing.num_experts} + {routing.num_zero_experts}"
+    if (routing.num_experts, routing.num_zero_experts) != (
+        layer.num_experts,
+        layer.num_zero_experts,
+    ):
+        want, got = (
+            f"{layer.num_experts} + {layer.num_zero_experts}",
+            f"{routing.num_experts} + {routing.num_zero_experts}",
+        )
         raise TraceError(where + expected(f"{want} real + zero-compute experts", got))
     valid = slice(None) if routing.valid is None else routing.valid
     keep = slice(None) if routing.valid is None else _numpy(routing.valid)
@@ -75,10 +87,12 @@ def slot_rows(
         ids: [T, K] expert ids, -1 where a slot was not used.
         weights: [T, K] f32, or None where the source has none.
         dropped: [T] slots lost to capacity, or None where nothing is dropped.
-        spread: gives entropy and margin once the ids are known to be right, or None where the source has no scores.
+        spread: gives entropy and margin once the ids are known to be right, or None where the
+            source has no scores.
 
     Raises:
-        TraceError: ids out of range or repeated in a token, weights or statistics that are not finite.
+        TraceError: ids out of range or repeated in a token, weights or statistics that are not
+            finite.
     """
     where = f"layer {layer.layer}: "
     used = ids >= 0
@@ -93,11 +107,16 @@ def slot_rows(
         "dropped": np.zeros(len(doc), np.uint8) if dropped is None else dropped.astype(np.uint8),
     }
     if weights is not None:
-        rows["gate_mass_ffn"] = _rounded(np.where(real, weights, np.float32(0)).sum(axis=1, dtype=np.float64))
+        rows["gate_mass_ffn"] = _rounded(
+            np.where(real, weights, np.float32(0)).sum(axis=1, dtype=np.float64)
+        )
     if spread is not None:
         rows["entropy"], rows["margin"] = (_numpy(column).astype(np.float32) for column in spread())
         if not np.isfinite(rows["entropy"]).all() or np.isnan(rows["margin"]).any():
-            raise TraceError(where + "expected finite router scores, got NaN or infinity; try lowering the learning rate")
+            raise TraceError(
+                where
+                + "expected finite router scores, got NaN or infinity; try lowering the learning rate"
+            )
     rows["experts"], compact_weights = _compact(layer, ids, weights, used)
     if compact_weights is not None:
         rows["weights"] = compact_weights
@@ -105,13 +124,22 @@ def slot_rows(
 
 
 def routing_frame(rows: Rows) -> pl.DataFrame:
-    """The Parquet table of ``routing_rows``: ``ROUTING_COLUMNS`` (null where the rows lack one), and ``output_ratio`` if they have it."""
+    """The Parquet table of ``routing_rows``: ``ROUTING_COLUMNS`` (null where the rows lack one),
+    and ``output_ratio`` if they have it.
+    """
     count, slots = rows["experts"].shape
     lengths = rows["ffn_count"].astype(np.uint32) + rows["zero_count"]
     ragged = bool((lengths < slots).any())
     columns = {}
-    for name, dtype in (*ROUTING_COLUMNS.items(), *([(OUTPUT_RATIO, pl.Float32())] if OUTPUT_RATIO in rows else [])):
-        column = pl.Series(name, rows[name]) if name in rows else pl.repeat(None, count, dtype=dtype, eager=True)
+    for name, dtype in (
+        *ROUTING_COLUMNS.items(),
+        *([(OUTPUT_RATIO, pl.Float32())] if OUTPUT_RATIO in rows else []),
+    ):
+        column = (
+            pl.Series(name, rows[name])
+            if name in rows
+            else pl.repeat(None, count, dtype=dtype, eager=True)
+        )
         if name in rows and rows[name].ndim == 2:
             column = column.arr.to_list()
         columns[name] = column.cast(dtype)
@@ -123,9 +151,11 @@ def routing_frame(rows: Rows) -> pl.DataFrame:
 
 
 def expert_slots(layer: LayerMeta, experts: pl.Series) -> np.ndarray:
-    """[T, top_k] u16 ids from lists of ids, ``EMPTY_SLOT`` where a slot was not used: the inverse of what ``routing_frame`` does.
+    """[T, top_k] u16 ids from lists of ids, ``EMPTY_SLOT`` where a slot was not used: the inverse
+    of what ``routing_frame`` does.
 
-    Raises ``TraceError`` for null ids, ids out of range, or more than ``top_k`` of them for a token.
+    Raises ``TraceError`` for null ids, ids out of range, or more than ``top_k`` of them for a
+    token.
     """
     where = f"layer {layer.layer}: "
     lengths = experts.list.len().to_numpy()
@@ -133,9 +163,14 @@ def expert_slots(layer: LayerMeta, experts: pl.Series) -> np.ndarray:
     if len(flat) != lengths.sum():
         raise TraceError(where + "expected no null expert ids, got nulls")
     if len(flat) and flat.max() >= layer.num_choices:
-        raise TraceError(where + expected(f"expert ids between 0 and {layer.num_choices - 1}", int(flat.max())))
+        raise TraceError(
+            where + expected(f"expert ids between 0 and {layer.num_choices - 1}", int(flat.max()))
+        )
     if len(lengths) and lengths.max() > layer.top_k:
-        raise TraceError(where + expected(f"at most top_k = {layer.top_k} experts for a token", int(lengths.max())))
+        raise TraceError(
+            where
+            + expected(f"at most top_k = {layer.top_k} experts for a token", int(lengths.max()))
+        )
     if len(flat) == len(lengths) * layer.top_k:
         return flat.reshape(-1, layer.top_k)
     ids_TK = np.full((len(lengths), layer.top_k), EMPTY_SLOT, dtype=np.uint16)
@@ -144,7 +179,9 @@ def expert_slots(layer: LayerMeta, experts: pl.Series) -> np.ndarray:
 
 
 def key_checksum(doc: np.ndarray, pos: np.ndarray) -> int:
-    """Order-independent checksum of (doc, pos) pairs: the sum of their splitmix64 hashes modulo 2^64."""
+    """Order-independent checksum of (doc, pos) pairs: the sum of their splitmix64 hashes modulo
+    2^64.
+    """
     key = doc.astype(np.uint64) << np.uint64(32) | pos.astype(np.uint64)
     key += np.uint64(0x9E3779B97F4A7C15)
     key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -152,33 +189,54 @@ def key_checksum(doc: np.ndarray, pos: np.ndarray) -> int:
     return int((key ^ (key >> np.uint64(31))).sum(dtype=np.uint64))
 
 
-def check_slots(layer: LayerMeta, ids: np.ndarray, weights: np.ndarray | None, used: np.ndarray) -> None:
-    """Raise ``TraceError`` unless ids are in range and not repeated in a token, at most ``top_k`` are used, and their weights fit f16."""
+def check_slots(
+    layer: LayerMeta, ids: np.ndarray, weights: np.ndarray | None, used: np.ndarray
+) -> None:
+    """Raise ``TraceError`` unless ids are in range and not repeated in a token, at most ``top_k``
+    are used, and their weights fit f16.
+    """
     where = f"layer {layer.layer}: "
     if ids.size == 0:
         return
     if ids.min() < -1 or ids.max() >= layer.num_choices:
-        raise TraceError(where + expected(f"expert ids between -1 and {layer.num_choices - 1}", f"{ids.min()}..{ids.max()}"))
+        raise TraceError(
+            where
+            + expected(
+                f"expert ids between -1 and {layer.num_choices - 1}", f"{ids.min()}..{ids.max()}"
+            )
+        )
     if (most := int(used.sum(axis=1).max())) > layer.top_k:
-        raise TraceError(where + expected(f"at most top_k = {layer.top_k} experts for a token", most))
+        raise TraceError(
+            where + expected(f"at most top_k = {layer.top_k} experts for a token", most)
+        )
     # Sorting two-byte integers is several times faster; 65,535 is no expert and stands for -1.
     ordered = np.sort(ids.astype(np.uint16), axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY_SLOT)).any():
-        raise TraceError(where + "expected each token to name an expert at most once, got a repeated id")
+        raise TraceError(
+            where + "expected each token to name an expert at most once, got a repeated id"
+        )
     limit = float(np.finfo(np.float16).max)
     if weights is not None and not (np.abs(weights) <= limit)[used].all():
-        raise TraceError(where + expected(f"finite gate weights of at most {limit:.0f}", "NaN, infinity or more"))
+        raise TraceError(
+            where + expected(f"finite gate weights of at most {limit:.0f}", "NaN, infinity or more")
+        )
 
 
-def _compact(layer: LayerMeta, ids: np.ndarray, weights: np.ndarray | None, used: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def _compact(
+    layer: LayerMeta, ids: np.ndarray, weights: np.ndarray | None, used: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
     """[T, top_k] u16 ids and f16 weights with the used slots first, in slot order."""
     if not used.all():
         order = np.argsort(~used, axis=1, kind="stable")
         ids = np.take_along_axis(ids, order, axis=1)
         weights = None if weights is None else np.take_along_axis(weights, order, axis=1)
     width = min(layer.top_k, ids.shape[1])
-    ids_TK = _widened(np.where(ids[:, :width] < 0, EMPTY_SLOT, ids[:, :width]), layer.top_k, np.uint16, EMPTY_SLOT)
-    return ids_TK, None if weights is None else _widened(weights[:, :width], layer.top_k, np.float16, 0)
+    ids_TK = _widened(
+        np.where(ids[:, :width] < 0, EMPTY_SLOT, ids[:, :width]), layer.top_k, np.uint16, EMPTY_SLOT
+    )
+    return ids_TK, None if weights is None else _widened(
+        weights[:, :width], layer.top_k, np.float16, 0
+    )
 
 
 def _widened(values: np.ndarray, width: int, dtype: type, fill: int) -> np.ndarray:
@@ -190,7 +248,9 @@ def _widened(values: np.ndarray, width: int, dtype: type, fill: int) -> np.ndarr
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """f32 in steps of 2^-21: weights that sum to one do so on disk too, where the noise of the sum would not compress."""
+    """f32 in steps of 2^-21: weights that sum to one do so on disk too, where the noise of the sum
+    would not compress.
+    """
     return (np.rint(values * 2**21) / 2**21).astype(np.float32)
 
 
@@ -199,10 +259,16 @@ def _numbers(where: str, name: str, values: np.ndarray | Tensor, count: int) -> 
     array = values if isinstance(values, np.ndarray) else _numpy(values)
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise TraceError(
-            where + expected(f"{name} to hold one integer for each of {count} tokens", f"{array.dtype} of shape {list(array.shape)}")
+            where
+            + expected(
+                f"{name} to hold one integer for each of {count} tokens",
+                f"{array.dtype} of shape {list(array.shape)}",
+            )
         )
     if array.size and (array.min() < 0 or array.max() >= 2**32):
-        raise TraceError(where + expected(f"{name} between 0 and {2**32 - 1}", f"{array.min()}..{array.max()}"))
+        raise TraceError(
+            where + expected(f"{name} between 0 and {2**32 - 1}", f"{array.min()}..{array.max()}")
+        )
     return array.astype(np.uint32)
 
 

@@ -1,4 +1,7 @@
-"""``merge_traces``: the traces that the ranks of one run wrote, as one. Bounded memory: one part after the other."""
+"""``merge_traces``: the traces that the ranks of one run wrote, as one.
+
+Bounded memory: one part after the other.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +16,39 @@ from moe_lab.trace.schema import LayerMeta
 from moe_lab.trace.writer import TraceWriter
 
 
-def merge_traces(sources: Sequence[Path | str], folder: Path | str, *, renumber: bool = True, tokens: pl.DataFrame | None = None) -> Trace:
+def merge_traces(
+    sources: Sequence[Path | str],
+    folder: Path | str,
+    *,
+    renumber: bool = True,
+    tokens: pl.DataFrame | None = None,
+) -> Trace:
     """Write all documents of several traces as one trace at ``folder`` and open it.
 
     Args:
         sources: folders of complete traces of the same layers.
-        renumber: number the documents anew, in the order of the sources: ranks number theirs from 0. False keeps their numbers, which
-            must then differ.
-        tokens: rows of ``TraceWriter.write_tokens`` for all of them, where the sources hold parts of one pass over the same documents:
+        renumber: number the documents anew, in the order of the sources: ranks number theirs from
+            0. False keeps their numbers, which must then differ.
+        tokens: rows of ``TraceWriter.write_tokens`` for all of them, where the sources hold parts
+        of one pass over the same documents:
             decisions alone, every token's in one of them, its document numbered as in the others.
 
     Raises:
-        TraceError: no source, traces of other layers or columns, a document (with ``tokens``: a token) twice, or one that is missing.
+        TraceError: no source, traces of other layers or columns, a document (with ``tokens``: a
+            token) twice, or one that is missing.
     """
     traces = [open_trace(source) for source in sources]
     if not traces:
         raise TraceError(expected("at least one trace to merge", "none"))
     first = traces[0].meta
     for trace in traces[1:]:
-        if trace.meta.layers != first.layers or trace.meta.routing_schema() != first.routing_schema():
-            raise TraceError(expected(f"the layers of {traces[0].folder.name}", f"others in {trace.folder.name}"))
+        if (
+            trace.meta.layers != first.layers
+            or trace.meta.routing_schema() != first.routing_schema()
+        ):
+            raise TraceError(
+                expected(f"the layers of {traces[0].folder.name}", f"others in {trace.folder.name}")
+            )
     notes = tuple(dict.fromkeys(note for trace in traces for note in trace.meta.notes))
     flags = {
         name: all(getattr(trace.meta, name) for trace in traces)
@@ -41,16 +57,23 @@ def merge_traces(sources: Sequence[Path | str], folder: Path | str, *, renumber:
     phases = {trace.meta.phase for trace in traces}
     if tokens is None:
         notes = (*notes, f"Merged from {len(traces)} traces.")
-    meta = first.replace(notes=notes, phase=first.phase if len(phases) == 1 else "generate", **flags)
+    meta = first.replace(
+        notes=notes, phase=first.phase if len(phases) == 1 else "generate", **flags
+    )
     with TraceWriter(folder, meta) as writer:
         offset, seen = 0, set()
         for trace in traces:
             documents = (
-                trace.routing.filter(pl.col("layer") == first.layers[0].layer).select(pl.col("doc").unique()).collect()["doc"].to_list()
+                trace.routing.filter(pl.col("layer") == first.layers[0].layer)
+                .select(pl.col("doc").unique())
+                .collect()["doc"]
+                .to_list()
             )
             # With ``tokens``, the writer compares the keys of every layer with theirs.
             if not renumber and tokens is None and not seen.isdisjoint(documents):
-                raise TraceError(expected("each document in one trace", "a document in two", "renumber=True"))
+                raise TraceError(
+                    expected("each document in one trace", "a document in two", "renumber=True")
+                )
             seen.update(documents)
             _append(writer, trace, offset)
             offset += max(documents, default=-1) + 1 if renumber else 0
@@ -60,7 +83,9 @@ def merge_traces(sources: Sequence[Path | str], folder: Path | str, *, renumber:
 
 
 def _append(writer: TraceWriter, trace: Trace, offset: int) -> None:
-    if trace.tokens.collect_schema().names() and any(name.startswith("tokens/") for name in trace.parts):
+    if trace.tokens.collect_schema().names() and any(
+        name.startswith("tokens/") for name in trace.parts
+    ):
         for batch in trace.batches(None, trace.tokens.collect_schema().names()):
             writer.write_tokens(batch.with_columns(pl.col("doc") + offset))
     for layer in trace.meta.layers:
@@ -76,7 +101,9 @@ def rows_of(layer: LayerMeta, batch: pl.DataFrame, offset: int = 0) -> Rows:
     """What ``convert.slot_rows`` made before it was a table; documents are shifted by ``offset``."""
     lengths = batch["experts"].list.len().to_numpy()
     rows = {
-        name: batch[name].to_numpy() for name in batch.columns if name not in ("experts", "weights") and not batch[name].is_null().all()
+        name: batch[name].to_numpy()
+        for name in batch.columns
+        if name not in ("experts", "weights") and not batch[name].is_null().all()
     }
     rows["doc"] = rows["doc"] + np.uint32(offset)
     if "margin" in rows:
@@ -86,6 +113,8 @@ def rows_of(layer: LayerMeta, batch: pl.DataFrame, offset: int = 0) -> Rows:
     rows["experts"] = expert_slots(layer, batch["experts"])
     if not batch["weights"].is_null().all() or batch.is_empty():
         weights = np.zeros((len(lengths), layer.top_k), np.float16)
-        weights[np.arange(layer.top_k) < lengths[:, None]] = batch["weights"].explode().drop_nulls().to_numpy()
+        weights[np.arange(layer.top_k) < lengths[:, None]] = (
+            batch["weights"].explode().drop_nulls().to_numpy()
+        )
         rows["weights"] = weights
     return rows

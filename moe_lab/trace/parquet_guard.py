@@ -1,9 +1,12 @@
-"""A look at a Parquet file before a decoder allocates anything for it: are the sizes that it claims possible?
+"""A look at a Parquet file before a decoder allocates anything for it: are the sizes that it claims
+possible?
 
-A checksum tells damage, not forgery. A few forged bytes in a footer or a page header make a decoder ask for gigabytes, which ends the
-process, and no exception can be caught. So the footer and every page header are read here first, in plain Python (Thrift's compact
-protocol; field numbers from apache/parquet-format, parquet.thrift), and a file is refused unless its chunks lie inside the file, its pages
-fill its chunks, and no page claims more than its rows can hold. What remains possible is wrong values, which ``Trace.check`` is for.
+A checksum tells damage, not forgery. A few forged bytes in a footer or a page header make a decoder
+ask for gigabytes, which ends the process, and no exception can be caught. So the footer and every
+page header are read here first, in plain Python (Thrift's compact protocol; field numbers from
+apache/parquet-format, parquet.thrift), and a file is refused unless its chunks lie inside the file,
+its pages fill its chunks, and no page claims more than its rows can hold. What remains possible is
+wrong values, which ``Trace.check`` is for.
 """
 
 from collections.abc import Iterator
@@ -27,7 +30,18 @@ MAX_DEPTH = 16
 HEADER_BYTES = 2**16
 PLAIN_CODECS = range(8)
 
-_STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 11, 12
+_STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    10,
+    11,
+    12,
+)
 _INTEGERS = (4, 5, 6)
 
 Struct = dict[int, Any]
@@ -44,10 +58,12 @@ def check_parquet(path: Path, name: str, *, max_rows: int, max_values_per_row: i
         path: the file.
         name: what the error calls it.
         max_rows: rows that it may have at most.
-        max_values_per_row: values of one column that a row may have at most (the slots of a list column).
+        max_values_per_row: values of one column that a row may have at most (the slots of a list
+            column).
 
     Raises:
-        TraceError: not Parquet, or sizes and offsets that contradict each other or exceed what those rows can hold.
+        TraceError: not Parquet, or sizes and offsets that contradict each other or exceed what
+            those rows can hold.
     """
     try:
         with open(path, "rb") as file:
@@ -57,7 +73,9 @@ def check_parquet(path: Path, name: str, *, max_rows: int, max_values_per_row: i
     except OSError as error:
         raise TraceError(f"{name}: {error.strerror or error}") from error
     except _ForgedError as error:
-        raise TraceError(f"{name}: " + expected("readable Parquet", str(error), "writing the trace again")) from error
+        raise TraceError(
+            f"{name}: " + expected("readable Parquet", str(error), "writing the trace again")
+        ) from error
 
 
 def _footer(file: Any, size: int) -> Struct:
@@ -69,7 +87,9 @@ def _footer(file: Any, size: int) -> Struct:
     return _Thrift(_read(file, size - 8 - length, length)).struct()
 
 
-def _check_groups(file: Any, size: int, footer: Struct, max_rows: int, max_values_per_row: int) -> int:
+def _check_groups(
+    file: Any, size: int, footer: Struct, max_rows: int, max_values_per_row: int
+) -> int:
     schema, rows = _structs(footer, 2), _integer(footer, 3)
     groups = _structs(footer, 4)
     if len(schema) > 3 * MAX_COLUMNS or len(groups) > MAX_ROW_GROUPS:
@@ -80,7 +100,9 @@ def _check_groups(file: Any, size: int, footer: Struct, max_rows: int, max_value
     for group in groups:
         columns, group_rows = _structs(group, 1), _integer(group, 3)
         if len(columns) != leaves or not 0 <= group_rows <= rows:
-            raise _ForgedError(f"a row group of {group_rows} rows and {len(columns)} columns, where there are {rows} and {leaves}")
+            raise _ForgedError(
+                f"a row group of {group_rows} rows and {len(columns)} columns, where there are {rows} and {leaves}"
+            )
         total += group_rows
         for column in columns:
             _check_chunk(file, size, column, group_rows * max_values_per_row)
@@ -90,10 +112,16 @@ def _check_groups(file: Any, size: int, footer: Struct, max_rows: int, max_value
 
 
 def _leaves(schema: list[Struct]) -> int:
-    """Columns of a schema, which is a tree written out depth first with the number of children of each element."""
+    """Columns of a schema, which is a tree written out depth first with the number of children of
+    each element.
+    """
     children = [_integer(element, 5) if 5 in element else 0 for element in schema]
     lengths = [_integer(element, 2) for element in schema if 2 in element]
-    if sum(children) != len(schema) - 1 or min(children, default=0) < 0 or not all(0 <= length <= MAX_LENGTH for length in lengths):
+    if (
+        sum(children) != len(schema) - 1
+        or min(children, default=0) < 0
+        or not all(0 <= length <= MAX_LENGTH for length in lengths)
+    ):
         raise _ForgedError("a schema that is no tree of columns")
     return sum(1 for count in children[1:] if count == 0)
 
@@ -117,10 +145,16 @@ def _check_chunk(file: Any, size: int, column: Struct, max_values: int) -> None:
     if not starts or meta.get(4) not in PLAIN_CODECS:
         raise _ForgedError("a column without pages or of an unknown compression")
     chunk = _Chunk(min(starts), _integer(meta, 7), _integer(meta, 5))
-    if not (len(MAGIC) <= chunk.start and chunk.length >= 0 and chunk.start + chunk.length <= size - 8):
-        raise _ForgedError(f"a column chunk of {chunk.length} bytes at {chunk.start} in a file of {size}")
+    if not (
+        len(MAGIC) <= chunk.start and chunk.length >= 0 and chunk.start + chunk.length <= size - 8
+    ):
+        raise _ForgedError(
+            f"a column chunk of {chunk.length} bytes at {chunk.start} in a file of {size}"
+        )
     if not 0 <= chunk.values <= max_values:
-        raise _ForgedError(f"a column chunk of {chunk.values} values where at most {max_values} can be")
+        raise _ForgedError(
+            f"a column chunk of {chunk.values} values where at most {max_values} can be"
+        )
     uncompressed = _integer(meta, 6)
     found = sum(_check_pages(file, chunk))
     if found > uncompressed or not 0 <= uncompressed <= MAX_CHUNK:
@@ -128,7 +162,9 @@ def _check_chunk(file: Any, size: int, column: Struct, max_values: int) -> None:
 
 
 def _check_pages(file: Any, chunk: _Chunk) -> Iterator[int]:
-    """Uncompressed bytes of each page of a chunk; the values of its data pages must be those of the chunk."""
+    """Uncompressed bytes of each page of a chunk; the values of its data pages must be those of the
+    chunk.
+    """
     at, end, values = chunk.start, chunk.start + chunk.length, 0
     for number in range(MAX_PAGES + 1):
         if at == end:
@@ -188,7 +224,9 @@ def _integer(values: Struct, field: int) -> int:
 
 
 class _Thrift:
-    """Reads Thrift's compact protocol from bytes that may lie; every length is compared with what is left."""
+    """Reads Thrift's compact protocol from bytes that may lie; every length is compared with what
+    is left.
+    """
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0

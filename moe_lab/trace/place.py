@@ -1,4 +1,6 @@
-"""Where a trace lies while it is written, and how it gets its name: one writer at a time, and never half a trace under the final name."""
+"""Where a trace lies while it is written, and how it gets its name: one writer at a time, and never
+half a trace under the final name.
+"""
 
 import ctypes
 import os
@@ -19,7 +21,8 @@ LOCK_FILE = "writer.lock"
 def lock(folder: Path) -> int | None:
     """Hold ``folder`` for this writer; the system lets go when the process ends, however it ends.
 
-    Raises ``TraceError`` where another writer holds it. Returns the descriptor to close, or None where the system has no such locks.
+    Raises ``TraceError`` where another writer holds it. Returns the descriptor to close, or None
+    where the system has no such locks.
     """
     if fcntl is None:
         return None
@@ -29,7 +32,11 @@ def lock(folder: Path) -> int | None:
     except OSError as error:
         os.close(descriptor)
         got = "one that is writing it now"
-        raise TraceError(expected(f"no other writer of {folder}", got, "another folder, or waiting until it ends")) from error
+        raise TraceError(
+            expected(
+                f"no other writer of {folder}", got, "another folder, or waiting until it ends"
+            )
+        ) from error
     return descriptor
 
 
@@ -40,7 +47,10 @@ def unlock(folder: Path, descriptor: int | None) -> None:
 
 
 def put_in_place(new: Path, target: Path) -> None:
-    """Give ``new`` the name ``target``. An older folder there is swapped out in one step where the system can, and removed after."""
+    """Give ``new`` the name ``target``.
+
+    An older folder there is swapped out in one step where the system can, and removed after.
+    """
     try:
         if not target.exists():
             os.rename(new, target)
@@ -57,14 +67,20 @@ def put_in_place(new: Path, target: Path) -> None:
             raise
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise TraceError(f"cannot write {target}: {error.strerror or error}; try another folder") from error
+        raise TraceError(
+            f"cannot write {target}: {error.strerror or error}; try another folder"
+        ) from error
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names atomically with Linux's renameat2(RENAME_EXCHANGE); False where that does not exist."""
+    """Swap two names atomically with Linux's renameat2(RENAME_EXCHANGE); False where that does not
+    exist.
+    """
     at_fdcwd, rename_exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError, TypeError):
         return False
-    return renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
+    return (
+        renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
+    )

@@ -1,4 +1,7 @@
-"""What an interrupted trace holds: the documents that were finished. Rows of the others are taken out, so that they can be done again."""
+"""What an interrupted trace holds: the documents that were finished.
+
+Rows of the others are taken out, so that they can be done again.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -21,7 +24,9 @@ MAY_DIFFER = ("versions", "created_from", "notes", "phase", "has_weights", "has_
 
 @dataclass
 class TableTotals:
-    """Of one table on disk: rows that take part in conservation, their key checksum, slots per expert, and the next part's number."""
+    """Of one table on disk: rows that take part in conservation, their key checksum, slots per
+    expert, and the next part's number.
+    """
 
     rows: int = 0
     keys: int = 0
@@ -31,7 +36,9 @@ class TableTotals:
 
 @dataclass
 class Rest:
-    """What is kept of an interrupted trace: finished documents, its files, totals by table name, and the columns of ``tokens``."""
+    """What is kept of an interrupted trace: finished documents, its files, totals by table name,
+    and the columns of ``tokens``.
+    """
 
     documents: set[int] = field(default_factory=set)
     parts: dict[str, PartMeta] = field(default_factory=dict)
@@ -40,7 +47,9 @@ class Rest:
 
 
 def ranges(documents: Iterable[int]) -> list[list[int]]:
-    """Sorted ``[first, last]`` runs of consecutive numbers: millions of documents stay a short list."""
+    """Sorted ``[first, last]`` runs of consecutive numbers: millions of documents stay a short
+    list.
+    """
     runs: list[list[int]] = []
     for number in sorted(documents):
         if runs and number == runs[-1][1] + 1:
@@ -81,12 +90,24 @@ def part_of(path: Path, frame: pl.DataFrame, slots: int) -> PartMeta:
 def write_part(path: Path, frame: pl.DataFrame) -> None:
     """One Parquet file of one row group, under its name only when it is whole."""
     with atomic_path(path) as temporary:
-        frame.write_parquet(temporary, compression="zstd", row_group_size=max(frame.height, 1), metadata={VERSION_KEY: str(SCHEMA_VERSION)})
+        frame.write_parquet(
+            temporary,
+            compression="zstd",
+            row_group_size=max(frame.height, 1),
+            metadata={VERSION_KEY: str(SCHEMA_VERSION)},
+        )
 
 
-def write_meta(folder: Path, meta: TraceMeta, parts: Mapping[str, PartMeta], complete: bool) -> None:
+def write_meta(
+    folder: Path, meta: TraceMeta, parts: Mapping[str, PartMeta], complete: bool
+) -> None:
     write_json(
-        folder / META_FILE, {**meta.to_dict(), "complete": complete, "parts": {name: part.to_dict() for name, part in parts.items()}}
+        folder / META_FILE,
+        {
+            **meta.to_dict(),
+            "complete": complete,
+            "parts": {name: part.to_dict() for name, part in parts.items()},
+        },
     )
 
 
@@ -95,8 +116,12 @@ def count_slots(frame: pl.DataFrame, width: int) -> np.ndarray:
     return np.bincount(frame["experts"].explode().drop_nulls().to_numpy(), minlength=width)
 
 
-def _keep_finished(folder: Path, name: str, finished: pl.Series, rest: Rest, meta: TraceMeta) -> None:
-    """Take the rows of unfinished documents out of one part; the old file goes only when the new one is listed."""
+def _keep_finished(
+    folder: Path, name: str, finished: pl.Series, rest: Rest, meta: TraceMeta
+) -> None:
+    """Take the rows of unfinished documents out of one part; the old file goes only when the new
+    one is listed.
+    """
     table, number = name.rsplit("/part-", 1)
     totals = rest.tables.setdefault(table, TableTotals())
     totals.next_part = max(totals.next_part, int(number.removesuffix(".parquet")) + 1)
@@ -108,7 +133,9 @@ def _keep_finished(folder: Path, name: str, finished: pl.Series, rest: Rest, met
             name = f"{table}/part-{totals.next_part:05d}.parquet"
             totals.next_part += 1
             write_part(folder / name, kept)
-            slots = int(kept["experts"].list.len().sum()) if "experts" in kept.columns else part.slots
+            slots = (
+                int(kept["experts"].list.len().sum()) if "experts" in kept.columns else part.slots
+            )
             rest.parts[name] = part_of(folder / name, kept, slots)
         write_meta(folder, meta, rest.parts, complete=False)
     if table == "tokens":
@@ -120,12 +147,17 @@ def _keep_finished(folder: Path, name: str, finished: pl.Series, rest: Rest, met
         counts = count_slots(kept, layer.num_choices)
         totals.counts = counts if not len(totals.counts) else totals.counts + counts
     totals.rows += kept.height
-    totals.keys = (totals.keys + key_checksum(kept["doc"].to_numpy(), kept["pos"].to_numpy())) % 2**64
+    totals.keys = (
+        totals.keys + key_checksum(kept["doc"].to_numpy(), kept["pos"].to_numpy())
+    ) % 2**64
 
 
 def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     for values in (first, second):  # inferred from the first pass
-        values["layers"] = [{name: value for name, value in layer.items() if name != "score_func"} for layer in values["layers"]]
+        values["layers"] = [
+            {name: value for name, value in layer.items() if name != "score_func"}
+            for layer in values["layers"]
+        ]
     names = (first.keys() | second.keys()) - set(MAY_DIFFER)
     return sorted(name for name in names if first.get(name) != second.get(name))
 
@@ -137,4 +169,6 @@ def _finished(path: Path) -> set[int]:
     except FileNotFoundError:
         return set()
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TraceError(f"expected {path} to list finished documents, got {type(error).__name__}; try removing the folder") from error
+        raise TraceError(
+            f"expected {path} to list finished documents, got {type(error).__name__}; try removing the folder"
+        ) from error

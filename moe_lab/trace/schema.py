@@ -1,14 +1,17 @@
-"""What a trace looks like on disk: columns, metadata, and the limits that a reader holds untrusted files to.
+"""What a trace looks like on disk: columns, metadata, and the limits that a reader holds untrusted
+files to.
 
     <folder>/meta.json                              TraceMeta, "complete", and one entry per Parquet file (rows, slots, bytes, crc32)
     <folder>/tokens/part-00000.parquet              one row per token: doc, pos, token_id, loss, and any further columns
     <folder>/routing/layer=3/part-00000.parquet     one row per token: what layer 3 decided; the layer is in the path (hive partitioning)
 
-A row of ``routing`` lists the slots that ran something, in slot order: ``experts`` holds ids (zero-compute ones from ``num_experts`` on),
-``weights`` the gate weight of each. Unused and dropped slots are not listed; the dropped ones are counted in ``dropped``.
+A row of ``routing`` lists the slots that ran something, in slot order: ``experts`` holds ids
+(zero-compute ones from ``num_experts`` on), ``weights`` the gate weight of each. Unused and dropped
+slots are not listed; the dropped ones are counted in ``dropped``.
 
-Additions that ``meta.json`` names where they are used, and leaves out where not: nulls where a source recorded no weights or no scores,
-the routing column ``output_ratio``, the token column ``routed``, and provenance per layer.
+Additions that ``meta.json`` names where they are used, and leaves out where not: nulls where a
+source recorded no weights or no scores, the routing column ``output_ratio``, the token column
+``routed``, and provenance per layer.
 """
 
 import platform
@@ -31,13 +34,23 @@ MAX_CHOICES = 65_535
 MAX_TOP_K = 255
 MAX_LAYERS = 4096
 ROWS_PER_PART = 2**18
-"""Rows of one Parquet file (and its one row group): what a writer holds per layer before it writes."""
+"""Rows of one Parquet file (and its one row group): what a writer holds per layer before it writes.
+"""
 MAX_ROWS_PER_PART = 2**20
-"""A reader refuses larger parts before it allocates anything, so reading part by part is bounded in memory."""
+"""A reader refuses larger parts before it allocates anything, so reading part by part is bounded in
+memory.
+"""
 PART_PATH = re.compile(r"(?:tokens|routing/layer=(0|[1-9]\d{0,4}))/part-\d{5,9}\.parquet")
 
-TOKEN_COLUMNS: dict[str, pl.DataType] = {"doc": pl.UInt32(), "pos": pl.UInt32(), "token_id": pl.UInt32(), "loss": pl.Float32()}
-"""The columns every ``tokens`` table begins with; ``loss`` (nats) is null where the token was not predicted."""
+TOKEN_COLUMNS: dict[str, pl.DataType] = {
+    "doc": pl.UInt32(),
+    "pos": pl.UInt32(),
+    "token_id": pl.UInt32(),
+    "loss": pl.Float32(),
+}
+"""The columns every ``tokens`` table begins with; ``loss`` (nats) is null where the token was not
+predicted.
+"""
 
 ROUTING_COLUMNS: dict[str, pl.DataType] = {
     "doc": pl.UInt32(),
@@ -51,22 +64,33 @@ ROUTING_COLUMNS: dict[str, pl.DataType] = {
     "margin": pl.Float32(),
     "dropped": pl.UInt8(),
 }
-"""Columns of one layer's table as they are read. ``gate_mass_ffn`` is the sum of the weights on real experts; ``entropy`` is in nats;
-``margin`` is null where every expert is selected. ``weights`` and ``gate_mass_ffn`` are null in a trace without weights, ``entropy`` and
-``margin`` in one without scores (``TraceMeta.has_weights``, ``has_scores``)."""
+"""Columns of one layer's table as they are read. ``gate_mass_ffn`` is the sum of the weights on
+real experts; ``entropy`` is in nats; ``margin`` is null where every expert is selected. ``weights``
+and ``gate_mass_ffn`` are null in a trace without weights, ``entropy`` and ``margin`` in one without
+scores (``TraceMeta.has_weights``, ``has_scores``).
+"""
 
 OUTPUT_RATIO = "output_ratio"
-"""Further routing column f32 where ``TraceMeta.has_output_ratio``: norm of the experts' summed output over that of their input."""
+"""Further routing column f32 where ``TraceMeta.has_output_ratio``: norm of the experts' summed
+output over that of their input.
+"""
 
 ROUTED = "routed"
-"""Optional bool column of ``tokens``: False where the source recorded no routing for the token, so no layer has a row for it."""
+"""Optional bool column of ``tokens``: False where the source recorded no routing for the token, so
+no layer has a row for it.
+"""
 
 
 def library_versions() -> dict[str, str]:
     """Versions that wrote the trace, by name."""
     import torch
 
-    return {"moe_lab": __version__, "python": platform.python_version(), "torch": str(torch.__version__), "polars": pl.__version__}
+    return {
+        "moe_lab": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "polars": pl.__version__,
+    }
 
 
 @dataclass(frozen=True)
@@ -79,8 +103,10 @@ class LayerMeta(Config):
         num_zero_experts: zero-compute experts, whose ids follow the real ones.
         top_k: the most slots a token can use.
         module: name of the traced module, where there was one.
-        score_func: from logits to the scores behind ``entropy`` and ``margin``: softmax, sigmoid or sqrt_softplus.
-        zero_kinds: what each zero-compute expert returns (identity, zero, constant, skip), or nothing where unknown.
+        score_func: from logits to the scores behind ``entropy`` and ``margin``: softmax, sigmoid or
+            sqrt_softplus.
+        zero_kinds: what each zero-compute expert returns (identity, zero, constant, skip), or
+            nothing where unknown.
     """
 
     layer: int
@@ -99,14 +125,26 @@ class LayerMeta(Config):
             ("top_k", 1, MAX_TOP_K),
         ):
             value = getattr(self, name)
-            require(_is_int(value) and low <= value <= high, f"{name} to be an integer from {low} to {high}", _short(value))
+            require(
+                _is_int(value) and low <= value <= high,
+                f"{name} to be an integer from {low} to {high}",
+                _short(value),
+            )
         require(self.num_choices <= MAX_CHOICES, f"at most {MAX_CHOICES} experts", self.num_choices)
         texts = isinstance(self.zero_kinds, tuple) and all(
             isinstance(item, str) for item in (self.module, self.score_func, *self.zero_kinds)
         )
         require(texts, "module, score_func and zero_kinds to be text", _short(texts))
-        require(len(self.zero_kinds) in (0, self.num_zero_experts), "one kind for each zero-compute expert, or none", len(self.zero_kinds))
-        require(self.top_k <= self.num_choices, f"top_k of at most {self.num_choices} (all experts of layer {self.layer})", self.top_k)
+        require(
+            len(self.zero_kinds) in (0, self.num_zero_experts),
+            "one kind for each zero-compute expert, or none",
+            len(self.zero_kinds),
+        )
+        require(
+            self.top_k <= self.num_choices,
+            f"top_k of at most {self.num_choices} (all experts of layer {self.layer})",
+            self.top_k,
+        )
 
     @property
     def num_choices(self) -> int:
@@ -116,7 +154,8 @@ class LayerMeta(Config):
 
 @dataclass(frozen=True)
 class TraceMeta(Config):
-    """Provenance of a trace. Strings are plain text from wherever the model came from: escape them before showing them in HTML.
+    """Provenance of a trace. Strings are plain text from wherever the model came from: escape them
+    before showing them in HTML.
 
     Attributes:
         layers: the traced layers, each once; a trace holds exactly these.
@@ -125,15 +164,18 @@ class TraceMeta(Config):
         tokenizer_hash: hash of the tokenizer.
         corpus_hash: hash of the text.
         seed: seed of the run, or None where nothing was drawn.
-        phase: "eval", "prefill", "decode" or "train"; "generate" where the token column ``phase`` tells prefill from decode.
+        phase: "eval", "prefill", "decode" or "train"; "generate" where the token column ``phase``
+            tells prefill from decode.
         vocab_size: token ids are below it, or None where unknown.
         versions: library versions by name.
         created_from: the command or configuration hash that made the trace.
-        has_weights, has_scores: whether gate weights, and entropy and margin, were recorded; they are null where not.
+        has_weights, has_scores: whether gate weights, and entropy and margin, were recorded; they
+            are null where not.
         has_output_ratio: whether the routing has the column ``output_ratio``.
-        zero_experts_known: False where the source writes zero-compute experts as real ones (vLLM and others: expert 0), so that the
-            counts of those cannot be believed.
-        per_token: False where only counts were recorded and the rows were made up to have them: load can be read, nothing about tokens.
+        zero_experts_known: False where the source writes zero-compute experts as real ones (vLLM
+            and others: expert 0), so that the counts of those cannot be believed.
+        per_token: False where only counts were recorded and the rows were made up to have them:
+            load can be read, nothing about tokens.
         notes: what else a reader of the numbers must know, one sentence each.
         schema_version: of the layout described in this module.
     """
@@ -157,31 +199,75 @@ class TraceMeta(Config):
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        require(self.schema_version == SCHEMA_VERSION, f"trace schema version {SCHEMA_VERSION}", _short(self.schema_version))
-        require(1 <= len(self.layers) <= MAX_LAYERS, f"from 1 to {MAX_LAYERS} layers", len(self.layers))
+        require(
+            self.schema_version == SCHEMA_VERSION,
+            f"trace schema version {SCHEMA_VERSION}",
+            _short(self.schema_version),
+        )
+        require(
+            1 <= len(self.layers) <= MAX_LAYERS, f"from 1 to {MAX_LAYERS} layers", len(self.layers)
+        )
         numbers = [layer.layer for layer in self.layers]
         require(len(set(numbers)) == len(numbers), "each layer once", _short(numbers))
-        for name in ("model", "model_hash", "tokenizer_hash", "corpus_hash", "phase", "created_from"):
-            require(isinstance(getattr(self, name), str), f"{name} to be text", _short(getattr(self, name)))
+        for name in (
+            "model",
+            "model_hash",
+            "tokenizer_hash",
+            "corpus_hash",
+            "phase",
+            "created_from",
+        ):
+            require(
+                isinstance(getattr(self, name), str),
+                f"{name} to be text",
+                _short(getattr(self, name)),
+            )
         for name in ("seed", "vocab_size"):
             value = getattr(self, name)
-            require(value is None or (_is_int(value) and value >= 0), f"{name} to be an integer of at least 0, or null", _short(value))
-        texts = isinstance(self.versions, dict) and all(isinstance(item, str) for pair in self.versions.items() for item in pair)
+            require(
+                value is None or (_is_int(value) and value >= 0),
+                f"{name} to be an integer of at least 0, or null",
+                _short(value),
+            )
+        texts = isinstance(self.versions, dict) and all(
+            isinstance(item, str) for pair in self.versions.items() for item in pair
+        )
         require(texts, "versions to map names to texts", _short(self.versions))
-        for name in ("has_weights", "has_scores", "has_output_ratio", "zero_experts_known", "per_token"):
-            require(isinstance(getattr(self, name), bool), f"{name} to be true or false", _short(getattr(self, name)))
+        for name in (
+            "has_weights",
+            "has_scores",
+            "has_output_ratio",
+            "zero_experts_known",
+            "per_token",
+        ):
+            require(
+                isinstance(getattr(self, name), bool),
+                f"{name} to be true or false",
+                _short(getattr(self, name)),
+            )
         require(
-            isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes), "notes to be texts", _short(self.notes)
+            isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes),
+            "notes to be texts",
+            _short(self.notes),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without the additions that are not used, so that any reader of this version understands the rest."""
+        """Plain JSON values, without the additions that are not used, so that any reader of this
+        version understands the rest.
+        """
         values = super().to_dict()
-        return {**_used(values, ADDED), "layers": [_used(layer, ADDED_TO_LAYERS) for layer in values["layers"]]}
+        return {
+            **_used(values, ADDED),
+            "layers": [_used(layer, ADDED_TO_LAYERS) for layer in values["layers"]],
+        }
 
     def routing_schema(self) -> dict[str, pl.DataType]:
         """Columns and types of the routing tables."""
-        return {**ROUTING_COLUMNS, OUTPUT_RATIO: pl.Float32()} if self.has_output_ratio else ROUTING_COLUMNS
+        return (
+            {**ROUTING_COLUMNS, OUTPUT_RATIO: pl.Float32()}
+            if self.has_output_ratio
+            else ROUTING_COLUMNS
+        )
 
     def layer(self, number: int) -> LayerMeta | None:
         """The layer of that index, or None where the trace has none."""
@@ -198,12 +284,16 @@ ADDED_TO_LAYERS = {"module": "", "score_func": "", "zero_kinds": []}
 
 
 def _used(values: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in added or value != added[name]}
+    return {
+        name: value for name, value in values.items() if name not in added or value != added[name]
+    }
 
 
 @dataclass(frozen=True)
 class PartMeta(Config):
-    """One Parquet file of a trace: its row count, used slots (0 for tokens), size in bytes and CRC-32 (damage, not forgery)."""
+    """One Parquet file of a trace: its row count, used slots (0 for tokens), size in bytes and
+    CRC-32 (damage, not forgery).
+    """
 
     rows: int
     slots: int
@@ -211,9 +301,18 @@ class PartMeta(Config):
     crc32: int
 
     def __post_init__(self) -> None:
-        for name, high in (("rows", MAX_ROWS_PER_PART), ("slots", MAX_ROWS_PER_PART * MAX_TOP_K), ("bytes", 2**50), ("crc32", 2**32 - 1)):
+        for name, high in (
+            ("rows", MAX_ROWS_PER_PART),
+            ("slots", MAX_ROWS_PER_PART * MAX_TOP_K),
+            ("bytes", 2**50),
+            ("crc32", 2**32 - 1),
+        ):
             value = getattr(self, name)
-            require(_is_int(value) and 0 <= value <= high, f"{name} to be an integer from 0 to {high}", _short(value))
+            require(
+                _is_int(value) and 0 <= value <= high,
+                f"{name} to be an integer from 0 to {high}",
+                _short(value),
+            )
 
 
 def _is_int(value: Any) -> bool:

@@ -1,4 +1,5 @@
-"""Entropy and margin of router scores, for many tokens at a time and as cheaply as an instrument must be.
+"""Entropy and margin of router scores, for many tokens at a time and as cheaply as an instrument
+must be.
 
 Shape letters: T tokens, K slots, E experts.
 """
@@ -12,7 +13,9 @@ from moe_lab.routing.config import ScoreFunc
 
 
 class Spread(NamedTuple):
-    """[T] entropy in nats of the scores over their sum, and [T] margin: the K-th largest score less the next (inf where K = E)."""
+    """[T] entropy in nats of the scores over their sum, and [T] margin: the K-th largest score less
+    the next (inf where K = E).
+    """
 
     entropy: Tensor
     margin: Tensor
@@ -20,26 +23,35 @@ class Spread(NamedTuple):
 
 def spread_of_scores(scores_TE: Tensor, indices_TK: Tensor) -> Spread:
     """From scores that are given (probabilities, or what one of our routers returns)."""
-    share = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores_TE.dtype).tiny)
+    share = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp_min(
+        torch.finfo(scores_TE.dtype).tiny
+    )
     return Spread(_entropy(share), margin(scores_TE, indices_TK))
 
 
 def spread_of_logits(logits_TE: Tensor, indices_TK: Tensor, score_func: ScoreFunc) -> Spread:
-    """From logits and the function that makes scores of them. Softmax needs one exponential and no logarithm per expert."""
+    """From logits and the function that makes scores of them.
+
+    Softmax needs one exponential and no logarithm per expert.
+    """
     if score_func is not ScoreFunc.SOFTMAX:
         return spread_of_scores(_pointwise(logits_TE, score_func), indices_TK)
     below_TE = logits_TE - logits_TE.amax(dim=1, keepdim=True)
     raised_TE = below_TE.exp()
     total_T = raised_TE.sum(dim=1)
     # H = log Z - sum(e^m m) / Z; an expert at minus infinity adds nothing.
-    entropy = total_T.log() - raised_TE.mul(below_TE.clamp_min_(torch.finfo(below_TE.dtype).min)).sum(dim=1) / total_T
+    entropy = (
+        total_T.log()
+        - raised_TE.mul(below_TE.clamp_min_(torch.finfo(below_TE.dtype).min)).sum(dim=1) / total_T
+    )
     return Spread(entropy, margin(raised_TE, indices_TK) / total_T)
 
 
 def margin(scores_TE: Tensor, indices_TK: Tensor) -> Tensor:
     """[T]: the K-th largest score less the next one; inf where K = E.
 
-    Where the selected scores are the K largest (no bias, no groups, all slots used) a maximum over the others replaces the sort.
+    Where the selected scores are the K largest (no bias, no groups, all slots used) a maximum over
+    the others replaces the sort.
     """
     slots, experts = indices_TK.shape[1], scores_TE.shape[1]
     if slots >= experts or scores_TE.shape[0] == 0:
@@ -60,17 +72,26 @@ def _entropy(share_TE: Tensor) -> Tensor:
 
 
 def infer_score_func(logits_TE: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> ScoreFunc | None:
-    """The function under which the weights are in proportion to the scores of the selected experts, or None where none or several fit.
+    """The function under which the weights are in proportion to the scores of the selected experts,
+    or None where none or several fit.
 
-    Renormalising and scaling do not change proportions. With one slot the weights themselves must be the scores.
+    Renormalising and scaling do not change proportions. With one slot the weights themselves must
+    be the scores.
     """
     used = indices_TK.clamp_min(0)
     fits = []
     for score_func in ScoreFunc:
-        scores = torch.softmax(logits_TE, dim=1) if score_func is ScoreFunc.SOFTMAX else _pointwise(logits_TE, score_func)
+        scores = (
+            torch.softmax(logits_TE, dim=1)
+            if score_func is ScoreFunc.SOFTMAX
+            else _pointwise(logits_TE, score_func)
+        )
         chosen = scores.gather(1, used)
         if weights_TK.shape[1] > 1:
-            chosen, found = chosen / chosen.sum(dim=1, keepdim=True), weights_TK / weights_TK.sum(dim=1, keepdim=True)
+            chosen, found = (
+                chosen / chosen.sum(dim=1, keepdim=True),
+                weights_TK / weights_TK.sum(dim=1, keepdim=True),
+            )
         else:
             found = weights_TK
         if torch.allclose(chosen.float(), found.float(), rtol=2e-2, atol=1e-4):
@@ -79,4 +100,8 @@ def infer_score_func(logits_TE: Tensor, weights_TK: Tensor, indices_TK: Tensor) 
 
 
 def _pointwise(logits_TE: Tensor, score_func: ScoreFunc) -> Tensor:
-    return torch.sigmoid(logits_TE) if score_func is ScoreFunc.SIGMOID else torch.nn.functional.softplus(logits_TE).sqrt()
+    return (
+        torch.sigmoid(logits_TE)
+        if score_func is ScoreFunc.SIGMOID
+        else torch.nn.functional.softplus(logits_TE).sqrt()
+    )

@@ -1,8 +1,9 @@
 """``TraceWriter``: routing decisions in, a folder of Parquet out, whole or marked incomplete.
 
-Rows are buffered as compact arrays and written in parts by a second thread, so memory is bounded whatever the length of the trace, and a
-model waits for the disk only where the disk is slower. Everything goes to ``<folder>.incomplete``, which takes the target's name only
-after the counts were found to add up.
+Rows are buffered as compact arrays and written in parts by a second thread, so memory is bounded
+whatever the length of the trace, and a model waits for the disk only where the disk is slower.
+Everything goes to ``<folder>.incomplete``, which takes the target's name only after the counts were
+found to add up.
 """
 
 from __future__ import annotations
@@ -26,8 +27,25 @@ from moe_lab.files import write_json
 from moe_lab.trace.background import Background
 from moe_lab.trace.convert import Rows, key_checksum, routing_frame, routing_rows
 from moe_lab.trace.place import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
-from moe_lab.trace.resume import DOCUMENTS_FILE, Rest, count_slots, part_of, ranges, recover, write_meta, write_part
-from moe_lab.trace.schema import META_FILE, ROUTED, ROUTING_COLUMNS, ROWS_PER_PART, TOKEN_COLUMNS, PartMeta, TraceMeta
+from moe_lab.trace.resume import (
+    DOCUMENTS_FILE,
+    Rest,
+    count_slots,
+    part_of,
+    ranges,
+    recover,
+    write_meta,
+    write_part,
+)
+from moe_lab.trace.schema import (
+    META_FILE,
+    ROUTED,
+    ROUTING_COLUMNS,
+    ROWS_PER_PART,
+    TOKEN_COLUMNS,
+    PartMeta,
+    TraceMeta,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,14 +56,18 @@ __all__ = ["INCOMPLETE_SUFFIX", "TraceWriter", "check_tokens", "file_checksum"]
 
 BUFFER_BYTES = 2**28
 META_SHARE = 0.05
-"""Share of a writer's time that may go into listing, after each part, what is on disk: the list grows with the trace."""
+"""Share of a writer's time that may go into listing, after each part, what is on disk: the list
+grows with the trace.
+"""
 
 
 @dataclass
 class _Table:
-    """What was received for one layer (or for the tokens) and not yet written, with running totals of all that was received.
+    """What was received for one layer (or for the tokens) and not yet written, with running totals
+    of all that was received.
 
-    ``rows`` and ``keys`` are of the tokens that were routed; ``received`` and ``on_disk`` count all rows.
+    ``rows`` and ``keys`` are of the tokens that were routed; ``received`` and ``on_disk`` count all
+    rows.
     """
 
     name: str
@@ -65,21 +87,23 @@ class _Table:
 class TraceWriter:
     """Writes one trace: ``with TraceWriter(folder, meta) as writer: ...``.
 
-    When the block ends without an error, conservation is checked and the trace appears at ``folder`` (an older trace there is
-    replaced). However else it ends, by an error, a full disk or a killed process, what was written stays readable at
-    ``<folder>.incomplete`` and is never taken for whole.
+    When the block ends without an error, conservation is checked and the trace appears at
+    ``folder`` (an older trace there is replaced). However else it ends, by an error, a full disk or
+    a killed process, what was written stays readable at ``<folder>.incomplete`` and is never taken
+    for whole.
 
     Args:
         folder: the trace's path.
         meta: provenance and layers; each layer must receive the same tokens.
         rows_per_part: rows of one Parquet file.
         buffer_bytes: bytes held in memory over all layers, half of them waiting for the disk.
-        resume: go on with what lies at ``<folder>.incomplete``, if anything: ``finished`` then holds the documents that are done, which
-            must not be written again. Without it, an older incomplete trace is removed.
+        resume: go on with what lies at ``<folder>.incomplete``, if anything: ``finished`` then
+            holds the documents that are done, which must not be written again. Without it, an older
+            incomplete trace is removed.
 
     Raises:
-        TraceError: on entry, where ``folder`` holds something else than a trace, or where another process writes it; on leaving, where
-            counts do not add up.
+        TraceError: on entry, where ``folder`` holds something else than a trace, or where another
+            process writes it; on leaving, where counts do not add up.
     """
 
     def __init__(
@@ -114,13 +138,23 @@ class TraceWriter:
         }
 
     def __enter__(self) -> Self:
-        if self.folder.exists() and not (self.folder.is_dir() and (_is_trace(self.folder) or not any(self.folder.iterdir()))):
-            raise TraceError(expected(f"a new folder or an older trace at {self.folder}", "something else", "another path"))
+        if self.folder.exists() and not (
+            self.folder.is_dir() and (_is_trace(self.folder) or not any(self.folder.iterdir()))
+        ):
+            raise TraceError(
+                expected(
+                    f"a new folder or an older trace at {self.folder}",
+                    "something else",
+                    "another path",
+                )
+            )
         try:
             self._work.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self._work)
         except OSError as error:
-            raise TraceError(f"cannot write {self.folder}: {error.strerror or error}; try another folder") from error
+            raise TraceError(
+                f"cannot write {self.folder}: {error.strerror or error}; try another folder"
+            ) from error
         try:
             if self.resume and _is_trace(self._work):
                 self._take_over(recover(self._work, self.meta))
@@ -136,7 +170,12 @@ class TraceWriter:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if kind is not None:
             self._leave_incomplete()
             return
@@ -154,9 +193,11 @@ class TraceWriter:
             raise
 
     def write_tokens(self, frame: pl.DataFrame) -> None:
-        """Append rows of ``tokens``: doc, pos, token_id, optionally loss (nats, null where none), and any further flat columns.
+        """Append rows of ``tokens``: doc, pos, token_id, optionally loss (nats, null where none),
+        and any further flat columns.
 
-        Raises ``TraceError`` for missing, nested or changing columns, null or out-of-range ids, and losses that are not finite.
+        Raises ``TraceError`` for missing, nested or changing columns, null or out-of-range ids, and
+        losses that are not finite.
         """
         frame = self._token_frame(frame)
         routed = frame.filter(ROUTED) if ROUTED in frame.columns else frame
@@ -164,7 +205,9 @@ class TraceWriter:
         keys = key_checksum(routed["doc"].to_numpy(), routed["pos"].to_numpy())
         self._buffer(self._tokens, frame, frame.height, int(frame.estimated_size()), keys)
 
-    def write_routing(self, layer: int, doc: np.ndarray | Tensor, pos: np.ndarray | Tensor, routing: Routing) -> None:
+    def write_routing(
+        self, layer: int, doc: np.ndarray | Tensor, pos: np.ndarray | Tensor, routing: Routing
+    ) -> None:
         """Append one layer's decisions for T tokens.
 
         Args:
@@ -174,8 +217,16 @@ class TraceWriter:
         """
         layer_meta = self.meta.layer(layer)
         if layer_meta is None:
-            raise TraceError(expected(f"a layer among {[item.layer for item in self.meta.layers]}", layer, "naming it in TraceMeta.layers"))
-        self.write_rows(layer, routing_rows(layer_meta, doc, pos, routing), routing.counts().cpu().numpy())
+            raise TraceError(
+                expected(
+                    f"a layer among {[item.layer for item in self.meta.layers]}",
+                    layer,
+                    "naming it in TraceMeta.layers",
+                )
+            )
+        self.write_rows(
+            layer, routing_rows(layer_meta, doc, pos, routing), routing.counts().cpu().numpy()
+        )
 
     def write_rows(self, layer: int, rows: Rows, counts: np.ndarray) -> None:
         """Append what ``convert.slot_rows`` made of one layer's tokens.
@@ -183,16 +234,27 @@ class TraceWriter:
         Args:
             layer: index of a layer in ``meta.layers``.
             rows: the compact arrays.
-            counts: [E] slots of each expert, counted before the conversion: what is on disk must sum to the same.
+            counts: [E] slots of each expert, counted before the conversion: what is on disk must
+                sum to the same.
         """
         table = self._layers[layer]
         table.counts += counts
         table.rows += len(rows["doc"])
-        self._buffer(table, rows, len(rows["doc"]), sum(array.nbytes for array in rows.values()), key_checksum(rows["doc"], rows["pos"]))
+        self._buffer(
+            table,
+            rows,
+            len(rows["doc"]),
+            sum(array.nbytes for array in rows.values()),
+            key_checksum(rows["doc"], rows["pos"]),
+        )
 
     def finish_documents(self, documents: Iterable[int]) -> None:
-        """Say that all rows of these documents were given: an interrupted trace can then be resumed behind them."""
-        self._marks.append((list(documents), {table.name: table.received for table in self._all_tables()}))
+        """Say that all rows of these documents were given: an interrupted trace can then be resumed
+        behind them.
+        """
+        self._marks.append(
+            (list(documents), {table.name: table.received for table in self._all_tables()})
+        )
 
     @property
     def _work(self) -> Path:
@@ -202,7 +264,11 @@ class TraceWriter:
         return [self._tokens, *self._layers.values()]
 
     def _take_over(self, rest: Rest) -> None:
-        self.finished, self._parts, self._token_schema = rest.documents, rest.parts, rest.token_schema
+        self.finished, self._parts, self._token_schema = (
+            rest.documents,
+            rest.parts,
+            rest.token_schema,
+        )
         for table in self._all_tables():
             if (found := rest.tables.get(table.name)) is not None:
                 table.rows, table.keys, table.parts = found.rows, found.keys, found.next_part
@@ -214,27 +280,51 @@ class TraceWriter:
         others = [name for name in frame.columns if name not in TOKEN_COLUMNS]
         missing = [name for name in ("doc", "pos", "token_id") if name not in frame.columns]
         clashing = [name for name in others if name in ROUTING_COLUMNS or name == "layer"]
-        nested = [name for name in others if frame.schema[name].is_nested() or frame.schema[name] in (pl.Object, pl.Null)]
+        nested = [
+            name
+            for name in others
+            if frame.schema[name].is_nested() or frame.schema[name] in (pl.Object, pl.Null)
+        ]
         if missing:
-            raise TraceError(expected("token columns doc, pos and token_id", f"no {', '.join(missing)}"))
+            raise TraceError(
+                expected("token columns doc, pos and token_id", f"no {', '.join(missing)}")
+            )
         if clashing or nested:
-            wanted = "further token columns of plain types that are not named as routing columns are"
-            raise TraceError(expected(wanted, ", ".join(f"{name} {frame.schema[name]}" for name in [*clashing, *nested])))
+            wanted = (
+                "further token columns of plain types that are not named as routing columns are"
+            )
+            raise TraceError(
+                expected(
+                    wanted,
+                    ", ".join(f"{name} {frame.schema[name]}" for name in [*clashing, *nested]),
+                )
+            )
         if "loss" not in frame.columns:
             frame = frame.with_columns(loss=pl.lit(None, dtype=pl.Float32))
         try:
-            frame = frame.select(*(pl.col(name).cast(dtype) for name, dtype in TOKEN_COLUMNS.items()), pl.col(others))
+            frame = frame.select(
+                *(pl.col(name).cast(dtype) for name, dtype in TOKEN_COLUMNS.items()), pl.col(others)
+            )
         except pl.exceptions.PolarsError as error:
-            raise TraceError("expected doc, pos and token_id as integers from 0 to 4294967295 and loss as a number, got others") from error
+            raise TraceError(
+                "expected doc, pos and token_id as integers from 0 to 4294967295 and loss as a number, got others"
+            ) from error
         frame = frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
         if self._token_schema is None:
             self._token_schema = frame.schema
         if frame.schema != self._token_schema:
-            raise TraceError(expected(f"token columns as in the first call, {_columns(self._token_schema)}", _columns(frame.schema)))
+            raise TraceError(
+                expected(
+                    f"token columns as in the first call, {_columns(self._token_schema)}",
+                    _columns(frame.schema),
+                )
+            )
         check_tokens(frame, self.meta)
         return frame
 
-    def _buffer(self, table: _Table, item: pl.DataFrame | Rows, rows: int, size: int, keys: int) -> None:
+    def _buffer(
+        self, table: _Table, item: pl.DataFrame | Rows, rows: int, size: int, keys: int
+    ) -> None:
         table.pending.append(item)
         table.keys = (table.keys + keys) % 2**64
         table.received += rows
@@ -261,10 +351,14 @@ class TraceWriter:
             *([] if self.meta.has_scores else ["entropy", "margin"]),
         ]
         names = [name for name in self.meta.routing_schema() if name not in absent]
-        return {name: np.zeros((0, slots) if name in ("experts", "weights") else 0) for name in names}
+        return {
+            name: np.zeros((0, slots) if name in ("experts", "weights") else 0) for name in names
+        }
 
     def _flush(self, table: _Table) -> None:
-        """Hand what is pending to the background, to be written in parts of at most ``rows_per_part`` rows."""
+        """Hand what is pending to the background, to be written in parts of at most
+        ``rows_per_part`` rows.
+        """
         if table.pending:
             pending, size = table.pending, table.pending_bytes
             table.pending, table.pending_rows, table.pending_bytes = [], 0, 0
@@ -283,7 +377,9 @@ class TraceWriter:
         try:
             write_part(self._work / name, frame)
         except (pl.exceptions.PolarsError, MoELabError, OSError) as error:
-            raise TraceError(f"cannot write {self.folder}: {error}; try another folder or free some space") from error
+            raise TraceError(
+                f"cannot write {self.folder}: {error}; try another folder or free some space"
+            ) from error
         slots = 0
         if "experts" in frame.columns:
             counts = count_slots(frame, len(table.written))
@@ -296,7 +392,9 @@ class TraceWriter:
     def _note_finished(self) -> None:
         """Documents whose rows are on disk in every table."""
         on_disk = {table.name: table.on_disk for table in self._all_tables()}
-        while self._marks and all(on_disk[name] >= rows for name, rows in self._marks[0][1].items()):
+        while self._marks and all(
+            on_disk[name] >= rows for name, rows in self._marks[0][1].items()
+        ):
             self.finished.update(self._marks.popleft()[0])
 
     def _check_conservation(self) -> None:
@@ -306,12 +404,20 @@ class TraceWriter:
                 off = int(np.flatnonzero(table.counts != table.written)[0])
                 raise TraceError(
                     f"layer {number}: "
-                    + expected(f"{table.counts.sum()} slots on disk as routed", f"{table.written.sum()} (first difference at expert {off})")
+                    + expected(
+                        f"{table.counts.sum()} slots on disk as routed",
+                        f"{table.written.sum()} (first difference at expert {off})",
+                    )
                 )
             if table.rows != reference.rows:
-                raise TraceError(f"layer {number}: " + expected(f"{reference.rows} tokens as in {reference.name}", table.rows))
+                raise TraceError(
+                    f"layer {number}: "
+                    + expected(f"{reference.rows} tokens as in {reference.name}", table.rows)
+                )
             if table.keys != reference.keys:
-                raise TraceError(f"layer {number}: expected the same (doc, pos) pairs as in {reference.name}, got others")
+                raise TraceError(
+                    f"layer {number}: expected the same (doc, pos) pairs as in {reference.name}, got others"
+                )
 
     def _write_meta(self, complete: bool) -> None:
         start = time.monotonic()
@@ -323,7 +429,9 @@ class TraceWriter:
         self._meta_cost = self._meta_written - start
 
     def _leave_incomplete(self) -> None:
-        """Keep what can be kept; the error that brought us here is the one to report, so a second one is not raised."""
+        """Keep what can be kept; the error that brought us here is the one to report, so a second
+        one is not raised.
+        """
         try:
             self._background.drain()
         except BaseException:
@@ -344,14 +452,18 @@ class TraceWriter:
 
 
 def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
-    """Raise ``TraceError`` for null keys, token ids outside the vocabulary, or losses that are NaN or infinite."""
+    """Raise ``TraceError`` for null keys, token ids outside the vocabulary, or losses that are NaN
+    or infinite.
+    """
     if frame.select(pl.sum_horizontal(pl.col("doc", "pos", "token_id").null_count())).item():
         raise TraceError("expected doc, pos and token_id without nulls, got nulls")
     highest = frame["token_id"].max()
     if meta.vocab_size is not None and isinstance(highest, int) and highest >= meta.vocab_size:
         raise TraceError(expected(f"token ids below vocab_size {meta.vocab_size}", highest))
     if not frame["loss"].is_finite().all():
-        raise TraceError("expected finite losses, got NaN or infinity; try null where a token has no loss")
+        raise TraceError(
+            "expected finite losses, got NaN or infinity; try null where a token has no loss"
+        )
 
 
 def file_checksum(path: Path) -> tuple[int, int]:
@@ -364,7 +476,9 @@ def file_checksum(path: Path) -> tuple[int, int]:
 
 
 def _frame_of_rows(pending: list[Rows]) -> pl.DataFrame:
-    return routing_frame({name: np.concatenate([rows[name] for rows in pending]) for name in pending[0]})
+    return routing_frame(
+        {name: np.concatenate([rows[name] for rows in pending]) for name in pending[0]}
+    )
 
 
 def _columns(schema: pl.Schema) -> str:

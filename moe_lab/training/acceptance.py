@@ -1,10 +1,13 @@
-"""How many tokens a multi-token-prediction module drafts right: acceptance under greedy verification, as speculative decoding has it.
+"""How many tokens a multi-token-prediction module drafts right: acceptance under greedy
+verification, as speculative decoding has it.
 
-Module k drafts the token k places after the next one. A draft is accepted where it is the token that the decoder itself would take there
-(its largest logit), and every draft before it was accepted too: what a verifying pass keeps. Two ways to count:
+Module k drafts the token k places after the next one. A draft is accepted where it is the token
+that the decoder itself would take there (its largest logit), and every draft before it was accepted
+too: what a verifying pass keeps. Two ways to count:
 
 - ``text``: along given documents; the token that a module reads is the document's.
-- ``generated``: along the decoder's own greedy continuation of prompts from the documents. A small model that repeats itself drafts well.
+- ``generated``: along the decoder's own greedy continuation of prompts from the documents. A small
+    model that repeats itself drafts well.
 """
 
 from collections.abc import Sequence
@@ -34,20 +37,31 @@ def acceptance_rate(
 
     Args:
         excerpts: which tokens; all by default. They are cut into windows of ``seq_length``.
-        prompt_tokens: None counts along the text; a number takes so many tokens of each window as a prompt and counts along the greedy
-            continuation up to ``seq_length``.
+        prompt_tokens: None counts along the text; a number takes so many tokens of each window as a
+            prompt and counts along the greedy continuation up to ``seq_length``.
 
     Returns:
-        [doc, module, drafts, accepted]: rates over documents are ``accepted.sum() / drafts.sum()``; resample documents for an interval.
+        [doc, module, drafts, accepted]: rates over documents are ``accepted.sum() / drafts.sum()``;
+            resample documents for an interval.
 
     Raises:
         ConfigError: the model has no MTP modules. CorpusError: no window is long enough.
     """
     if model.config.mtp is None:
-        raise ConfigError(expected("a model with multi-token-prediction modules", "mtp None", "DecoderConfig(mtp=MTPConfig())"))
+        raise ConfigError(
+            expected(
+                "a model with multi-token-prediction modules",
+                "mtp None",
+                "DecoderConfig(mtp=MTPConfig())",
+            )
+        )
     length = seq_length if prompt_tokens is None else prompt_tokens
     longest = model.config.context_length
-    require(2 <= length <= seq_length <= longest, f"prompt_tokens <= seq_length of 2 to {longest} tokens", f"{length} and {seq_length}")
+    require(
+        2 <= length <= seq_length <= longest,
+        f"prompt_tokens <= seq_length of 2 to {longest} tokens",
+        f"{length} and {seq_length}",
+    )
     ids = [document.ids for document in documents]
     excerpts = excerpts_of([len(row) for row in ids]) if excerpts is None else excerpts
     device, was = next(model.parameters()).device, model.training
@@ -61,19 +75,29 @@ def acceptance_rate(
             inputs, valid = batch.ids[whole].to(device), batch.valid[whole].to(device)
             first = 0
             if prompt_tokens is not None:
-                inputs, first = _continued(model, inputs[:, :prompt_tokens], seq_length), prompt_tokens
+                inputs, first = (
+                    _continued(model, inputs[:, :prompt_tokens], seq_length),
+                    prompt_tokens,
+                )
                 valid = torch.ones_like(inputs, dtype=torch.bool)
             docs = [documents[int(row[0])].index for row in batch.doc[whole.numpy()]]
             rows += _verified(model, inputs, valid, docs, first)
     finally:
         model.train(was)
     if not rows:
-        raise CorpusError(expected(f"a window of at least {length} tokens", "none", "longer documents"))
+        raise CorpusError(
+            expected(f"a window of at least {length} tokens", "none", "longer documents")
+        )
     return pl.DataFrame(rows).group_by("doc", "module", maintain_order=True).sum()
 
 
-def _verified(model: Decoder, ids_BS: Tensor, valid_BS: Tensor, docs: Sequence[int], first: int) -> list[dict[str, int]]:
-    """Counts of one batch. The decoder's own choice at i + k, ``greedy[i + k]``, is what module k has to draft at i."""
+def _verified(
+    model: Decoder, ids_BS: Tensor, valid_BS: Tensor, docs: Sequence[int], first: int
+) -> list[dict[str, int]]:
+    """Counts of one batch.
+
+    The decoder's own choice at i + k, ``greedy[i + k]``, is what module k has to draft at i.
+    """
     output = model(ids_BS, valid_BS=valid_BS)
     greedy_BS = output.logits.argmax(dim=2)
     kept_BS = valid_BS.clone()
@@ -83,10 +107,13 @@ def _verified(model: Decoder, ids_BS: Tensor, valid_BS: Tensor, docs: Sequence[i
         length = logits.shape[1]
         counted_BS = kept_BS[:, :length] & valid_BS[:, number:]
         right_BS = (logits.argmax(dim=2) == greedy_BS[:, number:]) & counted_BS
-        kept_BS = right_BS  # the next module's draft at i is looked at only where this one was accepted
+        kept_BS = (
+            right_BS  # the next module's draft at i is looked at only where this one was accepted
+        )
         drafts, accepted = counted_BS.sum(dim=1).tolist(), right_BS.sum(dim=1).tolist()
         rows += [
-            {"doc": doc, "module": number, "drafts": int(a), "accepted": int(b)} for doc, a, b in zip(docs, drafts, accepted, strict=True)
+            {"doc": doc, "module": number, "drafts": int(a), "accepted": int(b)}
+            for doc, a, b in zip(docs, drafts, accepted, strict=True)
         ]
     return rows
 

@@ -1,9 +1,11 @@
-"""One long run, several token budgets: the shorter ones branch off it where they begin to decay (warm-up-stable-decay, 2404.06395).
+"""One long run, several token budgets: the shorter ones branch off it where they begin to decay
+(warm-up-stable-decay, 2404.06395).
 
-Runs that share ``RunConfig.budgets`` warm up alike and keep the peak learning rate until their own decay, so up to there the state of a
-shorter run is the state of the longest one, to the bit. The longest leaves its state at those steps in ``trunks/`` beside its folder;
-a shorter run takes it up if it is there, and removes it when done; it trains from the beginning if it is not. Either way its numbers are
-the same.
+Runs that share ``RunConfig.budgets`` warm up alike and keep the peak learning rate until their own
+decay, so up to there the state of a shorter run is the state of the longest one, to the bit. The
+longest leaves its state at those steps in ``trunks/`` beside its folder; a shorter run takes it up
+if it is there, and removes it when done; it trains from the beginning if it is not. Either way its
+numbers are the same.
 """
 
 import json
@@ -33,7 +35,9 @@ def branch_steps(config: RunConfig) -> tuple[int, ...]:
 
 def trunk_hash(config: RunConfig) -> str:
     """What all runs of one family share until they decay."""
-    return content_hash({name: value for name, value in config.to_dict().items() if name not in _NO_PART})
+    return content_hash(
+        {name: value for name, value in config.to_dict().items() if name not in _NO_PART}
+    )
 
 
 def _path(config: RunConfig, folder: Path, step: int) -> Path:
@@ -50,15 +54,21 @@ def leave(
     *,
     write: bool = True,
 ) -> None:
-    """Keep the state after ``step`` steps, and the metrics so far, for the budget that branches off here. Of several ranks one writes."""
+    """Keep the state after ``step`` steps, and the metrics so far, for the budget that branches off
+    here. Of several ranks one writes.
+    """
     path = _path(config, folder, step)
     if write:
         write_text(path.with_suffix(".json"), json.dumps(rows))
     save_checkpoint(path, model, optimizer, step, trunk_hash(config), write=write)
 
 
-def take_up(config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
-    """Steps done and metrics rows of the trunk that a shorter run begins from; (0, []) where there is none that is whole."""
+def take_up(
+    config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict[str, Any]]]:
+    """Steps done and metrics rows of the trunk that a shorter run begins from; (0, []) where there
+    is none that is whole.
+    """
     if not config.budgets or config.train_tokens == config.budgets[-1]:
         return 0, []
     path = _path(config, folder, config.decay_step(config.train_tokens))
@@ -70,7 +80,9 @@ def take_up(config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.
 
 
 def forget(config: RunConfig, folder: Path) -> None:
-    """Remove the state that a finished shorter run began from: weights and moments of every long run would fill a disk."""
+    """Remove the state that a finished shorter run began from: weights and moments of every long
+    run would fill a disk.
+    """
     if config.budgets and config.train_tokens != config.budgets[-1]:
         path = _path(config, folder, config.decay_step(config.train_tokens))
         for leftover in (path, path.with_suffix(".json")):

@@ -1,7 +1,9 @@
-"""Checkpoints: one safetensors file with model, optimiser and random state, and a digest that tells a damaged file from a whole one.
+"""Checkpoints: one safetensors file with model, optimiser and random state, and a digest that tells
+a damaged file from a whole one.
 
-No pickle is read. The file is written under a temporary name and renamed, so ``kill -9`` leaves the previous checkpoint in place.
-The file holds whole tensors however many ranks trained them: any number of ranks can go on with it.
+No pickle is read. The file is written under a temporary name and renamed, so ``kill -9`` leaves the
+previous checkpoint in place. The file holds whole tensors however many ranks trained them: any
+number of ranks can go on with it.
 """
 
 import hashlib
@@ -46,17 +48,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}; {advice}") from error
     if metadata.get("digest") != _digest(tensors):
-        raise CheckpointError(f"checkpoint {path} is damaged: expected digest {metadata.get('digest')}, got another; {advice}")
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: expected digest {metadata.get('digest')}, got another; {advice}"
+        )
     return tensors, metadata
 
 
 def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     # Importing the module costs a second, and a run on one rank never needs it.
-    return "torch.distributed.tensor" in sys.modules and isinstance(tensor, sys.modules["torch.distributed.tensor"].DTensor)
+    return "torch.distributed.tensor" in sys.modules and isinstance(
+        tensor, sys.modules["torch.distributed.tensor"].DTensor
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that ranks hold shards of, put together on each of them (all must call this); any other one as it is."""
+    """A tensor that ranks hold shards of, put together on each of them (all must call this); any
+    other one as it is.
+    """
     return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
@@ -66,11 +74,16 @@ def _shard_like(value: Tensor, like: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """``module.state_dict()`` of whole tensors, on the CPU. Ranks that do not ``keep`` it only help the others to gather it."""
+    """``module.state_dict()`` of whole tensors, on the CPU.
+
+    Ranks that do not ``keep`` it only help the others to gather it.
+    """
     found = {}
     for name, value in module.state_dict().items():
         gathered = whole(value)
@@ -80,7 +93,13 @@ def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config_hash: str, *, write: bool = True
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    config_hash: str,
+    *,
+    write: bool = True,
 ) -> None:
     """State after ``step`` finished steps. Of several ranks all call this and one writes."""
     tensors = {f"model.{name}": value for name, value in whole_state(model, write).items()}
@@ -97,11 +116,18 @@ def save_checkpoint(
     save_tensors(path, tensors, {"step": str(step), "config": config_hash})
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config_hash: str) -> int:
-    """Restore and return the number of finished steps. Raises ``CheckpointError`` for damage or another configuration."""
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config_hash: str
+) -> int:
+    """Restore and return the number of finished steps.
+
+    Raises ``CheckpointError`` for damage or another configuration.
+    """
     tensors, metadata = load_tensors(path)
     if metadata.get("config") != config_hash:
-        raise CheckpointError(f"expected a checkpoint of configuration {config_hash}, got {metadata.get('config')} in {path}")
+        raise CheckpointError(
+            f"expected a checkpoint of configuration {config_hash}, got {metadata.get('config')} in {path}"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = model.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
@@ -110,13 +136,28 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 like = parameters[int(index)]
-                state.setdefault(int(index), {})[key] = _shard_like(value, like) if value.shape == like.shape else value
-        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        model.load_state_dict({name: _shard_like(value, held[name]) if name in held else value for name, value in weights.items()})
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+                state.setdefault(int(index), {})[key] = (
+                    _shard_like(value, like) if value.shape == like.shape else value
+                )
+        weights = {
+            name.removeprefix("model."): value
+            for name, value in tensors.items()
+            if name.startswith("model.")
+        }
+        model.load_state_dict(
+            {
+                name: _shard_like(value, held[name]) if name in held else value
+                for name, value in weights.items()
+            }
+        )
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         return int(metadata["step"])
     except (RuntimeError, KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} does not fit its model: {error}; try deleting it to begin this run again") from error
+        raise CheckpointError(
+            f"checkpoint {path} does not fit its model: {error}; try deleting it to begin this run again"
+        ) from error

@@ -1,4 +1,7 @@
-"""``RunConfig``: everything that decides the numbers of one training run. Its hash names the run's folder."""
+"""``RunConfig``: everything that decides the numbers of one training run.
+
+Its hash names the run's folder.
+"""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,7 +18,8 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Config):
-    """AdamW with a warm-up-stable-decay schedule (arXiv 2404.06395): linear warm-up, constant, linear decay to ``final_lr_ratio``.
+    """AdamW with a warm-up-stable-decay schedule (arXiv 2404.06395): linear warm-up, constant,
+    linear decay to ``final_lr_ratio``.
 
     Attributes:
         lr: peak learning rate.
@@ -36,7 +40,9 @@ class OptimizerConfig(Config):
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr above 0", self.lr)
-        require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio between 0 and 1", self.final_lr_ratio)
+        require(
+            0 <= self.final_lr_ratio <= 1, "final_lr_ratio between 0 and 1", self.final_lr_ratio
+        )
         shares = self.warmup_fraction + self.decay_fraction
         require(
             min(self.warmup_fraction, self.decay_fraction) >= 0 and shares <= 1,
@@ -53,14 +59,21 @@ class RunConfig(Config):
     Attributes:
         name: a readable label; the content hash is the identity.
         arm: which series of the sweep the run belongs to ("topk", "zero", ...).
-        seed: of initialisation and data order; runs of one seed see the same batches whatever their model.
-        batch_size: sequences per optimiser step; ``grad_accumulation`` splits them into micro-batches.
+        seed: of initialisation and data order; runs of one seed see the same batches whatever their
+            model.
+        batch_size: sequences per optimiser step; ``grad_accumulation`` splits them into
+            micro-batches.
         train_tokens: rounded up to whole steps.
-        budgets: token budgets, ascending, that share one long run: all warm up like the longest, and the shorter ones branch off it
-            where they begin to decay (`moe_lab.training.branching`). ``train_tokens`` is one of them. Empty: this run is alone.
-        router_aux_loss_coef, router_z_loss_coef: of the balance loss (scale 1 at uniform load, mean over layers) and the router z-loss.
-        router_own_loss_coef: of the losses that a router makes itself (``Routing.losses``: the entropy of top-p, the L1 of ReMoE, ...).
-        eval_tokens: validation tokens, in excerpts of ``eval_excerpt_tokens`` evenly spaced over the validation documents; None for all.
+        budgets: token budgets, ascending, that share one long run: all warm up like the longest,
+            and the shorter ones branch off it where they begin to decay
+            (`moe_lab.training.branching`). ``train_tokens`` is one of them. Empty: this run is
+            alone.
+        router_aux_loss_coef, router_z_loss_coef: of the balance loss (scale 1 at uniform load, mean
+            over layers) and the router z-loss.
+        router_own_loss_coef: of the losses that a router makes itself (``Routing.losses``: the
+            entropy of top-p, the L1 of ReMoE, ...).
+        eval_tokens: validation tokens, in excerpts of ``eval_excerpt_tokens`` evenly spaced over
+            the validation documents; None for all.
         checkpoint_every, log_every: in steps.
         dtype: of the matrix products; parameters and optimiser stay float32.
     """
@@ -87,10 +100,25 @@ class RunConfig(Config):
     dtype: Dtype = Dtype.FLOAT32
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "seq_length", "grad_accumulation", "train_tokens", "checkpoint_every", "log_every"):
+        for name in (
+            "batch_size",
+            "seq_length",
+            "grad_accumulation",
+            "train_tokens",
+            "checkpoint_every",
+            "log_every",
+        ):
             require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
-        require(self.eval_excerpt_tokens >= 2, "eval_excerpt_tokens of at least 2", self.eval_excerpt_tokens)
-        require(self.eval_tokens is None or self.eval_tokens >= 2, "eval_tokens of at least 2", self.eval_tokens)
+        require(
+            self.eval_excerpt_tokens >= 2,
+            "eval_excerpt_tokens of at least 2",
+            self.eval_excerpt_tokens,
+        )
+        require(
+            self.eval_tokens is None or self.eval_tokens >= 2,
+            "eval_tokens of at least 2",
+            self.eval_tokens,
+        )
         require(
             self.batch_size % self.grad_accumulation == 0,
             f"grad_accumulation dividing batch_size {self.batch_size}",
@@ -102,7 +130,11 @@ class RunConfig(Config):
             self.seq_length,
         )
         require(list(self.budgets) == sorted(set(self.budgets)), "ascending budgets", self.budgets)
-        require(not self.budgets or self.train_tokens in self.budgets, f"train_tokens among the budgets {self.budgets}", self.train_tokens)
+        require(
+            not self.budgets or self.train_tokens in self.budgets,
+            f"train_tokens among the budgets {self.budgets}",
+            self.train_tokens,
+        )
         _ = self.schedule  # a warm-up and a decay that fit into these steps
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_own_loss_coef"):
             require(getattr(self, name) >= 0, f"{name} of at least 0", getattr(self, name))
@@ -120,7 +152,9 @@ class RunConfig(Config):
 
     @property
     def schedule(self) -> OptimizerConfig:
-        """The optimiser as this run follows it: runs that share ``budgets`` have the warm-up steps of the longest."""
+        """The optimiser as this run follows it: runs that share ``budgets`` have the warm-up steps
+        of the longest.
+        """
         if not self.budgets:
             return self.optimizer
         warmup = round(self.optimizer.warmup_fraction * self._steps(self.budgets[-1]))
@@ -137,7 +171,9 @@ class RunConfig(Config):
 
     @property
     def target_ffn_count(self) -> float | None:
-        """Real experts per token that the run aims at: K_e with zero-compute experts, else top_k; None for a dense model."""
+        """Real experts per token that the run aims at: K_e with zero-compute experts, else top_k;
+        None for a dense model.
+        """
         if self.model.moe is None:
             return None
         router = self.model.moe.router
@@ -147,10 +183,14 @@ class RunConfig(Config):
 
     @property
     def ratio(self) -> float:
-        """Total to active experts: num_experts / target_ffn_count (E / k for a fixed k); 1 for a dense model."""
+        """Total to active experts: num_experts / target_ffn_count (E / k for a fixed k); 1 for a
+        dense model.
+        """
         if self.model.moe is None or self.target_ffn_count is None:
             return 1.0
         return self.model.moe.router.num_experts / self.target_ffn_count
 
 
-RATIO_MEANING = "routed experts over routed experts run per token (E/k; with zero-compute experts N/K_e)"
+RATIO_MEANING = (
+    "routed experts over routed experts run per token (E/k; with zero-compute experts N/K_e)"
+)

@@ -1,4 +1,6 @@
-"""Batches as a pure function of (tokens, seed, step): resuming at a step needs no state, and all arms of a sweep see the same order."""
+"""Batches as a pure function of (tokens, seed, step): resuming at a step needs no state, and all
+arms of a sweep see the same order.
+"""
 
 import numpy as np
 import torch
@@ -8,20 +10,37 @@ from moe_lab.errors import CorpusError, expected
 
 
 class Batches:
-    """Windows of ``seq_length + 1`` tokens from a flat stream, in a new seeded permutation each epoch."""
+    """Windows of ``seq_length + 1`` tokens from a flat stream, in a new seeded permutation each
+    epoch.
+    """
 
     def __init__(self, stream: np.ndarray, batch_size: int, seq_length: int, seed: int) -> None:
-        self.stream, self.batch_size, self.seq_length, self.seed = stream, batch_size, seq_length, seed
+        self.stream, self.batch_size, self.seq_length, self.seed = (
+            stream,
+            batch_size,
+            seq_length,
+            seed,
+        )
         self.num_windows = (len(stream) - 1) // seq_length
         if self.num_windows < 1:
-            raise CorpusError(expected(f"at least {seq_length + 1} training tokens", len(stream), "more text or a shorter seq_length"))
+            raise CorpusError(
+                expected(
+                    f"at least {seq_length + 1} training tokens",
+                    len(stream),
+                    "more text or a shorter seq_length",
+                )
+            )
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __call__(self, step: int) -> Tensor:
-        """[batch_size, seq_length + 1] int64: inputs are all but the last column, targets all but the first."""
+        """[batch_size, seq_length + 1] int64: inputs are all but the last column, targets all but
+        the first.
+        """
         slots = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         starts = np.array([self._window(int(slot)) for slot in slots]) * self.seq_length
-        return torch.from_numpy(self.stream[starts[:, None] + np.arange(self.seq_length + 1)].astype(np.int64))
+        return torch.from_numpy(
+            self.stream[starts[:, None] + np.arange(self.seq_length + 1)].astype(np.int64)
+        )
 
     def _window(self, slot: int) -> int:
         epoch, place = divmod(slot, self.num_windows)

@@ -1,7 +1,8 @@
 """The validation pass: every document by itself, loss per token, and where each token went.
 
-A corpus is sampled in excerpts, evenly spaced over all its tokens: the openings of documents alone (licences, imports) are another
-text than the one a model was trained on, and its router would be judged on that shift.
+A corpus is sampled in excerpts, evenly spaced over all its tokens: the openings of documents alone
+(licences, imports) are another text than the one a model was trained on, and its router would be
+judged on that shift.
 """
 
 import math
@@ -51,8 +52,12 @@ class Excerpt:
     stop: int
 
 
-def excerpts_of(lengths: Sequence[int], excerpt_tokens: int | None = None, budget: int | None = None) -> list[Excerpt]:
-    """Documents cut into runs of ``excerpt_tokens`` (None: whole), of which evenly spaced ones are kept within ``budget`` tokens."""
+def excerpts_of(
+    lengths: Sequence[int], excerpt_tokens: int | None = None, budget: int | None = None
+) -> list[Excerpt]:
+    """Documents cut into runs of ``excerpt_tokens`` (None: whole), of which evenly spaced ones are
+    kept within ``budget`` tokens.
+    """
     excerpts = [
         Excerpt(document, start, min(start + (excerpt_tokens or length), length))
         for document, length in enumerate(lengths)
@@ -69,7 +74,9 @@ def excerpts_of(lengths: Sequence[int], excerpt_tokens: int | None = None, budge
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Windows of documents, padded on the right: ids, targets, valid [B, S]; doc [B, S] counts the given documents, pos their tokens."""
+    """Windows of documents, padded on the right: ids, targets, valid [B, S]; doc [B, S] counts the
+    given documents, pos their tokens.
+    """
 
     ids: Tensor
     targets: Tensor
@@ -78,9 +85,17 @@ class WindowBatch:
     pos: np.ndarray
 
 
-def windows(documents: Sequence[np.ndarray], excerpts: Sequence[Excerpt], seq_length: int, batch_size: int) -> Iterator[WindowBatch]:
-    """Cut excerpts into consecutive windows of ``seq_length`` inputs; each token but an excerpt's first is a target once."""
-    pieces = [(item.document, start, item.stop) for item in excerpts for start in range(item.start, item.stop, seq_length)]
+def windows(
+    documents: Sequence[np.ndarray], excerpts: Sequence[Excerpt], seq_length: int, batch_size: int
+) -> Iterator[WindowBatch]:
+    """Cut excerpts into consecutive windows of ``seq_length`` inputs; each token but an excerpt's
+    first is a target once.
+    """
+    pieces = [
+        (item.document, start, item.stop)
+        for item in excerpts
+        for start in range(item.start, item.stop, seq_length)
+    ]
     for first in range(0, len(pieces), batch_size):
         chosen = pieces[first : first + batch_size]
         shape = (len(chosen), seq_length)
@@ -93,7 +108,9 @@ def windows(documents: Sequence[np.ndarray], excerpts: Sequence[Excerpt], seq_le
             ids[row, : len(inputs)], targets[row, : len(following)] = inputs, following
             valid[row, : len(inputs)] = True
             doc[row], pos[row] = index, start + np.arange(seq_length)
-        yield WindowBatch(*(torch.from_numpy(array) for array in (ids, targets, valid)), doc=doc, pos=pos)
+        yield WindowBatch(
+            *(torch.from_numpy(array) for array in (ids, targets, valid)), doc=doc, pos=pos
+        )
 
 
 def evaluate(
@@ -139,34 +156,57 @@ def evaluate_together(
     reference_counts: np.ndarray | None = None,
     trace: tuple[Path, TraceMeta] | None = None,
 ) -> Evaluation | None:
-    """``evaluate`` by several ranks, who take runs of its batches, so that each batch is computed as one rank would.
+    """``evaluate`` by several ranks, who take runs of its batches, so that each batch is computed
+    as one rank would.
 
-    Every rank records its part beside the trace; the first puts the trace together and returns the evaluation, the others None.
+    Every rank records its part beside the trace; the first puts the trace together and returns the
+    evaluation, the others None.
     """
     device = next(model.parameters()).device
     ids = [document.ids for document in documents]
     excerpts = excerpts_of([len(sequence) for sequence in ids]) if excerpts is None else excerpts
     if not excerpts:
-        raise CorpusError(expected("validation text of at least two tokens in a document", "none", "longer documents"))
+        raise CorpusError(
+            expected(
+                "validation text of at least two tokens in a document", "none", "longer documents"
+            )
+        )
     losses = [np.full(len(sequence), np.nan) for sequence in ids]
     numbers = np.array([document.index for document in documents])
     was_training = model.training
     model.eval()
     try:
-        with TraceWriter(_part(trace[0], ranks), trace[1]) if trace is not None else nullcontext() as writer:
-            for batch, is_own in _own_batches(list(windows(ids, excerpts, seq_length, batch_size)), ranks):
+        with (
+            TraceWriter(_part(trace[0], ranks), trace[1])
+            if trace is not None
+            else nullcontext() as writer
+        ):
+            for batch, is_own in _own_batches(
+                list(windows(ids, excerpts, seq_length, batch_size)), ranks
+            ):
                 output = model(batch.ids.to(device), valid_BS=batch.valid.to(device))
                 if not is_own:
                     continue
                 nats = F.cross_entropy(
-                    output.logits.float().flatten(0, 1), batch.targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
+                    output.logits.float().flatten(0, 1),
+                    batch.targets.to(device).flatten(),
+                    ignore_index=IGNORE,
+                    reduction="none",
                 )
                 _scatter(losses, nats.cpu().numpy().reshape(batch.doc.shape), batch)
                 if writer is not None:
-                    for layer, routing in zip(model.config.moe_layers, output.routings, strict=True):
-                        writer.write_routing(layer, numbers[batch.doc.ravel()], batch.pos.ravel(), routing)
+                    for layer, routing in zip(
+                        model.config.moe_layers, output.routings, strict=True
+                    ):
+                        writer.write_routing(
+                            layer, numbers[batch.doc.ravel()], batch.pos.ravel(), routing
+                        )
             _gather(losses, sorted({excerpt.document for excerpt in excerpts}), ranks)
-            tokens = _token_frame(documents, excerpts, losses, tokenizer, reference_counts) if ranks.first else None
+            tokens = (
+                _token_frame(documents, excerpts, losses, tokenizer, reference_counts)
+                if ranks.first
+                else None
+            )
             if writer is not None and tokens is not None and ranks.size == 1:
                 writer.write_tokens(tokens)
     finally:
@@ -187,9 +227,12 @@ def evaluate_together(
     )
 
 
-def _own_batches(batches: Sequence[WindowBatch], ranks: Ranks) -> Iterator[tuple[WindowBatch, bool]]:
-    """This rank's run of the batches. Shards of a model are gathered by all ranks at once, so each makes as many passes as any: one that
-    has fewer batches repeats one, which is not its own."""
+def _own_batches(
+    batches: Sequence[WindowBatch], ranks: Ranks
+) -> Iterator[tuple[WindowBatch, bool]]:
+    """This rank's run of the batches. Shards of a model are gathered by all ranks at once, so each
+    makes as many passes as any: one that has fewer batches repeats one, which is not its own.
+    """
     start, stop = (len(batches) * edge // ranks.size for edge in (ranks.rank, ranks.rank + 1))
     for number in range(start, start - (-len(batches) // ranks.size)):
         yield batches[min(number, len(batches) - 1)], number < stop
@@ -202,13 +245,21 @@ def _gather(losses: Sequence[np.ndarray], documents: Sequence[int], ranks: Ranks
     own = torch.from_numpy(np.concatenate([losses[index] for index in documents]))
     scored = ranks.total((~own.isnan()).long()) > 0
     found = torch.where(scored, ranks.total(own.nan_to_num()), torch.nan).cpu().numpy()
-    for index, values in zip(documents, np.split(found, np.cumsum([len(losses[index]) for index in documents])[:-1]), strict=True):
+    for index, values in zip(
+        documents,
+        np.split(found, np.cumsum([len(losses[index]) for index in documents])[:-1]),
+        strict=True,
+    ):
         losses[index][:] = values
 
 
 def _part(trace: Path, ranks: Ranks, rank: int | None = None) -> Path:
     """Where a rank (this one) records its part of a trace."""
-    return trace if ranks.size == 1 else trace.with_name(f"{trace.name}.rank-{ranks.rank if rank is None else rank}")
+    return (
+        trace
+        if ranks.size == 1
+        else trace.with_name(f"{trace.name}.rank-{ranks.rank if rank is None else rank}")
+    )
 
 
 def _join_parts(trace: Path, tokens: pl.DataFrame, ranks: Ranks) -> None:
@@ -233,15 +284,24 @@ def _token_frame(
     tokenizer: Tokenizer,
     reference_counts: np.ndarray | None,
 ) -> pl.DataFrame:
-    """One row per token of the excerpts; classes are those of the whole document (what was seen before it, where a string began)."""
+    """One row per token of the excerpts; classes are those of the whole document (what was seen
+    before it, where a string began).
+    """
     frames = []
     for index, group in groupby(excerpts, key=lambda excerpt: excerpt.document):
         document = documents[index]
         classes = token_classes(document, tokenizer, reference_counts).with_columns(
-            doc=pl.lit(document.index, pl.UInt32), loss=pl.Series(losses[index], dtype=pl.Float32).fill_nan(None)
+            doc=pl.lit(document.index, pl.UInt32),
+            loss=pl.Series(losses[index], dtype=pl.Float32).fill_nan(None),
         )
         for excerpt in group:
             rows = classes.slice(excerpt.start, excerpt.stop - excerpt.start)
             spans = rows.select("start", "end").iter_rows()
-            frames.append(rows.with_columns(text=pl.Series([document.text[start:end] for start, end in spans], dtype=pl.String)))
+            frames.append(
+                rows.with_columns(
+                    text=pl.Series(
+                        [document.text[start:end] for start, end in spans], dtype=pl.String
+                    )
+                )
+            )
     return pl.concat(frames)

@@ -22,10 +22,17 @@ class LoadedRun:
 
 
 def load_run(folder: Path | str, device: str | torch.device = "cpu") -> LoadedRun:
-    """Open a run directory that has ``done``; the model is in evaluation mode. Raises ``RunError`` or ``CheckpointError``."""
+    """Open a run directory that has ``done``; the model is in evaluation mode.
+
+    Raises ``RunError`` or ``CheckpointError``.
+    """
     folder = Path(folder)
     if not (folder / "done").exists():
-        hint = "moe-lab sweep run again" if (folder / "config.json").exists() else "the folder of one run, runs/<sweep>/<hash>"
+        hint = (
+            "moe-lab sweep run again"
+            if (folder / "config.json").exists()
+            else "the folder of one run, runs/<sweep>/<hash>"
+        )
         raise RunError(expected(f"a finished run in {folder}", "no file 'done'", hint))
     try:
         config = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
@@ -36,5 +43,9 @@ def load_run(folder: Path | str, device: str | torch.device = "cpu") -> LoadedRu
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder / 'model.safetensors'} does not fit its config.json: {error}") from error
-    return LoadedRun(folder, config, model.to(device).eval(), Tokenizer.load(folder / "tokenizer.json"))
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'} does not fit its config.json: {error}"
+        ) from error
+    return LoadedRun(
+        folder, config, model.to(device).eval(), Tokenizer.load(folder / "tokenizer.json")
+    )

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 
 class Objective(nn.Module):
-    """[B, S+1] token ids of this rank's part of a micro-batch -> language-model loss, weighted auxiliary losses, detached routings.
+    """[B, S+1] token ids of this rank's part of a micro-batch -> language-model loss, weighted
+    auxiliary losses, detached routings.
 
-    The means of both losses over the ranks of the micro-batch are the losses of the whole micro-batch, and so are those of their
-    gradients: every rank has equally many targets, z-loss and the model's own losses are means over tokens, the balance loss has its
-    load from the counts of all ranks, and routers' own losses take their sums from all of them.
+    The means of both losses over the ranks of the micro-batch are the losses of the whole
+    micro-batch, and so are those of their gradients: every rank has equally many targets, z-loss
+    and the model's own losses are means over tokens, the balance loss has its load from the counts
+    of all ranks, and routers' own losses take their sums from all of them.
     """
 
     def __init__(self, model: Decoder, config: RunConfig, ranks: Ranks) -> None:
@@ -35,7 +37,12 @@ class Objective(nn.Module):
     def forward(self, batch: Tensor) -> tuple[Tensor, Tensor, list[Routing]]:
         config = self.config
         whole = shared_by(self.ranks.parts, self.ranks.group)
-        with whole, torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=config.dtype == Dtype.BFLOAT16):
+        with (
+            whole,
+            torch.autocast(
+                batch.device.type, dtype=torch.bfloat16, enabled=config.dtype == Dtype.BFLOAT16
+            ),
+        ):
             output = self.model(batch[:, :-1], batch[:, 1:])
         assert output.loss is not None
         auxiliary = torch.zeros((), device=batch.device)
@@ -53,17 +60,36 @@ class Objective(nn.Module):
         """Of each layer over the whole micro-batch; one exchange for all layers."""
         if self.ranks.parts == 1 or not routings:
             return [load_balancing_loss(routing) for routing in routings]
-        local = [torch.cat([routing.selected_counts(), routing.num_valid().reshape(1)]) for routing in routings]
-        found = self.ranks.total_of_micro_batch(torch.cat(local)).split([len(counts) for counts in local])
+        local = [
+            torch.cat([routing.selected_counts(), routing.num_valid().reshape(1)])
+            for routing in routings
+        ]
+        found = self.ranks.total_of_micro_batch(torch.cat(local)).split(
+            [len(counts) for counts in local]
+        )
         return [
-            # A part's share of the sum, times the parts: their mean is what gradients are averaged to.
-            self.ranks.parts * load_balancing_loss(routing, scope="global", counts=counts[:-1], tokens=counts[-1])
+            # A part's share of the sum, times the parts: their mean is what gradients are averaged
+            # to.
+            self.ranks.parts
+            * load_balancing_loss(routing, scope="global", counts=counts[:-1], tokens=counts[-1])
             for routing, counts in zip(routings, found, strict=True)
         ]
 
 
-BATCH_WIDE = frozenset({"base", "expert_choice", "expert_threshold", "gshard_top2", "quantile_threshold", "sinkhorn", "switch"})
-"""Routers that decide for one token by looking at the others of its micro-batch: assignments, capacities, cut-offs of the batch."""
+BATCH_WIDE = frozenset(
+    {
+        "base",
+        "expert_choice",
+        "expert_threshold",
+        "gshard_top2",
+        "quantile_threshold",
+        "sinkhorn",
+        "switch",
+    }
+)
+"""Routers that decide for one token by looking at the others of its micro-batch: assignments,
+capacities, cut-offs of the batch.
+"""
 
 
 def _decides_as_one(router: RouterConfig) -> bool:
@@ -74,24 +100,39 @@ def _decides_as_one(router: RouterConfig) -> bool:
 
 
 def check_shareable(config: RunConfig, ranks: Ranks) -> None:
-    """Raise ``ConfigError`` where ranks would share micro-batches over which the router must decide as one."""
+    """Raise ``ConfigError`` where ranks would share micro-batches over which the router must decide
+    as one.
+    """
     moe = config.model.moe
     if ranks.parts == 1 or moe is None:
         return
     what = f"a grad_accumulation that is a multiple of the {ranks.size} ranks: router {moe.router.kind!r} decides over whole micro-batches"
-    require(not _decides_as_one(moe.router), what, config.grad_accumulation, f"grad_accumulation {ranks.size}")
+    require(
+        not _decides_as_one(moe.router),
+        what,
+        config.grad_accumulation,
+        f"grad_accumulation {ranks.size}",
+    )
 
 
 def spread(objective: Objective, ranks: Ranks) -> nn.Module:
-    """The objective to call in training: gradients come out averaged over the ranks. The model is changed in place by "fsdp".
+    """The objective to call in training: gradients come out averaged over the ranks. The model is
+    changed in place by "fsdp".
 
     Raises ``ConfigError`` for a model that cannot be spread so.
     """
     if ranks.parallel == Parallel.DDP:
         return _replicated(objective, ranks.device)
     if ranks.parallel == Parallel.FSDP:
-        scalars = [name for name, parameter in objective.model.named_parameters() if parameter.dim() == 0]
-        require(not scalars, "parameters with an axis to shard for parallel 'fsdp'", ", ".join(scalars), "parallel 'ddp'")
+        scalars = [
+            name for name, parameter in objective.model.named_parameters() if parameter.dim() == 0
+        ]
+        require(
+            not scalars,
+            "parameters with an axis to shard for parallel 'fsdp'",
+            ", ".join(scalars),
+            "parallel 'ddp'",
+        )
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -103,17 +144,25 @@ def spread(objective: Objective, ranks: Ranks) -> nn.Module:
 
 
 def _replicated(objective: Objective, device: torch.device) -> nn.Module:
-    # The controllers keep their buffers equal themselves. (The option has another name from torch 2.13 on.)
+    # The controllers keep their buffers equal themselves. (The option has another name from torch
+    # 2.13 on.)
     names = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-    # A router may have parameters that no loss reaches, so DDP must look for such; this one keeps it from warning where there is none.
+    buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
+    }
+    # A router may have parameters that no loss reaches, so DDP must look for such; this one keeps
+    # it from warning where there is none.
     objective.unreached = nn.Parameter(torch.zeros((), device=device))
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=devices, find_unused_parameters=True, **buffers)
+    return DistributedDataParallel(
+        objective, device_ids=devices, find_unused_parameters=True, **buffers
+    )
 
 
 def average_gradients(objective: nn.Module, now: bool) -> None:
-    """Whether the coming backward pass exchanges gradients: only the last micro-batch of a step needs to."""
+    """Whether the coming backward pass exchanges gradients: only the last micro-batch of a step
+    needs to.
+    """
     if isinstance(objective, DistributedDataParallel):
         objective.require_backward_grad_sync = now
     elif isinstance(objective, Objective) and objective.ranks.parallel == Parallel.FSDP:

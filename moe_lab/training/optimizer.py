@@ -10,20 +10,33 @@ from moe_lab.training.config import OptimizerConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() < 2],
+            "weight_decay": 0.0,
+        },
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their total norm is at most ``max_norm``; returns the norm before. [] float32. Shards count as the wholes
-    that they are of.
+    """Scale all gradients so that their total norm is at most ``max_norm``; returns the norm
+    before. [] float32. Shards count as the wholes that they are of.
 
-    On a CPU, gradients within the norm are left alone: multiplying them by one would read and write the whole bank.
+    On a CPU, gradients within the norm are left alone: multiplying them by one would read and write
+    the whole bank.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+    norm = whole(
+        torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in parameters if parameter.grad is not None]
+        )
+    )
     if norm.device.type != "cpu" or not norm <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -1,8 +1,10 @@
-"""The processes that train one run together: who they are, what part of a step is whose, and how they speak.
+"""The processes that train one run together: who they are, what part of a step is whose, and how
+they speak.
 
-``torchrun`` (or a process group that the caller initialised) describes them; without either there is one. A run's numbers are those of
-one process: a step's micro-batches are first dealt to groups of ranks, and where there are fewer micro-batches than ranks the ranks of a
-group share one, so that its tokens, its counts and its losses are the same whatever the number of ranks.
+``torchrun`` (or a process group that the caller initialised) describes them; without either there
+is one. A run's numbers are those of one process: a step's micro-batches are first dealt to groups
+of ranks, and where there are fewer micro-batches than ranks the ranks of a group share one, so that
+its tokens, its counts and its losses are the same whatever the number of ranks.
 """
 
 import os
@@ -23,7 +25,10 @@ from moe_lab.errors import ConfigError, MoELabError, RunError, expected
 from moe_lab.training.config import RunConfig
 
 PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for another that neither answers nor ends. A rank that ends is noticed at once."""
+"""How long a rank waits for another that neither answers nor ends.
+
+A rank that ends is noticed at once.
+"""
 _LOST = re.compile(r"gloo|nccl|connection|peer|timed? ?out|process group|heartbeat", re.IGNORECASE)
 _calls = 0
 
@@ -31,14 +36,19 @@ T = TypeVar("T")
 
 
 class Parallel(StrEnum):
-    """How a model is spread: every rank holds all of it and gradients are averaged, or each holds a shard (FSDP2)."""
+    """How a model is spread: every rank holds all of it and gradients are averaged, or each holds a
+    shard (FSDP2).
+    """
 
     DDP = "ddp"
     FSDP = "fsdp"
 
 
 class RankError(RunError):
-    """The run ended because of another rank. ``told``: that rank has said why, so this one need not."""
+    """The run ended because of another rank.
+
+    ``told``: that rank has said why, so this one need not.
+    """
 
     def __init__(self, message: str, told: bool) -> None:
         super().__init__(message)
@@ -54,7 +64,8 @@ class Ranks:
         parallel: how the model is spread; None where there is one rank.
         device: of the tensors that ranks exchange.
         micro_batches: of a step, over all ranks.
-        groups: of ranks; each takes ``micro_batches / groups`` whole micro-batches, of which every member has an equal part.
+        groups: of ranks; each takes ``micro_batches / groups`` whole micro-batches, of which every
+            member has an equal part.
         group: the ranks that share this rank's micro-batches; None for all of them.
     """
 
@@ -81,7 +92,8 @@ class Ranks:
         each = self.micro_batches // self.groups
         start = self.rank // self.parts * each
         return [
-            micro_batch.chunk(self.parts)[self.rank % self.parts] for micro_batch in batch.chunk(self.micro_batches)[start : start + each]
+            micro_batch.chunk(self.parts)[self.rank % self.parts]
+            for micro_batch in batch.chunk(self.micro_batches)[start : start + each]
         ]
 
     def total(self, values: Tensor) -> Tensor:
@@ -102,7 +114,9 @@ class Ranks:
         return values
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on the first rank, on all of them; where it raises a ``MoELabError``, all raise it."""
+        """What ``work`` returns on the first rank, on all of them; where it raises a
+        ``MoELabError``, all raise it.
+        """
         if self.size == 1:
             return work()
         answer: list[Any] = [None, None]
@@ -122,7 +136,9 @@ class Ranks:
             self.total(torch.zeros(1))
 
     def draw_own_noise(self, seed: int, step: int) -> None:
-        """Give every rank but the first random numbers of its own for this step: noise must not repeat over ranks."""
+        """Give every rank but the first random numbers of its own for this step: noise must not
+        repeat over ranks.
+        """
         if not self.first:
             torch.manual_seed(hash((seed, self.rank, step)) % 2**63)
 
@@ -131,8 +147,11 @@ ALONE = Ranks()
 
 
 @contextmanager
-def join(config: RunConfig, parallel: Parallel | str | None, device: torch.device) -> Iterator[Ranks]:
-    """The ranks that this process is one of, joined if ``torchrun`` describes them; what goes wrong on one ends the run on all.
+def join(
+    config: RunConfig, parallel: Parallel | str | None, device: torch.device
+) -> Iterator[Ranks]:
+    """The ranks that this process is one of, joined if ``torchrun`` describes them; what goes wrong
+    on one ends the run on all.
 
     Args:
         parallel: how the model is spread over several ranks; None means "ddp".
@@ -151,7 +170,8 @@ def join(config: RunConfig, parallel: Parallel | str | None, device: torch.devic
             with _all_or_none():
                 yield _spread(config, Parallel(parallel or Parallel.DDP), device)
     except BaseException:
-        # NCCL waits in its shutdown for collectives that can no more end; the process is about to end anyway.
+        # NCCL waits in its shutdown for collectives that can no more end; the process is about to
+        # end anyway.
         if joined and device.type == "cpu":
             dist.destroy_process_group()
         raise
@@ -160,20 +180,33 @@ def join(config: RunConfig, parallel: Parallel | str | None, device: torch.devic
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's GPU of its machine where the configuration says "cuda" and ``torchrun`` says which."""
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == torch.device("cuda") and "LOCAL_RANK" in os.environ else device
+    """This process's GPU of its machine where the configuration says "cuda" and ``torchrun`` says
+    which.
+    """
+    return (
+        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ
+        else device
+    )
 
 
 def _join_group(device: torch.device) -> bool:
     """Whether this call made the process group that the environment describes."""
-    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+    if (
+        not dist.is_available()
+        or dist.is_initialized()
+        or int(os.environ.get("WORLD_SIZE", 1)) == 1
+        or "RANK" not in os.environ
+    ):
         return False
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (dist.DistError, ValueError, RuntimeError) as error:
-        raise RunError(f"cannot join the other ranks: {_line(error)}; try torchrun, or MASTER_ADDR and MASTER_PORT of rank 0") from error
+        raise RunError(
+            f"cannot join the other ranks: {_line(error)}; try torchrun, or MASTER_ADDR and MASTER_PORT of rank 0"
+        ) from error
     return True
 
 
@@ -182,19 +215,28 @@ def _spread(config: RunConfig, parallel: Parallel, device: torch.device) -> Rank
     groups = gcd(micro_batches, size)
     parts, sequences = size // groups, config.batch_size // micro_batches
     if sequences % parts:
-        sizes = [number for number in range(size, 0, -1) if sequences % (number // gcd(micro_batches, number)) == 0]
+        sizes = [
+            number
+            for number in range(size, 0, -1)
+            if sequences % (number // gcd(micro_batches, number)) == 0
+        ]
         what = f"ranks that share the batch evenly (batch_size {config.batch_size}, grad_accumulation {micro_batches})"
         raise ConfigError(expected(what, size, f"{sizes[0]} ranks, or another batch_size"))
     group = None
     if groups > 1 and parts > 1:
-        members = [dist.new_group(list(range(start, start + parts)), timeout=PATIENCE) for start in range(0, size, parts)]
+        members = [
+            dist.new_group(list(range(start, start + parts)), timeout=PATIENCE)
+            for start in range(0, size, parts)
+        ]
         group = members[rank // parts]
     return Ranks(rank, size, parallel, device, micro_batches, groups, group)
 
 
 @contextmanager
 def _all_or_none() -> Iterator[None]:
-    """One reason for the end of a run on many ranks: the first to fail says it, the others raise ``RankError``."""
+    """One reason for the end of a run on many ranks: the first to fail says it, the others raise
+    ``RankError``.
+    """
     global _calls
     _calls += 1
     try:
@@ -202,30 +244,46 @@ def _all_or_none() -> Iterator[None]:
     except RankError:
         raise
     except Exception as error:
-        lost = not isinstance(error, MoELabError) and isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+        lost = (
+            not isinstance(error, MoELabError)
+            and isinstance(error, RuntimeError)
+            and bool(_LOST.search(str(error)))
+        )
         rank, reason = dist.get_rank(), _line(error)
         if lost:
             reason = f"another rank ended or does not answer ({reason.split('. ')[0]})"
         teller, reason = _tell(rank, reason)
         if teller != rank:
-            raise RankError(f"rank {teller} of {dist.get_world_size()}: {reason}", told=True) from error
+            raise RankError(
+                f"rank {teller} of {dist.get_world_size()}: {reason}", told=True
+            ) from error
         if lost:
             hint = "the same command, which continues from the last checkpoint"
-            raise RankError(f"rank {rank} of {dist.get_world_size()}: {reason}; try {hint}", told=False) from error
+            raise RankError(
+                f"rank {rank} of {dist.get_world_size()}: {reason}; try {hint}", told=False
+            ) from error
         raise
 
 
 def _tell(rank: int, reason: str) -> tuple[int, str]:
-    """Leave the reason where all ranks look; the rank and reason that were left first, this one's if that cannot be found out."""
+    """Leave the reason where all ranks look; the rank and reason that were left first, this one's
+    if that cannot be found out.
+    """
     with suppress(Exception):  # the store may have gone with the rank that kept it
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=5))
-        teller, _, found = store.compare_set(f"moe_lab/failed/{_calls}", "", f"{rank} {reason}").decode().partition(" ")
+        teller, _, found = (
+            store.compare_set(f"moe_lab/failed/{_calls}", "", f"{rank} {reason}")
+            .decode()
+            .partition(" ")
+        )
         return int(teller), found
     return rank, reason
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error, without the place in a library's source that torch puts before it."""
+    """The first line of an error, without the place in a library's source that torch puts before
+    it.
+    """
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"^\[[^\]]*\]\s*", "", first)

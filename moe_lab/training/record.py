@@ -18,7 +18,12 @@ def trace_meta(config: RunConfig, tokenizer_hash: str, corpus_hash: str) -> Trac
     assert config.model.moe is not None
     router = config.model.moe.router
     layers = tuple(
-        LayerMeta(layer=layer, num_experts=router.num_experts, num_zero_experts=router.num_zero_experts, top_k=router.num_slots)
+        LayerMeta(
+            layer=layer,
+            num_experts=router.num_experts,
+            num_zero_experts=router.num_zero_experts,
+            top_k=router.num_slots,
+        )
         for layer in config.model.moe_layers
     )
     return TraceMeta(
@@ -35,9 +40,17 @@ def trace_meta(config: RunConfig, tokenizer_hash: str, corpus_hash: str) -> Trac
 
 
 def run_record(
-    config: RunConfig, text: TokenizedText, evaluation: Evaluation, metrics: pl.DataFrame, seconds: float, folder: Path | None
+    config: RunConfig,
+    text: TokenizedText,
+    evaluation: Evaluation,
+    metrics: pl.DataFrame,
+    seconds: float,
+    folder: Path | None,
 ) -> dict[str, Any]:
-    """The content of ``result.json``. Parameters and FLOPs come from the configuration, routing figures from the trace in ``folder``."""
+    """The content of ``result.json``.
+
+    Parameters and FLOPs come from the configuration, routing figures from the trace in ``folder``.
+    """
     parameters = count(config.model)
     tail = metrics.tail(max(1, len(metrics) // 10))
     record: dict[str, Any] = {
@@ -55,7 +68,9 @@ def run_record(
         "mtp_params": parameters.mtp,
         "expert_sparsity": 1 - 1 / config.ratio,
         "attention_sparsity": config.model.attention_sparsity(config.seq_length),
-        "flops_per_token": flops(config.model, context=config.seq_length, phase="train").training_with_mtp,
+        "flops_per_token": flops(
+            config.model, context=config.seq_length, phase="train"
+        ).training_with_mtp,
         "train_tokens": config.steps * config.tokens_per_step,
         "learning_rate": config.optimizer.lr,
         "eval_tokens": evaluation.num_tokens,

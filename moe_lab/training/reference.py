@@ -1,7 +1,9 @@
-"""Dense twins: how hard a token is for a plain model that has nothing to do with the one that is studied.
+"""Dense twins: how hard a token is for a plain model that has nothing to do with the one that is
+studied.
 
-The documents are dealt into folds; one dense decoder is trained on each fold and scores the others, so that no token is judged by a model
-that has read it. Losses at several points of the training tell what was learnt when (``analysis.difficulty.learnability``).
+The documents are dealt into folds; one dense decoder is trained on each fold and scores the others,
+so that no token is judged by a model that has read it. Losses at several points of the training
+tell what was learnt when (``analysis.difficulty.learnability``).
 """
 
 from collections.abc import Sequence
@@ -32,13 +34,17 @@ def dense_twins(
 
     Args:
         documents: all documents; each fold holds every ``folds``-th of a seeded permutation.
-        config: sizes, optimiser, tokens and seed of a twin; its model must be dense. Each twin trains ``config.train_tokens``.
-        checkpoints: how often, evenly spaced, each twin scores what it did not train on; the last is the end of the training.
+        config: sizes, optimiser, tokens and seed of a twin; its model must be dense. Each twin
+            trains ``config.train_tokens``.
+        checkpoints: how often, evenly spaced, each twin scores what it did not train on; the last
+            is the end of the training.
         excerpts: what to score; all tokens by default.
 
     Returns:
-        [doc, pos, ref_loss, ref_entropy, ref_losses]: nats, null for the first token of a document or excerpt; ``ref_losses`` lists the
-        loss at each checkpoint. With more than two folds the numbers are means over the twins that did not train on the document.
+        [doc, pos, ref_loss, ref_entropy, ref_losses]: nats, null for the first token of a document
+            or excerpt; ``ref_losses`` lists the
+        loss at each checkpoint. With more than two folds the numbers are means over the twins that
+        did not train on the document.
 
     Raises:
         CorpusError: fewer documents than folds.
@@ -47,43 +53,68 @@ def dense_twins(
     require(config.model.moe is None, "a dense model for a reference", "MoE layers")
     require(checkpoints >= 1, "at least 1 checkpoint", checkpoints)
     if not 2 <= folds <= len(documents):
-        raise CorpusError(expected(f"2 to {len(documents)} folds of {len(documents)} documents", folds, "more documents"))
+        raise CorpusError(
+            expected(
+                f"2 to {len(documents)} folds of {len(documents)} documents",
+                folds,
+                "more documents",
+            )
+        )
     part = np.random.default_rng(config.seed).permutation(len(documents)) % folds
     ids = [document.ids for document in documents]
-    excerpts = [Excerpt(index, 0, len(row)) for index, row in enumerate(ids) if len(row) > 1] if excerpts is None else list(excerpts)
+    excerpts = (
+        [Excerpt(index, 0, len(row)) for index, row in enumerate(ids) if len(row) > 1]
+        if excerpts is None
+        else list(excerpts)
+    )
     total = np.zeros((checkpoints, 2, sum(map(len, ids))))
     offsets = np.cumsum([0, *map(len, ids)])[:-1]
     for fold in range(folds):
         own = [ids[index] for index in np.flatnonzero(part == fold)]
         asked = [excerpt for excerpt in excerpts if part[excerpt.document] != fold]
         stream = np.concatenate(own).astype(np.int64)
-        total += _train_and_score(config.replace(seed=config.seed + fold), stream, ids, asked, checkpoints, offsets)
+        total += _train_and_score(
+            config.replace(seed=config.seed + fold), stream, ids, asked, checkpoints, offsets
+        )
     total /= folds - 1
     seen = np.zeros(total.shape[2], dtype=bool)
     for excerpt in excerpts:
-        seen[offsets[excerpt.document] + excerpt.start + 1 : offsets[excerpt.document] + excerpt.stop] = True
+        seen[
+            offsets[excerpt.document] + excerpt.start + 1 : offsets[excerpt.document] + excerpt.stop
+        ] = True
     total[:, :, ~seen] = np.nan
     frame = pl.DataFrame(
         {
-            "doc": np.repeat([document.index for document in documents], [len(row) for row in ids]).astype(np.uint32),
+            "doc": np.repeat(
+                [document.index for document in documents], [len(row) for row in ids]
+            ).astype(np.uint32),
             "pos": np.concatenate([np.arange(len(row), dtype=np.uint32) for row in ids]),
             "ref_loss": total[-1, 0].astype(np.float32),
             "ref_entropy": total[-1, 1].astype(np.float32),
-            "ref_losses": pl.Series(total[:, 0].T.astype(np.float32), dtype=pl.Array(pl.Float32, checkpoints)),
+            "ref_losses": pl.Series(
+                total[:, 0].T.astype(np.float32), dtype=pl.Array(pl.Float32, checkpoints)
+            ),
         }
     )
     return frame.with_columns(pl.col("ref_loss", "ref_entropy").fill_nan(None))
 
 
 def _train_and_score(
-    config: RunConfig, stream: np.ndarray, ids: list[np.ndarray], excerpts: list[Excerpt], checkpoints: int, offsets: np.ndarray
+    config: RunConfig,
+    stream: np.ndarray,
+    ids: list[np.ndarray],
+    excerpts: list[Excerpt],
+    checkpoints: int,
+    offsets: np.ndarray,
 ) -> np.ndarray:
     """[checkpoints, 2, tokens] loss and entropy of the excerpts, 0 elsewhere."""
     torch.manual_seed(config.seed)
     model = Decoder(config.model).to(config.device)
     optimizer = build_optimizer(model, config.optimizer)
     batches = Batches(stream, config.batch_size, config.seq_length, config.seed)
-    stops = {-(-config.steps * (number + 1) // checkpoints): number for number in range(checkpoints)}
+    stops = {
+        -(-config.steps * (number + 1) // checkpoints): number for number in range(checkpoints)
+    }
     found = np.zeros((checkpoints, 2, sum(map(len, ids))))
     for step in range(config.steps):
         for group in optimizer.param_groups:
@@ -103,11 +134,21 @@ def _train_and_score(
 
 @torch.no_grad()
 def _score(
-    model: Decoder, config: RunConfig, ids: list[np.ndarray], excerpts: list[Excerpt], offsets: np.ndarray, found: np.ndarray
+    model: Decoder,
+    config: RunConfig,
+    ids: list[np.ndarray],
+    excerpts: list[Excerpt],
+    offsets: np.ndarray,
+    found: np.ndarray,
 ) -> None:
     for batch in windows(ids, excerpts, config.seq_length, 16):
         predicts = batch.targets != IGNORE
-        log_p = model(batch.ids.to(config.device)).logits[predicts.to(config.device)].float().log_softmax(dim=1)
+        log_p = (
+            model(batch.ids.to(config.device))
+            .logits[predicts.to(config.device)]
+            .float()
+            .log_softmax(dim=1)
+        )
         targets = batch.targets[predicts].to(config.device)
         mask = predicts.numpy()
         place = offsets[batch.doc[mask]] + batch.pos[mask] + 1

@@ -1,7 +1,9 @@
-"""One run: ``train(config, folder)`` takes a ``RunConfig`` to a finished run directory, from wherever an earlier attempt stopped.
+"""One run: ``train(config, folder)`` takes a ``RunConfig`` to a finished run directory, from
+wherever an earlier attempt stopped.
 
-The folder holds ``config.json``, ``status.json`` (live), ``metrics.jsonl`` (live) and ``metrics.parquet``, ``checkpoint.safetensors``
-(while it trains), ``model.safetensors``, ``tokenizer.json``, ``trace/``, ``result.json`` and, written last, ``done``. Nothing in it is
+The folder holds ``config.json``, ``status.json`` (live), ``metrics.jsonl`` (live) and
+``metrics.parquet``, ``checkpoint.safetensors`` (while it trains), ``model.safetensors``,
+``tokenizer.json``, ``trace/``, ``result.json`` and, written last, ``done``. Nothing in it is
 trusted without ``done``.
 """
 
@@ -55,22 +57,27 @@ def train(
     parallel: Parallel | str | None = None,
     loggers: Sequence[Logger | str] = (),
 ) -> RunResult:
-    """Train, evaluate, trace; resume from the checkpoint in ``folder`` if there is one; return at once if the run is done.
+    """Train, evaluate, trace; resume from the checkpoint in ``folder`` if there is one; return at
+    once if the run is done.
 
-    On a CPU the result is a function of the configuration and the number of threads, to the bit, interruptions included. Under
-    ``torchrun``, or in a process group that the caller has initialised, all its ranks train the one run: each must call this with the
-    same arguments and see the same folder (docs/training.md).
+    On a CPU the result is a function of the configuration and the number of threads, to the bit,
+    interruptions included. Under ``torchrun``, or in a process group that the caller has
+    initialised, all its ranks train the one run: each must call this with the same arguments and
+    see the same folder (docs/training.md).
 
     Args:
         on_step: called with the metrics row of each logged step, on the first rank.
         cache_dir: of tokenizers and token ids.
-        parallel: how several ranks hold the model, "ddp" (also if None) or "fsdp"; no part of the run's identity.
-        loggers: mirrors of the metrics, or their names in ``tracking.TRACKERS``; if none, those that ``MOE_LAB_TRACK`` names.
+        parallel: how several ranks hold the model, "ddp" (also if None) or "fsdp"; no part of the
+            run's identity.
+        loggers: mirrors of the metrics, or their names in ``tracking.TRACKERS``; if none, those
+            that ``MOE_LAB_TRACK`` names.
 
     Raises:
         ConfigError, CorpusError: the configuration cannot be run, or not on so many ranks.
         CheckpointError: the folder's checkpoint is damaged or of another configuration.
-        RunError: the folder cannot be written or belongs to another configuration, the loss is no longer finite, or another rank ended.
+        RunError: the folder cannot be written or belongs to another configuration, the loss is no
+            longer finite, or another rank ended.
     """
     folder = Path(folder)
     device = local_device(_device(config.device))
@@ -82,12 +89,20 @@ def train(
             ranks.from_first(lambda: load_tokens(config.text, cache_dir).tokenizer.vocab_size)
         text = load_tokens(config.text, cache_dir)
         if text.tokenizer.vocab_size != config.model.vocab_size:
-            raise ConfigError(expected(f"model.vocab_size equal to the tokenizer's {text.tokenizer.vocab_size}", config.model.vocab_size))
+            raise ConfigError(
+                expected(
+                    f"model.vocab_size equal to the tokenizer's {text.tokenizer.vocab_size}",
+                    config.model.vocab_size,
+                )
+            )
         return _Run(config, folder, text, device, ranks, on_step, mirrors).finish()
 
 
 def _claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """Make the folder this run's; its record if it is done. Raises ``RunError`` for a folder of another run."""
+    """Make the folder this run's; its record if it is done.
+
+    Raises ``RunError`` for a folder of another run.
+    """
     path = folder / "config.json"
     if path.exists():
         try:
@@ -95,7 +110,11 @@ def _claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         except (ValueError, MoELabError) as error:
             raise RunError(f"cannot read {path}: {error}; try another folder") from error
         if found != config.hash():
-            raise RunError(expected(f"a folder of run {config.hash()}", f"run {found} in {folder}", "another folder"))
+            raise RunError(
+                expected(
+                    f"a folder of run {config.hash()}", f"run {found} in {folder}", "another folder"
+                )
+            )
     else:
         write_json(path, config.to_dict())
     return json.loads((folder / "result.json").read_text()) if (folder / "done").exists() else None
@@ -129,11 +148,16 @@ class _Run:
 
     def finish(self) -> RunResult:
         self._resume()
-        tracking = Tracking(self.loggers if self.ranks.first else (), self.config, self.folder, self.step)
+        tracking = Tracking(
+            self.loggers if self.ranks.first else (), self.config, self.folder, self.step
+        )
         try:
             self._train(tracking)
             record = self._conclude()
-            tracking.log(self.step, {f"validation/{name}": record[name] for name in ("loss", "bits_per_byte")})
+            tracking.log(
+                self.step,
+                {f"validation/{name}": record[name] for name in ("loss", "bits_per_byte")},
+            )
         finally:
             tracking.close()
         return RunResult(self.folder, record)
@@ -142,7 +166,9 @@ class _Run:
         """Evaluate and write the run's files; the record, on every rank."""
         trace = None
         if self.config.model.moe_layers:
-            meta = trace_meta(self.config, self.text.tokenizer.hash, self.text.config.corpus_hash or "")
+            meta = trace_meta(
+                self.config, self.text.tokenizer.hash, self.text.config.corpus_hash or ""
+            )
             trace = (self.folder / "trace", meta)
         self._write_status("evaluating")
         documents = self.text.documents(Split.VALIDATION)
@@ -158,9 +184,13 @@ class _Run:
             trace=trace,
         )
         weights = whole_state(self.model, keep=self.ranks.first)
-        return self.ranks.from_first(lambda: self._write(evaluation, weights, traced=trace is not None))
+        return self.ranks.from_first(
+            lambda: self._write(evaluation, weights, traced=trace is not None)
+        )
 
-    def _write(self, evaluation: Evaluation | None, weights: dict[str, Tensor], traced: bool) -> dict[str, Any]:
+    def _write(
+        self, evaluation: Evaluation | None, weights: dict[str, Tensor], traced: bool
+    ) -> dict[str, Any]:
         """What a finished run leaves; ``done`` last."""
         assert evaluation is not None
         self.text.tokenizer.save(self.folder / "tokenizer.json")
@@ -168,7 +198,14 @@ class _Run:
         metrics = pl.DataFrame(self.rows, infer_schema_length=None)
         with atomic_path(self.folder / "metrics.parquet") as path:
             metrics.write_parquet(path)
-        record = run_record(self.config, self.text, evaluation, metrics, self.seconds, self.folder if traced else None)
+        record = run_record(
+            self.config,
+            self.text,
+            evaluation,
+            metrics,
+            self.seconds,
+            self.folder if traced else None,
+        )
         record["dispatch"] = self._dispatch()
         record |= self._balance_pressure()
         if self.ranks.parallel is not None:
@@ -187,7 +224,9 @@ class _Run:
         first = self.ranks.first
         while self.step < self.config.steps:
             began = time.perf_counter()
-            logged = (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.config.steps
+            logged = (
+                self.step + 1
+            ) % self.config.log_every == 0 or self.step + 1 == self.config.steps
             try:
                 row = self._one_step(logged)
             except MoELabError as error:
@@ -197,7 +236,9 @@ class _Run:
             if row is not None and first:
                 pending.append(row)
                 self.rows.append(row)
-                tracking.log(self.step, {name: value for name, value in row.items() if name != "step"})
+                tracking.log(
+                    self.step, {name: value for name, value in row.items() if name != "step"}
+                )
                 if self.on_step is not None:
                     self.on_step(row)
                 if time.monotonic() - last_status > STATUS_SECONDS:
@@ -206,9 +247,24 @@ class _Run:
                     last_status = time.monotonic()
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self._append(pending)
-                save_checkpoint(self._checkpoint, self.model, self.optimizer, self.step, self.config.hash(), write=first)
+                save_checkpoint(
+                    self._checkpoint,
+                    self.model,
+                    self.optimizer,
+                    self.step,
+                    self.config.hash(),
+                    write=first,
+                )
             if self.step in self.branches:
-                leave(self.config, self.folder, self.model, self.optimizer, self.step, self.rows, write=first)
+                leave(
+                    self.config,
+                    self.folder,
+                    self.model,
+                    self.optimizer,
+                    self.step,
+                    self.rows,
+                    write=first,
+                )
 
     def _one_step(self, logged: bool) -> dict[str, Any] | None:
         """One optimiser step; its metrics row, over all ranks, if this step is logged."""
@@ -219,7 +275,10 @@ class _Run:
             group["lr"] = lr
         self.ranks.draw_own_noise(config.seed, self.step)
         routings: list[list[Routing]] = [[] for _ in layers]
-        language, auxiliary = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        language, auxiliary = (
+            torch.zeros((), device=self.device),
+            torch.zeros((), device=self.device),
+        )
         micro_batches = self.ranks.own(self.batches(self.step).to(self.device))
         for number, micro_batch in enumerate(micro_batches, start=1):
             average_gradients(self.objective, now=number == len(micro_batches))
@@ -238,7 +297,11 @@ class _Run:
             return None
         loss, auxiliary_loss = self.ranks.mean(torch.stack([language, auxiliary])).tolist()
         if not math.isfinite(loss):
-            raise RunError(expected("a finite loss", loss, f"a lower learning rate than {config.optimizer.lr:g}"))
+            raise RunError(
+                expected(
+                    "a finite loss", loss, f"a lower learning rate than {config.optimizer.lr:g}"
+                )
+            )
         row = {
             "step": self.step + 1,
             "tokens": (self.step + 1) * config.tokens_per_step,
@@ -251,19 +314,31 @@ class _Run:
         return row | {"tokens_per_second": config.tokens_per_step / (time.perf_counter() - began)}
 
     def _dispatch(self) -> str | None:
-        """The dispatch backend that the run's layers used; its sums are ordered in its own way, so the last bits depend on it."""
+        """The dispatch backend that the run's layers used; its sums are ordered in its own way, so
+        the last bits depend on it.
+        """
         layers = self.model.moe_layers().values()
         x = torch.empty(1, self.config.model.d_model, device=self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == Dtype.BFLOAT16):
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == Dtype.BFLOAT16
+        ):
             return next((layer.backend_name(x) for layer in layers), None)
 
     def _balance_pressure(self) -> dict[str, Any]:
-        """R_g, where the first rank has the whole model; null where infinite. On half of the last step's first micro-batch: the graph is
-        kept for two gradients, and the run must not need more memory for it than for a step."""
-        if not self.config.model.moe_layers or self.ranks.parallel is Parallel.FSDP or not self.config.steps:
+        """R_g, where the first rank has the whole model; null where infinite. On half of the last
+        step's first micro-batch: the graph is kept for two gradients, and the run must not need
+        more memory for it than for a step.
+        """
+        if (
+            not self.config.model.moe_layers
+            or self.ranks.parallel is Parallel.FSDP
+            or not self.config.steps
+        ):
             return {}
         micro_batch = self.batches(self.config.steps - 1).chunk(self.config.grad_accumulation)[0]
-        ratios = gradient_ratios(self.model, self.config, micro_batch[: -(-len(micro_batch) // 2)].to(self.device))
+        ratios = gradient_ratios(
+            self.model, self.config, micro_batch[: -(-len(micro_batch) // 2)].to(self.device)
+        )
         return {"gradient_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios]}
 
     @property
@@ -271,17 +346,28 @@ class _Run:
         return self.folder / "checkpoint.safetensors"
 
     def _resume(self) -> None:
-        """Take up the checkpoint, and forget the metrics of steps after it: they will be trained again. A run that branches off a longer
-        one begins where that one left its state."""
+        """Take up the checkpoint, and forget the metrics of steps after it: they will be trained
+        again. A run that branches off a longer one begins where that one left its state.
+        """
         log = self.folder / "metrics.jsonl"
         if self._checkpoint.exists():
-            self.step = load_checkpoint(self._checkpoint, self.model, self.optimizer, self.config.hash())
+            self.step = load_checkpoint(
+                self._checkpoint, self.model, self.optimizer, self.config.hash()
+            )
             lines = log.read_text().splitlines() if self.ranks.first and log.exists() else []
-            self.rows = [row for row in map(_parse, lines) if row is not None and row["step"] <= self.step]
+            self.rows = [
+                row for row in map(_parse, lines) if row is not None and row["step"] <= self.step
+            ]
         else:
             self.step, self.rows = take_up(self.config, self.folder, self.model, self.optimizer)
         if int(self.ranks.total(torch.tensor(self.step))) != self.step * self.ranks.size:
-            raise RunError(expected("the same checkpoint on all ranks", f"others than step {self.step}", "a folder that all ranks share"))
+            raise RunError(
+                expected(
+                    "the same checkpoint on all ranks",
+                    f"others than step {self.step}",
+                    "a folder that all ranks share",
+                )
+            )
         if self.ranks.first:
             write_text(log, "".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -292,7 +378,9 @@ class _Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
                 log.writelines(json.dumps(row) + "\n" for row in pending)
         except OSError as error:
-            raise RunError(f"cannot write {self.folder}: {error.strerror}; try another folder or free some space") from error
+            raise RunError(
+                f"cannot write {self.folder}: {error.strerror}; try another folder or free some space"
+            ) from error
         pending.clear()
 
     def _write_status(self, state: str) -> None:
@@ -326,5 +414,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(expected("a device that torch can use", f"{name!r} ({str(error).splitlines()[0]})", "cpu")) from error
+        raise ConfigError(
+            expected(
+                "a device that torch can use", f"{name!r} ({str(error).splitlines()[0]})", "cpu"
+            )
+        ) from error
     return device

@@ -1,7 +1,8 @@
 """Mirrors of a run's metrics in the trackers that people already watch.
 
-The run's own record is ``metrics.jsonl`` and ``metrics.parquet`` in its folder, whatever is tracked beside it. A logger receives the same
-scalars; one that fails is left out with a warning, and the run goes on. A logger of one's own::
+The run's own record is ``metrics.jsonl`` and ``metrics.parquet`` in its folder, whatever is tracked
+beside it. A logger receives the same scalars; one that fails is left out with a warning, and the
+run goes on. A logger of one's own::
 
     class Print:
         def log(self, step, scalars):
@@ -31,20 +32,26 @@ class Logger(Protocol):
     """What mirrors a run's metrics."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Take the scalars of a logged step (1-based): ``loss``, ``lr``, ``load_cv``, ...; and once, at the end, ``validation/loss``."""
+        """Take the scalars of a logged step (1-based): ``loss``, ``lr``, ``load_cv``, ...; and
+        once, at the end, ``validation/loss``.
+        """
 
     def close(self) -> None:
         """Write what is pending: the run is over, finished or not."""
 
 
 class TensorBoard:
-    """Event files in the run's folder, under ``tensorboard/``; ``tensorboard --logdir`` on a sweep's folder shows all its runs."""
+    """Event files in the run's folder, under ``tensorboard/``; ``tensorboard --logdir`` on a
+    sweep's folder shows all its runs.
+    """
 
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # What an interrupted attempt wrote of the steps that come now is hidden.
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -55,8 +62,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run in the project of ``WANDB_PROJECT``, or of the name of the folder that holds the run's. ``WANDB_MODE=offline``
-    keeps it on this machine (``wandb sync`` sends it later)."""
+    """A Weights & Biases run in the project of ``WANDB_PROJECT``, or of the name of the folder that
+    holds the run's. ``WANDB_MODE=offline`` keeps it on this machine (``wandb sync`` sends it
+    later).
+    """
 
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -81,13 +90,20 @@ class WandB:
 
 
 class Trackio:
-    """A trackio run, kept on this machine (``TRACKIO_DIR``), in a project named after the folder that holds the run's."""
+    """A trackio run, kept on this machine (``TRACKIO_DIR``), in a project named after the folder
+    that holds the run's.
+    """
 
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
         self.run = trackio.init(
-            project=_project(folder), name=config.hash(), group=config.arm, config=config.to_dict(), resume="allow", embed=False
+            project=_project(folder),
+            name=config.hash(),
+            group=config.arm,
+            config=config.to_dict(),
+            resume="allow",
+            embed=False,
         )
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -97,7 +113,11 @@ class Trackio:
         self.run.finish()
 
 
-TRACKERS: dict[str, Callable[[RunConfig, Path, int], Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+TRACKERS: dict[str, Callable[[RunConfig, Path, int], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
 """Name -> logger, which is also the name of the package that it needs."""
 
 
@@ -108,17 +128,24 @@ def _project(folder: Path) -> str:
 class Tracking:
     """The loggers of one run. None of them can end it."""
 
-    def __init__(self, loggers: Sequence[Logger | str], config: RunConfig, folder: Path, step: int) -> None:
+    def __init__(
+        self, loggers: Sequence[Logger | str], config: RunConfig, folder: Path, step: int
+    ) -> None:
         self.loggers: list[Logger] = []
         for logger in loggers:
             if isinstance(logger, str):
-                self._guarded(logger, lambda name=logger: self.loggers.append(TRACKERS[name](config, folder, step)))
+                self._guarded(
+                    logger,
+                    lambda name=logger: self.loggers.append(TRACKERS[name](config, folder, step)),
+                )
             else:
                 self.loggers.append(logger)
 
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:
         for logger in list(self.loggers):
-            if not self._guarded(type(logger).__name__, lambda logger=logger: logger.log(step, scalars)):
+            if not self._guarded(
+                type(logger).__name__, lambda logger=logger: logger.log(step, scalars)
+            ):
                 self.loggers.remove(logger)
 
     def close(self) -> None:
@@ -131,18 +158,31 @@ class Tracking:
             work()
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"moe-lab: tracking by {name} stopped ({reason[:300]}); the run goes on", file=sys.stderr, flush=True)
+            print(
+                f"moe-lab: tracking by {name} stopped ({reason[:300]}); the run goes on",
+                file=sys.stderr,
+                flush=True,
+            )
             return False
         return True
 
 
 def chosen(loggers: Sequence[Logger | str]) -> list[Logger | str]:
-    """The given loggers, or those that ``MOE_LAB_TRACK`` names. Raises ``ConfigError`` for an unknown name or an absent package."""
-    found = list(loggers) or [name.strip() for name in os.environ.get(TRACK_VARIABLE, "").split(",") if name.strip()]
+    """The given loggers, or those that ``MOE_LAB_TRACK`` names.
+
+    Raises ``ConfigError`` for an unknown name or an absent package.
+    """
+    found = list(loggers) or [
+        name.strip() for name in os.environ.get(TRACK_VARIABLE, "").split(",") if name.strip()
+    ]
     for name in found:
         if isinstance(name, str):
             if name not in TRACKERS:
                 raise ConfigError(expected(f"a tracker among {', '.join(TRACKERS)}", repr(name)))
             if importlib.util.find_spec(name) is None:
-                raise ConfigError(expected(f"the package {name} for tracking", "none", "pip install 'moe-lab[track]'"))
+                raise ConfigError(
+                    expected(
+                        f"the package {name} for tracking", "none", "pip install 'moe-lab[track]'"
+                    )
+                )
     return found

@@ -1,6 +1,7 @@
 """Tiny random transformers models on the meta device: the oracle that counts are compared with.
 
-``draw`` picks sizes and switches at random, so that the same code also meets configurations that nobody wrote down.
+``draw`` picks sizes and switches at random, so that the same code also meets configurations that
+nobody wrote down.
 """
 
 import dataclasses
@@ -154,7 +155,9 @@ COMMON: dict[str, tuple[Any, ...]] = {
         (False, True),
     ),
 }
-"""Field -> values that ``draw`` picks from; a field that a configuration class does not have is left out."""
+"""Field -> values that ``draw`` picks from; a field that a configuration class does not have is
+left out.
+"""
 
 
 def draw(name: str, seed: int) -> tuple[Any, Any]:
@@ -163,7 +166,9 @@ def draw(name: str, seed: int) -> tuple[Any, Any]:
 
     family = FAMILIES[name]
     package = f"transformers.models.{name}"
-    config_class = getattr(importlib.import_module(f"{package}.configuration_{name}"), family.config)
+    config_class = getattr(
+        importlib.import_module(f"{package}.configuration_{name}"), family.config
+    )
     model_class = getattr(importlib.import_module(f"{package}.modeling_{name}"), family.model)
     config = config_class(**fields_of(config_class, family, random.Random(f"{name}-{seed}")))
     with torch.device("meta"):
@@ -194,20 +199,31 @@ def wrapped(name: str, config: Any) -> Any:
 
 
 def parameters(name: str, config: Any, model: Any) -> int:
-    """What transformers allocates: ``num_parameters()``, and the output matrix where the text model has none."""
+    """What transformers allocates: ``num_parameters()``, and the output matrix where the text model
+    has none.
+    """
     head = FAMILIES[name].head and not getattr(config, "tie_word_embeddings", False)
     return model.num_parameters() + (config.vocab_size * config.hidden_size if head else 0)
 
 
 def wrapper_of(name: str, tied: bool) -> tuple[Any, Any]:
-    """(multimodal configuration, model on the meta device): the wrapper and its text part disagree on tied embeddings."""
+    """(multimodal configuration, model on the meta device): the wrapper and its text part disagree
+    on tied embeddings.
+    """
     import torch
 
     configurations = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
     classes = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     text_class = getattr(configurations, FAMILIES[name].config)
-    text = text_class(**{**fields_of(text_class, FAMILIES[name], random.Random(name)), "tie_word_embeddings": not tied})
-    config = getattr(configurations, WRAPPERS[name][0])(text_config=text.to_dict(), tie_word_embeddings=tied)
+    text = text_class(
+        **{
+            **fields_of(text_class, FAMILIES[name], random.Random(name)),
+            "tie_word_embeddings": not tied,
+        }
+    )
+    config = getattr(configurations, WRAPPERS[name][0])(
+        text_config=text.to_dict(), tie_word_embeddings=tied
+    )
     with torch.device("meta"):
         return config, getattr(classes, WRAPPERS[name][1])(config)
 
@@ -220,10 +236,24 @@ def raw(name: str) -> tuple[dict[str, Any], Any, Any]:
     configurations = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
     classes = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     config_class = getattr(configurations, family.config)
-    patterned = {key: values for key, values in family.choices.items() if not key.endswith(("layer_types", "block_type"))}
+    patterned = {
+        key: values
+        for key, values in family.choices.items()
+        if not key.endswith(("layer_types", "block_type"))
+    }
     adjust = {"dots3_note": equal_heads, "glm5_next": no_rotation}.get(name)
-    drawn = fields_of(config_class, dataclasses.replace(family, choices=patterned, adjust=adjust), random.Random(f"raw {name}"))
+    drawn = fields_of(
+        config_class,
+        dataclasses.replace(family, choices=patterned, adjust=adjust),
+        random.Random(f"raw {name}"),
+    )
     values = {key: value for key, value in {**drawn, **RAW[name]}.items() if value is not None}
-    config = config_class(**{key: list(value) if isinstance(value, list) else value for key, value in values.items()})
+    config = config_class(
+        **{key: list(value) if isinstance(value, list) else value for key, value in values.items()}
+    )
     with torch.device("meta"):
-        return {**values, "model_type": config_class.model_type}, config, getattr(classes, family.model)(config)
+        return (
+            {**values, "model_type": config_class.model_type},
+            config,
+            getattr(classes, family.model)(config),
+        )

@@ -17,7 +17,14 @@ from moe_lab.routing import RouterConfig, Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter
 
 ROUTER = RouterConfig(kind="longcat", num_experts=6, top_k=3, num_zero_experts=3)
-MODEL = DecoderConfig(d_model=32, num_heads=4, num_layers=3, num_dense_layers=1, moe=MoEConfig(32, 16, ROUTER), d_dense=64)
+MODEL = DecoderConfig(
+    d_model=32,
+    num_heads=4,
+    num_layers=3,
+    num_dense_layers=1,
+    moe=MoEConfig(32, 16, ROUTER),
+    d_dense=64,
+)
 EXPERT = 3 * 32 * 16
 FFN_COUNTS = {1: [0, 1, 2, 3], 2: [3, 3, 1, 0]}
 
@@ -39,13 +46,18 @@ def test_a_fixed_count_measures_the_nominal_number() -> None:
     assert entry is not None
     counted = count(entry["config"])
     for convention in ("A", "B", "C"):
-        measured = active_distribution(counted, {layer: [2, 2, 2] for layer in range(32)}, convention)
+        measured = active_distribution(
+            counted, {layer: [2, 2, 2] for layer in range(32)}, convention
+        )
         assert (measured.mean, measured.sd) == (counted.active(convention), 0)
 
 
 def test_layers_go_by_number_or_by_order() -> None:
     by_order = {layer + 10: values for layer, values in FFN_COUNTS.items()}
-    assert active_distribution(count(MODEL), by_order).mean == active_distribution(count(MODEL), FFN_COUNTS).mean
+    assert (
+        active_distribution(count(MODEL), by_order).mean
+        == active_distribution(count(MODEL), FFN_COUNTS).mean
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,16 +71,22 @@ def test_layers_go_by_number_or_by_order() -> None:
         ({1: [1, -1], 2: [1, 1]}, "expected ffn_counts of 0 to 6 in layer 1, got -1 to 1"),
     ],
 )
-def test_counts_that_do_not_fit_the_model_are_refused(ffn_counts: dict[int, list[int]], text: str) -> None:
+def test_counts_that_do_not_fit_the_model_are_refused(
+    ffn_counts: dict[int, list[int]], text: str
+) -> None:
     with pytest.raises(ConfigError, match=text):
         active_distribution(count(MODEL), ffn_counts)
 
 
 def routing(ffn_counts: list[int]) -> Routing:
-    """Tokens with the given numbers of real experts; the other slots go to zero-computation experts."""
+    """Tokens with the given numbers of real experts; the other slots go to zero-computation
+    experts.
+    """
     slots = [[*range(real), *range(6, 9 - real)] for real in ffn_counts]
     indices, shape = torch.tensor(slots), (len(slots), 9)
-    return Routing(indices, torch.ones(len(slots), 3), torch.zeros(shape), torch.full(shape, 1 / 9), 6, 3)
+    return Routing(
+        indices, torch.ones(len(slots), 3), torch.zeros(shape), torch.full(shape, 1 / 9), 6, 3
+    )
 
 
 @pytest.fixture
@@ -85,7 +103,9 @@ def traced(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "config.json", tmp_path / "trace"
 
 
-def test_the_command_measures_a_trace(traced: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_a_trace(
+    traced: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     config, trace = traced
     assert main(["count", str(config), "--trace", str(trace), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)["measured"]
@@ -96,6 +116,11 @@ def test_the_command_measures_a_trace(traced: tuple[Path, Path], capsys: pytest.
     assert "standard deviation" in text
 
 
-def test_a_trace_of_another_model_is_refused(traced: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_of_another_model_is_refused(
+    traced: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["count", "Mixtral-8x7B", "--trace", str(traced[1])]) == 2
-    assert "expected ffn_counts for MoE layers 0 to 31 (32 layers), got 1, 2" in capsys.readouterr().err
+    assert (
+        "expected ffn_counts for MoE layers 0 to 31 (32 layers), got 1, 2"
+        in capsys.readouterr().err
+    )

@@ -33,7 +33,13 @@ def config_of(name: str) -> dict[str, Any]:
 
 def test_the_table_shows_the_three_conventions_and_what_was_published(capsys: Printed) -> None:
     text = printed(capsys, "meituan-longcat/LongCat-Flash-Chat")
-    for number in ("560,664,958,976", "27,149,490,176", "18,693,773,312", "31,377,348,608", "27,954,796,544"):
+    for number in (
+        "560,664,958,976",
+        "27,149,490,176",
+        "18,693,773,312",
+        "31,377,348,608",
+        "27,954,796,544",
+    ):
         assert number in text
     assert "published as 560B total, 27B active in convention B (arXiv 2509.01322" in text
     assert "180,388,626,432 further rows are allocated by transformers and never read" in text
@@ -44,7 +50,9 @@ def test_a_name_needs_no_owner_and_no_capitals(capsys: Printed) -> None:
 
 
 def test_json_holds_the_count_and_the_work(capsys: Printed) -> None:
-    found = json.loads(printed(capsys, "Qwen/Qwen3-30B-A3B", "--json", "--context", "1000", "--batch", "16"))
+    found = json.loads(
+        printed(capsys, "Qwen/Qwen3-30B-A3B", "--json", "--context", "1000", "--batch", "16")
+    )
     counted = count(config_of("Qwen3-30B-A3B"))
     assert found["total"] == counted.total
     assert found["active"]["A"] == dict.fromkeys(("least", "mean", "most"), counted.active("A"))
@@ -65,8 +73,23 @@ def test_two_models_stand_side_by_side_with_their_ratio(capsys: Printed) -> None
 
 
 def test_what_if_edits_are_counted(capsys: Printed) -> None:
-    found = json.loads(printed(capsys, "Qwen3-30B-A3B", "--set", "num_experts=256", "--set", "tie_word_embeddings=true", "--json"))
-    assert found["total"] == count({**config_of("Qwen3-30B-A3B"), "num_experts": 256, "tie_word_embeddings": True}).total
+    found = json.loads(
+        printed(
+            capsys,
+            "Qwen3-30B-A3B",
+            "--set",
+            "num_experts=256",
+            "--set",
+            "tie_word_embeddings=true",
+            "--json",
+        )
+    )
+    assert (
+        found["total"]
+        == count(
+            {**config_of("Qwen3-30B-A3B"), "num_experts": 256, "tie_word_embeddings": True}
+        ).total
+    )
     assert "published as" not in printed(capsys, "Qwen3-30B-A3B", "--set", "num_experts=256")
 
 
@@ -77,7 +100,10 @@ def test_a_file_or_a_folder_is_counted(capsys: Printed, tmp_path: Path) -> None:
 
 
 def test_assumptions_are_printed(capsys: Printed) -> None:
-    assert "head_dim = 128 (not in the configuration; hidden_size / num_attention_heads)" in printed(capsys, "Mixtral-8x7B")
+    assert (
+        "head_dim = 128 (not in the configuration; hidden_size / num_attention_heads)"
+        in printed(capsys, "Mixtral-8x7B")
+    )
 
 
 def test_without_a_model_the_known_ones_are_listed(capsys: Printed) -> None:
@@ -88,19 +114,33 @@ def test_without_a_model_the_known_ones_are_listed(capsys: Printed) -> None:
 
 def test_mistakes_are_one_line(capsys: Printed) -> None:
     near = refused(capsys, "deepseek-v9")
-    assert near.startswith("moe-lab count: expected a published model or a path to a config.json, got 'deepseek-v9'; try one of ")
+    assert near.startswith(
+        "moe-lab count: expected a published model or a path to a config.json, got 'deepseek-v9'; try one of "
+    )
     assert "deepseek-ai/DeepSeek-V3" in near
     assert "moe-lab count, which lists the known models" in refused(capsys, "zzzzzz")
-    assert "num_experts_per_tok of at most num_experts = 4" in refused(capsys, "Qwen3-30B-A3B", "--set", "num_experts=4")
-    assert "expected --set FIELD=VALUE, got 'num_experts'" in refused(capsys, "Qwen3-30B-A3B", "--set", "num_experts")
-    assert "num_experts as a whole number" in refused(capsys, "Qwen3-30B-A3B", "--set", "num_experts=many")
-    assert "expected one model, or two to compare, got 3 of them" in refused(capsys, "dbrx", "dbrx", "dbrx")
-    assert "expected one model with --trace" in refused(capsys, "dbrx", "dbrx", "--trace", "nowhere")
+    assert "num_experts_per_tok of at most num_experts = 4" in refused(
+        capsys, "Qwen3-30B-A3B", "--set", "num_experts=4"
+    )
+    assert "expected --set FIELD=VALUE, got 'num_experts'" in refused(
+        capsys, "Qwen3-30B-A3B", "--set", "num_experts"
+    )
+    assert "num_experts as a whole number" in refused(
+        capsys, "Qwen3-30B-A3B", "--set", "num_experts=many"
+    )
+    assert "expected one model, or two to compare, got 3 of them" in refused(
+        capsys, "dbrx", "dbrx", "dbrx"
+    )
+    assert "expected one model with --trace" in refused(
+        capsys, "dbrx", "dbrx", "--trace", "nowhere"
+    )
     assert "expected a trace at" in refused(capsys, "dbrx", "--trace", "nowhere")
     assert "expected context of at least 1 token" in refused(capsys, "dbrx", "--context", "0")
 
 
-def test_the_atlas_is_one_offline_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
+def test_the_atlas_is_one_offline_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "experiments"))
     import atlas  # type: ignore[import-not-found]
 
@@ -112,6 +152,9 @@ def test_the_atlas_is_one_offline_page(tmp_path: Path, monkeypatch: pytest.Monke
     for text in ("LongCat-2.0", "94%", "97%", "99%", "sparse by parameters"):
         assert text in page
     said = capsys.readouterr().out
-    assert "LongCat-Flash-Chat: 94.4% sparse for a token that runs 12 real experts, 96.7% for one that runs none" in said
+    assert (
+        "LongCat-Flash-Chat: 94.4% sparse for a token that runs 12 real experts, 96.7% for one that runs none"
+        in said
+    )
     committed = Path(__file__).resolve().parents[2] / "experiments" / "atlas" / "models.csv"
     assert (tmp_path / "atlas" / "models.csv").read_text() == committed.read_text()

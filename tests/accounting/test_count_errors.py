@@ -1,4 +1,6 @@
-"""What a configuration may not say, and what is said about what it does not say: one line that names the field."""
+"""What a configuration may not say, and what is said about what it does not say: one line that
+names the field.
+"""
 
 import json
 import random
@@ -26,7 +28,11 @@ MIXTRAL: dict[str, Any] = {
     "tie_word_embeddings": False,
     "head_dim": 8,
 }
-REQUIRED = [name for name in MIXTRAL if name not in ("model_type", "tie_word_embeddings", "head_dim", "num_key_value_heads")]
+REQUIRED = [
+    name
+    for name in MIXTRAL
+    if name not in ("model_type", "tie_word_embeddings", "head_dim", "num_key_value_heads")
+]
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -52,14 +58,18 @@ def test_a_complete_configuration_assumes_nothing() -> None:
 
 def test_an_unknown_architecture_is_named_with_near_ones() -> None:
     text = message({**MIXTRAL, "model_type": "mixtrel"})
-    assert text.startswith("expected a model_type with a known architecture, got 'mixtrel'; try one of mixtral")
+    assert text.startswith(
+        "expected a model_type with a known architecture, got 'mixtrel'; try one of mixtral"
+    )
     assert "model_type" in message(without(MIXTRAL, "model_type"))
 
 
 @pytest.mark.parametrize("name", REQUIRED)
 def test_a_missing_field_is_named(name: str) -> None:
     wanted = {"num_local_experts": "num_experts"}.get(name, name)
-    assert message(without(MIXTRAL, name)).startswith(f"expected a field {wanted} in the mixtral configuration, got none")
+    assert message(without(MIXTRAL, name)).startswith(
+        f"expected a field {wanted} in the mixtral configuration, got none"
+    )
     assert wanted in message({**MIXTRAL, name: None})
 
 
@@ -71,15 +81,28 @@ def test_a_size_that_is_no_size_is_named(name: str, value: object) -> None:
 
 
 def test_missing_sizes_of_latent_attention_are_named() -> None:
-    for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "first_k_dense_replace", "n_shared_experts", "moe_intermediate_size"):
+    for name in (
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_rope_head_dim",
+        "first_k_dense_replace",
+        "n_shared_experts",
+        "moe_intermediate_size",
+    ):
         assert name in message(without(config_of("DeepSeek-V3"), name))
 
 
 @pytest.mark.parametrize(
     ("edits", "text"),
     [
-        ({"num_experts_per_tok": 5}, "expected num_experts_per_tok of at most num_experts = 4, got num_experts_per_tok = 5"),
-        ({"num_key_value_heads": 3}, "expected num_attention_heads divisible by num_key_value_heads = 3, got num_attention_heads = 4"),
+        (
+            {"num_experts_per_tok": 5},
+            "expected num_experts_per_tok of at most num_experts = 4, got num_experts_per_tok = 5",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "expected num_attention_heads divisible by num_key_value_heads = 3, got num_attention_heads = 4",
+        ),
     ],
 )
 def test_contradictions_name_their_fields(edits: dict[str, Any], text: str) -> None:
@@ -96,29 +119,38 @@ def test_heads_that_do_not_divide_the_width_need_a_head_dim() -> None:
 
 def test_two_names_with_two_values_contradict_each_other() -> None:
     text = message({**MIXTRAL, "num_experts": 8})
-    assert text.startswith("expected one value of num_experts in the mixtral configuration, got num_experts=8, num_local_experts=4")
+    assert text.startswith(
+        "expected one value of num_experts in the mixtral configuration, got num_experts=8, num_local_experts=4"
+    )
     assert count({**MIXTRAL, "num_experts": 4}).total == count(MIXTRAL).total
 
 
 def test_zero_experts_widen_what_top_k_may_be() -> None:
     longcat = config_of("LongCat-Flash-Chat")
     assert (
-        count({**longcat, "moe_topk": 700, "expected_ffn_experts_K_e": 500}).active_min == count(longcat).active_min + 444 * 1_056_964_608
+        count({**longcat, "moe_topk": 700, "expected_ffn_experts_K_e": 500}).active_min
+        == count(longcat).active_min + 444 * 1_056_964_608
     )
     assert "num_experts + zero_expert_num = 768" in message({**longcat, "moe_topk": 769})
-    assert "expected_ffn_experts_K_e between 0 and 12" in message({**longcat, "expected_ffn_experts_K_e": 13})
+    assert "expected_ffn_experts_K_e between 0 and 12" in message(
+        {**longcat, "expected_ffn_experts_K_e": 13}
+    )
 
 
 def test_lists_must_have_one_entry_for_each_layer() -> None:
     gpt = config_of("gpt-oss-20b")
-    assert "layer_types with num_hidden_layers = 25 entries" in message({**gpt, "num_hidden_layers": 25})
+    assert "layer_types with num_hidden_layers = 25 entries" in message(
+        {**gpt, "num_hidden_layers": 25}
+    )
     assert "layer_types" in message({**gpt, "layer_types": "full_attention"})
     hybrid = config_of("Qwen3.5-35B-A3B")
     assert "'conv'" in message({**hybrid, "layer_types": ["conv"] * 40})
 
 
 def test_a_flag_is_true_or_false() -> None:
-    assert "expected attention_bias as true or false" in message({**config_of("Qwen3-30B-A3B"), "attention_bias": "qkv only"})
+    assert "expected attention_bias as true or false" in message(
+        {**config_of("Qwen3-30B-A3B"), "attention_bias": "qkv only"}
+    )
 
 
 def test_per_layer_overrides_are_read_or_refused() -> None:
@@ -130,8 +162,15 @@ def test_per_layer_overrides_are_read_or_refused() -> None:
 
 def test_defaults_are_listed_and_never_silent() -> None:
     counted = count(without(MIXTRAL, "head_dim", "num_key_value_heads", "tie_word_embeddings"))
-    assert sorted(sentence.partition(" ")[0] for sentence in counted.assumed) == ["head_dim", "num_key_value_heads", "tie_word_embeddings"]
-    assert any("head_dim = 8" in sentence and "not in the configuration" in sentence for sentence in counted.assumed)
+    assert sorted(sentence.partition(" ")[0] for sentence in counted.assumed) == [
+        "head_dim",
+        "num_key_value_heads",
+        "tie_word_embeddings",
+    ]
+    assert any(
+        "head_dim = 8" in sentence and "not in the configuration" in sentence
+        for sentence in counted.assumed
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,8 +178,16 @@ def test_defaults_are_listed_and_never_silent() -> None:
     [
         {"num_local_experts": "num_experts", "num_experts_per_tok": "moe_topk"},
         {"num_local_experts": "n_routed_experts", "num_experts_per_tok": "moe_k"},
-        {"num_local_experts": "moe_num_experts", "num_experts_per_tok": "num_experts_per_token", "hidden_size": "d_model"},
-        {"num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "num_key_value_heads": "kv_n_heads"},
+        {
+            "num_local_experts": "moe_num_experts",
+            "num_experts_per_tok": "num_experts_per_token",
+            "hidden_size": "d_model",
+        },
+        {
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "num_key_value_heads": "kv_n_heads",
+        },
     ],
 )
 def test_aliases_of_hugging_face_are_accepted(aliases: dict[str, str]) -> None:
@@ -154,7 +201,9 @@ def test_a_configuration_comes_from_a_dict_a_path_a_folder_or_an_object(tmp_path
             return MIXTRAL
 
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
-    counts: list[ParameterCount] = [count(source) for source in (MIXTRAL, tmp_path, str(tmp_path / "config.json"), Config())]
+    counts: list[ParameterCount] = [
+        count(source) for source in (MIXTRAL, tmp_path, str(tmp_path / "config.json"), Config())
+    ]
     assert len({one.total for one in counts}) == 1
 
 
@@ -177,8 +226,16 @@ def test_the_class_name_stands_in_for_a_missing_model_type() -> None:
 
 def test_the_wrapper_decides_whether_embeddings_are_tied() -> None:
     inner = {**MIXTRAL, "tie_word_embeddings": True}
-    assert count({"model_type": "some_vision_model", "text_config": inner, "tie_word_embeddings": False}).total == count(MIXTRAL).total
-    assert count({"model_type": "some_vision_model", "text_config": inner}).total == count(MIXTRAL).total - 100 * 32
+    assert (
+        count(
+            {"model_type": "some_vision_model", "text_config": inner, "tie_word_embeddings": False}
+        ).total
+        == count(MIXTRAL).total
+    )
+    assert (
+        count({"model_type": "some_vision_model", "text_config": inner}).total
+        == count(MIXTRAL).total - 100 * 32
+    )
 
 
 JUNK: tuple[Any, ...] = (
@@ -199,7 +256,9 @@ JUNK: tuple[Any, ...] = (
 
 def test_damaged_configurations_end_in_one_line_whatever_is_damaged() -> None:
     rng = random.Random(0)
-    own = DecoderConfig(d_model=32, num_heads=4, moe=MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2))).to_dict()
+    own = DecoderConfig(
+        d_model=32, num_heads=4, moe=MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2))
+    ).to_dict()
     configs = [*(entry["config"] for entry in facts()), *[own] * 5]
     refused: list[str] = []
     for _ in range(3000):
@@ -219,10 +278,17 @@ def test_damaged_configurations_end_in_one_line_whatever_is_damaged() -> None:
 
 
 def test_an_edit_replaces_a_field_under_every_alias() -> None:
-    assert count(MIXTRAL, {"num_experts": 8}).total == count({**MIXTRAL, "num_local_experts": 8}).total
-    assert count({"text_config": MIXTRAL}, {"n_routed_experts": 8}).total == count(MIXTRAL, {"num_experts": 8}).total
+    assert (
+        count(MIXTRAL, {"num_experts": 8}).total == count({**MIXTRAL, "num_local_experts": 8}).total
+    )
+    assert (
+        count({"text_config": MIXTRAL}, {"n_routed_experts": 8}).total
+        == count(MIXTRAL, {"num_experts": 8}).total
+    )
 
 
 def test_an_edit_that_changes_nothing_is_refused() -> None:
-    assert message(MIXTRAL, {"rope_theta": 1e6}).startswith("expected a field that the count of mixtral reads, got rope_theta")
+    assert message(MIXTRAL, {"rope_theta": 1e6}).startswith(
+        "expected a field that the count of mixtral reads, got rope_theta"
+    )
     assert "num_experts" in message(MIXTRAL, {"num_expert": 8})

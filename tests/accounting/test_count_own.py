@@ -1,4 +1,6 @@
-"""Counts of this library's own models against the sum of ``numel`` of what their configuration builds."""
+"""Counts of this library's own models against the sum of ``numel`` of what their configuration
+builds.
+"""
 
 import json
 from pathlib import Path
@@ -24,7 +26,16 @@ from moe_lab.model import (
 )
 from moe_lab.routing import ROUTERS, ControllerConfig, RouterConfig
 
-FIXED = ("softmax_topk", "sigmoid_topk", "deepseek_v3", "noisy_topk", "gemma", "dynmoe", "top_p", "remoe")
+FIXED = (
+    "softmax_topk",
+    "sigmoid_topk",
+    "deepseek_v3",
+    "noisy_topk",
+    "gemma",
+    "dynmoe",
+    "top_p",
+    "remoe",
+)
 
 
 def numel(module: Any) -> int:
@@ -49,7 +60,11 @@ def decoders(draw: st.DrawFn) -> DecoderConfig:
     dim = draw(st.sampled_from((2, 4, 6)))
     d_model = heads * dim if draw(st.booleans()) else draw(st.integers(4, 40))
     layers = draw(st.integers(1, 4))
-    moe = MoEConfig(d_model, draw(st.integers(1, 20)), draw(routers()), draw(st.integers(0, 2))) if draw(st.booleans()) else None
+    moe = (
+        MoEConfig(d_model, draw(st.integers(1, 20)), draw(routers()), draw(st.integers(0, 2)))
+        if draw(st.booleans())
+        else None
+    )
     return DecoderConfig(
         vocab_size=draw(st.integers(5, 300)),
         num_layers=layers,
@@ -70,7 +85,9 @@ def test_count_of_any_decoder_is_the_sum_of_numel(config: DecoderConfig) -> None
     counted = count(config)
     assert counted.total == numel(config.build())
     assert count(config.to_dict()).total == counted.total
-    assert counted.by_part["head"] == (0 if config.tie_embeddings else config.vocab_size * config.d_model)
+    assert counted.by_part["head"] == (
+        0 if config.tie_embeddings else config.vocab_size * config.d_model
+    )
 
 
 @st.composite
@@ -79,10 +96,21 @@ def decoders_of_parts(draw: st.DrawFn) -> DecoderConfig:
     d, layers = 12 * draw(st.integers(1, 3)), draw(st.integers(1, 4))
     zero = draw(st.integers(0, 3))
     hashed = 0 if zero else draw(st.integers(0, layers))
-    router = RouterConfig(kind="longcat" if zero else "sqrt_softplus_topk", num_experts=5, top_k=2, num_zero_experts=zero)
-    moe = MoEConfig(d, 7, router, draw(st.integers(0, 2)), d_latent=draw(st.sampled_from((None, 5))))
+    router = RouterConfig(
+        kind="longcat" if zero else "sqrt_softplus_topk",
+        num_experts=5,
+        top_k=2,
+        num_zero_experts=zero,
+    )
+    moe = MoEConfig(
+        d, 7, router, draw(st.integers(0, 2)), d_latent=draw(st.sampled_from((None, 5)))
+    )
     latent = LatentAttentionConfig(
-        kv_rank=draw(st.integers(1, 9)), q_rank=draw(st.sampled_from((None, 6))), nope_dim=3, rope_dim=2, value_dim=draw(st.integers(1, 5))
+        kv_rank=draw(st.integers(1, 9)),
+        q_rank=draw(st.sampled_from((None, 6))),
+        nope_dim=3,
+        rope_dim=2,
+        value_dim=draw(st.integers(1, 5)),
     )
     latent_or_none = draw(st.sampled_from((None, latent)))
     return DecoderConfig(
@@ -98,8 +126,24 @@ def decoders_of_parts(draw: st.DrawFn) -> DecoderConfig:
         wiring=draw(st.sampled_from(Wiring)),
         qk_norm=QKNorm.NONE if latent_or_none else draw(st.sampled_from(QKNorm)),
         latent_attention=latent_or_none,
-        sparse_attention=draw(st.sampled_from((None, SparseAttentionConfig(top_k=4, head_dim=18, share=draw(st.integers(1, 3)))))),
-        ngram=draw(st.sampled_from((None, NgramConfig(3, 2, draw(st.floats(0.1, 0.9)), draw(st.sampled_from(((), (0,), (layers - 1,)))))))),
+        sparse_attention=draw(
+            st.sampled_from(
+                (None, SparseAttentionConfig(top_k=4, head_dim=18, share=draw(st.integers(1, 3))))
+            )
+        ),
+        ngram=draw(
+            st.sampled_from(
+                (
+                    None,
+                    NgramConfig(
+                        3,
+                        2,
+                        draw(st.floats(0.1, 0.9)),
+                        draw(st.sampled_from(((), (0,), (layers - 1,)))),
+                    ),
+                )
+            )
+        ),
         mtp=draw(st.sampled_from((None, MTPConfig(2), MTPConfig(1, d_hidden=9)))),
         amplification=draw(st.sampled_from(Amplification)),
         tie_embeddings=draw(st.booleans()),
@@ -117,10 +161,15 @@ def test_count_of_any_combination_of_parts_is_the_sum_of_numel(config: DecoderCo
 
 
 def test_a_configuration_of_before_the_parts_counts_as_it_did() -> None:
-    config = DecoderConfig(d_model=32, num_heads=4, moe=MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2)))
+    config = DecoderConfig(
+        d_model=32, num_heads=4, moe=MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2))
+    )
     old = {"vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "context_length", "moe", "num_dense_layers",
            "d_dense", "tie_embeddings", "rope_theta", "norm_eps", "init_std"}  # fmt: skip
-    assert count({name: value for name, value in config.to_dict().items() if name in old}).by_part == count(config).by_part
+    assert (
+        count({name: value for name, value in config.to_dict().items() if name in old}).by_part
+        == count(config).by_part
+    )
 
 
 SHAPES: tuple[dict[str, Any], ...] = (
@@ -138,7 +187,9 @@ def test_every_router_kind_is_counted(kind: str) -> None:
     met = 0
     for extra in SHAPES:
         try:
-            config = MoEConfig(24, 8, RouterConfig.from_dict({"kind": kind, "num_experts": 6, "top_k": 2, **extra}))
+            config = MoEConfig(
+                24, 8, RouterConfig.from_dict({"kind": kind, "num_experts": 6, "top_k": 2, **extra})
+            )
             layer = config.build()
         except ConfigError:
             continue  # not a shape of this kind
@@ -154,16 +205,24 @@ def test_the_table_of_router_kinds_is_complete() -> None:
 def test_an_unknown_router_kind_is_named() -> None:
     config = MoEConfig().to_dict()
     config["router"]["kind"] = "oracle"
-    with pytest.raises(ConfigError, match=r"expected a router kind with a closed form .*, got 'oracle'"):
+    with pytest.raises(
+        ConfigError, match=r"expected a router kind with a closed form .*, got 'oracle'"
+    ):
         count(config)
 
 
 def test_zero_experts_give_a_range_around_the_controllers_target() -> None:
     target = ControllerConfig(kind="proportional", target_ffn_count=2.5)  # type: ignore[arg-type]
-    router = RouterConfig(kind="longcat", num_experts=8, top_k=4, num_zero_experts=3, controller=target)
+    router = RouterConfig(
+        kind="longcat", num_experts=8, top_k=4, num_zero_experts=3, controller=target
+    )
     counted = count(MoEConfig(32, 16, router))
     expert, rest = 3 * 32 * 16, 11 * 32
-    assert (counted.active_min, counted.active_mean, counted.active_max) == (rest + expert, rest + 2.5 * expert, rest + 4 * expert)
+    assert (counted.active_min, counted.active_mean, counted.active_max) == (
+        rest + expert,
+        rest + 2.5 * expert,
+        rest + 4 * expert,
+    )
     uniform = count(MoEConfig(32, 16, router.replace(controller=None)))
     assert uniform.active_mean == round(rest + 4 * 8 / 11 * expert)
     assert any("equally loaded" in sentence for sentence in uniform.assumed)
@@ -174,12 +233,23 @@ def test_routers_with_a_free_count_have_a_mean_and_no_fixed_range() -> None:
     counted = count(MoEConfig(32, 16, RouterConfig(kind="expert_choice", num_experts=8, top_k=2)))
     experts = next(iter(counted.moe_layers.values()))
     assert experts.used == (0, 2, 8)
-    cut = next(iter(count(MoEConfig(32, 16, RouterConfig(kind="top_p", num_experts=8, top_k=3))).moe_layers.values()))
+    cut = next(
+        iter(
+            count(
+                MoEConfig(32, 16, RouterConfig(kind="top_p", num_experts=8, top_k=3))
+            ).moe_layers.values()
+        )
+    )
     assert cut.used == (1, 3, 3)
 
 
 def test_a_run_configuration_counts_its_model(tmp_path: Path) -> None:
-    model = DecoderConfig(d_model=32, num_heads=4, moe=MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2)), num_dense_layers=1)
+    model = DecoderConfig(
+        d_model=32,
+        num_heads=4,
+        moe=MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2)),
+        num_dense_layers=1,
+    )
     run = {"name": "one", "seed": 0, "model": model.to_dict()}
     (tmp_path / "config.json").write_text(json.dumps(run))
     assert count(run).total == count(tmp_path).total == count(model).total == numel(model.build())
@@ -189,4 +259,7 @@ def test_a_run_configuration_counts_its_model(tmp_path: Path) -> None:
 def test_what_if_edits_reach_our_own_fields() -> None:
     config = MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2))
     larger = MoEConfig(32, 16, RouterConfig(num_experts=9, top_k=3))
-    assert count(config, {"num_experts": 9, "num_experts_per_tok": 3}).to_dict() == count(larger).to_dict()
+    assert (
+        count(config, {"num_experts": 9, "num_experts_per_tok": 3}).to_dict()
+        == count(larger).to_dict()
+    )

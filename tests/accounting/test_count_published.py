@@ -1,4 +1,6 @@
-"""Counts against published totals and active figures: the data's exact counts, what laboratories print, and totals of stored weights."""
+"""Counts against published totals and active figures: the data's exact counts, what laboratories
+print, and totals of stored weights.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +13,10 @@ from moe_lab.accounting.published import facts, figure, rounds_to
 
 # Configurations in the data that its own counts leave something out of, and what
 OMITTED = {
-    "microsoft/Phi-3.5-MoE": ("attention_bias", "lm_head_bias"),  # 359,744 biases that the configuration has
+    "microsoft/Phi-3.5-MoE": (
+        "attention_bias",
+        "lm_head_bias",
+    ),  # 359,744 biases that the configuration has
     "MiniMaxAI/MiniMax-M3": ("moe_layer_freq",),  # three dense layers
 }
 BY_REAL_EXPERTS = {"K_e=0": "least", "K_e=8": "mean", "K_e=12": "most"}
@@ -25,7 +30,8 @@ ALSO_EXACT = {
     "meta-llama/Llama-4-Maverick-17B-128E": 400_711_848_960,
     "Qwen/Qwen3.5-397B-A17B": 396_346_350_336,
 }
-# Stored weights of releases whose files hold the MTP module: total, and how often they repeat embedding and head in it
+# Stored weights of releases whose files hold the MTP module: total, and how often they repeat
+# embedding and head in it
 WITH_MTP = {
     "deepseek-ai/DeepSeek-V3": ({}, "684.5B", 2),
     "zai-org/GLM-5.1": ({}, "754B", 0),
@@ -64,21 +70,44 @@ def test_every_exact_count_of_the_data_is_reproduced_to_the_parameter(data_dir: 
     with_counts = [entry for entry in entries(data_dir) if "counts" in entry]
     assert len(with_counts) == 46
     wrong = {
-        entry["name"]: difference for entry in with_counts if (difference := count(as_counted(entry)).total - entry["counts"]["total"])
+        entry["name"]: difference
+        for entry in with_counts
+        if (difference := count(as_counted(entry)).total - entry["counts"]["total"])
     }
     assert wrong == {}
 
 
 @pytest.mark.data
-def test_parts_and_active_parameters_of_the_data_are_reproduced_to_the_parameter(data_dir: Path) -> None:
+def test_parts_and_active_parameters_of_the_data_are_reproduced_to_the_parameter(
+    data_dir: Path,
+) -> None:
     for entry in entries(data_dir):
         exact, counted = entry.get("counts", {}), count(as_counted(entry))
-        names = {"routed_experts": "routed", "shared_experts": "shared", "ngram_tables": "ngram_table", "lm_head": "head"}
-        for theirs, ours in {**names, "embed_tokens": "embedding", "ngram_projections": "ngram_projection"}.items():
-            assert counted.by_part[ours] == exact.get(theirs, counted.by_part[ours]), (entry["name"], theirs)
-        keys = {"A": "active_incl_all_embeddings", "B": "active_excl_input_embedding", "C": "active_excl_embed_and_head"}
+        names = {
+            "routed_experts": "routed",
+            "shared_experts": "shared",
+            "ngram_tables": "ngram_table",
+            "lm_head": "head",
+        }
+        for theirs, ours in {
+            **names,
+            "embed_tokens": "embedding",
+            "ngram_projections": "ngram_projection",
+        }.items():
+            assert counted.by_part[ours] == exact.get(theirs, counted.by_part[ours]), (
+                entry["name"],
+                theirs,
+            )
+        keys = {
+            "A": "active_incl_all_embeddings",
+            "B": "active_excl_input_embedding",
+            "C": "active_excl_embed_and_head",
+        }
         for convention, key in keys.items():
-            assert counted.active(convention) == exact.get(key, counted.active(convention)), (entry["name"], convention)  # type: ignore[arg-type]
+            assert counted.active(convention) == exact.get(key, counted.active(convention)), (
+                entry["name"],
+                convention,
+            )  # type: ignore[arg-type]
         for real, value in exact.get("active_excl_input_embedding_by_Ke", {}).items():
             assert counted.active("B", BY_REAL_EXPERTS[real]) == value, (entry["name"], real)  # type: ignore[arg-type]
 
@@ -104,18 +133,29 @@ def test_longcat_flash_counts_no_phantom_row() -> None:
     longcat = count(config_of("LongCat-Flash-Chat"))
     assert longcat.total == 560_664_958_976
     assert longcat.total + longcat.phantom == 741_053_585_408
-    assert (longcat.active_min, longcat.active_mean, longcat.active_max) == (18_693_773_312, 27_149_490_176, 31_377_348_608)
+    assert (longcat.active_min, longcat.active_mean, longcat.active_max) == (
+        18_693_773_312,
+        27_149_490_176,
+        31_377_348_608,
+    )
 
 
 def test_longcat_2_matches_its_announcement() -> None:
     longcat = count(config_of("LongCat-2.0"))
     assert longcat.total == 1_638_616_773_376
     assert longcat.by_part["ngram_table"] == 134_978_871_296
-    assert [round(value / 1e9, 1) for value in (longcat.active_min, longcat.active_mean, longcat.active_max)] == [33.4, 48.7, 56.4]
+    assert [
+        round(value / 1e9, 1)
+        for value in (longcat.active_min, longcat.active_mean, longcat.active_max)
+    ] == [33.4, 48.7, 56.4]
 
 
 def test_the_mean_of_real_experts_is_uniform_load_unless_it_is_published() -> None:
-    config = {key: value for key, value in config_of("LongCat-2.0").items() if key != "expected_ffn_experts_K_e"}
+    config = {
+        key: value
+        for key, value in config_of("LongCat-2.0").items()
+        if key != "expected_ffn_experts_K_e"
+    }
     routed = next(iter(count(config).moe_layers.values()))
     assert routed.used is not None
     assert routed.used.mean == pytest.approx(12 * 768 / 896)
@@ -136,7 +176,9 @@ def test_further_published_models_are_exact(name: str) -> None:
 
 def test_kimi_linear_without_a_layer_list_follows_the_usual_pattern() -> None:
     config = {**config_of("Kimi-Linear-48B-A3B-Instruct"), "linear_attn_config": None}
-    counted = count({**config, "linear_head_dim": 128, "linear_num_heads": 32, "linear_conv_kernel_dim": 4})
+    counted = count(
+        {**config, "linear_head_dim": 128, "linear_num_heads": 32, "linear_conv_kernel_dim": 4}
+    )
     assert counted.total == 49_133_074_464
     assert any(sentence.startswith("layer_types") for sentence in counted.assumed)
 
@@ -154,7 +196,12 @@ def test_mtp_modules_explain_the_size_of_the_stored_weights(name: str) -> None:
 
 
 def test_published_totals_are_matched() -> None:
-    far = {"moonshotai/Kimi-K2-Instruct", "moonshotai/Kimi-K2.5", "Zyphra/ZAYA1-8B", "baidu/ERNIE-4.5-21B-A3B"}
+    far = {
+        "moonshotai/Kimi-K2-Instruct",
+        "moonshotai/Kimi-K2.5",
+        "Zyphra/ZAYA1-8B",
+        "baidu/ERNIE-4.5-21B-A3B",
+    }
     for row in models().iter_rows(named=True):
         limit = 0.06 if row["name"] in far else 0.025
         assert row["total"] == pytest.approx(row["published_total"], rel=limit), row["name"]
@@ -163,7 +210,9 @@ def test_published_totals_are_matched() -> None:
 def test_published_active_parameters_are_matched_in_the_named_convention() -> None:
     for row in models().drop_nulls("published_active").iter_rows(named=True):
         if row["name"] in NOT_ROUNDED:
-            assert row["active"] == pytest.approx(row["published_active"], rel=NOT_ROUNDED[row["name"]]), row["name"]
+            assert row["active"] == pytest.approx(
+                row["published_active"], rel=NOT_ROUNDED[row["name"]]
+            ), row["name"]
             assert row["convention"] not in row["fits"]
         else:
             assert row["convention"] in row["fits"], row["name"]

@@ -1,4 +1,6 @@
-"""Counts against ``num_parameters()`` of tiny random transformers models, for every MoE directory of the library."""
+"""Counts against ``num_parameters()`` of tiny random transformers models, for every MoE directory
+of the library.
+"""
 
 import dataclasses
 import importlib
@@ -16,7 +18,10 @@ from hf_tiny_models import draw, fields_of, parameters, raw, wrapper_of  # noqa:
 from moe_lab.accounting import count  # noqa: E402
 from moe_lab.accounting.architectures import ARCHITECTURES, SAME_AS  # noqa: E402
 
-pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")]
+pytestmark = [
+    pytest.mark.hf,
+    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
+]
 
 
 def test_all_77_moe_directories_are_covered_or_have_a_reason() -> None:
@@ -39,7 +44,12 @@ def test_count_equals_num_parameters_less_phantom_rows(name: str) -> None:
 def test_a_saved_configuration_counts_the_same(name: str, tmp_path: Path) -> None:
     config, _ = draw(name, 1)
     config.save_pretrained(tmp_path)
-    assert count(tmp_path).total == count(config).total == count(tmp_path / "config.json").total == count(config.to_dict()).total
+    assert (
+        count(tmp_path).total
+        == count(config).total
+        == count(tmp_path / "config.json").total
+        == count(config.to_dict()).total
+    )
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -52,7 +62,13 @@ def test_layer_patterns_are_read_as_releases_write_them(name: str) -> None:
 
 def test_longcat_has_phantom_rows_and_no_other_family_does() -> None:
     config, _ = draw("longcat_flash", 2)
-    expected = config.num_layers * config.zero_expert_num * 2 * config.expert_ffn_hidden_size * config.hidden_size
+    expected = (
+        config.num_layers
+        * config.zero_expert_num
+        * 2
+        * config.expert_ffn_hidden_size
+        * config.hidden_size
+    )
     assert count(config).phantom == expected
     assert all(count(draw(name, 0)[0]).phantom == 0 for name in ("zaya", "deepseek_v3", "mixtral"))
 
@@ -61,7 +77,11 @@ def test_longcat_has_phantom_rows_and_no_other_family_does() -> None:
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_multimodal_model_is_counted_by_its_text_part(name: str, tied: bool) -> None:
     config, model = wrapper_of(name, tied)
-    language = sum(size.numel() for key, size in model.named_parameters() if "language_model" in key or "lm_head" in key)
+    language = sum(
+        size.numel()
+        for key, size in model.named_parameters()
+        if "language_model" in key or "lm_head" in key
+    )
     assert count(config).total == language
     assert count(config.to_dict()).total == language
 
@@ -70,11 +90,17 @@ def test_a_speech_model_is_counted_by_its_nemotron_h_text_part() -> None:
     import torch
 
     package = "transformers.models.nemotron3_5_transcribe"
-    config = importlib.import_module(f"{package}.configuration_nemotron3_5_transcribe").Nemotron3_5TranscribeConfig()
+    config = importlib.import_module(
+        f"{package}.configuration_nemotron3_5_transcribe"
+    ).Nemotron3_5TranscribeConfig()
     with torch.device("meta"):
         classes = importlib.import_module(f"{package}.modeling_nemotron3_5_transcribe")
         model = classes.Nemotron3_5TranscribeForConditionalGeneration(config)
-    language = sum(size.numel() for key, size in model.named_parameters() if "language_model" in key or "lm_head" in key)
+    language = sum(
+        size.numel()
+        for key, size in model.named_parameters()
+        if "language_model" in key or "lm_head" in key
+    )
     assert count(config).total == language == 31_577_937_344
 
 
@@ -107,18 +133,46 @@ def test_switches_change_the_count_by_what_they_add() -> None:
     """Biases, tied embeddings and shared experts, one at a time, on a family that has them all."""
     base = FAMILIES["deepseek_v2"]
     module = importlib.import_module("transformers.models.deepseek_v2.configuration_deepseek_v2")
-    fields = fields_of(module.DeepseekV2Config, dataclasses.replace(base, choices={}), random.Random(0))
-    plain: dict[str, Any] = {**fields, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "n_shared_experts": 0}
+    fields = fields_of(
+        module.DeepseekV2Config, dataclasses.replace(base, choices={}), random.Random(0)
+    )
+    plain: dict[str, Any] = {
+        **fields,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "n_shared_experts": 0,
+    }
     before = count(module.DeepseekV2Config(**plain))
     d, layers, sparse = plain["hidden_size"], plain["num_hidden_layers"], len(before.moe_layers)
-    assert before.total - count(module.DeepseekV2Config(**{**plain, "tie_word_embeddings": True})).total == plain["vocab_size"] * d
-    biased = count(module.DeepseekV2Config(**{**plain, "attention_bias": True})).total - before.total
-    assert biased == layers * (plain["q_lora_rank"] + plain["kv_lora_rank"] + plain["qk_rope_head_dim"] + d)
+    assert (
+        before.total
+        - count(module.DeepseekV2Config(**{**plain, "tie_word_embeddings": True})).total
+        == plain["vocab_size"] * d
+    )
+    biased = (
+        count(module.DeepseekV2Config(**{**plain, "attention_bias": True})).total - before.total
+    )
+    assert biased == layers * (
+        plain["q_lora_rank"] + plain["kv_lora_rank"] + plain["qk_rope_head_dim"] + d
+    )
     shared = count(module.DeepseekV2Config(**{**plain, "n_shared_experts": 2}))
-    assert shared.total - before.total == shared.by_part["shared"] == sparse * 3 * d * 2 * plain["moe_intermediate_size"]
+    assert (
+        shared.total - before.total
+        == shared.by_part["shared"]
+        == sparse * 3 * d * 2 * plain["moe_intermediate_size"]
+    )
 
 
 def test_every_architecture_is_met_by_a_test_model_or_is_not_of_transformers() -> None:
     met = {count(draw(name, 0)[0]).model_type for name in FAMILIES}
-    elsewhere = {"moe_lab", "moe_lab_layer", "longcat_flash_ngram", "longcat2", "kimi_k2", "bailing_moe", "hunyuan"}
+    elsewhere = {
+        "moe_lab",
+        "moe_lab_layer",
+        "longcat_flash_ngram",
+        "longcat2",
+        "kimi_k2",
+        "bailing_moe",
+        "hunyuan",
+    }
     assert set(ARCHITECTURES) - {SAME_AS.get(name, name) for name in met} == elsewhere

@@ -1,4 +1,6 @@
-"""The closed forms against sums written out by hand, and the three conventions against their definitions."""
+"""The closed forms against sums written out by hand, and the three conventions against their
+definitions.
+"""
 
 import subprocess
 import sys
@@ -23,7 +25,11 @@ def test_gqa_is_its_four_matrices() -> None:
 @pytest.mark.parametrize("rank_q", [None, 24])
 def test_mla_is_the_sum_of_its_published_form(rank_q: int | None) -> None:
     d, h, rkv, nope, rope, v = 64, 4, 16, 12, 6, 10
-    query = d * h * (nope + rope) if rank_q is None else d * rank_q + rank_q + rank_q * h * (nope + rope)
+    query = (
+        d * h * (nope + rope)
+        if rank_q is None
+        else d * rank_q + rank_q + rank_q * h * (nope + rope)
+    )
     rest = d * (rkv + rope) + rkv + rkv * h * (nope + v) + h * v * d
     assert total(mla(d, h, rank_q, rkv, nope, rope, v)) == query + rest
 
@@ -33,7 +39,15 @@ def test_non_gated_experts_have_two_matrices_and_an_indexer_four_pieces() -> Non
     assert total(indexer(64, 24, 4, 16)) == 24 * 4 * 16 + 64 * 16 + 2 * 16 + 64 * 4
 
 
-@pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-V3", "Zyphra/ZAYA1-8B", "meituan-longcat/LongCat-Flash-Lite", "openai/gpt-oss-20b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek-ai/DeepSeek-V3",
+        "Zyphra/ZAYA1-8B",
+        "meituan-longcat/LongCat-Flash-Lite",
+        "openai/gpt-oss-20b",
+    ],
+)
 def test_conventions_are_what_they_are_defined_as(name: str) -> None:
     entry = find_model(name)
     assert entry is not None
@@ -43,7 +57,9 @@ def test_conventions_are_what_they_are_defined_as(name: str) -> None:
     assert counted.active("A") == pytest.approx(counted.total - unused, abs=1)
     lookups = parts["ngram_table"] + (0 if counted.tied else parts["embedding"])
     assert counted.active("A") - counted.active("B") == lookups
-    assert counted.active("B") - counted.active("C") == (parts["embedding"] if counted.tied else parts["head"])
+    assert counted.active("B") - counted.active("C") == (
+        parts["embedding"] if counted.tied else parts["head"]
+    )
 
 
 def test_parts_add_up_to_the_total_and_layers_to_the_parts() -> None:
@@ -61,7 +77,17 @@ def test_the_frame_has_a_row_for_each_piece_and_sums_to_the_count() -> None:
     counted = count(entry["config"])
     frame = counted.frame()
     assert frame["params"].sum() == counted.total + counted.mtp
-    assert set(frame.columns) == {"layer", "part", "name", "params", "copies", "active_min", "active_mean", "active_max", "phantom"}
+    assert set(frame.columns) == {
+        "layer",
+        "part",
+        "name",
+        "params",
+        "copies",
+        "active_min",
+        "active_mean",
+        "active_max",
+        "phantom",
+    }
     routed = counted.by_layer().filter(part="routed")
     assert routed["layer"].to_list() == list(range(3, 61))
     assert routed["params"].unique().to_list() == [256 * 3 * 7168 * 2048]
@@ -85,7 +111,12 @@ def test_models_has_one_row_per_published_model_and_states_both_ratios() -> None
     assert k2["ratio_experts"] == 48
     assert k2["ratio_parameters"] == pytest.approx(31.2, abs=0.05)
     assert (pro["ratio_experts"], round(pro["total"] / pro["active_a"], 1)) == (64, 31.6)
-    assert (longcat["num_experts"], longcat["num_zero_experts"], longcat["slots"], longcat["top_k"]) == (768, 128, 12, 8)
+    assert (
+        longcat["num_experts"],
+        longcat["num_zero_experts"],
+        longcat["slots"],
+        longcat["top_k"],
+    ) == (768, 128, 12, 8)
 
 
 def test_counting_imports_neither_torch_nor_polars_nor_plotly() -> None:

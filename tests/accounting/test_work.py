@@ -1,4 +1,6 @@
-"""Operations and bytes per token against sums over every position written out, and against torch's own counter."""
+"""Operations and bytes per token against sums over every position written out, and against torch's
+own counter.
+"""
 
 from typing import Any
 
@@ -10,7 +12,14 @@ from moe_lab.accounting import count, find_model, flops
 from moe_lab.accounting.parts import Attend, Index, Recur
 from moe_lab.accounting.work import capped_sum, kernel_flops
 from moe_lab.errors import ConfigError
-from moe_lab.model import DecoderConfig, LatentAttentionConfig, MoEConfig, NgramConfig, SparseAttentionConfig, Wiring
+from moe_lab.model import (
+    DecoderConfig,
+    LatentAttentionConfig,
+    MoEConfig,
+    NgramConfig,
+    SparseAttentionConfig,
+    Wiring,
+)
 from moe_lab.routing import RouterConfig
 
 WITHIN = 0.01
@@ -30,10 +39,13 @@ def counted_by_torch(model: torch.nn.Module, ids: torch.Tensor, backward: bool =
     return counter.get_total_flops()
 
 
-# ----------------------------------------------------------------------------------------------------- our own decoders
+# -----------------------------------------------------------------------------------------------------
+# our own decoders
 
 DECODERS = {
-    "dense": DecoderConfig(vocab_size=200, num_layers=3, d_model=64, num_heads=4, context_length=96, d_dense=160),
+    "dense": DecoderConfig(
+        vocab_size=200, num_layers=3, d_model=64, num_heads=4, context_length=96, d_dense=160
+    ),
     "grouped, untied": DecoderConfig(
         vocab_size=90,
         num_layers=2,
@@ -59,7 +71,9 @@ DECODERS = {
         d_model=32,
         num_heads=4,
         context_length=96,
-        moe=MoEConfig(32, 24, RouterConfig(kind="deepseek_v3", num_experts=8, top_k=2), num_shared_experts=2),
+        moe=MoEConfig(
+            32, 24, RouterConfig(kind="deepseek_v3", num_experts=8, top_k=2), num_shared_experts=2
+        ),
         num_dense_layers=1,
         d_dense=100,
     ),
@@ -72,10 +86,18 @@ DECODERS = {
         moe=MoEConfig(48, 24, RouterConfig(num_experts=8, top_k=2), d_latent=20),
         d_dense=60,
         wiring=Wiring.SHORTCUT,
-        latent_attention=LatentAttentionConfig(kv_rank=20, q_rank=24, nope_dim=10, rope_dim=4, value_dim=8),
+        latent_attention=LatentAttentionConfig(
+            kv_rank=20, q_rank=24, nope_dim=10, rope_dim=4, value_dim=8
+        ),
     ),
     "n-gram tables and a gated place": DecoderConfig(
-        vocab_size=120, num_layers=2, d_model=48, num_heads=4, context_length=96, d_dense=60, ngram=NgramConfig(layers=(1,))
+        vocab_size=120,
+        num_layers=2,
+        d_model=48,
+        num_heads=4,
+        context_length=96,
+        d_dense=60,
+        ngram=NgramConfig(layers=(1,)),
     ),
     "sparse attention that layers share": DecoderConfig(
         vocab_size=120,
@@ -100,18 +122,23 @@ def test_flops_of_our_decoders_agree_with_torchs_counter(name: str) -> None:
         trained = counted_by_torch(config.build(), ids, backward=True)
     ours = flops(config, length, "prefill")
     assert 2 * length * ours.forward == pytest.approx(seen, rel=WITHIN)
-    if config.sparse_attention is None:  # an indexer has no gradient from the logits: it learns from a loss of its own
+    if (
+        config.sparse_attention is None
+    ):  # an indexer has no gradient from the logits: it learns from a loss of its own
         assert 2 * length * ours.training == pytest.approx(trained, rel=WITHIN)
 
 
 def test_a_causal_kernel_does_half_of_the_scores() -> None:
     config, length = DECODERS["dense"], 96
     full, causal = flops(config, length), flops(config, length, causal=True)
-    assert causal.by_part["attention_scores"] / full.by_part["attention_scores"] == pytest.approx((length + 1) / 2 / length)
+    assert causal.by_part["attention_scores"] / full.by_part["attention_scores"] == pytest.approx(
+        (length + 1) / 2 / length
+    )
     assert causal.by_part["dense"] == full.by_part["dense"] == 3 * 2 * 3 * 64 * 160
 
 
-# ----------------------------------------------------------------------------------------------------------- transformers
+# -----------------------------------------------------------------------------------------------------------
+# transformers
 
 HF_SIZES: dict[str, dict[str, Any]] = {
     "Mixtral": {"intermediate_size": 96, "num_local_experts": 6, "num_experts_per_tok": 2},
@@ -134,7 +161,13 @@ HF_SIZES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("stem", HF_SIZES)
 def test_flops_of_transformers_models_agree_with_torchs_counter(stem: str) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
-    shape = {"vocab_size": 150, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = {
+        "vocab_size": 150,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
     config = getattr(transformers, f"{stem}Config")(**shape, **HF_SIZES[stem], pad_token_id=0)
     # the grouped and fused kernels are unknown to the counter
     config._attn_implementation = config._experts_implementation = "eager"
@@ -145,7 +178,8 @@ def test_flops_of_transformers_models_agree_with_torchs_counter(stem: str) -> No
     assert 64 * flops(config, 64, "prefill").forward == pytest.approx(seen, rel=WITHIN)
 
 
-# --------------------------------------------------------------------------------------------- kernels, position by position
+# ---------------------------------------------------------------------------------------------
+# kernels, position by position
 
 
 def by_position(visible: list[int], cost: int) -> float:
@@ -165,7 +199,9 @@ def test_attention_costs_the_keys_that_each_position_sees(context: int) -> None:
         Attend(3, 8, 6, causal=False): [context for _ in positions],
     }
     for kernel, visible in cases.items():
-        assert kernel_flops(kernel, context, "train", causal=True) == pytest.approx(by_position(visible, 2 * 3 * (8 + 6))), kernel
+        assert kernel_flops(kernel, context, "train", causal=True) == pytest.approx(
+            by_position(visible, 2 * 3 * (8 + 6))
+        ), kernel
         assert kernel_flops(kernel, context, "train") == 2 * 3 * (8 + 6) * max(visible), kernel
         assert kernel_flops(kernel, context, "decode") == 2 * 3 * (8 + 6) * visible[-1], kernel
 
@@ -174,13 +210,18 @@ def test_capped_sums_are_sums() -> None:
     for length in (1, 5, 12, 31):
         for stride in (1, 3, 4):
             for cap in (None, 1, 2, 50):
-                terms = [min(t // stride, 10**9 if cap is None else cap) for t in range(1, length + 1)]
+                terms = [
+                    min(t // stride, 10**9 if cap is None else cap) for t in range(1, length + 1)
+                ]
                 assert capped_sum(length, stride, cap) == sum(terms), (length, stride, cap)
 
 
 def test_indexers_score_every_key_and_recurrences_none() -> None:
     assert kernel_flops(Index(4, 16), 100, "decode") == 2 * 4 * 17 * 100
-    assert kernel_flops(Index(4, 16, stride=4), 100, "train", causal=True) == 2 * 4 * 17 * sum(t // 4 for t in range(1, 101)) / 100
+    assert (
+        kernel_flops(Index(4, 16, stride=4), 100, "train", causal=True)
+        == 2 * 4 * 17 * sum(t // 4 for t in range(1, 101)) / 100
+    )
     assert kernel_flops(Recur(50), 10, "train") == kernel_flops(Recur(50), 10**6, "decode") == 100
 
 
@@ -193,16 +234,27 @@ def test_mla_decodes_in_the_latent_space() -> None:
 
 def test_sparse_attention_stops_growing_at_its_top_k_and_its_indexer_does_not() -> None:
     v32, context = config_of("DeepSeek-V3.2"), 65536
-    sparse, dense = flops(v32, context, "decode"), flops(config_of("DeepSeek-V3"), context, "decode")
+    sparse, dense = (
+        flops(v32, context, "decode"),
+        flops(config_of("DeepSeek-V3"), context, "decode"),
+    )
     assert sparse.by_part["attention_scores"] * 32 == dense.by_part["attention_scores"]
-    assert sparse.by_part["attention_scores"] == flops(v32, 2048, "decode").by_part["attention_scores"]
+    assert (
+        sparse.by_part["attention_scores"] == flops(v32, 2048, "decode").by_part["attention_scores"]
+    )
     assert sparse.by_part["indexer"] == 61 * 2 * 64 * 129 * context
-    assert flops(config_of("LongCat-2.0"), context, "decode").by_part["indexer"] == 38 * 2 * 32 * 129 * context
+    assert (
+        flops(config_of("LongCat-2.0"), context, "decode").by_part["indexer"]
+        == 38 * 2 * 32 * 129 * context
+    )
     assert sparse.forward < dense.forward
 
 
 def test_sliding_windows_hold_every_second_layer_of_gpt_oss_constant() -> None:
-    short, long = (flops(config_of("gpt-oss-120b"), context, "decode").by_part["attention_scores"] for context in (128, 12800))
+    short, long = (
+        flops(config_of("gpt-oss-120b"), context, "decode").by_part["attention_scores"]
+        for context in (128, 12800)
+    )
     assert long - short == 18 * 2 * 64 * 128 * (12800 - 128)
 
 
@@ -214,13 +266,21 @@ def test_v4_attends_to_a_window_and_to_compressed_keys() -> None:
     assert pro.by_part["indexer"] == light * 2 * 64 * 129 * (context // 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------- phases
+# ----------------------------------------------------------------------------------------------------------------
+# phases
 
 
 def test_training_is_three_forward_passes_and_names_its_parts() -> None:
     work = flops(config_of("DeepSeek-V3"), 4096)
-    assert work.total == work.training == 3 * work.forward == pytest.approx(3 * sum(work.by_part.values()))
-    assert {"attention", "attention_scores", "router", "routed", "shared", "dense", "head"} == set(work.by_part)
+    assert (
+        work.total
+        == work.training
+        == 3 * work.forward
+        == pytest.approx(3 * sum(work.by_part.values()))
+    )
+    assert {"attention", "attention_scores", "router", "routed", "shared", "dense", "head"} == set(
+        work.by_part
+    )
     assert work.by_part["head"] == 2 * 129280 * 7168
     assert work.frame()["total"].sum() == pytest.approx(work.total)
     assert flops(config_of("DeepSeek-V3"), 4096, "prefill").total == work.forward
@@ -250,7 +310,8 @@ def test_dynamic_models_have_a_range_of_work() -> None:
     assert work.forward - work.forward_min == 8 * slot
 
 
-# -------------------------------------------------------------------------------------------------------------- decoding
+# --------------------------------------------------------------------------------------------------------------
+# decoding
 
 
 def test_one_sequence_reads_the_active_weights() -> None:
@@ -301,7 +362,15 @@ def test_impossible_loads_are_refused(load: list[float]) -> None:
         flops(config_of("Mixtral-8x7B"), 100, "decode", load=load)
 
 
-@pytest.mark.parametrize("arguments", [{"context": 0}, {"context": 1.5}, {"context": 8, "batch": 0}, {"context": 8, "phase": "dream"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"context": 0},
+        {"context": 1.5},
+        {"context": 8, "batch": 0},
+        {"context": 8, "phase": "dream"},
+    ],
+)
 def test_impossible_questions_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"expected (context|batch|a phase)"):
         flops(config_of("Mixtral-8x7B"), **arguments)

@@ -9,7 +9,9 @@ from moe_lab.errors import AnalysisError, ConfigError
 
 
 def ids_with(counts, k=4):
-    """[T, k] slots: the first ``counts[t]`` run real experts 0.., the rest zero-compute ones from 4 on."""
+    """[T, k] slots: the first ``counts[t]`` run real experts 0.., the rest zero-compute ones from 4
+    on.
+    """
     slots = np.arange(k)
     return np.where(slots < np.asarray(counts)[:, None], slots, 4 + slots)
 
@@ -17,7 +19,14 @@ def ids_with(counts, k=4):
 def test_means_are_those_of_the_tokens_of_each_class(make_trace):
     ffn = {0: [4, 1, 2, 3, 4, 0], 3: [4, 3, 2, 1, 0, 4]}
     kinds = ["eos", "name", "space", "eos", "name", None]
-    trace = make_trace({n: ids_with(c) for n, c in ffn.items()}, 4, 4, doc=[0, 0, 0, 1, 1, 1], pos=[0, 1, 2, 0, 1, 2], kind=kinds)
+    trace = make_trace(
+        {n: ids_with(c) for n, c in ffn.items()},
+        4,
+        4,
+        doc=[0, 0, 0, 1, 1, 1],
+        pos=[0, 1, 2, 0, 1, 2],
+        kind=kinds,
+    )
     profile = class_profile(trace, "kind")
     assert profile.columns[:7] == ["layer", "class", "n_tokens", "n_docs", "mean", "lo", "hi"]
     assert profile.select("layer", "class", "n_tokens", "n_docs", "mean").rows() == [
@@ -28,13 +37,20 @@ def test_means_are_those_of_the_tokens_of_each_class(make_trace):
         (3, "name", 2, 2, 1.5),
         (3, "space", 1, 1, 2.0),
     ]
-    with_first = class_profile(trace, "kind", include_first=True).filter(pl.col("layer") == 3, pl.col("class") == "eos")
+    with_first = class_profile(trace, "kind", include_first=True).filter(
+        pl.col("layer") == 3, pl.col("class") == "eos"
+    )
     assert with_first["mean"].to_list() == [2.5]
 
 
 def test_a_class_of_one_document_has_no_interval(make_trace):
-    trace = make_trace(ids_with([1, 2, 3, 4]), 4, 4, doc=[0, 0, 1, 1], pos=[1, 2, 1, 2], kind=["a", "b", "a", "a"])
-    rows = {row["class"]: row for row in class_profile(trace, "kind").filter(pl.col("layer") == 0).rows(named=True)}
+    trace = make_trace(
+        ids_with([1, 2, 3, 4]), 4, 4, doc=[0, 0, 1, 1], pos=[1, 2, 1, 2], kind=["a", "b", "a", "a"]
+    )
+    rows = {
+        row["class"]: row
+        for row in class_profile(trace, "kind").filter(pl.col("layer") == 0).rows(named=True)
+    }
     assert rows["b"]["lo"] is rows["b"]["hi"] is rows["b"]["adjusted_lo"] is None
     assert rows["a"]["lo"] == 1
     assert rows["a"]["hi"] == 3.5
@@ -43,7 +59,14 @@ def test_a_class_of_one_document_has_no_interval(make_trace):
 def test_intervals_are_the_same_for_the_same_seed_and_shrink_with_the_level(make_trace):
     generator = np.random.default_rng(0)
     doc = np.repeat(np.arange(30), 20)
-    trace = make_trace(ids_with(generator.integers(0, 5, 600)), 4, 4, doc=doc, pos=np.arange(600) % 20 + 1, kind="a")
+    trace = make_trace(
+        ids_with(generator.integers(0, 5, 600)),
+        4,
+        4,
+        doc=doc,
+        pos=np.arange(600) % 20 + 1,
+        kind="a",
+    )
     first, second = (class_profile(trace, "kind", seed=5) for _ in range(2))
     assert first.equals(second)
     wide = class_profile(trace, "kind", seed=5, level=0.99)
@@ -51,7 +74,9 @@ def test_intervals_are_the_same_for_the_same_seed_and_shrink_with_the_level(make
 
 
 def test_the_interval_is_as_wide_as_the_spread_of_document_means(make_trace):
-    """Tokens of a document are all alike, so 40 documents are 40 observations, however many tokens they hold."""
+    """Tokens of a document are all alike, so 40 documents are 40 observations, however many tokens
+    they hold.
+    """
     generator = np.random.default_rng(1)
     level = generator.integers(0, 5, 40)
     doc = np.repeat(np.arange(40), 50)
@@ -69,20 +94,34 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(make_trace):
         generator = np.random.default_rng(seed)
         counts = np.clip(generator.integers(1, 4, 25)[doc] + generator.integers(-1, 2, 200), 0, 4)
         trace = make_trace(ids_with(counts), 4, 4, doc=doc, pos=np.arange(200) % 8 + 1, kind="a")
-        (row,) = class_profile(trace, "kind", seed=seed, resamples=400).filter(pl.col("layer") == 0).rows(named=True)
+        (row,) = (
+            class_profile(trace, "kind", seed=seed, resamples=400)
+            .filter(pl.col("layer") == 0)
+            .rows(named=True)
+        )
         covered += row["lo"] <= 2 <= row["hi"]
     assert 50 <= covered <= 60
 
 
 def test_adjustment_removes_a_difference_that_is_all_frequency(make_trace):
-    """Compute follows the frequency band alone; class "space" is mostly frequent, class "name" mostly rare."""
+    """Compute follows the frequency band alone; class "space" is mostly frequent, class "name"
+    mostly rare.
+    """
     generator = np.random.default_rng(2)
     kind = generator.integers(0, 2, 8000)
     rare = generator.random(8000) < np.where(kind == 1, 0.8, 0.2)
     names, bands = np.array(["space", "name"])[kind], np.array(["common", "rare"])[rare.astype(int)]
-    columns = {"doc": np.arange(8000) // 40, "pos": np.arange(8000) % 40 + 1, "kind": names, "freq_band": bands}
+    columns = {
+        "doc": np.arange(8000) // 40,
+        "pos": np.arange(8000) % 40 + 1,
+        "kind": names,
+        "freq_band": bands,
+    }
     trace = make_trace(ids_with(np.where(rare, 3, 1)), 4, 4, **columns)
-    rows = {row["class"]: row for row in class_profile(trace, "kind").filter(pl.col("layer") == 0).rows(named=True)}
+    rows = {
+        row["class"]: row
+        for row in class_profile(trace, "kind").filter(pl.col("layer") == 0).rows(named=True)
+    }
     assert rows["name"]["mean"] - rows["space"]["mean"] > 1
     assert rows["name"]["adjusted"] == pytest.approx(rows["space"]["adjusted"])
     assert rows["name"]["coverage"] == pytest.approx(1)
@@ -90,7 +129,14 @@ def test_adjustment_removes_a_difference_that_is_all_frequency(make_trace):
 
 
 def test_coverage_says_how_much_of_the_text_an_adjusted_mean_speaks_of(make_trace):
-    trace = make_trace(ids_with([1, 2, 3, 4]), 4, 4, pos=[1, 2, 3, 4], kind=["a", "a", "b", "b"], freq_band=["x", "x", "y", "y"])
+    trace = make_trace(
+        ids_with([1, 2, 3, 4]),
+        4,
+        4,
+        pos=[1, 2, 3, 4],
+        kind=["a", "a", "b", "b"],
+        freq_band=["x", "x", "y", "y"],
+    )
     profile = class_profile(trace, "kind").filter(pl.col("layer") == 0)
     assert profile["coverage"].to_list() == [0.5, 0.5]
     assert profile["adjusted"].to_list() == [1.5, 3.5]

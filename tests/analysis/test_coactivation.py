@@ -12,7 +12,9 @@ from moe_lab.analysis import coactivation
 from moe_lab.errors import AnalysisError
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(tokens=st.integers(0, 50), experts=st.integers(2, 8), data=st.data())
 def test_every_pair_of_a_token_counts_once(make_trace, draw, tokens, experts, data):
     k = data.draw(st.integers(1, experts))
@@ -23,7 +25,9 @@ def test_every_pair_of_a_token_counts_once(make_trace, draw, tokens, experts, da
         for pair in combinations(sorted(int(i) for i in row if i >= 0), 2):
             wanted[pair] += 1
     pairs = coactivation(make_trace(ids, experts - 1, 1, rows_per_part=20))
-    assert {(a, b): n for a, b, n in pairs.select("expert_a", "expert_b", "count").iter_rows()} == wanted
+    assert {
+        (a, b): n for a, b, n in pairs.select("expert_a", "expert_b", "count").iter_rows()
+    } == wanted
 
 
 def test_shares_and_lift_have_their_plain_meaning(make_trace):
@@ -38,7 +42,9 @@ def test_shares_and_lift_have_their_plain_meaning(make_trace):
 
 
 def test_independent_choices_have_a_lift_of_one_at_any_k(make_trace, draw):
-    """The naive product of shares would say 0.57 for top-2 of 8: distinct experts cannot be independent."""
+    """The naive product of shares would say 0.57 for top-2 of 8: distinct experts cannot be
+    independent.
+    """
     pairs = coactivation(make_trace(draw(0, 40_000, 8, 2), 8))
     assert pairs["lift"].to_list() == pytest.approx([1] * 28, abs=0.1)
     assert pairs["lift"].mean() == pytest.approx(1, abs=0.01)

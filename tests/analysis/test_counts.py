@@ -1,4 +1,6 @@
-"""The numbers of uneven load, against their definitions at the extremes and against published count tables."""
+"""The numbers of uneven load, against their definitions at the extremes and against published count
+tables.
+"""
 
 import json
 import os
@@ -13,7 +15,11 @@ from scipy.spatial.distance import jensenshannon
 
 from moe_lab.analysis import counts as of
 
-DATA = Path(os.environ.get("MOE_LAB_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")) / "traces" / "olmoe"
+DATA = (
+    Path(os.environ.get("MOE_LAB_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+    / "traces"
+    / "olmoe"
+)
 
 EVEN, ONE = np.full(8, 5), np.array([40, 0, 0, 0, 0, 0, 0, 0])
 
@@ -38,14 +44,18 @@ def test_even_load_and_one_expert_that_takes_all_have_their_known_values(functio
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any))
 def test_gini_is_the_mean_absolute_difference_over_twice_the_mean(counts):
     array = np.array(counts, dtype=float)
-    assert of.gini(array) == pytest.approx(np.abs(array[:, None] - array).mean() / 2 / array.mean(), abs=1e-12)
+    assert of.gini(array) == pytest.approx(
+        np.abs(array[:, None] - array).mean() / 2 / array.mean(), abs=1e-12
+    )
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=20).filter(any), st.randoms())
 def test_divergence_agrees_with_scipy(counts, random):
     other = counts.copy()
     random.shuffle(other)
-    assert of.jensen_shannon_bits(counts, other) == pytest.approx(jensenshannon(counts, other, base=2) ** 2, abs=1e-9)
+    assert of.jensen_shannon_bits(counts, other) == pytest.approx(
+        jensenshannon(counts, other, base=2) ** 2, abs=1e-9
+    )
 
 
 def test_disjoint_loads_diverge_by_one_bit():
@@ -78,7 +88,9 @@ def rounded(value):
 @pytest.mark.parametrize("layer", [0, 7, 15])
 def test_load_of_olmoe_equals_the_known_answers(known, domain, layer):
     with np.load(DATA / f"eid2token_olmoe_{domain}.npz", allow_pickle=False) as table:
-        counts = np.bincount(table["expert"], weights=table["count"] * (table["layer"] == layer), minlength=64)
+        counts = np.bincount(
+            table["expert"], weights=table["count"] * (table["layer"] == layer), minlength=64
+        )
     answer = known[f"olmoe_{domain}/layer_{layer}"]
     assert counts.sum() == 8 * answer["tokens"]
     assert of.load_cv(counts) == rounded(answer["load_cv"])
@@ -89,11 +101,17 @@ def test_load_of_olmoe_equals_the_known_answers(known, domain, layer):
 
 @pytest.mark.data
 def test_divergence_of_olmoe_domains_equals_the_known_answers(known):
-    domains = json.loads((DATA / "expert_counts.json").read_text())["olmoe-1b-7b-0924"]["expert_counts"]
+    domains = json.loads((DATA / "expert_counts.json").read_text())["olmoe-1b-7b-0924"][
+        "expert_counts"
+    ]
     for layer, answers in known["_domain_jsd_bits_olmoe_expert_counts"].items():
         for one, other in combinations(domains, 2):
             found = of.jensen_shannon_bits(domains[one][layer], domains[other][layer])
-            assert found == rounded(answers.get(f"{one}|{other}", answers.get(f"{other}|{one}"))), (layer, one, other)
+            assert found == rounded(answers.get(f"{one}|{other}", answers.get(f"{other}|{one}"))), (
+                layer,
+                one,
+                other,
+            )
 
 
 @pytest.mark.data
@@ -103,4 +121,6 @@ def test_published_counts_are_conserved(known):
     for model, kinds in models.items():
         for domain, layers in kinds["expert_counts"].items():
             if domain != "tulu":
-                assert {sum(counts) for counts in layers.values()} == {next(n for name, n in slots.items() if name in model)}
+                assert {sum(counts) for counts in layers.values()} == {
+                    next(n for name, n in slots.items() if name in model)
+                }

@@ -9,7 +9,9 @@ from moe_lab.errors import AnalysisError
 
 
 def test_load_is_in_fair_shares_of_the_real_experts(make_trace):
-    """3 real experts run 2 + 1 + 0 slots and one zero-compute expert 3: a real fair share is 1 slot."""
+    """3 real experts run 2 + 1 + 0 slots and one zero-compute expert 3: a real fair share is 1
+    slot.
+    """
     load = expert_load(make_trace([[0, 3], [0, 3], [1, 3]], 3, 1))
     assert load.columns == ["layer", "expert", "is_zero", "count", "share", "load"]
     assert load["count"].to_list() == [2, 1, 0, 3]
@@ -28,7 +30,14 @@ def test_load_by_a_token_column_counts_each_value_apart(make_trace, draw):
     ids, kind = draw(0, 300, 9, 3, shares=[5, 1, 1, 1, 1, 1, 1, 1, 1e-9]), np.arange(300) % 3
     names = np.array(["name", "space", None], dtype=object)[kind]
     load = expert_load(
-        make_trace({4: ids, 11: ids[:, ::-1].copy()}, 7, 2, kind=pl.Series(names, dtype=pl.String), rows_per_part=64), by="kind"
+        make_trace(
+            {4: ids, 11: ids[:, ::-1].copy()},
+            7,
+            2,
+            kind=pl.Series(names, dtype=pl.String),
+            rows_per_part=64,
+        ),
+        by="kind",
     )
     assert load.columns == ["layer", "kind", "expert", "is_zero", "count", "share", "load"]
     assert load.height == 2 * 2 * 9
@@ -41,12 +50,16 @@ def test_load_by_a_token_column_counts_each_value_apart(make_trace, draw):
 
 
 def test_an_unknown_column_is_refused_with_the_known_ones(make_trace):
-    with pytest.raises(AnalysisError, match="expected a token column among doc, pos, token_id, loss, got 'lexer'"):
+    with pytest.raises(
+        AnalysisError, match="expected a token column among doc, pos, token_id, loss, got 'lexer'"
+    ):
         expert_load(make_trace([[0]], 2), by="lexer")
 
 
 def test_summary_keeps_dead_and_zero_compute_experts_apart(make_trace):
-    """Real counts 4, 2, 0, 0; the zero-compute expert takes half of the slots and moves none of the statistics."""
+    """Real counts 4, 2, 0, 0; the zero-compute expert takes half of the slots and moves none of the
+    statistics.
+    """
     ids = [[0, 4], [0, 4], [0, 4], [0, 4], [1, 4], [1, 4]]
     (row,) = load_summary(make_trace(ids, 4, 1)).rows(named=True)
     assert row["slots"] == 12

@@ -24,12 +24,21 @@ def test_pairs_stay_within_a_document_and_across_files(make_trace):
     columns = {"doc": [0, 0, 0, 1, 1, 1], "pos": [0, 1, 2, 0, 1, 3]}
     table = repetition(make_trace(ids, 4, rows_per_part=2, **columns))
     assert table["n_pairs"].to_list() == [3, 3]
-    assert dict(table.select("choice", "rate").rows()) == {"first": pytest.approx(2 / 3), "either": 1.0}
+    assert dict(table.select("choice", "rate").rows()) == {
+        "first": pytest.approx(2 / 3),
+        "either": 1.0,
+    }
 
 
 def test_experts_drawn_at_random_repeat_by_chance(make_trace, draw):
     columns = {"doc": np.arange(20_000) // 100, "pos": np.arange(20_000) % 100}
-    table = repetition(make_trace({0: draw(0, 20_000, 8, 2), 1: draw(1, 20_000, 8, 2, [8, 4, 2, 1, 1, 1, 1, 1])}, 8, **columns))
+    table = repetition(
+        make_trace(
+            {0: draw(0, 20_000, 8, 2), 1: draw(1, 20_000, 8, 2, [8, 4, 2, 1, 1, 1, 1, 1])},
+            8,
+            **columns,
+        )
+    )
     even, skewed = table.partition_by("layer")
     assert even["rate"].to_list() == pytest.approx([1 / 8, chance_of_meeting(8, 2)], abs=0.01)
     assert even["chance"].to_list() == [1 / 8, chance_of_meeting(8, 2)]
@@ -73,10 +82,14 @@ def test_without_a_next_expert_there_is_no_margin(make_trace):
 def test_zero_compute_slots_and_polarisation(make_trace):
     """Four tokens of two slots over two real and two zero-compute experts: 2, 2, 0 and 1 real ones."""
     ids = [[0, 1], [1, 0], [2, 3], [0, 2]]
-    (row,) = zero_compute(make_trace(ids, 2, 2, doc=[0, 0, 1, 1], pos=[0, 1, 0, 1])).rows(named=True)
+    (row,) = zero_compute(make_trace(ids, 2, 2, doc=[0, 0, 1, 1], pos=[0, 1, 0, 1])).rows(
+        named=True
+    )
     assert (row["zero_ratio"], row["compute_intensity"]) == (3 / 8, 5 / 8)
     assert (row["at_zero"], row["at_full"], row["polarisation"]) == (0.25, 0.5, 0.75)
-    assert row["binomial"] == pytest.approx(stats.binom.pmf(0, 2, 5 / 8) + stats.binom.pmf(2, 2, 5 / 8))
+    assert row["binomial"] == pytest.approx(
+        stats.binom.pmf(0, 2, 5 / 8) + stats.binom.pmf(2, 2, 5 / 8)
+    )
     assert row["lo"] <= row["zero_ratio"] <= row["hi"]
 
 

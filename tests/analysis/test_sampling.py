@@ -1,4 +1,6 @@
-"""Conditional Bernoulli sampling against enumeration of every subset and against rejection sampling."""
+"""Conditional Bernoulli sampling against enumeration of every subset and against rejection
+sampling.
+"""
 
 from itertools import combinations
 
@@ -31,7 +33,10 @@ def test_symmetric_polynomials_are_the_coefficients_of_the_product():
 def test_inclusion_rates_agree_with_enumeration(case):
     odds, slots = case
     subsets, probability = enumerate_choices(odds, slots)
-    expected = [sum(p for subset, p in zip(subsets, probability, strict=True) if i in subset) for i in range(len(odds))]
+    expected = [
+        sum(p for subset, p in zip(subsets, probability, strict=True) if i in subset)
+        for i in range(len(odds))
+    ]
     assert inclusion_rates(odds, slots) == pytest.approx(expected)
 
 
@@ -64,6 +69,12 @@ def test_group_count_agrees_with_rejection_sampling():
 
 
 def test_group_count_with_certain_and_impossible_experts():
-    """One real expert is always chosen and one never; the other slot goes to a real or a zero-compute expert, half each."""
-    assert group_count(np.array([1, 0, 0.5, 0.5]), np.array([True, True, True, False]), 2) == pytest.approx([0, 0.5, 0.5])
-    assert group_count(np.array([1.0, 1, 0]), np.array([True, False, False]), 2) == pytest.approx([0, 1, 0])
+    """One real expert is always chosen and one never; the other slot goes to a real or a
+    zero-compute expert, half each.
+    """
+    assert group_count(
+        np.array([1, 0, 0.5, 0.5]), np.array([True, True, True, False]), 2
+    ) == pytest.approx([0, 0.5, 0.5])
+    assert group_count(np.array([1.0, 1, 0]), np.array([True, False, False]), 2) == pytest.approx(
+        [0, 1, 0]
+    )

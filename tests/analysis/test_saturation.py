@@ -1,4 +1,6 @@
-"""Saturation and comparison of traces of one text: worlds with a known answer, and plain set arithmetic."""
+"""Saturation and comparison of traces of one text: worlds with a known answer, and plain set
+arithmetic.
+"""
 
 import numpy as np
 import polars as pl
@@ -10,21 +12,33 @@ from moe_lab.errors import AnalysisError
 
 
 def by_sets(first, second):
-    return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(first.tolist(), second.tolist(), strict=True)])
+    return np.mean(
+        [
+            len(set(a) & set(b)) / len(b)
+            for a, b in zip(first.tolist(), second.tolist(), strict=True)
+        ]
+    )
 
 
 def test_saturation_is_the_mean_overlap_of_chosen_sets(make_trace, draw):
     early, middle, last = (draw(seed, 500, 12, 3) for seed in range(3))
     middle[:250] = last[:250]
     doc = {"doc": np.arange(500) // 50, "pos": np.arange(500) % 50}
-    traces = [make_trace(ids, 12, rows_per_part=rows, **doc) for ids, rows in ((early, 77), (middle, 500), (last, 60))]
+    traces = [
+        make_trace(ids, 12, rows_per_part=rows, **doc)
+        for ids, rows in ((early, 77), (middle, 500), (last, 60))
+    ]
     table = saturation(traces)
     whole = table.filter(pl.col("choice") == "top-k")
     assert whole["checkpoint"].to_list() == ["0", "1"]
-    assert whole["saturation"].to_list() == pytest.approx([by_sets(early, last), by_sets(middle, last)])
+    assert whole["saturation"].to_list() == pytest.approx(
+        [by_sets(early, last), by_sets(middle, last)]
+    )
     assert whole["chance"].to_list() == [3 / 12] * 2
     top = table.filter(pl.col("choice") == "top-1")
-    assert top["saturation"].to_list() == pytest.approx([(early[:, 0] == last[:, 0]).mean(), (middle[:, 0] == last[:, 0]).mean()])
+    assert top["saturation"].to_list() == pytest.approx(
+        [(early[:, 0] == last[:, 0]).mean(), (middle[:, 0] == last[:, 0]).mean()]
+    )
     assert top["chance"].to_list() == [1 / 12] * 2
     assert (table["lo"] < table["saturation"]).all()
     assert (table["saturation"] < table["hi"]).all()
@@ -36,7 +50,9 @@ def test_checkpoints_that_share_nothing_but_their_loads_stay_at_chance(make_trac
     shares = [6, 3, 1, 1, 1, 1]
     traces = [make_trace(draw(seed, 20_000, 6, 2, shares), 6) for seed in (0, 1)]
     table = saturation(traces)
-    assert table["saturation"].to_list() == pytest.approx(table["chance_by_load"].to_list(), abs=0.01)
+    assert table["saturation"].to_list() == pytest.approx(
+        table["chance_by_load"].to_list(), abs=0.01
+    )
     assert (table["saturation"] > table["chance"] + 0.05).all()
 
 
@@ -48,8 +64,15 @@ def test_the_first_choice_is_the_slot_of_the_largest_weight(make_trace):
 
 
 def test_tokens_without_a_slot_in_the_end_are_left_out(make_trace):
-    table = saturation({"early": make_trace([[0, 1], [2, 3]], 4), "end": make_trace([[0, -1], [-1, -1]], 4, top_k=2)})
-    assert table.select("checkpoint", "n_tokens", "saturation").unique().rows() == [("early", 1, 1.0)]
+    table = saturation(
+        {
+            "early": make_trace([[0, 1], [2, 3]], 4),
+            "end": make_trace([[0, -1], [-1, -1]], 4, top_k=2),
+        }
+    )
+    assert table.select("checkpoint", "n_tokens", "saturation").unique().rows() == [
+        ("early", 1, 1.0)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,19 +84,35 @@ def test_tokens_without_a_slot_in_the_end_are_left_out(make_trace):
     ],
 )
 def test_traces_of_other_texts_are_refused(make_trace, other, problem):
-    with pytest.raises(AnalysisError, match=f"expected traces of the same text through the same layers, got {problem}"):
-        saturation([make_trace([[0], [1]], 4), make_trace(**({"indices": [[0], [1]], "num_experts": 4} | other))])
+    with pytest.raises(
+        AnalysisError,
+        match=f"expected traces of the same text through the same layers, got {problem}",
+    ):
+        saturation(
+            [
+                make_trace([[0], [1]], 4),
+                make_trace(**({"indices": [[0], [1]], "num_experts": 4} | other)),
+            ]
+        )
 
 
 def test_one_checkpoint_is_not_enough(make_trace):
-    with pytest.raises(AnalysisError, match="expected at least two checkpoints of one model, got 1"):
+    with pytest.raises(
+        AnalysisError, match="expected at least two checkpoints of one model, got 1"
+    ):
         saturation([make_trace([[0]], 2)])
 
 
 def test_a_trace_compared_with_itself_has_not_changed(make_trace, draw):
     trace = make_trace(draw(0, 300, 8, 2), 6, 2, doc=np.arange(300) // 30, pos=np.arange(300) % 30)
     (row,) = compare(trace, trace).rows(named=True)
-    assert (row["bits"], row["moved"], row["top1"], row["overlap"], row["shared"]) == (pytest.approx(0, abs=1e-12), 0, 1, 1, 300)
+    assert (row["bits"], row["moved"], row["top1"], row["overlap"], row["shared"]) == (
+        pytest.approx(0, abs=1e-12),
+        0,
+        1,
+        1,
+        300,
+    )
     assert load_shift(trace, trace)["shift"].abs().max() == 0
 
 
@@ -103,5 +142,7 @@ def test_other_texts_are_compared_by_load_alone(make_trace, draw):
 
 
 def test_other_architectures_are_not_compared(make_trace):
-    with pytest.raises(AnalysisError, match="expected two traces of the same layers and experts, got others"):
+    with pytest.raises(
+        AnalysisError, match="expected two traces of the same layers and experts, got others"
+    ):
         compare(make_trace([[0]], 2), make_trace([[0]], 3))

@@ -8,13 +8,22 @@ from moe_lab.analysis import ffn_spread
 from moe_lab.analysis.spread import hypergeometric
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # scipy also computes the kurtosis, which Z = 0 does not have
+@pytest.mark.filterwarnings(
+    "ignore:divide by zero:RuntimeWarning"
+)  # scipy also computes the kurtosis, which Z = 0 does not have
 @pytest.mark.parametrize(
     ("experts", "zero", "k", "mean", "sd"),
-    [(512, 256, 12, 8.0, 1.621), (256, 128, 12, 8.0, 1.609), (768, 128, 12, 10.286, 1.205), (64, 0, 8, 8.0, 0.0)],
+    [
+        (512, 256, 12, 8.0, 1.621),
+        (256, 128, 12, 8.0, 1.609),
+        (768, 128, 12, 10.286, 1.205),
+        (64, 0, 8, 8.0, 0.0),
+    ],
 )
 def test_hypergeometric_spread_of_the_longcat_models(experts, zero, k, mean, sd):
-    """LongCat-Flash, Flash-Lite and 2.0 (arXiv 2509.01322 and 2601.21204), to the digits quoted for them."""
+    """LongCat-Flash, Flash-Lite and 2.0 (arXiv 2509.01322 and 2601.21204), to the digits quoted for
+    them.
+    """
     assert hypergeometric(experts, zero, k) == pytest.approx((mean, sd), abs=5.1e-4)
     exact_mean, exact_variance = stats.hypergeom.stats(experts + zero, experts, k, moments="mv")
     assert hypergeometric(experts, zero, k) == pytest.approx((exact_mean, exact_variance**0.5))
@@ -33,7 +42,9 @@ def test_random_routing_shows_no_more_than_the_benchmarks(make_trace, draw):
 
 
 def test_skewed_loads_need_the_benchmark_that_keeps_them(make_trace, draw):
-    """Two zero-compute experts that nearly every token takes: the even benchmark is far too wide, the fitted one is not."""
+    """Two zero-compute experts that nearly every token takes: the even benchmark is far too wide,
+    the fitted one is not.
+    """
     shares = np.r_[np.ones(20), np.full(2, 200), np.full(8, 0.01)]
     (row,) = ffn_spread(make_trace(draw(1, 20_000, 30, 4, shares), 20, 10)).rows(named=True)
     assert row["independent_sd"] == pytest.approx(row["sd"], rel=0.1)

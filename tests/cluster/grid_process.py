@@ -34,12 +34,16 @@ class Driver:
         """What ``condition`` says once it is true."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
-            assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}; the log ends: {self.said()[-2000:]}"
+            assert time.monotonic() < deadline, (
+                f"not within {seconds:g} s: {what}; the log ends: {self.said()[-2000:]}"
+            )
             time.sleep(0.1)
         return found
 
     def held(self) -> dict[int, str]:
-        """Run by process of the runs that stand still in the middle of their training, with a checkpoint behind them."""
+        """Run by process of the runs that stand still in the middle of their training, with a
+        checkpoint behind them.
+        """
         found = {}
         for pid, run in trainers(self.out).items():
             with suppress(FileNotFoundError):

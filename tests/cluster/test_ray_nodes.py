@@ -1,4 +1,6 @@
-"""A real Ray cluster of three nodes on this machine, each with its own processes, under ``kill -9``."""
+"""A real Ray cluster of three nodes on this machine, each with its own processes, under ``kill
+-9``.
+"""
 
 import json
 import os
@@ -24,7 +26,10 @@ NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
 
 
 class Nodes:
-    """Three nodes of two CPUs; the first is the head. Nodes are killed with everything they started, as by pulling a plug."""
+    """Three nodes of two CPUs; the first is the head.
+
+    Nodes are killed with everything they started, as by pulling a plug.
+    """
 
     def __init__(self) -> None:
         self.cluster: Any = None
@@ -33,7 +38,10 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         fixed = {"gcs_server_port": port} if port else {}
-        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, **fixed, **resources})
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={**NODE, "include_dashboard": False, **fixed, **resources},
+        )
         for _ in range(others):
             self.cluster.add_node(**NODE)
         return self.cluster.address
@@ -63,7 +71,9 @@ class Nodes:
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_enable_worker_prestart", "0")  # idle workers import ray, on cores that the runs need
+    monkeypatch.setenv(
+        "RAY_enable_worker_prestart", "0"
+    )  # idle workers import ray, on cores that the runs need
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     nodes = Nodes()
     yield nodes
@@ -74,11 +84,17 @@ Start = Callable[..., Driver]
 Results = dict[str, dict[str, Any]]
 
 
-def test_a_node_killed_in_the_middle_costs_nothing_but_time(nodes: Nodes, start: Start, local_results: Results, tmp_path: Path) -> None:
+def test_a_node_killed_in_the_middle_costs_nothing_but_time(
+    nodes: Nodes, start: Start, local_results: Results, tmp_path: Path
+) -> None:
     driver = start(hold(tmp_path / "out"), "ray", f"address={nodes.begin()}")
 
     def training() -> list[Any]:
-        return [node for node in nodes.cluster.worker_nodes if nodes.processes(node) & set(driver.held())]
+        return [
+            node
+            for node in nodes.cluster.worker_nodes
+            if nodes.processes(node) & set(driver.held())
+        ]
 
     nodes.kill(driver.wait_for("a node with a run on its way", training)[0])
     driver.release()
@@ -103,7 +119,9 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_head_one_line(
     nodes.kill(nodes.cluster.head_node)
     assert driver.end() == 2
     last = driver.said().strip().splitlines()[-1]
-    assert last.startswith(f"moe-lab: lost the Ray cluster (no answer from its head at {address} for ")
+    assert last.startswith(
+        f"moe-lab: lost the Ray cluster (no answer from its head at {address} for "
+    )
     assert last.endswith("s); run the same command again to continue")
 
     nodes.end()
@@ -116,7 +134,9 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_head_one_line(
     assert len(found) == 2
 
 
-def test_four_runs_share_one_gpu_by_fraction(nodes: Nodes, stubs: ModuleType, tmp_path: Path) -> None:
+def test_four_runs_share_one_gpu_by_fraction(
+    nodes: Nodes, stubs: ModuleType, tmp_path: Path
+) -> None:
     """Ray counts a GPU that nobody looks at: the stub trainer needs none."""
     runs = [stubs.StubRun(name=f"run {seed}", seed=seed, device="cuda") for seed in range(4)]
     options = {"address": nodes.begin(others=0, num_cpus=4, num_gpus=1), "gpus": "0.25"}
@@ -133,12 +153,22 @@ def test_four_runs_share_one_gpu_by_fraction(nodes: Nodes, stubs: ModuleType, tm
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    outcome = run(stubs.stub_sweep(*runs), tmp_path, progress=False, trainer=stubs.STUB, launcher="ray", launcher_options=options)
+    outcome = run(
+        stubs.stub_sweep(*runs),
+        tmp_path,
+        progress=False,
+        trainer=stubs.STUB,
+        launcher="ray",
+        launcher_options=options,
+    )
     watcher.join()
     assert outcome.complete
     assert most == 4
 
-    with pytest.warns(UserWarning, match=r"expected a Ray node with CPU 1, GPU 2 for a run on cuda, got CPU 4, GPU 1; try .* grows"):
+    with pytest.warns(
+        UserWarning,
+        match=r"expected a Ray node with CPU 1, GPU 2 for a run on cuda, got CPU 4, GPU 1; try .* grows",
+    ):
         run(
             stubs.stub_sweep(stubs.StubRun(device="cuda")),
             tmp_path / "large",
@@ -150,13 +180,17 @@ def test_four_runs_share_one_gpu_by_fraction(nodes: Nodes, stubs: ModuleType, tm
         )
 
 
-def test_a_cluster_of_another_version_is_refused_in_one_line(nodes: Nodes, start: Start, tmp_path: Path) -> None:
+def test_a_cluster_of_another_version_is_refused_in_one_line(
+    nodes: Nodes, start: Start, tmp_path: Path
+) -> None:
     from ray._raylet import GcsClient
 
     address = nodes.begin(others=0)
     store = GcsClient(address=address)
     said = json.loads(store.internal_kv_get(b"CLUSTER_METADATA", b"cluster"))
-    store.internal_kv_put(b"CLUSTER_METADATA", json.dumps(said | {"ray_version": "2.0.1"}).encode(), True, b"cluster")
+    store.internal_kv_put(
+        b"CLUSTER_METADATA", json.dumps(said | {"ray_version": "2.0.1"}).encode(), True, b"cluster"
+    )
     driver = start(tmp_path / "out", "ray", f"address={address}")
     assert driver.end() == 2
     last = driver.said().strip().splitlines()[-1]

@@ -1,4 +1,6 @@
-"""A real SLURM controller and node on loopback (``slurm.sh``): requeued, cancelled and timed-out jobs, and a driver that dies."""
+"""A real SLURM controller and node on loopback (``slurm.sh``): requeued, cancelled and timed-out
+jobs, and a driver that dies.
+"""
 
 import json
 import re
@@ -24,9 +26,16 @@ SCRIPT = Path(__file__).parent / "slurm.sh"
 @pytest.fixture(scope="module")
 def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("slurm")
-    begun = subprocess.run(["bash", str(SCRIPT), "start", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    begun = subprocess.run(
+        ["bash", str(SCRIPT), "start", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if begun.returncode:
-        pytest.skip(f"no SLURM could be brought up: {' / '.join(begun.stdout.strip().splitlines())}")
+        pytest.skip(
+            f"no SLURM could be brought up: {' / '.join(begun.stdout.strip().splitlines())}"
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         yield
@@ -41,7 +50,10 @@ def job_of(pid: int) -> str:
 
 
 def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones(
-    controller: None, start: Callable[..., Driver], local_results: dict[str, dict[str, Any]], tmp_path: Path
+    controller: None,
+    start: Callable[..., Driver],
+    local_results: dict[str, dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     command = (hold(tmp_path / "out"), "slurm", "minutes=9")
     driver = start(*command)
@@ -53,7 +65,10 @@ def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones
 
     pid, cancelled = next(iter(driver.wait_for("another run on its way", another).items()))
     subprocess.run(["scancel", job_of(pid)], check=True)
-    driver.wait_for("the cancelled job's end", lambda: "ended as CANCELLED; resuming from its checkpoint" in driver.said())
+    driver.wait_for(
+        "the cancelled job's end",
+        lambda: "ended as CANCELLED; resuming from its checkpoint" in driver.said(),
+    )
     driver.kill()
     assert not results(driver.out), f"{cancelled} and the others were on their way"
 
@@ -64,7 +79,9 @@ def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones
     assert results(driver.out) == local_results
 
 
-def test_a_run_resumes_after_its_time_limit(controller: None, stubs: ModuleType, tmp_path: Path) -> None:
+def test_a_run_resumes_after_its_time_limit(
+    controller: None, stubs: ModuleType, tmp_path: Path
+) -> None:
     long = stubs.StubRun(name="long", steps=90, step_seconds=0.4)
     outcome = run(
         stubs.stub_sweep(long),
@@ -81,7 +98,19 @@ def test_a_run_resumes_after_its_time_limit(controller: None, stubs: ModuleType,
     assert json.loads((folder / "result.json").read_text())["loss"] == stubs.expected_loss(long)
 
 
-def test_what_sbatch_refuses_is_one_line(controller: None, stubs: ModuleType, tmp_path: Path) -> None:
+def test_what_sbatch_refuses_is_one_line(
+    controller: None, stubs: ModuleType, tmp_path: Path
+) -> None:
     sweep, options = stubs.stub_sweep(stubs.StubRun()), {"partition": "nowhere"}
-    with pytest.raises(RunError, match=r"expected sbatch to accept the runs, got .*partition.*; try the launcher options partition="):
-        run(sweep, tmp_path, trainer=stubs.STUB, launcher="slurm", launcher_options=options, progress=False)
+    with pytest.raises(
+        RunError,
+        match=r"expected sbatch to accept the runs, got .*partition.*; try the launcher options partition=",
+    ):
+        run(
+            sweep,
+            tmp_path,
+            trainer=stubs.STUB,
+            launcher="slurm",
+            launcher_options=options,
+            progress=False,
+        )

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: quick help, one line and exit code 2 for each mistake, JSON for machines."""
+"""The command line as a user meets it: quick help, one line and exit code 2 for each mistake, JSON
+for machines.
+"""
 
 import io
 import json
@@ -87,17 +89,34 @@ def test_help_loads_neither_torch_nor_scipy_nor_plotly() -> None:
         "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "print(sorted({'torch', 'scipy', 'plotly', 'polars', 'numpy'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip().endswith("[]")
-    for command in ("demo", "sweep", "train", "trace", "scaling", "difficulty", "report", "count", "doctor"):
+    for command in (
+        "demo",
+        "sweep",
+        "train",
+        "trace",
+        "scaling",
+        "difficulty",
+        "report",
+        "count",
+        "doctor",
+    ):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "sweep", "train", "trace", "scaling", "difficulty", "report", "count", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "sweep", "train", "trace", "scaling", "difficulty", "report", "count", "doctor"],
+)
 def test_every_command_has_help_without_torch(command: str) -> None:
     code = f"import sys\nfrom moe_lab.cli import main\ntry:\n    main(['{command}', '--help'])\nfinally:\n"
     code += "    assert 'torch' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert f"moe-lab {command}" in result.stdout
 
@@ -116,28 +135,50 @@ def test_doctor_speaks_json() -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_reports_and_is_not_trained_twice(recipe: Path, corpus: Path, cache: Path, tmp_path: Path) -> None:
-    arguments = ["sweep", recipe, "--preset", "tiny", "--corpus", corpus, "--vocab-size", 280, "--out", tmp_path / "out", "--json"]
+def test_a_sweep_runs_reports_and_is_not_trained_twice(
+    recipe: Path, corpus: Path, cache: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "sweep",
+        recipe,
+        "--preset",
+        "tiny",
+        "--corpus",
+        corpus,
+        "--vocab-size",
+        280,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    ]
     first = moe_lab(*arguments, cache=cache)
     assert first.returncode == 0, first.stderr
     outcome = json.loads(first.stdout)
     assert len(outcome["finished"]) == 4
     page = Path(outcome["report"])
     assert page.exists()
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    stamps = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")
+    }
     assert len(stamps) == 4
     assert moe_lab(*arguments, cache=cache).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     status = json.loads(moe_lab("sweep", "status", tmp_path / "out", "--json").stdout)
     assert {row["state"] for row in status} == {"finished"}
 
-    run = next(path.parent for path in stamps if json.loads((path.parent / "result.json").read_text())["arm"] == "zero")
+    run = next(
+        path.parent
+        for path in stamps
+        if json.loads((path.parent / "result.json").read_text())["arm"] == "zero"
+    )
     text = tmp_path / "one.txt"
     text.write_text("def gamma(alpha): return 1 <script>")
     traced = moe_lab("trace", run, "--text", text, "--out", tmp_path / "trace", "--json")
     assert traced.returncode == 0, traced.stderr
     assert json.loads(traced.stdout)["documents"] == 1
-    rows = pl.read_parquet(tmp_path / "trace" / "routing" / "**" / "*.parquet", hive_partitioning=True)
+    rows = pl.read_parquet(
+        tmp_path / "trace" / "routing" / "**" / "*.parquet", hive_partitioning=True
+    )
     assert rows["layer"].n_unique() == 3
     reported = moe_lab("report", run, "--out", tmp_path / "page.html", "--json")
     assert reported.returncode == 0, reported.stderr
@@ -151,12 +192,24 @@ def test_train_takes_flags_and_writes_a_run(corpus: Path, cache: Path, tmp_path:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
-    assert (record["num_experts"], record["num_zero_experts"], record["target_ffn_count"]) == (4, 2, 2.0)
+    assert (record["num_experts"], record["num_zero_experts"], record["target_ffn_count"]) == (
+        4,
+        2,
+        2.0,
+    )
     assert (tmp_path / "run" / "done").exists()
-    assert "expected --set FIELD=VALUE" in fails("train", "--corpus", corpus, "--set", "model.layers=2", cache=cache)
-    assert "expected top_k of at most 4" in fails("train", "--corpus", corpus, "--experts", 4, "--top-k", 5, cache=cache)
-    assert "expected top_k of at least 1, got 0" in fails("train", "--corpus", corpus, "--top-k", 0, cache=cache)
-    assert "expected a folder of run" in fails("train", "--corpus", corpus, "--out", tmp_path / "run", "--tokens", 99, cache=cache)
+    assert "expected --set FIELD=VALUE" in fails(
+        "train", "--corpus", corpus, "--set", "model.layers=2", cache=cache
+    )
+    assert "expected top_k of at most 4" in fails(
+        "train", "--corpus", corpus, "--experts", 4, "--top-k", 5, cache=cache
+    )
+    assert "expected top_k of at least 1, got 0" in fails(
+        "train", "--corpus", corpus, "--top-k", 0, cache=cache
+    )
+    assert "expected a folder of run" in fails(
+        "train", "--corpus", corpus, "--out", tmp_path / "run", "--tokens", 99, cache=cache
+    )
 
 
 def test_bad_text_is_one_line_each(tmp_path: Path, cache: Path) -> None:

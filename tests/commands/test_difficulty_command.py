@@ -15,7 +15,25 @@ from moe_lab.text import TextConfig, tokenize_documents
 from moe_lab.training import RunConfig, train
 from moe_lab.training.reference import dense_twins
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "42", "dogs", "ran", "(fast)", "=", "home", ".", ",", "def", "return"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "42",
+    "dogs",
+    "ran",
+    "(fast)",
+    "=",
+    "home",
+    ".",
+    ",",
+    "def",
+    "return",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +51,9 @@ def config_of(corpus, kind="longcat", **router):
     moe = MoEConfig(d_model=16, d_expert=16, router=RouterConfig.from_dict(fields))
     return RunConfig(
         name="tiny",
-        model=DecoderConfig(vocab_size=257, num_layers=2, d_model=16, num_heads=1, context_length=32, moe=moe),
+        model=DecoderConfig(
+            vocab_size=257, num_layers=2, d_model=16, num_heads=1, context_length=32, moe=moe
+        ),
         text=TextConfig(corpus=str(corpus), tokenizer="byte"),  # type: ignore[arg-type]
         batch_size=2,
         seq_length=32,
@@ -67,7 +87,9 @@ def test_a_run_gets_every_table_and_a_sentence(studied):
 
 
 def test_only_documents_that_the_run_never_saw_are_judged(studied):
-    assert pl.read_parquet(studied / "association.parquet")["n_docs"].max() == 12  # 20 % validation and 10 % reference of 40
+    assert (
+        pl.read_parquet(studied / "association.parquet")["n_docs"].max() == 12
+    )  # 20 % validation and 10 % reference of 40
 
 
 def test_the_report_says_why_it_draws_nothing(studied, tmp_path):
@@ -80,20 +102,38 @@ def test_the_report_says_why_it_draws_nothing(studied, tmp_path):
 
 def test_with_enough_documents_the_section_is_drawn_in_order(studied, tmp_path, monkeypatch):
     association = pl.read_parquet(studied / "association.parquet")
-    judged = association.with_columns(verdict=pl.lit("no material association"), note=pl.lit("within the band"))
+    judged = association.with_columns(
+        verdict=pl.lit("no material association"), note=pl.lit("within the band")
+    )
     judged.write_parquet(studied / "association.parquet")
     try:
         page = write_report(studied.parent, tmp_path / "page.html").read_text()
     finally:
         association.write_parquet(studied / "association.parquet")
-    places = [page.index(f'id="figure-{name}"') for name in ("difficulty_map", "difficulty_curves", "marginal_gain")]
+    places = [
+        page.index(f'id="figure-{name}"')
+        for name in ("difficulty_map", "difficulty_curves", "marginal_gain")
+    ]
     assert places == sorted(places)
     assert page.index("Verdict: <strong", places[-1]) > places[-1]
     assert "no material association in 4" in page
 
 
 def test_a_bare_trace_is_studied_without_a_model(run, tmp_path, capsys):
-    assert main(["difficulty", str(run / "trace"), "--resamples", "200", "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert (
+        main(
+            [
+                "difficulty",
+                str(run / "trace"),
+                "--resamples",
+                "200",
+                "--out",
+                str(tmp_path / "out"),
+                "--json",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "inconclusive"
     assert "gains" not in found["tables"]
@@ -106,7 +146,10 @@ def test_a_fixed_k_is_said_in_words(corpus, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "verdict: static layer" in text
     assert "nothing can follow difficulty" in text
-    assert "Does compute follow difficulty?" not in write_report(tmp_path / "fixed", tmp_path / "page.html").read_text()
+    assert (
+        "Does compute follow difficulty?"
+        not in write_report(tmp_path / "fixed", tmp_path / "page.html").read_text()
+    )
 
 
 def test_a_folder_that_is_neither_is_refused_in_one_line(tmp_path, capsys):
@@ -115,22 +158,41 @@ def test_a_folder_that_is_neither_is_refused_in_one_line(tmp_path, capsys):
 
 
 def test_the_sentence_names_the_strongest_layer():
-    rows = {"layer": [0, 1], "align": ["input", "target"], "rho_raw": [0.3, 0.2], "rho_token": [0.01, -0.05]}
-    rows |= {"rho_token_lo": [0.0, -0.06], "rho_token_hi": [0.02, -0.04], "verdict": ["frequency-driven", "inverted"]}
-    verdict, sentence = study_verdict(pl.DataFrame(rows | {"n_tokens": [10, 2000], "n_docs": [250, 250], "note": ["", "less"]}))
+    rows = {
+        "layer": [0, 1],
+        "align": ["input", "target"],
+        "rho_raw": [0.3, 0.2],
+        "rho_token": [0.01, -0.05],
+    }
+    rows |= {
+        "rho_token_lo": [0.0, -0.06],
+        "rho_token_hi": [0.02, -0.04],
+        "verdict": ["frequency-driven", "inverted"],
+    }
+    verdict, sentence = study_verdict(
+        pl.DataFrame(rows | {"n_tokens": [10, 2000], "n_docs": [250, 250], "note": ["", "less"]})
+    )
     assert verdict == "mixed"
-    assert "-0.050 (95 % interval -0.060 to -0.040), at layer 1, the token to be predicted, where the raw one is +0.200" in sentence
+    assert (
+        "-0.050 (95 % interval -0.060 to -0.040), at layer 1, the token to be predicted, where the raw one is +0.200"
+        in sentence
+    )
 
 
 def test_dense_twins_judge_what_they_did_not_read(corpus):
-    """A word that one document repeats is hard for the twin that did not train on it, whichever fold it fell into."""
+    """A word that one document repeats is hard for the twin that did not train on it, whichever
+    fold it fell into.
+    """
     from moe_lab.text import load_corpus, train_tokenizer
 
     documents = load_corpus(str(corpus)).documents
     tokenizer = train_tokenizer(documents, 257, "byte")
     tokenized = tokenize_documents(documents[:8], tokenizer)
     dense = config_of(corpus).replace(
-        model=DecoderConfig(vocab_size=257, num_layers=1, d_model=16, num_heads=1, context_length=32, d_dense=32), train_tokens=4000
+        model=DecoderConfig(
+            vocab_size=257, num_layers=1, d_model=16, num_heads=1, context_length=32, d_dense=32
+        ),
+        train_tokens=4000,
     )
     frame = dense_twins(tokenized, dense, checkpoints=2)
     assert frame["ref_loss"].null_count() == 8

@@ -29,10 +29,17 @@ def pretrained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("model")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, **{letter: place + 1 for place, letter in enumerate(alphabet)}}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={"<s>": 0, **{letter: place + 1 for place, letter in enumerate(alphabet)}},
+            merges=[],
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<s>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<s>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=257, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -52,11 +59,23 @@ def texts(tmp_path):
 
 
 @pytest.mark.hf
-def test_a_pretrained_model_is_traced_over_documents(pretrained, texts, tmp_path, capsys, monkeypatch):
+def test_a_pretrained_model_is_traced_over_documents(
+    pretrained, texts, tmp_path, capsys, monkeypatch
+):
     import socket
 
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a local model must not use the network"))
-    arguments = ["trace", "--hf", str(pretrained), "--text", str(texts), "--out", str(tmp_path / "t")]
+    monkeypatch.setattr(
+        socket.socket, "connect", lambda *_: pytest.fail("a local model must not use the network")
+    )
+    arguments = [
+        "trace",
+        "--hf",
+        str(pretrained),
+        "--text",
+        str(texts),
+        "--out",
+        str(tmp_path / "t"),
+    ]
     assert main([*arguments, "--max-tokens", "100", "--batch-tokens", "128", "--json"]) == 0
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
@@ -86,10 +105,21 @@ def test_a_pretrained_model_is_traced_over_documents(pretrained, texts, tmp_path
 
 
 @pytest.mark.hf
-def test_an_interrupted_trace_of_a_pretrained_model_goes_on(pretrained, texts, tmp_path, monkeypatch):
+def test_an_interrupted_trace_of_a_pretrained_model_goes_on(
+    pretrained, texts, tmp_path, monkeypatch
+):
     import moe_lab.trace.capturing.hub as hub
 
-    arguments = ["trace", "--hf", str(pretrained), "--text", str(texts), "--batch-tokens", "1", "--out"]
+    arguments = [
+        "trace",
+        "--hf",
+        str(pretrained),
+        "--text",
+        str(texts),
+        "--batch-tokens",
+        "1",
+        "--out",
+    ]
     real, calls = hub._padded, []
 
     def fail_in_the_third(batch, pad):
@@ -100,18 +130,42 @@ def test_an_interrupted_trace_of_a_pretrained_model_goes_on(pretrained, texts, t
 
     monkeypatch.setattr(hub, "_padded", fail_in_the_third)
     assert main([*arguments, str(tmp_path / "t")]) != 0
-    assert len(open_trace(tmp_path / "t.incomplete", allow_incomplete=True).check().tokens.collect()["doc"].unique()) == 2
+    assert (
+        len(
+            open_trace(tmp_path / "t.incomplete", allow_incomplete=True)
+            .check()
+            .tokens.collect()["doc"]
+            .unique()
+        )
+        == 2
+    )
     monkeypatch.undo()
     assert main([*arguments, str(tmp_path / "t")]) == 0
     assert main([*arguments, str(tmp_path / "whole")]) == 0
-    both = [open_trace(tmp_path / name).check().routing.sort("layer", "doc", "pos").collect() for name in ("t", "whole")]
+    both = [
+        open_trace(tmp_path / name).check().routing.sort("layer", "doc", "pos").collect()
+        for name in ("t", "whole")
+    ]
     assert both[0].equals(both[1])
 
 
 @pytest.mark.hf
 def test_a_folder_that_is_no_model_is_one_line(texts, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert main(["trace", "--hf", str(tmp_path / "empty"), "--text", str(texts), "--out", str(tmp_path / "t")]) == 2
+    assert (
+        main(
+            [
+                "trace",
+                "--hf",
+                str(tmp_path / "empty"),
+                "--text",
+                str(texts),
+                "--out",
+                str(tmp_path / "t"),
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0
     assert "cannot load" in error
@@ -120,7 +174,16 @@ def test_a_folder_that_is_no_model_is_one_line(texts, tmp_path, capsys):
 def test_records_of_an_engine_become_a_trace(tmp_path, capsys):
     ids = np.argsort(np.random.default_rng(0).random((9, 2, 8)), axis=2)[..., :2].astype(np.int32)
     np.savez(tmp_path / "dump.npz", routed_experts=ids, token_ids=np.arange(10))
-    arguments = ["trace", "--import", "vllm", str(tmp_path / "dump.npz"), "--out", str(tmp_path / "t"), "--num-experts", "8"]
+    arguments = [
+        "trace",
+        "--import",
+        "vllm",
+        str(tmp_path / "dump.npz"),
+        "--out",
+        str(tmp_path / "t"),
+        "--num-experts",
+        "8",
+    ]
     assert main([*arguments, "--num-zero-experts", "2"]) == 0
     printed = capsys.readouterr().out
     assert "9 tokens" in printed
@@ -135,7 +198,10 @@ def test_records_of_an_engine_become_a_trace(tmp_path, capsys):
         (["run", "--hf", "x"], "expected one of RUN, --hf ID_OR_PATH or --import KIND SRC"),
         (["run"], "expected --text PATH, got none"),
         (["--import", "vllm"], "expected --import KIND SRC --out FOLDER, got no SRC"),
-        (["--import", "vllm", "nowhere.npz", "--out", "t"], "expected a file or folder at nowhere.npz, got none"),
+        (
+            ["--import", "vllm", "nowhere.npz", "--out", "t"],
+            "expected a file or folder at nowhere.npz, got none",
+        ),
     ],
 )
 def test_what_is_missing_is_told(arguments, message, capsys):
@@ -152,16 +218,39 @@ def test_code_that_came_with_a_model_never_runs_unasked(pretrained, texts, tmp_p
     values = json.loads((folder / place).read_text())
     if place == "config.json":
         values |= {"model_type": "evil", "architectures": ["EvilForCausalLM"]}
-        values["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}
+        values["auto_map"] = {
+            "AutoConfig": "evil.EvilConfig",
+            "AutoModelForCausalLM": "evil.EvilForCausalLM",
+        }
     else:
-        values |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}}
+        values |= {
+            "tokenizer_class": "EvilTokenizer",
+            "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]},
+        }
         (folder / "tokenizer.json").unlink()
     (folder / place).write_text(json.dumps(values))
     code = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\nEvilConfig = EvilForCausalLM = EvilTokenizer = object\n"
     (folder / "evil.py").write_text(code)
-    command = [sys.executable, "-m", "moe_lab", "trace", "--hf", str(folder), "--text", str(texts), "--out", str(tmp_path / "t")]
-    isolated = ["unshare", "--net"] if not subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode else []
-    done = subprocess.run([*isolated, *command], input="y\n" * 9, capture_output=True, text=True, timeout=200)
+    command = [
+        sys.executable,
+        "-m",
+        "moe_lab",
+        "trace",
+        "--hf",
+        str(folder),
+        "--text",
+        str(texts),
+        "--out",
+        str(tmp_path / "t"),
+    ]
+    isolated = (
+        ["unshare", "--net"]
+        if not subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode
+        else []
+    )
+    done = subprocess.run(
+        [*isolated, *command], input="y\n" * 9, capture_output=True, text=True, timeout=200
+    )
     assert not marker.exists()
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -21,10 +21,17 @@ ZERO = RouterConfig(
     kind="longcat", num_experts=6, num_zero_experts=3, top_k=3, routed_scaling_factor=3.0,
     controller=ControllerConfig(kind=ControllerKind.PROPORTIONAL, rate=0.1, target_ffn_count=2),
 )  # fmt: skip
-LATENT = LatentAttentionConfig(kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5, scale_latents=True)
+LATENT = LatentAttentionConfig(
+    kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5, scale_latents=True
+)
 SPARSE = SparseAttentionConfig(top_k=6, num_heads=2, head_dim=8, initial=1, local=2)
 V4 = RouterConfig(
-    kind="sqrt_softplus_topk", num_experts=6, top_k=2, norm_topk_prob=True, routed_scaling_factor=1.5, controller=ControllerConfig()
+    kind="sqrt_softplus_topk",
+    num_experts=6,
+    top_k=2,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+    controller=ControllerConfig(),
 )
 assert PLAIN.moe is not None
 

@@ -1,4 +1,6 @@
-"""Weights of transformers' modules copied into ours, whatever the model: attention, feed-forward, MoE, and whole decoders."""
+"""Weights of transformers' modules copied into ours, whatever the model: attention, feed-forward,
+MoE, and whole decoders.
+"""
 
 from typing import Any
 
@@ -12,9 +14,14 @@ from moe_lab.model.rotary import Rotary
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> None:
-    """Weights that are far from their usual start, norms included, so that nothing is 1 or 0 by luck; tables of expert ids stay."""
+    """Weights that are far from their usual start, norms included, so that nothing is 1 or 0 by
+    luck; tables of expert ids stay.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tensors = [*module.named_parameters(), *((name, buffer) for name, buffer in module.named_buffers() if "bias" in name)]
+    tensors = [
+        *module.named_parameters(),
+        *((name, buffer) for name, buffer in module.named_buffers() if "bias" in name),
+    ]
     for name, tensor in tensors:
         noise = torch.randn(tensor.shape, generator=generator)
         scale = 0.1 if "bias" in name else std
@@ -35,20 +42,29 @@ def copy_latent(ours: LatentAttention, theirs: Any) -> None:
         ours.query_norm.weight.copy_(theirs.q_a_layernorm.weight)
     query = (theirs.q_proj if ours.query_down is None else theirs.q_b_proj).weight
     heads = query.unflatten(0, (ours.heads, c.nope_dim + c.rope_dim))
-    ours.query.weight.copy_(torch.cat([torch.cat((head[: c.nope_dim], halves(head[c.nope_dim :]))) for head in heads]))
+    ours.query.weight.copy_(
+        torch.cat([torch.cat((head[: c.nope_dim], halves(head[c.nope_dim :]))) for head in heads])
+    )
     down = theirs.kv_a_proj_with_mqa.weight
     ours.kv_down.weight.copy_(torch.cat((down[: c.kv_rank], halves(down[c.kv_rank :]))))
     ours.kv_norm.weight.copy_(theirs.kv_a_layernorm.weight)
     ours.kv.weight.copy_(theirs.kv_b_proj.weight)
     ours.out.weight.copy_(theirs.o_proj.weight)
     if ours.indexer is not None:  # rotates halves in both
-        for mine, their in (("query", "wq_b"), ("key", "wk"), ("key_norm", "k_norm"), ("weigh", "weights_proj")):
+        for mine, their in (
+            ("query", "wq_b"),
+            ("key", "wk"),
+            ("key_norm", "k_norm"),
+            ("weigh", "weights_proj"),
+        ):
             getattr(ours.indexer, mine).load_state_dict(getattr(theirs.indexer, their).state_dict())
 
 
 @torch.no_grad()
 def copy_grouped(ours: GroupedQueryAttention, theirs: Any) -> None:
-    ours.qkv.weight.copy_(torch.cat((theirs.q_proj.weight, theirs.k_proj.weight, theirs.v_proj.weight)))
+    ours.qkv.weight.copy_(
+        torch.cat((theirs.q_proj.weight, theirs.k_proj.weight, theirs.v_proj.weight))
+    )
     ours.out.weight.copy_(theirs.o_proj.weight)
     if ours.query_norm is not None and ours.key_norm is not None:
         ours.query_norm.weight.copy_(theirs.q_norm.weight)
@@ -109,7 +125,9 @@ def copy_decoder(ours: Decoder, theirs: Any) -> None:
 
 def doubled(rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Our angles as transformers passes them: cos and sin [1, S, rope], each half the same."""
-    return torch.cat((rotary.cos, rotary.cos), dim=1)[None], torch.cat((rotary.sin, rotary.sin), dim=1)[None]
+    return torch.cat((rotary.cos, rotary.cos), dim=1)[None], torch.cat(
+        (rotary.sin, rotary.sin), dim=1
+    )[None]
 
 
 def causal(length: int) -> Tensor:

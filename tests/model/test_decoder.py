@@ -1,4 +1,6 @@
-"""The decoder: causal, equal to a Llama with the same weights where it is dense, and counted per MoE layer."""
+"""The decoder: causal, equal to a Llama with the same weights where it is dense, and counted per
+MoE layer.
+"""
 
 import pytest
 import torch
@@ -9,8 +11,19 @@ from moe_lab.errors import ConfigError
 from moe_lab.model import IGNORE, Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 
-MOE = MoEConfig(d_model=16, d_expert=8, router=RouterConfig(num_experts=4, top_k=2, norm_topk_prob=True))
-SMALL = DecoderConfig(vocab_size=31, num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, context_length=12, moe=MOE, num_dense_layers=1)
+MOE = MoEConfig(
+    d_model=16, d_expert=8, router=RouterConfig(num_experts=4, top_k=2, norm_topk_prob=True)
+)
+SMALL = DecoderConfig(
+    vocab_size=31,
+    num_layers=3,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    context_length=12,
+    moe=MOE,
+    num_dense_layers=1,
+)
 
 
 def test_a_later_token_changes_no_earlier_logit() -> None:
@@ -53,7 +66,14 @@ def test_the_loss_is_the_mean_over_targets_alone() -> None:
 def test_the_dense_decoder_equals_transformers_llama_with_the_same_weights(kv_heads: int) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     config = DecoderConfig(
-        vocab_size=29, num_layers=2, d_model=16, num_heads=4, num_kv_heads=kv_heads, context_length=16, d_dense=24, tie_embeddings=False
+        vocab_size=29,
+        num_layers=2,
+        d_model=16,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        context_length=16,
+        d_dense=24,
+        tie_embeddings=False,
     )
     ours = Decoder(config).eval()
     theirs = transformers.LlamaForCausalLM(
@@ -73,7 +93,11 @@ def test_the_dense_decoder_equals_transformers_llama_with_the_same_weights(kv_he
             their.input_layernorm.weight.copy_(mine.attention_norm.weight)
             their.post_attention_layernorm.weight.copy_(mine.ffn_norm.weight)
             q, k, v = mine.attention.qkv.weight.split((16, 4 * kv_heads, 4 * kv_heads))
-            for projection, weight in ((their.self_attn.q_proj, q), (their.self_attn.k_proj, k), (their.self_attn.v_proj, v)):
+            for projection, weight in (
+                (their.self_attn.q_proj, q),
+                (their.self_attn.k_proj, k),
+                (their.self_attn.v_proj, v),
+            ):
                 projection.weight.copy_(weight)
             their.self_attn.o_proj.weight.copy_(mine.attention.out.weight)
             gate, up = mine.ffn.gate_up.chunk(2)
@@ -86,7 +110,12 @@ def test_the_dense_decoder_equals_transformers_llama_with_the_same_weights(kv_he
 
 @settings(max_examples=20, deadline=None)
 @given(
-    experts=st.integers(1, 6), zero=st.integers(0, 3), shared=st.integers(0, 2), dense=st.integers(0, 2), tied=st.booleans(), data=st.data()
+    experts=st.integers(1, 6),
+    zero=st.integers(0, 3),
+    shared=st.integers(0, 2),
+    dense=st.integers(0, 2),
+    tied=st.booleans(),
+    data=st.data(),
 )
 def test_a_config_of_any_shape_builds_runs_and_survives_json(
     experts: int, zero: int, shared: int, dense: int, tied: bool, data: st.DataObject
@@ -99,7 +128,14 @@ def test_a_config_of_any_shape_builds_runs_and_survives_json(
     )
     moe = MoEConfig(d_model=8, d_expert=4, router=router, num_shared_experts=shared)
     config = DecoderConfig(
-        vocab_size=11, num_layers=2, d_model=8, num_heads=2, context_length=4, moe=moe, num_dense_layers=dense, tie_embeddings=tied
+        vocab_size=11,
+        num_layers=2,
+        d_model=8,
+        num_heads=2,
+        context_length=4,
+        moe=moe,
+        num_dense_layers=dense,
+        tie_embeddings=tied,
     )
     assert DecoderConfig.from_dict(config.to_dict()) == config
     output = Decoder(config)(torch.randint(0, 11, (2, 4)), torch.randint(0, 11, (2, 4)))

@@ -1,4 +1,6 @@
-"""Every option of ``DecoderConfig``: it survives JSON, half precision and compilation, is causal, and says what does not fit."""
+"""Every option of ``DecoderConfig``: it survives JSON, half precision and compilation, is causal,
+and says what does not fit.
+"""
 
 import json
 from typing import Any
@@ -34,7 +36,9 @@ def total(output: DecoderOutput) -> torch.Tensor:
 
 
 def ids_of(config: DecoderConfig, length: int = 20, seed: int = 0) -> torch.Tensor:
-    ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed)
+    )
     ids[:, [0, 9]] = config.vocab_size - 1  # two documents
     return ids
 
@@ -55,7 +59,11 @@ def test_an_option_is_causal_and_every_parameter_gets_a_gradient(name: str) -> N
     randomise(model, 1)
     ids = ids_of(config)
     total(model(ids, ids.roll(-1, 1))).backward()
-    without = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0}
+    without = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    }
     assert not without
     model.eval()
     changed = ids.clone()
@@ -74,10 +82,21 @@ def combinations(draw: st.DrawFn) -> DecoderConfig:
         draw(st.sampled_from((None, LATENT, LATENT.replace(q_rank=None)))),
     )
     dense = draw(st.integers(0, layers))
-    router = RouterConfig(kind="longcat", num_experts=5, num_zero_experts=zero, top_k=3) if zero else V4
+    router = (
+        RouterConfig(kind="longcat", num_experts=5, num_zero_experts=zero, top_k=3) if zero else V4
+    )
     places = draw(st.sets(st.integers(0, layers - 1)).map(lambda found: tuple(sorted(found))))
-    sparse = SPARSE.replace(top_k=draw(st.integers(3, 30)), share=draw(st.integers(1, 4)), initial=draw(st.integers(0, 1)))
-    ngram = NgramConfig(draw(st.integers(2, 4)), draw(st.integers(1, 2)), draw(st.sampled_from((0.02, 0.6, 3.37))), places)
+    sparse = SPARSE.replace(
+        top_k=draw(st.integers(3, 30)),
+        share=draw(st.integers(1, 4)),
+        initial=draw(st.integers(0, 1)),
+    )
+    ngram = NgramConfig(
+        draw(st.integers(2, 4)),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from((0.02, 0.6, 3.37))),
+        places,
+    )
     return DecoderConfig(
         vocab_size=draw(st.integers(3, 40)),
         num_layers=layers,
@@ -86,7 +105,13 @@ def combinations(draw: st.DrawFn) -> DecoderConfig:
         num_heads=4,
         num_kv_heads=None if latent else draw(st.sampled_from((1, 2, 4, None))),
         context_length=draw(st.integers(4, 24)),
-        moe=MoEConfig(24, draw(st.integers(1, 9)), router, draw(st.integers(0, 2)), d_latent=draw(st.sampled_from((None, 3, 30)))),
+        moe=MoEConfig(
+            24,
+            draw(st.integers(1, 9)),
+            router,
+            draw(st.integers(0, 2)),
+            d_latent=draw(st.sampled_from((None, 3, 30))),
+        ),
         d_dense=draw(st.sampled_from((None, 7))),
         num_hash_layers=0 if zero else draw(st.integers(0, layers - dense)),
         wiring=draw(st.sampled_from(Wiring)),
@@ -103,14 +128,19 @@ def combinations(draw: st.DrawFn) -> DecoderConfig:
 
 @settings(max_examples=40, deadline=None)
 @given(config=combinations(), data=st.data())
-def test_any_combination_runs_is_causal_and_gives_finite_gradients(config: DecoderConfig, data: st.DataObject) -> None:
+def test_any_combination_runs_is_causal_and_gives_finite_gradients(
+    config: DecoderConfig, data: st.DataObject
+) -> None:
     length = data.draw(st.integers(1, config.context_length))
     torch.manual_seed(0)
     model = Decoder(config).double()
     ids = torch.randint(0, config.vocab_size, (2, length))
     output = model(ids, torch.randint(0, config.vocab_size, (2, length)))
     total(output).backward()
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    )
     assert len(output.routings) == len(config.moe_layers)
     cut = data.draw(st.integers(1, length))
     prefix = model.eval()(ids[:, :cut]).logits
@@ -138,7 +168,10 @@ def test_an_option_runs_under_autocast_forward_and_backward(name: str) -> None:
     assert found.losses.keys() == wanted.losses.keys()
     assert total(found).item() == pytest.approx(total(wanted).item(), rel=0.03)
     total(found).backward()
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    )
 
 
 @NAMES
@@ -157,7 +190,9 @@ def test_padding_behind_a_sequence_changes_nothing_before_it(name: str) -> None:
 
 @pytest.mark.slow
 def test_most_options_at_once_compile() -> None:
-    """Without the code generator, which would take a minute: the tracer's limits are what a model can break."""
+    """Without the code generator, which would take a minute: the tracer's limits are what a model
+    can break.
+    """
     torch.manual_seed(0)
     config = OPTIONS["most at once"].replace(num_layers=1)
     model = Decoder(config)
@@ -190,7 +225,9 @@ def test_the_hidden_z_loss_is_the_squared_log_sum_of_magnitudes_over_real_tokens
         ("amplification", "norm", Amplification.NORM),
     ],
 )
-def test_a_choice_by_its_plain_name_builds_the_same_decoder(field: str, name: str, member: Any) -> None:
+def test_a_choice_by_its_plain_name_builds_the_same_decoder(
+    field: str, name: str, member: Any
+) -> None:
     """Both have the same hash, so they must be the same model."""
     models = []
     for value in (name, member):
@@ -203,7 +240,9 @@ def test_a_choice_by_its_plain_name_builds_the_same_decoder(field: str, name: st
 
 def test_amplification_multiplies_the_embedding_by_the_root_of_the_width() -> None:
     model = Decoder(OPTIONS["embedding times sqrt(d)"])
-    torch.testing.assert_close(model.embed(torch.tensor([[3, 4]])), model.embedding.weight[None, 3:5] * 24**0.5)
+    torch.testing.assert_close(
+        model.embed(torch.tensor([[3, 4]])), model.embedding.weight[None, 3:5] * 24**0.5
+    )
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
@@ -224,11 +263,23 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"num_hash_layers": 1, "num_dense_layers": 2}, "expected num_hash_layers of 0 to 0, got 1"),
     ({"num_hash_layers": -1}, "expected num_hash_layers of 0 to 2, got -1"),
     ({"moe": None, "num_hash_layers": 1}, "expected num_hash_layers of 0 to 0, got 1"),
-    ({"latent_attention": LATENT}, "expected no num_kv_heads, head_dim or qk_norm beside latent_attention, got one of them"),
-    ({"num_kv_heads": None, "latent_attention": LATENT, "head_dim": 6}, "expected no num_kv_heads, head_dim or qk_norm"),
-    ({"sparse_attention": SPARSE.replace(head_dim=4)}, r"expected sparse_attention\.head_dim of at least the 6 rotary channels, got 4"),
+    (
+        {"latent_attention": LATENT},
+        "expected no num_kv_heads, head_dim or qk_norm beside latent_attention, got one of them",
+    ),
+    (
+        {"num_kv_heads": None, "latent_attention": LATENT, "head_dim": 6},
+        "expected no num_kv_heads, head_dim or qk_norm",
+    ),
+    (
+        {"sparse_attention": SPARSE.replace(head_dim=4)},
+        r"expected sparse_attention\.head_dim of at least the 6 rotary channels, got 4",
+    ),
     ({"ngram": NgramConfig(layers=(2,))}, r"expected ngram\.layers below 2, got \(2,\)"),
-    ({"ngram": NgramConfig(6, 1)}, "expected d_model divisible by the 5 n-gram tables of a place, got 24"),
+    (
+        {"ngram": NgramConfig(6, 1)},
+        "expected d_model divisible by the 5 n-gram tables of a place, got 24",
+    ),
 ]
 
 
@@ -249,7 +300,9 @@ def test_contradictions_say_what_was_expected(changes: dict[str, Any], message: 
         ({"norm_eps": 0.0}, r"expected norm_eps above 0, got 0\.0"),
     ],
 )
-def test_latents_that_cannot_be_say_what_was_expected(changes: dict[str, Any], message: str) -> None:
+def test_latents_that_cannot_be_say_what_was_expected(
+    changes: dict[str, Any], message: str
+) -> None:
     values: dict[str, Any] = {"kv_rank": 8} | changes
     with pytest.raises(ConfigError, match=message):
         LatentAttentionConfig(**values)
@@ -257,6 +310,8 @@ def test_latents_that_cannot_be_say_what_was_expected(changes: dict[str, Any], m
 
 def test_hash_layers_are_the_leading_moe_layers_and_the_config_says_so() -> None:
     assert PLAIN.moe is not None
-    config = PLAIN.replace(num_layers=5, num_dense_layers=1, num_hash_layers=2, moe=PLAIN.moe.replace(router=V4))
+    config = PLAIN.replace(
+        num_layers=5, num_dense_layers=1, num_hash_layers=2, moe=PLAIN.moe.replace(router=V4)
+    )
     kinds = [moe.router.kind if (moe := config.moe_of(layer)) else None for layer in range(5)]
     assert kinds == [None, "scored_hash", "scored_hash", "sqrt_softplus_topk", "sqrt_softplus_topk"]

@@ -14,14 +14,30 @@ from moe_lab.routing import Routing
 FAST = sorted(set(BACKENDS) - {"oracle"})
 
 
-def random_routing(tokens: int, slots: int, experts: int, zero: int, unused: float, seed: int, on_input: bool = False) -> Routing:
+def random_routing(
+    tokens: int,
+    slots: int,
+    experts: int,
+    zero: int,
+    unused: float,
+    seed: int,
+    on_input: bool = False,
+) -> Routing:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(tokens, experts + zero, generator=generator)
     indices = noise.argsort(dim=1)[:, :slots]
     indices = torch.where(torch.rand(tokens, slots, generator=generator) < unused, -1, indices)
     weights = torch.rand(tokens, slots, generator=generator, dtype=torch.float64) * (indices >= 0)
     scores = noise.double().softmax(dim=1)
-    return Routing(indices, weights.requires_grad_(), scores.log(), scores, experts, zero, weights_on_input=on_input)
+    return Routing(
+        indices,
+        weights.requires_grad_(),
+        scores.log(),
+        scores,
+        experts,
+        zero,
+        weights_on_input=on_input,
+    )
 
 
 def run(name: str, x_TD: Tensor, routing: Routing, bank: ExpertBank) -> list[Tensor]:
@@ -37,7 +53,10 @@ def run(name: str, x_TD: Tensor, routing: Routing, bank: ExpertBank) -> list[Ten
     if not y_TD.requires_grad:
         return [y_TD, *(torch.zeros_like(value) for value in inputs)]
     gradients = torch.autograd.grad((y_TD * weighting).sum(), inputs, allow_unused=True)
-    return [y_TD.detach(), *(torch.zeros_like(v) if g is None else g for g, v in zip(gradients, inputs, strict=True))]
+    return [
+        y_TD.detach(),
+        *(torch.zeros_like(v) if g is None else g for g, v in zip(gradients, inputs, strict=True)),
+    ]
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -52,13 +71,24 @@ def run(name: str, x_TD: Tensor, routing: Routing, bank: ExpertBank) -> list[Ten
     seed=st.integers(0, 2**31),
 )
 def test_backend_equals_the_oracle_with_all_gradients(
-    name: str, tokens: int, experts: int, zero: int, slots: int, unused: float, on_input: bool, seed: int
+    name: str,
+    tokens: int,
+    experts: int,
+    zero: int,
+    slots: int,
+    unused: float,
+    on_input: bool,
+    seed: int,
 ) -> None:
-    routing = random_routing(tokens, min(slots, experts + zero), experts, zero, unused, seed, on_input)
+    routing = random_routing(
+        tokens, min(slots, experts + zero), experts, zero, unused, seed, on_input
+    )
     torch.manual_seed(seed)
     bank = ExpertBank(experts, d_model=6, d_expert=5).double()
     x_TD = torch.randn(tokens, 6, dtype=torch.float64)
-    for got, wanted in zip(run(name, x_TD, routing, bank), run("oracle", x_TD, routing, bank), strict=True):
+    for got, wanted in zip(
+        run(name, x_TD, routing, bank), run("oracle", x_TD, routing, bank), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
 
 
@@ -85,5 +115,8 @@ def test_backend_passes_gradcheck(name: str) -> None:
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"expected a dispatch backend among auto, cpu, grouped, native, oracle, got 'warp'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected a dispatch backend among auto, cpu, grouped, native, oracle, got 'warp'",
+    ):
         backend("warp")

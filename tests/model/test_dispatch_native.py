@@ -1,4 +1,6 @@
-"""The compiled backend: where it is chosen, what it says when it cannot be had, and that threads change nothing but the time."""
+"""The compiled backend: where it is chosen, what it says when it cannot be had, and that threads
+change nothing but the time.
+"""
 
 import os
 import subprocess
@@ -14,11 +16,15 @@ from moe_lab.model import ExpertBank, MoEConfig, MoELayer
 from moe_lab.model.dispatch import choose, native
 from moe_lab.routing import RouterConfig, Routing
 
-needs_library = pytest.mark.skipif(not native.available(), reason=f"no compiled experts: {native.problem()}")
+needs_library = pytest.mark.skipif(
+    not native.available(), reason=f"no compiled experts: {native.problem()}"
+)
 
 
 def routing_of(indices_TK: Tensor, num_experts: int) -> Routing:
-    weights = torch.rand(indices_TK.shape, generator=torch.Generator().manual_seed(3)) * (indices_TK >= 0)
+    weights = torch.rand(indices_TK.shape, generator=torch.Generator().manual_seed(3)) * (
+        indices_TK >= 0
+    )
     scores = torch.full((indices_TK.shape[0], num_experts), 1 / num_experts)
     return Routing(indices_TK, weights, scores.log(), scores, num_experts)
 
@@ -42,32 +48,44 @@ def test_a_second_thread_changes_no_result(kind: str) -> None:
     tokens, experts = 700, 6
     indices = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :2]
     if kind == "one expert has nearly all":
-        indices = torch.where(torch.rand(tokens, 2, generator=generator) < 0.95, torch.tensor([4, 1]), -1)
+        indices = torch.where(
+            torch.rand(tokens, 2, generator=generator) < 0.95, torch.tensor([4, 1]), -1
+        )
     if kind == "more rows than a block":
         indices, experts = indices % 2, 2
         indices[:, 1] = 1 - indices[:, 0]
-    for one, two in zip(outputs(tokens, indices, experts, 1), outputs(tokens, indices, experts, 2), strict=True):
+    for one, two in zip(
+        outputs(tokens, indices, experts, 1), outputs(tokens, indices, experts, 2), strict=True
+    ):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 @needs_library
 def test_the_same_call_gives_the_same_bits() -> None:
     indices = torch.rand(900, 16, generator=torch.Generator().manual_seed(2)).argsort(dim=1)[:, :4]
-    for first, second in zip(outputs(900, indices, 16, 2), outputs(900, indices, 16, 2), strict=True):
+    for first, second in zip(
+        outputs(900, indices, 16, 2), outputs(900, indices, 16, 2), strict=True
+    ):
         assert torch.equal(first, second)
 
 
 @needs_library
 def test_the_gate_is_exact_over_its_whole_range() -> None:
-    """One unit, F = D = 1: y = silu(g x) u x d with known weights, against float64, up to where the exponential over- and underflows."""
-    x_TD = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([-1e4, 1e4, 0.0, -0.0, 88.0, -88.0])]).unsqueeze(1)
+    """One unit, F = D = 1: y = silu(g x) u x d with known weights, against float64, up to where the
+    exponential over- and underflows.
+    """
+    x_TD = torch.cat(
+        [torch.linspace(-120, 120, 4001), torch.tensor([-1e4, 1e4, 0.0, -0.0, 88.0, -88.0])]
+    ).unsqueeze(1)
     bank = ExpertBank(1, 1, 1)
     torch.nn.init.ones_(bank.gate_up)
     torch.nn.init.ones_(bank.down)
     routing = routing_of(torch.zeros(x_TD.shape[0], 1, dtype=torch.int64), 1)
     wide = x_TD.double()
     expected = routing.weights.double() * torch.nn.functional.silu(wide) * wide
-    torch.testing.assert_close(native.experts(x_TD, routing, bank).double(), expected, rtol=1e-6, atol=1e-29)
+    torch.testing.assert_close(
+        native.experts(x_TD, routing, bank).double(), expected, rtol=1e-6, atol=1e-29
+    )
 
 
 @needs_library
@@ -76,7 +94,16 @@ def test_nan_tokens_stay_nan_and_touch_no_other_token() -> None:
     x_TD[3] = float("nan")
     indices = torch.arange(8).unsqueeze(1) % 2
     y_TD = native.experts(x_TD, routing_of(indices, 2), ExpertBank(2, 32, 8))
-    assert y_TD.isnan().any(dim=1).tolist() == [False, False, False, True, False, False, False, False]
+    assert y_TD.isnan().any(dim=1).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_auto_takes_what_can_run_the_dtype() -> None:
@@ -89,8 +116,15 @@ def test_auto_takes_what_can_run_the_dtype() -> None:
 
 def test_half_precision_is_refused_by_name() -> None:
     bank = ExpertBank(2, 16, 8).bfloat16()
-    with pytest.raises(ConfigError, match=r"expected float32 or float64 tokens on the CPU, got torch.bfloat16 on cpu; try dispatch='auto'"):
-        native.experts(torch.zeros(1, 16, dtype=torch.bfloat16), routing_of(torch.zeros(1, 1, dtype=torch.int64), 2), bank)
+    with pytest.raises(
+        ConfigError,
+        match=r"expected float32 or float64 tokens on the CPU, got torch.bfloat16 on cpu; try dispatch='auto'",
+    ):
+        native.experts(
+            torch.zeros(1, 16, dtype=torch.bfloat16),
+            routing_of(torch.zeros(1, 1, dtype=torch.int64), 2),
+            bank,
+        )
 
 
 SCRIPT = """
@@ -111,9 +145,13 @@ print(native.available(), choose(x, layer.experts), native.problem(), layer(x).s
         ({"CXX": "false"}, "the experts could not be compiled"),
     ],
 )
-def test_without_a_compiler_the_layer_works_and_says_why(environment: dict[str, str], reason: str, tmp_path: Path) -> None:
+def test_without_a_compiler_the_layer_works_and_says_why(
+    environment: dict[str, str], reason: str, tmp_path: Path
+) -> None:
     full = {**os.environ, "MOE_LAB_CACHE": str(tmp_path), **environment}
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=full, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=full, capture_output=True, text=True, check=True
+    )
     assert result.stdout.startswith("False cpu")
     assert reason in result.stdout
     assert "torch.Size([5, 8])" in result.stdout
@@ -122,13 +160,20 @@ def test_without_a_compiler_the_layer_works_and_says_why(environment: dict[str, 
 @needs_library
 def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     full = {**os.environ, "MOE_LAB_CACHE": str(tmp_path)}
-    processes = [subprocess.Popen([sys.executable, "-c", SCRIPT], env=full, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT], env=full, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     for process in processes:
         assert process.communicate(timeout=300)[0].startswith("True native")
     assert len(list((tmp_path / "native").iterdir())) == 1
 
 
-def test_an_unknown_processor_of_a_shared_home_gets_its_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_processor_of_a_shared_home_gets_its_own_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``-march=native`` code of one machine may be illegal on another that shares the cache folder."""
     if not native.available():
         pytest.skip(f"no compiled experts: {native.problem()}")
@@ -146,7 +191,11 @@ def test_the_layer_compiles_into_one_graph() -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     plain, fast = x.clone().requires_grad_(), x.clone().requires_grad_()
     layer(plain).square().sum().backward()
-    expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    expected = {
+        name: parameter.grad.clone()
+        for name, parameter in layer.named_parameters()
+        if parameter.grad is not None
+    }
     layer.zero_grad()
     compiled(fast).square().sum().backward()
     torch.testing.assert_close(fast.grad, plain.grad)

@@ -1,4 +1,6 @@
-"""Every backend under the ways in which people run layers: autocast, bfloat16, activation checkpointing, functional calls, compilation."""
+"""Every backend under the ways in which people run layers: autocast, bfloat16, activation
+checkpointing, functional calls, compilation.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from moe_lab.model.dispatch import BACKENDS, native
 from moe_lab.model.dispatch.oracle import oracle
 from moe_lab.routing import RouterConfig, Routing
 
-NAMES = [name for name in sorted(BACKENDS) if name != "oracle" and (name != "native" or native.available())]
+NAMES = [
+    name
+    for name in sorted(BACKENDS)
+    if name != "oracle" and (name != "native" or native.available())
+]
 HALF = [name for name in NAMES if name != "native"]
 
 
@@ -31,13 +37,21 @@ def random_routing(tokens: int, experts: int, slots: int, unused: float) -> Rout
 
 
 def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos().to(y.dtype)).sum(), inputs))
+    return list(
+        torch.autograd.grad(
+            (y * torch.arange(y.numel()).view_as(y).cos().to(y.dtype)).sum(), inputs
+        )
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("unused", [0.0, 0.4])
 def test_float32_equals_the_float64_oracle(name: str, unused: float) -> None:
-    routing, bank, x = random_routing(300, 8, 3, unused), ExpertBank(8, 32, 16), torch.randn(300, 32)
+    routing, bank, x = (
+        random_routing(300, 8, 3, unused),
+        ExpertBank(8, 32, 16),
+        torch.randn(300, 32),
+    )
     routing.weights.requires_grad_()
     inside = x.requires_grad_()
     inputs = [inside, routing.weights, bank.gate_up, bank.down]
@@ -46,9 +60,15 @@ def test_float32_equals_the_float64_oracle(name: str, unused: float) -> None:
     exact = ExpertBank(8, 32, 16).double()
     exact.gate_up, exact.down = torch.nn.Parameter(wide[2]), torch.nn.Parameter(wide[3])
     weights = wide[1]
-    wanted = oracle(wide[0], Routing(routing.indices, weights, routing.logits, routing.scores, 8), exact)
+    wanted = oracle(
+        wide[0], Routing(routing.indices, weights, routing.logits, routing.scores, 8), exact
+    )
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
-    for a, b in zip(gradients(got, inputs), gradients(wanted, [wide[0], weights, exact.gate_up, exact.down]), strict=True):
+    for a, b in zip(
+        gradients(got, inputs),
+        gradients(wanted, [wide[0], weights, exact.gate_up, exact.down]),
+        strict=True,
+    ):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
@@ -59,7 +79,9 @@ def test_bfloat16_stays_within_its_rounding(name: str) -> None:
     wanted = oracle(x, routing, bank)
     got = BACKENDS[name](x.bfloat16(), routing, bank.bfloat16())
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), wanted, rtol=0, atol=0.02 * float(wanted.detach().abs().max()))
+    torch.testing.assert_close(
+        got.float(), wanted, rtol=0, atol=0.02 * float(wanted.detach().abs().max())
+    )
 
 
 @pytest.mark.parametrize("name", ["auto", *HALF])
@@ -69,7 +91,9 @@ def test_autocast_runs_the_experts_in_bfloat16_and_keeps_float32_gradients(name:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), wanted, rtol=0, atol=0.03 * float(wanted.detach().abs().max()))
+    torch.testing.assert_close(
+        y.float(), wanted, rtol=0, atol=0.03 * float(wanted.detach().abs().max())
+    )
     y.float().square().sum().backward()
     assert layer.experts.gate_up.grad is not None
     assert layer.experts.gate_up.grad.dtype == torch.float32
@@ -83,7 +107,9 @@ def test_activation_checkpointing_changes_no_gradient_and_counts_once(name: str)
     x = torch.randn(50, 32, requires_grad=True)
     y, routing = layer(x, return_routing=True)
     wanted = gradients(y, [x, layer.experts.gate_up])
-    again, seen = checkpoint(lambda value: layer(value, return_routing=True), x, use_reentrant=False)
+    again, seen = checkpoint(
+        lambda value: layer(value, return_routing=True), x, use_reentrant=False
+    )
     for a, b in zip(gradients(again, [x, layer.experts.gate_up]), wanted, strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(seen.counts(), routing.counts())
@@ -98,13 +124,17 @@ def test_activation_checkpointing_changes_no_gradient_and_counts_once(name: str)
 @pytest.mark.parametrize("name", NAMES)
 def test_functional_call_takes_other_weights(name: str) -> None:
     layer, x = layer_of(name), torch.randn(20, 32)
-    doubled = {key: value.detach() * 2 for key, value in layer.named_parameters() if key == "experts.down"}
+    doubled = {
+        key: value.detach() * 2 for key, value in layer.named_parameters() if key == "experts.down"
+    }
     torch.testing.assert_close(functional_call(layer, doubled, (x,)), layer(x) * 2)
 
 
 @pytest.mark.parametrize("name", ["grouped", "cpu"])
 def test_compiled_layers_equal_eager_ones(name: str) -> None:
-    """In bfloat16 the grouped products are one graph; the loop breaks the graph where it learns how many rows each expert has."""
+    """In bfloat16 the grouped products are one graph; the loop breaks the graph where it learns how
+    many rows each expert has.
+    """
     layer, x = layer_of(name).bfloat16(), torch.randn(24, 32).bfloat16()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=name == "grouped")
     torch.testing.assert_close(compiled(x), layer(x))
@@ -118,7 +148,11 @@ def test_compiled_float32_layers_equal_eager_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_runs_where_no_slot_is_used(name: str) -> None:
-    routing, bank, x = random_routing(9, 4, 2, 1.0), ExpertBank(4, 32, 16), torch.randn(9, 32, requires_grad=True)
+    routing, bank, x = (
+        random_routing(9, 4, 2, 1.0),
+        ExpertBank(4, 32, 16),
+        torch.randn(9, 32, requires_grad=True),
+    )
     y = BACKENDS[name](x, routing, bank)
     assert torch.equal(y, torch.zeros(9, 32))
     for gradient in torch.autograd.grad(y.sum(), [x, bank.gate_up, bank.down]):

@@ -1,7 +1,8 @@
-"""DeepSeek-V4's MoE block with either router, with transformers' weights, and hash layers in a decoder.
+"""DeepSeek-V4's MoE block with either router, with transformers' weights, and hash layers in a
+decoder.
 
-transformers clamps the gate and the up-projection of an expert at ``swiglu_limit`` = 10, which these small weights never reach; this
-library has no clamp.
+transformers clamps the gate and the up-projection of an expert at ``swiglu_limit`` = 10, which
+these small weights never reach; this library has no clamp.
 """
 
 from typing import Any
@@ -21,13 +22,22 @@ ROUTER = RouterConfig(
 )  # fmt: skip
 MOE = MoEConfig(24, 12, ROUTER, num_shared_experts=1)
 HASHED = DecoderConfig(
-    vocab_size=43, num_layers=5, num_dense_layers=1, num_hash_layers=2, d_model=24, num_heads=4, context_length=16, moe=MOE
+    vocab_size=43,
+    num_layers=5,
+    num_dense_layers=1,
+    num_hash_layers=2,
+    d_model=24,
+    num_heads=4,
+    context_length=16,
+    moe=MOE,
 )
 
 
 def v4_block(*, hashed: bool) -> Any:
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
-    module = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4", reason="needs the extra hf")
+    module = pytest.importorskip(
+        "transformers.models.deepseek_v4.modeling_deepseek_v4", reason="needs the extra hf"
+    )
     config = transformers.DeepseekV4Config(
         vocab_size=43, hidden_size=24, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, n_routed_experts=8,
         num_experts_per_tok=3, routed_scaling_factor=1.5, mlp_layer_types=["hash_moe", "moe"], experts_implementation="eager",
@@ -35,7 +45,9 @@ def v4_block(*, hashed: bool) -> Any:
     block = module.DeepseekV4SparseMoeBlock(config, 0 if hashed else 1).eval()
     randomise(block, 11)
     if hashed:
-        block.gate.tid2eid.copy_(torch.rand(43, 8, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :3])
+        block.gate.tid2eid.copy_(
+            torch.rand(43, 8, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :3]
+        )
     return block
 
 
@@ -71,12 +83,16 @@ def test_leading_moe_layers_select_by_token_id_and_the_others_do_not() -> None:
     flat = ids.flatten()
     for layer, routing in zip(HASHED.moe_layers, routings, strict=True):
         chosen = routing.indices.sort(dim=1).values
-        alike = all((chosen[flat == token] == chosen[flat == token][:1]).all() for token in flat.unique())
+        alike = all(
+            (chosen[flat == token] == chosen[flat == token][:1]).all() for token in flat.unique()
+        )
         assert alike == (layer in (1, 2))
     for layer, routing in zip((1, 2), routings[:2], strict=True):
         assert torch.equal(routing.indices, table(model, layer)[flat])
         same = flat == flat.mode().values
-        assert routing.weights[same].std(dim=0).min() > 0, "the weights are learned and depend on the context"
+        assert routing.weights[same].std(dim=0).min() > 0, (
+            "the weights are learned and depend on the context"
+        )
     assert not torch.equal(table(model, 1), table(model, 2))
 
 
@@ -105,4 +121,8 @@ def test_a_number_of_hash_layers_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected num_hash_layers of 0 to 4, got 5"):
         HASHED.replace(num_hash_layers=5)
     with pytest.raises(ConfigError, match="expected no zero-compute experts in hash layers, got 2"):
-        HASHED.replace(moe=MoEConfig(24, 12, RouterConfig(kind="longcat", num_experts=4, num_zero_experts=2, top_k=2)))
+        HASHED.replace(
+            moe=MoEConfig(
+                24, 12, RouterConfig(kind="longcat", num_experts=4, num_zero_experts=2, top_k=2)
+            )
+        )

@@ -44,11 +44,18 @@ def deepseek_of(config: DecoderConfig) -> Any:
 @pytest.mark.hf
 @pytest.mark.parametrize("value_dim", [3, 5, 12])
 @pytest.mark.parametrize("q_rank", [None, 12])
-def test_latent_attention_equals_transformers_deepseek_v3_forward_and_backward(q_rank: int | None, value_dim: int) -> None:
-    module = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3", reason="needs the extra hf")
+def test_latent_attention_equals_transformers_deepseek_v3_forward_and_backward(
+    q_rank: int | None, value_dim: int
+) -> None:
+    module = pytest.importorskip(
+        "transformers.models.deepseek_v3.modeling_deepseek_v3", reason="needs the extra hf"
+    )
     latent = LATENT.replace(q_rank=q_rank, value_dim=value_dim)
     config = DEEPSEEK.replace(latent_attention=latent)
-    theirs, ours = module.DeepseekV3Attention(deepseek_of(config), 0).eval(), LatentAttention(config, latent, 0).eval()
+    theirs, ours = (
+        module.DeepseekV3Attention(deepseek_of(config), 0).eval(),
+        LatentAttention(config, latent, 0).eval(),
+    )
     randomise(theirs, value_dim)
     copy_latent(ours, theirs)
     rotary = rotary_tables(11, 4, 1e4)
@@ -67,8 +74,12 @@ def test_latent_attention_equals_transformers_deepseek_v3_forward_and_backward(q
 
 
 @pytest.mark.hf
-def test_the_moe_module_equals_transformers_deepseek_v3_with_groups_bias_and_shared_experts() -> None:
-    module = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3", reason="needs the extra hf")
+def test_the_moe_module_equals_transformers_deepseek_v3_with_groups_bias_and_shared_experts() -> (
+    None
+):
+    module = pytest.importorskip(
+        "transformers.models.deepseek_v3.modeling_deepseek_v3", reason="needs the extra hf"
+    )
     assert DEEPSEEK.moe is not None
     theirs, ours = module.DeepseekV3MoE(deepseek_of(DEEPSEEK)).eval(), DEEPSEEK.moe.build().eval()
     randomise(theirs, 1)
@@ -84,7 +95,10 @@ def test_the_moe_module_equals_transformers_deepseek_v3_with_groups_bias_and_sha
 def test_the_whole_model_has_the_logits_of_transformers_deepseek_v3(q_rank: int | None) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     config = DEEPSEEK.replace(latent_attention=LATENT.replace(q_rank=q_rank))
-    theirs, ours = transformers.DeepseekV3ForCausalLM(deepseek_of(config)).eval(), Decoder(config).eval()
+    theirs, ours = (
+        transformers.DeepseekV3ForCausalLM(deepseek_of(config)).eval(),
+        Decoder(config).eval(),
+    )
     randomise(theirs, 2, std=0.2)
     copy_decoder(ours, theirs)
     ids = torch.randint(0, 41, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -93,10 +107,15 @@ def test_the_whole_model_has_the_logits_of_transformers_deepseek_v3(q_rank: int 
 
 
 def test_variance_alignment_multiplies_queries_and_the_key_value_latent() -> None:
-    """sqrt(24 / 12) on queries and sqrt(24 / 6) on the latent, which is the plain attention with those two matrices scaled."""
+    """sqrt(24 / 12) on queries and sqrt(24 / 6) on the latent, which is the plain attention with
+    those two matrices scaled.
+    """
     latent = LATENT.replace(kv_rank=6)
     config = DEEPSEEK.replace(latent_attention=latent)
-    plain, scaled = LatentAttention(config, latent, 0), LatentAttention(config, latent.replace(scale_latents=True), 0)
+    plain, scaled = (
+        LatentAttention(config, latent, 0),
+        LatentAttention(config, latent.replace(scale_latents=True), 0),
+    )
     randomise(scaled, 4)
     plain.load_state_dict(scaled.state_dict())
     with torch.no_grad():

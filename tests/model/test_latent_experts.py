@@ -1,4 +1,6 @@
-"""Latent experts: routed experts on a projection of the stream, everything else on the stream itself."""
+"""Latent experts: routed experts on a projection of the stream, everything else on the stream
+itself.
+"""
 
 from typing import Any
 
@@ -11,7 +13,9 @@ from moe_lab.errors import ConfigError
 from moe_lab.model import MoEConfig, MoELayer, dispatch
 from moe_lab.routing import RouterConfig
 
-LONGCAT = RouterConfig(kind="longcat", num_experts=5, num_zero_experts=3, top_k=4, routed_scaling_factor=2.5)
+LONGCAT = RouterConfig(
+    kind="longcat", num_experts=5, num_zero_experts=3, top_k=4, routed_scaling_factor=2.5
+)
 LATENT = MoEConfig(12, 7, LONGCAT, num_shared_experts=1, d_latent=6)
 
 
@@ -29,10 +33,18 @@ def by_hand(layer: Any, x: Tensor) -> Tensor:
     routing = layer.router(x)
     rows = []
     for token in range(len(x)):
-        small, inner, zero = layer.latent_down.weight @ x[token], torch.zeros(6, dtype=x.dtype), torch.zeros((), dtype=x.dtype)
-        for expert, weight in zip(routing.indices[token].tolist(), routing.weights[token], strict=True):
+        small, inner, zero = (
+            layer.latent_down.weight @ x[token],
+            torch.zeros(6, dtype=x.dtype),
+            torch.zeros((), dtype=x.dtype),
+        )
+        for expert, weight in zip(
+            routing.indices[token].tolist(), routing.weights[token], strict=True
+        ):
             if expert < 5:
-                inner = inner + weight * swiglu(small, layer.experts.gate_up[expert], layer.experts.down[expert])
+                inner = inner + weight * swiglu(
+                    small, layer.experts.gate_up[expert], layer.experts.down[expert]
+                )
             else:
                 zero = zero + weight
         y = layer.latent_up.weight @ rms(inner, layer.latent_norm.weight) + zero * x[token]
@@ -58,12 +70,19 @@ def test_a_latent_layer_by_hand_forward_and_backward(backend: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
     weight = torch.randn_like(found)
     leaves = [x, *layer.parameters()]
-    for mine, their in zip(torch.autograd.grad(found, leaves, weight), torch.autograd.grad(wanted, leaves, weight), strict=True):
+    for mine, their in zip(
+        torch.autograd.grad(found, leaves, weight),
+        torch.autograd.grad(wanted, leaves, weight),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, their, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 def test_with_identity_projections_the_routed_sum_is_normed_and_nothing_else_changes() -> None:
-    plain, latent = MoELayer(LATENT.replace(d_latent=None)).double(), MoELayer(LATENT.replace(d_latent=12)).double()
+    plain, latent = (
+        MoELayer(LATENT.replace(d_latent=None)).double(),
+        MoELayer(LATENT.replace(d_latent=12)).double(),
+    )
     randomise(plain, 2)
     latent.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
@@ -74,7 +93,12 @@ def test_with_identity_projections_the_routed_sum_is_normed_and_nothing_else_cha
     assert plain.zero_experts is not None
     assert plain.shared is not None
     beside = plain.zero_experts(x, routing) + plain.shared(x)
-    torch.testing.assert_close(latent(x), beside + rms(y - beside, torch.ones(12, dtype=torch.float64)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        latent(x),
+        beside + rms(y - beside, torch.ones(12, dtype=torch.float64)),
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 def test_a_token_of_zero_experts_alone_returns_its_full_stream() -> None:

@@ -1,4 +1,6 @@
-"""Multi-token prediction: DeepSeek-V3's equations 21 to 23 written anew, what a module predicts, what it may see, and its loss."""
+"""Multi-token prediction: DeepSeek-V3's equations 21 to 23 written anew, what a module predicts,
+what it may see, and its loss.
+"""
 
 import math
 from typing import Any
@@ -9,11 +11,26 @@ from hf_copied import largest, randomise
 from torch import Tensor
 
 from moe_lab.errors import ConfigError
-from moe_lab.model import IGNORE, Amplification, Decoder, DecoderConfig, LatentAttentionConfig, MTPConfig, Wiring
+from moe_lab.model import (
+    IGNORE,
+    Amplification,
+    Decoder,
+    DecoderConfig,
+    LatentAttentionConfig,
+    MTPConfig,
+    Wiring,
+)
 from moe_lab.model.mtp import MTPModule
 
 DECODER = DecoderConfig(
-    vocab_size=17, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, context_length=12, d_dense=20, mtp=MTPConfig(3, d_hidden=10)
+    vocab_size=17,
+    num_layers=2,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    context_length=12,
+    d_dense=20,
+    mtp=MTPConfig(3, d_hidden=10),
 )
 
 
@@ -24,14 +41,22 @@ def norm(x: Tensor, weight: Any) -> Tensor:
 def turned(head: Tensor, theta: float = 1e4) -> Tensor:
     """[S, dim] rotated as complex numbers (first half real, second half imaginary)."""
     length, half = head.shape[0], head.shape[1] // 2
-    angles = torch.outer(torch.arange(length).double(), theta ** (-torch.arange(half).double() / half))
+    angles = torch.outer(
+        torch.arange(length).double(), theta ** (-torch.arange(half).double() / half)
+    )
     z = torch.complex(head[:, :half], head[:, half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((z.real, z.imag), dim=1)
 
 
 def module_by_hand(module: Any, hidden: Tensor, embedded: Tensor) -> Tensor:
     """[S, D] of one sequence: ``TRM_k(M_k [RMSNorm(h); RMSNorm(Emb)])``, head by head."""
-    x = torch.cat((norm(hidden, module.hidden_norm.weight), norm(embedded, module.embedding_norm.weight)), dim=1) @ module.join.weight.T
+    x = (
+        torch.cat(
+            (norm(hidden, module.hidden_norm.weight), norm(embedded, module.embedding_norm.weight)),
+            dim=1,
+        )
+        @ module.join.weight.T
+    )
     u, length = norm(x, module.attention_norm.weight), x.shape[0]
     rows = module.attention.qkv.weight.split(4)  # 4 query, 2 key, 2 value heads of 4 channels
     mixed = []
@@ -39,7 +64,10 @@ def module_by_hand(module: Any, hidden: Tensor, embedded: Tensor) -> Tensor:
         group = head // 2
         query, key, value = u @ rows[head].T, u @ rows[4 + group].T, u @ rows[6 + group].T
         logits = turned(query) @ turned(key).T / math.sqrt(4)
-        mixed.append(logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(dim=1) @ value)
+        mixed.append(
+            logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(dim=1)
+            @ value
+        )
     x = x + torch.cat(mixed, dim=1) @ module.attention.out.weight.T
     gate, up = (norm(x, module.ffn_norm.weight) @ module.ffn.gate_up.T).chunk(2, dim=1)
     return x + (gate * gate.sigmoid() * up) @ module.ffn.down.T
@@ -55,10 +83,14 @@ def test_drafts_and_loss_follow_the_equations_of_deepseek_v3() -> None:
     for row in range(2):
         hidden = output.hidden[row]
         for number, module in enumerate(model.mtp, start=1):
-            hidden = module_by_hand(module, hidden[: 12 - number], model.embedding.weight[ids[row, number:]])
+            hidden = module_by_hand(
+                module, hidden[: 12 - number], model.embedding.weight[ids[row, number:]]
+            )
             logits = norm(hidden, module.norm.weight) @ model.embedding.weight.T
             found = list(model.drafts(output.hidden, ids))[number - 1][row]
-            torch.testing.assert_close(found, logits, rtol=1e-6, atol=1e-6)  # our rotary tables are float32
+            torch.testing.assert_close(
+                found, logits, rtol=1e-6, atol=1e-6
+            )  # our rotary tables are float32
             for place in range(12 - number):
                 if (target := int(targets[row, place + number])) != IGNORE:
                     nats[number - 1].append(-logits[place].log_softmax(dim=0)[target])
@@ -71,7 +103,9 @@ def test_drafts_and_loss_follow_the_equations_of_deepseek_v3() -> None:
     "config",
     [
         DECODER,
-        DECODER.replace(wiring=Wiring.SHORTCUT, tie_embeddings=False, amplification=Amplification.SQRT),
+        DECODER.replace(
+            wiring=Wiring.SHORTCUT, tie_embeddings=False, amplification=Amplification.SQRT
+        ),
         DECODER.replace(num_kv_heads=None, latent_attention=LatentAttentionConfig(8, 6, 4, 4, 4)),
     ],
     ids=["plain", "shortcut", "latent"],
@@ -94,7 +128,9 @@ def test_module_k_sees_no_token_after_i_plus_k(config: DecoderConfig) -> None:
 
 
 def test_module_k_learns_the_token_k_places_after_the_next() -> None:
-    """Ids that walk a fixed cycle: each of the 17 ids says which follow, and no two offsets predict alike."""
+    """Ids that walk a fixed cycle: each of the 17 ids says which follow, and no two offsets predict
+    alike.
+    """
     torch.manual_seed(0)
     model, cycle = Decoder(DECODER), torch.randperm(17)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -116,7 +152,13 @@ def test_the_modules_loss_trains_the_decoder_below_and_the_shared_head() -> None
     model = Decoder(DECODER.replace(tie_embeddings=False))
     ids = torch.randint(0, 17, (2, 12))
     model(ids, ids).losses["mtp"].backward()
-    for name in ("embedding.weight", "head.weight", "blocks.0.attention.qkv.weight", "mtp.0.join.weight", "mtp.2.norm.weight"):
+    for name in (
+        "embedding.weight",
+        "head.weight",
+        "blocks.0.attention.qkv.weight",
+        "mtp.0.join.weight",
+        "mtp.2.norm.weight",
+    ):
         gradient = model.get_parameter(name).grad
         assert gradient is not None
         assert gradient.abs().sum() > 0, name
@@ -133,7 +175,11 @@ def test_the_coefficient_multiplies_the_loss() -> None:
     ids, found = torch.randint(0, 17, (2, 12)), []
     for coefficient in (1.0, 0.1):
         torch.manual_seed(0)
-        found.append(Decoder(DECODER.replace(mtp=MTPConfig(2, loss_coef=coefficient)))(ids, ids).losses["mtp"].item())
+        found.append(
+            Decoder(DECODER.replace(mtp=MTPConfig(2, loss_coef=coefficient)))(ids, ids)
+            .losses["mtp"]
+            .item()
+        )
     assert found[1] == pytest.approx(found[0] / 10)
 
 
@@ -157,7 +203,9 @@ def test_targets_that_end_early_cost_nothing_and_are_no_nan() -> None:
 
 
 def test_modules_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"expected mtp\.num_modules of at most context_length - 2 = 10, got 11"):
+    with pytest.raises(
+        ConfigError, match=r"expected mtp\.num_modules of at most context_length - 2 = 10, got 11"
+    ):
         DECODER.replace(mtp=MTPConfig(11))
     with pytest.raises(ConfigError, match="expected num_modules of at least 1, got 0"):
         MTPConfig(0)

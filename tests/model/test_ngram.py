@@ -1,4 +1,6 @@
-"""N-gram tables: ids against big integers in plain Python, the embedding by hand, gradients, shards, collisions, and Engram's gate."""
+"""N-gram tables: ids against big integers in plain Python, the embedding by hand, gradients,
+shards, collisions, and Engram's gate.
+"""
 
 import math
 
@@ -14,18 +16,30 @@ from moe_lab.errors import ConfigError
 from moe_lab.model import Amplification, Decoder, DecoderConfig, NgramConfig
 from moe_lab.model.ngram import GatedMemory, NgramTables, ngram_ids
 
-DECODER = DecoderConfig(vocab_size=29, num_layers=3, d_model=24, num_heads=4, context_length=16, d_dense=20)
+DECODER = DecoderConfig(
+    vocab_size=29, num_layers=3, d_model=24, num_heads=4, context_length=16, d_dense=20
+)
 NGRAM = NgramConfig(max_n=4, num_splits=2, table_ratio=3.3)
 
 
-def rows_by_hand(sequence: list[int], vocab_size: int, max_n: int, num_splits: int, ratio: float, start: int) -> list[list[int]]:
-    """``sum_j t_{i-j} V^j mod rows`` of every table at every position; a document is what follows its opening id.
+def rows_by_hand(
+    sequence: list[int], vocab_size: int, max_n: int, num_splits: int, ratio: float, start: int
+) -> list[list[int]]:
+    """``sum_j t_{i-j} V^j mod rows`` of every table at every position; a document is what follows
+    its opening id.
 
-    The numbers before the remainder are whole, however large: an n-gram's is its last id plus V times that of the n-1 ids before.
+    The numbers before the remainder are whole, however large: an n-gram's is its last id plus V
+    times that of the n-1 ids before.
     """
     tables: list[list[int]] = [[] for _ in range((max_n - 1) * num_splits)]
     filed = [
-        (order, [(int(ratio * vocab_size + 2 * table + 1), tables[table].append) for table in range(first, first + num_splits)])
+        (
+            order,
+            [
+                (int(ratio * vocab_size + 2 * table + 1), tables[table].append)
+                for table in range(first, first + num_splits)
+            ],
+        )
         for order, first in ((order, (order - 2) * num_splits) for order in range(2, max_n + 1))
     ]
     numbers = [0] * (max_n + 1)
@@ -44,11 +58,20 @@ def check_ids(ids: Tensor, vocab_size: int, config: NgramConfig, start: int) -> 
     found = ngram_ids(ids, vocab_size, config.table_rows(vocab_size), config.num_splits, start)
     assert found.shape == (config.num_tables, *ids.shape)
     for row in range(ids.shape[0]):
-        wanted = rows_by_hand(ids[row].tolist(), vocab_size, config.max_n, config.num_splits, config.table_ratio, start)
+        wanted = rows_by_hand(
+            ids[row].tolist(),
+            vocab_size,
+            config.max_n,
+            config.num_splits,
+            config.table_ratio,
+            start,
+        )
         assert torch.equal(found[:, row], torch.tensor(wanted).reshape(config.num_tables, -1))
 
 
-def stream(shape: tuple[int, int], vocab_size: int, start: int, mean_document: int, seed: int) -> Tensor:
+def stream(
+    shape: tuple[int, int], vocab_size: int, start: int, mean_document: int, seed: int
+) -> Tensor:
     """Zipf-like ids with documents of random lengths."""
     rng = np.random.default_rng(seed)
     ids = (vocab_size * rng.random(shape) ** 3).astype(np.int64)
@@ -58,7 +81,9 @@ def stream(shape: tuple[int, int], vocab_size: int, start: int, mean_document: i
 
 
 def test_ids_of_a_million_positions_equal_big_integers() -> None:
-    """LongCat-Flash-Lite's vocabulary of 131072 and four orders' worth of powers: V^3 times an id is beyond 2^64."""
+    """LongCat-Flash-Lite's vocabulary of 131072 and four orders' worth of powers: V^3 times an id
+    is beyond 2^64.
+    """
     ids = stream((50, 20_000), 131_072, 131_071, 40, seed=0)
     assert (ids == 131_071).sum() > 20_000
     check_ids(ids, 131_072, NgramConfig(max_n=4, num_splits=1, table_ratio=7.3), 131_071)
@@ -75,15 +100,28 @@ def test_ids_of_a_million_positions_equal_big_integers() -> None:
     data=st.data(),
 )
 def test_ids_of_any_shape_and_size_equal_big_integers(
-    vocab_size: int, max_n: int, num_splits: int, ratio: float, shape: tuple[int, int], mean_document: int, data: st.DataObject
+    vocab_size: int,
+    max_n: int,
+    num_splits: int,
+    ratio: float,
+    shape: tuple[int, int],
+    mean_document: int,
+    data: st.DataObject,
 ) -> None:
-    """Sequences shorter than the longest n-gram, documents of one token, an opening id anywhere in the vocabulary."""
+    """Sequences shorter than the longest n-gram, documents of one token, an opening id anywhere in
+    the vocabulary.
+    """
     try:
         config = NgramConfig(max_n, num_splits, ratio)
     except ConfigError:
         return  # a ratio near a whole number
     start = data.draw(st.integers(0, vocab_size - 1))
-    check_ids(stream(shape, vocab_size, start, mean_document, seed=data.draw(st.integers(0, 99))), vocab_size, config, start)
+    check_ids(
+        stream(shape, vocab_size, start, mean_document, seed=data.draw(st.integers(0, 99))),
+        vocab_size,
+        config,
+        start,
+    )
 
 
 def test_an_n_gram_does_not_reach_before_its_document() -> None:
@@ -96,11 +134,16 @@ def test_an_n_gram_does_not_reach_before_its_document() -> None:
     assert not torch.equal(joined.ids(behind)[:, :, -5:], joined.ids(alone))
 
 
-# -------------------------------------------------------------------------------------------------------------- embedding
+# --------------------------------------------------------------------------------------------------------------
+# embedding
 
 
-@pytest.mark.parametrize(("amplification", "factor"), [(Amplification.NONE, 1.0), (Amplification.SQRT, math.sqrt(24))])
-def test_the_embedding_is_the_mean_of_the_token_and_its_projected_tables(amplification: Amplification, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("amplification", "factor"), [(Amplification.NONE, 1.0), (Amplification.SQRT, math.sqrt(24))]
+)
+def test_the_embedding_is_the_mean_of_the_token_and_its_projected_tables(
+    amplification: Amplification, factor: float
+) -> None:
     model = Decoder(DECODER.replace(ngram=NGRAM, amplification=amplification)).double()
     randomise(model, 1)
     ids = torch.tensor([[28, 3, 4, 3, 4, 28, 3, 4]])
@@ -131,7 +174,8 @@ def test_tied_heads_read_the_token_embedding_alone() -> None:
     torch.testing.assert_close(model.logits(hidden), hidden @ model.embedding.weight.T)
 
 
-# ------------------------------------------------------------------------------------------------------ gradients, shards
+# ------------------------------------------------------------------------------------------------------
+# gradients, shards
 
 
 def test_sparse_gradients_equal_dense_ones_and_touch_only_rows_that_were_read() -> None:
@@ -145,7 +189,9 @@ def test_sparse_gradients_equal_dense_ones_and_touch_only_rows_that_were_read() 
         assert wanted.grad is not None
         assert mine.grad.is_sparse
         torch.testing.assert_close(mine.grad.to_dense(), wanted.grad)
-        assert set(mine.grad.coalesce().indices()[0].tolist()) == set(dense.ids(ids)[table].flatten().tolist())
+        assert set(mine.grad.coalesce().indices()[0].tolist()) == set(
+            dense.ids(ids)[table].flatten().tolist()
+        )
     torch.testing.assert_close(sparse.projection.grad, dense.projection.grad)
 
 
@@ -163,11 +209,15 @@ def test_a_sparse_optimiser_moves_the_rows_that_were_read() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 11])
 @pytest.mark.parametrize("ratio", [3.3, 0.03])
-def test_the_sum_over_shards_is_the_whole_forward_and_backward(world_size: int, ratio: float) -> None:
+def test_the_sum_over_shards_is_the_whole_forward_and_backward(
+    world_size: int, ratio: float
+) -> None:
     """At ratio 0.03 the first table has one row, so most shards hold nothing of it."""
     whole = NgramTables(NGRAM.replace(table_ratio=ratio), 29, 24)
     shards = [whole.shard(rank, world_size) for rank in range(world_size)]
-    assert sum(parameter.numel() for shard in shards for parameter in shard.parameters()) == sum(table.numel() for table in whole.tables)
+    assert sum(parameter.numel() for shard in shards for parameter in shard.parameters()) == sum(
+        table.numel() for table in whole.tables
+    )
     if ratio < 1 and world_size > 1:
         assert any(table.shape[0] == 0 for shard in shards for table in shard.tables)
     ids, weight = stream((2, 16), 29, 28, 6, seed=3), torch.randn(2, 16, 24)
@@ -187,13 +237,18 @@ def test_a_rank_beyond_the_world_is_refused() -> None:
         NgramTables(NGRAM, 29, 24).shard(2, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------- collisions
+# -------------------------------------------------------------------------------------------------------------
+# collisions
 
 
 def excess_of_collisions(ids: np.ndarray, vocab_size: int, ratio: float) -> float:
-    """How often two places with different bigrams share a row of a table, over how often they would if rows were drawn at random."""
+    """How often two places with different bigrams share a row of a table, over how often they would
+    if rows were drawn at random.
+    """
     size = int(ratio * vocab_size + 1)
-    rows = ngram_ids(torch.from_numpy(ids)[None], vocab_size, (size,), 1, vocab_size - 1)[0, 0].numpy()
+    rows = ngram_ids(torch.from_numpy(ids)[None], vocab_size, (size,), 1, vocab_size - 1)[
+        0, 0
+    ].numpy()
     previous = np.concatenate([[0], ids[:-1]])
     alike = np.unique(ids + previous * vocab_size, return_counts=True)[1].astype(float)
     together = np.bincount(rows, minlength=size).astype(float)
@@ -202,11 +257,16 @@ def excess_of_collisions(ids: np.ndarray, vocab_size: int, ratio: float) -> floa
 
 
 def test_tables_near_a_whole_multiple_of_the_vocabulary_collide_more() -> None:
-    """The paper's warning (arXiv 2601.21204, section 3.3) on ids whose frequencies follow Zipf's law, the frequent ones first."""
+    """The paper's warning (arXiv 2601.21204, section 3.3) on ids whose frequencies follow Zipf's
+    law, the frequent ones first.
+    """
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, 2048)
     ids = rng.choice(2047, size=200_000, p=share / share.sum()).astype(np.int64)
-    excess = {ratio: excess_of_collisions(ids, 2048, ratio) for ratio in (4.0, 5.0, 4.5, 4.37, 4.62, NgramConfig().table_ratio)}
+    excess = {
+        ratio: excess_of_collisions(ids, 2048, ratio)
+        for ratio in (4.0, 5.0, 4.5, 4.37, 4.62, NgramConfig().table_ratio)
+    }
     assert min(excess[4.0], excess[5.0]) > 5
     assert 2 < excess[4.5] < 4, "a half is better than a whole number, and still bad"
     assert max(excess[4.37], excess[4.62], excess[NgramConfig().table_ratio]) < 1
@@ -214,16 +274,22 @@ def test_tables_near_a_whole_multiple_of_the_vocabulary_collide_more() -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0, 4.04, 78.0, 100.97])
 def test_a_ratio_near_a_whole_number_is_refused(ratio: float) -> None:
-    with pytest.raises(ConfigError, match=rf"expected a table_ratio .05 or more from a whole number, got {ratio}; try {int(ratio)}\.37"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"expected a table_ratio .05 or more from a whole number, got {ratio}; try {int(ratio)}\.37",
+    ):
         NgramConfig(table_ratio=ratio)
     assert NgramConfig(table_ratio=0.01).table_rows(50)[0] == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------- Engram
+# -----------------------------------------------------------------------------------------------------------------
+# Engram
 
 
 def test_the_gated_memory_by_hand() -> None:
-    """``x + sigmoid(<rms(x), rms(W e)> / sqrt(D)) e`` with e the projected tables, not divided by their number."""
+    """``x + sigmoid(<rms(x), rms(W e)> / sqrt(D)) e`` with e the projected tables, not divided by
+    their number.
+    """
     memory = GatedMemory(NGRAM, 29, 24, 1e-6).double()
     randomise(memory, 4)
     x, ids = torch.randn(2, 9, 24, dtype=torch.float64), stream((2, 9), 29, 28, 5, seed=5)
@@ -231,10 +297,15 @@ def test_the_gated_memory_by_hand() -> None:
     for row in range(2):
         by_hand = rows_by_hand(ids[row].tolist(), 29, 4, 2, 3.3, 28)
         for place in range(9):
-            parts = [table[by_hand[number][place]] for number, table in enumerate(memory.tables.tables)]
+            parts = [
+                table[by_hand[number][place]] for number, table in enumerate(memory.tables.tables)
+            ]
             e = memory.tables.projection @ torch.cat(parts)
             k, q = memory.key.weight @ e, x[row, place]
-            k, q = (v / (v.square().mean() + 1e-6).sqrt() * n.weight for v, n in ((k, memory.key_norm), (q, memory.query_norm)))
+            k, q = (
+                v / (v.square().mean() + 1e-6).sqrt() * n.weight
+                for v, n in ((k, memory.key_norm), (q, memory.query_norm))
+            )
             wanted = x[row, place] + e / (1 + (-(q @ k) / math.sqrt(24)).exp())
             torch.testing.assert_close(found[row, place], wanted, rtol=1e-10, atol=1e-10)
 
@@ -246,13 +317,17 @@ def test_memories_stand_before_the_chosen_layers_each_with_its_own_tables() -> N
     assert model.ngram is None
     assert sorted(model.memories) == ["0", "2"]
     for layer, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda _, inputs, layer=layer: read.__setitem__(layer, inputs[0]))
+        block.register_forward_pre_hook(
+            lambda _, inputs, layer=layer: read.__setitem__(layer, inputs[0])
+        )
     before: list[Tensor] = []
     model.blocks[1].register_forward_hook(lambda _, __, output: before.append(output[0]))
     model(ids)
     torch.testing.assert_close(read[0], model.memories["0"](model.embed(ids), ids))
     torch.testing.assert_close(read[2], model.memories["2"](before[0], ids))
-    assert not torch.equal(model.memories["0"].tables.tables[0], model.memories["2"].tables.tables[0])
+    assert not torch.equal(
+        model.memories["0"].tables.tables[0], model.memories["2"].tables.tables[0]
+    )
 
 
 @pytest.mark.parametrize("layers", [(), (1,)])
@@ -261,20 +336,26 @@ def test_a_later_token_changes_no_earlier_logit_with_tables(layers: tuple[int, .
     randomise(model, 7)
     ids = stream((1, 16), 29, 28, 5, seed=7)
     changed = ids.clone()
-    changed[0, 8] = 28 if ids[0, 8] != 28 else 1  # opening a document must not change what came before either
+    changed[0, 8] = (
+        28 if ids[0, 8] != 28 else 1
+    )  # opening a document must not change what came before either
     before, after = model(ids).logits, model(changed).logits
     assert largest(before[:, :8], after[:, :8]) < 1e-12
     assert largest(before[:, 8:], after[:, 8:]) > 1e-6
 
 
 def test_tables_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="expected d_model divisible by the 6 n-gram tables of a place, got 40"):
+    with pytest.raises(
+        ConfigError, match="expected d_model divisible by the 6 n-gram tables of a place, got 40"
+    ):
         DECODER.replace(d_model=40, ngram=NGRAM)
     with pytest.raises(ConfigError, match=r"expected ngram\.layers below 3, got \(1, 3\)"):
         DECODER.replace(ngram=NGRAM.replace(layers=(1, 3)))
     with pytest.raises(ConfigError, match=r"expected ascending layers, got \(2, 1\)"):
         NGRAM.replace(layers=(2, 1))
-    with pytest.raises(ConfigError, match=r"expected ngram\.document_start below vocab_size 29, got 29"):
+    with pytest.raises(
+        ConfigError, match=r"expected ngram\.document_start below vocab_size 29, got 29"
+    ):
         DECODER.replace(ngram=NGRAM.replace(document_start=29))
     with pytest.raises(ConfigError, match="expected max_n of at least 2, got 1"):
         NGRAM.replace(max_n=1)

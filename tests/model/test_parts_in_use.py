@@ -1,4 +1,6 @@
-"""Decoders of every part in the rooms above: training, evaluation, traces, difficulty passes, the command line."""
+"""Decoders of every part in the rooms above: training, evaluation, traces, difficulty passes, the
+command line.
+"""
 
 import json
 import math
@@ -41,7 +43,9 @@ def run_of(config: DecoderConfig, text: TextConfig) -> RunConfig:
 
 
 @NAMES
-def test_every_option_trains_evaluates_and_leaves_a_whole_trace(name: str, text: TextConfig, tmp_path: Path) -> None:
+def test_every_option_trains_evaluates_and_leaves_a_whole_trace(
+    name: str, text: TextConfig, tmp_path: Path
+) -> None:
     config = run_of(OPTIONS[name], text)
     result = train(config, tmp_path / "run", cache_dir=tmp_path / "cache")
     metrics = pl.read_parquet(result.folder / "metrics.parquet")
@@ -51,7 +55,9 @@ def test_every_option_trains_evaluates_and_leaves_a_whole_trace(name: str, text:
     trace = open_trace(result.folder / "trace").check()
     assert [layer.layer for layer in trace.meta.layers] == list(config.model.moe_layers)
     run = load_run(result.folder)
-    assert result.record["total_params"] == sum(value.numel() for key, value in run.model.named_parameters() if not key.startswith("mtp."))
+    assert result.record["total_params"] == sum(
+        value.numel() for key, value in run.model.named_parameters() if not key.startswith("mtp.")
+    )
 
 
 def test_a_run_of_most_options_resumes_to_the_bit(text: TextConfig, tmp_path: Path) -> None:
@@ -67,7 +73,9 @@ def test_a_run_of_most_options_resumes_to_the_bit(text: TextConfig, tmp_path: Pa
     with pytest.raises(Killed):
         train(config, tmp_path / "cut", on_step=die, cache_dir=tmp_path / "cache")
     cut = train(config, tmp_path / "cut", cache_dir=tmp_path / "cache")
-    metrics = [pl.read_parquet(run.folder / "metrics.parquet")["loss"].to_list() for run in (whole, cut)]
+    metrics = [
+        pl.read_parquet(run.folder / "metrics.parquet")["loss"].to_list() for run in (whole, cut)
+    ]
     assert metrics[0] == metrics[1]
     assert whole.record["loss"] == cut.record["loss"]
 
@@ -88,9 +96,21 @@ def test_capture_records_each_moe_layer_of_every_option(name: str, tmp_path: Pat
         assert rows["zero_count"].to_list() == routing.zero_count().tolist()
 
 
-@pytest.mark.parametrize("name", ["plain", "shortcut", "sequential", "shortcut after a dense layer", "hash layers", "most at once"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "shortcut",
+        "sequential",
+        "shortcut after a dense layer",
+        "hash layers",
+        "most at once",
+    ],
+)
 def test_difficulty_passes_measure_what_the_moe_adds_to_its_own_stream(name: str) -> None:
-    """Layer by layer by hand: norm of the MoE's output over the norm of the stream that its norm reads."""
+    """Layer by layer by hand: norm of the MoE's output over the norm of the stream that its norm
+    reads.
+    """
     config = OPTIONS[name]
     model = Decoder(config).eval()
     randomise(model, 1)
@@ -100,7 +120,9 @@ def test_difficulty_passes_measure_what_the_moe_adds_to_its_own_stream(name: str
     ids = torch.from_numpy(np.stack(documents))
     output, streams = model(ids), {}
     handles = [
-        model.blocks[layer].moe_norm.register_forward_pre_hook(lambda _, given, layer=layer: streams.__setitem__(layer, given[0]))
+        model.blocks[layer].moe_norm.register_forward_pre_hook(
+            lambda _, given, layer=layer: streams.__setitem__(layer, given[0])
+        )
         for layer in config.moe_layers
     ]
     model(ids)
@@ -115,7 +137,9 @@ def test_difficulty_passes_measure_what_the_moe_adds_to_its_own_stream(name: str
         context = RouterContext(token_ids=ids.flatten(), sequence_length=20)
         added = model.moe_layers()[layer](model.blocks[layer].moe_norm(stream), context)
         wanted = (added.norm(dim=2) / stream.norm(dim=2)).flatten()
-        torch.testing.assert_close(torch.from_numpy(found.norm_ratio[row]), wanted.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(found.norm_ratio[row]), wanted.detach(), rtol=1e-4, atol=1e-5
+        )
         assert found.ffn_count[row].tolist() == routing.ffn_count().tolist()
 
 
@@ -129,10 +153,21 @@ def test_compute_can_be_moved_in_a_shortcut_decoder() -> None:
     assert gains["marginal_gain"].is_finite().all()
 
 
-def test_the_command_line_trains_a_shortcut_decoder(text: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_trains_a_shortcut_decoder(
+    text: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "config.json").write_text(json.dumps(run_of(OPTIONS["most at once"], text).to_dict()))
-    arguments = ["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run"), "--json"]
+    (tmp_path / "config.json").write_text(
+        json.dumps(run_of(OPTIONS["most at once"], text).to_dict())
+    )
+    arguments = [
+        "train",
+        "--config",
+        str(tmp_path / "config.json"),
+        "--out",
+        str(tmp_path / "run"),
+        "--json",
+    ]
     assert main(arguments) == 0
     assert (tmp_path / "run" / "done").exists()
     assert load_run(tmp_path / "run").config.model.wiring == "shortcut"

@@ -1,4 +1,6 @@
-"""RMSNorm of queries and keys: over each head as Qwen3 has it, over all heads as OLMoE has it, with transformers' whole models."""
+"""RMSNorm of queries and keys: over each head as Qwen3 has it, over all heads as OLMoE has it, with
+transformers' whole models.
+"""
 
 from typing import Any
 
@@ -34,18 +36,27 @@ def values_of(config: DecoderConfig) -> dict[str, Any]:
 
 
 def qwen3(transformers: Any) -> Any:
-    config = transformers.Qwen3MoeConfig(**values_of(QWEN3), head_dim=8, moe_intermediate_size=10, intermediate_size=7)
+    config = transformers.Qwen3MoeConfig(
+        **values_of(QWEN3), head_dim=8, moe_intermediate_size=10, intermediate_size=7
+    )
     return transformers.Qwen3MoeForCausalLM(config)
 
 
 def olmoe(transformers: Any) -> Any:
-    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**values_of(OLMOE), intermediate_size=10, eos_token_id=2))
+    return transformers.OlmoeForCausalLM(
+        transformers.OlmoeConfig(**values_of(OLMOE), intermediate_size=10, eos_token_id=2)
+    )
 
 
 @pytest.mark.hf
-@pytest.mark.parametrize(("config", "build"), [(QWEN3, qwen3), (OLMOE, olmoe)], ids=["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize(
+    ("config", "build"), [(QWEN3, qwen3), (OLMOE, olmoe)], ids=["qwen3_moe", "olmoe"]
+)
 def test_the_whole_model_has_the_logits_of_transformers(config: DecoderConfig, build: Any) -> None:
-    theirs, ours = build(pytest.importorskip("transformers", reason="needs the extra hf")).eval(), Decoder(config).eval()
+    theirs, ours = (
+        build(pytest.importorskip("transformers", reason="needs the extra hf")).eval(),
+        Decoder(config).eval(),
+    )
     randomise(theirs, 3)
     copy_decoder(ours, theirs)
     ids = torch.randint(0, 37, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -71,5 +82,8 @@ def test_the_length_of_queries_and_keys_has_no_influence(norm: QKNorm) -> None:
 
 
 def test_norms_of_queries_and_keys_stand_in_grouped_attention_only() -> None:
-    with pytest.raises(ConfigError, match="expected no num_kv_heads, head_dim or qk_norm beside latent_attention, got one of them"):
+    with pytest.raises(
+        ConfigError,
+        match="expected no num_kv_heads, head_dim or qk_norm beside latent_attention, got one of them",
+    ):
         OLMOE.replace(num_kv_heads=None, latent_attention=LatentAttentionConfig(8))

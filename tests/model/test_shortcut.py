@@ -1,4 +1,6 @@
-"""LongCat-Flash's wiring: its layer and whole model with the same weights, and the sequential twin by hand."""
+"""LongCat-Flash's wiring: its layer and whole model with the same weights, and the sequential twin
+by hand.
+"""
 
 from typing import Any
 
@@ -12,7 +14,14 @@ from moe_lab.model.blocks import DoubleBlock
 from moe_lab.model.rotary import Rotary, rotary_tables
 from moe_lab.routing import ControllerConfig, RouterConfig, RouterContext
 
-ROUTER = RouterConfig(kind="longcat", num_experts=6, num_zero_experts=3, top_k=4, routed_scaling_factor=6.0, controller=ControllerConfig())
+ROUTER = RouterConfig(
+    kind="longcat",
+    num_experts=6,
+    num_zero_experts=3,
+    top_k=4,
+    routed_scaling_factor=6.0,
+    controller=ControllerConfig(),
+)
 LONGCAT = DecoderConfig(
     vocab_size=37, num_layers=2, d_model=24, num_heads=4, context_length=16, moe=MoEConfig(24, 10, ROUTER), d_dense=20,
     wiring=Wiring.SHORTCUT, tie_embeddings=False, rope_theta=1e4, norm_eps=1e-5,
@@ -42,10 +51,17 @@ def longcat_of(config: DecoderConfig) -> Any:
 @pytest.mark.hf
 @pytest.mark.parametrize("zero", [3, 1])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_layer_equals_transformers_longcat_flash_forward_and_backward(seed: int, zero: int) -> None:
+def test_a_layer_equals_transformers_longcat_flash_forward_and_backward(
+    seed: int, zero: int
+) -> None:
     config = LONGCAT.replace(moe=MoEConfig(24, 10, ROUTER.replace(num_zero_experts=zero)))
-    module = pytest.importorskip("transformers.models.longcat_flash.modeling_longcat_flash", reason="needs the extra hf")
-    theirs, ours = module.LongcatFlashDecoderLayer(longcat_of(config), 0).eval(), DoubleBlock(config, 0).eval()
+    module = pytest.importorskip(
+        "transformers.models.longcat_flash.modeling_longcat_flash", reason="needs the extra hf"
+    )
+    theirs, ours = (
+        module.LongcatFlashDecoderLayer(longcat_of(config), 0).eval(),
+        DoubleBlock(config, 0).eval(),
+    )
     randomise(theirs, seed, std=0.2)
     copy_double_block(ours, theirs)
     assert theirs.mlp.router.e_score_correction_bias.abs().min() > 0
@@ -56,7 +72,10 @@ def test_a_layer_equals_transformers_longcat_flash_forward_and_backward(seed: in
     wanted = theirs(inputs[1], attention_mask=causal(9), position_embeddings=doubled(rotary))
     assert routing is not None
     assert routing.zero_count().sum() > 0
-    assert torch.equal(routing.indices.sort(dim=1).values, theirs.mlp.router(_read_by_moe(theirs, x, rotary))[2].sort(dim=1).values)
+    assert torch.equal(
+        routing.indices.sort(dim=1).values,
+        theirs.mlp.router(_read_by_moe(theirs, x, rotary))[2].sort(dim=1).values,
+    )
     assert wanted.std() > 0.5
     assert largest(mine, wanted) < 1e-5
     weight = torch.randn_like(wanted)
@@ -78,7 +97,10 @@ def _read_by_moe(theirs: Any, x: Tensor, rotary: Rotary) -> Tensor:
 @pytest.mark.hf
 def test_the_whole_model_has_the_logits_of_transformers_longcat_flash() -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
-    theirs, ours = transformers.LongcatFlashForCausalLM(longcat_of(LONGCAT)).eval(), Decoder(LONGCAT).eval()
+    theirs, ours = (
+        transformers.LongcatFlashForCausalLM(longcat_of(LONGCAT)).eval(),
+        Decoder(LONGCAT).eval(),
+    )
     randomise(theirs, 5, std=0.2)
     copy_decoder(ours, theirs)
     ids = torch.randint(0, 37, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -89,12 +111,19 @@ def test_the_whole_model_has_the_logits_of_transformers_longcat_flash() -> None:
 
 @pytest.mark.hf
 def test_the_norm_of_the_latents_has_an_eps_of_its_own() -> None:
-    """The release norms latents with 1e-6 whatever ``rms_norm_eps``; one eps for both would be seen at small latents."""
+    """The release norms latents with 1e-6 whatever ``rms_norm_eps``; one eps for both would be seen
+    at small latents.
+    """
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     assert LONGCAT.latent_attention is not None
     config = LONGCAT.replace(norm_eps=1e-2)
-    theirs, ours = transformers.LongcatFlashForCausalLM(longcat_of(config)).eval(), Decoder(config).eval()
-    one_eps = Decoder(config.replace(latent_attention=LONGCAT.latent_attention.replace(norm_eps=None))).eval()
+    theirs, ours = (
+        transformers.LongcatFlashForCausalLM(longcat_of(config)).eval(),
+        Decoder(config).eval(),
+    )
+    one_eps = Decoder(
+        config.replace(latent_attention=LONGCAT.latent_attention.replace(norm_eps=None))
+    ).eval()
     randomise(theirs, 6, std=0.2)
     copy_decoder(ours, theirs)
     copy_decoder(one_eps, theirs)
@@ -115,8 +144,12 @@ def _ln(norm: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("wiring", [Wiring.SHORTCUT, Wiring.SEQUENTIAL])
-def test_where_the_moe_joins_the_stream_is_all_that_differs_between_the_twins(wiring: Wiring) -> None:
-    """The layer as a plain sum: the shortcut's MoE arrives at the end, its twin's before the second attention."""
+def test_where_the_moe_joins_the_stream_is_all_that_differs_between_the_twins(
+    wiring: Wiring,
+) -> None:
+    """The layer as a plain sum: the shortcut's MoE arrives at the end, its twin's before the second
+    attention.
+    """
     block, x = _parts(LONGCAT.replace(wiring=wiring))
     rotary, context = rotary_tables(7, 4, 1e4), RouterContext(sequence_length=7)
     assert isinstance(block.moe, MoELayer)
@@ -125,13 +158,21 @@ def test_where_the_moe_joins_the_stream_is_all_that_differs_between_the_twins(wi
     s = block.moe(u, context)
     h2 = h1 + block.ffns[0](u) + (s if wiring is Wiring.SEQUENTIAL else 0)
     h3 = h2 + block.attentions[1](_ln(block.attention_norms[1], h2), rotary)[0]
-    wanted = h3 + block.ffns[1](_ln(block.ffn_norms[1], h3)) + (s if wiring is Wiring.SHORTCUT else 0)
+    wanted = (
+        h3 + block.ffns[1](_ln(block.ffn_norms[1], h3)) + (s if wiring is Wiring.SHORTCUT else 0)
+    )
     torch.testing.assert_close(block(x, rotary, context, None)[0], wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_the_twins_have_the_same_parameters_by_name_and_different_outputs() -> None:
-    shortcut, sequential = (Decoder(LONGCAT.replace(wiring=wiring)).eval() for wiring in (Wiring.SHORTCUT, Wiring.SEQUENTIAL))
-    shapes = [{name: tuple(value.shape) for name, value in model.named_parameters()} for model in (shortcut, sequential)]
+    shortcut, sequential = (
+        Decoder(LONGCAT.replace(wiring=wiring)).eval()
+        for wiring in (Wiring.SHORTCUT, Wiring.SEQUENTIAL)
+    )
+    shapes = [
+        {name: tuple(value.shape) for name, value in model.named_parameters()}
+        for model in (shortcut, sequential)
+    ]
     assert shapes[0] == shapes[1]
     sequential.load_state_dict(shortcut.state_dict())
     ids = torch.randint(0, 37, (1, 9))

@@ -1,4 +1,6 @@
-"""The lightning indexer and attention to what it chose: against transformers' DeepSeek-V3.2, dense attention, and plain Python."""
+"""The lightning indexer and attention to what it chose: against transformers' DeepSeek-V3.2, dense
+attention, and plain Python.
+"""
 
 from typing import Any
 
@@ -10,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lab.errors import ConfigError
-from moe_lab.model import Decoder, DecoderConfig, LatentAttentionConfig, MoEConfig, MTPConfig, SparseAttentionConfig, Wiring
+from moe_lab.model import (
+    Decoder,
+    DecoderConfig,
+    LatentAttentionConfig,
+    MoEConfig,
+    MTPConfig,
+    SparseAttentionConfig,
+    Wiring,
+)
 from moe_lab.model import attention as attention_module
 from moe_lab.model.attention import LatentAttention, build_attention
 from moe_lab.model.rotary import rotary_tables
@@ -20,18 +30,28 @@ from moe_lab.routing import ControllerConfig, RouterConfig
 LATENT = LatentAttentionConfig(kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5)
 SPARSE = SparseAttentionConfig(top_k=5, num_heads=3, head_dim=8)
 GROUPED = DecoderConfig(
-    vocab_size=31, num_layers=3, d_model=24, num_heads=4, num_kv_heads=2, context_length=20, d_dense=20, sparse_attention=SPARSE
+    vocab_size=31,
+    num_layers=3,
+    d_model=24,
+    num_heads=4,
+    num_kv_heads=2,
+    context_length=20,
+    d_dense=20,
+    sparse_attention=SPARSE,
 )
 LATENT_DECODER = GROUPED.replace(num_kv_heads=None, latent_attention=LATENT)
 BOTH = pytest.mark.parametrize("config", [GROUPED, LATENT_DECODER], ids=["grouped", "latent"])
 
 
-# ----------------------------------------------------------------------------------------------------------- transformers
+# -----------------------------------------------------------------------------------------------------------
+# transformers
 
 
 def deepseek_v32(top_k: int) -> Any:
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
-    module = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32", reason="needs the extra hf")
+    module = pytest.importorskip(
+        "transformers.models.deepseek_v32.modeling_deepseek_v32", reason="needs the extra hf"
+    )
     config = transformers.DeepseekV32Config(
         vocab_size=31, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=10,
         qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, index_topk=top_k, index_n_heads=16, index_head_dim=8,
@@ -44,13 +64,20 @@ def deepseek_v32(top_k: int) -> Any:
 
 @pytest.mark.hf
 @pytest.mark.parametrize("top_k", [1, 4, 13, 40])
-def test_indexer_and_attention_equal_transformers_deepseek_v32(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indexer_and_attention_equal_transformers_deepseek_v32(
+    top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs, length = deepseek_v32(top_k), 20
     sparse = SPARSE.replace(top_k=top_k, local=0, num_heads=16)  # so many that no scores tie at 0
     config = LATENT_DECODER.replace(sparse_attention=sparse)
     ours = LatentAttention(config, LATENT, 0).eval()
     copy_latent(ours, theirs)
-    x, rotary, scores, plain_topk = torch.randn(2, length, 24), rotary_tables(length, 4, 1e4), [], torch.Tensor.topk
+    x, rotary, scores, plain_topk = (
+        torch.randn(2, length, 24),
+        rotary_tables(length, 4, 1e4),
+        [],
+        torch.Tensor.topk,
+    )
 
     def seen_topk(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         scores.append(tensor)
@@ -69,7 +96,12 @@ def test_indexer_and_attention_equal_transformers_deepseek_v32(top_k: int, monke
     assert largest(own_scores[:, visible], index_scores[:, visible]) < 1e-5
     chosen = torch.zeros(2, length, length + 1, dtype=torch.bool)
     chosen.scatter_(2, torch.where(selection.seen, selection.indices, length), True)
-    theirs_chosen = torch.zeros_like(chosen).scatter_(2, index_scores.topk(min(top_k, length)).indices, True)[..., :length] & visible
+    theirs_chosen = (
+        torch.zeros_like(chosen).scatter_(2, index_scores.topk(min(top_k, length)).indices, True)[
+            ..., :length
+        ]
+        & visible
+    )
     assert torch.equal(chosen[..., :length], theirs_chosen)
     assert largest(mine, wanted) < 1e-5
 
@@ -103,7 +135,8 @@ def test_the_whole_model_has_the_logits_of_transformers_deepseek_v32() -> None:
     assert largest(ours(ids).logits, theirs(ids).logits) < 1e-5
 
 
-# ----------------------------------------------------------------------------------------------------------------- choice
+# -----------------------------------------------------------------------------------------------------------------
+# choice
 
 
 @settings(max_examples=200, deadline=None)
@@ -121,13 +154,23 @@ def test_the_choice_is_the_forced_positions_and_the_best_of_the_others(
     """Ties are frequent here: of equal scores the later position is chosen."""
     if initial + local > top_k:
         return
-    scores = torch.randint(-levels, levels + 1, (2, length, length), generator=torch.Generator().manual_seed(seed)) * 0.3
+    scores = (
+        torch.randint(
+            -levels, levels + 1, (2, length, length), generator=torch.Generator().manual_seed(seed)
+        )
+        * 0.3
+    )
     indices = choose(scores, min(top_k, length), initial, local)
     for row in range(2):
         for query in range(length):
-            forced = {position for position in range(query + 1) if position < initial or query - position < local}
+            forced = {
+                position
+                for position in range(query + 1)
+                if position < initial or query - position < local
+            }
             free = sorted(
-                (position for position in range(query + 1) if position not in forced), key=lambda at: (scores[row, query, at], at)
+                (position for position in range(query + 1) if position not in forced),
+                key=lambda at: (scores[row, query, at], at),
             )
             best = free[::-1][: max(0, top_k - len(forced))]
             found = indices[row, query].tolist()
@@ -145,7 +188,9 @@ def test_a_choice_does_not_depend_on_what_follows() -> None:
 
 
 @BOTH
-def test_initial_and_local_positions_are_attended_to_whatever_the_scores(config: DecoderConfig) -> None:
+def test_initial_and_local_positions_are_attended_to_whatever_the_scores(
+    config: DecoderConfig,
+) -> None:
     sparse = SPARSE.replace(top_k=6, initial=2, local=3)
     block = build_attention(config.replace(sparse_attention=sparse), 0)
     randomise(block, 3, std=2.0)
@@ -154,21 +199,32 @@ def test_initial_and_local_positions_are_attended_to_whatever_the_scores(config:
     for row in range(2):
         for query in range(20):
             seen = set(selection.indices[row, query][selection.seen[row, query]].tolist())
-            assert {position for position in (0, 1, query - 2, query - 1, query) if 0 <= position <= query} <= seen
+            assert {
+                position
+                for position in (0, 1, query - 2, query - 1, query)
+                if 0 <= position <= query
+            } <= seen
             assert len(seen) == min(6, query + 1)
 
 
-# -------------------------------------------------------------------------------------------------- against dense attention
+# --------------------------------------------------------------------------------------------------
+# against dense attention
 
 
 @BOTH
 @pytest.mark.parametrize("wiring", [Wiring.PLAIN, Wiring.SHORTCUT])
 @pytest.mark.parametrize("top_k", [20, 50])
-def test_choosing_all_positions_is_dense_attention_forward_and_backward(config: DecoderConfig, wiring: Wiring, top_k: int) -> None:
-    config = config.replace(wiring=wiring, sparse_attention=SPARSE.replace(top_k=top_k, initial=1, local=2))
+def test_choosing_all_positions_is_dense_attention_forward_and_backward(
+    config: DecoderConfig, wiring: Wiring, top_k: int
+) -> None:
+    config = config.replace(
+        wiring=wiring, sparse_attention=SPARSE.replace(top_k=top_k, initial=1, local=2)
+    )
     sparse, dense = Decoder(config), Decoder(config.replace(sparse_attention=None))
     randomise(sparse, 1, std=0.2)
-    dense.load_state_dict({name: value for name, value in sparse.state_dict().items() if "indexer" not in name})
+    dense.load_state_dict(
+        {name: value for name, value in sparse.state_dict().items() if "indexer" not in name}
+    )
     ids = torch.randint(0, 31, (2, 20))
     outputs = [model(ids, ids.roll(-1, 1)) for model in (sparse, dense)]
     assert largest(outputs[0].logits, outputs[1].logits) < 1e-5
@@ -182,7 +238,9 @@ def test_choosing_all_positions_is_dense_attention_forward_and_backward(config: 
             assert largest(parameter.grad, wanted[name]) < 1e-5, name  # type: ignore[arg-type]
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, allowed_BSS: Tensor) -> tuple[Tensor, Tensor]:
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed_BSS: Tensor
+) -> tuple[Tensor, Tensor]:
     """Dense attention of [B, H, S, d] queries under a mask: mixed values and the attention matrix."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
@@ -204,7 +262,9 @@ def random_selection(batch: int, length: int, top_k: int) -> tuple[Selection, Te
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
-def test_attention_to_the_chosen_is_dense_attention_under_a_mask_forward_and_backward(heads: int, groups: int) -> None:
+def test_attention_to_the_chosen_is_dense_attention_under_a_mask_forward_and_backward(
+    heads: int, groups: int
+) -> None:
     selection, allowed = random_selection(2, 9, 4)
     shapes = [(2, heads, 9, 6), (2, groups, 9, 6), (2, groups, 9, 5)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -214,7 +274,11 @@ def test_attention_to_the_chosen_is_dense_attention_under_a_mask_forward_and_bac
     picked = dense.gather(3, selection.indices[:, None].expand(-1, heads, -1, -1))
     torch.testing.assert_close(attention, picked, rtol=1e-10, atol=1e-10)
     weight = torch.randn_like(wanted)
-    for mine, their in zip(torch.autograd.grad(found, inputs, weight), torch.autograd.grad(wanted, inputs, weight), strict=True):
+    for mine, their in zip(
+        torch.autograd.grad(found, inputs, weight),
+        torch.autograd.grad(wanted, inputs, weight),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, their, rtol=1e-10, atol=1e-10)
 
 
@@ -237,15 +301,20 @@ def test_no_later_position_contributes_by_value_or_by_choice(config: DecoderConf
         assert largest(block(changed, rotary)[0][:, : query + 1], y[:, : query + 1]) < 1e-12
 
 
-# ---------------------------------------------------------------------------------------------------------------- sharing
+# ----------------------------------------------------------------------------------------------------------------
+# sharing
 
 
 @pytest.mark.parametrize("share", [1, 2, 3])
 @pytest.mark.parametrize("wiring", [Wiring.PLAIN, Wiring.SHORTCUT])
-def test_blocks_in_a_row_use_the_selection_of_the_first_of_them(share: int, wiring: Wiring, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_in_a_row_use_the_selection_of_the_first_of_them(
+    share: int, wiring: Wiring, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: list[Tensor] = []
 
-    def recorded(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    def recorded(
+        query: Tensor, key: Tensor, value: Tensor, selection: Selection
+    ) -> tuple[Tensor, Tensor]:
         used.append(selection.indices)
         return attend(query, key, value, selection)
 
@@ -262,7 +331,8 @@ def test_blocks_in_a_row_use_the_selection_of_the_first_of_them(share: int, wiri
     assert output.losses["indexer"] > 0
 
 
-# --------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------------------------
+# training
 
 
 def test_the_indexers_loss_is_the_divergence_from_the_heads_mean_attention() -> None:
@@ -274,7 +344,10 @@ def test_the_indexers_loss_is_the_divergence_from_the_heads_mean_attention() -> 
     for row in range(2):
         for place in range(9):
             chosen = selection.seen[row, place]
-            positions, scores = selection.indices[row, place][chosen], selection.scores[row, place][chosen]
+            positions, scores = (
+                selection.indices[row, place][chosen],
+                selection.scores[row, place][chosen],
+            )
             target = dense[row, :, place, positions].mean(dim=0)
             model = scores.exp() / scores.exp().sum()
             wanted = (target * (target / model).log()).sum().item()
@@ -292,16 +365,24 @@ def test_the_indexers_loss_is_a_mean_over_blocks_and_real_tokens() -> None:
 
 
 @BOTH
-def test_the_indexer_learns_from_its_own_loss_alone_and_nothing_else_does(config: DecoderConfig) -> None:
+def test_the_indexer_learns_from_its_own_loss_alone_and_nothing_else_does(
+    config: DecoderConfig,
+) -> None:
     model = Decoder(config.replace(sparse_attention=SPARSE.replace(share=2)))
     ids = torch.randint(0, 31, (2, 20))
     output = model(ids, ids.roll(-1, 1))
     assert output.loss is not None
     output.loss.backward(retain_graph=True)
-    assert all((parameter.grad is None) == ("indexer" in name) for name, parameter in model.named_parameters())
+    assert all(
+        (parameter.grad is None) == ("indexer" in name)
+        for name, parameter in model.named_parameters()
+    )
     model.zero_grad(set_to_none=True)
     output.losses["indexer"].backward()
-    assert all((parameter.grad is not None) == ("indexer" in name) for name, parameter in model.named_parameters())
+    assert all(
+        (parameter.grad is not None) == ("indexer" in name)
+        for name, parameter in model.named_parameters()
+    )
 
 
 @BOTH
@@ -309,7 +390,9 @@ def test_training_the_indexer_lowers_its_loss(config: DecoderConfig) -> None:
     torch.manual_seed(0)
     model = Decoder(config)
     randomise(model, 2)
-    optimizer = torch.optim.Adam([value for name, value in model.named_parameters() if "indexer" in name], lr=3e-3)
+    optimizer = torch.optim.Adam(
+        [value for name, value in model.named_parameters() if "indexer" in name], lr=3e-3
+    )
     ids, losses = torch.randint(0, 31, (4, 20)), []
     for _ in range(40):
         loss = model(ids, ids.roll(-1, 1)).losses["indexer"]
@@ -336,11 +419,14 @@ def test_attention_of_mtp_modules_is_dense() -> None:
     assert not [name for name, _ in model.mtp.named_parameters() if "indexer" in name]
 
 
-# ---------------------------------------------------------------------------------------------------------- configuration
+# ----------------------------------------------------------------------------------------------------------
+# configuration
 
 
 @pytest.mark.parametrize(("top_k", "context"), [(1, 1), (4, 3), (4, 9), (32, 256)])
-def test_attention_sparsity_is_the_share_of_visible_pairs_left_out(top_k: int, context: int) -> None:
+def test_attention_sparsity_is_the_share_of_visible_pairs_left_out(
+    top_k: int, context: int
+) -> None:
     config = GROUPED.replace(sparse_attention=SPARSE.replace(top_k=top_k))
     visible = sum(query + 1 for query in range(context))
     attended = sum(min(top_k, query + 1) for query in range(context))
@@ -357,5 +443,8 @@ def test_choices_that_do_not_fit_are_refused() -> None:
         SPARSE.replace(initial=-1)
     with pytest.raises(ConfigError, match=r"expected loss_coef of at least 0, got -0\.5"):
         SPARSE.replace(loss_coef=-0.5)
-    with pytest.raises(ConfigError, match=r"expected sparse_attention\.head_dim of at least the 6 rotary channels, got 4"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected sparse_attention\.head_dim of at least the 6 rotary channels, got 4",
+    ):
         GROUPED.replace(sparse_attention=SPARSE.replace(head_dim=4))

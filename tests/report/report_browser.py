@@ -25,7 +25,14 @@ ARGUMENTS = (
 
 
 def binary() -> str | None:
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    return next(
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
 
 
 @contextmanager
@@ -56,7 +63,9 @@ def open_page(driver: webdriver.Chrome, path: Path, theme: str = "light") -> Non
     media = [{"name": name, "value": value} for name, value in features.items()]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
     driver.get(path.resolve().as_uri())
-    WebDriverWait(driver, 60).until(lambda page: page.execute_script("return document.documentElement.dataset.ready") == theme)
+    WebDriverWait(driver, 60).until(
+        lambda page: page.execute_script("return document.documentElement.dataset.ready") == theme
+    )
 
 
 def console(driver: webdriver.Chrome) -> list[str]:
@@ -65,5 +74,11 @@ def console(driver: webdriver.Chrome) -> list[str]:
 
 def requests(driver: webdriver.Chrome) -> list[str]:
     """Addresses that the page asked for since the last call."""
-    messages: list[dict[str, Any]] = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    return [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    messages: list[dict[str, Any]] = [
+        json.loads(entry["message"])["message"] for entry in driver.get_log("performance")
+    ]
+    return [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]

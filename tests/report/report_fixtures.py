@@ -1,4 +1,6 @@
-"""A small sweep folder as the contract of a run directory says, made without training: losses, metrics and routings are drawn."""
+"""A small sweep folder as the contract of a run directory says, made without training: losses,
+metrics and routings are drawn.
+"""
 
 import json
 from collections.abc import Sequence
@@ -45,8 +47,19 @@ def split(text: str) -> list[str]:
     """Cut a text into word, blank and sign pieces that join to the text again."""
     pieces: list[str] = []
     for character in text:
-        kind = "word" if character.isalnum() or character == "_" else "blank" if character.isspace() else "sign"
-        if pieces and kind != "sign" and pieces[-1][-1:].isspace() == (kind == "blank") and (kind == "blank" or pieces[-1][-1].isalnum()):
+        kind = (
+            "word"
+            if character.isalnum() or character == "_"
+            else "blank"
+            if character.isspace()
+            else "sign"
+        )
+        if (
+            pieces
+            and kind != "sign"
+            and pieces[-1][-1:].isspace() == (kind == "blank")
+            and (kind == "blank" or pieces[-1][-1].isalnum())
+        ):
             pieces[-1] += character
         else:
             pieces.append(character)
@@ -56,7 +69,13 @@ def split(text: str) -> list[str]:
 def lexer_class(piece: str) -> str:
     if piece.isspace():
         return "whitespace"
-    return "keyword" if piece in {"def", "for", "return", "class", "in"} else "name" if piece[0].isalpha() else "operator"
+    return (
+        "keyword"
+        if piece in {"def", "for", "return", "class", "in"}
+        else "name"
+        if piece[0].isalpha()
+        else "operator"
+    )
 
 
 def token_frame(shape: Shape, documents: Sequence[str]) -> pl.DataFrame:
@@ -73,7 +92,9 @@ def token_frame(shape: Shape, documents: Sequence[str]) -> pl.DataFrame:
                 {
                     "doc": np.full(size, index, dtype=np.uint32),
                     "pos": np.arange(size, dtype=np.uint32),
-                    "token_id": np.array([sum(map(ord, piece)) % 500 for piece in texts], dtype=np.uint32),
+                    "token_id": np.array(
+                        [sum(map(ord, piece)) % 500 for piece in texts], dtype=np.uint32
+                    ),
                     "loss": pl.Series([None, *random.gamma(2, 1.2, size - 1)], dtype=pl.Float32),
                     "text": texts,
                     "lexer": classes,
@@ -86,10 +107,14 @@ def token_frame(shape: Shape, documents: Sequence[str]) -> pl.DataFrame:
 
 
 def make_routing(shape: Shape, tokens: pl.DataFrame, layer: int) -> Routing:
-    """Random routing in which names prefer real experts and, with more than four, the last expert of layer 0 is dead."""
+    """Random routing in which names prefer real experts and, with more than four, the last expert
+    of layer 0 is dead.
+    """
     generator = torch.Generator().manual_seed(layer)
     total = shape.experts + shape.zero_experts
-    logits = torch.randn(tokens.height, total, generator=generator) + 0.6 * torch.randn(total, generator=generator)
+    logits = torch.randn(tokens.height, total, generator=generator) + 0.6 * torch.randn(
+        total, generator=generator
+    )
     names = torch.from_numpy((tokens["lexer"] == "name").to_numpy())
     if shape.zero_experts:
         logits[names, : shape.experts] += 0.8
@@ -97,21 +122,52 @@ def make_routing(shape: Shape, tokens: pl.DataFrame, layer: int) -> Routing:
         logits[:, shape.experts - 1] = -50.0
     scores = logits.softmax(dim=1)
     weights, indices = scores.topk(shape.top_k, dim=1)
-    return Routing(indices, weights, logits, scores, num_experts=shape.experts, num_zero_experts=shape.zero_experts)
+    return Routing(
+        indices,
+        weights,
+        logits,
+        scores,
+        num_experts=shape.experts,
+        num_zero_experts=shape.zero_experts,
+    )
 
 
-def make_trace(folder: Path, shape: Shape, documents: Sequence[str] = (CODE, PROSE), model: str = "made up") -> Path:
+def make_trace(
+    folder: Path, shape: Shape, documents: Sequence[str] = (CODE, PROSE), model: str = "made up"
+) -> Path:
     tokens = token_frame(shape, documents)
-    layers = tuple(LayerMeta(layer, shape.experts, shape.zero_experts, shape.top_k) for layer in range(shape.layers))
-    meta = TraceMeta(layers=layers, model=model, corpus_hash="c0ffee", tokenizer_hash="beef", seed=0, created_from="tests")
+    layers = tuple(
+        LayerMeta(layer, shape.experts, shape.zero_experts, shape.top_k)
+        for layer in range(shape.layers)
+    )
+    meta = TraceMeta(
+        layers=layers,
+        model=model,
+        corpus_hash="c0ffee",
+        tokenizer_hash="beef",
+        seed=0,
+        created_from="tests",
+    )
     with TraceWriter(folder, meta) as writer:
         writer.write_tokens(tokens)
         for layer in range(shape.layers):
-            writer.write_routing(layer, tokens["doc"].to_numpy(), tokens["pos"].to_numpy(), make_routing(shape, tokens, layer))
+            writer.write_routing(
+                layer,
+                tokens["doc"].to_numpy(),
+                tokens["pos"].to_numpy(),
+                make_routing(shape, tokens, layer),
+            )
     return folder
 
 
-def make_run(folder: Path, arm: str, ratio: float, seed: int, shape: Shape | None, documents: Sequence[str] = (CODE, PROSE)) -> Path:
+def make_run(
+    folder: Path,
+    arm: str,
+    ratio: float,
+    seed: int,
+    shape: Shape | None,
+    documents: Sequence[str] = (CODE, PROSE),
+) -> Path:
     """One finished run. ``shape`` None is a dense model, which has no trace."""
     random = np.random.default_rng([seed, int(ratio)])
     folder.mkdir(parents=True)
@@ -146,7 +202,12 @@ def make_run(folder: Path, arm: str, ratio: float, seed: int, shape: Shape | Non
     }
     if shape is not None:
         target = shape.top_k * shape.experts / (shape.experts + shape.zero_experts)
-        result |= {"num_experts": shape.experts, "num_zero_experts": shape.zero_experts, "top_k": shape.top_k, "load_cv": 0.31}
+        result |= {
+            "num_experts": shape.experts,
+            "num_zero_experts": shape.zero_experts,
+            "top_k": shape.top_k,
+            "load_cv": 0.31,
+        }
         result |= {
             "mean_ffn_count": target * 1.01,
             "target_ffn_count": target,
@@ -160,7 +221,9 @@ def make_run(folder: Path, arm: str, ratio: float, seed: int, shape: Shape | Non
         }
         make_trace(folder / "trace", shape, documents, model=str(result["name"]))
     pl.DataFrame(metrics).write_parquet(folder / "metrics.parquet")
-    (folder / "config.json").write_text(json.dumps({"name": result["name"], "seed": seed, "model": {"d_model": 128}}))
+    (folder / "config.json").write_text(
+        json.dumps({"name": result["name"], "seed": seed, "model": {"d_model": 128}})
+    )
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "done").write_text("")
     return folder
@@ -180,14 +243,28 @@ def make_unfinished_run(folder: Path) -> Path:
     return folder
 
 
-def make_sweep(folder: Path, seeds: int = 2, ratios: Sequence[int] = (1, 2, 4, 8, 16), documents: Sequence[str] = (CODE, PROSE)) -> Path:
+def make_sweep(
+    folder: Path,
+    seeds: int = 2,
+    ratios: Sequence[int] = (1, 2, 4, 8, 16),
+    documents: Sequence[str] = (CODE, PROSE),
+) -> Path:
     """A sweep with three arms, one failed and one unfinished run."""
     for seed in range(seeds):
         for ratio in ratios:
-            make_run(folder / f"topk{ratio:03d}{seed}", "topk", ratio, seed, Shape(experts=2 * ratio), documents)
+            make_run(
+                folder / f"topk{ratio:03d}{seed}",
+                "topk",
+                ratio,
+                seed,
+                Shape(experts=2 * ratio),
+                documents,
+            )
         zero = Shape(experts=16, zero_experts=8, top_k=3)
         make_run(folder / f"zero{seed}", "zero", 8, seed, zero, documents)
         make_run(folder / f"dense{seed}", "dense", 1, seed, None, documents)
-    make_failed_run(folder / "failed", "the loss is nan at step 17; try a lower learning rate than 0.3 <b>")
+    make_failed_run(
+        folder / "failed", "the loss is nan at step 17; try a lower learning rate than 0.3 <b>"
+    )
     make_unfinished_run(folder / "unfinished")
     return folder

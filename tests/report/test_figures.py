@@ -28,7 +28,13 @@ RUNS = pl.DataFrame(
 
 def load_frame(loads: list[list[float]], zero_from: int = 99) -> pl.DataFrame:
     rows = [
-        {"layer": layer, "expert": expert, "is_zero": expert >= zero_from, "count": int(value * 100), "load": value}
+        {
+            "layer": layer,
+            "expert": expert,
+            "is_zero": expert >= zero_from,
+            "count": int(value * 100),
+            "load": value,
+        }
         for layer, row in enumerate(loads)
         for expert, value in enumerate(row)
     ]
@@ -39,7 +45,11 @@ def values(data: Any) -> np.ndarray:
     """The numbers of a plotly array, which may travel as base64."""
     if isinstance(data, dict):
         raw = np.frombuffer(base64.b64decode(data["bdata"]), dtype=data["dtype"])
-        return raw.reshape([int(size) for size in data["shape"].split(",")]) if "shape" in data else raw
+        return (
+            raw.reshape([int(size) for size in data["shape"].split(",")])
+            if "shape" in data
+            else raw
+        )
     return np.asarray(data, dtype=float)
 
 
@@ -61,13 +71,18 @@ def test_frontier_has_every_run_and_a_series_per_arm() -> None:
     figure = figures.frontier(RUNS)
     points = [trace for trace in figure.data if trace.mode == "markers"]
     assert sorted(y for trace in points for y in trace.y) == sorted(RUNS["loss"])
-    assert [trace.name for trace in figure.data if trace.mode == "lines+markers"] == ["topk", "zero"]
+    assert [trace.name for trace in figure.data if trace.mode == "lines+markers"] == [
+        "topk",
+        "zero",
+    ]
     assert figure.layout.xaxis.type == "log"
     assert list(figure.layout.xaxis.tickvals) == [1, 2, 4]
 
 
 def test_frontier_draws_an_arm_without_ratio_as_a_level() -> None:
-    dense = pl.DataFrame({"arm": ["dense"], "ratio": [None], "seed": [0], "loss": [3.3]}, schema=RUNS.schema)
+    dense = pl.DataFrame(
+        {"arm": ["dense"], "ratio": [None], "seed": [0], "loss": [3.3]}, schema=RUNS.schema
+    )
     figure = figures.frontier(pl.concat([RUNS, dense]))
     assert [shape.y0 for shape in figure.layout.shapes] == [3.3]
     assert figure.layout.annotations[0].text == "dense"
@@ -106,7 +121,11 @@ def test_layers_of_different_width_keep_their_own_experts() -> None:
 
 
 def test_sorted_load_falls_within_each_layer() -> None:
-    shade = values(figures.expert_load(load_frame([[0.5, 2.0, 1.0], [1.5, 0.25, 1.25]]), order="load").data[0].z)
+    shade = values(
+        figures.expert_load(load_frame([[0.5, 2.0, 1.0], [1.5, 0.25, 1.25]]), order="load")
+        .data[0]
+        .z
+    )
     assert (np.diff(shade, axis=1) <= 0).all()
 
 
@@ -136,7 +155,17 @@ def test_class_profile_bars_reach_the_interval() -> None:
 
 
 def test_adjusted_means_stand_beside_the_raw_ones() -> None:
-    frame = pl.DataFrame({"layer": [None], "class": ["name"], "n_tokens": [9], "n_docs": [1], "mean": [2.0], "lo": [None], "hi": [None]})
+    frame = pl.DataFrame(
+        {
+            "layer": [None],
+            "class": ["name"],
+            "n_tokens": [9],
+            "n_docs": [1],
+            "mean": [2.0],
+            "lo": [None],
+            "hi": [None],
+        }
+    )
     frame = frame.with_columns(adjusted=1.5, adjusted_lo=pl.lit(1.0), adjusted_hi=pl.lit(1.75))
     _, raw, adjusted = figures.class_profile(frame.cast({"lo": pl.Float64, "hi": pl.Float64})).data
     assert (raw.x[0], adjusted.x[0]) == (2.0, 1.5)
@@ -145,8 +174,20 @@ def test_adjusted_means_stand_beside_the_raw_ones() -> None:
 
 
 def test_spread_leaves_out_what_is_not_known() -> None:
-    frame = pl.DataFrame({"layer": [0, 1], "mean": [2.0, 2.1], "sd": [0.8, 0.9], "hypergeometric_sd": [0.7, 0.7], "target": [None, None]})
-    assert [trace.name for trace in figures.ffn_spread(frame).data] == ["measured", "drawn evenly", "mean"]
+    frame = pl.DataFrame(
+        {
+            "layer": [0, 1],
+            "mean": [2.0, 2.1],
+            "sd": [0.8, 0.9],
+            "hypergeometric_sd": [0.7, 0.7],
+            "target": [None, None],
+        }
+    )
+    assert [trace.name for trace in figures.ffn_spread(frame).data] == [
+        "measured",
+        "drawn evenly",
+        "mean",
+    ]
 
 
 def test_training_curves_are_thinned_and_keep_their_ends() -> None:
@@ -158,25 +199,39 @@ def test_training_curves_are_thinned_and_keep_their_ends() -> None:
 
 
 def test_runs_of_one_group_share_a_line_style() -> None:
-    frame = pl.DataFrame({"run": ["a", "b", "c"], "group": ["g", "g", "h"], "tokens": [1.0] * 3, "loss": [1.0, 2.0, 3.0]})
+    frame = pl.DataFrame(
+        {
+            "run": ["a", "b", "c"],
+            "group": ["g", "g", "h"],
+            "tokens": [1.0] * 3,
+            "loss": [1.0, 2.0, 3.0],
+        }
+    )
     first, second, third = figures.training_curves(frame, "loss").data
     assert first.line.color == second.line.color != third.line.color
 
 
 def test_text_from_data_is_not_read_as_markup() -> None:
-    frame = pl.DataFrame({"arm": ["<a href='javascript:x'>"], "ratio": [1.0], "seed": [0], "loss": [1.0]})
+    frame = pl.DataFrame(
+        {"arm": ["<a href='javascript:x'>"], "ratio": [1.0], "seed": [0], "loss": [1.0]}
+    )
     assert all("<a" not in str(trace.name) for trace in figures.frontier(frame).data)
 
 
 @pytest.mark.parametrize("frame", [RUNS.clear(), RUNS.drop("loss")])
 def test_a_frame_that_cannot_be_drawn_says_what_it_lacks(frame: pl.DataFrame) -> None:
-    with pytest.raises(AnalysisError, match="expected a frame with rows and columns arm, ratio, seed, loss"):
+    with pytest.raises(
+        AnalysisError, match="expected a frame with rows and columns arm, ratio, seed, loss"
+    ):
         figures.frontier(frame)
 
 
 def _layout(figure: go.Figure, axis: str) -> dict[str, Any]:
     values = getattr(figure.layout, axis).to_plotly_json()
-    return {name: np.round(value, 9).tolist() if name == "domain" else value for name, value in values.items()}
+    return {
+        name: np.round(value, 9).tolist() if name == "domain" else value
+        for name, value in values.items()
+    }
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -188,13 +243,21 @@ def test_panels_lie_where_plotly_puts_subplots(stacked: bool) -> None:
     theirs = make_subplots(**(kept if stacked else across))
     for panel in range(1, len(shares) + 1):
         canvas.add_scatter(x=[0, 1], y=[1, 2], panel=panel)
-        theirs.add_scatter(x=[0, 1], y=[1, 2], **({"row": panel, "col": 1} if stacked else {"row": 1, "col": panel}))
+        theirs.add_scatter(
+            x=[0, 1],
+            y=[1, 2],
+            **({"row": panel, "col": 1} if stacked else {"row": 1, "col": panel}),
+        )
     ours = canvas.figure()
-    assert [(trace.xaxis, trace.yaxis) for trace in ours.data] == [(trace.xaxis, trace.yaxis) for trace in theirs.data]
+    assert [(trace.xaxis, trace.yaxis) for trace in ours.data] == [
+        (trace.xaxis, trace.yaxis) for trace in theirs.data
+    ]
     for axis in ("x", "y"):
         for panel in ("", 2, 3)[: len(shares)]:
             whole = {"domain": [0.0, 1.0]}  # which plotly.js takes by itself
-            assert whole | _layout(ours, f"{axis}axis{panel}") == whole | _layout(theirs, f"{axis}axis{panel}")
+            assert whole | _layout(ours, f"{axis}axis{panel}") == whole | _layout(
+                theirs, f"{axis}axis{panel}"
+            )
 
 
 def test_lines_and_bands_are_those_of_plotly() -> None:
@@ -205,7 +268,9 @@ def test_lines_and_bands_are_those_of_plotly() -> None:
         figure.add_hrect(y0=-1, y1=1, fillcolor="red", line_width=0, layer="below")
         figure.add_vrect(x0=-1, x1=1, fillcolor="red")
     ours = canvas.figure().layout
-    assert [shape.to_plotly_json() for shape in ours.shapes] == [shape.to_plotly_json() for shape in theirs.layout.shapes]
+    assert [shape.to_plotly_json() for shape in ours.shapes] == [
+        shape.to_plotly_json() for shape in theirs.layout.shapes
+    ]
     assert ours.annotations[0].to_plotly_json() == theirs.layout.annotations[0].to_plotly_json()
 
 
@@ -214,7 +279,9 @@ def test_arrays_reach_the_page_as_plotly_packs_them(dtype: str) -> None:
     table = np.arange(6).reshape(2, 3).astype(dtype)
     canvas = Canvas().add_heatmap(z=table, x=table[0], y=["a", "b"])
     (trace,) = canvas.spec()["data"]
-    theirs = go.Figure(go.Heatmap(z=table.astype(table.dtype.newbyteorder("=")), x=table[0], y=["a", "b"])).to_plotly_json()["data"][0]
+    theirs = go.Figure(
+        go.Heatmap(z=table.astype(table.dtype.newbyteorder("=")), x=table[0], y=["a", "b"])
+    ).to_plotly_json()["data"][0]
     assert trace["z"] == theirs["z"]
     assert trace["y"] == ["a", "b"]
 

@@ -58,7 +58,10 @@ def test_verdict_and_runs_come_first(page: str) -> None:
 
 
 def test_failed_and_unfinished_runs_are_listed_with_their_reason(page: str) -> None:
-    assert "topk-64 failed the loss is nan at step 17; try a lower learning rate than 0.3 <b>" in words(page)
+    assert (
+        "topk-64 failed the loss is nan at step 17; try a lower learning rate than 0.3 <b>"
+        in words(page)
+    )
     assert "topk-128 unfinished stopped at step 40 of 600" in words(page)
 
 
@@ -67,10 +70,17 @@ def test_failed_runs_show_their_last_lines_as_text(tmp_path: Path) -> None:
     failed = make_failed_run(tmp_path / "bad", "it broke")
     (failed / "log.txt").write_text(HOSTILE)
     page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
-    shown = re.search(r"<summary>Last lines of topk-64: it broke</summary>\s*<pre[^>]*>(.*?)</pre>", page, flags=re.S)
+    shown = re.search(
+        r"<summary>Last lines of topk-64: it broke</summary>\s*<pre[^>]*>(.*?)</pre>",
+        page,
+        flags=re.S,
+    )
     assert shown is not None
     assert "<" not in shown[1]
-    assert html.unescape(shown[1]) == HOSTILE.replace("\u2028", "") + "\nTraceback (most recent call last):\n  ..."
+    assert (
+        html.unescape(shown[1])
+        == HOSTILE.replace("\u2028", "") + "\nTraceback (most recent call last):\n  ..."
+    )
 
 
 def test_more_runs_than_a_table_holds_are_in_the_data_file(tmp_path: Path) -> None:
@@ -86,14 +96,20 @@ def test_more_runs_than_a_table_holds_are_in_the_data_file(tmp_path: Path) -> No
 
 def test_numbers_of_the_runs_are_those_of_result_json(page: str, sweep: Path) -> None:
     result = json.loads((sweep / "topk0161" / "result.json").read_text())
-    assert f"topk 16 1 16M 1M 6M 1.23M {result['loss']:.4f} {result['bits_per_byte']:.4f} 0.310 2.020 2.000 5.41k" in words(page)
+    assert (
+        f"topk 16 1 16M 1M 6M 1.23M {result['loss']:.4f} {result['bits_per_byte']:.4f} 0.310 2.020 2.000 5.41k"
+        in words(page)
+    )
 
 
 def test_hostile_text_stays_text(page: str) -> None:
     body = without_scripts(page)
     assert "<script" not in body
     assert "<img" not in body
-    shown = "".join(html.unescape(token) for token in re.findall(r'<span role="option"[^>]*>(.*?)</span>', body, flags=re.S))
+    shown = "".join(
+        html.unescape(token)
+        for token in re.findall(r'<span role="option"[^>]*>(.*?)</span>', body, flags=re.S)
+    )
     assert HOSTILE.replace("\u2028", "[U+2028]") in shown
 
 
@@ -112,7 +128,10 @@ def test_only_the_page_s_own_scripts_may_run(page: str) -> None:
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     assert policy is not None
     allowed = html.unescape(policy.group(1))
-    own = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts(page)]
+    own = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in scripts(page)
+    ]
     assert len(own) == 3
     assert all(f"'sha256-{digest}'" in allowed for digest in own)
     assert allowed.startswith("default-src 'none';")
@@ -123,14 +142,34 @@ def test_nothing_on_the_page_points_to_the_network(page: str) -> None:
     assert not re.findall(r'(?:src|href)="(?!#)(?!a%20page_data/)[^"]*"', without_scripts(page))
 
 
-def test_each_figure_has_its_data_its_command_and_its_numbers(page: str, sweep_page: Path, sweep: Path) -> None:
+def test_each_figure_has_its_data_its_command_and_its_numbers(
+    page: str, sweep_page: Path, sweep: Path
+) -> None:
     names = re.findall(r'<figure id="figure-(\w+)"', page)
     evidence = ["wall_frontier", "wall_gain", "wall_elasticity", "wall_power"]
-    whose = ["domain_specialisation", "domain_divergence", "coactivation", "transitions", "repetition"]
-    assert names == ["frontier", *evidence, "expert_load", "ffn_spread", "class_profile", *whose, "training_curves"]
+    whose = [
+        "domain_specialisation",
+        "domain_divergence",
+        "coactivation",
+        "transitions",
+        "repetition",
+    ]
+    assert names == [
+        "frontier",
+        *evidence,
+        "expert_load",
+        "ffn_spread",
+        "class_profile",
+        *whose,
+        "training_curves",
+    ]
     folder = sweep_page.with_name("a page_data")
-    assert sorted(path.stem for path in folder.iterdir()) == sorted([*names, "coloured_text", "runs"])
-    for name, figure in zip(names, re.findall(r"<figure.*?</figure>", page, flags=re.S), strict=True):
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(
+        [*names, "coloured_text", "runs"]
+    )
+    for name, figure in zip(
+        names, re.findall(r"<figure.*?</figure>", page, flags=re.S), strict=True
+    ):
         assert hasattr(figures, name)
         assert pl.read_parquet(folder / f"{name}.parquet").height > 0
         caption = words(figure)
@@ -142,8 +181,12 @@ def test_each_figure_has_its_data_its_command_and_its_numbers(page: str, sweep_p
         assert re.search(r'role="img" aria-label="[A-Z][^"]{30,}"', figure)
 
 
-def test_load_beside_the_page_adds_up_to_the_slots_of_the_trace(sweep_page: Path, sweep: Path) -> None:
-    load = pl.read_parquet(sweep_page.with_name("a page_data") / "expert_load.parquet").filter(pl.col("run") == "zero 8:1, seed 0")
+def test_load_beside_the_page_adds_up_to_the_slots_of_the_trace(
+    sweep_page: Path, sweep: Path
+) -> None:
+    load = pl.read_parquet(sweep_page.with_name("a page_data") / "expert_load.parquet").filter(
+        pl.col("run") == "zero 8:1, seed 0"
+    )
     trace = open_trace(sweep / "zero0" / "trace")
     assert load["count"].sum() == 3 * 4 * trace.num_tokens
     assert load["is_zero"].sum() == 8 * 4
@@ -155,7 +198,9 @@ def test_variation_alone_is_said_to_prove_nothing(page: str) -> None:
 
 def test_fixed_k_is_said_in_words_and_the_text_is_coloured_by_entropy(fixed_page: Path) -> None:
     text = fixed_page.read_text(encoding="utf-8")
-    assert "every token runs the same number of real experts: ffn_count is 2 in fixed" in words(text)
+    assert "every token runs the same number of real experts: ffn_count is 2 in fixed" in words(
+        text
+    )
     assert "ffn_count is constant here, so the colour is the router's entropy" in words(text)
     assert 'id="figure-ffn_spread"' not in text
 
@@ -181,14 +226,18 @@ def test_a_sweep_of_one_seed_cannot_tell(tmp_path: Path) -> None:
     assert "each point is one seed, so there is no interval" in text
 
 
-def test_the_same_sources_give_the_same_page(fixed_trace: Path, fixed_page: Path, tmp_path: Path) -> None:
+def test_the_same_sources_give_the_same_page(
+    fixed_trace: Path, fixed_page: Path, tmp_path: Path
+) -> None:
     again = write_report(fixed_trace, tmp_path / "trace.html", command="x").read_bytes()
     assert again == write_report(fixed_trace, tmp_path / "trace.html", command="x").read_bytes()
 
 
 def test_the_given_command_is_the_one_in_the_captions(tmp_path: Path) -> None:
     trace = make_trace(tmp_path / "t", SMALL)
-    text = write_report(trace, tmp_path / "p.html", command="make <demo>").read_text(encoding="utf-8")
+    text = write_report(trace, tmp_path / "p.html", command="make <demo>").read_text(
+        encoding="utf-8"
+    )
     assert text.count("make &lt;demo&gt;") >= 3
 
 
@@ -202,7 +251,9 @@ def test_a_folder_without_finished_runs_leaves_no_page(tmp_path: Path) -> None:
 def test_a_page_that_cannot_be_written_says_so_in_one_line(tmp_path: Path) -> None:
     trace = make_trace(tmp_path / "t", SMALL)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write .*; try another folder or free some space") as error:
+    with pytest.raises(
+        RunError, match=r"cannot write .*; try another folder or free some space"
+    ) as error:
         write_report(trace, tmp_path / "file" / "page.html")
     assert "\n" not in str(error.value)
 
@@ -212,11 +263,18 @@ def test_a_page_of_a_sweep_of_many_runs_stays_under_the_limit(tmp_path: Path) ->
     assert write_report(tmp_path / "many", tmp_path / "p.html").stat().st_size < MAX_BYTES
 
 
-def test_attention_sparsity_stands_beside_expert_sparsity_where_there_is_any(tmp_path: Path) -> None:
+def test_attention_sparsity_stands_beside_expert_sparsity_where_there_is_any(
+    tmp_path: Path,
+) -> None:
     dense = make_run(tmp_path / "a", "topk", 2, 0, None)
-    assert "attention sparsity" not in words(write_report(dense, tmp_path / "dense.html").read_text(encoding="utf-8"))
+    assert "attention sparsity" not in words(
+        write_report(dense, tmp_path / "dense.html").read_text(encoding="utf-8")
+    )
     sparse = make_run(tmp_path / "b", "sparse", 2, 0, None)
-    result = json.loads((sparse / "result.json").read_text()) | {"expert_sparsity": 0.9583, "attention_sparsity": 0.5614}
+    result = json.loads((sparse / "result.json").read_text()) | {
+        "expert_sparsity": 0.9583,
+        "attention_sparsity": 0.5614,
+    }
     (sparse / "result.json").write_text(json.dumps(result))
     page = words(write_report([dense, sparse], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "expert sparsity attention sparsity" in page
@@ -234,12 +292,17 @@ def test_a_page_needs_no_torch(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_last_lines_are_counted_beyond_those_shown(tmp_path: Path) -> None:
-    runs = [RunRecord(tmp_path / str(number), RunState.FAILED, error=f"trouble {number}") for number in range(MAX_FAILURES + 4)]
+    runs = [
+        RunRecord(tmp_path / str(number), RunState.FAILED, error=f"trouble {number}")
+        for number in range(MAX_FAILURES + 4)
+    ]
     for run in runs[1:]:
         run.folder.mkdir()
         (run.folder / "log.txt").write_text(f"the end of {run.folder.name}\n")
     found = failed_runs(Material(tuple(runs), ()))
     assert found is not None
-    assert [lines for _, _, lines in found.shown] == [f"the end of {number}" for number in range(1, MAX_FAILURES + 1)]
+    assert [lines for _, _, lines in found.shown] == [
+        f"the end of {number}" for number in range(1, MAX_FAILURES + 1)
+    ]
     assert found.left_out == 3
     assert failed_runs(Material(tuple(runs[:1]), ())) is None, "it left nothing to read"

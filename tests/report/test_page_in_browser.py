@@ -1,4 +1,6 @@
-"""The page as a reader meets it: drawn in headless Chromium, wide and narrow, light and dark, by mouse and by keyboard."""
+"""The page as a reader meets it: drawn in headless Chromium, wide and narrow, light and dark, by
+mouse and by keyboard.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -19,7 +21,10 @@ from moe_lab.report import write_report
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not (binary() and shutil.which("chromedriver")), reason="chromium and chromedriver are not installed"),
+    pytest.mark.skipif(
+        not (binary() and shutil.which("chromedriver")),
+        reason="chromium and chromedriver are not installed",
+    ),
 ]
 WIDE, NARROW, NARROWEST = 1280, 390, 360
 EMPTY_PLOTS = """
@@ -55,9 +60,13 @@ def driver() -> Iterator[Chrome]:
 
 @pytest.fixture
 def page(driver: Chrome, sweep_page: Path) -> Chrome:
-    """The sweep's page, wide and light, with an empty console; opened again only where another test left it."""
+    """The sweep's page, wide and light, with an empty console; opened again only where another test
+    left it.
+    """
     console(driver)
-    state = script(driver, "return [location.href, innerWidth, document.documentElement.dataset.ready]")
+    state = script(
+        driver, "return [location.href, innerWidth, document.documentElement.dataset.ready]"
+    )
     if state != [sweep_page.resolve().as_uri(), WIDE, "light"]:
         resize(driver, WIDE)
         open_page(driver, sweep_page)
@@ -69,13 +78,18 @@ def script(driver: Chrome, code: str, *arguments: Any) -> Any:
 
 
 def overflow(driver: Chrome) -> int:
-    return script(driver, "return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    return script(
+        driver, "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
 
 
 @pytest.mark.parametrize(
-    ("width", "theme"), [(WIDE, "light"), (WIDE, "dark"), (NARROW, "light"), (NARROWEST, "light"), (NARROWEST, "dark")]
+    ("width", "theme"),
+    [(WIDE, "light"), (WIDE, "dark"), (NARROW, "light"), (NARROWEST, "light"), (NARROWEST, "dark")],
 )
-def test_every_plot_is_drawn_and_no_label_is_clipped(driver: Chrome, sweep_page: Path, theme: str, width: int) -> None:
+def test_every_plot_is_drawn_and_no_label_is_clipped(
+    driver: Chrome, sweep_page: Path, theme: str, width: int
+) -> None:
     resize(driver, width)
     open_page(driver, sweep_page, theme)
     assert script(driver, EMPTY_PLOTS) == []
@@ -115,7 +129,10 @@ def test_a_figure_can_be_saved(page: Chrome) -> None:
       link.click = function () { link.click = click; done(this.download); };
       button.click();"""
     page.set_script_timeout(20)
-    assert page.execute_async_script(saved, page.find_element(By.CSS_SELECTOR, "button.save")) == "frontier.svg"
+    assert (
+        page.execute_async_script(saved, page.find_element(By.CSS_SELECTOR, "button.save"))
+        == "frontier.svg"
+    )
     assert console(page) == []
 
 
@@ -126,8 +143,18 @@ def test_the_theme_button_goes_round_and_redraws_the_figures(page: Chrome) -> No
     for _ in range(3):
         button.click()
         theme = script(page, "return document.documentElement.dataset.theme || 'light'")
-        WebDriverWait(page, 10).until(lambda _, theme=theme: script(page, "return document.documentElement.dataset.ready") == theme)
-        seen.append((button.text, script(page, ink), script(page, "return getComputedStyle(document.documentElement).backgroundColor")))
+        WebDriverWait(page, 10).until(
+            lambda _, theme=theme: (
+                script(page, "return document.documentElement.dataset.ready") == theme
+            )
+        )
+        seen.append(
+            (
+                button.text,
+                script(page, ink),
+                script(page, "return getComputedStyle(document.documentElement).backgroundColor"),
+            )
+        )
     assert [text for text, _, _ in seen] == ["Theme: light", "Theme: dark", "Theme: system"]
     assert seen[0][1:] == seen[2][1:] != seen[1][1:]
 
@@ -187,7 +214,9 @@ def test_pointing_at_a_token_shows_it(page: Chrome) -> None:
     assert page.find_element(By.CSS_SELECTOR, "#spoken strong").text == token.text.strip()
 
 
-def test_the_keyboard_reaches_content_first_and_sees_its_focus(page: Chrome, sweep_page: Path) -> None:
+def test_the_keyboard_reaches_content_first_and_sees_its_focus(
+    page: Chrome, sweep_page: Path
+) -> None:
     open_page(page, sweep_page)
     page.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
     skip = page.switch_to.active_element
@@ -199,7 +228,10 @@ def test_the_keyboard_reaches_content_first_and_sees_its_focus(page: Chrome, swe
 
 
 def test_headings_go_down_one_level_at_a_time(page: Chrome) -> None:
-    levels = script(page, "return [...document.querySelectorAll('h1,h2,h3,h4')].map(heading => +heading.tagName[1])")
+    levels = script(
+        page,
+        "return [...document.querySelectorAll('h1,h2,h3,h4')].map(heading => +heading.tagName[1])",
+    )
     assert levels.count(1) == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
 
@@ -218,7 +250,10 @@ def test_a_map_of_512_experts_and_94_layers_can_be_read(driver: Chrome, tmp_path
     for width in (WIDE, NARROWEST):
         resize(driver, width)
         open_page(driver, page)
-        drawn = script(driver, "return document.querySelector('.heatmaplayer image').getBoundingClientRect().toJSON()")
+        drawn = script(
+            driver,
+            "return document.querySelector('.heatmaplayer image').getBoundingClientRect().toJSON()",
+        )
         assert drawn["width"] / 512 >= 1
         assert drawn["height"] / 94 >= 6
         assert script(driver, CLIPPED_LABELS) == []

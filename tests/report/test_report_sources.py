@@ -29,11 +29,16 @@ def test_only_runs_with_done_are_finished(tmp_path: Path) -> None:
 
 def test_runs_of_the_plan_that_never_began_are_listed(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "topk", 2, 0, SMALL)
-    plan = {"sweeps": [{"question": "Is there a wall?"}], "runs": {"a": {"name": "x"}, "b": {"name": "later"}}}
+    plan = {
+        "sweeps": [{"question": "Is there a wall?"}],
+        "runs": {"a": {"name": "x"}, "b": {"name": "later"}},
+    }
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     material = gather(tmp_path)
     assert material.questions == ("Is there a wall?",)
-    assert [(run.label, run.error) for run in material.runs if run.state is RunState.UNFINISHED] == [("later", "not started")]
+    assert [
+        (run.label, run.error) for run in material.runs if run.state is RunState.UNFINISHED
+    ] == [("later", "not started")]
 
 
 def test_a_damaged_result_is_a_failed_run_and_not_an_exception(tmp_path: Path) -> None:
@@ -55,7 +60,11 @@ def test_results_with_missing_or_odd_values_are_null(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", "topk", 2, 0, None)
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"loss": "high", "seed": None}))
-    assert run_table(gather(run).runs).select("loss", "seed", "load_cv").row(0) == (None, None, None)
+    assert run_table(gather(run).runs).select("loss", "seed", "load_cv").row(0) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_metrics_of_all_runs_are_one_frame(tmp_path: Path) -> None:
@@ -66,21 +75,31 @@ def test_metrics_of_all_runs_are_one_frame(tmp_path: Path) -> None:
     assert metrics.height == 1200
 
 
-@pytest.mark.parametrize("make", [make_unfinished_run, lambda folder: make_failed_run(folder, "the loss is nan")])
+@pytest.mark.parametrize(
+    "make", [make_unfinished_run, lambda folder: make_failed_run(folder, "the loss is nan")]
+)
 def test_a_folder_without_finished_runs_says_so_in_one_line(tmp_path: Path, make) -> None:
     make(tmp_path / "a")
-    with pytest.raises(RunError, match=r"^expected at least one finished run, got 1 runs? of which none is finished") as error:
+    with pytest.raises(
+        RunError,
+        match=r"^expected at least one finished run, got 1 runs? of which none is finished",
+    ) as error:
         gather(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"expected a sweep folder, a run folder or a trace, got no such folder: .*nowhere; try"):
+    with pytest.raises(
+        RunError,
+        match=r"expected a sweep folder, a run folder or a trace, got no such folder: .*nowhere; try",
+    ):
         gather(tmp_path / "nowhere")
 
 
 def test_an_empty_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"expected a folder with finished runs or a trace, got .* without any; try"):
+    with pytest.raises(
+        RunError, match=r"expected a folder with finished runs or a trace, got .* without any; try"
+    ):
         gather(tmp_path)
 
 
@@ -94,7 +113,13 @@ def test_a_damaged_trace_is_a_trace_error(tmp_path: Path) -> None:
 def test_of_the_seeds_of_a_point_one_trace_is_opened(tmp_path: Path) -> None:
     for seed in range(3):
         for ratio in (2, 4):
-            make_run(tmp_path / f"r{ratio}s{seed}", "topk", ratio, seed, Shape(layers=1, experts=4, documents=2, tokens=30))
+            make_run(
+                tmp_path / f"r{ratio}s{seed}",
+                "topk",
+                ratio,
+                seed,
+                Shape(layers=1, experts=4, documents=2, tokens=30),
+            )
     material = gather(tmp_path)
     assert len(material.finished) == 6
     assert [named.label for named in material.traces] == ["topk 2:1, seed 0", "topk 4:1, seed 0"]

@@ -1,4 +1,6 @@
-"""Figures of trace analyses, and the page of several bare traces: what a reader would read off them."""
+"""Figures of trace analyses, and the page of several bare traces: what a reader would read off
+them.
+"""
 
 import base64
 import re
@@ -18,13 +20,22 @@ from moe_lab.trace import open_trace
 def values(data):
     if isinstance(data, dict):
         raw = np.frombuffer(base64.b64decode(data["bdata"]), dtype=data["dtype"])
-        return raw.reshape([int(size) for size in data["shape"].split(",")]) if "shape" in data else raw
+        return (
+            raw.reshape([int(size) for size in data["shape"].split(",")])
+            if "shape" in data
+            else raw
+        )
     return np.asarray(data, dtype=float)
 
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
-    return open_trace(make_trace(tmp_path_factory.mktemp("trace") / "t", Shape(layers=3, experts=10, zero_experts=2, top_k=3)))
+    return open_trace(
+        make_trace(
+            tmp_path_factory.mktemp("trace") / "t",
+            Shape(layers=3, experts=10, zero_experts=2, top_k=3),
+        )
+    )
 
 
 def test_a_map_of_pairs_shows_the_lift_in_the_order_of_the_clustering(trace):
@@ -33,8 +44,12 @@ def test_a_map_of_pairs_shows_the_lift_in_the_order_of_the_clustering(trace):
     (heat,) = figures.coactivation(pairs, layer=1, order=order).data
     names = [int(name) for name in heat.x]
     assert names == order.filter(pl.col("layer") == 1).sort("place")["expert"].to_list()
-    row = pairs.filter(pl.col("layer") == 1, pl.col("expert_a") == 2, pl.col("expert_b") == 7).row(0, named=True)
-    assert values(heat.customdata)[names.index(2), names.index(7)] == pytest.approx(row["lift"], rel=1e-5)
+    row = pairs.filter(pl.col("layer") == 1, pl.col("expert_a") == 2, pl.col("expert_b") == 7).row(
+        0, named=True
+    )
+    assert values(heat.customdata)[names.index(2), names.index(7)] == pytest.approx(
+        row["lift"], rel=1e-5
+    )
     np.testing.assert_allclose(values(heat.customdata), values(heat.customdata).T)
 
 
@@ -68,24 +83,35 @@ def test_every_measure_over_depth_has_a_point_a_layer(trace):
         figure = draw(frame)
         assert figure.data, draw.__name__
         assert all(list(series.x) == [0, 1, 2] for series in figure.data), draw.__name__
-    assert values(figures.load_shift(analysis.load_shift(trace, trace, resamples=9)).data[0].z).shape == (3, 12)
+    assert values(
+        figures.load_shift(analysis.load_shift(trace, trace, resamples=9)).data[0].z
+    ).shape == (3, 12)
     windows = figures.load_over_windows(analysis.load_over_windows(trace, 100))
     assert [series.name for series in windows.data] == ["layer 0", "layer 1", "layer 2"]
 
 
 @pytest.mark.slow
 def test_checkpoints_of_one_text_are_shown_with_their_saturation(tmp_path: Path):
-    traces = [make_trace(tmp_path / name, Shape(layers=2, experts=6, documents=3, tokens=80)) for name in ("step-1", "step-2")]
+    traces = [
+        make_trace(tmp_path / name, Shape(layers=2, experts=6, documents=3, tokens=80))
+        for name in ("step-1", "step-2")
+    ]
     page = write_report(traces, tmp_path / "page.html").read_text()
     assert 'id="figure-saturation"' in page
-    assert pl.read_parquet(tmp_path / "page_data" / "saturation.parquet")["checkpoint"].unique().to_list() == ["1: step-1"]
+    assert pl.read_parquet(tmp_path / "page_data" / "saturation.parquet")[
+        "checkpoint"
+    ].unique().to_list() == ["1: step-1"]
 
 
 @pytest.mark.slow
 def test_a_page_of_94_layers_and_512_experts_stays_under_15_megabytes(tmp_path: Path):
-    trace = make_trace(tmp_path / "large", Shape(layers=94, experts=512, top_k=8, documents=3, tokens=120))
+    trace = make_trace(
+        tmp_path / "large", Shape(layers=94, experts=512, top_k=8, documents=3, tokens=120)
+    )
     path = write_report(trace, tmp_path / "page.html")
     assert path.stat().st_size < 15e6
     page = path.read_text()
-    assert {"coactivation", "transitions", "domain_specialisation", "expert_load"} <= set(re.findall(r'<figure id="figure-(\w+)"', page))
+    assert {"coactivation", "transitions", "domain_specialisation", "expert_load"} <= set(
+        re.findall(r'<figure id="figure-(\w+)"', page)
+    )
     assert "neighbours sharing a cell" in page

@@ -15,7 +15,9 @@ from moe_lab.report.verdict import verdict_text
 from moe_lab.report.wall import wall_section
 
 
-def put(folder: Path, arm: str, ratio: float, seed: int, loss: float, tokens: int, lr: float = 2e-3) -> None:
+def put(
+    folder: Path, arm: str, ratio: float, seed: int, loss: float, tokens: int, lr: float = 2e-3
+) -> None:
     run = folder / f"{arm}-{ratio:g}-{seed}-{lr:.4f}"
     run.mkdir(parents=True)
     (run / "config.json").write_text("{}")
@@ -29,13 +31,29 @@ def put(folder: Path, arm: str, ratio: float, seed: int, loss: float, tokens: in
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A line of .04 nats per doubling at 1.2B tokens; at 300M it ends at 32; rates bracketed at ratios 1 and 64."""
+    """A line of .04 nats per doubling at 1.2B tokens; at 300M it ends at 32; rates bracketed at
+    ratios 1 and 64.
+    """
     folder = tmp_path_factory.mktemp("wall") / "sweep"
     rng = np.random.default_rng(0)
     for seed in range(3):
         for power in range(10):
-            put(folder, "topk", 2.0**power, seed, 2.6 - 0.04 * power + rng.normal(0, 0.002), 1_200_000_000)
-            put(folder, "topk-short", 2.0**power, seed, 2.95 - 0.04 * min(power, 5) + rng.normal(0, 0.002), 300_000_000)
+            put(
+                folder,
+                "topk",
+                2.0**power,
+                seed,
+                2.6 - 0.04 * power + rng.normal(0, 0.002),
+                1_200_000_000,
+            )
+            put(
+                folder,
+                "topk-short",
+                2.0**power,
+                seed,
+                2.95 - 0.04 * min(power, 5) + rng.normal(0, 0.002),
+                300_000_000,
+            )
         put(folder, "hash", 8.0, seed, 2.55, 1_200_000_000)
     for ratio, lr in ((1.0, 1.4e-3), (1.0, 2.8e-3), (64.0, 1.4e-3), (64.0, 2.8e-3)):
         put(folder, "lr", ratio, 0, 2.97 - 0.04 * min(math.log2(ratio), 5), 300_000_000, lr)
@@ -96,7 +114,14 @@ def test_runs_that_cannot_be_judged_have_no_section(tmp_path: Path) -> None:
 def test_a_hostile_arm_name_stays_text(tmp_path: Path) -> None:
     for seed in range(2):
         for power in range(4):
-            put(tmp_path / "sweep", "<b>x<b>".replace("/", ""), 2.0**power, seed, 3 - 0.04 * power + 0.001 * seed * power, 1000)
+            put(
+                tmp_path / "sweep",
+                "<b>x<b>".replace("/", ""),
+                2.0**power,
+                seed,
+                3 - 0.04 * power + 0.001 * seed * power,
+                1000,
+            )
     page = write_report(tmp_path / "sweep", tmp_path / "page.html").read_text()
     assert "<b>x" not in page
 
@@ -109,12 +134,16 @@ def test_a_figure_of_the_wrong_frame_is_one_line() -> None:
 def test_alternatives_to_experts_have_a_figure_where_the_sweep_has_them(sweep: Path) -> None:
     runs, frame, arm = wall.judged_runs(gather(sweep))
     runs = frame.with_columns(total_params=(1e6 * pl.col("ratio")).cast(pl.Int64))
-    other = runs.filter(pl.col("ratio") > 1).with_columns(arm=pl.lit("ngram"), ratio=pl.col("ratio") / 2, loss=pl.col("loss") + 0.5)
+    other = runs.filter(pl.col("ratio") > 1).with_columns(
+        arm=pl.lit("ngram"), ratio=pl.col("ratio") / 2, loss=pl.col("loss") + 0.5
+    )
     verdict = wall.judge(runs, frame, arm)
     assert wall._against(runs, arm, verdict) is None
     block = wall._against(pl.concat([runs, other]), arm, verdict)
     assert block is not None
-    assert block.data["difference"].to_list() == pytest.approx([0.5] * (runs["ratio"].n_unique() - 1))
+    assert block.data["difference"].to_list() == pytest.approx(
+        [0.5] * (runs["ratio"].n_unique() - 1)
+    )
     assert "Ngram loses at ratio 2, 4, 8, 16" in block.caption
     (trace,) = block.plots[0].variants[0].figure.data
     assert trace.name == "ngram"

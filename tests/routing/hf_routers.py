@@ -1,4 +1,5 @@
-"""The 73 router classes of transformers 5.23 that record ``router_logits``, tiny random configurations, and how their models call them.
+"""The 73 router classes of transformers 5.23 that record ``router_logits``, tiny random
+configurations, and how their models call them.
 
 The classes that are not reproduced are in ``NOT_REPRODUCED`` with the reason.
 """
@@ -117,9 +118,16 @@ def hf_config(folder: str, router_class: str) -> Any:
         candidates = [
             (name, cls)
             for name, cls in vars(module).items()
-            if inspect.isclass(cls) and name.endswith("Config") and cls.__module__ == module.__name__ and "Vision" not in name
+            if inspect.isclass(cls)
+            and name.endswith("Config")
+            and cls.__module__ == module.__name__
+            and "Vision" not in name
         ]
-        name = next(name for name, cls in candidates if any(hasattr(cls(), alias) for alias in ALIASES["experts"]))
+        name = next(
+            name
+            for name, cls in candidates
+            if any(hasattr(cls(), alias) for alias in ALIASES["experts"])
+        )
     return getattr(module, name)()
 
 
@@ -160,7 +168,11 @@ def flag(**options: list) -> Callable[[Any, random.Random], None]:
 
 
 def deepseek_v2_flags(config: Any, draw: random.Random) -> None:
-    config.topk_method = "group_limited_greedy" if config.n_group > 1 else draw.choice(["greedy", "group_limited_greedy"])
+    config.topk_method = (
+        "group_limited_greedy"
+        if config.n_group > 1
+        else draw.choice(["greedy", "group_limited_greedy"])
+    )
 
 
 def axk2_flags(config: Any, draw: random.Random) -> None:
@@ -218,7 +230,9 @@ def randomise_parameters(router: nn.Module) -> None:
 
 
 class Answer(SimpleNamespace):
-    """[T, E] dense weights and selection of a Hugging Face router, and what ours needs besides the tokens."""
+    """[T, E] dense weights and selection of a Hugging Face router, and what ours needs besides the
+    tokens.
+    """
 
     weights: Tensor
     selected: Tensor

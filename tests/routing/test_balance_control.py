@@ -1,4 +1,6 @@
-"""The recipe ``experiments/balance_control.py``: its committed results say what docs/routing.md says, and it still runs."""
+"""The recipe ``experiments/balance_control.py``: its committed results say what docs/routing.md
+says, and it still runs.
+"""
 
 import importlib.util
 import sys
@@ -27,7 +29,10 @@ def last(frame: pl.DataFrame, column: str, steps: int = 30) -> float:
 
 
 @pytest.mark.parametrize("shape", list(recipe.SHAPES))
-@pytest.mark.parametrize("rule", ["proportional, mu 0.3", "proportional, mu 1", "quantile dual", "sign with target, u 1e-4"])
+@pytest.mark.parametrize(
+    "rule",
+    ["proportional, mu 0.3", "proportional, mu 1", "quantile dual", "sign with target, u 1e-4"],
+)
 def test_committed_step_responses_end_within_one_percent_of_the_target(shape, rule):
     frame = committed("step_response").filter(pl.col("shape") == shape, pl.col("rule") == rule)
     assert last(frame, "mean_ffn_count") == pytest.approx(8, rel=0.01)
@@ -35,7 +40,9 @@ def test_committed_step_responses_end_within_one_percent_of_the_target(shape, ru
 
 def test_a_rate_too_large_holds_the_mean_while_single_experts_oscillate():
     frame = committed("step_response").filter(pl.col("shape").str.starts_with("768"))
-    steady, oscillating = (frame.filter(pl.col("rule") == f"proportional, mu {mu}") for mu in (1, 3))
+    steady, oscillating = (
+        frame.filter(pl.col("rule") == f"proportional, mu {mu}") for mu in (1, 3)
+    )
     assert last(oscillating, "mean_ffn_count") == pytest.approx(8, rel=0.02)
     assert last(oscillating, "load_cv") > 2 * last(steady, "load_cv")
 

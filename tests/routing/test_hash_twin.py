@@ -1,4 +1,6 @@
-"""The hash layer beside other layers: where its table says what the other router selects, both weigh alike."""
+"""The hash layer beside other layers: where its table says what the other router selects, both
+weigh alike.
+"""
 
 from typing import Any
 
@@ -17,15 +19,34 @@ ROUTED: dict[str, dict[str, Any]] = {
     "dbrx, said": {"kind": "pnorm_topk", "norm_p": 1.0},
     "gpt_oss without bias": {"kind": "topk_softmax", "routed_scaling_factor": 0.5},
     "deepseek_v2": {"kind": "deepseek_v2", "routed_scaling_factor": 16.0},
-    "deepseek_v3": {"kind": "deepseek_v3", "norm_topk_prob": True, "num_groups": 4, "topk_groups": 2, "controller": ControllerConfig()},
-    "deepseek_v4": {"kind": "sqrt_softplus_topk", "norm_topk_prob": True, "norm_eps": 1e-20, "routed_scaling_factor": 1.5},
+    "deepseek_v3": {
+        "kind": "deepseek_v3",
+        "norm_topk_prob": True,
+        "num_groups": 4,
+        "topk_groups": 2,
+        "controller": ControllerConfig(),
+    },
+    "deepseek_v4": {
+        "kind": "sqrt_softplus_topk",
+        "norm_topk_prob": True,
+        "norm_eps": 1e-20,
+        "routed_scaling_factor": 1.5,
+    },
     "kimi_k3": {"kind": "quantile_balanced", "norm_topk_prob": True},
     "a wide eps": {"kind": "sigmoid_topk", "norm_topk_prob": True, "norm_eps": 0.5},
     "no normalisation": {"kind": "sigmoid_topk", "norm_eps": 0.5},
     "longcat without zeros": {"kind": "longcat", "routed_scaling_factor": 6.0},
     "token_choice": {"kind": "token_choice"},
-    "token_choice, sigmoid": {"kind": "token_choice", "score_func": ScoreFunc.SIGMOID, "norm_topk_prob": True},
-    "token_choice, selected": {"kind": "token_choice", "weighting": Weighting.SELECTED_SOFTMAX, "norm_eps": 0.5},
+    "token_choice, sigmoid": {
+        "kind": "token_choice",
+        "score_func": ScoreFunc.SIGMOID,
+        "norm_topk_prob": True,
+    },
+    "token_choice, selected": {
+        "kind": "token_choice",
+        "weighting": Weighting.SELECTED_SOFTMAX,
+        "norm_eps": 0.5,
+    },
 }
 
 
@@ -50,18 +71,42 @@ def test_every_kind_that_has_a_twin_is_above() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "longcat", "num_zero_experts": 2}, "expected no zero-compute experts in hash layers, got 2"),
-        ({"kind": "expert_choice"}, r"expected a router among deepseek_v2, .* beside hash layers, got 'expert_choice'"),
+        (
+            {"kind": "longcat", "num_zero_experts": 2},
+            "expected no zero-compute experts in hash layers, got 2",
+        ),
+        (
+            {"kind": "expert_choice"},
+            r"expected a router among deepseek_v2, .* beside hash layers, got 'expert_choice'",
+        ),
         ({"kind": "gemma"}, "beside hash layers, got 'gemma'"),
         ({"kind": "llama4", "top_k": 1}, "beside hash layers, got 'llama4'"),
         ({"kind": "inkling", "num_shared_gates": 1}, "beside hash layers, got 'inkling'"),
         ({"kind": "switch", "top_k": 1}, "beside hash layers, got 'switch'"),
-        ({"kind": "pnorm_topk", "norm_p": 2.0}, r"expected norm_p of 1 beside hash layers, got 2\.0"),
-        ({"kind": "topk_softmax", "router_bias": True}, "expected no router_bias beside hash layers, got True"),
-        ({"kind": "softmax_topk", "norm_topk_prob": True, "norm_min": 0.6}, r"expected no norm_min beside hash layers, got 0\.6"),
-        ({"kind": "softmax_topk", "logit_softcap": 0.8}, r"expected no logit_softcap beside hash layers, got 0\.8"),
-        ({"kind": "sigmoid_topk", "logit_scale": 0.2}, r"expected no logit_scale beside hash layers, got 0\.2"),
-        ({"kind": "pnorm_topk", "jitter_eps": 0.1}, r"expected no jitter_eps beside hash layers, got 0\.1"),
+        (
+            {"kind": "pnorm_topk", "norm_p": 2.0},
+            r"expected norm_p of 1 beside hash layers, got 2\.0",
+        ),
+        (
+            {"kind": "topk_softmax", "router_bias": True},
+            "expected no router_bias beside hash layers, got True",
+        ),
+        (
+            {"kind": "softmax_topk", "norm_topk_prob": True, "norm_min": 0.6},
+            r"expected no norm_min beside hash layers, got 0\.6",
+        ),
+        (
+            {"kind": "softmax_topk", "logit_softcap": 0.8},
+            r"expected no logit_softcap beside hash layers, got 0\.8",
+        ),
+        (
+            {"kind": "sigmoid_topk", "logit_scale": 0.2},
+            r"expected no logit_scale beside hash layers, got 0\.2",
+        ),
+        (
+            {"kind": "pnorm_topk", "jitter_eps": 0.1},
+            r"expected no jitter_eps beside hash layers, got 0\.1",
+        ),
     ],
 )
 def test_a_router_without_a_twin_is_refused(options: dict[str, Any], message: str) -> None:

@@ -1,4 +1,6 @@
-"""Routers that assign: expert choice, Sinkhorn, BASE, hashing, quantile balancing, random, and the token-id null model."""
+"""Routers that assign: expert choice, Sinkhorn, BASE, hashing, quantile balancing, random, and the
+token-id null model.
+"""
 
 import itertools
 
@@ -15,7 +17,9 @@ from moe_lab.routing.routers.sinkhorn import balanced
 D = 10
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(32, 8, 2), (30, 4, 1), (16, 4, 4), (3, 8, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(32, 8, 2), (30, 4, 1), (16, 4, 4), (3, 8, 2)]
+)
 def test_expert_choice_gives_every_expert_its_best_tokens(tokens, experts, top_k):
     router = build_router(RouterConfig(kind="expert_choice", num_experts=experts, top_k=top_k), D)
     routing = router(torch.randn(tokens, D)).check()
@@ -36,13 +40,19 @@ def test_no_expert_chooses_padding():
 
 def test_sinkhorn_makes_rows_and_columns_even():
     plan = balanced(torch.randn(60, 6, dtype=torch.float64) * 3)
-    torch.testing.assert_close(plan.sum(dim=0), torch.full((6,), 1 / 6, dtype=torch.float64), atol=1e-3, rtol=0)
-    torch.testing.assert_close(plan.sum(dim=1), torch.full((60,), 1 / 60, dtype=torch.float64), atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(
+        plan.sum(dim=0), torch.full((6,), 1 / 6, dtype=torch.float64), atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        plan.sum(dim=1), torch.full((60,), 1 / 60, dtype=torch.float64), atol=1e-3, rtol=1e-2
+    )
 
 
 def test_sinkhorn_balances_training_and_not_evaluation():
     torch.manual_seed(0)
-    router = build_router(RouterConfig(kind="sinkhorn", num_experts=6, top_k=1, router_bias=True), D)
+    router = build_router(
+        RouterConfig(kind="sinkhorn", num_experts=6, top_k=1, router_bias=True), D
+    )
     with torch.no_grad():
         router.bias.copy_(torch.tensor([4.0, 2.0, 0.0, 0.0, 0.0, 0.0]))  # type: ignore[union-attr]
     x = torch.randn(600, D)
@@ -67,7 +77,11 @@ def test_base_finds_the_best_balanced_assignment(tokens, experts):
     torch.manual_seed(tokens)
     scores = torch.randn(tokens, experts)
     most = -(-tokens // experts)
-    feasible = (a for a in itertools.product(range(experts), repeat=tokens) if max(np.bincount(a, minlength=experts)) <= most)
+    feasible = (
+        a
+        for a in itertools.product(range(experts), repeat=tokens)
+        if max(np.bincount(a, minlength=experts)) <= most
+    )
     best = max(feasible, key=lambda a: float(sum(scores[t, e] for t, e in enumerate(a))))
     assert balanced_assignment(scores).tolist() == list(best)
 
@@ -89,7 +103,9 @@ def test_base_balances_training_and_takes_the_argmax_in_evaluation():
 
 @pytest.mark.parametrize("table", list(HashTable))
 def test_a_hash_router_reads_nothing_but_the_token_id(table):
-    router = build_router(RouterConfig(kind="hash", num_experts=8, top_k=2, vocab_size=50, hash_table=table), D)
+    router = build_router(
+        RouterConfig(kind="hash", num_experts=8, top_k=2, vocab_size=50, hash_table=table), D
+    )
     ids = torch.randint(50, (40,))
     one = router(torch.randn(40, D), RouterContext(token_ids=ids)).check()
     two = router(torch.randn(40, D), RouterContext(token_ids=ids))
@@ -110,14 +126,23 @@ def test_a_balanced_table_evens_out_zipfs_law():
     frequencies = 1 / torch.arange(1, 1001, dtype=torch.float64)
     table = balanced_table(frequencies, num_experts=8, top_k=2)
     assert all(len(set(row)) == 2 for row in table.tolist())
-    load = torch.zeros(8, dtype=torch.float64).index_add_(0, table.flatten(), frequencies.repeat_interleave(2))
-    random_load = torch.zeros(8, dtype=torch.float64).index_add_(0, torch.randint(8, (2000,)), frequencies.repeat_interleave(2))
+    load = torch.zeros(8, dtype=torch.float64).index_add_(
+        0, table.flatten(), frequencies.repeat_interleave(2)
+    )
+    random_load = torch.zeros(8, dtype=torch.float64).index_add_(
+        0, torch.randint(8, (2000,)), frequencies.repeat_interleave(2)
+    )
     assert load.max() / load.mean() < 1.01
     assert random_load.max() / random_load.mean() > 1.05
 
 
 def test_a_hash_router_can_be_balanced_for_the_corpus_it_will_see():
-    router = build_router(RouterConfig(kind="hash", num_experts=2, top_k=1, vocab_size=3, hash_table=HashTable.BALANCED), D)
+    router = build_router(
+        RouterConfig(
+            kind="hash", num_experts=2, top_k=1, vocab_size=3, hash_table=HashTable.BALANCED
+        ),
+        D,
+    )
     router.balance(torch.tensor([10.0, 6.0, 4.0]))  # type: ignore[operator]
     assert router.state_dict()["table"].flatten().tolist() == [0, 1, 1]
     with pytest.raises(ConfigError, match=r"expected frequencies of shape \[3\], got \[2\]"):
@@ -127,14 +152,27 @@ def test_a_hash_router_can_be_balanced_for_the_corpus_it_will_see():
 @pytest.mark.parametrize("kind", ["hash", "scored_hash", "token_lookup"])
 def test_routers_of_token_ids_ask_for_them(kind):
     router = build_router(RouterConfig(kind=kind, num_experts=4, top_k=1, vocab_size=9), D)
-    with pytest.raises(ConfigError, match=rf"expected token_ids of shape \[5\] for {kind}, got None; try RouterContext\(token_ids=...\)"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"expected token_ids of shape \[5\] for {kind}, got None; try RouterContext\(token_ids=...\)",
+    ):
         router(torch.randn(5, D))
-    with pytest.raises(ConfigError, match=f"expected vocab_size for {kind}, got None; try the tokenizer's vocab_size"):
+    with pytest.raises(
+        ConfigError,
+        match=f"expected vocab_size for {kind}, got None; try the tokenizer's vocab_size",
+    ):
         RouterConfig(kind=kind, num_experts=4, top_k=1)
 
 
 def test_scored_hash_weighs_with_the_learned_router():
-    config = RouterConfig(kind="scored_hash", num_experts=8, top_k=3, vocab_size=20, norm_topk_prob=True, routed_scaling_factor=1.5)
+    config = RouterConfig(
+        kind="scored_hash",
+        num_experts=8,
+        top_k=3,
+        vocab_size=20,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.5,
+    )
     router = build_router(config, D)
     routing = router(torch.randn(30, D), RouterContext(token_ids=torch.randint(20, (30,)))).check()
     torch.testing.assert_close(routing.weights.sum(dim=1), torch.full((30,), 1.5))
@@ -144,7 +182,9 @@ def test_scored_hash_weighs_with_the_learned_router():
 
 def test_quantile_balancing_evens_out_the_next_batch_in_few_steps():
     torch.manual_seed(2)
-    router = build_router(RouterConfig(kind="quantile_balanced", num_experts=8, top_k=2, router_bias=True), D)
+    router = build_router(
+        RouterConfig(kind="quantile_balanced", num_experts=8, top_k=2, router_bias=True), D
+    )
     with torch.no_grad():
         router.bias.copy_(torch.linspace(-2, 2, 8))  # type: ignore[union-attr]
     before = router(torch.randn(4000, D)).counts()
@@ -157,7 +197,9 @@ def test_quantile_balancing_evens_out_the_next_batch_in_few_steps():
 
 def test_random_routing_is_even_and_new_every_time():
     torch.manual_seed(3)
-    router = build_router(RouterConfig(kind="random", num_experts=8, top_k=2, num_zero_experts=2), D)
+    router = build_router(
+        RouterConfig(kind="random", num_experts=8, top_k=2, num_zero_experts=2), D
+    )
     x = torch.randn(5000, D)
     routing = router(x).check()
     assert not torch.equal(routing.indices, router(x).indices)

@@ -1,4 +1,6 @@
-"""The first routers, losses and controllers against their definitions, computed here in plain Python or numpy."""
+"""The first routers, losses and controllers against their definitions, computed here in plain
+Python or numpy.
+"""
 
 import math
 
@@ -7,7 +9,16 @@ import pytest
 import torch
 
 from moe_lab.errors import ConfigError
-from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig, RouterContext, ScoreFunc, ZeroExpertKind, build_router, losses
+from moe_lab.routing import (
+    ControllerConfig,
+    ControllerKind,
+    RouterConfig,
+    RouterContext,
+    ScoreFunc,
+    ZeroExpertKind,
+    build_router,
+    losses,
+)
 from moe_lab.routing.controllers import ProportionalBias, SignBias
 
 
@@ -18,7 +29,13 @@ def softmax64(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
 def test_softmax_topk_takes_the_largest_probabilities(norm_topk_prob):
-    config = RouterConfig(kind="softmax_topk", num_experts=10, top_k=3, norm_topk_prob=norm_topk_prob, routed_scaling_factor=1.7)
+    config = RouterConfig(
+        kind="softmax_topk",
+        num_experts=10,
+        top_k=3,
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=1.7,
+    )
     router = build_router(config, 12)
     x = torch.randn(40, 12)
     routing = router(x).check()
@@ -26,7 +43,9 @@ def test_softmax_topk_takes_the_largest_probabilities(norm_topk_prob):
     for t in range(40):
         chosen = np.argsort(-probabilities[t])[:3]
         assert set(routing.indices[t].tolist()) == set(chosen.tolist())
-        weights = probabilities[t][routing.indices[t].numpy()] / (probabilities[t][chosen].sum() if norm_topk_prob else 1)
+        weights = probabilities[t][routing.indices[t].numpy()] / (
+            probabilities[t][chosen].sum() if norm_topk_prob else 1
+        )
         np.testing.assert_allclose(routing.weights[t].detach().numpy(), 1.7 * weights, rtol=1e-5)
 
 
@@ -48,13 +67,18 @@ def test_longcat_selects_with_the_bias_and_weighs_without_it():
     for t in range(50):
         assert set(routing.indices[t].tolist()) == set(np.argsort(-biased[t])[:4].tolist())
         np.testing.assert_allclose(
-            routing.weights[t].detach().numpy(), 6 * probabilities[t][routing.indices[t].numpy()], rtol=1e-5, atol=1e-7
+            routing.weights[t].detach().numpy(),
+            6 * probabilities[t][routing.indices[t].numpy()],
+            rtol=1e-5,
+            atol=1e-7,
         )
     assert (routing.ffn_count() + routing.zero_count() == 4).all()
 
 
 def test_the_bias_gets_no_gradient_and_the_weights_do():
-    config = RouterConfig(kind="longcat", num_experts=4, num_zero_experts=2, top_k=2, controller=ControllerConfig())
+    config = RouterConfig(
+        kind="longcat", num_experts=4, num_zero_experts=2, top_k=2, controller=ControllerConfig()
+    )
     router = build_router(config, 5)
     router(torch.randn(7, 5)).weights.sum().backward()
     assert router.weight.grad is not None
@@ -101,8 +125,12 @@ def balance_by_hand(indices, scores, top_k_scale: bool) -> float:
 def test_load_balancing_loss_equals_its_definition(scale):
     router = build_router(RouterConfig(num_experts=9, top_k=3), 7)
     routing = router(torch.randn(31, 7) * 3)
-    by_hand = balance_by_hand(routing.indices.numpy(), routing.scores.detach().double().numpy(), scale == "top_k")
-    assert losses.load_balancing_loss(routing, scale=scale).item() == pytest.approx(by_hand, rel=1e-5)
+    by_hand = balance_by_hand(
+        routing.indices.numpy(), routing.scores.detach().double().numpy(), scale == "top_k"
+    )
+    assert losses.load_balancing_loss(routing, scale=scale).item() == pytest.approx(
+        by_hand, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
@@ -113,7 +141,9 @@ def test_load_balancing_loss_at_uniform_load_is_one_or_k(top_k):
     routing = router(torch.stack([torch.roll(torch.linspace(1, 0, 10), i) for i in range(10)]))
     assert routing.counts().tolist() == [top_k] * 10
     assert losses.load_balancing_loss(routing, scale="one").item() == pytest.approx(1.0, abs=1e-5)
-    assert losses.load_balancing_loss(routing, scale="top_k").item() == pytest.approx(top_k, abs=1e-5)
+    assert losses.load_balancing_loss(routing, scale="top_k").item() == pytest.approx(
+        top_k, abs=1e-5
+    )
 
 
 def test_losses_leave_padding_out():
@@ -127,12 +157,19 @@ def test_losses_leave_padding_out():
 
 def test_z_loss_is_the_mean_squared_log_sum_exp():
     routing = build_router(RouterConfig(num_experts=5, top_k=1), 4)(torch.randn(6, 4))
-    by_hand = np.mean([math.log(sum(math.exp(v) for v in row)) ** 2 for row in routing.logits.tolist()])
+    by_hand = np.mean(
+        [math.log(sum(math.exp(v) for v in row)) ** 2 for row in routing.logits.tolist()]
+    )
     assert losses.z_loss(routing).item() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_sign_bias_raises_the_underloaded_and_lowers_the_overloaded():
-    controller = SignBias(ControllerConfig(kind=ControllerKind.SIGN, rate=0.25), num_experts=4, num_zero_experts=0, top_k=1)
+    controller = SignBias(
+        ControllerConfig(kind=ControllerKind.SIGN, rate=0.25),
+        num_experts=4,
+        num_zero_experts=0,
+        top_k=1,
+    )
     controller.update(torch.tensor([10, 0, 5, 5]))
     assert controller.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
 
@@ -140,7 +177,8 @@ def test_sign_bias_raises_the_underloaded_and_lowers_the_overloaded():
 def test_proportional_bias_is_at_rest_exactly_at_its_fixed_point():
     config = ControllerConfig(kind=ControllerKind.PROPORTIONAL, rate=1.0, target_ffn_count=8)
     controller = ProportionalBias(config, num_experts=768, num_zero_experts=128, top_k=12)
-    # 1152 tokens x 12 slots: each real expert gets K_e/(K N) of the slots, zero experts the remaining third.
+    # 1152 tokens x 12 slots: each real expert gets K_e/(K N) of the slots, zero experts the
+    # remaining third.
     counts = torch.cat([torch.full((768,), 12), torch.full((128,), 36)])
     controller.update(counts)
     assert controller.bias.abs().max() < 1e-8
@@ -151,11 +189,16 @@ def test_proportional_bias_moves_by_the_gap_in_shares_and_holds_zero_experts_sti
     controller = ProportionalBias(config, num_experts=4, num_zero_experts=2, top_k=3)
     controller.update(torch.tensor([6, 0, 2, 2, 10, 10]))
     target = 2 / 3 / 4
-    torch.testing.assert_close(controller.bias, 2 * torch.tensor([target - 0.2, target, target - 1 / 15, target - 1 / 15, 0, 0]))
+    torch.testing.assert_close(
+        controller.bias,
+        2 * torch.tensor([target - 0.2, target, target - 1 / 15, target - 1 / 15, 0, 0]),
+    )
 
 
 def test_a_step_without_tokens_changes_nothing():
-    controller = ProportionalBias(ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=1), 4, 2, 2)
+    controller = ProportionalBias(
+        ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=1), 4, 2, 2
+    )
     controller.update(torch.zeros(6, dtype=torch.int64))
     assert controller.steps == 0
     assert not controller.bias.any()
@@ -172,7 +215,9 @@ def test_the_rate_decays_with_the_number_of_updates():
 
 
 def test_update_over_micro_batches_equals_one_update_over_the_whole_batch():
-    config = RouterConfig(num_experts=6, top_k=2, controller=ControllerConfig(kind=ControllerKind.SIGN, rate=0.1))
+    config = RouterConfig(
+        num_experts=6, top_k=2, controller=ControllerConfig(kind=ControllerKind.SIGN, rate=0.1)
+    )
     split, whole = build_router(config, 4), build_router(config, 4)
     whole.load_state_dict(split.state_dict())
     x = torch.randn(30, 4)
@@ -185,14 +230,26 @@ def test_update_over_micro_batches_equals_one_update_over_the_whole_batch():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RouterConfig(num_experts=4, top_k=5), "expected top_k of at most 4 (num_experts 4 + num_zero_experts 0), got 5; try "),
+        (
+            lambda: RouterConfig(num_experts=4, top_k=5),
+            "expected top_k of at most 4 (num_experts 4 + num_zero_experts 0), got 5; try ",
+        ),
         (lambda: RouterConfig(num_experts=0), "expected num_experts of at least 1, got 0"),
         (lambda: RouterConfig(top_k=0), "expected top_k of at least 1, got 0"),
-        (lambda: RouterConfig(num_zero_experts=-1, kind="longcat"), "expected num_zero_experts of at least 0, got -1"),
-        (lambda: RouterConfig(routed_scaling_factor=0.0), "expected routed_scaling_factor above 0, got 0.0"),
+        (
+            lambda: RouterConfig(num_zero_experts=-1, kind="longcat"),
+            "expected num_zero_experts of at least 0, got -1",
+        ),
+        (
+            lambda: RouterConfig(routed_scaling_factor=0.0),
+            "expected routed_scaling_factor above 0, got 0.0",
+        ),
         (lambda: build_router(RouterConfig(kind="nope"), 4), "expected a router kind among "),
         (lambda: build_router(RouterConfig(num_zero_experts=2), 4), "num_zero_experts"),
-        (lambda: build_router(RouterConfig(kind="longcat", norm_topk_prob=True), 4), "norm_topk_prob"),
+        (
+            lambda: build_router(RouterConfig(kind="longcat", norm_topk_prob=True), 4),
+            "norm_topk_prob",
+        ),
         (lambda: RouterConfig(kind="nope"), "expected a router kind among "),
         (lambda: ControllerConfig(kind="nope"), "expected a controller kind among fixed, sign, "),  # type: ignore[arg-type]
         (
@@ -204,15 +261,21 @@ def test_update_over_micro_batches_equals_one_update_over_the_whole_batch():
             "expected num_groups left unset for kind 'softmax_topk', got 4; try a kind that reads it (deepseek_v2, ",
         ),
         (
-            lambda: RouterConfig(kind="deepseek_v3", num_experts=10, top_k=2, num_groups=4, topk_groups=2),
+            lambda: RouterConfig(
+                kind="deepseek_v3", num_experts=10, top_k=2, num_groups=4, topk_groups=2
+            ),
             "expected num_groups dividing 10 experts, got 4; try one of 1, 2, 5, 10",
         ),
         (
-            lambda: RouterConfig(kind="deepseek_v3", num_experts=8, top_k=5, num_groups=4, topk_groups=2),
+            lambda: RouterConfig(
+                kind="deepseek_v3", num_experts=8, top_k=5, num_groups=4, topk_groups=2
+            ),
             "expected top_k of at most 4, the experts of topk_groups 2 groups, got 5",
         ),
         (
-            lambda: RouterConfig(kind="deepseek_v3", num_experts=8, top_k=2, num_groups=8, topk_groups=4),
+            lambda: RouterConfig(
+                kind="deepseek_v3", num_experts=8, top_k=2, num_groups=8, topk_groups=4
+            ),
             "expected groups of at least 2 experts, whose best two are added, got 1; try fewer num_groups",
         ),
         (
@@ -224,7 +287,9 @@ def test_update_over_micro_batches_equals_one_update_over_the_whole_batch():
             "expected score_func among softmax, sigmoid, sqrt_softplus, got 'tanh'",
         ),
         (
-            lambda: RouterConfig(kind="longcat", num_zero_experts=2, zero_expert_kinds=(ZeroExpertKind.ZERO,)),
+            lambda: RouterConfig(
+                kind="longcat", num_zero_experts=2, zero_expert_kinds=(ZeroExpertKind.ZERO,)
+            ),
             "expected one entry of zero_expert_kinds for each of 2 zero-compute experts, got 1",
         ),
         (
@@ -233,7 +298,9 @@ def test_update_over_micro_batches_equals_one_update_over_the_whole_batch():
         ),
         (lambda: ControllerConfig(rate=-1), "expected a controller rate of at least 0, got -1"),
         (
-            lambda: ProportionalBias(ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=9.0), 16, 4, 8),
+            lambda: ProportionalBias(
+                ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=9.0), 16, 4, 8
+            ),
             "expected target_ffn_count from 4 to 8 (top_k 8, num_experts 16, num_zero_experts 4), got 9.0",
         ),
         (
@@ -250,7 +317,9 @@ def test_a_bad_configuration_is_one_line_that_says_expected_and_got(build, messa
 
 
 def test_choices_may_be_given_as_plain_strings():
-    config = RouterConfig(kind="token_choice", score_func="sigmoid", controller=ControllerConfig(kind="sign"))  # type: ignore[arg-type]
+    config = RouterConfig(
+        kind="token_choice", score_func="sigmoid", controller=ControllerConfig(kind="sign")
+    )  # type: ignore[arg-type]
     assert config.score_func is ScoreFunc.SIGMOID
     assert config.hash() == RouterConfig.from_dict(config.to_dict()).hash()
 
@@ -262,7 +331,16 @@ def test_a_batch_of_another_width_is_refused():
 
 
 def test_router_config_round_trips_and_its_hash_follows_every_field():
-    config = RouterConfig(kind="longcat", num_experts=8, num_zero_experts=4, top_k=3, controller=ControllerConfig(kind=ControllerKind.SIGN))
+    config = RouterConfig(
+        kind="longcat",
+        num_experts=8,
+        num_zero_experts=4,
+        top_k=3,
+        controller=ControllerConfig(kind=ControllerKind.SIGN),
+    )
     assert RouterConfig.from_dict(config.to_dict()) == config
     assert config.replace(top_k=2).hash() != config.hash()
-    assert config.replace(controller=ControllerConfig(kind=ControllerKind.SIGN, rate=0.5)).hash() != config.hash()
+    assert (
+        config.replace(controller=ControllerConfig(kind=ControllerKind.SIGN, rate=0.5)).hash()
+        != config.hash()
+    )

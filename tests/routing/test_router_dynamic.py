@@ -1,4 +1,6 @@
-"""Routers whose count per token is free: each selection against its rule in plain Python, each budget against arithmetic."""
+"""Routers whose count per token is free: each selection against its rule in plain Python, each
+budget against arithmetic.
+"""
 
 import math
 
@@ -7,12 +9,25 @@ import pytest
 import torch
 
 from moe_lab.errors import ConfigError
-from moe_lab.routing import UNUSED, ControllerConfig, ControllerKind, RouterConfig, RouterContext, build_router, losses
+from moe_lab.routing import (
+    UNUSED,
+    ControllerConfig,
+    ControllerKind,
+    RouterConfig,
+    RouterContext,
+    build_router,
+    losses,
+)
 
 D = 12
 
 
-def of_logits(config: RouterConfig, logits: torch.Tensor, context: RouterContext | None = None, training: bool = False):
+def of_logits(
+    config: RouterConfig,
+    logits: torch.Tensor,
+    context: RouterContext | None = None,
+    training: bool = False,
+):
     router = build_router(config, logits.shape[1]).to(logits.dtype).train(training)
     with torch.no_grad():
         router.weight.copy_(torch.eye(logits.shape[1])[: router.weight.shape[0]])
@@ -32,27 +47,46 @@ def smallest_set_by_hand(p: np.ndarray, mass: float, most: int) -> set[int]:
     return chosen
 
 
-@pytest.mark.parametrize(("kind", "field", "mass"), [("top_p", "top_p", 0.4), ("top_p", "top_p", 0.95), ("xmoe", "threshold", 0.9)])
+@pytest.mark.parametrize(
+    ("kind", "field", "mass"),
+    [("top_p", "top_p", 0.4), ("top_p", "top_p", 0.95), ("xmoe", "threshold", 0.9)],
+)
 def test_experts_are_taken_until_their_probability_reaches_the_mass(kind, field, mass):
     logits = torch.randn(80, 10) * 2
     routing = of_logits(RouterConfig(kind=kind, num_experts=10, top_k=7, **{field: mass}), logits)
     p = logits.double().softmax(dim=1).numpy()
     assert sets(routing) == [smallest_set_by_hand(row, mass, 7) for row in p]
     assert len(set(routing.ffn_count().tolist())) > 1
-    mass_by_hand = torch.tensor([row[list(chosen)].sum() for row, chosen in zip(p, sets(routing), strict=True)])
+    mass_by_hand = torch.tensor(
+        [row[list(chosen)].sum() for row, chosen in zip(p, sets(routing), strict=True)]
+    )
     torch.testing.assert_close(routing.weights.sum(dim=1), mass_by_hand.float())
 
 
 def test_the_expert_that_crosses_the_mass_is_included():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert sets(of_logits(RouterConfig(kind="top_p", num_experts=4, top_k=4, top_p=0.6), logits)) == [{0, 1}]
-    assert sets(of_logits(RouterConfig(kind="top_p", num_experts=4, top_k=4, top_p=0.4), logits)) == [{0}]
+    assert sets(
+        of_logits(RouterConfig(kind="top_p", num_experts=4, top_k=4, top_p=0.6), logits)
+    ) == [{0, 1}]
+    assert sets(
+        of_logits(RouterConfig(kind="top_p", num_experts=4, top_k=4, top_p=0.4), logits)
+    ) == [{0}]
 
 
 def test_top_p_of_one_takes_every_slot_and_a_tiny_one_takes_one():
     logits = torch.randn(20, 6)
-    assert of_logits(RouterConfig(kind="top_p", num_experts=6, top_k=6, top_p=1.0), logits).ffn_count().tolist() == [6] * 20
-    assert of_logits(RouterConfig(kind="top_p", num_experts=6, top_k=6, top_p=1e-9), logits).ffn_count().tolist() == [1] * 20
+    assert (
+        of_logits(RouterConfig(kind="top_p", num_experts=6, top_k=6, top_p=1.0), logits)
+        .ffn_count()
+        .tolist()
+        == [6] * 20
+    )
+    assert (
+        of_logits(RouterConfig(kind="top_p", num_experts=6, top_k=6, top_p=1e-9), logits)
+        .ffn_count()
+        .tolist()
+        == [1] * 20
+    )
 
 
 def test_top_p_carries_its_entropy_loss():
@@ -89,7 +123,9 @@ def test_expert_threshold_then_keeps_its_cutoffs():
     assert router.controller is not None
     torch.testing.assert_close(router.controller.bias, -cutoffs)
     later = router(torch.randn(7, D))
-    assert sets(later) == [{e for e in range(8) if row[e] > cutoffs[e]} for row in later.logits.detach()]
+    assert sets(later) == [
+        {e for e in range(8) if row[e] > cutoffs[e]} for row in later.logits.detach()
+    ]
     torch.testing.assert_close(later.scores, later.logits.sigmoid())
 
 
@@ -106,16 +142,27 @@ def test_quantile_threshold_cuts_at_the_first_token_left_out():
     first = router(torch.randn(40, D))
     router.update([first])
     assert router.controller is not None
-    torch.testing.assert_close(router.controller.bias, -first.logits.detach().sort(dim=0, descending=True).values[10])
+    torch.testing.assert_close(
+        router.controller.bias, -first.logits.detach().sort(dim=0, descending=True).values[10]
+    )
 
 
 def test_min_slots_is_a_floor_and_max_slots_a_ceiling():
     logits = torch.full((6, 5), -3.0)
     logits[3:] = 3.0
     fixed = ControllerConfig(kind=ControllerKind.FIXED)
-    config = RouterConfig(kind="expert_threshold", num_experts=5, top_k=2, controller=fixed, min_slots=1, max_slots=3)
+    config = RouterConfig(
+        kind="expert_threshold", num_experts=5, top_k=2, controller=fixed, min_slots=1, max_slots=3
+    )
     assert of_logits(config, logits).ffn_count().tolist() == [1, 1, 1, 3, 3, 3]
-    assert of_logits(config.replace(min_slots=None), logits).ffn_count().tolist() == [0, 0, 0, 3, 3, 3]
+    assert of_logits(config.replace(min_slots=None), logits).ffn_count().tolist() == [
+        0,
+        0,
+        0,
+        3,
+        3,
+        3,
+    ]
     assert config.num_slots == 3
 
 
@@ -130,9 +177,13 @@ def test_remoes_l1_loss_is_equation_eight():
     torch.manual_seed(2)
     logits = torch.randn(50, 6)
     start = ControllerConfig(kind=ControllerKind.RELU_LAMBDA, initial=0.5)
-    routing = of_logits(RouterConfig(kind="remoe", num_experts=6, top_k=2, controller=start), logits)
+    routing = of_logits(
+        RouterConfig(kind="remoe", num_experts=6, top_k=2, controller=start), logits
+    )
     gates = logits.clamp_min(0).double()
-    by_hand = sum(int((logits[:, i] > 0).sum()) * gates[:, i].sum() for i in range(6)) * 6 / (50**2 * 2)
+    by_hand = (
+        sum(int((logits[:, i] > 0).sum()) * gates[:, i].sum() for i in range(6)) * 6 / (50**2 * 2)
+    )
     assert routing.losses["l1"].item() == pytest.approx(0.5 * float(by_hand), rel=1e-5)
 
 
@@ -141,7 +192,9 @@ def test_dynmoe_averages_the_experts_that_want_the_token():
     router = build_router(RouterConfig(kind="dynmoe", num_experts=6, top_k=6), D)
     x = torch.randn(60, D)
     routing = router(x)
-    cosine = torch.nn.functional.cosine_similarity(x.unsqueeze(1), router.weight.unsqueeze(0), dim=2)
+    cosine = torch.nn.functional.cosine_similarity(
+        x.unsqueeze(1), router.weight.unsqueeze(0), dim=2
+    )
     # G = 0: the threshold is one half, i.e. cosine zero.
     assert sets(routing) == [set((row > 0).nonzero().flatten().tolist()) for row in cosine]
     count = routing.ffn_count().clamp_min(1)
@@ -180,10 +233,17 @@ def test_d2dmoe_runs_experts_near_the_largest_predicted_norm():
 def test_seq_topk_spends_exactly_the_budget_of_each_sequence(length, top_k):
     torch.manual_seed(4)
     logits = torch.randn(24, 6)
-    routing = of_logits(RouterConfig(kind="seq_topk", num_experts=6, top_k=top_k), logits, RouterContext(sequence_length=length))
+    routing = of_logits(
+        RouterConfig(kind="seq_topk", num_experts=6, top_k=top_k),
+        logits,
+        RouterContext(sequence_length=length),
+    )
     scores = logits.softmax(dim=1)
     for start in range(0, 24, length):
-        pairs = sorted(((float(scores[t, e]), t, e) for t in range(start, start + length) for e in range(6)), reverse=True)
+        pairs = sorted(
+            ((float(scores[t, e]), t, e) for t in range(start, start + length) for e in range(6)),
+            reverse=True,
+        )
         best = {(t, e) for _, t, e in pairs[: length * top_k]}
         assert {(t, e) for t in range(start, start + length) for e in sets(routing)[t]} == best
     assert routing.ffn_count().double().std() > 0
@@ -201,7 +261,9 @@ def test_padding_brings_seq_topk_no_budget():
 
 @pytest.mark.parametrize(("share", "passing"), [(0.125, 1), (0.5, 4), (1.0, 8)])
 def test_mixture_of_depths_lets_a_share_of_each_sequence_pass(share, passing):
-    router = build_router(RouterConfig(kind="mixture_of_depths", num_experts=1, top_k=1, capacity_factor=share), D)
+    router = build_router(
+        RouterConfig(kind="mixture_of_depths", num_experts=1, top_k=1, capacity_factor=share), D
+    )
     x = torch.randn(24, D)
     routing = router(x, RouterContext(sequence_length=8))
     assert routing.ffn_count().view(3, 8).sum(dim=1).tolist() == [passing] * 3
@@ -214,7 +276,9 @@ def test_mixture_of_depths_lets_a_share_of_each_sequence_pass(share, passing):
 
 def test_mixture_of_depths_learns_to_predict_and_then_decides_causally():
     torch.manual_seed(6)
-    router = build_router(RouterConfig(kind="mixture_of_depths", num_experts=1, top_k=1, capacity_factor=0.5), D)
+    router = build_router(
+        RouterConfig(kind="mixture_of_depths", num_experts=1, top_k=1, capacity_factor=0.5), D
+    )
     optimiser = torch.optim.Adam([dict(router.named_parameters())["predictor"]], lr=0.1)
     for _ in range(60):
         loss = router(torch.randn(512, D)).losses["predictor"]
@@ -245,8 +309,14 @@ def test_the_predictors_loss_does_not_move_the_model():
         ({"kind": "xmoe", "threshold": -0.1}, "expected threshold of at least 0, got -0.1"),
         ({"kind": "d2dmoe", "threshold": 2.0}, "expected threshold of at most 1, got 2.0"),
         ({"kind": "remoe", "max_slots": 99}, "expected min_slots <= max_slots <= 8, got 0 and 99"),
-        ({"kind": "expert_threshold", "min_slots": 4, "max_slots": 2}, "expected min_slots <= max_slots <= 8, got 4 and 2"),
-        ({"kind": "mixture_of_depths"}, "expected num_experts of 1 for mixture_of_depths (the block), got 8"),
+        (
+            {"kind": "expert_threshold", "min_slots": 4, "max_slots": 2},
+            "expected min_slots <= max_slots <= 8, got 4 and 2",
+        ),
+        (
+            {"kind": "mixture_of_depths"},
+            "expected num_experts of 1 for mixture_of_depths (the block), got 8",
+        ),
         (
             {"kind": "dtop_p", "controller": ControllerConfig()},
             "expected a controller among top_p for kind 'dtop_p', got 'fixed'",

@@ -1,4 +1,6 @@
-"""Every router over random shapes, ties, empty batches, k = E, one expert, padding, NaN and infinity."""
+"""Every router over random shapes, ties, empty batches, k = E, one expert, padding, NaN and
+infinity.
+"""
 
 import math
 
@@ -45,7 +47,11 @@ def check_invariants(config: RouterConfig, routing, tokens: int) -> None:
     assert not (routing.dropped() & used).any()
     if routing.selected is not None:
         assert (routing.selected[used] == routing.indices[used]).all()
-    for loss in (losses.load_balancing_loss(routing), losses.z_loss(routing), *routing.losses.values()):
+    for loss in (
+        losses.load_balancing_loss(routing),
+        losses.z_loss(routing),
+        *routing.losses.values(),
+    ):
         assert torch.isfinite(loss)
 
 
@@ -69,7 +75,9 @@ def test_the_invariants_hold_for_any_shape(kind, data):
     valid = None
     if data.draw(st.booleans(), label="padded"):
         valid = torch.rand(tokens) < 0.6
-    context = RouterContext(token_ids=torch.randint(VOCABULARY, (tokens,)), sequence_length=length, valid=valid)
+    context = RouterContext(
+        token_ids=torch.randint(VOCABULARY, (tokens,)), sequence_length=length, valid=valid
+    )
     router = build_router(config, width).train(training)
     check_invariants(config, router(x, context), tokens)
     router.train()
@@ -123,7 +131,11 @@ def test_padding_may_hold_anything():
 
 TOKEN_CHOICE = sorted(
     set(ROUTERS)
-    - {"sinkhorn", "base", "expert_choice"}  # assignments: exact on the host or iterated to a tolerance
+    - {
+        "sinkhorn",
+        "base",
+        "expert_choice",
+    }  # assignments: exact on the host or iterated to a tolerance
     - {"random", "hash", "token_lookup"}
 )
 
@@ -131,12 +143,16 @@ TOKEN_CHOICE = sorted(
 @pytest.mark.parametrize("kind", TOKEN_CHOICE)
 @pytest.mark.parametrize("padded", [False, True])
 def test_token_choice_never_waits_for_the_device(kind, padded):
-    """On the meta device every read of a value raises: a forward pass and its losses must not need one."""
+    """On the meta device every read of a value raises: a forward pass and its losses must not need
+    one.
+    """
     config = config_of(kind, 6, 2)
     with torch.device("meta"):
         router = build_router(config, 5)
         valid = torch.ones(8, dtype=torch.bool) if padded else None
-        context = RouterContext(token_ids=torch.zeros(8, dtype=torch.int64), sequence_length=4, valid=valid)
+        context = RouterContext(
+            token_ids=torch.zeros(8, dtype=torch.int64), sequence_length=4, valid=valid
+        )
         routing = router(torch.randn(8, 5), context)
         assert routing.indices.device.type == "meta"
         losses.load_balancing_loss(routing)

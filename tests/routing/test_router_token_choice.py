@@ -1,4 +1,6 @@
-"""Token choice beyond softmax top-k: groups, capacity, noise, SparseMixer, and the fields that each kind refuses."""
+"""Token choice beyond softmax top-k: groups, capacity, noise, SparseMixer, and the fields that each
+kind refuses.
+"""
 
 import math
 from typing import Any
@@ -24,7 +26,12 @@ from moe_lab.routing.select import within_capacity
 D = 12
 
 
-def route(config: RouterConfig, logits: torch.Tensor, context: RouterContext | None = None, training: bool = False):
+def route(
+    config: RouterConfig,
+    logits: torch.Tensor,
+    context: RouterContext | None = None,
+    training: bool = False,
+):
     """The routing of given logits: the router's weight is the identity."""
     router = build_router(config, logits.shape[1]).train(training)
     with torch.no_grad():
@@ -32,28 +39,49 @@ def route(config: RouterConfig, logits: torch.Tensor, context: RouterContext | N
     return router(logits, context)
 
 
-def group_limited_by_hand(choice: np.ndarray, groups: int, kept: int, top_k: int, best: int) -> set[int]:
+def group_limited_by_hand(
+    choice: np.ndarray, groups: int, kept: int, top_k: int, best: int
+) -> set[int]:
     size = len(choice) // groups
-    rank = sorted(range(groups), key=lambda g: -np.sort(choice[g * size : (g + 1) * size])[-best:].sum())
+    rank = sorted(
+        range(groups), key=lambda g: -np.sort(choice[g * size : (g + 1) * size])[-best:].sum()
+    )
     allowed = [e for g in rank[:kept] for e in range(g * size, (g + 1) * size)]
     return set(sorted(allowed, key=lambda e: -choice[e])[:top_k])
 
 
 @pytest.mark.parametrize(("kind", "best"), [("deepseek_v2", 1), ("deepseek_v3", 2)])
-@pytest.mark.parametrize(("experts", "groups", "kept", "top_k"), [(16, 4, 2, 3), (24, 8, 3, 4), (12, 2, 1, 6)])
+@pytest.mark.parametrize(
+    ("experts", "groups", "kept", "top_k"), [(16, 4, 2, 3), (24, 8, 3, 4), (12, 2, 1, 6)]
+)
 def test_groups_are_ranked_by_their_best_or_best_two(kind, best, experts, groups, kept, top_k):
-    config = RouterConfig(kind=kind, num_experts=experts, top_k=top_k, num_groups=groups, topk_groups=kept, controller=ControllerConfig())
+    config = RouterConfig(
+        kind=kind,
+        num_experts=experts,
+        top_k=top_k,
+        num_groups=groups,
+        topk_groups=kept,
+        controller=ControllerConfig(),
+    )
     router = build_router(config, D)
     assert router.controller is not None
     router.controller.bias.normal_(std=0.1)
     routing = router(torch.randn(60, D))
     choice = (routing.scores + router.controller.bias).detach().double().numpy()
     for t in range(60):
-        assert set(routing.indices[t].tolist()) == group_limited_by_hand(choice[t], groups, kept, top_k, best)
+        assert set(routing.indices[t].tolist()) == group_limited_by_hand(
+            choice[t], groups, kept, top_k, best
+        )
 
 
 def test_a_zero_filled_group_beats_negative_choices():
-    fields: dict[str, Any] = {"num_experts": 4, "top_k": 2, "num_groups": 2, "topk_groups": 1, "controller": ControllerConfig()}
+    fields: dict[str, Any] = {
+        "num_experts": 4,
+        "top_k": 2,
+        "num_groups": 2,
+        "topk_groups": 1,
+        "controller": ControllerConfig(),
+    }
     logits = torch.tensor([[0.0, 0.1, -1.0, -1.1]])
     for fill, expected in ((GroupFill.EXCLUDE, {0, 1}), (GroupFill.ZERO, {2, 3})):
         router = build_router(RouterConfig(kind="deepseek_v3", group_fill=fill, **fields), 4)
@@ -65,7 +93,9 @@ def test_a_zero_filled_group_beats_negative_choices():
 
 
 def test_the_softcap_bounds_logits_and_keeps_their_order():
-    config = RouterConfig(kind="sigmoid_topk", num_experts=6, top_k=2, logit_softcap=2.0, logit_scale=3.0)
+    config = RouterConfig(
+        kind="sigmoid_topk", num_experts=6, top_k=2, logit_softcap=2.0, logit_scale=3.0
+    )
     logits = torch.randn(20, 6) * 10
     routing = route(config, logits)
     torch.testing.assert_close(routing.logits, 2 * torch.tanh(3 * logits / 2))
@@ -74,32 +104,43 @@ def test_the_softcap_bounds_logits_and_keeps_their_order():
 
 
 def test_sqrt_softplus_is_deepseek_v4s_score():
-    routing = route(RouterConfig(kind="sqrt_softplus_topk", num_experts=3, top_k=1), torch.tensor([[0.0, 3.0, -2.0]]))
+    routing = route(
+        RouterConfig(kind="sqrt_softplus_topk", num_experts=3, top_k=1),
+        torch.tensor([[0.0, 3.0, -2.0]]),
+    )
     by_hand = [math.sqrt(math.log1p(math.exp(v))) for v in (0.0, 3.0, -2.0)]
     assert routing.scores[0].tolist() == pytest.approx(by_hand, rel=1e-6)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 def test_p_norm_weights_have_unit_p_norm(p):
-    weights = route(RouterConfig(kind="pnorm_topk", num_experts=8, top_k=3, norm_p=p), torch.randn(30, 8)).weights
+    weights = route(
+        RouterConfig(kind="pnorm_topk", num_experts=8, top_k=3, norm_p=p), torch.randn(30, 8)
+    ).weights
     torch.testing.assert_close(weights.pow(p).sum(dim=1), torch.ones(30))
 
 
 def test_a_smallest_divisor_keeps_small_probabilities_small():
     logits = torch.zeros(1, 100)
-    clamped = route(RouterConfig(num_experts=100, top_k=2, norm_topk_prob=True, norm_min=0.5), logits)
+    clamped = route(
+        RouterConfig(num_experts=100, top_k=2, norm_topk_prob=True, norm_min=0.5), logits
+    )
     assert clamped.weights[0].tolist() == pytest.approx([0.01 / 0.5] * 2)
 
 
 def test_topk_softmax_weighs_the_selected_alone():
     logits = torch.tensor([[2.0, 1.0, 0.0, -50.0]])
     routing = route(RouterConfig(kind="topk_softmax", num_experts=4, top_k=2), logits)
-    assert routing.weights[0].tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))])
+    assert routing.weights[0].tolist() == pytest.approx(
+        [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))]
+    )
     torch.testing.assert_close(routing.scores.sum(dim=1), torch.ones(1))
 
 
 def test_llama4_multiplies_the_input_of_its_expert():
-    routing = route(RouterConfig(kind="llama4", num_experts=4, top_k=1), torch.tensor([[0.3, 2.0, -1.0, 0.0]]))
+    routing = route(
+        RouterConfig(kind="llama4", num_experts=4, top_k=1), torch.tensor([[0.3, 2.0, -1.0, 0.0]])
+    )
     assert routing.weights_on_input
     assert routing.weights.item() == pytest.approx(1 / (1 + math.exp(-2)))
 
@@ -139,7 +180,10 @@ def test_capacity_queues_first_choices_before_second_ones(seed):
 
 
 def test_padding_takes_no_place_in_an_experts_queue():
-    indices, valid = torch.zeros(5, 1, dtype=torch.int64), torch.tensor([False, True, False, True, True])
+    indices, valid = (
+        torch.zeros(5, 1, dtype=torch.int64),
+        torch.tensor([False, True, False, True, True]),
+    )
     fits = within_capacity(indices, torch.tensor([2]), sequence_length=5, valid=valid)
     assert fits[:, 0].tolist() == [True, True, True, True, False]
 
@@ -147,7 +191,9 @@ def test_padding_takes_no_place_in_an_experts_queue():
 def test_switch_drops_beyond_capacity_and_remembers_what_was_selected():
     logits = torch.zeros(8, 4)
     logits[:, 2] = 5.0
-    routing = route(RouterConfig(kind="switch", num_experts=4, top_k=1, capacity_factor=1.0), logits)
+    routing = route(
+        RouterConfig(kind="switch", num_experts=4, top_k=1, capacity_factor=1.0), logits
+    )
     assert routing.indices[:, 0].tolist() == [2, 2] + [-1] * 6
     assert routing.selected is not None
     assert routing.selected[:, 0].tolist() == [2] * 8
@@ -167,24 +213,39 @@ def test_the_balance_loss_sees_the_demand_that_capacity_hides():
 def test_capacity_per_sequence_starts_anew_in_each():
     logits = torch.zeros(8, 4)
     logits[:, 1] = 3.0
-    config = RouterConfig(kind="switch", num_experts=4, top_k=1, expert_capacity=1, capacity_scope=CapacityScope.SEQUENCE)
-    assert (route(config, logits, RouterContext(sequence_length=4)).indices[:, 0] == 1).nonzero().flatten().tolist() == [0, 4]
-    with pytest.raises(ConfigError, match=r"expected a number of tokens that sequence_length 3 divides, got 8"):
+    config = RouterConfig(
+        kind="switch",
+        num_experts=4,
+        top_k=1,
+        expert_capacity=1,
+        capacity_scope=CapacityScope.SEQUENCE,
+    )
+    assert (
+        route(config, logits, RouterContext(sequence_length=4)).indices[:, 0] == 1
+    ).nonzero().flatten().tolist() == [0, 4]
+    with pytest.raises(
+        ConfigError, match=r"expected a number of tokens that sequence_length 3 divides, got 8"
+    ):
         route(config, logits, RouterContext(sequence_length=3))
 
 
 def test_batch_prioritised_capacity_keeps_the_confident():
     logits = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]])
-    config = RouterConfig(kind="switch", num_experts=2, top_k=1, expert_capacity=1, batch_prioritized=True)
+    config = RouterConfig(
+        kind="switch", num_experts=2, top_k=1, expert_capacity=1, batch_prioritized=True
+    )
     assert route(config, logits).indices[:, 0].tolist() == [-1, 0, -1]
 
 
 @pytest.mark.parametrize("before", [False, True])
 def test_gshard_gives_a_dropped_first_choices_weight_to_the_second_only_after_dropping(before):
     logits = torch.tensor([[2.0, 1.0, -9.0], [2.0, 1.0, -9.0]])
-    config = RouterConfig(kind="gshard_top2", num_experts=3, top_k=2, expert_capacity=1, norm_before_drop=before)
+    config = RouterConfig(
+        kind="gshard_top2", num_experts=3, top_k=2, expert_capacity=1, norm_before_drop=before
+    )
     routing = route(config, logits, training=True)
-    # Both first choices are expert 0 and it has one place; expert 1 then has one place for two second choices.
+    # Both first choices are expert 0 and it has one place; expert 1 then has one place for two
+    # second choices.
     assert routing.indices.tolist() == [[0, 1], [-1, -1]]
     ratio = 1 / (1 + math.exp(-1))
     assert routing.weights[0].tolist() == pytest.approx([ratio, 1 - ratio], rel=1e-5)
@@ -193,18 +254,28 @@ def test_gshard_gives_a_dropped_first_choices_weight_to_the_second_only_after_dr
 
 
 def test_gshard_drops_nothing_in_evaluation_at_a_fraction_of_one():
-    config = RouterConfig(kind="gshard_top2", num_experts=3, top_k=2, expert_capacity=1, eval_capacity_fraction=1.0)
+    config = RouterConfig(
+        kind="gshard_top2", num_experts=3, top_k=2, expert_capacity=1, eval_capacity_fraction=1.0
+    )
     assert not route(config, torch.randn(20, 3)).dropped().any()
     assert route(config, torch.randn(20, 3), training=True).dropped().any()
 
 
 def test_gshards_random_policy_keeps_the_second_expert_with_probability_twice_its_gate():
     torch.manual_seed(0)
-    config = RouterConfig(kind="gshard_top2", num_experts=4, top_k=2, expert_capacity=9999, second_expert_policy=SecondPolicy.RANDOM)
+    config = RouterConfig(
+        kind="gshard_top2",
+        num_experts=4,
+        top_k=2,
+        expert_capacity=9999,
+        second_expert_policy=SecondPolicy.RANDOM,
+    )
     logits = torch.tensor([[2.0, 0.0, -1.0, -1.0]]).repeat(4000, 1)
     routing = route(config, logits, training=True)
     chance = 2 * torch.softmax(logits[0], dim=0)[1].item()
-    assert (routing.indices[:, 1] >= 0).double().mean().item() == pytest.approx(chance, abs=4 * math.sqrt(chance * (1 - chance) / 4000))
+    assert (routing.indices[:, 1] >= 0).double().mean().item() == pytest.approx(
+        chance, abs=4 * math.sqrt(chance * (1 - chance) / 4000)
+    )
     assert not routing.dropped().any()
     assert (route(config, logits).indices[:, 1] == 1).all()
 
@@ -229,7 +300,9 @@ def test_the_smooth_load_is_the_chance_of_selection_under_fresh_noise():
     chance = losses.smooth_load(clean, noisy, std, top_k=2)
     for expert in range(6):
         redrawn = noisy.repeat(20_000, 1)
-        redrawn[:, expert] = clean[0, expert] + torch.randn(20_000, dtype=torch.float64) * std[0, expert]
+        redrawn[:, expert] = (
+            clean[0, expert] + torch.randn(20_000, dtype=torch.float64) * std[0, expert]
+        )
         selected = (redrawn.topk(2, dim=1).indices == expert).any(dim=1).double().mean().item()
         assert chance[expert].item() == pytest.approx(selected, abs=0.015)
 
@@ -242,13 +315,19 @@ def test_noisy_topk_carries_the_papers_two_losses():
     for experts, weights in zip(routing.indices.tolist(), routing.weights.tolist(), strict=True):
         for expert, weight in zip(experts, weights, strict=True):
             by_hand[expert] += weight
-    assert routing.losses["importance"].item() == pytest.approx((by_hand.std() / by_hand.mean()) ** 2, rel=1e-4)
+    assert routing.losses["importance"].item() == pytest.approx(
+        (by_hand.std() / by_hand.mean()) ** 2, rel=1e-4
+    )
 
 
 def test_sparsemixer_samples_among_the_close_and_never_the_far():
     torch.manual_seed(3)
     logits = torch.tensor([[2.0, 1.9, 1.0, -1.0]]).repeat(3000, 1)
-    routing = route(RouterConfig(kind="sparsemixer", num_experts=4, top_k=1, sparsemixer_eps=0.05), logits, training=True)
+    routing = route(
+        RouterConfig(kind="sparsemixer", num_experts=4, top_k=1, sparsemixer_eps=0.05),
+        logits,
+        training=True,
+    )
     share = torch.bincount(routing.indices[:, 0], minlength=4) / 3000
     chance = 1 / (1 + math.exp(0.1))
     assert share[1].item() == pytest.approx(chance, abs=0.03)
@@ -307,13 +386,20 @@ UNREAD = {
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
 def test_no_kind_ignores_a_field(kind):
-    """Setting a field that the kind does not read is an error that names the field, the kind, and who reads it."""
+    """Setting a field that the kind does not read is an error that names the field, the kind, and
+    who reads it.
+    """
     read = ROUTERS[kind].options
     for field, value in UNREAD.items():
         if field in read:
             continue
-        changes: dict[str, Any] = {field: value} | ({"topk_groups": 1} if field == "num_groups" else {})
-        with pytest.raises(ConfigError, match=f"expected {field} left unset for kind '{kind}', got .*; try a kind that reads it"):
+        changes: dict[str, Any] = {field: value} | (
+            {"topk_groups": 1} if field == "num_groups" else {}
+        )
+        with pytest.raises(
+            ConfigError,
+            match=f"expected {field} left unset for kind '{kind}', got .*; try a kind that reads it",
+        ):
             RouterConfig(kind=kind, num_experts=4, top_k=1, **changes)
 
 

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from moe_lab.errors import ConfigError
-from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig, RouterContext, ZeroExpertKind, build_router
+from moe_lab.routing import (
+    ControllerConfig,
+    ControllerKind,
+    RouterConfig,
+    RouterContext,
+    ZeroExpertKind,
+    build_router,
+)
 from moe_lab.routing.routers.adamoe import null_experts
 from moe_lab.routing.routers.moepp import capacities
 
@@ -25,7 +32,12 @@ def with_identity_weight(config: RouterConfig):
 @pytest.mark.parametrize(("scaling", "factor"), [(None, 6.0), (True, 6.0), (False, 1.0)])
 def test_longcat_scales_zero_experts_unless_told_otherwise(scaling, factor):
     config = RouterConfig(
-        kind="longcat", num_experts=3, num_zero_experts=3, top_k=4, routed_scaling_factor=6.0, zero_expert_scaling=scaling
+        kind="longcat",
+        num_experts=3,
+        num_zero_experts=3,
+        top_k=4,
+        routed_scaling_factor=6.0,
+        zero_expert_scaling=scaling,
     )
     routing = with_identity_weight(config)(torch.randn(40, 6))
     probabilities = routing.scores.gather(1, routing.indices)
@@ -40,10 +52,22 @@ def test_longcat_scales_zero_experts_unless_told_otherwise(scaling, factor):
         (RouterConfig(kind="longcat", num_experts=4, num_zero_experts=2, top_k=2), (IDENTITY,) * 2),
         (RouterConfig(kind="adamoe", num_experts=4, num_zero_experts=3, top_k=2), (ZERO,) * 3),
         (RouterConfig(kind="zaya", num_experts=4, num_zero_experts=1, top_k=1), (ZERO,)),
-        (RouterConfig(kind="moepp", num_experts=8, num_zero_experts=4, top_k=2), (CONSTANT, CONSTANT, IDENTITY, ZERO)),
+        (
+            RouterConfig(kind="moepp", num_experts=8, num_zero_experts=4, top_k=2),
+            (CONSTANT, CONSTANT, IDENTITY, ZERO),
+        ),
         (RouterConfig(kind="moepp", num_experts=8, num_zero_experts=1, top_k=2), (ZERO,)),
         (RouterConfig(kind="softmax_topk", num_experts=8, top_k=2), ()),
-        (RouterConfig(kind="longcat", num_experts=4, num_zero_experts=2, top_k=2, zero_expert_kinds=(ZERO, CONSTANT)), (ZERO, CONSTANT)),
+        (
+            RouterConfig(
+                kind="longcat",
+                num_experts=4,
+                num_zero_experts=2,
+                top_k=2,
+                zero_expert_kinds=(ZERO, CONSTANT),
+            ),
+            (ZERO, CONSTANT),
+        ),
     ],
 )
 def test_the_configuration_says_what_each_zero_compute_expert_returns(config, kinds):
@@ -52,7 +76,9 @@ def test_the_configuration_says_what_each_zero_compute_expert_returns(config, ki
 
 
 def test_moepp_renormalises_over_what_is_left_without_zero_experts():
-    config = RouterConfig(kind="moepp", num_experts=2, num_zero_experts=2, top_k=2)  # copy = 2, zero = 3
+    config = RouterConfig(
+        kind="moepp", num_experts=2, num_zero_experts=2, top_k=2
+    )  # copy = 2, zero = 3
     router = with_identity_weight(config)
     logits = torch.tensor([[1.0, 0.0, -5.0, 2.0], [-5.0, 0.0, 1.0, -5.0], [-9.0, -9.0, -9.0, 5.0]])
     routing = router(logits)
@@ -64,7 +90,9 @@ def test_moepp_renormalises_over_what_is_left_without_zero_experts():
 
 
 def test_a_token_with_nothing_but_zero_experts_weighs_nothing():
-    config = RouterConfig(kind="moepp", num_experts=2, num_zero_experts=2, top_k=2, zero_expert_kinds=(ZERO, ZERO))
+    config = RouterConfig(
+        kind="moepp", num_experts=2, num_zero_experts=2, top_k=2, zero_expert_kinds=(ZERO, ZERO)
+    )
     routing = with_identity_weight(config)(torch.tensor([[-3.0, -3.0, 2.0, 2.0]])).check()
     assert routing.weights.tolist() == [[0.0, 0.0]]
     assert routing.ffn_count().tolist() == [0]
@@ -78,7 +106,9 @@ def test_moepps_logits_continue_those_of_the_layer_before():
     x = torch.randn(20, D)
     below = first(x)
     above = second(x, RouterContext(previous=below))
-    torch.testing.assert_close(above.logits, F.linear(x, second.weight) + below.logits @ second.residual_weight.t())
+    torch.testing.assert_close(
+        above.logits, F.linear(x, second.weight) + below.logits @ second.residual_weight.t()
+    )
     above.weights.sum().backward()
     assert first.weight.grad is not None
     assert first.weight.grad.abs().sum() > 0
@@ -94,7 +124,9 @@ def test_moepp_capacities_hold_gamma_times_all_slots_in_the_ratio_tau():
 
 
 def test_moepp_drops_beyond_its_capacities_by_kind_of_expert():
-    config = RouterConfig(kind="moepp", num_experts=2, num_zero_experts=2, top_k=1, capacity_factor=1.0, ffn_share=0.5)
+    config = RouterConfig(
+        kind="moepp", num_experts=2, num_zero_experts=2, top_k=1, capacity_factor=1.0, ffn_share=0.5
+    )
     logits = torch.tensor([[5.0, 0.0, 0.0, 0.0]]).repeat(12, 1)
     logits[6:, 2] = 9.0
     routing = with_identity_weight(config)(logits)
@@ -105,7 +137,13 @@ def test_moepp_drops_beyond_its_capacities_by_kind_of_expert():
 
 def test_null_experts_leave_their_weight_to_the_real_ones():
     config = RouterConfig(kind="adamoe", num_experts=3, num_zero_experts=3, top_k=3)
-    logits = torch.tensor([[2.0, -5.0, -5.0, 3.0, 2.5, -5.0], [2.0, 1.0, -5.0, 3.0, -5.0, -5.0], [-5.0, -5.0, -5.0, 1.0, 2.0, 3.0]])
+    logits = torch.tensor(
+        [
+            [2.0, -5.0, -5.0, 3.0, 2.5, -5.0],
+            [2.0, 1.0, -5.0, 3.0, -5.0, -5.0],
+            [-5.0, -5.0, -5.0, 1.0, 2.0, 3.0],
+        ]
+    )
     routing = with_identity_weight(config)(logits).check()
     assert routing.ffn_count().tolist() == [1, 2, 0]
     share = math.e / (1 + math.e)
@@ -124,7 +162,9 @@ def test_data_sparsity_gives_the_number_of_nulls(experts, rho, nulls):
 
 
 def test_zaya_skips_only_where_its_bias_lets_it_and_with_weight_zero():
-    router = build_router(RouterConfig(kind="zaya", num_experts=4, num_zero_experts=1, top_k=1, d_router=6), D)
+    router = build_router(
+        RouterConfig(kind="zaya", num_experts=4, num_zero_experts=1, top_k=1, d_router=6), D
+    )
     assert router.controller is not None
     assert router.controller.bias.tolist() == [0, 0, 0, 0, -1]
     x = torch.randn(30, D)
@@ -173,18 +213,31 @@ def test_a_mean_of_real_experts_that_cannot_be_reached_is_refused():
         top_k=6,
         controller=ControllerConfig(kind="proportional", target_ffn_count=3),  # type: ignore[arg-type]
     )
-    with pytest.raises(ConfigError, match=r"expected target_ffn_count from 4 to 6 \(top_k 6, num_experts 16, num_zero_experts 2\), got 3"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected target_ffn_count from 4 to 6 \(top_k 6, num_experts 16, num_zero_experts 2\), got 3",
+    ):
         build_router(config, D)
 
 
 def test_the_longcat_router_makes_the_device_level_loss_of_its_groups_in_training_only():
     torch.manual_seed(0)
     controller = ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=3.0)
-    config = RouterConfig(kind="longcat", num_experts=6, num_zero_experts=3, top_k=4, device_groups=3, controller=controller)
+    config = RouterConfig(
+        kind="longcat",
+        num_experts=6,
+        num_zero_experts=3,
+        top_k=4,
+        device_groups=3,
+        controller=controller,
+    )
     router, x = config.build(5), torch.randn(40, 5)
     routing = router(x)
     slots, mean = routing.counts().double(), routing.scores.double().mean(dim=0)
-    by_hand = sum(3 / (3.0 * 40) * slots[2 * j : 2 * j + 2].sum() * mean[2 * j : 2 * j + 2].sum() for j in range(3))
+    by_hand = sum(
+        3 / (3.0 * 40) * slots[2 * j : 2 * j + 2].sum() * mean[2 * j : 2 * j + 2].sum()
+        for j in range(3)
+    )
     by_hand = by_hand + slots[6:].sum() / ((4 - 3.0) * 40) * mean[6:].sum()
     assert routing.losses["device"].item() == pytest.approx(float(by_hand), rel=1e-5)
     assert not router.eval()(x).losses
@@ -192,5 +245,7 @@ def test_the_longcat_router_makes_the_device_level_loss_of_its_groups_in_trainin
         config.replace(device_groups=4)
     with pytest.raises(ConfigError, match="expected zero-compute experts for device_groups, got 0"):
         config.replace(num_zero_experts=0, controller=None)
-    with pytest.raises(ConfigError, match=r"expected target_ffn_count below top_k 4 for device_groups, .*, got 4"):
+    with pytest.raises(
+        ConfigError, match=r"expected target_ffn_count below top_k 4 for device_groups, .*, got 4"
+    ):
         config.replace(controller=controller.replace(target_ffn_count=4.0))

@@ -1,4 +1,6 @@
-"""Controllers: each rule against its equation, on a simulated plant, and against everything that makes counters count twice."""
+"""Controllers: each rule against its equation, on a simulated plant, and against everything that
+makes counters count twice.
+"""
 
 import copy
 import math
@@ -8,7 +10,14 @@ import pytest
 import torch
 
 from moe_lab.errors import ConfigError
-from moe_lab.routing import ControllerConfig, ControllerKind, Router, RouterConfig, RouterContext, build_router
+from moe_lab.routing import (
+    ControllerConfig,
+    ControllerKind,
+    Router,
+    RouterConfig,
+    RouterContext,
+    build_router,
+)
 from moe_lab.routing.controllers import (
     BudgetSignBias,
     CentredSignBias,
@@ -29,11 +38,15 @@ def config(kind: ControllerKind, **fields) -> ControllerConfig:
     return ControllerConfig(kind=kind, **fields)
 
 
-# The rules ------------------------------------------------------------------------------------------------------------------------
+# The rules
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_centred_sign_never_moves_all_biases_together():
-    plain, centred = SignBias(config(Kind.SIGN, rate=1.0), 4, 0, 1), CentredSignBias(config(Kind.CENTRED_SIGN, rate=1.0), 4, 0, 1)
+    plain, centred = (
+        SignBias(config(Kind.SIGN, rate=1.0), 4, 0, 1),
+        CentredSignBias(config(Kind.CENTRED_SIGN, rate=1.0), 4, 0, 1),
+    )
     counts = torch.tensor([97, 1, 1, 1])
     plain.update(counts)
     centred.update(counts)
@@ -43,7 +56,9 @@ def test_the_centred_sign_never_moves_all_biases_together():
 
 
 def test_the_sign_rule_follows_a_target_of_real_experts_where_it_has_one():
-    controller = SignBias(config(Kind.SIGN, rate=1.0, target_ffn_count=1), num_experts=2, num_zero_experts=2, top_k=2)
+    controller = SignBias(
+        config(Kind.SIGN, rate=1.0, target_ffn_count=1), num_experts=2, num_zero_experts=2, top_k=2
+    )
     # Target: half of the slots on two real experts, half on two zero-compute ones.
     controller.update(torch.tensor([30, 20, 25, 25]))
     assert controller.bias.tolist() == [-1, 1, 0, 0]
@@ -69,7 +84,9 @@ def test_pid_adds_the_gap_and_its_change():
 
 
 def test_pid_does_not_wind_up_at_its_limit():
-    """After a hundred steps against the limit one step of the opposite gap moves the bias off it at once."""
+    """After a hundred steps against the limit one step of the opposite gap moves the bias off it at
+    once.
+    """
     counts, opposite = torch.tensor([100, 0]), torch.tensor([0, 100])
     wound = PIDBias(config(Kind.PID, rate=0.1), 2, 0, 1)
     held = PIDBias(config(Kind.PID, rate=0.1, limit=0.2), 2, 0, 1)
@@ -86,8 +103,12 @@ def test_pid_does_not_wind_up_at_its_limit():
 
 
 def test_the_budget_rule_evens_the_load_and_steers_the_count():
-    controller = BudgetSignBias(config(Kind.BUDGET_SIGN, rate=1.0), num_experts=4, num_zero_experts=0, top_k=2)
-    controller.update(torch.tensor([10, 10, 10, 10]), num_tokens=40)  # one expert per token, two wanted
+    controller = BudgetSignBias(
+        config(Kind.BUDGET_SIGN, rate=1.0), num_experts=4, num_zero_experts=0, top_k=2
+    )
+    controller.update(
+        torch.tensor([10, 10, 10, 10]), num_tokens=40
+    )  # one expert per token, two wanted
     assert controller.bias.tolist() == [1, 1, 1, 1]
     controller.update(torch.tensor([50, 10, 30, 30]), num_tokens=40)  # three per token
     assert controller.bias.tolist() == [-1, 1, 0, 0]
@@ -102,7 +123,9 @@ def test_the_budget_rule_also_learns_from_a_step_in_which_nothing_was_selected()
 
 
 def test_the_quantile_rule_is_one_turn_of_the_dual():
-    """Alpha: the (k+1)-th largest of s - beta per token; beta: the (T k/E + 1)-th largest of s - alpha per expert; b = -beta, centred."""
+    """Alpha: the (k+1)-th largest of s - beta per token; beta: the (T k/E + 1)-th largest of s -
+    alpha per expert; b = -beta, centred.
+    """
     torch.manual_seed(1)
     router = build_router(RouterConfig(kind="quantile_balanced", num_experts=6, top_k=2), 5)
     controller = router.controller
@@ -118,11 +141,15 @@ def test_the_quantile_rule_is_one_turn_of_the_dual():
 
 
 def test_threshold_rules_average_the_cutoffs_of_their_batches():
-    """c <- m c + (1 - m) c_batch; the first update sets c, and a young mean forgets fast: m is at most (1 + t) / (10 + t)."""
+    """c <- m c + (1 - m) c_batch; the first update sets c, and a young mean forgets fast: m is at
+    most (1 + t) / (10 + t).
+    """
     torch.manual_seed(2)
     for momentum, kept in ((0.1, 0.1), (0.999, 2 / 11)):
         rule = config(Kind.THRESHOLD_EMA, momentum=momentum)
-        router = build_router(RouterConfig(kind="expert_threshold", num_experts=4, top_k=1, controller=rule), 5)
+        router = build_router(
+            RouterConfig(kind="expert_threshold", num_experts=4, top_k=1, controller=rule), 5
+        )
         controller, cutoffs = router.controller, []
         assert isinstance(controller, ThresholdEMA)
         routings = [router(torch.randn(40, 5)) for _ in range(2)]
@@ -138,7 +165,9 @@ def test_threshold_rules_average_the_cutoffs_of_their_batches():
 
 def test_warm_up_routes_by_the_batch_in_training_and_by_the_mean_in_evaluation():
     rule = config(Kind.THRESHOLD_EMA, warmup=3)
-    router = build_router(RouterConfig(kind="expert_threshold", num_experts=4, top_k=1, controller=rule), 5)
+    router = build_router(
+        RouterConfig(kind="expert_threshold", num_experts=4, top_k=1, controller=rule), 5
+    )
     router.update([router(torch.randn(40, 5))])
     shifted = torch.randn(40, 4) + 9
     assert router.route(shifted, RouterContext()).counts().tolist() == [10] * 4
@@ -150,7 +179,10 @@ def test_warm_up_routes_by_the_batch_in_training_and_by_the_mean_in_evaluation()
 
 
 def test_score_rules_do_not_take_counts():
-    with pytest.raises(ConfigError, match=r"expected routings for controller 'quantile', got counts; try update_from\(routings\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected routings for controller 'quantile', got counts; try update_from\(routings\)",
+    ):
         QuantileBias(config(Kind.QUANTILE), 4, 0, 1).update(torch.ones(4))
 
 
@@ -179,7 +211,9 @@ def test_lambda_multiplies_while_too_dense_and_divides_while_too_sparse():
 
 
 def test_top_p_follows_its_pi_law_within_bounds():
-    controller = TopPController(config(Kind.TOP_P, rate=0.5, proportional_gain=1.0, initial=0.4), 10, 0, 4)
+    controller = TopPController(
+        config(Kind.TOP_P, rate=0.5, proportional_gain=1.0, initial=0.4), 10, 0, 4
+    )
     controller.update(torch.tensor([3] * 10), num_tokens=10)  # 3 per token, 4 wanted: e = 0.1
     assert controller.p.item() == pytest.approx(0.4 + 0.1 + 0.05)
     controller.update(torch.tensor([5] * 10), num_tokens=10)  # e = -0.1
@@ -193,8 +227,14 @@ def test_top_p_follows_its_pi_law_within_bounds():
 
 @pytest.mark.parametrize("kind", [Kind.BUDGET_SIGN, Kind.TOP_P, Kind.RELU_LAMBDA])
 def test_rules_on_the_count_per_token_ask_for_the_tokens(kind):
-    router_kind = {Kind.BUDGET_SIGN: "expert_threshold", Kind.TOP_P: "dtop_p", Kind.RELU_LAMBDA: "remoe"}[kind]
-    router = build_router(RouterConfig(kind=router_kind, num_experts=4, top_k=1, controller=config(kind)), 5)
+    router_kind = {
+        Kind.BUDGET_SIGN: "expert_threshold",
+        Kind.TOP_P: "dtop_p",
+        Kind.RELU_LAMBDA: "remoe",
+    }[kind]
+    router = build_router(
+        RouterConfig(kind=router_kind, num_experts=4, top_k=1, controller=config(kind)), 5
+    )
     assert router.controller is not None
     with pytest.raises(ConfigError, match="expected num_tokens for"):
         router.controller.update(torch.ones(4))
@@ -209,10 +249,13 @@ def test_counts_of_another_number_of_experts_are_refused(kind):
         controller.update(torch.ones(5), num_tokens=3)
 
 
-# The plant: fixed preferences plus noise ------------------------------------------------------------------------------------------
+# The plant: fixed preferences plus noise
+# ------------------------------------------------------------------------------------------
 
 
-def simulate(router: Router, steps: int, tokens: int = 1024, spread: float = 0.5, seed: int = 0) -> tuple[list[float], torch.Tensor]:
+def simulate(
+    router: Router, steps: int, tokens: int = 1024, spread: float = 0.5, seed: int = 0
+) -> tuple[list[float], torch.Tensor]:
     """Mean ffn_count per step, and the counts summed over the last quarter."""
     generator = torch.Generator().manual_seed(seed)
     width = router.config.num_choices
@@ -231,10 +274,19 @@ def simulate(router: Router, steps: int, tokens: int = 1024, spread: float = 0.5
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("real", "zero", "at_rest"), [(512, 256, 8.0), (768, 128, 10.29)])
-def test_longcats_rule_brings_the_mean_ffn_count_within_one_percent_of_its_target(real, zero, at_rest):
-    """Flash's shape, where the target is uniform load, and 2.0's, where each zero-compute expert must carry three times a real one."""
+def test_longcats_rule_brings_the_mean_ffn_count_within_one_percent_of_its_target(
+    real, zero, at_rest
+):
+    """Flash's shape, where the target is uniform load, and 2.0's, where each zero-compute expert
+    must carry three times a real one.
+    """
     controller = config(Kind.PROPORTIONAL, rate=1.0, target_ffn_count=8)
-    router = build_router(RouterConfig(kind="longcat", num_experts=real, num_zero_experts=zero, top_k=12, controller=controller), 4)
+    router = build_router(
+        RouterConfig(
+            kind="longcat", num_experts=real, num_zero_experts=zero, top_k=12, controller=controller
+        ),
+        4,
+    )
     means, counts = simulate(router, steps=120)
     assert means[0] == pytest.approx(at_rest, rel=0.05)
     assert np.mean(means[-30:]) == pytest.approx(8.0, rel=0.01)
@@ -256,16 +308,26 @@ def test_longcats_rule_brings_the_mean_ffn_count_within_one_percent_of_its_targe
 )
 def test_every_bias_rule_evens_out_a_skewed_router(kind, fields):
     uneven = build_router(RouterConfig(kind="sigmoid_topk", num_experts=16, top_k=2), 4)
-    even = build_router(RouterConfig(kind="sigmoid_topk", num_experts=16, top_k=2, controller=config(kind, **fields)), 4)
+    even = build_router(
+        RouterConfig(
+            kind="sigmoid_topk", num_experts=16, top_k=2, controller=config(kind, **fields)
+        ),
+        4,
+    )
     _, before = simulate(uneven, steps=8)
     _, after = simulate(even, steps=200)
     assert before.max() / before.double().mean() > 1.8
     assert after.max() / after.double().mean() < 1.06
 
 
-@pytest.mark.parametrize(("kind", "rule"), [("expert_threshold", Kind.THRESHOLD_EMA), ("quantile_threshold", Kind.QUANTILE_EMA)])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [("expert_threshold", Kind.THRESHOLD_EMA), ("quantile_threshold", Kind.QUANTILE_EMA)],
+)
 def test_threshold_rules_hold_the_mean_count(kind, rule):
-    router = build_router(RouterConfig(kind=kind, num_experts=16, top_k=3, controller=config(rule, momentum=0.9)), 4)
+    router = build_router(
+        RouterConfig(kind=kind, num_experts=16, top_k=3, controller=config(rule, momentum=0.9)), 4
+    )
     means, counts = simulate(router, steps=40)
     assert np.mean(means[-10:]) == pytest.approx(3.0, rel=0.03)
     assert counts.max() / counts.double().mean() < 1.05
@@ -273,7 +335,9 @@ def test_threshold_rules_hold_the_mean_count(kind, rule):
 
 def test_the_budget_rule_holds_the_mean_count_of_a_threshold_router():
     controller = config(Kind.BUDGET_SIGN, rate=0.02)
-    router = build_router(RouterConfig(kind="expert_threshold", num_experts=16, top_k=3, controller=controller), 4)
+    router = build_router(
+        RouterConfig(kind="expert_threshold", num_experts=16, top_k=3, controller=controller), 4
+    )
     means, _ = simulate(router, steps=300)
     assert means[0] > 6
     assert np.mean(means[-50:]) == pytest.approx(3.0, rel=0.05)

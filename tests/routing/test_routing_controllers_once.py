@@ -1,4 +1,6 @@
-"""Controllers against everything that makes counters count twice: accumulation, checkpointing, evaluation, ranks, saving, casting."""
+"""Controllers against everything that makes counters count twice: accumulation, checkpointing,
+evaluation, ranks, saving, casting.
+"""
 
 import io
 
@@ -9,7 +11,14 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from moe_lab.routing import ControllerConfig, ControllerKind, Router, RouterConfig, RouterContext, build_router
+from moe_lab.routing import (
+    ControllerConfig,
+    ControllerKind,
+    Router,
+    RouterConfig,
+    RouterContext,
+    build_router,
+)
 
 Kind = ControllerKind
 
@@ -29,7 +38,9 @@ CASES = [(kind, rule) for kind, rules in RULES.items() for rule in rules]
 
 def router_of(kind: str, rule: ControllerKind) -> Router:
     torch.manual_seed(5)
-    return build_router(RouterConfig(kind=kind, num_experts=6, top_k=2, controller=config(rule, rate=0.1)), 4)
+    return build_router(
+        RouterConfig(kind=kind, num_experts=6, top_k=2, controller=config(rule, rate=0.1)), 4
+    )
 
 
 def state(router: Router) -> dict[str, torch.Tensor]:
@@ -104,7 +115,9 @@ def test_a_step_without_valid_tokens_changes_nothing(kind, rule):
     router = router_of(kind, rule)
     router.update([router(torch.randn(48, 4))])
     before = state(router)
-    router.update([router(torch.randn(8, 4), RouterContext(valid=torch.zeros(8, dtype=torch.bool)))])
+    router.update(
+        [router(torch.randn(8, 4), RouterContext(valid=torch.zeros(8, dtype=torch.bool)))]
+    )
     router.update([])
     assert_same(before, state(router))
 
@@ -137,7 +150,9 @@ def test_half_precision_models_keep_their_controllers_in_float32(kind, rule):
 
 def _rank(rank: int, world: int, port: int, results) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
     x = torch.randn(96, 4, generator=torch.Generator().manual_seed(7))
     found = {}
     for kind, rule in CASES:
@@ -160,13 +175,18 @@ def test_data_parallel_ranks_are_counted_once_and_agree():
         results = manager.dict()
         mp.spawn(_rank, args=(2, port, results), nprocs=2)
         ranks = [
-            {case: {name: torch.tensor(values) for name, values in buffers.items()} for case, buffers in results[rank].items()}
+            {
+                case: {name: torch.tensor(values) for name, values in buffers.items()}
+                for case, buffers in results[rank].items()
+            }
             for rank in range(2)
         ]
     x = torch.randn(96, 4, generator=torch.Generator().manual_seed(7))
     for kind, rule in CASES:
         assert_same(ranks[0][kind, rule], ranks[1][kind, rule])
         alone = router_of(kind, rule)
-        routings = [alone(part) for part in x.chunk(2)] if kind == "expert_threshold" else [alone(x)]
+        routings = (
+            [alone(part) for part in x.chunk(2)] if kind == "expert_threshold" else [alone(x)]
+        )
         alone.update(routings)
         assert_same(state(alone), ranks[0][kind, rule])

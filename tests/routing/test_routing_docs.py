@@ -1,4 +1,6 @@
-"""docs/routing.md against the code: every kind with the fields it reads, every loss, controller, model type, and the first example."""
+"""docs/routing.md against the code: every kind with the fields it reads, every loss, controller,
+model type, and the first example.
+"""
 
 import re
 from pathlib import Path
@@ -26,10 +28,13 @@ def test_every_loss_controller_and_model_type_is_mentioned():
             assert f"`{name}" in TEXT or f"losses.{name}" in TEXT, name
     for kind in ControllerKind:
         assert f"`{kind.value}`" in TEXT, kind
-    # Where the model type is not the name of the model: DBRX's part without a type, and Step 3.7, which still calls itself 3.5.
+    # Where the model type is not the name of the model: DBRX's part without a type, and Step 3.7,
+    # which still calls itself 3.5.
     other = {"dbrx_ffn": "dbrx", "step3p5": "step3p7", "nllb-moe": "nllb_moe"}
     for model_type in FAMILIES:
-        assert other.get(model_type, model_type.removesuffix("_text").removesuffix("_talker")) in TEXT, model_type
+        assert (
+            other.get(model_type, model_type.removesuffix("_text").removesuffix("_talker")) in TEXT
+        ), model_type
 
 
 def test_the_first_example_runs():

@@ -14,16 +14,27 @@ D = 8
 
 def random_routing(tokens=60, experts=8, top_k=2, zero=0, valid=None, seed=0, kind=None) -> Routing:
     torch.manual_seed(seed)
-    config = RouterConfig(kind=kind or ("longcat" if zero else "softmax_topk"), num_experts=experts, num_zero_experts=zero, top_k=top_k)
-    return build_router(config, D).double()(torch.randn(tokens, D, dtype=torch.float64) * 2, RouterContext(valid=valid))
+    config = RouterConfig(
+        kind=kind or ("longcat" if zero else "softmax_topk"),
+        num_experts=experts,
+        num_zero_experts=zero,
+        top_k=top_k,
+    )
+    return build_router(config, D).double()(
+        torch.randn(tokens, D, dtype=torch.float64) * 2, RouterContext(valid=valid)
+    )
 
 
-def uniform_routing(experts: int, top_k: int, zero: int = 0, num_experts: int | None = None) -> Routing:
+def uniform_routing(
+    experts: int, top_k: int, zero: int = 0, num_experts: int | None = None
+) -> Routing:
     """Every expert selected equally often, every probability equal."""
     choices = experts + zero
     indices = (torch.arange(choices).unsqueeze(1) + torch.arange(top_k)) % choices
     scores = torch.full((choices, choices), 1 / choices, dtype=torch.float64)
-    return Routing(indices, scores.gather(1, indices), torch.zeros_like(scores), scores, experts, zero)
+    return Routing(
+        indices, scores.gather(1, indices), torch.zeros_like(scores), scores, experts, zero
+    )
 
 
 def collapsed_on_a_pair(pair: int, tokens=4096, experts=8) -> Routing:
@@ -34,13 +45,16 @@ def collapsed_on_a_pair(pair: int, tokens=4096, experts=8) -> Routing:
     return Routing(indices, weights, logits, scores, experts)
 
 
-# The published numbers ------------------------------------------------------------------------------------------------------------
+# The published numbers
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("top_k", "value"), [(2, 2.0), (1, 1.0)])
 def test_transformers_value_at_uniform_load_is_k(top_k, value):
     routing = uniform_routing(8, top_k)
-    assert losses.load_balancing_loss(routing, scale="top_k").item() == pytest.approx(value, abs=1e-9)
+    assert losses.load_balancing_loss(routing, scale="top_k").item() == pytest.approx(
+        value, abs=1e-9
+    )
     assert losses.hf_pooled_loss([routing]).item() == pytest.approx(value, abs=1e-9)
     assert losses.load_balancing_loss(routing).item() == pytest.approx(1.0, abs=1e-9)  # Megatron's
 
@@ -48,24 +62,34 @@ def test_transformers_value_at_uniform_load_is_k(top_k, value):
 def test_pooling_four_collapsed_layers_looks_perfect_and_the_mean_over_layers_does_not():
     layers = [collapsed_on_a_pair(pair) for pair in range(4)]
     assert losses.hf_pooled_loss(layers).item() == pytest.approx(2.0, abs=1e-9)
-    mean = torch.stack([losses.load_balancing_loss(layer, scale="top_k") for layer in layers]).mean()
+    mean = torch.stack(
+        [losses.load_balancing_loss(layer, scale="top_k") for layer in layers]
+    ).mean()
     assert mean.item() == pytest.approx(7.989987850189209, rel=1e-6)
-    assert torch.stack([losses.hf_pooled_loss([layer]) for layer in layers]).mean().item() == pytest.approx(7.989987850189209, rel=1e-6)
+    assert torch.stack(
+        [losses.hf_pooled_loss([layer]) for layer in layers]
+    ).mean().item() == pytest.approx(7.989987850189209, rel=1e-6)
 
 
 @pytest.mark.hf
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_pooled_value_is_that_of_transformers(padded):
-    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral", reason="needs the extra hf")
+    modeling = pytest.importorskip(
+        "transformers.models.mixtral.modeling_mixtral", reason="needs the extra hf"
+    )
     valid = (torch.arange(60) % 5 > 0) if padded else None
     layers = [random_routing(seed=seed, valid=valid) for seed in range(3)]
     theirs = modeling.load_balancing_loss_func(
-        tuple(layer.logits.float() for layer in layers), 8, 2, None if valid is None else valid.view(2, 30).long()
+        tuple(layer.logits.float() for layer in layers),
+        8,
+        2,
+        None if valid is None else valid.view(2, 30).long(),
     )
     assert losses.hf_pooled_loss(layers).item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
-# Scope and scale ------------------------------------------------------------------------------------------------------------------
+# Scope and scale
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def expert_loss_by_hand(routing: Routing, rows: np.ndarray, eta=None) -> float:
@@ -76,13 +100,19 @@ def expert_loss_by_hand(routing: Routing, rows: np.ndarray, eta=None) -> float:
         np.add.at(count, row[row >= 0], 1)
     share = routing.scores.detach().numpy()[rows]
     mean = (share / share.sum(axis=1, keepdims=True)).mean(axis=0)
-    return float(experts * (np.ones(experts) if eta is None else eta) @ (count / count.sum() * mean))
+    return float(
+        experts * (np.ones(experts) if eta is None else eta) @ (count / count.sum() * mean)
+    )
 
 
 def test_the_sequence_loss_is_the_mean_over_sequences():
-    """DeepSeek-V3, arXiv 2412.19437, eq. 17-20: f_i = E/(K T) count, P_i the mean normalised score, per sequence."""
+    """DeepSeek-V3, arXiv 2412.19437, eq. 17-20: f_i = E/(K T) count, P_i the mean normalised score,
+    per sequence.
+    """
     routing = random_routing(tokens=60)
-    by_hand = np.mean([expert_loss_by_hand(routing, np.arange(start, start + 20)) for start in (0, 20, 40)])
+    by_hand = np.mean(
+        [expert_loss_by_hand(routing, np.arange(start, start + 20)) for start in (0, 20, 40)]
+    )
     found = losses.load_balancing_loss(routing, scope="sequence", sequence_length=20)
     assert found.item() == pytest.approx(by_hand, rel=1e-9)
     assert found > losses.load_balancing_loss(routing)
@@ -93,12 +123,21 @@ def test_the_sequence_loss_leaves_padding_and_empty_sequences_out():
     valid[15:20] = False
     valid[40:] = False
     routing = random_routing(tokens=60, valid=valid)
-    by_hand = np.mean([expert_loss_by_hand(routing, np.arange(0, 15)), expert_loss_by_hand(routing, np.arange(20, 40))])
-    assert losses.load_balancing_loss(routing, scope="sequence", sequence_length=20).item() == pytest.approx(by_hand, rel=1e-9)
+    by_hand = np.mean(
+        [
+            expert_loss_by_hand(routing, np.arange(0, 15)),
+            expert_loss_by_hand(routing, np.arange(20, 40)),
+        ]
+    )
+    assert losses.load_balancing_loss(
+        routing, scope="sequence", sequence_length=20
+    ).item() == pytest.approx(by_hand, rel=1e-9)
 
 
 def test_the_global_loss_over_micro_batches_adds_up_to_the_loss_of_the_whole_batch():
-    """arXiv 2501.11873: all-reduced counts, local probabilities; value and gradient of the mean over micro-batches are the batch's."""
+    """arXiv 2501.11873: all-reduced counts, local probabilities; value and gradient of the mean
+    over micro-batches are the batch's.
+    """
     torch.manual_seed(1)
     router = build_router(RouterConfig(num_experts=8, top_k=2), D).double()
     x = torch.randn(80, D, dtype=torch.float64)
@@ -106,7 +145,9 @@ def test_the_global_loss_over_micro_batches_adds_up_to_the_loss_of_the_whole_bat
     (gradient,) = torch.autograd.grad(whole, [router.weight])
     parts = [router(part) for part in x.chunk(4)]
     counts = torch.stack([part.selected_counts() for part in parts]).sum(dim=0)
-    mean = torch.stack([losses.load_balancing_loss(part, scope="global", counts=counts) for part in parts]).mean()
+    mean = torch.stack(
+        [losses.load_balancing_loss(part, scope="global", counts=counts) for part in parts]
+    ).mean()
     (summed,) = torch.autograd.grad(mean, [router.weight])
     torch.testing.assert_close(mean, whole)
     torch.testing.assert_close(summed, gradient)
@@ -114,34 +155,44 @@ def test_the_global_loss_over_micro_batches_adds_up_to_the_loss_of_the_whole_bat
     assert local > whole
 
 
-@pytest.mark.parametrize("loss", [losses.load_balancing_loss, losses.heterogeneous_loss, losses.null_loss])
+@pytest.mark.parametrize(
+    "loss", [losses.load_balancing_loss, losses.heterogeneous_loss, losses.null_loss]
+)
 def test_the_two_scales_differ_by_the_slots_per_token(loss):
     routing = random_routing(zero=4, experts=6, top_k=3)
     assert (loss(routing, scale="top_k") / loss(routing)).item() == pytest.approx(3.0)
     free = random_routing(kind="remoe")
-    assert (loss(free, scale="top_k") / loss(free)).item() == pytest.approx(free.ffn_count().double().mean().item())
+    assert (loss(free, scale="top_k") / loss(free)).item() == pytest.approx(
+        free.ffn_count().double().mean().item()
+    )
 
 
 def test_the_gradient_of_a_balance_loss_reaches_the_scores_alone():
     routing = random_routing()
     (gradient,) = torch.autograd.grad(losses.load_balancing_loss(routing), [routing.scores])
     counts = routing.counts().double()
-    # d/ds_tj of E sum_i f_i P_i with P normalised: (E / T) (f_j - sum_i f_i p_i) / sum_i s_i, and the scores sum to 1.
+    # d/ds_tj of E sum_i f_i P_i with P normalised: (E / T) (f_j - sum_i f_i p_i) / sum_i s_i, and
+    # the scores sum to 1.
     f = counts / counts.sum()
     p = routing.scores.detach()
     torch.testing.assert_close(gradient, 8 / 60 * (f - (p * f).sum(dim=1, keepdim=True)))
 
 
-# The other balance losses ---------------------------------------------------------------------------------------------------------
+# The other balance losses
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_heterogeneous_loss_weighs_zero_compute_experts_by_tau():
     routing = random_routing(zero=4, experts=6, top_k=3)
     eta = np.array([1.0] * 6 + [0.25] * 4)
     by_hand = expert_loss_by_hand(routing, np.arange(60), eta)
-    assert losses.heterogeneous_loss(routing, ffn_share=0.25).item() == pytest.approx(by_hand, rel=1e-9)
+    assert losses.heterogeneous_loss(routing, ffn_share=0.25).item() == pytest.approx(
+        by_hand, rel=1e-9
+    )
     # The paper's own form: sum eta f P with f the share of tokens.
-    assert losses.heterogeneous_loss(routing, ffn_share=0.25, scale="top_k").item() / 10 == pytest.approx(by_hand * 3 / 10, rel=1e-9)
+    assert losses.heterogeneous_loss(
+        routing, ffn_share=0.25, scale="top_k"
+    ).item() / 10 == pytest.approx(by_hand * 3 / 10, rel=1e-9)
 
 
 def test_the_null_loss_does_not_care_which_null_was_chosen():
@@ -150,8 +201,12 @@ def test_the_null_loss_does_not_care_which_null_was_chosen():
     nulls = shuffled >= 6
     shuffled[nulls] = 6 + (shuffled[nulls] - 6 + 1) % 4
     other = Routing(shuffled, routing.weights, routing.logits, routing.scores, 6, 4)
-    assert losses.null_loss(routing).item() == pytest.approx(losses.null_loss(other).item(), rel=1e-12)
-    assert losses.load_balancing_loss(routing).item() != pytest.approx(losses.load_balancing_loss(other).item(), rel=1e-6)
+    assert losses.null_loss(routing).item() == pytest.approx(
+        losses.null_loss(other).item(), rel=1e-12
+    )
+    assert losses.load_balancing_loss(routing).item() != pytest.approx(
+        losses.load_balancing_loss(other).item(), rel=1e-6
+    )
     count = routing.counts().double()
     count[6:] = count[6:].mean()
     by_hand = 10 * (count / count.sum() * routing.scores.mean(dim=0)).sum()
@@ -164,7 +219,10 @@ def test_the_device_loss_is_deepseekmoes(groups):
     routing = random_routing()
     count, mean = routing.counts().double(), routing.scores.mean(dim=0)
     members = [range(4), range(4, 8)] if groups == 2 else groups
-    by_hand = sum(sum(8 * count[i] / 120 for i in group) / len(group) * sum(mean[i] for i in group) for group in members)
+    by_hand = sum(
+        sum(8 * count[i] / 120 for i in group) / len(group) * sum(mean[i] for i in group)
+        for group in members
+    )
     torch.testing.assert_close(losses.device_loss(routing, groups), torch.as_tensor(by_hand))
     assert losses.device_loss(uniform_routing(8, 3), groups).item() == pytest.approx(1.0)
 
@@ -177,9 +235,14 @@ def test_the_longcat_loss_is_one_at_its_target_and_counts_slots():
     count, mean = skewed.counts().double(), skewed.scores.mean(dim=0)
     tokens, devices, target = 60, 4, 3.0
     groups = [range(d * 2, d * 2 + 2) for d in range(devices)]
-    by_hand = sum(devices / (target * tokens) * sum(count[i] for i in g) * sum(mean[i] for i in g) for g in groups)
+    by_hand = sum(
+        devices / (target * tokens) * sum(count[i] for i in g) * sum(mean[i] for i in g)
+        for g in groups
+    )
     by_hand += 1 / ((6 - target) * tokens) * count[8:].sum() * mean[8:].sum()
-    torch.testing.assert_close(losses.longcat_device_loss(skewed, devices, target), torch.as_tensor(by_hand))
+    torch.testing.assert_close(
+        losses.longcat_device_loss(skewed, devices, target), torch.as_tensor(by_hand)
+    )
 
 
 def test_groups_must_hold_every_expert_once():
@@ -188,7 +251,10 @@ def test_groups_must_hold_every_expert_once():
         losses.device_loss(routing, 3)
     with pytest.raises(ConfigError, match="expected groups that hold each of 8 experts once"):
         losses.device_loss(routing, [[0, 1], [1, 2]])
-    with pytest.raises(ConfigError, match="expected zero-compute experts for longcat_device_loss, got 0; try device_loss"):
+    with pytest.raises(
+        ConfigError,
+        match="expected zero-compute experts for longcat_device_loss, got 0; try device_loss",
+    ):
         losses.longcat_device_loss(routing, 2, 1)
     with pytest.raises(ConfigError, match=r"expected target_ffn_count between 0 and 3, got 3"):
         losses.longcat_device_loss(random_routing(zero=4, top_k=3), 2, 3)
@@ -197,10 +263,22 @@ def test_groups_must_hold_every_expert_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scope": "sequence"}, "expected a sequence_length that divides 60 tokens for scope 'sequence', got None"),
-        ({"scope": "sequence", "sequence_length": 7}, "expected a sequence_length that divides 60 tokens for scope 'sequence', got 7"),
-        ({"scope": "global"}, "expected counts of shape [8] for scope 'global', got None; try summing Routing.selected_counts()"),
-        ({"scope": "global", "counts": torch.ones(7)}, "expected counts of shape [8] for scope 'global', got [7]"),
+        (
+            {"scope": "sequence"},
+            "expected a sequence_length that divides 60 tokens for scope 'sequence', got None",
+        ),
+        (
+            {"scope": "sequence", "sequence_length": 7},
+            "expected a sequence_length that divides 60 tokens for scope 'sequence', got 7",
+        ),
+        (
+            {"scope": "global"},
+            "expected counts of shape [8] for scope 'global', got None; try summing Routing.selected_counts()",
+        ),
+        (
+            {"scope": "global", "counts": torch.ones(7)},
+            "expected counts of shape [8] for scope 'global', got [7]",
+        ),
         ({"scope": "world"}, "expected scope among batch, sequence, global, got 'world'"),
         ({"scale": "two"}, "expected scale among one, top_k, got 'two'"),
     ],
@@ -211,15 +289,20 @@ def test_a_scope_without_its_argument_is_refused(arguments, message):
     assert message in str(caught.value)
 
 
-# Spread, stability, geometry ------------------------------------------------------------------------------------------------------
+# Spread, stability, geometry
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_importance_and_its_variation():
     routing = random_routing()
     summed = np.zeros(8)
     np.add.at(summed, routing.indices.numpy().ravel(), routing.weights.detach().numpy().ravel())
-    assert losses.importance_loss(routing).item() == pytest.approx(summed.var() / summed.mean() ** 2)
-    assert losses.importance_loss(routing, unbiased=True).item() == pytest.approx(summed.var(ddof=1) / summed.mean() ** 2)
+    assert losses.importance_loss(routing).item() == pytest.approx(
+        summed.var() / summed.mean() ** 2
+    )
+    assert losses.importance_loss(routing, unbiased=True).item() == pytest.approx(
+        summed.var(ddof=1) / summed.mean() ** 2
+    )
     assert losses.cv_squared(torch.tensor([3.0])).item() == 0.0
 
 
@@ -237,13 +320,17 @@ def test_the_hidden_z_loss_takes_absolute_values():
     hidden = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
     by_hand = [math.log(math.exp(1) + math.exp(2)) ** 2, math.log(1 + math.exp(3)) ** 2]
     assert losses.hidden_z_loss(hidden).item() == pytest.approx(np.mean(by_hand), rel=1e-6)
-    assert losses.hidden_z_loss(hidden, torch.tensor([True, False])).item() == pytest.approx(by_hand[0], rel=1e-6)
+    assert losses.hidden_z_loss(hidden, torch.tensor([True, False])).item() == pytest.approx(
+        by_hand[0], rel=1e-6
+    )
 
 
 def test_entropy_and_variance_losses():
     routing = random_routing()
     p = routing.scores.detach().numpy()
-    assert losses.entropy_loss(routing).item() == pytest.approx(float(-(p * np.log(p)).sum(axis=1).mean()))
+    assert losses.entropy_loss(routing).item() == pytest.approx(
+        float(-(p * np.log(p)).sum(axis=1).mean())
+    )
     assert losses.variance_loss(routing).item() == pytest.approx(-float(p.var(axis=0).mean()))
     valid = torch.arange(60) < 30
     padded = random_routing(valid=valid)
@@ -266,11 +353,20 @@ def test_losses_on_rows_are_zero_for_orthonormal_rows_and_largest_for_equal_ones
 def test_dynmoes_loss_leaves_idle_experts_out():
     weight = torch.randn(5, 7)
     active = torch.tensor([True, False, True, True, False])
-    torch.testing.assert_close(losses.dynmoe_loss(weight, active), losses.dynmoe_loss(weight[active]))
+    torch.testing.assert_close(
+        losses.dynmoe_loss(weight, active), losses.dynmoe_loss(weight[active])
+    )
 
 
 @pytest.mark.parametrize(
-    "loss", [losses.load_balancing_loss, losses.z_loss, losses.importance_loss, losses.entropy_loss, losses.variance_loss]
+    "loss",
+    [
+        losses.load_balancing_loss,
+        losses.z_loss,
+        losses.importance_loss,
+        losses.entropy_loss,
+        losses.variance_loss,
+    ],
 )
 def test_losses_of_no_tokens_are_zero_and_finite(loss):
     empty = random_routing(tokens=0)
@@ -279,7 +375,8 @@ def test_losses_of_no_tokens_are_zero_and_finite(loss):
     assert loss(nobody).item() == 0
 
 
-# Eight code bases -----------------------------------------------------------------------------------------------------------------
+# Eight code bases
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def top1_counts(routing: Routing) -> torch.Tensor:
@@ -305,7 +402,9 @@ def test_the_conversion_between_code_bases_at_uniform_load(name, experts, top_k)
     routing = uniform_routing(experts, top_k)
     theirs = FORMULAS[name](routing.scores, routing.counts().double(), top1_counts(routing), top_k)
     assert theirs.item() == pytest.approx(losses.CODE_BASES[name](experts, top_k))
-    ours = losses.convert_coefficient(0.01, name, num_experts=experts, top_k=top_k) * losses.load_balancing_loss(routing)
+    ours = losses.convert_coefficient(
+        0.01, name, num_experts=experts, top_k=top_k
+    ) * losses.load_balancing_loss(routing)
     assert ours.item() == pytest.approx(0.01 * theirs.item())
 
 
@@ -313,12 +412,20 @@ def test_the_conversion_between_code_bases_at_uniform_load(name, experts, top_k)
 def test_the_conversion_is_exact_at_any_load_where_all_slots_are_counted(name):
     routing = random_routing(top_k=3)
     theirs = FORMULAS[name](routing.scores, routing.counts().double(), top1_counts(routing), 3)
-    ours = losses.convert_coefficient(0.02, name, num_experts=8, top_k=3) * losses.load_balancing_loss(routing)
+    ours = losses.convert_coefficient(
+        0.02, name, num_experts=8, top_k=3
+    ) * losses.load_balancing_loss(routing)
     torch.testing.assert_close(ours, 0.02 * theirs)
 
 
 def test_converting_there_and_back_changes_nothing():
-    there = losses.convert_coefficient(0.01, "transformers", num_experts=64, top_k=8, target="gshard")
-    assert losses.convert_coefficient(there, "gshard", num_experts=64, top_k=8, target="transformers") == pytest.approx(0.01)
-    with pytest.raises(ConfigError, match=r"expected a code base among deepspeed, .*, got 'fastmoe'"):
+    there = losses.convert_coefficient(
+        0.01, "transformers", num_experts=64, top_k=8, target="gshard"
+    )
+    assert losses.convert_coefficient(
+        there, "gshard", num_experts=64, top_k=8, target="transformers"
+    ) == pytest.approx(0.01)
+    with pytest.raises(
+        ConfigError, match=r"expected a code base among deepspeed, .*, got 'fastmoe'"
+    ):
         losses.convert_coefficient(0.01, "fastmoe", num_experts=8, top_k=2)

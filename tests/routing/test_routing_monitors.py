@@ -1,4 +1,6 @@
-"""Monitors: the gradient ratio on a case worked by hand, cosine of rows, MaxVio per batch and global."""
+"""Monitors: the gradient ratio on a case worked by hand, cosine of rows, MaxVio per batch and
+global.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from moe_lab.routing import RouterConfig, build_router, losses, monitors
 
 
 def test_the_gradient_ratio_is_taken_on_the_mean_probability_vector():
-    """For a balance loss linear in P with slope a f, dL/dP is a f whatever the tokens are; a language loss sum_t c.s_t has slope T c."""
+    """For a balance loss linear in P with slope a f, dL/dP is a f whatever the tokens are; a
+    language loss sum_t c.s_t has slope T c.
+    """
     router = build_router(RouterConfig(kind="sigmoid_topk", num_experts=3, top_k=1), 4)
     routing = router(torch.randn(10, 4))
     f, c = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 0.3, 0.4])
@@ -24,7 +28,10 @@ def test_the_gradient_ratio_doubles_with_the_coefficient():
     router = build_router(RouterConfig(num_experts=6, top_k=2), 4)
     routing = router(torch.randn(20, 4))
     language = (routing.weights * torch.randn(20, 2)).sum()
-    ratios = [monitors.gradient_ratio(a * losses.load_balancing_loss(routing), language, routing) for a in (0.01, 0.02)]
+    ratios = [
+        monitors.gradient_ratio(a * losses.load_balancing_loss(routing), language, routing)
+        for a in (0.01, 0.02)
+    ]
     assert (ratios[1] / ratios[0]).item() == pytest.approx(2.0, rel=1e-5)
 
 
@@ -33,17 +40,31 @@ def test_losses_that_do_not_touch_the_router_have_no_ratio():
     unrelated = torch.ones((), requires_grad=True) * 2
     assert monitors.gradient_ratio(unrelated, routing.weights.sum(), routing) == 0
     assert monitors.gradient_ratio(torch.zeros(()), routing.weights.sum(), routing) == 0
-    assert monitors.gradient_ratio(losses.z_loss(routing) + routing.scores.square().sum(), unrelated, routing) == float("inf")
-    with pytest.raises(ConfigError, match=r"expected a routing with a gradient graph, got detached scores; try calling it before"):
+    assert monitors.gradient_ratio(
+        losses.z_loss(routing) + routing.scores.square().sum(), unrelated, routing
+    ) == float("inf")
+    with pytest.raises(
+        ConfigError,
+        match=r"expected a routing with a gradient graph, got detached scores; try calling it before",
+    ):
         monitors.gradient_ratio(unrelated, unrelated, routing.detach())
 
 
 def test_row_cosine_is_zero_for_orthogonal_and_one_for_parallel_rows():
     assert monitors.row_cosine(torch.eye(4, 6)).item() == pytest.approx(0.0)
-    assert monitors.row_cosine(torch.arange(1.0, 4).unsqueeze(1) * torch.ones(3, 5)).item() == pytest.approx(1.0)
+    assert monitors.row_cosine(
+        torch.arange(1.0, 4).unsqueeze(1) * torch.ones(3, 5)
+    ).item() == pytest.approx(1.0)
     weight = torch.randn(5, 3)
-    pairs = [torch.cosine_similarity(weight[i], weight[j], dim=0) for i in range(5) for j in range(5) if i != j]
-    assert monitors.row_cosine(weight).item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
+    pairs = [
+        torch.cosine_similarity(weight[i], weight[j], dim=0)
+        for i in range(5)
+        for j in range(5)
+        if i != j
+    ]
+    assert monitors.row_cosine(weight).item() == pytest.approx(
+        torch.stack(pairs).mean().item(), abs=1e-6
+    )
     assert monitors.row_cosine(torch.randn(1, 3)) == 0
 
 

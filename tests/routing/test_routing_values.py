@@ -14,7 +14,9 @@ INDICES = torch.tensor([[0, 3, 5], [5, 4, -1], [1, -1, -1], [2, 0, 4]])
 
 def make(indices=INDICES, num_experts=4, num_zero_experts=2, **extra) -> Routing:
     choices = num_experts + num_zero_experts
-    scores = torch.softmax(torch.linspace(-1, 2, indices.shape[0] * choices).reshape(-1, choices).sin() * 3, dim=1)
+    scores = torch.softmax(
+        torch.linspace(-1, 2, indices.shape[0] * choices).reshape(-1, choices).sin() * 3, dim=1
+    )
     return Routing(
         indices=indices,
         weights=(indices >= 0).float(),
@@ -52,7 +54,12 @@ def test_padding_is_routed_but_not_counted():
 def test_dropped_slots_are_told_from_unused_ones():
     selected = torch.tensor([[0, 3, 5], [5, 4, 2], [1, 0, -1], [2, 0, 4]])
     dropped = make(selected=selected).dropped()
-    assert dropped.tolist() == [[False] * 3, [False, False, True], [False, True, False], [False] * 3]
+    assert dropped.tolist() == [
+        [False] * 3,
+        [False, False, True],
+        [False, True, False],
+        [False] * 3,
+    ]
     assert not make().dropped().any()
     assert make(selected=selected).selected_counts().tolist() == [3, 1, 2, 1, 2, 2]
 
@@ -63,7 +70,9 @@ def test_without_dropping_the_selected_counts_are_the_counts():
 
 def test_entropy_is_that_of_the_normalised_scores_in_nats():
     uniform = make(indices=torch.tensor([[0]]), num_experts=6, num_zero_experts=0)
-    doubled = Routing(uniform.indices, uniform.weights, torch.zeros(1, 6), torch.full((1, 6), 2.0), 6)
+    doubled = Routing(
+        uniform.indices, uniform.weights, torch.zeros(1, 6), torch.full((1, 6), 2.0), 6
+    )
     assert doubled.entropy().item() == pytest.approx(math.log(6), rel=1e-6)
     one_hot = Routing(uniform.indices, uniform.weights, torch.zeros(1, 6), torch.eye(6)[:1], 6)
     assert one_hot.entropy().item() == 0
@@ -80,7 +89,15 @@ def test_margin_is_the_gap_between_the_kth_score_and_the_next():
 def test_detach_drops_the_graph_and_keeps_every_decision():
     logits = torch.randn(4, 6, requires_grad=True)
     scores = logits.softmax(dim=1)
-    routing = Routing(INDICES, scores.gather(1, INDICES.clamp_min(0)), logits, scores, 4, 2, losses={"entropy": scores.sum()})
+    routing = Routing(
+        INDICES,
+        scores.gather(1, INDICES.clamp_min(0)),
+        logits,
+        scores,
+        4,
+        2,
+        losses={"entropy": scores.sum()},
+    )
     detached = routing.detach()
     assert not any(t.requires_grad for t in (detached.weights, detached.logits, detached.scores))
     assert torch.equal(detached.indices, INDICES)
@@ -92,7 +109,10 @@ def test_detach_drops_the_graph_and_keeps_every_decision():
     [
         (torch.tensor([[0, 6]]), "expected expert ids between -1 and 5, got 0..6"),
         (torch.tensor([[-2, 0]]), "expected expert ids between -1 and 5, got -2..0"),
-        (torch.tensor([[3, 1], [4, 4]]), "expected each token to name an expert at most once, got a repeated id"),
+        (
+            torch.tensor([[3, 1], [4, 4]]),
+            "expected each token to name an expert at most once, got a repeated id",
+        ),
     ],
 )
 def test_check_says_what_is_wrong(indices, message):
@@ -104,7 +124,9 @@ def test_check_says_what_is_wrong(indices, message):
 def test_check_refuses_weights_that_are_not_finite():
     routing = make()
     routing.weights[0, 0] = math.nan
-    with pytest.raises(TraceError, match=r"^expected finite gate weights, got NaN or infinity; try"):
+    with pytest.raises(
+        TraceError, match=r"^expected finite gate weights, got NaN or infinity; try"
+    ):
         routing.check()
 
 

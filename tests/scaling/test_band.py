@@ -11,7 +11,11 @@ from moe_lab.scaling import frontier_band
 
 def sweep(truth, seed=0, sd=0.003, top=8):
     rng = np.random.default_rng(seed)
-    rows = [{"ratio": 2.0**e, "seed": s, "loss": truth(e) + rng.normal(0, sd)} for e in range(top) for s in range(3)]
+    rows = [
+        {"ratio": 2.0**e, "seed": s, "loss": truth(e) + rng.normal(0, sd)}
+        for e in range(top)
+        for s in range(3)
+    ]
     return pl.DataFrame(rows).with_columns(active_params=pl.lit(1e7), tokens=pl.lit(1e9))
 
 

@@ -12,7 +12,13 @@ from moe_lab.scaling import confounds
 RATIOS = (1.0, 4.0, 16.0, 64.0)
 
 
-def runs(rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3), optimum=lambda ratio: 2e-3, curvature=0.02, tokens=(1e9,), gain=lambda tokens: 0.03):
+def runs(
+    rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3),
+    optimum=lambda ratio: 2e-3,
+    curvature=0.02,
+    tokens=(1e9,),
+    gain=lambda tokens: 0.03,
+):
     rows = [
         {
             "ratio": ratio,
@@ -20,7 +26,9 @@ def runs(rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3), optimum=lambda ratio: 2e-3, c
             "tokens": budget,
             "active_params": 1e7,
             "learning_rate": rate,
-            "loss": 3 - gain(budget) * math.log2(ratio) + curvature * math.log(rate / optimum(ratio)) ** 2,
+            "loss": 3
+            - gain(budget) * math.log2(ratio)
+            + curvature * math.log(rate / optimum(ratio)) ** 2,
         }
         for ratio in RATIOS
         for seed in range(3)
@@ -46,7 +54,13 @@ def test_a_clean_sweep_is_clear_where_it_measured_and_says_where_it_did_not():
         "active size",
     ):
         assert table[name] == "clear"
-    for name in ("dropped tokens", "dead experts", "load", "hash-routing control", "break moves with tokens"):
+    for name in (
+        "dropped tokens",
+        "dead experts",
+        "load",
+        "hash-routing control",
+        "break moves with tokens",
+    ):
         assert table[name] == "not measured"
 
 
@@ -60,14 +74,18 @@ def test_a_rate_at_the_end_of_its_grid_is_not_bracketed():
 
 
 def test_a_coarse_grid_of_rates_costs_more_than_the_margin():
-    assert status(runs(rates=(1e-3, 2e-3, 4e-3), curvature=0.3), "learning rate spacing") == "suspect"
+    assert (
+        status(runs(rates=(1e-3, 2e-3, 4e-3), curvature=0.3), "learning rate spacing") == "suspect"
+    )
 
 
 def test_a_wall_at_one_rate_only_is_the_rates():
     """The last ratio is mistuned at the rate that is best before it, and nowhere else."""
     frame = runs(rates=(1e-3, 2e-3, 4e-3))
     spoilt = frame.with_columns(
-        loss=pl.when((pl.col("ratio") == 64) & (pl.col("learning_rate") == 2e-3)).then(pl.col("loss") + 0.06).otherwise(pl.col("loss"))
+        loss=pl.when((pl.col("ratio") == 64) & (pl.col("learning_rate") == 2e-3))
+        .then(pl.col("loss") + 0.06)
+        .otherwise(pl.col("loss"))
     )
     assert status(frame, "gain depends on learning rate") == "clear"
     assert status(spoilt, "gain depends on learning rate") == "suspect"
@@ -92,11 +110,21 @@ def test_few_tokens_per_expert_dropped_tokens_dead_experts_and_load_are_seen():
     assert table["dropped tokens"] == table["dead experts"] == table["load"] == "suspect"
     assert table["hash-routing control"] == "not measured"
     assert table["held-out text"] == "clear"
-    assert status(frame.with_columns(arm=pl.Series(["topk", "hash"] * (frame.height // 2))), "hash-routing control") == "clear"
+    assert (
+        status(
+            frame.with_columns(arm=pl.Series(["topk", "hash"] * (frame.height // 2))),
+            "hash-routing control",
+        )
+        == "clear"
+    )
 
 
 def test_sizes_that_differ_and_too_few_seeds_are_seen():
-    frame = runs().with_columns(active_params=1e7 * (1 + pl.col("ratio") / 640)).filter(pl.col("seed") < 2)
+    frame = (
+        runs()
+        .with_columns(active_params=1e7 * (1 + pl.col("ratio") / 640))
+        .filter(pl.col("seed") < 2)
+    )
     assert status(frame, "active size") == "suspect"
     assert status(frame, "seeds") == "suspect"
 
@@ -110,7 +138,15 @@ def test_a_frame_that_is_no_sweep_is_told_in_one_line():
 
 def test_an_arm_is_judged_with_its_short_budget_and_its_learning_rates_alone():
     rows = [
-        {"arm": arm, "ratio": ratio, "seed": seed, "learning_rate": rate, "tokens": tokens, "active_params": 1e7, "loss": loss}
+        {
+            "arm": arm,
+            "ratio": ratio,
+            "seed": seed,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "active_params": 1e7,
+            "loss": loss,
+        }
         for ratio in (1.0, 8.0, 64.0)
         for seed in (0, 1, 2)
         for arm, rate, tokens, loss in (
@@ -122,7 +158,10 @@ def test_an_arm_is_judged_with_its_short_budget_and_its_learning_rates_alone():
         )
         if seed == 0 or arm != "lr"
     ]
-    found = {name: (status, detail) for name, status, detail in confounds(pl.DataFrame(rows), arm="topk").rows()}
+    found = {
+        name: (status, detail)
+        for name, status, detail in confounds(pl.DataFrame(rows), arm="topk").rows()
+    }
     assert found["learning rate bracketed"][0] == "clear"
     assert found["break moves with tokens"][0] == "suspect"
     assert "0.0000 at 1e+09 tokens and 0.0300 at 4e+09" in found["break moves with tokens"][1]

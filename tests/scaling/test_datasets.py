@@ -14,15 +14,34 @@ from moe_lab.scaling import DATASETS, datasets, published
 def test_every_data_set_is_the_file_it_says_and_fills_our_columns(scaling_data, name):
     frame = published(name, scaling_data)
     assert frame.height > 0
-    filled = {"loss", "active_params", "total_params", "tokens", "ratio", "compute", "learning_rate", "seed"} & set(frame.columns)
+    filled = {
+        "loss",
+        "active_params",
+        "total_params",
+        "tokens",
+        "ratio",
+        "compute",
+        "learning_rate",
+        "seed",
+    } & set(frame.columns)
     assert filled
     for column in filled - {"seed"}:
-        assert (frame[column] > 0).all() or column in ("tokens", "compute"), "step 0 of a curve has seen no token"
+        assert (frame[column] > 0).all() or column in ("tokens", "compute"), (
+            "step 0 of a curve has seen no token"
+        )
 
 
 @pytest.mark.data
 def test_rows_are_as_many_as_published(scaling_data):
-    rows = {"clark": 223, "clark_curves": 5799, "epoch": 245, "gadre": 104, "steplaw": 708, "misfit": 51, "ludziejewski_runs": 270}
+    rows = {
+        "clark": 223,
+        "clark_curves": 5799,
+        "epoch": 245,
+        "gadre": 104,
+        "steplaw": 708,
+        "misfit": 51,
+        "ludziejewski_runs": 270,
+    }
     assert {name: published(name, scaling_data).height for name in rows} == rows
 
 
@@ -47,7 +66,9 @@ def test_a_missing_or_other_file_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("MOE_LAB_DATA", raising=False)
     with pytest.raises(AnalysisError, match="MOE_LAB_DATA or data_dir=, got none"):
         published("clark")
-    with pytest.raises(AnalysisError, match=r"expected clark_final\.csv in .* got no such file; try a copy from"):
+    with pytest.raises(
+        AnalysisError, match=r"expected clark_final\.csv in .* got no such file; try a copy from"
+    ):
         published("clark", tmp_path)
     with pytest.raises(AnalysisError, match="expected a data set of clark, "):
         published("clarke", tmp_path)

@@ -8,7 +8,16 @@ import pytest
 from scipy.optimize import rosen, rosen_der
 
 from moe_lab.errors import AnalysisError
-from moe_lab.scaling import LAWS, SQUARES, bootstrap, fit, leave_largest_out, profile, profile_interval, saturation
+from moe_lab.scaling import (
+    LAWS,
+    SQUARES,
+    bootstrap,
+    fit,
+    leave_largest_out,
+    profile,
+    profile_interval,
+    saturation,
+)
 from moe_lab.scaling.fit import make_problem, plain_fit
 from moe_lab.scaling.minimise import minimise
 from moe_lab.scaling.problem import to_theta
@@ -19,17 +28,32 @@ DOUBLINGS = 2.0 ** np.arange(8)
 def grid(noise=0.0, ratios=DOUBLINGS, seed=0, law="ludziejewski", coefficients=None):
     """Runs of 4 sizes x 3 budgets x ratios with losses of a published law and ``noise`` on ln loss."""
     rng = np.random.default_rng(seed)
-    frame = pl.DataFrame({"active_params": 1e8 * 2.5 ** np.arange(4)}).join(pl.DataFrame({"tokens": [2e9, 1e10, 5e10]}), how="cross")
+    frame = pl.DataFrame({"active_params": 1e8 * 2.5 ** np.arange(4)}).join(
+        pl.DataFrame({"tokens": [2e9, 1e10, 5e10]}), how="cross"
+    )
     frame = frame.join(pl.DataFrame({"ratio": ratios}), how="cross").with_columns(
         total_params=pl.col("active_params") * pl.col("ratio"),
         compute=6 * pl.col("active_params") * pl.col("tokens"),
         granularity=pl.Series(np.tile([1.0, 2.0, 4.0, 8.0], len(ratios) * 3)[: 12 * len(ratios)]),
     )
     loss = LAWS[law].predict({name: frame[name].to_numpy() for name in frame.columns}, coefficients)
-    return frame.with_columns(loss=np.broadcast_to(loss, frame.height) * np.exp(rng.normal(0, noise, frame.height)))
+    return frame.with_columns(
+        loss=np.broadcast_to(loss, frame.height) * np.exp(rng.normal(0, noise, frame.height))
+    )
 
 
-FITTED = ("clark", "bilinear", "separable", "sldbench", "hoffmann", "krajewski", "ludziejewski", "abnar", "ling", "power")
+FITTED = (
+    "clark",
+    "bilinear",
+    "separable",
+    "sldbench",
+    "hoffmann",
+    "krajewski",
+    "ludziejewski",
+    "abnar",
+    "ling",
+    "power",
+)
 SEPARABLE = {"const": 3.0, "lnN": -0.08, "lnE": -0.04}
 POWER = {"c": 2.0, "a": 1.0, "b": 0.3}
 
@@ -44,7 +68,10 @@ def test_the_gradient_is_that_of_the_objective(name):
     _, gradient = problem.objective(theta, rows)
     for index in range(theta.shape[1]):
         step = np.eye(theta.shape[1])[index] * h
-        low, high = problem.objective(theta - step, rows)[0], problem.objective(theta + step, rows)[0]
+        low, high = (
+            problem.objective(theta - step, rows)[0],
+            problem.objective(theta + step, rows)[0],
+        )
         assert gradient[0, index] == pytest.approx((high - low)[0] / (2 * h), rel=2e-4, abs=1e-6)
 
 
@@ -80,10 +107,18 @@ def test_the_batched_fit_is_scipys(delta):
 def test_each_bootstrap_draw_is_the_fit_of_its_own_runs():
     frame = grid(0.01, law="clark")
     drawn = bootstrap(fit("clark", frame, delta=SQUARES), 3, seed=3)
-    counts = np.random.default_rng(3).multinomial(frame.height, np.full(frame.height, 1 / frame.height), 3)
+    counts = np.random.default_rng(3).multinomial(
+        frame.height, np.full(frame.height, 1 / frame.height), 3
+    )
     assert drawn.draws is not None
     for row in range(3):
-        again = fit("clark", frame.with_columns(times=counts[row].astype(float)), weight="times", delta=SQUARES, starts=20)
+        again = fit(
+            "clark",
+            frame.with_columns(times=counts[row].astype(float)),
+            weight="times",
+            delta=SQUARES,
+            starts=20,
+        )
         assert drawn.draws["objective"][row] == pytest.approx(again.objective, rel=1e-7)
         assert drawn.draws["b"][row] == pytest.approx(again.coefficients["b"], rel=1e-3)
 
@@ -104,7 +139,12 @@ def test_bootstrap_errors_are_those_of_linear_regression():
 def test_clustered_runs_widen_the_interval():
     """Every size has its own error, shared by its runs: redrawing runs one by one does not see it."""
     frame = grid(0.002, law="bilinear")
-    shifts = {size: math.exp(s) for size, s in zip(sorted(set(frame["active_params"])), (0.01, -0.02, 0.02, -0.01), strict=True)}
+    shifts = {
+        size: math.exp(s)
+        for size, s in zip(
+            sorted(set(frame["active_params"])), (0.01, -0.02, 0.02, -0.01), strict=True
+        )
+    }
     frame = frame.with_columns(pl.col("loss") * pl.col("active_params").replace_strict(shifts))
     result = fit("bilinear", frame, delta=SQUARES)
     widths = {}
@@ -117,7 +157,9 @@ def test_clustered_runs_widen_the_interval():
 def test_the_profile_interval_of_an_exponent_is_the_linear_one():
     frame = grid(0.01, law="bilinear")
     result = fit("bilinear", frame, delta=SQUARES)
-    low, high = profile_interval(profile(result, "lnE", result.coefficients["lnE"] * np.linspace(1.4, 0.6, 61)))
+    low, high = profile_interval(
+        profile(result, "lnE", result.coefficients["lnE"] * np.linspace(1.4, 0.6, 61))
+    )
     n, e = np.log(frame["active_params"].to_numpy()), np.log(frame["ratio"].to_numpy())
     design = np.stack([np.ones_like(n), n, e, n * e], 1)
     error = math.sqrt(np.linalg.inv(design.T @ design)[2, 2]) * result.rmse
@@ -126,18 +168,32 @@ def test_the_profile_interval_of_an_exponent_is_the_linear_one():
 
 def test_saturation_beyond_the_grid_is_not_reported_and_inside_it_is():
     law = {"a": -0.083, "b": -0.12, "c": 0.01, "d": 1.11, "Estart": 2.0}
-    beyond = saturation(fit("clark", grid(0.003, law="clark", coefficients={**law, "Emax": 300.0}), delta=SQUARES), 40)
+    beyond = saturation(
+        fit("clark", grid(0.003, law="clark", coefficients={**law, "Emax": 300.0}), delta=SQUARES),
+        40,
+    )
     assert beyond.value is None
     assert beyond.high > 2 * 128
     assert beyond.sentence.startswith("E_max not identified")
-    inside = saturation(fit("clark", grid(0.0005, seed=1, law="clark", coefficients={**law, "Emax": 20.0}), delta=SQUARES), 40)
+    inside = saturation(
+        fit(
+            "clark",
+            grid(0.0005, seed=1, law="clark", coefficients={**law, "Emax": 20.0}),
+            delta=SQUARES,
+        ),
+        40,
+    )
     assert inside.value == pytest.approx(20, rel=0.1)
     assert inside.low < 20 < inside.high
 
 
 def test_leaving_the_largest_out_shows_a_law_without_a_floor_underestimating():
-    """Clark's form has no irreducible loss; on losses that have one it predicts the largest models too low."""
-    held = leave_largest_out(fit("bilinear", grid(law="ludziejewski"), delta=SQUARES), "active_params")
+    """Clark's form has no irreducible loss; on losses that have one it predicts the largest models
+    too low.
+    """
+    held = leave_largest_out(
+        fit("bilinear", grid(law="ludziejewski"), delta=SQUARES), "active_params"
+    )
     assert held["held_out"].to_list() == [1e8 * 2.5**3]
     assert held["bias"][0] < -0.01
     assert held["rmse"][0] >= abs(held["bias"][0])
@@ -145,7 +201,10 @@ def test_leaving_the_largest_out_shows_a_law_without_a_floor_underestimating():
 
 def test_forms_of_the_ratio_are_fitted_on_the_loss():
     ratios = 2.0 ** np.arange(9)
-    for name, k in {"line": {"c": 3.0, "s": 0.03}, "plateau": {"c": 3.0, "s": 0.03, "t": 32.0}}.items():
+    for name, k in {
+        "line": {"c": 3.0, "s": 0.03},
+        "plateau": {"c": 3.0, "s": 0.03, "t": 32.0},
+    }.items():
         frame = pl.DataFrame({"ratio": ratios, "loss": LAWS[name].predict({"ratio": ratios}, k)})
         found = fit(name, frame)
         assert found.coefficients == pytest.approx(k, rel=0.02)
@@ -164,7 +223,9 @@ def test_the_minimiser_solves_many_rosenbrock_valleys_at_once():
     start = np.random.default_rng(0).uniform(-2, 2, (20, 5))
     points, values, done = minimise(objective, curved, start)
     assert done.all()
-    assert (values < 1e-12).sum() >= 10, "the rest sit in the known second minimum near (-1, 1, 1, 1, 1)"
+    assert (values < 1e-12).sum() >= 10, (
+        "the rest sit in the known second minimum near (-1, 1, 1, 1, 1)"
+    )
     assert np.isclose(values[values > 1e-12], 3.9308, atol=1e-3).all()
     assert points[values < 1e-12] == pytest.approx(1, abs=1e-4)
 
@@ -173,11 +234,23 @@ def test_the_minimiser_solves_many_rosenbrock_valleys_at_once():
     ("change", "message"),
     [
         (lambda f: ("chinchila", f), "expected a law of clark, "),
-        (lambda f: ("clark", f.drop("ratio")), "expected columns active_params, ratio for the law clark, got none called ratio"),
+        (
+            lambda f: ("clark", f.drop("ratio")),
+            "expected columns active_params, ratio for the law clark, got none called ratio",
+        ),
         (lambda f: ("clark", f.drop("loss")), "expected a column loss"),
-        (lambda f: ("clark", f.head(6)), r"expected more runs than coefficients \(6\), got 6; try a simpler law"),
-        (lambda f: ("clark", f.with_columns(loss=-pl.col("loss"))), "expected finite losses above 0"),
-        (lambda f: ("clark", f.with_columns(ratio=0 * pl.col("ratio"))), "expected ratio above 0 in every run"),
+        (
+            lambda f: ("clark", f.head(6)),
+            r"expected more runs than coefficients \(6\), got 6; try a simpler law",
+        ),
+        (
+            lambda f: ("clark", f.with_columns(loss=-pl.col("loss"))),
+            "expected finite losses above 0",
+        ),
+        (
+            lambda f: ("clark", f.with_columns(ratio=0 * pl.col("ratio"))),
+            "expected ratio above 0 in every run",
+        ),
     ],
 )
 def test_bad_input_to_a_fit_is_told_in_one_line(change, message):

@@ -1,4 +1,6 @@
-"""Published laws against their formulas written out again, and against numbers that their papers print and docs/scaling.md gives."""
+"""Published laws against their formulas written out again, and against numbers that their papers
+print and docs/scaling.md gives.
+"""
 
 import math
 
@@ -27,7 +29,13 @@ def written_out_clark(k, n, d, r):
 def written_out_abnar(k, n, d, r):
     sparsity, total = 1 - 1 / r, n * r
     a, b = k["a"] / total ** k["alpha"], k["b"] / d ** k["beta"]
-    return a + b + k["c"] / (1 - sparsity) ** k["lambda"] + k["d"] / ((1 - sparsity) ** k["delta"] * total ** k["gamma"]) + k["e"]
+    return (
+        a
+        + b
+        + k["c"] / (1 - sparsity) ** k["lambda"]
+        + k["d"] / ((1 - sparsity) ** k["delta"] * total ** k["gamma"])
+        + k["e"]
+    )
 
 
 def written_out_krajewski(k, n, d, r, g=12.0):
@@ -39,7 +47,12 @@ def written_out_hoffmann(k, n, d, r):
 
 
 def written_out_bilinear(k, n, d, r):
-    return math.exp(k["const"] + k["lnN"] * math.log(n) + k["lnE"] * math.log(r) + k["lnE_lnN"] * math.log(n) * math.log(r))
+    return math.exp(
+        k["const"]
+        + k["lnN"] * math.log(n)
+        + k["lnE"] * math.log(r)
+        + k["lnE_lnN"] * math.log(n) * math.log(r)
+    )
 
 
 WRITTEN_OUT = {
@@ -53,7 +66,13 @@ WRITTEN_OUT = {
 
 
 def point(active=1e8, tokens=1e10, ratio=16.0):
-    values = {"active_params": active, "total_params": active * ratio, "tokens": tokens, "ratio": ratio, "granularity": 12.0}
+    values = {
+        "active_params": active,
+        "total_params": active * ratio,
+        "tokens": tokens,
+        "ratio": ratio,
+        "granularity": 12.0,
+    }
     return {**values, "compute": 6 * active * tokens}
 
 
@@ -61,7 +80,9 @@ def point(active=1e8, tokens=1e10, ratio=16.0):
 def test_a_table_of_terms_is_the_formula_of_the_paper(name):
     for which, coefficients in LAWS[name].published.items():
         for values in (point(), point(1e9, 3e11, 64.0), point(2e7, 1e9, 1.0)):
-            expected = WRITTEN_OUT[name](coefficients, values["active_params"], values["tokens"], values["ratio"])
+            expected = WRITTEN_OUT[name](
+                coefficients, values["active_params"], values["tokens"], values["ratio"]
+            )
             assert LAWS[name].predict(values, which) == pytest.approx(expected, rel=1e-12)
 
 
@@ -86,8 +107,13 @@ def test_derivatives_are_the_slope_of_the_formula(name):
     coefficients = None if law.published else UNPUBLISHED
     for variable in law.variables:
         h = 1e-5
-        low, high = (law.predict({**point(), variable: point()[variable] * math.exp(s * h)}, coefficients) for s in (-1, 1))
-        assert law.derivative(variable, point(), coefficients) == pytest.approx((high - low) / (2 * h), rel=1e-6)
+        low, high = (
+            law.predict({**point(), variable: point()[variable] * math.exp(s * h)}, coefficients)
+            for s in (-1, 1)
+        )
+        assert law.derivative(variable, point(), coefficients) == pytest.approx(
+            (high - low) / (2 * h), rel=1e-6
+        )
 
 
 def test_forms_of_the_ratio_read_as_their_docstrings_say():
@@ -112,19 +138,28 @@ def test_ludziejewski_gains_per_doubling_are_those_of_the_notes():
         (1e9, 1e11): (0.022, 0.026, 0.029, 0.030, 0.029, 0.026, 0.022, 0.018, 0.013),
     }
     for (active, tokens), gains in published.items():
-        loss = LAWS["ludziejewski"].predict({"active_params": active, "tokens": tokens, "ratio": ratios[: len(gains) + 1]})
+        loss = LAWS["ludziejewski"].predict(
+            {"active_params": active, "tokens": tokens, "ratio": ratios[: len(gains) + 1]}
+        )
         assert -np.diff(loss) == pytest.approx(gains, abs=5.5e-4)
 
 
 @pytest.mark.parametrize(
     ("active", "tokens", "at_16", "at_64"),
-    [(1e7, 3e8, 1.08, 1.05), (1e7, 1e9, 1.24, 1.18), (1e8, 1e10, 1.34, 1.28), (1e9, 1e11, 1.37, 1.30)],
+    [
+        (1e7, 3e8, 1.08, 1.05),
+        (1e7, 1e9, 1.24, 1.18),
+        (1e8, 1e10, 1.34, 1.28),
+        (1e9, 1e11, 1.37, 1.30),
+    ],
 )
 def test_a_doubling_is_worth_the_compute_that_the_notes_give(active, tokens, at_16, at_64):
     law = LAWS["ludziejewski"]
     for ratio, expected in ((16.0, at_16), (64.0, at_64)):
         start = point(active, tokens, ratio)
-        assert law.compute_equivalent(start, {**start, "ratio": 2 * ratio}) == pytest.approx(expected, abs=0.006)
+        assert law.compute_equivalent(start, {**start, "ratio": 2 * ratio}) == pytest.approx(
+            expected, abs=0.006
+        )
 
 
 def test_the_compute_equivalent_really_reaches_the_other_loss():
@@ -159,13 +194,17 @@ def test_ling_leverage_is_the_papers_more_than_seven():
     at = {"ratio": 1 / 0.031, "granularity": 12.0, "compute": 1e22}
     assert law.predict(at) == pytest.approx(7.245, abs=5e-4)
     granularity = np.linspace(2, 32, 3001)
-    assert granularity[law.predict({**at, "granularity": granularity}).argmax()] == pytest.approx(11.3, abs=0.05)
+    assert granularity[law.predict({**at, "granularity": granularity}).argmax()] == pytest.approx(
+        11.3, abs=0.05
+    )
     halved = law.compute_equivalent({**at, "ratio": 4.0}, {**at, "ratio": 8.0})
     assert halved == pytest.approx(1.51, abs=0.005)
 
 
 def test_chinchilla_optimum_is_twenty_tokens_per_parameter():
-    """2404.10102: a = beta / (alpha + beta) = .513, and about 20 tokens per parameter at the compute of Chinchilla."""
+    """2404.10102: a = beta / (alpha + beta) = .513, and about 20 tokens per parameter at the
+    compute of Chinchilla.
+    """
     k = LAWS["hoffmann"].coefficients("epoch")
     share = k["beta"] / (k["alpha"] + k["beta"])
     assert share == pytest.approx(0.513, abs=1e-3)
@@ -177,11 +216,18 @@ def test_chinchilla_optimum_is_twenty_tokens_per_parameter():
 def test_limits_of_validity_are_told():
     law = LAWS["ludziejewski"]
     assert law.outside(point()) == []
-    assert law.outside(point(1e7, 1e9, 64.0)) == ["active_params 7.8e+07 to 2.72e+09", "ratio 1 to 32"]
+    assert law.outside(point(1e7, 1e9, 64.0)) == [
+        "active_params 7.8e+07 to 2.72e+09",
+        "ratio 1 to 32",
+    ]
 
 
 def test_asking_for_what_is_not_there_names_what_is():
-    with pytest.raises(AnalysisError, match=r"published coefficients of clark \(S-BASE, RL-R, HASH\), got TOPK"):
+    with pytest.raises(
+        AnalysisError, match=r"published coefficients of clark \(S-BASE, RL-R, HASH\), got TOPK"
+    ):
         LAWS["clark"].predict(point(), "TOPK")
-    with pytest.raises(AnalysisError, match="active_params, tokens, ratio for the law ludziejewski, got no tokens"):
+    with pytest.raises(
+        AnalysisError, match="active_params, tokens, ratio for the law ludziejewski, got no tokens"
+    ):
         LAWS["ludziejewski"].predict({"active_params": 1e8, "ratio": 2.0})

@@ -15,7 +15,9 @@ def test_the_optimal_split_is_the_closed_form_of_chinchilla():
     scale = (k["alpha"] * k["A"] / (k["beta"] * k["B"])) ** (1 / (k["alpha"] + k["beta"]))
     for compute in (1e19, 1e23):
         active, tokens = compute_optimal("hoffmann", compute)
-        assert active == pytest.approx(scale * (compute / 6) ** (k["beta"] / (k["alpha"] + k["beta"])), rel=1e-6)
+        assert active == pytest.approx(
+            scale * (compute / 6) ** (k["beta"] / (k["alpha"] + k["beta"])), rel=1e-6
+        )
         assert 6 * active * tokens == pytest.approx(compute)
 
 
@@ -26,17 +28,28 @@ def test_isoflop_parabolas_find_the_split_the_runs_were_made_from():
         for factor in np.geomspace(0.5, 2, 7):
             active = best * factor
             point = {"active_params": active, "tokens": compute / 6 / active}
-            rows.append({"compute": compute, **point, "loss": float(LAWS["hoffmann"].predict(point))})
+            rows.append(
+                {"compute": compute, **point, "loss": float(LAWS["hoffmann"].predict(point))}
+            )
     found = isoflop(pl.DataFrame(rows))
     k = LAWS["hoffmann"].coefficients("epoch")
     assert found.active_exponent == pytest.approx(k["beta"] / (k["alpha"] + k["beta"]), abs=2e-3)
     for row in found.optima.iter_rows(named=True):
-        assert row["active_params"] == pytest.approx(compute_optimal("hoffmann", row["compute"])[0], rel=0.02)
+        assert row["active_params"] == pytest.approx(
+            compute_optimal("hoffmann", row["compute"])[0], rel=0.02
+        )
 
 
 def test_budgets_without_a_minimum_inside_are_refused():
     size = np.geomspace(1e8, 1e9, 5)
-    falling = pl.DataFrame({"compute": [1e20] * 5, "active_params": size, "tokens": 1e20 / 6 / size, "loss": -np.log(size)})
+    falling = pl.DataFrame(
+        {
+            "compute": [1e20] * 5,
+            "active_params": size,
+            "tokens": 1e20 / 6 / size,
+            "loss": -np.log(size),
+        }
+    )
     with pytest.raises(AnalysisError, match="two or more budgets"):
         isoflop(falling)
 
@@ -44,7 +57,12 @@ def test_budgets_without_a_minimum_inside_are_refused():
 def arm(best=16.0, sd=0.001, total=1e9, draw=0):
     rng = np.random.default_rng(draw)
     rows = [
-        {"ratio": float(r), "seed": s, "loss": 3 + 0.01 * math.log2(r / best) ** 2 + rng.normal(0, sd), "total_params": total}
+        {
+            "ratio": float(r),
+            "seed": s,
+            "loss": 3 + 0.01 * math.log2(r / best) ** 2 + rng.normal(0, sd),
+            "total_params": total,
+        }
         for r in 2.0 ** np.arange(8)
         for s in range(3)
     ]
@@ -82,7 +100,10 @@ def test_only_arms_of_one_total_and_several_active_sizes_have_a_constrained_opti
             "total_params": total(e),
             "active_params": active(e),
         }
-        for arm, total, active in (("total", lambda e: 1e8, lambda e: 1e8 / 2**e), ("topk", lambda e: 1e7 * 2**e, lambda e: 1e7))
+        for arm, total, active in (
+            ("total", lambda e: 1e8, lambda e: 1e8 / 2**e),
+            ("topk", lambda e: 1e7 * 2**e, lambda e: 1e7),
+        )
         for e in range(7)
         for seed in range(3)
     ]

@@ -14,7 +14,11 @@ def test_the_cheapest_sufficient_design_is_the_first_by_flops_and_settles_everyt
     truths = [parse_truth("line"), parse_truth("wall:8")]
     found = plan_power(Design(GRID, 2, 1e7, 1e9), noise_sd=0.004, truths=truths, draws=150)
     assert found.best is not None
-    settled = found.others.group_by("design").agg(pl.col("settled").min(), pl.col("flops").first()).sort("design")
+    settled = (
+        found.others.group_by("design")
+        .agg(pl.col("settled").min(), pl.col("flops").first())
+        .sort("design")
+    )
     assert settled["flops"].is_sorted()
     assert (settled["settled"][:-1] < 0.9).all()
     assert settled["settled"][-1] >= 0.9
@@ -23,7 +27,9 @@ def test_the_cheapest_sufficient_design_is_the_first_by_flops_and_settles_everyt
 
 
 def test_a_hopeless_noise_has_no_sufficient_design():
-    found = plan_power(Design(GRID[:4], 2, 1e7, 1e9), noise_sd=0.5, truths=[parse_truth("line")], draws=20)
+    found = plan_power(
+        Design(GRID[:4], 2, 1e7, 1e9), noise_sd=0.5, truths=[parse_truth("line")], draws=20
+    )
     assert found.best is None
 
 
@@ -54,7 +60,9 @@ def test_the_arm_with_most_ratios_is_the_main_one():
 
 def test_a_csv_with_diverged_runs_keeps_them_for_the_verdict_to_refuse(tmp_path):
     path = tmp_path / "runs.csv"
-    path.write_text("ratio,seed,val_loss,active_params,train_tokens\n1,0,3.1,1e7,1e9\n2,0,nan,1e7,1e9\n4,0,,1e7,1e9\n")
+    path.write_text(
+        "ratio,seed,val_loss,active_params,train_tokens\n1,0,3.1,1e7,1e9\n2,0,nan,1e7,1e9\n4,0,,1e7,1e9\n"
+    )
     frame = read_runs(path)
     assert frame.columns == ["ratio", "seed", "loss", "active_params", "tokens"]
     assert frame["loss"].is_nan().sum() == 1

@@ -7,7 +7,17 @@ import polars as pl
 import pytest
 
 from moe_lab.errors import AnalysisError, ConfigError
-from moe_lab.scaling import LAWS, Design, Truth, cheapest, default_truths, designs, expected_gain, power, wall_verdict
+from moe_lab.scaling import (
+    LAWS,
+    Design,
+    Truth,
+    cheapest,
+    default_truths,
+    designs,
+    expected_gain,
+    power,
+    wall_verdict,
+)
 from moe_lab.scaling.judge import Outcome
 from moe_lab.scaling.power import draw, law_truth, line_truth, right_answer, wall_truth
 
@@ -20,7 +30,11 @@ def doublings(largest: int) -> tuple[float, ...]:
 
 # the truths of docs/scaling.md, in nats, at 10M active and 1B tokens
 LINE = Truth("line", lambda r, d: -0.03 * np.log2(r), ("line",))
-SATURATION = Truth("clark", lambda r, d: LAWS["clark"].predict({"active_params": 1.3e8, "ratio": r}, CLARK), ("saturation",))
+SATURATION = Truth(
+    "clark",
+    lambda r, d: LAWS["clark"].predict({"active_params": 1.3e8, "ratio": r}, CLARK),
+    ("saturation",),
+)
 JOINT = law_truth("ludziejewski")
 WALL = Truth("wall", lambda r, d: -0.03 * np.log2(np.minimum(r, 32)), ("plateau",), wall=32.0)
 
@@ -63,12 +77,20 @@ def test_the_right_form_is_chosen_as_often_as_in_the_notes(truth, largest, sd, s
 def test_smooth_truths_are_called_walls_in_at_most_two_of_a_hundred(largest, sd, seeds):
     design = Design(doublings(largest), seeds, 1e7, 1e9)
     for truth in (LINE, SATURATION, JOINT):
-        assert (draw(truth, design, sd, 300, np.random.default_rng(3)).outcomes() == Outcome.WALL).mean() <= 0.02
+        assert (
+            draw(truth, design, sd, 300, np.random.default_rng(3)).outcomes() == Outcome.WALL
+        ).mean() <= 0.02
 
 
 def test_a_hard_wall_is_never_called_no_wall_and_needs_three_quiet_doublings_to_be_found():
-    for largest, sd, at_least, at_most in ((64, 0.006, 0, 0), (256, 0.006, 0, 0.1), (512, 0.003, 0.95, 1)):
-        outcomes = draw(WALL, Design(doublings(largest), 3, 1e7, 1e9), sd, 300, np.random.default_rng(5)).outcomes()
+    for largest, sd, at_least, at_most in (
+        (64, 0.006, 0, 0),
+        (256, 0.006, 0, 0.1),
+        (512, 0.003, 0.95, 1),
+    ):
+        outcomes = draw(
+            WALL, Design(doublings(largest), 3, 1e7, 1e9), sd, 300, np.random.default_rng(5)
+        ).outcomes()
         assert (outcomes == Outcome.NO_WALL).mean() <= 0.01
         assert at_least <= (outcomes == Outcome.WALL).mean() <= at_most
 
@@ -76,9 +98,17 @@ def test_a_hard_wall_is_never_called_no_wall_and_needs_three_quiet_doublings_to_
 def test_one_draw_is_judged_as_a_frame_of_the_same_losses_is():
     design = Design(doublings(512), 3, 1e7, 1e9)
     ratios = np.array(design.ratios)
-    losses = (WALL.loss(ratios, design) + 3)[None, :, None] + np.random.default_rng(2).normal(0, 0.003, (1, len(ratios), 3))
+    losses = (WALL.loss(ratios, design) + 3)[None, :, None] + np.random.default_rng(2).normal(
+        0, 0.003, (1, len(ratios), 3)
+    )
     rows = [
-        {"ratio": r, "seed": f"{s}-{i}", "loss": losses[0, i, s], "active_params": 1e7, "tokens": 1e9}
+        {
+            "ratio": r,
+            "seed": f"{s}-{i}",
+            "loss": losses[0, i, s],
+            "active_params": 1e7,
+            "tokens": 1e9,
+        }
         for i, r in enumerate(ratios)
         for s in range(3)
     ]
@@ -94,7 +124,10 @@ def test_one_draw_is_judged_as_a_frame_of_the_same_losses_is():
 def test_power_grows_with_seeds_and_the_cheapest_design_is_the_least_that_suffices():
     plans = designs(1e7, 1e9, ratio_max=(64, 512), seeds=(2, 5))
     table = power(plans, noise_sd=0.004, draws=200, flops_per_second=1e13)
-    settled = {(row["ratio_max"], row["seeds"], row["truth"]): row["settled"] for row in table.iter_rows(named=True)}
+    settled = {
+        (row["ratio_max"], row["seeds"], row["truth"]): row["settled"]
+        for row in table.iter_rows(named=True)
+    }
     assert settled[(512, 5, "wall at 32")] > settled[(512, 2, "wall at 32")]
     assert settled[(64, 5, "wall at 32")] == 0
     assert (table["wrong"] <= 0.02).all()
@@ -138,7 +171,9 @@ def gains(**changes) -> dict[tuple[str, str], dict]:
 
 
 def test_longcats_135_billion_are_an_eighth_of_a_doubling_and_worth_what_smooth_laws_say():
-    """docs/scaling.md: .127 doubling, .0004-.004 nats, .0008 by Ludziejewski (2 % of compute), 5 % of compute by Ling."""
+    """docs/scaling.md: .127 doubling, .0004-.004 nats, .0008 by Ludziejewski (2 % of compute), 5 %
+    of compute by Ling.
+    """
     found = gains()
     joint, ling = found[("ludziejewski", "joint")], found[("ling", "table 2")]
     assert joint["doublings"] == pytest.approx(0.127, abs=5e-4)
@@ -155,7 +190,11 @@ def test_seeds_to_see_a_gain_are_those_that_would():
     row = gains()[("ludziejewski", "joint")]
     rng = np.random.default_rng(0)
     for seeds, low, high in ((row["seeds"], 0.88, 1.0), (max(1, row["seeds"] // 2), 0.0, 0.85)):
-        difference = row["gain"] + rng.normal(0, 0.0005, (4000, seeds)).mean(1) - rng.normal(0, 0.0005, (4000, seeds)).mean(1)
+        difference = (
+            row["gain"]
+            + rng.normal(0, 0.0005, (4000, seeds)).mean(1)
+            - rng.normal(0, 0.0005, (4000, seeds)).mean(1)
+        )
         seen = (difference > 1.645 * 0.0005 * math.sqrt(2 / seeds)).mean()
         assert low <= seen <= high
     assert gains()[("clark", "RL-R")]["seeds"] is None

@@ -14,11 +14,25 @@ DOUBLINGS_256 = 2.0 ** np.arange(9)
 DOUBLINGS_512 = 2.0 ** np.arange(10)
 
 
-def sweep(truth, ratios=DOUBLINGS_256, seeds=3, sd=0.003, *, active=1e7, tokens=1e9, draw=0, seed_effect=0.0):
+def sweep(
+    truth,
+    ratios=DOUBLINGS_256,
+    seeds=3,
+    sd=0.003,
+    *,
+    active=1e7,
+    tokens=1e9,
+    draw=0,
+    seed_effect=0.0,
+):
     rng = np.random.default_rng(draw)
     shift = rng.normal(0, seed_effect, seeds) if seed_effect else np.zeros(seeds)
     rows = [
-        {"ratio": float(ratio), "seed": seed, "loss": truth(math.log2(ratio)) + shift[seed] + rng.normal(0, sd)}
+        {
+            "ratio": float(ratio),
+            "seed": seed,
+            "loss": truth(math.log2(ratio)) + shift[seed] + rng.normal(0, sd),
+        }
         for ratio in ratios
         for seed in range(seeds)
     ]
@@ -52,7 +66,9 @@ def test_a_hard_wall_with_four_quiet_doublings_beyond_is_found_where_it_is():
 
 @pytest.mark.parametrize("at", [6, 12, 24, 48])
 def test_a_wall_between_two_measured_ratios_is_placed_between_them(at):
-    verdict = wall_verdict(sweep(lambda x: 3 - 0.05 * min(x, math.log2(at)), DOUBLINGS_512, sd=0.001))
+    verdict = wall_verdict(
+        sweep(lambda x: 3 - 0.05 * min(x, math.log2(at)), DOUBLINGS_512, sd=0.001)
+    )
     assert verdict.outcome is Outcome.WALL
     assert verdict.at == pytest.approx(at, rel=0.06)
 
@@ -67,22 +83,36 @@ def test_ratios_half_a_doubling_apart_are_compared_over_a_whole_one():
 
 
 def ludziejewski(x, active=1e7, tokens=2e8):
-    return float(LAWS["ludziejewski"].predict({"active_params": active, "tokens": tokens, "ratio": 2.0**x}))
+    return float(
+        LAWS["ludziejewski"].predict({"active_params": active, "tokens": tokens, "ratio": 2.0**x})
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_gains_that_fade_as_smooth_laws_do_are_no_wall_however_clearly_they_fade(seed):
-    """Ludziejewski's law at 20 tokens a parameter: .017 nats a doubling at first, none past 64, and no break anywhere."""
-    verdict = wall_verdict(sweep(ludziejewski, 2.0 ** np.arange(8), sd=0.0005, tokens=2e8, draw=seed))
+    """Ludziejewski's law at 20 tokens a parameter: .017 nats a doubling at first, none past 64, and
+    no break anywhere.
+    """
+    verdict = wall_verdict(
+        sweep(ludziejewski, 2.0 ** np.arange(8), sd=0.0005, tokens=2e8, draw=seed)
+    )
     assert verdict.outcome is Outcome.CANNOT_TELL
 
 
 def test_a_fade_is_told_as_such():
     verdict = wall_verdict(sweep(ludziejewski, DOUBLINGS_512, sd=0.0005, tokens=6e8))
-    faded = wall_verdict(sweep(lambda x: 3 - 0.05 * (x - 0.9 * math.log1p(math.exp((x - 4) / 0.9))), DOUBLINGS_512, sd=0.0005))
+    faded = wall_verdict(
+        sweep(
+            lambda x: 3 - 0.05 * (x - 0.9 * math.log1p(math.exp((x - 4) / 0.9))),
+            DOUBLINGS_512,
+            sd=0.0005,
+        )
+    )
     assert Outcome.WALL not in (verdict.outcome, faded.outcome)
     assert "fade to within the margin, as those of smooth laws do, and no break" in faded.sentence
-    assert any("a bend spread over three doublings fits as well" in reason for reason in faded.reasons)
+    assert any(
+        "a bend spread over three doublings fits as well" in reason for reason in faded.reasons
+    )
 
 
 def test_a_hard_wall_one_doubling_before_the_end_is_not_claimed():
@@ -104,7 +134,11 @@ def test_a_wall_hidden_in_noise_is_not_claimed_though_no_gain_is_significant():
 
 def naive_rule(frame: pl.DataFrame) -> bool:
     """The rule never used: a wall is where some doubling's gain is below two standard errors."""
-    means = frame.group_by("ratio").agg(pl.col("loss").mean(), pl.col("loss").var().alias("v"), pl.len().alias("n")).sort("ratio")
+    means = (
+        frame.group_by("ratio")
+        .agg(pl.col("loss").mean(), pl.col("loss").var().alias("v"), pl.len().alias("n"))
+        .sort("ratio")
+    )
     se = math.sqrt(means["v"].mean() * 2 / means["n"][0])  # type: ignore[operator]
     return bool((-np.diff(means["loss"].to_numpy()) < 2 * se).any())
 
@@ -121,9 +155,14 @@ def test_diminishing_returns_below_the_margin_everywhere_are_no_wall():
     assert verdict.interval[1] < 0.07
 
 
-@pytest.mark.parametrize(("seeds", "phrase"), [(1, "one seed on 5 ratios"), (2, "2 seeds on 5 ratios"), (3, "3 seeds on 5 ratios")])
+@pytest.mark.parametrize(
+    ("seeds", "phrase"),
+    [(1, "one seed on 5 ratios"), (2, "2 seeds on 5 ratios"), (3, "3 seeds on 5 ratios")],
+)
 def test_a_tiny_sweep_cannot_tell_and_says_what_would(seeds, phrase):
-    verdict = wall_verdict(sweep(lambda x: 6 - 0.1 * x, 2.0 ** np.arange(5), seeds, 0.01, active=5e5, tokens=200_000))
+    verdict = wall_verdict(
+        sweep(lambda x: 6 - 0.1 * x, 2.0 ** np.arange(5), seeds, 0.01, active=5e5, tokens=200_000)
+    )
     assert verdict.outcome is Outcome.CANNOT_TELL
     assert phrase in verdict.sentence
     assert "12.5k per expert at ratio 16" in verdict.sentence
@@ -142,7 +181,9 @@ def test_one_seed_cannot_tell_unless_the_noise_is_known_from_elsewhere():
 
 def test_the_interval_of_a_gain_is_students_paired_interval():
     frame = sweep(line, seed_effect=0.2)
-    table = frame.pivot(on="seed", index="ratio", values="loss").sort("ratio").drop("ratio").to_numpy()
+    table = (
+        frame.pivot(on="seed", index="ratio", values="loss").sort("ratio").drop("ratio").to_numpy()
+    )
     residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     df = (table.shape[0] - 1) * (table.shape[1] - 1)
     half = stats.t.ppf(0.95, df) * math.sqrt((residual**2).sum() / df * 2 / 3)
@@ -153,13 +194,23 @@ def test_the_interval_of_a_gain_is_students_paired_interval():
 
 def test_a_missing_run_falls_back_to_the_spread_within_ratios():
     frame = sweep(line, sd=0.003).slice(1)
-    within = frame.group_by("ratio").agg(((pl.col("loss") - pl.col("loss").mean()) ** 2).sum())["loss"].sum()
+    within = (
+        frame.group_by("ratio")
+        .agg(((pl.col("loss") - pl.col("loss").mean()) ** 2).sum())["loss"]
+        .sum()
+    )
     assert wall_verdict(frame).noise_sd == pytest.approx(math.sqrt(within / (26 - 9)))
 
 
 def test_the_margin_is_five_percent_of_compute_by_the_published_values():
     """docs/scaling.md, evaluated at ratio 16, the middle of a 1-256 grid."""
-    for active, tokens, nats in ((3e6, 3e8, 0.0149), (1e7, 3e8, 0.0137), (1e7, 1e9, 0.0116), (1e8, 1e10, 0.0073), (1e9, 1e11, 0.0046)):
+    for active, tokens, nats in (
+        (3e6, 3e8, 0.0149),
+        (1e7, 3e8, 0.0137),
+        (1e7, 1e9, 0.0116),
+        (1e8, 1e10, 0.0073),
+        (1e9, 1e11, 0.0046),
+    ):
         verdict = wall_verdict(sweep(line, active=active, tokens=tokens))
         assert verdict.margin == pytest.approx(nats, abs=6e-5)
         extrapolated = active < 7.8e7 or tokens > 8e10
@@ -168,7 +219,10 @@ def test_the_margin_is_five_percent_of_compute_by_the_published_values():
 
 def test_the_margin_is_measured_where_other_budgets_were_run():
     truth = {1e9: 3.0, 4e9: 2.7}
-    budgets = pl.concat(sweep(lambda x, at=at: at - 0.03 * x, tokens=tokens, sd=1e-6) for tokens, at in truth.items())
+    budgets = pl.concat(
+        sweep(lambda x, at=at: at - 0.03 * x, tokens=tokens, sd=1e-6)
+        for tokens, at in truth.items()
+    )
     verdict = wall_verdict(budgets.filter(pl.col("tokens") == 1e9), budgets=budgets)
     assert verdict.compute_slope == pytest.approx(0.3 / math.log(4), rel=1e-4)
     assert verdict.elasticity == pytest.approx(0.03 / math.log(2) / (0.3 / math.log(4)), rel=1e-3)
@@ -180,7 +234,9 @@ def growing_router(share):
 
 
 def test_a_routers_growth_is_charged_before_a_gain_refutes_a_wall():
-    """The last gain of .03 nats is worth 13 % of compute; at 22 % more active parameters for the last step it proves nothing."""
+    """The last gain of .03 nats is worth 13 % of compute; at 22 % more active parameters for the
+    last step it proves nothing.
+    """
     assert wall_verdict(growing_router(0.05)).outcome is Outcome.NO_WALL
     charged = wall_verdict(growing_router(0.45))
     assert charged.outcome is Outcome.CANNOT_TELL
@@ -204,7 +260,12 @@ def test_seeds_that_agree_to_the_last_bit_measure_no_noise():
 def test_every_budget_has_its_own_verdict_with_the_slope_between_them():
     walls = {1e9: 5, 4e9: 20}
     frames = [
-        sweep(lambda x, w=w, t=t: 3 - 0.1 * math.log(t / 1e9) - 0.03 * min(x, w), DOUBLINGS_512, sd=0.001, tokens=t)
+        sweep(
+            lambda x, w=w, t=t: 3 - 0.1 * math.log(t / 1e9) - 0.03 * min(x, w),
+            DOUBLINGS_512,
+            sd=0.001,
+            tokens=t,
+        )
         for t, w in walls.items()
     ]
     verdicts = verdict_by_budget(pl.concat(frames))
@@ -217,7 +278,17 @@ def test_every_budget_has_its_own_verdict_with_the_slope_between_them():
 def test_verdict_tables_hold_every_step_and_every_form():
     verdict = wall_verdict(sweep(line))
     gains, forms = verdict.gain_table(), verdict.form_table()
-    assert gains.columns == ["ratio_from", "ratio_to", "gain", "lo", "hi", "compute", "compute_lo", "compute_hi", "margin"]
+    assert gains.columns == [
+        "ratio_from",
+        "ratio_to",
+        "gain",
+        "lo",
+        "hi",
+        "compute",
+        "compute_lo",
+        "compute_hi",
+        "margin",
+    ]
     assert gains["ratio_to"].to_list() == DOUBLINGS_256[1:].tolist()
     assert sorted(forms["name"]) == ["hinge", "line", "plateau", "power", "saturation"]
     assert forms["weight"].sum() == pytest.approx(1)
@@ -233,8 +304,14 @@ BAD_INPUT = {
         bad(loss=pl.when(pl.col("ratio") == 8).then(float("nan")).otherwise(pl.col("loss"))),
         "got nan at ratio 8 seed 0 (3 of 27 runs)",
     ),
-    "mixed budgets": (bad(tokens=pl.when(pl.col("ratio") > 8).then(2e9).otherwise(1e9)), "expected one token budget, got 1e+09, 2e+09"),
-    "duplicates": (pl.concat([sweep(line), sweep(line)]), "expected one run per ratio and seed, got 2 at ratio 1 seed 0"),
+    "mixed budgets": (
+        bad(tokens=pl.when(pl.col("ratio") > 8).then(2e9).otherwise(1e9)),
+        "expected one token budget, got 1e+09, 2e+09",
+    ),
+    "duplicates": (
+        pl.concat([sweep(line), sweep(line)]),
+        "expected one run per ratio and seed, got 2 at ratio 1 seed 0",
+    ),
     "learning rates": (
         pl.concat([sweep(line).with_columns(learning_rate=pl.lit(rate)) for rate in (1e-3, 2e-3)]),
         "try the best learning rate of each ratio alone",
@@ -242,11 +319,23 @@ BAD_INPUT = {
     "no loss": (sweep(line).drop("loss"), "got none called loss"),
     "text": (bad(loss=pl.col("loss").cast(pl.String)), "expected numbers in loss, got String"),
     "empty": (sweep(line).clear(), "got an empty frame"),
-    "null": (bad(loss=pl.when(pl.col("seed") > 0).then(pl.col("loss"))), "expected a value of loss in every run, got 9 empty"),
-    "perplexity": (bad(loss=pl.col("loss").exp()), "expected losses in nats per token, between 0 and 15"),
-    "bits": (bad(loss=pl.col("loss") / math.log(2), vocab_size=pl.lit(32)), "try multiplying by ln 2 if they are bits"),
+    "null": (
+        bad(loss=pl.when(pl.col("seed") > 0).then(pl.col("loss"))),
+        "expected a value of loss in every run, got 9 empty",
+    ),
+    "perplexity": (
+        bad(loss=pl.col("loss").exp()),
+        "expected losses in nats per token, between 0 and 15",
+    ),
+    "bits": (
+        bad(loss=pl.col("loss") / math.log(2), vocab_size=pl.lit(32)),
+        "try multiplying by ln 2 if they are bits",
+    ),
     "bits per byte": (bad(bits_per_byte=pl.col("loss")), "got the column bits_per_byte again"),
-    "other sizes": (bad(active_params=pl.col("ratio") * 1e6), "expected one active size (within 50 %)"),
+    "other sizes": (
+        bad(active_params=pl.col("ratio") * 1e6),
+        "expected one active size (within 50 %)",
+    ),
     "inverse": (bad(ratio=1 / pl.col("ratio")), "expected ratios total:active of at least 1"),
 }
 

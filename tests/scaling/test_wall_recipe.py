@@ -55,15 +55,22 @@ def test_learning_rates_bracket_the_short_runs_by_the_square_root_of_two(arms):
 def test_tokens_per_expert_are_those_of_the_largest_ratio(arms):
     widest = max(arms["topk"], key=lambda run: run.ratio)
     for run in arms["per_expert"]:
-        assert run.train_tokens / run.ratio == pytest.approx(widest.train_tokens / widest.ratio, rel=1e-6)
+        assert run.train_tokens / run.ratio == pytest.approx(
+            widest.train_tokens / widest.ratio, rel=1e-6
+        )
 
 
 def test_total_parameters_and_training_flops_are_fixed_in_the_arm_total(arms):
     runs = arms["total"]
     assert len({count(run.model).total for run in runs}) == 1
-    work = [flops(run.model, context=run.seq_length, phase="train").total * run.train_tokens for run in runs]
+    work = [
+        flops(run.model, context=run.seq_length, phase="train").total * run.train_tokens
+        for run in runs
+    ]
     assert max(work) == pytest.approx(min(work), rel=1e-4)
-    assert all(run.model.moe is not None and run.model.moe.router.top_k > 1 for run in runs), "top-1 of normalised weights has no gradient"
+    assert all(run.model.moe is not None and run.model.moe.router.top_k > 1 for run in runs), (
+        "top-1 of normalised weights has no gradient"
+    )
 
 
 def test_runs_of_one_seed_see_the_same_batches_in_every_arm(arms):
@@ -76,4 +83,6 @@ def test_the_plan_charges_branches_their_decay(arms):
     long, short = arms["topk"][0], arms["topk-short"][0]
     table = plan(load_recipe(RECIPE, "demo"), calibrate=False)
     assert table.height == 12
-    assert short.steps - short.decay_step(short.train_tokens) == pytest.approx(0.05 * long.steps, abs=1)
+    assert short.steps - short.decay_step(short.train_tokens) == pytest.approx(
+        0.05 * long.steps, abs=1
+    )

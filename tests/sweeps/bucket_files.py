@@ -1,7 +1,9 @@
-"""An fsspec file system that behaves as an object store does, in a folder that several processes see, and fails on demand.
+"""An fsspec file system that behaves as an object store does, in a folder that several processes
+see, and fails on demand.
 
-``bucket://name/...`` lies in ``$BUCKET_ROOT/name/...``; objects appear whole. A file ``trouble`` in the root says what goes wrong:
-"full", "denied", "gone" (the network), or "no checkpoints" (those alone are refused).
+``bucket://name/...`` lies in ``$BUCKET_ROOT/name/...``; objects appear whole. A file ``trouble`` in
+the root says what goes wrong: "full", "denied", "gone" (the network), or "no checkpoints" (those
+alone are refused).
 """
 
 import errno
@@ -26,14 +28,21 @@ class BucketFiles(LocalFileSystem):
     cachable = False
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(auto_mkdir=True, **{name: value for name, value in options.items() if name != "use_listings_cache"})
+        super().__init__(
+            auto_mkdir=True,
+            **{name: value for name, value in options.items() if name != "use_listings_cache"},
+        )
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
         if isinstance(path, list):
             return [cls._strip_protocol(one) for one in path]
         text = str(path)
-        return f"{os.environ['BUCKET_ROOT']}/{text.removeprefix('bucket://')}" if text.startswith("bucket://") else text.rstrip("/")
+        return (
+            f"{os.environ['BUCKET_ROOT']}/{text.removeprefix('bucket://')}"
+            if text.startswith("bucket://")
+            else text.rstrip("/")
+        )
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         self._check(path)
@@ -68,7 +77,9 @@ class BucketFiles(LocalFileSystem):
         if trouble == "full" or (trouble == "no checkpoints" and "checkpoint" in path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if trouble == "denied":
-            raise PermissionError("The AWS Access Key Id you provided does not exist in our records.")
+            raise PermissionError(
+                "The AWS Access Key Id you provided does not exist in our records."
+            )
         if trouble == "gone":
             raise ConnectionError('Could not connect to the endpoint URL: "https://store.invalid/"')
 
@@ -77,7 +88,9 @@ fsspec.register_implementation("bucket", BucketFiles, clobber=True)
 
 
 def train_and_die_once(values: dict[str, Any], folder: Path) -> None:
-    """As ``train``; the first process to get so far is killed once its checkpoint lies in the bucket."""
+    """As ``train``; the first process to get so far is killed once its checkpoint lies in the
+    bucket.
+    """
     root = Path(os.environ["BUCKET_ROOT"])
 
     def kill() -> None:
@@ -92,7 +105,9 @@ def train_and_die_once(values: dict[str, Any], folder: Path) -> None:
 
 
 def train(values: dict[str, Any], folder: Path) -> None:
-    """The stub trainer, in a process that knows ``bucket://``; it leaves a nested file, as a trace is."""
+    """The stub trainer, in a process that knows ``bucket://``; it leaves a nested file, as a trace
+    is.
+    """
     train_stub(values, folder)
     (folder / "trace").mkdir(exist_ok=True)
     (folder / "trace" / "part.txt").write_text("routes")

@@ -1,4 +1,6 @@
-"""A launcher without processes: a queue in which so many runs begin, each of which ends as it is told."""
+"""A launcher without processes: a queue in which so many runs begin, each of which ends as it is
+told.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +11,10 @@ from moe_lab.sweeps import Ending, Job, Result
 
 @dataclass
 class FakeLauncher:
-    """``begun`` of the runs begin at once. They die while there are ``deaths``, each at that step by its status, and then finish."""
+    """``begun`` of the runs begin at once.
+
+    They die while there are ``deaths``, each at that step by its status, and then finish.
+    """
 
     begun: int = 1
     deaths: list[int] = field(default_factory=list)
@@ -29,7 +34,10 @@ class FakeLauncher:
     def _ending(self, job: Job) -> Ending:
         job.folder.mkdir(parents=True, exist_ok=True)
         if self.deaths:
-            write_json(job.folder / "status.json", {"step": self.deaths.pop(0), "steps": job.config["steps"]})
+            write_json(
+                job.folder / "status.json",
+                {"step": self.deaths.pop(0), "steps": job.config["steps"]},
+            )
             return Ending(job.run, Result.DIED, "its node was taken away")
         return Ending(job.run, Result.FINISHED)
 

@@ -1,4 +1,6 @@
-"""A sweep of two tiny real runs, as a recipe and as a process to kill: ``python real_sweep.py CORPUS OUT``."""
+"""A sweep of two tiny real runs, as a recipe and as a process to kill: ``python real_sweep.py
+CORPUS OUT``.
+"""
 
 import sys
 from pathlib import Path
@@ -13,12 +15,22 @@ from moe_lab.training import RunConfig
 def real_sweep(corpus: Path) -> SweepConfig:
     runs = []
     for num_experts in (4, 8):
-        moe = MoEConfig(d_model=32, d_expert=16, router=RouterConfig(num_experts=num_experts, top_k=2))
-        model = DecoderConfig(vocab_size=257, num_layers=2, d_model=32, num_heads=2, context_length=32, moe=moe)
+        moe = MoEConfig(
+            d_model=32, d_expert=16, router=RouterConfig(num_experts=num_experts, top_k=2)
+        )
+        model = DecoderConfig(
+            vocab_size=257, num_layers=2, d_model=32, num_heads=2, context_length=32, moe=moe
+        )
         text = TextConfig(corpus=str(corpus), tokenizer="byte")  # type: ignore[arg-type]
         runs.append(
             RunConfig(
-                name=f"E{num_experts}", model=model, text=text, batch_size=4, seq_length=32, train_tokens=120 * 128, checkpoint_every=10
+                name=f"E{num_experts}",
+                model=model,
+                text=text,
+                batch_size=4,
+                seq_length=32,
+                train_tokens=120 * 128,
+                checkpoint_every=10,
             )
         )
     return SweepConfig(name="real", question="Is it the same?", runs=tuple(runs))

@@ -1,4 +1,6 @@
-"""A trainer without torch: a number per step that depends on all steps before it, checkpointed as a real run is."""
+"""A trainer without torch: a number per step that depends on all steps before it, checkpointed as a
+real run is.
+"""
 
 import errno
 import json
@@ -80,7 +82,11 @@ def train(values: dict[str, Any], folder: Path) -> None:
         return
     run = StubRun.from_dict(values)
     checkpoint = folder / "checkpoint.json"
-    found = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "state": float(run.seed)}
+    found = (
+        json.loads(checkpoint.read_text())
+        if checkpoint.exists()
+        else {"step": 0, "state": float(run.seed)}
+    )
     state = found["state"]
     with open(folder / "steps.log", "a") as log:
         for step in range(found["step"], run.steps):
@@ -93,8 +99,13 @@ def train(values: dict[str, Any], folder: Path) -> None:
             while (folder.parent / HOLD).exists():
                 time.sleep(0.01)
             _replace(checkpoint, {"step": step + 1, "state": state})
-            _replace(folder / "status.json", {"step": step + 1, "steps": run.steps, "loss": state, "tokens_per_second": 8.0})
-    with open(folder / "result.json", "w") as result:  # not renamed into place: only `done` may make a reader trust it
+            _replace(
+                folder / "status.json",
+                {"step": step + 1, "steps": run.steps, "loss": state, "tokens_per_second": 8.0},
+            )
+    with open(
+        folder / "result.json", "w"
+    ) as result:  # not renamed into place: only `done` may make a reader trust it
         for character in json.dumps({"loss": state, "name": run.name}):
             result.write(character)
             result.flush()
@@ -103,7 +114,9 @@ def train(values: dict[str, Any], folder: Path) -> None:
 
 
 def _replace(path: Path, values: dict[str, Any]) -> None:
-    """``write_json`` without its fsync: tests kill processes, not the machine, and these are many files."""
+    """``write_json`` without its fsync: tests kill processes, not the machine, and these are many
+    files.
+    """
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values))
     temporary.replace(path)
@@ -143,13 +156,20 @@ def drive(out: Path, runs: int, steps: int, step_seconds: float, workers: int) -
     """A whole sweep as a process of its own, for tests that kill it."""
     from moe_lab.sweeps import run
 
-    outcome = run(stub_sweep(*stub_grid(runs, steps, step_seconds)), out, workers=workers, trainer=STUB)
+    outcome = run(
+        stub_sweep(*stub_grid(runs, steps, step_seconds)), out, workers=workers, trainer=STUB
+    )
     print("outcome", len(outcome.finished), len(outcome.failed), len(outcome.interrupted))
 
 
 def stub_grid(runs: int, steps: int, step_seconds: float) -> list[StubRun]:
-    return [StubRun(name=f"run {seed}", seed=seed, steps=steps + seed, step_seconds=step_seconds) for seed in range(runs)]
+    return [
+        StubRun(name=f"run {seed}", seed=seed, steps=steps + seed, step_seconds=step_seconds)
+        for seed in range(runs)
+    ]
 
 
 if __name__ == "__main__":
-    drive(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
+    drive(
+        Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
+    )

@@ -87,7 +87,9 @@ def test_another_hosts_claim_lives_by_its_heartbeat(tmp_path: Path, age: float, 
 
 
 @pytest.mark.parametrize(("age", "alive"), [(0.0, True), (claims.HEARTBEAT_SECONDS + 5, False)])
-def test_an_empty_claim_belongs_to_someone_just_starting_or_to_nobody(tmp_path: Path, age: float, alive: bool):
+def test_an_empty_claim_belongs_to_someone_just_starting_or_to_nobody(
+    tmp_path: Path, age: float, alive: bool
+):
     write_claim(tmp_path, None, age=age)
     assert (acquire(tmp_path) is None) is alive
 
@@ -104,7 +106,9 @@ def test_a_holder_keeps_its_claim_fresh(tmp_path: Path, monkeypatch: pytest.Monk
     claim.release()
 
 
-def test_a_holder_learns_that_it_was_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_holder_learns_that_it_was_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.01)
     lost = multiprocessing.Event()
     claim = acquire(tmp_path, on_lost=lost.set)
@@ -113,7 +117,9 @@ def test_a_holder_learns_that_it_was_taken_for_dead(tmp_path: Path, monkeypatch:
     assert lost.wait(10)
 
 
-def test_a_late_comer_who_saw_an_old_claim_backs_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead_owner: Owner):
+def test_a_late_comer_who_saw_an_old_claim_backs_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead_owner: Owner
+):
     write_claim(tmp_path, dead_owner, number=1)
     stale_view = os.listdir(tmp_path)
     write_claim(tmp_path, Owner("elsewhere/0/0", 1, 1), number=3)
@@ -151,7 +157,10 @@ def test_of_many_processes_one_takes_an_abandoned_claim_over(tmp_path: Path, dea
 
 def test_a_folder_that_cannot_be_made_gives_one_clear_line(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write .*file/run: Not a directory; try another folder or free some space"):
+    with pytest.raises(
+        RunError,
+        match=r"cannot write .*file/run: Not a directory; try another folder or free some space",
+    ):
         acquire(tmp_path / "file" / "run")
 
 

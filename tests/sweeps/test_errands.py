@@ -1,4 +1,6 @@
-"""A run called on another machine: what is wrong with the machine ends the sweep, what is wrong with the run is one line of its own."""
+"""A run called on another machine: what is wrong with the machine ends the sweep, what is wrong
+with the run is one line of its own.
+"""
 
 import json
 import os
@@ -30,7 +32,9 @@ def raising(error: BaseException) -> Callable[[dict[str, Any], Path], None]:
     return train
 
 
-def test_an_errand_trains_in_the_drivers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_errand_trains_in_the_drivers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A configuration with a relative path means the same file on every machine."""
     (tmp_path / "driver").mkdir()
     (tmp_path / "worker").mkdir()
@@ -40,7 +44,9 @@ def test_an_errand_trains_in_the_drivers_folder(tmp_path: Path, monkeypatch: pyt
     errand = Errand.of(job_in(Path("."), StubRun(steps=4, trouble="needs file")), STUB)
     monkeypatch.chdir(tmp_path / "worker")
     assert settle(errand()).result is Result.FINISHED
-    assert json.loads((tmp_path / "driver/r/result.json").read_text())["loss"] == expected_loss(StubRun(steps=4))
+    assert json.loads((tmp_path / "driver/r/result.json").read_text())["loss"] == expected_loss(
+        StubRun(steps=4)
+    )
     assert Path.cwd() == tmp_path / "worker"
 
 
@@ -55,17 +61,24 @@ def test_other_versions_on_a_worker_end_the_sweep_with_both_named(tmp_path: Path
 
 
 def test_a_folder_that_the_worker_does_not_see_ends_the_sweep(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"expected a folder that every machine sees, got no .*away on the worker; try a shared file system"):
+    with pytest.raises(
+        RunError,
+        match=r"expected a folder that every machine sees, got no .*away on the worker; try a shared file system",
+    ):
         settle(Errand.of(job_in(tmp_path / "away"), STUB)())
 
 
-def test_a_run_whose_files_go_to_an_object_store_needs_no_folder_of_the_drivers(tmp_path: Path) -> None:
+def test_a_run_whose_files_go_to_an_object_store_needs_no_folder_of_the_drivers(
+    tmp_path: Path,
+) -> None:
     job = replace(job_in(tmp_path / "away"), shared=False)
     assert settle(Errand.of(job, STUB)()).result is Result.FINISHED
 
 
 def test_a_trainer_that_the_worker_cannot_import_ends_the_sweep(tmp_path: Path) -> None:
-    assert "expected a trainer as an importable module:function" in _reason(Errand.of(job_in(tmp_path), "nowhere:train")())
+    assert "expected a trainer as an importable module:function" in _reason(
+        Errand.of(job_in(tmp_path), "nowhere:train")()
+    )
 
 
 def _reason(answer: Ending | Refusal) -> str:
@@ -77,7 +90,9 @@ def _reason(answer: Ending | Refusal) -> str:
     "error",
     [
         MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB"),
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB"
+        ),
         OSError(12, os.strerror(12)),
     ],
 )
@@ -96,7 +111,9 @@ def test_so_does_one_whose_tensor_is_too_large(tmp_path: Path) -> None:
     assert "\n" not in ending.reason
 
 
-def test_a_machine_that_is_taken_away_is_no_failure_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_is_taken_away_is_no_failure_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert execute(raising(SystemExit(1)), job_in(tmp_path)).result is Result.FAILED
     monkeypatch.setattr(worker.preempted, "is_set", lambda: True)
     with pytest.raises(SystemExit):

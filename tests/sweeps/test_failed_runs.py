@@ -15,7 +15,11 @@ from moe_lab.sweeps import overview, run, status, status_lines
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sweep")
-    runs = [StubRun(name="good"), StubRun(name="bug", trouble="bug"), StubRun(name="killed", trouble="killed every time")]
+    runs = [
+        StubRun(name="good"),
+        StubRun(name="bug", trouble="bug"),
+        StubRun(name="killed", trouble="killed every time"),
+    ]
     run(stub_sweep(*runs), out, progress=False, trainer=STUB)
     return out
 
@@ -28,25 +32,38 @@ def test_status_holds_the_end_of_the_traceback(sweep: Path):
     assert lines[-2:] == ["ZeroDivisionError: division by zero", "and a second line"]
 
 
-def test_the_command_shows_failed_runs_with_their_last_lines(sweep: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_shows_failed_runs_with_their_last_lines(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(["sweep", "status", str(sweep)]) == 0
     text = capsys.readouterr().out
     assert "3 runs: 1 finished, 2 failed" in text
-    assert ") failed: worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch), 3 times\n" in text
+    assert (
+        ") failed: worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch), 3 times\n"
+        in text
+    )
     assert "\n    ZeroDivisionError: division by zero\n" in text
     assert "`moe-lab sweep run ... --retry-failed` trains failed runs again" in text
 
 
 def test_the_last_lines_are_in_the_json_too(sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["sweep", "status", str(sweep), "--json"]) == 0
-    assert any("ZeroDivisionError" in row["last_lines"] for row in json.loads(capsys.readouterr().out))
+    assert any(
+        "ZeroDivisionError" in row["last_lines"] for row in json.loads(capsys.readouterr().out)
+    )
 
 
 def test_what_a_run_printed_comes_before_its_traceback(tmp_path: Path):
     (tmp_path / "log.txt").write_text("\n".join(f"line {number}" for number in range(100)))
-    (tmp_path / "error.txt").write_text("it broke\n\nTraceback (most recent call last):\nValueError: it broke\n")
+    (tmp_path / "error.txt").write_text(
+        "it broke\n\nTraceback (most recent call last):\nValueError: it broke\n"
+    )
     lines = failures.last_lines(tmp_path).splitlines()
-    assert lines == [*(f"line {number}" for number in range(94, 100)), "Traceback (most recent call last):", "ValueError: it broke"]
+    assert lines == [
+        *(f"line {number}" for number in range(94, 100)),
+        "Traceback (most recent call last):",
+        "ValueError: it broke",
+    ]
     assert failures.reason(tmp_path) == "it broke"
 
 
@@ -59,12 +76,16 @@ def test_last_lines_are_bounded_whatever_was_printed(tmp_path: Path):
     (tmp_path / "log.txt").write_text("x" * 10**6 + "\nend\n" + "\n" * 50)
     (tmp_path / "error.txt").write_text("why\n" + "y" * 10**6)
     text = failures.last_lines(tmp_path)
-    assert len(text) <= failures.LINE_CHARACTERS * (failures.PRINTED_LINES + failures.TRACEBACK_LINES)
+    assert len(text) <= failures.LINE_CHARACTERS * (
+        failures.PRINTED_LINES + failures.TRACEBACK_LINES
+    )
     assert "end" in text.splitlines()
 
 
 def test_last_lines_do_nothing_to_a_terminal(tmp_path: Path):
-    (tmp_path / "log.txt").write_bytes(b"\x1b[31mred\x1b[0m \x1b]0;title\x07\xff\x00\x9b2J\n10 %\r20 %\rdone \xe2\x80\xae\n")
+    (tmp_path / "log.txt").write_bytes(
+        b"\x1b[31mred\x1b[0m \x1b]0;title\x07\xff\x00\x9b2J\n10 %\r20 %\rdone \xe2\x80\xae\n"
+    )
     assert failures.last_lines(tmp_path).splitlines() == ["red \ufffd\ufffd2J", "done"]
 
 
@@ -76,7 +97,13 @@ def test_a_large_sweep_shows_the_rows_that_need_attention():
     number = 5 * overview.MAX_ROWS
     states = ["finished"] * (number - 30) + ["running"] * 10 + ["failed"] * 20
     frame = pl.DataFrame(
-        {"run": [f"h{index}" for index in range(number)], "name": "a", "state": states, "error": "why", "last_lines": "deep\nsaid"}
+        {
+            "run": [f"h{index}" for index in range(number)],
+            "name": "a",
+            "state": states,
+            "error": "why",
+            "last_lines": "deep\nsaid",
+        }
     )
     lines = "\n".join(status_lines(frame))
     assert lines.count(" running ") == 10

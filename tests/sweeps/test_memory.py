@@ -1,4 +1,6 @@
-"""The memory a run is expected to need, against what a real run took, and how many runs that lets through."""
+"""The memory a run is expected to need, against what a real run took, and how many runs that lets
+through.
+"""
 
 import json
 import subprocess
@@ -31,8 +33,18 @@ print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if 
 def make(corpus: str = "stdlib", **changes) -> RunConfig:
     """Two layers of 4 experts on bytes."""
     experts, width = changes.pop("num_experts", 4), changes.pop("d_model", 32)
-    moe = MoEConfig(d_model=width, d_expert=changes.pop("d_expert", 32), router=RouterConfig(num_experts=experts, top_k=2))
-    shape = {"vocab_size": 257, "num_layers": 2, "d_model": width, "context_length": 128, "moe": moe}
+    moe = MoEConfig(
+        d_model=width,
+        d_expert=changes.pop("d_expert", 32),
+        router=RouterConfig(num_experts=experts, top_k=2),
+    )
+    shape = {
+        "vocab_size": 257,
+        "num_layers": 2,
+        "d_model": width,
+        "context_length": 128,
+        "moe": moe,
+    }
     model = DecoderConfig(**shape | changes.pop("model", {}))
     text = TextConfig(corpus=corpus, tokenizer="byte")  # type: ignore[arg-type]
     values: dict[str, Any] = {"batch_size": 2, "seq_length": 128, "eval_tokens": 500}
@@ -56,7 +68,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_real_run_peaks_near_its_estimate_and_not_above(corpus: Path, tmp_path: Path, shape: dict, most: str):
+def test_a_real_run_peaks_near_its_estimate_and_not_above(
+    corpus: Path, tmp_path: Path, shape: dict, most: str
+):
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc for the peak of a process")
     tiny = make(str(corpus), **shape)
@@ -75,13 +89,20 @@ def test_a_parameter_costs_weight_gradient_and_two_moments():
 
 def test_logits_and_activations_grow_with_the_micro_batch_and_not_with_the_batch():
     plain, split = make(batch_size=256), make(batch_size=256, grad_accumulation=16)
-    assert run_memory(plain) - run_memory(split) > 4 * 3 * 240 * 128 * 257  # three copies of the logits of 240 sequences
+    assert (
+        run_memory(plain) - run_memory(split) > 4 * 3 * 240 * 128 * 257
+    )  # three copies of the logits of 240 sequences
     assert run_memory(make(batch_size=16)) == run_memory(split)
 
 
 @pytest.mark.parametrize(
     "extra",
-    [{"num_layers": 4}, {"vocab_size": 5000}, {"tie_embeddings": False}, {"num_dense_layers": 1, "d_dense": 4096}],
+    [
+        {"num_layers": 4},
+        {"vocab_size": 5000},
+        {"tie_embeddings": False},
+        {"num_dense_layers": 1, "d_dense": 4096},
+    ],
 )
 def test_whatever_adds_tensors_adds_memory(extra: dict):
     assert run_memory(make(batch_size=32, model=extra)) > run_memory(make(batch_size=32))
@@ -136,9 +157,14 @@ def test_small_runs_do_not_keep_a_large_one_waiting_for_ever():
     assert admission.next(line, []) == large
 
 
-def test_a_sweep_keeps_within_the_memory_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_sweep_keeps_within_the_memory_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("moe_lab.sweeps.running.free_memory", lambda device: 10)
-    runs = [StubRun(name=str(need), seed=index, memory_bytes=need, steps=4) for index, need in enumerate((6, 6, 5, 4, 3, 2))]
+    runs = [
+        StubRun(name=str(need), seed=index, memory_bytes=need, steps=4)
+        for index, need in enumerate((6, 6, 5, 4, 3, 2))
+    ]
     running: dict[str, int] = {}
     seen: list[int] = []
     lock = threading.Lock()
@@ -161,9 +187,13 @@ def test_a_sweep_keeps_within_the_memory_of_the_machine(tmp_path: Path, monkeypa
     assert 6 < max(seen) <= 10
 
 
-def test_a_run_that_fits_nowhere_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_run_that_fits_nowhere_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr("moe_lab.sweeps.running.free_memory", lambda device: 10**9)
-    assert run(stub_sweep(StubRun(name="huge", memory_bytes=2 * 10**9)), tmp_path, trainer=STUB).complete
+    assert run(
+        stub_sweep(StubRun(name="huge", memory_bytes=2 * 10**9)), tmp_path, trainer=STUB
+    ).complete
     line = "huge: expected to need 2.0 GB of the 1.0 GB that runs may take here; starts alone and may run out of memory; "
     assert line + "try a larger grad_accumulation" in capsys.readouterr().out.splitlines()
     assert too_large({"a": 1, "b": 3, "c": 2}, 1).startswith("b and 1 more: ")

@@ -1,4 +1,6 @@
-"""A sweep whose store is an object store: same numbers, taken up elsewhere, and one line for every trouble."""
+"""A sweep whose store is an object store: same numbers, taken up elsewhere, and one line for every
+trouble.
+"""
 
 import importlib.util
 import json
@@ -19,7 +21,16 @@ from stub_trainer import HOLD, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.cli import main
 from moe_lab.errors import ConfigError, RunError
-from moe_lab.sweeps import RunState, RunStore, SweepOutcome, leases, open_store, readable, run, status
+from moe_lab.sweeps import (
+    RunState,
+    RunStore,
+    SweepOutcome,
+    leases,
+    open_store,
+    readable,
+    run,
+    status,
+)
 from moe_lab.sweeps.bucket import Bucket
 from moe_lab.sweeps.claims import Owner, this_host
 from moe_lab.sweeps.leases import living_owner, take
@@ -41,18 +52,25 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def go(url: str, *runs: StubRun, **options) -> SweepOutcome:
-    return run(stub_sweep(*(runs or GRID)), url, workers=2, progress=False, trainer=TRAINER, **options)
+    return run(
+        stub_sweep(*(runs or GRID)), url, workers=2, progress=False, trainer=TRAINER, **options
+    )
 
 
 def trained_steps(root: Path, one: StubRun) -> list[int]:
-    return [int(line.split()[1]) for line in (root / "b/sweep/files" / one.hash() / "steps.log").read_text().splitlines()]
+    return [
+        int(line.split()[1])
+        for line in (root / "b/sweep/files" / one.hash() / "steps.log").read_text().splitlines()
+    ]
 
 
 def test_a_sweep_on_a_url_has_the_numbers_of_one_in_a_folder(root: Path, tmp_path: Path):
     assert go("bucket://b/sweep").complete
     frame = status("bucket://b/sweep")
     assert frame["state"].to_list() == ["finished"] * 3
-    assert dict(frame.select("name", "loss").rows()) == {one.name: expected_loss(one) for one in GRID}
+    assert dict(frame.select("name", "loss").rows()) == {
+        one.name: expected_loss(one) for one in GRID
+    }
     run(stub_sweep(*GRID), tmp_path / "folder", progress=False, trainer="stub_trainer:train")
     assert frame.equals(status(tmp_path / "folder"))
 
@@ -61,7 +79,12 @@ def test_the_store_holds_every_file_and_the_machine_none(root: Path, tmp_path: P
     go("bucket://b/sweep")
     for one in GRID:
         assert (root / "b/sweep/files" / one.hash() / "trace/part.txt").read_text() == "routes"
-        assert {path.name for path in (root / "b/sweep/state" / one.hash()).iterdir()} == {"status.json", "result.json", "done", "log.txt"}
+        assert {path.name for path in (root / "b/sweep/state" / one.hash()).iterdir()} == {
+            "status.json",
+            "result.json",
+            "done",
+            "log.txt",
+        }
         assert not list((root / "b/sweep/files" / one.hash()).glob("checkpoint*"))
     left = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
     assert not left
@@ -97,7 +120,12 @@ def test_a_run_goes_on_where_a_worker_of_another_machine_left_it(root: Path, tmp
 
 def test_a_worker_that_is_killed_loses_what_came_after_its_last_copy(root: Path):
     killed = StubRun(name="killed", steps=20, step_seconds=0.25)
-    assert run(stub_sweep(killed), "bucket://b/sweep", progress=False, trainer="bucket_files:train_and_die_once").complete
+    assert run(
+        stub_sweep(killed),
+        "bucket://b/sweep",
+        progress=False,
+        trainer="bucket_files:train_and_die_once",
+    ).complete
     assert (root / "killed").exists()
     assert status("bucket://b/sweep")["loss"].item() == expected_loss(killed)
     steps = trained_steps(root, killed)
@@ -112,8 +140,13 @@ def test_two_sweeps_on_one_url_share_the_work(root: Path, tmp_path: Path):
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=100)[0].split() for process in processes] == [["outcome", "4", "0"]] * 2
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=100)[0].split() for process in processes] == [
+        ["outcome", "4", "0"]
+    ] * 2
     for one in stub_grid(4, 12, 0.05):
         assert trained_steps(root, one) == list(range(one.steps)), f"{one.name} was trained by both"
 
@@ -127,7 +160,9 @@ def test_a_lease_is_taken_once_and_given_back(root: Path):
     assert bucket.read("lease") is None
 
 
-def test_of_two_who_take_a_lease_at_the_same_moment_one_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_of_two_who_take_a_lease_at_the_same_moment_one_goes_on(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):
     bucket = Bucket("bucket://b/sweep")
 
     def rival_writes(_: float) -> None:
@@ -153,7 +188,9 @@ def test_a_lease_of_another_host_is_judged_by_the_stores_clock_alone(
     root: Path, monkeypatch: pytest.MonkeyPatch, hours_wrong: int, silent: float, alive: bool
 ):
     bucket = Bucket("bucket://b/sweep")
-    bucket.write("lease", json.dumps({"key": "k", "where": vars(Owner("elsewhere", 1, 1))}).encode())
+    bucket.write(
+        "lease", json.dumps({"key": "k", "where": vars(Owner("elsewhere", 1, 1))}).encode()
+    )
     then = time.time() - silent
     os.utime(root / "b/sweep/lease", (then, then))
     now = time.time
@@ -165,7 +202,9 @@ def test_a_lease_of_a_dead_process_of_this_host_is_free_at_once(root: Path):
     bucket = Bucket("bucket://b/sweep")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    bucket.write("lease", json.dumps({"key": "k", "where": vars(Owner(this_host(), dead.pid, 1))}).encode())
+    bucket.write(
+        "lease", json.dumps({"key": "k", "where": vars(Owner(this_host(), dead.pid, 1))}).encode()
+    )
     assert living_owner(bucket, "lease") is None
 
 
@@ -175,14 +214,20 @@ def test_memory_stores_hold_states_too():
     first, second, third = (one.hash() for one in GRID)
     store.bucket.write(f"state/{first}/done", b"")
     store.record_failure(second, "it broke")
-    assert list(store.states([first, second, third]).values()) == [RunState.FINISHED, RunState.FAILED, RunState.PENDING]
+    assert list(store.states([first, second, third]).values()) == [
+        RunState.FINISHED,
+        RunState.FAILED,
+        RunState.PENDING,
+    ]
     assert store.error(second) == "it broke"
     store.record_failure(first, "too late")
     assert store.state(first) is RunState.FINISHED
 
 
 def test_a_store_in_this_processs_memory_is_no_place_for_workers():
-    with pytest.raises(ConfigError, match="expected a store that worker processes see, got memory://b/sweep"):
+    with pytest.raises(
+        ConfigError, match="expected a store that worker processes see, got memory://b/sweep"
+    ):
         go("memory://b/sweep")
 
 
@@ -198,8 +243,12 @@ def test_a_report_can_be_made_of_a_url(root: Path):
         assert len(json.loads((folder / "sweep.json").read_text())["runs"]) == 3
         for one in GRID:
             assert (folder / one.hash() / "done").exists()
-            assert json.loads((folder / one.hash() / "result.json").read_text())["loss"] == expected_loss(one)
-        assert [path.read_text() for path in folder.glob("*/trace/part.txt")] == ["routes"]  # one arm, one ratio
+            assert json.loads((folder / one.hash() / "result.json").read_text())[
+                "loss"
+            ] == expected_loss(one)
+        assert [path.read_text() for path in folder.glob("*/trace/part.txt")] == [
+            "routes"
+        ]  # one arm, one ratio
     assert not folder.exists()
 
 
@@ -215,7 +264,10 @@ def test_a_full_store_stops_the_sweep_with_one_line_and_can_be_resumed(root: Pat
     out = stub_sweep(slow)
     (root / "b" / HOLD).touch()
     (root / TROUBLE).write_text("full")
-    with pytest.raises(RunError, match=r"^cannot write bucket://b/sweep: No space left on device; try another store or free some space$"):
+    with pytest.raises(
+        RunError,
+        match=r"^cannot write bucket://b/sweep: No space left on device; try another store or free some space$",
+    ):
         run(out, "bucket://b/sweep", progress=False, trainer=TRAINER)
     (root / TROUBLE).unlink()
     assert run(out, "bucket://b/sweep", progress=False, trainer=TRAINER).complete
@@ -233,7 +285,10 @@ def test_a_store_that_fills_while_a_run_trains_keeps_its_work(root: Path):
             "denied",
             r"^cannot (read|write) bucket://b/sweep: The AWS Access Key Id you .*; try other credentials, or ask for the right",
         ),
-        ("gone", r"^cannot (read|write) bucket://b/sweep: Could not connect to the endpoint URL: .*; check the network and the endpoint"),
+        (
+            "gone",
+            r"^cannot (read|write) bucket://b/sweep: Could not connect to the endpoint URL: .*; check the network and the endpoint",
+        ),
     ],
 )
 def test_credentials_and_networks_give_one_line(root: Path, trouble: str, message: str):
@@ -246,8 +301,14 @@ def test_credentials_and_networks_give_one_line(root: Path, trouble: str, messag
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("nonsense://b/sweep", "expected a folder or a URL that fsspec knows .*, got nonsense://b/sweep"),
-        ("bucket://b/empty", "expected a sweep's store with sweeps/, got bucket://b/empty without one; try moe-lab sweep run first"),
+        (
+            "nonsense://b/sweep",
+            "expected a folder or a URL that fsspec knows .*, got nonsense://b/sweep",
+        ),
+        (
+            "bucket://b/empty",
+            "expected a sweep's store with sweeps/, got bucket://b/empty without one; try moe-lab sweep run first",
+        ),
     ],
 )
 def test_a_url_without_a_sweep_gives_one_line(root: Path, url: str, message: str):
@@ -257,7 +318,9 @@ def test_a_url_without_a_sweep_gives_one_line(root: Path, url: str, message: str
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(RunError, match=r"expected the package fsspec, got none; try pip install 'moe_lab\[store\]'"):
+    with pytest.raises(
+        RunError, match=r"expected the package fsspec, got none; try pip install 'moe_lab\[store\]'"
+    ):
         open_store("s3://bucket/sweep")
 
 
@@ -265,7 +328,8 @@ def test_a_missing_client_is_named():
     if importlib.util.find_spec("s3fs"):
         pytest.skip("s3fs is installed")
     with pytest.raises(
-        RunError, match=r"expected the package that opens s3://, got Install s3fs to access S3; try pip install it beside fsspec"
+        RunError,
+        match=r"expected the package that opens s3://, got Install s3fs to access S3; try pip install it beside fsspec",
     ):
         open_store("s3://bucket/sweep")
 
@@ -295,7 +359,9 @@ HOSTILE_NAMES = [
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=range(len(HOSTILE_NAMES)))
-def test_no_object_name_leads_out_of_the_folder_it_is_copied_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_no_object_name_leads_out_of_the_folder_it_is_copied_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
     outside = tmp_path / "outside"
     outside.mkdir()
     url = f"memory://hostile/{tmp_path.name}"
@@ -304,7 +370,9 @@ def test_no_object_name_leads_out_of_the_folder_it_is_copied_to(tmp_path: Path, 
     hash_ = GRID[0].hash()
     store.bucket.write(f"state/{hash_}/done", b"")
     hostile = name.format(outside=outside, run=hash_)
-    find, cat, get = (getattr(store.bucket._files, method) for method in ("find", "cat", "get_file"))
+    find, cat, get = (
+        getattr(store.bucket._files, method) for method in ("find", "cat", "get_file")
+    )
     root = store.bucket._path("")
 
     def find_more(path: str, **options):
@@ -313,7 +381,9 @@ def test_no_object_name_leads_out_of_the_folder_it_is_copied_to(tmp_path: Path, 
 
     def cat_more(paths, **options):
         known = [path for path in paths if path != root + hostile]
-        return (cat(known, **options) if known else {}) | {path: b"{}" for path in paths if path not in known}
+        return (cat(known, **options) if known else {}) | {
+            path: b"{}" for path in paths if path not in known
+        }
 
     def get_more(path: str, target: str):
         return Path(target).write_bytes(b"x") if path == root + hostile else get(path, target)
@@ -331,7 +401,9 @@ def test_no_object_name_leads_out_of_the_folder_it_is_copied_to(tmp_path: Path, 
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("run", ["../../../x", "/abs", "0123456789ab/..", "0123456789AB", "", "0123456789abc"])
+@pytest.mark.parametrize(
+    "run", ["../../../x", "/abs", "0123456789ab/..", "0123456789AB", "", "0123456789abc"]
+)
 def test_a_plan_names_runs_by_their_hash_alone(tmp_path: Path, run: str):
     plan = {"schema_version": 1, "sweeps": [], "runs": {run: {}}}
     (tmp_path / "sweep.json").write_text(json.dumps(plan))

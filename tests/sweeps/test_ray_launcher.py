@@ -20,8 +20,18 @@ def _stub_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
-def go(out: Path, *runs: StubRun, options: dict[str, str] | None = None, workers: int | None = None):
-    return run(stub_sweep(*runs), out, workers=workers, progress=False, trainer=STUB, launcher="ray", launcher_options=options)
+def go(
+    out: Path, *runs: StubRun, options: dict[str, str] | None = None, workers: int | None = None
+):
+    return run(
+        stub_sweep(*runs),
+        out,
+        workers=workers,
+        progress=False,
+        trainer=STUB,
+        launcher="ray",
+        launcher_options=options,
+    )
 
 
 @pytest.mark.slow
@@ -38,14 +48,22 @@ def test_a_sweep_on_ray_equals_one_here_through_failures_and_kills(tmp_path: Pat
         "greedy": "its Ray worker was killed or crashed (out of memory? try fewer workers or a smaller batch), 3 times",
     }
     assert not outcome.interrupted
-    found = {row["name"]: row["loss"] for row in status(tmp_path).rows(named=True) if row["state"] == "finished"}
+    found = {
+        row["name"]: row["loss"]
+        for row in status(tmp_path).rows(named=True)
+        if row["state"] == "finished"
+    }
     assert found == {one.name: expected_loss(one) for one in runs if one not in (bad, greedy)}
-    workers = {line.split()[0] for line in (tmp_path / long.hash() / "steps.log").read_text().splitlines()}
+    workers = {
+        line.split()[0] for line in (tmp_path / long.hash() / "steps.log").read_text().splitlines()
+    }
     assert len(workers) == 2, "the killed run was resumed by another worker"
 
 
 @pytest.mark.slow
-def test_after_the_hours_ray_gives_back_what_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: Times) -> None:
+def test_after_the_hours_ray_gives_back_what_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: Times
+) -> None:
     runs = stub_grid(available_cores() + 2, steps=10, step_seconds=0.05)
     (tmp_path / HOLD).touch()
     times.over = lambda: bool(list(tmp_path.glob("*/steps.log")))
@@ -70,16 +88,23 @@ def test_after_the_hours_ray_gives_back_what_has_not_begun(tmp_path: Path, monke
 
 
 def test_an_unreachable_cluster_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"expected a Ray cluster at 127.0.0.1:1, got .*; try ray status"):
+    with pytest.raises(
+        RunError, match=r"expected a Ray cluster at 127.0.0.1:1, got .*; try ray status"
+    ):
         go(tmp_path, StubRun(), options={"address": "127.0.0.1:1"})
 
 
-def test_a_port_that_takes_connections_and_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_takes_connections_and_says_nothing_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray itself would try for minutes, then end the process."""
     monkeypatch.setattr(ray_cluster, "PROBE_SECONDS", 4.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(RunError, match=rf"expected a Ray cluster at {address}, got no answer within 4 s; try ray status"):
+        with pytest.raises(
+            RunError,
+            match=rf"expected a Ray cluster at {address}, got no answer within 4 s; try ray status",
+        ):
             go(tmp_path, StubRun(), options={"address": address})
 
 

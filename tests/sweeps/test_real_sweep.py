@@ -23,7 +23,11 @@ VOLATILE = ("seconds", "tokens_per_second")
 
 
 def result(folder: Path) -> dict:
-    return {key: value for key, value in json.loads((folder / "result.json").read_text()).items() if key not in VOLATILE}
+    return {
+        key: value
+        for key, value in json.loads((folder / "result.json").read_text()).items()
+        if key not in VOLATILE
+    }
 
 
 def wait_for_steps(out: Path, number: int) -> None:
@@ -41,16 +45,22 @@ def steps(out: Path) -> int:
 
 def kill_a_worker(out: Path, after_steps: int) -> None:
     wait_for_steps(out, after_steps)
-    claims = [json.loads(text)["pid"] for path in out.glob("*/.claim-*") if (text := path.read_text())]
+    claims = [
+        json.loads(text)["pid"] for path in out.glob("*/.claim-*") if (text := path.read_text())
+    ]
     os.kill(max(claims), signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_undisturbed_ones_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_killed_runs_end_as_undisturbed_ones_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     corpus.mkdir()
     for index in range(40):
-        (corpus / f"{index}.txt").write_text("".join(f"{index} times {n} is {index * n}.\n" for n in range(40)))
+        (corpus / f"{index}.txt").write_text(
+            "".join(f"{index} times {n} is {index * n}.\n" for n in range(40))
+        )
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
     sweep, chance = real_sweep(corpus), random.Random(0)
     threads = torch.get_num_threads()
@@ -58,7 +68,10 @@ def test_killed_runs_end_as_undisturbed_ones_to_the_bit(tmp_path: Path, monkeypa
     calm = {config.hash(): train(config, tmp_path / config.name).folder for config in sweep.runs}
     torch.set_num_threads(threads)
 
-    whole = subprocess.Popen([sys.executable, str(Path(__file__).parent / "real_sweep.py"), str(corpus), str(out)], start_new_session=True)
+    whole = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "real_sweep.py"), str(corpus), str(out)],
+        start_new_session=True,
+    )
     wait_for_steps(out, chance.randint(10, 60))
     os.killpg(whole.pid, signal.SIGKILL)
     whole.wait()
@@ -71,6 +84,8 @@ def test_killed_runs_end_as_undisturbed_ones_to_the_bit(tmp_path: Path, monkeypa
 
     for run_hash, folder in calm.items():
         assert result(out / run_hash) == result(folder)
-        ours, theirs = (load_file(place / "model.safetensors") for place in (out / run_hash, folder))
+        ours, theirs = (
+            load_file(place / "model.safetensors") for place in (out / run_hash, folder)
+        )
         assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
         assert holder(out / run_hash) is None

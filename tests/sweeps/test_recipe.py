@@ -27,22 +27,46 @@ def test_a_recipe_gets_preset_seed_and_device(tmp_path: Path):
 
 
 def test_a_recipe_may_define_dataclasses(tmp_path: Path):
-    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Shape:\n    width: int = 1\n" + GOOD
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Shape:\n    width: int = 1\n"
+        + GOOD
+    )
     assert load_recipe(recipe(tmp_path, text), "demo").name == "stub"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("import no_such_module_here\n", r"recipe .*recipe\.py:1 failed: ModuleNotFoundError: No module named 'no_such_module_here'"),
+        (
+            "import no_such_module_here\n",
+            r"recipe .*recipe\.py:1 failed: ModuleNotFoundError: No module named 'no_such_module_here'",
+        ),
         ("x = 1\ny = (\n", r"recipe .*recipe\.py:2 failed: SyntaxError: '\(' was never closed"),
-        ("def f():\n    return 1 / 0\nf()\n", r"recipe .*recipe\.py:2 failed: ZeroDivisionError: division by zero"),
-        ("raise SystemExit('two\\nlines')\n", r"recipe .*recipe\.py:1 failed: SystemExit: two lines"),
-        ("PRESETS = ('demo',)\n", r"expected a recipe that defines sweep and PRESETS in .*, got no sweep\(preset, \*, seed, device\)"),
-        ("def sweep(preset, **_): ...\n", r"expected a recipe that defines sweep and PRESETS in .*, got no PRESETS"),
-        (GOOD.replace('("demo", "small")', '("big", "small")'), r"expected a preset of recipe\.py \(big, small\), got 'demo'"),
+        (
+            "def f():\n    return 1 / 0\nf()\n",
+            r"recipe .*recipe\.py:2 failed: ZeroDivisionError: division by zero",
+        ),
+        (
+            "raise SystemExit('two\\nlines')\n",
+            r"recipe .*recipe\.py:1 failed: SystemExit: two lines",
+        ),
+        (
+            "PRESETS = ('demo',)\n",
+            r"expected a recipe that defines sweep and PRESETS in .*, got no sweep\(preset, \*, seed, device\)",
+        ),
+        (
+            "def sweep(preset, **_): ...\n",
+            r"expected a recipe that defines sweep and PRESETS in .*, got no PRESETS",
+        ),
+        (
+            GOOD.replace('("demo", "small")', '("big", "small")'),
+            r"expected a preset of recipe\.py \(big, small\), got 'demo'",
+        ),
         (GOOD.replace("return stub_sweep", "return list"), r"failed: TypeError"),
-        ("PRESETS = ('demo',)\ndef sweep(preset, *, seed, device): return [1]\n", r"expected a SweepConfig from sweep\(\) in .*, got list"),
+        (
+            "PRESETS = ('demo',)\ndef sweep(preset, *, seed, device): return [1]\n",
+            r"expected a SweepConfig from sweep\(\) in .*, got list",
+        ),
         ("PRESETS = ('demo',)\ndef sweep(): ...\n", r"recipe .* failed: TypeError: sweep\(\) "),
     ],
 )
@@ -53,13 +77,17 @@ def test_each_mistake_in_a_recipe_gives_one_line(tmp_path: Path, text: str, mess
 
 
 def test_a_bad_configuration_in_a_recipe_keeps_its_own_words(tmp_path: Path):
-    text = GOOD.replace("return stub_sweep(StubRun(name=preset, seed=seed, device=device))", "return stub_sweep()")
+    text = GOOD.replace(
+        "return stub_sweep(StubRun(name=preset, seed=seed, device=device))", "return stub_sweep()"
+    )
     with pytest.raises(ConfigError, match=r"^expected a sweep of at least one run"):
         load_recipe(recipe(tmp_path, text), "demo")
 
 
 def test_a_missing_recipe_and_a_folder_are_told_apart(tmp_path: Path):
-    with pytest.raises(RunError, match=r"expected a recipe file, got .*nothing\.py, which is missing"):
+    with pytest.raises(
+        RunError, match=r"expected a recipe file, got .*nothing\.py, which is missing"
+    ):
         load_recipe(tmp_path / "nothing.py", "demo")
     with pytest.raises(RunError, match=r"expected a recipe file, got .*, which is a folder"):
         load_recipe(tmp_path, "demo")
@@ -73,4 +101,9 @@ def test_a_file_that_is_no_python_file_is_refused(tmp_path: Path):
 
 def test_sweeps_import_no_torch():
     code = "import sys, moe_lab.sweeps; print('torch' in sys.modules, 'rich' in sys.modules, 'polars' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"] * 3
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+        == ["False"] * 3
+    )

@@ -1,4 +1,6 @@
-"""Kills, signals, full disks and rivals: afterwards the same command finishes with the same results."""
+"""Kills, signals, full disks and rivals: afterwards the same command finishes with the same
+results.
+"""
 
 import os
 import random
@@ -24,7 +26,9 @@ def start(out: Path, workers: int = 2) -> subprocess.Popen[str]:
     """The sweep as a process group of its own."""
     script = Path(__file__).parent / "stub_trainer.py"
     command = [sys.executable, str(script), *map(str, (out, RUNS, STEPS, STEP_SECONDS, workers))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -36,7 +40,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def worker_pids(out: Path) -> set[int]:
     """Every process that ever trained a step here."""
-    return {int(line.split()[0]) for log in out.glob("*/steps.log") for line in log.read_text().splitlines() if line.count(" ") == 1}
+    return {
+        int(line.split()[0])
+        for log in out.glob("*/steps.log")
+        for line in log.read_text().splitlines()
+        if line.count(" ") == 1
+    }
 
 
 def alive(pids: set[int]) -> set[int]:
@@ -49,7 +58,9 @@ def finish(out: Path) -> None:
     assert f"outcome {RUNS} 0 0" in output, output
     frame = status(out)
     assert set(frame["state"]) == {"finished"}
-    assert dict(frame.select("name", "loss").rows()) == {run.name: expected_loss(run) for run in GRID}
+    assert dict(frame.select("name", "loss").rows()) == {
+        run.name: expected_loss(run) for run in GRID
+    }
 
 
 def check_no_half_run_looks_whole(out: Path) -> None:
@@ -57,7 +68,9 @@ def check_no_half_run_looks_whole(out: Path) -> None:
         return
     for row in status(out).rows(named=True):
         if row["state"] == "finished":
-            assert row["loss"] == expected_loss(next(run for run in GRID if run.name == row["name"]))
+            assert row["loss"] == expected_loss(
+                next(run for run in GRID if run.name == row["name"])
+            )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -84,7 +97,10 @@ def test_kill_9_of_workers_at_random_moments_needs_no_second_command(tmp_path: P
             os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert f"outcome {RUNS} 0 0" in output, output
-    assert "worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch); resuming from its checkpoint" in output
+    assert (
+        "worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch); resuming from its checkpoint"
+        in output
+    )
     finish(tmp_path)
 
 
@@ -101,7 +117,9 @@ def test_workers_end_when_the_sweep_is_killed_alone(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("whole_group", [True, False])
-def test_a_signal_stops_cleanly_and_leaves_no_orphan(tmp_path: Path, number: signal.Signals, whole_group: bool):
+def test_a_signal_stops_cleanly_and_leaves_no_orphan(
+    tmp_path: Path, number: signal.Signals, whole_group: bool
+):
     (tmp_path / HOLD).touch()
     process = start(tmp_path)
     wait_until(lambda: len(alive(worker_pids(tmp_path))) == 2)
@@ -121,7 +139,10 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path):
     outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
     assert all(f"outcome {RUNS} 0 0" in output for output in outputs), outputs
     for run_ in GRID:
-        steps = [int(line.split()[1]) for line in (tmp_path / run_.hash() / "steps.log").read_text().splitlines()]
+        steps = [
+            int(line.split()[1])
+            for line in (tmp_path / run_.hash() / "steps.log").read_text().splitlines()
+        ]
         assert steps == list(range(run_.steps)), f"{run_.name} was trained by both"
     assert len(worker_pids(tmp_path)) == 2
     assert status(tmp_path).filter(state="finished").height == RUNS
@@ -143,7 +164,9 @@ def test_a_sweep_takes_over_what_a_killed_rival_was_training(tmp_path: Path):
 
 def test_an_unwritable_output_folder_gives_one_line(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"^cannot write .*: Not a directory; try another folder or free some space$"):
+    with pytest.raises(
+        RunError, match=r"^cannot write .*: Not a directory; try another folder or free some space$"
+    ):
         run(stub_sweep(StubRun()), tmp_path / "file" / "out", progress=False, trainer=STUB)
 
 
@@ -152,7 +175,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "moe_lab_test", str(disk)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "moe_lab_test", str(disk)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode != 0:
         pytest.skip("mounting a small tmpfs is not allowed here")
     yield disk
@@ -161,15 +188,32 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up_stops_the_sweep_with_one_line_and_can_be_resumed(small_disk: Path):
     runs = [StubRun(name=str(seed), seed=seed, trouble="fills the disk") for seed in range(5)]
-    with pytest.raises(RunError, match=r"^cannot write .*: No space left on device; try another folder or free some space$"):
+    with pytest.raises(
+        RunError,
+        match=r"^cannot write .*: No space left on device; try another folder or free some space$",
+    ):
         run(stub_sweep(*runs), small_disk / "out", workers=2, progress=False, trainer=STUB)
     for ballast in small_disk.glob("out/*/ballast"):
         ballast.unlink()
-    assert run(stub_sweep(*[r.replace(trouble="") for r in runs]), small_disk / "out", progress=False, trainer=STUB).complete
+    assert run(
+        stub_sweep(*[r.replace(trouble="") for r in runs]),
+        small_disk / "out",
+        progress=False,
+        trainer=STUB,
+    ).complete
 
 
-def test_a_disk_that_fills_up_is_told_from_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    checks = iter([None, RunError("cannot write out: No space left on device; try another folder or free some space")])
+def test_a_disk_that_fills_up_is_told_from_a_run_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checks = iter(
+        [
+            None,
+            RunError(
+                "cannot write out: No space left on device; try another folder or free some space"
+            ),
+        ]
+    )
 
     def check(_: object) -> None:
         if error := next(checks):
@@ -177,4 +221,10 @@ def test_a_disk_that_fills_up_is_told_from_a_run_that_fails(tmp_path: Path, monk
 
     monkeypatch.setattr(running.RunStore, "check_writable", check)
     with pytest.raises(RunError, match="No space left on device"):
-        run(stub_sweep(StubRun(trouble="no space"), StubRun()), tmp_path, workers=1, progress=False, trainer=STUB)
+        run(
+            stub_sweep(StubRun(trouble="no space"), StubRun()),
+            tmp_path,
+            workers=1,
+            progress=False,
+            trainer=STUB,
+        )

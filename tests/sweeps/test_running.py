@@ -18,12 +18,20 @@ def go(out: Path, *runs: StubRun, workers: int = 2, **options) -> SweepOutcome:
 
 
 def losses(out: Path) -> dict[str, float]:
-    return {row["name"]: row["loss"] for row in status(out).rows(named=True) if row["state"] == "finished"}
+    return {
+        row["name"]: row["loss"]
+        for row in status(out).rows(named=True)
+        if row["state"] == "finished"
+    }
 
 
 def pids(out: Path, *runs: StubRun) -> list[int]:
     """The worker of each step ever trained."""
-    return [int(line.split()[0]) for run in runs for line in (out / run.hash() / "steps.log").read_text().splitlines()]
+    return [
+        int(line.split()[0])
+        for run in runs
+        for line in (out / run.hash() / "steps.log").read_text().splitlines()
+    ]
 
 
 def test_every_run_finishes_with_its_own_result(tmp_path: Path):
@@ -56,7 +64,9 @@ def test_a_finished_sweep_starts_no_worker(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_long_runs_go_first(tmp_path: Path):
-    runs = [StubRun(name=str(tokens), tokens_per_step=tokens, steps=2) for tokens in (10, 40, 20, 30)]
+    runs = [
+        StubRun(name=str(tokens), tokens_per_step=tokens, steps=2) for tokens in (10, 40, 20, 30)
+    ]
     outcome = go(tmp_path, *runs, workers=1)
     names = {run.hash(): run.name for run in runs}
     assert [names[run] for run in outcome.finished] == ["40", "30", "20", "10"]
@@ -68,7 +78,10 @@ def test_long_runs_go_first(tmp_path: Path):
         ("diverges", "the loss is nan at step 10; try a lower learning rate than 1"),
         ("bug", r"ZeroDivisionError: division by zero \(stub_trainer\.py:\d+\)"),
         ("exit", r"SystemExit: 3 \(stub_trainer\.py:\d+\)"),
-        ("no space", r"cannot write .*: No space left on device; try another folder or free some space"),
+        (
+            "no space",
+            r"cannot write .*: No space left on device; try another folder or free some space",
+        ),
     ],
 )
 def test_a_failed_run_stops_no_other_and_says_why(tmp_path: Path, trouble: str, reason: str):
@@ -84,7 +97,9 @@ def test_a_failed_run_stops_no_other_and_says_why(tmp_path: Path, trouble: str, 
     assert "Traceback" in (tmp_path / bad.hash() / "error.txt").read_text()
 
 
-def test_a_failed_run_stays_failed_until_it_is_to_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_run_stays_failed_until_it_is_to_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     bad, good = StubRun(trouble="needs file"), StubRun(name="good")
     monkeypatch.setenv("STUB_FILE", str(tmp_path / "wanted"))
     first = go(tmp_path, bad, good)
@@ -101,7 +116,9 @@ def test_a_run_that_a_full_disk_failed_is_continued_by_the_same_command(tmp_path
     victim = StubRun()
     folder = tmp_path / victim.hash()
     folder.mkdir()
-    (folder / "error.txt").write_text("cannot write x: No space left on device; try another folder or free some space\n")
+    (folder / "error.txt").write_text(
+        "cannot write x: No space left on device; try another folder or free some space\n"
+    )
     assert go(tmp_path, victim).complete
 
 
@@ -109,7 +126,10 @@ def test_a_worker_that_dies_loses_only_time(tmp_path: Path):
     runs = (StubRun(name="killed", trouble="killed once"), StubRun(name="calm", seed=1))
     assert go(tmp_path, *runs).complete
     assert losses(tmp_path) == {run.name: expected_loss(run) for run in runs}
-    steps = [int(line.split()[1]) for line in (tmp_path / runs[0].hash() / "steps.log").read_text().splitlines()]
+    steps = [
+        int(line.split()[1])
+        for line in (tmp_path / runs[0].hash() / "steps.log").read_text().splitlines()
+    ]
     assert steps == [*range(11), *range(10, 20)]  # resumed at the step it died in
 
 
@@ -117,7 +137,10 @@ def test_a_run_that_kills_every_worker_fails_after_three(tmp_path: Path):
     bad, good = StubRun(name="bad", trouble="killed every time"), StubRun(name="good")
     outcome = go(tmp_path, bad, good)
     assert outcome.finished == (good.hash(),)
-    assert outcome.failed[0].reason == "worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch), 3 times"
+    assert (
+        outcome.failed[0].reason
+        == "worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch), 3 times"
+    )
     assert len(set(pids(tmp_path, bad))) == 3
     assert RunStore(tmp_path).state(bad.hash()) is RunState.FAILED
     assert RunStore(tmp_path).error(bad.hash()) == outcome.failed[0].reason
@@ -138,12 +161,18 @@ class SparseRun(StubRun):
         ([30, 10, 20], False),  # seen before the run was back where it had been
     ],
 )
-def test_deaths_count_until_a_newer_checkpoint(tmp_path: Path, fake: FakeLauncher, deaths: list[int], finishes: bool):
+def test_deaths_count_until_a_newer_checkpoint(
+    tmp_path: Path, fake: FakeLauncher, deaths: list[int], finishes: bool
+):
     fake.deaths = list(deaths)
-    outcome = run(stub_sweep(SparseRun(steps=50)), tmp_path, progress=False, launcher="ray", trainer=STUB)
+    outcome = run(
+        stub_sweep(SparseRun(steps=50)), tmp_path, progress=False, launcher="ray", trainer=STUB
+    )
     assert outcome.complete == finishes
     assert len(fake.submitted) == len(deaths) + finishes
-    assert [failure.reason for failure in outcome.failed] == ([] if finishes else ["its node was taken away, 3 times"])
+    assert [failure.reason for failure in outcome.failed] == (
+        [] if finishes else ["its node was taken away, 3 times"]
+    )
 
 
 def test_what_a_run_prints_lies_in_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -163,9 +192,15 @@ def test_a_worker_has_one_thread(tmp_path: Path):
 
 def test_gpus_are_dealt_out_to_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    runs = [StubRun(seed=seed, device="cuda", trouble="tell environment", step_seconds=0.02) for seed in range(4)]
+    runs = [
+        StubRun(seed=seed, device="cuda", trouble="tell environment", step_seconds=0.02)
+        for seed in range(4)
+    ]
     assert run(stub_sweep(*runs), tmp_path, progress=False, trainer=STUB).complete
-    seen = {json.loads((tmp_path / run.hash() / "environment.json").read_text())["CUDA_VISIBLE_DEVICES"] for run in runs}
+    seen = {
+        json.loads((tmp_path / run.hash() / "environment.json").read_text())["CUDA_VISIBLE_DEVICES"]
+        for run in runs
+    }
     assert seen == {"3", "5"}
 
 
@@ -173,14 +208,30 @@ def test_gpus_are_dealt_out_to_workers(tmp_path: Path, monkeypatch: pytest.Monke
     ("options", "message"),
     [
         ({"workers": 0}, "expected at least 1 worker, got 0"),
-        ({"launcher": "carrier pigeon"}, r"expected a launcher \(local, ray, slurm\), got 'carrier pigeon'"),
-        ({"trainer": "no_such_module:train"}, "expected a trainer as an importable module:function, got 'no_such_module:train'"),
-        ({"trainer": "stub_trainer:nothing"}, "expected a trainer as an importable module:function, got 'stub_trainer:nothing'"),
-        ({"trainer": "dies_on_import:train"}, "expected workers that start, got 3 that ended before their first run; the last one said: "),
+        (
+            {"launcher": "carrier pigeon"},
+            r"expected a launcher \(local, ray, slurm\), got 'carrier pigeon'",
+        ),
+        (
+            {"trainer": "no_such_module:train"},
+            "expected a trainer as an importable module:function, got 'no_such_module:train'",
+        ),
+        (
+            {"trainer": "stub_trainer:nothing"},
+            "expected a trainer as an importable module:function, got 'stub_trainer:nothing'",
+        ),
+        (
+            {"trainer": "dies_on_import:train"},
+            "expected workers that start, got 3 that ended before their first run; the last one said: ",
+        ),
     ],
 )
-def test_a_sweep_that_cannot_start_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str):
-    (tmp_path / "dies_on_import.py").write_text("import os\nos.write(2, b'no libc\\n')\nos._exit(7)\n")
+def test_a_sweep_that_cannot_start_gives_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+):
+    (tmp_path / "dies_on_import.py").write_text(
+        "import os\nos.write(2, b'no libc\\n')\nos._exit(7)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(RunError, match=message):
         run(stub_sweep(StubRun()), tmp_path / "out", progress=False, **{"trainer": STUB, **options})

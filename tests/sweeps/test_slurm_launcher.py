@@ -1,4 +1,6 @@
-"""The SLURM launcher through submitit's own executor of local processes: every path but sbatch itself."""
+"""The SLURM launcher through submitit's own executor of local processes: every path but sbatch
+itself.
+"""
 
 import re
 import subprocess
@@ -26,7 +28,15 @@ def _stub_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def go(out: Path, *runs: StubRun, options: dict[str, str] = LOCAL, workers: int | None = 2):
-    return run(stub_sweep(*runs), out, workers=workers, progress=False, trainer=STUB, launcher="slurm", launcher_options=options)
+    return run(
+        stub_sweep(*runs),
+        out,
+        workers=workers,
+        progress=False,
+        trainer=STUB,
+        launcher="slurm",
+        launcher_options=options,
+    )
 
 
 @pytest.mark.slow
@@ -57,22 +67,34 @@ def test_a_run_is_put_back_after_its_time_limit_as_often_as_allowed(tmp_path: Pa
     long = StubRun(name="long", steps=70, step_seconds=0.5)
     with ThreadPoolExecutor() as pool:
         options = [LOCAL | {"minutes": "1", "requeues": times} for times in ("1", "0")]
-        often, once = pool.map(lambda index: go(tmp_path / f"{index}", long, options=options[index]), range(2))
+        often, once = pool.map(
+            lambda index: go(tmp_path / f"{index}", long, options=options[index]), range(2)
+        )
     assert often.complete
-    workers = {line.split()[0] for line in (tmp_path / "0" / long.hash() / "steps.log").read_text().splitlines()}
+    workers = {
+        line.split()[0]
+        for line in (tmp_path / "0" / long.hash() / "steps.log").read_text().splitlines()
+    }
     assert len(workers) == 2
     assert status(tmp_path / "0")["loss"].item() == expected_loss(long)
     assert "timed-out too many times" in once.failed[0].reason
 
 
 @pytest.mark.slow
-def test_a_job_with_other_versions_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_with_other_versions_ends_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "versions", lambda: versions() | {"moe_lab": "0.0"})
-    with pytest.raises(RunError, match=r"expected the same versions on every machine, got moe_lab .* on the worker, 0.0 at the driver"):
+    with pytest.raises(
+        RunError,
+        match=r"expected the same versions on every machine, got moe_lab .* on the worker, 0.0 at the driver",
+    ):
         go(tmp_path, StubRun())
 
 
-def test_more_runs_than_an_array_may_hold_are_several_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_runs_than_an_array_may_hold_are_several_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slurm, "ARRAY_RUNS", 2)
     sizes = []
     batch = submitit.LocalExecutor._internal_process_submissions
@@ -90,14 +112,19 @@ def test_more_runs_than_an_array_may_hold_are_several_arrays(tmp_path: Path, mon
 def test_a_killed_job_is_taken_up_again_and_resumes(tmp_path: Path) -> None:
     one = StubRun(name="long", steps=20, trouble="killed once")
     assert go(tmp_path, one).complete
-    workers = {line.split()[0] for line in (tmp_path / one.hash() / "steps.log").read_text().splitlines()}
+    workers = {
+        line.split()[0] for line in (tmp_path / one.hash() / "steps.log").read_text().splitlines()
+    }
     assert len(workers) == 2
     assert status(tmp_path)["loss"].item() == expected_loss(one)
 
 
 @dataclass
 class Queue:
-    """A controller: state by job, "element of an array" included. Jobs that ``begin_first`` names begin before ``scancel`` gets there."""
+    """A controller: state by job, "element of an array" included.
+
+    Jobs that ``begin_first`` names begin before ``scancel`` gets there.
+    """
 
     states: dict[str, str] = field(default_factory=dict)
     begin_first: tuple[str, ...] = ()
@@ -108,11 +135,16 @@ class Queue:
             raise subprocess.CalledProcessError(1, command)
         if command[0] == "scancel":
             self.states |= dict.fromkeys(self.begin_first, "RUNNING")
-            wanted = next((word.removeprefix("--state=") for word in command if word.startswith("--state=")), None)
+            wanted = next(
+                (word.removeprefix("--state=") for word in command if word.startswith("--state=")),
+                None,
+            )
             for job in command[1:]:
                 if job in self.states and wanted in (None, self.states[job]):
                     self.states[job] = "CANCELLED"
-        return subprocess.CompletedProcess(command, 0, "".join(f"{job} {state}\n" for job, state in self.states.items()), "")
+        return subprocess.CompletedProcess(
+            command, 0, "".join(f"{job} {state}\n" for job, state in self.states.items()), ""
+        )
 
     def batch(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -120,7 +152,11 @@ class Queue:
     def submit(self, errand: remote.Errand) -> SimpleNamespace:
         job = f"7_{len(self.states)}"
         self.states[job] = "PENDING"
-        return SimpleNamespace(job_id=job, paths=SimpleNamespace(result_pickle=errand.job.folder / "result.pkl"), stderr=lambda: "")
+        return SimpleNamespace(
+            job_id=job,
+            paths=SimpleNamespace(result_pickle=errand.job.folder / "result.pkl"),
+            stderr=lambda: "",
+        )
 
 
 @pytest.fixture
@@ -150,7 +186,12 @@ def test_only_queued_jobs_are_taken_back(tmp_path: Path, controller: Queue) -> N
     controller.states |= {"7_1": "RUNNING", "7_2": "COMPLETING"}
     launcher.withdraw()
     assert heard(launcher) == {"a": Result.WITHDRAWN, "d": Result.WITHDRAWN}
-    assert controller.states == {"7_0": "CANCELLED", "7_1": "RUNNING", "7_2": "COMPLETING", "7_3": "CANCELLED"}
+    assert controller.states == {
+        "7_0": "CANCELLED",
+        "7_1": "RUNNING",
+        "7_2": "COMPLETING",
+        "7_3": "CANCELLED",
+    }
 
     controller.states["7_1"] = "PENDING"  # preempted, and put back by SLURM
     assert heard(launcher) == {"b": Result.WITHDRAWN}
@@ -164,14 +205,18 @@ def test_a_job_that_begins_as_it_is_taken_back_goes_on(tmp_path: Path, controlle
     assert heard(launcher) == {"a": Result.WITHDRAWN}
     assert controller.states["7_1"] == "RUNNING"
     controller.begin_first = ()
-    submitit.core.utils.cloudpickle_dump(("success", Ending("b", Result.FINISHED)), tmp_path / "result.pkl")
+    submitit.core.utils.cloudpickle_dump(
+        ("success", Ending("b", Result.FINISHED)), tmp_path / "result.pkl"
+    )
     (tmp_path / "b").mkdir()
     (tmp_path / "result.pkl").rename(tmp_path / "b" / "result.pkl")
     controller.states["7_1"] = "COMPLETED"
     assert heard(launcher) == {"b": Result.FINISHED}
 
 
-def test_a_job_that_began_as_it_was_taken_back_is_taken_back_when_it_is_preempted(tmp_path: Path, controller: Queue) -> None:
+def test_a_job_that_began_as_it_was_taken_back_is_taken_back_when_it_is_preempted(
+    tmp_path: Path, controller: Queue
+) -> None:
     launcher = launch(tmp_path, "a")
     assert heard(launcher) == {}
     controller.begin_first = ("7_0",)
@@ -191,7 +236,9 @@ def test_jobs_are_taken_back_once_the_controller_answers(tmp_path: Path, control
     assert heard(launcher) == {"a": Result.WITHDRAWN}
 
 
-def test_what_was_not_yet_sent_is_taken_back_without_a_job(tmp_path: Path, controller: Queue) -> None:
+def test_what_was_not_yet_sent_is_taken_back_without_a_job(
+    tmp_path: Path, controller: Queue
+) -> None:
     launcher = launch(tmp_path, "ab")
     launcher.withdraw()
     assert heard(launcher) == {"a": Result.WITHDRAWN, "b": Result.WITHDRAWN}
@@ -211,7 +258,10 @@ def test_processes_of_this_machine_have_all_begun(tmp_path: Path, times: Times) 
     ("options", "message"),
     [
         ({"cluster": "cloud"}, "expected cluster=slurm or cluster=local, got cloud"),
-        ({"cluster": "local", "minutes": "soon"}, "expected the launcher option minutes as a number, got 'soon'"),
+        (
+            {"cluster": "local", "minutes": "soon"},
+            "expected the launcher option minutes as a number, got 'soon'",
+        ),
         ({"walltime": "3"}, "expected fields of SlurmOptions"),
     ],
 )
@@ -220,7 +270,12 @@ def test_bad_options_are_one_line(options: dict[str, str], message: str, tmp_pat
         go(tmp_path, StubRun(), options=options)
 
 
-def test_a_machine_without_slurm_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_slurm_is_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RunError, match=r"expected SLURM on this machine \(sbatch\).*try the launcher option cluster=local"):
+    with pytest.raises(
+        RunError,
+        match=r"expected SLURM on this machine \(sbatch\).*try the launcher option cluster=local",
+    ):
         go(tmp_path / "sweep", StubRun(), options={})

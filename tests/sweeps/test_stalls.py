@@ -1,4 +1,6 @@
-"""Runs that stand still are taken up again by another worker, where the sweep was told when to give up on one."""
+"""Runs that stand still are taken up again by another worker, where the sweep was told when to give
+up on one.
+"""
 
 from pathlib import Path
 
@@ -31,19 +33,33 @@ def test_a_run_that_hangs_is_killed_and_resumed(
         return 60.0 * minutes
 
     monkeypatch.setattr("moe_lab.sweeps.local.monotonic", clock)
-    assert run(stub_sweep(HUNG), tmp_path, workers=1, trainer=STUB, launcher_options=OPTIONS).complete
+    assert run(
+        stub_sweep(HUNG), tmp_path, workers=1, trainer=STUB, launcher_options=OPTIONS
+    ).complete
     line = "again     hung: worker killed because its run's status stood still for 30 minutes; resuming from its checkpoint"
     assert line in capsys.readouterr().out
     assert len(workers(tmp_path, HUNG)) == 2
     assert status(tmp_path)["loss"].item() == expected_loss(HUNG)
 
 
-def test_a_slow_run_that_gets_on_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_run_that_gets_on_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each step takes 20 of the 30 minutes."""
     slow = StubRun(name="slow", steps=10, step_seconds=0.02)
     steps = tmp_path / slow.hash() / "steps.log"
-    monkeypatch.setattr("moe_lab.sweeps.local.monotonic", lambda: 1200.0 * (steps.read_text().count("\n") if steps.exists() else 0))
-    assert run(stub_sweep(slow), tmp_path, workers=1, progress=False, trainer=STUB, launcher_options=OPTIONS).complete
+    monkeypatch.setattr(
+        "moe_lab.sweeps.local.monotonic",
+        lambda: 1200.0 * (steps.read_text().count("\n") if steps.exists() else 0),
+    )
+    assert run(
+        stub_sweep(slow),
+        tmp_path,
+        workers=1,
+        progress=False,
+        trainer=STUB,
+        launcher_options=OPTIONS,
+    ).complete
     assert len(workers(tmp_path, slow)) == 1
 
 
@@ -56,9 +72,17 @@ def test_a_slow_run_that_gets_on_is_left_alone(tmp_path: Path, monkeypatch: pyte
 )
 def test_bad_minutes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(stub_sweep(HUNG), tmp_path, progress=False, trainer=STUB, launcher_options={"stall_minutes": text})
+        run(
+            stub_sweep(HUNG),
+            tmp_path,
+            progress=False,
+            trainer=STUB,
+            launcher_options={"stall_minutes": text},
+        )
 
 
 def test_on_an_object_store_nobody_could_see_a_run_stand_still(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected a folder as the store for stall_minutes, got an object store"):
+    with pytest.raises(
+        ConfigError, match="expected a folder as the store for stall_minutes, got an object store"
+    ):
         LocalLauncher([Job("run", "run", tmp_path, {}, shared=False)], 1, STUB, OPTIONS)

@@ -36,7 +36,13 @@ def test_a_run_is_what_its_folder_says(store: RunStore):
     (folder(store, 2) / "done").touch()
     (folder(store, 3) / "error.txt").write_text("it broke\nTraceback\n")
     states = [store.state(run.hash()) for run in RUNS]
-    assert states == [RunState.PENDING, RunState.RUNNING, RunState.FINISHED, RunState.FAILED, RunState.INTERRUPTED]
+    assert states == [
+        RunState.PENDING,
+        RunState.RUNNING,
+        RunState.FINISHED,
+        RunState.FAILED,
+        RunState.INTERRUPTED,
+    ]
     assert status(store.folder)["state"].to_list() == states
     assert status(store.folder)["error"].to_list() == ["", "", "", "it broke", ""]
     assert claim is not None
@@ -55,10 +61,17 @@ def test_without_done_nothing_makes_a_run_finished(store: RunStore):
 
 def test_status_shows_live_progress_and_survives_a_torn_file(store: RunStore):
     claim = acquire(folder(store, 0))
-    (folder(store, 0) / "status.json").write_text(json.dumps({"step": 5, "steps": 20, "loss": 3.5, "tokens_per_second": 100.0}))
+    (folder(store, 0) / "status.json").write_text(
+        json.dumps({"step": 5, "steps": 20, "loss": 3.5, "tokens_per_second": 100.0})
+    )
     (folder(store, 1) / "status.json").write_text('{"step": 5, "st')
     first, second = status(store.folder).head(2).rows(named=True)
-    assert (first["state"], first["progress"], first["loss"], first["tokens_per_second"]) == ("running", 0.25, 3.5, 100.0)
+    assert (first["state"], first["progress"], first["loss"], first["tokens_per_second"]) == (
+        "running",
+        0.25,
+        3.5,
+        100.0,
+    )
     assert (second["step"], second["progress"], second["loss"]) == (0, 0.0, None)
     assert claim is not None
 
@@ -67,7 +80,9 @@ def test_status_keeps_the_plans_order_and_labels(store: RunStore):
     frame = status(store.folder)
     assert frame["name"].to_list() == [run.name for run in RUNS]
     assert frame["run"].to_list() == [run.hash() for run in RUNS]
-    assert frame.select("arm", "ratio", "seed").rows() == [(run.arm, run.ratio, run.seed) for run in RUNS]
+    assert frame.select("arm", "ratio", "seed").rows() == [
+        (run.arm, run.ratio, run.seed) for run in RUNS
+    ]
 
 
 def test_another_plan_is_added_and_shares_equal_runs(store: RunStore):
@@ -97,7 +112,10 @@ def test_processes_that_add_plans_at_once_lose_none(tmp_path: Path):
         "for i in range(10): RunStore(sys.argv[1]).add(stub_sweep(StubRun(seed=100 * int(sys.argv[2]) + i)))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(index)], env=environment) for index in range(3)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(index)], env=environment)
+        for index in range(3)
+    ]
     assert [process.wait() for process in processes] == [0, 0, 0]
     plan = RunStore(tmp_path).plan()
     assert len(plan["runs"]) == len(plan["sweeps"]) == 30
@@ -106,12 +124,17 @@ def test_processes_that_add_plans_at_once_lose_none(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"expected a sweep folder with sweep\.json, got .* without one; try moe-lab sweep run first"),
+        (
+            None,
+            r"expected a sweep folder with sweep\.json, got .* without one; try moe-lab sweep run first",
+        ),
         ("{", r"expected a readable plan, got .*sweep\.json"),
         ('{"schema_version": 99}', r"expected a plan of version 1, got 99 in .*sweep\.json"),
     ],
 )
-def test_a_folder_without_a_readable_plan_gives_one_line(tmp_path: Path, content: str | None, message: str):
+def test_a_folder_without_a_readable_plan_gives_one_line(
+    tmp_path: Path, content: str | None, message: str
+):
     if content is not None:
         (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(RunError, match=message):
@@ -120,5 +143,7 @@ def test_a_folder_without_a_readable_plan_gives_one_line(tmp_path: Path, content
 
 def test_an_unwritable_folder_gives_one_line(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write .*Not a directory; try another folder or free some space"):
+    with pytest.raises(
+        RunError, match=r"cannot write .*Not a directory; try another folder or free some space"
+    ):
         RunStore(tmp_path / "file" / "out").check_writable()

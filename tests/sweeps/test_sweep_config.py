@@ -6,12 +6,17 @@ from moe_lab.files import content_hash
 
 
 def test_a_sweep_needs_a_run():
-    with pytest.raises(ConfigError, match=r"expected a sweep of at least one run, got none in 'stub'"):
+    with pytest.raises(
+        ConfigError, match=r"expected a sweep of at least one run, got none in 'stub'"
+    ):
         stub_sweep()
 
 
 def test_a_run_may_be_in_a_sweep_once():
-    with pytest.raises(ConfigError, match=r"every run of 'stub' once, got 'twin' \([0-9a-f]{12}\) 2 times; try another seed or ratio"):
+    with pytest.raises(
+        ConfigError,
+        match=r"every run of 'stub' once, got 'twin' \([0-9a-f]{12}\) 2 times; try another seed or ratio",
+    ):
         stub_sweep(StubRun(name="twin"), StubRun(name="other"), StubRun(name="twin"))
 
 
@@ -22,16 +27,26 @@ def test_a_sweep_name_is_a_folder_name(name: str):
 
 
 def test_the_hashes_of_a_sweep_are_those_of_its_runs():
-    """Also where runs share parts, where equal parts are written differently (1 and 1.0), and where a run leaves a field out."""
+    """Also where runs share parts, where equal parts are written differently (1 and 1.0), and where
+    a run leaves a field out.
+    """
     from moe_lab.model import DecoderConfig, MoEConfig
     from moe_lab.routing import RouterConfig
     from moe_lab.sweeps import SweepConfig
     from moe_lab.training import OptimizerConfig, RunConfig
 
-    whole, fraction = (MoEConfig(16, 8, RouterConfig(num_experts=4, top_k=2, routed_scaling_factor=scale)) for scale in (1, 1.0))
+    whole, fraction = (
+        MoEConfig(16, 8, RouterConfig(num_experts=4, top_k=2, routed_scaling_factor=scale))
+        for scale in (1, 1.0)
+    )
     models = [DecoderConfig(d_model=16, num_heads=2, moe=moe) for moe in (whole, fraction, whole)]
-    runs = [RunConfig(model=model, name=f"{number} \u00e9", seed=number) for number, model in enumerate(models)]
-    runs.append(runs[0].replace(train_tokens=4096, budgets=(4096, 8192), optimizer=OptimizerConfig(lr=1e-3)))
+    runs = [
+        RunConfig(model=model, name=f"{number} \u00e9", seed=number)
+        for number, model in enumerate(models)
+    ]
+    runs.append(
+        runs[0].replace(train_tokens=4096, budgets=(4096, 8192), optimizer=OptimizerConfig(lr=1e-3))
+    )
     sweep = SweepConfig(name="s", question="?", runs=tuple(runs))
     written = [content_hash({"class": "RunConfig", **run.to_dict()}) for run in runs]
     assert list(sweep.hashes) == [run.hash() for run in runs] == written

@@ -1,4 +1,6 @@
-"""Many light processes that take up, write and finish the runs of one store, each as a worker does, and each with a plan of its own."""
+"""Many light processes that take up, write and finish the runs of one store, each as a worker does,
+and each with a plan of its own.
+"""
 
 import json
 import multiprocessing
@@ -20,7 +22,10 @@ def train(values: dict[str, Any], folder: Path) -> None:
     with open(folder / "starts", "a") as starts:
         starts.write("started\n")
     for step in range(UPDATES):
-        write_json(folder / "status.json", {"step": step + 1, "steps": UPDATES, "loss": float(values["seed"])})
+        write_json(
+            folder / "status.json",
+            {"step": step + 1, "steps": UPDATES, "loss": float(values["seed"])},
+        )
     write_json(folder / "result.json", {"loss": float(values["seed"])})
     write_text(folder / "done", "")
 
@@ -40,7 +45,9 @@ def write(out: Path, writer: int, number: int) -> None:
     while left:
         busy = []
         for one in left:
-            ending = execute(train, Job(one.hash(), one.name, store.path(one.hash()), one.to_dict()))
+            ending = execute(
+                train, Job(one.hash(), one.name, store.path(one.hash()), one.to_dict())
+            )
             assert ending.result in (Result.FINISHED, Result.BUSY), ending
             if ending.result is Result.BUSY:
                 busy.append(one)
@@ -52,7 +59,9 @@ def compete(out: Path, writers: int, number: int) -> float:
     """Seconds that so many writers take for so many shared runs."""
     context = multiprocessing.get_context("fork")
     began = time.monotonic()
-    processes = [context.Process(target=write, args=(out, writer, number)) for writer in range(writers)]
+    processes = [
+        context.Process(target=write, args=(out, writer, number)) for writer in range(writers)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -63,10 +72,15 @@ def compete(out: Path, writers: int, number: int) -> float:
 
 
 def lost(out: Path, writers: int, number: int) -> list[str]:
-    """What is not as it must be: runs or plans that are missing, runs that two trained, files that are torn or left over."""
+    """What is not as it must be: runs or plans that are missing, runs that two trained, files that
+    are torn or left over.
+    """
     plan = RunStore(out).plan()
     problems = [] if len(plan["sweeps"]) == writers + 1 else [f"{len(plan['sweeps'])} plans"]
-    for one in [*shared_runs(number), *(StubRun(name=f"own {writer}", seed=10_000 + writer) for writer in range(writers))]:
+    for one in [
+        *shared_runs(number),
+        *(StubRun(name=f"own {writer}", seed=10_000 + writer) for writer in range(writers)),
+    ]:
         folder = out / one.hash()
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if one.hash() not in plan["runs"]:

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lab.errors import CorpusError
-from moe_lab.text import CLASSES, Document, TokenizedDocument, Tokenizer, token_classes, tokenize_documents
+from moe_lab.text import (
+    CLASSES,
+    Document,
+    TokenizedDocument,
+    Tokenizer,
+    token_classes,
+    tokenize_documents,
+)
 from moe_lab.text.classes import frequency_bands
 
 
@@ -25,7 +32,9 @@ def cut(*pieces: str | bytes, name: str = "a.txt") -> tuple[TokenizedDocument, T
     sequence = np.array([tokenizer.eos_id, *(ids[piece] for piece in spelled)], dtype=np.int32)
     text = b"".join(spelled).decode()
     starts, ends = tokenizer.spans(text, sequence)
-    return TokenizedDocument(index=7, name=name, text=text, ids=sequence, starts=starts, ends=ends), tokenizer
+    return TokenizedDocument(
+        index=7, name=name, text=text, ids=sequence, starts=starts, ends=ends
+    ), tokenizer
 
 
 def classes(column: str, *pieces: str | bytes, name: str = "a.txt") -> list[str]:
@@ -42,7 +51,16 @@ def of_ids(ids: Sequence[int]) -> pl.DataFrame:
 def test_frame_has_one_row_a_token_and_named_classes():
     document, tokenizer = cut("def", " f", "(", "é", ")", name="x.py")
     frame = token_classes(document, tokenizer, np.zeros(tokenizer.vocab_size, dtype=np.int64))
-    assert frame.columns == ["doc", "pos", "token_id", "start", "end", "n_bytes", "spans_classes", *CLASSES]
+    assert frame.columns == [
+        "doc",
+        "pos",
+        "token_id",
+        "start",
+        "end",
+        "n_bytes",
+        "spans_classes",
+        *CLASSES,
+    ]
     assert frame["doc"].to_list() == [7] * 6
     assert frame["pos"].to_list() == list(range(6))
     assert frame["token_id"].to_list() == document.ids.tolist()
@@ -54,7 +72,11 @@ def test_frame_has_one_row_a_token_and_named_classes():
 def test_end_of_document_is_special_in_every_class_and_never_anything_else():
     frame = token_classes(*cut("a", " b"))
     for column in set(CLASSES) - {"position"}:
-        assert (frame[column] == "special").to_list() == [True, False, False] or column == "freq_band"
+        assert (frame[column] == "special").to_list() == [
+            True,
+            False,
+            False,
+        ] or column == "freq_band"
     assert frame["freq_band"].to_list() == ["special", None, None]
 
 
@@ -87,24 +109,59 @@ def test_lexer_class_is_that_of_the_first_character_that_is_not_blank():
 
 def test_token_across_two_lexer_classes_is_flagged_whatever_blanks_it_holds():
     document, tokenizer = cut("x", " = ", "y", "[i", "]\n", "if z", name="x.py")
-    assert token_classes(document, tokenizer)["spans_classes"].to_list() == [False, False, False, False, True, False, True]
+    assert token_classes(document, tokenizer)["spans_classes"].to_list() == [
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_document_that_is_not_python_has_the_lexer_class_text():
     assert classes("lexer", "def", " f", "():", name="notes.md") == ["text"] * 3
-    assert classes("lexer", "def", " f", "():", name="stub.pyi") == ["keyword", "name_def", "bracket"]
+    assert classes("lexer", "def", " f", "():", name="stub.pyi") == [
+        "keyword",
+        "name_def",
+        "bracket",
+    ]
 
 
 def test_broken_python_is_other_and_no_error():
-    assert classes("lexer", "a", " = ", "'''", "b", name="x.py") == ["name_other", "operator", "other", "other"]
+    assert classes("lexer", "a", " = ", "'''", "b", name="x.py") == [
+        "name_other",
+        "operator",
+        "other",
+        "other",
+    ]
 
 
 def test_token_that_cuts_a_character_has_the_class_of_that_character():
-    pieces = ("x = '", "👍".encode()[:2], "👍".encode()[2:], "é".encode()[:1], "é".encode()[1:], "'")
-    assert classes("lexer", *pieces, name="x.py") == ["name_other", *["string_body"] * 4, "string_quote"]
+    pieces = (
+        "x = '",
+        "👍".encode()[:2],
+        "👍".encode()[2:],
+        "é".encode()[:1],
+        "é".encode()[1:],
+        "'",
+    )
+    assert classes("lexer", *pieces, name="x.py") == [
+        "name_other",
+        *["string_body"] * 4,
+        "string_quote",
+    ]
     assert classes("unicode", *pieces, name="x.py") == ["mixed", *["byte_fragment"] * 4, "punct"]
     # é is a letter after a symbol: its first byte begins a word and its second continues it.
-    assert classes("subword", *pieces, name="x.py") == ["word_start", "non_word", "non_word", "word_start", "continuation", "non_word"]
+    assert classes("subword", *pieces, name="x.py") == [
+        "word_start",
+        "non_word",
+        "non_word",
+        "word_start",
+        "continuation",
+        "non_word",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +252,23 @@ def test_boundary_of_a_token(pieces, found):
 
 
 def test_function_words_are_told_from_content_words_by_the_whole_word():
-    pieces = ("The", " cat", " do", "es", "n't", " s", "it", ",", " O", "F", " 20", "th", " b_of", " + ", "\n")
+    pieces = (
+        "The",
+        " cat",
+        " do",
+        "es",
+        "n't",
+        " s",
+        "it",
+        ",",
+        " O",
+        "F",
+        " 20",
+        "th",
+        " b_of",
+        " + ",
+        "\n",
+    )
     assert classes("function", *pieces) == [
         "function",
         "content",
@@ -216,7 +289,16 @@ def test_function_words_are_told_from_content_words_by_the_whole_word():
 
 
 def test_function_words_stand_with_either_apostrophe_and_words_are_compared_whole():
-    assert classes("function", "don\u2019t", " don't", " offing", " themselves", " themselvesx", " ofé", " 'of'") == [
+    assert classes(
+        "function",
+        "don\u2019t",
+        " don't",
+        " offing",
+        " themselves",
+        " themselvesx",
+        " ofé",
+        " 'of'",
+    ) == [
         "function",
         "function",
         "content",
@@ -237,7 +319,8 @@ def test_copy_is_the_longest_suffix_whose_last_continuation_comes_again():
 def test_copy_looks_at_the_most_recent_occurrence_alone():
     # The last "a" was followed by "c", an earlier one by "b".
     assert of_ids(b"abacab")["copy"].to_list()[-1] == "0"
-    # "xa" was followed by "b", a later lone "a" by "c": two tokens of suffix find what one does not.
+    # "xa" was followed by "b", a later lone "a" by "c": two tokens of suffix find what one does
+    # not.
     assert of_ids(b"xabacxab")["copy"].to_list()[-1] == "2"
 
 
@@ -272,8 +355,18 @@ def test_copy_agrees_for_vocabularies_of_more_than_16_bits():
     large = Tokenizer(merges)
     assert large.vocab_size > 1 << 16
     ids = np.where(document.ids == tokenizer.eos_id, large.eos_id, document.ids).astype(np.int32)
-    moved = TokenizedDocument(index=0, name="a.txt", text=document.text, ids=ids, starts=document.starts, ends=document.ends)
-    assert token_classes(moved, large)["copy"].to_list() == token_classes(document, tokenizer)["copy"].to_list()
+    moved = TokenizedDocument(
+        index=0,
+        name="a.txt",
+        text=document.text,
+        ids=ids,
+        starts=document.starts,
+        ends=document.ends,
+    )
+    assert (
+        token_classes(moved, large)["copy"].to_list()
+        == token_classes(document, tokenizer)["copy"].to_list()
+    )
 
 
 def test_position_is_in_powers_of_two():
@@ -290,7 +383,14 @@ def test_frequency_bands_hold_equal_mass_and_rare_ids_are_apart():
     counts[:10] = 100
     counts[10:13] = [30, 29, 1]
     bands = np.array(CLASSES["freq_band"])[frequency_bands(counts, tokenizer)].tolist()
-    assert bands[:10] == ["most_frequent"] * 2 + ["frequent"] * 2 + ["medium"] * 2 + ["infrequent"] * 2 + ["least_frequent"] * 2
+    assert (
+        bands[:10]
+        == ["most_frequent"] * 2
+        + ["frequent"] * 2
+        + ["medium"] * 2
+        + ["infrequent"] * 2
+        + ["least_frequent"] * 2
+    )
     assert bands[10:14] == ["least_frequent", "rare", "rare", "rare"]
 
 
@@ -305,12 +405,19 @@ def test_frequency_band_follows_the_reference_counts_given():
     document, tokenizer = cut("a", "b")
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     counts[ord("a")] = 50
-    assert token_classes(document, tokenizer, counts)["freq_band"].to_list() == ["special", "medium", "rare"]
+    assert token_classes(document, tokenizer, counts)["freq_band"].to_list() == [
+        "special",
+        "medium",
+        "rare",
+    ]
 
 
 def test_counts_of_another_vocabulary_are_told():
     document, tokenizer = cut("a", "b")
-    with pytest.raises(CorpusError, match=r"expected reference counts of 257 ids, got shape \(5,\); try TokenizedText.counts\(\)"):
+    with pytest.raises(
+        CorpusError,
+        match=r"expected reference counts of 257 ids, got shape \(5,\); try TokenizedText.counts\(\)",
+    ):
         token_classes(document, tokenizer, np.zeros(5, dtype=np.int64))
 
 
@@ -318,8 +425,16 @@ def test_counts_of_another_vocabulary_are_told():
 @settings(max_examples=150, deadline=None)
 def test_any_cut_of_any_text_has_classes_that_follow_from_its_characters(text, data):
     raw = text.encode()
-    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=8))) if len(raw) > 1 else []
-    pieces = [raw[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(raw)], strict=True) if end > begin]
+    cuts = (
+        sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=8)))
+        if len(raw) > 1
+        else []
+    )
+    pieces = [
+        raw[begin:end]
+        for begin, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)
+        if end > begin
+    ]
     document, tokenizer = cut(*pieces, name="a.py")
     frame = token_classes(document, tokenizer)
     assert len(frame) == len(pieces) + 1
@@ -331,5 +446,7 @@ def test_any_cut_of_any_text_has_classes_that_follow_from_its_characters(text, d
         ink = span.strip(" \n\t")
         word = bool(ink) and (ink[0].isalnum() or ink[0] in "_\u0301")
         assert (row["subword"] == "non_word") == (not word)
-        assert (row["case"] == "none") == (not any(character.isupper() or character.islower() for character in span))
+        assert (row["case"] == "none") == (
+            not any(character.isupper() or character.islower() for character in span)
+        )
         assert (row["unicode"] in ("space", "newline")) == (not ink)

@@ -44,7 +44,9 @@ def test_every_character_has_a_class_in_many_languages():
 
 
 def test_prose_and_unknown_names_have_no_lexer():
-    assert [lexer_for(name) for name in ("README", "a.txt", "a.md", "a.nosuchlanguage")] == [None] * 4
+    assert [lexer_for(name) for name in ("README", "a.txt", "a.md", "a.nosuchlanguage")] == [
+        None
+    ] * 4
 
 
 def test_the_mapping_names_classes_that_exist():
@@ -54,7 +56,9 @@ def test_the_mapping_names_classes_that_exist():
 def test_the_class_table_uses_it():
     documents = [Document("x.c", C_SOURCE), Document("x.txt", C_SOURCE)]
     tokenizer = train_tokenizer(documents, 257, "byte")
-    code, prose = (token_classes(document, tokenizer) for document in tokenize_documents(documents, tokenizer))
+    code, prose = (
+        token_classes(document, tokenizer) for document in tokenize_documents(documents, tokenizer)
+    )
     assert code["lexer"].to_list()[1 + C_SOURCE.index("return")] == "keyword"
     assert set(prose["lexer"].to_list()[1:]) == {"text"}
     assert np.array_equal(code["token_id"], prose["token_id"])

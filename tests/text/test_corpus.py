@@ -19,7 +19,12 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def corpus_of(count: int) -> Corpus:
-    return Corpus(documents=tuple(Document(name=f"{index:03}.txt", text=f"text {index}") for index in range(count)), source="made")
+    return Corpus(
+        documents=tuple(
+            Document(name=f"{index:03}.txt", text=f"text {index}") for index in range(count)
+        ),
+        source="made",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +41,27 @@ def test_stdlib_corpus_holds_the_running_interpreters_sources(stdlib):
 
 def test_stdlib_corpus_leaves_out_tests_tables_and_installed_packages(stdlib):
     folders = {part for document in stdlib.documents for part in Path(document.name).parts[:-1]}
-    assert folders.isdisjoint({"test", "tests", "idle_test", "encodings", "site-packages", "turtledemo", "__pycache__"})
+    assert folders.isdisjoint(
+        {"test", "tests", "idle_test", "encodings", "site-packages", "turtledemo", "__pycache__"}
+    )
     assert not any(document.name.startswith("_sysconfigdata") for document in stdlib.documents)
     assert all(document.name.endswith(".py") for document in stdlib.documents)
 
 
 def test_stdlib_corpus_is_the_same_twice(stdlib):
     assert load_corpus().hash == stdlib.hash
-    assert [document.name for document in load_corpus().documents] == sorted(document.name for document in stdlib.documents)
+    assert [document.name for document in load_corpus().documents] == sorted(
+        document.name for document in stdlib.documents
+    )
 
 
 def test_interpreter_without_sources_is_told(tmp_path, monkeypatch):
     write(tmp_path / "json" / "decoder.pyc", b"\0\1")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(CorpusError, match=r"expected the standard library's Python sources in .*, got none; try a folder of your own text"):
+    with pytest.raises(
+        CorpusError,
+        match=r"expected the standard library's Python sources in .*, got none; try a folder of your own text",
+    ):
         load_corpus("stdlib")
 
 
@@ -60,7 +72,10 @@ def test_folder_gives_one_document_a_file_named_by_relative_path_and_sorted(tmp_
     write(tmp_path / ".hidden", "hidden")
     write(tmp_path / "__pycache__" / "x.pyc", b"\0")
     corpus = load_corpus(tmp_path)
-    assert [(document.name, document.text) for document in corpus.documents] == [("a/z.md", "first"), ("b.txt", "second")]
+    assert [(document.name, document.text) for document in corpus.documents] == [
+        ("a/z.md", "first"),
+        ("b.txt", "second"),
+    ]
     assert corpus.source == str(tmp_path)
 
 
@@ -76,7 +91,13 @@ def test_content_hash_ignores_the_place_and_follows_names_and_texts(tmp_path):
 
 
 def test_equal_texts_are_kept_once_and_blank_ones_left_out(tmp_path):
-    for name, text in {"a.txt": "same", "b.txt": "same", "c.txt": " \n", "d.txt": "", "e.txt": "other"}.items():
+    for name, text in {
+        "a.txt": "same",
+        "b.txt": "same",
+        "c.txt": " \n",
+        "d.txt": "",
+        "e.txt": "other",
+    }.items():
         write(tmp_path / name, text)
     assert [document.name for document in load_corpus(tmp_path).documents] == ["a.txt", "e.txt"]
 
@@ -97,44 +118,80 @@ def test_file_names_that_are_not_utf8_are_named_all_the_same(tmp_path):
 
 
 def test_byte_order_mark_is_not_text(tmp_path):
-    assert load_corpus(write(tmp_path / "a.txt", b"\xef\xbb\xbfalpha")).documents == (Document(name="a.txt", text="alpha"),)
+    assert load_corpus(write(tmp_path / "a.txt", b"\xef\xbb\xbfalpha")).documents == (
+        Document(name="a.txt", text="alpha"),
+    )
 
 
 def test_line_endings_are_kept(tmp_path):
-    assert load_corpus(write(tmp_path / "a.txt", "one\r\ntwo\r")).documents[0].text == "one\r\ntwo\r"
+    assert (
+        load_corpus(write(tmp_path / "a.txt", "one\r\ntwo\r")).documents[0].text == "one\r\ntwo\r"
+    )
 
 
 def test_jsonl_gives_one_document_a_line(tmp_path):
     separator = "\u2028"
-    rows = ['{"text": "alpha"}', "", json.dumps({"text": f"be{separator}ta", "n": 1}, ensure_ascii=False), '{"text": null}']
+    rows = [
+        '{"text": "alpha"}',
+        "",
+        json.dumps({"text": f"be{separator}ta", "n": 1}, ensure_ascii=False),
+        '{"text": null}',
+    ]
     documents = load_corpus(write(tmp_path / "rows.jsonl", "\n".join(rows))).documents
-    assert [(document.name, document.text) for document in documents] == [("rows.jsonl:1", "alpha"), ("rows.jsonl:3", "be\u2028ta")]
+    assert [(document.name, document.text) for document in documents] == [
+        ("rows.jsonl:1", "alpha"),
+        ("rows.jsonl:3", "be\u2028ta"),
+    ]
 
 
 def test_parquet_gives_one_document_a_row(tmp_path):
     path = tmp_path / "rows.parquet"
     pl.DataFrame({"body": ["alpha", None, "beta"], "n": [1, 2, 3]}).write_parquet(path)
     documents = load_corpus(path, text_column="body").documents
-    assert [(document.name, document.text) for document in documents] == [("rows.parquet:1", "alpha"), ("rows.parquet:3", "beta")]
+    assert [(document.name, document.text) for document in documents] == [
+        ("rows.parquet:1", "alpha"),
+        ("rows.parquet:3", "beta"),
+    ]
 
 
 BAD_FILES = {
-    "nul.txt": (b"ab\0c", "expected text, got a binary file: {path}; try converting it to UTF-8 or moving it out of the corpus"),
-    "latin.txt": ("é".encode("latin-1"), "expected UTF-8 text, got {path}, which is not at byte 0; try"),
+    "nul.txt": (
+        b"ab\0c",
+        "expected text, got a binary file: {path}; try converting it to UTF-8 or moving it out of the corpus",
+    ),
+    "latin.txt": (
+        "é".encode("latin-1"),
+        "expected UTF-8 text, got {path}, which is not at byte 0; try",
+    ),
     "blank.txt": (b" \n", "expected text, got none in {path}; try a folder of your own text"),
     "empty.jsonl": (b"", "expected text, got none in {path}"),
-    "torn.jsonl": (b'{"text": "a"}\n{"text": ', "expected one JSON object a line, got {path}:2, which does not parse: "),
-    "deep.jsonl": (b"[" * 200_000, "expected one JSON object a line, got {path}:1, which does not parse: "),
+    "torn.jsonl": (
+        b'{"text": "a"}\n{"text": ',
+        "expected one JSON object a line, got {path}:2, which does not parse: ",
+    ),
+    "deep.jsonl": (
+        b"[" * 200_000,
+        "expected one JSON object a line, got {path}:1, which does not parse: ",
+    ),
     "field.jsonl": (
         b'{"body": "a"}',
         'expected an object with the field "text", got {path}:1 with the fields body; try another',
     ),
-    "list.jsonl": (b"[1]", 'expected an object with the field "text", got {path}:1 of type list; try another text_column'),
+    "list.jsonl": (
+        b"[1]",
+        'expected an object with the field "text", got {path}:1 of type list; try another text_column',
+    ),
     "type.jsonl": (b'{"text": 3}', "expected text, got {path}:1 with int; try another text_column"),
-    "half.jsonl": (b'{"text": "a\\ud800"}', "expected UTF-8 text, got {path}:1 with a lone surrogate at character 1"),
+    "half.jsonl": (
+        b'{"text": "a\\ud800"}',
+        "expected UTF-8 text, got {path}:1 with a lone surrogate at character 1",
+    ),
     "nul.jsonl": (b'{"text": "a\\u0000"}', "expected text, got {path}:1 with a NUL character"),
     "torn.parquet": (b"PAR1 no", "expected a Parquet file, got {path}, which cannot be read: "),
-    "picture.png": (b"png", "expected a folder or a file ending in .txt, .jsonl, .parquet, got {path}; try a folder that holds the file"),
+    "picture.png": (
+        b"png",
+        "expected a folder or a file ending in .txt, .jsonl, .parquet, got {path}; try a folder that holds the file",
+    ),
 }
 
 
@@ -158,15 +215,22 @@ def test_parquet_without_the_text_column_lists_what_it_has(tmp_path):
     path = tmp_path / "rows.parquet"
     pl.DataFrame({"body": ["alpha"], "n": [1]}).write_parquet(path)
     with pytest.raises(
-        CorpusError, match=r'expected a column "text", got .*rows.parquet with the columns body, n; try another text_column'
+        CorpusError,
+        match=r'expected a column "text", got .*rows.parquet with the columns body, n; try another text_column',
     ):
         load_corpus(path)
-    with pytest.raises(CorpusError, match=r'expected text in column "n", got .*rows.parquet with Int64; try another text_column'):
+    with pytest.raises(
+        CorpusError,
+        match=r'expected text in column "n", got .*rows.parquet with Int64; try another text_column',
+    ):
         load_corpus(path, text_column="n")
 
 
 def test_missing_path_is_told(tmp_path):
-    with pytest.raises(CorpusError, match=r'expected "stdlib" or the path of a text, got .*nowhere, which does not exist; try a folder of'):
+    with pytest.raises(
+        CorpusError,
+        match=r'expected "stdlib" or the path of a text, got .*nowhere, which does not exist; try a folder of',
+    ):
         load_corpus(tmp_path / "nowhere")
 
 
@@ -183,24 +247,41 @@ def test_unreadable_file_and_folder_are_told(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refuse)
-        with pytest.raises(CorpusError, match=re.escape(f"expected a readable file, got {path}: Permission denied")):
+        with pytest.raises(
+            CorpusError, match=re.escape(f"expected a readable file, got {path}: Permission denied")
+        ):
             load_corpus(path)
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(CorpusError, match=re.escape(f"expected a readable folder, got {tmp_path}: Permission denied")):
+    with pytest.raises(
+        CorpusError,
+        match=re.escape(f"expected a readable folder, got {tmp_path}: Permission denied"),
+    ):
         load_corpus(tmp_path)
 
 
 def test_split_is_70_20_10_disjoint_and_whole():
     corpus = corpus_of(200)
     parts = corpus.split()
-    assert {split: len(documents) for split, documents in parts.items()} == {Split.TRAIN: 140, Split.VALIDATION: 40, Split.REFERENCE: 20}
-    assert sorted(document.name for documents in parts.values() for document in documents) == [d.name for d in corpus.documents]
-    assert all([d.name for d in documents] == sorted(d.name for d in documents) for documents in parts.values())
+    assert {split: len(documents) for split, documents in parts.items()} == {
+        Split.TRAIN: 140,
+        Split.VALIDATION: 40,
+        Split.REFERENCE: 20,
+    }
+    assert sorted(document.name for documents in parts.values() for document in documents) == [
+        d.name for d in corpus.documents
+    ]
+    assert all(
+        [d.name for d in documents] == sorted(d.name for d in documents)
+        for documents in parts.values()
+    )
 
 
 def test_split_follows_the_seed_and_the_text_but_not_the_name():
     corpus = corpus_of(200)
-    renamed = Corpus(documents=tuple(Document(f"new-{d.name}", d.text) for d in reversed(corpus.documents)), source="made")
+    renamed = Corpus(
+        documents=tuple(Document(f"new-{d.name}", d.text) for d in reversed(corpus.documents)),
+        source="made",
+    )
     texts = {d.text for d in corpus.split(seed=1)[Split.VALIDATION]}
     assert texts == {d.text for d in renamed.split(seed=1)[Split.VALIDATION]}
     assert texts != {d.text for d in corpus.split(seed=2)[Split.VALIDATION]}
@@ -215,7 +296,10 @@ def test_small_corpus_fills_every_split(count):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_documents_cannot_be_split(count):
-    with pytest.raises(CorpusError, match=rf"expected at least 3 documents to split .*, got {count} in made; try a folder of"):
+    with pytest.raises(
+        CorpusError,
+        match=rf"expected at least 3 documents to split .*, got {count} in made; try a folder of",
+    ):
         corpus_of(count).split()
 
 

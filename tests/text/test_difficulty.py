@@ -10,9 +10,9 @@ from moe_lab.errors import CorpusError
 from moe_lab.text import NgramModel, ngram_surprisal, unigram_surprisal
 
 VOCAB = 5
-documents = st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=12), min_size=1, max_size=5).filter(
-    lambda docs: any(len(d) > 1 for d in docs)
-)
+documents = st.lists(
+    st.lists(st.integers(0, VOCAB - 1), max_size=12), min_size=1, max_size=5
+).filter(lambda docs: any(len(d) > 1 for d in docs))
 
 
 def arrays(rows: list[list[int]]) -> list[np.ndarray]:
@@ -21,7 +21,11 @@ def arrays(rows: list[list[int]]) -> list[np.ndarray]:
 
 def probability_by_definition(rows: list[list[int]], context: tuple, token: int) -> float:
     """Interpolated Kneser-Ney from dictionaries and sets, one token at a time: the oracle."""
-    triples = Counter((None if place == 1 else row[place - 2], row[place - 1], row[place]) for row in rows for place in range(1, len(row)))
+    triples = Counter(
+        (None if place == 1 else row[place - 2], row[place - 1], row[place])
+        for row in rows
+        for place in range(1, len(row))
+    )
     doubles = Counter((middle, last) for _, middle, last in triples)
     singles = Counter(last for _, last in doubles)
 
@@ -33,12 +37,18 @@ def probability_by_definition(rows: list[list[int]], context: tuple, token: int)
         if not counts:
             return lower
         total = sum(counts.values())
-        return max(counts.get(token, 0) - discount, 0) / total + discount * len(counts) / total * lower
+        return (
+            max(counts.get(token, 0) - discount, 0) / total + discount * len(counts) / total * lower
+        )
 
     unigram = extend(dict(singles), discount(singles), 1 / VOCAB)
     after_one = {last: count for (middle, last), count in doubles.items() if middle == context[1]}
     bigram = extend(after_one, discount(doubles), unigram)
-    after_two = {last: count for (first, middle, last), count in triples.items() if (first, middle) == context}
+    after_two = {
+        last: count
+        for (first, middle, last), count in triples.items()
+        if (first, middle) == context
+    }
     return extend(after_two, discount(triples), bigram)
 
 
@@ -49,7 +59,9 @@ def test_surprisal_is_kneser_neys_by_definition(rows, scored):
     assert math.isnan(found[0])
     for place in range(1, len(scored)):
         context = (None if place == 1 else scored[place - 2], scored[place - 1])
-        assert found[place] == pytest.approx(-math.log(probability_by_definition(rows, context, scored[place])))
+        assert found[place] == pytest.approx(
+            -math.log(probability_by_definition(rows, context, scored[place]))
+        )
 
 
 @given(rows=documents)
@@ -60,7 +72,9 @@ def test_probabilities_sum_to_one_after_every_context(rows):
         after_start = [model.surprisal(np.array([first, token]))[1] for token in range(VOCAB)]
         assert np.exp(-np.array(after_start)).sum() == pytest.approx(1)
         for second in range(VOCAB):
-            after_two = [model.surprisal(np.array([first, second, token]))[2] for token in range(VOCAB)]
+            after_two = [
+                model.surprisal(np.array([first, second, token]))[2] for token in range(VOCAB)
+            ]
             assert np.exp(-np.array(after_two)).sum() == pytest.approx(1)
             assert np.isfinite(after_two).all()
 
@@ -71,7 +85,9 @@ def test_probabilities_sum_to_one_over_a_vocabulary_mostly_unseen():
     model = NgramModel.fit([rng.zipf(1.3, 5000) % vocab_size for _ in range(4)], vocab_size)
     for context in ([1, 2], [2999, 2998], [1, 2999]):
         rows = [np.array([*context, token]) for token in range(vocab_size)]
-        assert np.exp(-np.array([row[2] for row in model.surprisals(rows)])).sum() == pytest.approx(1)
+        assert np.exp(-np.array([row[2] for row in model.surprisals(rows)])).sum() == pytest.approx(
+            1
+        )
 
 
 def test_what_came_before_is_expected_and_what_did_not_is_not():
@@ -95,7 +111,9 @@ def test_each_document_is_scored_by_the_others_alone():
     scored = ngram_surprisal(rows, VOCAB, folds=len(rows))
     for index, found in enumerate(scored):
         others = rows[:index] + rows[index + 1 :]
-        assert np.array_equal(found, NgramModel.fit(others, VOCAB).surprisal(rows[index]), equal_nan=True)
+        assert np.array_equal(
+            found, NgramModel.fit(others, VOCAB).surprisal(rows[index]), equal_nan=True
+        )
 
 
 def test_two_folds_cover_every_document_once_and_follow_the_seed():
@@ -137,18 +155,26 @@ def test_unigram_surprisal_is_the_share_in_the_other_documents():
 def test_ids_outside_the_vocabulary_are_told(bad):
     rows = arrays([[0, 1], [1, bad]])
     low, high = min(0, bad), max(1, bad)
-    with pytest.raises(CorpusError, match=rf"expected token ids in 0..4, got {low}..{high}; try the vocab_size of the tokenizer"):
+    with pytest.raises(
+        CorpusError,
+        match=rf"expected token ids in 0..4, got {low}..{high}; try the vocab_size of the tokenizer",
+    ):
         NgramModel.fit(rows, VOCAB)
     with pytest.raises(CorpusError, match=r"expected token ids in 0..4"):
         NgramModel.fit(arrays([[0, 1]]), VOCAB).surprisal(np.array([0, bad]))
 
 
 def test_documents_without_pairs_are_told():
-    with pytest.raises(CorpusError, match="expected a document of at least two tokens to count n-grams in, got 2 documents without"):
+    with pytest.raises(
+        CorpusError,
+        match="expected a document of at least two tokens to count n-grams in, got 2 documents without",
+    ):
         NgramModel.fit(arrays([[], [1]]), VOCAB)
 
 
 @pytest.mark.parametrize("folds", [1, 4])
 def test_folds_that_cannot_be_are_told(folds):
-    with pytest.raises(CorpusError, match=rf"expected 2 to 3 folds of 3 documents, got {folds}; try more documents"):
+    with pytest.raises(
+        CorpusError, match=rf"expected 2 to 3 folds of 3 documents, got {folds}; try more documents"
+    ):
         ngram_surprisal(arrays([[0, 1]] * 3), VOCAB, folds=folds)

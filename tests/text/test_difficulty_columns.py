@@ -21,7 +21,9 @@ def test_probabilities_sum_to_one_over_the_vocabulary_after_every_context():
     vocabulary = 7
     model = NgramModel.fit([generator.integers(0, vocabulary, 40) for _ in range(3)], vocabulary)
     for context in ([0], [6], [1, 2], [5, 5], [2, 6]):
-        surprisals = [model.surprisal(np.array([*context, token]))[-1] for token in range(vocabulary)]
+        surprisals = [
+            model.surprisal(np.array([*context, token]))[-1] for token in range(vocabulary)
+        ]
         assert np.exp(-np.array(surprisals)).sum() == pytest.approx(1, abs=1e-12)
 
 
@@ -31,13 +33,22 @@ def test_one_row_a_token_with_nulls_where_nothing_came_before():
     assert frame.columns == ["doc", "pos", "ngram_loss", "frequency", "surprisal_q"]
     assert frame["doc"].unique().sort().to_list() == [0, 3, 6, 9]
     assert frame.filter(frame["pos"] == 0)["ngram_loss"].null_count() == 4
-    assert frame["ngram_loss"].null_count() == frame["surprisal_q"].null_count() == frame["frequency"].null_count() == 4
-    rest = np.concatenate([row[1:] for row in ngram_surprisal([document.ids for document in documents], 3)])
+    assert (
+        frame["ngram_loss"].null_count()
+        == frame["surprisal_q"].null_count()
+        == frame["frequency"].null_count()
+        == 4
+    )
+    rest = np.concatenate(
+        [row[1:] for row in ngram_surprisal([document.ids for document in documents], 3)]
+    )
     assert frame["ngram_loss"].drop_nulls().to_numpy() == pytest.approx(rest, rel=1e-6)
 
 
 def test_excerpts_of_one_document_never_score_each_other():
-    """The excerpts of group 0 hold a pair that nothing else holds: had one of them helped to score the other, it would be easy."""
+    """The excerpts of group 0 hold a pair that nothing else holds: had one of them helped to score
+    the other, it would be easy.
+    """
     generator = np.random.default_rng(1)
     odd = np.array([5, 6] * 20)
     others = [generator.integers(0, 5, 60) for _ in range(6)]

@@ -114,11 +114,20 @@ def test_docstring_is_the_string_that_stands_first(source, is_docstring):
 
 @pytest.mark.parametrize(
     ("literal", "opening", "closing"),
-    [("'b d'", "'", "'"), ('rb"b d"', 'rb"', '"'), ("'''b\nd'''", "'''", "'''"), ('F"""b {d!r:>{w}} e"""', 'F"""', '"""')],
+    [
+        ("'b d'", "'", "'"),
+        ('rb"b d"', 'rb"', '"'),
+        ("'''b\nd'''", "'''", "'''"),
+        ('F"""b {d!r:>{w}} e"""', 'F"""', '"""'),
+    ],
 )
 def test_string_is_cut_into_quotes_and_body_with_its_blanks(literal, opening, closing):
     body = literal[len(opening) : -len(closing)]
-    assert runs(f"a = {literal}")[2:] == [(opening, "string_quote"), (body, "string_body"), (closing, "string_quote")]
+    assert runs(f"a = {literal}")[2:] == [
+        (opening, "string_quote"),
+        (body, "string_body"),
+        (closing, "string_quote"),
+    ]
 
 
 def test_empty_string_is_quotes_alone():
@@ -148,7 +157,9 @@ def test_pieces_of_an_f_string_are_one_string(monkeypatch):
         (tokenize.OP, "+", 18),
         (tokenize.NAME, "y", 20),
     ]
-    lexemes = [Lexeme(kind, text, (1, column), (1, column + len(text))) for kind, text, column in stream]
+    lexemes = [
+        Lexeme(kind, text, (1, column), (1, column + len(text))) for kind, text, column in stream
+    ]
     found = [(lexeme[0], lexeme[2], lexeme[3]) for lexeme in whole_strings(lexemes)]
     assert found == [
         (tokenize.NAME, (1, 0), (1, 1)),
@@ -171,7 +182,13 @@ def test_source_that_stops_tokenizing_is_other_from_there_on(source, last_good):
 
 
 def test_unclosed_bracket_keeps_its_classes():
-    assert [name for _, name in runs("a = (1,\n")] == ["name_other", "operator", "bracket", "number", "delimiter"]
+    assert [name for _, name in runs("a = (1,\n")] == [
+        "name_other",
+        "operator",
+        "bracket",
+        "number",
+        "delimiter",
+    ]
 
 
 def test_carriage_returns_alone_end_lines():
@@ -179,7 +196,17 @@ def test_carriage_returns_alone_end_lines():
 
 
 @pytest.mark.parametrize(
-    "source", ["", "\n", "\r\n", "a = 1\r\nb = 2\r\n", "x = 1\ry = 2", "\f\ndef f():\n\tpass", "x = \\\n  3", "é = '日本'"]
+    "source",
+    [
+        "",
+        "\n",
+        "\r\n",
+        "a = 1\r\nb = 2\r\n",
+        "x = 1\ry = 2",
+        "\f\ndef f():\n\tpass",
+        "x = \\\n  3",
+        "é = '日本'",
+    ],
 )
 def test_odd_line_ends_keep_characters_and_classes_together(source):
     assert len(python_classes(source)) == len(source)
@@ -188,7 +215,9 @@ def test_odd_line_ends_keep_characters_and_classes_together(source):
 
 @given(
     text=st.one_of(
-        st.text(), st.text(alphabet="def f(x):\n\t '\"\\#{}[]0.1@\r\f\0é👍fb"), st.binary().map(lambda data: data.decode("latin-1"))
+        st.text(),
+        st.text(alphabet="def f(x):\n\t '\"\\#{}[]0.1@\r\f\0é👍fb"),
+        st.binary().map(lambda data: data.decode("latin-1")),
     )
 )
 @settings(max_examples=300, deadline=None)
@@ -202,7 +231,9 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def test_standard_library_agrees_with_the_parser():
-    """Oracle: ``ast`` knows docstrings, definitions and attributes by the grammar, not by their neighbours."""
+    """Oracle: ``ast`` knows docstrings, definitions and attributes by the grammar, not by their
+    neighbours.
+    """
     checked = 0
     for document in load_corpus().documents[::25]:
         if not document.text.isascii() or "\f" in document.text:
@@ -210,11 +241,17 @@ def test_standard_library_agrees_with_the_parser():
         tree = ast.parse(document.text)
         nodes = list(ast.walk(tree))
         classes = python_classes(document.text)
-        line_starts = list(itertools.accumulate((len(line) for line in document.text.splitlines(keepends=True)), initial=0))
+        line_starts = list(
+            itertools.accumulate(
+                (len(line) for line in document.text.splitlines(keepends=True)), initial=0
+            )
+        )
 
         expected_docstring = np.zeros(len(document.text), dtype=bool)
         for node in nodes:
-            if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node, clean=False):
+            if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(
+                node, clean=False
+            ):
                 string = node.body[0]
                 begin = line_starts[string.lineno - 1] + string.col_offset
                 end = line_starts[(string.end_lineno or 0) - 1] + (string.end_col_offset or 0)
@@ -224,10 +261,16 @@ def test_standard_library_agrees_with_the_parser():
 
         found = runs(document.text)
         names = [text for text, name in found if name == "name_def"]
-        assert sorted(names) == sorted(node.name for node in nodes if isinstance(node, DEFINITIONS)), document.name
+        assert sorted(names) == sorted(
+            node.name for node in nodes if isinstance(node, DEFINITIONS)
+        ), document.name
         attributes = {text for text, name in found if name == "name_attr"}
-        formatted = {inner for node in nodes if isinstance(node, ast.JoinedStr) for inner in ast.walk(node)}
-        assert {node.attr for node in nodes if isinstance(node, ast.Attribute) and node not in formatted} <= attributes
+        formatted = {
+            inner for node in nodes if isinstance(node, ast.JoinedStr) for inner in ast.walk(node)
+        }
+        assert {
+            node.attr for node in nodes if isinstance(node, ast.Attribute) and node not in formatted
+        } <= attributes
         assert {text for text, name in found if name == "keyword"} <= set(keyword.kwlist)
         assert not any(name == "other" for _, name in found)
         checked += 1

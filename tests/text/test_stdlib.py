@@ -1,4 +1,5 @@
-"""The default corpus against shares and surprisals measured once on another interpreter's library (CPython 3.11, BPE of 4096, 504 files).
+"""The default corpus against shares and surprisals measured once on another interpreter's library
+(CPython 3.11, BPE of 4096, 504 files).
 
 Versions differ by files that came and went, hence the wide tolerances.
 """
@@ -7,11 +8,20 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moe_lab.text import Split, TextConfig, TokenizedText, load_tokens, ngram_surprisal, token_classes, unigram_surprisal
+from moe_lab.text import (
+    Split,
+    TextConfig,
+    TokenizedText,
+    load_tokens,
+    ngram_surprisal,
+    token_classes,
+    unigram_surprisal,
+)
 
 pytestmark = pytest.mark.slow
 
-# class of at least 2 % of tokens: (share of tokens, trigram nats per token, share that continues a word)
+# class of at least 2 % of tokens: (share of tokens, trigram nats per token, share that continues a
+# word)
 MEASURED = {
     "docstring": (0.190, 5.30, 0.21),
     "name_other": (0.171, 5.70, 0.44),
@@ -25,7 +35,13 @@ MEASURED = {
     "operator": (0.030, 3.64, 0.0),
     "name_def": (0.024, 4.72, 0.73),
 }
-MEASURED_SPREAD = {"token_id": 0.474, "freq_band": 0.285, "lexer": 0.108, "subword": 0.077, "copy": 0.029}
+MEASURED_SPREAD = {
+    "token_id": 0.474,
+    "freq_band": 0.285,
+    "lexer": 0.108,
+    "subword": 0.077,
+    "copy": 0.029,
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +53,15 @@ def text(tmp_path_factory) -> TokenizedText:
 def frame(text) -> pl.DataFrame:
     documents = [document for split in Split for document in text.documents(split)]
     ids = [document.ids for document in documents]
-    trigram, unigram = (score(ids, text.tokenizer.vocab_size) for score in (ngram_surprisal, unigram_surprisal))
+    trigram, unigram = (
+        score(ids, text.tokenizer.vocab_size) for score in (ngram_surprisal, unigram_surprisal)
+    )
     counts = text.counts()
     columns = ["pos", "token_id", *MEASURED_SPREAD.keys() - {"token_id"}]
     return pl.concat(
-        token_classes(document, text.tokenizer, counts).select(columns).with_columns(trigram=pl.Series(three), unigram=pl.Series(one))
+        token_classes(document, text.tokenizer, counts)
+        .select(columns)
+        .with_columns(trigram=pl.Series(three), unigram=pl.Series(one))
         for document, three, one in list(zip(documents, trigram, unigram, strict=True))[::3]
     ).filter(pl.col("pos") > 0)
 
@@ -57,7 +77,9 @@ def test_surprisal_is_what_was_measured(frame):
 
 def test_lexer_classes_have_the_shares_surprisals_and_continuations_measured(frame):
     found = frame.group_by("lexer").agg(
-        share=pl.len() / len(frame), nats=pl.col("trigram").mean(), continued=(pl.col("subword") == "continuation").mean()
+        share=pl.len() / len(frame),
+        nats=pl.col("trigram").mean(),
+        continued=(pl.col("subword") == "continuation").mean(),
     )
     rows = {name: values for name, *values in found.rows()}
     for name, (share, nats, continued) in MEASURED.items():

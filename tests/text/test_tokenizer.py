@@ -11,7 +11,9 @@ from moe_lab.errors import CorpusError
 from moe_lab.text import Document, Tokenizer, TokenizerKind, train_tokenizer
 
 SAMPLE = [
-    Document("a.py", "def encode(text):\n    return text.encode()  # naïve café, 日本語, 👍\n" * 20),
+    Document(
+        "a.py", "def encode(text):\n    return text.encode()  # naïve café, 日本語, 👍\n" * 20
+    ),
     Document("b.txt", "The cat sat on the mat; the dog did not. Don't encode the café!\n" * 20),
 ]
 
@@ -23,13 +25,19 @@ def bpe() -> Tokenizer:
 
 @pytest.fixture(scope="module", params=TokenizerKind)
 def tokenizer(request, bpe) -> Tokenizer:
-    return bpe if request.param is TokenizerKind.BPE else train_tokenizer(SAMPLE, kind=request.param)
+    return (
+        bpe if request.param is TokenizerKind.BPE else train_tokenizer(SAMPLE, kind=request.param)
+    )
 
 
 texts = st.one_of(
     st.text(),
     st.text(alphabet="de f\n\t'.é日👍\u0301\ufeff\r\0_"),
-    st.lists(st.sampled_from(["the cat", " café", "日本", "👍", "\r\n", "    return", "<|endoftext|>", "don't"])).map("".join),
+    st.lists(
+        st.sampled_from(
+            ["the cat", " café", "日本", "👍", "\r\n", "    return", "<|endoftext|>", "don't"]
+        )
+    ).map("".join),
 )
 
 
@@ -43,7 +51,9 @@ def test_decode_undoes_encode_for_every_text(tokenizer, text):
 @settings(max_examples=300, deadline=None)
 def test_spans_are_the_characters_that_hold_each_tokens_bytes(tokenizer, text):
     ids, starts, ends = tokenizer.encode_with_spans(text)
-    owner = [index for index, character in enumerate(text) for _ in character.encode()]  # the oracle: which character owns each byte
+    owner = [
+        index for index, character in enumerate(text) for _ in character.encode()
+    ]  # the oracle: which character owns each byte
     byte = 0
     for token_id, start, end in zip(ids, starts, ends, strict=True):
         owners = owner[byte : byte + len(tokenizer.token_bytes(token_id))]
@@ -80,12 +90,18 @@ def test_bpe_joins_frequent_bytes_and_keeps_to_its_vocabulary(bpe):
 
 
 def test_bpe_agrees_with_merging_by_hand(bpe):
-    """Oracle: within each piece of GPT-2's pattern, merge the earliest-learnt adjacent pair until none is left."""
+    """Oracle: within each piece of GPT-2's pattern, merge the earliest-learnt adjacent pair until
+    none is left.
+    """
     rank = {pair: index for index, pair in reversed(list(enumerate(bpe.merges)))}
     id_of = {token: index for index, token in enumerate(bpe.tokens)}
     for piece in ("The", " encode", " café", " 日本語", " mat", "qzx"):
         ids = list(piece.encode())
-        while pairs := [(rank[pair], index) for index, pair in enumerate(itertools.pairwise(ids)) if pair in rank]:
+        while pairs := [
+            (rank[pair], index)
+            for index, pair in enumerate(itertools.pairwise(ids))
+            if pair in rank
+        ]:
             index = min(pairs)[1]
             ids[index : index + 2] = [id_of[bpe.tokens[ids[index]] + bpe.tokens[ids[index + 1]]]]
         assert bpe.encode(piece).tolist() == ids
@@ -100,7 +116,9 @@ def test_no_text_spells_the_end_of_document(bpe):
 
 @pytest.mark.parametrize("bad", [-1, 320, 10**9])
 def test_ids_out_of_range_are_refused(bpe, bad):
-    message = re.escape(f"expected token ids in 0..319, got {bad}; try the tokenizer that made these ids")
+    message = re.escape(
+        f"expected token ids in 0..319, got {bad}; try the tokenizer that made these ids"
+    )
     with pytest.raises(CorpusError, match=message):
         bpe.decode([65, bad])
     with pytest.raises(CorpusError, match=message):
@@ -108,22 +126,33 @@ def test_ids_out_of_range_are_refused(bpe, bad):
 
 
 def test_lone_surrogate_is_told(tokenizer):
-    with pytest.raises(CorpusError, match="expected text that UTF-8 can write, got a lone surrogate at character 2"):
+    with pytest.raises(
+        CorpusError, match="expected text that UTF-8 can write, got a lone surrogate at character 2"
+    ):
         tokenizer.encode("ab\ud800")
 
 
 def test_spans_refuse_ids_of_another_text(bpe):
-    with pytest.raises(CorpusError, match=r"expected ids that spell the text, got 3 bytes of tokens for 4 bytes of text"):
+    with pytest.raises(
+        CorpusError,
+        match=r"expected ids that spell the text, got 3 bytes of tokens for 4 bytes of text",
+    ):
         bpe.spans("abcd", bpe.encode("abc"))
 
 
 def test_vocabulary_beyond_the_text_is_told():
-    with pytest.raises(CorpusError, match=r"expected text that supports a vocabulary of 400, got text that ends at 2\d\d; try a smaller"):
+    with pytest.raises(
+        CorpusError,
+        match=r"expected text that supports a vocabulary of 400, got text that ends at 2\d\d; try a smaller",
+    ):
         train_tokenizer([Document("a", "abcd abcd")], vocab_size=400)
 
 
 def test_vocabulary_below_the_bytes_is_told():
-    with pytest.raises(CorpusError, match=r"expected a vocabulary of at least 257 \(bytes and end of document\), got 256"):
+    with pytest.raises(
+        CorpusError,
+        match=r"expected a vocabulary of at least 257 \(bytes and end of document\), got 256",
+    ):
         train_tokenizer(SAMPLE, vocab_size=256)
 
 
@@ -134,7 +163,10 @@ def test_bpe_of_the_smallest_vocabulary_is_the_bytes():
 def test_training_twice_gives_the_same_tokenizer_and_other_text_another(bpe):
     assert train_tokenizer(SAMPLE, vocab_size=320).hash == bpe.hash
     assert train_tokenizer(SAMPLE, vocab_size=319).hash != bpe.hash
-    assert train_tokenizer(SAMPLE[:1], vocab_size=290).hash != train_tokenizer(SAMPLE[1:], vocab_size=290).hash
+    assert (
+        train_tokenizer(SAMPLE[:1], vocab_size=290).hash
+        != train_tokenizer(SAMPLE[1:], vocab_size=290).hash
+    )
 
 
 def test_saved_tokenizer_comes_back(tmp_path, tokenizer):
@@ -154,7 +186,10 @@ DAMAGE = {
     "a list": (lambda text: "[]", "which is damaged"),
     "no merges": (lambda text: "{}", "which is damaged"),
     "a merge of unmade ids": (change(merges=[[0, 5000]]), "which is damaged"),
-    "a lost merge": (change(merges=[[104, 101]]), "whose hash or format differs; try training it again"),
+    "a lost merge": (
+        change(merges=[[104, 101]]),
+        "whose hash or format differs; try training it again",
+    ),
     "another format": (change(format="other"), "whose hash or format differs"),
 }
 
@@ -172,7 +207,9 @@ def test_damaged_tokenizer_file_is_told_and_a_damaged_cache_is_mended(tmp_path, 
 
 
 def test_missing_tokenizer_file_is_told(tmp_path):
-    with pytest.raises(CorpusError, match=r"expected a saved tokenizer, got .*none.json: No such file or directory"):
+    with pytest.raises(
+        CorpusError, match=r"expected a saved tokenizer, got .*none.json: No such file or directory"
+    ):
         Tokenizer.load(tmp_path / "none.json")
 
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from moe_lab.errors import ConfigError, CorpusError, RunError
-from moe_lab.text import Split, TextConfig, TokenizerKind, load_corpus, load_tokens, tokens, train_tokenizer
+from moe_lab.text import (
+    Split,
+    TextConfig,
+    TokenizerKind,
+    load_corpus,
+    load_tokens,
+    tokens,
+    train_tokenizer,
+)
 
 
 @pytest.fixture
@@ -15,7 +23,9 @@ def corpus(tmp_path) -> Path:
     folder.mkdir()
     for index in range(20):
         word = "".join(chr(ord("a") + (index * 7 + letter * letter) % 26) for letter in range(8))
-        (folder / f"{index:02}.py").write_text(f"def {word}(value):\n    return {word}.value + {index}  # naïve 日本 👍\n" * 5)
+        (folder / f"{index:02}.py").write_text(
+            f"def {word}(value):\n    return {word}.value + {index}  # naïve 日本 👍\n" * 5
+        )
     return folder
 
 
@@ -46,9 +56,13 @@ def test_documents_come_back_with_text_and_spans(config, cache, kind):
 def test_train_stream_is_the_train_documents_each_opened_by_the_end_id(config, cache):
     text = load_tokens(config, cache)
     assert text.train.dtype == np.int32
-    assert text.train.tolist() == [token for document in text.documents("train") for token in document.ids]
+    assert text.train.tolist() == [
+        token for document in text.documents("train") for token in document.ids
+    ]
     assert (text.train[text.train_starts] == text.tokenizer.eos_id).all()
-    assert text.train_starts.tolist() == np.flatnonzero(text.train == text.tokenizer.eos_id).tolist()
+    assert (
+        text.train_starts.tolist() == np.flatnonzero(text.train == text.tokenizer.eos_id).tolist()
+    )
 
 
 def test_document_index_is_the_place_in_the_corpus(config, cache):
@@ -61,7 +75,9 @@ def test_document_index_is_the_place_in_the_corpus(config, cache):
 def test_counts_are_of_the_reference_split(config, cache):
     text = load_tokens(config, cache)
     ids = [token for document in text.documents(Split.REFERENCE) for token in document.ids.tolist()]
-    assert text.counts().tolist() == [ids.count(token) for token in range(text.tokenizer.vocab_size)]
+    assert text.counts().tolist() == [
+        ids.count(token) for token in range(text.tokenizer.vocab_size)
+    ]
     assert text.counts("train").sum() == len(text.train)
 
 
@@ -87,12 +103,16 @@ def test_warm_cache_with_a_corpus_hash_does_not_read_the_corpus(config, cache, c
     for path in corpus.iterdir():
         path.unlink()
     loaded = load_tokens(resolved, cache)
-    assert [d.text for d in loaded.documents("validation")] == [d.text for d in built.documents("validation")]
+    assert [d.text for d in loaded.documents("validation")] == [
+        d.text for d in built.documents("validation")
+    ]
     with pytest.raises(CorpusError, match="expected text, got none in"):
         load_tokens(config, cache)
 
 
-def test_changed_corpus_is_told_where_the_hash_is_set_and_built_anew_where_not(config, cache, corpus, tmp_path):
+def test_changed_corpus_is_told_where_the_hash_is_set_and_built_anew_where_not(
+    config, cache, corpus, tmp_path
+):
     resolved = config.resolve()
     old = load_tokens(config, cache)
     (corpus / "00.py").write_text("changed = True\n")
@@ -112,7 +132,12 @@ def test_same_text_in_another_folder_shares_the_cache(config, cache, corpus, tmp
 
 
 def test_every_setting_that_changes_tokens_changes_the_file(config, cache):
-    for changed in (config, config.replace(seed=1), config.replace(vocab_size=301), config.replace(tokenizer="byte")):
+    for changed in (
+        config,
+        config.replace(seed=1),
+        config.replace(vocab_size=301),
+        config.replace(tokenizer="byte"),
+    ):
         load_tokens(changed, cache)
     assert len(list((cache / "tokens").iterdir())) == 4
 
@@ -159,7 +184,9 @@ def test_two_processes_building_at_once_agree(config, cache, corpus):
         "print(text.tokenizer.hash, text.train.sum(), len(text.names))"
     )
     commands = [[sys.executable, "-c", code, str(corpus), str(cache)]] * 3
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands
+    ]
     outputs = {process.communicate()[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
     text = load_tokens(config, cache)
@@ -182,13 +209,19 @@ def test_unwritable_cache_is_told(config, tmp_path):
 
 def test_one_document_is_told_that_it_cannot_be_split(tmp_path, cache):
     (tmp_path / "one.txt").write_text("alpha " * 100)
-    with pytest.raises(CorpusError, match=r"expected at least 3 documents to split .*, got 1 in .*one.txt; try a folder of several files"):
+    with pytest.raises(
+        CorpusError,
+        match=r"expected at least 3 documents to split .*, got 1 in .*one.txt; try a folder of several files",
+    ):
         load_tokens(TextConfig(corpus=str(tmp_path / "one.txt")), cache)
 
 
 def test_config_round_trips_and_equal_settings_have_equal_hashes(config):
     assert TextConfig.from_dict(config.resolve().to_dict()) == config.resolve()
-    assert TextConfig.from_dict({"tokenizer": "byte", "vocab_size": 5000}).hash() == TextConfig(tokenizer=TokenizerKind.BYTE).hash()
+    assert (
+        TextConfig.from_dict({"tokenizer": "byte", "vocab_size": 5000}).hash()
+        == TextConfig(tokenizer=TokenizerKind.BYTE).hash()
+    )
     assert TextConfig(seed=1).hash() != TextConfig().hash()
 
 

@@ -1,5 +1,6 @@
-"""Tiny random transformers models that run, for every MoE directory that has a router: sizes as the accounting tests draw them, and what a
-forward pass needs beyond them."""
+"""Tiny random transformers models that run, for every MoE directory that has a router: sizes as the
+accounting tests draw them, and what a forward pass needs beyond them.
+"""
 
 import importlib
 import random
@@ -25,7 +26,17 @@ WITHOUT_ROUTER = {
 """Directories of the 77 in which nothing routes tokens."""
 
 LATENT = (
-    *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear"),
+    *(
+        "axk1",
+        "axk2",
+        "bailing_hybrid",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "kimi_linear",
+    ),
     *("mistral4", "longcat_flash", "minimax_m3_vl"),
 )
 """Families with latent attention: as many key heads as query heads."""
@@ -36,11 +47,15 @@ LAST = {"glm5_next": "indexed_attention"}
 
 
 def build(name: str, seed: int, **changes: Any) -> tuple[Any, nn.Module]:
-    """(configuration, model in evaluation mode) of a family at a random size, with random weights and correction biases."""
+    """(configuration, model in evaluation mode) of a family at a random size, with random weights
+    and correction biases.
+    """
     family = FAMILIES[name]
     model_name: str = MODELS.get(name) or family.model
     package = f"transformers.models.{name}"
-    config_class = getattr(importlib.import_module(f"{package}.configuration_{name}"), family.config)
+    config_class = getattr(
+        importlib.import_module(f"{package}.configuration_{name}"), family.config
+    )
     model_class = getattr(importlib.import_module(f"{package}.modeling_{name}"), model_name)
     rng = random.Random(f"capture {name} {seed}")
     fields = _models.fields_of(config_class, family, rng)
@@ -51,7 +66,9 @@ def build(name: str, seed: int, **changes: Any) -> tuple[Any, nn.Module]:
     RUNNABLE.get(name, lambda fields, rng: None)(fields, rng)
     config = config_class(**{**fields, **changes})
     torch.manual_seed(seed)
-    model = model_class(_models.wrapped(name, config) if name in _models.WRAPPED and name not in MODELS else config).eval()
+    model = model_class(
+        _models.wrapped(name, config) if name in _models.WRAPPED and name not in MODELS else config
+    ).eval()
     randomise(model)
     return config, model
 
@@ -66,15 +83,23 @@ def randomise(model: nn.Module) -> None:
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
             elif last == "tid2eid":
                 gate = model.get_submodule(name.rpartition(".")[0])
-                order = torch.rand(buffer.shape[0], gate.num_experts, generator=generator).argsort(dim=1)  # type: ignore[call-overload]
+                order = torch.rand(buffer.shape[0], gate.num_experts, generator=generator).argsort(
+                    dim=1
+                )  # type: ignore[call-overload]
                 buffer.copy_(order[:, : buffer.shape[1]])
-            elif buffer.dim() == 2 and ("router" in name or name.endswith(("gate.weight", "gate.classifier.weight"))):
-                buffer.copy_(torch.randn(buffer.shape, generator=generator))  # scores so far apart that rounding decides nothing
+            elif buffer.dim() == 2 and (
+                "router" in name or name.endswith(("gate.weight", "gate.classifier.weight"))
+            ):
+                buffer.copy_(
+                    torch.randn(buffer.shape, generator=generator)
+                )  # scores so far apart that rounding decides nothing
 
 
 def _groups(fields: dict[str, Any], rng: random.Random) -> None:
     """Eight experts in two or four groups, as many kept as the slots need."""
-    name = next(name for name in ("n_routed_experts", "num_experts", "num_local_experts") if name in fields)
+    name = next(
+        name for name in ("n_routed_experts", "num_experts", "num_local_experts") if name in fields
+    )
     fields |= {name: 8, "n_group": rng.choice((2, 4)), "topk_group": 2}
     fields["num_experts_per_tok"] = rng.choice((1, 2, 3))
 
@@ -98,7 +123,14 @@ def _clip(fields: dict[str, Any], rng: random.Random) -> None:
 
 
 def _sections(fields: dict[str, Any], rng: random.Random) -> None:
-    fields |= {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    fields |= {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+    }
     fields["rope_parameters"]["mrope_section"] = [2, 1, 1]
 
 
@@ -120,7 +152,19 @@ def _two(fields: dict[str, Any], rng: random.Random) -> None:
 
 
 RUNNABLE: dict[str, Any] = {
-    **dict.fromkeys(("axk1", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "exaone_moe", "dots1", "glm4_moe"), _groups),
+    **dict.fromkeys(
+        (
+            "axk1",
+            "bailing_hybrid",
+            "beam",
+            "deepseek_v3",
+            "deepseek_v32",
+            "exaone_moe",
+            "dots1",
+            "glm4_moe",
+        ),
+        _groups,
+    ),
     "longcat_flash": _rotations,
     "gemma4": _per_layer,
     "diffusion_gemma": _per_layer,

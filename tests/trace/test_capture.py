@@ -1,4 +1,6 @@
-"""Capture from our own models and from modules of the user's: numbering, padding, replays, readers, and what raises."""
+"""Capture from our own models and from modules of the user's: numbering, padding, replays, readers,
+and what raises.
+"""
 
 import numpy as np
 import polars as pl
@@ -18,8 +20,14 @@ LAYER = MoEConfig(d_model=16, d_expert=8, router=RouterConfig(num_experts=8, top
 
 def decoder(kind="softmax_topk", layers=3, **router):
     torch.manual_seed(0)
-    moe = MoEConfig(d_model=16, d_expert=8, router=RouterConfig(kind=kind, num_experts=8, top_k=2, **router))
-    return Decoder(DecoderConfig(vocab_size=40, d_model=16, num_layers=layers, num_heads=2, context_length=64, moe=moe)).eval()
+    moe = MoEConfig(
+        d_model=16, d_expert=8, router=RouterConfig(kind=kind, num_experts=8, top_k=2, **router)
+    )
+    return Decoder(
+        DecoderConfig(
+            vocab_size=40, d_model=16, num_layers=layers, num_heads=2, context_length=64, moe=moe
+        )
+    ).eval()
 
 
 def token_ids(batch, length, seed=0):
@@ -47,20 +55,35 @@ def test_every_decision_of_our_routers_is_recorded(tmp_path, kind, options):
     for layer, routing in zip(trace.meta.layers, output.routings, strict=True):
         assert trace.layer_counts(layer).tolist() == routing.counts().tolist()
         rows = trace.routing.filter(pl.col("layer") == layer.layer).sort("doc", "pos").collect()
-        assert rows["experts"].to_list() == [[i for i in row if i >= 0] for row in routing.indices.tolist()]
+        assert rows["experts"].to_list() == [
+            [i for i in row if i >= 0] for row in routing.indices.tolist()
+        ]
         assert rows["zero_count"].to_list() == routing.zero_count().tolist()
         assert rows["dropped"].to_list() == routing.dropped().sum(dim=1).tolist()
-        np.testing.assert_allclose(rows["entropy"].to_numpy(), routing.entropy().numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            rows["entropy"].to_numpy(), routing.entropy().numpy(), rtol=1e-5, atol=1e-6
+        )
         finite = routing.margin().isfinite()
-        np.testing.assert_allclose(rows["margin"].to_numpy()[finite], routing.margin()[finite].numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            rows["margin"].to_numpy()[finite],
+            routing.margin()[finite].numpy(),
+            rtol=1e-5,
+            atol=1e-6,
+        )
         assert len(layer.zero_kinds) == layer.num_zero_experts
 
 
 def _decoder_of(kind, options):
     torch.manual_seed(0)
     one = {"top_k": 1} if kind in ("switch", "zaya") else {"top_k": 2}
-    moe = MoEConfig(d_model=16, d_expert=8, router=RouterConfig(kind=kind, num_experts=8, **one, **options))
-    return Decoder(DecoderConfig(vocab_size=40, d_model=16, num_layers=3, num_heads=2, context_length=64, moe=moe)).eval()
+    moe = MoEConfig(
+        d_model=16, d_expert=8, router=RouterConfig(kind=kind, num_experts=8, **one, **options)
+    )
+    return Decoder(
+        DecoderConfig(
+            vocab_size=40, d_model=16, num_layers=3, num_heads=2, context_length=64, moe=moe
+        )
+    ).eval()
 
 
 def test_padding_is_left_out_and_positions_count_real_tokens(tmp_path):
@@ -102,7 +125,9 @@ def test_given_documents_positions_and_columns_are_kept(tmp_path):
     with torch.no_grad(), capture(model, tmp_path / "t") as captured:
         captured.documents([7, 9], pos=[10, 0], label=np.array([list("abcd"), list("efgh")]))
         model(ids)
-        captured.documents(np.array([[3, 3, 4, 4]]), pos=np.array([[0, 1, 0, 1]]), label=np.array([list("ijkl")]))
+        captured.documents(
+            np.array([[3, 3, 4, 4]]), pos=np.array([[0, 1, 0, 1]]), label=np.array([list("ijkl")])
+        )
         model(ids[:1])
     tokens = open_trace(tmp_path / "t").check().tokens.sort("doc", "pos").collect()
     assert tokens.select("doc", "pos").rows() == [
@@ -138,7 +163,9 @@ def test_replays_of_activation_checkpointing_are_not_counted(tmp_path):
 
 
 def test_a_bare_router_and_a_bare_layer_are_models_too(tmp_path):
-    layer = MoELayer(MoEConfig(d_model=16, d_expert=8, router=RouterConfig(num_experts=8, top_k=2))).eval()
+    layer = MoELayer(
+        MoEConfig(d_model=16, d_expert=8, router=RouterConfig(num_experts=8, top_k=2))
+    ).eval()
     with torch.no_grad(), capture(layer, tmp_path / "layer"):
         layer(torch.randn(2, 5, 16))
     with torch.no_grad(), capture(layer.router, tmp_path / "router"):
@@ -187,7 +214,9 @@ def test_a_triple_is_read_in_any_order(tmp_path, order):
         output = dict(zip(order, model(token_ids(2, 9) % 30), strict=False))
     rows = open_trace(tmp_path / "t").check().routing.sort("doc", "pos").collect()
     assert rows["experts"].to_list() == output["i"].tolist()
-    np.testing.assert_allclose(rows["weights"].explode().to_numpy(), output["w"].flatten(), atol=1e-3)
+    np.testing.assert_allclose(
+        rows["weights"].explode().to_numpy(), output["w"].flatten(), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("softmax", [True, False])
@@ -200,7 +229,10 @@ def test_the_score_function_is_told_by_the_weights(tmp_path, softmax):
     scores = logits.softmax(dim=1) if softmax else logits.sigmoid()
     share = (scores / scores.sum(dim=1, keepdim=True)).double()
     np.testing.assert_allclose(
-        trace.routing.collect()["entropy"].to_numpy(), -(share * share.log()).sum(dim=1).numpy(), rtol=1e-5, atol=1e-6
+        trace.routing.collect()["entropy"].to_numpy(),
+        -(share * share.log()).sum(dim=1).numpy(),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -209,20 +241,29 @@ def test_probabilities_under_the_name_of_logits_are_not_softmaxed_again(tmp_path
     with torch.no_grad(), capture(model, tmp_path / "t"):
         share, _, _ = model(token_ids(2, 9) % 30)
     rows = open_trace(tmp_path / "t").routing.collect()
-    np.testing.assert_allclose(rows["entropy"].to_numpy(), -(share * share.log()).sum(dim=1).numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        rows["entropy"].to_numpy(), -(share * share.log()).sum(dim=1).numpy(), rtol=1e-4, atol=1e-6
+    )
     top = share.topk(3, dim=1).values
-    np.testing.assert_allclose(rows["margin"].to_numpy(), (top[:, 1] - top[:, 2]).numpy(), atol=1e-6)
+    np.testing.assert_allclose(
+        rows["margin"].to_numpy(), (top[:, 1] - top[:, 2]).numpy(), atol=1e-6
+    )
 
 
 def test_a_users_reader_reads_what_is_not_known(tmp_path):
     model = Theirs(lambda logits, weights, indices: {"where": indices, "how": weights})
-    with pytest.raises(TraceError, match=r"^mlp.gate \(Gate\): .*expected integer indices \[tokens, 2\] among its outputs, got \(dict\)"):
+    with pytest.raises(
+        TraceError,
+        match=r"^mlp.gate \(Gate\): .*expected integer indices \[tokens, 2\] among its outputs, got \(dict\)",
+    ):
         run(model, tmp_path / "t")
     reader = lambda module, seen: (seen["output"]["how"], seen["output"]["where"])  # noqa: E731
     with torch.no_grad(), capture(model, tmp_path / "t", readers={r"mlp\.gate": reader}):
         output = model(token_ids(2, 9) % 30)
     trace = open_trace(tmp_path / "t").check()
-    assert trace.routing.sort("doc", "pos").collect()["experts"].to_list() == output["where"].tolist()
+    assert (
+        trace.routing.sort("doc", "pos").collect()["experts"].to_list() == output["where"].tolist()
+    )
     assert not trace.meta.has_scores
     with pytest.raises(TraceError, match=r"expected a module named 'mlp.router', got none"):
         capture(model, tmp_path / "t", readers={"mlp.router": reader})
@@ -236,10 +277,22 @@ def run(model, folder, **options):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda logits, w, i: (logits, w, i + 5), r"mlp.gate \(Gate\): layer 0: expected expert ids between -1 and 5"),
-        (lambda logits, w, i: (logits, w, i * 0), r"mlp.gate \(Gate\): layer 0: expected each token to name an expert at most once"),
-        (lambda logits, w, i: (logits, w / 0, i), r"mlp.gate \(Gate\): layer 0: expected finite gate weights"),
-        (lambda logits, w, i: (logits * float("nan"), w, i), r"mlp.gate \(Gate\): layer 0: expected finite router scores"),
+        (
+            lambda logits, w, i: (logits, w, i + 5),
+            r"mlp.gate \(Gate\): layer 0: expected expert ids between -1 and 5",
+        ),
+        (
+            lambda logits, w, i: (logits, w, i * 0),
+            r"mlp.gate \(Gate\): layer 0: expected each token to name an expert at most once",
+        ),
+        (
+            lambda logits, w, i: (logits, w / 0, i),
+            r"mlp.gate \(Gate\): layer 0: expected finite gate weights",
+        ),
+        (
+            lambda logits, w, i: (logits * float("nan"), w, i),
+            r"mlp.gate \(Gate\): layer 0: expected finite router scores",
+        ),
         (
             lambda logits, w, i: (logits[:5], w[:5], i[:5]),
             r"mlp.gate \(Gate\): expected one decision for each of 18 tokens, got 5 in 1 calls",
@@ -255,10 +308,16 @@ def test_what_does_not_fit_raises_and_names_the_module(tmp_path, answer, message
 def test_experts_without_a_known_router_are_named(tmp_path):
     model = Theirs(lambda *triple: triple)
     model.mlp.gate = nn.Linear(8, 6)
-    with pytest.raises(TraceError, match=r"expected a model with routers, got Theirs .*; try readers=\{'mlp.gate': reader\}"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected a model with routers, got Theirs .*; try readers=\{'mlp.gate': reader\}",
+    ):
         capture(model, tmp_path / "t")
     both = nn.ModuleDict({"first": Theirs(lambda *triple: triple), "second": model})
-    with pytest.raises(TraceError, match=r"expected a router for each bank of experts, got none that is known beside 'second.mlp.experts'"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected a router for each bank of experts, got none that is known beside 'second.mlp.experts'",
+    ):
         capture(both, tmp_path / "t")
     capture(both, tmp_path / "t", only="first")
 
@@ -273,11 +332,16 @@ def test_a_router_that_does_not_run_is_named(tmp_path):
             return self.layers[0](x)
 
     model = Half().eval()
-    with pytest.raises(TraceError, match=r"expected a decision from every router in a forward pass, got none from 'layers.1.router'"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected a decision from every router in a forward pass, got none from 'layers.1.router'",
+    ):
         run_on(model, tmp_path / "t", torch.randn(2, 3, 16))
     run_on(model, tmp_path / "t", torch.randn(2, 3, 16), only=r"layers\.0\.")
     with (
-        pytest.raises(TraceError, match=r"expected a forward pass of the model inside capture\(\), got none"),
+        pytest.raises(
+            TraceError, match=r"expected a forward pass of the model inside capture\(\), got none"
+        ),
         capture(model, tmp_path / "u"),
     ):
         pass
@@ -295,7 +359,10 @@ def test_outputs_changed_in_place_are_noticed(tmp_path):
             weights.mul_(2)
             return logits, weights, indices
 
-    with pytest.raises(TraceError, match=r"expected the outputs of 'mlp.gate' to stay as they were returned, got outputs changed in place"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected the outputs of 'mlp.gate' to stay as they were returned, got outputs changed in place",
+    ):
         run(Rude(lambda *triple: triple), tmp_path / "t")
 
 
@@ -310,7 +377,11 @@ def test_an_error_of_the_model_leaves_hooks_off_and_an_incomplete_trace(tmp_path
 
 def test_an_interrupted_capture_goes_on(tmp_path):
     model = decoder()
-    with pytest.raises(KeyboardInterrupt), torch.no_grad(), capture(model, tmp_path / "t") as captured:  # noqa: PT012
+    with (
+        pytest.raises(KeyboardInterrupt),
+        torch.no_grad(),
+        capture(model, tmp_path / "t") as captured,
+    ):  # noqa: PT012
         for doc in range(4):
             captured.documents([doc])
             model(token_ids(1, 6, seed=doc))
@@ -323,7 +394,10 @@ def test_an_interrupted_capture_goes_on(tmp_path):
     with torch.no_grad(), capture(model, tmp_path / "whole"):
         for doc in range(6):
             model(token_ids(1, 6, seed=doc))
-    both = [open_trace(tmp_path / name).check().routing.sort("layer", "doc", "pos").collect() for name in ("t", "whole")]
+    both = [
+        open_trace(tmp_path / name).check().routing.sort("layer", "doc", "pos").collect()
+        for name in ("t", "whole")
+    ]
     assert both[0].equals(both[1])
 
 
@@ -331,7 +405,9 @@ def test_losses_are_those_of_the_next_token(tmp_path):
     model, ids = decoder(), token_ids(2, 7)
     with torch.no_grad(), capture(model, tmp_path / "t", losses=True):
         logits = model(ids).logits
-    want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 6)
+    want = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(2, 6)
     tokens = open_trace(tmp_path / "t").tokens.sort("doc", "pos").collect()
     losses = np.array(tokens["loss"].fill_null(float("nan")).to_list()).reshape(2, 7)
     assert np.isnan(losses[:, 0]).all()
@@ -340,7 +416,10 @@ def test_losses_are_those_of_the_next_token(tmp_path):
 
 def test_weights_and_statistics_can_be_left_out_and_the_output_ratio_taken_in(tmp_path):
     model = decoder()
-    with torch.no_grad(), capture(model, tmp_path / "t", weights=False, statistics=False, output_ratio=True):
+    with (
+        torch.no_grad(),
+        capture(model, tmp_path / "t", weights=False, statistics=False, output_ratio=True),
+    ):
         model(token_ids(2, 7))
     trace = open_trace(tmp_path / "t").check()
     rows = trace.routing.collect()
@@ -359,10 +438,21 @@ def test_ranks_are_merged_and_documents_counted_once(tmp_path):
     assert merged.num_tokens == 20
     assert merged.tokens.select(pl.col("doc").n_unique()).collect().item() == 4
     parts = [open_trace(tmp_path / f"rank{rank}") for rank in range(2)]
-    assert merged.counts()["count"].to_list() == (parts[0].counts()["count"] + parts[1].counts()["count"]).to_list()
-    second = merged.routing.filter(pl.col("doc") >= 2).with_columns(pl.col("doc") - 2).sort("layer", "doc", "pos").collect()
+    assert (
+        merged.counts()["count"].to_list()
+        == (parts[0].counts()["count"] + parts[1].counts()["count"]).to_list()
+    )
+    second = (
+        merged.routing.filter(pl.col("doc") >= 2)
+        .with_columns(pl.col("doc") - 2)
+        .sort("layer", "doc", "pos")
+        .collect()
+    )
     assert second.equals(parts[1].routing.sort("layer", "doc", "pos").collect())
-    with pytest.raises(TraceError, match="expected each document in one trace, got a document in two; try renumber=True"):
+    with pytest.raises(
+        TraceError,
+        match="expected each document in one trace, got a document in two; try renumber=True",
+    ):
         merge_traces([tmp_path / "rank0", tmp_path / "rank1"], tmp_path / "kept", renumber=False)
 
 

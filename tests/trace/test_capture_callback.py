@@ -18,7 +18,9 @@ pytestmark = pytest.mark.hf
 
 def qwen() -> Any:
     built = (build("qwen3_moe", seed)[1] for seed in range(9))
-    return next(model for model in built if any("gate" in name for name, _ in model.named_modules()))
+    return next(
+        model for model in built if any("gate" in name for name, _ in model.named_modules())
+    )
 
 
 def test_a_step_logs_at_most_two_scalars_per_slot_and_writes_the_counts(tmp_path):
@@ -29,7 +31,9 @@ def test_a_step_logs_at_most_two_scalars_per_slot_and_writes_the_counts(tmp_path
     ids, mask = torch.randint(3, 90, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[1, :4] = 0
     chosen = []
-    gates: list[Any] = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    gates: list[Any] = [
+        module for name, module in model.named_modules() if name.endswith("mlp.gate")
+    ]
     handle = gates[0].register_forward_hook(lambda module, args, output: chosen.append(output[2]))
     model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
     handle.remove()
@@ -42,7 +46,9 @@ def test_a_step_logs_at_most_two_scalars_per_slot_and_writes_the_counts(tmp_path
     written = np.load(tmp_path / "counts-7.npz")
     assert int(written["tokens"]) == 14
     assert written["counts"].sum(axis=1).tolist() == [14 * slots] * len(gates)
-    want = torch.bincount(chosen[0][mask.reshape(-1).bool()].flatten(), minlength=gates[0].num_experts).double()
+    want = torch.bincount(
+        chosen[0][mask.reshape(-1).bool()].flatten(), minlength=gates[0].num_experts
+    ).double()
     assert written["counts"][0].tolist() == want.tolist()
     if len(gates) == 1:
         assert logs["moe/load_cv"] == pytest.approx(float(want.std(correction=0) / want.mean()))
@@ -51,12 +57,24 @@ def test_a_step_logs_at_most_two_scalars_per_slot_and_writes_the_counts(tmp_path
 
 def test_the_trainer_of_transformers_calls_it(tmp_path):
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
-    data = [{"input_ids": torch.randint(3, 90, (8,)), "labels": torch.randint(3, 90, (8,))} for _ in range(8)]
+    data = [
+        {"input_ids": torch.randint(3, 90, (8,)), "labels": torch.randint(3, 90, (8,))}
+        for _ in range(8)
+    ]
     plain: dict[str, Any] = {"report_to": [], "use_cpu": True, "save_strategy": "no"}
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, logging_steps=1, per_device_train_batch_size=2, **plain
+        output_dir=str(tmp_path),
+        max_steps=3,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        **plain,
     )
-    trainer = transformers.Trainer(model=qwen(), args=arguments, train_dataset=data, callbacks=[RoutingCallback(tmp_path / "routing")])
+    trainer = transformers.Trainer(
+        model=qwen(),
+        args=arguments,
+        train_dataset=data,
+        callbacks=[RoutingCallback(tmp_path / "routing")],
+    )
     trainer.train()
     assert "moe/load_cv" in trainer.state.log_history[0]
     assert int(np.load(tmp_path / "routing" / "counts-1.npz")["tokens"]) == 16

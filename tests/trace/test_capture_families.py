@@ -1,4 +1,6 @@
-"""Every MoE directory of transformers 5.23: what is captured is what the model's experts were given, and the sums conserve."""
+"""Every MoE directory of transformers 5.23: what is captured is what the model's experts were
+given, and the sums conserve.
+"""
 
 from collections.abc import Callable
 from itertools import chain
@@ -20,7 +22,8 @@ from moe_lab.trace import capture, open_trace  # noqa: E402
 pytestmark = pytest.mark.hf
 
 Decisions = dict[str, tuple[Tensor, Tensor]]
-"""Router name -> ids and weights [T, K] (-1: nothing ran) as an observer of the experts sees them."""
+"""Router name -> ids and weights [T, K] (-1: nothing ran) as an observer of the experts sees them.
+"""
 
 
 def ran(name: str) -> bool:
@@ -50,26 +53,39 @@ def test_captured_decisions_are_those_that_the_experts_were_given(name: str, tmp
     for layer in trace.meta.layers:
         rows = trace.routing.filter(pl.col("layer") == layer.layer).collect()
         want_ids, want_weights = (values[real] for values in seen[layer.module])
-        assert rows["experts"].to_list() == [[i for i in row if i >= 0] for row in want_ids.tolist()], layer
-        kept = [[w for i, w in zip(*pair, strict=True) if i >= 0] for pair in zip(want_ids.tolist(), want_weights.tolist(), strict=True)]
+        assert rows["experts"].to_list() == [
+            [i for i in row if i >= 0] for row in want_ids.tolist()
+        ], layer
+        kept = [
+            [w for i, w in zip(*pair, strict=True) if i >= 0]
+            for pair in zip(want_ids.tolist(), want_weights.tolist(), strict=True)
+        ]
         got = rows["weights"].to_list()
         assert [len(row) for row in got] == [len(row) for row in kept]
         np.testing.assert_allclose(list(chain(*got)), list(chain(*kept)), rtol=1e-3, atol=1e-6)
         assert int(trace.layer_counts(layer).sum()) == int((want_ids >= 0).sum())
         assert rows["entropy"].is_between(0, np.log(layer.num_choices) + 1e-5).all()
     assert trace.num_tokens == int(real.sum())
-    assert trace.tokens.collect()["token_id"].to_list() == (ids[:, -mask.shape[1] :].reshape(-1)[real]).tolist()
+    assert (
+        trace.tokens.collect()["token_id"].to_list()
+        == (ids[:, -mask.shape[1] :].reshape(-1)[real]).tolist()
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in WITHOUT_ROUTER if name in FAMILIES])
 def test_models_without_a_router_say_so(name: str, tmp_path: Any) -> None:
     _, model = build(name, 0)
-    with pytest.raises(TraceError, match=r"expected a model with routers, got .* without any that is known; try readers="):
+    with pytest.raises(
+        TraceError,
+        match=r"expected a model with routers, got .* without any that is known; try readers=",
+    ):
         capture(model, tmp_path / "t")
 
 
 def test_at_least_seventy_of_the_77_directories_are_captured() -> None:
-    """nemotron3_5_transcribe has a nemotron_h for its text; the four others have nothing that routes tokens."""
+    """nemotron3_5_transcribe has a nemotron_h for its text; the four others have nothing that
+    routes tokens.
+    """
     assert len([name for name in FAMILIES if ran(name)]) + 1 == 73
     assert len(set(FAMILIES) | set(WITHOUT_ROUTER)) + 1 == 77
 
@@ -95,26 +111,37 @@ def is_router(path: str, module: nn.Module) -> bool:
 
 
 def watch(model: nn.Module, path: str, seen: Decisions) -> list[Any]:
-    """Hooks that note what the experts of a router are given: independent of how the capture reads the router."""
+    """Hooks that note what the experts of a router are given: independent of how the capture reads
+    the router.
+    """
     router = model.get_submodule(path)
     if model.config.is_encoder_decoder and not path.startswith(("decoder", "model.decoder")):  # type: ignore[union-attr]
         return []
     special = OBSERVERS.get(type(router).__name__)
     if special is not None:
-        return [router.register_forward_hook(lambda module, args, output: seen.__setitem__(path, special(module, args, output)))]
+        return [
+            router.register_forward_hook(
+                lambda module, args, output: seen.__setitem__(path, special(module, args, output))
+            )
+        ]
     block = model.get_submodule(path.rpartition(".")[0])
     assert isinstance(block.experts, nn.Module)
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         _, ids, weights = (*args, *kwargs.values())
-        seen[path] = (ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1]).float())
+        seen[path] = (
+            ids.reshape(-1, ids.shape[-1]),
+            weights.reshape(-1, weights.shape[-1]).float(),
+        )
 
     return [block.experts.register_forward_pre_hook(note, with_kwargs=True)]
 
 
 def dense_scores(module: Any, args: tuple, output: Any) -> tuple[Tensor, Tensor]:
     scores, logits = output
-    order = logits.masked_fill(scores == 0, -torch.inf).argsort(dim=1, descending=True)[:, : module.top_k]
+    order = logits.masked_fill(scores == 0, -torch.inf).argsort(dim=1, descending=True)[
+        :, : module.top_k
+    ]
     return order, scores.gather(1, order).float()
 
 

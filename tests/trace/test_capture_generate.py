@@ -1,4 +1,6 @@
-"""``generate()``: prefill and decode, batches with padding, rows that end early, with and without a cache: the same decisions."""
+"""``generate()``: prefill and decode, batches with padding, rows that end early, with and without a
+cache: the same decisions.
+"""
 
 import polars as pl
 import pytest
@@ -18,7 +20,11 @@ PAD, END = 0, 2
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
 def model(request):
-    seed = next(seed for seed in range(20) if any(n.endswith("mlp.gate") for n, _ in build(request.param, seed)[1].named_modules()))
+    seed = next(
+        seed
+        for seed in range(20)
+        if any(n.endswith("mlp.gate") for n, _ in build(request.param, seed)[1].named_modules())
+    )
     _, model = build(request.param, seed)
     model.generation_config.update(pad_token_id=PAD, eos_token_id=END)
     return model
@@ -39,19 +45,30 @@ def left_padded(rows):
 
 
 def decisions(folder):
-    return open_trace(folder).check().routing.select("layer", "doc", "pos", "experts").sort("layer", "doc", "pos").collect()
+    return (
+        open_trace(folder)
+        .check()
+        .routing.select("layer", "doc", "pos", "experts")
+        .sort("layer", "doc", "pos")
+        .collect()
+    )
 
 
 def test_prefill_and_decode_are_told_apart_and_positions_go_on(model, tmp_path):
     rows = prompts([7, 4])
     with torch.no_grad(), capture(model, tmp_path / "t"):
-        output = model.generate(**left_padded(rows), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        output = model.generate(
+            **left_padded(rows), max_new_tokens=5, min_new_tokens=5, do_sample=False
+        )
     trace = open_trace(tmp_path / "t").check()
     tokens = trace.tokens.sort("doc", "pos").collect()
     for doc, row in enumerate(rows):
         mine = tokens.filter(pl.col("doc") == doc)
         made = output[doc, 7:].tolist()
-        assert mine["token_id"].to_list() == [*row.tolist(), *made[:-1]]  # the last token is never fed
+        assert mine["token_id"].to_list() == [
+            *row.tolist(),
+            *made[:-1],
+        ]  # the last token is never fed
         assert mine["pos"].to_list() == list(range(len(row) + 4))
         assert mine["phase"].to_list() == ["prefill"] * len(row) + ["decode"] * 4
     assert trace.meta.phase == "generate"
@@ -63,7 +80,9 @@ def test_a_batch_is_what_its_rows_are_one_by_one(model, tmp_path):
         model.generate(**left_padded(rows), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     with torch.no_grad(), capture(model, tmp_path / "single"):
         for row in rows:
-            model.generate(**left_padded([row]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+            model.generate(
+                **left_padded([row]), max_new_tokens=4, min_new_tokens=4, do_sample=False
+            )
     assert decisions(tmp_path / "batch").equals(decisions(tmp_path / "single"))
 
 
@@ -71,42 +90,64 @@ def test_without_a_cache_the_text_is_not_counted_again(model, tmp_path):
     rows = left_padded(prompts([6, 3]))
     for cache in (True, False):
         with torch.no_grad(), capture(model, tmp_path / str(cache)):
-            model.generate(**rows, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cache)
+            model.generate(
+                **rows, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cache
+            )
     assert decisions(tmp_path / "True").equals(decisions(tmp_path / "False"))
-    phases = [open_trace(tmp_path / str(cache)).tokens.sort("doc", "pos").collect()["phase"] for cache in (True, False)]
+    phases = [
+        open_trace(tmp_path / str(cache)).tokens.sort("doc", "pos").collect()["phase"]
+        for cache in (True, False)
+    ]
     assert phases[0].equals(phases[1])
 
 
 def test_a_row_that_has_ended_is_fed_padding_that_is_not_counted(model, tmp_path):
     rows = prompts([6, 3])
     with torch.no_grad():
-        free = model.generate(**left_padded(rows), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        free = model.generate(
+            **left_padded(rows), max_new_tokens=5, min_new_tokens=5, do_sample=False
+        )
     end = int(free[0, 7])  # the second token that the first row makes
     with torch.no_grad(), capture(model, tmp_path / "t"):
-        output = model.generate(**left_padded(rows), max_new_tokens=5, do_sample=False, eos_token_id=end)
+        output = model.generate(
+            **left_padded(rows), max_new_tokens=5, do_sample=False, eos_token_id=end
+        )
     tokens = open_trace(tmp_path / "t").check().tokens.sort("doc", "pos").collect()
     for doc, row in enumerate(rows):
         made = output[doc, 6:].tolist()
         stop = made.index(end) if end in made else len(made) - 1
-        assert tokens.filter(pl.col("doc") == doc)["token_id"].to_list() == [*row.tolist(), *made[:stop]]
+        assert tokens.filter(pl.col("doc") == doc)["token_id"].to_list() == [
+            *row.tolist(),
+            *made[:stop],
+        ]
 
 
 def test_losses_go_on_from_prefill_to_decode(model, tmp_path):
     row = prompts([6])[0]
     with torch.no_grad(), capture(model, tmp_path / "t", losses=True):
-        output = model.generate(**left_padded([row]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        output = model.generate(
+            **left_padded([row]), max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
     with torch.no_grad():
         logits = model(input_ids=output[:, :-1]).logits
-    want = torch.nn.functional.cross_entropy(logits[0, :-1].float(), output[0, 1:-1], reduction="none")
+    want = torch.nn.functional.cross_entropy(
+        logits[0, :-1].float(), output[0, 1:-1], reduction="none"
+    )
     got = open_trace(tmp_path / "t").tokens.sort("pos").collect()["loss"]
     assert got[:6].null_count() == 6  # generate() keeps the logits of the prompt's last token alone
     torch.testing.assert_close(torch.tensor(got[6:].to_list()), want[5:], rtol=1e-3, atol=1e-4)
 
 
 def test_searches_that_move_texts_between_rows_are_refused(model, tmp_path):
-    with pytest.raises(TraceError, match=r"expected generate\(\) with num_beams=1 under capture\(\), got num_beams=3"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected generate\(\) with num_beams=1 under capture\(\), got num_beams=3",
+    ):
         search(model, tmp_path / "t", num_beams=3)
-    with pytest.raises(TraceError, match=r"expected generate\(\) without drafts under capture\(\), got prompt_lookup_num_tokens"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected generate\(\) without drafts under capture\(\), got prompt_lookup_num_tokens",
+    ):
         search(model, tmp_path / "t", prompt_lookup_num_tokens=2)
     assert "generate" not in model.__dict__
 
@@ -122,8 +163,15 @@ def stacks(model):
 
 
 def test_an_encoder_decoder_is_traced_one_stack_at_a_time(tmp_path):
-    config, model = next(built for built in (build("switch_transformers", seed) for seed in range(20)) if stacks(built[1]) == 2)
-    with pytest.raises(TraceError, match=r"expected the routers of one stack, .* got .*encoder and .*decoder; try only="):
+    config, model = next(
+        built
+        for built in (build("switch_transformers", seed) for seed in range(20))
+        if stacks(built[1]) == 2
+    )
+    with pytest.raises(
+        TraceError,
+        match=r"expected the routers of one stack, .* got .*encoder and .*decoder; try only=",
+    ):
         capture(model, tmp_path / "t")
     ids, mask = torch.randint(3, 90, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[1, 6:] = 0

@@ -1,7 +1,9 @@
-"""Hundreds of forged files, checksums and all: every one is read, or refused in one line, and none ends the process.
+"""Hundreds of forged files, checksums and all: every one is read, or refused in one line, and none
+ends the process.
 
-The child process opens, checks and analyses each forgery under a memory limit; a crash, an abort, a hang or an error of another kind is a
-failure. Seeds are fixed, so a failure names the forgery that caused it.
+The child process opens, checks and analyses each forgery under a memory limit; a crash, an abort, a
+hang or an error of another kind is a failure. Seeds are fixed, so a failure names the forgery that
+caused it.
 """
 
 import os
@@ -74,10 +76,26 @@ def folder(tmp_path: Path) -> Path:
     meta = TraceMeta(layers=(LayerMeta(0, 6, 2, 3),), vocab_size=50)
     with TraceWriter(tmp_path / "t", meta) as writer:
         pos = np.arange(300)
-        writer.write_tokens(pl.DataFrame({"doc": pos // 50, "pos": pos % 50, "token_id": pos % 50, "lexer": ["name", "space"] * 150}))
+        writer.write_tokens(
+            pl.DataFrame(
+                {
+                    "doc": pos // 50,
+                    "pos": pos % 50,
+                    "token_id": pos % 50,
+                    "lexer": ["name", "space"] * 150,
+                }
+            )
+        )
         scores = torch.rand(300, 8, generator=generator)
-        ids = scores.argsort(dim=1)[:, :3].masked_fill(torch.rand(300, 3, generator=generator) < 0.2, -1)
-        writer.write_routing(0, pos // 50, pos % 50, Routing(ids, torch.rand(300, 3, generator=generator), scores, scores, 6, 2))
+        ids = scores.argsort(dim=1)[:, :3].masked_fill(
+            torch.rand(300, 3, generator=generator) < 0.2, -1
+        )
+        writer.write_routing(
+            0,
+            pos // 50,
+            pos % 50,
+            Routing(ids, torch.rand(300, 3, generator=generator), scores, scores, 6, 2),
+        )
     return tmp_path / "t"
 
 
@@ -87,6 +105,8 @@ def test_no_forged_file_ends_the_process(folder: Path) -> None:
     environment = os.environ | {"POLARS_MAX_THREADS": "2", "OMP_NUM_THREADS": "1"}
     child = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     lines = child.stdout.splitlines()
-    assert child.returncode == 0, f"forgery {lines[-1] if lines else '?'} ended the process: {child.stderr[-800:]}"
+    assert child.returncode == 0, (
+        f"forgery {lines[-1] if lines else '?'} ended the process: {child.stderr[-800:]}"
+    )
     assert '"refused"' in lines[-1]
     assert len(lines) == MUTATIONS + 1

@@ -62,9 +62,21 @@ def test_a_footer_longer_than_the_file_is_refused(path):
     refused(path, r"a footer of 2147483647 bytes in a file of \d+")
 
 
-@pytest.mark.parametrize("content", [b"\x80\x04cposix\nsystem\n." * 9, b"PAR1" * 9, b"PK\x03\x04" + b"\0" * 60, b"PAR1" + b"\x1c" * 900])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04cposix\nsystem\n." * 9,
+        b"PAR1" * 9,
+        b"PK\x03\x04" + b"\0" * 60,
+        b"PAR1" + b"\x1c" * 900,
+    ],
+)
 def test_pickles_archives_and_endless_structures_are_refused(path, content):
-    path.write_bytes(content if content[:4] != b"PAR1" else content + (len(content) - 4).to_bytes(4, "little") + b"PAR1")
+    path.write_bytes(
+        content
+        if content[:4] != b"PAR1"
+        else content + (len(content) - 4).to_bytes(4, "little") + b"PAR1"
+    )
     refused(path, ".*")
 
 

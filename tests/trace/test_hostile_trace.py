@@ -1,4 +1,6 @@
-"""A trace folder is not trusted: whatever is wrong with it is one ``TraceError`` line, never a crash and never silent numbers."""
+"""A trace folder is not trusted: whatever is wrong with it is one ``TraceError`` line, never a
+crash and never silent numbers.
+"""
 
 import json
 import shutil
@@ -20,17 +22,30 @@ TOKENS = "tokens/part-00000.parquet"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """200 tokens through two layers of 6 experts + 2 zero-compute ones, top-3 with some slots unused."""
+    """200 tokens through two layers of 6 experts + 2 zero-compute ones, top-3 with some slots
+    unused.
+    """
     folder = tmp_path_factory.mktemp("pristine") / "t"
     generator = torch.Generator().manual_seed(0)
     layers = tuple(LayerMeta(layer, 6, 2, 3) for layer in (0, 1))
     with TraceWriter(folder, TraceMeta(layers=layers, vocab_size=50), rows_per_part=128) as writer:
         pos = np.arange(200)
-        writer.write_tokens(pl.DataFrame({"doc": pos // 50, "pos": pos % 50, "token_id": pos % 50, "lexer": ["name"] * 200}))
+        writer.write_tokens(
+            pl.DataFrame(
+                {"doc": pos // 50, "pos": pos % 50, "token_id": pos % 50, "lexer": ["name"] * 200}
+            )
+        )
         for layer in (0, 1):
             scores = torch.rand(200, 8, generator=generator)
-            indices = scores.argsort(dim=1)[:, :3].masked_fill(torch.rand(200, 3, generator=generator) < 0.2, -1)
-            writer.write_routing(layer, pos // 50, pos % 50, Routing(indices, torch.ones(200, 3), scores, scores, 6, 2))
+            indices = scores.argsort(dim=1)[:, :3].masked_fill(
+                torch.rand(200, 3, generator=generator) < 0.2, -1
+            )
+            writer.write_routing(
+                layer,
+                pos // 50,
+                pos % 50,
+                Routing(indices, torch.ones(200, 3), scores, scores, 6, 2),
+            )
     return folder
 
 
@@ -55,7 +70,12 @@ def forge(folder, name, change, *, slots=None, version="1"):
 
     def sign(values):
         part = values["parts"][name]
-        part.update(rows=frame.height, bytes=size, crc32=crc32, slots=part["slots"] if slots is None else slots)
+        part.update(
+            rows=frame.height,
+            bytes=size,
+            crc32=crc32,
+            slots=part["slots"] if slots is None else slots,
+        )
 
     edit_meta(folder, sign)
 
@@ -93,23 +113,41 @@ def test_lists_that_do_not_fit_are_refused(folder, values, message):
 
 @pytest.mark.parametrize("shift", [8, 65_528])
 def test_expert_ids_out_of_range_are_refused(folder, shift):
-    forge(folder, ROUTING, lambda frame: frame.with_columns(pl.col("experts").list.eval(pl.element() + pl.lit(shift, pl.UInt16))))
+    forge(
+        folder,
+        ROUTING,
+        lambda frame: frame.with_columns(
+            pl.col("experts").list.eval(pl.element() + pl.lit(shift, pl.UInt16))
+        ),
+    )
     refused(folder, rf"layer 1: expected expert ids between 0 and 7, got {shift + 7}")
 
 
 def test_an_expert_named_twice_is_refused_even_where_the_numbers_fit(folder):
     repeat = pl.col("experts").list.eval(pl.element().first().repeat_by(pl.len()).explode())
-    forge(folder, ROUTING, lambda frame: frame.with_columns(experts=repeat.cast(pl.List(pl.UInt16))))
-    refused(folder, "layer 1: expected each token to name an expert at most once, got a repeated id")
+    forge(
+        folder, ROUTING, lambda frame: frame.with_columns(experts=repeat.cast(pl.List(pl.UInt16)))
+    )
+    refused(
+        folder, "layer 1: expected each token to name an expert at most once, got a repeated id"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(folder, value):
-    forge(folder, ROUTING, lambda f: f.with_columns(pl.col("weights").list.eval(pl.element() * 0 + value).cast(pl.List(pl.Float16))))
+    forge(
+        folder,
+        ROUTING,
+        lambda f: f.with_columns(
+            pl.col("weights").list.eval(pl.element() * 0 + value).cast(pl.List(pl.Float16))
+        ),
+    )
     refused(folder, "layer 1: expected finite gate weights and entropies, got NaN or infinity")
 
 
-@pytest.mark.parametrize(("column", "kind"), [("ffn_count", "real"), ("zero_count", "zero-compute")])
+@pytest.mark.parametrize(
+    ("column", "kind"), [("ffn_count", "real"), ("zero_count", "zero-compute")]
+)
 def test_counts_that_contradict_the_ids_are_refused(folder, column, kind):
     forge(folder, ROUTING, lambda frame: frame.with_columns(pl.col(column) + 1))
     refused(folder, f"layer 1: expected {column} to be the number of {kind} expert ids, got others")
@@ -123,7 +161,10 @@ def test_negative_counts_are_refused(folder):
 def test_slots_that_were_removed_are_missed(folder):
     def change(frame):
         drop = pl.col("ffn_count") > 0
-        cut = [pl.when(drop).then(pl.col(name).list.filter(pl.element() < 0)).otherwise(name) for name in ("experts", "weights")]
+        cut = [
+            pl.when(drop).then(pl.col(name).list.filter(pl.element() < 0)).otherwise(name)
+            for name in ("experts", "weights")
+        ]
         return frame.with_columns(
             *cut,
             ffn_count=pl.when(drop).then(0).otherwise("ffn_count").cast(pl.UInt8),
@@ -135,19 +176,37 @@ def test_slots_that_were_removed_are_missed(folder):
 
 
 def test_tokens_that_a_layer_lacks_are_missed(folder):
-    gone = pl.read_parquet(folder / ROUTING, columns=["ffn_count", "zero_count"])[5:].sum().sum_horizontal().item()
+    gone = (
+        pl.read_parquet(folder / ROUTING, columns=["ffn_count", "zero_count"])[5:]
+        .sum()
+        .sum_horizontal()
+        .item()
+    )
     forge(folder, ROUTING, lambda frame: frame[5:], slots=gone)
-    refused(folder, "layer 1: expected the same 200 tokens as the rest of the trace, got 195 tokens")
+    refused(
+        folder, "layer 1: expected the same 200 tokens as the rest of the trace, got 195 tokens"
+    )
 
 
 def test_keys_of_other_tokens_are_refused(folder):
     forge(folder, ROUTING, lambda frame: frame.with_columns(pl.col("doc") + 1))
-    refused(folder, r"layer 1: expected the same 200 tokens as the rest of the trace, got other \(doc, pos\) pairs")
+    refused(
+        folder,
+        r"layer 1: expected the same 200 tokens as the rest of the trace, got other \(doc, pos\) pairs",
+    )
 
 
 def test_tokens_counted_twice_are_refused(folder):
-    for name in [name for name in json.loads((folder / "meta.json").read_text())["parts"] if name.endswith("00000.parquet")]:
-        forge(folder, name, lambda frame: frame.with_columns(pos=pl.lit(3, pl.UInt32), doc=pl.lit(0, pl.UInt32)))
+    for name in [
+        name
+        for name in json.loads((folder / "meta.json").read_text())["parts"]
+        if name.endswith("00000.parquet")
+    ]:
+        forge(
+            folder,
+            name,
+            lambda frame: frame.with_columns(pos=pl.lit(3, pl.UInt32), doc=pl.lit(0, pl.UInt32)),
+        )
     refused(folder, r"expected each \(doc, pos\) once, got 12\d repeated")
 
 
@@ -163,19 +222,28 @@ def test_losses_that_are_not_finite_are_refused(folder):
 
 def test_another_schema_version_in_one_file_is_refused(folder):
     forge(folder, ROUTING, lambda frame: frame, version="2")
-    refused(folder, rf"{ROUTING}: expected trace schema version 1, got '2'; try another version of moe_lab")
+    refused(
+        folder,
+        rf"{ROUTING}: expected trace schema version 1, got '2'; try another version of moe_lab",
+    )
 
 
 def test_token_files_of_different_columns_are_refused(folder):
     forge(folder, "tokens/part-00001.parquet", lambda frame: frame.drop("lexer"))
-    refused(folder, "tokens/part-00001.parquet: expected the columns of the first token file, got others")
+    refused(
+        folder,
+        "tokens/part-00001.parquet: expected the columns of the first token file, got others",
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, -1])
 def test_a_truncated_file_is_refused(folder, kept):
     data = (folder / ROUTING).read_bytes()
     (folder / ROUTING).write_bytes(data[:kept])
-    refused(folder, rf"{ROUTING}: expected {len(data)} bytes as written, got \d+ bytes \(damaged\); try writing the trace again")
+    refused(
+        folder,
+        rf"{ROUTING}: expected {len(data)} bytes as written, got \d+ bytes \(damaged\); try writing the trace again",
+    )
 
 
 @pytest.mark.parametrize("name", [ROUTING, TOKENS])
@@ -190,7 +258,14 @@ def test_every_flipped_bit_is_noticed(folder, name):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PAR1", b"PAR1\xff\xff\xff\x7fPAR1", b"\x80\x04cposix\nsystem\n", b"<script>alert(1)</script>" * 9]
+    "content",
+    [
+        b"",
+        b"PAR1",
+        b"PAR1\xff\xff\xff\x7fPAR1",
+        b"\x80\x04cposix\nsystem\n",
+        b"<script>alert(1)</script>" * 9,
+    ],
 )
 def test_a_file_that_is_no_parquet_is_refused(folder, content):
     (folder / ROUTING).write_bytes(content)
@@ -201,15 +276,23 @@ def test_a_file_that_is_no_parquet_is_refused(folder, content):
 
 def test_a_missing_file_and_an_unlisted_one_are_refused(folder):
     (folder / ROUTING).rename(folder / "routing/layer=1/part-00007.parquet")
-    refused(folder, rf"expected \d files, got 1 missing, first {ROUTING}; try writing the trace again")
+    refused(
+        folder, rf"expected \d files, got 1 missing, first {ROUTING}; try writing the trace again"
+    )
     shutil.copy(folder / "routing/layer=1/part-00007.parquet", folder / ROUTING)
-    refused(folder, r"expected only the files listed in meta.json, got also 'routing/layer=1/part-00007.parquet'; try removing it")
+    refused(
+        folder,
+        r"expected only the files listed in meta.json, got also 'routing/layer=1/part-00007.parquet'; try removing it",
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(schema_version=2), "expected trace schema version 1, got 2; try another version of moe_lab"),
+        (
+            lambda v: v.update(schema_version=2),
+            "expected trace schema version 1, got 2; try another version of moe_lab",
+        ),
         (lambda v: v.update(schema_version=None), "expected trace schema version 1, got None"),
         (lambda v: v.update(complete="yes"), "to hold complete, parts and layers, got others"),
         (lambda v: v.update(parts=[1]), "to hold complete, parts and layers, got others"),
@@ -218,17 +301,47 @@ def test_a_missing_file_and_an_unlisted_one_are_refused(folder):
         (lambda v: v.update(secret=1), "expected fields of TraceMeta .*, got secret"),
         (lambda v: v.update(model=7), "expected model to be text, got 7"),
         (lambda v: v.update(versions={"torch": 2}), "expected versions to map names to texts"),
-        (lambda v: v.update(seed="x" * 10_000), "expected seed to be an integer of at least 0, or null"),
-        (lambda v: v["layers"][0].update(num_experts=10**12), "expected num_experts to be an integer from 1 to 65535, got 1000000000000"),
-        (lambda v: v["layers"][0].update(num_experts=-1), "expected num_experts to be an integer from 1 to 65535, got -1"),
-        (lambda v: v["layers"][0].update(num_experts=2.5), "expected num_experts to be an integer from 1 to 65535, got 2.5"),
-        (lambda v: v["layers"][0].update(num_experts=True), "expected num_experts to be an integer from 1 to 65535, got True"),
+        (
+            lambda v: v.update(seed="x" * 10_000),
+            "expected seed to be an integer of at least 0, or null",
+        ),
+        (
+            lambda v: v["layers"][0].update(num_experts=10**12),
+            "expected num_experts to be an integer from 1 to 65535, got 1000000000000",
+        ),
+        (
+            lambda v: v["layers"][0].update(num_experts=-1),
+            "expected num_experts to be an integer from 1 to 65535, got -1",
+        ),
+        (
+            lambda v: v["layers"][0].update(num_experts=2.5),
+            "expected num_experts to be an integer from 1 to 65535, got 2.5",
+        ),
+        (
+            lambda v: v["layers"][0].update(num_experts=True),
+            "expected num_experts to be an integer from 1 to 65535, got True",
+        ),
         (lambda v: v["layers"][0].update(top_k=9), "expected top_k of at most 8"),
-        (lambda v: v["layers"].append({"layer": 5, "num_experts": 4}), r"expected files for layers \[0, 1, 5\], got files for \[0, 1\]"),
-        (lambda v: v.update(layers=v["layers"][:1]), r"expected files for layers \[0\], got files for \[0, 1\]"),
-        (lambda v: v["parts"][ROUTING].update(rows=10**12), "expected rows to be an integer from 0 to 1048576, got 1000000000000"),
-        (lambda v: v["parts"][ROUTING].update(rows=127), f"{ROUTING}: expected 127 rows as recorded, got 128"),
-        (lambda v: v["parts"].update({"../../etc/passwd": v["parts"][ROUTING]}), "expected part names such as tokens/part-00000.parquet"),
+        (
+            lambda v: v["layers"].append({"layer": 5, "num_experts": 4}),
+            r"expected files for layers \[0, 1, 5\], got files for \[0, 1\]",
+        ),
+        (
+            lambda v: v.update(layers=v["layers"][:1]),
+            r"expected files for layers \[0\], got files for \[0, 1\]",
+        ),
+        (
+            lambda v: v["parts"][ROUTING].update(rows=10**12),
+            "expected rows to be an integer from 0 to 1048576, got 1000000000000",
+        ),
+        (
+            lambda v: v["parts"][ROUTING].update(rows=127),
+            f"{ROUTING}: expected 127 rows as recorded, got 128",
+        ),
+        (
+            lambda v: v["parts"].update({"../../etc/passwd": v["parts"][ROUTING]}),
+            "expected part names such as tokens/part-00000.parquet",
+        ),
         (lambda _: [1, 2], "to hold an object, got list"),
     ],
 )
@@ -249,5 +362,11 @@ def test_metadata_text_is_kept_as_it_is(folder):
 
 
 def test_a_folder_without_a_trace_is_refused(tmp_path):
-    refused(tmp_path, "expected a trace at .*, got a folder without meta.json; try the folder that holds meta.json")
-    refused(tmp_path / "none", "expected a trace at .*none, got nothing; try the folder that holds meta.json")
+    refused(
+        tmp_path,
+        "expected a trace at .*, got a folder without meta.json; try the folder that holds meta.json",
+    )
+    refused(
+        tmp_path / "none",
+        "expected a trace at .*none, got nothing; try the folder that holds meta.json",
+    )

@@ -1,4 +1,6 @@
-"""Records of vLLM, SGLang, TensorRT-LLM and Megatron-LM as traces: nothing believed that was not recorded."""
+"""Records of vLLM, SGLang, TensorRT-LLM and Megatron-LM as traces: nothing believed that was not
+recorded.
+"""
 
 import base64
 import json
@@ -21,16 +23,29 @@ def routes(tokens, seed=0, layers=LAYERS, slots=SLOTS, experts=EXPERTS):
 
 
 def experts_of(trace, layer, doc):
-    rows = trace.routing.filter((pl.col("layer") == layer) & (pl.col("doc") == doc)).sort("pos").collect()
+    rows = (
+        trace.routing.filter((pl.col("layer") == layer) & (pl.col("doc") == doc))
+        .sort("pos")
+        .collect()
+    )
     return rows["experts"].to_list()
 
 
 @pytest.mark.parametrize("kind", ["vllm", "trtllm"])
-def test_arrays_of_requests_become_documents_and_the_last_token_stays_without_a_route(tmp_path, kind):
+def test_arrays_of_requests_become_documents_and_the_last_token_stays_without_a_route(
+    tmp_path, kind
+):
     first, second = routes(9, 1), routes(4, 2)
-    arrays = {"routed_experts_0": first, "token_ids_0": np.arange(10), "routed_experts_1": second, "token_ids_1": np.arange(5)}
+    arrays = {
+        "routed_experts_0": first,
+        "token_ids_0": np.arange(10),
+        "routed_experts_1": second,
+        "token_ids_1": np.arange(5),
+    }
     np.savez(tmp_path / "dump.npz", **arrays)
-    trace = import_trace(kind, tmp_path / "dump.npz", tmp_path / "t", num_experts=EXPERTS, layers=[1, 2, 5]).check()
+    trace = import_trace(
+        kind, tmp_path / "dump.npz", tmp_path / "t", num_experts=EXPERTS, layers=[1, 2, 5]
+    ).check()
     assert [layer.layer for layer in trace.meta.layers] == [1, 2, 5]
     assert experts_of(trace, 5, 0) == first[:, 2].tolist()
     assert experts_of(trace, 1, 1) == second[:, 0].tolist()
@@ -53,7 +68,10 @@ def test_one_array_without_token_ids_is_one_document(tmp_path):
 
 def test_the_expert_axis_is_never_guessed_from_the_ids(tmp_path):
     np.save(tmp_path / "one.npy", routes(6))
-    with pytest.raises(TraceError, match=r"expected the number of experts, which this source does not hold, got none; try"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected the number of experts, which this source does not hold, got none; try",
+    ):
         import_trace("vllm", tmp_path / "one.npy", tmp_path / "t")
     trace = import_trace("vllm", tmp_path / "one.npy", tmp_path / "t", num_experts=20)
     assert trace.counts()["expert"].max() == 19
@@ -73,17 +91,26 @@ def test_a_configuration_tells_experts_and_picks_the_sparse_layers_out_of_all(tm
     assert [layer.layer for layer in trace.meta.layers] == [1, 2, 3]
     assert experts_of(trace, 3, 0) == array[:, 3].tolist()
     np.save(tmp_path / "two.npy", routes(5, layers=2))
-    with pytest.raises(TraceError, match="expected routes of 3 MoE layers or of all 4 layers, got 2"):
+    with pytest.raises(
+        TraceError, match="expected routes of 3 MoE layers or of all 4 layers, got 2"
+    ):
         import_trace("vllm", tmp_path / "two.npy", tmp_path / "t2", config=config)
 
 
 def test_aliased_zero_experts_are_told_and_not_believed(tmp_path):
-    """vLLM writes a zero-compute expert as expert 0: three of them and the real one look like four slots on expert 0."""
+    """vLLM writes a zero-compute expert as expert 0: three of them and the real one look like four
+    slots on expert 0.
+    """
     array = np.array([[[0, 3, 0]], [[5, 0, 0]], [[1, 2, 3]]], np.int32)
     np.save(tmp_path / "one.npy", array)
-    with pytest.raises(TraceError, match="layer 0: expected each token to name an expert at most once, got a repeated id"):
+    with pytest.raises(
+        TraceError,
+        match="layer 0: expected each token to name an expert at most once, got a repeated id",
+    ):
         import_trace("vllm", tmp_path / "one.npy", tmp_path / "t", num_experts=EXPERTS)
-    trace = import_trace("vllm", tmp_path / "one.npy", tmp_path / "t", num_experts=EXPERTS, num_zero_experts=4).check()
+    trace = import_trace(
+        "vllm", tmp_path / "one.npy", tmp_path / "t", num_experts=EXPERTS, num_zero_experts=4
+    ).check()
     assert not trace.meta.zero_experts_known
     assert "zero-compute experts as expert 0" in trace.meta.notes[0]
     assert experts_of(trace, 0, 0) == [[0, 3], [5, 0], [1, 2, 3]]
@@ -95,9 +122,15 @@ def test_aliased_zero_experts_are_told_and_not_believed(tmp_path):
 def test_sglang_responses_are_decoded_and_cover_all_but_the_last_token(tmp_path):
     array = routes(6)
     encoded = base64.b64encode(array.astype("<i4").tobytes()).decode()
-    record = {"prompt_token_ids": [7, 8, 9], "output_ids": [1, 2, 3, 4], "meta_info": {"routed_experts": encoded}}
+    record = {
+        "prompt_token_ids": [7, 8, 9],
+        "output_ids": [1, 2, 3, 4],
+        "meta_info": {"routed_experts": encoded},
+    }
     (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n\n" + json.dumps(record) + "\n")
-    trace = import_trace("sglang", tmp_path / "r.jsonl", tmp_path / "t", num_experts=EXPERTS, top_k=SLOTS).check()
+    trace = import_trace(
+        "sglang", tmp_path / "r.jsonl", tmp_path / "t", num_experts=EXPERTS, top_k=SLOTS
+    ).check()
     assert trace.num_tokens == 12
     assert experts_of(trace, 2, 1) == array[:, 2].tolist()
     tokens = trace.tokens.collect()
@@ -110,7 +143,9 @@ def test_damaged_base64_and_routes_that_do_not_divide_are_refused(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(record))
     with pytest.raises(TraceError, match=r"r.json, record 1: expected base64 of int32 routes"):
         import_trace("sglang", tmp_path / "r.json", tmp_path / "t", num_experts=8, top_k=2)
-    record["meta_info"] = {"routed_experts": base64.b64encode(np.zeros(7, "<i4").tobytes()).decode()}
+    record["meta_info"] = {
+        "routed_experts": base64.b64encode(np.zeros(7, "<i4").tobytes()).decode()
+    }
     (tmp_path / "r.json").write_text(json.dumps(record))
     with pytest.raises(TraceError, match=r"expected routes \[tokens, layers, 2\], got 7 numbers"):
         import_trace("sglang", tmp_path / "r.json", tmp_path / "t", num_experts=8, top_k=2)
@@ -119,7 +154,9 @@ def test_damaged_base64_and_routes_that_do_not_divide_are_refused(tmp_path):
 def test_the_recorder_of_sglang_gives_counts_and_says_that_its_rows_are_made_up(tmp_path):
     counts = torch.tensor([[[4, 2, 2, 0], [1, 3, 1, 3]], [[0, 0, 2, 2], [1, 1, 1, 1]]])
     torch.save({"rank": 0, "logical_count": counts}, tmp_path / "expert_distribution.pt")
-    trace = import_trace("sglang", tmp_path / "expert_distribution.pt", tmp_path / "t", top_k=2).check()
+    trace = import_trace(
+        "sglang", tmp_path / "expert_distribution.pt", tmp_path / "t", top_k=2
+    ).check()
     assert trace.counts()["count"].to_list() == counts.sum(dim=0).flatten().tolist()
     assert not trace.meta.per_token
 
@@ -134,7 +171,9 @@ def test_a_pickle_is_not_executed(tmp_path, capsys):
     with pytest.raises(TraceError, match=r"expected tensors alone in evil.pt"):
         import_trace("sglang", tmp_path / "evil.pt", tmp_path / "t", top_k=2)
     np.save(tmp_path / "evil.npy", np.array([Evil()], dtype=object), allow_pickle=True)
-    with pytest.raises(TraceError, match=r"expected plain numbers in evil.npy, got pickled objects"):
+    with pytest.raises(
+        TraceError, match=r"expected plain numbers in evil.npy, got pickled objects"
+    ):
         import_trace("vllm", tmp_path / "evil.npy", tmp_path / "t", num_experts=8)
     assert "executed" not in capsys.readouterr().out
 
@@ -142,8 +181,13 @@ def test_a_pickle_is_not_executed(tmp_path, capsys):
 def test_a_header_that_promises_more_than_the_file_holds_is_refused_before_allocation(tmp_path):
     path = tmp_path / "huge.npy"
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (10**9, 1000, 8)})
-    with pytest.raises(TraceError, match=r"expected 32000000000000 bytes of data in huge.npy as its header says, got a file of \d+"):
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<i4", "fortran_order": False, "shape": (10**9, 1000, 8)}
+        )
+    with pytest.raises(
+        TraceError,
+        match=r"expected 32000000000000 bytes of data in huge.npy as its header says, got a file of \d+",
+    ):
         import_trace("vllm", path, tmp_path / "t", num_experts=8)
 
 
@@ -152,14 +196,39 @@ def megatron(folder: Path, rank: int, steps: dict[int, dict[int, np.ndarray]]) -
     with open(folder / f"router_trace_rank{rank}.jsonl", "w") as file:
         for step, layers in steps.items():
             for layer, ids in layers.items():
-                record = {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": rank}
-                file.write(json.dumps(record | {"num_tokens": len(ids), "topk": ids.shape[1], "top_indices": ids.tolist()}) + "\n")
+                record = {
+                    "step": step,
+                    "stage": "pre_dispatch",
+                    "block": "decoder",
+                    "layer": layer,
+                    "rank": rank,
+                }
+                file.write(
+                    json.dumps(
+                        record
+                        | {
+                            "num_tokens": len(ids),
+                            "topk": ids.shape[1],
+                            "top_indices": ids.tolist(),
+                        }
+                    )
+                    + "\n"
+                )
 
 
 def test_megatron_ranks_of_other_tokens_are_merged_and_equal_ones_counted_once(tmp_path):
     arrays = [routes(5, seed, layers=2) for seed in range(4)]
-    for rank, (first, second) in enumerate([(0, 1), (0, 1), (2, 3)]):  # ranks 0 and 1 share tokens (tensor parallel)
-        megatron(tmp_path / "m", rank, {step: {3: arrays[n][:, 0], 7: arrays[n][:, 1]} for step, n in enumerate((first, second))})
+    for rank, (first, second) in enumerate(
+        [(0, 1), (0, 1), (2, 3)]
+    ):  # ranks 0 and 1 share tokens (tensor parallel)
+        megatron(
+            tmp_path / "m",
+            rank,
+            {
+                step: {3: arrays[n][:, 0], 7: arrays[n][:, 1]}
+                for step, n in enumerate((first, second))
+            },
+        )
     trace = import_trace("megatron", tmp_path / "m", tmp_path / "t", num_experts=EXPERTS).check()
     assert [layer.layer for layer in trace.meta.layers] == [3, 7]
     assert trace.num_tokens == 20
@@ -174,7 +243,10 @@ def test_megatron_pipeline_stages_are_joined_to_one_model(tmp_path):
     trace = import_trace("megatron", tmp_path / "m", tmp_path / "t", num_experts=EXPERTS).check()
     assert experts_of(trace, 1, 0) == array[:, 1].tolist()
     megatron(tmp_path / "m", 1, {0: {1: array[:3, 1]}})
-    with pytest.raises(TraceError, match=r"router_trace_rank0.jsonl, step 0: expected the same tokens and slots in every layer"):
+    with pytest.raises(
+        TraceError,
+        match=r"router_trace_rank0.jsonl, step 0: expected the same tokens and slots in every layer",
+    ):
         import_trace("megatron", tmp_path / "m", tmp_path / "t", num_experts=EXPERTS)
 
 
@@ -182,16 +254,26 @@ def test_a_record_that_lost_tokens_is_refused(tmp_path):
     megatron(tmp_path / "m", 0, {0: {0: routes(5)[:, 0]}})
     path = tmp_path / "m" / "router_trace_rank0.jsonl"
     path.write_text(path.read_text().replace('"num_tokens": 5', '"num_tokens": 6'))
-    with pytest.raises(TraceError, match=r"line 1: expected top_indices of shape \[6, 2\], got \[5, 2\]"):
+    with pytest.raises(
+        TraceError, match=r"line 1: expected top_indices of shape \[6, 2\], got \[5, 2\]"
+    ):
         import_trace("megatron", path, tmp_path / "t", num_experts=EXPERTS)
     path.write_text("{broken\n")
-    with pytest.raises(TraceError, match=r"router_trace_rank0.jsonl, line 1: expected a JSON object, got JSONDecodeError"):
+    with pytest.raises(
+        TraceError,
+        match=r"router_trace_rank0.jsonl, line 1: expected a JSON object, got JSONDecodeError",
+    ):
         import_trace("megatron", path, tmp_path / "t", num_experts=EXPERTS)
 
 
 def test_ids_out_of_range_name_the_layer(tmp_path):
     np.save(tmp_path / "one.npy", routes(6) + 5)
-    with pytest.raises(TraceError, match=r"layer 0: expected expert ids between -1 and 7, got 5\.\.12"):
+    with pytest.raises(
+        TraceError, match=r"layer 0: expected expert ids between -1 and 7, got 5\.\.12"
+    ):
         import_trace("trtllm", tmp_path / "one.npy", tmp_path / "t", num_experts=EXPERTS)
-    with pytest.raises(TraceError, match="expected a source among vllm, sglang, trtllm, megatron, moe-atlas, stratamoe, counts, got 'hf'"):
+    with pytest.raises(
+        TraceError,
+        match="expected a source among vllm, sglang, trtllm, megatron, moe-atlas, stratamoe, counts, got 'hf'",
+    ):
         import_trace("hf", tmp_path / "one.npy", tmp_path / "t")

@@ -15,16 +15,22 @@ from moe_lab.trace import import_trace
     ("model", "experts", "slots", "total"),
     [("mixtral-8x7b-v0.1", 8, 2, 417_792), ("olmoe-1b-7b-0924", 64, 8, 1_671_168)],
 )
-def test_published_counts_of_olmoe_and_mixtral_conserve(data_dir, tmp_path, model, experts, slots, total):
+def test_published_counts_of_olmoe_and_mixtral_conserve(
+    data_dir, tmp_path, model, experts, slots, total
+):
     source = data_dir / "traces" / "olmoe" / "expert_counts.json"
     values = json.loads(source.read_text())[model]
-    short = {kind: {domain: values[kind][domain] for domain in ("github", "book")} for kind in values}
+    short = {
+        kind: {domain: values[kind][domain] for domain in ("github", "book")} for kind in values
+    }
     (tmp_path / "counts.json").write_text(json.dumps({model: short, "other": {}}))
     trace = import_trace("counts", tmp_path / "counts.json", tmp_path / "t", model=model)
     assert {(layer.num_experts, layer.top_k) for layer in trace.meta.layers} == {(experts, slots)}
     assert trace.num_tokens == 2 * total // slots
     domain = trace.tokens.filter(pl.col("domain") == "github").select("doc", "pos").collect()
-    rows = trace.routing.filter((pl.col("layer") == 1) & pl.col("doc").is_in(domain["doc"].unique().implode())).collect()
+    rows = trace.routing.filter(
+        (pl.col("layer") == 1) & pl.col("doc").is_in(domain["doc"].unique().implode())
+    ).collect()
     got = np.bincount(rows["experts"].explode().to_numpy(), minlength=experts)
     assert got.tolist() == values["expert_counts"]["github"]["layer_7"]
     assert not trace.meta.per_token
@@ -48,10 +54,20 @@ def test_the_switch_trace_is_taken_whole_with_its_provenance(data_dir, tmp_path)
     rows = trace.routing.sort("layer", "doc", "pos").collect()
     selections = np.array(values["selections"])
     assert rows["experts"].explode().to_list() == selections[:, :, 0].T.ravel().tolist()
-    assert (trace.num_tokens, len(trace.meta.layers), trace.meta.layers[0].num_experts) == (215, 6, 8)
-    assert trace.meta.model == values["source"]["model"]["id"] + "@" + values["source"]["model"]["revision"]
+    assert (trace.num_tokens, len(trace.meta.layers), trace.meta.layers[0].num_experts) == (
+        215,
+        6,
+        8,
+    )
+    assert (
+        trace.meta.model
+        == values["source"]["model"]["id"] + "@" + values["source"]["model"]["revision"]
+    )
     assert trace.meta.corpus_hash == values["source"]["workload"]["sha256"]
-    assert trace.meta.versions["source transformersVersion"] == values["source"]["software"]["transformersVersion"]
+    assert (
+        trace.meta.versions["source transformersVersion"]
+        == values["source"]["software"]["transformersVersion"]
+    )
     assert trace.meta.seed == 2339
     spans = json.loads((folder / "capture-metadata.json").read_text())["prompt_spans"]
     assert rows["doc"].n_unique() == len(spans) > 1
@@ -59,12 +75,24 @@ def test_the_switch_trace_is_taken_whole_with_its_provenance(data_dir, tmp_path)
 
 def atlas(**changes):
     activations = [
-        {"layer": layer, "token_idx": token, "expert_idx": (token + slot) % 4, "gate_weight": 0.7 - 0.4 * slot}
+        {
+            "layer": layer,
+            "token_idx": token,
+            "expert_idx": (token + slot) % 4,
+            "gate_weight": 0.7 - 0.4 * slot,
+        }
         for layer in (0, 2)
         for token in range(3)
         for slot in (1, 0)
     ]
-    trace = {"model_id": "a/b", "num_layers": 3, "num_experts": 4, "top_k": 2, "token_ids": [5, 6, 7], "activations": activations}
+    trace = {
+        "model_id": "a/b",
+        "num_layers": 3,
+        "num_experts": 4,
+        "top_k": 2,
+        "token_ids": [5, 6, 7],
+        "activations": activations,
+    }
     return trace | changes
 
 
@@ -81,7 +109,10 @@ def test_moe_atlas_keeps_weights_and_orders_slots_by_them(tmp_path):
 
 def test_a_moe_atlas_trace_that_was_cut_is_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(atlas(activations=atlas()["activations"][:-1])))
-    with pytest.raises(TraceError, match=r"expected 12 activations \(3 tokens x 2 slots x 2 layers\) in a.json, got 11"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected 12 activations \(3 tokens x 2 slots x 2 layers\) in a.json, got 11",
+    ):
         import_trace("moe-atlas", tmp_path / "a.json", tmp_path / "t")
     broken = [{**item, "gate_weight": float("nan")} for item in atlas()["activations"]]
     (tmp_path / "a.json").write_text(json.dumps(atlas(activations=broken)))
@@ -93,8 +124,14 @@ def test_a_moe_atlas_trace_that_was_cut_is_refused(tmp_path):
     ("table", "message"),
     [
         ([[3, -1, 2, 0]], "expected counts of at least 0, got -1"),
-        ([[3, 1, 2, 2], [2, 2, 2, 1]], r"expected the same sum of 2 x tokens in every layer, got 7..8 in 2 layers"),
-        ([[5, 1, 1, 1]], r"expected at most one slot of each token on an expert \(4 tokens\), got 5"),
+        (
+            [[3, 1, 2, 2], [2, 2, 2, 1]],
+            r"expected the same sum of 2 x tokens in every layer, got 7..8 in 2 layers",
+        ),
+        (
+            [[5, 1, 1, 1]],
+            r"expected at most one slot of each token on an expert \(4 tokens\), got 5",
+        ),
         ([[1.5, 0.5]], "integers of 2 dimensions, got float64"),
         ([[1, 2], [3]], "expected rows of one length"),
     ],
@@ -107,8 +144,13 @@ def test_counts_that_no_tokens_can_have_are_refused(tmp_path, table, message):
 
 def test_counts_without_k_or_without_a_model_say_what_to_give(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps([[2, 2, 2, 2]]))
-    with pytest.raises(TraceError, match="expected the number of slots behind the counts, got none; try config= or top_k="):
+    with pytest.raises(
+        TraceError,
+        match="expected the number of slots behind the counts, got none; try config= or top_k=",
+    ):
         import_trace("counts", tmp_path / "c.json", tmp_path / "t")
-    (tmp_path / "c.json").write_text(json.dumps({"a": {"expert_counts": {}}, "b": {"expert_counts": {}}}))
+    (tmp_path / "c.json").write_text(
+        json.dumps({"a": {"expert_counts": {}}, "b": {"expert_counts": {}}})
+    )
     with pytest.raises(TraceError, match=r"expected model= one of a, b in c.json, got ''"):
         import_trace("counts", tmp_path / "c.json", tmp_path / "t", top_k=2)

@@ -1,4 +1,6 @@
-"""Parts of one pass over the same documents: what several ranks recorded becomes the trace that one would have written."""
+"""Parts of one pass over the same documents: what several ranks recorded becomes the trace that one
+would have written.
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +14,10 @@ from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, Trace, TraceMeta, TraceWriter, merge_traces, open_trace
 
-META = TraceMeta(model="m", layers=(LayerMeta(layer=0, num_experts=5, top_k=2), LayerMeta(layer=3, num_experts=5, top_k=2)))
+META = TraceMeta(
+    model="m",
+    layers=(LayerMeta(layer=0, num_experts=5, top_k=2), LayerMeta(layer=3, num_experts=5, top_k=2)),
+)
 DOC = np.repeat([7, 7, 9], 4)
 POS = np.concatenate([np.arange(8), np.arange(4)])
 
@@ -20,14 +25,24 @@ POS = np.concatenate([np.arange(8), np.arange(4)])
 def routing(layer: int) -> Routing:
     logits = torch.randn(len(DOC), 5, generator=torch.Generator().manual_seed(layer))
     weights, indices = logits.softmax(dim=1).topk(2)
-    return Routing(indices=indices, weights=weights, logits=logits, scores=logits.softmax(dim=1), num_experts=5)
+    return Routing(
+        indices=indices, weights=weights, logits=logits, scores=logits.softmax(dim=1), num_experts=5
+    )
 
 
 def rows_of(found: Routing, rows: slice) -> Routing:
-    return Routing(found.indices[rows], found.weights[rows], found.logits[rows], found.scores[rows], found.num_experts)
+    return Routing(
+        found.indices[rows],
+        found.weights[rows],
+        found.logits[rows],
+        found.scores[rows],
+        found.num_experts,
+    )
 
 
-TOKENS = pl.DataFrame({"doc": DOC, "pos": POS, "token_id": np.arange(len(DOC)), "loss": np.linspace(0, 3, len(DOC))})
+TOKENS = pl.DataFrame(
+    {"doc": DOC, "pos": POS, "token_id": np.arange(len(DOC)), "loss": np.linspace(0, 3, len(DOC))}
+)
 
 
 def write(folder: Path, rows: slice, tokens: pl.DataFrame | None = None) -> Path:
@@ -40,14 +55,21 @@ def write(folder: Path, rows: slice, tokens: pl.DataFrame | None = None) -> Path
 
 
 def equal(one: Trace, two: Trace) -> bool:
-    same = one.routing.collect().equals(two.routing.collect()) and one.tokens.collect().equals(two.tokens.collect())
+    same = one.routing.collect().equals(two.routing.collect()) and one.tokens.collect().equals(
+        two.tokens.collect()
+    )
     return same and one.meta == two.meta
 
 
 @pytest.mark.parametrize("edges", [[0, 5, 12], [0, 5, 5, 12], [0, 1, 2, 12], [0, 12, 12]])
-def test_parts_that_share_a_document_or_are_empty_become_the_trace_of_one(tmp_path: Path, edges: list[int]) -> None:
+def test_parts_that_share_a_document_or_are_empty_become_the_trace_of_one(
+    tmp_path: Path, edges: list[int]
+) -> None:
     whole = open_trace(write(tmp_path / "whole", slice(None), TOKENS))
-    parts = [write(tmp_path / f"part{start}-{stop}-{n}", slice(start, stop)) for n, (start, stop) in enumerate(pairwise(edges))]
+    parts = [
+        write(tmp_path / f"part{start}-{stop}-{n}", slice(start, stop))
+        for n, (start, stop) in enumerate(pairwise(edges))
+    ]
     merged = merge_traces(parts, tmp_path / "merged", renumber=False, tokens=TOKENS).check()
     assert equal(merged, whole)
 

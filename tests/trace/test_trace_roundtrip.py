@@ -19,7 +19,9 @@ TWO_TOKENS = pl.DataFrame({"doc": [0, 0], "pos": [0, 1], "token_id": [1, 1]})
 
 
 def draw_routing(tokens, experts, zero, k, *, unused=0.0, dropped=0.0, padding=0.0, seed=0):
-    """A routing whose every number is drawn: distinct experts per token, unused and dropped slots, padding."""
+    """A routing whose every number is drawn: distinct experts per token, unused and dropped slots,
+    padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, experts + zero, generator=generator).softmax(dim=1)
     indices = torch.rand(tokens, experts + zero, generator=generator).argsort(dim=1)[:, :k].clone()
@@ -36,16 +38,23 @@ def meta(*layers, **others):
 
 
 def write(folder, routings, *, tokens=True, step=None, **options):
-    """Write {layer: routing} in steps of ``step`` tokens; every token of every layer is token ``pos`` of document 0."""
+    """Write {layer: routing} in steps of ``step`` tokens; every token of every layer is token
+    ``pos`` of document 0.
+    """
     first = next(iter(routings.values()))
-    layers = [(number, r.num_experts, r.num_zero_experts, max(r.top_k, 1)) for number, r in routings.items()]
+    layers = [
+        (number, r.num_experts, r.num_zero_experts, max(r.top_k, 1))
+        for number, r in routings.items()
+    ]
     pos = np.arange(first.num_tokens)
     with TraceWriter(folder, meta(*layers), **options) as writer:
         for start in range(0, max(first.num_tokens, 1), step or max(first.num_tokens, 1)):
             part = slice(start, start + (step or max(first.num_tokens, 1)))
             if tokens:
                 kept = pos[part] if first.valid is None else pos[part][first.valid[part].numpy()]
-                writer.write_tokens(pl.DataFrame({"doc": np.zeros_like(kept), "pos": kept, "token_id": kept % 7}))
+                writer.write_tokens(
+                    pl.DataFrame({"doc": np.zeros_like(kept), "pos": kept, "token_id": kept % 7})
+                )
             for number, r in routings.items():
                 writer.write_routing(number, np.zeros_like(pos[part]), pos[part], cut(r, part))
     return open_trace(folder)
@@ -61,13 +70,22 @@ def write_by(folder, layers, *steps):
 def route(tokens, first=0, layer=0):
     """The step that writes ``tokens`` tokens of document 0, from position ``first``."""
     pos = np.arange(first, first + tokens)
-    return lambda writer: writer.write_routing(layer, np.zeros_like(pos), pos, draw_routing(tokens, 4, 0, 2))
+    return lambda writer: writer.write_routing(
+        layer, np.zeros_like(pos), pos, draw_routing(tokens, 4, 0, 2)
+    )
 
 
 def cut(r, part):
     pick = lambda tensor: None if tensor is None else tensor[part]  # noqa: E731
     return Routing(
-        r.indices[part], r.weights[part], r.logits[part], r.scores[part], r.num_experts, r.num_zero_experts, pick(r.selected), pick(r.valid)
+        r.indices[part],
+        r.weights[part],
+        r.logits[part],
+        r.scores[part],
+        r.num_experts,
+        r.num_zero_experts,
+        pick(r.selected),
+        pick(r.valid),
     )
 
 
@@ -82,10 +100,16 @@ def cut(r, part):
     padding=st.sampled_from([0.0, 0.4]),
     step=st.sampled_from([None, 1, 17]),
 )
-def test_every_decision_comes_back_as_it_was_made(tmp_path_factory, tokens, experts, zero, data, unused, dropped, padding, step):
+def test_every_decision_comes_back_as_it_was_made(
+    tmp_path_factory, tokens, experts, zero, data, unused, dropped, padding, step
+):
     k = data.draw(st.integers(1, experts + zero))
-    routing = draw_routing(tokens, experts, zero, k, unused=unused, dropped=dropped, padding=padding, seed=tokens)
-    trace = write(tmp_path_factory.mktemp("t") / "trace", {3: routing}, step=step, rows_per_part=16).check()
+    routing = draw_routing(
+        tokens, experts, zero, k, unused=unused, dropped=dropped, padding=padding, seed=tokens
+    )
+    trace = write(
+        tmp_path_factory.mktemp("t") / "trace", {3: routing}, step=step, rows_per_part=16
+    ).check()
     rows = trace.routing.sort("pos").collect()
     valid, selected = routing.valid, routing.selected
     assert valid is not None
@@ -95,14 +119,22 @@ def test_every_decision_comes_back_as_it_was_made(tmp_path_factory, tokens, expe
         if not bool(valid[t]):
             continue
         got = next(row)
-        slots = [(int(i), float(w)) for i, w in zip(routing.indices[t], routing.weights[t], strict=True) if i >= 0]
+        slots = [
+            (int(i), float(w))
+            for i, w in zip(routing.indices[t], routing.weights[t], strict=True)
+            if i >= 0
+        ]
         assert got["experts"] == [i for i, _ in slots]
         assert got["weights"] == [float(np.float16(w)) for _, w in slots]
         assert got["ffn_count"] == sum(i < experts for i, _ in slots)
         assert got["zero_count"] == sum(i >= experts for i, _ in slots)
-        assert got["gate_mass_ffn"] == pytest.approx(sum(w for i, w in slots if i < experts), abs=1e-6)
+        assert got["gate_mass_ffn"] == pytest.approx(
+            sum(w for i, w in slots if i < experts), abs=1e-6
+        )
         assert got["entropy"] == pytest.approx(float(routing.entropy()[t]), abs=1e-6)
-        assert got["dropped"] == sum(s >= 0 > i for s, i in zip(selected[t], routing.indices[t], strict=True))
+        assert got["dropped"] == sum(
+            s >= 0 > i for s, i in zip(selected[t], routing.indices[t], strict=True)
+        )
         assert (got["margin"] is None) == (k == experts + zero)
         assert (got["layer"], got["doc"], got["pos"]) == (3, 0, t)
     assert next(row, None) is None
@@ -126,26 +158,55 @@ def test_layers_may_differ_in_size_and_are_read_in_numeric_order(tmp_path):
 
 
 def test_tokens_keep_further_columns_and_missing_losses_stay_null(tmp_path):
-    frame = pl.DataFrame({"doc": [0, 0], "pos": [0, 1], "token_id": [5, 6], "loss": [None, 1.5], "lexer": ["keyword", "<script>"]})
+    frame = pl.DataFrame(
+        {
+            "doc": [0, 0],
+            "pos": [0, 1],
+            "token_id": [5, 6],
+            "loss": [None, 1.5],
+            "lexer": ["keyword", "<script>"],
+        }
+    )
     with TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))) as writer:
         writer.write_tokens(frame)
-        writer.write_routing(0, torch.tensor([0, 0]), torch.tensor([0, 1]), draw_routing(2, 4, 0, 2))
+        writer.write_routing(
+            0, torch.tensor([0, 0]), torch.tensor([0, 1]), draw_routing(2, 4, 0, 2)
+        )
     assert open_trace(tmp_path / "t").check().tokens.collect().rows() == frame.rows()
 
 
 def test_a_trace_without_tokens_has_an_empty_token_table(tmp_path):
-    assert write(tmp_path / "t", {0: draw_routing(5, 4, 0, 2)}, tokens=False).check().tokens.collect().height == 0
+    assert (
+        write(tmp_path / "t", {0: draw_routing(5, 4, 0, 2)}, tokens=False)
+        .check()
+        .tokens.collect()
+        .height
+        == 0
+    )
 
 
 def test_bfloat16_weights_with_a_gradient_are_written(tmp_path):
     routing = draw_routing(9, 4, 0, 2)
-    routing = Routing(routing.indices, routing.weights.bfloat16().requires_grad_(), routing.logits, routing.scores.bfloat16(), 4)
+    routing = Routing(
+        routing.indices,
+        routing.weights.bfloat16().requires_grad_(),
+        routing.logits,
+        routing.scores.bfloat16(),
+        4,
+    )
     trace = write(tmp_path / "t", {0: routing}).check()
     assert trace.routing.sort("pos").collect()["weights"].to_list() == routing.weights.tolist()
 
 
 def test_metadata_round_trips(tmp_path):
-    written = meta((0, 4, 0, 2), model="a<b>", seed=3, phase="prefill", vocab_size=9, created_from="moe-lab train")
+    written = meta(
+        (0, 4, 0, 2),
+        model="a<b>",
+        seed=3,
+        phase="prefill",
+        vocab_size=9,
+        created_from="moe-lab train",
+    )
     with TraceWriter(tmp_path / "t", written) as writer:
         writer.write_routing(0, np.zeros(2, int), np.arange(2), draw_routing(2, 4, 0, 2))
     assert open_trace(tmp_path / "t").meta == written
@@ -165,7 +226,12 @@ def test_the_buffer_over_all_layers_is_bounded(tmp_path):
     with TraceWriter(tmp_path / "t", meta(*layers), buffer_bytes=20_000) as writer:
         for start in range(0, 1500, 100):
             for number, *_ in layers:
-                writer.write_routing(number, np.zeros(100, int), np.arange(start, start + 100), draw_routing(100, 4, 0, 2))
+                writer.write_routing(
+                    number,
+                    np.zeros(100, int),
+                    np.arange(start, start + 100),
+                    draw_routing(100, 4, 0, 2),
+                )
                 assert sum(table.pending_bytes for table in writer._layers.values()) <= 20_000
     assert open_trace(tmp_path / "t").check().num_tokens == 1500
 
@@ -176,11 +242,16 @@ def test_an_error_leaves_a_readable_incomplete_trace_and_no_complete_one(tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         write_by(tmp_path / "t", [(0, 4, 0, 2), (1, 4, 0, 2)], route(9), interrupt)
-    with pytest.raises(TraceError, match=r"expected a trace at .*t, got nothing; try .*t.incomplete with allow_incomplete=True"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected a trace at .*t, got nothing; try .*t.incomplete with allow_incomplete=True",
+    ):
         open_trace(tmp_path / "t")
     rest = tmp_path / ("t" + INCOMPLETE_SUFFIX)
     assert json.loads((rest / "meta.json").read_text())["complete"] is False
-    with pytest.raises(TraceError, match=r"expected a complete trace at .*, got one whose writing was interrupted"):
+    with pytest.raises(
+        TraceError, match=r"expected a complete trace at .*, got one whose writing was interrupted"
+    ):
         open_trace(rest)
     trace = open_trace(rest, allow_incomplete=True).check()
     assert not trace.complete
@@ -221,7 +292,10 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "thesis.tex").write_text("years of work")
     with (
-        pytest.raises(TraceError, match=r"expected a new folder or an older trace at .*, got something else; try another path"),
+        pytest.raises(
+            TraceError,
+            match=r"expected a new folder or an older trace at .*, got something else; try another path",
+        ),
         TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))),
     ):
         pass
@@ -231,11 +305,23 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"indices": torch.tensor([[0, 4]])}, "layer 0: expected expert ids between -1 and 3, got 0..4"),
-        ({"indices": torch.tensor([[0, -2]])}, "layer 0: expected expert ids between -1 and 3, got -2..0"),
-        ({"indices": torch.tensor([[1, 1]])}, "layer 0: expected each token to name an expert at most once, got a repeated id"),
+        (
+            {"indices": torch.tensor([[0, 4]])},
+            "layer 0: expected expert ids between -1 and 3, got 0..4",
+        ),
+        (
+            {"indices": torch.tensor([[0, -2]])},
+            "layer 0: expected expert ids between -1 and 3, got -2..0",
+        ),
+        (
+            {"indices": torch.tensor([[1, 1]])},
+            "layer 0: expected each token to name an expert at most once, got a repeated id",
+        ),
         ({"weights": torch.tensor([[0.5, float("nan")]])}, "layer 0: expected finite gate weights"),
-        ({"weights": torch.tensor([[0.5, 1e6]])}, "layer 0: expected finite gate weights of at most 65504"),
+        (
+            {"weights": torch.tensor([[0.5, 1e6]])},
+            "layer 0: expected finite gate weights of at most 65504",
+        ),
         ({"scores": torch.full((1, 4), float("nan"))}, "layer 0: expected finite router scores"),
         ({"num_experts": 5}, r"layer 0: expected 4 \+ 0 real \+ zero-compute experts, got 5 \+ 0"),
         (
@@ -245,10 +331,17 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     ],
 )
 def test_a_routing_that_does_not_fit_is_refused(tmp_path, change, message):
-    good = {"indices": torch.tensor([[0, 1]]), "weights": torch.ones(1, 2), "logits": torch.zeros(1, 4), "scores": torch.ones(1, 4)}
+    good = {
+        "indices": torch.tensor([[0, 1]]),
+        "weights": torch.ones(1, 2),
+        "logits": torch.zeros(1, 4),
+        "scores": torch.ones(1, 4),
+    }
     writer = TraceWriter(tmp_path / "t", meta((0, 4, 0, 2)))
     with pytest.raises(TraceError, match=message), writer:
-        writer.write_routing(0, np.zeros(1, int), np.zeros(1, int), Routing(**{**good, "num_experts": 4, **change}))
+        writer.write_routing(
+            0, np.zeros(1, int), np.zeros(1, int), Routing(**{**good, "num_experts": 4, **change})
+        )
 
 
 def test_padding_may_hold_anything(tmp_path):
@@ -256,7 +349,9 @@ def test_padding_may_hold_anything(tmp_path):
     routing.weights[4:] = float("nan")
     routing.scores[4:] = float("nan")
     valid = torch.tensor([True] * 4 + [False] * 2)
-    padded = Routing(routing.indices, routing.weights, routing.logits, routing.scores, 4, valid=valid)
+    padded = Routing(
+        routing.indices, routing.weights, routing.logits, routing.scores, 4, valid=valid
+    )
     assert write(tmp_path / "t", {0: padded}).check().num_tokens == 4
 
 
@@ -264,12 +359,18 @@ def test_padding_may_hold_anything(tmp_path):
     ("doc", "message"),
     [
         (np.zeros(3, int), "layer 0: expected doc to hold one integer for each of 2 tokens"),
-        (np.zeros(2), "layer 0: expected doc to hold one integer for each of 2 tokens, got float64"),
+        (
+            np.zeros(2),
+            "layer 0: expected doc to hold one integer for each of 2 tokens, got float64",
+        ),
         (np.array([0, -1]), "layer 0: expected doc between 0 and 4294967295, got -1..0"),
     ],
 )
 def test_keys_that_are_not_integers_for_each_token_are_refused(tmp_path, doc, message):
-    with pytest.raises(TraceError, match=message), TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))) as writer:
+    with (
+        pytest.raises(TraceError, match=message),
+        TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))) as writer,
+    ):
         writer.write_routing(0, doc, np.arange(2), draw_routing(2, 4, 0, 2))
 
 
@@ -279,43 +380,85 @@ def test_layers_that_saw_different_numbers_of_tokens_are_refused(tmp_path):
 
 
 def test_layers_that_saw_other_tokens_are_refused(tmp_path):
-    with pytest.raises(TraceError, match=r"layer 0: expected the same \(doc, pos\) pairs as in tokens, got others"):
-        write_by(tmp_path / "t", [(0, 4, 0, 2)], lambda writer: writer.write_tokens(TWO_TOKENS), route(2, first=1))
+    with pytest.raises(
+        TraceError, match=r"layer 0: expected the same \(doc, pos\) pairs as in tokens, got others"
+    ):
+        write_by(
+            tmp_path / "t",
+            [(0, 4, 0, 2)],
+            lambda writer: writer.write_tokens(TWO_TOKENS),
+            route(2, first=1),
+        )
 
 
 def test_a_replayed_forward_pass_is_refused(tmp_path):
     """Activation checkpointing runs the forward pass twice: every count would double."""
     with pytest.raises(TraceError, match="layer 0: expected 2 tokens as in tokens, got 4"):
-        write_by(tmp_path / "t", [(0, 4, 0, 2)], lambda writer: writer.write_tokens(TWO_TOKENS), route(2), route(2))
+        write_by(
+            tmp_path / "t",
+            [(0, 4, 0, 2)],
+            lambda writer: writer.write_tokens(TWO_TOKENS),
+            route(2),
+            route(2),
+        )
 
 
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
         ({"doc": [0], "pos": [0]}, "expected token columns doc, pos and token_id, got no token_id"),
-        ({"doc": [0], "pos": [0], "token_id": [0], "experts": [1]}, "not named as routing columns are, got experts Int64"),
-        ({"doc": [0], "pos": [0], "token_id": [[0]]}, "expected doc, pos and token_id as integers from 0"),
-        ({"doc": [0], "pos": [0], "token_id": [0], "x": [[0]]}, "expected further token columns of plain types .*, got x List"),
-        ({"doc": [0], "pos": [0], "token_id": [0], "x": [None]}, "expected further token columns of plain types .*, got x Null"),
-        ({"doc": [0], "pos": [-1], "token_id": [0]}, "expected doc, pos and token_id as integers from 0"),
+        (
+            {"doc": [0], "pos": [0], "token_id": [0], "experts": [1]},
+            "not named as routing columns are, got experts Int64",
+        ),
+        (
+            {"doc": [0], "pos": [0], "token_id": [[0]]},
+            "expected doc, pos and token_id as integers from 0",
+        ),
+        (
+            {"doc": [0], "pos": [0], "token_id": [0], "x": [[0]]},
+            "expected further token columns of plain types .*, got x List",
+        ),
+        (
+            {"doc": [0], "pos": [0], "token_id": [0], "x": [None]},
+            "expected further token columns of plain types .*, got x Null",
+        ),
+        (
+            {"doc": [0], "pos": [-1], "token_id": [0]},
+            "expected doc, pos and token_id as integers from 0",
+        ),
         ({"doc": [0], "pos": [None], "token_id": [0]}, "expected"),
         ({"doc": [0], "pos": [0], "token_id": [5]}, "expected token ids below vocab_size 5, got 5"),
-        ({"doc": [0], "pos": [0], "token_id": [1], "loss": [float("nan")]}, "expected finite losses, got NaN or infinity; try null"),
+        (
+            {"doc": [0], "pos": [0], "token_id": [1], "loss": [float("nan")]},
+            "expected finite losses, got NaN or infinity; try null",
+        ),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(tmp_path, frame, message):
-    with pytest.raises(TraceError, match=message), TraceWriter(tmp_path / "t", meta((0, 4, 0, 2), vocab_size=5)) as writer:
+    with (
+        pytest.raises(TraceError, match=message),
+        TraceWriter(tmp_path / "t", meta((0, 4, 0, 2), vocab_size=5)) as writer,
+    ):
         writer.write_tokens(pl.DataFrame(frame))
 
 
 def test_a_token_table_that_changes_its_columns_is_refused(tmp_path):
     wider = TWO_TOKENS.with_columns(lexer=pl.lit("name"))
     with pytest.raises(TraceError, match="expected token columns as in the first call"):
-        write_by(tmp_path / "t", [(0, 4, 0, 2)], lambda writer: writer.write_tokens(TWO_TOKENS), lambda writer: writer.write_tokens(wider))
+        write_by(
+            tmp_path / "t",
+            [(0, 4, 0, 2)],
+            lambda writer: writer.write_tokens(TWO_TOKENS),
+            lambda writer: writer.write_tokens(wider),
+        )
 
 
 def test_a_layer_that_was_not_named_is_refused(tmp_path):
-    with pytest.raises(TraceError, match=r"expected a layer among \[0\], got 7"), TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))) as writer:
+    with (
+        pytest.raises(TraceError, match=r"expected a layer among \[0\], got 7"),
+        TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))) as writer,
+    ):
         writer.write_routing(7, np.zeros(2, int), np.arange(2), draw_routing(2, 4, 0, 2))
 
 
@@ -336,9 +479,14 @@ def test_absurd_layers_are_refused(layers, message):
 
 def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
-        raise pl.exceptions.ComputeError("parquet: underlying IO error: No space left on device (os error 28)")
+        raise pl.exceptions.ComputeError(
+            "parquet: underlying IO error: No space left on device (os error 28)"
+        )
 
     fill_up = lambda _writer: monkeypatch.setattr(pl.DataFrame, "write_parquet", full)  # noqa: E731
-    with pytest.raises(TraceError, match=r"cannot write .*/t: .*No space left on device.*; try another folder or free some space"):
+    with pytest.raises(
+        TraceError,
+        match=r"cannot write .*/t: .*No space left on device.*; try another folder or free some space",
+    ):
         write_by(tmp_path / "t", [(0, 4, 0, 2)], route(2), fill_up)
     assert not (tmp_path / "t").exists()

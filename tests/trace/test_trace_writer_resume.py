@@ -29,7 +29,12 @@ def write_document(writer, doc, length=LENGTH):
     for layer in (0, 3):
         scores = torch.rand(length, 8, generator=generator)
         indices = scores.topk(2, dim=1).indices
-        writer.write_routing(layer, np.full(length, doc), pos, Routing(indices, scores.gather(1, indices), scores, scores, 8))
+        writer.write_routing(
+            layer,
+            np.full(length, doc),
+            pos,
+            Routing(indices, scores.gather(1, indices), scores, scores, 8),
+        )
 
 
 def whole(folder, documents):
@@ -42,11 +47,19 @@ def whole(folder, documents):
 def same(first, second):
     for table in ("tokens", "routing"):
         keys = ["doc", "pos"] if table == "tokens" else ["layer", "doc", "pos"]
-        assert getattr(first, table).sort(keys).collect().equals(getattr(second, table).sort(keys).collect())
+        assert (
+            getattr(first, table)
+            .sort(keys)
+            .collect()
+            .equals(getattr(second, table).sort(keys).collect())
+        )
 
 
 def test_an_interrupted_trace_goes_on_behind_its_finished_documents(tmp_path):
-    with pytest.raises(KeyboardInterrupt), TraceWriter(tmp_path / "t", META, rows_per_part=16) as writer:  # noqa: PT012
+    with (
+        pytest.raises(KeyboardInterrupt),
+        TraceWriter(tmp_path / "t", META, rows_per_part=16) as writer,
+    ):  # noqa: PT012
         for doc in range(7):
             write_document(writer, doc)
             writer.finish_documents([doc])
@@ -73,7 +86,10 @@ def test_resuming_the_trace_of_another_model_is_refused_and_keeps_it(tmp_path):
         writer.finish_documents([0])
         raise RuntimeError
     with (
-        pytest.raises(TraceError, match=r"expected an interrupted trace of the same model at .*, got another; try removing it"),
+        pytest.raises(
+            TraceError,
+            match=r"expected an interrupted trace of the same model at .*, got another; try removing it",
+        ),
         TraceWriter(tmp_path / "t", META.replace(model="other"), resume=True),
     ):
         pass
@@ -98,9 +114,14 @@ with module.TraceWriter(sys.argv[1], META, rows_per_part=30) as writer:
 
 def test_a_killed_writer_leaves_a_readable_trace_that_can_be_resumed(tmp_path):
     here = os.path.dirname(__file__)
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "t"), here], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "t"), here], capture_output=True, text=True
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    with pytest.raises(TraceError, match=r"expected a trace at .*t, got nothing; try .*t.incomplete with allow_incomplete=True"):
+    with pytest.raises(
+        TraceError,
+        match=r"expected a trace at .*t, got nothing; try .*t.incomplete with allow_incomplete=True",
+    ):
         open_trace(tmp_path / "t")
     rest = open_trace(tmp_path / "t.incomplete", allow_incomplete=True)
     assert not rest.complete
@@ -128,7 +149,10 @@ def test_a_full_disk_names_the_folder_and_leaves_what_fitted(tmp_path, monkeypat
 
     monkeypatch.setattr(module, "write_part", full_after_three)
     with (  # noqa: PT012
-        pytest.raises(TraceError, match=r"cannot write .*: .*No space left on device; try another folder or free some space"),
+        pytest.raises(
+            TraceError,
+            match=r"cannot write .*: .*No space left on device; try another folder or free some space",
+        ),
         TraceWriter(tmp_path / "t", META, rows_per_part=LENGTH) as writer,
     ):
         for doc in range(200):
@@ -148,7 +172,9 @@ def test_a_second_writer_of_the_same_folder_is_refused(tmp_path):
     with TraceWriter(tmp_path / "t", META) as writer:
         write_document(writer, 0)
         with (
-            pytest.raises(TraceError, match=r"expected no other writer of .*, got one that is writing it now"),
+            pytest.raises(
+                TraceError, match=r"expected no other writer of .*, got one that is writing it now"
+            ),
             TraceWriter(tmp_path / "t", META),
         ):
             pass
@@ -159,10 +185,19 @@ def test_tokens_whose_route_is_missing_are_no_rows_of_any_layer(tmp_path):
     pos = np.arange(3)
     scores = torch.rand(2, 8)
     with TraceWriter(tmp_path / "t", META) as writer:
-        writer.write_tokens(pl.DataFrame({"doc": [0] * 3, "pos": pos, "token_id": pos, "routed": [True, True, False]}))
+        writer.write_tokens(
+            pl.DataFrame(
+                {"doc": [0] * 3, "pos": pos, "token_id": pos, "routed": [True, True, False]}
+            )
+        )
         for layer in (0, 3):
             indices = scores.topk(2, dim=1).indices
-            writer.write_routing(layer, np.zeros(2, int), pos[:2], Routing(indices, scores.gather(1, indices), scores, scores, 8))
+            writer.write_routing(
+                layer,
+                np.zeros(2, int),
+                pos[:2],
+                Routing(indices, scores.gather(1, indices), scores, scores, 8),
+            )
     trace = open_trace(tmp_path / "t").check()
     assert trace.tokens.collect().height == 3
     assert trace.routing.collect().height == 4

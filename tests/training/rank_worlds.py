@@ -1,7 +1,8 @@
 """Small runs in several processes of one gloo group, for the tests of ranks.
 
-They run in float64. In float32 the rounding of sums, which are ordered otherwise on two ranks, now and then turns a near tie of a token's
-scores into another choice, and from there on the two curves are those of two runs (docs/training.md has the measured share).
+They run in float64. In float32 the rounding of sums, which are ordered otherwise on two ranks, now
+and then turns a near tie of a token's scores into another choice, and from there on the two curves
+are those of two runs (docs/training.md has the measured share).
 """
 
 import os
@@ -82,16 +83,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _enter(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size)
+    )
     work(rank, *arguments)
 
 
-def on_ranks(size: int, work: Callable[..., None], *arguments: Any, join: bool = True) -> mp.ProcessContext | None:
-    """Call ``work(rank, *arguments)`` in ``size`` processes to which the environment describes one group, as ``torchrun`` does."""
-    return mp.start_processes(_enter, args=(size, free_port(), work, arguments), nprocs=size, join=join, start_method="spawn")
+def on_ranks(
+    size: int, work: Callable[..., None], *arguments: Any, join: bool = True
+) -> mp.ProcessContext | None:
+    """Call ``work(rank, *arguments)`` in ``size`` processes to which the environment describes one
+    group, as ``torchrun`` does.
+    """
+    return mp.start_processes(
+        _enter,
+        args=(size, free_port(), work, arguments),
+        nprocs=size,
+        join=join,
+        start_method="spawn",
+    )
 
 
 def in_group(rank: int, works: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
@@ -104,19 +119,30 @@ def in_group(rank: int, works: list[tuple[Callable[..., None], tuple[Any, ...]]]
 
 def router_of(kind: str) -> RouterConfig:
     """A small router of any kind."""
-    needs: dict[str, dict[str, Any]] = {name: {"vocab_size": 257} for name in ("hash", "scored_hash", "token_lookup")}
-    needs |= {name: {"top_k": 1} for name in ("base", "llama4", "switch")} | {"mixture_of_depths": {"num_experts": 1, "top_k": 1}}
+    needs: dict[str, dict[str, Any]] = {
+        name: {"vocab_size": 257} for name in ("hash", "scored_hash", "token_lookup")
+    }
+    needs |= {name: {"top_k": 1} for name in ("base", "llama4", "switch")} | {
+        "mixture_of_depths": {"num_experts": 1, "top_k": 1}
+    }
     needs |= {"zaya": {"num_zero_experts": 1, "top_k": 1}, "inkling": {"num_shared_gates": 1}}
     needs |= {name: {"num_zero_experts": 2} for name in ("moepp", "adamoe", "longcat")}
     return RouterConfig(**{"kind": kind, "num_experts": 4, "top_k": 2, **needs.get(kind, {})})
 
 
 def one_step(config: RunConfig, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Gradients after the backward passes of one step, whole on every rank, and the controllers' state after its update."""
+    """Gradients after the backward passes of one step, whole on every rank, and the controllers'
+    state after its update.
+    """
     torch.manual_seed(config.seed)
     objective = Objective(Decoder(config.model), config, ranks)
     called = spread(objective, ranks)
-    batch = torch.randint(0, 256, (config.batch_size, config.seq_length + 1), generator=torch.Generator().manual_seed(1))
+    batch = torch.randint(
+        0,
+        256,
+        (config.batch_size, config.seq_length + 1),
+        generator=torch.Generator().manual_seed(1),
+    )
     routings: list[list[Routing]] = [[] for _ in objective.model.moe_layers()]
     micro_batches = ranks.own(batch)
     for number, micro_batch in enumerate(micro_batches, start=1):
@@ -125,29 +151,48 @@ def one_step(config: RunConfig, ranks: Ranks) -> dict[str, torch.Tensor]:
         ((nats + auxiliary) / len(micro_batches)).backward()
         for seen, routing in zip(routings, found, strict=True):
             seen.append(routing)
-    gradients = {name: whole(parameter.grad) for name, parameter in objective.model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: whole(parameter.grad)
+        for name, parameter in objective.model.named_parameters()
+        if parameter.grad is not None
+    }
     for layer, seen in zip(objective.model.moe_layers().values(), routings, strict=True):
         layer.router.update(seen)
-    return gradients | {name: buffer.clone() for name, buffer in objective.model.named_buffers() if "controller" in name}
+    return gradients | {
+        name: buffer.clone()
+        for name, buffer in objective.model.named_buffers()
+        if "controller" in name
+    }
 
 
-def step_of_every_router(rank: int, corpus: Path, target: Path, parallel: str, micro_batches: int) -> None:
+def step_of_every_router(
+    rank: int, corpus: Path, target: Path, parallel: str, micro_batches: int
+) -> None:
     """``one_step`` of each router on this group's ranks."""
     found = {}
     for kind in sorted(ROUTERS):
         config = router_run(corpus, kind, micro_batches)
         with suppress(MoELabError), join(config, parallel, torch.device("cpu")) as ranks:
-            found |= {f"{kind} {name}": value.contiguous() for name, value in one_step(config, ranks).items()}
+            found |= {
+                f"{kind} {name}": value.contiguous()
+                for name, value in one_step(config, ranks).items()
+            }
     if rank == 0:
         save_file(found, target)
 
 
 def router_run(corpus: Path, kind: str, micro_batches: int) -> RunConfig:
     """The auxiliary losses weigh as much as the language's, so that a wrong one shows."""
-    changes = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0, "grad_accumulation": micro_batches}
+    changes = {
+        "router_aux_loss_coef": 1.0,
+        "router_z_loss_coef": 1.0,
+        "grad_accumulation": micro_batches,
+    }
     config = run_config(corpus, 1, router_of(kind), **changes)
     assert config.model.moe is not None
-    shared = config.model.moe.replace(num_shared_experts=1) if kind == "inkling" else config.model.moe
+    shared = (
+        config.model.moe.replace(num_shared_experts=1) if kind == "inkling" else config.model.moe
+    )
     return config.replace(model=config.model.replace(moe=shared))
 
 
@@ -157,29 +202,55 @@ EXPERTS = RouterConfig(kind="longcat", num_experts=8, num_zero_experts=2, top_k=
 def expert_layer(dispatch: str) -> tuple[MoELayer, torch.Tensor]:
     """A layer and the tokens [20, 16] of all ranks."""
     torch.manual_seed(4)
-    return MoELayer(MoEConfig(16, 8, EXPERTS, num_shared_experts=1, dispatch=dispatch)), torch.randn(20, 16)
+    return MoELayer(
+        MoEConfig(16, 8, EXPERTS, num_shared_experts=1, dispatch=dispatch)
+    ), torch.randn(20, 16)
 
 
 def expert_parallel_example(rank: int, target: Path) -> None:
-    """The example of docs/training.md on this rank's half of the tokens and of the experts: outputs, and the shard's gradients."""
+    """The example of docs/training.md on this rank's half of the tokens and of the experts:
+    outputs, and the shard's gradients.
+    """
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def expert_parallel" in block]
+    (example,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        if "def expert_parallel" in block
+    ]
     exec(compile(example, "docs/training.md", "exec"), {})
     layer, x = expert_layer("expert_parallel")
     for name in ("gate_up", "down"):
-        setattr(layer.experts, name, torch.nn.Parameter(getattr(layer.experts, name).detach().chunk(2)[rank].clone()))
+        setattr(
+            layer.experts,
+            name,
+            torch.nn.Parameter(getattr(layer.experts, name).detach().chunk(2)[rank].clone()),
+        )
     y, routing = layer(x.chunk(2)[rank], return_routing=True)
     y.square().sum().backward()
-    gradients = {name: parameter.grad.contiguous() for name, parameter in layer.experts.named_parameters() if parameter.grad is not None}
-    save_file({"y": y.detach().contiguous(), "counts": routing.counts(), **gradients}, target.with_name(f"{target.name}-{rank}"))
+    gradients = {
+        name: parameter.grad.contiguous()
+        for name, parameter in layer.experts.named_parameters()
+        if parameter.grad is not None
+    }
+    save_file(
+        {"y": y.detach().contiguous(), "counts": routing.counts(), **gradients},
+        target.with_name(f"{target.name}-{rank}"),
+    )
 
 
 def captured_model() -> tuple[Decoder, torch.Tensor]:
     """A decoder and four documents [4, 12]."""
     torch.manual_seed(5)
-    return Decoder(DecoderConfig(vocab_size=50, num_layers=2, d_model=16, num_heads=2, context_length=16, moe=MoEConfig(16, 8, EXPERTS))), (
-        torch.randint(0, 50, (4, 12))
-    )
+    return Decoder(
+        DecoderConfig(
+            vocab_size=50,
+            num_layers=2,
+            d_model=16,
+            num_heads=2,
+            context_length=16,
+            moe=MoEConfig(16, 8, EXPERTS),
+        )
+    ), (torch.randint(0, 50, (4, 12)))
 
 
 def capture_on(rank: int, folder: Path) -> None:
@@ -195,8 +266,12 @@ def everything(corpus: Path) -> RunConfig:
     config = run_config(corpus, 1)
     model = config.model.replace(
         wiring=Wiring.SHORTCUT,
-        latent_attention=LatentAttentionConfig(kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5),
-        sparse_attention=SparseAttentionConfig(top_k=6, num_heads=2, head_dim=8, initial=1, local=2, share=2),
+        latent_attention=LatentAttentionConfig(
+            kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5
+        ),
+        sparse_attention=SparseAttentionConfig(
+            top_k=6, num_heads=2, head_dim=8, initial=1, local=2, share=2
+        ),
         ngram=NgramConfig(layers=(1,)),
         mtp=MTPConfig(1, d_hidden=9),
         hidden_z_loss_coef=1e-2,

@@ -1,4 +1,6 @@
-"""Acceptance of drafts: against a plain loop over positions, on a sequence that a model has learned, along its own continuation."""
+"""Acceptance of drafts: against a plain loop over positions, on a sequence that a model has
+learned, along its own continuation.
+"""
 
 import numpy as np
 import pytest
@@ -9,12 +11,27 @@ from moe_lab.model import Decoder, DecoderConfig, MTPConfig
 from moe_lab.text import TokenizedDocument
 from moe_lab.training.acceptance import acceptance_rate
 
-CONFIG = DecoderConfig(vocab_size=11, num_layers=1, d_model=16, num_heads=2, context_length=24, d_dense=24, mtp=MTPConfig(num_modules=2))
+CONFIG = DecoderConfig(
+    vocab_size=11,
+    num_layers=1,
+    d_model=16,
+    num_heads=2,
+    context_length=24,
+    d_dense=24,
+    mtp=MTPConfig(num_modules=2),
+)
 
 
 def document(ids: list[int], index: int) -> TokenizedDocument:
     array = np.array(ids, dtype=np.int32)
-    return TokenizedDocument(index=index, name=f"{index}", text="", ids=array, starts=np.zeros_like(array), ends=np.zeros_like(array))
+    return TokenizedDocument(
+        index=index,
+        name=f"{index}",
+        text="",
+        ids=array,
+        starts=np.zeros_like(array),
+        ends=np.zeros_like(array),
+    )
 
 
 def by_hand(model: Decoder, ids: list[int]) -> list[tuple[int, int]]:
@@ -32,13 +49,20 @@ def test_drafts_are_counted_as_a_loop_over_positions_counts_them():
     torch.manual_seed(3)
     model = Decoder(CONFIG.replace(init_std=0.6)).eval()
     rows = [torch.randint(0, 11, (length,)).tolist() for length in (24, 24, 15, 24)]
-    found = acceptance_rate(model, [document(row, 5 + index) for index, row in enumerate(rows)], seq_length=20, batch_size=3)
+    found = acceptance_rate(
+        model,
+        [document(row, 5 + index) for index, row in enumerate(rows)],
+        seq_length=20,
+        batch_size=3,
+    )
     for index, row in enumerate(rows):
         if len(row) < 20:
             assert found.filter(doc=5 + index).is_empty()  # no whole window
             continue
         counts = found.filter(doc=5 + index).sort("module")
-        assert list(zip(counts["drafts"], counts["accepted"], strict=True)) == by_hand(model, row[:20])
+        assert list(zip(counts["drafts"], counts["accepted"], strict=True)) == by_hand(
+            model, row[:20]
+        )
     assert found["accepted"].sum() > 0
 
 
@@ -58,16 +82,26 @@ def test_a_learned_sequence_is_drafted_right_and_a_prompt_is_continued_by_the_mo
     for prompt in (None, 8):
         found = acceptance_rate(model, documents, seq_length=24, prompt_tokens=prompt)
         per_module = found.group_by("module").sum().sort("module")
-        # Without a position before it the first token of the text says nothing of where in the cycle "1" stands.
-        assert (per_module["accepted"] / per_module["drafts"]).to_list() == pytest.approx([1.0, 1.0], abs=0.06)
+        # Without a position before it the first token of the text says nothing of where in the
+        # cycle "1" stands.
+        assert (per_module["accepted"] / per_module["drafts"]).to_list() == pytest.approx(
+            [1.0, 1.0], abs=0.06
+        )
     assert per_module["drafts"].to_list()[0] == 4 * (24 - 1 - 7)
     assert model.training
 
 
 def test_what_cannot_be_counted_is_said():
-    with pytest.raises(ConfigError, match=r"expected a model with multi-token-prediction modules, got mtp None; try DecoderConfig\(mtp"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected a model with multi-token-prediction modules, got mtp None; try DecoderConfig\(mtp",
+    ):
         acceptance_rate(Decoder(CONFIG.replace(mtp=None)), [document([1, 2], 0)], seq_length=2)
-    with pytest.raises(CorpusError, match="expected a window of at least 12 tokens, got none; try longer documents"):
+    with pytest.raises(
+        CorpusError, match="expected a window of at least 12 tokens, got none; try longer documents"
+    ):
         acceptance_rate(Decoder(CONFIG), [document([1, 2, 3], 0)], seq_length=12)
-    with pytest.raises(ConfigError, match="expected prompt_tokens <= seq_length of 2 to 24 tokens, got 30 and 12"):
+    with pytest.raises(
+        ConfigError, match="expected prompt_tokens <= seq_length of 2 to 24 tokens, got 30 and 12"
+    ):
         acceptance_rate(Decoder(CONFIG), [document([1, 2, 3], 0)], seq_length=12, prompt_tokens=30)

@@ -10,20 +10,33 @@ from moe_lab.training.evaluate import windows
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(2, 20), st.integers(2, 15))
-def test_windows_cover_each_excerpt_and_predict_every_token_but_its_first(lengths: list[int], excerpt: int, seq_length: int) -> None:
+def test_windows_cover_each_excerpt_and_predict_every_token_but_its_first(
+    lengths: list[int], excerpt: int, seq_length: int
+) -> None:
     documents = [1000 * index + np.arange(length) for index, length in enumerate(lengths)]
     excerpts = excerpts_of(lengths, excerpt)
     inputs, targets = [], []
     for batch in windows(documents, excerpts, seq_length, batch_size=3):
         inputs += batch.ids[batch.valid].tolist()
-        assert [documents[d][p] for d, p in zip(batch.doc[batch.valid.numpy()], batch.pos[batch.valid.numpy()], strict=True)] == (
-            batch.ids[batch.valid].tolist()
-        )
+        assert [
+            documents[d][p]
+            for d, p in zip(
+                batch.doc[batch.valid.numpy()], batch.pos[batch.valid.numpy()], strict=True
+            )
+        ] == (batch.ids[batch.valid].tolist())
         targets += batch.targets[batch.targets != IGNORE].tolist()
         assert (batch.targets[~batch.valid] == IGNORE).all()
-    covered = [int(token) for item in excerpts for token in documents[item.document][item.start : item.stop]]
+    covered = [
+        int(token)
+        for item in excerpts
+        for token in documents[item.document][item.start : item.stop]
+    ]
     assert inputs == covered
-    assert sorted(targets) == sorted(int(token) for item in excerpts for token in documents[item.document][item.start + 1 : item.stop])
+    assert sorted(targets) == sorted(
+        int(token)
+        for item in excerpts
+        for token in documents[item.document][item.start + 1 : item.stop]
+    )
 
 
 def test_a_budget_keeps_evenly_spaced_excerpts_in_proportion_to_length() -> None:

@@ -1,4 +1,6 @@
-"""R_g of a run: against the definition on a batch, recorded once, and without a trace in the run's weights."""
+"""R_g of a run: against the definition on a batch, recorded once, and without a trace in the run's
+weights.
+"""
 
 import math
 
@@ -11,11 +13,26 @@ from moe_lab.training import RunConfig
 from moe_lab.training.health import gradient_ratios
 
 CONTROLLER = ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=2.0)
-ZERO = RouterConfig(kind="longcat", num_experts=4, num_zero_experts=2, top_k=3, device_groups=2, controller=CONTROLLER)
+ZERO = RouterConfig(
+    kind="longcat",
+    num_experts=4,
+    num_zero_experts=2,
+    top_k=3,
+    device_groups=2,
+    controller=CONTROLLER,
+)
 
 
 def run(router: RouterConfig, **fields: float) -> RunConfig:
-    model = DecoderConfig(vocab_size=13, num_layers=2, d_model=8, num_heads=2, context_length=12, moe=MoEConfig(8, 6, router), init_std=0.4)
+    model = DecoderConfig(
+        vocab_size=13,
+        num_layers=2,
+        d_model=8,
+        num_heads=2,
+        context_length=12,
+        moe=MoEConfig(8, 6, router),
+        init_std=0.4,
+    )
     return RunConfig(model=model, seq_length=12, batch_size=2, **fields)  # type: ignore[arg-type]
 
 
@@ -28,8 +45,9 @@ def test_the_ratio_is_that_of_the_two_gradients_on_the_mean_probability() -> Non
     output = model(batch[:, :-1], batch[:, 1:])
     model.eval()
     for layer, routing in enumerate(output.routings):
-        # f is a constant for the gradient: d/dP of the losses is their slope, a E f and a' f_group, over the layers; probabilities are
-        # scores over their sum, so that a slope that is the same for all experts pulls on none.
+        # f is a constant for the gradient: d/dP of the losses is their slope, a E f and a' f_group,
+        # over the layers; probabilities are scores over their sum, so that a slope that is the same
+        # for all experts pulls on none.
         counts = routing.counts().double()
         slope = 0.02 * 6 * counts / counts.sum()
         groups = torch.tensor([0, 0, 1, 1])
@@ -51,7 +69,8 @@ def test_no_balance_loss_is_no_pressure_and_a_router_that_learns_nothing_has_non
     assert gradient_ratios(Decoder(plain.model), plain, batch) == [0.0, 0.0]
     fixed = run(RouterConfig(kind="hash", num_experts=4, top_k=2, vocab_size=13))
     assert gradient_ratios(Decoder(fixed.model), fixed, batch) == [0.0, 0.0]
-    # Top-1 weights that are renormalised to 1 do not depend on the scores: balance alone reaches them.
+    # Top-1 weights that are renormalised to 1 do not depend on the scores: balance alone reaches
+    # them.
     only = run(RouterConfig(num_experts=4, top_k=1, norm_topk_prob=True))
     ratios = gradient_ratios(Decoder(only.model), only, batch)
     assert all(ratio > 1e3 or math.isinf(ratio) for ratio in ratios)

@@ -1,4 +1,6 @@
-"""The metrics of a step: per layer over all micro-batches first, then the mean over layers; real experts only, dead ones included."""
+"""The metrics of a step: per layer over all micro-batches first, then the mean over layers; real
+experts only, dead ones included.
+"""
 
 import pytest
 import torch

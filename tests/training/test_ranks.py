@@ -1,4 +1,6 @@
-"""One run on two ranks is the run of one rank: losses, counts, controllers, files and trace; and it ends as one."""
+"""One run on two ranks is the run of one rank: losses, counts, controllers, files and trace; and it
+ends as one.
+"""
 
 import json
 import os
@@ -91,7 +93,15 @@ def evaluate_on(rank: int, config: RunConfig, weights: Path, folder: Path, fsdp:
     with join(config, None, CPU) as ranks:
         meta = trace_meta(config, text.tokenizer.hash, "")
         documents = text.documents(Split.VALIDATION)
-        evaluate_together(ranks, model, documents, text.tokenizer, seq_length=32, batch_size=3, trace=(folder, meta))
+        evaluate_together(
+            ranks,
+            model,
+            documents,
+            text.tokenizer,
+            seq_length=32,
+            batch_size=3,
+            trace=(folder, meta),
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,14 +169,18 @@ def rows(trace: Trace) -> pl.DataFrame:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_follow_the_losses_of_one_over_200_steps(worlds: SimpleNamespace, parallel: str) -> None:
+def test_two_ranks_follow_the_losses_of_one_over_200_steps(
+    worlds: SimpleNamespace, parallel: str
+) -> None:
     one, two = metrics(worlds.root / "one"), metrics(worlds.root / parallel)
     assert len(one) == STEPS
     assert one["step"].equals(two["step"])
     assert one["loss"][-10:].mean() < 0.5 * one["loss"][0]  # type: ignore[operator]
     for name in ("loss", "aux_loss", "grad_norm", "router_entropy"):
         np.testing.assert_allclose(two[name], one[name], atol=1e-5, rtol=0, err_msg=name)
-    alone, record = (json.loads((worlds.root / name / "result.json").read_text()) for name in ("one", parallel))
+    alone, record = (
+        json.loads((worlds.root / name / "result.json").read_text()) for name in ("one", parallel)
+    )
     assert (record["ranks"], record["parallel"]) == (2, parallel)
     assert record["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     assert all(ratio > 0 for ratio in alone["gradient_ratio"])
@@ -178,11 +192,15 @@ def test_two_ranks_follow_the_losses_of_one_over_200_steps(worlds: SimpleNamespa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_counts_and_controllers_of_two_ranks_are_those_of_one(worlds: SimpleNamespace, parallel: str) -> None:
+def test_counts_and_controllers_of_two_ranks_are_those_of_one(
+    worlds: SimpleNamespace, parallel: str
+) -> None:
     one, two = metrics(worlds.root / "one"), metrics(worlds.root / parallel)
     for name in ("load_cv", "max_violation", "mean_ffn_count"):
         assert one[name].to_list() == two[name].to_list(), name
-    weights = [load_tensors(worlds.root / name / "model.safetensors")[0] for name in ("one", parallel)]
+    weights = [
+        load_tensors(worlds.root / name / "model.safetensors")[0] for name in ("one", parallel)
+    ]
     assert weights[0].keys() == weights[1].keys()
     biases = [name for name in weights[0] if name.endswith("controller.bias")]
     assert len(biases) == 2
@@ -194,7 +212,9 @@ def test_counts_and_controllers_of_two_ranks_are_those_of_one(worlds: SimpleName
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_the_trace_of_two_ranks_has_the_decisions_of_one_row_for_row(worlds: SimpleNamespace, parallel: str) -> None:
+def test_the_trace_of_two_ranks_has_the_decisions_of_one_row_for_row(
+    worlds: SimpleNamespace, parallel: str
+) -> None:
     one, two = (open_trace(worlds.root / name / "trace") for name in ("one", parallel))
     two.check()
     exact = ["layer", "doc", "pos", "experts", "ffn_count", "zero_count"]
@@ -206,13 +226,22 @@ def test_the_trace_of_two_ranks_has_the_decisions_of_one_row_for_row(worlds: Sim
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["scored", "scored-fsdp"])
-def test_ranks_score_the_same_weights_to_the_same_trace_to_the_bit(worlds: SimpleNamespace, name: str) -> None:
+def test_ranks_score_the_same_weights_to_the_same_trace_to_the_bit(
+    worlds: SimpleNamespace, name: str
+) -> None:
     text = load_tokens(worlds.config.text, worlds.root)
     model = Decoder(worlds.config.model)
     model.load_state_dict(load_tensors(worlds.root / "one" / "model.safetensors")[0])
     meta = trace_meta(worlds.config, text.tokenizer.hash, "")
     alone = worlds.root / f"{name}-alone"
-    evaluate(model, text.documents(Split.VALIDATION), text.tokenizer, seq_length=32, batch_size=3, trace=(alone, meta))
+    evaluate(
+        model,
+        text.documents(Split.VALIDATION),
+        text.tokenizer,
+        seq_length=32,
+        batch_size=3,
+        trace=(alone, meta),
+    )
     one, two = open_trace(alone), open_trace(worlds.root / name)
     two.check()
     assert rows(one).equals(rows(two))
@@ -258,7 +287,9 @@ def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:
         train(config, folder, cache_dir=folder.parent)
     except RunError as error:
         told = error.told if isinstance(error, RankError) else None
-        (folder / f"seen-{rank}.json").write_text(json.dumps([type(error).__name__, str(error), told]))
+        (folder / f"seen-{rank}.json").write_text(
+            json.dumps([type(error).__name__, str(error), told])
+        )
     finally:
         run_module.clip_gradients = original
 
@@ -271,20 +302,35 @@ SCALARS = {"dtop_p", "dynmoe"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parallel", "micro_batches", "others"), [("ddp", 1, BATCH_WIDE | NOISY), ("ddp", 2, NOISY), ("fsdp", 1, BATCH_WIDE | NOISY)]
+    ("parallel", "micro_batches", "others"),
+    [("ddp", 1, BATCH_WIDE | NOISY), ("ddp", 2, NOISY), ("fsdp", 1, BATCH_WIDE | NOISY)],
 )
 def test_gradients_and_controllers_of_every_router_are_those_of_one_rank(
     worlds: SimpleNamespace, parallel: str, micro_batches: int, others: set[str]
 ) -> None:
-    """All losses and their gradients, the router's own included; ``others`` are exactly the kinds of which the documentation says not."""
+    """All losses and their gradients, the router's own included; ``others`` are exactly the kinds
+    of which the documentation says not.
+    """
     found = load_file(worlds.root / f"{parallel}-{micro_batches}.safetensors")
     differing = set()
     for kind in sorted(set(ROUTERS) - (SCALARS if parallel == "fsdp" else set())):
-        alone = one_step(router_run(worlds.root / "corpus", kind, micro_batches), Ranks(micro_batches=micro_batches))
-        together = {name.removeprefix(f"{kind} "): value for name, value in found.items() if name.startswith(f"{kind} ")}
+        alone = one_step(
+            router_run(worlds.root / "corpus", kind, micro_batches),
+            Ranks(micro_batches=micro_batches),
+        )
+        together = {
+            name.removeprefix(f"{kind} "): value
+            for name, value in found.items()
+            if name.startswith(f"{kind} ")
+        }
         assert together.keys() == alone.keys()
         # The language loss is taken in float32.
-        same = [torch.allclose(together[name], alone[name], rtol=1e-5, atol=1e-7 * float(alone[name].abs().max())) for name in alone]
+        same = [
+            torch.allclose(
+                together[name], alone[name], rtol=1e-5, atol=1e-7 * float(alone[name].abs().max())
+            )
+            for name in alone
+        ]
         if not all(same):
             differing.add(kind)
     assert differing == others
@@ -292,13 +338,19 @@ def test_gradients_and_controllers_of_every_router_are_those_of_one_rank(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_losses_of_the_models_own_parts_have_the_gradients_of_one_rank(worlds: SimpleNamespace, parallel: str) -> None:
-    """MTP, the indexer of sparse attention, the hidden z-loss, n-gram tables; shortcut wiring and latent attention."""
+def test_losses_of_the_models_own_parts_have_the_gradients_of_one_rank(
+    worlds: SimpleNamespace, parallel: str
+) -> None:
+    """MTP, the indexer of sparse attention, the hidden z-loss, n-gram tables; shortcut wiring and
+    latent attention.
+    """
     alone = one_step(everything(worlds.root / "corpus"), Ranks())
     together = load_file(worlds.root / f"everything-{parallel}.safetensors")
     assert together.keys() == alone.keys()
     for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, rtol=1e-6, atol=1e-9 * float(value.abs().max()), msg=name)
+        torch.testing.assert_close(
+            together[name], value, rtol=1e-6, atol=1e-9 * float(value.abs().max()), msg=name
+        )
 
 
 @pytest.mark.parametrize(
@@ -312,19 +364,26 @@ def test_losses_of_the_models_own_parts_have_the_gradients_of_one_rank(worlds: S
         (router_of("mixture_of_depths").replace(capacity_factor=0.5), False),
     ],
 )
-def test_a_router_that_decides_over_a_micro_batch_is_given_whole_ones(tmp_path: Path, router: RouterConfig, is_refused: bool) -> None:
+def test_a_router_that_decides_over_a_micro_batch_is_given_whole_ones(
+    tmp_path: Path, router: RouterConfig, is_refused: bool
+) -> None:
     config = run_config(write_corpus(tmp_path / "corpus"), 2, router)
     refusal = rf"expected a grad_accumulation that is a multiple of the 2 ranks: router '{router.kind}' decides"
     with pytest.raises(ConfigError, match=refusal) if is_refused else nullcontext():
         check_shareable(config, Ranks(0, 2, Parallel.DDP))
     check_shareable(config, Ranks())
-    check_shareable(config.replace(grad_accumulation=2), Ranks(0, 2, Parallel.DDP, micro_batches=2, groups=2))
+    check_shareable(
+        config.replace(grad_accumulation=2), Ranks(0, 2, Parallel.DDP, micro_batches=2, groups=2)
+    )
 
 
 def test_a_parameter_without_an_axis_cannot_be_sharded(tmp_path: Path) -> None:
     config = router_run(write_corpus(tmp_path / "corpus"), "dynmoe", 1)
     ranks = Ranks(0, 2, Parallel.FSDP)
-    with pytest.raises(ConfigError, match=r"expected parameters with an axis to shard .*, got blocks.* try parallel 'ddp'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected parameters with an axis to shard .*, got blocks.* try parallel 'ddp'",
+    ):
         spread(Objective(Decoder(config.model), config, ranks), ranks)
 
 
@@ -341,12 +400,16 @@ def test_the_documented_expert_parallel_dispatch_is_the_layer(worlds: SimpleName
 
 
 @pytest.mark.slow
-def test_the_recorder_of_any_model_writes_a_trace_per_rank_that_merge_to_that_of_one(worlds: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_recorder_of_any_model_writes_a_trace_per_rank_that_merge_to_that_of_one(
+    worlds: SimpleNamespace, tmp_path: Path
+) -> None:
     model, ids = captured_model()
     with torch.no_grad(), capture(model, tmp_path / "one"):
         for half in ids.chunk(2):
             model(half)
-    merged = merge_traces([worlds.root / f"captured.rank-{rank}" for rank in range(2)], tmp_path / "two").check()
+    merged = merge_traces(
+        [worlds.root / f"captured.rank-{rank}" for rank in range(2)], tmp_path / "two"
+    ).check()
     one = open_trace(tmp_path / "one")
     assert rows(merged).equals(rows(one))
     assert merged.tokens.collect().equals(one.tokens.collect())
@@ -357,13 +420,20 @@ def test_the_recorder_of_any_model_writes_a_trace_per_rank_that_merge_to_that_of
 def test_the_reason_of_the_rank_that_failed_is_what_all_say(worlds: SimpleNamespace) -> None:
     kind, message, told = json.loads((worlds.root / "error" / "seen-0.json").read_text())
     assert (kind, told) == ("RankError", True)
-    assert message == "rank 1 of 2: step 8 of run: expected finite router logits, got NaN or infinity"
-    assert json.loads((worlds.root / "error" / "seen-1.json").read_text())[:2] == ["RunError", message.removeprefix("rank 1 of 2: ")]
+    assert (
+        message == "rank 1 of 2: step 8 of run: expected finite router logits, got NaN or infinity"
+    )
+    assert json.loads((worlds.root / "error" / "seen-1.json").read_text())[:2] == [
+        "RunError",
+        message.removeprefix("rank 1 of 2: "),
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_a_rank_that_is_lost_ends_the_run_which_one_rank_can_continue(tmp_path: Path, how: str) -> None:
+def test_a_rank_that_is_lost_ends_the_run_which_one_rank_can_continue(
+    tmp_path: Path, how: str
+) -> None:
     config = run_config(write_corpus(tmp_path / "corpus"), 20)
     folder = tmp_path / "run"
     context = on_ranks(2, fail_on, config, folder, how, join=False)
@@ -382,19 +452,41 @@ def test_a_rank_that_is_lost_ends_the_run_which_one_rank_can_continue(tmp_path: 
     # Step 5 has a checkpoint.
     resumed = train(config, folder, cache_dir=tmp_path)
     whole = train(config, tmp_path / "whole", cache_dir=tmp_path)
-    np.testing.assert_allclose(metrics(resumed.folder)["loss"], metrics(whole.folder)["loss"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        metrics(resumed.folder)["loss"], metrics(whole.folder)["loss"], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.slow
 def test_torchrun_trains_one_run_on_the_command_line(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     (tmp_path / "config.json").write_text(json.dumps(run_config(corpus, 12).to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "moe_lab", "train", "--corpus", str(corpus)]
-    command += ["--config", str(tmp_path / "config.json"), "--tokenizer", "byte", "--out", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "moe_lab",
+        "train",
+        "--corpus",
+        str(corpus),
+    ]
+    command += [
+        "--config",
+        str(tmp_path / "config.json"),
+        "--tokenizer",
+        "byte",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     environment = os.environ | {"MOE_LAB_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step")] == [str(step) for step in range(1, 13)]
+    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step")] == [
+        str(step) for step in range(1, 13)
+    ]
     assert result.stdout.count("validation loss") == 1
     assert (tmp_path / "run" / "done").exists()
 
@@ -406,7 +498,15 @@ def test_a_rank_whose_reason_was_told_elsewhere_prints_nothing(
         raise RankError("rank 1 of 2: no space", told=told)
 
     monkeypatch.setattr(training, "train", lose)
-    arguments = ["train", "--corpus", str(write_corpus(tmp_path / "corpus")), "--tokenizer", "byte", "--out", str(tmp_path / "run")]
+    arguments = [
+        "train",
+        "--corpus",
+        str(write_corpus(tmp_path / "corpus")),
+        "--tokenizer",
+        "byte",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     told = True
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == ""
@@ -417,7 +517,9 @@ def test_a_rank_whose_reason_was_told_elsewhere_prints_nothing(
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 4])
-def test_every_sequence_of_a_step_is_one_ranks_in_its_own_micro_batch(size: int, micro_batches: int) -> None:
+def test_every_sequence_of_a_step_is_one_ranks_in_its_own_micro_batch(
+    size: int, micro_batches: int
+) -> None:
     batch = torch.arange(24 * micro_batches)
     groups = int(np.gcd(size, micro_batches))
     seen: dict[int, list[int]] = {}
@@ -434,11 +536,16 @@ def test_every_sequence_of_a_step_is_one_ranks_in_its_own_micro_batch(size: int,
     }
 
 
-def test_ranks_that_cannot_share_a_batch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_cannot_share_a_batch_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = run_config(write_corpus(tmp_path / "corpus"), 2, batch_size=4)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    with pytest.raises(ConfigError, match=r"ranks that share the batch evenly \(batch_size 4, grad_accumulation 1\), got 3; try 2 ranks"):
+    with pytest.raises(
+        ConfigError,
+        match=r"ranks that share the batch evenly \(batch_size 4, grad_accumulation 1\), got 3; try 2 ranks",
+    ):
         ranks_module._spread(config, Parallel.DDP, CPU)
 
 

@@ -1,4 +1,6 @@
-"""One run: finished, resumed and repeated to the bit; honest records; one clear line for each mistake."""
+"""One run: finished, resumed and repeated to the bit; honest records; one clear line for each
+mistake.
+"""
 
 import json
 import math
@@ -68,10 +70,16 @@ def losses(folder: Path) -> list[float]:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in ("seconds", "tokens_per_second")}
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in ("seconds", "tokens_per_second")
+    }
 
 
-def test_the_same_seed_twice_gives_the_same_losses_to_the_bit(config: RunConfig, tmp_path: Path) -> None:
+def test_the_same_seed_twice_gives_the_same_losses_to_the_bit(
+    config: RunConfig, tmp_path: Path
+) -> None:
     one, two = (train(config, tmp_path / name, cache_dir=tmp_path) for name in ("one", "two"))
     assert losses(one.folder) == losses(two.folder)
     assert numbers(one.record) == numbers(two.record)
@@ -80,7 +88,9 @@ def test_the_same_seed_twice_gives_the_same_losses_to_the_bit(config: RunConfig,
 
 
 @pytest.mark.parametrize("stop", [1, 5, 7, 12])
-def test_a_run_stopped_at_any_step_resumes_to_identical_losses(config: RunConfig, tmp_path: Path, stop: int) -> None:
+def test_a_run_stopped_at_any_step_resumes_to_identical_losses(
+    config: RunConfig, tmp_path: Path, stop: int
+) -> None:
     class Killed(BaseException):
         pass
 
@@ -99,32 +109,51 @@ def test_a_run_stopped_at_any_step_resumes_to_identical_losses(config: RunConfig
         assert torch.equal(tensor, load_tensors(cut.folder / "model.safetensors")[0][name]), name
 
 
-def test_gradient_accumulation_counts_once_and_leaves_the_loss_curve(config: RunConfig, tmp_path: Path) -> None:
+def test_gradient_accumulation_counts_once_and_leaves_the_loss_curve(
+    config: RunConfig, tmp_path: Path
+) -> None:
     plain = train(config, tmp_path / "plain", cache_dir=tmp_path)
     split = train(config.replace(grad_accumulation=4), tmp_path / "split", cache_dir=tmp_path)
-    # The balance loss is per micro-batch, so curves agree closely but not to the bit; the controller's steps are equal in number.
+    # The balance loss is per micro-batch, so curves agree closely but not to the bit; the
+    # controller's steps are equal in number.
     np.testing.assert_allclose(losses(split.folder), losses(plain.folder), rtol=2e-2)
     tensors = load_tensors(split.folder / "model.safetensors")[0]
     assert tensors["blocks.0.ffn.router.controller.steps"].item() == config.steps
 
 
-def test_the_trace_holds_every_validation_token_once_per_layer(config: RunConfig, tmp_path: Path) -> None:
+def test_the_trace_holds_every_validation_token_once_per_layer(
+    config: RunConfig, tmp_path: Path
+) -> None:
     result = train(config, tmp_path / "run", cache_dir=tmp_path)
     trace = open_trace(result.folder / "trace")
     trace.check()
     documents = load_tokens(config.text, tmp_path).documents(Split.VALIDATION)
-    wanted = {(document.index, pos): int(token) for document in documents for pos, token in enumerate(document.ids)}
+    wanted = {
+        (document.index, pos): int(token)
+        for document in documents
+        for pos, token in enumerate(document.ids)
+    }
     tokens = trace.tokens.collect()
-    assert {(doc, pos): token for doc, pos, token in tokens.select("doc", "pos", "token_id").iter_rows()} == wanted
-    assert trace.routing.group_by("layer").len().sort("layer").collect()["len"].to_list() == [len(wanted)] * 2
+    assert {
+        (doc, pos): token for doc, pos, token in tokens.select("doc", "pos", "token_id").iter_rows()
+    } == wanted
+    assert (
+        trace.routing.group_by("layer").len().sort("layer").collect()["len"].to_list()
+        == [len(wanted)] * 2
+    )
     assert set(tokens.filter(pl.col("loss").is_null())["pos"] % 80) == {0}
     assert set(tokens["doc"].unique()) == {document.index for document in documents}
 
 
-def test_the_recorded_loss_is_that_of_the_saved_model_on_each_token(config: RunConfig, tmp_path: Path) -> None:
+def test_the_recorded_loss_is_that_of_the_saved_model_on_each_token(
+    config: RunConfig, tmp_path: Path
+) -> None:
     result = train(config, tmp_path / "run", cache_dir=tmp_path)
     run = load_run(result.folder)
-    documents = {document.index: document for document in load_tokens(config.text, tmp_path).documents(Split.VALIDATION)}
+    documents = {
+        document.index: document
+        for document in load_tokens(config.text, tmp_path).documents(Split.VALIDATION)
+    }
     tokens = open_trace(result.folder / "trace").tokens.collect()
     ids = torch.from_numpy(documents[tokens["doc"][0]].ids[:33].astype(np.int64))
     nats = F.cross_entropy(run.model(ids[None, :32]).logits[0], ids[1:], reduction="none")
@@ -132,14 +161,20 @@ def test_the_recorded_loss_is_that_of_the_saved_model_on_each_token(config: RunC
     np.testing.assert_allclose(written, nats.detach().numpy(), rtol=1e-4)
     scored = tokens.filter(pl.col("loss").is_not_null())
     assert result.record["loss"] == pytest.approx(scored["loss"].cast(pl.Float64).mean(), rel=1e-6)
-    # The byte tokenizer's first token of a document is its opening mark; each further excerpt leaves out its own first byte.
-    n_bytes = sum(len(document.ids) - 1 - len(range(80, len(document.ids), 80)) for document in documents.values())
+    # The byte tokenizer's first token of a document is its opening mark; each further excerpt
+    # leaves out its own first byte.
+    n_bytes = sum(
+        len(document.ids) - 1 - len(range(80, len(document.ids), 80))
+        for document in documents.values()
+    )
     assert result.record["bits_per_byte"] == pytest.approx(
         float(scored["loss"].to_numpy().sum(dtype=float)) / math.log(2) / n_bytes, rel=1e-6
     )
 
 
-def test_the_record_states_parameters_and_what_the_ratio_means(config: RunConfig, tmp_path: Path) -> None:
+def test_the_record_states_parameters_and_what_the_ratio_means(
+    config: RunConfig, tmp_path: Path
+) -> None:
     record = train(config, tmp_path / "run", cache_dir=tmp_path).record
     model = config.model.build()
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -189,7 +224,9 @@ def test_half_a_line_of_metrics_is_forgotten_on_resume(config: RunConfig, tmp_pa
     with open(folder / "metrics.jsonl", "a") as log:
         log.write('{"step": 6, "lo')
     result = train(config, folder, cache_dir=tmp_path)
-    assert pl.read_parquet(result.folder / "metrics.parquet")["step"].to_list() == list(range(1, config.steps + 1))
+    assert pl.read_parquet(result.folder / "metrics.parquet")["step"].to_list() == list(
+        range(1, config.steps + 1)
+    )
 
 
 def interrupted(config: RunConfig, tmp_path: Path) -> Path:
@@ -204,16 +241,24 @@ def interrupted(config: RunConfig, tmp_path: Path) -> Path:
 
 def test_a_folder_of_another_run_is_refused(config: RunConfig, tmp_path: Path) -> None:
     interrupted(config, tmp_path)
-    with pytest.raises(RunError, match=r"expected a folder of run .*, got run .* try another folder"):
+    with pytest.raises(
+        RunError, match=r"expected a folder of run .*, got run .* try another folder"
+    ):
         train(config.replace(seed=5), tmp_path / "run", cache_dir=tmp_path)
     finished = train(config, tmp_path / "run", cache_dir=tmp_path)
     with pytest.raises(RunError, match="expected a folder of run"):
         train(config.replace(seed=5), finished.folder, cache_dir=tmp_path)
 
 
-def test_a_diverging_run_says_at_which_step(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "lr_factor", lambda step, steps, config: float("inf") if step == 3 else 1.0)
-    with pytest.raises(RunError, match=r"step 5 of run: expected finite .*; try a lower learning rate"):
+def test_a_diverging_run_says_at_which_step(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        run_module, "lr_factor", lambda step, steps, config: float("inf") if step == 3 else 1.0
+    )
+    with pytest.raises(
+        RunError, match=r"step 5 of run: expected finite .*; try a lower learning rate"
+    ):
         train(config, tmp_path / "run", cache_dir=tmp_path)
     assert not (tmp_path / "run" / "done").exists()
 
@@ -221,14 +266,25 @@ def test_a_diverging_run_says_at_which_step(config: RunConfig, tmp_path: Path, m
 def test_a_finished_run_is_not_trained_again(config: RunConfig, tmp_path: Path) -> None:
     first = train(config, tmp_path / "run", cache_dir=tmp_path)
     stamp = (first.folder / "model.safetensors").stat().st_mtime_ns
-    again = train(config, tmp_path / "run", on_step=lambda row: pytest.fail("trained again"), cache_dir=tmp_path)
+    again = train(
+        config,
+        tmp_path / "run",
+        on_step=lambda row: pytest.fail("trained again"),
+        cache_dir=tmp_path,
+    )
     assert again.record == first.record == json.loads((first.folder / "result.json").read_text())
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_a_wrong_vocabulary_or_device_is_one_line(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"expected model\.vocab_size equal to the tokenizer's 257, got 99"):
-        train(config.replace(model=config.model.replace(vocab_size=99)), tmp_path / "a", cache_dir=tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"expected model\.vocab_size equal to the tokenizer's 257, got 99"
+    ):
+        train(
+            config.replace(model=config.model.replace(vocab_size=99)),
+            tmp_path / "a",
+            cache_dir=tmp_path,
+        )
     with pytest.raises(ConfigError, match=r"expected a device that torch can use, got 'abacus'"):
         train(config.replace(device="abacus"), tmp_path / "b", cache_dir=tmp_path)
 

@@ -55,20 +55,31 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return pl.read_parquet(folder / "metrics.parquet").to_dicts()
 
 
-def test_a_logger_sees_every_row_of_the_metrics_and_the_validation_loss(config: RunConfig, tmp_path: Path) -> None:
+def test_a_logger_sees_every_row_of_the_metrics_and_the_validation_loss(
+    config: RunConfig, tmp_path: Path
+) -> None:
     logger = Kept()
     result = train(config, tmp_path / "run", cache_dir=tmp_path, loggers=[logger])
     *training, (last, validation) = logger.rows
     assert [{"step": step, **scalars} for step, scalars in training] == metrics(result.folder)
-    assert [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()] == metrics(result.folder)
-    assert (last, validation) == (STEPS, {f"validation/{name}": result.record[name] for name in ("loss", "bits_per_byte")})
+    assert [
+        json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
+    ] == metrics(result.folder)
+    assert (last, validation) == (
+        STEPS,
+        {f"validation/{name}": result.record[name] for name in ("loss", "bits_per_byte")},
+    )
     assert logger.closed == 1
 
 
-def test_a_logger_that_fails_is_left_out_with_one_line(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_logger_that_fails_is_left_out_with_one_line(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken, kept = Broken(), Kept()
     result = train(config, tmp_path / "run", cache_dir=tmp_path, loggers=[broken, kept])
-    assert capsys.readouterr().err == ("moe-lab: tracking by Broken stopped (ConnectionError: the tracker is away); the run goes on\n")
+    assert capsys.readouterr().err == (
+        "moe-lab: tracking by Broken stopped (ConnectionError: the tracker is away); the run goes on\n"
+    )
     assert [step for step, _ in broken.rows] == [1, 2, 3]
     assert len(kept.rows) == STEPS + 1
     untracked = train(config, tmp_path / "untracked", cache_dir=tmp_path)
@@ -85,14 +96,21 @@ def test_loggers_are_closed_when_the_run_is_interrupted(config: RunConfig, tmp_p
     assert logger.closed == 1
 
 
-def test_an_unknown_or_absent_tracker_is_one_line(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="expected a tracker among tensorboard, wandb, trackio, got 'papyrus'"):
+def test_an_unknown_or_absent_tracker_is_one_line(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ConfigError, match="expected a tracker among tensorboard, wandb, trackio, got 'papyrus'"
+    ):
         train(config, tmp_path / "run", cache_dir=tmp_path, loggers=["papyrus"])
     monkeypatch.setenv("MOE_LAB_TRACK", "papyrus")
     with pytest.raises(ConfigError, match="expected a tracker among"):
         train(config, tmp_path / "run", cache_dir=tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"expected the package wandb for tracking, got none; try pip install 'moe-lab\[track\]'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected the package wandb for tracking, got none; try pip install 'moe-lab\[track\]'",
+    ):
         train(config, tmp_path / "run", cache_dir=tmp_path, loggers=["wandb"])
 
 
@@ -101,10 +119,15 @@ def event_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
 
 
-def test_tensorboard_holds_each_step_once_also_after_an_interruption(config: RunConfig, tmp_path: Path) -> None:
+def test_tensorboard_holds_each_step_once_also_after_an_interruption(
+    config: RunConfig, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra track (tensorboard)")
 
     def stop(row: dict[str, Any]) -> None:
@@ -134,7 +157,17 @@ def test_the_environment_chooses_trackers_for_the_runs_of_a_sweep(
 def test_the_command_line_tracks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra track (tensorboard)")
     corpus = write_corpus(tmp_path / "corpus")
-    arguments = ["train", "--corpus", str(corpus), "--tokenizer", "byte", "--tokens", "4096", "--set", "eval_tokens=500"]
+    arguments = [
+        "train",
+        "--corpus",
+        str(corpus),
+        "--tokenizer",
+        "byte",
+        "--tokens",
+        "4096",
+        "--set",
+        "eval_tokens=500",
+    ]
     assert cli.main([*arguments, "--out", str(tmp_path / "run"), "--track", "tensorboard"]) == 0
     assert "loss" in event_scalars(tmp_path / "run" / "tensorboard")
 
@@ -152,7 +185,9 @@ train(run_config(root / "corpus", 12), root / "project" / "run", cache_dir=root,
 
 
 def run_tracked(tmp_path: Path, tracker: str, environment: dict[str, str]) -> tuple[str, list[str]]:
-    """What a tracked run of 12 steps says, and the requests that it or its helpers send to the proxy that all of them are told to use."""
+    """What a tracked run of 12 steps says, and the requests that it or its helpers send to the
+    proxy that all of them are told to use.
+    """
     write_corpus(tmp_path / "corpus")
     requests: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as proxy:
@@ -164,7 +199,10 @@ def run_tracked(tmp_path: Path, tracker: str, environment: dict[str, str]) -> tu
 
         threading.Thread(target=listen, daemon=True).start()
         address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"), address)
+        proxies = dict.fromkeys(
+            ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"),
+            address,
+        )
         result = subprocess.run(
             [sys.executable, "-c", TRACKED, str(Path(__file__).parent), str(tmp_path), tracker],
             env=os.environ | proxies | environment,
@@ -203,7 +241,9 @@ def test_wandb_offline_keeps_the_metrics_and_reaches_out_to_nobody(tmp_path: Pat
     losses = {}
     for content in leveldb_records(written):
         items = wandb_internal_pb2.Record.FromString(content).history.item
-        values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+        values = {
+            "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items
+        }
         if "loss" in values:
             losses[values["step"]] = values["loss"]
     assert losses == {row["step"]: row["loss"] for row in metrics(tmp_path / "project" / "run")}
@@ -218,6 +258,11 @@ def test_trackio_keeps_the_metrics_on_this_machine(tmp_path: Path) -> None:
     databases = list((tmp_path / "trackio").glob("*.db"))
     assert [path.stem for path in databases] == ["project"]
     with sqlite3.connect(databases[0]) as database:
-        found = [(step, json.loads(values)) for step, values in database.execute("select step, metrics from metrics order by step")]
+        found = [
+            (step, json.loads(values))
+            for step, values in database.execute("select step, metrics from metrics order by step")
+        ]
     rows = metrics(tmp_path / "project" / "run")
-    assert [(step, values["loss"]) for step, values in found if "loss" in values] == [(row["step"], row["loss"]) for row in rows]
+    assert [(step, values["loss"]) for step, values in found if "loss" in values] == [
+        (row["step"], row["loss"]) for row in rows
+    ]

@@ -1,1 +1,4 @@
-"""The table of architectures, one file for each kind of layer. ``architectures.py`` gathers the ``ROWS``."""
+"""The table of architectures, one file for each kind of layer.
+
+``architectures.py`` gathers the ``ROWS``.
+"""

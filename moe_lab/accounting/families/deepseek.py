@@ -1,11 +1,27 @@
-"""DeepSeek (V2, V3, V3.2, V4) and the models that took over its block: Kimi K2, dots, Mistral 4, GLM, and others."""
+"""DeepSeek (V2, V3, V3.2, V4) and the models that took over its block: Kimi K2, dots, Mistral 4,
+GLM, and others.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from moe_lab.accounting import formulas, patterns
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import Block, choose, dense, gqa, indexer, layer_type, mla, moe, norms, shared, sinks, top, width
+from moe_lab.accounting.blocks import (
+    Block,
+    choose,
+    dense,
+    gqa,
+    indexer,
+    layer_type,
+    mla,
+    moe,
+    norms,
+    shared,
+    sinks,
+    top,
+    width,
+)
 from moe_lab.accounting.fields import Fields
 from moe_lab.accounting.parts import Attend, Index, Part, Piece, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
@@ -20,13 +36,21 @@ BASE = {"tie_word_embeddings": False, "attention_bias": False}
 DENSE_FIRST = {"first_k_dense_replace": 0}
 
 deepseek_v3 = Architecture(
-    blocks=(mla(), choose(patterns.by_mlp_type(patterns.after_dense), moe(extra=(shared(),)), dense()), norms(2)),
+    blocks=(
+        mla(),
+        choose(patterns.by_mlp_type(patterns.after_dense), moe(extra=(shared(),)), dense()),
+        norms(2),
+    ),
     defaults=BASE,
 )
 deepseek_v2 = deepseek_v3.but(
     blocks=(
         mla(),
-        choose(patterns.after_dense, moe(extra=(shared(bias="mlp_bias", even_none=True),)), dense(bias="mlp_bias")),
+        choose(
+            patterns.after_dense,
+            moe(extra=(shared(bias="mlp_bias", even_none=True),)),
+            dense(bias="mlp_bias"),
+        ),
         norms(2),
     ),
     defaults={"mlp_bias": False},
@@ -67,7 +91,8 @@ axk1 = deepseek_v3.but(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ DeepSeek-V4
+# ------------------------------------------------------------------------------------------------------------
+# DeepSeek-V4
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 _BY_RATIO = {0: "sliding_attention", 4: CSA, 128: HCA}
@@ -86,8 +111,15 @@ def v4_types(f: Fields) -> list[str]:
 
 
 def v4_attention(f: Fields) -> Pieces:
-    """Queries from a latent, one key-value head of which keys are values, grouped low-rank output (arXiv 2606.19348)."""
-    d, heads, dim, rank = width(f), f.size("num_attention_heads"), f.size("head_dim"), f.size("q_lora_rank")
+    """Queries from a latent, one key-value head of which keys are values, grouped low-rank output
+    (arXiv 2606.19348).
+    """
+    d, heads, dim, rank = (
+        width(f),
+        f.size("num_attention_heads"),
+        f.size("head_dim"),
+        f.size("q_lora_rank"),
+    )
     groups, rank_out, kind = f.size("o_groups"), f.size("o_lora_rank"), layer_type(f)
     a = Part.ATTENTION
     return (
@@ -105,7 +137,9 @@ def v4_attention(f: Fields) -> Pieces:
 
 
 def _compressor(name: str, d: int, dim: int, rate: int, doubled: int) -> Pieces:
-    """Pools ``rate`` positions into one key; CSA blocks overlap, hence two sets of weights (``doubled`` 2)."""
+    """Pools ``rate`` positions into one key; CSA blocks overlap, hence two sets of weights
+    (``doubled`` 2).
+    """
     return (
         linear(Part.ATTENTION, f"{name}.kv_proj", d, doubled * dim),
         linear(Part.ATTENTION, f"{name}.gate_proj", d, doubled * dim),
@@ -115,12 +149,17 @@ def _compressor(name: str, d: int, dim: int, rate: int, doubled: int) -> Pieces:
 
 
 def _rate(f: Fields, kind: str) -> int:
-    return f.check_size(f"compress_rates.{kind}", f.table("compress_rates").get(kind, _USUAL_RATE[kind]))
+    return f.check_size(
+        f"compress_rates.{kind}", f.table("compress_rates").get(kind, _USUAL_RATE[kind])
+    )
 
 
 def v4_heavy(f: Fields) -> Pieces:
     heads, dim, rate = f.size("num_attention_heads"), f.size("head_dim"), _rate(f, HCA)
-    return (*_compressor("compressor", width(f), dim, rate, 1), formulas.scores(Attend(heads, dim, dim, stride=rate)))
+    return (
+        *_compressor("compressor", width(f), dim, rate, 1),
+        formulas.scores(Attend(heads, dim, dim, stride=rate)),
+    )
 
 
 def v4_sparse(f: Fields) -> Pieces:
@@ -137,11 +176,16 @@ def v4_sparse(f: Fields) -> Pieces:
 
 
 def hyper_connections(outputs: int, per_stream: int, scales: int) -> Block:
-    """Two per layer, around attention and around the feed-forward: ``outputs + per_stream * n`` groups of n mixing weights."""
+    """Two per layer, around attention and around the feed-forward: ``outputs + per_stream * n``
+    groups of n mixing weights.
+    """
 
     def block(f: Fields) -> Pieces:
         n, d = f.size("hc_mult"), width(f)
-        made = (formulas.hyper_connection(n, d, (outputs + per_stream * n) * n, scales, name) for name in ("attn_hc", "ffn_hc"))
+        made = (
+            formulas.hyper_connection(n, d, (outputs + per_stream * n) * n, scales, name)
+            for name in ("attn_hc", "ffn_hc")
+        )
         return tuple(piece for pieces in made for piece in pieces)
 
     return block
@@ -156,8 +200,13 @@ def v4_shared(f: Fields) -> Pieces:
     """One shared expert, of the routed ones' width."""
     copies = f.size_or("n_shared_experts", 1)
     if copies != 1:
-        f.note("n_shared_experts", f"one shared expert (transformers builds one, the configuration has n_shared_experts = {copies})")
-    return formulas.gated_ffn(Part.SHARED, width(f), f.size("moe_intermediate_size"), f.flag("mlp_bias"))
+        f.note(
+            "n_shared_experts",
+            f"one shared expert (transformers builds one, the configuration has n_shared_experts = {copies})",
+        )
+    return formulas.gated_ffn(
+        Part.SHARED, width(f), f.size("moe_intermediate_size"), f.flag("mlp_bias")
+    )
 
 
 deepseek_v4 = Architecture(
@@ -167,14 +216,19 @@ deepseek_v4 = Architecture(
 )
 
 
-# ------------------------------------------------------------------------------------------- further users of latent attention
+# -------------------------------------------------------------------------------------------
+# further users of latent attention
 
 
 def gated_norms(f: Fields) -> Pieces:
     """A.X-K2: norms with a small gating network; the second one only before an MoE."""
     d, rank = width(f), f.size("gated_norm_rank")
     gated = 2 if f.mark(_axk2_sparse) else 1
-    gates = (linear(Part.OTHER, f"norm_gate_{name}_{index}", *size) for index in range(gated) for name, size in _gate(d, rank))
+    gates = (
+        linear(Part.OTHER, f"norm_gate_{name}_{index}", *size)
+        for index in range(gated)
+        for name, size in _gate(d, rank)
+    )
     return (norm("input_norm", d), norm("post_attention_norm", d), *gates)
 
 
@@ -186,9 +240,16 @@ _axk2_sparse = patterns.by_mlp_type(patterns.after_dense)
 
 
 def axk2_attention(f: Fields) -> Pieces:
-    """Latent attention whose query projection reads the latent and its norm side by side and also yields the output gate."""
+    """Latent attention whose query projection reads the latent and its norm side by side and also
+    yields the output gate.
+    """
     d, heads, rank = width(f), f.size("num_attention_heads"), f.size("q_lora_rank")
-    rank_kv, nope, rope, v = f.size("kv_lora_rank"), f.size("qk_nope_head_dim", 0), f.size("qk_rope_head_dim", 0), f.size("v_head_dim")
+    rank_kv, nope, rope, v = (
+        f.size("kv_lora_rank"),
+        f.size("qk_nope_head_dim", 0),
+        f.size("qk_rope_head_dim", 0),
+        f.size("v_head_dim"),
+    )
     bias = f.flag("attention_bias")
     return (
         linear(Part.ATTENTION, "q_a_proj", d, rank, bias),
@@ -203,12 +264,22 @@ def axk2_attention(f: Fields) -> Pieces:
 def dots3_extras(f: Fields) -> Pieces:
     """A norm of the shared rotary key and one output gate per head."""
     d, heads = width(f), f.size("num_attention_heads")
-    return (norm("k_rope_norm", f.size("qk_rope_head_dim")), linear(Part.ATTENTION, "gate_proj", d, heads))
+    return (
+        norm("k_rope_norm", f.size("qk_rope_head_dim")),
+        linear(Part.ATTENTION, "gate_proj", d, heads),
+    )
 
 
 def dots3_types(f: Fields) -> list[str]:
-    types = ["indexed_attention" if layer < 2 or layer % 4 == 1 else "sliding_attention" for layer in range(f.num_layers)]
-    return patterns.usual_types(f, types, "indexed_attention in the first two and every fourth layer, else sliding_attention")
+    types = [
+        "indexed_attention" if layer < 2 or layer % 4 == 1 else "sliding_attention"
+        for layer in range(f.num_layers)
+    ]
+    return patterns.usual_types(
+        f,
+        types,
+        "indexed_attention in the first two and every fourth layer, else sliding_attention",
+    )
 
 
 DOTS3_SLIDING = {
@@ -224,7 +295,11 @@ DOTS3_SLIDING = {
 
 def dots3_sliding(f: Fields) -> Mapping[int, Mapping[str, Any]]:
     """Sliding layers have latent attention of their own sizes, in fields that begin with ``swa_``."""
-    layers = [layer for layer, kind in enumerate(f.per_layer("layer_types")) if kind == "sliding_attention"]
+    layers = [
+        layer
+        for layer, kind in enumerate(f.per_layer("layer_types"))
+        if kind == "sliding_attention"
+    ]
     if not layers:
         return {}
     for name, usual in DOTS3_SLIDING.items():
@@ -236,12 +311,22 @@ def dots3_sliding(f: Fields) -> Mapping[int, Mapping[str, Any]]:
 
 
 def hy4_indexers(f: Fields) -> list[str]:
-    f.note("indexer_types", "every fourth layer selects tokens, the next three share its selection (no indexer_types)")
+    f.note(
+        "indexer_types",
+        "every fourth layer selects tokens, the next three share its selection (no indexer_types)",
+    )
     return ["full" if not layer or layer % 4 == 1 else "shared" for layer in range(f.num_layers)]
 
 
 def hy4_gate(f: Fields) -> Pieces:
-    return (linear(Part.ATTENTION, "gate_proj", width(f), f.size("num_attention_heads") * f.size("v_head_dim")),)
+    return (
+        linear(
+            Part.ATTENTION,
+            "gate_proj",
+            width(f),
+            f.size("num_attention_heads") * f.size("v_head_dim"),
+        ),
+    )
 
 
 axk2 = axk1.but(
@@ -251,7 +336,11 @@ axk2 = axk1.but(
 dots3_note = deepseek_v32.but(
     blocks=(
         mla(index=indexer, extra=(dots3_extras,)),
-        choose(patterns.by_mlp_type(patterns.after_dense), moe(extra=(shared("shared_experts_intermediate_size"),)), dense()),
+        choose(
+            patterns.by_mlp_type(patterns.after_dense),
+            moe(extra=(shared("shared_experts_intermediate_size"),)),
+            dense(),
+        ),
         norms(2),
     ),
     defaults={"first_k_dense_replace": 1, "layer_types": dots3_types},

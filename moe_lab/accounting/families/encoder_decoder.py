@@ -1,6 +1,8 @@
-"""Encoder-decoder translation and span models: Switch Transformers (arXiv 2101.03961) and NLLB-MoE (arXiv 2207.04672).
+"""Encoder-decoder translation and span models: Switch Transformers (arXiv 2101.03961) and NLLB-MoE
+(arXiv 2207.04672).
 
-Layers are numbered through the encoder first. One token here is one source token and one target token: flops are those of the pair.
+Layers are numbered through the encoder first. One token here is one source token and one target
+token: flops are those of the pair.
 """
 
 from collections.abc import Callable
@@ -8,7 +10,18 @@ from collections.abc import Callable
 from moe_lab.accounting import formulas
 from moe_lab.accounting.architecture import Architecture, Layer
 from moe_lab.accounting.fields import MOST, Fields
-from moe_lab.accounting.parts import Attend, Part, Piece, Pieces, Used, linear, norm, prefixed, times, vector
+from moe_lab.accounting.parts import (
+    Attend,
+    Part,
+    Piece,
+    Pieces,
+    Used,
+    linear,
+    norm,
+    prefixed,
+    times,
+    vector,
+)
 from moe_lab.errors import ConfigError, expected
 
 
@@ -16,7 +29,9 @@ def top_k_of(f: Fields, k: int) -> tuple[int, Used]:
     """The routers of both have a fixed k, which no field says."""
     experts = f.size("num_experts")
     if k > experts:
-        raise ConfigError(expected(f"num_experts of at least {k} (the router's fixed top-k)", experts))
+        raise ConfigError(
+            expected(f"num_experts of at least {k} (the router's fixed top-k)", experts)
+        )
     f.note("top_k", f"num_experts_per_tok = {k} (fixed by the router of {f.family})")
     return experts, Used(k, k, k)
 
@@ -27,20 +42,37 @@ def sparse_ffn(f: Fields, expert: Pieces, k: int) -> Pieces:
     return (router, *times(expert, experts, run))
 
 
-def stack(f: Fields, count: int, sparse: Callable[[int], bool], layer: Callable[[int, bool], Pieces], first: int) -> list[Layer]:
+def stack(
+    f: Fields,
+    count: int,
+    sparse: Callable[[int], bool],
+    layer: Callable[[int, bool], Pieces],
+    first: int,
+) -> list[Layer]:
     return [Layer(first + index, layer(index, sparse(index))) for index in range(count)]
 
 
 def switch(f: Fields) -> list[Layer]:
-    """T5 layers: relative position biases in the first layer of each stack, RMSNorm, ReLU feed-forwards without biases, top-1."""
-    d, heads, dim, ff = f.size("hidden_size"), f.size("num_attention_heads"), f.size("head_dim"), f.size("d_ff")
+    """T5 layers: relative position biases in the first layer of each stack, RMSNorm, ReLU
+    feed-forwards without biases, top-1.
+    """
+    d, heads, dim, ff = (
+        f.size("hidden_size"),
+        f.size("num_attention_heads"),
+        f.size("head_dim"),
+        f.size("d_ff"),
+    )
     buckets, vocab = f.size("relative_attention_num_buckets"), f.size("vocab_size")
 
     def layer(crossed: bool) -> Callable[[int, bool], Pieces]:
         def pieces(index: int, sparse: bool) -> Pieces:
             attention = formulas.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=crossed))
             cross = formulas.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=False))
-            bias = (vector(Part.ATTENTION, "relative_attention_bias", buckets * heads),) if index == 0 else ()
+            bias = (
+                (vector(Part.ATTENTION, "relative_attention_bias", buckets * heads),)
+                if index == 0
+                else ()
+            )
             expert = formulas.plain_ffn(Part.DENSE, d, ff)
             return (
                 *prefixed("self", attention),
@@ -60,24 +92,33 @@ def switch(f: Fields) -> list[Layer]:
     tied = f.flag("tie_word_embeddings")
     ends = (
         Piece(Part.EMBEDDING, "shared", vocab * d),
-        Piece(Part.HEAD, "lm_head (tied)" if tied else "lm_head", 0 if tied else vocab * d, vocab * d),
+        Piece(
+            Part.HEAD, "lm_head (tied)" if tied else "lm_head", 0 if tied else vocab * d, vocab * d
+        ),
         norm("encoder.norm", d),
         norm("decoder.norm", d),
     )
     return [
         Layer(None, ends if tied else (*ends, *untied_inputs(vocab, d))),
         *stack(f, encoder, every(encoder, f.size("num_sparse_encoder_layers", 0)), layer(False), 0),
-        *stack(f, decoder, every(decoder, f.size("num_sparse_decoder_layers", 0)), layer(True), encoder),
+        *stack(
+            f, decoder, every(decoder, f.size("num_sparse_decoder_layers", 0)), layer(True), encoder
+        ),
     ]
 
 
 def untied_inputs(vocab: int, d: int) -> Pieces:
     """Untied, each stack has an input embedding of its own beside the shared one."""
-    return (Piece(Part.EMBEDDING, "encoder.embed_tokens", vocab * d), Piece(Part.EMBEDDING, "decoder.embed_tokens", vocab * d))
+    return (
+        Piece(Part.EMBEDDING, "encoder.embed_tokens", vocab * d),
+        Piece(Part.EMBEDDING, "decoder.embed_tokens", vocab * d),
+    )
 
 
 def nllb(f: Fields) -> list[Layer]:
-    """BART-like layers with biases everywhere, sinusoidal positions, every ``sparse_step``-th layer sparse, top-2."""
+    """BART-like layers with biases everywhere, sinusoidal positions, every ``sparse_step``-th layer
+    sparse, top-2.
+    """
     d, vocab, tied = f.size("hidden_size"), f.size("vocab_size"), f.flag("tie_word_embeddings")
 
     def layer(side: str, crossed: bool) -> Callable[[int, bool], Pieces]:
@@ -87,8 +128,24 @@ def nllb(f: Fields) -> list[Layer]:
         dim = d // heads
 
         def pieces(index: int, sparse: bool) -> Pieces:
-            attention = formulas.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=crossed), bias=True, out_bias=True)
-            cross = formulas.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=False), bias=True, out_bias=True)
+            attention = formulas.gqa(
+                d,
+                heads,
+                heads,
+                dim,
+                Attend(heads, dim, dim, causal=crossed),
+                bias=True,
+                out_bias=True,
+            )
+            cross = formulas.gqa(
+                d,
+                heads,
+                heads,
+                dim,
+                Attend(heads, dim, dim, causal=False),
+                bias=True,
+                out_bias=True,
+            )
             expert = formulas.plain_ffn(Part.DENSE, d, ff, bias=True)
             return (
                 *prefixed("self", attention),
@@ -106,7 +163,9 @@ def nllb(f: Fields) -> list[Layer]:
     encoder, decoder = f.size("encoder_layers", most=MOST), f.size("decoder_layers", most=MOST)
     ends = (
         Piece(Part.EMBEDDING, "shared", vocab * d),
-        Piece(Part.HEAD, "lm_head (tied)" if tied else "lm_head", 0 if tied else vocab * d, vocab * d),
+        Piece(
+            Part.HEAD, "lm_head (tied)" if tied else "lm_head", 0 if tied else vocab * d, vocab * d
+        ),
         norm("encoder.norm", d, bias=True),
         norm("decoder.norm", d, bias=True),
     )

@@ -5,7 +5,20 @@ from typing import Any
 
 from moe_lab.accounting import formulas, patterns
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import choose, dense, gate, gqa, heads_of, layer_type, moe, norms, shared, sinks, top, width
+from moe_lab.accounting.blocks import (
+    choose,
+    dense,
+    gate,
+    gqa,
+    heads_of,
+    layer_type,
+    moe,
+    norms,
+    shared,
+    sinks,
+    top,
+    width,
+)
 from moe_lab.accounting.blocks import window as sliding
 from moe_lab.accounting.fields import Fields, nested
 from moe_lab.accounting.parts import Attend, Part, Pieces, norm, vector
@@ -14,12 +27,21 @@ KV_IS_HEADS = {"num_key_value_heads": patterns.kv_is_heads}
 UNTIED = {"tie_word_embeddings": False}
 BIASED = {**UNTIED, "attention_bias": False}
 
-mixtral = Architecture(blocks=(gqa(), moe("intermediate_size"), norms(2)), defaults={**UNTIED, **KV_IS_HEADS})
-granitemoe = Architecture(blocks=(gqa(bias="attention_bias"), moe("intermediate_size"), norms(2)), defaults={**BIASED, **KV_IS_HEADS})
+mixtral = Architecture(
+    blocks=(gqa(), moe("intermediate_size"), norms(2)), defaults={**UNTIED, **KV_IS_HEADS}
+)
+granitemoe = Architecture(
+    blocks=(gqa(bias="attention_bias"), moe("intermediate_size"), norms(2)),
+    defaults={**BIASED, **KV_IS_HEADS},
+)
 granite_shared = shared("shared_intermediate_size", counted=False)
 
 gpt_oss = Architecture(
-    blocks=(gqa(bias="attention_bias", extra=(sinks,)), moe("intermediate_size", bias=True, router_bias=True), norms(2)),
+    blocks=(
+        gqa(bias="attention_bias", extra=(sinks,)),
+        moe("intermediate_size", bias=True, router_bias=True),
+        norms(2),
+    ),
     defaults={
         **UNTIED,
         **KV_IS_HEADS,
@@ -29,7 +51,10 @@ gpt_oss = Architecture(
     },
 )
 privacy_filter = gpt_oss.but(
-    blocks=(gqa(bias="attention_bias", extra=(sinks,), window=lambda f: f.size("sliding_window") + 1), *gpt_oss.blocks[1:]),
+    blocks=(
+        gqa(bias="attention_bias", extra=(sinks,), window=lambda f: f.size("sliding_window") + 1),
+        *gpt_oss.blocks[1:],
+    ),
     top=top(head=False),
 )
 phimoe = granitemoe.but(
@@ -38,7 +63,11 @@ phimoe = granitemoe.but(
     top=top(head_bias="lm_head_bias", norm_bias=True),
 )
 mellum = Architecture(
-    blocks=(gqa(bias="attention_bias", norms="head"), choose(patterns.by_mlp_type(patterns.every), moe(), dense()), norms(2)),
+    blocks=(
+        gqa(bias="attention_bias", norms="head"),
+        choose(patterns.by_mlp_type(patterns.every), moe(), dense()),
+        norms(2),
+    ),
     defaults={**BIASED, "head_dim": 128, "layer_types": patterns.all_of("full_attention")},
 )
 
@@ -50,8 +79,12 @@ def olmoe_norms(f: Fields) -> Pieces:
 
 
 def granite_types(f: Fields) -> list[str]:
-    types = ["sliding_attention" if layer % 4 else "full_attention" for layer in range(f.num_layers)]
-    return patterns.usual_types(f, types, "full_attention in the first of every four layers, else sliding_attention")
+    types = [
+        "sliding_attention" if layer % 4 else "full_attention" for layer in range(f.num_layers)
+    ]
+    return patterns.usual_types(
+        f, types, "full_attention in the first of every four layers, else sliding_attention"
+    )
 
 
 def beam_bias(f: Fields) -> Pieces:
@@ -62,38 +95,61 @@ def flatten_dbrx(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """DBRX keeps the sizes of attention and experts in two sub-configurations."""
     attention, experts = nested(values, "attn_config"), nested(values, "ffn_config")
     names = ("ffn_hidden_size", "moe_num_experts", "moe_top_k")
-    found = {"kv_n_heads": attention.get("kv_n_heads"), **{name: experts.get(name) for name in names}}
+    found = {
+        "kv_n_heads": attention.get("kv_n_heads"),
+        **{name: experts.get(name) for name in names},
+    }
     return {**values, **{name: value for name, value in found.items() if value is not None}}
 
 
 def mimo_attention(f: Fields) -> Pieces:
-    """MiMo-V2: sliding layers have twice the key-value heads and sinks; values are narrower than keys."""
+    """MiMo-V2: sliding layers have twice the key-value heads and sinks; values are narrower than
+    keys.
+    """
     heads, kv, dim = heads_of(f)
     v, inside = f.size("v_head_dim"), layer_type(f) == "sliding_attention"
     if inside:
         kv = f.size_or("swa_num_key_value_heads", 2 * kv, 1)
     kernel = Attend(heads, dim, v, window=sliding(f))
-    pieces = formulas.gqa(width(f), heads, kv, dim, kernel, v_dim=v, bias=f.flag("attention_bias"), out_bias=False)
+    pieces = formulas.gqa(
+        width(f), heads, kv, dim, kernel, v_dim=v, bias=f.flag("attention_bias"), out_bias=False
+    )
     return (*pieces, *(sinks(f) if inside else ()))
 
 
 def mimo_types(f: Fields) -> list[str]:
     """``hybrid_layer_pattern`` has 0 for full and 1 for sliding attention."""
     if f.find("hybrid_layer_pattern") is not None:
-        return ["sliding_attention" if mark else "full_attention" for mark in f.per_layer("hybrid_layer_pattern")]
-    types = ["full_attention" if not layer or (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(f.num_layers)]
-    return patterns.usual_types(f, types, "full_attention in the first and every sixth layer, else sliding_attention")
+        return [
+            "sliding_attention" if mark else "full_attention"
+            for mark in f.per_layer("hybrid_layer_pattern")
+        ]
+    types = [
+        "full_attention" if not layer or (layer + 1) % 6 == 0 else "sliding_attention"
+        for layer in range(f.num_layers)
+    ]
+    return patterns.usual_types(
+        f, types, "full_attention in the first and every sixth layer, else sliding_attention"
+    )
 
 
 ROWS = {
     "mixtral": mixtral,
     "granitemoe": granitemoe,
     "granitemoeshared": granitemoe.but(
-        blocks=(gqa(bias="attention_bias"), moe("intermediate_size", extra=(granite_shared,)), norms(2)),
+        blocks=(
+            gqa(bias="attention_bias"),
+            moe("intermediate_size", extra=(granite_shared,)),
+            norms(2),
+        ),
         defaults={"shared_expert_intermediate_size": 0},
     ),
     "granitemoe_swa": granitemoe.but(
-        blocks=(gqa(bias="attention_bias", extra=(sinks,)), moe("intermediate_size", extra=(granite_shared,)), norms(2)),
+        blocks=(
+            gqa(bias="attention_bias", extra=(sinks,)),
+            moe("intermediate_size", extra=(granite_shared,)),
+            norms(2),
+        ),
         defaults={
             "shared_expert_intermediate_size": 0,
             "layer_types": granite_types,
@@ -105,9 +161,16 @@ ROWS = {
     ),
     "gpt_oss": gpt_oss,
     "openai_privacy_filter": privacy_filter,
-    "flex_olmo": granitemoe.but(blocks=(gqa(bias="attention_bias", norms="width"), *granitemoe.blocks[1:])),
-    "olmoe": granitemoe.but(blocks=(gqa(bias="attention_bias", extra=(olmoe_norms,)), *granitemoe.blocks[1:])),
-    "minimax_m2": Architecture(blocks=(gqa(norms="width"), moe("intermediate_size"), norms(2)), defaults={**UNTIED, "head_dim": 128}),
+    "flex_olmo": granitemoe.but(
+        blocks=(gqa(bias="attention_bias", norms="width"), *granitemoe.blocks[1:])
+    ),
+    "olmoe": granitemoe.but(
+        blocks=(gqa(bias="attention_bias", extra=(olmoe_norms,)), *granitemoe.blocks[1:])
+    ),
+    "minimax_m2": Architecture(
+        blocks=(gqa(norms="width"), moe("intermediate_size"), norms(2)),
+        defaults={**UNTIED, "head_dim": 128},
+    ),
     "phimoe": phimoe,
     "mellum": mellum,
     "beam": mellum.but(
@@ -118,9 +181,15 @@ ROWS = {
         ),
         defaults={"layer_types": patterns.every_nth_full(6, "sliding_attention")},
     ),
-    "dbrx": Architecture(blocks=(gqa(), moe("ffn_hidden_size"), norms(2)), defaults=UNTIED, prepare=flatten_dbrx),
+    "dbrx": Architecture(
+        blocks=(gqa(), moe("ffn_hidden_size"), norms(2)), defaults=UNTIED, prepare=flatten_dbrx
+    ),
     "mimo_v2_flash": Architecture(
-        blocks=(mimo_attention, choose(patterns.by_mlp_type(patterns.listed(patterns.usual_dense(1))), moe(), dense()), norms(2)),
+        blocks=(
+            mimo_attention,
+            choose(patterns.by_mlp_type(patterns.listed(patterns.usual_dense(1))), moe(), dense()),
+            norms(2),
+        ),
         defaults={**BIASED, "layer_types": mimo_types},
     ),
 }

@@ -26,7 +26,18 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
 from moe_lab.accounting.fields import Fields, nested
-from moe_lab.accounting.parts import Attend, Index, Part, Piece, Pieces, Used, linear, norm, times, vector
+from moe_lab.accounting.parts import (
+    Attend,
+    Index,
+    Part,
+    Piece,
+    Pieces,
+    Used,
+    linear,
+    norm,
+    times,
+    vector,
+)
 from moe_lab.errors import ConfigError, expected
 
 glm4_moe = Architecture(
@@ -40,7 +51,11 @@ glm4_moe = Architecture(
 afmoe = Architecture(
     blocks=(
         gqa(bias="attention_bias", norms="head", extra=(gate("width"),)),
-        choose(patterns.leading_dense("num_dense_layers"), moe(score_bias=True, extra=(shared(),)), dense()),
+        choose(
+            patterns.leading_dense("num_dense_layers"),
+            moe(score_bias=True, extra=(shared(),)),
+            dense(),
+        ),
         norms(4),
     ),
     defaults={
@@ -62,7 +77,11 @@ def ernie_module(architecture: Architecture, f: Fields, index: int) -> Pieces:
 ernie = Architecture(
     blocks=(
         gqa(bias="use_bias"),
-        choose(patterns.ernie, moe(score_bias=True, extra=(shared(bias="use_bias"),)), dense(bias="use_bias")),
+        choose(
+            patterns.ernie,
+            moe(score_bias=True, extra=(shared(bias="use_bias"),)),
+            dense(bias="use_bias"),
+        ),
         norms(2),
     ),
     defaults={
@@ -78,22 +97,38 @@ ernie = Architecture(
 
 
 def ernie_vl_moe(f: Fields) -> Pieces:
-    """Text and vision have experts of their own size and a router each; a text token runs only the text experts."""
+    """Text and vision have experts of their own size and a router each; a text token runs only the
+    text experts.
+    """
     sizes = f.numbers("moe_intermediate_size")
     if len(sizes) != 2 or min(sizes) < 1:
-        raise ConfigError(expected("moe_intermediate_size as two widths, of text and of vision experts", list(sizes)))
+        raise ConfigError(
+            expected(
+                "moe_intermediate_size as two widths, of text and of vision experts", list(sizes)
+            )
+        )
     text, vision = sizes
     d, (experts, run) = width(f), used(f)
     pieces: Pieces = ()
     for kind, size, runs in (("text", text, run), ("vision", vision, Used(0, 0, 0))):
-        router = (linear(Part.ROUTER, f"{kind}_router", d, experts), vector(Part.ROUTER, f"{kind}_score_bias", experts))
+        router = (
+            linear(Part.ROUTER, f"{kind}_router", d, experts),
+            vector(Part.ROUTER, f"{kind}_score_bias", experts),
+        )
         pieces += (*router, *times(formulas.gated_ffn(Part.ROUTED, d, size), experts, runs))
     channels = text * f.size("n_shared_experts", 0)
-    return (*pieces, *(formulas.gated_ffn(Part.SHARED, d, channels, f.flag("use_bias")) if channels else ()))
+    return (
+        *pieces,
+        *(formulas.gated_ffn(Part.SHARED, d, channels, f.flag("use_bias")) if channels else ()),
+    )
 
 
 def cohere_dense(f: Fields) -> Pieces:
-    return formulas.gated_ffn(Part.DENSE, width(f), f.size_or("prefix_dense_intermediate_size", f.size("intermediate_size"), 1))
+    return formulas.gated_ffn(
+        Part.DENSE,
+        width(f),
+        f.size_or("prefix_dense_intermediate_size", f.size("intermediate_size"), 1),
+    )
 
 
 def chunked(f: Fields) -> Pieces:
@@ -101,7 +136,9 @@ def chunked(f: Fields) -> Pieces:
     heads, kv, dim = heads_of(f)
     chunk = f.size("attention_chunk_size") if layer_type(f) == "chunked_attention" else None
     bias = f.flag("attention_bias")
-    return formulas.gqa(width(f), heads, kv, dim, Attend(heads, dim, dim, chunk=chunk), bias=bias, out_bias=bias)
+    return formulas.gqa(
+        width(f), heads, kv, dim, Attend(heads, dim, dim, chunk=chunk), bias=bias, out_bias=bias
+    )
 
 
 def owns_keys(f: Fields) -> list[bool]:
@@ -110,20 +147,33 @@ def owns_keys(f: Fields) -> list[bool]:
 
 
 def cross_layer_attention(f: Fields) -> Pieces:
-    """Hunyuan-Large: keys and values of every ``cla_share_factor``-th layer serve the layers up to the next."""
+    """Hunyuan-Large: keys and values of every ``cla_share_factor``-th layer serve the layers up to
+    the next.
+    """
     heads, kv, dim = heads_of(f)
     pieces = formulas.gqa(width(f), heads, kv, dim, Attend(heads, dim, dim))
-    return pieces if f.mark(owns_keys) else tuple(piece for piece in pieces if piece.name not in ("k_proj", "v_proj"))
+    return (
+        pieces
+        if f.mark(owns_keys)
+        else tuple(piece for piece in pieces if piece.name not in ("k_proj", "v_proj"))
+    )
 
 
 def gated_per_layer(f: Fields) -> Pieces:
     """Laguna, Step-3.7: an output gate, and a number of heads that may differ from layer to layer."""
     varying = f.find("num_attention_heads_per_layer") is not None
     heads = f.size("num_attention_heads_per_layer" if varying else "num_attention_heads")
-    kv, dim, d, bias = f.size("num_key_value_heads"), head_dim(f, heads), width(f), f.flag("attention_bias")
+    kv, dim, d, bias = (
+        f.size("num_key_value_heads"),
+        head_dim(f, heads),
+        width(f),
+        f.flag("attention_bias"),
+    )
     gates = heads if f.get("gating") in (True, "per-head") else heads * dim
     return (
-        *formulas.gqa(d, heads, kv, dim, Attend(heads, dim, dim, window=window(f)), bias=bias, out_bias=bias),
+        *formulas.gqa(
+            d, heads, kv, dim, Attend(heads, dim, dim, window=window(f)), bias=bias, out_bias=bias
+        ),
         *formulas.qk_norms("head", heads, kv, dim),
         linear(Part.ATTENTION, "gate_proj", d, gates),
     )
@@ -131,15 +181,26 @@ def gated_per_layer(f: Fields) -> Pieces:
 
 def flint_types(f: Fields) -> list[str]:
     last = f.num_layers - 1
-    types = ["full_attention" if n < 2 or n % 4 == 1 or n == last else "sliding_attention" for n in range(f.num_layers)]
-    return patterns.usual_types(f, types, "full_attention in the first two, every fourth and the last layer, else sliding_attention")
+    types = [
+        "full_attention" if n < 2 or n % 4 == 1 or n == last else "sliding_attention"
+        for n in range(f.num_layers)
+    ]
+    return patterns.usual_types(
+        f,
+        types,
+        "full_attention in the first two, every fourth and the last layer, else sliding_attention",
+    )
 
 
 def step3_sliding(f: Fields) -> Mapping[int, Mapping[str, Any]]:
     """Sliding layers have their own number of heads."""
     other = f.table("attention_other_setting").get("num_attention_heads")
     heads = f.optional("num_sliding_attention_heads", other)
-    sliding = [layer for layer, kind in enumerate(f.per_layer("layer_types")) if kind == "sliding_attention"]
+    sliding = [
+        layer
+        for layer, kind in enumerate(f.per_layer("layer_types"))
+        if kind == "sliding_attention"
+    ]
     return {} if heads is None else {layer: {"num_attention_heads": heads} for layer in sliding}
 
 
@@ -180,7 +241,11 @@ def m3_raw(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def ling_bias(f: Fields) -> Pieces:
     """Ling 2.0 stores the selection bias with the weights."""
-    return (vector(Part.ROUTER, "score_bias", f.size("num_experts")),) if f.truth("moe_router_enable_expert_bias") else ()
+    return (
+        (vector(Part.ROUTER, "score_bias", f.size("num_experts")),)
+        if f.truth("moe_router_enable_expert_bias")
+        else ()
+    )
 
 
 def one_shared(size: str) -> Block:
@@ -195,16 +260,21 @@ def by_mlp_type(rule: patterns.Rule, sparse: Block, otherwise: Block) -> Block:
 ROWS = {
     "glm4_moe": glm4_moe,
     "glm4v_moe_text": glm4_moe.but(
-        blocks=(gqa(bias="attention_bias", out_bias=False), *glm4_moe.blocks[1:]), defaults={"attention_bias": True}
+        blocks=(gqa(bias="attention_bias", out_bias=False), *glm4_moe.blocks[1:]),
+        defaults={"attention_bias": True},
     ),
     "solar_open": glm4_moe.but(
-        blocks=(gqa(bias="attention_bias", out_bias=False), moe(extra=(shared(),)), norms(2)), defaults={"head_dim": 128}
+        blocks=(gqa(bias="attention_bias", out_bias=False), moe(extra=(shared(),)), norms(2)),
+        defaults={"head_dim": 128},
     ),
     "afmoe": afmoe,
     "aria_text": Architecture(
         blocks=(
             gqa(bias="attention_bias"),
-            moe("intermediate_size", extra=(shared("intermediate_size", bias="mlp_bias", even_none=True),)),
+            moe(
+                "intermediate_size",
+                extra=(shared("intermediate_size", bias="mlp_bias", even_none=True),),
+            ),
             norms(2),
         ),
         defaults={**BIASED, **KV_IS_HEADS, "mlp_bias": False},
@@ -240,12 +310,20 @@ ROWS = {
     ),
     "ernie4_5_moe": ernie,
     "ernie4_5_vl_moe_text": ernie.but(
-        blocks=(gqa(bias="use_bias"), by_mlp_type(patterns.usual_dense(1), ernie_vl_moe, dense(bias="use_bias")), norms(2)),
+        blocks=(
+            gqa(bias="use_bias"),
+            by_mlp_type(patterns.usual_dense(1), ernie_vl_moe, dense(bias="use_bias")),
+            norms(2),
+        ),
         defaults={"moe_intermediate_size": (1536, 512)},
         top=top(),
     ),
     "exaone_moe": Architecture(
-        blocks=(gqa(norms="head"), by_mlp_type(patterns.after_dense, moe(extra=(shared(),)), dense()), norms(2)),
+        blocks=(
+            gqa(norms="head"),
+            by_mlp_type(patterns.after_dense, moe(extra=(shared(),)), dense()),
+            norms(2),
+        ),
         defaults={
             **UNTIED,
             "first_k_dense_replace": 1,
@@ -256,7 +334,11 @@ ROWS = {
     "flint": Architecture(
         blocks=(
             gqa(bias="attention_bias", norms="head", extra=(sinks,)),
-            choose(patterns.sparse_step, moe(extra=(shared("shared_expert_intermediate_size", counted=False),)), dense()),
+            choose(
+                patterns.sparse_step,
+                moe(extra=(shared("shared_expert_intermediate_size", counted=False),)),
+                dense(),
+            ),
             norms(2),
         ),
         defaults={
@@ -268,41 +350,73 @@ ROWS = {
         },
     ),
     "hunyuan": Architecture(
-        blocks=(cross_layer_attention, moe("intermediate_size", extra=(shared("intermediate_size"),)), norms(2)),
+        blocks=(
+            cross_layer_attention,
+            moe("intermediate_size", extra=(shared("intermediate_size"),)),
+            norms(2),
+        ),
         defaults={**UNTIED, "use_cla": False},
     ),
     "hunyuan_v1_moe": Architecture(
-        blocks=(gqa(bias="attention_bias", norms="head"), moe("intermediate_size", extra=(one_shared("intermediate_size"),)), norms(2)),
+        blocks=(
+            gqa(bias="attention_bias", norms="head"),
+            moe("intermediate_size", extra=(one_shared("intermediate_size"),)),
+            norms(2),
+        ),
         defaults={**BIASED, **KV_IS_HEADS},
     ),
     "hy_v3": Architecture(
         blocks=(
             gqa(bias="attention_bias", norms="head"),
-            by_mlp_type(patterns.usual_dense(1), moe(extra=(shared(bias="mlp_bias", even_none=True),)), dense(bias="mlp_bias")),
+            by_mlp_type(
+                patterns.usual_dense(1),
+                moe(extra=(shared(bias="mlp_bias", even_none=True),)),
+                dense(bias="mlp_bias"),
+            ),
             norms(2),
         ),
         defaults={**BIASED, "head_dim": 128, "mlp_bias": False},
     ),
     "kolibri1": Architecture(
-        blocks=(gqa(norms="head"), moe(extra=(shared("shared_expert_intermediate_size", counted=False),)), norms(4)),
-        defaults={**UNTIED, "head_dim": 128, "layer_types": patterns.every_nth_full(5, "sliding_attention")},
+        blocks=(
+            gqa(norms="head"),
+            moe(extra=(shared("shared_expert_intermediate_size", counted=False),)),
+            norms(4),
+        ),
+        defaults={
+            **UNTIED,
+            "head_dim": 128,
+            "layer_types": patterns.every_nth_full(5, "sliding_attention"),
+        },
     ),
     "laguna": Architecture(
         blocks=(
             gated_per_layer,
             by_mlp_type(
                 patterns.usual_dense(1),
-                moe(score_bias=True, extra=(shared("shared_expert_intermediate_size", counted=False),)),
+                moe(
+                    score_bias=True,
+                    extra=(shared("shared_expert_intermediate_size", counted=False),),
+                ),
                 dense(),
             ),
             norms(2),
         ),
-        defaults={**BIASED, "head_dim": 128, "gating": True, "layer_types": patterns.all_of("full_attention")},
+        defaults={
+            **BIASED,
+            "head_dim": 128,
+            "gating": True,
+            "layer_types": patterns.all_of("full_attention"),
+        },
     ),
     "llama4_text": Architecture(
         blocks=(
             chunked,
-            choose(patterns.llama4, moe("intermediate_size", extra=(one_shared("intermediate_size"),)), dense("intermediate_size_mlp")),
+            choose(
+                patterns.llama4,
+                moe("intermediate_size", extra=(one_shared("intermediate_size"),)),
+                dense("intermediate_size_mlp"),
+            ),
             norms(2),
         ),
         defaults={
@@ -319,7 +433,9 @@ ROWS = {
             m3_attention,
             by_mlp_type(
                 patterns.listed(patterns.every),
-                moe("intermediate_size", extra=(shared("shared_intermediate_size", counted=False),)),
+                moe(
+                    "intermediate_size", extra=(shared("shared_intermediate_size", counted=False),)
+                ),
                 dense("dense_intermediate_size"),
             ),
             norms(2),
@@ -338,12 +454,22 @@ ROWS = {
             gated_per_layer,
             by_mlp_type(
                 patterns.step3_layers,
-                moe(extra=(shared("shared_expert_intermediate_size", counted=False, bias="mlp_bias"),)),
+                moe(
+                    extra=(
+                        shared("shared_expert_intermediate_size", counted=False, bias="mlp_bias"),
+                    )
+                ),
                 dense(bias="mlp_bias"),
             ),
             norms(2),
         ),
-        defaults={**BIASED, "head_dim": 128, "gating": True, "mlp_bias": False, "layer_types": patterns.all_of("full_attention")},
+        defaults={
+            **BIASED,
+            "head_dim": 128,
+            "gating": True,
+            "mlp_bias": False,
+            "layer_types": patterns.all_of("full_attention"),
+        },
         overrides=step3_sliding,
     ),
 }

@@ -1,4 +1,6 @@
-"""Inkling: relative position logits, short convolutions everywhere, shared experts that enter the router's normaliser."""
+"""Inkling: relative position logits, short convolutions everywhere, shared experts that enter the
+router's normaliser.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +15,31 @@ A = Part.ATTENTION
 
 
 def sizes(f: Fields) -> tuple[int, int, int, int | None, int]:
-    """(heads, key-value heads, head size, window, positions with a relative logit); sliding layers have fields of their own."""
+    """(heads, key-value heads, head size, window, positions with a relative logit); sliding layers
+    have fields of their own.
+    """
     if layer_type(f) == "sliding_attention":
         span = f.size("sliding_window")
-        return f.size("swa_num_attention_heads"), f.size("swa_num_key_value_heads"), f.size("swa_head_dim"), span, span
-    return f.size("num_attention_heads"), f.size("num_key_value_heads"), f.size("head_dim"), None, f.size("rel_extent")
+        return (
+            f.size("swa_num_attention_heads"),
+            f.size("swa_num_key_value_heads"),
+            f.size("swa_head_dim"),
+            span,
+            span,
+        )
+    return (
+        f.size("num_attention_heads"),
+        f.size("num_key_value_heads"),
+        f.size("head_dim"),
+        None,
+        f.size("rel_extent"),
+    )
 
 
 def relative_attention(f: Fields) -> Pieces:
-    """Grouped-query attention with a learned logit for each distance, from ``d_rel`` channels per head."""
+    """Grouped-query attention with a learned logit for each distance, from ``d_rel`` channels per
+    head.
+    """
     heads, kv, dim, span, extent = sizes(f)
     d, relative = width(f), f.size("d_rel")
     return (
@@ -44,7 +62,12 @@ def attention1(f: Fields) -> Pieces:
 
 def sink_moe(f: Fields) -> Pieces:
     """The router scores shared experts too: they run always, and take part in the normalisation."""
-    d, size, (experts, run), copies = width(f), f.size("moe_intermediate_size"), used(f), f.size("n_shared_experts", 0)
+    d, size, (experts, run), copies = (
+        width(f),
+        f.size("moe_intermediate_size"),
+        used(f),
+        f.size("n_shared_experts", 0),
+    )
     return (
         linear(Part.ROUTER, "router", d, experts + copies),
         vector(Part.ROUTER, "global_scale", 1),
@@ -59,7 +82,10 @@ def scaled_dense(f: Fields) -> Pieces:
 
 def stream_convs(f: Fields) -> Pieces:
     kernel = f.size("conv_kernel_size")
-    return (conv(Part.OTHER, "attention_conv", width(f), kernel), conv(Part.OTHER, "feed_forward_conv", width(f), kernel))
+    return (
+        conv(Part.OTHER, "attention_conv", width(f), kernel),
+        conv(Part.OTHER, "feed_forward_conv", width(f), kernel),
+    )
 
 
 def embed_norm(f: Fields) -> Pieces:
@@ -67,7 +93,9 @@ def embed_norm(f: Fields) -> Pieces:
 
 
 def attention2(f: Fields) -> Pieces:
-    """Inkling 2: output gate, data-dependent sinks and clipped queries; full layers convolve with weights read from the input."""
+    """Inkling 2: output gate, data-dependent sinks and clipped queries; full layers convolve with
+    weights read from the input.
+    """
     heads, kv, dim, _, _ = sizes(f)
     d, kernel, full = width(f), f.size("conv_kernel_size"), layer_type(f) == "full_attention"
 
@@ -87,8 +115,12 @@ def attention2(f: Fields) -> Pieces:
 
 
 def block_residuals(f: Fields) -> Pieces:
-    """Attention over the outputs of earlier blocks of layers: a query vector per input, three in full layers (queries, keys, values)."""
-    inputs = (3 if layer_type(f) == "full_attention" else 1) if not f.mark(patterns.first_only) else 0
+    """Attention over the outputs of earlier blocks of layers: a query vector per input, three in
+    full layers (queries, keys, values).
+    """
+    inputs = (
+        (3 if layer_type(f) == "full_attention" else 1) if not f.mark(patterns.first_only) else 0
+    )
     return (vector(Part.OTHER, "block_residual_queries", (inputs + 1) * width(f)),)
 
 
@@ -98,9 +130,16 @@ def norms2(f: Fields) -> Pieces:
 
 def local_types(f: Fields) -> list[str]:
     if f.find("local_layer_ids") is None:
-        f.note("layer_types", "full_attention in every sixth layer, else sliding_attention (no layer_types)")
-    local = set(f.numbers("local_layer_ids", [layer for layer in range(f.num_layers) if (layer + 1) % 6]))
-    return ["sliding_attention" if layer in local else "full_attention" for layer in range(f.num_layers)]
+        f.note(
+            "layer_types",
+            "full_attention in every sixth layer, else sliding_attention (no layer_types)",
+        )
+    local = set(
+        f.numbers("local_layer_ids", [layer for layer in range(f.num_layers) if (layer + 1) % 6])
+    )
+    return [
+        "sliding_attention" if layer in local else "full_attention" for layer in range(f.num_layers)
+    ]
 
 
 def leading(f: Fields) -> list[bool]:
@@ -109,15 +148,26 @@ def leading(f: Fields) -> list[bool]:
 
 
 def published_names(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where there is a ``dense_intermediate_size``, ``intermediate_size`` is the width of an expert."""
+    """Where there is a ``dense_intermediate_size``, ``intermediate_size`` is the width of an
+    expert.
+    """
     dense_size = values.get("dense_intermediate_size")
     if dense_size is None:
         return values
-    return {**values, "moe_intermediate_size": values.get("intermediate_size"), "intermediate_size": dense_size}
+    return {
+        **values,
+        "moe_intermediate_size": values.get("intermediate_size"),
+        "intermediate_size": dense_size,
+    }
 
 
 inkling = Architecture(
-    blocks=(attention1, choose(patterns.by_mlp_type(leading), sink_moe, scaled_dense), norms(2), stream_convs),
+    blocks=(
+        attention1,
+        choose(patterns.by_mlp_type(leading), sink_moe, scaled_dense),
+        norms(2),
+        stream_convs,
+    ),
     defaults={"layer_types": local_types},
     top=top(may_tie=False, extra=(embed_norm,)),
     prepare=published_names,

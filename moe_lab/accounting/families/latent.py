@@ -1,7 +1,20 @@
 """Multi-head latent attention outside DeepSeek: GLM-4.7-Flash, GLM-5 and Mistral Large 4."""
 
 from moe_lab.accounting import formulas, patterns
-from moe_lab.accounting.blocks import by_type, choose, dense, indexer, layer_type, mla, moe, norms, shared, shares_selection, top, width
+from moe_lab.accounting.blocks import (
+    by_type,
+    choose,
+    dense,
+    indexer,
+    layer_type,
+    mla,
+    moe,
+    norms,
+    shared,
+    shares_selection,
+    top,
+    width,
+)
 from moe_lab.accounting.families.deepseek import BASE, deepseek_v3, deepseek_v32, hyper_connections
 from moe_lab.accounting.families.linear import kimi_delta, kimi_raw
 from moe_lab.accounting.fields import Fields
@@ -14,8 +27,14 @@ def pooled_indexer(f: Fields) -> Pieces:
     pieces, dim, stride = indexer(f), f.size("index_head_dim"), f.size("index_kpool")
     if not pieces:
         return ()
-    pool = (vector(Part.ATTENTION, "indexer.pool_bias", stride * dim), linear(Part.ATTENTION, "indexer.pool_gate", width(f), dim))
-    strided = (piece._replace(kernel=piece.kernel._replace(stride=stride)) if piece.kernel else piece for piece in pieces)
+    pool = (
+        vector(Part.ATTENTION, "indexer.pool_bias", stride * dim),
+        linear(Part.ATTENTION, "indexer.pool_gate", width(f), dim),
+    )
+    strided = (
+        piece._replace(kernel=piece.kernel._replace(stride=stride)) if piece.kernel else piece
+        for piece in pieces
+    )
     return (*strided, *pool)  # type: ignore[arg-type]
 
 
@@ -23,12 +42,18 @@ def borrows_latent(f: Fields) -> list[bool]:
     """Which layers read the key-value latent of an earlier one (``kv_source_layers``)."""
     sources = f.numbers("kv_source_layers", range(f.num_layers))
     if len(sources) != f.num_layers:
-        raise ConfigError(expected(f"kv_source_layers with num_hidden_layers = {f.num_layers} entries", len(sources)))
+        raise ConfigError(
+            expected(
+                f"kv_source_layers with num_hidden_layers = {f.num_layers} entries", len(sources)
+            )
+        )
     return [source != layer for layer, source in enumerate(sources)]
 
 
 def rotary_layers(f: Fields) -> list[bool]:
-    """``no_rope_layers`` has 1 where there are rotary positions; without it every ``no_rope_layer_interval``-th layer has none."""
+    """``no_rope_layers`` has 1 where there are rotary positions; without it every
+    ``no_rope_layer_interval``-th layer has none.
+    """
     if f.find("no_rope_layers") is not None:
         return [bool(mark) for mark in f.per_layer("no_rope_layers")]
     step = f.size("no_rope_layer_interval")
@@ -36,17 +61,38 @@ def rotary_layers(f: Fields) -> list[bool]:
 
 
 def large4_attention(f: Fields) -> Pieces:
-    """Latent attention without a query latent; some layers have no rotary part, some share the latent of an earlier layer."""
-    d, heads, rank, v = width(f), f.size("num_attention_heads"), f.size("kv_lora_rank"), f.size("v_head_dim")
+    """Latent attention without a query latent; some layers have no rotary part, some share the
+    latent of an earlier layer.
+    """
+    d, heads, rank, v = (
+        width(f),
+        f.size("num_attention_heads"),
+        f.size("kv_lora_rank"),
+        f.size("v_head_dim"),
+    )
     nope, rope = f.size("qk_nope_head_dim", 0), f.size("qk_rope_head_dim", 0)
     rotary = f.mark(rotary_layers)
     split = (nope, rope) if rotary else (nope + rope, 0)
     return (
         *formulas.mla_query(d, heads, None, nope + rope),
-        *formulas.mla_kv(d, heads, rank, *split, v, bias=f.flag("attention_bias"), latent=not f.mark(borrows_latent)),
+        *formulas.mla_kv(
+            d,
+            heads,
+            rank,
+            *split,
+            v,
+            bias=f.flag("attention_bias"),
+            latent=not f.mark(borrows_latent),
+        ),
         vector(Part.ATTENTION, "softmax_scale", 2 * heads),
         *large4_indexer(f),
-        formulas.mla_scores(heads, rank, *split, v, top=f.size("index_topk") if layer_type(f) == "indexed_attention" else None),
+        formulas.mla_scores(
+            heads,
+            rank,
+            *split,
+            v,
+            top=f.size("index_topk") if layer_type(f) == "indexed_attention" else None,
+        ),
     )
 
 
@@ -66,22 +112,35 @@ glm_moe_dsa = deepseek_v32.but(defaults={"indexer_types": patterns.indexer_types
 
 ROWS = {
     "glm4_moe_lite": deepseek_v3.but(
-        blocks=(mla(), choose(patterns.by_mlp_type(patterns.usual_dense(1)), moe(extra=(shared(),)), dense()), norms(2))
+        blocks=(
+            mla(),
+            choose(patterns.by_mlp_type(patterns.usual_dense(1)), moe(extra=(shared(),)), dense()),
+            norms(2),
+        )
     ),
     "glm_moe_dsa": glm_moe_dsa,
     "glm5_next_text": glm_moe_dsa.but(
         blocks=(
-            by_type({"linear_attention": kimi_delta, "indexed_attention": mla(index=pooled_indexer)}),
+            by_type(
+                {"linear_attention": kimi_delta, "indexed_attention": mla(index=pooled_indexer)}
+            ),
             choose(patterns.by_mlp_type(patterns.usual_dense(3)), moe(extra=(shared(),)), dense()),
             norms(2),
             hyper_connections(2, 1, 3),
         ),
-        defaults={"layer_types": patterns.every_nth_full(4, "linear_attention", "indexed_attention")},
+        defaults={
+            "layer_types": patterns.every_nth_full(4, "linear_attention", "indexed_attention")
+        },
         prepare=kimi_raw,
     ),
     "mistral_large4_text": deepseek_v32.but(
         blocks=(large4_attention, *deepseek_v32.blocks[1:]),
-        defaults={**BASE, "first_k_dense_replace": 1, "no_rope_layer_interval": 4, "indexer_types": patterns.indexer_types},
+        defaults={
+            **BASE,
+            "first_k_dense_replace": 1,
+            "no_rope_layer_interval": 4,
+            "indexer_types": patterns.indexer_types,
+        },
         top=top(),
     ),
 }

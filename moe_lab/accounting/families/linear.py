@@ -5,13 +5,28 @@ from typing import Any
 
 from moe_lab.accounting import formulas, patterns
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import by_type, choose, dense, gate, gqa, heads_of, mla, moe, norms, shared, top, width
+from moe_lab.accounting.blocks import (
+    by_type,
+    choose,
+    dense,
+    gate,
+    gqa,
+    heads_of,
+    mla,
+    moe,
+    norms,
+    shared,
+    top,
+    width,
+)
 from moe_lab.accounting.fields import Fields, nested
 from moe_lab.accounting.parts import Part, Pieces, linear, norm
 
 
 def kimi_delta(f: Fields) -> Pieces:
-    """Decay through a bottleneck of one head's width; the output gate too, unless ``use_full_rank_gate``."""
+    """Decay through a bottleneck of one head's width; the output gate too, unless
+    ``use_full_rank_gate``.
+    """
     return formulas.kda(
         width(f),
         f.size("linear_num_heads"),
@@ -22,7 +37,11 @@ def kimi_delta(f: Fields) -> Pieces:
 
 
 def ling_delta(f: Fields) -> Pieces:
-    sizes = (f.size("linear_num_heads"), f.size("linear_head_dim"), f.size("linear_conv_kernel_dim"))
+    sizes = (
+        f.size("linear_num_heads"),
+        f.size("linear_head_dim"),
+        f.size("linear_conv_kernel_dim"),
+    )
     return formulas.kda(width(f), *sizes, low_rank_decay=False, low_rank_gate=False)
 
 
@@ -39,15 +58,26 @@ def kimi_raw(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def output_gate(f: Fields) -> Pieces:
-    """Kimi K3's latent attention has an output gate of its full width; nothing says so but ``mla_use_output_gate``."""
+    """Kimi K3's latent attention has an output gate of its full width; nothing says so but
+    ``mla_use_output_gate``.
+    """
     if not f.truth("mla_use_output_gate"):
         return ()
     f.note("mla_use_output_gate", "the output gate of latent attention has one value per channel")
-    return (linear(Part.ATTENTION, "gate_proj", width(f), f.size("num_attention_heads") * f.size("v_head_dim")),)
+    return (
+        linear(
+            Part.ATTENTION,
+            "gate_proj",
+            width(f),
+            f.size("num_attention_heads") * f.size("v_head_dim"),
+        ),
+    )
 
 
 def expert_width(f: Fields) -> int:
-    """The stream that the routed experts work in: Kimi K3 narrows it (``routed_expert_hidden_size``)."""
+    """The stream that the routed experts work in: Kimi K3 narrows it
+    (``routed_expert_hidden_size``).
+    """
     return f.size_or("routed_expert_hidden_size", width(f), 1)
 
 
@@ -57,7 +87,11 @@ def latent(f: Fields) -> Pieces:
     if size == d:
         return ()
     ending = (norm("latent.norm", size),) if f.truth("latent_moe_use_norm") else ()
-    return (linear(Part.OTHER, "latent.down", d, size), *ending, linear(Part.OTHER, "latent.up", size, d))
+    return (
+        linear(Part.OTHER, "latent.down", d, size),
+        *ending,
+        linear(Part.OTHER, "latent.up", size, d),
+    )
 
 
 def lightning(f: Fields) -> Pieces:
@@ -68,7 +102,10 @@ def lightning(f: Fields) -> Pieces:
 def minimax_types(f: Fields) -> list[str]:
     """``attn_type_list`` has 0 for lightning and 1 for softmax attention."""
     if f.find("attn_type_list") is not None:
-        return ["full_attention" if mark else "linear_attention" for mark in f.per_layer("attn_type_list")]
+        return [
+            "full_attention" if mark else "linear_attention"
+            for mark in f.per_layer("attn_type_list")
+        ]
     types = ["linear_attention" if layer % 2 else "full_attention" for layer in range(f.num_layers)]
     return patterns.usual_types(f, types, "full_attention and linear_attention in turn")
 
@@ -76,15 +113,28 @@ def minimax_types(f: Fields) -> list[str]:
 kimi_linear = Architecture(
     blocks=(
         by_type({"full_attention": mla(extra=(output_gate,)), "linear_attention": kimi_delta}),
-        choose(patterns.by_mlp_type(patterns.after_dense), moe(d_in=expert_width, extra=(shared(), latent)), dense()),
+        choose(
+            patterns.by_mlp_type(patterns.after_dense),
+            moe(d_in=expert_width, extra=(shared(), latent)),
+            dense(),
+        ),
         norms(2),
     ),
-    defaults={"attention_bias": False, "q_lora_rank": None, "first_k_dense_replace": 1, "layer_types": patterns.kda_types},
+    defaults={
+        "attention_bias": False,
+        "q_lora_rank": None,
+        "first_k_dense_replace": 1,
+        "layer_types": patterns.kda_types,
+    },
     top=top(may_tie=False),
     prepare=kimi_raw,
 )
 minimax = Architecture(
-    blocks=(by_type({"full_attention": gqa(), "linear_attention": lightning}), moe("intermediate_size"), norms(2)),
+    blocks=(
+        by_type({"full_attention": gqa(), "linear_attention": lightning}),
+        moe("intermediate_size"),
+        norms(2),
+    ),
     defaults={
         "tie_word_embeddings": False,
         "num_key_value_heads": patterns.kv_is_heads,

@@ -1,6 +1,8 @@
-"""LongCat-Flash, LongCat-Flash-Lite and LongCat-2.0: two attention blocks and two dense feed-forwards beside one MoE in each layer.
+"""LongCat-Flash, LongCat-Flash-Lite and LongCat-2.0: two attention blocks and two dense
+feed-forwards beside one MoE in each layer.
 
-Zero-computation experts return their input, so a token runs between 0 and K real experts. n-gram tables: arXiv 2601.21204 section 3.
+Zero-computation experts return their input, so a token runs between 0 and K real experts. n-gram
+tables: arXiv 2601.21204 section 3.
 """
 
 from moe_lab.accounting import formulas
@@ -11,13 +13,16 @@ from moe_lab.accounting.parts import Part, Piece, Pieces, Used, linear, norm, pr
 from moe_lab.errors import ConfigError, expected
 
 K_E = "expected_ffn_experts_K_e"
-"""The mean of real experts per token that training aims at: published beside the configuration, not in it."""
+"""The mean of real experts per token that training aims at: published beside the configuration, not
+in it.
+"""
 
 
 def real_experts(f: Fields) -> tuple[int, int, Used]:
     """(real experts, zero-computation experts, real ones that a token runs).
 
-    Without a published mean K_e every expert is taken to be equally loaded, which gives ``K * N / (N + Z)``.
+    Without a published mean K_e every expert is taken to be equally loaded, which gives ``K * N /
+    (N + Z)``.
     """
     real, zero, k = (
         f.size("num_experts"),
@@ -31,7 +36,10 @@ def real_experts(f: Fields) -> tuple[int, int, Used]:
     if f.find(K_E) is None:
         mean = k * real / (real + zero)
         if zero:
-            f.note(K_E, f"{mean:g} real experts per token on average (all {real + zero} experts equally loaded; set {K_E})")
+            f.note(
+                K_E,
+                f"{mean:g} real experts per token on average (all {real + zero} experts equally loaded; set {K_E})",
+            )
     else:
         mean = f.number(K_E)
     if not least <= mean <= most:
@@ -47,7 +55,16 @@ def zero_moe(f: Fields) -> Pieces:
     # transformers 5.23 allocates the gate and up rows of the zero-computation experts too
     phantom = experts[0]._replace(phantom=zero * 2 * d * size)
     k = f.size("num_experts_per_tok")
-    idle = Piece(Part.ZERO_EXPERT, "identity", copies=zero, used=Used(k - run.most, k - run.mean, k - run.least)) if zero else None
+    idle = (
+        Piece(
+            Part.ZERO_EXPERT,
+            "identity",
+            copies=zero,
+            used=Used(k - run.most, k - run.mean, k - run.least),
+        )
+        if zero
+        else None
+    )
     return (router, phantom, *experts[1:], *((idle,) if idle else ()))
 
 
@@ -59,7 +76,9 @@ def index_once(f: Fields) -> Pieces:
     """LongCat-2.0: the first attention block selects tokens, the second takes its selection over."""
     dim = f.size("index_head_dim")
     pieces = formulas.indexer(width(f), f.size("q_lora_rank"), f.size("index_n_heads"), dim)
-    return prefixed("0", tuple(norm(piece.name, dim) if piece.part is Part.NORM else piece for piece in pieces))
+    return prefixed(
+        "0", tuple(norm(piece.name, dim) if piece.part is Part.NORM else piece for piece in pieces)
+    )
 
 
 def sparse_mla(f: Fields) -> Pieces:
@@ -70,12 +89,16 @@ def sparse_mla(f: Fields) -> Pieces:
 
 def dense_module(architecture: Architecture, f: Fields, index: int) -> Pieces:
     """LongCat's MTP module has one attention block and one dense feed-forward."""
-    f.note("mtp", "an MTP module is one attention block, one dense feed-forward, three norms and a projection")
+    f.note(
+        "mtp",
+        "an MTP module is one attention block, one dense feed-forward, three norms and a projection",
+    )
     return mtp_module(f, join(f.at(0), (mla(), dense(), norms(2))))
 
 
 def ngram(neighbours: str, splits: str, ratio: str) -> Block:
-    """(N - 1) * K tables of about ``ratio * vocab_size`` rows, sharing ``hidden_size`` channels, each with a projection to full width.
+    """(N - 1) * K tables of about ``ratio * vocab_size`` rows, sharing ``hidden_size`` channels,
+    each with a projection to full width.
 
     Table i (from 0) has ``int(ratio * vocab_size + 2 i + 1)`` rows.
     """
@@ -84,10 +107,21 @@ def ngram(neighbours: str, splits: str, ratio: str) -> Block:
         d, vocab, factor = width(f), f.size("vocab_size"), f.number(ratio)
         count = (f.size(neighbours, 2, MOST) - 1) * f.size(splits, most=MOST)
         if count > MOST or d % count:
-            raise ConfigError(expected(f"hidden_size divisible by the {count} n-gram tables ({neighbours}, {splits})", d))
+            raise ConfigError(
+                expected(
+                    f"hidden_size divisible by the {count} n-gram tables ({neighbours}, {splits})",
+                    d,
+                )
+            )
         rows = [int(factor * vocab + 2 * table + 1) for table in range(count)]
-        tables = (Piece(Part.NGRAM_TABLE, f"ngram_table_{table}", size * (d // count)) for table, size in enumerate(rows))
-        projections = (linear(Part.NGRAM_PROJECTION, f"ngram_projection_{table}", d // count, d) for table in range(count))
+        tables = (
+            Piece(Part.NGRAM_TABLE, f"ngram_table_{table}", size * (d // count))
+            for table, size in enumerate(rows)
+        )
+        projections = (
+            linear(Part.NGRAM_PROJECTION, f"ngram_projection_{table}", d // count, d)
+            for table in range(count)
+        )
         return (*tables, *projections)
 
     return block
@@ -101,7 +135,9 @@ longcat_flash = Architecture(
 
 ROWS = {
     "longcat_flash": longcat_flash,
-    "longcat_flash_ngram": longcat_flash.but(top=top(extra=(ngram("emb_neighbor_num", "emb_split_num", "ngram_vocab_size_ratio"),))),
+    "longcat_flash_ngram": longcat_flash.but(
+        top=top(extra=(ngram("emb_neighbor_num", "emb_split_num", "ngram_vocab_size_ratio"),))
+    ),
     "longcat2": longcat_flash.but(
         blocks=(twice(sparse_mla), index_once, *longcat_flash.blocks[1:]),
         top=top(extra=(ngram("oe_neighbor_num", "oe_split_num", "oe_vocab_size_ratio"),)),

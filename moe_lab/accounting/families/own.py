@@ -1,6 +1,8 @@
-"""The MoE layers of ``moe_lab.model``, from their plain configuration: no import of torch is needed to count them.
+"""The MoE layers of ``moe_lab.model``, from their plain configuration: no import of torch is needed
+to count them.
 
-``ROUTERS`` says for each router kind what it learns beside its weight matrix, and how many experts a token may run.
+``ROUTERS`` says for each router kind what it learns beside its weight matrix, and how many experts
+a token may run.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +35,8 @@ def flatten_layer(moe: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ experts run
+# ------------------------------------------------------------------------------------------------------------
+# experts run
 
 
 def fixed(f: Fields) -> Used:
@@ -44,7 +47,10 @@ def fixed(f: Fields) -> Used:
 def up_to(f: Fields) -> Used:
     """Each token is cut on its own, at K at the latest; the mean depends on the data."""
     run = fixed(f)
-    f.note("count", f"{run.most:g} experts per token on average (the most that {f.get('kind')} allows; its mean depends on the data)")
+    f.note(
+        "count",
+        f"{run.most:g} experts per token on average (the most that {f.get('kind')} allows; its mean depends on the data)",
+    )
     return Used(1, run.most, run.most)
 
 
@@ -56,10 +62,13 @@ def budget(f: Fields) -> Used:
 
 def some_tokens(f: Fields) -> Used:
     """Mixture of depths: a share of the tokens passes."""
-    return Used(0, f.number("capacity_factor") if f.find("capacity_factor") is not None else 0.125, 1)
+    return Used(
+        0, f.number("capacity_factor") if f.find("capacity_factor") is not None else 0.125, 1
+    )
 
 
-# --------------------------------------------------------------------------------------------------- beside the weight matrix
+# ---------------------------------------------------------------------------------------------------
+# beside the weight matrix
 
 
 def choices(f: Fields) -> int:
@@ -76,7 +85,10 @@ def matrix(f: Fields) -> Pieces:
 
 def with_inkling(f: Fields) -> Pieces:
     gates = f.size_or("num_shared_gates", 1)
-    return (linear(R, "router", width(f), f.size("num_experts") + gates), vector(R, "global_scale", 1))
+    return (
+        linear(R, "router", width(f), f.size("num_experts") + gates),
+        vector(R, "global_scale", 1),
+    )
 
 
 def with_zaya(f: Fields) -> Pieces:
@@ -128,7 +140,10 @@ ROUTERS: dict[str, Kind] = {
     **dict.fromkeys(_PLAIN.split(), Kind()),
     **dict.fromkeys(("hash", "random", "token_lookup"), Kind(none)),
     **dict.fromkeys(("d2dmoe", "top_p", "xmoe"), Kind(used=up_to)),
-    **dict.fromkeys(("expert_choice", "expert_threshold", "quantile_threshold", "remoe", "seq_topk"), Kind(used=budget)),
+    **dict.fromkeys(
+        ("expert_choice", "expert_threshold", "quantile_threshold", "remoe", "seq_topk"),
+        Kind(used=budget),
+    ),
     "dtop_p": Kind(with_vector(one), budget),
     "dynmoe": Kind(with_vector(one, experts_of), budget),
     "gemma": Kind(with_vector(width, experts_of)),
@@ -141,11 +156,14 @@ ROUTERS: dict[str, Kind] = {
 """Router kind -> what it learns, and how many experts a token runs."""
 
 
-# ------------------------------------------------------------------------------------------------------------------ layer
+# ------------------------------------------------------------------------------------------------------------------
+# layer
 
 
 def constants(f: Fields, run: Used) -> Pieces:
-    """MoE++'s constant experts learn a mixture [2, D] and a vector [D]; the other zero-computation experts nothing."""
+    """MoE++'s constant experts learn a mixture [2, D] and a vector [D]; the other zero-computation
+    experts nothing.
+    """
     zero, k = f.size("zero_expert_num", 0), f.size("num_experts_per_tok")
     if not zero:
         return ()
@@ -158,14 +176,23 @@ def constants(f: Fields, run: Used) -> Pieces:
     if not learned:
         return pieces
     d = width(f)
-    return (*pieces, *times((linear(R, "mixture", d, 2), vector(R, "vector", d)), learned, share, Part.ZERO_EXPERT))
+    return (
+        *pieces,
+        *times(
+            (linear(R, "mixture", d, 2), vector(R, "vector", d)), learned, share, Part.ZERO_EXPERT
+        ),
+    )
 
 
 def layer(f: Fields) -> Pieces:
-    """Router, real experts and the projections around them, zero-computation experts, shared experts."""
+    """Router, real experts and the projections around them, zero-computation experts, shared
+    experts.
+    """
     kind = f.text("kind")
     if kind not in ROUTERS:
-        raise ConfigError(expected(f"a router kind with a closed form ({', '.join(sorted(ROUTERS))})", repr(kind)))
+        raise ConfigError(
+            expected(f"a router kind with a closed form ({', '.join(sorted(ROUTERS))})", repr(kind))
+        )
     row = ROUTERS[kind]
     return (*row.learned(f), *routed(f, row.used(f)), *shared()(f))
 
@@ -173,16 +200,28 @@ def layer(f: Fields) -> Pieces:
 def hash_layer(f: Fields) -> Pieces:
     """A hash layer beside layers of any router: a plain matrix that weighs K experts from a table."""
     k = f.size("num_experts_per_tok")
-    return (linear(R, "router", width(f), f.size("num_experts")), *routed(f, Used(k, k, k)), *shared()(f))
+    return (
+        linear(R, "router", width(f), f.size("num_experts")),
+        *routed(f, Used(k, k, k)),
+        *shared()(f),
+    )
 
 
 def routed(f: Fields, run: Used) -> Pieces:
     """Real experts, on the stream or on a latent of it, and zero-computation experts."""
     d, latent = width(f), f.size_or("moe_latent_size", 0)
-    experts = times(gated_ffn(Part.ROUTED, latent or d, f.size("moe_intermediate_size")), f.size("num_experts"), run)
+    experts = times(
+        gated_ffn(Part.ROUTED, latent or d, f.size("moe_intermediate_size")),
+        f.size("num_experts"),
+        run,
+    )
     if not latent:
         return (*experts, *constants(f, run))
-    around = (linear(Part.OTHER, "latent_down", d, latent), norm("latent_norm", latent), linear(Part.OTHER, "latent_up", latent, d))
+    around = (
+        linear(Part.OTHER, "latent_down", d, latent),
+        norm("latent_norm", latent),
+        linear(Part.OTHER, "latent_up", latent, d),
+    )
     return (*experts, *around, *constants(f, run))
 
 

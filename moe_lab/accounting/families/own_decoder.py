@@ -1,4 +1,6 @@
-"""The decoders of ``moe_lab.model``, from their plain configuration: wiring, attention, n-gram tables, multi-token prediction."""
+"""The decoders of ``moe_lab.model``, from their plain configuration: wiring, attention, n-gram
+tables, multi-token prediction.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +15,16 @@ from moe_lab.accounting.parts import Part, Pieces, linear, norm, prefixed
 
 
 def flatten(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``DecoderConfig.to_dict()`` under the names used here. Configurations of before a part existed lack its fields."""
+    """``DecoderConfig.to_dict()`` under the names used here.
+
+    Configurations of before a part existed lack its fields.
+    """
     moe, latent = nested(values, "moe"), nested(values, "latent_attention")
-    index, tables, mtp = nested(values, "sparse_attention"), nested(values, "ngram"), nested(values, "mtp")
+    index, tables, mtp = (
+        nested(values, "sparse_attention"),
+        nested(values, "ngram"),
+        nested(values, "mtp"),
+    )
     flat: dict[str, Any] = {
         "vocab_size": values.get("vocab_size"),
         "num_hidden_layers": values.get("num_layers"),
@@ -46,13 +55,20 @@ def flatten(values: Mapping[str, Any]) -> Mapping[str, Any]:
         "num_nextn_predict_layers": mtp.get("num_modules", 0),
         "mtp_intermediate_size": mtp.get("d_hidden"),
     }
-    d_expert, top_k, copies = moe.get("d_expert"), nested(moe, "router").get("top_k"), moe.get("num_shared_experts", 0)
-    if flat["intermediate_size"] is None and all(isinstance(size, int) for size in (d_expert, top_k, copies)):
+    d_expert, top_k, copies = (
+        moe.get("d_expert"),
+        nested(moe, "router").get("top_k"),
+        moe.get("num_shared_experts", 0),
+    )
+    if flat["intermediate_size"] is None and all(
+        isinstance(size, int) for size in (d_expert, top_k, copies)
+    ):
         flat["intermediate_size"] = d_expert * (top_k + copies)  # type: ignore[operator]
     return {**(flatten_layer(moe) if moe else {}), **flat, "hidden_size": values.get("d_model")}
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# --------------------------------------------------------------------------------------------------------------
+# attention
 
 
 def is_double(f: Fields) -> bool:
@@ -62,12 +78,19 @@ def is_double(f: Fields) -> bool:
 def indexers(f: Fields) -> list[tuple[bool, ...]]:
     """For each layer: which of its attention blocks have an indexer of their own."""
     each, share = 2 if is_double(f) else 1, f.size_or("index_share", 1, 1)
-    return [tuple((each * number + half) % share == 0 for half in range(each)) for number in range(f.num_layers)]
+    return [
+        tuple((each * number + half) % share == 0 for half in range(each))
+        for number in range(f.num_layers)
+    ]
 
 
 def attention(f: Fields) -> Pieces:
     """One attention block over all positions."""
-    return mla(bias=False)(f) if f.find("kv_lora_rank") is not None else gqa(norms=f.text("qk_norm"))(f)
+    return (
+        mla(bias=False)(f)
+        if f.find("kv_lora_rank") is not None
+        else gqa(norms=f.text("qk_norm"))(f)
+    )
 
 
 def sparse_attention(f: Fields, owner: bool) -> Pieces:
@@ -77,7 +100,10 @@ def sparse_attention(f: Fields, owner: bool) -> Pieces:
         return pieces
     rank = f.find("q_lora_rank")
     source = width(f) if rank is None else f.check_size("q_lora_rank", rank)
-    return (*pieces, *formulas.indexer(width(f), source, f.size("index_n_heads"), f.size("index_head_dim")))
+    return (
+        *pieces,
+        *formulas.indexer(width(f), source, f.size("index_n_heads"), f.size("index_head_dim")),
+    )
 
 
 def attentions(f: Fields) -> Pieces:
@@ -85,10 +111,15 @@ def attentions(f: Fields) -> Pieces:
         blocks = [attention(f)] * (2 if is_double(f) else 1)
     else:
         blocks = [sparse_attention(f, owner) for owner in f.mark(indexers)]
-    return tuple(piece for number, pieces in enumerate(blocks) for piece in prefixed(f"attention.{number}", pieces))
+    return tuple(
+        piece
+        for number, pieces in enumerate(blocks)
+        for piece in prefixed(f"attention.{number}", pieces)
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- feed-forward
+# -----------------------------------------------------------------------------------------------------------
+# feed-forward
 
 
 def kinds(f: Fields) -> list[str]:
@@ -98,7 +129,9 @@ def kinds(f: Fields) -> list[str]:
 
 
 def feed_forward(f: Fields) -> Pieces:
-    """A dense or a sparse one; both halves of a double layer have a dense one beside the sparse one."""
+    """A dense or a sparse one; both halves of a double layer have a dense one beside the sparse
+    one.
+    """
     kind = f.mark(kinds)
     sparse = {"dense": lambda _: (), "hash": hash_layer, "sparse": layer}[kind](f)
     if is_double(f):
@@ -110,7 +143,8 @@ def layer_norms(f: Fields) -> Pieces:
     return norms(4 if is_double(f) else 2)(f)
 
 
-# ----------------------------------------------------------------------------------------------------- tables, prediction
+# -----------------------------------------------------------------------------------------------------
+# tables, prediction
 
 tables = ngram("ngram_max_n", "ngram_splits", "ngram_ratio")
 
@@ -126,24 +160,35 @@ def memory(f: Fields) -> Pieces:
     if f.find("ngram_max_n") is None or not f.mark(places):
         return ()
     d = width(f)
-    gate = (linear(Part.NGRAM_PROJECTION, "ngram_key", d, d), norm("ngram_query_norm", d), norm("ngram_key_norm", d))
+    gate = (
+        linear(Part.NGRAM_PROJECTION, "ngram_key", d, d),
+        norm("ngram_query_norm", d),
+        norm("ngram_key_norm", d),
+    )
     return (*tables(f), *gate)
 
 
 def beside_embedding(f: Fields) -> Pieces:
-    amplified = (norm("embedding_norm", width(f), bias=True),) if f.text("amplification") == "norm" else ()
+    amplified = (
+        (norm("embedding_norm", width(f), bias=True),) if f.text("amplification") == "norm" else ()
+    )
     whole = f.find("ngram_max_n") is not None and not f.numbers("ngram_layers")
     return (*amplified, *(tables(f) if whole else ()))
 
 
 def module(architecture: Architecture, f: Fields, index: int) -> Pieces:
     """A multi-token-prediction module: one attention over all positions, one dense feed-forward."""
-    size = "intermediate_size" if f.find("mtp_intermediate_size") is None else "mtp_intermediate_size"
+    size = (
+        "intermediate_size" if f.find("mtp_intermediate_size") is None else "mtp_intermediate_size"
+    )
     return mtp_module(f, (*attention(f), *dense(size)(f), *norms(2)(f)))
 
 
 ROWS = {
     "moe_lab": Architecture(
-        blocks=(attentions, feed_forward, layer_norms, memory), top=top(extra=(beside_embedding,)), mtp=module, prepare=flatten
+        blocks=(attentions, feed_forward, layer_norms, memory),
+        top=top(extra=(beside_embedding,)),
+        mtp=module,
+        prepare=flatten,
     )
 }

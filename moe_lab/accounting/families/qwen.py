@@ -1,10 +1,25 @@
-"""Qwen: MoE with and without a gated shared expert, hybrids with Gated DeltaNet, and the n-gram memory of Qwen4."""
+"""Qwen: MoE with and without a gated shared expert, hybrids with Gated DeltaNet, and the n-gram
+memory of Qwen4.
+"""
 
 import math
 
 from moe_lab.accounting import formulas, patterns
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import Block, by_type, choose, delta_net, dense, gqa, moe, norms, shared, shared_gate, top, width
+from moe_lab.accounting.blocks import (
+    Block,
+    by_type,
+    choose,
+    delta_net,
+    dense,
+    gqa,
+    moe,
+    norms,
+    shared,
+    shared_gate,
+    top,
+    width,
+)
 from moe_lab.accounting.fields import Fields
 from moe_lab.accounting.parts import Index, Part, Piece, Pieces, conv, linear, norm
 from moe_lab.errors import ConfigError, expected
@@ -14,11 +29,19 @@ STEPS = {"decoder_sparse_step": 1, "mlp_only_layers": (), "tie_word_embeddings":
 gated_shared = (shared("shared_expert_intermediate_size", counted=False), shared_gate)
 
 qwen3_moe = Architecture(
-    blocks=(gqa(bias="attention_bias", norms="head"), choose(patterns.sparse_step, moe(), dense()), norms(2)),
+    blocks=(
+        gqa(bias="attention_bias", norms="head"),
+        choose(patterns.sparse_step, moe(), dense()),
+        norms(2),
+    ),
     defaults={**STEPS, "attention_bias": False},
 )
 qwen2_moe = Architecture(
-    blocks=(gqa(bias="qkv_bias", out_bias=False), choose(patterns.sparse_step, moe(extra=gated_shared), dense()), norms(2)),
+    blocks=(
+        gqa(bias="qkv_bias", out_bias=False),
+        choose(patterns.sparse_step, moe(extra=gated_shared), dense()),
+        norms(2),
+    ),
     defaults={**STEPS, "qkv_bias": True},
 )
 
@@ -43,17 +66,28 @@ qwen3_next = Architecture(
 qwen3_5_moe = qwen3_next.but(blocks=(hybrid, moe(extra=gated_shared), norms(2)))
 
 
-# ------------------------------------------------------------------------------------------------------------- Qwen4 (exp)
+# -------------------------------------------------------------------------------------------------------------
+# Qwen4 (exp)
 
 
 def block_indexer(f: Fields) -> Pieces:
-    """Scores blocks of ``indexer_compress_ratio`` positions; attention reads ``indexer_budget`` positions of the best ones."""
-    heads, keys, dim = f.size("indexer_n_heads"), f.size("indexer_kv_heads"), f.size("indexer_head_dim")
+    """Scores blocks of ``indexer_compress_ratio`` positions; attention reads ``indexer_budget``
+    positions of the best ones.
+    """
+    heads, keys, dim = (
+        f.size("indexer_n_heads"),
+        f.size("indexer_kv_heads"),
+        f.size("indexer_head_dim"),
+    )
     return (
         linear(Part.ATTENTION, "indexer.qk_proj", width(f), (heads + keys) * dim),
         norm("indexer.q_norm", dim),
         norm("indexer.k_norm", dim),
-        Piece(Part.ATTENTION, "indexer.scores", kernel=Index(heads, dim, f.size("indexer_compress_ratio"))),
+        Piece(
+            Part.ATTENTION,
+            "indexer.scores",
+            kernel=Index(heads, dim, f.size("indexer_compress_ratio")),
+        ),
     )
 
 
@@ -81,7 +115,9 @@ def gated_residual(name: str, *, inject: bool = True) -> Block:
 def memories(f: Fields) -> list[int | None]:
     """Which n-gram memory each layer has: ``ple_layer_ids`` counts layers from 1."""
     listed: list[int] = sorted(set(f.numbers("ple_layer_ids")))
-    return [listed.index(layer) if layer in listed else None for layer in range(1, f.num_layers + 1)]
+    return [
+        listed.index(layer) if layer in listed else None for layer in range(1, f.num_layers + 1)
+    ]
 
 
 def memory(f: Fields) -> Pieces:
@@ -92,7 +128,9 @@ def memory(f: Fields) -> Pieces:
     d, streams = width(f), f.size("hc_count")
     wide, channels = d * streams, f.size("ple_embed_dim")
     return (
-        Piece(Part.NGRAM_TABLE, "ple.ngram_table", ngram_rows(f, index) * _channels_each(f, channels)),
+        Piece(
+            Part.NGRAM_TABLE, "ple.ngram_table", ngram_rows(f, index) * _channels_each(f, channels)
+        ),
         linear(Part.NGRAM_PROJECTION, "ple.key_proj", channels, wide),
         linear(Part.NGRAM_PROJECTION, "ple.value_proj", channels, d),
         *(norm(f"ple.norm_{name}", wide) for name in ("key", "query", "conv")),
@@ -112,8 +150,14 @@ def _channels_each(f: Fields, channels: int) -> int:
 
 
 def ngram_rows(f: Fields, memory_index: int) -> int:
-    """Each hash head has a prime number of rows: the primes from ``ngram_vocab_size_base`` on, all memories in one sequence."""
-    heads, base, multiple = _heads(f), f.size("ngram_vocab_size_base", most=10**10), f.size("make_ngram_vocab_size_divisible_by")
+    """Each hash head has a prime number of rows: the primes from ``ngram_vocab_size_base`` on, all
+    memories in one sequence.
+    """
+    heads, base, multiple = (
+        _heads(f),
+        f.size("ngram_vocab_size_base", most=10**10),
+        f.size("make_ngram_vocab_size_divisible_by"),
+    )
     primes, candidate = [], base
     while len(primes) < (memory_index + 1) * heads:
         if is_prime(candidate):
@@ -123,12 +167,22 @@ def ngram_rows(f: Fields, memory_index: int) -> int:
 
 
 def is_prime(number: int) -> bool:
-    return number == 2 or (number > 1 and number % 2 == 1 and all(number % divisor for divisor in range(3, math.isqrt(number) + 1, 2)))
+    return number == 2 or (
+        number > 1
+        and number % 2 == 1
+        and all(number % divisor for divisor in range(3, math.isqrt(number) + 1, 2))
+    )
 
 
 qwen4_exp = Architecture(
     blocks=(
-        by_type({"linear_attention": delta_net, "full_attention": indexed_gated, "indexed_attention": indexed_gated}),
+        by_type(
+            {
+                "linear_attention": delta_net,
+                "full_attention": indexed_gated,
+                "indexed_attention": indexed_gated,
+            }
+        ),
         moe(extra=gated_shared),
         memory,
         gated_residual("attn_hc"),
@@ -137,7 +191,9 @@ qwen4_exp = Architecture(
     defaults={
         **HYBRID,
         "tie_word_embeddings": False,
-        "layer_types": patterns.every_nth_full("full_attention_interval", "linear_attention", "indexed_attention"),
+        "layer_types": patterns.every_nth_full(
+            "full_attention_interval", "linear_attention", "indexed_attention"
+        ),
         "ple_embed_dim": width,
     },
     top=top(final_norm=False, extra=(gated_residual("final_hc", inject=False),)),

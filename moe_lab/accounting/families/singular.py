@@ -6,20 +6,46 @@ from typing import Any
 
 from moe_lab.accounting import formulas, patterns
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import choose, dense, gate, gqa, heads_of, layer_type, moe, norms, top, used, width
+from moe_lab.accounting.blocks import (
+    choose,
+    dense,
+    gate,
+    gqa,
+    heads_of,
+    layer_type,
+    moe,
+    norms,
+    top,
+    used,
+    width,
+)
 from moe_lab.accounting.blocks import window as sliding
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS
 from moe_lab.accounting.fields import Fields
-from moe_lab.accounting.parts import Attend, Part, Piece, Pieces, Used, conv, linear, norm, times, vector
+from moe_lab.accounting.parts import (
+    Attend,
+    Part,
+    Piece,
+    Pieces,
+    Used,
+    conv,
+    linear,
+    norm,
+    times,
+    vector,
+)
 
 A = Part.ATTENTION
 
 
-# ----------------------------------------------------------------------------------------------------------------- ZAYA
+# -----------------------------------------------------------------------------------------------------------------
+# ZAYA
 
 
 def zaya_attention(f: Fields) -> Pieces:
-    """Compressed convolutional attention: a depthwise and a grouped convolution over queries and keys, half of each value delayed."""
+    """Compressed convolutional attention: a depthwise and a grouped convolution over queries and
+    keys, half of each value delayed.
+    """
     d, (heads, kv, dim) = width(f), heads_of(f)
     channels, bias, span = (heads + kv) * dim, f.flag("attention_bias"), f.size("cca_time1")
     return (
@@ -36,9 +62,14 @@ def zaya_attention(f: Fields) -> Pieces:
 
 
 def zaya_moe(f: Fields) -> Pieces:
-    """Top-1 of the experts and one class that skips them; the router is an MLP on a narrow state that runs through the layers."""
+    """Top-1 of the experts and one class that skips them; the router is an MLP on a narrow state
+    that runs through the layers.
+    """
     d, rank, (experts, run) = width(f), f.size("router_hidden_size"), used(f)
-    f.note("skip", "no token takes the skip class (its share is learned; the published active parameters assume none)")
+    f.note(
+        "skip",
+        "no token takes the skip class (its share is learned; the published active parameters assume none)",
+    )
     state = (vector(Part.ROUTER, "state_scale", rank),) if not f.mark(patterns.first_only) else ()
     router = (
         linear(Part.ROUTER, "down_proj", d, rank, True),
@@ -49,7 +80,10 @@ def zaya_moe(f: Fields) -> Pieces:
         linear(Part.ROUTER, "out_proj", rank, experts + 1),
     )
     size = f.size("moe_intermediate_size")
-    return (*router, *times(formulas.gated_ffn(Part.ROUTED, d, size), experts, Used(0, run.mean, run.most)))
+    return (
+        *router,
+        *times(formulas.gated_ffn(Part.ROUTED, d, size), experts, Used(0, run.mean, run.most)),
+    )
 
 
 def zaya_scales(f: Fields) -> Pieces:
@@ -69,15 +103,21 @@ zaya = Architecture(
         "cca_time1": 2,
         "layer_types": patterns.all_of("full_attention"),
     },
-    top=top(head_bias="lm_head_bias", extra=(lambda f: (vector(Part.OTHER, "input_scale", 2 * width(f)),),)),
+    top=top(
+        head_bias="lm_head_bias",
+        extra=(lambda f: (vector(Part.OTHER, "input_scale", 2 * width(f)),),),
+    ),
 )
 
 
-# ---------------------------------------------------------------------------------------------------------- JetMoe, Doge
+# ----------------------------------------------------------------------------------------------------------
+# JetMoe, Doge
 
 
 def jet_attention(f: Fields) -> Pieces:
-    """Query and output projections are experts with a router; keys and values are shared by all of them."""
+    """Query and output projections are experts with a router; keys and values are shared by all of
+    them.
+    """
     d, kv, dim = width(f), f.size("num_key_value_heads"), f.size("head_dim")
     experts, run = used(f)
     expert = (linear(A, "q_proj", d, kv * dim), linear(A, "o_proj", kv * dim, d))
@@ -132,21 +172,33 @@ doge = Architecture(
 )
 
 
-# --------------------------------------------------------------------------------------------------------------- Gemma 4
+# ---------------------------------------------------------------------------------------------------------------
+# Gemma 4
 
 
 def gemma_types(f: Fields) -> list[str]:
     last = f.num_layers - 1
-    types = ["full_attention" if layer % 6 == 5 or layer == last else "sliding_attention" for layer in range(f.num_layers)]
-    return patterns.usual_types(f, types, "full_attention in every sixth layer and the last, else sliding_attention")
+    types = [
+        "full_attention" if layer % 6 == 5 or layer == last else "sliding_attention"
+        for layer in range(f.num_layers)
+    ]
+    return patterns.usual_types(
+        f, types, "full_attention in every sixth layer and the last, else sliding_attention"
+    )
 
 
 def gemma_wide(f: Fields) -> Mapping[int, Mapping[str, Any]]:
-    """Full-attention layers have their own head size and, where keys serve as values, their own number of key-value heads."""
+    """Full-attention layers have their own head size and, where keys serve as values, their own
+    number of key-value heads.
+    """
     wide: dict[str, Any] = {"head_dim": f.size("global_head_dim")}
     if f.find("num_global_key_value_heads") is not None and f.flag("attention_k_eq_v"):
         wide["num_key_value_heads"] = f.size("num_global_key_value_heads")
-    return {layer: wide for layer, kind in enumerate(f.per_layer("layer_types")) if kind == "full_attention"}
+    return {
+        layer: wide
+        for layer, kind in enumerate(f.per_layer("layer_types"))
+        if kind == "full_attention"
+    }
 
 
 def borrows_cache(f: Fields) -> list[bool]:
@@ -156,7 +208,11 @@ def borrows_cache(f: Fields) -> list[bool]:
 
 
 def gemma_attention(f: Fields, may_borrow: bool = True) -> Pieces:
-    heads, kv, dim = f.size("num_attention_heads"), f.size("num_key_value_heads"), f.size("head_dim")
+    heads, kv, dim = (
+        f.size("num_attention_heads"),
+        f.size("num_key_value_heads"),
+        f.size("head_dim"),
+    )
     inside, bias = layer_type(f) == "sliding_attention", f.flag("attention_bias")
     values = inside or not f.flag("attention_k_eq_v")
     kernel = Attend(heads, dim, dim, window=sliding(f))
@@ -169,22 +225,34 @@ def gemma_attention(f: Fields, may_borrow: bool = True) -> Pieces:
 
 def gemma_ffn(f: Fields) -> Pieces:
     double = 2 if f.truth("use_double_wide_mlp") and f.mark(borrows_cache) else 1
-    return (*formulas.gated_ffn(Part.DENSE, width(f), double * f.size("intermediate_size")), *norms(2)(f))
+    return (
+        *formulas.gated_ffn(Part.DENSE, width(f), double * f.size("intermediate_size")),
+        *norms(2)(f),
+    )
 
 
 def gemma_moe(f: Fields) -> Pieces:
     """Experts beside the dense feed-forward, with a scaled router and three norms of their own."""
     d, (experts, _) = width(f), used(f)
-    scales = (vector(Part.ROUTER, "router.scale", d), vector(Part.ROUTER, "router.expert_scale", experts))
+    scales = (
+        vector(Part.ROUTER, "router.scale", d),
+        vector(Part.ROUTER, "router.expert_scale", experts),
+    )
     return (*gemma_ffn(f), *moe()(f), *scales, *norms(3)(f))
 
 
 def layer_embedding(f: Fields) -> Pieces:
-    """Per-layer embeddings (Gemma 3n): each layer gates a narrow vector of its token into the stream."""
+    """Per-layer embeddings (Gemma 3n): each layer gates a narrow vector of its token into the
+    stream.
+    """
     d, narrow = width(f), f.size_or("hidden_size_per_layer_input", 0)
     if not narrow:
         return ()
-    return (linear(Part.OTHER, "per_layer.gate", d, narrow), linear(Part.OTHER, "per_layer.projection", narrow, d), norm("per_layer", d))
+    return (
+        linear(Part.OTHER, "per_layer.gate", d, narrow),
+        linear(Part.OTHER, "per_layer.projection", narrow, d),
+        norm("per_layer", d),
+    )
 
 
 def layer_tables(f: Fields) -> Pieces:
@@ -193,7 +261,9 @@ def layer_tables(f: Fields) -> Pieces:
         return ()
     wide = f.num_layers * narrow
     return (
-        Piece(Part.NGRAM_TABLE, "embed_tokens_per_layer", f.size("vocab_size_per_layer_input") * wide),
+        Piece(
+            Part.NGRAM_TABLE, "embed_tokens_per_layer", f.size("vocab_size_per_layer_input") * wide
+        ),
         linear(Part.NGRAM_PROJECTION, "per_layer_model_projection", width(f), wide),
         norm("per_layer_projection_norm", narrow),
     )
@@ -222,10 +292,14 @@ gemma4 = Architecture(
 def self_conditioning(f: Fields) -> Pieces:
     """Diffusion: the previous step's prediction enters through a norm and a gated feed-forward."""
     d = width(f)
-    return (norm("self_conditioning.norm", d), *formulas.gated_ffn(Part.OTHER, d, f.size("intermediate_size")))
+    return (
+        norm("self_conditioning.norm", d),
+        *formulas.gated_ffn(Part.OTHER, d, f.size("intermediate_size")),
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ Muse Spark
+# ------------------------------------------------------------------------------------------------------------
+# Muse Spark
 
 
 def muse_width(f: Fields) -> int:
@@ -233,10 +307,16 @@ def muse_width(f: Fields) -> int:
 
 
 def muse_latent(f: Fields) -> Pieces:
-    """Experts that work in a narrower stream: down, a norm on either side of the experts, and up again."""
+    """Experts that work in a narrower stream: down, a norm on either side of the experts, and up
+    again.
+    """
     d, size = width(f), muse_width(f)
     inside = (norm("latent.norm_before", size), norm("latent.norm_after", size))
-    return (linear(Part.OTHER, "latent.down", d, size), *inside, linear(Part.OTHER, "latent.up", size, d))
+    return (
+        linear(Part.OTHER, "latent.down", d, size),
+        *inside,
+        linear(Part.OTHER, "latent.up", size, d),
+    )
 
 
 def muse_gates(f: Fields) -> Pieces:
@@ -245,14 +325,24 @@ def muse_gates(f: Fields) -> Pieces:
 
 def muse_types(f: Fields) -> list[str]:
     last = f.num_layers - 1
-    f.note("layer_types", "full_attention in every fourth layer, counted from the last (no layer_types)")
-    return ["sliding_attention" if (last - layer) % 4 else "full_attention" for layer in range(f.num_layers)]
+    f.note(
+        "layer_types",
+        "full_attention in every fourth layer, counted from the last (no layer_types)",
+    )
+    return [
+        "sliding_attention" if (last - layer) % 4 else "full_attention"
+        for layer in range(f.num_layers)
+    ]
 
 
 muse_spark = Architecture(
     blocks=(
         gqa(bias="attention_bias", extra=(gate("width"),)),
-        choose(patterns.by_mlp_type(patterns.every), moe(d_in=muse_width, extra=(muse_latent,)), dense()),
+        choose(
+            patterns.by_mlp_type(patterns.every),
+            moe(d_in=muse_width, extra=(muse_latent,)),
+            dense(),
+        ),
         norms(3),
         muse_gates,
     ),

@@ -1,17 +1,33 @@
-"""Hybrids of attention and state spaces or short convolutions: Jamba, Bamba, Granite 4, Nemotron-H, LFM2."""
+"""Hybrids of attention and state spaces or short convolutions: Jamba, Bamba, Granite 4, Nemotron-H,
+LFM2.
+"""
 
 import math
 
 from moe_lab.accounting import formulas, patterns
 from moe_lab.accounting.architecture import Architecture, mtp_module
-from moe_lab.accounting.blocks import by_type, choose, dense, flag, gqa, join, moe, norms, shared, top, width
+from moe_lab.accounting.blocks import (
+    by_type,
+    choose,
+    dense,
+    flag,
+    gqa,
+    join,
+    moe,
+    norms,
+    shared,
+    top,
+    width,
+)
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
 from moe_lab.accounting.fields import Fields
 from moe_lab.accounting.parts import Part, Pieces, linear
 
 
 def mamba(f: Fields) -> Pieces:
-    """Jamba's Mamba-1 layer; the rank of dt is ``hidden_size / 16`` rounded up unless the configuration says otherwise."""
+    """Jamba's Mamba-1 layer; the rank of dt is ``hidden_size / 16`` rounded up unless the
+    configuration says otherwise.
+    """
     rank = f.get("mamba_dt_rank")
     rank = math.ceil(width(f) / 16) if rank == "auto" else f.check_size("mamba_dt_rank", rank)
     return formulas.mamba1(
@@ -56,11 +72,16 @@ def latent_projections(f: Fields) -> Pieces:
     if f.find("routed_expert_hidden_size") is None:
         return ()
     bias = f.flag("mlp_bias")
-    return (linear(Part.OTHER, "latent.down", d, size, bias), linear(Part.OTHER, "latent.up", size, d, bias))
+    return (
+        linear(Part.OTHER, "latent.down", d, size, bias),
+        linear(Part.OTHER, "latent.up", size, d, bias),
+    )
 
 
 def nemotron_mlp(f: Fields) -> Pieces:
-    return formulas.plain_ffn(Part.DENSE, width(f), f.size("intermediate_size"), flag(f, "mlp_bias"))
+    return formulas.plain_ffn(
+        Part.DENSE, width(f), f.size("intermediate_size"), flag(f, "mlp_bias")
+    )
 
 
 def short_conv(f: Fields) -> Pieces:
@@ -72,21 +93,45 @@ def granite_experts(f: Fields) -> list[bool]:
 
 
 def nemotron_module(architecture: Architecture, f: Fields, index: int) -> Pieces:
-    """An MTP module has a block for each entry of ``mtp_layers_block_type`` (attention and experts unless it says otherwise)."""
+    """An MTP module has a block for each entry of ``mtp_layers_block_type`` (attention and experts
+    unless it says otherwise).
+    """
     kinds = ["full_attention", "moe"]
     if f.find("mtp_hybrid_override_pattern") is not None:
         kinds = patterns.nemotron_marks(f.text("mtp_hybrid_override_pattern"))
     kinds = [str(kind) for kind in f.optional("mtp_layers_block_type", kinds)]
-    f.note("mtp", f"an MTP module is {' and '.join(kinds)}, three norms and a projection (the form of DeepSeek-V3)")
-    own = {**f.values, "layer_types": list(kinds), "num_hidden_layers": len(kinds), "num_nextn_predict_layers": 0}
-    inner = Fields({key: value for key, value in own.items() if key != "layers_block_type"}, f.family, f.defaults)
-    return mtp_module(f, tuple(piece for layer in range(len(kinds)) for piece in join(inner.at(layer), architecture.blocks)))
+    f.note(
+        "mtp",
+        f"an MTP module is {' and '.join(kinds)}, three norms and a projection (the form of DeepSeek-V3)",
+    )
+    own = {
+        **f.values,
+        "layer_types": list(kinds),
+        "num_hidden_layers": len(kinds),
+        "num_nextn_predict_layers": 0,
+    }
+    inner = Fields(
+        {key: value for key, value in own.items() if key != "layers_block_type"},
+        f.family,
+        f.defaults,
+    )
+    return mtp_module(
+        f,
+        tuple(
+            piece
+            for layer in range(len(kinds))
+            for piece in join(inner.at(layer), architecture.blocks)
+        ),
+    )
 
 
 nemotron_moe = moe(
     gated=False,
     d_in=nemotron_latent,
-    extra=(shared("shared_expert_intermediate_size", counted=False, gated=False, bias="mlp_bias"), latent_projections),
+    extra=(
+        shared("shared_expert_intermediate_size", counted=False, gated=False, bias="mlp_bias"),
+        latent_projections,
+    ),
 )
 granite_shared = shared("shared_expert_intermediate_size", counted=False)
 MAMBA2 = {"mamba_proj_bias": False, "mamba_conv_bias": True}
@@ -108,8 +153,18 @@ ROWS = {
         },
     ),
     "bamba": Architecture(
-        blocks=(by_type({"full_attention": gqa(bias="attention_bias"), "linear_attention": mamba2}), dense(bias="mlp_bias"), norms(2)),
-        defaults={**BIASED, **KV_IS_HEADS, **MAMBA2, "mlp_bias": False, "layer_types": patterns.bamba_types},
+        blocks=(
+            by_type({"full_attention": gqa(bias="attention_bias"), "linear_attention": mamba2}),
+            dense(bias="mlp_bias"),
+            norms(2),
+        ),
+        defaults={
+            **BIASED,
+            **KV_IS_HEADS,
+            **MAMBA2,
+            "mlp_bias": False,
+            "layer_types": patterns.bamba_types,
+        },
     ),
     "granitemoehybrid": Architecture(
         blocks=(
@@ -118,11 +173,23 @@ ROWS = {
             granite_shared,
             norms(2),
         ),
-        defaults={**BIASED, **KV_IS_HEADS, **MAMBA2, "layer_types": patterns.all_of("linear_attention")},
+        defaults={
+            **BIASED,
+            **KV_IS_HEADS,
+            **MAMBA2,
+            "layer_types": patterns.all_of("linear_attention"),
+        },
     ),
     "nemotron_h": Architecture(
         blocks=(
-            by_type({"full_attention": gqa(), "linear_attention": nemotron_mamba, "moe": nemotron_moe, "mlp": nemotron_mlp}),
+            by_type(
+                {
+                    "full_attention": gqa(),
+                    "linear_attention": nemotron_mamba,
+                    "moe": nemotron_moe,
+                    "mlp": nemotron_mlp,
+                }
+            ),
             norms(1),
         ),
         defaults={

@@ -1,6 +1,8 @@
-"""Does compute follow difficulty? Identity-controlled association, its nulls and intervals, and what a marginal expert gains.
+"""Does compute follow difficulty? Identity-controlled association, its nulls and intervals, and
+what a marginal expert gains.
 
-``worlds`` simulates routers of known answer; what needs a model (``marginal_gain``) is imported from its module when it is called for.
+``worlds`` simulates routers of known answer; what needs a model (``marginal_gain``) is imported
+from its module when it is called for.
 """
 
 from typing import TYPE_CHECKING
@@ -16,9 +18,15 @@ from moe_lab.analysis.difficulty.verdict import DifficultyVerdict
 from moe_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from moe_lab.analysis.difficulty.gain import gain_association, marginal_gain, reallocation_regret
+    from moe_lab.analysis.difficulty.gain import (
+        gain_association,
+        marginal_gain,
+        reallocation_regret,
+    )
 
-__getattr__ = on_first_use(__name__, {"gain": ("gain_association", "marginal_gain", "reallocation_regret")})  # torch
+__getattr__ = on_first_use(
+    __name__, {"gain": ("gain_association", "marginal_gain", "reallocation_regret")}
+)  # torch
 
 __all__ = [
     "LEARNABILITY",

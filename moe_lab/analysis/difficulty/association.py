@@ -1,9 +1,11 @@
-"""``difficulty_association``: does compute follow difficulty, once the identity of the token is held fixed? Per layer and alignment.
+"""``difficulty_association``: does compute follow difficulty, once the identity of the token is
+held fixed? Per layer and alignment.
 
-Compute and difficulty are replaced by mid-ranks and correlated three times: as they are (Spearman's rho), within strata of classes, and,
-the headline, within token ids: both rank rows less what the id explains. For ``align="target"`` both the id that went in and the id that
-was to come out are taken out, since a router may look up either. Intervals come from resampling documents. Specification of the
-statistics: docs/difficulty.md.
+Compute and difficulty are replaced by mid-ranks and correlated three times: as they are (Spearman's
+rho), within strata of classes, and, the headline, within token ids: both rank rows less what the id
+explains. For ``align="target"`` both the id that went in and the id that was to come out are taken
+out, since a router may look up either. Intervals come from resampling documents. Specification of
+the statistics: docs/difficulty.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +17,29 @@ import numpy as np
 import polars as pl
 
 from moe_lab.analysis.bootstrap import Floats
-from moe_lab.analysis.difficulty.interval import Bootstrap, Interval, false_discovery, moments, naive_interval
-from moe_lab.analysis.difficulty.ranks import LevelShift, Order, RankShift, somers_d, standard_ranks, xi
-from moe_lab.analysis.difficulty.tokens import MIN_DOCUMENT_TOKENS, Align, Aligned, LayerTokens, align, layers_of
+from moe_lab.analysis.difficulty.interval import (
+    Bootstrap,
+    Interval,
+    false_discovery,
+    moments,
+    naive_interval,
+)
+from moe_lab.analysis.difficulty.ranks import (
+    LevelShift,
+    Order,
+    RankShift,
+    somers_d,
+    standard_ranks,
+    xi,
+)
+from moe_lab.analysis.difficulty.tokens import (
+    MIN_DOCUMENT_TOKENS,
+    Align,
+    Aligned,
+    LayerTokens,
+    align,
+    layers_of,
+)
 from moe_lab.analysis.difficulty.verdict import MARGIN, MIN_DOCUMENTS, Evidence, judge
 from moe_lab.analysis.difficulty.within import Ints, Within, joint_code
 from moe_lab.config import require
@@ -42,35 +64,41 @@ def difficulty_association(
     include_first: bool = False,
     details: bool = False,
 ) -> pl.DataFrame:
-    """Rank correlation of compute with difficulty for each layer under both alignments, and a verdict in words.
+    """Rank correlation of compute with difficulty for each layer under both alignments, and a
+    verdict in words.
 
     Args:
-        frame: [layer, doc, pos, token_id, <compute>, <difficulty>], one row per layer and token; class columns ``lexer``, ``freq_band``,
-            ``subword`` and ``copy`` are used where they are there. Rows may come in any order. A difficulty that is null or NaN leaves
-            the token out.
-        difficulty: the column of the token's difficulty, in any unit (only its ranks count), measured without the studied model.
+        frame: [layer, doc, pos, token_id, <compute>, <difficulty>], one row per layer and token;
+            class columns ``lexer``, ``freq_band``, ``subword`` and ``copy`` are used where they are
+            there. Rows may come in any order. A difficulty that is null or NaN leaves the token
+            out.
+        difficulty: the column of the token's difficulty, in any unit (only its ranks count),
+            measured without the studied model.
         seed: of the resampling.
         compute: the column of compute: ``ffn_count``, or any other notion of it.
         resamples, level: of the document bootstrap.
         margin: correlations within plus or minus this are no material association.
         strata: class columns of ``rho_strata``; without any, frequency band x position.
-        pool_below: compare ids seen less often than this within their stratum, not with themselves. By default every id is compared with
-            itself alone, and an id seen once says nothing.
+        pool_below: compare ids seen less often than this within their stratum, not with themselves.
+            By default every id is compared with itself alone, and an id seen once says nothing.
         min_documents: fewer documents than this are not judged.
-        min_document_tokens: shorter documents are left out (unless they hold more than half of all tokens).
+        min_document_tokens: shorter documents are left out (unless they hold more than half of all
+            tokens).
         include_first: also use position 0 of each document, which often is an attention sink.
         details: also return the columns after ``note``.
 
     Returns:
-        [layer, align, rho_raw, rho_strata, rho_token, rho_token_lo, rho_token_hi, p, q, verdict, n_tokens, n_docs, note]: ``p`` is of no
-        association within token ids, ``q`` its false discovery rate over all rows, ``n_tokens`` the tokens that ``rho_token`` rests on
-        and ``note`` the reason of the verdict. In a static layer the correlations are null and the verdict says so; where compute is
-        a function of the token id, ``rho_token`` is 0.
-        With ``details`` also ends of the intervals of ``rho_raw`` and ``rho_strata``, ``rho_document`` (within token id and document) and
-        ``rho_lexer`` (within token id and lexer class) with theirs, the naive interval of ``rho_token`` that takes tokens for
-        independent, ``somers_d`` and ``xi`` of compute on difficulty, ``identity_share`` and ``frequency_share`` (variance of compute
-        explained by token ids, and the part of that which their frequency explains), ``n_alone`` (tokens whose id occurs once) and
-        ``n_missing`` (without a difficulty).
+        [layer, align, rho_raw, rho_strata, rho_token, rho_token_lo, rho_token_hi, p, q, verdict,
+        n_tokens, n_docs, note]: ``p`` is of no association within token ids, ``q`` its false
+        discovery rate over all rows, ``n_tokens`` the tokens that ``rho_token`` rests on and
+        ``note`` the reason of the verdict. In a static layer the correlations are null and the
+        verdict says so; where compute is a function of the token id, ``rho_token`` is 0. With
+        ``details`` also ends of the intervals of ``rho_raw`` and ``rho_strata``, ``rho_document``
+        (within token id and document) and ``rho_lexer`` (within token id and lexer class) with
+        theirs, the naive interval of ``rho_token`` that takes tokens for independent, ``somers_d``
+        and ``xi`` of compute on difficulty, ``identity_share`` and ``frequency_share`` (variance of
+        compute explained by token ids, and the part of that which their frequency explains),
+        ``n_alone`` (tokens whose id occurs once) and ``n_missing`` (without a difficulty).
 
     Raises:
         AnalysisError: columns are missing or a (doc, pos) comes twice in a layer.
@@ -78,10 +106,23 @@ def difficulty_association(
     require(0 < level < 1, "a level between 0 and 1", level)
     require(resamples >= 100, "at least 100 resamples", resamples)
     require(0 < margin < 1, "a margin between 0 and 1", margin)
-    measured = list(_measure(frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first, (resamples, seed, level)))
+    measured = list(
+        _measure(
+            frame,
+            difficulty,
+            compute,
+            strata,
+            pool_below,
+            min_document_tokens,
+            include_first,
+            (resamples, seed, level),
+        )
+    )
     qs = false_discovery(np.array([one.token.p for one in measured]))
     rows = [one.row(float(q), margin, min_documents) for one, q in zip(measured, qs, strict=True)]
-    result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS, orient="row").with_columns(pl.col(pl.Float64).fill_nan(None))
+    result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS, orient="row").with_columns(
+        pl.col(pl.Float64).fill_nan(None)
+    )
     return result if details else result.select(*_SCHEMA)
 
 
@@ -125,13 +166,37 @@ class Measured:
         verdict, note = judge(evidence, margin, min_documents)
         naive = naive_interval(self.token.value, tokens)
         lexer = self.lexer or Interval.missing()
-        values: dict[str, object] = {"layer": self.layer, "align": self.aligned.align.value, "rho_raw": self.raw.value}
+        values: dict[str, object] = {
+            "layer": self.layer,
+            "align": self.aligned.align.value,
+            "rho_raw": self.raw.value,
+        }
         values |= {"rho_strata": self.strata.value, "rho_token": self.token.value}
-        values |= {"rho_token_lo": self.token.lo, "rho_token_hi": self.token.hi, "p": self.token.p, "q": q}
-        values |= {"verdict": verdict.value, "n_tokens": tokens, "n_docs": self.aligned.num_documents, "note": note}
-        for name, one in (("raw", self.raw), ("strata", self.strata), ("document", self.document), ("lexer", lexer)):
+        values |= {
+            "rho_token_lo": self.token.lo,
+            "rho_token_hi": self.token.hi,
+            "p": self.token.p,
+            "q": q,
+        }
+        values |= {
+            "verdict": verdict.value,
+            "n_tokens": tokens,
+            "n_docs": self.aligned.num_documents,
+            "note": note,
+        }
+        for name, one in (
+            ("raw", self.raw),
+            ("strata", self.strata),
+            ("document", self.document),
+            ("lexer", lexer),
+        ):
             values |= {f"rho_{name}": one.value, f"rho_{name}_lo": one.lo, f"rho_{name}_hi": one.hi}
-        values |= {"rho_token_naive_lo": naive[0], "rho_token_naive_hi": naive[1], "somers_d": self.somers_d, "xi": self.xi}
+        values |= {
+            "rho_token_naive_lo": naive[0],
+            "rho_token_naive_hi": naive[1],
+            "somers_d": self.somers_d,
+            "xi": self.xi,
+        }
         values |= {"identity_share": self.identity_share, "frequency_share": self.frequency_share}
         return values | {"n_alone": self.num_alone, "n_missing": self.aligned.num_missing}
 
@@ -162,13 +227,19 @@ class Pairing:
     @cached_property
     def by_lexer(self) -> Within | None:
         lexer = self.aligned.lexer
-        return None if lexer is None else Within((*self.by_token.codes[:-1], joint_code([self.by_token.codes[-1], lexer])))
+        return (
+            None
+            if lexer is None
+            else Within((*self.by_token.codes[:-1], joint_code([self.by_token.codes[-1], lexer])))
+        )
 
     @cached_property
     def left(self) -> dict[str, Floats]:
         """Ranks of difficulty within each grouping."""
         groups = {"strata": self.by_strata, "token": self.by_token, "lexer": self.by_lexer}
-        left = {name: group.residual(self.ranks) for name, group in groups.items() if group is not None}
+        left = {
+            name: group.residual(self.ranks) for name, group in groups.items() if group is not None
+        }
         return left | {"raw": self.ranks, "document": self.within_documents(left["token"])}
 
     @cached_property
@@ -177,8 +248,14 @@ class Pairing:
 
     @cached_property
     def shifted_squares(self) -> dict[str, Floats]:
-        """[D] twice what each document does through the ranks to the sum of squares of a row of ``left``."""
-        return {name: 2 * self.shift.per_document(row) for name, row in self.left.items() if name in ("raw", "strata", "token")}
+        """[D] twice what each document does through the ranks to the sum of squares of a row of
+        ``left``.
+        """
+        return {
+            name: 2 * self.shift.per_document(row)
+            for name, row in self.left.items()
+            if name in ("raw", "strata", "token")
+        }
 
     def within_documents(self, values: Floats) -> Floats:
         lengths = np.diff(np.append(self.aligned.starts, len(values)))
@@ -201,11 +278,16 @@ def pairings(
     min_document_tokens: int = MIN_DOCUMENT_TOKENS,
     include_first: bool = False,
 ) -> Iterator[tuple[LayerTokens, Pairing]]:
-    """Each layer under each alignment; layers that differ in compute alone share one ``Pairing`` object."""
+    """Each layer under each alignment; layers that differ in compute alone share one ``Pairing``
+    object.
+    """
     kept: tuple[Floats, dict[Align, Pairing]] | None = None
     for tokens in layers_of(frame, difficulty, compute, strata, min_document_tokens):
         if kept is None or kept[0] is not tokens.difficulty:
-            kept = tokens.difficulty, {how: Pairing(align(tokens, how, include_first), pool_below) for how in Align}
+            kept = (
+                tokens.difficulty,
+                {how: Pairing(align(tokens, how, include_first), pool_below) for how in Align},
+            )
         for how in Align:
             yield tokens, kept[1][how]
 
@@ -221,7 +303,9 @@ def _measure(
     bootstrap: tuple[int, int, float],
 ) -> Iterator[Measured]:
     drawn: dict[int, Bootstrap] = {}
-    for tokens, pairing in pairings(frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first):
+    for tokens, pairing in pairings(
+        frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first
+    ):
         documents = pairing.aligned.num_documents
         if documents not in drawn:
             drawn = {documents: Bootstrap(documents, *bootstrap)}
@@ -286,8 +370,12 @@ def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Meas
         raw=interval("raw", y),
         strata=interval("strata", pairing.by_strata.residual(y)),
         token=zero if fixed else interval("token", y_token, inflation),
-        document=zero if fixed else interval("document", pairing.within_documents(y_token), inflation),
-        lexer=None if fixed or pairing.by_lexer is None else interval("lexer", pairing.by_lexer.residual(y), pairing.by_lexer.inflation),
+        document=zero
+        if fixed
+        else interval("document", pairing.within_documents(y_token), inflation),
+        lexer=None
+        if fixed or pairing.by_lexer is None
+        else interval("lexer", pairing.by_lexer.residual(y), pairing.by_lexer.inflation),
         static=None,
         identity_share=identity_share,
         frequency_share=frequency_share,
@@ -320,7 +408,8 @@ def standard_level_ranks(levels: Ints) -> Floats:
 
 
 def _shares(y: Floats, pairing: Pairing) -> tuple[float, float]:
-    """Share of the variance of compute that token ids explain (omega squared), and of that the share of a smooth function of frequency.
+    """Share of the variance of compute that token ids explain (omega squared), and of that the
+    share of a smooth function of frequency.
 
     Of the ids that went in and the ids that were to come out, those that explain more.
     """
@@ -353,7 +442,21 @@ _SCHEMA: dict[str, Any] = (
 )
 _DETAILS: dict[str, Any] = (
     dict.fromkeys(("rho_raw_lo", "rho_raw_hi", "rho_strata_lo", "rho_strata_hi"), pl.Float64())
-    | {f"rho_{name}{end}": pl.Float64() for name in ("document", "lexer") for end in ("", "_lo", "_hi")}
-    | dict.fromkeys(("rho_token_naive_lo", "rho_token_naive_hi", "somers_d", "xi", "identity_share", "frequency_share"), pl.Float64())
+    | {
+        f"rho_{name}{end}": pl.Float64()
+        for name in ("document", "lexer")
+        for end in ("", "_lo", "_hi")
+    }
+    | dict.fromkeys(
+        (
+            "rho_token_naive_lo",
+            "rho_token_naive_hi",
+            "somers_d",
+            "xi",
+            "identity_share",
+            "frequency_share",
+        ),
+        pl.Float64(),
+    )
     | {"n_alone": pl.Int64(), "n_missing": pl.Int64()}
 )

@@ -1,7 +1,9 @@
-"""Routers that look at nothing, at the token id alone, or at the position alone, with the marginals of the router that is judged.
+"""Routers that look at nothing, at the token id alone, or at the position alone, with the marginals
+of the router that is judged.
 
-Each token takes the compute of a token drawn from the other half of the documents: any (random), one of the same id (lookup), or one at a
-similar position. What the analysis says of these is what it says of a router that knows nothing of difficulty.
+Each token takes the compute of a token drawn from the other half of the documents: any (random),
+one of the same id (lookup), or one at a similar position. What the analysis says of these is what
+it says of a router that knows nothing of difficulty.
 """
 
 from enum import StrEnum
@@ -21,8 +23,16 @@ class Baseline(StrEnum):
     POSITION = "position only"
 
 
-def baseline_router(frame: pl.DataFrame | pl.LazyFrame, kind: Baseline | str, *, compute: str = "ffn_count", seed: int = 0) -> pl.DataFrame:
-    """[layer, doc, pos, <compute>]: what the baseline spends on each token; a layer's tokens all come from the same draw."""
+def baseline_router(
+    frame: pl.DataFrame | pl.LazyFrame,
+    kind: Baseline | str,
+    *,
+    compute: str = "ffn_count",
+    seed: int = 0,
+) -> pl.DataFrame:
+    """[layer, doc, pos, <compute>]: what the baseline spends on each token; a layer's tokens all
+    come from the same draw.
+    """
     blank = frame.lazy().with_columns(pl.lit(0.0).alias("__no_difficulty"))
     parts = []
     for number, tokens in enumerate(layers_of(blank, "__no_difficulty", compute, None, 0)):
@@ -32,13 +42,23 @@ def baseline_router(frame: pl.DataFrame | pl.LazyFrame, kind: Baseline | str, *,
             Baseline.POSITION: np.frexp(tokens.pos.astype(np.float64))[1].astype(np.int64),
         }[Baseline(kind)]
         spent = drawn_from_other_half(tokens.compute, tokens.doc, key, seed + number)
-        keys = {"layer": np.full(len(spent), tokens.layer), "doc": tokens.doc, "pos": tokens.pos, "token_id": tokens.token_id}
+        keys = {
+            "layer": np.full(len(spent), tokens.layer),
+            "doc": tokens.doc,
+            "pos": tokens.pos,
+            "token_id": tokens.token_id,
+        }
         parts.append(pl.DataFrame(keys | {compute: spent}))
     return pl.concat(parts)
 
 
 def baseline_association(
-    frame: pl.DataFrame | pl.LazyFrame, difficulty: str, seed: int = 0, *, compute: str = "ffn_count", resamples: int = 1000
+    frame: pl.DataFrame | pl.LazyFrame,
+    difficulty: str,
+    seed: int = 0,
+    *,
+    compute: str = "ffn_count",
+    resamples: int = 1000,
 ) -> pl.DataFrame:
     """``difficulty_association`` of the three baselines: [router, ...its columns].
 
@@ -53,13 +73,17 @@ def baseline_association(
     for kind in Baseline:
         routed = baseline_router(lazy, kind, compute=compute, seed=seed)
         joined = routed.join(hard.cast(dict.fromkeys(keys, pl.Int64)), on=keys)
-        table = difficulty_association(joined, "__difficulty", seed, compute=compute, resamples=resamples)
+        table = difficulty_association(
+            joined, "__difficulty", seed, compute=compute, resamples=resamples
+        )
         tables.append(table.select(pl.lit(kind.value).alias("router"), pl.all()))
     return pl.concat(tables)
 
 
 def drawn_from_other_half(values: Floats, doc: Ints, key: Ints, seed: int) -> Floats:
-    """[n] value of a random token with the same key in the other half of the documents; of any token there where the key is not."""
+    """[n] value of a random token with the same key in the other half of the documents; of any
+    token there where the key is not.
+    """
     generator = np.random.default_rng(seed)
     documents = joint_code([doc])
     half = (generator.permutation(int(documents.max(initial=0)) + 1) % 2)[documents]
@@ -73,5 +97,7 @@ def drawn_from_other_half(values: Floats, doc: Ints, key: Ints, seed: int) -> Fl
         first, last = (np.searchsorted(ordered, key[own], edge) for edge in ("left", "right"))
         unknown = first == last
         first[unknown], last[unknown] = 0, len(by_key)
-        drawn[own] = values[by_key[first + (generator.random(len(own)) * (last - first)).astype(np.int64)]]
+        drawn[own] = values[
+            by_key[first + (generator.random(len(own)) * (last - first)).astype(np.int64)]
+        ]
     return drawn

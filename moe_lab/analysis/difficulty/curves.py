@@ -1,6 +1,8 @@
-"""The shape of the dependence: mean compute by tenth of difficulty, raw and within token ids, and conditional mutual information.
+"""The shape of the dependence: mean compute by tenth of difficulty, raw and within token ids, and
+conditional mutual information.
 
-A rank correlation sees a slope; a router that spends least on the very hardest tokens has a curve that bends, which these show.
+A rank correlation sees a slope; a router that spends least on the very hardest tokens has a curve
+that bends, which these show.
 """
 
 from collections.abc import Sequence
@@ -19,14 +21,20 @@ RARE_BELOW = 30
 
 
 def difficulty_curves(
-    frame: pl.DataFrame | pl.LazyFrame, difficulty: str, seed: int = 0, *, compute: str = "ffn_count", resamples: int = 1000
+    frame: pl.DataFrame | pl.LazyFrame,
+    difficulty: str,
+    seed: int = 0,
+    *,
+    compute: str = "ffn_count",
+    resamples: int = 1000,
 ) -> pl.DataFrame:
     """Mean compute by tenth of difficulty, with 95 % intervals from resampling documents.
 
     Returns:
-        [layer, align, decile, n_tokens, mean, lo, hi, within, within_lo, within_hi]: ``mean`` over the tokens of a tenth of difficulty;
-        ``within`` over those of a tenth of how hard the token is for its id (rank residual), of compute less its mean over the id plus
-        the mean over all. Deciles count from 0, the easiest; tied difficulties share one. Static layers have no rows.
+        [layer, align, decile, n_tokens, mean, lo, hi, within, within_lo, within_hi]: ``mean`` over
+        the tokens of a tenth of difficulty; ``within`` over those of a tenth of how hard the token
+        is for its id (rank residual), of compute less its mean over the id plus the mean over all.
+        Deciles count from 0, the easiest; tied difficulties share one. Static layers have no rows.
     """
     require(resamples >= 1, "at least 1 resample", resamples)
     frames = []
@@ -36,31 +44,63 @@ def difficulty_curves(
         if not len(spent) or spent.min() == spent.max():
             continue
         if id(pairing) not in bins:
-            # A pairing is kept alive with its bins: ids of objects that are gone are given out again.
+            # A pairing is kept alive with its bins: ids of objects that are gone are given out
+            # again.
             bins = {key: value for key, value in bins.items() if len(bins) < 2}
-            bins[id(pairing)] = pairing.order.quantile_bins(BINS), Order.of(pairing.left["token"]).quantile_bins(BINS)
+            bins[id(pairing)] = (
+                pairing.order.quantile_bins(BINS),
+                Order.of(pairing.left["token"]).quantile_bins(BINS),
+            )
         raw, hard = bins[id(pairing)]
         within = pairing.by_token.residual(spent) + spent.mean()
         columns = _binned(raw, spent, pairing, "mean", ("lo", "hi"), resamples, seed)
-        columns |= _binned(hard, within, pairing, "within", ("within_lo", "within_hi"), resamples, seed)
+        columns |= _binned(
+            hard, within, pairing, "within", ("within_lo", "within_hi"), resamples, seed
+        )
         decile = np.arange(BINS)
         counts = np.bincount(raw, minlength=BINS)
-        one = pl.DataFrame({"decile": decile, "n_tokens": counts, **columns}).filter(pl.Series(counts > 0))
-        names = pl.lit(tokens.layer, pl.Int64).alias("layer"), pl.lit(pairing.aligned.align.value).alias("align")
+        one = pl.DataFrame({"decile": decile, "n_tokens": counts, **columns}).filter(
+            pl.Series(counts > 0)
+        )
+        names = (
+            pl.lit(tokens.layer, pl.Int64).alias("layer"),
+            pl.lit(pairing.aligned.align.value).alias("align"),
+        )
         frames.append(one.select(*names, pl.all()))
-    schema = {"layer": pl.Int64, "align": pl.String, "decile": pl.Int64, "n_tokens": pl.Int64} | dict.fromkeys(_CURVES, pl.Float64)
-    return pl.concat([pl.DataFrame(schema=schema), *frames]).with_columns(pl.col(pl.Float64).fill_nan(None))
+    schema = {
+        "layer": pl.Int64,
+        "align": pl.String,
+        "decile": pl.Int64,
+        "n_tokens": pl.Int64,
+    } | dict.fromkeys(_CURVES, pl.Float64)
+    return pl.concat([pl.DataFrame(schema=schema), *frames]).with_columns(
+        pl.col(pl.Float64).fill_nan(None)
+    )
 
 
 _CURVES = ("mean", "lo", "hi", "within", "within_lo", "within_hi")
 
 
-def _binned(bins: Ints, values: Floats, pairing: Pairing, name: str, ends: tuple[str, str], resamples: int, seed: int) -> dict[str, Floats]:
+def _binned(
+    bins: Ints,
+    values: Floats,
+    pairing: Pairing,
+    name: str,
+    ends: tuple[str, str],
+    resamples: int,
+    seed: int,
+) -> dict[str, Floats]:
     documents = pairing.aligned.num_documents
     code = pairing.aligned.doc * BINS + bins
-    counts, sums = (np.bincount(code, weights=w, minlength=documents * BINS).reshape(documents, BINS) for w in (None, values))
+    counts, sums = (
+        np.bincount(code, weights=w, minlength=documents * BINS).reshape(documents, BINS)
+        for w in (None, values)
+    )
     total = np.maximum(counts.sum(axis=0), 1)
-    drawn = [_ratio(weights @ sums, weights @ counts) for weights in document_weights(documents, resamples, seed)]
+    drawn = [
+        _ratio(weights @ sums, weights @ counts)
+        for weights in document_weights(documents, resamples, seed)
+    ]
     low, high = np.nanquantile(np.concatenate(drawn), [0.025, 0.975], axis=0)
     return {name: sums.sum(axis=0) / total, ends[0]: low, ends[1]: high}
 
@@ -78,14 +118,17 @@ def difficulty_information(
     shuffles: int = 5,
     strata: Sequence[str] | None = None,
 ) -> pl.DataFrame:
-    """Mutual information of compute and difficulty given the token id, in nats per token, with the bias of finite samples taken out.
+    """Mutual information of compute and difficulty given the token id, in nats per token, with the
+    bias of finite samples taken out.
 
-    Ids seen fewer than 30 times are pooled within their stratum. Entropies carry Miller's and Madow's correction (Miller 1955); what is
-    left of the bias is the mean of the same number over shuffles of difficulty within each id. (Shuffles ignore that tokens of a document
-    go together, so they give no p value.)
+    Ids seen fewer than 30 times are pooled within their stratum. Entropies carry Miller's and
+    Madow's correction (Miller 1955); what is left of the bias is the mean of the same number over
+    shuffles of difficulty within each id. (Shuffles ignore that tokens of a document go together,
+    so they give no p value.)
 
     Returns:
-        [layer, align, information, null_mean, null_max, excess]: ``excess = information - null_mean``, near 0 where nothing is known.
+        [layer, align, information, null_mean, null_max, excess]: ``excess = information -
+            null_mean``, near 0 where nothing is known.
         Null in static layers and where compute takes more than ``MAX_LEVELS`` values.
     """
     require(shuffles >= 1, "at least 1 shuffle", shuffles)
@@ -103,7 +146,12 @@ def difficulty_information(
                 last = shared[how] = (pairing, *_conditioned(pairing, shuffles, seed))
             _, group, deciles = last
             found, *null = (conditional_information(group, decile, levels) for decile in deciles)
-            row |= {"information": found, "null_mean": float(np.mean(null)), "null_max": max(null), "excess": found - float(np.mean(null))}
+            row |= {
+                "information": found,
+                "null_mean": float(np.mean(null)),
+                "null_max": max(null),
+                "excess": found - float(np.mean(null)),
+            }
         rows.append(row)
     floats = dict.fromkeys(("information", "null_mean", "null_max", "excess"), pl.Float64)
     return pl.DataFrame(rows, schema={"layer": pl.Int64, "align": pl.String} | floats)
@@ -113,8 +161,12 @@ def _conditioned(pairing: Pairing, shuffles: int, seed: int) -> tuple[Ints, list
     """The groups to condition on, the deciles of difficulty, and shuffles of them within groups."""
     ids = pairing.aligned.token_ids[-1]
     rare = np.bincount(ids)[ids] < RARE_BELOW
-    group = joint_code([np.where(rare, int(ids.max()) + 1 + joint_code([pairing.aligned.strata]), ids)])
-    short = group.astype(np.uint16) if group.max() < 2**16 else group  # numpy sorts 16-bit numbers in linear time
+    group = joint_code(
+        [np.where(rare, int(ids.max()) + 1 + joint_code([pairing.aligned.strata]), ids)]
+    )
+    short = (
+        group.astype(np.uint16) if group.max() < 2**16 else group
+    )  # numpy sorts 16-bit numbers in linear time
     decile = pairing.order.quantile_bins(BINS)
     generator = np.random.default_rng(seed)
     by_group = np.argsort(short, kind="stable")
@@ -131,9 +183,15 @@ def conditional_information(group: Ints, x: Ints, y: Ints) -> float:
     """``I(x; y | group)`` in nats from counts, with Miller's and Madow's correction in each group."""
     width, depth = int(x.max()) + 1, int(y.max()) + 1
     size = int(group.max()) + 1
-    table = np.bincount((group * width + x) * depth + y, minlength=size * width * depth).reshape(size, width, depth)
+    table = np.bincount((group * width + x) * depth + y, minlength=size * width * depth).reshape(
+        size, width, depth
+    )
     joint, by_x, by_y, alone = table, table.sum(axis=2), table.sum(axis=1), table.sum(axis=(1, 2))
-    plug_in = _entropy_sum(by_x, alone) + _entropy_sum(by_y, alone) - _entropy_sum(joint.reshape(size, -1), alone)
+    plug_in = (
+        _entropy_sum(by_x, alone)
+        + _entropy_sum(by_y, alone)
+        - _entropy_sum(joint.reshape(size, -1), alone)
+    )
     kinds = [np.count_nonzero(counts.reshape(size, -1), axis=1) for counts in (by_x, by_y, joint)]
     correction = ((kinds[0] + kinds[1] - kinds[2] - 1)[alone > 0] / 2).sum()
     return float((plug_in + correction) / len(x))

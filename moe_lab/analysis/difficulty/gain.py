@@ -1,9 +1,11 @@
-"""What one more expert is worth, token by token: the same model with a little less and a little more compute for everybody.
+"""What one more expert is worth, token by token: the same model with a little less and a little
+more compute for everybody.
 
-The only causal arm of the analysis. A bias is added to the real experts of every layer before selection, so that the mean ``ffn_count`` of
-a layer moves by ``step`` either way; nothing else changes. The marginal gain of a token is its loss with less minus its loss with more. A
-router spends where it matters if tokens that it gives more also gain more; its regret is what could be saved by moving compute between
-tokens at an equal total.
+The only causal arm of the analysis. A bias is added to the real experts of every layer before
+selection, so that the mean ``ffn_count`` of a layer moves by ``step`` either way; nothing else
+changes. The marginal gain of a token is its loss with less minus its loss with more. A router
+spends where it matters if tokens that it gives more also gain more; its regret is what could be
+saved by moving compute between tokens at an equal total.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,13 +43,17 @@ def marginal_gain(
 
     Args:
         model: with routers whose number of real experts can vary.
-        documents: [n] arrays of ids that the model was not trained on; ``numbers``: the ``doc`` of each.
-        step: how far the mean ``ffn_count`` of a layer is to move each way (at most half way to the end of its range).
+        documents: [n] arrays of ids that the model was not trained on; ``numbers``: the ``doc`` of
+            each.
+        step: how far the mean ``ffn_count`` of a layer is to move each way (at most half way to the
+            end of its range).
 
     Returns:
-        [doc, pos, token_id, input_id, ffn_count, loss, loss_less, loss_more, moved, marginal_gain]: ``ffn_count`` is the mean over
-        layers at the place that predicts the token (``align="target"``), whose id is ``input_id``; ``moved`` is how many experts a layer
-        the two passes lie apart on average over all tokens; ``marginal_gain = (loss_less - loss_more) / moved``, in nats per expert.
+        [doc, pos, token_id, input_id, ffn_count, loss, loss_less, loss_more, moved, marginal_gain]:
+        ``ffn_count`` is the mean over layers at the place that predicts the token
+        (``align="target"``), whose id is ``input_id``; ``moved`` is how many experts a layer the
+        two passes lie apart on average over all tokens; ``marginal_gain = (loss_less - loss_more) /
+        moved``, in nats per expert.
 
     Raises:
         AnalysisError: no layer's count can be moved.
@@ -56,7 +62,9 @@ def marginal_gain(
     routers = [layer.router for layer in model.moe_layers().values()]
     if not routers or not all(can_shift(router) for router in routers):
         kinds = ", ".join(sorted({router.config.kind for router in routers})) or "no MoE layer"
-        raise AnalysisError(expected("routers with zero-compute experts or a free count", kinds, "a longcat run"))
+        raise AnalysisError(
+            expected("routers with zero-compute experts or a free count", kinds, "a longcat run")
+        )
     long_enough = [ids[:SEARCH_TOKENS] for ids in documents if len(ids) > 1]
     sample = long_enough[:: max(1, len(long_enough) // SEARCH_DOCUMENTS)]
     base = score(model, documents, numbers, seq_length=seq_length, batch_size=batch_size)
@@ -65,7 +73,9 @@ def marginal_gain(
     for sign in (-1, 1):
         shift = _shift_for(model, sample, centre + sign * step, seq_length, batch_size)
         with shifted(model, shift):
-            moved.append(score(model, documents, numbers, seq_length=seq_length, batch_size=batch_size))
+            moved.append(
+                score(model, documents, numbers, seq_length=seq_length, batch_size=batch_size)
+            )
     return _gains(base, *moved)
 
 
@@ -74,7 +84,13 @@ def _gains(base: Scored, less: Scored, more: Scored) -> pl.DataFrame:
     before = scored - 1  # the place that predicts; a document's first token has no loss
     moved = float(more.ffn_count.mean() - less.ffn_count.mean())
     if not moved > 0:
-        raise AnalysisError(expected("a shift that changes how many experts run", f"a difference of {moved:g}", "a larger step"))
+        raise AnalysisError(
+            expected(
+                "a shift that changes how many experts run",
+                f"a difference of {moved:g}",
+                "a larger step",
+            )
+        )
     gain = (less.loss[scored] - more.loss[scored]) / moved
     return pl.DataFrame(
         {
@@ -92,14 +108,23 @@ def _gains(base: Scored, less: Scored, more: Scored) -> pl.DataFrame:
     )
 
 
-def gain_association(gains: pl.DataFrame, seed: int = 0, *, resamples: int = 1000, min_documents: int = 200) -> pl.DataFrame:
-    """Rank correlation of ``ffn_count`` with ``marginal_gain``: the row of ``difficulty_association`` for ``align="target"``."""
-    # Compute belongs to the place before the token, gain to the token: one row a place, so that ``target`` pairs them.
+def gain_association(
+    gains: pl.DataFrame, seed: int = 0, *, resamples: int = 1000, min_documents: int = 200
+) -> pl.DataFrame:
+    """Rank correlation of ``ffn_count`` with ``marginal_gain``: the row of
+    ``difficulty_association`` for ``align="target"``.
+    """
+    # Compute belongs to the place before the token, gain to the token: one row a place, so that
+    # ``target`` pairs them.
     spent = gains.select("doc", pl.col("pos") - 1, "ffn_count", token_id="input_id")
     gained = gains.select("doc", "pos", "marginal_gain", own_id="token_id")
     frame = spent.join(gained, on=["doc", "pos"], how="full", coalesce=True)
     # The last token of a document predicts nothing; its compute is never used.
-    frame = frame.with_columns(pl.coalesce("token_id", "own_id").alias("token_id"), pl.col("ffn_count").fill_null(0.0), layer=pl.lit(0))
+    frame = frame.with_columns(
+        pl.coalesce("token_id", "own_id").alias("token_id"),
+        pl.col("ffn_count").fill_null(0.0),
+        layer=pl.lit(0),
+    )
     table = difficulty_association(
         frame,
         "marginal_gain",
@@ -113,17 +138,20 @@ def gain_association(gains: pl.DataFrame, seed: int = 0, *, resamples: int = 100
 
 
 def reallocation_regret(gains: pl.DataFrame, *, share: float = 0.25, seed: int = 0) -> pl.DataFrame:
-    """Nats per token that moving compute between tokens would save at an equal total, to first order.
+    """Nats per token that moving compute between tokens would save at an equal total, to first
+    order.
 
-    A ``share`` of the tokens gives up what the step to less takes, and as many get what the step to more adds.
+    A ``share`` of the tokens gives up what the step to less takes, and as many get what the step to
+    more adds.
 
     Args:
         share: of all tokens, given to and taken from, at most 0.5.
 
     Returns:
-        [allocation, saved, share] for ``random`` (tokens drawn blindly), ``by token id`` (tokens ranked by the mean gain of their id in
-        the other half of the documents: what a lookup could save), ``greedy`` (ranked by their own measured gain: an upper bound, since
-        it also picks what is noise). A saving above 0 is regret of the model's own allocation.
+        [allocation, saved, share] for ``random`` (tokens drawn blindly), ``by token id`` (tokens
+        ranked by the mean gain of their id in the other half of the documents: what a lookup could
+        save), ``greedy`` (ranked by their own measured gain: an upper bound, since it also picks
+        what is noise). A saving above 0 is regret of the model's own allocation.
     """
     require(0 < share <= 0.5, "a share above 0 and at most 0.5", share)
     lost = (gains["loss_less"] - gains["loss"]).to_numpy().astype(np.float64)
@@ -132,7 +160,11 @@ def reallocation_regret(gains: pl.DataFrame, *, share: float = 0.25, seed: int =
     doc, ids = (gains[name].to_numpy().astype(np.int64) for name in ("doc", "token_id"))
     predicted = [held_out_mean(values, doc, ids, seed) for values in (lost, won)]
     drawn = np.random.default_rng(seed).random(len(lost))
-    rankings = {"random": (drawn, drawn), "by token id": (predicted[0], predicted[1]), "greedy": (lost, won)}
+    rankings = {
+        "random": (drawn, drawn),
+        "by token id": (predicted[0], predicted[1]),
+        "greedy": (lost, won),
+    }
     rows = []
     for name, (giving, getting) in rankings.items():
         taken = np.argsort(giving, kind="stable")[:count]  # those who lose least
@@ -140,14 +172,24 @@ def reallocation_regret(gains: pl.DataFrame, *, share: float = 0.25, seed: int =
         rest[taken] = False
         places = np.flatnonzero(rest)
         given = places[np.argsort(-getting[places], kind="stable")[:count]]
-        rows.append({"allocation": name, "saved": float(won[given].sum() - lost[taken].sum()) / len(lost), "share": share})
+        rows.append(
+            {
+                "allocation": name,
+                "saved": float(won[given].sum() - lost[taken].sum()) / len(lost),
+                "share": share,
+            }
+        )
     return pl.DataFrame(rows)
 
 
 def can_shift(router: Router) -> bool:
     """Whether a bias can change how many real experts a token has."""
     config = router.config
-    return config.num_zero_experts > 0 or _has_cutoffs(router) or config.kind in ("remoe", "top_p", "dynmoe")
+    return (
+        config.num_zero_experts > 0
+        or _has_cutoffs(router)
+        or config.kind in ("remoe", "top_p", "dynmoe")
+    )
 
 
 def _has_cutoffs(router: Router) -> bool:
@@ -158,8 +200,8 @@ def _has_cutoffs(router: Router) -> bool:
 def shifted(model: Decoder, shift: float) -> Iterator[None]:
     """The model with ``shift`` in favour of real experts in every MoE layer; as it was, afterwards.
 
-    Where the router selects with a bias, the bias moves and gate weights do not. Where it has none, logits move and weights with them; in
-    a top-p router the mass p moves, in odds.
+    Where the router selects with a bias, the bias moves and gate weights do not. Where it has none,
+    logits move and weights with them; in a top-p router the mass p moves, in odds.
     """
     with ExitStack() as stack:
         for layer in model.moe_layers().values():
@@ -203,12 +245,20 @@ def _shifted_router(router: Router, shift: float) -> Iterator[None]:
         del router.route
 
 
-def _shift_for(model: Decoder, documents: Sequence[NDArray], target: float, seq_length: int, batch_size: int) -> float:
-    """The shift at which the mean ``ffn_count`` is about ``target`` (as far towards it as it goes), by doubling and bisection."""
+def _shift_for(
+    model: Decoder, documents: Sequence[NDArray], target: float, seq_length: int, batch_size: int
+) -> float:
+    """The shift at which the mean ``ffn_count`` is about ``target`` (as far towards it as it goes),
+    by doubling and bisection.
+    """
 
     def mean(shift: float) -> float:
         with shifted(model, shift):
-            return float(score(model, documents, seq_length=seq_length, batch_size=batch_size).ffn_count.mean())
+            return float(
+                score(
+                    model, documents, seq_length=seq_length, batch_size=batch_size
+                ).ffn_count.mean()
+            )
 
     sign = 1.0 if target > mean(0.0) else -1.0
     size = 1e-2

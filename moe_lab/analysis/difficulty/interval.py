@@ -1,7 +1,8 @@
 """Intervals and p values of a correlation from per-document sums, and the false discovery rate.
 
-A correlation is ``sum xy / sqrt(sum xx sum yy)`` of rows that are already centred, so a bootstrap sample of documents is a row of weights
-times three columns of per-document sums. Tokens of one document are not independent: the naive interval is given beside, to be compared.
+A correlation is ``sum xy / sqrt(sum xx sum yy)`` of rows that are already centred, so a bootstrap
+sample of documents is a row of weights times three columns of per-document sums. Tokens of one
+document are not independent: the naive interval is given beside, to be compared.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ class Moments:
 
     Attributes:
         value: the correlation over all tokens; NaN where one of the rows has no spread.
-        n, xy, xx, yy: [D] tokens, and sums of the products, each scaled by the token's ``inflation``.
+        n, xy, xx, yy: [D] tokens, and sums of the products, each scaled by the token's
+            ``inflation``.
     """
 
     value: float
@@ -31,7 +33,9 @@ class Moments:
     yy: Floats
 
     def drawn(self, weights_BD: Floats) -> Floats:
-        """[B] the correlation in samples of documents, moved so that the whole sample has ``value``."""
+        """[B] the correlation in samples of documents, moved so that the whole sample has
+        ``value``.
+        """
         xy, xx, yy = (weights_BD @ column for column in (self.xy, self.xx, self.yy))
         scale = np.sqrt(np.maximum(xx * yy, np.finfo(float).tiny))
         whole = self.xy.sum() / np.sqrt(self.xx.sum() * self.yy.sum())
@@ -44,13 +48,18 @@ class Moments:
 
 
 def moments(
-    x: Floats, y: Floats, document_starts: np.ndarray, inflation: Floats | None = None, moved: tuple[Floats, Floats, Floats] | None = None
+    x: Floats,
+    y: Floats,
+    document_starts: np.ndarray,
+    inflation: Floats | None = None,
+    moved: tuple[Floats, Floats, Floats] | None = None,
 ) -> Moments:
     """Per-document sums of two centred rows whose documents lie one after another.
 
     Args:
         inflation: [n] scales what each token's products count for.
-        moved: [D] each, added to the sums of xy, xx and yy: what the documents do through the ranks of all others (``RankShift``).
+        moved: [D] each, added to the sums of xy, xx and yy: what the documents do through the ranks
+            of all others (``RankShift``).
     """
 
     def per_document(values: Floats) -> Floats:
@@ -67,7 +76,9 @@ def moments(
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % (or ``level``) interval, the 90 % interval of the equivalence test, and p of no association at all."""
+    """A value with its 95 % (or ``level``) interval, the 90 % interval of the equivalence test, and
+    p of no association at all.
+    """
 
     value: float
     lo: float
@@ -79,10 +90,14 @@ class Interval:
 
     @classmethod
     def missing(cls, value: float = float("nan"), p: float = float("nan")) -> "Interval":
-        return cls(value, value, value, value, value, 0.0 if np.isfinite(value) else float("nan"), p)
+        return cls(
+            value, value, value, value, value, 0.0 if np.isfinite(value) else float("nan"), p
+        )
 
     def inside(self, band: float) -> bool:
-        """Whether the 90 % interval lies within plus or minus ``band`` (two one-sided tests at 5 %)."""
+        """Whether the 90 % interval lies within plus or minus ``band`` (two one-sided tests at 5
+        %).
+        """
         return -band < self.lo90 and self.hi90 < band
 
     def beyond(self, band: float) -> int:
@@ -93,7 +108,8 @@ class Interval:
 class Bootstrap:
     """The same samples of documents for every statistic that is asked of it.
 
-    More than ``MAX_CLUSTERS`` documents are first dealt at random into as many bundles, which are independent too: memory stays bounded.
+    More than ``MAX_CLUSTERS`` documents are first dealt at random into as many bundles, which are
+    independent too: memory stays bounded.
     """
 
     def __init__(self, documents: int, resamples: int, seed: int, level: float) -> None:
@@ -102,7 +118,9 @@ class Bootstrap:
         if documents > MAX_CLUSTERS:
             self.bundle = np.random.default_rng(seed).permutation(documents) % MAX_CLUSTERS
             documents = MAX_CLUSTERS
-        self.weights = list(document_weights(documents, resamples, seed)) if documents >= MIN_DOCUMENTS else []
+        self.weights = (
+            list(document_weights(documents, resamples, seed)) if documents >= MIN_DOCUMENTS else []
+        )
 
     def samples(self, of: Moments) -> Floats:
         return np.concatenate([of.drawn(weights) for weights in self.weights])
@@ -110,25 +128,38 @@ class Bootstrap:
     def bundled(self, of: Moments) -> Moments:
         if self.bundle is None:
             return of
-        sums = [np.bincount(self.bundle, column, MAX_CLUSTERS).astype(np.float64) for column in (of.n, of.xy, of.xx, of.yy)]
+        sums = [
+            np.bincount(self.bundle, column, MAX_CLUSTERS).astype(np.float64)
+            for column in (of.n, of.xy, of.xx, of.yy)
+        ]
         return Moments(of.value, *sums)
 
     def interval(self, of: Moments) -> Interval:
-        """Percentile interval over documents, its tails widened as Student's t is wider than the normal (Hesterberg 2015,
-        "expanded percentile"), since percentiles of few documents are too narrow; p from the t of value over standard error."""
+        """Percentile interval over documents, its tails widened as Student's t is wider than the
+        normal (Hesterberg 2015, "expanded percentile"), since percentiles of few documents are too
+        narrow; p from the t of value over standard error.
+        """
         if not self.weights or not np.isfinite(of.value):
-            return Interval.missing() if not np.isfinite(of.value) else Interval(of.value, *[float("nan")] * 6)
+            return (
+                Interval.missing()
+                if not np.isfinite(of.value)
+                else Interval(of.value, *[float("nan")] * 6)
+            )
         of = self.bundled(of)
         samples = self.samples(of)
         effective = max(of.effective_documents, 2.0)
-        wide, narrow = (expanded_quantiles(samples, level, effective) for level in (self.level, 0.90))
+        wide, narrow = (
+            expanded_quantiles(samples, level, effective) for level in (self.level, 0.90)
+        )
         se = float(samples.std()) * np.sqrt(effective / (effective - 1))
         p = 2 * float(stdtr(effective - 1, -abs(of.value) / se)) if se > 0 else float(of.value == 0)
         return Interval(of.value, *wide, *narrow, se, p)
 
 
 def expanded_quantiles(samples: Floats, level: float, documents: float) -> tuple[float, float]:
-    """Both ends of the percentile interval of [B] samples, at the tail that n = ``documents`` asks for."""
+    """Both ends of the percentile interval of [B] samples, at the tail that n = ``documents`` asks
+    for.
+    """
     t = float(stdtrit(documents - 1, (1 + level) / 2))
     tail = float(ndtr(-t * np.sqrt(documents / (documents - 1))))
     low, high = np.quantile(samples, [tail, 1 - tail])
@@ -136,7 +167,9 @@ def expanded_quantiles(samples: Floats, level: float, documents: float) -> tuple
 
 
 def naive_interval(value: float, tokens: int, level: float = 0.95) -> tuple[float, float]:
-    """The interval of Fisher's z that takes tokens for independent: what a naive analysis would print, for comparison only."""
+    """The interval of Fisher's z that takes tokens for independent: what a naive analysis would
+    print, for comparison only.
+    """
     if tokens < 4 or not abs(value) < 1:
         return float("nan"), float("nan")
     half = float(stdtrit(1e9, (1 + level) / 2)) / np.sqrt(tokens - 3)
@@ -145,7 +178,9 @@ def naive_interval(value: float, tokens: int, level: float = 0.95) -> tuple[floa
 
 
 def false_discovery(p: Floats) -> Floats:
-    """[n] q values of Benjamini and Hochberg (1995): the smallest rate of false discoveries at which each would be one. NaN stays."""
+    """[n] q values of Benjamini and Hochberg (1995): the smallest rate of false discoveries at
+    which each would be one. NaN stays.
+    """
     q = np.full(len(p), np.nan)
     known = np.flatnonzero(np.isfinite(p))
     if not len(known):

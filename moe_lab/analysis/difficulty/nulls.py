@@ -1,9 +1,12 @@
-"""What chance would show: compute reshuffled inside documents, and compute shifted along its document.
+"""What chance would show: compute reshuffled inside documents, and compute shifted along its
+document.
 
-Both ask for the headline statistic, the sum of products of the two rank rows within token ids. The shuffle moves compute among tokens of
-one document and stratum; over some hundred documents its null distribution is normal, and its mean and variance are known exactly
-(Hoeffding 1951 for one permuted set, added over sets), so none is drawn. The circular shift keeps every autocorrelation of compute along
-the document; all shifts of a document come from one Fourier transform, and R samples are drawn from them. Secondary to the intervals.
+Both ask for the headline statistic, the sum of products of the two rank rows within token ids. The
+shuffle moves compute among tokens of one document and stratum; over some hundred documents its null
+distribution is normal, and its mean and variance are known exactly (Hoeffding 1951 for one permuted
+set, added over sets), so none is drawn. The circular shift keeps every autocorrelation of compute
+along the document; all shifts of a document come from one Fourier transform, and R samples are
+drawn from them. Secondary to the intervals.
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,12 @@ import polars as pl
 from scipy.special import ndtr
 
 from moe_lab.analysis.bootstrap import Floats
-from moe_lab.analysis.difficulty.association import Pairing, compute_levels, pairings, standard_level_ranks
+from moe_lab.analysis.difficulty.association import (
+    Pairing,
+    compute_levels,
+    pairings,
+    standard_level_ranks,
+)
 from moe_lab.analysis.difficulty.within import Ints, joint_code
 from moe_lab.config import require
 
@@ -34,11 +42,12 @@ def difficulty_nulls(
 
     Args:
         frame, difficulty, seed, compute, strata: as ``difficulty_association``.
-        draws: R, samples of the circular shift; p is ``(1 + number at least as far from the null's mean) / (R + 1)``.
+        draws: R, samples of the circular shift; p is ``(1 + number at least as far from the null's
+            mean) / (R + 1)``.
 
     Returns:
-        [layer, align, rho_token, shuffle_mean, shuffle_sd, p_shuffle, shift_mean, shift_sd, p_shift], all on the scale of ``rho_token``;
-        null in a static layer.
+        [layer, align, rho_token, shuffle_mean, shuffle_sd, p_shuffle, shift_mean, shift_sd,
+        p_shift], all on the scale of ``rho_token``; null in a static layer.
     """
     require(draws >= 1, "at least 1 draw", draws)
     rows = []
@@ -75,7 +84,9 @@ def _nulls(pairing: Pairing, ranks: Floats, draws: int, seed: int) -> dict[str, 
 
 def shuffle_moments(x: Floats, y: Floats, cells: Ints) -> tuple[float, float]:
     """Mean and variance of ``sum x y`` when y is permuted at random within each cell."""
-    count, x_sum, y_sum, xx, yy = (np.bincount(cells, weights=values) for values in (np.ones(len(x)), x, y, x * x, y * y))
+    count, x_sum, y_sum, xx, yy = (
+        np.bincount(cells, weights=values) for values in (np.ones(len(x)), x, y, x * x, y * y)
+    )
     filled = count > 0
     count, x_sum, y_sum, xx, yy = (row[filled] for row in (count, x_sum, y_sum, xx, yy))
     spread = (xx - x_sum**2 / count) * (yy - y_sum**2 / count)
@@ -88,10 +99,15 @@ def shifted_sums(x: Floats, y: Floats, starts: np.ndarray, draws: int, seed: int
     total = np.zeros(draws)
     for start, stop in zip(starts, np.append(starts[1:], len(x)), strict=True):
         length = int(stop - start)
-        turned = np.fft.irfft(np.conj(np.fft.rfft(x[start:stop])) * np.fft.rfft(y[start:stop]), length)
+        turned = np.fft.irfft(
+            np.conj(np.fft.rfft(x[start:stop])) * np.fft.rfft(y[start:stop]), length
+        )
         total += turned[generator.integers(0, length, draws)]
     return total
 
 
 _SCHEMA: dict[str, Any] = {"layer": pl.Int64(), "align": pl.String()}
-_SCHEMA |= dict.fromkeys(("rho_token", "shuffle_mean", "shuffle_sd", "p_shuffle", "shift_mean", "shift_sd", "p_shift"), pl.Float64())
+_SCHEMA |= dict.fromkeys(
+    ("rho_token", "shuffle_mean", "shuffle_sd", "p_shuffle", "shift_mean", "shift_sd", "p_shift"),
+    pl.Float64(),
+)

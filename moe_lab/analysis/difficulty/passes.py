@@ -1,7 +1,8 @@
 """A forward pass of a decoder over documents: loss, entropy and compute of every token, in memory.
 
-For questions about a model that a trace alone cannot answer (what would it lose with less compute?). Documents are cut into consecutive
-windows; a token's loss lies in its own row, its compute where it went in.
+For questions about a model that a trace alone cannot answer (what would it lose with less
+compute?). Documents are cut into consecutive windows; a token's loss lies in its own row, its
+compute where it went in.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,8 @@ class Scored:
 
     Attributes:
         doc, pos, token_id: [T].
-        loss, entropy: [T] nats, of the token itself given those before it; NaN for the first of a document.
+        loss, entropy: [T] nats, of the token itself given those before it; NaN for the first of a
+            document.
         layers: [L] layer numbers.
         ffn_count, gate_mass: [L, T]; ``gate_mass`` is the sum of the gate weights on real experts.
         norm_ratio: [L, T] norm of what the MoE layer adds over the norm of the stream it adds to.
@@ -43,12 +45,20 @@ class Scored:
     norm_ratio: NDArray[np.float32]
 
     def frame(self) -> pl.DataFrame:
-        """[layer, doc, pos, token_id, loss, entropy, ffn_count, gate_mass, norm_ratio], what ``difficulty_association`` takes."""
-        tokens = {name: getattr(self, name) for name in ("doc", "pos", "token_id", "loss", "entropy")}
+        """[layer, doc, pos, token_id, loss, entropy, ffn_count, gate_mass, norm_ratio], what
+        ``difficulty_association`` takes.
+        """
+        tokens = {
+            name: getattr(self, name) for name in ("doc", "pos", "token_id", "loss", "entropy")
+        }
         parts = [
-            pl.DataFrame(tokens | {name: getattr(self, name)[row] for name in ("ffn_count", "gate_mass", "norm_ratio")}).select(
-                pl.lit(layer, pl.UInt32).alias("layer"), pl.all()
-            )
+            pl.DataFrame(
+                tokens
+                | {
+                    name: getattr(self, name)[row]
+                    for name in ("ffn_count", "gate_mass", "norm_ratio")
+                }
+            ).select(pl.lit(layer, pl.UInt32).alias("layer"), pl.all())
             for row, layer in enumerate(self.layers)
         ]
         return pl.concat(parts).with_columns(pl.col(pl.Float32).fill_nan(None))
@@ -56,7 +66,12 @@ class Scored:
 
 @torch.no_grad()
 def score(
-    model: Decoder, documents: Sequence[NDArray], numbers: Sequence[int] | None = None, *, seq_length: int = 128, batch_size: int = 32
+    model: Decoder,
+    documents: Sequence[NDArray],
+    numbers: Sequence[int] | None = None,
+    *,
+    seq_length: int = 128,
+    batch_size: int = 32,
 ) -> Scored:
     """Run ``model`` over [n] arrays of ids.
 
@@ -69,14 +84,19 @@ def score(
     numbers = range(len(documents)) if numbers is None else numbers
     lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
     if not len(lengths) or lengths.max() < 2:
-        raise AnalysisError(expected("a document of at least two tokens", f"{len(documents)} documents without"))
+        raise AnalysisError(
+            expected("a document of at least two tokens", f"{len(documents)} documents without")
+        )
     offsets = np.cumsum(lengths) - lengths
     total, layers = int(lengths.sum()), tuple(model.config.moe_layers)
     ids = np.concatenate(documents).astype(np.int64)
     doc = np.repeat(np.asarray(list(numbers), dtype=np.int64), lengths)
     pos = np.arange(total) - np.repeat(offsets, lengths)
     found = {name: np.full(total, np.nan, dtype=np.float32) for name in ("loss", "entropy")}
-    compute = {name: np.full((len(layers), total), np.nan, dtype=np.float32) for name in ("ffn_count", "gate_mass", "norm_ratio")}
+    compute = {
+        name: np.full((len(layers), total), np.nan, dtype=np.float32)
+        for name in ("ffn_count", "gate_mass", "norm_ratio")
+    }
     pieces = [
         (first, min(first + seq_length, end))
         for start, end in zip(offsets, offsets + lengths, strict=True)
@@ -85,7 +105,16 @@ def score(
     ends = np.repeat(offsets + lengths, lengths)
     with _training_off(model), _NormRatios(model) as ratios:
         for begin in range(0, len(pieces), batch_size):
-            _score_batch(model, pieces[begin : begin + batch_size], ids, ends, seq_length, found, compute, ratios)
+            _score_batch(
+                model,
+                pieces[begin : begin + batch_size],
+                ids,
+                ends,
+                seq_length,
+                found,
+                compute,
+                ratios,
+            )
     return Scored(doc, pos, ids, found["loss"], found["entropy"], layers, **compute)
 
 
@@ -119,7 +148,9 @@ def _score_batch(
     logits = output.logits[chosen].float()
     target = place[predicts] + 1
     log_p = logits.log_softmax(dim=1)
-    found["loss"][target] = F.nll_loss(log_p, torch.from_numpy(ids[target]).to(device), reduction="none").cpu().numpy()
+    found["loss"][target] = (
+        F.nll_loss(log_p, torch.from_numpy(ids[target]).to(device), reduction="none").cpu().numpy()
+    )
     found["entropy"][target] = -(log_p.exp() * log_p).sum(dim=1).cpu().numpy()
 
 
@@ -141,7 +172,9 @@ def _training_off(model: Decoder) -> Iterator[None]:
 
 
 class _NormRatios:
-    """Hooks on the MoE layers that keep the ratio of output norm to the norm of the stream before it."""
+    """Hooks on the MoE layers that keep the ratio of output norm to the norm of the stream before
+    it.
+    """
 
     def __init__(self, model: Decoder) -> None:
         self.blocks: list[Any] = [model.blocks[layer] for layer in model.config.moe_layers]
@@ -162,12 +195,20 @@ class _NormRatios:
     def _stream(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self.streams.append(inputs[0].norm(dim=-1))
 
-    def _output(self, _module: torch.nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, object]) -> None:
+    def _output(
+        self,
+        _module: torch.nn.Module,
+        _inputs: object,
+        output: torch.Tensor | tuple[torch.Tensor, object],
+    ) -> None:
         self.outputs.append((output[0] if isinstance(output, tuple) else output).norm(dim=-1))
 
     def taken(self) -> list[torch.Tensor]:
         """The ratios of the last pass, layer by layer."""
-        ratios = [out / stream.clamp_min(1e-12) for out, stream in zip(self.outputs, self.streams, strict=True)]
+        ratios = [
+            out / stream.clamp_min(1e-12)
+            for out, stream in zip(self.outputs, self.streams, strict=True)
+        ]
         self.streams.clear()
         self.outputs.clear()
         return ratios

@@ -1,8 +1,9 @@
-"""Rank statistics of two rows of numbers, from one sort: mid-ranks, Spearman, Somers' D and Chatterjee's xi.
+"""Rank statistics of two rows of numbers, from one sort: mid-ranks, Spearman, Somers' D and
+Chatterjee's xi.
 
-``Order`` sorts a row once; everything else is a pass over it. Compute is a small integer with many ties, so ranks are mid-ranks and
-Somers' D (Somers 1962) counts pairs that differ in difficulty; xi (Chatterjee 2021, arXiv 1909.10140, eq. 2) also sees a dependence that
-is not monotone.
+``Order`` sorts a row once; everything else is a pass over it. Compute is a small integer with many
+ties, so ranks are mid-ranks and Somers' D (Somers 1962) counts pairs that differ in difficulty; xi
+(Chatterjee 2021, arXiv 1909.10140, eq. 2) also sees a dependence that is not monotone.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ class Order:
     def of(cls, values: NDArray) -> "Order":
         by_value = np.argsort(values, kind="stable")
         ordered = values[by_value]
-        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
+        starts = np.flatnonzero(
+            np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
+        )
         return cls(by_value, np.append(starts, len(ordered)))
 
     @cached_property
@@ -73,7 +76,8 @@ def spearman(x: NDArray, y: NDArray) -> float:
 
 
 def xi(x: Order, y_group: Ints) -> float:
-    """Chatterjee's coefficient of y as a function of x, in [-1/2, 1]; ties of x in order of place. NaN for a constant y.
+    """Chatterjee's coefficient of y as a function of x, in [-1/2, 1]; ties of x in order of place.
+    NaN for a constant y.
 
     Args:
         y_group: [n] groups of equal y, as ``Order.group``.
@@ -88,7 +92,8 @@ def xi(x: Order, y_group: Ints) -> float:
 
 
 def somers_d(x: Order, y_group: Ints) -> float:
-    """Somers' D(y | x): of the pairs that differ in x, the share where y is larger with x less the share where it is smaller.
+    """Somers' D(y | x): of the pairs that differ in x, the share where y is larger with x less the
+    share where it is smaller.
 
     Args:
         y_group: [n] groups of equal y, of which there are few (one pass over the row for each).
@@ -99,7 +104,8 @@ def somers_d(x: Order, y_group: Ints) -> float:
     lower = np.repeat(x.bounds[:-1], np.diff(x.bounds))  # how many values of x are below each
     balance = 0.0
     for level in range(levels):
-        # Of the tokens with a lower x, how many have this level; summed over the tokens of each level.
+        # Of the tokens with a lower x, how many have this level; summed over the tokens of each
+        # level.
         met = np.append(0, np.cumsum(ordered == level))[lower]
         by_level = np.bincount(ordered, weights=met, minlength=levels)
         balance += float(by_level[level + 1 :].sum() - by_level[:level].sum())
@@ -110,11 +116,13 @@ def somers_d(x: Order, y_group: Ints) -> float:
 
 @dataclass(frozen=True, eq=False)
 class RankShift:
-    """How ranks move when a document is drawn more often: a token at x raises the rank of every token above x.
+    """How ranks move when a document is drawn more often: a token at x raises the rank of every
+    token above x.
 
-    A sum ``sum_j r_j f_j`` over ranks r of x therefore changes, per token i drawn once more, by ``sum_j f_j (1[x_i <= x_j] - F(x_j)) / n``
-    beside its own term: the second half of the influence function of rank correlations (Croux and Dehon 2010, section 3). Without it the
-    interval of a strong Spearman correlation is wrong.
+    A sum ``sum_j r_j f_j`` over ranks r of x therefore changes, per token i drawn once more, by
+    ``sum_j f_j (1[x_i <= x_j] - F(x_j)) / n`` beside its own term: the second half of the influence
+    function of rank correlations (Croux and Dehon 2010, section 3). Without it the interval of a
+    strong Spearman correlation is wrong.
 
     Attributes:
         order: of x.
@@ -145,7 +153,9 @@ class RankShift:
             below = np.append(0, total)[bounds]
             above = np.repeat(total[-1] - (below[1:] + below[:-1]) / 2, np.diff(bounds))
         above -= above.mean()
-        return self.unit * np.bincount(self.sorted_documents, weights=above, minlength=self.documents).astype(np.float64)
+        return self.unit * np.bincount(
+            self.sorted_documents, weights=above, minlength=self.documents
+        ).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,14 +173,18 @@ class LevelShift:
     @classmethod
     def of(cls, levels: Ints, documents: Ints, number: int) -> "LevelShift":
         width = int(levels.max()) + 1
-        table = np.bincount(documents * width + levels, minlength=number * width).reshape(number, width)
+        table = np.bincount(documents * width + levels, minlength=number * width).reshape(
+            number, width
+        )
         return cls(levels, table.astype(np.float64))
 
     def per_document(self, values: Floats) -> Floats:
         """[D] as ``RankShift.per_document``."""
         counts = self.by_document.sum(axis=0)
         midranks = np.cumsum(counts) - (counts - 1) / 2
-        spread = np.sqrt((counts @ (midranks - (counts @ midranks) / counts.sum()) ** 2) / counts.sum())
+        spread = np.sqrt(
+            (counts @ (midranks - (counts @ midranks) / counts.sum()) ** 2) / counts.sum()
+        )
         total = np.cumsum(np.bincount(self.levels, weights=values, minlength=len(counts)))
         above = total[-1] - (np.append(0, total[:-1]) + total) / 2
         above -= (counts @ above) / counts.sum()

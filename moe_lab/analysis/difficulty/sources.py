@@ -1,4 +1,6 @@
-"""From a trace to the frame that the analyses of difficulty take: routing joined with tokens, difficulties and notions of compute."""
+"""From a trace to the frame that the analyses of difficulty take: routing joined with tokens,
+difficulties and notions of compute.
+"""
 
 import numpy as np
 import polars as pl
@@ -12,19 +14,29 @@ NGRAM = "ngram_loss"
 SWIGLU_MATRICES = 3
 
 
-def difficulty_frame(trace: Trace, *, difficulty: pl.DataFrame | pl.LazyFrame | None = None, seed: int = 0) -> pl.LazyFrame:
-    """[layer, doc, pos, token_id, ffn_count, gate_mass_ffn, <class columns>, <difficulty columns>] of a trace with a token table.
+def difficulty_frame(
+    trace: Trace, *, difficulty: pl.DataFrame | pl.LazyFrame | None = None, seed: int = 0
+) -> pl.LazyFrame:
+    """[layer, doc, pos, token_id, ffn_count, gate_mass_ffn, <class columns>, <difficulty columns>]
+    of a trace with a token table.
 
     Args:
-        difficulty: [doc, pos, <columns>] to join; by default ``ngram_loss``, the trigram surprisal of each token under n-grams counted in
-            the other half of the trace's documents. (Own loss is no difficulty: compute lowers it.)
+        difficulty: [doc, pos, <columns>] to join; by default ``ngram_loss``, the trigram surprisal
+            of each token under n-grams counted in the other half of the trace's documents. (Own
+            loss is no difficulty: compute lowers it.)
 
     Raises:
         AnalysisError: the trace has no token table.
     """
     schema = trace.tokens.collect_schema()
     if "token_id" not in schema or trace.tokens.select(pl.len()).collect().item() == 0:
-        raise AnalysisError(expected("a trace with a token table", f"none in {trace.folder}", "tracing again with token ids"))
+        raise AnalysisError(
+            expected(
+                "a trace with a token table",
+                f"none in {trace.folder}",
+                "tracing again with token ids",
+            )
+        )
     classes = [name for name in STRATA if name in schema]
     tokens = trace.tokens.select("doc", "pos", "token_id", *classes)
     added = (trace_surprisal(trace, seed) if difficulty is None else difficulty).lazy()
@@ -34,8 +46,9 @@ def difficulty_frame(trace: Trace, *, difficulty: pl.DataFrame | pl.LazyFrame | 
 
 
 def trace_surprisal(trace: Trace, seed: int = 0, folds: int = 2) -> pl.DataFrame:
-    """[doc, pos, ngram_loss] from the tokens of the trace alone; null where no token stands before. A document is whole in its fold, and
-    runs of positions with a gap between are scored apart."""
+    """[doc, pos, ngram_loss] from the tokens of the trace alone; null where no token stands before.
+    A document is whole in its fold, and runs of positions with a gap between are scored apart.
+    """
     rows = trace.tokens.select("doc", "pos", "token_id").collect().sort("doc", "pos")
     doc, pos, ids = (rows[name].to_numpy().astype(np.int64) for name in ("doc", "pos", "token_id"))
     breaks = np.flatnonzero((doc[1:] != doc[:-1]) | (pos[1:] != pos[:-1] + 1)) + 1
@@ -60,16 +73,22 @@ def compute_columns(
     Args:
         routing: rows with ``ffn_count``.
         matrices: of an expert; 3 for SwiGLU.
-        n_bytes: column of the token's bytes, which adds ``ffn_count_per_byte`` and ``flops_per_byte``.
+        n_bytes: column of the token's bytes, which adds ``ffn_count_per_byte`` and
+            ``flops_per_byte``.
 
-    Adds ``compute_intensity`` (ffn_count / K), ``flops`` (forward FLOPs of the routed experts, ``2 ffn_count matrices d_model d_expert``)
-    and ``active_params`` (``ffn_count matrices d_model d_expert``).
+    Adds ``compute_intensity`` (ffn_count / K), ``flops`` (forward FLOPs of the routed experts, ``2
+    ffn_count matrices d_model d_expert``) and ``active_params`` (``ffn_count matrices d_model
+    d_expert``).
     """
     size = matrices * d_model * d_expert
     count = pl.col("ffn_count").cast(pl.Float64)
-    frame = routing.lazy().with_columns(compute_intensity=count / layer.top_k, flops=2 * count * size, active_params=count * size)
+    frame = routing.lazy().with_columns(
+        compute_intensity=count / layer.top_k, flops=2 * count * size, active_params=count * size
+    )
     if n_bytes is None:
         return frame
     width = pl.col(n_bytes).cast(pl.Float64)
     per_byte = {"ffn_count_per_byte": count / width, "flops_per_byte": pl.col("flops") / width}
-    return frame.with_columns(**{name: pl.when(width > 0).then(value) for name, value in per_byte.items()})
+    return frame.with_columns(
+        **{name: pl.when(width > 0).then(value) for name, value in per_byte.items()}
+    )

@@ -1,7 +1,9 @@
-"""From a frame of tokens to rows of numbers: one layer at a time, under one alignment at a time, with what was left out counted.
+"""From a frame of tokens to rows of numbers: one layer at a time, under one alignment at a time,
+with what was left out counted.
 
-``align="input"`` sets the compute at a position against the difficulty of the token that stands there; ``align="target"`` against that of
-the next token, which the model predicts there. Shallow layers may follow the first and deep ones the second.
+``align="input"`` sets the compute at a position against the difficulty of the token that stands
+there; ``align="target"`` against that of the next token, which the model predicts there. Shallow
+layers may follow the first and deep ones the second.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +41,8 @@ class LayerTokens:
     Attributes:
         doc, pos, token_id: [T]; ``doc`` and ``token_id`` as codes from 0.
         compute, difficulty: [T]; difficulty is NaN where there is none.
-        strata: [T] one code for each combination of the class columns, or None where the frame has none.
+        strata: [T] one code for each combination of the class columns, or None where the frame has
+            none.
         lexer: [T] codes of the column ``lexer`` alone, or None.
         all_documents: documents of the layer, short ones included.
     """
@@ -56,9 +59,15 @@ class LayerTokens:
 
     def same_tokens(self, other: "LayerTokens") -> bool:
         """Whether only compute differs, so that what depends on the rest can be used again."""
-        if (self.strata is None) != (other.strata is None) or (self.lexer is None) != (other.lexer is None):
+        if (self.strata is None) != (other.strata is None) or (self.lexer is None) != (
+            other.lexer is None
+        ):
             return False
-        names = [name for name in ("doc", "pos", "token_id", "strata", "lexer") if getattr(self, name) is not None]
+        names = [
+            name
+            for name in ("doc", "pos", "token_id", "strata", "lexer")
+            if getattr(self, name) is not None
+        ]
         same = all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
         return same and np.array_equal(self.difficulty, other.difficulty, equal_nan=True)
 
@@ -71,8 +80,10 @@ class Aligned:
         rows: [n] places of the compute in ``LayerTokens``.
         doc: [n] document as a code from 0 without gaps; ``starts``: [D] where each begins.
         difficulty: [n] finite.
-        token_ids: ids that a lookup could go by: [n] the token's own, and for ``target`` also the one to be predicted.
-        strata: [n] codes of class columns (of the token whose difficulty it is); frequency band x position where the frame has none.
+        token_ids: ids that a lookup could go by: [n] the token's own, and for ``target`` also the
+            one to be predicted.
+        strata: [n] codes of class columns (of the token whose difficulty it is); frequency band x
+            position where the frame has none.
         lexer: [n] class of that token, where the frame has the column.
         num_missing: pairs left out because difficulty was missing.
     """
@@ -93,22 +104,40 @@ class Aligned:
 
 
 def layers_of(
-    frame: pl.DataFrame | pl.LazyFrame, difficulty: str, compute: str, strata: Sequence[str] | None, min_document_tokens: int
+    frame: pl.DataFrame | pl.LazyFrame,
+    difficulty: str,
+    compute: str,
+    strata: Sequence[str] | None,
+    min_document_tokens: int,
 ) -> Iterator[LayerTokens]:
-    """The layers of a frame in order. Raises ``AnalysisError`` where columns are missing or a (doc, pos) comes twice in a layer."""
+    """The layers of a frame in order.
+
+    Raises ``AnalysisError`` where columns are missing or a (doc, pos) comes twice in a layer.
+    """
     lazy = frame.lazy()
     schema = lazy.collect_schema()
     needed = [*KEYS, compute, difficulty]
     missing = [name for name in needed if name not in schema]
     if missing:
-        raise AnalysisError(expected(f"a frame with columns {', '.join(['layer', *needed])}", f"none named {', '.join(missing)}"))
-    numbers = [name for name in (compute, difficulty) if not (schema[name].is_numeric() or schema[name] == pl.Null)]
+        raise AnalysisError(
+            expected(
+                f"a frame with columns {', '.join(['layer', *needed])}",
+                f"none named {', '.join(missing)}",
+            )
+        )
+    numbers = [
+        name
+        for name in (compute, difficulty)
+        if not (schema[name].is_numeric() or schema[name] == pl.Null)
+    ]
     if numbers:
         raise AnalysisError(expected("numbers", f"{schema[numbers[0]]} in column {numbers[0]!r}"))
     classes = [name for name in STRATA if name in schema] if strata is None else list(strata)
     unknown = [name for name in classes if name not in schema]
     if unknown:
-        raise AnalysisError(expected(f"strata among {', '.join(schema.names())}", ", ".join(unknown)))
+        raise AnalysisError(
+            expected(f"strata among {', '.join(schema.names())}", ", ".join(unknown))
+        )
     if "layer" not in schema:
         lazy = lazy.with_columns(layer=pl.lit(0, pl.UInt32))
     layers = lazy.select(pl.col("layer").unique().sort()).collect()["layer"].drop_nulls().to_list()
@@ -118,14 +147,20 @@ def layers_of(
         rows = lazy.filter(pl.col("layer") == layer).select(*wanted).collect(engine="streaming")
         found = _layer_tokens(layer, rows, difficulty, compute, classes, min_document_tokens)
         if last is not None and last.same_tokens(found):
-            # Nothing but compute differs: hand on the very same arrays, so that later stages see it at once.
+            # Nothing but compute differs: hand on the very same arrays, so that later stages see it
+            # at once.
             found = replace(last, layer=layer, compute=found.compute)
         last = found
         yield found
 
 
 def _layer_tokens(
-    layer: int, rows: pl.DataFrame, difficulty: str, compute: str, classes: list[str], min_document_tokens: int
+    layer: int,
+    rows: pl.DataFrame,
+    difficulty: str,
+    compute: str,
+    classes: list[str],
+    min_document_tokens: int,
 ) -> LayerTokens:
     keys = [*KEYS, compute]
     if sum(rows[name].null_count() for name in keys):
@@ -133,9 +168,14 @@ def _layer_tokens(
     doc, token_id = (_codes(rows[name]) for name in ("doc", "token_id"))
     pos = rows["pos"].to_numpy().astype(np.int64)
     order = _order(layer, doc, pos)
-    strata = joint_code([_codes(rows[name]) for name in classes]) if classes and rows.height else None
+    strata = (
+        joint_code([_codes(rows[name]) for name in classes]) if classes and rows.height else None
+    )
     lexer = _codes(rows[LEXER]) if LEXER in rows.columns else None
-    values = [rows[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for name in (compute, difficulty)]
+    values = [
+        rows[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+        for name in (compute, difficulty)
+    ]
     columns = [doc, pos, token_id, *values, strata, lexer]
     documents = len(np.unique(doc))
     keep = _long_enough(doc, min_document_tokens) & (np.isfinite(values[0]))
@@ -148,7 +188,9 @@ def _layer_tokens(
 
 
 def _codes(column: pl.Series) -> Ints:
-    """A column as small integers from 0: the numbers themselves where they are small, else their places in sorted order."""
+    """A column as small integers from 0: the numbers themselves where they are small, else their
+    places in sorted order.
+    """
     if column.dtype.is_integer():
         values = column.to_numpy().astype(np.int64)
         if not len(values) or (values.min() >= 0 and values.max() < LARGEST_CODE):
@@ -170,23 +212,32 @@ def _order(layer: int, doc: Ints, pos: Ints) -> Ints | None:
     doc, pos = doc[order], pos[order]
     if ((doc[1:] == doc[:-1]) & (pos[1:] == pos[:-1])).any():
         hint = "one phase at a time, and a doc for each sequence"
-        raise AnalysisError(f"layer {layer}: " + expected("each (doc, pos) once", "repeated ones", hint))
+        raise AnalysisError(
+            f"layer {layer}: " + expected("each (doc, pos) once", "repeated ones", hint)
+        )
     return order
 
 
 def _long_enough(doc: Ints, least: int) -> NDArray[np.bool_]:
-    """Tokens of documents with at least ``least`` tokens; all tokens where that would leave out more than half of them."""
+    """Tokens of documents with at least ``least`` tokens; all tokens where that would leave out
+    more than half of them.
+    """
     long = (np.bincount(doc) >= least)[doc] if len(doc) else np.zeros(0, dtype=bool)
     return long if long.mean() >= 0.5 or not len(long) else np.ones(len(doc), dtype=bool)
 
 
 def align(tokens: LayerTokens, how: Align, include_first: bool = False) -> Aligned:
-    """Pair compute with difficulty. Position 0 (an attention sink) is left out, as are pairs without a difficulty."""
+    """Pair compute with difficulty.
+
+    Position 0 (an attention sink) is left out, as are pairs without a difficulty.
+    """
     rows = np.flatnonzero((tokens.pos > 0) | include_first)
     judged = rows
     if how is Align.TARGET:
         rows = rows[rows + 1 < len(tokens.doc)]
-        follows = (tokens.doc[rows + 1] == tokens.doc[rows]) & (tokens.pos[rows + 1] == tokens.pos[rows] + 1)
+        follows = (tokens.doc[rows + 1] == tokens.doc[rows]) & (
+            tokens.pos[rows + 1] == tokens.pos[rows] + 1
+        )
         rows = rows[follows]
         judged = rows + 1
     known = np.isfinite(tokens.difficulty[judged])
@@ -197,9 +248,15 @@ def align(tokens: LayerTokens, how: Align, include_first: bool = False) -> Align
     doc = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(rows))))
     own, target = tokens.token_id[rows], tokens.token_id[judged]
     token_ids = (own,) if how is Align.INPUT else (own, target)
-    strata = tokens.strata[judged] if tokens.strata is not None else _plain_strata(target, tokens.pos[rows])
+    strata = (
+        tokens.strata[judged]
+        if tokens.strata is not None
+        else _plain_strata(target, tokens.pos[rows])
+    )
     lexer = None if tokens.lexer is None else tokens.lexer[judged]
-    return Aligned(how, rows, doc, starts, tokens.difficulty[judged], token_ids, strata, lexer, missing)
+    return Aligned(
+        how, rows, doc, starts, tokens.difficulty[judged], token_ids, strata, lexer, missing
+    )
 
 
 def _plain_strata(token_id: Ints, pos: Ints) -> Ints:
@@ -208,7 +265,9 @@ def _plain_strata(token_id: Ints, pos: Ints) -> Ints:
 
 
 def frequency_bands(token_id: Ints, bands: int = NUM_BANDS) -> Ints:
-    """[n] band of each token: ids from frequent to rare, cut into bands of about equal numbers of tokens."""
+    """[n] band of each token: ids from frequent to rare, cut into bands of about equal numbers of
+    tokens.
+    """
     counts = np.bincount(token_id)
     order = np.argsort(-counts, kind="stable")
     mass = counts[order].astype(np.float64)

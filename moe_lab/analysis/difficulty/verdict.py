@@ -1,8 +1,9 @@
 """The words in which an association is judged, and the rule that chooses one.
 
-Three answers by two one-sided tests (Schuirmann 1987) on the correlation within token ids: its 90 % interval lies beyond the band of
-immaterial values, within it, or across its edge. What a raw correlation shows beyond that is the work of identity, and of frequency where
-frequency explains most of what identity does.
+Three answers by two one-sided tests (Schuirmann 1987) on the correlation within token ids: its 90 %
+interval lies beyond the band of immaterial values, within it, or across its edge. What a raw
+correlation shows beyond that is the work of identity, and of frequency where frequency explains
+most of what identity does.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ MARGIN = 0.02
 MIN_DOCUMENTS = 200
 FALSE_DISCOVERIES = 0.05
 MOST_LEFT = 0.25
-"""Identity accounts for a raw association where at most this share of it can be left within token ids."""
+"""Identity accounts for a raw association where at most this share of it can be left within token
+ids.
+"""
 FREQUENCY_SHARE = 0.5
 
 
@@ -34,11 +37,14 @@ class Evidence:
     """What the rule reads of one layer and alignment.
 
     Attributes:
-        raw, token, document: rank correlations of compute with difficulty: as it is, within token ids, within token ids and documents.
+        raw, token, document: rank correlations of compute with difficulty: as it is, within token
+            ids, within token ids and documents.
         lexer: within token id and lexer class; None where the frame has no such column.
         q: of ``token``, after the false discovery rate over all layers and alignments.
-        frequency_share: of the variance of compute that token ids explain, what a smooth function of their frequency explains.
-        compute_by_id, difficulty_by_id: whether the one or the other is the same for every token of an id.
+        frequency_share: of the variance of compute that token ids explain, what a smooth function
+            of their frequency explains.
+        compute_by_id, difficulty_by_id: whether the one or the other is the same for every token of
+            an id.
         documents: in all, short ones included.
         static: the one value that compute has, or None where it varies.
         pairs: tokens with both compute and a difficulty.
@@ -59,7 +65,9 @@ class Evidence:
     tokens: int
 
 
-def judge(evidence: Evidence, margin: float = MARGIN, min_documents: int = MIN_DOCUMENTS) -> tuple[DifficultyVerdict, str]:
+def judge(
+    evidence: Evidence, margin: float = MARGIN, min_documents: int = MIN_DOCUMENTS
+) -> tuple[DifficultyVerdict, str]:
     """The verdict on one layer and alignment, and its reason in a sentence."""
     obstacle = _obstacle(evidence, min_documents)
     if obstacle is not None:
@@ -72,7 +80,10 @@ def judge(evidence: Evidence, margin: float = MARGIN, min_documents: int = MIN_D
         return _by_identity(evidence)
     if token.inside(margin):
         return DifficultyVerdict.NONE, f"the correlation within token ids lies within ±{margin:g}"
-    return DifficultyVerdict.INCONCLUSIVE, f"the interval within token ids crosses ±{margin:g}: more tokens or documents would decide"
+    return (
+        DifficultyVerdict.INCONCLUSIVE,
+        f"the interval within token ids crosses ±{margin:g}: more tokens or documents would decide",
+    )
 
 
 def _obstacle(evidence: Evidence, min_documents: int) -> tuple[DifficultyVerdict, str] | None:
@@ -81,13 +92,25 @@ def _obstacle(evidence: Evidence, min_documents: int) -> tuple[DifficultyVerdict
     if not evidence.pairs:
         return inconclusive, "no token has both compute and a difficulty"
     if evidence.static is not None:
-        return DifficultyVerdict.STATIC, f"every token has a compute of {evidence.static:g}, as with a fixed k"
+        return (
+            DifficultyVerdict.STATIC,
+            f"every token has a compute of {evidence.static:g}, as with a fixed k",
+        )
     if not evidence.tokens:
-        return inconclusive, "no token id occurs twice, so no token can be compared with one of its own id"
+        return (
+            inconclusive,
+            "no token id occurs twice, so no token can be compared with one of its own id",
+        )
     if evidence.documents < min_documents:
-        return inconclusive, f"{evidence.documents} documents; at least {min_documents} are needed to resample"
+        return (
+            inconclusive,
+            f"{evidence.documents} documents; at least {min_documents} are needed to resample",
+        )
     if evidence.difficulty_by_id:
-        return inconclusive, "difficulty is a function of the token id here, so within an id there is nothing to follow"
+        return (
+            inconclusive,
+            "difficulty is a function of the token id here, so within an id there is nothing to follow",
+        )
     if evidence.compute_by_id:
         return _by_identity(evidence)
     return None
@@ -95,21 +118,37 @@ def _obstacle(evidence: Evidence, min_documents: int) -> tuple[DifficultyVerdict
 
 def _by_identity(evidence: Evidence) -> tuple[DifficultyVerdict, str]:
     share = evidence.frequency_share
-    how = f"{100 * min(share, 1):.0f} % of what token ids explain of compute follows their frequency"
+    how = (
+        f"{100 * min(share, 1):.0f} % of what token ids explain of compute follows their frequency"
+    )
     if evidence.compute_by_id:
         how = f"compute is a function of the token id; {how}"
-    return (DifficultyVerdict.FREQUENCY if share >= FREQUENCY_SHARE else DifficultyVerdict.IDENTITY), how
+    return (
+        DifficultyVerdict.FREQUENCY if share >= FREQUENCY_SHARE else DifficultyVerdict.IDENTITY
+    ), how
 
 
 def _material(evidence: Evidence, direction: int, margin: float) -> tuple[DifficultyVerdict, str]:
     document, lexer = evidence.document, evidence.lexer
     upper = document.hi90 if direction > 0 else -document.lo90
     if upper < margin:
-        return DifficultyVerdict.TASK, "compute follows the difficulty of documents, but within a document it does not"
+        return (
+            DifficultyVerdict.TASK,
+            "compute follows the difficulty of documents, but within a document it does not",
+        )
     if lexer is not None and lexer.inside(margin):
-        return DifficultyVerdict.IDENTITY, "once the lexer class of the token is held fixed beside its id, nothing material is left"
+        return (
+            DifficultyVerdict.IDENTITY,
+            "once the lexer class of the token is held fixed beside its id, nothing material is left",
+        )
     if lexer is not None and lexer.beyond(margin) != direction:
-        return DifficultyVerdict.INCONCLUSIVE, "once the lexer class of the token is held fixed too, nothing certain is left"
+        return (
+            DifficultyVerdict.INCONCLUSIVE,
+            "once the lexer class of the token is held fixed too, nothing certain is left",
+        )
     if direction > 0:
-        return DifficultyVerdict.ALIGNED, "harder tokens get more, compared with tokens of the same id"
+        return (
+            DifficultyVerdict.ALIGNED,
+            "harder tokens get more, compared with tokens of the same id",
+        )
     return DifficultyVerdict.INVERTED, "harder tokens get less, compared with tokens of the same id"

@@ -1,8 +1,10 @@
-"""``Within``: what is left of a row of numbers when the mean of each token id (or of any group) is taken out.
+"""``Within``: what is left of a row of numbers when the mean of each token id (or of any group) is
+taken out.
 
-With one grouping that is one subtraction. With two, such as the id that goes in and the id that is to come out, the additive model
-``y = a[first] + b[second] + residual`` is fitted by least squares: conjugate gradients on the groups, not on the tokens. A router that
-looks up either id, whatever the table, leaves a residual without any trace of the ids.
+With one grouping that is one subtraction. With two, such as the id that goes in and the id that is
+to come out, the additive model ``y = a[first] + b[second] + residual`` is fitted by least squares:
+conjugate gradients on the groups, not on the tokens. A router that looks up either id, whatever the
+table, leaves a residual without any trace of the ids.
 """
 
 from dataclasses import dataclass
@@ -34,7 +36,9 @@ class Within:
 
     @cached_property
     def alone(self) -> NDArray[np.bool_]:
-        """[n] tokens that are the only one of their group in some grouping: they have nothing to be compared with."""
+        """[n] tokens that are the only one of their group in some grouping: they have nothing to be
+        compared with.
+        """
         alone = np.zeros(len(self.codes[0]), dtype=bool)
         for code, count in zip(self.codes, self.counts, strict=True):
             alone |= count[code] <= 1
@@ -42,11 +46,13 @@ class Within:
 
     @cached_property
     def inflation(self) -> Floats:
-        """[n] ``1 / sqrt(1 - leverage)``: what a product of two residuals is scaled by where its spread over documents is judged.
+        """[n] ``1 / sqrt(1 - leverage)``: what a product of two residuals is scaled by where its
+        spread over documents is judged.
 
-        A residual is pulled towards 0 by its own share in the mean, and residuals of one group are tied to each other: in a group of n
-        tokens from n documents the sum of products has a variance n / (n - 1) times that of n independent terms (the HC2 argument of
-        MacKinnon and White 1985). Leverages of two groupings are added, and capped.
+        A residual is pulled towards 0 by its own share in the mean, and residuals of one group are
+        tied to each other: in a group of n tokens from n documents the sum of products has a
+        variance n / (n - 1) times that of n independent terms (the HC2 argument of MacKinnon and
+        White 1985). Leverages of two groupings are added, and capped.
         """
         leverage = np.zeros(len(self.codes[0]))
         for code, count in zip(self.codes, self.counts, strict=True):
@@ -79,7 +85,9 @@ class Within:
         return self._pairs.T.tocsr()
 
     def _second_effects(self, values: Floats) -> Floats:
-        """Effects of the second grouping: ``(D2 - N' D1^-1 N) b = s2 - N' D1^-1 s1`` by conjugate gradients, preconditioned by D2."""
+        """Effects of the second grouping: ``(D2 - N' D1^-1 N) b = s2 - N' D1^-1 s1`` by conjugate
+        gradients, preconditioned by D2.
+        """
         inverse = 1 / np.maximum(self.counts[0], 1)
         weight = np.maximum(self.counts[1], 1)
         pairs, transposed = self._pairs, self._pairs_transposed
@@ -87,7 +95,9 @@ class Within:
         def apply(effects: Floats) -> Floats:
             return self.counts[1] * effects - transposed @ (inverse * (pairs @ effects))
 
-        first, second = (_sums(code, values, count) for code, count in zip(self.codes, self.counts, strict=True))
+        first, second = (
+            _sums(code, values, count) for code, count in zip(self.codes, self.counts, strict=True)
+        )
         rest = second - transposed @ (inverse * first)
         effects, step = np.zeros_like(rest), rest / weight
         power = rest @ step
@@ -113,7 +123,9 @@ def _sums(code: Ints, values: Floats, count: Floats) -> Floats:
 
 
 def joint_code(columns: list[NDArray]) -> Ints:
-    """[n] one code from 0, without gaps, for each combination of [n] integer columns (0 or more) that occurs."""
+    """[n] one code from 0, without gaps, for each combination of [n] integer columns (0 or more)
+    that occurs.
+    """
     code = _compact(columns[0])[0]
     for column in columns[1:]:
         other, number = _compact(column)
@@ -122,7 +134,9 @@ def joint_code(columns: list[NDArray]) -> Ints:
 
 
 def _compact(values: NDArray) -> tuple[Ints, int]:
-    """[n] codes without gaps in the order of the values, and how many there are; without a sort where the values are small."""
+    """[n] codes without gaps in the order of the values, and how many there are; without a sort
+    where the values are small.
+    """
     top = int(values.max(initial=0))
     if top < max(LARGEST_TABLE, 2 * len(values)):
         seen = np.bincount(values, minlength=1) > 0

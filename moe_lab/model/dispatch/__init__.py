@@ -1,14 +1,14 @@
 """Dispatch: run each token through its selected real experts and add up the weighted outputs.
 
-Every backend computes ``y_t = sum_k w_tk * E_{i_tk}(x_t)`` over the slots whose id is a real expert; zero-compute experts are the layer's
-business and cost nothing here. They differ in speed alone:
+Every backend computes ``y_t = sum_k w_tk * E_{i_tk}(x_t)`` over the slots whose id is a real
+expert; zero-compute experts are the layer's business and cost nothing here. They differ in speed
+alone:
 
-| name | what it does | where |
-|---|---|---|
-| ``oracle`` | the definition, token by token | anywhere, slowly: what the others are tested against |
-| ``cpu`` | one autograd function, a few tensor calls per expert on rows in cache | any device and dtype |
-| ``native`` | the same in C++, compiled once per machine | CPU, float32 and float64 |
-| ``grouped`` | one grouped product for all experts (``torch.nn.functional.grouped_mm``), no host synchronisation | CUDA; right on a CPU |
+| name | what it does | where | |---|---|---| | ``oracle`` | the definition, token by token |
+anywhere, slowly: what the others are tested against | | ``cpu`` | one autograd function, a few
+tensor calls per expert on rows in cache | any device and dtype | | ``native`` | the same in C++,
+compiled once per machine | CPU, float32 and float64 | | ``grouped`` | one grouped product for all
+experts (``torch.nn.functional.grouped_mm``), no host synchronisation | CUDA; right on a CPU |
 
 ``auto`` takes the fastest that can run what it is given, anew at each call; ``choose`` tells which.
 """
@@ -40,11 +40,18 @@ class Bank(Protocol):
 
 Backend = Callable[[Tensor, Routing, Bank], Tensor]
 
-BACKENDS: dict[str, Backend] = {"oracle": oracle, "cpu": loop, "native": native.experts, "grouped": grouped}
+BACKENDS: dict[str, Backend] = {
+    "oracle": oracle,
+    "cpu": loop,
+    "native": native.experts,
+    "grouped": grouped,
+}
 
 
 def choose(x_TD: Tensor, bank: Bank) -> str:
-    """The name of the backend that ``auto`` runs for these tensors: their device, dtype and shape decide."""
+    """The name of the backend that ``auto`` runs for these tensors: their device, dtype and shape
+    decide.
+    """
     if x_TD.device.type == "cpu":
         return "native" if x_TD.dtype in native.DTYPES and native.available() else "cpu"
     return "grouped" if can_group(x_TD, bank.down) else "cpu"
@@ -59,7 +66,9 @@ def backend(name: str) -> Backend:
     if name == "auto":
         return auto
     if name not in BACKENDS:
-        raise ConfigError(expected(f"a dispatch backend among auto, {', '.join(sorted(BACKENDS))}", repr(name)))
+        raise ConfigError(
+            expected(f"a dispatch backend among auto, {', '.join(sorted(BACKENDS))}", repr(name))
+        )
     return BACKENDS[name]
 
 
@@ -69,7 +78,9 @@ class _Weights(NamedTuple):
 
 
 def under_autocast(x_TD: Tensor, bank: Bank) -> tuple[Tensor, Bank]:
-    """Tokens and weights in the dtype in which autocast runs matrix products, where it is on (float64 stays, as everywhere in autocast)."""
+    """Tokens and weights in the dtype in which autocast runs matrix products, where it is on
+    (float64 stays, as everywhere in autocast).
+    """
     kind = x_TD.device.type
     if kind == "meta" or x_TD.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x_TD, bank

@@ -1,7 +1,9 @@
-"""``grouped``: all experts in one grouped matrix product, ``torch.nn.functional.grouped_mm``, without host synchronisation.
+"""``grouped``: all experts in one grouped matrix product, ``torch.nn.functional.grouped_mm``,
+without host synchronisation.
 
-Rows past the last expert's end belong to slots that run no real expert. ``grouped_mm`` leaves them as they were in memory, in both
-directions: whatever they hold is masked where rows become tokens and where a row's weight gets its gradient.
+Rows past the last expert's end belong to slots that run no real expert. ``grouped_mm`` leaves them
+as they were in memory, in both directions: whatever they hold is masked where rows become tokens
+and where a row's weight gets its gradient.
 """
 
 from itertools import pairwise
@@ -23,13 +25,19 @@ ALIGNMENT = 16  # bytes that every row must be a multiple of
 
 
 def can_group(x_TD: Tensor, down_EDF: Tensor) -> bool:
-    """Whether ``grouped_mm`` takes the dtype and the widths (torch 2.13 traces it for ``torch.compile`` in bfloat16 only)."""
+    """Whether ``grouped_mm`` takes the dtype and the widths (torch 2.13 traces it for
+    ``torch.compile`` in bfloat16 only).
+    """
     dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else DTYPES
-    return x_TD.dtype in dtypes and not any(width * x_TD.element_size() % ALIGNMENT for width in down_EDF.shape[1:])
+    return x_TD.dtype in dtypes and not any(
+        width * x_TD.element_size() % ALIGNMENT for width in down_EDF.shape[1:]
+    )
 
 
 def grouped(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
-    """Float64, and widths that ``can_group`` refuses, take one product per expert and a host synchronisation: right, not fast."""
+    """Float64, and widths that ``can_group`` refuses, take one product per expert and a host
+    synchronisation: right, not fast.
+    """
     product = F.grouped_mm if can_group(x_TD, bank.down) else _products
     slots = slot_order(routing)
     rows = _Take.apply(x_TD, slots)
@@ -52,7 +60,10 @@ def _products(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
 
 
 class _Take(torch.autograd.Function):
-    """[T, D] -> [N, D], the token of each row. (The backward of ``index_select`` itself would be an ``index_add_``.)"""
+    """[T, D] -> [N, D], the token of each row.
+
+    (The backward of ``index_select`` itself would be an ``index_add_``.)
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, slots: SlotOrder) -> Tensor:

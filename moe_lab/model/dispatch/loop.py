@@ -1,8 +1,9 @@
 """``loop``: one autograd function over all experts, in tensor calls.
 
-Each expert's rows go from gather to output while they are in cache, forward and backward. The bank's gradient is one tensor that each
-expert's product is written into: indexing the bank per expert inside autograd would allocate it E times. The gradient of a gate weight is
-``<dL/dh, h>`` on the hidden units h, so the experts' outputs are not kept. ``native`` is this, compiled.
+Each expert's rows go from gather to output while they are in cache, forward and backward. The
+bank's gradient is one tensor that each expert's product is written into: indexing the bank per
+expert inside autograd would allocate it E times. The gradient of a gate weight is ``<dL/dh, h>`` on
+the hidden units h, so the experts' outputs are not kept. ``native`` is this, compiled.
 """
 
 from itertools import pairwise
@@ -22,14 +23,31 @@ if TYPE_CHECKING:
 
 def loop(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
     """One host synchronisation (where each expert's rows end)."""
-    return _Loop.apply(x_TD, routing.weights.to(x_TD.dtype), bank.gate_up, bank.down, slot_order(routing), routing.weights_on_input)
+    return _Loop.apply(
+        x_TD,
+        routing.weights.to(x_TD.dtype),
+        bank.gate_up,
+        bank.down,
+        slot_order(routing),
+        routing.weights_on_input,
+    )
 
 
 class _Loop(torch.autograd.Function):
-    """Rows are in expert order; ``act`` [N, 2F] holds gate and up of each, ``scale`` [N, 1] the weight of each."""
+    """Rows are in expert order; ``act`` [N, 2F] holds gate and up of each, ``scale`` [N, 1] the
+    weight of each.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slots: SlotOrder, on_input: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        slots: SlotOrder,
+        on_input: bool,
+    ) -> Tensor:
         tokens, scale = slots.tokens, weights.reshape(-1)[slots.order].unsqueeze(1)
         act = x.new_empty(tokens.shape[0], gate_up.shape[1])
         rows = x.new_empty(tokens.shape[0], x.shape[1])
@@ -42,7 +60,9 @@ class _Loop(torch.autograd.Function):
             torch.mm(inside, gate_up[expert].t(), out=act[a:b])
             gate, up = act[a:b].chunk(2, dim=1)
             hidden = F.silu(gate).mul_(up)
-            torch.mm(hidden if on_input else hidden.mul_(scale[a:b]), down[expert].t(), out=rows[a:b])
+            torch.mm(
+                hidden if on_input else hidden.mul_(scale[a:b]), down[expert].t(), out=rows[a:b]
+            )
         ctx.save_for_backward(x, weights, gate_up, down, act)
         ctx.slots, ctx.on_input = slots, on_input
         return slots.put_back(rows)
@@ -53,12 +73,20 @@ class _Loop(torch.autograd.Function):
         x, weights, gate_up, down, act = ctx.saved_tensors
         slots, on_input = ctx.slots, ctx.on_input
         tokens, scale = slots.tokens, weights.reshape(-1)[slots.order].unsqueeze(1)
-        grad_gate_up, grad_down, rows = torch.zeros_like(gate_up), torch.zeros_like(down), x.new_empty(tokens.shape[0], x.shape[1])
+        grad_gate_up, grad_down, rows = (
+            torch.zeros_like(gate_up),
+            torch.zeros_like(down),
+            x.new_empty(tokens.shape[0], x.shape[1]),
+        )
         grad_scale = scale.new_zeros(scale.shape[0])
         for expert, (a, b) in enumerate(pairwise([0, *slots.ends.tolist()])):
             if a == b:
                 continue
-            part, inside, gate_grad = scale[a:b], x.index_select(0, tokens[a:b]), grad.index_select(0, tokens[a:b])
+            part, inside, gate_grad = (
+                scale[a:b],
+                x.index_select(0, tokens[a:b]),
+                grad.index_select(0, tokens[a:b]),
+            )
             gate, up = act[a:b].chunk(2, dim=1)
             sigmoid = gate.sigmoid()
             silu = gate * sigmoid
@@ -66,7 +94,9 @@ class _Loop(torch.autograd.Function):
             if not on_input:
                 grad_scale[a:b] = (grad_hidden * hidden).sum(dim=1)
                 hidden, grad_hidden = hidden * part, grad_hidden * part
-            grad_act = torch.cat([grad_hidden * up * (sigmoid + silu * (1 - sigmoid)), grad_hidden * silu], dim=1)
+            grad_act = torch.cat(
+                [grad_hidden * up * (sigmoid + silu * (1 - sigmoid)), grad_hidden * silu], dim=1
+            )
             torch.mm(gate_grad.t(), hidden, out=grad_down[expert])
             torch.mm(grad_act.t(), inside * part if on_input else inside, out=grad_gate_up[expert])
             torch.mm(grad_act, gate_up[expert], out=rows[a:b])

@@ -1,8 +1,10 @@
-"""``experts``: the routed experts of a layer in C++ on a CPU (``experts.cpp``), forward and backward.
+"""``experts``: the routed experts of a layer in C++ on a CPU (``experts.cpp``), forward and
+backward.
 
-The source is compiled once per machine, in seconds, by the machine's own C++ compiler (``$CXX``, ``c++``, ``g++`` or ``clang++``) into the
-cache folder; products are torch's own BLAS. Where that cannot be had ``available`` is False and ``problem`` says why; ``MOE_LAB_NATIVE=0``
-switches it off. Under ``torch.compile`` the layer is one opaque operator.
+The source is compiled once per machine, in seconds, by the machine's own C++ compiler (``$CXX``,
+``c++``, ``g++`` or ``clang++``) into the cache folder; products are torch's own BLAS. Where that
+cannot be had ``available`` is False and ``problem`` says why; ``MOE_LAB_NATIVE=0`` switches it off.
+Under ``torch.compile`` the layer is one opaque operator.
 """
 
 import ctypes
@@ -28,7 +30,16 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32: ("f32", "sgemm_"), torch.float64: ("f64", "dgemm_")}
 SOURCE = Path(__file__).with_name("experts.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+)
 SWITCH = "MOE_LAB_NATIVE"
 MAX_SLOTS = 2**31 - 1
 
@@ -36,21 +47,35 @@ MAX_SLOTS = 2**31 - 1
 def experts(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
     """Raises ``ConfigError`` for another device or dtype, or where the library cannot be had."""
     if x_TD.device.type != "cpu" or x_TD.dtype not in DTYPES:
-        raise ConfigError(expected("float32 or float64 tokens on the CPU", f"{x_TD.dtype} on {x_TD.device}", "dispatch='auto'"))
+        raise ConfigError(
+            expected(
+                "float32 or float64 tokens on the CPU",
+                f"{x_TD.dtype} on {x_TD.device}",
+                "dispatch='auto'",
+            )
+        )
     if not available():
         raise ConfigError(expected("a compiled expert library", problem(), "dispatch='cpu'"))
     weights = routing.weights.to(x_TD.dtype)
-    save = torch.is_grad_enabled() and any(value.requires_grad for value in (x_TD, weights, bank.gate_up, bank.down))
+    save = torch.is_grad_enabled() and any(
+        value.requires_grad for value in (x_TD, weights, bank.gate_up, bank.down)
+    )
     on_input = routing.weights_on_input
-    return torch.ops.moe_lab.experts(x_TD, routing.indices, weights, bank.gate_up, bank.down, on_input, save)[0]
+    return torch.ops.moe_lab.experts(
+        x_TD, routing.indices, weights, bank.gate_up, bank.down, on_input, save
+    )[0]
 
 
 _ready: bool | None = None
-"""What ``available`` found; a plain global, because ``torch.compile`` reads those and cannot look into the search itself."""
+"""What ``available`` found; a plain global, because ``torch.compile`` reads those and cannot look
+into the search itself.
+"""
 
 
 def available() -> bool:
-    """Whether the library is there; the first call in a process loads it, the first on a machine compiles it."""
+    """Whether the library is there; the first call in a process loads it, the first on a machine
+    compiles it.
+    """
     global _ready
     if _ready is None:
         _ready = isinstance(_library(), ctypes.CDLL)
@@ -77,7 +102,11 @@ def _library() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, RunError, subprocess.SubprocessError, _NoCompilerError) as error:
-        detail = error.stderr.strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else [str(error)]
+        detail = (
+            error.stderr.strip().splitlines()[:1]
+            if isinstance(error, subprocess.CalledProcessError)
+            else [str(error)]
+        )
         return f"the experts could not be compiled: {' '.join(detail)}"
     library.moe_plan.restype = None
     for name, symbol in DTYPES.values():
@@ -92,13 +121,24 @@ class _NoCompilerError(Exception):
 
 
 def _compiled() -> Path:
-    """The shared library of this source for this processor and compiler, built if it is not in the cache."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
+    """The shared library of this source for this processor and compiler, built if it is not in the
+    cache.
+    """
+    compiler = next(
+        filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))),
+        None,
+    )
     if compiler is None:
         raise _NoCompilerError("no C++ compiler found (set CXX, or install g++)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), compiler, version, _processor())
-    path = default_cache_dir() / "native" / f"experts-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    path = (
+        default_cache_dir()
+        / "native"
+        / f"experts-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    )
     if not path.exists():
         with atomic_path(path) as temporary:
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
@@ -112,36 +152,62 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    named = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    named = {
+        line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))
+    }
     return "\n".join([platform.machine(), platform.processor(), *sorted(named)])
 
 
 @torch.library.custom_op("moe_lab::experts", mutates_args=(), device_types="cpu")
 def _experts(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, on_input: bool, save: bool
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    on_input: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [T, D]; and for the backward pass act [N, 2F] in expert order (empty unless ``save``), order [N], starts [E + 1], place [N]."""
+    """y [T, D]; and for the backward pass act [N, 2F] in expert order (empty unless ``save``),
+    order [N], starts [E + 1], place [N].
+    """
     library = _loaded()
     indices, num_slots, num_experts = indices.contiguous(), indices.numel(), down.shape[0]
     if num_slots > MAX_SLOTS:
-        raise ConfigError(expected(f"at most {MAX_SLOTS} slots in one call", num_slots, "smaller batches"))
-    order, starts, place = (torch.empty(size, dtype=torch.int32) for size in (num_slots, num_experts + 1, num_slots))
-    library.moe_plan(*_pointers(indices), *_integers(num_slots, num_experts), *_pointers(order, starts, place))
+        raise ConfigError(
+            expected(f"at most {MAX_SLOTS} slots in one call", num_slots, "smaller batches")
+        )
+    order, starts, place = (
+        torch.empty(size, dtype=torch.int32) for size in (num_slots, num_experts + 1, num_slots)
+    )
+    library.moe_plan(
+        *_pointers(indices), *_integers(num_slots, num_experts), *_pointers(order, starts, place)
+    )
     x, weights, gate_up, down = (value.contiguous() for value in (x, weights, gate_up, down))
     # Pages that nothing is written to are never touched: unused slots cost no memory.
     y, act = torch.empty_like(x), x.new_empty(num_slots if save else 0, gate_up.shape[1])
     layer = _layer(library, x, indices, weights, gate_up, down, order, starts, place, on_input)
-    getattr(library, f"moe_forward_{DTYPES[x.dtype][0]}")(*layer, *_pointers(act if save else None, y))
+    getattr(library, f"moe_forward_{DTYPES[x.dtype][0]}")(
+        *layer, *_pointers(act if save else None, y)
+    )
     return y, act, order, starts, place
 
 
 @_experts.register_fake
 def _(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, on_input: bool, save: bool
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    on_input: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_slots = indices.shape[0] * indices.shape[1]
     act = x.new_empty(num_slots if save else 0, gate_up.shape[1])
-    order, starts, place = (x.new_empty(size, dtype=torch.int32) for size in (num_slots, down.shape[0] + 1, num_slots))
+    order, starts, place = (
+        x.new_empty(size, dtype=torch.int32) for size in (num_slots, down.shape[0] + 1, num_slots)
+    )
     return torch.empty_like(x), act, order, starts, place
 
 
@@ -152,10 +218,14 @@ def _experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weights, gate_up and down."""
     library = _loaded()
-    grad, x, weights, gate_up, down = (value.contiguous() for value in (grad, x, weights, gate_up, down))
+    grad, x, weights, gate_up, down = (
+        value.contiguous() for value in (grad, x, weights, gate_up, down)
+    )
     gradients = [torch.empty_like(value) for value in (x, weights, gate_up, down)]
     layer = _layer(library, x, indices, weights, gate_up, down, order, starts, place, on_input)
-    getattr(library, f"moe_backward_{DTYPES[x.dtype][0]}")(*layer, *_pointers(grad, act, *gradients))
+    getattr(library, f"moe_backward_{DTYPES[x.dtype][0]}")(
+        *layer, *_pointers(grad, act, *gradients)
+    )
     return gradients[0], gradients[1], gradients[2], gradients[3]
 
 
@@ -164,7 +234,12 @@ def _(
     grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Tensor, order: Tensor, starts: Tensor,
     place: Tensor, on_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), torch.empty_like(weights), torch.empty_like(gate_up), torch.empty_like(down)
+    return (
+        torch.empty_like(x),
+        torch.empty_like(weights),
+        torch.empty_like(gate_up),
+        torch.empty_like(down),
+    )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -174,15 +249,25 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.moe_lab.experts_backward(grad, *ctx.saved_tensors, ctx.on_input)
+    grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.moe_lab.experts_backward(
+        grad, *ctx.saved_tensors, ctx.on_input
+    )
     return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None
 
 
 @register_flop_formula(torch.ops.moe_lab.experts)
 def _flops(
-    x_shape: tuple[int, int], indices_shape: tuple[int, int], weights: Any, gate_up: Any, down_shape: Any, *args: Any, **kwargs: Any
+    x_shape: tuple[int, int],
+    indices_shape: tuple[int, int],
+    weights: Any,
+    gate_up: Any,
+    down_shape: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
-    """Of the matrix products, for torch's counter; it sees shapes only, so slots that run no real expert are counted as if they did."""
+    """Of the matrix products, for torch's counter; it sees shapes only, so slots that run no real
+    expert are counted as if they did.
+    """
     return 2 * 3 * indices_shape[0] * indices_shape[1] * down_shape[1] * down_shape[2]
 
 
@@ -207,7 +292,12 @@ def _layer(
     """The arguments that both directions begin with."""
     blas = getattr(library, DTYPES[x.dtype][1])
     sizes = _integers(torch.get_num_threads(), *indices.shape, *down.shape)
-    return [blas, *sizes, ctypes.c_bool(on_input), *_pointers(x, weights, gate_up, down, order, starts, place)]
+    return [
+        blas,
+        *sizes,
+        ctypes.c_bool(on_input),
+        *_pointers(x, weights, gate_up, down, order, starts, place),
+    ]
 
 
 def _integers(*values: int) -> list[ctypes.c_int64]:

@@ -1,7 +1,7 @@
 """``SlotOrder``: the slots of a batch sorted by expert, and the way back.
 
-Rows are put back by the inverse permutation and added over a token's slots: unlike ``index_add_`` this is fast on a CPU and
-deterministic on CUDA. Shape letters: N = T * K slots.
+Rows are put back by the inverse permutation and added over a token's slots: unlike ``index_add_``
+this is fast on a CPU and deterministic on CUDA. Shape letters: N = T * K slots.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,9 @@ from moe_lab.routing import Routing
 
 
 class SlotOrder(NamedTuple):
-    """Attributes:
-    order: [N] int64, the slots of expert 0, of expert 1, ..., and last those that run no real expert. Stable.
-    ends: [E] int32, where each expert's rows end.
-    place: [T, K] int64, the row of each slot.
-    runs: [T, K] bool, whether the slot runs a real expert.
+    """Attributes: order: [N] int64, the slots of expert 0, of expert 1, ..., and last those that
+    run no real expert. Stable. ends: [E] int32, where each expert's rows end. place: [T, K] int64,
+    the row of each slot. runs: [T, K] bool, whether the slot runs a real expert.
     """
 
     order: Tensor
@@ -31,8 +29,12 @@ class SlotOrder(NamedTuple):
         return self.order // self.place.shape[1]
 
     def put_back(self, rows: Tensor) -> Tensor:
-        """[N, D] rows -> [T, D], each token's slots added up; rows of slots that run nothing may hold anything."""
-        slots_TKD = rows.index_select(0, self.place.reshape(-1)).view(*self.place.shape, rows.shape[1])
+        """[N, D] rows -> [T, D], each token's slots added up; rows of slots that run nothing may
+        hold anything.
+        """
+        slots_TKD = rows.index_select(0, self.place.reshape(-1)).view(
+            *self.place.shape, rows.shape[1]
+        )
         return slots_TKD.masked_fill_(~self.runs.unsqueeze(2), 0.0).sum(dim=1)
 
 

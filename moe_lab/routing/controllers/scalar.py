@@ -1,26 +1,38 @@
-"""Rules that move one number: DTop-p's probability mass and ReMoE's L1 coefficient. The selection bias stays zero."""
+"""Rules that move one number: DTop-p's probability mass and ReMoE's L1 coefficient.
+
+The selection bias stays zero.
+"""
 
 import torch
 from torch import Tensor
 
 from moe_lab.errors import ConfigError, expected
-from moe_lab.routing.controllers.base import Controller, ControllerConfig, ControllerKind, controller
+from moe_lab.routing.controllers.base import (
+    Controller,
+    ControllerConfig,
+    ControllerKind,
+    controller,
+)
 
 SMALLEST_P = 1e-3
 
 
 @controller(ControllerKind.TOP_P)
 class TopPController(Controller):
-    """DTop-p (arXiv 2512.13996): ``p = p_0 + K_p e + K_i sum e`` with ``e = (k - a) / N``, a the mean number of experts per token.
+    """DTop-p (arXiv 2512.13996): ``p = p_0 + K_p e + K_i sum e`` with ``e = (k - a) / N``, a the
+    mean number of experts per token.
 
-    p is held in [0.001, 1], and the sum does not grow further in a direction in which p is at its bound (anti-windup).
+    p is held in [0.001, 1], and the sum does not grow further in a direction in which p is at its
+    bound (anti-windup).
     """
 
     options = ("proportional_gain", "initial")
     p: Tensor
     integral: Tensor
 
-    def __init__(self, config: ControllerConfig, num_experts: int, num_zero_experts: int, top_k: int) -> None:
+    def __init__(
+        self, config: ControllerConfig, num_experts: int, num_zero_experts: int, top_k: int
+    ) -> None:
         super().__init__(config, num_experts, num_zero_experts, top_k)
         self.initial = 0.4 if config.initial is None else config.initial
         if self.initial > 1:
@@ -35,7 +47,9 @@ class TopPController(Controller):
         outward = ((self.p >= 1) & (gap > 0)) | ((self.p <= SMALLEST_P) & (gap < 0))
         rate = self.config.rate / (1 + self.config.decay * self.steps)
         integral = self.integral + torch.where(outward, 0.0, rate * gap)
-        p = (self.initial + (self.config.proportional_gain or 0) * gap + integral).clamp(SMALLEST_P, 1.0)
+        p = (self.initial + (self.config.proportional_gain or 0) * gap + integral).clamp(
+            SMALLEST_P, 1.0
+        )
         self.integral.copy_(torch.where(tokens > 0, integral, self.integral))
         self.p.copy_(torch.where(tokens > 0, p, self.p))
         self.steps += tokens > 0
@@ -43,17 +57,23 @@ class TopPController(Controller):
 
 @controller(ControllerKind.RELU_LAMBDA)
 class ReluLambda(Controller):
-    """ReMoE (arXiv 2412.14711, eq. 9): lambda grows by ``factor`` while more than k of E experts are active, and shrinks otherwise.
+    """ReMoE (arXiv 2412.14711, eq. 9): lambda grows by ``factor`` while more than k of E experts
+    are active, and shrinks otherwise.
 
-    Without ``limit`` it winds up: as long as the router cannot become sparser, lambda grows by 1.2 each step, without end.
+    Without ``limit`` it winds up: as long as the router cannot become sparser, lambda grows by 1.2
+    each step, without end.
     """
 
     options = ("factor", "initial", "limit")
     coefficient: Tensor
 
-    def __init__(self, config: ControllerConfig, num_experts: int, num_zero_experts: int, top_k: int) -> None:
+    def __init__(
+        self, config: ControllerConfig, num_experts: int, num_zero_experts: int, top_k: int
+    ) -> None:
         super().__init__(config, num_experts, num_zero_experts, top_k)
-        self.register_buffer("coefficient", torch.tensor(1e-8 if config.initial is None else config.initial))
+        self.register_buffer(
+            "coefficient", torch.tensor(1e-8 if config.initial is None else config.initial)
+        )
 
     @torch.no_grad()
     def update(self, counts_E: Tensor, num_tokens: Tensor | int | None = None) -> None:
@@ -68,5 +88,9 @@ class ReluLambda(Controller):
 
 def _tokens(num_tokens: Tensor | int | None, counts_E: Tensor, kind: ControllerKind) -> Tensor:
     if num_tokens is None:
-        raise ConfigError(expected(f"num_tokens for controller {kind.value!r}", None, "update(counts, num_tokens)"))
+        raise ConfigError(
+            expected(
+                f"num_tokens for controller {kind.value!r}", None, "update(counts, num_tokens)"
+            )
+        )
     return torch.as_tensor(num_tokens, device=counts_E.device)

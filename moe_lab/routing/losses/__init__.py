@@ -1,4 +1,6 @@
-"""Balance, spread, stability and geometry losses: scalars without coefficient. docs/routing.md converts between code bases."""
+"""Balance, spread, stability and geometry losses: scalars without coefficient. docs/routing.md
+converts between code bases.
+"""
 
 from moe_lab.routing.losses.balance import (
     Scale,

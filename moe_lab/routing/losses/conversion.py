@@ -1,4 +1,6 @@
-"""What eight code bases' balance losses are worth at uniform load, and the coefficient that has the same effect here."""
+"""What eight code bases' balance losses are worth at uniform load, and the coefficient that has the
+same effect here.
+"""
 
 from collections.abc import Callable
 
@@ -15,16 +17,28 @@ CODE_BASES: dict[str, Callable[[int, int], float]] = {
     "gshard": lambda experts, top_k: 1.0 / experts**2,
     "moepp": lambda experts, top_k: top_k / experts,
 }
-"""Code base -> value of its loss, before its coefficient, at uniform load with E experts and k slots per token."""
+"""Code base -> value of its loss, before its coefficient, at uniform load with E experts and k
+slots per token.
+"""
 
 
-def convert_coefficient(coefficient: float, source: str, *, num_experts: int, top_k: int, target: str = "moe_lab") -> float:
-    """The coefficient that gives ``target``'s loss the weight that ``coefficient`` gives ``source``'s.
+def convert_coefficient(
+    coefficient: float, source: str, *, num_experts: int, top_k: int, target: str = "moe_lab"
+) -> float:
+    """The coefficient that gives ``target``'s loss the weight that ``coefficient`` gives
+    ``source``'s.
 
-    Exact where both count all k slots; Tutel, GShard and DeepSpeed's top-2 count first choices only, so it is exact for them at k = 1 and
-    at uniform load. Raises ``ConfigError`` for an unknown code base.
+    Exact where both count all k slots; Tutel, GShard and DeepSpeed's top-2 count first choices
+    only, so it is exact for them at k = 1 and at uniform load. Raises ``ConfigError`` for an
+    unknown code base.
     """
     for name in (source, target):
         if name not in CODE_BASES:
-            raise ConfigError(expected(f"a code base among {', '.join(sorted(CODE_BASES))}", repr(name)))
-    return coefficient * CODE_BASES[source](num_experts, top_k) / CODE_BASES[target](num_experts, top_k)
+            raise ConfigError(
+                expected(f"a code base among {', '.join(sorted(CODE_BASES))}", repr(name))
+            )
+    return (
+        coefficient
+        * CODE_BASES[source](num_experts, top_k)
+        / CODE_BASES[target](num_experts, top_k)
+    )

@@ -1,7 +1,9 @@
-"""Losses that are no means over tokens, where several ranks share a micro-batch: CV^2 of its importance, products of two of its sums.
+"""Losses that are no means over tokens, where several ranks share a micro-batch: CV^2 of its
+importance, products of two of its sums.
 
-Inside ``shared_by`` such a loss takes the sums of the whole micro-batch from ``summed``, so that every rank has the loss of the whole. The
-gradient of ``summed`` is that of the number of ranks times the own part: gradients averaged over the ranks are those of the whole.
+Inside ``shared_by`` such a loss takes the sums of the whole micro-batch from ``summed``, so that
+every rank has the loss of the whole. The gradient of ``summed`` is that of the number of ranks
+times the own part: gradients averaged over the ranks are those of the whole.
 """
 
 from collections.abc import Iterator
@@ -18,7 +20,9 @@ _SHARED: ContextVar[tuple[int, Any] | None] = ContextVar("micro-batch shared by"
 
 @contextmanager
 def shared_by(ranks: int, group: Any = None) -> Iterator[None]:
-    """Within the block, a micro-batch is what ``ranks`` ranks of a process group (None: all there are) hold together."""
+    """Within the block, a micro-batch is what ``ranks`` ranks of a process group (None: all there
+    are) hold together.
+    """
     token = _SHARED.set((ranks, group) if ranks > 1 else None)
     try:
         yield
@@ -27,7 +31,9 @@ def shared_by(ranks: int, group: Any = None) -> Iterator[None]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of a sum over the ranks that share the micro-batch; the values as they are where it is not shared."""
+    """The sum of a sum over the ranks that share the micro-batch; the values as they are where it
+    is not shared.
+    """
     shared = _SHARED.get()
     if shared is None:
         return values

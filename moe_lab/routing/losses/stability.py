@@ -12,7 +12,8 @@ def z_loss(routing: Routing) -> Tensor:
 
 
 def hidden_z_loss(hidden_TD: Tensor, valid: Tensor | None = None) -> Tensor:
-    """LongCat-Flash's hidden z-loss (arXiv 2509.01322, section 3): mean of ``(log sum_i exp|z_i|)^2`` over tokens.
+    """LongCat-Flash's hidden z-loss (arXiv 2509.01322, section 3): mean of ``(log sum_i
+    exp|z_i|)^2`` over tokens.
 
     Args:
         hidden_TD: final hidden states before the last norm. valid: [T] bool, False for padding.

@@ -1,4 +1,7 @@
-"""Every router, one class in one file with its formula and paper on top. Importing this package fills ``ROUTERS``."""
+"""Every router, one class in one file with its formula and paper on top.
+
+Importing this package fills ``ROUTERS``.
+"""
 
 from moe_lab.routing.routers import (
     adamoe,

@@ -1,8 +1,10 @@
-"""AdaMoE (arXiv 2406.13233) and null experts as data sparsity (arXiv 2601.15370): top k over real and null experts.
+"""AdaMoE (arXiv 2406.13233) and null experts as data sparsity (arXiv 2601.15370): top k over real
+and null experts.
 
-``s = softmax(l)`` over N real and M null experts; top k of s; a null expert computes nothing, and the weights of the real ones are
-renormalised over the real ones alone: a token with two of three slots on nulls gives its one real expert the weight 1. A token whose
-slots are all null gets weight 0 everywhere. Loss: ``losses.null_loss``, which evens out real experts and nulls as one.
+``s = softmax(l)`` over N real and M null experts; top k of s; a null expert computes nothing, and
+the weights of the real ones are renormalised over the real ones alone: a token with two of three
+slots on nulls gives its one real expert the weight 1. A token whose slots are all null gets weight
+0 everywhere. Loss: ``losses.null_loss``, which evens out real experts and nulls as one.
 
 ``null_experts(N, rho)`` of them make k slots hold rho k real experts on average under uniform load.
 """
@@ -24,16 +26,27 @@ class AdaMoE(TokenChoice):
     @classmethod
     def check_config(cls, config: RouterConfig) -> None:
         super().check_config(config)
-        require(config.num_zero_experts >= 1, "num_zero_experts of at least 1 for adamoe", config.num_zero_experts, 'kind="softmax_topk"')
+        require(
+            config.num_zero_experts >= 1,
+            "num_zero_experts of at least 1 for adamoe",
+            config.num_zero_experts,
+            'kind="softmax_topk"',
+        )
 
     @classmethod
     def default_zero_kinds(cls, config: RouterConfig) -> tuple[ZeroExpertKind, ...]:
         return (ZeroExpertKind.ZERO,) * config.num_zero_experts
 
     def weigh(self, scores_TE: Tensor, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
-        weights_TK = torch.where(indices_TK < self.config.num_experts, scores_TE.gather(1, indices_TK), 0.0)
+        weights_TK = torch.where(
+            indices_TK < self.config.num_experts, scores_TE.gather(1, indices_TK), 0.0
+        )
         total = weights_TK.sum(dim=1, keepdim=True)
-        return weights_TK / total.clamp_min(torch.finfo(total.dtype).tiny) * self.config.routed_scaling_factor
+        return (
+            weights_TK
+            / total.clamp_min(torch.finfo(total.dtype).tiny)
+            * self.config.routed_scaling_factor
+        )
 
 
 def null_experts(num_experts: int, data_sparsity: float) -> int:

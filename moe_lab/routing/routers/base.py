@@ -1,8 +1,10 @@
-"""BASE layers (arXiv 2103.16716): in training each token gets one expert by the best assignment that is exactly balanced.
+"""BASE layers (arXiv 2103.16716): in training each token gets one expert by the best assignment
+that is exactly balanced.
 
-Maximise ``sum_t l_t,a(t)`` where every expert gets T/E tokens (at most ceil(T/E) where E does not divide T); solved exactly on the host
-(``scipy.optimize.linear_sum_assignment``, cubic in T: batches of some thousand tokens). In evaluation ``argmax l``. The weight is
-``sigmoid(l)``; the rows start orthogonal with gain 0.1. Padding takes part in no assignment and goes to its argmax.
+Maximise ``sum_t l_t,a(t)`` where every expert gets T/E tokens (at most ceil(T/E) where E does not
+divide T); solved exactly on the host (``scipy.optimize.linear_sum_assignment``, cubic in T: batches
+of some thousand tokens). In evaluation ``argmax l``. The weight is ``sigmoid(l)``; the rows start
+orthogonal with gain 0.1. Padding takes part in no assignment and goes to its argmax.
 """
 
 import math
@@ -32,7 +34,11 @@ class Base(Router):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         indices_T = logits_TE.argmax(dim=1)
         if self.training:
-            rows = torch.arange(logits_TE.shape[0], device=logits_TE.device) if context.valid is None else context.valid.nonzero()[:, 0]
+            rows = (
+                torch.arange(logits_TE.shape[0], device=logits_TE.device)
+                if context.valid is None
+                else context.valid.nonzero()[:, 0]
+            )
             indices_T = indices_T.index_copy(0, rows, balanced_assignment(logits_TE.detach()[rows]))
         indices_T1 = indices_T.unsqueeze(1)
         scores_TE = logits_TE.sigmoid()

@@ -1,7 +1,8 @@
-"""DeepSeek-V2's device-limited routing (arXiv 2405.04434, section 2.1.2): softmax, the best groups by their best expert, top k in them.
+"""DeepSeek-V2's device-limited routing (arXiv 2405.04434, section 2.1.2): softmax, the best groups
+by their best expert, top k in them.
 
-``g = routed_scaling_factor * s`` without renormalisation. Mistral 4 ranks its groups by their best two and renormalises: the same
-router with ``group_score="best_two"``.
+``g = routed_scaling_factor * s`` without renormalisation. Mistral 4 ranks its groups by their best
+two and renormalises: the same router with ``group_score="best_two"``.
 """
 
 from moe_lab.routing.config import GroupScore, ScoreFunc

@@ -1,10 +1,13 @@
-"""DTop-p (arXiv 2512.13996): top-p whose p a PI controller moves so that a token has ``top_k`` experts on average.
+"""DTop-p (arXiv 2512.13996): top-p whose p a PI controller moves so that a token has ``top_k``
+experts on average.
 
-``l' = theta (l - mean l) / std l`` with a learned theta, so that no layer can change its count by the size of its logits; then top-p with
-the controller's p. The paper shares one p over all layers; here each router has its own, from its own count.
+``l' = theta (l - mean l) / std l`` with a learned theta, so that no layer can change its count by
+the size of its logits; then top-p with the controller's p. The paper shares one p over all layers;
+here each router has its own, from its own count.
 
-The gains are not published. The defaults, K_i 0.2 and K_p 0.05 on the error per expert, settle in some twenty steps and are stable while
-the mean count moves by less than six N per unit of p (flat scores: N); see experiments/balance_control.
+The gains are not published. The defaults, K_i 0.2 and K_p 0.05 on the error per expert, settle in
+some twenty steps and are stable while the mean count moves by less than six N per unit of p (flat
+scores: N); see experiments/balance_control.
 """
 
 import torch
@@ -20,9 +23,13 @@ from moe_lab.routing.routing import Routing
 
 @register("dtop_p")
 class DTopP(FreeCount, TopP):
-    options = fields(controller=None, norm_topk_prob=False, routed_scaling_factor=1.0, max_slots=None)
+    options = fields(
+        controller=None, norm_topk_prob=False, routed_scaling_factor=1.0, max_slots=None
+    )
     controllers = frozenset({ControllerKind.TOP_P})
-    default_controller = ControllerConfig(kind=ControllerKind.TOP_P, rate=0.2, proportional_gain=0.05)
+    default_controller = ControllerConfig(
+        kind=ControllerKind.TOP_P, rate=0.2, proportional_gain=0.05
+    )
     controller: TopPController
 
     def __init__(self, config: RouterConfig, d_model: int) -> None:

@@ -1,11 +1,13 @@
-"""DynMoE's top-any gating (arXiv 2405.14297, eq. 2-8): every expert decides for itself whether it wants the token.
+"""DynMoE's top-any gating (arXiv 2405.14297, eq. 2-8): every expert decides for itself whether it
+wants the token.
 
-``s = sigmoid(scale cos(x, w_i))``, active iff ``s_i > sigmoid(G_i)`` with a learned threshold G (0 at the start); the outputs of the
-active experts are averaged. The threshold gets its gradient straight through the step. In evaluation a token that no expert wants goes
-to the one of largest s; in training it has none. At most ``top_k`` experts, the ones of largest s.
+``s = sigmoid(scale cos(x, w_i))``, active iff ``s_i > sigmoid(G_i)`` with a learned threshold G (0
+at the start); the outputs of the active experts are averaged. The threshold gets its gradient
+straight through the step. In evaluation a token that no expert wants goes to the one of largest s;
+in training it has none. At most ``top_k`` experts, the ones of largest s.
 
-The routing carries the paper's auxiliary loss as ``dynmoe``: rows orthogonal and short. Adding and removing experts while training is not
-part of the router.
+The routing carries the paper's auxiliary loss as ``dynmoe``: rows orthogonal and short. Adding and
+removing experts while training is not part of the router.
 """
 
 import torch
@@ -15,7 +17,14 @@ from torch import Tensor, nn
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.losses import dynmoe_loss
 from moe_lab.routing.losses.parts import summed
-from moe_lab.routing.router import Router, RouterContext, fields, full_precision, register, working_dtype
+from moe_lab.routing.router import (
+    Router,
+    RouterContext,
+    fields,
+    full_precision,
+    register,
+    working_dtype,
+)
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import slots_from_mask, take
 
@@ -46,7 +55,9 @@ class DynMoE(Router):
         passed_TK = used_TK + take(margin_TE, indices_TK) - take(margin_TE, indices_TK).detach()
         routing = Routing(
             indices=indices_TK,
-            weights=passed_TK / used_TK.sum(dim=1, keepdim=True).clamp_min(1) * self.config.routed_scaling_factor,
+            weights=passed_TK
+            / used_TK.sum(dim=1, keepdim=True).clamp_min(1)
+            * self.config.routed_scaling_factor,
             logits=logits_TE,
             scores=scores_TE,
             num_experts=self.config.num_experts,

@@ -1,8 +1,10 @@
-"""GShard's top-2 (arXiv 2006.16668, algorithm 1) as NLLB-MoE runs it: two experts, capacity, weights normalised over the two.
+"""GShard's top-2 (arXiv 2006.16668, algorithm 1) as NLLB-MoE runs it: two experts, capacity,
+weights normalised over the two.
 
-Weights are ``g_1 / (g_1 + g_2)`` and ``g_2 / (g_1 + g_2)`` of the softmax, normalised after dropping (a token whose first expert is full
-gives its second the weight 1) or before it (``norm_before_drop``). ``second_expert_policy``, in training: "all" keeps the runner-up,
-"random" keeps it with probability min(1, 2 g_2), "sampling" draws it by Gumbel noise.
+Weights are ``g_1 / (g_1 + g_2)`` and ``g_2 / (g_1 + g_2)`` of the softmax, normalised after
+dropping (a token whose first expert is full gives its second the weight 1) or before it
+(``norm_before_drop``). ``second_expert_policy``, in training: "all" keeps the runner-up, "random"
+keeps it with probability min(1, 2 g_2), "sampling" draws it by Gumbel noise.
 """
 
 import math
@@ -40,7 +42,11 @@ class GShardTop2(Switch):
         indices_TK = self.choose_two(logits_TE, scores_TE)
         tokens = logits_TE.shape[0]
         fraction = self.config.eval_capacity_fraction
-        slots = math.ceil(fraction * tokens) if fraction and not self.training else capacity(self.config, tokens, 1.0)
+        slots = (
+            math.ceil(fraction * tokens)
+            if fraction and not self.training
+            else capacity(self.config, tokens, 1.0)
+        )
         fits_TK = within_capacity(
             indices_TK,
             torch.full((self.config.num_experts,), slots, device=logits_TE.device),
@@ -51,7 +57,9 @@ class GShardTop2(Switch):
         weights_TK = take(scores_TE, indices_TK)
         if not self.config.norm_before_drop:
             weights_TK = weights_TK * fits_TK
-        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).eps)
+        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp_min(
+            torch.finfo(weights_TK.dtype).eps
+        )
         routing = Routing(
             indices=indices_TK,
             weights=weights_TK * self.config.routed_scaling_factor,

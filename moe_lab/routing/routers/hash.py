@@ -1,7 +1,9 @@
-"""Hash layers (arXiv 2106.04426): the token id decides, by a fixed table [V, k]; every selected expert weighs 1/k.
+"""Hash layers (arXiv 2106.04426): the token id decides, by a fixed table [V, k]; every selected
+expert weighs 1/k.
 
-``hash_table``: "random" draws k different experts for each id; "balanced" goes through the ids from the most frequent to the rarest and
-gives each to the least loaded experts, so that expected loads are even (call ``balance(frequencies)``; until then all ids count alike).
+``hash_table``: "random" draws k different experts for each id; "balanced" goes through the ids from
+the most frequent to the rarest and gives each to the least loaded experts, so that expected loads
+are even (call ``balance(frequencies)``; until then all ids count alike).
 """
 
 import torch
@@ -35,19 +37,29 @@ class TableRouter(Router):
     def check_config(cls, config: RouterConfig) -> None:
         super().check_config(config)
         if config.vocab_size is None:
-            raise ConfigError(expected(f"vocab_size for {config.kind}", None, "the tokenizer's vocab_size"))
+            raise ConfigError(
+                expected(f"vocab_size for {config.kind}", None, "the tokenizer's vocab_size")
+            )
 
     def balance(self, frequencies: Tensor) -> None:
         """Rebuild the table so that loads are even under token ``frequencies`` [V]."""
         if frequencies.shape != self.table.shape[:1]:
-            raise ConfigError(expected(f"frequencies of shape [{self.table.shape[0]}]", list(frequencies.shape)))
+            raise ConfigError(
+                expected(f"frequencies of shape [{self.table.shape[0]}]", list(frequencies.shape))
+            )
         self.table.copy_(balanced_table(frequencies, self.config.num_experts, self.config.top_k))
 
     def look_up(self, context: RouterContext, tokens: int) -> Tensor:
         """[T, K] ids. Raises ``ConfigError`` where the context has no token ids."""
         if context.token_ids is None or context.token_ids.shape != (tokens,):
             got = None if context.token_ids is None else list(context.token_ids.shape)
-            raise ConfigError(expected(f"token_ids of shape [{tokens}] for {self.config.kind}", got, "RouterContext(token_ids=...)"))
+            raise ConfigError(
+                expected(
+                    f"token_ids of shape [{tokens}] for {self.config.kind}",
+                    got,
+                    "RouterContext(token_ids=...)",
+                )
+            )
         return self.table[context.token_ids]
 
 
@@ -61,24 +73,40 @@ class Hash(TableRouter):
         return unlearned(x_TD, indices_TK, self.config, context.valid)
 
 
-def unlearned(x_TD: Tensor, indices_TK: Tensor, config: RouterConfig, valid: Tensor | None) -> Routing:
+def unlearned(
+    x_TD: Tensor, indices_TK: Tensor, config: RouterConfig, valid: Tensor | None
+) -> Routing:
     """Selected experts with equal weights; scores are the selection itself, logits are zero."""
     used_TK = indices_TK >= 0
     dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     weights_TK = used_TK.to(dtype) / used_TK.sum(dim=1, keepdim=True).clamp_min(1)
     zeros_TE = torch.zeros(x_TD.shape[0], config.num_choices, dtype=dtype, device=x_TD.device)
     scores_TE = zeros_TE.scatter_add(1, indices_TK.clamp_min(0), weights_TK)
-    return Routing(indices_TK, weights_TK, zeros_TE, scores_TE, config.num_experts, config.num_zero_experts, valid=valid)
+    return Routing(
+        indices_TK,
+        weights_TK,
+        zeros_TE,
+        scores_TE,
+        config.num_experts,
+        config.num_zero_experts,
+        valid=valid,
+    )
 
 
 def random_table(vocab_size: int, num_experts: int, top_k: int, seed: int) -> Tensor:
     """[V, k]: k different experts for every token id, uniformly at random."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(vocab_size, num_experts, generator=generator).argsort(dim=1)[:, :top_k].contiguous()
+    return (
+        torch.rand(vocab_size, num_experts, generator=generator)
+        .argsort(dim=1)[:, :top_k]
+        .contiguous()
+    )
 
 
 def balanced_table(frequencies: Tensor, num_experts: int, top_k: int) -> Tensor:
-    """[V, k]: ids in order of frequency, each given to the k least loaded experts (longest-processing-time rule)."""
+    """[V, k]: ids in order of frequency, each given to the k least loaded experts
+    (longest-processing-time rule).
+    """
     load = torch.zeros(num_experts, dtype=torch.float64)
     table = torch.empty(frequencies.shape[0], top_k, dtype=torch.int64)
     for token in frequencies.argsort(descending=True, stable=True).tolist():

@@ -1,6 +1,8 @@
-"""Llama 4: top k of the logits (k = 1 in the release), sigmoid of the selected logits, multiplied into the expert's INPUT.
+"""Llama 4: top k of the logits (k = 1 in the release), sigmoid of the selected logits, multiplied
+into the expert's INPUT.
 
-``y = E_i(sigmoid(l_i) x)``: with a SwiGLU expert this is not the same as scaling the output. ``Routing.weights_on_input`` says so.
+``y = E_i(sigmoid(l_i) x)``: with a SwiGLU expert this is not the same as scaling the output.
+``Routing.weights_on_input`` says so.
 """
 
 from dataclasses import replace

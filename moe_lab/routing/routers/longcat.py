@@ -1,11 +1,14 @@
-"""LongCat-Flash: real and zero-computation experts in one softmax (arXiv 2509.01322 section 2.1; transformers ``longcat_flash``).
+"""LongCat-Flash: real and zero-computation experts in one softmax (arXiv 2509.01322 section 2.1;
+transformers ``longcat_flash``).
 
-``s = softmax(x W^T)`` in float32 over all N + Z experts; the K largest ``s_i + b_i`` are selected; the weights are
-``routed_scaling_factor * s_i`` without renormalisation. A zero-computation expert returns its input, so a token's compute varies
-between 0 and K real experts, and the controller holds its mean at K_e.
+``s = softmax(x W^T)`` in float32 over all N + Z experts; the K largest ``s_i + b_i`` are selected;
+the weights are ``routed_scaling_factor * s_i`` without renormalisation. A zero-computation expert
+returns its input, so a token's compute varies between 0 and K real experts, and the controller
+holds its mean at K_e.
 
-The release scales the identity part too; readings of LongCat-2.0's code add it unscaled: ``zero_expert_scaling=False``. With
-``device_groups`` the routing carries the device-level balance loss of the same paper, one group of which is all zero experts.
+The release scales the identity part too; readings of LongCat-2.0's code add it unscaled:
+``zero_expert_scaling=False``. With ``device_groups`` the routing carries the device-level balance
+loss of the same paper, one group of which is all zero experts.
 """
 
 from dataclasses import replace
@@ -30,11 +33,19 @@ class LongCat(TokenChoice):
         super().check_config(config)
         groups = config.device_groups
         if groups is not None:
-            require(config.num_experts % groups == 0, f"device_groups dividing {config.num_experts} experts", groups)
+            require(
+                config.num_experts % groups == 0,
+                f"device_groups dividing {config.num_experts} experts",
+                groups,
+            )
             require(config.num_zero_experts > 0, "zero-compute experts for device_groups", 0)
             target = None if config.controller is None else config.controller.target_ffn_count
             room = target is None or target < config.top_k
-            require(room, f"target_ffn_count below top_k {config.top_k} for device_groups, whose last is all zero-compute experts", target)
+            require(
+                room,
+                f"target_ffn_count below top_k {config.top_k} for device_groups, whose last is all zero-compute experts",
+                target,
+            )
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         routing = super().route(logits_TE, context)
@@ -43,5 +54,7 @@ class LongCat(TokenChoice):
             return routing
         target = None if config.controller is None else config.controller.target_ffn_count
         uniform = config.top_k * config.num_experts / config.num_choices
-        loss = longcat_device_loss(routing, config.device_groups, uniform if target is None else target)
+        loss = longcat_device_loss(
+            routing, config.device_groups, uniform if target is None else target
+        )
         return replace(routing, losses={**routing.losses, "device": loss})

@@ -1,8 +1,10 @@
-"""Mixture-of-Depths (arXiv 2404.02258, eq. 1 and section 3.5): the "expert" is the block, and only the best tokens pass through it.
+"""Mixture-of-Depths (arXiv 2404.02258, eq. 1 and section 3.5): the "expert" is the block, and only
+the best tokens pass through it.
 
-One score per token, ``r = x w``; the ``capacity_factor * S`` tokens of largest r in each sequence pass (12.5 % by default) and get
-``x + r block(x)``; the others skip the block. ``num_experts`` is 1. Which tokens pass depends on later ones, so in evaluation a
-predictor on the same input (gradient stopped) decides instead: active iff its logit is positive. Its loss is carried as ``predictor``.
+One score per token, ``r = x w``; the ``capacity_factor * S`` tokens of largest r in each sequence
+pass (12.5 % by default) and get ``x + r block(x)``; the others skip the block. ``num_experts`` is
+1. Which tokens pass depends on later ones, so in evaluation a predictor on the same input (gradient
+stopped) decides instead: active iff its logit is positive. Its loss is carried as ``predictor``.
 """
 
 import math
@@ -13,7 +15,14 @@ from torch import Tensor, nn
 
 from moe_lab.config import require
 from moe_lab.routing.config import RouterConfig
-from moe_lab.routing.router import Router, RouterContext, check_finite, fields, register, working_dtype
+from moe_lab.routing.router import (
+    Router,
+    RouterContext,
+    check_finite,
+    fields,
+    register,
+    working_dtype,
+)
 from moe_lab.routing.routing import UNUSED, Routing
 
 
@@ -28,17 +37,27 @@ class MixtureOfDepths(Router):
     @classmethod
     def check_config(cls, config: RouterConfig) -> None:
         super().check_config(config)
-        require(config.num_experts == 1, "num_experts of 1 for mixture_of_depths (the block)", config.num_experts)
+        require(
+            config.num_experts == 1,
+            "num_experts of 1 for mixture_of_depths (the block)",
+            config.num_experts,
+        )
         share = config.capacity_factor
-        require(share is None or share <= 1, "capacity_factor of at most 1 for mixture_of_depths", share)
+        require(
+            share is None or share <= 1, "capacity_factor of at most 1 for mixture_of_depths", share
+        )
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
         logits_T1 = self.logits(x_TD)
         check_finite(logits_T1, context.valid)
-        predicted_T1 = F.linear(x_TD.detach().to(working_dtype(x_TD)), self.predictor.to(logits_T1.dtype))
+        predicted_T1 = F.linear(
+            x_TD.detach().to(working_dtype(x_TD)), self.predictor.to(logits_T1.dtype)
+        )
         best_T1 = self.best(logits_T1.detach(), context)
         passes_T1 = best_T1 if self.training else predicted_T1 > 0
-        losses = F.binary_cross_entropy_with_logits(predicted_T1, best_T1.to(predicted_T1.dtype), reduction="none")
+        losses = F.binary_cross_entropy_with_logits(
+            predicted_T1, best_T1.to(predicted_T1.dtype), reduction="none"
+        )
         valid_T1 = torch.ones_like(best_T1) if context.valid is None else context.valid.unsqueeze(1)
         return Routing(
             indices=torch.where(passes_T1, 0, UNUSED),
@@ -56,7 +75,11 @@ class MixtureOfDepths(Router):
         length = context.tokens_per_sequence(tokens)
         if tokens == 0:
             return torch.zeros_like(logits_T1, dtype=torch.bool)
-        valid_NS = (torch.ones_like(logits_T1[:, 0], dtype=torch.bool) if context.valid is None else context.valid).view(-1, length)
+        valid_NS = (
+            torch.ones_like(logits_T1[:, 0], dtype=torch.bool)
+            if context.valid is None
+            else context.valid
+        ).view(-1, length)
         ranked_NS = logits_T1.view(-1, length).masked_fill(~valid_NS, float("-inf"))
         kept = math.ceil(self.setting("capacity_factor") * length)
         best_NC = ranked_NS.topk(kept, dim=1).indices

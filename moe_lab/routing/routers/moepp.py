@@ -1,12 +1,16 @@
-"""MoE++ (arXiv 2410.07348): zero, copy and constant experts beside the real ones, and gating residuals between layers.
+"""MoE++ (arXiv 2410.07348): zero, copy and constant experts beside the real ones, and gating
+residuals between layers.
 
-``l_j = W_j x + V_j l_{j-1}`` for every MoE layer but the first, l_{j-1} the logits of the MoE layer before (``RouterContext.previous``);
-``s = softmax(l)`` over all N + Z; top k. The weight of a zero expert is set to 0 and the others are renormalised over what is left, as in
-the release. The zero-compute experts are, by default and in the release's order, constants, then one copy, then one zero.
+``l_j = W_j x + V_j l_{j-1}`` for every MoE layer but the first, l_{j-1} the logits of the MoE layer
+before (``RouterContext.previous``); ``s = softmax(l)`` over all N + Z; top k. The weight of a zero
+expert is set to 0 and the others are renormalised over what is left, as in the release. The
+zero-compute experts are, by default and in the release's order, constants, then one copy, then one
+zero.
 
-With ``capacity_factor`` gamma real and zero-compute experts have capacities ``gamma tau S / (tau N + Z)`` and ``gamma S / (tau N + Z)``,
-tau = ``ffn_share``, S = k T slots (the paper writes T; with T tokens half of the slots of its top-2 would be dropped).
-The loss that goes with it is ``losses.heterogeneous_loss(routing, ffn_share=tau)``.
+With ``capacity_factor`` gamma real and zero-compute experts have capacities ``gamma tau S / (tau N
++ Z)`` and ``gamma S / (tau N + Z)``, tau = ``ffn_share``, S = k T slots (the paper writes T; with T
+tokens half of the slots of its top-2 would be dropped). The loss that goes with it is
+``losses.heterogeneous_loss(routing, ffn_share=tau)``.
 """
 
 import math
@@ -26,15 +30,25 @@ from moe_lab.routing.select import within_capacity
 
 @register("moepp")
 class MoEPlusPlus(TokenChoice):
-    options = fields(num_zero_experts=0, zero_expert_kinds=None, ffn_share=0.75, capacity_factor=None, routed_scaling_factor=1.0)
+    options = fields(
+        num_zero_experts=0,
+        zero_expert_kinds=None,
+        ffn_share=0.75,
+        capacity_factor=None,
+        routed_scaling_factor=1.0,
+    )
     controllers = frozenset()
     fixed = fields(score_func=ScoreFunc.SOFTMAX)
 
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
-        # Zero: the first step routes as if there were no residual, and the gradient of V is already not zero.
+        # Zero: the first step routes as if there were no residual, and the gradient of V is already
+        # not zero.
         self.residual_weight = nn.Parameter(torch.zeros(config.num_choices, config.num_choices))
-        returns_nothing = torch.tensor([False] * config.num_experts + [kind == ZeroExpertKind.ZERO for kind in config.zero_kinds])
+        returns_nothing = torch.tensor(
+            [False] * config.num_experts
+            + [kind == ZeroExpertKind.ZERO for kind in config.zero_kinds]
+        )
         self.register_buffer("returns_nothing", returns_nothing, persistent=False)
 
     returns_nothing: Tensor
@@ -42,7 +56,12 @@ class MoEPlusPlus(TokenChoice):
     @classmethod
     def check_config(cls, config: RouterConfig) -> None:
         super().check_config(config)
-        require(config.num_zero_experts >= 1, "num_zero_experts of at least 1 for moepp", config.num_zero_experts, 'kind="softmax_topk"')
+        require(
+            config.num_zero_experts >= 1,
+            "num_zero_experts of at least 1 for moepp",
+            config.num_zero_experts,
+            'kind="softmax_topk"',
+        )
 
     @classmethod
     def default_zero_kinds(cls, config: RouterConfig) -> tuple[ZeroExpertKind, ...]:
@@ -51,7 +70,10 @@ class MoEPlusPlus(TokenChoice):
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         if context.previous is not None and context.previous.logits.shape == logits_TE.shape:
-            logits_TE = logits_TE + F.linear(context.previous.logits.to(logits_TE.dtype), self.residual_weight.to(logits_TE.dtype))
+            logits_TE = logits_TE + F.linear(
+                context.previous.logits.to(logits_TE.dtype),
+                self.residual_weight.to(logits_TE.dtype),
+            )
         routing = super().route(logits_TE, context)
         gamma = self.config.capacity_factor
         if gamma is None:
@@ -60,16 +82,31 @@ class MoEPlusPlus(TokenChoice):
         real, other = capacities(self.config, self.setting("ffn_share"), gamma, tokens)
         capacity_E = torch.full((self.config.num_choices,), other, device=logits_TE.device)
         capacity_E[: self.config.num_experts] = real
-        return drop(routing, within_capacity(routing.indices, capacity_E, sequence_length=tokens, valid=context.valid))
+        return drop(
+            routing,
+            within_capacity(
+                routing.indices, capacity_E, sequence_length=tokens, valid=context.valid
+            ),
+        )
 
     def weigh(self, scores_TE: Tensor, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
-        weights_TK = torch.where(self.returns_nothing[indices_TK], 0.0, scores_TE.gather(1, indices_TK))
+        weights_TK = torch.where(
+            self.returns_nothing[indices_TK], 0.0, scores_TE.gather(1, indices_TK)
+        )
         total = weights_TK.sum(dim=1, keepdim=True)
         # A token that chose nothing but zero experts keeps weight 0 instead of 0 / 0.
-        return weights_TK / total.clamp_min(torch.finfo(total.dtype).tiny) * self.config.routed_scaling_factor
+        return (
+            weights_TK
+            / total.clamp_min(torch.finfo(total.dtype).tiny)
+            * self.config.routed_scaling_factor
+        )
 
 
-def capacities(config: RouterConfig, ffn_share: float, gamma: float, tokens: int) -> tuple[int, int]:
+def capacities(
+    config: RouterConfig, ffn_share: float, gamma: float, tokens: int
+) -> tuple[int, int]:
     """Slots of a real and of a zero-compute expert (arXiv 2410.07348, eq. 8, on slots)."""
-    unit = gamma * config.top_k * tokens / (ffn_share * config.num_experts + config.num_zero_experts)
+    unit = (
+        gamma * config.top_k * tokens / (ffn_share * config.num_experts + config.num_zero_experts)
+    )
     return math.ceil(unit * ffn_share), math.ceil(unit)

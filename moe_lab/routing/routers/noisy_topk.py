@@ -1,9 +1,10 @@
 """Noisy top-k gating (Shazeer et al., arXiv 1701.06538, eq. 3-5, and its appendix A for the load).
 
-``H = x W_g + N(0, 1) softplus(x W_noise)`` in training, ``x W_g`` in evaluation; ``g = softmax`` over the k largest H alone. The
-routing carries the paper's two losses: ``importance`` = CV^2 of the summed gates and ``load`` = CV^2 of the smooth load
-``sum_t Phi((x W_g - threshold) / softplus(x W_noise))``, where the threshold of an expert is the k-th largest H of the others.
-Both noises are off at T = 0 and where k = E, when nobody competes.
+``H = x W_g + N(0, 1) softplus(x W_noise)`` in training, ``x W_g`` in evaluation; ``g = softmax``
+over the k largest H alone. The routing carries the paper's two losses: ``importance`` = CV^2 of the
+summed gates and ``load`` = CV^2 of the smooth load ``sum_t Phi((x W_g - threshold) / softplus(x
+W_noise))``, where the threshold of an expert is the k-th largest H of the others. Both noises are
+off at T = 0 and where k = E, when nobody competes.
 """
 
 from dataclasses import replace
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.losses import cv_squared, importance_of, smooth_load
-from moe_lab.routing.router import Router, RouterContext, check_finite, fields, full_precision, register, working_dtype
+from moe_lab.routing.router import (
+    Router,
+    RouterContext,
+    check_finite,
+    fields,
+    full_precision,
+    register,
+    working_dtype,
+)
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import select_topk
 
@@ -25,7 +34,8 @@ class NoisyTopK(Router):
 
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
-        # Zero weights: noise of standard deviation softplus(0) = 0.69 at the start, as in the paper's appendix A.
+        # Zero weights: noise of standard deviation softplus(0) = 0.69 at the start, as in the
+        # paper's appendix A.
         self.noise_weight = nn.Parameter(torch.zeros(config.num_experts, d_model))
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
@@ -34,7 +44,9 @@ class NoisyTopK(Router):
         if not self.training:
             return self.route(clean_TE, context)
         with full_precision(x_TD):
-            std_TE = F.softplus(F.linear(x_TD.to(working_dtype(x_TD)), self.noise_weight.to(clean_TE.dtype)))
+            std_TE = F.softplus(
+                F.linear(x_TD.to(working_dtype(x_TD)), self.noise_weight.to(clean_TE.dtype))
+            )
         noisy_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         routing = self.route(noisy_TE, context)
         load_E = smooth_load(clean_TE, noisy_TE, std_TE, self.config.top_k, context.valid)
@@ -46,7 +58,8 @@ class NoisyTopK(Router):
         indices_TK = select_topk(logits_TE, self.config.top_k)
         return Routing(
             indices=indices_TK,
-            weights=logits_TE.gather(1, indices_TK).softmax(dim=1) * self.config.routed_scaling_factor,
+            weights=logits_TE.gather(1, indices_TK).softmax(dim=1)
+            * self.config.routed_scaling_factor,
             logits=logits_TE,
             scores=logits_TE.softmax(dim=1),
             num_experts=self.config.num_experts,

@@ -1,6 +1,8 @@
-"""DBRX: softmax over all experts, top k, weights divided by their p-norm (p = 1 in the release: a renormalisation).
+"""DBRX: softmax over all experts, top k, weights divided by their p-norm (p = 1 in the release: a
+renormalisation).
 
-``g = s / ||s_selected||_p``; p = 2 gives weights of unit length, whose sum lies between 1 and sqrt(k).
+``g = s / ||s_selected||_p``; p = 2 gives weights of unit length, whose sum lies between 1 and
+sqrt(k).
 """
 
 from moe_lab.routing.config import ScoreFunc

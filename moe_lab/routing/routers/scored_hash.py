@@ -1,7 +1,8 @@
-"""DeepSeek-V4's hash layers (arXiv 2606.19348): a table of token ids selects, the learned router weighs.
+"""DeepSeek-V4's hash layers (arXiv 2606.19348): a table of token ids selects, the learned router
+weighs.
 
-Experts are ``table[token id]``; their weights are the router's scores at those experts, renormalised and scaled as in the other layers:
-``g = c s_i / (sum s + eps)``.
+Experts are ``table[token id]``; their weights are the router's scores at those experts,
+renormalised and scaled as in the other layers: ``g = c s_i / (sum s + eps)``.
 """
 
 from typing import Any
@@ -36,7 +37,9 @@ class ScoredHash(TableRouter):
         indices_TK = self.look_up(context, logits_TE.shape[0])
         weights_TK = scores_TE.gather(1, indices_TK)
         if self.config.norm_topk_prob:
-            weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + self.setting("norm_eps"))
+            weights_TK = weights_TK / (
+                weights_TK.sum(dim=1, keepdim=True) + self.setting("norm_eps")
+            )
         return Routing(
             indices=indices_TK,
             weights=weights_TK * self.config.routed_scaling_factor,
@@ -48,17 +51,27 @@ class ScoredHash(TableRouter):
 
 
 def hash_twin(router: RouterConfig, vocab_size: int, seed: int = 0) -> RouterConfig:
-    """The hash layer that stands beside layers of ``router``: as many experts and slots, weights made by the same formula.
+    """The hash layer that stands beside layers of ``router``: as many experts and slots, weights
+    made by the same formula.
 
     A selection bias and limits on groups have no part in it: they only select.
 
     Raises:
-        ConfigError: routers with zero-compute experts, and those whose weights are more than a score of each selected expert, normalised
-            by their sum and scaled: they have no such twin.
+        ConfigError: routers with zero-compute experts, and those whose weights are more than a
+            score of each selected expert, normalised by their sum and scaled: they have no such
+            twin.
     """
     kind = router_class(router.kind)
-    require(router.num_zero_experts == 0, "no zero-compute experts in hash layers", router.num_zero_experts)
-    require(router.kind in WITH_A_TWIN, f"a router among {', '.join(WITH_A_TWIN)} beside hash layers", repr(router.kind))
+    require(
+        router.num_zero_experts == 0,
+        "no zero-compute experts in hash layers",
+        router.num_zero_experts,
+    )
+    require(
+        router.kind in WITH_A_TWIN,
+        f"a router among {', '.join(WITH_A_TWIN)} beside hash layers",
+        repr(router.kind),
+    )
     for name in UNLIKE_ITS_TWIN:
         require(not getattr(router, name), f"no {name} beside hash layers", getattr(router, name))
     fixed, options = getattr(kind, "fixed", {}), kind.options

@@ -1,8 +1,10 @@
-"""Sinkhorn routing (arXiv 2202.01169 as in Megatron-LM): in training the top k of a doubly normalised matrix, in evaluation of the logits.
+"""Sinkhorn routing (arXiv 2202.01169 as in Megatron-LM): in training the top k of a doubly
+normalised matrix, in evaluation of the logits.
 
-``M = exp(l)``; rows and columns are scaled in turn until every row sums to 1/T and every column to 1/E, i.e. until the mean change of
-the column factors is below 1e-4; the k largest entries of a row are its experts. Weights are ``sigmoid(l)`` for k = 1, else the softmax
-over all experts, never the transport plan. The loop waits for the device at every turn.
+``M = exp(l)``; rows and columns are scaled in turn until every row sums to 1/T and every column to
+1/E, i.e. until the mean change of the column factors is below 1e-4; the k largest entries of a row
+are its experts. Weights are ``sigmoid(l)`` for k = 1, else the softmax over all experts, never the
+transport plan. The loop waits for the device at every turn.
 """
 
 import torch
@@ -34,8 +36,11 @@ class Sinkhorn(Router):
 
 
 def balanced(logits_TE: Tensor, valid: Tensor | None = None) -> Tensor:
-    """[T, E]: ``exp(logits)`` with rows summing to 1/T and columns to 1/E over the valid tokens; padding gets the same column factors."""
-    # A factor per row is absorbed by the row scaling, so the largest entry may be 1 and nothing overflows.
+    """[T, E]: ``exp(logits)`` with rows summing to 1/T and columns to 1/E over the valid tokens;
+    padding gets the same column factors.
+    """
+    # A factor per row is absorbed by the row scaling, so the largest entry may be 1 and nothing
+    # overflows.
     kernel_TE = (logits_TE - logits_TE.amax(dim=1, keepdim=True)).exp()
     used_T = torch.ones_like(kernel_TE[:, 0]) if valid is None else valid.to(kernel_TE.dtype)
     tokens, experts = used_T.sum().clamp_min(1), kernel_TE.shape[1]

@@ -1,9 +1,12 @@
-"""SparseMixer-v2 (GRIN, arXiv 2409.12136, section 2; Phi-3.5-MoE): k masked softmax picks, one after the other.
+"""SparseMixer-v2 (GRIN, arXiv 2409.12136, section 2; Phi-3.5-MoE): k masked softmax picks, one
+after the other.
 
-For each pick, experts whose logit lies more than ``2 eps`` (relative to ``max(|l|, maximum)``) below the maximum are masked, and the
-weight is the softmax over those left. In training the expert is sampled from that softmax (Gumbel), and where it is not the maximum the
-weight is scaled by 1/3 or, with probability 1/4, left as it is: Heun's third-order estimate of the gradient. The gradient of the weight
-is that of the softmax without this scale. In evaluation the maximum is taken. The picked expert is removed before the next pick.
+For each pick, experts whose logit lies more than ``2 eps`` (relative to ``max(|l|, maximum)``)
+below the maximum are masked, and the weight is the softmax over those left. In training the expert
+is sampled from that softmax (Gumbel), and where it is not the maximum the weight is scaled by 1/3
+or, with probability 1/4, left as it is: Heun's third-order estimate of the gradient. The gradient
+of the weight is that of the softmax without this scale. In evaluation the maximum is taken. The
+picked expert is removed before the next pick.
 """
 
 import torch
@@ -38,7 +41,9 @@ class SparseMixer(Router):
         )
 
     def pick(self, remaining_TE: Tensor, logits_TE: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """[T, 1] expert and weight of one pick among the experts whose ``remaining`` logit is finite."""
+        """[T, 1] expert and weight of one pick among the experts whose ``remaining`` logit is
+        finite.
+        """
         with torch.no_grad():
             largest, best = remaining_TE.max(dim=1, keepdim=True)
             far = (largest - logits_TE) / logits_TE.abs().clamp(min=largest) > 2 * eps

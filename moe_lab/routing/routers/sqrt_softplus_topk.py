@@ -1,4 +1,5 @@
-"""DeepSeek-V4's scores (arXiv 2606.19348): ``s = sqrt(softplus(l))``, top k of ``s + b`` without groups, renormalised and scaled.
+"""DeepSeek-V4's scores (arXiv 2606.19348): ``s = sqrt(softplus(l))``, top k of ``s + b`` without
+groups, renormalised and scaled.
 
 Unlike a sigmoid the score has no ceiling, so a confident expert keeps a gradient.
 """

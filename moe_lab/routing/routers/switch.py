@@ -1,8 +1,10 @@
-"""Switch Transformer (arXiv 2101.03961, eq. 1-3): softmax, top 1, and a capacity beyond which tokens are dropped.
+"""Switch Transformer (arXiv 2101.03961, eq. 1-3): softmax, top 1, and a capacity beyond which
+tokens are dropped.
 
-``C = ceil(capacity_factor * k T / E)``, or ``expert_capacity``; tokens queue in order of position (or of confidence, if
-``batch_prioritized``), first choices before second ones. A dropped slot has id -1 and weight 0 in ``indices`` and keeps its expert in
-``selected``: ``Routing.dropped`` tells it from a slot that was never used, and balance losses count what was selected.
+``C = ceil(capacity_factor * k T / E)``, or ``expert_capacity``; tokens queue in order of position
+(or of confidence, if ``batch_prioritized``), first choices before second ones. A dropped slot has
+id -1 and weight 0 in ``indices`` and keeps its expert in ``selected``: ``Routing.dropped`` tells it
+from a slot that was never used, and balance losses count what was selected.
 """
 
 import math
@@ -32,7 +34,9 @@ class Switch(TokenChoice):
         length = context.tokens_per_sequence(tokens) if by_sequence else tokens
         fits = within_capacity(
             routing.indices,
-            torch.full((self.config.num_experts,), capacity(self.config, length), device=logits_TE.device),
+            torch.full(
+                (self.config.num_experts,), capacity(self.config, length), device=logits_TE.device
+            ),
             sequence_length=length,
             valid=context.valid,
             priority_T=routing.scores.amax(dim=1) if self.config.batch_prioritized else None,

@@ -1,12 +1,15 @@
-"""The general token-choice router: logits -> scores -> selection -> weights, each step a configuration field.
+"""The general token-choice router: logits -> scores -> selection -> weights, each step a
+configuration field.
 
 1. ``l = c tanh(scale (x W^T + bias) / c)`` (scale and cap c optional);
 2. ``s = softmax(l)``, ``sigmoid(l)`` or ``sqrt(softplus(l))``;
-3. selected: the K largest of ``s + b`` (or ``l + b``), b the controller's bias, within the best groups if there are groups;
-4. ``g = s`` of the selected, or the softmax of their logits alone; divided by ``max(||g||_p + eps, min)`` if normalised;
-   times ``routed_scaling_factor``.
+3. selected: the K largest of ``s + b`` (or ``l + b``), b the controller's bias, within the best
+    groups if there are groups;
+4. ``g = s`` of the selected, or the softmax of their logits alone; divided by ``max(||g||_p + eps,
+   min)`` if normalised; times ``routed_scaling_factor``.
 
-The named kinds fix some of these steps; each says which model and paper it is. The bias never enters a weight.
+The named kinds fix some of these steps; each says which model and paper it is. The bias never
+enters a weight.
 """
 
 from collections.abc import Mapping
@@ -16,7 +19,14 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import require
-from moe_lab.routing.config import GroupFill, GroupScore, RouterConfig, ScoreFunc, SelectOn, Weighting
+from moe_lab.routing.config import (
+    GroupFill,
+    GroupScore,
+    RouterConfig,
+    ScoreFunc,
+    SelectOn,
+    Weighting,
+)
 from moe_lab.routing.controllers import BIAS_KINDS
 from moe_lab.routing.router import Router, RouterContext, fields, register
 from moe_lab.routing.routing import Routing
@@ -37,7 +47,9 @@ ZERO = fields(num_zero_experts=0, zero_expert_kinds=None, zero_expert_scaling=Tr
 
 @register("token_choice")
 class TokenChoice(Router):
-    """Every step open: the subclasses below and in the sibling files are this router with some steps fixed."""
+    """Every step open: the subclasses below and in the sibling files are this router with some
+    steps fixed.
+    """
 
     options = fields(
         *(COMMON, NORM, CAP, GROUPS, ZERO),
@@ -77,7 +89,12 @@ class TokenChoice(Router):
         score = cls.fixed.get("group_score") or config.group_score or cls.options.get("group_score")
         if config.num_groups is not None and score == GroupScore.BEST_TWO:
             size = config.num_choices // config.num_groups
-            require(size >= 2, "groups of at least 2 experts, whose best two are added", size, "fewer num_groups")
+            require(
+                size >= 2,
+                "groups of at least 2 experts, whose best two are added",
+                size,
+                "fewer num_groups",
+            )
 
     def logits(self, x_TD: Tensor) -> Tensor:
         logits_TE = super().logits(x_TD)
@@ -118,7 +135,9 @@ class TokenChoice(Router):
         else:
             weights_TK = scores_TE.gather(1, indices_TK)
         if self.norm_p is not None:
-            weights_TK = weights_TK / torch.linalg.vector_norm(weights_TK, ord=self.norm_p, dim=1, keepdim=True)
+            weights_TK = weights_TK / torch.linalg.vector_norm(
+                weights_TK, ord=self.norm_p, dim=1, keepdim=True
+            )
         elif self.normalise:
             total = weights_TK.sum(dim=1, keepdim=True) + self.norm_eps
             weights_TK = weights_TK / (total.clamp_min(self.norm_min) if self.norm_min else total)

@@ -1,10 +1,13 @@
-"""Top-p routing (arXiv 2403.07652, eq. 4-7): the smallest set of experts whose probability reaches p, at most ``top_k`` of them.
+"""Top-p routing (arXiv 2403.07652, eq. 4-7): the smallest set of experts whose probability reaches
+p, at most ``top_k`` of them.
 
-``s = softmax(l)``, sorted; an expert is kept while the probability of those before it is below p, so the one that crosses p is included
-and every token has at least one. Weights are the probabilities, not renormalised unless ``norm_topk_prob``. The routing carries the
-paper's ``entropy`` loss, without which the router learns flat distributions and the count runs away.
+``s = softmax(l)``, sorted; an expert is kept while the probability of those before it is below p,
+so the one that crosses p is included and every token has at least one. Weights are the
+probabilities, not renormalised unless ``norm_topk_prob``. The routing carries the paper's
+``entropy`` loss, without which the router learns flat distributions and the count runs away.
 
-A fixed p does not fix the count: sharpening or flattening the logits by a factor moves it freely (``dtop_p`` steers p).
+A fixed p does not fix the count: sharpening or flattening the logits by a factor moves it freely
+(``dtop_p`` steers p).
 """
 
 import torch
@@ -43,7 +46,9 @@ class TopP(Router):
 
 
 def smallest_set(scores_TE: Tensor, mass: Tensor | float, slots: int) -> Tensor:
-    """[T, slots] ids: experts in descending order while the probability before them is below ``mass``, then -1."""
+    """[T, slots] ids: experts in descending order while the probability before them is below
+    ``mass``, then -1.
+    """
     ranked = scores_TE.detach().topk(slots, dim=1)
     before = ranked.values.cumsum(dim=1) - ranked.values
     # The first has nothing before it and is kept whatever rounding says.

@@ -1,7 +1,8 @@
-"""Top k of the logits, then a softmax over the selected alone (gpt-oss with ``router_bias``; Granite, JetMoE, Aria without).
+"""Top k of the logits, then a softmax over the selected alone (gpt-oss with ``router_bias``;
+Granite, JetMoE, Aria without).
 
-``g = softmax(l_selected)``: the same numbers as softmax_topk with ``norm_topk_prob``, computed without the other experts. The scores that
-balance losses read are the softmax over all experts.
+``g = softmax(l_selected)``: the same numbers as softmax_topk with ``norm_topk_prob``, computed
+without the other experts. The scores that balance losses read are the softmax over all experts.
 """
 
 from moe_lab.routing.config import ScoreFunc, SelectOn, Weighting
@@ -12,4 +13,8 @@ from moe_lab.routing.routers.token_choice import CAP, COMMON, TokenChoice
 @register("topk_softmax")
 class TopKSoftmax(TokenChoice):
     options = fields(COMMON, CAP)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX, select_on=SelectOn.LOGITS, weighting=Weighting.SELECTED_SOFTMAX)
+    fixed = fields(
+        score_func=ScoreFunc.SOFTMAX,
+        select_on=SelectOn.LOGITS,
+        weighting=Weighting.SELECTED_SOFTMAX,
+    )

@@ -1,6 +1,8 @@
-"""Random routing: k different experts for every token, drawn anew each time, each with weight 1/k. The floor of any comparison.
+"""Random routing: k different experts for every token, drawn anew each time, each with weight 1/k.
+The floor of any comparison.
 
-Draws from torch's global generator, which activation checkpointing restores, so a recomputation decides the same.
+Draws from torch's global generator, which activation checkpointing restores, so a recomputation
+decides the same.
 """
 
 import torch
@@ -18,4 +20,6 @@ class UniformRandom(Router):
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
         draw_TE = torch.rand(x_TD.shape[0], self.config.num_choices, device=x_TD.device)
-        return unlearned(x_TD, draw_TE.topk(self.config.top_k, dim=1).indices, self.config, context.valid)
+        return unlearned(
+            x_TD, draw_TE.topk(self.config.top_k, dim=1).indices, self.config, context.valid
+        )

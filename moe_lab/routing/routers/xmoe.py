@@ -1,7 +1,8 @@
-"""XMoE (arXiv 2403.18926): many small experts, each token takes them in order while the probability BEFORE one is below the threshold.
+"""XMoE (arXiv 2403.18926): many small experts, each token takes them in order while the probability
+BEFORE one is below the threshold.
 
-The rule of top-p with another default: threshold 0.9, at most ``top_k`` experts (8 in the release, of 64 small ones). The weights are
-the probabilities.
+The rule of top-p with another default: threshold 0.9, at most ``top_k`` experts (8 in the release,
+of 64 small ones). The weights are the probabilities.
 """
 
 from torch import Tensor
@@ -13,7 +14,9 @@ from moe_lab.routing.routing import Routing
 
 @register("xmoe")
 class XMoE(TopP):
-    options = fields(threshold=0.9, norm_topk_prob=False, routed_scaling_factor=1.0, router_bias=False)
+    options = fields(
+        threshold=0.9, norm_topk_prob=False, routed_scaling_factor=1.0, router_bias=False
+    )
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         return self.until(logits_TE, self.setting("threshold"), context)

@@ -1,8 +1,10 @@
-"""ZAYA1: a small MLP router that continues the state of the layer below, over E experts and one that skips (transformers ``zaya``).
+"""ZAYA1: a small MLP router that continues the state of the layer below, over E experts and one
+that skips (transformers ``zaya``).
 
-``r_l = x W_down + b + c_l * r_{l-1}`` (c_l a learned vector, 1 at the start; no second term in the first layer);
-``l = W_3 gelu(W_2 gelu(W_1 norm(r_l)))``; ``p = softmax(l)`` over E + 1; top k of ``p + b``. The last class skips: it computes nothing,
-its weight is 0 and its bias starts at -1. The release writes it down as expert 0 with weight 0; here it keeps its own id, E.
+``r_l = x W_down + b + c_l * r_{l-1}`` (c_l a learned vector, 1 at the start; no second term in the
+first layer); ``l = W_3 gelu(W_2 gelu(W_1 norm(r_l)))``; ``p = softmax(l)`` over E + 1; top k of ``p
++ b``. The last class skips: it computes nothing, its weight is 0 and its bias starts at -1. The
+release writes it down as expert 0 with weight 0; here it keeps its own id, E.
 """
 
 from dataclasses import replace
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 from moe_lab.config import require
 from moe_lab.routing.config import RouterConfig, ScoreFunc, ZeroExpertKind
 from moe_lab.routing.controllers import ControllerConfig
-from moe_lab.routing.router import RouterContext, check_finite, fields, full_precision, register, working_dtype
+from moe_lab.routing.router import (
+    RouterContext,
+    check_finite,
+    fields,
+    full_precision,
+    register,
+    working_dtype,
+)
 from moe_lab.routing.routers.token_choice import TokenChoice
 from moe_lab.routing.routing import Routing
 
@@ -40,7 +49,11 @@ class Zaya(TokenChoice):
     @classmethod
     def check_config(cls, config: RouterConfig) -> None:
         super().check_config(config)
-        require(config.num_zero_experts == 1, "num_zero_experts of 1 for zaya (the skip)", config.num_zero_experts)
+        require(
+            config.num_zero_experts == 1,
+            "num_zero_experts of 1 for zaya (the skip)",
+            config.num_zero_experts,
+        )
 
     @classmethod
     def default_zero_kinds(cls, config: RouterConfig) -> tuple[ZeroExpertKind, ...]:
@@ -52,7 +65,12 @@ class Zaya(TokenChoice):
             state_TR = _linear(x_TD.to(dtype), self.down)
             if context.previous is not None and context.previous.state is not None:
                 state_TR = state_TR + context.previous.state * self.state_scale.to(dtype)
-            hidden_TR = F.rms_norm(state_TR, self.state_norm.normalized_shape, self.state_norm.weight.to(dtype), self.state_norm.eps)
+            hidden_TR = F.rms_norm(
+                state_TR,
+                self.state_norm.normalized_shape,
+                self.state_norm.weight.to(dtype),
+                self.state_norm.eps,
+            )
             hidden_TR = F.gelu(_linear(F.gelu(_linear(hidden_TR, self.hidden1)), self.hidden2))
             logits_TE = F.linear(hidden_TR, self.weight.to(dtype))
         check_finite(logits_TE, context.valid)

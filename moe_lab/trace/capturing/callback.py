@@ -1,8 +1,10 @@
-"""``RoutingCallback``: how a model routes while a transformers ``Trainer`` trains it: few scalars to the log, matrices to files.
+"""``RoutingCallback``: how a model routes while a transformers ``Trainer`` trains it: few scalars
+to the log, matrices to files.
 
-Layer times expert makes thousands of series (48 x 128), which no dashboard holds; so at most ``2 * top_k`` keys are logged, means and
-extremes over layers, and the counts [layers, experts] of each logging step go to ``<folder>/counts-<step>.npz``.
-Definitions: load CV and MaxVio of the real experts per layer (arXiv 2408.15664), then the mean or the worst over layers.
+Layer times expert makes thousands of series (48 x 128), which no dashboard holds; so at most ``2 *
+top_k`` keys are logged, means and extremes over layers, and the counts [layers, experts] of each
+logging step go to ``<folder>/counts-<step>.npz``. Definitions: load CV and MaxVio of the real
+experts per layer (arXiv 2408.15664), then the mean or the worst over layers.
 """
 
 from pathlib import Path
@@ -29,14 +31,15 @@ else:
 
 
 class RoutingCallback(_Base):
-    """A ``TrainerCallback`` that counts the training passes (evaluation is left out) and logs when the trainer logs.
+    """A ``TrainerCallback`` that counts the training passes (evaluation is left out) and logs when
+    the trainer logs.
 
     Args:
         folder: where the matrices go.
         readers, only: as for ``capture``.
 
-    Logged, the first ``2 * top_k`` of: moe/load_cv, moe/max_violation, moe/dead_experts, moe/entropy, moe/load_cv_worst,
-    moe/max_violation_worst, moe/zero_share, moe/tokens.
+    Logged, the first ``2 * top_k`` of: moe/load_cv, moe/max_violation, moe/dead_experts,
+    moe/entropy, moe/load_cv_worst, moe/max_violation_worst, moe/zero_share, moe/tokens.
     """
 
     def __init__(self, folder: Path | str, *, readers: Any = None, only: str | None = None) -> None:
@@ -48,10 +51,16 @@ class RoutingCallback(_Base):
         self._entropy: list[float] = []
         self._tokens = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         """Find the routers of the model and begin to count."""
         assert model is not None
-        inner = model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
+        inner = (
+            model.module
+            if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+            else model
+        )
         self._model = inner
         self._sites, _ = find_sites(inner, self._readers, self._only)
         self._counts = [np.zeros(site.num_choices or 0, dtype=np.int64) for site in self._sites]
@@ -63,8 +72,13 @@ class RoutingCallback(_Base):
             self._hooks.remove()
             self._hooks = None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the scalars to what is logged, write the counts since the last time, and begin anew. All ranks are added up."""
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the scalars to what is logged, write the counts since the last time, and begin anew.
+
+        All ranks are added up.
+        """
         if not self._sites or not self._tokens:
             return
         self._add_ranks()
@@ -74,14 +88,22 @@ class RoutingCallback(_Base):
             width = max(map(len, self._counts))
             table = np.stack([np.pad(counts, (0, width - len(counts))) for counts in self._counts])
             layers = np.array([site.layer for site in self._sites])
-            with atomic_path(self.folder / f"counts-{state.global_step}.npz") as path, open(path, "wb") as file:
-                np.savez_compressed(file, counts=table, layers=layers, tokens=self._tokens, step=state.global_step)
+            with (
+                atomic_path(self.folder / f"counts-{state.global_step}.npz") as path,
+                open(path, "wb") as file,
+            ):
+                np.savez_compressed(
+                    file, counts=table, layers=layers, tokens=self._tokens, step=state.global_step
+                )
         self._counts = [np.zeros_like(counts) for counts in self._counts]
         self._entropy, self._tokens = [], 0
 
     def scalars(self) -> dict[str, float]:
         """At most ``2 * top_k`` numbers of the passes since the last log."""
-        loads = [counts[: site.num_experts].astype(np.float64) for counts, site in zip(self._counts, self._sites, strict=True)]
+        loads = [
+            counts[: site.num_experts].astype(np.float64)
+            for counts, site in zip(self._counts, self._sites, strict=True)
+        ]
         means = [max(float(load.mean()), 1e-12) for load in loads]
         cv = [float(load.std()) / mean for load, mean in zip(loads, means, strict=True)]
         violation = [float(load.max()) / mean - 1 for load, mean in zip(loads, means, strict=True)]
@@ -117,16 +139,32 @@ class RoutingCallback(_Base):
                     else reading.indices[keep.to(reading.indices.device)]
                 )
                 tokens = len(ids)
-                self._counts[place] += torch.bincount(ids[ids >= 0].reshape(-1), minlength=len(self._counts[place])).cpu().numpy()
+                self._counts[place] += (
+                    torch.bincount(ids[ids >= 0].reshape(-1), minlength=len(self._counts[place]))
+                    .cpu()
+                    .numpy()
+                )
                 if reading.logits is not None or reading.scores is not None:
-                    self._entropy.append(float(spread_of_reading(reading, site.score_func or ScoreFunc.SOFTMAX).entropy.mean()))
+                    self._entropy.append(
+                        float(
+                            spread_of_reading(
+                                reading, site.score_func or ScoreFunc.SOFTMAX
+                            ).entropy.mean()
+                        )
+                    )
         self._tokens += tokens
 
     def _add_ranks(self) -> None:
         distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if (
+            distributed.is_available()
+            and distributed.is_initialized()
+            and distributed.get_world_size() > 1
+        ):
             parts: list[Any] = [None] * distributed.get_world_size()
             distributed.all_gather_object(parts, (self._counts, self._tokens, self._entropy))
-            self._counts = [np.sum(layer, axis=0) for layer in zip(*(part[0] for part in parts), strict=True)]
+            self._counts = [
+                np.sum(layer, axis=0) for layer in zip(*(part[0] for part in parts), strict=True)
+            ]
             self._tokens = sum(part[1] for part in parts)
             self._entropy = [value for part in parts for value in part[2]]

@@ -1,4 +1,6 @@
-"""Which modules of a model route, how each is read, and how many experts and slots it has by its configuration."""
+"""Which modules of a model route, how each is read, and how many experts and slots it has by its
+configuration.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,9 @@ NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech_encoder)")
 EXPERT_NAMES = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 SLOT_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 SIGMOID_KINDS = frozenset({"inkling", "llama4", "base"})
-"""Kinds of router whose score function is no field of theirs; all others of that sort use the softmax."""
+"""Kinds of router whose score function is no field of theirs; all others of that sort use the
+softmax.
+"""
 
 
 @dataclass
@@ -35,7 +39,8 @@ class Site:
         read: makes a reading of what the hooks saw.
         layer: number in the trace.
         taps: label -> module whose inputs and outputs are seen too.
-        num_experts, top_k: from the configuration; None where it does not tell, so that the first call does.
+        num_experts, top_k: from the configuration; None where it does not tell, so that the first
+            call does.
         score_func: from logits to scores; None where it must be inferred from the weights.
     """
 
@@ -56,40 +61,70 @@ class Site:
         return None if self.num_experts is None else self.num_experts + self.num_zero_experts
 
 
-def find_sites(model: nn.Module, readers: Mapping[str, Reader] | None, only: str | None) -> tuple[list[Site], list[str]]:
-    """The routers of ``model`` in the order of its modules, and the names of those left out because they do not see the text.
+def find_sites(
+    model: nn.Module, readers: Mapping[str, Reader] | None, only: str | None
+) -> tuple[list[Site], list[str]]:
+    """The routers of ``model`` in the order of its modules, and the names of those left out because
+    they do not see the text.
 
     Args:
-        readers: module name, or a pattern that matches it whole -> reader; they go before what is known.
+        readers: module name, or a pattern that matches it whole -> reader; they go before what is
+            known.
         only: a regular expression that a router's name must contain.
 
     Raises:
-        TraceError: no router; an expert bank without one; a reader for a module that is not there; the routers of an encoder and a decoder
-            at once, whose tokens are not the same.
+        TraceError: no router; an expert bank without one; a reader for a module that is not there;
+            the routers of an encoder and a decoder at once, whose tokens are not the same.
     """
     named = dict(model.named_modules())
     found: dict[str, Site] = {}
     for pattern, read in (readers or {}).items():
         names = [name for name in named if re.fullmatch(pattern, name)]
         if not names:
-            raise TraceError(expected(f"a module named {pattern!r}", "none", f"a name among {_some(list(named))}"))
+            raise TraceError(
+                expected(
+                    f"a module named {pattern!r}", "none", f"a name among {_some(list(named))}"
+                )
+            )
         for name in names:
             found[name] = _custom(name, named, read)
     config, recorded = _text_config(model), _recorded_classes(model)
     for name, module in named.items():
-        if name not in found and (site := _known(name, module, named, config, recorded)) is not None:
+        if (
+            name not in found
+            and (site := _known(name, module, named, config, recorded)) is not None
+        ):
             found[name] = site
     for name in [name for name in found if _inside(name, found)]:
         del found[name]
     left_out = [name for name in found if NOT_TEXT.search(name) and name not in (readers or {})]
-    sites = [found[name] for name in named if name in found and name not in left_out and re.search(only or "", name)]
+    sites = [
+        found[name]
+        for name in named
+        if name in found and name not in left_out and re.search(only or "", name)
+    ]
     if not sites:
-        raise TraceError(expected("a model with routers", f"{type(model).__name__} without any that is known", _hint(named)))
+        raise TraceError(
+            expected(
+                "a model with routers",
+                f"{type(model).__name__} without any that is known",
+                _hint(named),
+            )
+        )
     _check_banks(named, sites, left_out, only)
-    stacks = {part for site in sites for part in ("encoder", "decoder") if re.search(rf"(^|\.){part}\.", site.name)}
+    stacks = {
+        part
+        for site in sites
+        for part in ("encoder", "decoder")
+        if re.search(rf"(^|\.){part}\.", site.name)
+    }
     if len(stacks) == 2:
         raise TraceError(
-            expected("the routers of one stack, whose tokens are the same", "encoder and decoder", "only='decoder' or 'encoder'")
+            expected(
+                "the routers of one stack, whose tokens are the same",
+                "encoder and decoder",
+                "only='decoder' or 'encoder'",
+            )
         )
     _number(sites)
     return sites, left_out
@@ -102,15 +137,21 @@ def paths_above(name: str) -> Iterator[str]:
         yield name
 
 
-def _known(name: str, module: nn.Module, named: Mapping[str, nn.Module], config: Any, recorded: set[type]) -> Site | None:
+def _known(
+    name: str, module: nn.Module, named: Mapping[str, nn.Module], config: Any, recorded: set[type]
+) -> Site | None:
     if isinstance(module, Router):
         settings, reader = module.config, _own
-        kinds = tuple(kind.value for kind in settings.zero_kinds) if settings.num_zero_experts else ()
+        kinds = (
+            tuple(kind.value for kind in settings.zero_kinds) if settings.num_zero_experts else ()
+        )
         sizes = (settings.num_experts, settings.num_slots, settings.num_zero_experts)
         return Site(name, module, reader, 0, {}, *sizes, kinds, score_of(settings))
     special = SPECIAL.get(type(module).__name__)
     if special is None:
-        if type(module) not in recorded and not (ROUTER_CLASS.search(type(module).__name__) and "experts" in _beside(name, named)):
+        if type(module) not in recorded and not (
+            ROUTER_CLASS.search(type(module).__name__) and "experts" in _beside(name, named)
+        ):
             return None
         special = Special("a triple")
     return _library(name, module, special, named, config)
@@ -120,13 +161,27 @@ def _own(module: nn.Module, seen: Seen) -> Any:
     return seen["output"]
 
 
-def _library(name: str, module: nn.Module, special: Special, named: Mapping[str, nn.Module], config: Any) -> Site:
+def _library(
+    name: str, module: nn.Module, special: Special, named: Mapping[str, nn.Module], config: Any
+) -> Site:
     block = module if special.block else named.get(name.rpartition(".")[0], module)
     wanted = special.taps or (("experts",) if special.read is triple else ())
-    taps = {child: getattr(block, child) for child in wanted if isinstance(getattr(block, child, None), nn.Module)}
+    taps = {
+        child: getattr(block, child)
+        for child in wanted
+        if isinstance(getattr(block, child, None), nn.Module)
+    }
     own = getattr(module, "config", None)
-    experts = special.experts(module) if special.experts else _first_integer(EXPERT_NAMES, module, own, config)
-    slots = special.slots(module) if special.slots else _first_integer(SLOT_NAMES, module, own, getattr(config, "ffn_config", None), config)
+    experts = (
+        special.experts(module)
+        if special.experts
+        else _first_integer(EXPERT_NAMES, module, own, config)
+    )
+    slots = (
+        special.slots(module)
+        if special.slots
+        else _first_integer(SLOT_NAMES, module, own, getattr(config, "ffn_config", None), config)
+    )
     zero = special.zero_experts(module) if special.zero_experts else 0
     return Site(
         name,
@@ -143,17 +198,31 @@ def _library(name: str, module: nn.Module, special: Special, named: Mapping[str,
 
 
 def _custom(name: str, named: Mapping[str, nn.Module], read: Reader) -> Site:
-    """A module of the user's: the experts beside it are seen too, and sizes are read where it has them."""
+    """A module of the user's: the experts beside it are seen too, and sizes are read where it has
+    them.
+    """
     module = named[name]
     beside = _beside(name, named)
     taps = {"experts": beside["experts"]} if "experts" in beside else {}
-    return Site(name, module, read, 0, taps, _first_integer(EXPERT_NAMES, module), _first_integer(SLOT_NAMES, module))
+    return Site(
+        name,
+        module,
+        read,
+        0,
+        taps,
+        _first_integer(EXPERT_NAMES, module),
+        _first_integer(SLOT_NAMES, module),
+    )
 
 
 def score_of(config: RouterConfig) -> ScoreFunc:
     """The function from logits to scores of a kind of router."""
     cls = router_class(config.kind)
-    fixed = getattr(cls, "fixed", {}).get("score_func") or config.score_func or cls.options.get("score_func")
+    fixed = (
+        getattr(cls, "fixed", {}).get("score_func")
+        or config.score_func
+        or cls.options.get("score_func")
+    )
     return fixed or (ScoreFunc.SIGMOID if config.kind in SIGMOID_KINDS else ScoreFunc.SOFTMAX)
 
 
@@ -168,7 +237,9 @@ def _recorded_classes(model: nn.Module) -> set[type]:
     """Classes whose outputs the library itself records as router logits."""
     classes: set[type] = set()
     for module in model.modules():
-        entries = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits", [])
+        entries = (getattr(type(module), "_can_record_outputs", None) or {}).get(
+            "router_logits", []
+        )
         for entry in entries if isinstance(entries, list) else [entries]:
             target = getattr(entry, "target_class", None)
             if isinstance(target, type):
@@ -176,20 +247,32 @@ def _recorded_classes(model: nn.Module) -> set[type]:
     return {cls for cls in classes if ROUTER_CLASS.search(cls.__name__)}
 
 
-def _check_banks(named: Mapping[str, nn.Module], sites: list[Site], left_out: list[str], only: str | None) -> None:
+def _check_banks(
+    named: Mapping[str, nn.Module], sites: list[Site], left_out: list[str], only: str | None
+) -> None:
     """Raise where experts lie beside no router that was found."""
     covered = [site.name for site in sites] + left_out
     for name, module in named.items():
         if not _is_bank(name, module) or NOT_TEXT.search(name) or not re.search(only or "", name):
             continue
         block = name.rpartition(".")[0]
-        if not any(router == block or router.startswith(block + "." if block else "") for router in covered):
+        if not any(
+            router == block or router.startswith(block + "." if block else "") for router in covered
+        ):
             got = f"none that is known beside {name!r} ({type(module).__name__})"
-            raise TraceError(expected("a router for each bank of experts", got, f"readers={{'{block}.<router>': reader}}"))
+            raise TraceError(
+                expected(
+                    "a router for each bank of experts",
+                    got,
+                    f"readers={{'{block}.<router>': reader}}",
+                )
+            )
 
 
 def _is_bank(name: str, module: nn.Module) -> bool:
-    plain = isinstance(module, nn.ModuleList | nn.ModuleDict) and name.rpartition(".")[2] == "experts"
+    plain = (
+        isinstance(module, nn.ModuleList | nn.ModuleDict) and name.rpartition(".")[2] == "experts"
+    )
     return plain or bool(BANK_CLASS.search(type(module).__name__))
 
 

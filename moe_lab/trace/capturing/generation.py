@@ -1,4 +1,6 @@
-"""Watching ``model.generate``: which tokens that it feeds are padding after a row has ended, and which searches cannot be traced."""
+"""Watching ``model.generate``: which tokens that it feeds are padding after a row has ended, and
+which searches cannot be traced.
+"""
 
 from typing import Any
 
@@ -9,7 +11,9 @@ from moe_lab.trace.capturing.passes import Numbering
 
 
 class Generation:
-    """Wraps ``model.generate`` for the time of a capture: rows that have ended are fed padding, which must not be counted."""
+    """Wraps ``model.generate`` for the time of a capture: rows that have ended are fed padding,
+    which must not be counted.
+    """
 
     def __init__(self, model: nn.Module, numbering: Numbering) -> None:
         self.model, self.numbering = model, numbering
@@ -39,7 +43,11 @@ class Generation:
 
 def _setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
     given = kwargs.get("generation_config")
-    sources = [kwargs.get(name), getattr(given, name, None), getattr(getattr(model, "generation_config", None), name, None)]
+    sources = [
+        kwargs.get(name),
+        getattr(given, name, None),
+        getattr(getattr(model, "generation_config", None), name, None),
+    ]
     return next((value for value in sources if value is not None), None)
 
 
@@ -49,7 +57,9 @@ def _ends(model: nn.Module, kwargs: dict[str, Any]) -> frozenset[int]:
     for name in ("eos_token_id", "pad_token_id"):
         value = _setting(model, kwargs, name)
         if value is not None:
-            ids.update(int(item) for item in (value if isinstance(value, list | tuple | set) else [value]))
+            ids.update(
+                int(item) for item in (value if isinstance(value, list | tuple | set) else [value])
+            )
     return frozenset(ids)
 
 
@@ -57,7 +67,17 @@ def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise ``TraceError`` for searches in which a row is not one text from beginning to end."""
     beams = _setting(model, kwargs, "num_beams") or 1
     if beams > 1:
-        raise TraceError(expected("generate() with num_beams=1 under capture()", f"num_beams={beams}, which moves texts between rows"))
+        raise TraceError(
+            expected(
+                "generate() with num_beams=1 under capture()",
+                f"num_beams={beams}, which moves texts between rows",
+            )
+        )
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
         if _setting(model, kwargs, name) is not None:
-            raise TraceError(expected("generate() without drafts under capture()", f"{name}, whose rejected tokens are routed too"))
+            raise TraceError(
+                expected(
+                    "generate() without drafts under capture()",
+                    f"{name}, whose rejected tokens are routed too",
+                )
+            )

@@ -1,7 +1,8 @@
 """Hooks on a model's routers: what each of them saw in the forward pass that is running.
 
-A pass begins and ends with the outermost module around the routers that is called. Calls outside a pass are not kept: activation
-checkpointing runs routers again in the backward pass, and those runs are no decisions.
+A pass begins and ends with the outermost module around the routers that is called. Calls outside a
+pass are not kept: activation checkpointing runs routers again in the backward pass, and those runs
+are no decisions.
 """
 
 import threading
@@ -22,7 +23,9 @@ Call = dict[str, Any]
 
 @dataclass
 class Pass:
-    """One running forward pass: its inputs, and for each router (by place in the list of sites) what its calls saw."""
+    """One running forward pass: its inputs, and for each router (by place in the list of sites)
+    what its calls saw.
+    """
 
     inputs: Inputs = field(default_factory=Inputs)
     calls: dict[int, list[Call]] = field(default_factory=dict)
@@ -33,7 +36,8 @@ class Pass:
 
 
 class Hooks:
-    """Registers the hooks; ``done(pass, outputs of the outermost module)`` is called at the end of each pass in which a router ran.
+    """Registers the hooks; ``done(pass, outputs of the outermost module)`` is called at the end of
+    each pass in which a router ran.
 
     Args:
         model: the whole model.
@@ -42,7 +46,13 @@ class Hooks:
         ratio: also take the norm of the experts' output over that of their input.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], done: Callable[[Pass, Any], None], ratio: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        done: Callable[[Pass, Any], None],
+        ratio: bool,
+    ) -> None:
         self.sites, self.done = sites, done
         self._local = threading.local()  # replicas of DataParallel run in threads
         self._handles: list[Any] = []
@@ -50,14 +60,20 @@ class Hooks:
         for place, site in enumerate(sites):
             self._handles.append(site.module.register_forward_hook(self._seen(place)))
             for label, module in site.taps.items():
-                self._handles.append(module.register_forward_hook(self._tapped(place, label), with_kwargs=True))
+                self._handles.append(
+                    module.register_forward_hook(self._tapped(place, label), with_kwargs=True)
+                )
             if ratio:
                 target = self._bank(site, named)
-                self._handles.append(target.register_forward_hook(self._ratio(place), with_kwargs=True))
+                self._handles.append(
+                    target.register_forward_hook(self._ratio(place), with_kwargs=True)
+                )
         # After the routers' own: where the router is the whole model, its pass must end last.
         for name in _around([site.name for site in sites]):
             module = named[name]
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+            self._handles.append(
+                module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+            )
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def remove(self) -> None:
@@ -102,7 +118,9 @@ class Hooks:
         return hook
 
     def _tapped(self, place: int, label: str) -> Callable[[nn.Module, tuple, dict, Any], None]:
-        """A child called inside a block is seen before the block ends, one called after a router is seen after it."""
+        """A child called inside a block is seen before the block ends, one called after a router is
+        seen after it.
+        """
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             running = self._running
@@ -122,18 +140,32 @@ class Hooks:
             running = self._running
             if running is None:
                 return
-            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            given = next(
+                (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
+            )
             made = output[0] if isinstance(output, tuple) else output
             if given is None or not isinstance(made, Tensor) or made.numel() != given.numel():
-                raise TraceError(expected(f"an output of the size of its input from the experts of {self.sites[place].name!r}", "another"))
-            norms = [value.detach().reshape(-1, value.shape[-1]).float().norm(dim=1) for value in (made, given)]
-            running.ratios.setdefault(place, []).append(norms[0] / norms[1].clamp_min(torch.finfo(torch.float32).tiny))
+                raise TraceError(
+                    expected(
+                        f"an output of the size of its input from the experts of {self.sites[place].name!r}",
+                        "another",
+                    )
+                )
+            norms = [
+                value.detach().reshape(-1, value.shape[-1]).float().norm(dim=1)
+                for value in (made, given)
+            ]
+            running.ratios.setdefault(place, []).append(
+                norms[0] / norms[1].clamp_min(torch.finfo(torch.float32).tiny)
+            )
 
         return hook
 
     @staticmethod
     def _bank(site: Site, named: dict[str, nn.Module]) -> nn.Module:
-        """The experts beside a router where they map [T, D] to [T, D], else the block that holds both."""
+        """The experts beside a router where they map [T, D] to [T, D], else the block that holds
+        both.
+        """
         block = named[next(paths_above(site.name), "")]
         experts = dict(block.named_children()).get("experts")
         return experts if experts is not None and site.taps.get("experts") is experts else block
@@ -145,12 +177,17 @@ def unchanged(running: Pass, sites: Sequence[Site]) -> None:
         with suppress(RuntimeError):
             if tensor._version != version:
                 raise TraceError(
-                    expected(f"the outputs of {sites[place].name!r} to stay as they were returned", "outputs changed in place")
+                    expected(
+                        f"the outputs of {sites[place].name!r} to stay as they were returned",
+                        "outputs changed in place",
+                    )
                 )
 
 
 def _around(names: Sequence[str]) -> list[str]:
-    """Modules that hold all of ``names``, the outermost ("") first: of a model with one router, not the router itself unless it is all."""
+    """Modules that hold all of ``names``, the outermost ("") first: of a model with one router, not
+    the router itself unless it is all.
+    """
     common = names[0]
     while common and not all(name == common or name.startswith(common + ".") for name in names):
         common = common.rpartition(".")[0]

@@ -1,7 +1,8 @@
-"""Which document and position each token of a forward pass is: padding, batches, prefill and decode.
+"""Which document and position each token of a forward pass is: padding, batches, prefill and
+decode.
 
-Each row of a batch is a document, unless the caller numbers them; a pass that continues a cache continues the documents of the pass before.
-Shape letters: B batch, S sequence, T = B * S tokens.
+Each row of a batch is a document, unless the caller numbers them; a pass that continues a cache
+continues the documents of the pass before. Shape letters: B batch, S sequence, T = B * S tokens.
 """
 
 import inspect
@@ -23,7 +24,8 @@ EMBEDDING_NAMES = ("inputs_embeds", "hidden_states", "x", "x_TD")
 
 @dataclass
 class Inputs:
-    """What one forward pass was given, from the innermost module around the routers that received it.
+    """What one forward pass was given, from the innermost module around the routers that received
+    it.
 
     Attributes:
         ids: [B, S] token ids, or None.
@@ -40,22 +42,45 @@ class Inputs:
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Take what the call of one module tells; later calls are further inside."""
         given = _arguments(module, args, kwargs)
-        ids = _first(given, ID_NAMES, lambda value: not value.is_floating_point() and value.dim() in (1, 2))
+        ids = _first(
+            given, ID_NAMES, lambda value: not value.is_floating_point() and value.dim() in (1, 2)
+        )
         if ids is None and not any(name in given for name in (*ID_NAMES, *EMBEDDING_NAMES)):
-            integers = [value for value in given.values() if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)]
+            integers = [
+                value
+                for value in given.values()
+                if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+            ]
             ids = next((value for value in integers if value.dim() in (1, 2)), None)
         mask = _first(given, MASK_NAMES, lambda value: value.dim() == 2)
         if ids is not None:
             ids = ids if ids.dim() == 2 else ids.unsqueeze(0)
-            if self.ids is None or ids.data_ptr() != self.ids.data_ptr() or ids.shape != self.ids.shape:
+            if (
+                self.ids is None
+                or ids.data_ptr() != self.ids.data_ptr()
+                or ids.shape != self.ids.shape
+            ):
                 self.mask = None  # of other tokens
             self.ids, self.shape = ids, (ids.shape[0], ids.shape[1])
         elif self.shape is None:
-            wide = _first(given, EMBEDDING_NAMES, lambda value: value.is_floating_point() and value.dim() in (2, 3))
+            wide = _first(
+                given,
+                EMBEDDING_NAMES,
+                lambda value: value.is_floating_point() and value.dim() in (2, 3),
+            )
             if wide is None:
-                wide = next((value for value in given.values() if isinstance(value, Tensor) and value.dim() in (2, 3)), None)
+                wide = next(
+                    (
+                        value
+                        for value in given.values()
+                        if isinstance(value, Tensor) and value.dim() in (2, 3)
+                    ),
+                    None,
+                )
             if wide is not None:
-                self.shape = (wide.shape[0], wide.shape[1]) if wide.dim() == 3 else (1, wide.shape[0])
+                self.shape = (
+                    (wide.shape[0], wide.shape[1]) if wide.dim() == 3 else (1, wide.shape[0])
+                )
         self.mask = mask if mask is not None else self.mask
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if cache is not None and self.past is None:
@@ -63,7 +88,12 @@ class Inputs:
 
     def real(self) -> np.ndarray | None:
         """[T] bool of the tokens that are not padding, or None where all are."""
-        if self.mask is None or self.shape is None or self.mask.shape[0] != self.shape[0] or self.mask.shape[1] < self.shape[1]:
+        if (
+            self.mask is None
+            or self.shape is None
+            or self.mask.shape[0] != self.shape[0]
+            or self.mask.shape[1] < self.shape[1]
+        ):
             return None
         mask = self.mask[:, -self.shape[1] :] != 0
         return None if bool(mask.all()) else mask.reshape(-1).cpu().numpy()
@@ -82,7 +112,9 @@ class Rows:
 
 @dataclass
 class Labels:
-    """[T] doc and pos, [T] bool of the tokens that count (None: all), the phase, and whether the rows go on from the last pass."""
+    """[T] doc and pos, [T] bool of the tokens that count (None: all), the phase, and whether the
+    rows go on from the last pass.
+    """
 
     doc: np.ndarray
     pos: np.ndarray
@@ -97,7 +129,8 @@ class Numbering:
 
     Attributes:
         next_doc: number of the next document.
-        ends: token ids after which a row of ``generate`` is only padding (end of text, padding); None outside ``generate``.
+        ends: token ids after which a row of ``generate`` is only padding (end of text, padding);
+            None outside ``generate``.
     """
 
     next_doc: int = 0
@@ -123,7 +156,9 @@ class Numbering:
             if continues and inputs.past is not None and inputs.past < rows.fed:
                 got = f"one cut back to {inputs.past}"
                 hint = "num_beams=1 and no assistant model: otherwise rows change places"
-                raise TraceError(expected(f"a cache of the {rows.fed} tokens that were fed", got, hint))
+                raise TraceError(
+                    expected(f"a cache of the {rows.fed} tokens that were fed", got, hint)
+                )
         if replay:
             real_BS[:, :-1] = False
         if not (continues or replay):
@@ -142,7 +177,9 @@ class Numbering:
         return Labels(doc_BS.reshape(-1), pos_BS.reshape(-1), keep, phase, continues or replay)
 
     def _is_replay(self, rows: Rows, ids: np.ndarray | None, length: int) -> bool:
-        """Without a cache ``generate`` runs the whole text again for each token: all but the last were counted before."""
+        """Without a cache ``generate`` runs the whole text again for each token: all but the last
+        were counted before.
+        """
         return (
             self.ends is not None
             and ids is not None
@@ -156,7 +193,11 @@ class Numbering:
         before = np.zeros(batch, np.int64)
         if inputs.past:  # a cache that was filled before the capture began
             mask = inputs.mask
-            seen = None if mask is None or mask.shape[1] != inputs.past + length else mask[:, : inputs.past].sum(dim=1).cpu().numpy()
+            seen = (
+                None
+                if mask is None or mask.shape[1] != inputs.past + length
+                else mask[:, : inputs.past].sum(dim=1).cpu().numpy()
+            )
             before = np.full(batch, inputs.past) if seen is None else seen
         doc = self.next_doc + np.arange(batch)
         if self.given is None:
@@ -174,7 +215,11 @@ class Numbering:
         doc, pos = self.given
         doc_BS = np.broadcast_to(doc[:, None] if doc.ndim == 1 else doc, real_BS.shape)
         if pos is not None:
-            pos_BS = pos[:, None] + taken - real_BS if pos.ndim == 1 else np.broadcast_to(pos, real_BS.shape)
+            pos_BS = (
+                pos[:, None] + taken - real_BS
+                if pos.ndim == 1
+                else np.broadcast_to(pos, real_BS.shape)
+            )
             rows.next_pos = pos_BS[:, -1] + real_BS[:, -1]
         rows.doc = doc_BS[:, -1].copy()
         self.next_doc = max(self.next_doc, int(doc_BS.max()) + 1)
@@ -198,7 +243,10 @@ def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dic
 
 
 def _first(given: Mapping[str, Any], names: tuple[str, ...], fits: Any) -> Tensor | None:
-    return next((value for name in names if isinstance(value := given.get(name), Tensor) and fits(value)), None)
+    return next(
+        (value for name in names if isinstance(value := given.get(name), Tensor) and fits(value)),
+        None,
+    )
 
 
 def _length(cache: Any) -> int | None:

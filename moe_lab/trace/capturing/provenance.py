@@ -1,4 +1,6 @@
-"""Who made a trace: names and hashes of the model, the tokenizer and the text, and the rank that writes."""
+"""Who made a trace: names and hashes of the model, the tokenizer and the text, and the rank that
+writes.
+"""
 
 import hashlib
 import json
@@ -29,8 +31,12 @@ def model_hash(model: nn.Module) -> str:
         return str(config.hash())  # type: ignore[union-attr]
     if hasattr(config, "to_dict"):
         values = config.to_dict()  # type: ignore[union-attr]
-        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return content_hash([[name, list(parameter.shape)] for name, parameter in model.named_parameters()])
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[
+            :12
+        ]
+    return content_hash(
+        [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
+    )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -40,7 +46,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if isinstance(getattr(tokenizer, "hash", None), str):
         return tokenizer.hash
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    text = backend.to_str() if hasattr(backend, "to_str") else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    text = (
+        backend.to_str()
+        if hasattr(backend, "to_str")
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -55,7 +65,9 @@ def corpus_hash(text: str | Iterable[str] | None) -> str:
 
 
 class Pieces:
-    """The text of each token by itself (one that is part of a character shows the replacement character), decoded once for each id."""
+    """The text of each token by itself (one that is part of a character shows the replacement
+    character), decoded once for each id.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -70,8 +82,14 @@ class Pieces:
 
 
 def rank_folder(folder: Path) -> Path:
-    """``folder``, or ``<folder>.rank-<r>`` where several processes of ``torch.distributed`` would write the same one."""
+    """``folder``, or ``<folder>.rank-<r>`` where several processes of ``torch.distributed`` would
+    write the same one.
+    """
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
         return folder.with_name(f"{folder.name}.rank-{distributed.get_rank()}")
     return folder

@@ -1,7 +1,9 @@
-"""``import_trace``: the routing records of serving engines and other tools as a trace of ours. Formats in ``docs/trace.md``.
+"""``import_trace``: the routing records of serving engines and other tools as a trace of ours.
+Formats in ``docs/trace.md``.
 
-What the source does not say stays missing: weights, scores, the route of a last token, which slots were zero-compute experts. The number
-of experts comes from the source's own header, a configuration, or the caller; never from the largest id.
+What the source does not say stays missing: weights, scores, the route of a last token, which slots
+were zero-compute experts. The number of experts comes from the source's own header, a
+configuration, or the caller; never from the largest id.
 Shape letters: T tokens, L layers, K slots.
 """
 
@@ -68,12 +70,15 @@ def import_trace(
         kind: who wrote them; one of ``ImportKind``.
         src: a file, or a folder of files (one for each rank or request).
         path: where the trace will be.
-        config: a Hugging Face configuration (object, dictionary, config.json or its folder) that tells the sizes.
-        num_experts, num_zero_experts, top_k, layers: the sizes where neither the source nor ``config`` has them.
+        config: a Hugging Face configuration (object, dictionary, config.json or its folder) that
+            tells the sizes.
+        num_experts, num_zero_experts, top_k, layers: the sizes where neither the source nor
+            ``config`` has them.
         model: name in the metadata; where the source holds several models, the one to take.
 
     Raises:
-        TraceError: a source that is damaged, does not conserve its counts, or does not say how many experts there are.
+        TraceError: a source that is damaged, does not conserve its counts, or does not say how many
+            experts there are.
     """
     try:
         chosen = ImportKind(kind)
@@ -82,7 +87,14 @@ def import_trace(
     src = Path(src)
     if not src.exists():
         raise TraceError(expected(f"a file or folder at {src}", "none"))
-    sizes = _sizes(config, num_experts, num_zero_experts, top_k, None if layers is None else tuple(layers), model)
+    sizes = _sizes(
+        config,
+        num_experts,
+        num_zero_experts,
+        top_k,
+        None if layers is None else tuple(layers),
+        model,
+    )
     try:
         source = READERS[chosen](src, sizes)
         _write(chosen, source, sizes, Path(path))
@@ -91,7 +103,14 @@ def import_trace(
     return open_trace(path, verify=False)
 
 
-def _sizes(config: Any, experts: int | None, zero: int | None, top_k: int | None, layers: tuple[int, ...] | None, model: str) -> Sizes:
+def _sizes(
+    config: Any,
+    experts: int | None,
+    zero: int | None,
+    top_k: int | None,
+    layers: tuple[int, ...] | None,
+    model: str,
+) -> Sizes:
     known = Sizes()
     if config is not None:
         values = _config_values(config)
@@ -101,8 +120,21 @@ def _sizes(config: Any, experts: int | None, zero: int | None, top_k: int | None
             router, counted = RouterConfig.from_hf(values, 0), count(values)
         except MoELabError as error:
             raise TraceError(f"cannot take the sizes from the configuration: {error}") from error
-        total = next((values[name] for name in ("num_hidden_layers", "num_layers", "n_layers") if isinstance(values.get(name), int)), None)
-        known = Sizes(router.num_experts, router.num_zero_experts, router.num_slots, tuple(counted.moe_layers), total)
+        total = next(
+            (
+                values[name]
+                for name in ("num_hidden_layers", "num_layers", "n_layers")
+                if isinstance(values.get(name), int)
+            ),
+            None,
+        )
+        known = Sizes(
+            router.num_experts,
+            router.num_zero_experts,
+            router.num_slots,
+            tuple(counted.moe_layers),
+            total,
+        )
     return Sizes(
         num_experts=experts or known.num_experts,
         num_zero_experts=known.num_zero_experts if zero is None else zero,
@@ -121,7 +153,14 @@ def _config_values(config: Any) -> dict[str, Any]:
         values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, dict):
         raise TraceError(expected("a configuration with named fields", type(values).__name__))
-    inner = next((values[name] for name in ("text_config", "language_config", "llm_config") if isinstance(values.get(name), dict)), None)
+    inner = next(
+        (
+            values[name]
+            for name in ("text_config", "language_config", "llm_config")
+            if isinstance(values.get(name), dict)
+        ),
+        None,
+    )
     return values if inner is None or "num_hidden_layers" in values else inner
 
 
@@ -134,7 +173,9 @@ def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
     aliased = source.aliases_zero_experts and sizes.num_zero_experts > 0
     notes = list(source.notes)
     if aliased:
-        notes.append(f"{kind.value} records zero-compute experts as expert 0: its counts, ffn_count and zero_count are not the model's.")
+        notes.append(
+            f"{kind.value} records zero-compute experts as expert 0: its counts, ffn_count and zero_count are not the model's."
+        )
     meta = TraceMeta(
         layers=layers,
         model=source.model or sizes.model,
@@ -142,7 +183,9 @@ def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
         tokenizer_hash=source.tokenizer_hash,
         corpus_hash=source.corpus_hash,
         seed=source.seed,
-        phase="generate" if kind in (ImportKind.VLLM, ImportKind.SGLANG, ImportKind.TRTLLM) else "eval",
+        phase="generate"
+        if kind in (ImportKind.VLLM, ImportKind.SGLANG, ImportKind.TRTLLM)
+        else "eval",
         created_from=f"import {kind.value}",
         has_weights=source.has_weights,
         has_scores=False,
@@ -151,14 +194,21 @@ def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
         notes=tuple(notes),
     )
     if source.versions:
-        meta = meta.replace(versions={**meta.versions, **{f"source {name}": value for name, value in source.versions.items()}})
+        meta = meta.replace(
+            versions={
+                **meta.versions,
+                **{f"source {name}": value for name, value in source.versions.items()},
+            }
+        )
     with TraceWriter(path, meta) as writer:
         for document in chain([first], documents):
             _write_document(writer, document, chosen, aliased)
             writer.finish_documents([document.doc])
 
 
-def _write_document(writer: TraceWriter, document: Document, chosen: list[int], aliased: bool) -> None:
+def _write_document(
+    writer: TraceWriter, document: Document, chosen: list[int], aliased: bool
+) -> None:
     tokens = len(document.ids)
     doc = np.full(tokens, document.doc, np.uint32)
     pos = (document.pos + np.arange(tokens)).astype(np.uint32)
@@ -166,9 +216,13 @@ def _write_document(writer: TraceWriter, document: Document, chosen: list[int], 
         ids = document.ids[:, place]
         if aliased:
             ids = _without_aliases(ids)
-        weights = None if document.weights is None else document.weights[:, place].astype(np.float32)
+        weights = (
+            None if document.weights is None else document.weights[:, place].astype(np.float32)
+        )
         rows = slot_rows(layer, doc, pos, ids, weights, None, None)
-        writer.write_rows(layer.layer, rows, np.bincount(ids[ids >= 0], minlength=layer.num_choices))
+        writer.write_rows(
+            layer.layer, rows, np.bincount(ids[ids >= 0], minlength=layer.num_choices)
+        )
     if document.token_ids is None:
         return
     number = len(document.token_ids)
@@ -190,23 +244,48 @@ def _without_aliases(ids: np.ndarray) -> np.ndarray:
     return np.where(zero & (np.cumsum(zero, axis=1) > 1), -1, ids)
 
 
-def _layers(source: Source, sizes: Sizes, rows: int, slots: int) -> tuple[tuple[LayerMeta, ...], list[int]]:
+def _layers(
+    source: Source, sizes: Sizes, rows: int, slots: int
+) -> tuple[tuple[LayerMeta, ...], list[int]]:
     """The layers' metadata, and for each its place on the layer axis of the source."""
     experts = source.num_experts or sizes.num_experts
     if experts is None:
-        raise TraceError(expected("the number of experts, which this source does not hold", "none", "config= or num_experts="))
+        raise TraceError(
+            expected(
+                "the number of experts, which this source does not hold",
+                "none",
+                "config= or num_experts=",
+            )
+        )
     if source.num_experts and sizes.num_experts and source.num_experts != sizes.num_experts:
-        raise TraceError(expected(f"{sizes.num_experts} experts as configured", f"a source of {source.num_experts}"))
+        raise TraceError(
+            expected(
+                f"{sizes.num_experts} experts as configured", f"a source of {source.num_experts}"
+            )
+        )
     top_k = source.top_k or sizes.top_k or slots
     if slots > top_k:
-        raise TraceError(expected(f"at most top_k = {top_k} slots as configured", f"a source of {slots}"))
+        raise TraceError(
+            expected(f"at most top_k = {top_k} slots as configured", f"a source of {slots}")
+        )
     numbers = source.layers or sizes.layers or tuple(range(rows))
     places = list(range(rows))
     if len(numbers) != rows:
         if rows != sizes.num_layers:
-            raise TraceError(expected(f"routes of {len(numbers)} MoE layers or of all {sizes.num_layers} layers", f"{rows}"))
+            raise TraceError(
+                expected(
+                    f"routes of {len(numbers)} MoE layers or of all {sizes.num_layers} layers",
+                    f"{rows}",
+                )
+            )
         places = list(numbers)
     layers = tuple(
-        LayerMeta(layer=int(number), num_experts=experts, num_zero_experts=sizes.num_zero_experts, top_k=top_k) for number in numbers
+        LayerMeta(
+            layer=int(number),
+            num_experts=experts,
+            num_zero_experts=sizes.num_zero_experts,
+            top_k=top_k,
+        )
+        for number in numbers
     )
     return layers, places

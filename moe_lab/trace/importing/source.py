@@ -1,4 +1,6 @@
-"""What a reader of another program's records returns: ``Source``, made of ``Document``s; and ``Sizes``, what is known beforehand."""
+"""What a reader of another program's records returns: ``Source``, made of ``Document``s; and
+``Sizes``, what is known beforehand.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,6 @@
-"""``difficulty_association`` against oracles that share no code with it, and in words where there is nothing to measure."""
+"""``difficulty_association`` against oracles that share no code with it, and in words where there
+is nothing to measure.
+"""
 
 from typing import Any
 
@@ -11,7 +13,17 @@ from moe_lab.analysis import difficulty_association
 from moe_lab.analysis.difficulty.worlds import Corpus, World, simulate_corpus, simulate_router
 from moe_lab.errors import AnalysisError, ConfigError
 
-COLUMNS = ["layer", "align", "rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi", "p", "q"]
+COLUMNS = [
+    "layer",
+    "align",
+    "rho_raw",
+    "rho_strata",
+    "rho_token",
+    "rho_token_lo",
+    "rho_token_hi",
+    "p",
+    "q",
+]
 COLUMNS += ["verdict", "n_tokens", "n_docs"]
 FEW: dict[str, Any] = {"resamples": 300}
 
@@ -23,7 +35,9 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def routed(tokens):
-    return simulate_router(tokens, World(frequency=0.5, difficulty=0.15), "difficulty", seed=4).with_columns(layer=pl.lit(2))
+    return simulate_router(
+        tokens, World(frequency=0.5, difficulty=0.15), "difficulty", seed=4
+    ).with_columns(layer=pl.lit(2))
 
 
 def row_of(frame, align="input", layer=None):
@@ -68,12 +82,22 @@ def test_the_headline_is_the_correlation_of_rank_residuals_from_a_regression_on_
 
 def test_the_target_alignment_takes_out_both_the_id_that_went_in_and_the_one_to_come(routed):
     small = routed.filter(pl.col("doc") < 40)
-    following = small.with_columns(next_id=pl.col("token_id").shift(-1).over("doc"), next_hard=pl.col("difficulty").shift(-1).over("doc"))
+    following = small.with_columns(
+        next_id=pl.col("token_id").shift(-1).over("doc"),
+        next_hard=pl.col("difficulty").shift(-1).over("doc"),
+    )
     used = following.filter((pl.col("pos") > 0) & pl.col("next_id").is_not_null())
     ranks = [stats.rankdata(used[name]) for name in ("next_hard", "ffn_count")]
-    left = [residual_by_least_squares(rank, used["token_id"].to_numpy(), used["next_id"].to_numpy()) for rank in ranks]
-    row = row_of(difficulty_association(small, "difficulty", min_documents=2, details=True, **FEW), "target")
-    assert row["rho_raw"] == pytest.approx(stats.spearmanr(used["next_hard"], used["ffn_count"]).statistic, abs=1e-12)
+    left = [
+        residual_by_least_squares(rank, used["token_id"].to_numpy(), used["next_id"].to_numpy())
+        for rank in ranks
+    ]
+    row = row_of(
+        difficulty_association(small, "difficulty", min_documents=2, details=True, **FEW), "target"
+    )
+    assert row["rho_raw"] == pytest.approx(
+        stats.spearmanr(used["next_hard"], used["ffn_count"]).statistic, abs=1e-12
+    )
     # Tokens alone in a group are left out by us; their residual is 0 in a regression too.
     assert row["rho_token"] == pytest.approx(np.corrcoef(*left)[0, 1], abs=1e-8)
 
@@ -86,12 +110,16 @@ def test_rows_may_come_in_any_order_and_lazily(routed):
 
 def test_only_ranks_of_difficulty_count(routed):
     plain = row_of(difficulty_association(routed, "difficulty", **FEW))
-    bent = row_of(difficulty_association(routed.with_columns(pl.col("difficulty").exp()), "difficulty", **FEW))
+    bent = row_of(
+        difficulty_association(routed.with_columns(pl.col("difficulty").exp()), "difficulty", **FEW)
+    )
     assert bent["rho_token"] == pytest.approx(plain["rho_token"], abs=1e-12)
 
 
 def test_the_same_seed_gives_the_same_interval(routed):
-    first, same, other = (difficulty_association(routed, "difficulty", seed=seed, **FEW) for seed in (5, 5, 6))
+    first, same, other = (
+        difficulty_association(routed, "difficulty", seed=seed, **FEW) for seed in (5, 5, 6)
+    )
     assert first.equals(same)
     assert first["rho_token_lo"][0] != other["rho_token_lo"][0]
 
@@ -106,7 +134,9 @@ def test_a_static_layer_is_said_in_words(tokens):
 
 def test_a_static_layer_does_not_hide_another(tokens, routed):
     both = ["doc", "pos", "token_id", "difficulty", "ffn_count"]
-    fixed = tokens.with_columns(ffn_count=pl.lit(8, pl.UInt8)).select(*both, layer=pl.lit(0, pl.Int32))
+    fixed = tokens.with_columns(ffn_count=pl.lit(8, pl.UInt8)).select(
+        *both, layer=pl.lit(0, pl.Int32)
+    )
     layers = pl.concat([routed.select(*both, "layer"), fixed])
     result = difficulty_association(layers, "difficulty", **FEW)
     assert result["layer"].to_list() == [0, 0, 2, 2]
@@ -122,7 +152,11 @@ def test_fewer_than_200_documents_are_not_judged(routed):
 
 
 def test_short_documents_are_left_out(routed):
-    short = routed.with_columns(doc=pl.when(pl.col("doc") < 10).then(1000 + pl.col("doc") * 100 + pl.col("pos") // 50).otherwise("doc"))
+    short = routed.with_columns(
+        doc=pl.when(pl.col("doc") < 10)
+        .then(1000 + pl.col("doc") * 100 + pl.col("pos") // 50)
+        .otherwise("doc")
+    )
     whole = row_of(difficulty_association(routed.filter(pl.col("doc") >= 10), "difficulty", **FEW))
     cut = row_of(difficulty_association(short, "difficulty", **FEW))
     assert cut["n_docs"] == whole["n_docs"] == 210
@@ -131,7 +165,9 @@ def test_short_documents_are_left_out(routed):
 
 def test_tokens_whose_id_occurs_once_are_counted_and_say_nothing(routed):
     places = pl.int_range(pl.len()) % 10 == 3
-    lonely = routed.with_columns(token_id=pl.when(places).then(10_000 + pl.int_range(pl.len())).otherwise("token_id"))
+    lonely = routed.with_columns(
+        token_id=pl.when(places).then(10_000 + pl.int_range(pl.len())).otherwise("token_id")
+    )
     row = row_of(difficulty_association(lonely, "difficulty", details=True, **FEW))
     hidden = routed.with_columns(difficulty=pl.when(~places).then("difficulty"))
     rest = row_of(difficulty_association(hidden, "difficulty", **FEW))
@@ -141,7 +177,9 @@ def test_tokens_whose_id_occurs_once_are_counted_and_say_nothing(routed):
 
 
 def test_ids_that_all_occur_once_cannot_be_judged(routed):
-    result = difficulty_association(routed.with_columns(token_id=pl.int_range(pl.len())), "difficulty", **FEW)
+    result = difficulty_association(
+        routed.with_columns(token_id=pl.int_range(pl.len())), "difficulty", **FEW
+    )
     assert result["verdict"].to_list() == ["inconclusive"] * 2
     assert result["n_tokens"].to_list() == [0, 0]
     assert "no token id occurs twice" in result["note"][0]
@@ -149,15 +187,27 @@ def test_ids_that_all_occur_once_cannot_be_judged(routed):
 
 def test_missing_difficulties_leave_tokens_out_and_are_counted(routed):
     place = pl.int_range(pl.len()) % 7
-    holes = routed.with_columns(difficulty=pl.when(place == 0).then(None).when(place == 1).then(float("nan")).otherwise("difficulty"))
+    holes = routed.with_columns(
+        difficulty=pl.when(place == 0)
+        .then(None)
+        .when(place == 1)
+        .then(float("nan"))
+        .otherwise("difficulty")
+    )
     row = row_of(difficulty_association(holes, "difficulty", details=True, **FEW))
-    used = holes.filter((pl.col("pos") > 0) & pl.col("difficulty").is_not_null() & pl.col("difficulty").is_not_nan())
-    assert row["rho_raw"] == pytest.approx(stats.spearmanr(used["difficulty"], used["ffn_count"]).statistic, abs=1e-12)
+    used = holes.filter(
+        (pl.col("pos") > 0) & pl.col("difficulty").is_not_null() & pl.col("difficulty").is_not_nan()
+    )
+    assert row["rho_raw"] == pytest.approx(
+        stats.spearmanr(used["difficulty"], used["ffn_count"]).statistic, abs=1e-12
+    )
     assert row["n_missing"] == routed.filter(pl.col("pos") > 0).height - used.height
 
 
 def test_no_difficulty_at_all_is_inconclusive(routed):
-    result = difficulty_association(routed.with_columns(difficulty=pl.lit(None)), "difficulty", **FEW)
+    result = difficulty_association(
+        routed.with_columns(difficulty=pl.lit(None)), "difficulty", **FEW
+    )
     assert result["verdict"].to_list() == ["inconclusive"] * 2
     assert result["note"][0] == "no token has both compute and a difficulty"
 
@@ -165,14 +215,24 @@ def test_no_difficulty_at_all_is_inconclusive(routed):
 def test_target_pairs_need_neighbours(routed):
     """Where every other token is missing from the trace there is no next token to pair with."""
     gaps = routed.filter(pl.col("pos") % 2 == 0)
-    assert difficulty_association(gaps, "difficulty", min_document_tokens=1, **FEW)["n_tokens"].to_list()[1] == 0
+    assert (
+        difficulty_association(gaps, "difficulty", min_document_tokens=1, **FEW)[
+            "n_tokens"
+        ].to_list()[1]
+        == 0
+    )
 
 
 def test_position_0_is_left_out_unless_asked_for(routed):
-    sink = routed.with_columns(ffn_count=pl.when(pl.col("pos") == 0).then(200).otherwise("ffn_count"))
+    sink = routed.with_columns(
+        ffn_count=pl.when(pl.col("pos") == 0).then(200).otherwise("ffn_count")
+    )
     plain = row_of(difficulty_association(routed, "difficulty", **FEW))
     assert row_of(difficulty_association(sink, "difficulty", **FEW))["rho_raw"] == plain["rho_raw"]
-    assert row_of(difficulty_association(sink, "difficulty", include_first=True, **FEW))["rho_raw"] != plain["rho_raw"]
+    assert (
+        row_of(difficulty_association(sink, "difficulty", include_first=True, **FEW))["rho_raw"]
+        != plain["rho_raw"]
+    )
 
 
 def test_a_router_that_is_a_table_over_ids_is_called_so(tokens):
@@ -184,7 +244,10 @@ def test_a_router_that_is_a_table_over_ids_is_called_so(tokens):
 
 
 def test_a_table_over_the_next_id_is_called_so_under_the_target_alignment(tokens):
-    looked = tokens.with_columns(layer=pl.lit(0), ffn_count=((pl.col("token_id") * 7919) % 5).shift(-1).over("doc").fill_null(0))
+    looked = tokens.with_columns(
+        layer=pl.lit(0),
+        ffn_count=((pl.col("token_id") * 7919) % 5).shift(-1).over("doc").fill_null(0),
+    )
     row = row_of(difficulty_association(looked, "difficulty", details=True, **FEW), "target")
     assert row["verdict"] in ("identity-driven", "no material association")
     assert abs(row["rho_token"]) < 0.02
@@ -198,18 +261,28 @@ def test_a_difficulty_that_the_id_decides_cannot_be_followed_within_ids(routed):
 
 
 def test_compute_that_follows_documents_alone_is_task_level(tokens):
-    level = tokens.group_by("doc").agg(level=pl.col("difficulty").mean()).with_columns(rank=pl.col("level").rank() / pl.len())
+    level = (
+        tokens.group_by("doc")
+        .agg(level=pl.col("difficulty").mean())
+        .with_columns(rank=pl.col("level").rank() / pl.len())
+    )
     generator = np.random.default_rng(0)
     joined = tokens.join(level, on="doc", maintain_order="left")
     spent = generator.binomial(12, 0.25 + 0.5 * joined["rank"].to_numpy())
     # Within a document, compute is a coin; between documents it follows their mean difficulty.
-    row = row_of(difficulty_association(tokens.with_columns(layer=pl.lit(0), ffn_count=spent), "difficulty", details=True, **FEW))
+    row = row_of(
+        difficulty_association(
+            tokens.with_columns(layer=pl.lit(0), ffn_count=spent), "difficulty", details=True, **FEW
+        )
+    )
     assert row["verdict"] == "task-level only"
     assert row["rho_token"] > 0.05 > 0.02 > abs(row["rho_document"])
 
 
 def test_a_class_that_splits_an_id_is_not_taken_for_difficulty(tokens):
-    """Compute follows the lexer class, and one id is harder in one class than in the other: within ids alone this looks like a choice."""
+    """Compute follows the lexer class, and one id is harder in one class than in the other: within
+    ids alone this looks like a choice.
+    """
     generator = np.random.default_rng(2)
     inside = generator.integers(0, 2, tokens.height)
     frame = tokens.with_columns(
@@ -226,14 +299,20 @@ def test_a_class_that_splits_an_id_is_not_taken_for_difficulty(tokens):
 
 def test_rare_ids_can_be_pooled_within_strata(routed):
     own = row_of(difficulty_association(routed, "difficulty", details=True, **FEW))
-    pooled = row_of(difficulty_association(routed, "difficulty", pool_below=30, details=True, **FEW))
+    pooled = row_of(
+        difficulty_association(routed, "difficulty", pool_below=30, details=True, **FEW)
+    )
     assert pooled["n_alone"] == 0 <= own["n_alone"]
     assert pooled["rho_token"] != own["rho_token"]
 
 
 def test_identity_control_survives_a_vocabulary_of_rare_ids():
-    """Most ids are rare here; compared with others of their band instead of with themselves they would pass for difficulty."""
-    tokens = simulate_corpus(Corpus(documents=250, tokens=120, vocabulary=20_000, by_id=2.0), seed=8)
+    """Most ids are rare here; compared with others of their band instead of with themselves they
+    would pass for difficulty.
+    """
+    tokens = simulate_corpus(
+        Corpus(documents=250, tokens=120, vocabulary=20_000, by_id=2.0), seed=8
+    )
     difficulty = tokens.group_by("token_id").agg(mean=pl.col("difficulty").mean())
     table = tokens.join(difficulty, on="token_id", maintain_order="left")["mean"].to_numpy()
     spent = np.random.default_rng(0).binomial(12, 1 / (1 + np.exp(-table)))
@@ -242,29 +321,47 @@ def test_identity_control_survives_a_vocabulary_of_rare_ids():
     assert row["rho_raw"] > 0.5
     assert abs(row["rho_token"]) < 0.03
     assert row["verdict"] in ("frequency-driven", "identity-driven")
-    assert row_of(difficulty_association(frame, "difficulty", pool_below=30, **FEW))["rho_token"] > 0.1
+    assert (
+        row_of(difficulty_association(frame, "difficulty", pool_below=30, **FEW))["rho_token"] > 0.1
+    )
 
 
 def test_the_false_discovery_rate_is_over_all_rows(tokens):
-    layers = pl.concat([simulate_router(tokens, World(), "difficulty", seed).with_columns(layer=pl.lit(seed)) for seed in range(4)])
+    layers = pl.concat(
+        [
+            simulate_router(tokens, World(), "difficulty", seed).with_columns(layer=pl.lit(seed))
+            for seed in range(4)
+        ]
+    )
     result = difficulty_association(layers, "difficulty", **FEW)
-    assert result["q"].to_numpy() == pytest.approx(stats.false_discovery_control(result["p"].to_numpy()), abs=1e-12)
+    assert result["q"].to_numpy() == pytest.approx(
+        stats.false_discovery_control(result["p"].to_numpy()), abs=1e-12
+    )
 
 
 def test_other_notions_of_compute_are_columns(routed):
     mass = routed.with_columns(gate_mass=pl.col("ffn_count") / 24)
-    count, gate = (difficulty_association(mass, "difficulty", compute=name, **FEW) for name in ("ffn_count", "gate_mass"))
+    count, gate = (
+        difficulty_association(mass, "difficulty", compute=name, **FEW)
+        for name in ("ffn_count", "gate_mass")
+    )
     assert gate["rho_token"].to_list() == pytest.approx(count["rho_token"].to_list(), abs=1e-12)
 
 
 def test_what_cannot_be_computed_is_refused_in_one_sentence(routed):
     with pytest.raises(
-        AnalysisError, match=r"expected a frame with columns layer, doc, pos, token_id, ffn_count, hard, got none named hard"
+        AnalysisError,
+        match=r"expected a frame with columns layer, doc, pos, token_id, ffn_count, hard, got none named hard",
     ):
         difficulty_association(routed, "hard")
-    with pytest.raises(AnalysisError, match=r"layer 2: expected each \(doc, pos\) once, got repeated ones; try one phase at a time"):
+    with pytest.raises(
+        AnalysisError,
+        match=r"layer 2: expected each \(doc, pos\) once, got repeated ones; try one phase at a time",
+    ):
         difficulty_association(pl.concat([routed, routed]), "difficulty")
     with pytest.raises(AnalysisError, match=r"expected numbers, got String in column 'difficulty'"):
-        difficulty_association(routed.with_columns(pl.col("difficulty").cast(pl.String)), "difficulty")
+        difficulty_association(
+            routed.with_columns(pl.col("difficulty").cast(pl.String)), "difficulty"
+        )
     with pytest.raises(ConfigError, match=r"expected at least 100 resamples, got 10"):
         difficulty_association(routed, "difficulty", resamples=10)

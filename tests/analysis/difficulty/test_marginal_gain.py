@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from moe_lab.analysis import marginal_gain
-from moe_lab.analysis.difficulty import LEARNABILITY, gain_association, learnability, reallocation_regret
+from moe_lab.analysis.difficulty import (
+    LEARNABILITY,
+    gain_association,
+    learnability,
+    reallocation_regret,
+)
 from moe_lab.analysis.difficulty.gain import shifted
 from moe_lab.analysis.difficulty.passes import score
 from moe_lab.errors import AnalysisError, ConfigError
@@ -15,7 +20,10 @@ from moe_lab.model import Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 
 KINDS = {
-    "longcat": {"num_zero_experts": 4, "controller": {"kind": "proportional", "rate": 0.1, "target_ffn_count": 2.0}},
+    "longcat": {
+        "num_zero_experts": 4,
+        "controller": {"kind": "proportional", "rate": 0.1, "target_ffn_count": 2.0},
+    },
     "moepp": {"num_zero_experts": 4},
     "top_p": {"top_k": 8, "top_p": 0.5},
     "remoe": {"router_bias": True},
@@ -27,7 +35,17 @@ def model_of(kind, seed=0, **fields):
     torch.manual_seed(seed)
     router = RouterConfig.from_dict({"kind": kind, "num_experts": 8, "top_k": 3} | fields)
     moe = MoEConfig(d_model=16, d_expert=16, router=router)
-    model = Decoder(DecoderConfig(vocab_size=40, num_layers=2, d_model=16, num_heads=1, context_length=24, moe=moe, init_std=0.5))
+    model = Decoder(
+        DecoderConfig(
+            vocab_size=40,
+            num_layers=2,
+            d_model=16,
+            num_heads=1,
+            context_length=24,
+            moe=moe,
+            init_std=0.5,
+        )
+    )
     # One training step's worth of statistics: threshold rules take their cut-offs from it.
     output = model(torch.randint(0, 40, (8, 24)))
     for layer, routing in zip(model.moe_layers().values(), output.routings, strict=True):
@@ -50,7 +68,10 @@ def test_scores_are_those_of_the_model_on_each_window(documents):
     start = 30 + 24 + 1
     assert found.loss[start + 25 : start + 48] == pytest.approx(losses.detach().numpy(), abs=1e-4)
     for layer in range(2):
-        assert found.ffn_count[layer, start + 24 : start + 48].tolist() == output.routings[layer].ffn_count().tolist()
+        assert (
+            found.ffn_count[layer, start + 24 : start + 48].tolist()
+            == output.routings[layer].ffn_count().tolist()
+        )
     assert np.isnan(found.loss[[0, 30, 54, 55]]).all()
     assert np.isfinite(found.loss).sum() == sum(len(ids) - 1 for ids in documents)
     assert (found.norm_ratio > 0).all()
@@ -72,7 +93,9 @@ def test_a_shift_moves_compute_both_ways_and_leaves_no_trace(kind, documents):
 
 
 def test_gain_is_loss_with_less_minus_loss_with_more_per_expert(documents):
-    gains = marginal_gain(model_of("longcat", **KINDS["longcat"]), documents, step=0.4, seq_length=24)
+    gains = marginal_gain(
+        model_of("longcat", **KINDS["longcat"]), documents, step=0.4, seq_length=24
+    )
     expected = (gains["loss_less"] - gains["loss_more"]) / gains["moved"]
     assert gains["marginal_gain"].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-5)
     assert gains["moved"][0] == pytest.approx(0.8, abs=0.3)
@@ -82,7 +105,10 @@ def test_gain_is_loss_with_less_minus_loss_with_more_per_expert(documents):
 
 
 def test_a_fixed_k_has_no_marginal_gain(documents):
-    with pytest.raises(AnalysisError, match="expected routers with zero-compute experts or a free count, got softmax_topk"):
+    with pytest.raises(
+        AnalysisError,
+        match="expected routers with zero-compute experts or a free count, got softmax_topk",
+    ):
         marginal_gain(model_of("softmax_topk"), documents)
 
 
@@ -91,9 +117,22 @@ def gains_of(gain, count, documents=210, length=40, seed=0):
     doc = np.repeat(np.arange(documents), length)
     gain = np.asarray(gain)
     return pl.DataFrame(
-        {"doc": doc, "pos": np.tile(np.arange(1, length + 1), documents), "token_id": generator.integers(0, 20, len(doc))}
-        | {"input_id": generator.integers(0, 20, len(doc)), "ffn_count": count, "loss": np.full(len(doc), 3.0)}
-        | {"loss_less": 3.0 + gain / 2, "loss_more": 3.0 - gain / 2, "moved": np.full(len(doc), 1.0), "marginal_gain": gain}
+        {
+            "doc": doc,
+            "pos": np.tile(np.arange(1, length + 1), documents),
+            "token_id": generator.integers(0, 20, len(doc)),
+        }
+        | {
+            "input_id": generator.integers(0, 20, len(doc)),
+            "ffn_count": count,
+            "loss": np.full(len(doc), 3.0),
+        }
+        | {
+            "loss_less": 3.0 + gain / 2,
+            "loss_more": 3.0 - gain / 2,
+            "moved": np.full(len(doc), 1.0),
+            "marginal_gain": gain,
+        }
     )
 
 
@@ -109,7 +148,9 @@ def test_a_router_that_spends_where_it_pays_is_recognised():
 
 
 def test_regret_by_hand():
-    """Four tokens, a quarter each way: greedy takes from the one that loses least (0.0) and gives to the one that wins most (1.0)."""
+    """Four tokens, a quarter each way: greedy takes from the one that loses least (0.0) and gives
+    to the one that wins most (1.0).
+    """
     gains = gains_of([0.0, 2.0, 0.4, 0.8] * 2, np.ones(8), documents=2, length=4)
     saved = dict(reallocation_regret(gains, share=0.25).select("allocation", "saved").rows())
     assert saved["greedy"] == pytest.approx((1.0 * 2 - 0.0 * 2) / 8)
@@ -125,7 +166,15 @@ def test_random_reallocation_saves_nothing_where_less_costs_as_much_as_more_give
 
 def test_learnability_classes_by_hand():
     losses = [[5, 5, 5], [1, 2, 3], [4, 2, 0.5], [0.1, 0.1, 0.1], [np.nan, 1, 1]]
-    assert [LEARNABILITY[code] for code in learnability(np.array(losses))[:4]] == ["H->H", "L->H", "H->L", "L->L"]
+    assert [LEARNABILITY[code] for code in learnability(np.array(losses))[:4]] == [
+        "H->H",
+        "L->H",
+        "H->L",
+        "L->L",
+    ]
     assert learnability(np.array(losses))[4] == 255
-    with pytest.raises(ConfigError, match=r"expected losses of shape \[tokens, at least 2 checkpoints\], got \[3, 1\]"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected losses of shape \[tokens, at least 2 checkpoints\], got \[3, 1\]",
+    ):
         learnability(np.zeros((3, 1)))

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_lab.analysis.difficulty.interval import Bootstrap, expanded_quantiles, false_discovery, moments
+from moe_lab.analysis.difficulty.interval import (
+    Bootstrap,
+    expanded_quantiles,
+    false_discovery,
+    moments,
+)
 from moe_lab.analysis.difficulty.ranks import Order, somers_d, spearman, xi
 from moe_lab.analysis.difficulty.within import Within, joint_code
 
@@ -24,7 +29,9 @@ def test_spearman_is_that_of_scipy(rows):
 
 def test_somers_d_is_that_of_scipy(rows):
     hard, count = rows
-    assert somers_d(Order.of(hard), Order.of(count).group) == pytest.approx(stats.somersd(hard, count).statistic, abs=1e-12)
+    assert somers_d(Order.of(hard), Order.of(count).group) == pytest.approx(
+        stats.somersd(hard, count).statistic, abs=1e-12
+    )
 
 
 def test_xi_is_that_of_scipy_where_difficulty_has_no_ties():
@@ -43,7 +50,11 @@ def test_midranks_are_those_of_scipy(rows):
 def test_quantile_bins_are_even_and_never_split_a_tie():
     assert np.bincount(Order.of(np.arange(1000.0)).quantile_bins(10)).tolist() == [100] * 10
     bins = Order.of(np.repeat([0.0, 1.0, 2.0], [5, 900, 95])).quantile_bins(10)
-    assert [len(set(bins[part])) for part in (slice(0, 5), slice(5, 905), slice(905, None))] == [1, 1, 1]
+    assert [len(set(bins[part])) for part in (slice(0, 5), slice(5, 905), slice(905, None))] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_constant_rows_have_no_correlation():
@@ -58,11 +69,15 @@ def test_two_way_residuals_are_those_of_a_regression():
     design = np.hstack([np.eye(40)[codes[0]], np.eye(15)[codes[1]]])
     expected = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
     within = Within(codes)
-    assert within.residual(values)[~within.alone] == pytest.approx(expected[~within.alone], abs=1e-8)
+    assert within.residual(values)[~within.alone] == pytest.approx(
+        expected[~within.alone], abs=1e-8
+    )
 
 
 def test_two_way_residuals_hold_on_a_chain_of_rare_ids():
-    """Each id is seen three times and tied to the next: the slowest case for methods that take out one grouping after the other."""
+    """Each id is seen three times and tied to the next: the slowest case for methods that take out
+    one grouping after the other.
+    """
     chain = np.repeat(np.arange(300), 3)
     codes = (chain[:-1], chain[1:])
     values = np.random.default_rng(0).normal(size=len(codes[0]))
@@ -77,13 +92,16 @@ def test_joint_codes_name_each_combination_once():
 
 
 def test_the_inflation_undoes_the_tie_between_residuals_of_a_small_group():
-    """Pairs whose two tokens lie in two documents: the two residuals mirror each other, and independent documents would see half the
-    variance of the sum of products."""
+    """Pairs whose two tokens lie in two documents: the two residuals mirror each other, and
+    independent documents would see half the variance of the sum of products.
+    """
     generator = np.random.default_rng(0)
     pairs, spread = 4000, []
     for _ in range(200):
         x, y = generator.normal(size=(2, pairs, 2))
-        spread.append(float(((x - x.mean(1, keepdims=True)) * (y - y.mean(1, keepdims=True))).sum()))
+        spread.append(
+            float(((x - x.mean(1, keepdims=True)) * (y - y.mean(1, keepdims=True))).sum())
+        )
     true = np.var(spread)
     within = Within((np.repeat(np.arange(pairs), 2),))
     x, y = (within.residual(generator.normal(size=2 * pairs)) for _ in range(2))
@@ -97,7 +115,9 @@ def test_the_bootstrap_redraws_documents_and_not_tokens():
     documents, length = 400, 50
     x, y = (np.repeat(generator.normal(size=documents), length) for _ in range(2))
     x, y = x - x.mean(), y - y.mean()
-    interval = Bootstrap(documents, 1000, 0, 0.95).interval(moments(x, y, np.arange(0, documents * length, length)))
+    interval = Bootstrap(documents, 1000, 0, 0.95).interval(
+        moments(x, y, np.arange(0, documents * length, length))
+    )
     assert interval.se == pytest.approx(documents**-0.5, rel=0.15)
     assert interval.lo < interval.value < interval.hi
 

@@ -1,4 +1,6 @@
-"""Routers whose answer is known, on the default corpus and on synthetic ones: the estimator must find the answer and the words."""
+"""Routers whose answer is known, on the default corpus and on synthetic ones: the estimator must
+find the answer and the words.
+"""
 
 import time
 from collections import Counter
@@ -8,20 +10,38 @@ import polars as pl
 import pytest
 
 from moe_lab.analysis import difficulty_association
-from moe_lab.analysis.difficulty.worlds import WORLDS, Corpus, World, simulate_corpus, simulate_router, truth
+from moe_lab.analysis.difficulty.worlds import (
+    WORLDS,
+    Corpus,
+    World,
+    simulate_corpus,
+    simulate_router,
+    truth,
+)
 from moe_lab.errors import AnalysisError
 from moe_lab.text import TextConfig, load_tokens, ngram_surprisal, token_classes
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """The default corpus: every other document, with cross-fitted trigram surprisal and lexer classes."""
+    """The default corpus: every other document, with cross-fitted trigram surprisal and lexer
+    classes.
+    """
     text = load_tokens(TextConfig(vocab_size=4096), tmp_path_factory.mktemp("cache"))
-    documents = [document for split in ("train", "validation", "reference") for document in text.documents(split)]
+    documents = [
+        document
+        for split in ("train", "validation", "reference")
+        for document in text.documents(split)
+    ]
     surprisal = ngram_surprisal([document.ids for document in documents], 4096)
     kept = range(0, len(documents), 2)
-    classes = [token_classes(documents[index], text.tokenizer).select("doc", "pos", "token_id", "lexer") for index in kept]
-    return pl.concat(classes).with_columns(difficulty=pl.Series(np.concatenate([surprisal[index] for index in kept])))
+    classes = [
+        token_classes(documents[index], text.tokenizer).select("doc", "pos", "token_id", "lexer")
+        for index in kept
+    ]
+    return pl.concat(classes).with_columns(
+        difficulty=pl.Series(np.concatenate([surprisal[index] for index in kept]))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +55,11 @@ def seed():
 def found_in(corpus, name, seed):
     tokens = simulate_router(corpus, WORLDS[name], "difficulty", seed)
     frame = tokens.drop("share").with_columns(layer=pl.lit(0))
-    row = difficulty_association(frame, "difficulty", seed=seed, resamples=500).filter(pl.col("align") == "input").row(0, named=True)
+    row = (
+        difficulty_association(frame, "difficulty", seed=seed, resamples=500)
+        .filter(pl.col("align") == "input")
+        .row(0, named=True)
+    )
     return row, truth(tokens, "difficulty")
 
 
@@ -65,7 +89,9 @@ def test_the_five_worlds_on_the_default_corpus(corpus, name, seed):
 def verdict_of(world, seed, corpus):
     tokens = simulate_router(simulate_corpus(corpus, seed), world, "difficulty", seed + 1)
     frame = tokens.with_columns(layer=pl.lit(0))
-    return difficulty_association(frame, "difficulty", seed=seed, resamples=300).filter(pl.col("align") == "input")["verdict"][0]
+    return difficulty_association(frame, "difficulty", seed=seed, resamples=300).filter(
+        pl.col("align") == "input"
+    )["verdict"][0]
 
 
 NEITHER = {"frequency-driven", "identity-driven", "no material association"}
@@ -73,10 +99,18 @@ NEITHER = {"frequency-driven", "identity-driven", "no material association"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("effect", "right"), [(0.0, NEITHER), (0.05, {"difficulty-aligned"}), (0.10, {"difficulty-aligned"}), (-0.10, {"inverted"})]
+    ("effect", "right"),
+    [
+        (0.0, NEITHER),
+        (0.05, {"difficulty-aligned"}),
+        (0.10, {"difficulty-aligned"}),
+        (-0.10, {"inverted"}),
+    ],
 )
 def test_verdicts_on_synthetic_corpora_are_right(effect, right, seed):
-    """The reduced form of ``python experiments/difficulty.py calibrate``: effects are correlations within token ids."""
+    """The reduced form of ``python experiments/difficulty.py calibrate``: effects are correlations
+    within token ids.
+    """
     world = World(frequency=0.4, identity=0.3, difficulty=0.64 * effect, document=0.2, level=0.2)
     corpus = Corpus(documents=260, tokens=300, vocabulary=800, ties=True)
     found = Counter(verdict_of(world, seed + 7 * draw, corpus) for draw in range(8))
@@ -88,15 +122,24 @@ def test_the_known_answer_does_not_depend_on_a_draw():
     """The formula of ``truth`` against the mean of many draws."""
     tokens = simulate_corpus(Corpus(documents=100, tokens=100, vocabulary=50), seed=1)
     world = World(frequency=0.5, difficulty=0.2)
-    drawn = [simulate_router(tokens, world, "difficulty", seed).with_columns(layer=pl.lit(0)) for seed in range(20)]
-    rhos = [difficulty_association(one, "difficulty", min_documents=2, resamples=100)["rho_token"][0] for one in drawn]
+    drawn = [
+        simulate_router(tokens, world, "difficulty", seed).with_columns(layer=pl.lit(0))
+        for seed in range(20)
+    ]
+    rhos = [
+        difficulty_association(one, "difficulty", min_documents=2, resamples=100)["rho_token"][0]
+        for one in drawn
+    ]
     assert truth(drawn[0], "difficulty") == pytest.approx(truth(drawn[5], "difficulty"), abs=1e-12)
-    assert np.mean(rhos) == pytest.approx(truth(drawn[0], "difficulty"), abs=4 * float(np.std(rhos)) / 20**0.5)
+    assert np.mean(rhos) == pytest.approx(
+        truth(drawn[0], "difficulty"), abs=4 * float(np.std(rhos)) / 20**0.5
+    )
 
 
 def test_a_world_of_classes_needs_classes():
     tokens = simulate_corpus(Corpus(documents=3, tokens=80), seed=0)
     with pytest.raises(
-        AnalysisError, match=r"expected a column lexer for a router that looks at classes, got doc, pos, token_id, difficulty"
+        AnalysisError,
+        match=r"expected a column lexer for a router that looks at classes, got doc, pos, token_id, difficulty",
     ):
         simulate_router(tokens, WORLDS["C"], "difficulty", 0)
