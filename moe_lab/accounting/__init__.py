@@ -4,10 +4,10 @@ operations, the published models.
 
 from moe_lab.accounting.counts import ParameterCount, count
 from moe_lab.accounting.figures import parts_treemap
-from moe_lab.accounting.parts import Part
 from moe_lab.accounting.published import find_model, models
 from moe_lab.accounting.tokens import ActiveDistribution, active_distribution
 from moe_lab.accounting.work import Work, flops
+from moe_lab.cost.parts import Part
 
 __all__ = [
     "ActiveDistribution",

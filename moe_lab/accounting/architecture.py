@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from moe_lab.accounting.blocks import Block, join, top
 from moe_lab.accounting.fields import MOST, Condition, Fields
-from moe_lab.accounting.parts import Part, Pieces, linear, norm, prefixed
+from moe_lab.cost.parts import Part, Pieces, linear, norm, prefixed
 
 
 class Layer(NamedTuple):

@@ -8,9 +8,9 @@ live in ``families.py``.
 
 from collections.abc import Callable, Mapping
 
-from moe_lab.accounting import formulas
 from moe_lab.accounting.fields import Fields
-from moe_lab.accounting.parts import Attend, Part, Piece, Pieces, Used, linear, norm, times, vector
+from moe_lab.cost import formulas
+from moe_lab.cost.parts import Attend, Part, Piece, Pieces, Used, linear, norm, times, vector
 from moe_lab.errors import ConfigError, expected
 
 Block = Callable[[Fields], Pieces]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moe_lab.accounting.architecture import Layer
 from moe_lab.accounting.fields import canonical
-from moe_lab.accounting.parts import Part, Piece, Pieces
 from moe_lab.accounting.source import resolve
+from moe_lab.cost.parts import Part, Piece, Pieces
 from moe_lab.errors import ConfigError, expected
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from moe_lab.accounting.counts import ParameterCount
-from moe_lab.accounting.parts import Part
+from moe_lab.cost.parts import Part
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_lab.accounting.counts import ParameterCount, count
-from moe_lab.accounting.parts import LOOKUP, Part
 from moe_lab.accounting.published import find_model
+from moe_lab.cost.parts import LOOKUP, Part
 from moe_lab.errors import ConfigError, expected
 
 

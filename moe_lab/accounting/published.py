@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.accounting.counts import CONVENTIONS, ParameterCount, count
-from moe_lab.accounting.parts import Part
+from moe_lab.cost.parts import Part
 
 if TYPE_CHECKING:
     import polars as pl

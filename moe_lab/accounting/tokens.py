@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_lab.accounting.counts import Convention, ParameterCount
-from moe_lab.accounting.parts import Piece
+from moe_lab.cost.parts import Piece
 from moe_lab.errors import ConfigError, expected
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_lab.accounting.counts import At, ParameterCount, count
-from moe_lab.accounting.parts import LOOKUP, Attend, Index, Kernel, Part, Piece
+from moe_lab.cost.parts import LOOKUP, Attend, Index, Kernel, Part, Piece
 from moe_lab.errors import ConfigError, expected
 
 if TYPE_CHECKING:

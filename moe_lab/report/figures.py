@@ -31,15 +31,6 @@ from moe_lab.report.difficulty_figures import difficulty_curves, difficulty_map,
 from moe_lab.report.intervals import seed_intervals
 from moe_lab.report.maps import coactivation, domain_specialisation, load_shift, transitions
 from moe_lab.report.theme import DASHES, DEAD, SERIES, SYMBOLS
-from moe_lab.report.wall_figures import (
-    against_experts,
-    wall_compute,
-    wall_elasticity,
-    wall_frontier,
-    wall_gain,
-    wall_loss,
-    wall_power,
-)  # noqa: F401
 
 __all__ = [
     "class_profile",

@@ -102,7 +102,7 @@ def against_experts(
         mean, low, high = mean_interval((group["loss"] - group["loss_experts"]).to_numpy())
         worth = lambda value: (
             None if value is None or compute_slope is None else math.exp(-value / compute_slope)
-        )  # noqa: E731
+        )
         rows.append(
             {
                 "alternative": kind,

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from moe_lab.accounting import Part, count, find_model, models, parts_treemap
-from moe_lab.accounting.formulas import gqa, indexer, mla, plain_ffn
-from moe_lab.accounting.parts import Pieces
+from moe_lab.cost.formulas import gqa, indexer, mla, plain_ffn
+from moe_lab.cost.parts import Pieces
 
 
 def total(pieces: Pieces) -> int:

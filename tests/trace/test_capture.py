@@ -381,7 +381,7 @@ def test_an_interrupted_capture_goes_on(tmp_path):
         pytest.raises(KeyboardInterrupt),
         torch.no_grad(),
         capture(model, tmp_path / "t") as captured,
-    ):  # noqa: PT012
+    ):
         for doc in range(4):
             captured.documents([doc])
             model(token_ids(1, 6, seed=doc))

@@ -59,7 +59,7 @@ def test_an_interrupted_trace_goes_on_behind_its_finished_documents(tmp_path):
     with (
         pytest.raises(KeyboardInterrupt),
         TraceWriter(tmp_path / "t", META, rows_per_part=16) as writer,
-    ):  # noqa: PT012
+    ):
         for doc in range(7):
             write_document(writer, doc)
             writer.finish_documents([doc])

@@ -23,7 +23,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.fields import Fields
-from moe_lab.accounting.parts import Attend, Index, Part, Piece, Pieces, linear, norm, vector
+from moe_lab.cost.parts import Attend, Index, Part, Piece, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
 
 

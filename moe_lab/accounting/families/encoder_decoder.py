@@ -7,10 +7,10 @@ token: flops are those of the pair.
 
 from collections.abc import Callable
 
-from moe_lab.accounting import formulas
 from moe_lab.accounting.architecture import Architecture, Layer
 from moe_lab.accounting.fields import MOST, Fields
-from moe_lab.accounting.parts import (
+from moe_lab.cost import formulas
+from moe_lab.cost.parts import (
     Attend,
     Part,
     Piece,

@@ -21,7 +21,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.blocks import window as sliding
 from moe_lab.accounting.fields import Fields, nested
-from moe_lab.accounting.parts import Attend, Part, Pieces, norm, vector
+from moe_lab.cost.parts import Attend, Part, Pieces, norm, vector
 
 KV_IS_HEADS = {"num_key_value_heads": patterns.kv_is_heads}
 UNTIED = {"tie_word_embeddings": False}

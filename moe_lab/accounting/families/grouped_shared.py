@@ -26,7 +26,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
 from moe_lab.accounting.fields import Fields, nested
-from moe_lab.accounting.parts import (
+from moe_lab.cost.parts import (
     Attend,
     Index,
     Part,

@@ -9,7 +9,7 @@ from moe_lab.accounting import formulas, patterns
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import choose, dense, layer_type, moe, norms, top, used, width
 from moe_lab.accounting.fields import Fields
-from moe_lab.accounting.parts import Attend, Part, Pieces, conv, linear, norm, times, vector
+from moe_lab.cost.parts import Attend, Part, Pieces, conv, linear, norm, times, vector
 
 A = Part.ATTENTION
 

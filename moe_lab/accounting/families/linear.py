@@ -20,7 +20,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.fields import Fields, nested
-from moe_lab.accounting.parts import Part, Pieces, linear, norm
+from moe_lab.cost.parts import Part, Pieces, linear, norm
 
 
 def kimi_delta(f: Fields) -> Pieces:

@@ -5,11 +5,11 @@ Zero-computation experts return their input, so a token runs between 0 and K rea
 tables: arXiv 2601.21204 section 3.
 """
 
-from moe_lab.accounting import formulas
 from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import Block, dense, join, mla, norms, top, width
 from moe_lab.accounting.fields import MOST, Fields
-from moe_lab.accounting.parts import Part, Piece, Pieces, Used, linear, norm, prefixed, times
+from moe_lab.cost import formulas
+from moe_lab.cost.parts import Part, Piece, Pieces, Used, linear, norm, prefixed, times
 from moe_lab.errors import ConfigError, expected
 
 K_E = "expected_ffn_experts_K_e"

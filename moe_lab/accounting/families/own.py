@@ -12,8 +12,8 @@ from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import shared, width
 from moe_lab.accounting.families.longcat import K_E, real_experts
 from moe_lab.accounting.fields import Fields, nested
-from moe_lab.accounting.formulas import gated_ffn
-from moe_lab.accounting.parts import Part, Piece, Pieces, Used, linear, norm, times, vector
+from moe_lab.cost.formulas import gated_ffn
+from moe_lab.cost.parts import Part, Piece, Pieces, Used, linear, norm, times, vector
 from moe_lab.errors import ConfigError, expected
 
 R = Part.ROUTER

@@ -21,7 +21,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.fields import Fields
-from moe_lab.accounting.parts import Index, Part, Piece, Pieces, conv, linear, norm
+from moe_lab.cost.parts import Index, Part, Piece, Pieces, conv, linear, norm
 from moe_lab.errors import ConfigError, expected
 
 STEPS = {"decoder_sparse_step": 1, "mlp_only_layers": (), "tie_word_embeddings": False}

@@ -22,7 +22,7 @@ from moe_lab.accounting.blocks import (
 from moe_lab.accounting.blocks import window as sliding
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS
 from moe_lab.accounting.fields import Fields
-from moe_lab.accounting.parts import (
+from moe_lab.cost.parts import (
     Attend,
     Part,
     Piece,

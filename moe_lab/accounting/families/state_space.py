@@ -21,7 +21,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
 from moe_lab.accounting.fields import Fields
-from moe_lab.accounting.parts import Part, Pieces, linear
+from moe_lab.cost.parts import Part, Pieces, linear
 
 
 def mamba(f: Fields) -> Pieces:

@@ -12,7 +12,7 @@ corrected.
 
 from typing import Literal
 
-from moe_lab.accounting.parts import (
+from moe_lab.cost.parts import (
     Attend,
     Index,
     Part,
