@@ -5,7 +5,7 @@ GLM, and others.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     Block,
@@ -23,6 +23,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.fields import Fields
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, Index, Part, Piece, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     choose,
@@ -21,6 +21,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.blocks import window as sliding
 from moe_lab.accounting.fields import Fields, nested
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, Part, Pieces, norm, vector
 
 KV_IS_HEADS = {"num_key_value_heads": patterns.kv_is_heads}

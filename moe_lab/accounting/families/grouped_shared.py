@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import (
     Block,
@@ -26,6 +26,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
 from moe_lab.accounting.fields import Fields, nested
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
     Index,

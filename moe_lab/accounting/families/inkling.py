@@ -5,10 +5,11 @@ router's normaliser.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import choose, dense, layer_type, moe, norms, top, used, width
 from moe_lab.accounting.fields import Fields
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, Part, Pieces, conv, linear, norm, times, vector
 
 A = Part.ATTENTION

@@ -1,6 +1,6 @@
 """Multi-head latent attention outside DeepSeek: GLM-4.7-Flash, GLM-5 and Mistral Large 4."""
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.blocks import (
     by_type,
     choose,
@@ -18,6 +18,7 @@ from moe_lab.accounting.blocks import (
 from moe_lab.accounting.families.deepseek import BASE, deepseek_v3, deepseek_v32, hyper_connections
 from moe_lab.accounting.families.linear import kimi_delta, kimi_raw
 from moe_lab.accounting.fields import Fields
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
 

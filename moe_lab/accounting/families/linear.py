@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     by_type,
@@ -20,6 +20,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.fields import Fields, nested
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear, norm
 
 

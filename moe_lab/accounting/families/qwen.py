@@ -4,7 +4,7 @@ memory of Qwen4.
 
 import math
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     Block,
@@ -21,6 +21,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.fields import Fields
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import Index, Part, Piece, Pieces, conv, linear, norm
 from moe_lab.errors import ConfigError, expected
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     choose,
@@ -22,6 +22,7 @@ from moe_lab.accounting.blocks import (
 from moe_lab.accounting.blocks import window as sliding
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS
 from moe_lab.accounting.fields import Fields
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
     Part,

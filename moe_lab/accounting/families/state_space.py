@@ -4,7 +4,7 @@ LFM2.
 
 import math
 
-from moe_lab.accounting import formulas, patterns
+from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import (
     by_type,
@@ -21,6 +21,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
 from moe_lab.accounting.fields import Fields
+from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear
 
 
