@@ -15,8 +15,8 @@ import plotly.io as pio
 import polars as pl
 
 from moe_lab.accounting import models
-from moe_lab.accounting.figures import MARKED, atlas, sparsity_over_time
 from moe_lab.files import atomic_path, write_text
+from moe_lab.report.parameter_figures import MARKED, atlas, sparsity_over_time
 
 RESULTS = Path(__file__).parent / "atlas"
 SHOWN = [

@@ -33,7 +33,7 @@ COMMANDS = {
     ),
     "report": ("moe_lab.commands.report", "one offline HTML page from a sweep or from runs"),
     "count": (
-        "moe_lab.accounting.command",
+        "moe_lab.commands.count",
         "exact parameters and FLOPs of a published model or a configuration",
     ),
     "doctor": (

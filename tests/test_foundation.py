@@ -53,8 +53,6 @@ def test_a_room_imports_from_lower_floors_only(room: str) -> None:
             other for other, floor in FLOORS.items() if floor < FLOORS[room] or floor == 0
         } | {room}
         found = imports_of(path)
-        if path.name == "command.py":  # a room's own command belongs to the top floor
-            continue
         assert found <= allowed, f"{path.relative_to(PACKAGE)} imports {sorted(found - allowed)}"
 
 

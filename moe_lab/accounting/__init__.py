@@ -2,22 +2,20 @@
 operations, the published models.
 """
 
-from moe_lab.accounting.counts import ParameterCount, count
-from moe_lab.accounting.figures import parts_treemap
+from moe_lab.accounting.flop_count import FlopCount, flops
+from moe_lab.accounting.measured import ActiveDistribution, active_distribution
+from moe_lab.accounting.parameter_count import ParameterCount, count
 from moe_lab.accounting.published import find_model, models
-from moe_lab.accounting.tokens import ActiveDistribution, active_distribution
-from moe_lab.accounting.work import Work, flops
 from moe_lab.cost.parts import Part
 
 __all__ = [
     "ActiveDistribution",
+    "FlopCount",
     "ParameterCount",
     "Part",
-    "Work",
     "active_distribution",
     "count",
     "find_model",
     "flops",
     "models",
-    "parts_treemap",
 ]

@@ -103,7 +103,7 @@ class Architecture:
         known.append((view.conditions, join(view, self.blocks)))
         return known[-1][1]
 
-    def but(self, **changes: Any) -> "Architecture":
+    def variant(self, **changes: Any) -> "Architecture":
         """The same row with other blocks; ``defaults`` are added to, not replaced."""
         changes["defaults"] = {**self.defaults, **changes.get("defaults", {})}
         return replace(self, **changes)

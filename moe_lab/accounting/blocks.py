@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
-from moe_lab.cost.parts import Attend, Part, Piece, Pieces, Used, linear, norm, times, vector
+from moe_lab.cost.parts import Attend, ExpertsRun, Part, Piece, Pieces, linear, norm, times, vector
 from moe_lab.errors import ConfigError, expected
 
 Block = Callable[[Fields], Pieces]
@@ -268,7 +268,7 @@ def shared_gate(f: Fields) -> Pieces:
     return (linear(Part.SHARED, "gate", width(f), 1),)
 
 
-def used(f: Fields) -> tuple[int, Used]:
+def used(f: Fields) -> tuple[int, ExpertsRun]:
     """(experts, how many a token runs). Raises where top-k exceeds the experts."""
     experts, k = f.size("num_experts"), f.size("num_experts_per_tok")
     if k > experts:
@@ -278,7 +278,7 @@ def used(f: Fields) -> tuple[int, Used]:
                 f"num_experts_per_tok = {k}",
             )
         )
-    return experts, Used(k, k, k)
+    return experts, ExpertsRun(k, k, k)
 
 
 def moe(

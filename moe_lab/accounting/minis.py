@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_lab.accounting.counts import ParameterCount, count
-from moe_lab.accounting.published import find_model
+from moe_lab.accounting.parameter_count import ParameterCount
 from moe_lab.cost.parts import LOOKUP, Part
 from moe_lab.errors import ConfigError, expected
 
@@ -289,11 +288,3 @@ def ratios(counted: ParameterCount) -> dict[str, float]:
         "table_share": parts[Part.NGRAM_TABLE] / (counted.total - ends),
         "embedding_share": ends / counted.total,
     }
-
-
-def beside_original(name: str) -> dict[str, tuple[float, float]]:
-    """Ratio -> (of the mini, of its original)."""
-    entry = find_model(find_mini(name).original)
-    assert entry is not None, f"{find_mini(name).original} is in models.json"
-    mine, theirs = ratios(count(mini_config(name))), ratios(count(entry["config"]))
-    return {key: (mine[key], theirs[key]) for key in mine}

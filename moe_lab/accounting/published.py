@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.accounting.counts import CONVENTIONS, ParameterCount, count
+from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
 from moe_lab.cost.parts import Part
 
 if TYPE_CHECKING:

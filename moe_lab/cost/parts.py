@@ -38,7 +38,7 @@ LOOKUP = frozenset({Part.EMBEDDING, Part.NGRAM_TABLE})
 """Parts that are read row by row and never multiplied."""
 
 
-class Used(NamedTuple):
+class ExpertsRun(NamedTuple):
     """How many copies (experts) a token runs."""
 
     least: float
@@ -109,7 +109,7 @@ class Piece(NamedTuple):
     size: int = 0
     macs: int = 0
     copies: int = 1
-    used: Used | None = None
+    used: ExpertsRun | None = None
     phantom: int = 0
     kernel: Kernel | None = None
 
@@ -144,7 +144,7 @@ def conv(part: Part, name: str, channels: int, kernel: int, bias: bool = False) 
     return Piece(part, name, channels * (kernel + bias), channels * kernel)
 
 
-def times(pieces: Pieces, copies: int, used: Used, part: Part = Part.ROUTED) -> Pieces:
+def times(pieces: Pieces, copies: int, used: ExpertsRun, part: Part = Part.ROUTED) -> Pieces:
     """The pieces of one expert, stored ``copies`` times of which a token runs ``used``."""
     return tuple(piece._replace(part=part, copies=copies, used=used) for piece in pieces)
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from moe_lab.accounting import Part, count, find_model, models, parts_treemap
+from moe_lab.accounting import Part, count, find_model, models
 from moe_lab.cost.formulas import gqa, indexer, mla, plain_ffn
 from moe_lab.cost.parts import Pieces
+from moe_lab.report.parameter_figures import parts_treemap
 
 
 def total(pieces: Pieces) -> int:
@@ -121,7 +122,7 @@ def test_models_has_one_row_per_published_model_and_states_both_ratios() -> None
 
 def test_counting_imports_neither_torch_nor_polars_nor_plotly() -> None:
     code = (
-        "import sys; from moe_lab.accounting import count, find_model, flops; from moe_lab.accounting.command import read\n"
+        "import sys; from moe_lab.accounting import count, find_model, flops; from moe_lab.commands.count import read\n"
         "config = find_model('LongCat-2.0')['config']; count(config).active('A'); flops(config, 4096, 'decode', batch=8)\n"
         "loaded = {'torch', 'polars', 'plotly', 'numpy', 'scipy', 'transformers'} & set(sys.modules); print(sorted(loaded))"
     )

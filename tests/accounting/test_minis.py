@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from moe_lab.accounting import count
-from moe_lab.accounting.command import read
-from moe_lab.accounting.minis import MINIS, beside_original, find_mini, mini_config, ratios
+from moe_lab.accounting.minis import MINIS, find_mini, mini_config, ratios
 from moe_lab.accounting.published import find_model
+from moe_lab.commands.count import read
 from moe_lab.errors import ConfigError
 
 WITHIN = 0.02
@@ -19,7 +19,10 @@ WITHIN = 0.02
 
 @pytest.mark.parametrize("name", MINIS)
 def test_a_mini_has_the_ratios_of_its_original(name: str) -> None:
-    found = beside_original(name)
+    entry = find_model(find_mini(name).original)
+    assert entry is not None
+    mini, original = ratios(count(mini_config(name))), ratios(count(entry["config"]))
+    found = {key: (mini[key], original[key]) for key in mini}
     for key, (mine, original) in found.items():
         if (
             key != "embedding_share"

@@ -44,7 +44,7 @@ deepseek_v3 = Architecture(
     ),
     defaults=BASE,
 )
-deepseek_v2 = deepseek_v3.but(
+deepseek_v2 = deepseek_v3.variant(
     blocks=(
         mla(),
         choose(
@@ -56,11 +56,11 @@ deepseek_v2 = deepseek_v3.but(
     ),
     defaults={"mlp_bias": False},
 )
-deepseek_v32 = deepseek_v3.but(
+deepseek_v32 = deepseek_v3.variant(
     blocks=(mla(index=indexer), *deepseek_v3.blocks[1:]),
     defaults={"layer_types": patterns.all_of("indexed_attention")},
 )
-deepseek_ocr2 = deepseek_v2.but(
+deepseek_ocr2 = deepseek_v2.variant(
     blocks=(
         gqa(bias="attention_bias"),
         choose(
@@ -73,12 +73,12 @@ deepseek_ocr2 = deepseek_v2.but(
     defaults={"num_key_value_heads": patterns.kv_is_heads, "first_k_dense_replace": 1},
     prepare=no_head_dim,
 )
-dots1 = deepseek_v3.but(
+dots1 = deepseek_v3.variant(
     blocks=(gqa(bias="attention_bias", norms="head"), *deepseek_v3.blocks[1:]),
     defaults=DENSE_FIRST,
 )
-mistral4 = deepseek_v3.but(defaults=DENSE_FIRST)
-axk1 = deepseek_v3.but(
+mistral4 = deepseek_v3.variant(defaults=DENSE_FIRST)
+axk1 = deepseek_v3.variant(
     blocks=(
         mla(),
         choose(
@@ -330,11 +330,11 @@ def hy4_gate(f: Fields) -> Pieces:
     )
 
 
-axk2 = axk1.but(
+axk2 = axk1.variant(
     blocks=(axk2_attention, choose(_axk2_sparse, moe(extra=(shared(),)), dense()), gated_norms),
     defaults={"layer_types": patterns.all_of("indexed_attention")},
 )
-dots3_note = deepseek_v32.but(
+dots3_note = deepseek_v32.variant(
     blocks=(
         mla(index=indexer, extra=(dots3_extras,)),
         choose(
@@ -347,7 +347,7 @@ dots3_note = deepseek_v32.but(
     defaults={"first_k_dense_replace": 1, "layer_types": dots3_types},
     overrides=dots3_sliding,
 )
-hy_v4 = deepseek_v32.but(
+hy_v4 = deepseek_v32.variant(
     blocks=(
         mla(index=indexer, extra=(hy4_gate, sinks)),
         choose(patterns.by_mlp_type(patterns.usual_dense(1)), moe(extra=(shared(),)), dense()),

@@ -12,10 +12,10 @@ from moe_lab.accounting.fields import MOST, Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
+    ExpertsRun,
     Part,
     Piece,
     Pieces,
-    Used,
     linear,
     norm,
     prefixed,
@@ -25,7 +25,7 @@ from moe_lab.cost.parts import (
 from moe_lab.errors import ConfigError, expected
 
 
-def top_k_of(f: Fields, k: int) -> tuple[int, Used]:
+def top_k_of(f: Fields, k: int) -> tuple[int, ExpertsRun]:
     """The routers of both have a fixed k, which no field says."""
     experts = f.size("num_experts")
     if k > experts:
@@ -33,7 +33,7 @@ def top_k_of(f: Fields, k: int) -> tuple[int, Used]:
             expected(f"num_experts of at least {k} (the router's fixed top-k)", experts)
         )
     f.note("top_k", f"num_experts_per_tok = {k} (fixed by the router of {f.family})")
-    return experts, Used(k, k, k)
+    return experts, ExpertsRun(k, k, k)
 
 
 def sparse_ffn(f: Fields, expert: Pieces, k: int) -> Pieces:

@@ -51,14 +51,14 @@ gpt_oss = Architecture(
         "layer_types": patterns.every_nth_full(2, "sliding_attention"),
     },
 )
-privacy_filter = gpt_oss.but(
+privacy_filter = gpt_oss.variant(
     blocks=(
         gqa(bias="attention_bias", extra=(sinks,), window=lambda f: f.size("sliding_window") + 1),
         *gpt_oss.blocks[1:],
     ),
     top=top(head=False),
 )
-phimoe = granitemoe.but(
+phimoe = granitemoe.variant(
     blocks=(gqa(bias="attention_bias"), moe("intermediate_size"), norms(2, bias=True)),
     defaults={"lm_head_bias": False},
     top=top(head_bias="lm_head_bias", norm_bias=True),
@@ -137,7 +137,7 @@ def mimo_types(f: Fields) -> list[str]:
 ROWS = {
     "mixtral": mixtral,
     "granitemoe": granitemoe,
-    "granitemoeshared": granitemoe.but(
+    "granitemoeshared": granitemoe.variant(
         blocks=(
             gqa(bias="attention_bias"),
             moe("intermediate_size", extra=(granite_shared,)),
@@ -145,7 +145,7 @@ ROWS = {
         ),
         defaults={"shared_expert_intermediate_size": 0},
     ),
-    "granitemoe_swa": granitemoe.but(
+    "granitemoe_swa": granitemoe.variant(
         blocks=(
             gqa(bias="attention_bias", extra=(sinks,)),
             moe("intermediate_size", extra=(granite_shared,)),
@@ -156,16 +156,16 @@ ROWS = {
             "layer_types": granite_types,
         },
     ),
-    "granite_docling_text": granitemoe.but(
+    "granite_docling_text": granitemoe.variant(
         blocks=(gqa(bias="attention_bias"), dense(bias="mlp_bias"), norms(2)),
         defaults={"tie_word_embeddings": True, "mlp_bias": False},
     ),
     "gpt_oss": gpt_oss,
     "openai_privacy_filter": privacy_filter,
-    "flex_olmo": granitemoe.but(
+    "flex_olmo": granitemoe.variant(
         blocks=(gqa(bias="attention_bias", norms="width"), *granitemoe.blocks[1:])
     ),
-    "olmoe": granitemoe.but(
+    "olmoe": granitemoe.variant(
         blocks=(gqa(bias="attention_bias", extra=(olmoe_norms,)), *granitemoe.blocks[1:])
     ),
     "minimax_m2": Architecture(
@@ -174,7 +174,7 @@ ROWS = {
     ),
     "phimoe": phimoe,
     "mellum": mellum,
-    "beam": mellum.but(
+    "beam": mellum.variant(
         blocks=(
             gqa(bias="attention_bias", norms="head", extra=(gate("width"), beam_bias)),
             choose(patterns.by_mlp_type(patterns.usual_dense(3)), moe(), dense()),

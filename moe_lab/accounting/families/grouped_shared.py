@@ -29,11 +29,11 @@ from moe_lab.accounting.fields import Fields, nested
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
+    ExpertsRun,
     Index,
     Part,
     Piece,
     Pieces,
-    Used,
     linear,
     norm,
     times,
@@ -111,7 +111,7 @@ def ernie_vl_moe(f: Fields) -> Pieces:
     text, vision = sizes
     d, (experts, run) = width(f), used(f)
     pieces: Pieces = ()
-    for kind, size, runs in (("text", text, run), ("vision", vision, Used(0, 0, 0))):
+    for kind, size, runs in (("text", text, run), ("vision", vision, ExpertsRun(0, 0, 0))):
         router = (
             linear(Part.ROUTER, f"{kind}_router", d, experts),
             vector(Part.ROUTER, f"{kind}_score_bias", experts),
@@ -260,11 +260,11 @@ def by_mlp_type(rule: patterns.Rule, sparse: Block, otherwise: Block) -> Block:
 
 ROWS = {
     "glm4_moe": glm4_moe,
-    "glm4v_moe_text": glm4_moe.but(
+    "glm4v_moe_text": glm4_moe.variant(
         blocks=(gqa(bias="attention_bias", out_bias=False), *glm4_moe.blocks[1:]),
         defaults={"attention_bias": True},
     ),
-    "solar_open": glm4_moe.but(
+    "solar_open": glm4_moe.variant(
         blocks=(gqa(bias="attention_bias", out_bias=False), moe(extra=(shared(),)), norms(2)),
         defaults={"head_dim": 128},
     ),
@@ -310,7 +310,7 @@ ROWS = {
         },
     ),
     "ernie4_5_moe": ernie,
-    "ernie4_5_vl_moe_text": ernie.but(
+    "ernie4_5_vl_moe_text": ernie.variant(
         blocks=(
             gqa(bias="use_bias"),
             by_mlp_type(patterns.usual_dense(1), ernie_vl_moe, dense(bias="use_bias")),

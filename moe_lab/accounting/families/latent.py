@@ -109,10 +109,10 @@ def large4_indexer(f: Fields) -> Pieces:
     )
 
 
-glm_moe_dsa = deepseek_v32.but(defaults={"indexer_types": patterns.indexer_types})
+glm_moe_dsa = deepseek_v32.variant(defaults={"indexer_types": patterns.indexer_types})
 
 ROWS = {
-    "glm4_moe_lite": deepseek_v3.but(
+    "glm4_moe_lite": deepseek_v3.variant(
         blocks=(
             mla(),
             choose(patterns.by_mlp_type(patterns.usual_dense(1)), moe(extra=(shared(),)), dense()),
@@ -120,7 +120,7 @@ ROWS = {
         )
     ),
     "glm_moe_dsa": glm_moe_dsa,
-    "glm5_next_text": glm_moe_dsa.but(
+    "glm5_next_text": glm_moe_dsa.variant(
         blocks=(
             by_type(
                 {"linear_attention": kimi_delta, "indexed_attention": mla(index=pooled_indexer)}
@@ -134,7 +134,7 @@ ROWS = {
         },
         prepare=kimi_raw,
     ),
-    "mistral_large4_text": deepseek_v32.but(
+    "mistral_large4_text": deepseek_v32.variant(
         blocks=(large4_attention, *deepseek_v32.blocks[1:]),
         defaults={
             **BASE,

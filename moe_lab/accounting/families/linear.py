@@ -145,7 +145,7 @@ minimax = Architecture(
 
 ROWS = {
     "kimi_linear": kimi_linear,
-    "bailing_hybrid": kimi_linear.but(
+    "bailing_hybrid": kimi_linear.variant(
         blocks=(
             by_type({"full_attention": mla(extra=(gate("head"),)), "linear_attention": ling_delta}),
             choose(patterns.by_mlp_type(patterns.after_dense), moe(extra=(shared(),)), dense()),

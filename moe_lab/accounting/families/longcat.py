@@ -9,7 +9,7 @@ from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import Block, dense, join, mla, norms, top, width
 from moe_lab.accounting.fields import MOST, Fields
 from moe_lab.cost import formulas
-from moe_lab.cost.parts import Part, Piece, Pieces, Used, linear, norm, prefixed, times
+from moe_lab.cost.parts import ExpertsRun, Part, Piece, Pieces, linear, norm, prefixed, times
 from moe_lab.errors import ConfigError, expected
 
 K_E = "expected_ffn_experts_K_e"
@@ -18,7 +18,7 @@ in it.
 """
 
 
-def real_experts(f: Fields) -> tuple[int, int, Used]:
+def real_experts(f: Fields) -> tuple[int, int, ExpertsRun]:
     """(real experts, zero-computation experts, real ones that a token runs).
 
     Without a published mean K_e every expert is taken to be equally loaded, which gives ``K * N /
@@ -44,7 +44,7 @@ def real_experts(f: Fields) -> tuple[int, int, Used]:
         mean = f.number(K_E)
     if not least <= mean <= most:
         raise ConfigError(expected(f"{K_E} between {least} and {most}", mean))
-    return real, zero, Used(least, mean, most)
+    return real, zero, ExpertsRun(least, mean, most)
 
 
 def zero_moe(f: Fields) -> Pieces:
@@ -60,7 +60,7 @@ def zero_moe(f: Fields) -> Pieces:
             Part.ZERO_EXPERT,
             "identity",
             copies=zero,
-            used=Used(k - run.most, k - run.mean, k - run.least),
+            used=ExpertsRun(k - run.most, k - run.mean, k - run.least),
         )
         if zero
         else None
@@ -135,10 +135,10 @@ longcat_flash = Architecture(
 
 ROWS = {
     "longcat_flash": longcat_flash,
-    "longcat_flash_ngram": longcat_flash.but(
+    "longcat_flash_ngram": longcat_flash.variant(
         top=top(extra=(ngram("emb_neighbor_num", "emb_split_num", "ngram_vocab_size_ratio"),))
     ),
-    "longcat2": longcat_flash.but(
+    "longcat2": longcat_flash.variant(
         blocks=(twice(sparse_mla), index_once, *longcat_flash.blocks[1:]),
         top=top(extra=(ngram("oe_neighbor_num", "oe_split_num", "oe_vocab_size_ratio"),)),
     ),

@@ -13,7 +13,7 @@ from moe_lab.accounting.blocks import shared, width
 from moe_lab.accounting.families.longcat import K_E, real_experts
 from moe_lab.accounting.fields import Fields, nested
 from moe_lab.cost.formulas import gated_ffn
-from moe_lab.cost.parts import Part, Piece, Pieces, Used, linear, norm, times, vector
+from moe_lab.cost.parts import ExpertsRun, Part, Piece, Pieces, linear, norm, times, vector
 from moe_lab.errors import ConfigError, expected
 
 R = Part.ROUTER
@@ -39,30 +39,32 @@ def flatten_layer(moe: Mapping[str, Any]) -> Mapping[str, Any]:
 # experts run
 
 
-def fixed(f: Fields) -> Used:
+def fixed(f: Fields) -> ExpertsRun:
     """K slots, of which zero-computation experts take some."""
     return real_experts(f)[2]
 
 
-def up_to(f: Fields) -> Used:
+def up_to(f: Fields) -> ExpertsRun:
     """Each token is cut on its own, at K at the latest; the mean depends on the data."""
     run = fixed(f)
     f.note(
         "count",
         f"{run.most:g} experts per token on average (the most that {f.get('kind')} allows; its mean depends on the data)",
     )
-    return Used(1, run.most, run.most)
+    return ExpertsRun(1, run.most, run.most)
 
 
-def budget(f: Fields) -> Used:
+def budget(f: Fields) -> ExpertsRun:
     """A mean of K, between ``min_slots`` and ``max_slots``."""
     run = fixed(f)
-    return Used(f.size_or("min_slots", 0), run.mean, f.size_or("max_slots", f.size("num_experts")))
+    return ExpertsRun(
+        f.size_or("min_slots", 0), run.mean, f.size_or("max_slots", f.size("num_experts"))
+    )
 
 
-def some_tokens(f: Fields) -> Used:
+def some_tokens(f: Fields) -> ExpertsRun:
     """Mixture of depths: a share of the tokens passes."""
-    return Used(
+    return ExpertsRun(
         0, f.number("capacity_factor") if f.find("capacity_factor") is not None else 0.125, 1
     )
 
@@ -129,7 +131,7 @@ def experts_of(f: Fields) -> int:
 
 class Kind(NamedTuple):
     learned: Callable[[Fields], Pieces] = matrix
-    used: Callable[[Fields], Used] = fixed
+    used: Callable[[Fields], ExpertsRun] = fixed
 
 
 _PLAIN = (
@@ -160,18 +162,18 @@ ROUTERS: dict[str, Kind] = {
 # layer
 
 
-def constants(f: Fields, run: Used) -> Pieces:
+def constants(f: Fields, run: ExpertsRun) -> Pieces:
     """MoE++'s constant experts learn a mixture [2, D] and a vector [D]; the other zero-computation
     experts nothing.
     """
     zero, k = f.size("zero_expert_num", 0), f.size("num_experts_per_tok")
     if not zero:
         return ()
-    idle = Used(max(k - run.most, 0), max(k - run.mean, 0), max(k - run.least, 0))
+    idle = ExpertsRun(max(k - run.most, 0), max(k - run.mean, 0), max(k - run.least, 0))
     listed = f.optional("zero_expert_kinds")
     learned = max(zero - 2, 0) if f.get("kind") == "moepp" else 0
     learned = learned if listed is None else sum(kind == "constant" for kind in listed)
-    share = Used(*(slots * learned / zero for slots in idle))
+    share = ExpertsRun(*(slots * learned / zero for slots in idle))
     pieces = (Piece(Part.ZERO_EXPERT, "idle", copies=zero, used=idle),)
     if not learned:
         return pieces
@@ -202,12 +204,12 @@ def hash_layer(f: Fields) -> Pieces:
     k = f.size("num_experts_per_tok")
     return (
         linear(R, "router", width(f), f.size("num_experts")),
-        *routed(f, Used(k, k, k)),
+        *routed(f, ExpertsRun(k, k, k)),
         *shared()(f),
     )
 
 
-def routed(f: Fields, run: Used) -> Pieces:
+def routed(f: Fields, run: ExpertsRun) -> Pieces:
     """Real experts, on the stream or on a latent of it, and zero-computation experts."""
     d, latent = width(f), f.size_or("moe_latent_size", 0)
     experts = times(

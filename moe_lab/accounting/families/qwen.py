@@ -64,7 +64,7 @@ qwen3_next = Architecture(
     blocks=(hybrid, choose(patterns.sparse_step, moe(extra=gated_shared), dense()), norms(2)),
     defaults={**STEPS, **HYBRID},
 )
-qwen3_5_moe = qwen3_next.but(blocks=(hybrid, moe(extra=gated_shared), norms(2)))
+qwen3_5_moe = qwen3_next.variant(blocks=(hybrid, moe(extra=gated_shared), norms(2)))
 
 
 # -------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ ROWS = {
     "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
     "qwen3_5_moe_text": qwen3_5_moe,
-    "qwen3_vl_moe_text": qwen3_moe.but(defaults={"num_key_value_heads": patterns.kv_is_heads}),
+    "qwen3_vl_moe_text": qwen3_moe.variant(defaults={"num_key_value_heads": patterns.kv_is_heads}),
     "qwen3_omni_moe_text": qwen3_moe,
     "qwen4_exp_text": qwen4_exp,
 }

@@ -25,10 +25,10 @@ from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
+    ExpertsRun,
     Part,
     Piece,
     Pieces,
-    Used,
     conv,
     linear,
     norm,
@@ -83,7 +83,9 @@ def zaya_moe(f: Fields) -> Pieces:
     size = f.size("moe_intermediate_size")
     return (
         *router,
-        *times(formulas.gated_ffn(Part.ROUTED, d, size), experts, Used(0, run.mean, run.most)),
+        *times(
+            formulas.gated_ffn(Part.ROUTED, d, size), experts, ExpertsRun(0, run.mean, run.most)
+        ),
     )
 
 
@@ -360,7 +362,7 @@ ROWS = {
     "doge": doge,
     "gemma4_text": gemma4,
     "gemma4_unified_text": gemma4,
-    "diffusion_gemma_text": gemma4.but(
+    "diffusion_gemma_text": gemma4.variant(
         blocks=(lambda f: gemma_attention(f, may_borrow=False), gemma_moe, norms(2)),
         defaults={"attention_k_eq_v": lambda f: True},
         top=top(extra=(self_conditioning,)),

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_lab.accounting.counts import At, ParameterCount, count
+from moe_lab.accounting.parameter_count import At, ParameterCount, count
 from moe_lab.cost.parts import LOOKUP, Attend, Index, Kernel, Part, Piece
 from moe_lab.errors import ConfigError, expected
 
@@ -30,7 +30,7 @@ SCORES, INDEXER, RECURRENCE = "attention_scores", "indexer", "recurrence"
 
 
 @dataclass(frozen=True)
-class Work:
+class FlopCount:
     """
     Attributes:
         context: tokens of a sequence (train, prefill), or tokens visible to the new one, itself
@@ -126,8 +126,8 @@ def flops(
     load: Load | None = None,
     causal: bool = False,
     bytes_per_parameter: float = 2.0,
-) -> Work:
-    """Work per token of a model, from its configuration or its ``ParameterCount``.
+) -> FlopCount:
+    """Operations per token of a model, from its configuration or its ``ParameterCount``.
 
     Args:
         context: tokens of the sequence (train, prefill), or tokens that the new one sees, itself
@@ -167,7 +167,7 @@ def flops(
     modules = len({layer for layer, piece in counted.pieces() if piece.part is Part.MTP})
     mtp = [table.pop(Part.MTP.value, 0.0) for table in tables.values()][1] + modules * head
     read, distinct = _read(counted, batch, load) if phase == "decode" else (None, None)
-    return Work(
+    return FlopCount(
         model_type=counted.model_type,
         phase=phase,
         context=context,

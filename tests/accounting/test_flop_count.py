@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_lab.accounting import count, find_model, flops
-from moe_lab.accounting.work import capped_sum, kernel_flops
+from moe_lab.accounting.flop_count import capped_sum, kernel_flops
 from moe_lab.cost.parts import Attend, Index, Recur
 from moe_lab.errors import ConfigError
 from moe_lab.model import (

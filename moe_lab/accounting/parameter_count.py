@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moe_lab.accounting.architecture import Layer
 from moe_lab.accounting.fields import canonical
-from moe_lab.accounting.source import resolve
+from moe_lab.accounting.read_config import resolve
 from moe_lab.cost.parts import Part, Piece, Pieces
 from moe_lab.errors import ConfigError, expected
 

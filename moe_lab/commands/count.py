@@ -9,11 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from moe_lab.accounting.counts import CONVENTIONS, ParameterCount, count
+from moe_lab.accounting.flop_count import FlopCount, flops
+from moe_lab.accounting.measured import ActiveDistribution, active_distribution
 from moe_lab.accounting.minis import MINIS, find_mini, mini_config, ratios
+from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
 from moe_lab.accounting.published import facts, find_model
-from moe_lab.accounting.tokens import ActiveDistribution, active_distribution
-from moe_lab.accounting.work import Work, flops
 from moe_lab.errors import ConfigError, expected
 
 _CONVENTION_TEXT = {"A": "everything", "B": "without lookups", "C": "without lookups and head"}
@@ -126,7 +126,7 @@ def _measure(folder: str, counted: ParameterCount) -> ActiveDistribution:
 def _as_json(
     names: list[str],
     counted: list[ParameterCount],
-    work: list[dict[str, Work]],
+    work: list[dict[str, FlopCount]],
     measured: ActiveDistribution | None,
 ) -> str:
     rows = [
@@ -151,7 +151,7 @@ Row = tuple[str, list[float | None]]
 def _table(
     names: list[str],
     counted: list[ParameterCount],
-    work: list[dict[str, Work]],
+    work: list[dict[str, FlopCount]],
     measured: ActiveDistribution | None,
     edited: bool,
 ) -> list[str]:
@@ -253,7 +253,7 @@ _RATIOS = {
 }
 
 
-def _work_rows(work: list[dict[str, Work]]) -> Iterable[Row]:
+def _work_rows(work: list[dict[str, FlopCount]]) -> Iterable[Row]:
     yield "forward", [phases["train"].forward for phases in work]
     for part in dict.fromkeys(part for phases in work for part in phases["train"].by_part):
         yield (

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from moe_lab.accounting.counts import ParameterCount
+from moe_lab.accounting.parameter_count import ParameterCount
 from moe_lab.cost.parts import Part
 
 if TYPE_CHECKING:

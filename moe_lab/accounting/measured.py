@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lab.accounting.counts import Convention, ParameterCount
+from moe_lab.accounting.parameter_count import Convention, ParameterCount
 from moe_lab.cost.parts import Piece
 from moe_lab.errors import ConfigError, expected
 
