@@ -100,7 +100,7 @@ def against_experts(
     rows = []
     for (kind, ratio), group in pairs.group_by("arm", "ratio_experts", maintain_order=True):
         mean, low, high = mean_interval((group["loss"] - group["loss_experts"]).to_numpy())
-        worth = lambda value: (
+        worth = lambda value: (  # noqa: E731
             None if value is None or compute_slope is None else math.exp(-value / compute_slope)
         )
         rows.append(

@@ -377,7 +377,7 @@ def test_an_error_of_the_model_leaves_hooks_off_and_an_incomplete_trace(tmp_path
 
 def test_an_interrupted_capture_goes_on(tmp_path):
     model = decoder()
-    with (
+    with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
         torch.no_grad(),
         capture(model, tmp_path / "t") as captured,

@@ -56,7 +56,7 @@ def same(first, second):
 
 
 def test_an_interrupted_trace_goes_on_behind_its_finished_documents(tmp_path):
-    with (
+    with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
         TraceWriter(tmp_path / "t", META, rows_per_part=16) as writer,
     ):
