@@ -25,6 +25,7 @@ import polars as pl
 import torch
 
 from moe_lab.files import atomic_path
+from moe_lab.measures import load_cv, max_violation
 from moe_lab.provenance import provenance
 from moe_lab.routing import (
     ControllerConfig,
@@ -34,7 +35,6 @@ from moe_lab.routing import (
     RouterContext,
     build_router,
 )
-from moe_lab.routing.monitors import max_violation
 
 TARGET, TOP_K = 8, 12
 SHAPES = {"512+256 (uniform)": (512, 256), "768+128 (zero experts 3x)": (768, 128)}
@@ -113,7 +113,7 @@ def simulate(router: Router, plant: Plant, steps: int, shift_at: int | None = No
                 "step": step,
                 "mean_ffn_count": routing.ffn_count().double().mean().item(),
                 "sd_ffn_count": routing.ffn_count().double().std().item(),
-                "load_cv": (load.double().std(correction=0) / load.double().mean()).item(),
+                "load_cv": load_cv(load).item(),
                 "max_violation": max_violation(load).item(),
             }
         )

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis import counts as of
+from moe_lab import measures
 from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.documents import (
     RESAMPLES,
@@ -126,9 +126,9 @@ def _loads(
 ) -> dict[str, float | int]:
     totals = [table.sum(axis=0) for table in counts]
     real = [total[: layer.num_experts] for total in totals]
-    bits = float(of.jensen_shannon_bits(*totals))
+    bits = float(measures.jensen_shannon_bits(*totals))
     low, high = _interval(
-        counts, lambda a, b: of.jensen_shannon_bits(a, b)[:, None], resampling, same
+        counts, lambda a, b: measures.jensen_shannon_bits(a, b)[:, None], resampling, same
     )
     shift = _share(totals[1]) - _share(totals[0])
     values: dict[str, float | int] = {
@@ -142,7 +142,7 @@ def _loads(
     }
     for name, total, own in zip("ab", totals, real, strict=True):
         values |= {
-            f"load_cv_{name}": float(of.load_cv(own)),
+            f"load_cv_{name}": float(measures.load_cv(own)),
             f"zero_share_{name}": float(over(total.sum() - own.sum(), total.sum())),
         }
     return values

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis import counts as of
+from moe_lab import measures
 from moe_lab.analysis.groups import group_counts, grouping, windows
 from moe_lab.analysis.streams import by_layer
 from moe_lab.analysis.tables import counts_by
@@ -54,7 +54,7 @@ def load_summary(trace: Trace, by: str | None = None) -> pl.DataFrame:
         [layer, (by,) slots, zero_share, load_cv, max_violation, max_over_mean, balancedness, gini,
         entropy, effective_experts, dead]: ``slots`` used, ``zero_share`` of them by zero-compute
         experts; the rest over the real experts, dead ones included, as defined in
-        ``analysis.counts`` (``entropy`` in nats). Null where no real expert ran.
+        ``moe_lab.measures`` (``entropy`` in nats). Null where no real expert ran.
     """
     groups = None if by is None else grouping(trace, by)
     frames = []
@@ -129,18 +129,18 @@ def _summary(layer: LayerMeta, names: dict[str, Any], table_GE: NDArray[Any]) ->
     columns = {"slots": slots_G, "zero_share": zero_share} | {
         name: function(real_GE) for name, function in _STATISTICS.items()
     }
-    frame = pl.DataFrame({**names, **columns, "dead": of.dead_experts(real_GE)}).with_columns(
+    frame = pl.DataFrame({**names, **columns, "dead": measures.dead_experts(real_GE)}).with_columns(
         pl.col(pl.Float64).fill_nan(None)
     )
     return frame.select(pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all())
 
 
 _STATISTICS = {
-    "load_cv": of.load_cv,
-    "max_violation": of.max_violation,
-    "max_over_mean": of.max_over_mean,
-    "balancedness": of.balancedness,
-    "gini": of.gini,
-    "entropy": of.load_entropy,
-    "effective_experts": of.effective_experts,
+    "load_cv": measures.load_cv,
+    "max_violation": measures.max_violation,
+    "max_over_mean": measures.max_over_mean,
+    "balancedness": measures.balancedness,
+    "gini": measures.gini,
+    "entropy": measures.load_entropy,
+    "effective_experts": measures.effective_experts,
 }

@@ -13,7 +13,6 @@ import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from moe_lab.analysis.bootstrap import Floats
-from moe_lab.analysis.counts import jensen_shannon_bits
 from moe_lab.analysis.documents import (
     RESAMPLES,
     Resampling,
@@ -28,6 +27,7 @@ from moe_lab.analysis.recorded import of_tokens
 from moe_lab.analysis.streams import by_layer, chosen_layers
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.measures import jensen_shannon_bits
 from moe_lab.trace import LayerMeta, Trace
 
 MAX_DOMAINS = 256

@@ -1,13 +1,9 @@
-"""Health of a router: balance pressure, similarity of its rows, violation of balance per batch and
-over many.
+"""Health of a router: balance pressure and similarity of its rows.
 
-| function | what | source | |---|---|---| | ``gradient_ratio`` | R_g: gradient of balance loss over
-that of language loss, on mean expert probabilities; alarm above 0.1 | LongCat | | ``row_cosine`` |
-mean pairwise cosine similarity of the router's rows; alarm where it rises | LongCat | |
-``max_violation`` | MaxVio: max load / mean load - 1; of one batch, or of summed counts for the
-global one | arXiv 2408.15664 |
-
-LongCat: arXiv 2509.01322, section 3.
+``gradient_ratio`` is LongCat's R_g, the gradient of the balance loss over that of the language
+loss on mean expert probabilities (alarm above 0.1); ``row_cosine`` the mean pairwise cosine of the
+router's rows (alarm where it rises). Both: arXiv 2509.01322, section 3. Load CV and MaxVio
+(arXiv 2408.15664) are those of ``moe_lab.measures``.
 """
 
 import torch
@@ -15,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.errors import ConfigError, expected
+from moe_lab.measures import load_cv, max_violation
 from moe_lab.routing.routing import Routing
+
+__all__ = ["gradient_ratio", "load_cv", "max_violation", "row_cosine"]
 
 
 def gradient_ratio(balance_loss: Tensor, language_loss: Tensor, routing: Routing) -> Tensor:
@@ -65,18 +64,3 @@ def row_cosine(weight_ED: Tensor) -> Tensor:
     if experts < 2:
         return rows.new_zeros(())
     return ((rows @ rows.t()).sum() - rows.square().sum()) / (experts * (experts - 1))
-
-
-def max_violation(counts_E: Tensor) -> Tensor:
-    """MaxVio of one batch's counts, or, on counts summed over batches, the global one.
-
-    0 is perfect; dead experts lower the mean.
-    """
-    load = counts_E.double()
-    return load.max() / load.mean().clamp_min(torch.finfo(torch.float64).tiny) - 1
-
-
-def load_cv(counts_E: Tensor) -> Tensor:
-    """Coefficient of variation of the load: population sd over mean, dead experts included."""
-    load = counts_E.double()
-    return load.std(correction=0) / load.mean().clamp_min(torch.finfo(torch.float64).tiny)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
+from moe_lab.measures import router_entropy, score_margin
 
 UNUSED = -1
 
@@ -128,20 +129,13 @@ class Routing:
 
     def entropy(self) -> Tensor:
         """[T]: entropy in nats of the scores, normalised to sum to one over the experts."""
-        share = self.scores / self.scores.sum(dim=1, keepdim=True).clamp_min(
-            torch.finfo(self.scores.dtype).tiny
-        )
-        # Two to four times as fast as ``torch.special.entr``.
-        return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(dim=1)
+        return router_entropy(self.scores)
 
     def margin(self) -> Tensor:
         """[T]: the K-th largest score less the next one (how close the token was to another set);
         inf where K = E.
         """
-        if self.top_k >= self.scores.shape[1]:
-            return self.scores.new_full((self.num_tokens,), float("inf"))
-        top = self.scores.topk(self.top_k + 1, dim=1).values
-        return top[:, self.top_k - 1] - top[:, self.top_k]
+        return score_margin(self.scores, self.top_k)
 
     def detach(self) -> "Routing":
         """The same decisions without the autograd graph (and without ``losses``)."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lab.measures import router_entropy, score_margin
 from moe_lab.routing.config import ScoreFunc
 
 
@@ -23,10 +24,7 @@ class Spread(NamedTuple):
 
 def spread_of_scores(scores_TE: Tensor, indices_TK: Tensor) -> Spread:
     """From scores that are given (probabilities, or what one of our routers returns)."""
-    share = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp_min(
-        torch.finfo(scores_TE.dtype).tiny
-    )
-    return Spread(_entropy(share), margin(scores_TE, indices_TK))
+    return Spread(router_entropy(scores_TE), margin(scores_TE, indices_TK))
 
 
 def spread_of_logits(logits_TE: Tensor, indices_TK: Tensor, score_func: ScoreFunc) -> Spread:
@@ -62,13 +60,8 @@ def margin(scores_TE: Tensor, indices_TK: Tensor) -> Tensor:
     # ``not >=`` also catches NaN, which the sort keeps.
     others = (~(margin_T >= 0) | (indices_TK < 0).any(dim=1)).nonzero()[:, 0]
     if len(others):
-        top = scores_TE[others].topk(slots + 1, dim=1).values
-        margin_T[others] = top[:, slots - 1] - top[:, slots]
+        margin_T[others] = score_margin(scores_TE[others], slots)
     return margin_T
-
-
-def _entropy(share_TE: Tensor) -> Tensor:
-    return -(share_TE * share_TE.clamp_min(torch.finfo(share_TE.dtype).tiny).log()).sum(dim=1)
 
 
 def infer_score_func(logits_TE: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> ScoreFunc | None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_lab.measures import load_cv, max_violation
 from moe_lab.routing import Routing
-from moe_lab.routing.monitors import load_cv, max_violation
 from moe_lab.training.ranks import ALONE, Ranks
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import polars as pl
 
 from moe_lab.accounting import count, flops
+from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.provenance import versions
 from moe_lab.text import TokenizedText
 from moe_lab.trace import LayerMeta, TraceMeta, open_trace
@@ -100,16 +101,8 @@ def _routing_record(config: RunConfig, folder: Path | None, train_tokens: int) -
         dropped=pl.col("dropped").cast(pl.Float64).mean() / router.top_k,
     )
     layers = layers.collect()
-    load = (
-        trace.counts()
-        .filter(~pl.col("is_zero"))
-        .group_by("layer")
-        .agg(
-            cv=pl.col("count").std(ddof=0) / pl.col("count").mean(),
-            max_violation=pl.col("count").max() / pl.col("count").mean() - 1,
-            dead=(pl.col("count") == 0).mean(),
-        )
-    )
+    real = trace.counts().filter(~pl.col("is_zero")).sort("layer", "expert")
+    counts_LE = real["count"].to_numpy().reshape(-1, router.num_experts)
     return {
         "num_experts": router.num_experts,
         "num_zero_experts": router.num_zero_experts,
@@ -117,9 +110,9 @@ def _routing_record(config: RunConfig, folder: Path | None, train_tokens: int) -
         "mean_ffn_count": float(layers["mean"].to_numpy().mean()),
         "sd_ffn_count": float(layers["sd"].to_numpy().mean()),
         "target_ffn_count": config.target_ffn_count,
-        "load_cv": float(load["cv"].to_numpy().mean()),
-        "max_violation": float(load["max_violation"].to_numpy().mean()),
-        "dead_experts": float(load["dead"].to_numpy().mean()),
+        "load_cv": float(load_cv(counts_LE).mean()),
+        "max_violation": float(max_violation(counts_LE).mean()),
+        "dead_experts": float(dead_experts(counts_LE).mean() / router.num_experts),
         "drop_rate": float(layers["dropped"].to_numpy().mean()),
         "tokens_per_expert": train_tokens * (config.target_ffn_count or 0) / router.num_experts,
     }

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from moe_lab.analysis import compare, load_shift, saturation
-from moe_lab.analysis.counts import jensen_shannon_bits
 from moe_lab.errors import AnalysisError
+from moe_lab.measures import jensen_shannon_bits
 
 
 def by_sets(first, second):

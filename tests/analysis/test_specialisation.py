@@ -14,10 +14,10 @@ from moe_lab.analysis import (
     expert_vocabulary,
     vocabulary_specialisation,
 )
-from moe_lab.analysis.counts import jensen_shannon_bits
 from moe_lab.analysis.documents import Resampling
 from moe_lab.analysis.specialisation import _divergences, vocabulary_shares
 from moe_lab.errors import AnalysisError
+from moe_lab.measures import jensen_shannon_bits
 
 DATA = (
     Path(os.environ.get("MOE_LAB_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

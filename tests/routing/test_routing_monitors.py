@@ -76,4 +76,4 @@ def test_global_violation_averages_out_what_batches_violate_in_turn():
 
 def test_a_dead_expert_stays_in_the_mean():
     assert monitors.max_violation(torch.tensor([6, 6, 0])).item() == pytest.approx(0.5)
-    assert monitors.max_violation(torch.zeros(3)).item() == -1.0
+    assert monitors.max_violation(torch.zeros(3)).isnan()  # nothing was counted

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moe_lab.files import atomic_path
+from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.routing.config import ScoreFunc
 from moe_lab.trace.capturing.discovery import Site, find_sites
 from moe_lab.trace.capturing.hooks import Hooks, Pass
@@ -104,14 +105,13 @@ class RoutingCallback(_Base):
             counts[: site.num_experts].astype(np.float64)
             for counts, site in zip(self._counts, self._sites, strict=True)
         ]
-        means = [max(float(load.mean()), 1e-12) for load in loads]
-        cv = [float(load.std()) / mean for load, mean in zip(loads, means, strict=True)]
-        violation = [float(load.max()) / mean - 1 for load, mean in zip(loads, means, strict=True)]
+        cv = [float(load_cv(load)) for load in loads]
+        violation = [float(max_violation(load)) for load in loads]
         slots = sum(int(counts.sum()) for counts in self._counts)
         every = {
             "moe/load_cv": float(np.mean(cv)),
             "moe/max_violation": float(np.mean(violation)),
-            "moe/dead_experts": float(sum(int((load == 0).sum()) for load in loads)),
+            "moe/dead_experts": float(sum(dead_experts(load) for load in loads)),
             "moe/entropy": float(np.mean(self._entropy)) if self._entropy else float("nan"),
             "moe/load_cv_worst": max(cv),
             "moe/max_violation_worst": max(violation),
