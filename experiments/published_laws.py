@@ -36,8 +36,8 @@ from moe_lab.scaling import (
     saturation,
     wall_verdict,
 )
-from moe_lab.scaling.power import draw, law_truth, saturation_truth
-from moe_lab.scaling.verdict import wall_at
+from moe_lab.scaling.wall_power import draw, law_truth, saturation_truth
+from moe_lab.scaling.wall_verdict import wall_at
 
 ROUTERS = {"S-BASE": "S-Base", "RL-R": "RL-R", "HASH": "Hash"}
 CLARK_NOISE = 0.00067  # nats between the three dense 130M runs

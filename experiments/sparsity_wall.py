@@ -37,7 +37,7 @@ from moe_lab.accounting import count, flops
 from moe_lab.model import Amplification, DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, HashTable, RouterConfig
 from moe_lab.scaling import SHORT
-from moe_lab.scaling.alternatives import Alternative, at_total
+from moe_lab.scaling.equal_totals import Alternative, at_total
 from moe_lab.sweeps import SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig

@@ -21,8 +21,8 @@ from scipy.optimize import least_squares, minimize
 
 from moe_lab.scaling import SQUARES, Design, bootstrap, default_truths, fit, power, published
 from moe_lab.scaling.fit import make_problem
+from moe_lab.scaling.fit_problem import Problem
 from moe_lab.scaling.law import LN10
-from moe_lab.scaling.problem import Problem
 from moe_lab.scaling.uncertainty import bootstrap_starts
 
 REPETITIONS = 1000

@@ -25,7 +25,7 @@ from moe_lab.accounting import count
 from moe_lab.model import Amplification, DecoderConfig, MoEConfig, MTPConfig, NgramConfig, Wiring
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
 from moe_lab.scaling import SHORT
-from moe_lab.scaling.alternatives import BETWEEN, Alternative, at_total
+from moe_lab.scaling.equal_totals import BETWEEN, Alternative, at_total
 from moe_lab.sweeps import SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.report.canvas import Canvas, drawn, need, plain
-from moe_lab.report.depth import (
+from moe_lab.report.depth_figures import (
     compare,
     domain_divergence,
     load_over_windows,
@@ -29,7 +29,7 @@ from moe_lab.report.depth import (
 )
 from moe_lab.report.difficulty_figures import difficulty_curves, difficulty_map, marginal_gain  # noqa: F401
 from moe_lab.report.intervals import seed_intervals
-from moe_lab.report.maps import coactivation, domain_specialisation, load_shift, transitions
+from moe_lab.report.map_figures import coactivation, domain_specialisation, load_shift, transitions
 from moe_lab.report.theme import DASHES, DEAD, SERIES, SYMBOLS
 
 __all__ = [

@@ -23,17 +23,17 @@ from markupsafe import Markup
 from moe_lab.files import atomic_path, write_text
 from moe_lab.report import theme
 from moe_lab.report.blocks import Block, representatives
-from moe_lab.report.coloured import ColouredText, coloured_text
-from moe_lab.report.compute import compute_section
-from moe_lab.report.curves import frontier_block, training_block
-from moe_lab.report.difficulty import difficulty_section
+from moe_lab.report.compute_section import compute_section
+from moe_lab.report.difficulty_section import difficulty_section
+from moe_lab.report.experts_section import whose_section
 from moe_lab.report.format import count_of
-from moe_lab.report.load import load_block
-from moe_lab.report.provenance import provenance
+from moe_lab.report.load_section import load_block
+from moe_lab.report.provenance_section import provenance
+from moe_lab.report.run_tables import failed_runs, results_table, unfinished_table, verdict_text
+from moe_lab.report.runs_section import frontier_block, training_block
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
-from moe_lab.report.verdict import failed_runs, results_table, unfinished_table, verdict_text
-from moe_lab.report.wall import wall_section
-from moe_lab.report.whose import whose_section
+from moe_lab.report.text_section import ColouredText, coloured_text
+from moe_lab.report.wall_section import wall_section
 
 JSON_ESCAPES = {
     "<": "\\u003c",

@@ -2,13 +2,12 @@
 uncertainty, and the sparsity wall.
 """
 
-from moe_lab.scaling.against import Alternative, against_experts, crossing
-from moe_lab.scaling.band import Band, frontier_band
+from moe_lab.scaling.adding_experts import expected_gain
+from moe_lab.scaling.alternatives_compared import Alternative, against_experts, crossing
 from moe_lab.scaling.confounds import SHORT, TUNING, confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
 from moe_lab.scaling.fit import HUBER, SQUARES, Fit, fit
-from moe_lab.scaling.gain import expected_gain
-from moe_lab.scaling.judge import Outcome
+from moe_lab.scaling.frontier_band import Band, frontier_band
 from moe_lab.scaling.law import Law
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.optimum import (
@@ -19,9 +18,7 @@ from moe_lab.scaling.optimum import (
     fixed_total_optima,
     isoflop,
 )
-from moe_lab.scaling.planner import Plan, parse_truth, plan_power, typical_noise
-from moe_lab.scaling.power import Design, Truth, cheapest, default_truths, designs, power
-from moe_lab.scaling.reading import main_arm, read_runs, with_budgets
+from moe_lab.scaling.run_files import main_arm, read_runs, with_budgets
 from moe_lab.scaling.uncertainty import (
     Saturation,
     bootstrap,
@@ -30,7 +27,10 @@ from moe_lab.scaling.uncertainty import (
     profile_interval,
     saturation,
 )
-from moe_lab.scaling.verdict import FormScore, Gain, Verdict, verdict_by_budget, wall_verdict
+from moe_lab.scaling.wall_planner import Plan, parse_truth, plan_power, typical_noise
+from moe_lab.scaling.wall_power import Design, Truth, cheapest, default_truths, designs, power
+from moe_lab.scaling.wall_rule import Outcome
+from moe_lab.scaling.wall_verdict import FormScore, Gain, Verdict, verdict_by_budget, wall_verdict
 
 __all__ = [
     "DATASETS",

@@ -15,9 +15,9 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.margin import law_slope
-from moe_lab.scaling.verdict import MARGIN
-from moe_lab.scaling.words import TOKENS_PER_EXPERT
+from moe_lab.scaling.compute_slope import law_slope
+from moe_lab.scaling.wall_sentences import TOKENS_PER_EXPERT
+from moe_lab.scaling.wall_verdict import MARGIN
 
 DROPPED = 0.01  # share of token slots beyond which dropping differs between ratios enough to matter
 DEAD = 0.01

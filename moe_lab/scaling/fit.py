@@ -17,12 +17,12 @@ import polars as pl
 from scipy.optimize import least_squares
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.forms import FORMS, START, fit_form
+from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unknowns
+from moe_lab.scaling.fit_starts import starting_points
+from moe_lab.scaling.frontier_forms import FORMS, START, fit_form
 from moe_lab.scaling.law import Law, Values
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.minimise import minimise
-from moe_lab.scaling.problem import Problem, to_coefficients, to_theta, unknowns
-from moe_lab.scaling.starts import starting_points
 
 HUBER = 1e-3
 STARTS = 80

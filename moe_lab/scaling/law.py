@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.forms import effective_ratio
+from moe_lab.scaling.frontier_forms import effective_ratio
 
 Values = Mapping[str, Any]
 LETTERS = {

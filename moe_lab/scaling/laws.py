@@ -4,7 +4,7 @@ docs/scaling.md).
 
 import numpy as np
 
-from moe_lab.scaling.forms import effective_ratio
+from moe_lab.scaling.frontier_forms import effective_ratio
 from moe_lab.scaling.law import LN2, LN10, Base, Law, Term, Values, clark_experts, ling_activation
 
 CLARK_SHAPE = ("Estart", "Emax")

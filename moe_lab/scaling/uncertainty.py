@@ -16,8 +16,8 @@ from scipy.special import chdtri
 
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.fit import SQUARES, Fit, fit, make_problem
+from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unknowns
 from moe_lab.scaling.minimise import minimise
-from moe_lab.scaling.problem import Problem, to_coefficients, to_theta, unknowns
 
 EMAX_SPREAD = (
     1.0,

@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 from report_fixtures import CODE, Shape, make_trace
 
-from moe_lab.report.coloured import NO_SLOT, SLOT_BUDGET, coloured_text, show, tint
 from moe_lab.report.sources import NamedTrace
+from moe_lab.report.text_section import NO_SLOT, SLOT_BUDGET, coloured_text, show, tint
 from moe_lab.trace import open_trace
 
 

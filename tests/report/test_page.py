@@ -17,8 +17,8 @@ from moe_lab.errors import RunError
 from moe_lab.report import figures, write_report
 from moe_lab.report.blocks import MAX_TABLE_ROWS
 from moe_lab.report.page import script_json
+from moe_lab.report.run_tables import MAX_FAILURES, failed_runs
 from moe_lab.report.sources import Material, RunRecord, RunState
-from moe_lab.report.verdict import MAX_FAILURES, failed_runs
 from moe_lab.trace import open_trace
 
 MAX_BYTES = 8_000_000

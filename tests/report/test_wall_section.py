@@ -10,9 +10,9 @@ import pytest
 
 from moe_lab.errors import AnalysisError
 from moe_lab.report import figures, wall, write_report
+from moe_lab.report.run_tables import verdict_text
 from moe_lab.report.sources import gather
-from moe_lab.report.verdict import verdict_text
-from moe_lab.report.wall import wall_section
+from moe_lab.report.wall_section import wall_section
 
 
 def put(

@@ -11,7 +11,7 @@ from scipy import stats
 
 from moe_lab.errors import AnalysisError
 from moe_lab.scaling import against_experts, crossing
-from moe_lab.scaling.against import Result, result_of
+from moe_lab.scaling.alternatives_compared import Result, result_of
 
 SEEDS = (0, 1, 2, 3)
 

@@ -10,7 +10,7 @@ from moe_lab.accounting import count, flops
 from moe_lab.errors import ConfigError, RunError
 from moe_lab.model import Amplification, DecoderConfig, LatentAttentionConfig, MoEConfig
 from moe_lab.routing import RouterConfig
-from moe_lab.scaling.alternatives import Alternative, at_total
+from moe_lab.scaling.equal_totals import Alternative, at_total
 from moe_lab.sweeps import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "sparsity_wall.py"

@@ -19,8 +19,8 @@ from moe_lab.scaling import (
     saturation,
 )
 from moe_lab.scaling.fit import make_problem, plain_fit
+from moe_lab.scaling.fit_problem import to_theta
 from moe_lab.scaling.minimise import minimise
-from moe_lab.scaling.problem import to_theta
 
 DOUBLINGS = 2.0 ** np.arange(8)
 

@@ -18,8 +18,8 @@ from moe_lab.scaling import (
     power,
     wall_verdict,
 )
-from moe_lab.scaling.judge import Outcome
-from moe_lab.scaling.power import draw, law_truth, line_truth, right_answer, wall_truth
+from moe_lab.scaling.wall_power import draw, law_truth, line_truth, right_answer, wall_truth
+from moe_lab.scaling.wall_rule import Outcome
 
 CLARK = {"a": -0.0830, "b": -0.1180, "c": 0.0099, "d": 1.1136, "Estart": 2.07, "Emax": 300.0}
 

@@ -15,10 +15,10 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.judge import Judgement, Noise, Outcome, doublings, judge
-from moe_lab.scaling.margin import ComputeSlope, law_slope, measured_slope
-from moe_lab.scaling.sweep import Sweep, read_sweep
-from moe_lab.scaling.words import Case, elasticity, reasons, sentence
+from moe_lab.scaling.compute_slope import ComputeSlope, law_slope, measured_slope
+from moe_lab.scaling.sweep_means import Sweep, read_sweep
+from moe_lab.scaling.wall_rule import Judgement, Noise, Outcome, doublings, judge
+from moe_lab.scaling.wall_sentences import Case, elasticity, reasons, sentence
 
 MARGIN = 1.05  # compute multiplier below which a doubling of the ratio is taken to buy nothing
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from moe_lab.scaling.forms import FORMS, curve, fit_form
-from moe_lab.scaling.judge import Noise, form_scores
-from moe_lab.scaling.sweep import read_sweep
+from moe_lab.scaling.frontier_forms import FORMS, curve, fit_form
+from moe_lab.scaling.sweep_means import read_sweep
+from moe_lab.scaling.wall_rule import Noise, form_scores
 
 POINTS = 65
 FEWEST_FITTED = 4

@@ -7,8 +7,8 @@ the least-squares optimum given (Estart, Emax), and only those two are drawn.
 
 import numpy as np
 
+from moe_lab.scaling.fit_problem import Problem
 from moe_lab.scaling.law import Base
-from moe_lab.scaling.problem import Problem
 
 # where an exponent is sought for a feature of scale +1; products with the saturated ratio ("ne",
 # "de") bend gently

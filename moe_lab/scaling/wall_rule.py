@@ -17,7 +17,7 @@ from enum import StrEnum
 import numpy as np
 from scipy.special import chdtri, fdtri, ndtri, stdtrit  # scipy.stats takes a second to import
 
-from moe_lab.scaling.forms import FADE, FORMS, SMOOTH, FormFit, fit_form
+from moe_lab.scaling.frontier_forms import FADE, FORMS, SMOOTH, FormFit, fit_form
 
 DOUBLINGS_BEYOND = 3.0
 DELTA_AICC = 6.0

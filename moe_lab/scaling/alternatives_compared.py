@@ -15,8 +15,8 @@ import polars as pl
 from scipy.special import stdtrit
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.reading import main_arm
-from moe_lab.scaling.verdict import MARGIN
+from moe_lab.scaling.run_files import main_arm
+from moe_lab.scaling.wall_verdict import MARGIN
 
 TOLERANCE = 0.02
 """Largest relative difference of two totals that count as one."""

@@ -13,7 +13,7 @@ from moe_lab.accounting import count
 from moe_lab.config import require
 from moe_lab.errors import ConfigError, expected
 from moe_lab.model import DecoderConfig, NgramConfig
-from moe_lab.scaling.against import TOLERANCE, Alternative
+from moe_lab.scaling.alternatives_compared import TOLERANCE, Alternative
 
 __all__ = ["BETWEEN", "Alternative", "at_total"]
 

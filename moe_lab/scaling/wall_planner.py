@@ -14,7 +14,7 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.laws import LAWS
-from moe_lab.scaling.power import (
+from moe_lab.scaling.wall_power import (
     TARGET,
     Design,
     Truth,
@@ -26,7 +26,7 @@ from moe_lab.scaling.power import (
     saturation_truth,
     wall_truth,
 )
-from moe_lab.scaling.words import TOKENS_PER_EXPERT
+from moe_lab.scaling.wall_sentences import TOKENS_PER_EXPERT
 
 NOISE: tuple[tuple[float, float, str], ...] = (
     (3e7, 0.006, "tiny models, 3-12M parameters: .0035-.008"),

@@ -12,7 +12,7 @@ from moe_lab.errors import MoELabError
 from moe_lab.report.blocks import MAX_TABLE_ROWS, Table
 from moe_lab.report.format import NOTHING, count_of, decimal, magnitude
 from moe_lab.report.sources import Material, RunState
-from moe_lab.report.wall import judge, judged_runs
+from moe_lab.report.wall_section import judge, judged_runs
 
 CANNOT_TELL = "cannot tell"
 MAX_FAILURES = 20

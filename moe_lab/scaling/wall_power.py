@@ -15,12 +15,12 @@ import polars as pl
 
 from moe_lab.config import Config, require
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.forms import effective_ratio
-from moe_lab.scaling.judge import Judgement, Noise, Outcome, judge
+from moe_lab.scaling.compute_slope import law_slope
+from moe_lab.scaling.frontier_forms import effective_ratio
 from moe_lab.scaling.laws import LAWS
-from moe_lab.scaling.margin import law_slope
-from moe_lab.scaling.verdict import MARGIN
-from moe_lab.scaling.words import TOKENS_PER_EXPERT
+from moe_lab.scaling.wall_rule import Judgement, Noise, Outcome, judge
+from moe_lab.scaling.wall_sentences import TOKENS_PER_EXPERT
+from moe_lab.scaling.wall_verdict import MARGIN
 
 DOUBLING_WORTH = 1.14  # compute a doubling is worth in the default truths: 30 mnats at 10M x 1B; Kimi K2 reports 1.21
 TARGET = 0.9

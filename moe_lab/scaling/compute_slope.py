@@ -14,7 +14,7 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.laws import LAWS
-from moe_lab.scaling.sweep import COLUMNS
+from moe_lab.scaling.sweep_means import COLUMNS
 
 SMALLEST_RANGE = 1.5  # budgets closer than this factor in compute give a slope that is noise
 

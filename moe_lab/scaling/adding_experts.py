@@ -10,8 +10,8 @@ import math
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.scaling.compute_slope import law_slope
 from moe_lab.scaling.laws import LAWS
-from moe_lab.scaling.margin import law_slope
 
 ASKED = ("ludziejewski", "clark", "abnar", "ling", "kimi")
 LARGE_RUN_NOISE = 0.0005  # nats between seeds above 100M parameters: .00025-.0007 (docs/scaling.md)

@@ -17,9 +17,9 @@ import polars as pl
 
 from moe_lab.report import figures
 from moe_lab.report.blocks import Block, Plot, Variant, representatives, table_of
-from moe_lab.report.depth import MAX_SERIES
+from moe_lab.report.depth_figures import MAX_SERIES
 from moe_lab.report.format import count_of, decimal, listing, whole
-from moe_lab.report.maps import BINS
+from moe_lab.report.map_figures import BINS
 from moe_lab.report.sources import Material, NamedTrace
 from moe_lab.trace import LayerMeta
 

@@ -11,9 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_lab.scaling.judge import DELTA_AICC, DOUBLINGS_BEYOND, ROUNDING, Judgement, Noise, Outcome
-from moe_lab.scaling.margin import ComputeSlope
-from moe_lab.scaling.sweep import Sweep
+from moe_lab.scaling.compute_slope import ComputeSlope
+from moe_lab.scaling.sweep_means import Sweep
+from moe_lab.scaling.wall_rule import (
+    DELTA_AICC,
+    DOUBLINGS_BEYOND,
+    ROUNDING,
+    Judgement,
+    Noise,
+    Outcome,
+)
 
 TOKENS_PER_EXPERT = (
     1e6  # the smallest published MoE sweep (misfit, 262M tokens, top-2 of 256) gave each expert 2e6

@@ -13,9 +13,9 @@ from typing import Any
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.scaling.compute_slope import measured_slope
 from moe_lab.scaling.confounds import SHORT
-from moe_lab.scaling.margin import measured_slope
-from moe_lab.scaling.sweep import COLUMNS
+from moe_lab.scaling.sweep_means import COLUMNS
 
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".parquet": pl.read_parquet,
