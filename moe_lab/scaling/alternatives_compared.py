@@ -100,9 +100,6 @@ def against_experts(
     rows = []
     for (kind, ratio), group in pairs.group_by("arm", "ratio_experts", maintain_order=True):
         mean, low, high = mean_interval((group["loss"] - group["loss_experts"]).to_numpy())
-        worth = lambda value: (  # noqa: E731
-            None if value is None or compute_slope is None else math.exp(-value / compute_slope)
-        )
         rows.append(
             {
                 "alternative": kind,
@@ -110,13 +107,20 @@ def against_experts(
                 "total_params": round(float(group["total_params_experts"].mean())),  # type: ignore[arg-type]
                 "seeds": group.height,
                 **{"difference": mean, "lo": low, "hi": high},
-                **{"compute": worth(mean), "compute_lo": worth(high), "compute_hi": worth(low)},
+                "compute": _in_compute(mean, compute_slope),
+                "compute_lo": _in_compute(high, compute_slope),
+                "compute_hi": _in_compute(low, compute_slope),
                 "result": result_of(
                     low, high, 0.0 if compute_slope is None else compute_slope * math.log(MARGIN)
                 ).value,
             }
         )
     return pl.DataFrame(rows, schema=_SCHEMA).sort("alternative", "ratio")
+
+
+def _in_compute(difference: float | None, slope: float | None) -> float | None:
+    """A difference in nats as a multiplier of compute; None without a difference or a slope."""
+    return None if difference is None or slope is None else math.exp(-difference / slope)
 
 
 def _pairs(others: pl.DataFrame, experts: pl.DataFrame) -> pl.DataFrame:
