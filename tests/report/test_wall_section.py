@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 
 from moe_lab.errors import AnalysisError
-from moe_lab.report import figures, wall, write_report
+from moe_lab.report import figures, write_report
+from moe_lab.report import wall_section as wall
 from moe_lab.report.run_tables import verdict_text
 from moe_lab.report.sources import gather
-from moe_lab.report.wall_section import wall_section
 
 
 def put(
@@ -68,7 +68,7 @@ def test_the_verdict_is_of_the_long_budget_with_the_slope_between_the_two(sweep:
 
 
 def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
-    section = wall_section(gather(sweep))
+    section = wall.wall_section(gather(sweep))
     assert section is not None
     assert [block.name for block in section.blocks] == list(section.titles)
     assert all(hasattr(figures, block.name) for block in section.blocks)
@@ -79,7 +79,7 @@ def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
 
 
 def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
-    section = wall_section(gather(sweep))
+    section = wall.wall_section(gather(sweep))
     frontier = section.blocks[0]
     names = [trace.name for trace in frontier.plots[0].variants[1].figure.data]
     assert {"Clark S-BASE, 15M", "Kimi K2", "this sweep"} <= set(names)
@@ -89,7 +89,7 @@ def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
 
 
 def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
-    section = wall_section(gather(sweep))
+    section = wall.wall_section(gather(sweep))
     figure = section.blocks[1].plots[0].variants[0].figure
     margin = section.blocks[1].data["margin"][0]
     assert {figure.layout.shapes[0].y0, figure.layout.shapes[0].y1} == {-margin, margin}
@@ -97,7 +97,7 @@ def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
 
 
 def test_elasticity_has_a_row_per_budget_and_published_laws_without_intervals(sweep: Path) -> None:
-    frame = wall_section(gather(sweep)).blocks[2].data
+    frame = wall.wall_section(gather(sweep)).blocks[2].data
     ours = frame.filter(~pl.col("published"))
     assert ours["what"].to_list() == ["topk, 1.2G tokens", "topk-short, 300M tokens"]
     assert ours["lo"][0] > 0.07 > ours["hi"][1]
@@ -106,7 +106,7 @@ def test_elasticity_has_a_row_per_budget_and_published_laws_without_intervals(sw
 
 def test_runs_that_cannot_be_judged_have_no_section(tmp_path: Path) -> None:
     put(tmp_path / "sweep", "topk", 1.0, 0, 3.0, 1000)
-    assert wall_section(gather(tmp_path / "sweep")) is None
+    assert wall.wall_section(gather(tmp_path / "sweep")) is None
     page = write_report(tmp_path / "sweep", tmp_path / "page.html")
     assert 'id="wall"' not in page.read_text()
 
