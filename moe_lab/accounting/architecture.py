@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from moe_lab.accounting.blocks import Block, join, top
-from moe_lab.accounting.fields import MOST, Condition, Fields
 from moe_lab.cost.parts import Part, Pieces, linear, norm, prefixed
+from moe_lab.hf.fields import MOST, Condition, Fields
 
 
 class Layer(NamedTuple):

@@ -8,10 +8,10 @@ live in ``families.py``.
 
 from collections.abc import Callable, Mapping
 
-from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, ExpertsRun, Part, Piece, Pieces, linear, norm, times, vector
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import Fields
 
 Block = Callable[[Fields], Pieces]
 Rule = Callable[[Fields], list[bool]]

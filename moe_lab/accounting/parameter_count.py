@@ -15,10 +15,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_lab.accounting.architecture import Layer
-from moe_lab.accounting.fields import canonical
 from moe_lab.accounting.read_config import resolve
 from moe_lab.cost.parts import Part, Piece, Pieces
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import canonical
 
 if TYPE_CHECKING:
     import polars as pl

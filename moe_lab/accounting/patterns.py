@@ -4,8 +4,8 @@ the layers that are sparse.
 
 from collections.abc import Callable
 
-from moe_lab.accounting.fields import Fields
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import Fields
 
 Rule = Callable[[Fields], list[bool]]
 

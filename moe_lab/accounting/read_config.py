@@ -10,8 +10,8 @@ from typing import Any
 
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.architectures import ARCHITECTURES, SAME_AS, find
-from moe_lab.accounting.fields import MOST, Fields, canonical, names_of
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import MOST, Fields, canonical, names_of
 
 TEXT_PARTS = (
     "text_config",

@@ -22,10 +22,10 @@ from moe_lab.accounting.blocks import (
     top,
     width,
 )
-from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, Index, Part, Piece, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import Fields
 
 
 def no_head_dim(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,7 +8,6 @@ token: flops are those of the pair.
 from collections.abc import Callable
 
 from moe_lab.accounting.architecture import Architecture, Layer
-from moe_lab.accounting.fields import MOST, Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
@@ -23,6 +22,7 @@ from moe_lab.cost.parts import (
     vector,
 )
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import MOST, Fields
 
 
 def top_k_of(f: Fields, k: int) -> tuple[int, ExpertsRun]:

@@ -20,9 +20,9 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.blocks import window as sliding
-from moe_lab.accounting.fields import Fields, nested
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, Part, Pieces, norm, vector
+from moe_lab.hf.fields import Fields, nested
 
 KV_IS_HEADS = {"num_key_value_heads": patterns.kv_is_heads}
 UNTIED = {"tie_word_embeddings": False}

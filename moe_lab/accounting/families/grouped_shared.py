@@ -25,7 +25,6 @@ from moe_lab.accounting.blocks import (
     window,
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
-from moe_lab.accounting.fields import Fields, nested
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
@@ -40,6 +39,7 @@ from moe_lab.cost.parts import (
     vector,
 )
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import Fields, nested
 
 glm4_moe = Architecture(
     blocks=(

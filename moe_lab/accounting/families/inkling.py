@@ -8,9 +8,9 @@ from typing import Any
 from moe_lab.accounting import patterns
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import choose, dense, layer_type, moe, norms, top, used, width
-from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, Part, Pieces, conv, linear, norm, times, vector
+from moe_lab.hf.fields import Fields
 
 A = Part.ATTENTION
 

@@ -17,10 +17,10 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.families.deepseek import BASE, deepseek_v3, deepseek_v32, hyper_connections
 from moe_lab.accounting.families.linear import kimi_delta, kimi_raw
-from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import Fields
 
 
 def pooled_indexer(f: Fields) -> Pieces:

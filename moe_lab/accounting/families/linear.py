@@ -19,9 +19,9 @@ from moe_lab.accounting.blocks import (
     top,
     width,
 )
-from moe_lab.accounting.fields import Fields, nested
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear, norm
+from moe_lab.hf.fields import Fields, nested
 
 
 def kimi_delta(f: Fields) -> Pieces:

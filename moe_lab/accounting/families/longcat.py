@@ -7,10 +7,10 @@ tables: arXiv 2601.21204 section 3.
 
 from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import Block, dense, join, mla, norms, top, width
-from moe_lab.accounting.fields import MOST, Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import ExpertsRun, Part, Piece, Pieces, linear, norm, prefixed, times
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import MOST, Fields
 
 K_E = "expected_ffn_experts_K_e"
 """The mean of real experts per token that training aims at: published beside the configuration, not

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import shared, width
 from moe_lab.accounting.families.longcat import K_E, real_experts
-from moe_lab.accounting.fields import Fields, nested
 from moe_lab.cost.formulas import gated_ffn
 from moe_lab.cost.parts import ExpertsRun, Part, Piece, Pieces, linear, norm, times, vector
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import Fields, nested
 
 R = Part.ROUTER
 

@@ -9,9 +9,9 @@ from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import dense, gqa, mla, norms, top, width
 from moe_lab.accounting.families.longcat import ngram
 from moe_lab.accounting.families.own import flatten_layer, hash_layer, layer
-from moe_lab.accounting.fields import Fields, nested
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear, norm, prefixed
+from moe_lab.hf.fields import Fields, nested
 
 
 def flatten(values: Mapping[str, Any]) -> Mapping[str, Any]:

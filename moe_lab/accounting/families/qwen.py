@@ -20,10 +20,10 @@ from moe_lab.accounting.blocks import (
     top,
     width,
 )
-from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Index, Part, Piece, Pieces, conv, linear, norm
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.fields import Fields
 
 STEPS = {"decoder_sparse_step": 1, "mlp_only_layers": (), "tie_word_embeddings": False}
 

@@ -21,7 +21,6 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.blocks import window as sliding
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS
-from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
@@ -35,6 +34,7 @@ from moe_lab.cost.parts import (
     times,
     vector,
 )
+from moe_lab.hf.fields import Fields
 
 A = Part.ATTENTION
 

@@ -20,9 +20,9 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
-from moe_lab.accounting.fields import Fields
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear
+from moe_lab.hf.fields import Fields
 
 
 def mamba(f: Fields) -> Pieces:
