@@ -30,8 +30,8 @@ are of held-out text. Committed results: the folder ``sparsity_wall/`` beside th
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from moe_lab.accounting import count, flops
 from moe_lab.model import Amplification, DecoderConfig, MoEConfig
@@ -40,6 +40,7 @@ from moe_lab.scaling import SHORT
 from moe_lab.scaling.equal_totals import Alternative, at_total
 from moe_lab.sweeps import SweepConfig
 from moe_lab.text import TextConfig
+from moe_lab.text.corpus import PACKAGES, STDLIB
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig
 
 INSTEAD = "At the same total parameters, are more experts better than {}?"
@@ -50,7 +51,9 @@ QUESTION = "Does the loss still fall as experts are added at fixed active parame
 class Shape:
     """What a preset fixes for all its runs. Ratios are experts over active experts (E/k), one tuple
     per arm; ``short_tokens`` is the budget that branches off the long runs (None: there is one
-    budget); ``total_tokens`` those of arm total at ``total_experts`` / k.
+    budget); ``total_tokens`` those of arm total at ``total_experts`` / k. ``fewer_seeds`` maps a
+    ratio to its number of seeds where that is below ``seeds``: the last doublings decide, so the
+    runs belong there. With ``short_control`` arm hash is trained for ``short_tokens``.
     """
 
     ratios: tuple[int, ...]
@@ -71,6 +74,9 @@ class Shape:
     total_tokens: int = 0
     short_tokens: int | None = None
     vocab_size: int = 2048
+    corpus: str = STDLIB
+    fewer_seeds: Mapping[int, int] = field(default_factory=dict)
+    short_control: bool = False
     top_k: int = 2
     eval_tokens: int = 60_000
     dtype: Dtype = Dtype.FLOAT32
@@ -108,6 +114,28 @@ SHAPES = {
         train_tokens=163_840,
         lr=3e-3,
         eval_tokens=50_000,
+    ),
+    # The smallest sweep that can decide: 1M tokens an expert at the largest ratio, on a text that is
+    # not repeated much (24M training tokens of Python sources).
+    "decisive": Shape(
+        ratios=(1, 2, 4, 8, 16, 32),
+        hash_ratios=(8, 32),
+        lr_ratios=(1, 32),
+        short_tokens=8_192_000,
+        short_control=True,
+        seeds=3,
+        fewer_seeds={1: 2, 2: 2, 4: 2},
+        num_layers=2,
+        d_model=32,
+        d_expert=64,
+        seq_length=128,
+        batch_size=32,
+        train_tokens=32_768_000,
+        lr=8e-3,
+        vocab_size=512,
+        corpus=PACKAGES,
+        eval_tokens=300_000,
+        checkpoint_every=500,
     ),
     # Router rows grow with the experts and count as active: a wide residual stream and few, large
     # experts keep that under a tenth.
@@ -184,6 +212,7 @@ def sweep(
         for offset in range(shape.seeds)
         for arm in ARMS.values()
         for run in arm(shape, seed + offset, device)
+        if offset < shape.fewer_seeds.get(round(run.ratio), shape.seeds)
     ]
     runs += list(_rates(shape, seed, device))
     return SweepConfig(
@@ -222,7 +251,13 @@ def _hash_control(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
             vocab_size=shape.vocab_size,
             hash_table=HashTable.RANDOM,
         )
-        yield _run(shape, "hash", ratio, router, seed, device)
+        run = _run(shape, "hash", ratio, router, seed, device)
+        if shape.short_control and shape.short_tokens is not None:
+            yield run.replace(
+                budgets=(shape.short_tokens, shape.train_tokens), train_tokens=shape.short_tokens
+            )
+        else:
+            yield run
 
 
 def _per_expert(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
@@ -357,7 +392,7 @@ def _run(
         arm=arm,
         seed=seed,
         model=model,
-        text=TextConfig(vocab_size=shape.vocab_size),
+        text=TextConfig(corpus=shape.corpus, vocab_size=shape.vocab_size),
         optimizer=OptimizerConfig(lr=shape.lr),
         batch_size=shape.batch_size,
         seq_length=shape.seq_length,

@@ -7,6 +7,7 @@ of what it holds. Nothing here touches the network.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -21,6 +22,21 @@ from moe_lab.errors import CorpusError, expected
 from moe_lab.files import content_hash
 
 STDLIB = "stdlib"
+PACKAGES = "packages"
+
+# What the corpus "packages" reads beside the standard library: the required packages of moe_lab
+# that have much Python source, and what these require. Generated sources (plotly's) are left out.
+SOURCE_PACKAGES = (
+    "jinja2",
+    "mpmath",
+    "networkx",
+    "numpy",
+    "polars",
+    "rich",
+    "scipy",
+    "sympy",
+    "torch",
+)
 
 # Folders of the standard library that hold no ordinary source: test suites, generated tables,
 # demonstrations, pages of help.
@@ -129,10 +145,11 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
     """Read a corpus.
 
     Args:
-        source: ``"stdlib"`` (write ``"./stdlib"`` for a folder of that name); a folder, each of its
-            files one document, recursively, leaving out names that begin with a dot,
-            ``__pycache__`` and links to folders; a ``.txt`` file, one document; a ``.jsonl`` file,
-            one object a line; a ``.parquet`` file, one text a row.
+        source: ``"stdlib"``, the Python sources of the standard library; ``"packages"``, these and
+            the sources of ``SOURCE_PACKAGES`` (write ``"./stdlib"`` for a folder of that name); a
+            folder, each of its files one document, recursively, leaving out names that begin with
+            a dot, ``__pycache__`` and links to folders; a ``.txt`` file, one document; a
+            ``.jsonl`` file, one object a line; a ``.parquet`` file, one text a row.
         text_column: the field or column that holds the text of a ``.jsonl`` or ``.parquet`` file.
 
     Documents come sorted by name (rows in file order); blank ones are left out, and of equal texts
@@ -141,13 +158,20 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
     """
     source = os.fspath(source)
     if source == STDLIB:
-        return _corpus(_read_stdlib(), source)
+        return _corpus(_read_folder(_stdlib_files()), source)
+    if source == PACKAGES:
+        files = [file for name in SOURCE_PACKAGES for file in _package_files(name)]
+        return _corpus(_read_folder(sorted([*_stdlib_files(), *files])), source)
     path = Path(source)
     if path.is_dir():
         return _corpus(_read_folder(_folder_files(path)), source)
     if not path.exists():
         raise CorpusError(
-            expected('"stdlib" or the path of a text', f"{source}, which does not exist", OWN_TEXT)
+            expected(
+                '"stdlib", "packages" or the path of a text',
+                f"{source}, which does not exist",
+                OWN_TEXT,
+            )
         )
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -171,7 +195,8 @@ def _corpus(documents: Iterator[Document], source: str) -> Corpus:
     return Corpus(documents=tuple(kept.values()), source=source)
 
 
-def _read_stdlib() -> Iterator[Document]:
+def _stdlib_files() -> list[tuple[str, str]]:
+    """(name, path) of the Python sources of the running interpreter's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     # The interpreter's own list of its modules leaves out its test suite, build configuration and
     # installed packages.
@@ -185,7 +210,19 @@ def _read_stdlib() -> Iterator[Document]:
         raise CorpusError(
             expected(f"the standard library's Python sources in {root}", "none", OWN_TEXT)
         )
-    return _read_folder(files)
+    return files
+
+
+def _package_files(package: str) -> list[tuple[str, str]]:
+    """(name, path) of the Python sources of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise CorpusError(
+            expected(f'the installed package {package} for the corpus "packages"', "none", OWN_TEXT)
+        )
+    root = Path(spec.submodule_search_locations[0])
+    files = _folder_files(root, skipped=STDLIB_SKIPPED)
+    return [(f"{package}/{name}", path) for name, path in files if name.endswith(".py")]
 
 
 def _folder_files(root: Path, skipped: frozenset[str] = frozenset()) -> list[tuple[str, str]]:

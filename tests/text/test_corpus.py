@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_parquet_without_the_text_column_lists_what_it_has(tmp_path):
 def test_missing_path_is_told(tmp_path):
     with pytest.raises(
         CorpusError,
-        match=r'expected "stdlib" or the path of a text, got .*nowhere, which does not exist; try a folder of',
+        match=r'expected "stdlib", "packages" or the path of a text, got .*nowhere, which does not exist; try a folder of',
     ):
         load_corpus(tmp_path / "nowhere")
 
@@ -306,3 +307,16 @@ def test_too_few_documents_cannot_be_split(count):
 def test_text_room_imports_neither_torch_nor_polars():
     code = "import sys, moe_lab.text; print([name for name in ('torch', 'polars', 'scipy', 'tokenizers') if name in sys.modules])"
     assert os.popen(f'"{sys.executable}" -c "{code}"').read().strip() == "[]"
+
+
+def test_the_corpus_packages_holds_the_sources_of_what_is_required_and_imports_none_of_it():
+    code = (
+        "import sys; from moe_lab.text.corpus import load_corpus; names = {document.name for "
+        "document in load_corpus('packages').documents}; print(len(names), 'json/decoder.py' in "
+        "names, 'torch/nn/modules/linear.py' in names, any('/tests/' in name for name in names), "
+        "'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, *facts = done.stdout.split()
+    assert int(count) > 3000
+    assert facts == ["True", "True", "False", "False"]
