@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
 from moe_lab import measures
-from moe_lab.trace import statistics
+from moe_lab.trace import score_spread
 
 DATA = (
     Path(os.environ.get("MOE_LAB_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
@@ -185,7 +185,7 @@ def test_the_fast_margin_of_a_trace_is_that_of_the_definition():
     others = torch.stack([torch.randperm(8)[:3] for _ in range(50)])  # a bias chose, not the score
     for indices in (best, others, torch.where(torch.arange(3) < 2, best, -1)):
         torch.testing.assert_close(
-            statistics.margin(scores, indices), measures.score_margin(scores, 3)
+            score_spread.margin(scores, indices), measures.score_margin(scores, 3)
         )
 
 

@@ -8,13 +8,13 @@ a trace a few files at a time.
 
 from typing import TYPE_CHECKING
 
-from moe_lab.analysis.certainty import router_entropy, zero_compute
-from moe_lab.analysis.classes import class_profile
+from moe_lab.analysis.class_profile import class_profile
 from moe_lab.analysis.coactivation import coactivation, coactivation_order
 from moe_lab.analysis.compare import compare, load_shift
 from moe_lab.analysis.difficulty import difficulty_association
-from moe_lab.analysis.load import expert_load, load_over_windows, load_summary
+from moe_lab.analysis.expert_load import expert_load, load_over_windows, load_summary
 from moe_lab.analysis.repetition import repetition
+from moe_lab.analysis.router_entropy import router_entropy
 from moe_lab.analysis.saturation import saturation
 from moe_lab.analysis.specialisation import (
     domain_divergence,
@@ -22,8 +22,8 @@ from moe_lab.analysis.specialisation import (
     expert_vocabulary,
     vocabulary_specialisation,
 )
-from moe_lab.analysis.spread import ffn_spread
 from moe_lab.analysis.transitions import transitions
+from moe_lab.analysis.zero_compute import ffn_spread, zero_compute
 from moe_lab.lazy import on_first_use
 
 if TYPE_CHECKING:

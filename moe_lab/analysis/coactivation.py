@@ -11,11 +11,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.documents import nulls, over
-from moe_lab.analysis.recorded import of_tokens
-from moe_lab.analysis.streams import chosen_layers, chunks, slots
+from moe_lab.analysis.aligned_rows import chosen_layers, chunks, slots
+from moe_lab.analysis.document_sums import nulls, over
+from moe_lab.analysis.requirements import of_tokens
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.convert import EMPTY_SLOT
+from moe_lab.trace.rows import EMPTY_SLOT
 
 OPTIMAL_ORDER = 256
 """Up to this many experts the leaves of the clustering are put in their best order, which takes

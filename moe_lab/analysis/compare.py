@@ -13,8 +13,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab import measures
-from moe_lab.analysis.bootstrap import Floats
-from moe_lab.analysis.documents import (
+from moe_lab.analysis.aligned_rows import by_layer
+from moe_lab.analysis.document_bootstrap import Floats
+from moe_lab.analysis.document_sums import (
     RESAMPLES,
     Documents,
     Resampling,
@@ -23,9 +24,8 @@ from moe_lab.analysis.documents import (
     over,
     unit_counts,
 )
-from moe_lab.analysis.recorded import of_tokens
+from moe_lab.analysis.requirements import of_tokens
 from moe_lab.analysis.saturation import difference, overlap_rows
-from moe_lab.analysis.streams import by_layer
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.trace import LayerMeta, Trace
 

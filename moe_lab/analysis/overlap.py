@@ -5,7 +5,7 @@ each other.
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lab.trace.convert import EMPTY_SLOT
+from moe_lab.trace.rows import EMPTY_SLOT
 
 Ids = NDArray[np.uint16]
 

@@ -14,7 +14,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.documents import (
+from moe_lab.analysis.aligned_rows import Slots, by_layer, first_choices, in_document_order
+from moe_lab.analysis.document_sums import (
     RESAMPLES,
     Documents,
     Resampling,
@@ -25,10 +26,9 @@ from moe_lab.analysis.documents import (
     unit_sums,
 )
 from moe_lab.analysis.overlap import Ids, shared
-from moe_lab.analysis.recorded import of_tokens
-from moe_lab.analysis.streams import Slots, by_layer, first_choices, in_document_order
+from moe_lab.analysis.requirements import of_tokens
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
+from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 
 @of_tokens

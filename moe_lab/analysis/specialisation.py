@@ -12,8 +12,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from moe_lab.analysis.bootstrap import Floats
-from moe_lab.analysis.documents import (
+from moe_lab.analysis.aligned_rows import by_layer, chosen_layers
+from moe_lab.analysis.document_bootstrap import Floats
+from moe_lab.analysis.document_sums import (
     RESAMPLES,
     Resampling,
     documents,
@@ -22,9 +23,8 @@ from moe_lab.analysis.documents import (
     unit_counts,
     unit_sizes,
 )
-from moe_lab.analysis.groups import Grouping, group_counts, grouping
-from moe_lab.analysis.recorded import of_tokens
-from moe_lab.analysis.streams import by_layer, chosen_layers
+from moe_lab.analysis.requirements import of_tokens
+from moe_lab.analysis.token_groups import Grouping, group_counts, grouping
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.measures import jensen_shannon_bits
@@ -106,7 +106,7 @@ def domain_divergence(
         resampled values up as they push ``bits``, so the interval is the reflected one, ``2 bits -
         q``, cut at 0 and 1. ``lo``, ``hi`` and ``shuffled`` are null with fewer than 2 documents in
         a domain, ``shuffled`` also where a document (or a drawn bundle of them, see
-        ``analysis.documents``) mixes domains.
+        ``analysis.document_sums``) mixes domains.
     """
     groups = _domains(trace, column)
     docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))

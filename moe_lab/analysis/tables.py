@@ -7,8 +7,8 @@ Everything here streams: what is held in memory is a few files at a time, and th
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.groups import Grouping, group_counts
-from moe_lab.analysis.streams import KEY, by_layer
+from moe_lab.analysis.aligned_rows import KEY, by_layer
+from moe_lab.analysis.token_groups import Grouping, group_counts
 from moe_lab.errors import AnalysisError, TraceError, expected
 from moe_lab.trace import Trace
 

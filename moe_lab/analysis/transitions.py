@@ -15,12 +15,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.documents import nulls, over
-from moe_lab.analysis.recorded import of_tokens
-from moe_lab.analysis.streams import KEY, aligned, by_layer, chosen_layers, chunks
+from moe_lab.analysis.aligned_rows import KEY, aligned, by_layer, chosen_layers, chunks
+from moe_lab.analysis.document_sums import nulls, over
+from moe_lab.analysis.requirements import of_tokens
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
+from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 
 class Pairing(StrEnum):

@@ -131,7 +131,7 @@ def gain_groups(gains: pl.DataFrame, resamples: int = 1000, seed: int = 0) -> pl
     """[ffn_count, gain, lo, hi, n_tokens] of tokens in tenths of ffn_count, with intervals from
     resampling documents.
     """
-    from moe_lab.analysis.bootstrap import percentile_interval
+    from moe_lab.analysis.document_bootstrap import percentile_interval
 
     ranked = gains.with_columns(
         group=((pl.col("ffn_count").rank("average") - 0.5) * GAIN_GROUPS / pl.len())

@@ -66,7 +66,7 @@ def whose_section(material: Material) -> WhoseSection:
 
 def _domain_column(named: NamedTrace) -> tuple[str, list[object]] | None:
     """The column, and its most frequent values in order of their tokens."""
-    from moe_lab.analysis.groups import grouping, token_columns
+    from moe_lab.analysis.token_groups import grouping, token_columns
 
     if not any(name.startswith("tokens/") for name in named.trace.parts):
         return None

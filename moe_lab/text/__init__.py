@@ -1,21 +1,21 @@
 """What a token is: corpora, tokenizers and the classes and model-free difficulty of tokens."""
 
-from moe_lab.text.classes import CLASSES, token_classes
 from moe_lab.text.corpus import Corpus, Document, Split, load_corpus
-from moe_lab.text.difficulty import (
+from moe_lab.text.surprisal import (
     NgramModel,
     difficulty_columns,
     ngram_surprisal,
     unigram_surprisal,
 )
-from moe_lab.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
-from moe_lab.text.tokens import (
+from moe_lab.text.token_classes import CLASSES, token_classes
+from moe_lab.text.tokenized_text import (
     TextConfig,
     TokenizedDocument,
     TokenizedText,
     load_tokens,
     tokenize_documents,
 )
+from moe_lab.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 
 __all__ = [
     "CLASSES",

@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.convert import Rows, expert_slots
 from moe_lab.trace.reader import Trace, open_trace
+from moe_lab.trace.rows import Rows, expert_slots
 from moe_lab.trace.schema import LayerMeta
 from moe_lab.trace.writer import TraceWriter
 

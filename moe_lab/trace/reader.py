@@ -18,8 +18,8 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import ConfigError, TraceError, expected
-from moe_lab.trace.convert import EMPTY_SLOT, expert_slots, key_checksum
 from moe_lab.trace.parquet_guard import check_parquet
+from moe_lab.trace.rows import EMPTY_SLOT, expert_slots, key_checksum
 from moe_lab.trace.schema import (
     MAX_ROWS_PER_PART,
     META_FILE,

@@ -14,7 +14,7 @@ import polars as pl
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.files import TEMPORARY_PREFIX, atomic_path, write_json
-from moe_lab.trace.convert import key_checksum
+from moe_lab.trace.rows import key_checksum
 from moe_lab.trace.schema import META_FILE, ROUTED, SCHEMA_VERSION, VERSION_KEY, PartMeta, TraceMeta
 
 DOCUMENTS_FILE = "documents.json"

@@ -25,8 +25,7 @@ import polars as pl
 from moe_lab.errors import MoELabError, TraceError, expected
 from moe_lab.files import write_json
 from moe_lab.trace.background import Background
-from moe_lab.trace.convert import Rows, key_checksum, routing_frame, routing_rows
-from moe_lab.trace.place import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
+from moe_lab.trace.publish import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
 from moe_lab.trace.resume import (
     DOCUMENTS_FILE,
     Rest,
@@ -37,6 +36,7 @@ from moe_lab.trace.resume import (
     write_meta,
     write_part,
 )
+from moe_lab.trace.rows import Rows, key_checksum, routing_frame, routing_rows
 from moe_lab.trace.schema import (
     META_FILE,
     ROUTED,

@@ -13,7 +13,7 @@ from moe_lab.errors import TraceError
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig, MoELayer
 from moe_lab.routing import Router, RouterConfig
 from moe_lab.trace import capture, merge_traces, open_trace
-from moe_lab.trace.statistics import margin
+from moe_lab.trace.score_spread import margin
 
 LAYER = MoEConfig(d_model=16, d_expert=8, router=RouterConfig(num_experts=8, top_k=2))
 

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 
 from moe_lab.analysis.difficulty.association import difficulty_association
 from moe_lab.analysis.difficulty.baselines import Baseline, baseline_association, baseline_router
-from moe_lab.analysis.difficulty.budget import compute_budget, compute_variance, omega_squared
+from moe_lab.analysis.difficulty.compute_budget import (
+    compute_budget,
+    compute_variance,
+    omega_squared,
+)
 from moe_lab.analysis.difficulty.curves import difficulty_curves, difficulty_information
+from moe_lab.analysis.difficulty.difficulty_verdict import DifficultyVerdict
 from moe_lab.analysis.difficulty.learnability import LEARNABILITY, learnability
 from moe_lab.analysis.difficulty.nulls import difficulty_nulls
 from moe_lab.analysis.difficulty.sources import compute_columns, difficulty_frame
-from moe_lab.analysis.difficulty.verdict import DifficultyVerdict
 from moe_lab.lazy import on_first_use
 
 if TYPE_CHECKING:

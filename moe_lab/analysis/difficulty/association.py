@@ -16,23 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.bootstrap import Floats
-from moe_lab.analysis.difficulty.interval import (
-    Bootstrap,
-    Interval,
-    false_discovery,
-    moments,
-    naive_interval,
-)
-from moe_lab.analysis.difficulty.ranks import (
-    LevelShift,
-    Order,
-    RankShift,
-    somers_d,
-    standard_ranks,
-    xi,
-)
-from moe_lab.analysis.difficulty.tokens import (
+from moe_lab.analysis.difficulty.alignment import (
     MIN_DOCUMENT_TOKENS,
     Align,
     Aligned,
@@ -40,8 +24,24 @@ from moe_lab.analysis.difficulty.tokens import (
     align,
     layers_of,
 )
-from moe_lab.analysis.difficulty.verdict import MARGIN, MIN_DOCUMENTS, Evidence, judge
-from moe_lab.analysis.difficulty.within import Ints, Within, joint_code
+from moe_lab.analysis.difficulty.difficulty_verdict import MARGIN, MIN_DOCUMENTS, Evidence, judge
+from moe_lab.analysis.difficulty.intervals import (
+    Bootstrap,
+    Interval,
+    false_discovery,
+    moments,
+    naive_interval,
+)
+from moe_lab.analysis.difficulty.rank_statistics import (
+    LevelShift,
+    Order,
+    RankShift,
+    somers_d,
+    standard_ranks,
+    xi,
+)
+from moe_lab.analysis.difficulty.within_groups import Ints, Within, joint_code
+from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.config import require
 
 NEGLIGIBLE = 1e-9

@@ -11,10 +11,10 @@ from enum import StrEnum
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.bootstrap import Floats
+from moe_lab.analysis.difficulty.alignment import layers_of
 from moe_lab.analysis.difficulty.association import difficulty_association
-from moe_lab.analysis.difficulty.tokens import layers_of
-from moe_lab.analysis.difficulty.within import Ints, joint_code
+from moe_lab.analysis.difficulty.within_groups import Ints, joint_code
+from moe_lab.analysis.document_bootstrap import Floats
 
 
 class Baseline(StrEnum):

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.bootstrap import Floats, document_weights
 from moe_lab.analysis.difficulty.association import MAX_LEVELS, Pairing, compute_levels, pairings
-from moe_lab.analysis.difficulty.ranks import Order
-from moe_lab.analysis.difficulty.within import Ints, joint_code
+from moe_lab.analysis.difficulty.rank_statistics import Order
+from moe_lab.analysis.difficulty.within_groups import Ints, joint_code
+from moe_lab.analysis.document_bootstrap import Floats, document_weights
 from moe_lab.config import require
 
 BINS = 10

@@ -16,14 +16,14 @@ import numpy as np
 import polars as pl
 from scipy.special import ndtr
 
-from moe_lab.analysis.bootstrap import Floats
 from moe_lab.analysis.difficulty.association import (
     Pairing,
     compute_levels,
     pairings,
     standard_level_ranks,
 )
-from moe_lab.analysis.difficulty.within import Ints, joint_code
+from moe_lab.analysis.difficulty.within_groups import Ints, joint_code
+from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.config import require
 
 DRAWS = 999

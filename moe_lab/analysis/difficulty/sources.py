@@ -5,7 +5,7 @@ difficulties and notions of compute.
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.difficulty.tokens import STRATA
+from moe_lab.analysis.difficulty.alignment import STRATA
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.text import ngram_surprisal
 from moe_lab.trace import LayerMeta, Trace

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from moe_lab.analysis.difficulty.alignment import STRATA
 from moe_lab.analysis.difficulty.association import difficulty_association
 from moe_lab.analysis.difficulty.baselines import baseline_association
-from moe_lab.analysis.difficulty.budget import compute_budget, compute_variance
+from moe_lab.analysis.difficulty.compute_budget import compute_budget, compute_variance
 from moe_lab.analysis.difficulty.curves import difficulty_curves, difficulty_information
+from moe_lab.analysis.difficulty.difficulty_verdict import MARGIN, MIN_DOCUMENTS, DifficultyVerdict
 from moe_lab.analysis.difficulty.nulls import difficulty_nulls
-from moe_lab.analysis.difficulty.tokens import STRATA
-from moe_lab.analysis.difficulty.verdict import MARGIN, MIN_DOCUMENTS, DifficultyVerdict
 
 ALIGN_WORDS = {"input": "the token that goes in", "target": "the token to be predicted"}
 

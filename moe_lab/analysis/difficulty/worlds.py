@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import binom
 
-from moe_lab.analysis.bootstrap import Floats
+from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.errors import AnalysisError, expected
 
 SLOTS = 12

@@ -20,7 +20,7 @@ import torch
 from moe_lab.errors import CorpusError, TraceError, expected
 from moe_lab.text import Corpus, TokenizedDocument, token_classes
 from moe_lab.trace.capturing.recorder import capture
-from moe_lab.trace.place import INCOMPLETE_SUFFIX
+from moe_lab.trace.publish import INCOMPLETE_SUFFIX
 from moe_lab.trace.reader import Trace, open_trace
 
 BATCH_TOKENS = 4096

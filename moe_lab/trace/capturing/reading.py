@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.routing import Routing
-from moe_lab.trace.statistics import Spread
+from moe_lab.trace.score_spread import Spread
 
 
 @dataclass(frozen=True)

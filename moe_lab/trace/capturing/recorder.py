@@ -37,9 +37,9 @@ from moe_lab.trace.capturing.provenance import (
 )
 from moe_lab.trace.capturing.reading import Reader, Reading, as_reading, describe
 from moe_lab.trace.capturing.token_loss import TokenLoss
-from moe_lab.trace.convert import slot_rows
+from moe_lab.trace.rows import slot_rows
 from moe_lab.trace.schema import OUTPUT_RATIO, LayerMeta, TraceMeta
-from moe_lab.trace.statistics import Spread, infer_score_func, spread_of_logits, spread_of_scores
+from moe_lab.trace.score_spread import Spread, infer_score_func, spread_of_logits, spread_of_scores
 from moe_lab.trace.writer import BUFFER_BYTES, TraceWriter
 
 CHUNK_TOKENS = 8192

@@ -18,12 +18,12 @@ import polars as pl
 
 from moe_lab.accounting import count
 from moe_lab.errors import MoELabError, TraceError, expected
-from moe_lab.trace.convert import slot_rows
 from moe_lab.trace.importing.engines import megatron, sglang, trtllm, vllm
 from moe_lab.trace.importing.source import Document, Sizes, Source
 from moe_lab.trace.importing.tools import counts, moe_atlas, stratamoe
 from moe_lab.trace.importing.untrusted import read_json
 from moe_lab.trace.reader import Trace, open_trace
+from moe_lab.trace.rows import slot_rows
 from moe_lab.trace.schema import ROUTED, LayerMeta, TraceMeta
 from moe_lab.trace.writer import TraceWriter
 

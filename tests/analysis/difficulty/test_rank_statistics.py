@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_lab.analysis.difficulty.interval import (
+from moe_lab.analysis.difficulty.intervals import (
     Bootstrap,
     expanded_quantiles,
     false_discovery,
     moments,
 )
-from moe_lab.analysis.difficulty.ranks import Order, somers_d, spearman, xi
-from moe_lab.analysis.difficulty.within import Within, joint_code
+from moe_lab.analysis.difficulty.rank_statistics import Order, somers_d, spearman, xi
+from moe_lab.analysis.difficulty.within_groups import Within, joint_code
 
 
 @pytest.fixture(params=[0, 1, 2])

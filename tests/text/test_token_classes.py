@@ -15,7 +15,7 @@ from moe_lab.text import (
     token_classes,
     tokenize_documents,
 )
-from moe_lab.text.classes import frequency_bands
+from moe_lab.text.token_classes import frequency_bands
 
 
 def cut(*pieces: str | bytes, name: str = "a.txt") -> tuple[TokenizedDocument, Tokenizer]:

@@ -9,7 +9,7 @@ most of what identity does.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moe_lab.analysis.difficulty.interval import Interval
+from moe_lab.analysis.difficulty.intervals import Interval
 
 MARGIN = 0.02
 MIN_DOCUMENTS = 200

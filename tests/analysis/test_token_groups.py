@@ -5,8 +5,8 @@ import polars as pl
 import pytest
 
 from moe_lab.analysis import expert_load, load_over_windows, load_summary
-from moe_lab.analysis.groups import grouping, windows
-from moe_lab.analysis.streams import Cursor, aligned, document_runs
+from moe_lab.analysis.aligned_rows import Cursor, aligned, document_runs
+from moe_lab.analysis.token_groups import grouping, windows
 from moe_lab.errors import AnalysisError, TraceError
 from moe_lab.trace import TraceWriter, open_trace
 
@@ -106,7 +106,7 @@ def test_documents_can_be_counted_apart(trace):
 
 @pytest.mark.parametrize("cells", [1, 20, 2**20])
 def test_tables_too_large_to_hold_are_counted_in_passes(trace, monkeypatch, cells):
-    monkeypatch.setattr("moe_lab.analysis.groups.MAX_CELLS", cells)
+    monkeypatch.setattr("moe_lab.analysis.token_groups.MAX_CELLS", cells)
     counts = expert_load(trace, by="token_id").filter(pl.col("count") > 0)
     assert set(counts.select("layer", "token_id", "expert", "count").rows()) == joined(
         trace, "token_id"

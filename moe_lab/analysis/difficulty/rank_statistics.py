@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lab.analysis.bootstrap import Floats
+from moe_lab.analysis.document_bootstrap import Floats
 
 Ints = NDArray[np.int64]
 

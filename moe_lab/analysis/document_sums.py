@@ -13,12 +13,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.bootstrap import Floats, percentile_interval
-from moe_lab.analysis.groups import Grouping, coded_batches
-from moe_lab.analysis.streams import MAX_CELLS, add_counts, chunks
+from moe_lab.analysis.aligned_rows import MAX_CELLS, add_counts, chunks
+from moe_lab.analysis.document_bootstrap import Floats, percentile_interval
+from moe_lab.analysis.token_groups import Grouping, coded_batches
 from moe_lab.config import require
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
+from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 MAX_UNITS = 4096
 RESAMPLES = 400

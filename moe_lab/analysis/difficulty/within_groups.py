@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from moe_lab.analysis.bootstrap import Floats
+from moe_lab.analysis.document_bootstrap import Floats
 
 Ints = NDArray[np.int64]
 TOLERANCE = 1e-10

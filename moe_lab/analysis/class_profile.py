@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 from scipy.sparse import csr_array
 
-from moe_lab.analysis.bootstrap import Floats, percentile_interval
-from moe_lab.analysis.recorded import of_tokens, of_zero_experts
+from moe_lab.analysis.document_bootstrap import Floats, percentile_interval
+from moe_lab.analysis.requirements import of_tokens, of_zero_experts
 from moe_lab.analysis.tables import KEY, collect, token_column
 from moe_lab.config import require
 from moe_lab.trace import Trace

@@ -20,7 +20,7 @@ from moe_lab.errors import CorpusError, expected
 if TYPE_CHECKING:
     import polars as pl
 
-    from moe_lab.text.tokens import TokenizedDocument
+    from moe_lab.text.tokenized_text import TokenizedDocument
 
 Documents = Sequence[np.ndarray]
 NUM_DECILES = 10

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # readers of traces need no torch, which takes two seconds to
     from torch import Tensor
 
     from moe_lab.routing import Routing
-    from moe_lab.trace.statistics import Spread
+    from moe_lab.trace.score_spread import Spread
 
 EMPTY_SLOT = 65_535
 """Stands for an unused slot in buffered id arrays; never an expert id (see ``schema.MAX_CHOICES``),
@@ -44,7 +44,7 @@ def routing_rows(
         TraceError: shapes or expert numbers that disagree, ids out of range or repeated in a token,
             weights or scores not finite.
     """
-    from moe_lab.trace.statistics import spread_of_scores
+    from moe_lab.trace.score_spread import spread_of_scores
 
     where = f"layer {layer.layer}: "
     if (routing.num_experts, routing.num_zero_experts) != (

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from moe_lab.analysis import ffn_spread
-from moe_lab.analysis.spread import hypergeometric
+from moe_lab.analysis.zero_compute import hypergeometric
 
 
 @pytest.mark.filterwarnings(

@@ -14,11 +14,9 @@ import numpy as np
 
 from moe_lab.errors import CorpusError, expected
 from moe_lab.text.code_lexer import code_classes, lexer_for
-from moe_lab.text.english import RIGHT_QUOTE, is_function_word
+from moe_lab.text.function_words import RIGHT_QUOTE, is_function_word
 from moe_lab.text.python_lexer import PYTHON_CLASSES, python_classes
-from moe_lab.text.tokenizer import Tokenizer
-from moe_lab.text.tokens import TokenizedDocument
-from moe_lab.text.view import (
+from moe_lab.text.token_view import (
     CHARACTER_CLASSES,
     DIGIT,
     LETTER,
@@ -30,6 +28,8 @@ from moe_lab.text.view import (
     TokenView,
     prefix_sum,
 )
+from moe_lab.text.tokenized_text import TokenizedDocument
+from moe_lab.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import polars as pl

@@ -13,8 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
+from moe_lab.text.tokenized_text import TokenizedDocument
 from moe_lab.text.tokenizer import Tokenizer
-from moe_lab.text.tokens import TokenizedDocument
 
 CHARACTER_CLASSES = ("letter", "digit", "punct", "symbol", "space", "newline", "control")
 LETTER, DIGIT, PUNCT, SYMBOL, SPACE, NEWLINE, CONTROL = range(len(CHARACTER_CLASSES))

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.streams import (
+from moe_lab.analysis.aligned_rows import (
     KEY,
     MAX_CELLS,
     Frames,
@@ -27,7 +27,7 @@ from moe_lab.analysis.streams import (
 )
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
+from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 ROUTED = "routed"
 POSITION_BAND, TRUE_ID = "position_band", "true_id"

@@ -9,7 +9,7 @@ from moe_lab import analysis
 from moe_lab.errors import AnalysisError
 from moe_lab.report import write_report
 from moe_lab.trace import LayerMeta, Trace, TraceMeta, TraceWriter, open_trace
-from moe_lab.trace.convert import slot_rows
+from moe_lab.trace.rows import slot_rows
 
 LAYERS = tuple(
     LayerMeta(layer=layer, num_experts=4, num_zero_experts=2, top_k=2) for layer in range(2)

@@ -12,7 +12,7 @@ from moe_lab.text import (
     TokenizerKind,
     load_corpus,
     load_tokens,
-    tokens,
+    tokenized_text,
     train_tokenizer,
 )
 
@@ -90,7 +90,7 @@ def test_tokenizer_has_seen_the_train_split_alone(config, cache):
 
 def test_warm_cache_gives_the_same_tokens_without_tokenizing(config, cache, monkeypatch):
     built = load_tokens(config, cache)
-    monkeypatch.setattr(tokens, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(tokenized_text, "_build", lambda *_: pytest.fail("built again"))
     loaded = load_tokens(config, cache)
     assert loaded.train.tolist() == built.train.tolist()
     assert loaded.tokenizer.hash == built.tokenizer.hash
@@ -127,7 +127,7 @@ def test_changed_corpus_is_told_where_the_hash_is_set_and_built_anew_where_not(
 def test_same_text_in_another_folder_shares_the_cache(config, cache, corpus, tmp_path, monkeypatch):
     load_tokens(config, cache)
     corpus.rename(tmp_path / "moved")
-    monkeypatch.setattr(tokens, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(tokenized_text, "_build", lambda *_: pytest.fail("built again"))
     load_tokens(config.replace(corpus=str(tmp_path / "moved")), cache)
 
 

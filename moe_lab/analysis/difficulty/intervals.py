@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr, stdtr, stdtrit
 
-from moe_lab.analysis.bootstrap import Floats, document_weights
+from moe_lab.analysis.document_bootstrap import Floats, document_weights
 
 MIN_DOCUMENTS = 3
 MAX_CLUSTERS = 4096

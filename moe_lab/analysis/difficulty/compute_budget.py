@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.bootstrap import Floats
+from moe_lab.analysis.difficulty.alignment import (
+    Align,
+    LayerTokens,
+    align,
+    frequency_bands,
+    layers_of,
+)
 from moe_lab.analysis.difficulty.association import standard_level_ranks
-from moe_lab.analysis.difficulty.ranks import Order, standard_ranks
-from moe_lab.analysis.difficulty.tokens import Align, LayerTokens, align, frequency_bands, layers_of
-from moe_lab.analysis.difficulty.within import Ints, Within, joint_code
+from moe_lab.analysis.difficulty.rank_statistics import Order, standard_ranks
+from moe_lab.analysis.difficulty.within_groups import Ints, Within, joint_code
+from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.errors import AnalysisError, expected
 
 

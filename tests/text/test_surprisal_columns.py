@@ -5,7 +5,7 @@ import pytest
 
 from moe_lab.errors import CorpusError
 from moe_lab.text import TokenizedDocument, difficulty_columns, ngram_surprisal
-from moe_lab.text.difficulty import NgramModel, surprisal_decile
+from moe_lab.text.surprisal import NgramModel, surprisal_decile
 
 
 def documents_of(*rows):

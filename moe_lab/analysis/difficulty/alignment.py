@@ -14,8 +14,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.bootstrap import Floats
-from moe_lab.analysis.difficulty.within import joint_code
+from moe_lab.analysis.difficulty.within_groups import joint_code
+from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.errors import AnalysisError, expected
 
 Ints = NDArray[np.int64]

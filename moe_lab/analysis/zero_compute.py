@@ -1,5 +1,4 @@
-"""How much the number of real experts per token varies, beside what a router would show that never
-looks at the token.
+"""Zero-compute experts: their share of the slots, and how much the number of real experts varies.
 
 Variation alone proves nothing. A router with zero-compute experts that picks K of N + Z at random
 already gives each token a different number of real experts; a claim of adaptive compute must show
@@ -7,15 +6,54 @@ more than that, and then that the extra follows the tokens.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.bootstrap import Floats, percentile_interval
-from moe_lab.analysis.recorded import of_tokens, of_zero_experts
-from moe_lab.analysis.sampling import group_count
+from moe_lab.analysis.aligned_rows import KEY, by_layer
+from moe_lab.analysis.conditional_bernoulli import group_count
+from moe_lab.analysis.document_bootstrap import Floats, percentile_interval
+from moe_lab.analysis.document_sums import (
+    RESAMPLES,
+    Documents,
+    Resampling,
+    documents,
+    nulls,
+    over,
+    ratio_interval,
+    unit_sums,
+)
+from moe_lab.analysis.requirements import of_tokens, of_zero_experts
 from moe_lab.analysis.tables import collect
 from moe_lab.trace import LayerMeta, Trace
+
+
+@of_tokens
+@of_zero_experts
+def zero_compute(
+    trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> pl.DataFrame:
+    """How many slots go to zero-compute experts, and whether tokens are polarised between no real
+    expert and all K.
+
+    Returns:
+        [layer, n_tokens, n_docs, zero_ratio, lo, hi, compute_intensity, at_zero, at_full,
+        polarisation, polarisation_lo, polarisation_hi, binomial]: ``zero_ratio`` of the used slots
+        went to zero-compute experts; ``compute_intensity`` is mean ffn_count / K; ``at_zero`` and
+        ``at_full`` are the shares of tokens with no real expert and with K of them,
+        ``polarisation`` their sum (arXiv 2601.15370, section 6), and ``binomial`` what K
+        independent slots of the same mean would give: ``(1-p)^K + p^K``. Slots of one token are
+        distinct experts, so a router that ignores the token lies somewhat below it. Layers without
+        zero-compute experts are left out.
+    """
+    docs, resampling = documents(trace, 5), Resampling(resamples, seed, level)
+    rows = [
+        _zero_row(trace, layer, docs, resampling)
+        for layer in by_layer(trace)
+        if layer.num_zero_experts
+    ]
+    return nulls(pl.DataFrame(rows, schema=_ZERO_SCHEMA))
 
 
 @of_tokens
@@ -39,7 +77,7 @@ def ffn_spread(
           / (N+Z-1))`` with p = mean / K: the two groups keep their measured shares, experts within
           a group are alike.
         * ``independent_sd``: every expert keeps its measured load and nothing else (conditional
-          Bernoulli sampling, see ``analysis.sampling``). Skewed loads spread less than even ones,
+          Bernoulli sampling, see ``analysis.conditional_bernoulli``). Skewed loads spread less than even ones,
           so this is the benchmark that ``sd`` must exceed.
 
         The benchmarks are null in a layer where some token used fewer than K slots: there the
@@ -101,6 +139,41 @@ def independent_sd(layer: LayerMeta, rates_E: Floats) -> float | None:
     return math.sqrt(max(distribution @ counts**2 - mean**2, 0.0))
 
 
+def _zero_row(
+    trace: Trace, layer: LayerMeta, docs: Documents, resampling: Resampling
+) -> dict[str, Any]:
+    sums_U6 = np.zeros((docs.units, 6))
+    for batch in trace.batches(layer.layer, [*KEY, "ffn_count", "zero_count"]):
+        ffn, zero = (
+            batch[name].to_numpy().astype(np.int64) for name in ("ffn_count", "zero_count")
+        )
+        columns = np.stack(
+            [np.ones_like(ffn), ffn, ffn == 0, ffn == layer.top_k, ffn + zero, zero], axis=1
+        )
+        sums_U6 += unit_sums(docs, batch["doc"].to_numpy(), columns)
+    (ratio,), (low,), (high,) = ratio_interval(sums_U6[:, 4:], resampling)
+    tokens, ffn, at_zero, at_full = sums_U6[:, :4].sum(axis=0)
+    ends = np.stack([sums_U6[:, 0], sums_U6[:, 2] + sums_U6[:, 3]], axis=1)
+    (polar,), (polar_low,), (polar_high,) = ratio_interval(ends, resampling)
+    intensity = float(over(np.array(ffn), np.array(tokens * layer.top_k)))
+    independent = (1 - intensity) ** layer.top_k + intensity**layer.top_k if tokens else np.nan
+    return {
+        "layer": layer.layer,
+        "n_tokens": int(tokens),
+        "n_docs": len(docs.docs),
+        "zero_ratio": ratio,
+        "lo": low,
+        "hi": high,
+        "compute_intensity": intensity,
+        "at_zero": float(over(np.array(at_zero), np.array(tokens))),
+        "at_full": float(over(np.array(at_full), np.array(tokens))),
+        "polarisation": polar,
+        "polarisation_lo": polar_low,
+        "polarisation_hi": polar_high,
+        "binomial": independent,
+    }
+
+
 def _benchmarks(
     trace: Trace, layer: LayerMeta, mean: float, tokens: float
 ) -> dict[str, float | None]:
@@ -137,4 +210,19 @@ _SCHEMA = (
     | dict.fromkeys(
         ("hypergeometric_mean", "hypergeometric_sd", "matched_sd", "independent_sd"), pl.Float64
     )
+)
+_ZERO_SCHEMA = {"layer": pl.UInt32, "n_tokens": pl.Int64, "n_docs": pl.Int64} | dict.fromkeys(
+    (
+        "zero_ratio",
+        "lo",
+        "hi",
+        "compute_intensity",
+        "at_zero",
+        "at_full",
+        "polarisation",
+        "polarisation_lo",
+        "polarisation_hi",
+        "binomial",
+    ),
+    pl.Float64,
 )

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from moe_lab.errors import AnalysisError, TraceError, expected
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.convert import EMPTY_SLOT, expert_slots
 from moe_lab.trace.reader import document_runs
+from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 KEY = ("doc", "pos")
 MAX_CELLS = 2**26

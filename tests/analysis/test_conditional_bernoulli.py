@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.analysis.sampling import fit_odds, group_count, inclusion_rates, symmetric_polynomials
+from moe_lab.analysis.conditional_bernoulli import (
+    fit_odds,
+    group_count,
+    inclusion_rates,
+    symmetric_polynomials,
+)
 
 
 def enumerate_choices(odds, slots):
