@@ -5,14 +5,15 @@ Out: one frame with the columns that `wall_verdict`, `confounds` and `fit` name.
 folder counts when its ``done`` file lies there; ``train_tokens`` is called tokens.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, RunError, expected
+from moe_lab.runs.layout import DONE, RESULT
+from moe_lab.runs.record import parse_object
 from moe_lab.scaling.compute_slope import measured_slope
 from moe_lab.scaling.confounds import SHORT
 from moe_lab.scaling.sweep_means import COLUMNS
@@ -138,12 +139,12 @@ def _text(path: Path, separator: str) -> pl.DataFrame:
 
 def _folder(folder: Path) -> pl.DataFrame:
     rows: list[dict[str, Any]] = []
-    for done in sorted(folder.glob("*/done")):
+    for run in sorted(folder.glob(f"*/{DONE}")):
         try:
-            result = json.loads((done.parent / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            result = parse_object(run.parent / RESULT)
+        except RunError as error:
             raise AnalysisError(
-                expected(f"a readable result.json in {done.parent}", str(error).splitlines()[0])
+                expected(f"a readable {RESULT} in {run.parent}", str(error))
             ) from error
         rows.append(
             {name: value for name, value in result.items() if isinstance(value, int | float | str)}

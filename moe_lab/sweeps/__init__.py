@@ -1,10 +1,9 @@
 """Many runs: a sweep's configuration, its plan, its run store, and the launchers that work it off."""
 
+from moe_lab.runs import RunState, RunStore, open_store, readable
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import LAUNCHERS, Ending, Job, Launcher, Result
 from moe_lab.sweeps.memory import free_memory, run_memory, too_large
-from moe_lab.sweeps.object_store import readable
-from moe_lab.sweeps.overview import status_lines
 from moe_lab.sweeps.planning import (
     cheapest_text,
     describe,
@@ -18,7 +17,7 @@ from moe_lab.sweeps.planning import (
 )
 from moe_lab.sweeps.recipe import load_recipe
 from moe_lab.sweeps.running import FailedRun, SweepOutcome, run
-from moe_lab.sweeps.store import RunState, RunStore, open_store, status
+from moe_lab.sweeps.status_table import status, status_lines
 
 __all__ = [
     "LAUNCHERS",

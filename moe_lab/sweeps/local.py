@@ -22,6 +22,7 @@ from typing import IO
 
 from moe_lab.config import Config, require
 from moe_lab.errors import RunError, expected
+from moe_lab.runs.layout import STATUS
 from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
 from moe_lab.sweeps.remote import read_options
 
@@ -128,7 +129,7 @@ class _Worker:
         if self.job is None or self.stalled:
             return
         try:
-            written = (self.job.folder / "status.json").stat().st_mtime_ns
+            written = (self.job.folder / STATUS).stat().st_mtime_ns
         except OSError:
             written = 0
         if written != self._status or not self.was_ready:

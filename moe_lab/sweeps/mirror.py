@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_lab import failures
 from moe_lab.errors import RunError
 from moe_lab.files import below
-from moe_lab.sweeps.bucket import Bucket
+from moe_lab.runs.bucket import Bucket
+from moe_lab.runs.layout import DONE, ERROR, LOG
+from moe_lab.runs.object_leases import take
+from moe_lab.runs.object_store import FILES, LEASE, STATE, STATE_FILES, scratch_name
+from moe_lab.runs.store import Store
 from moe_lab.sweeps.launchers import Ending, Job, Launcher, Result
-from moe_lab.sweeps.leases import take
-from moe_lab.sweeps.object_store import FILES, LEASE, STATE, STATE_FILES, ObjectStore, scratch_name
-from moe_lab.sweeps.store import DONE
 
 TRAINER = "moe_lab.sweeps.mirror:train"
 BUSY = "another worker holds the lease of this run"
@@ -38,7 +38,7 @@ LOG_BYTES = 65536
 class MirrorLauncher:
     """See ``launchers.Launcher``: ``inner`` with every run's files in ``store``."""
 
-    def __init__(self, inner: Launcher, store: ObjectStore, trainer: str) -> None:
+    def __init__(self, inner: Launcher, store: Store, trainer: str) -> None:
         self._inner, self._store, self._trainer = inner, store, trainer
 
     @property
@@ -90,7 +90,7 @@ def train(values: dict[str, Any], folder: Path) -> None:
     scratch = Path(tempfile.gettempdir()) / scratch_name(values["url"]) / run
     with lease:
         if bucket.read(f"{STATE}/{run}/{DONE}") is None:
-            copies = _Copies(bucket, run, scratch, folder / failures.LOG)
+            copies = _Copies(bucket, run, scratch, folder / LOG)
             try:
                 if not (
                     scratch / DONE
@@ -102,7 +102,7 @@ def train(values: dict[str, Any], folder: Path) -> None:
             except Exception as error:
                 with suppress(RunError):
                     bucket.write(
-                        f"{STATE}/{run}/{failures.ERROR}",
+                        f"{STATE}/{run}/{ERROR}",
                         f"{one_line(error, scratch)}\n\n{traceback.format_exc()}".encode(),
                     )
                 raise
@@ -130,7 +130,7 @@ class _Copies:
             self._bucket.download(
                 name, below(self._scratch, name.removeprefix(prefix), self._bucket.url)
             )
-        self._bucket.delete([f"{STATE}/{self._run}/{failures.ERROR}"])
+        self._bucket.delete([f"{STATE}/{self._run}/{ERROR}"])
 
     def __enter__(self) -> "_Copies":
         self._thread.start()
@@ -189,9 +189,7 @@ class _Copies:
 
     def _copy_log(self) -> None:
         if self._log.exists():
-            self._bucket.write(
-                f"{STATE}/{self._run}/{failures.LOG}", self._log.read_bytes()[-LOG_BYTES:]
-            )
+            self._bucket.write(f"{STATE}/{self._run}/{LOG}", self._log.read_bytes()[-LOG_BYTES:])
 
     def finish(self) -> None:
         """Everything, then ``done``, then away with the checkpoint."""

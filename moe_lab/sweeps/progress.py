@@ -8,13 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from moe_lab.runs.record import Progress
+from moe_lab.runs.store import Store
 from moe_lab.sweeps.launchers import Ending, Job, Result
-from moe_lab.sweeps.store import Progress, RunStore
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-    from moe_lab.sweeps.object_store import ObjectStore
 
 LINE_SECONDS = 10.0
 REFRESH_SECONDS = 0.5
@@ -39,7 +38,7 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
-def build_view(wanted: bool, store: "RunStore | ObjectStore", jobs: Sequence[Job]) -> View:
+def build_view(wanted: bool, store: Store, jobs: Sequence[Job]) -> View:
     if not wanted:
         return SilentView()
     return LiveView(store, jobs) if sys.stdout.isatty() else PlainView(store, jobs)
@@ -101,7 +100,7 @@ def figures(progress: Progress) -> str:
 
 
 def opening_line(
-    store: "RunStore | ObjectStore",
+    store: Store,
     jobs: Sequence[Job],
     finished: Sequence[Job],
     failed: Sequence[Job],
@@ -141,7 +140,7 @@ def duration(seconds: float | None) -> str:
 class PlainView:
     """Lines for logs: one when a run starts and ends, one per running run every ten seconds."""
 
-    def __init__(self, store: "RunStore | ObjectStore", jobs: Sequence[Job]) -> None:
+    def __init__(self, store: Store, jobs: Sequence[Job]) -> None:
         self._store, self._jobs = store, jobs
         self._settled = 0
         self._forecast = Forecast(jobs, ())
@@ -184,7 +183,7 @@ class PlainView:
 class LiveView:
     """A bar for the sweep and one per running run; what ended scrolls up as a line."""
 
-    def __init__(self, store: "RunStore | ObjectStore", jobs: Sequence[Job]) -> None:
+    def __init__(self, store: Store, jobs: Sequence[Job]) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bars
 

@@ -13,19 +13,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_lab.config import require
+from moe_lab.runs.layout import RunState
+from moe_lab.runs.record import Progress
+from moe_lab.runs.store import Store, open_store
 from moe_lab.sweeps.admission import Admission
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import TRAIN, Ending, Job, Launcher, Result, build_launcher
 from moe_lab.sweeps.memory import free_memory, run_memory, too_large
 from moe_lab.sweeps.planning import describe
 from moe_lab.sweeps.progress import View, build_view
-from moe_lab.sweeps.store import Progress, RunState, RunStore, open_store
-
-if TYPE_CHECKING:
-    from moe_lab.sweeps.object_store import ObjectStore
 
 RETRIES = 2
 """How often in a row a run is taken up again whose worker died before it had a newer checkpoint,
@@ -142,7 +140,7 @@ def _tokenize(sweep: SweepConfig) -> None:
 
 
 def _pool(
-    store: "RunStore | ObjectStore",
+    store: Store,
     launcher: str,
     jobs: list[Job],
     workers: int | None,
@@ -150,12 +148,12 @@ def _pool(
     options: Mapping[str, str] | None,
 ) -> Launcher:
     """The launcher; where the store is no folder, with every run's files copied to it."""
-    if isinstance(store, RunStore):
+    if store.is_folder:
         return build_launcher(launcher, jobs, workers, trainer, options)
     from moe_lab.sweeps import mirror
 
     require(
-        not store.folder.startswith("memory:"),
+        not str(store.folder).startswith("memory:"),
         "a store that worker processes see",
         store.folder,
         "a folder or s3://...",
@@ -165,11 +163,10 @@ def _pool(
     )
 
 
-def _jobs(sweep: SweepConfig, store: "RunStore | ObjectStore") -> list[Job]:
+def _jobs(sweep: SweepConfig, store: Store) -> list[Job]:
     """The sweep's runs, the longest first: a long one that starts last would leave the other
     workers idle.
     """
-    shared = isinstance(store, RunStore)
     jobs = [
         Job(
             run_hash,
@@ -179,7 +176,7 @@ def _jobs(sweep: SweepConfig, store: "RunStore | ObjectStore") -> list[Job]:
             describe(run, run_hash)["flops"],
             run.device,
             run_memory(run),
-            shared,
+            store.is_folder,
         )
         for run_hash, run in zip(sweep.hashes, sweep.runs, strict=True)
     ]
@@ -189,9 +186,7 @@ def _jobs(sweep: SweepConfig, store: "RunStore | ObjectStore") -> list[Job]:
 class _Driver:
     """Which runs wait, run, run elsewhere, are finished and have failed."""
 
-    def __init__(
-        self, store: "RunStore | ObjectStore", jobs: list[Job], admission: Admission
-    ) -> None:
+    def __init__(self, store: Store, jobs: list[Job], admission: Admission) -> None:
         self.store, self.admission = store, admission
         self.jobs = {job.run: job for job in jobs}
         self.queue: deque[Job] = deque()

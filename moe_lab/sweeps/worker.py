@@ -25,10 +25,10 @@ from typing import Any
 
 from moe_lab.errors import MoELabError, RunError, expected
 from moe_lab.files import TEMPORARY_PREFIX, write_text
-from moe_lab.sweeps.claims import acquire
+from moe_lab.runs.folder_claims import acquire
+from moe_lab.runs.layout import DONE, ERROR, LOG
 from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
 from moe_lab.sweeps.memory import give_back_freed
-from moe_lab.sweeps.store import DONE, ERROR
 
 Trainer = Callable[[dict[str, Any], Path], object]
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -83,7 +83,7 @@ def execute(trainer: Trainer, job: Job) -> Ending:
 def _train(trainer: Trainer, job: Job) -> Ending:
     try:
         _tidy(job.folder)
-        with _output_to(job.folder / "log.txt"):
+        with _output_to(job.folder / LOG):
             trainer(job.config, job.folder)
         if not (job.folder / DONE).exists():
             raise RunError(

@@ -243,6 +243,22 @@ def make_unfinished_run(folder: Path) -> Path:
     return folder
 
 
+def run_name(index: int) -> str:
+    """A name such as a plan gives to a run."""
+    return f"{index:012x}"
+
+
+def write_plan(folder: Path, names: Sequence[str], question: str = "") -> None:
+    """A plan of runs called ``names``, in folders ``run_name(0)``, ``run_name(1)``, ..."""
+    runs = {
+        run_name(index): {"name": name, "arm": "topk", "ratio": 2.0, "seed": index, "config": {}}
+        for index, name in enumerate(names)
+    }
+    sweep = {"hash": "0", "name": "s", "question": question, "preset": "", "runs": list(runs)}
+    plan = {"schema_version": 1, "sweeps": [sweep], "runs": runs}
+    (folder / "sweep.json").write_text(json.dumps(plan))
+
+
 def make_sweep(
     folder: Path,
     seeds: int = 2,

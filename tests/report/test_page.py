@@ -11,7 +11,15 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from report_fixtures import HOSTILE, Shape, make_failed_run, make_run, make_sweep, make_trace
+from report_fixtures import (
+    HOSTILE,
+    Shape,
+    make_failed_run,
+    make_run,
+    make_sweep,
+    make_trace,
+    write_plan,
+)
 
 from moe_lab.errors import RunError
 from moe_lab.report import figures, write_report
@@ -62,7 +70,7 @@ def test_failed_and_unfinished_runs_are_listed_with_their_reason(page: str) -> N
         "topk-64 failed the loss is nan at step 17; try a lower learning rate than 0.3 <b>"
         in words(page)
     )
-    assert "topk-128 unfinished stopped at step 40 of 600" in words(page)
+    assert "topk-128 interrupted stopped at step 40 of 600" in words(page)
 
 
 def test_failed_runs_show_their_last_lines_as_text(tmp_path: Path) -> None:
@@ -85,13 +93,13 @@ def test_failed_runs_show_their_last_lines_as_text(tmp_path: Path) -> None:
 
 def test_more_runs_than_a_table_holds_are_in_the_data_file(tmp_path: Path) -> None:
     make_run(tmp_path / "good", "topk", 2, 0, None, [])
-    waiting = {f"w{index}": {"name": f"waits {index}"} for index in range(MAX_TABLE_ROWS + 30)}
-    (tmp_path / "sweep.json").write_text(json.dumps({"runs": waiting}))
+    waiting = [f"waits {index}" for index in range(MAX_TABLE_ROWS + 30)]
+    write_plan(tmp_path, waiting)
     page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count(">unfinished</td>") == MAX_TABLE_ROWS
+    assert page.count(">pending</td>") == MAX_TABLE_ROWS
     assert "30 more rows are in the data file" in page
     runs = pl.read_parquet(tmp_path / "report_data" / "runs.parquet")
-    assert runs["state"].to_list() == ["finished", *["unfinished"] * len(waiting)]
+    assert runs["state"].to_list() == ["finished", *["pending"] * len(waiting)]
 
 
 def test_numbers_of_the_runs_are_those_of_result_json(page: str, sweep: Path) -> None:
@@ -293,12 +301,14 @@ def test_a_page_needs_no_torch(sweep: Path, tmp_path: Path) -> None:
 
 def test_last_lines_are_counted_beyond_those_shown(tmp_path: Path) -> None:
     runs = [
-        RunRecord(tmp_path / str(number), RunState.FAILED, error=f"trouble {number}")
+        RunRecord(
+            tmp_path / str(number),
+            RunState.FAILED,
+            error=f"trouble {number}",
+            last_lines=f"the end of {number}" if number else "",
+        )
         for number in range(MAX_FAILURES + 4)
     ]
-    for run in runs[1:]:
-        run.folder.mkdir()
-        (run.folder / "log.txt").write_text(f"the end of {run.folder.name}\n")
     found = failed_runs(Material(tuple(runs), ()))
     assert found is not None
     assert [lines for _, _, lines in found.shown] == [

@@ -4,7 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from report_fixtures import Shape, make_failed_run, make_run, make_trace, make_unfinished_run
+from report_fixtures import (
+    Shape,
+    make_failed_run,
+    make_run,
+    make_trace,
+    make_unfinished_run,
+    run_name,
+    write_plan,
+)
 
 from moe_lab.errors import RunError, TraceError
 from moe_lab.report.sources import RunState, gather, run_table, training_metrics
@@ -22,22 +30,18 @@ def test_only_runs_with_done_are_finished(tmp_path: Path) -> None:
     assert [run.folder.name for run in material.finished] == ["a"]
     assert [named.label for named in material.traces] == ["topk 2:1, seed 0"]
     states = {run.folder.name: (run.state, run.error) for run in material.runs}
-    assert states["b"] == (RunState.UNFINISHED, "not started")
+    assert states["b"] == (RunState.PENDING, "not started")
     assert states["c"] == (RunState.FAILED, "out of disk")
-    assert states["d"] == (RunState.UNFINISHED, "stopped at step 40 of 600")
+    assert states["d"] == (RunState.INTERRUPTED, "stopped at step 40 of 600")
 
 
 def test_runs_of_the_plan_that_never_began_are_listed(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", "topk", 2, 0, SMALL)
-    plan = {
-        "sweeps": [{"question": "Is there a wall?"}],
-        "runs": {"a": {"name": "x"}, "b": {"name": "later"}},
-    }
-    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    make_run(tmp_path / run_name(0), "topk", 2, 0, SMALL)
+    write_plan(tmp_path, ["x", "later"], question="Is there a wall?")
     material = gather(tmp_path)
     assert material.questions == ("Is there a wall?",)
     assert [
-        (run.label, run.error) for run in material.runs if run.state is RunState.UNFINISHED
+        (run.label, run.error) for run in material.runs if run.state is RunState.PENDING
     ] == [("later", "not started")]
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from moe_lab.errors import RunError
-from moe_lab.sweeps import claims
-from moe_lab.sweeps.claims import Owner, acquire, holder, process_start, this_host
+from moe_lab.runs import folder_claims
+from moe_lab.runs.folder_claims import acquire, holder
+from moe_lab.runs.owners import Owner, process_start, this_host
 
 
 def write_claim(folder: Path, owner: Owner | None, *, number: int = 1, age: float = 0.0) -> Path:
@@ -79,14 +80,16 @@ def test_a_reused_process_id_does_not_keep_a_claim_alive(tmp_path: Path):
     assert holder(tmp_path) is None
 
 
-@pytest.mark.parametrize(("age", "alive"), [(1.0, True), (claims.SILENT_SECONDS + 5, False)])
+@pytest.mark.parametrize(("age", "alive"), [(1.0, True), (folder_claims.SILENT_SECONDS + 5, False)])
 def test_another_hosts_claim_lives_by_its_heartbeat(tmp_path: Path, age: float, alive: bool):
     write_claim(tmp_path, Owner("elsewhere/0/0", 1, 1), age=age)
     assert (holder(tmp_path) == "process 1 on elsewhere") is alive
     assert (acquire(tmp_path) is None) is alive
 
 
-@pytest.mark.parametrize(("age", "alive"), [(0.0, True), (claims.HEARTBEAT_SECONDS + 5, False)])
+@pytest.mark.parametrize(
+    ("age", "alive"), [(0.0, True), (folder_claims.HEARTBEAT_SECONDS + 5, False)]
+)
 def test_an_empty_claim_belongs_to_someone_just_starting_or_to_nobody(
     tmp_path: Path, age: float, alive: bool
 ):
@@ -95,7 +98,7 @@ def test_an_empty_claim_belongs_to_someone_just_starting_or_to_nobody(
 
 
 def test_a_holder_keeps_its_claim_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(folder_claims, "HEARTBEAT_SECONDS", 0.01)
     claim = acquire(tmp_path)
     assert claim is not None
     os.utime(claim.path, (0, 0))
@@ -109,7 +112,7 @@ def test_a_holder_keeps_its_claim_fresh(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_holder_learns_that_it_was_taken_for_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(folder_claims, "HEARTBEAT_SECONDS", 0.01)
     lost = multiprocessing.Event()
     claim = acquire(tmp_path, on_lost=lost.set)
     assert claim is not None
@@ -126,7 +129,9 @@ def test_a_late_comer_who_saw_an_old_claim_backs_off(
     (tmp_path / ".claim-1").unlink()
     views = iter([stale_view])
     listdir = os.listdir
-    monkeypatch.setattr(claims.os, "listdir", lambda path: next(views, None) or listdir(path))
+    monkeypatch.setattr(
+        folder_claims.os, "listdir", lambda path: next(views, None) or listdir(path)
+    )
     assert acquire(tmp_path) is None
     assert listdir(tmp_path) == [".claim-3"]
 
@@ -168,7 +173,7 @@ def test_a_full_disk_leaves_no_claim_behind(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(claims.json, "dump", full)
+    monkeypatch.setattr(folder_claims.json, "dump", full)
     with pytest.raises(RunError, match="No space left on device"):
         acquire(tmp_path)
     assert holder(tmp_path) is None

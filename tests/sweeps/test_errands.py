@@ -14,8 +14,8 @@ import torch
 from stub_trainer import STUB, StubRun, expected_loss
 
 from moe_lab.errors import RunError
+from moe_lab.runs.folder_claims import holder
 from moe_lab.sweeps import worker
-from moe_lab.sweeps.claims import holder
 from moe_lab.sweeps.launchers import Ending, Job, Result
 from moe_lab.sweeps.remote import Errand, Refusal, settle
 from moe_lab.sweeps.worker import execute

@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 from stub_trainer import STUB, StubRun, stub_sweep
 
-from moe_lab import failures
 from moe_lab.cli import main
-from moe_lab.sweeps import overview, run, status, status_lines
+from moe_lab.runs import failures
+from moe_lab.sweeps import run, status, status_lines, status_table
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_run_without_files_said_nothing(tmp_path: Path):
 
 
 def test_a_large_sweep_shows_the_rows_that_need_attention():
-    number = 5 * overview.MAX_ROWS
+    number = 5 * status_table.MAX_ROWS
     states = ["finished"] * (number - 30) + ["running"] * 10 + ["failed"] * 20
     frame = pl.DataFrame(
         {
@@ -107,7 +107,7 @@ def test_a_large_sweep_shows_the_rows_that_need_attention():
     )
     lines = "\n".join(status_lines(frame))
     assert lines.count(" running ") == 10
-    assert lines.count("why") == 10 + 20 + overview.MAX_FAILURES
+    assert lines.count("why") == 10 + 20 + status_table.MAX_FAILURES
     assert "1,000 runs: 10 running, 970 finished, 20 failed; rows of the others: --json" in lines
     assert "h0 " not in lines
     assert "and 10 more" in lines

@@ -21,20 +21,20 @@ from stub_trainer import HOLD, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.cli import main
 from moe_lab.errors import ConfigError, RunError
+from moe_lab.runs import object_leases
+from moe_lab.runs.bucket import Bucket
+from moe_lab.runs.object_leases import living_owner, take
+from moe_lab.runs.object_store import ObjectStore
+from moe_lab.runs.owners import Owner, this_host
 from moe_lab.sweeps import (
     RunState,
     RunStore,
     SweepOutcome,
-    leases,
     open_store,
     readable,
     run,
     status,
 )
-from moe_lab.sweeps.bucket import Bucket
-from moe_lab.sweeps.claims import Owner, this_host
-from moe_lab.sweeps.leases import living_owner, take
-from moe_lab.sweeps.object_store import ObjectStore
 
 TRAINER = "bucket_files:train"
 GRID = stub_grid(3, steps=8, step_seconds=0.0)
@@ -168,12 +168,12 @@ def test_of_two_who_take_a_lease_at_the_same_moment_one_goes_on(
     def rival_writes(_: float) -> None:
         bucket.write("lease", json.dumps({"key": "rival"}).encode())
 
-    monkeypatch.setattr(leases.time, "sleep", rival_writes)
+    monkeypatch.setattr(object_leases.time, "sleep", rival_writes)
     assert take(bucket, "lease") is None
 
 
 def test_a_holder_hears_that_it_was_overtaken(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(object_leases, "RENEW_SECONDS", 0.05)
     bucket, lost = Bucket("bucket://b/sweep"), []
     with take(bucket, "lease", on_lost=lambda: lost.append(1)):  # type: ignore[union-attr]
         bucket.write("lease", json.dumps({"key": "rival"}).encode())

@@ -9,9 +9,9 @@ import pytest
 from stub_trainer import STUB, StubRun, stub_grid, stub_sweep
 
 from moe_lab.files import write_json
+from moe_lab.runs import Progress
 from moe_lab.sweeps import Ending, Job, Result, RunStore, progress, run
 from moe_lab.sweeps.progress import Forecast, PlainView
-from moe_lab.sweeps.store import Progress
 
 
 def job(name: str, cost: float = 1.0) -> Job:

@@ -15,8 +15,8 @@ import torch
 from real_sweep import real_sweep
 from safetensors.torch import load_file
 
+from moe_lab.runs.folder_claims import holder
 from moe_lab.sweeps import run, status
-from moe_lab.sweeps.claims import holder
 from moe_lab.training import train
 
 VOLATILE = ("seconds", "tokens_per_second")

@@ -15,8 +15,8 @@ import pytest
 from stub_trainer import HOLD, STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import RunError
-from moe_lab.sweeps import run, running, status
-from moe_lab.sweeps.claims import process_start
+from moe_lab.runs.owners import process_start
+from moe_lab.sweeps import RunStore, run, status
 
 RUNS, STEPS, STEP_SECONDS = 4, 20, 0.03
 GRID = stub_grid(RUNS, STEPS, STEP_SECONDS)
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_is_told_from_a_run_that_fails(
         if error := next(checks):
             raise error
 
-    monkeypatch.setattr(running.RunStore, "check_writable", check)
+    monkeypatch.setattr(RunStore, "check_writable", check)
     with pytest.raises(RunError, match="No space left on device"):
         run(
             stub_sweep(StubRun(trouble="no space"), StubRun()),

@@ -8,8 +8,8 @@ import pytest
 from stub_trainer import StubRun, stub_sweep
 
 from moe_lab.errors import RunError
+from moe_lab.runs.folder_claims import acquire
 from moe_lab.sweeps import RunState, RunStore, status
-from moe_lab.sweeps.claims import acquire
 
 RUNS = tuple(StubRun(name=f"run {seed}", seed=seed) for seed in range(5))
 

@@ -14,67 +14,21 @@ clock: those of two machines are never compared.
 
 import json
 import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 
 from moe_lab.errors import RunError
+from moe_lab.runs.owners import Owner, living, owner_of_this_process
 
 PREFIX = ".claim-"
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
 """A claim of another host that was not touched for this long has lost its owner."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    host: str
-    pid: int
-    started: int | None
-    """The kernel's start time of the process in clock ticks since boot; None where ``/proc`` is
-    missing.
-    """
-
-
-@cache
-def this_host() -> str:
-    """This machine, this boot and this process-id namespace: process ids mean something only within
-    all three.
-    """
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    parts = [socket.gethostname()]
-    if boot.exists():
-        parts.append(boot.read_text().strip()[:8])
-    if namespace.is_symlink():
-        parts.append(os.readlink(namespace).strip("pid:[]"))
-    return "/".join(parts)
-
-
-def process_start(pid: int) -> int | None:
-    """Start time of a running process, None for one that is gone, a zombie, or cannot be looked up."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def owner_alive(owner: Owner) -> bool:
-    if owner.started is not None:
-        return process_start(owner.pid) == owner.started
-    try:
-        os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _numbers(names: Iterable[str]) -> list[int]:
@@ -107,18 +61,11 @@ def _living_owner(path: Path) -> str | None:
         return None
     try:
         owner = Owner(**json.loads(text))
-    except (
-        ValueError,
-        TypeError,
-    ):  # empty: given back, or created this very moment and not yet written
+    except (ValueError, TypeError):
+        # Empty: given back, or created this very moment and not yet written.
         starting = touched > 0 and _now(path.parent) - touched < HEARTBEAT_SECONDS
         return "a process that is just starting" if starting else None
-    alive = (
-        owner_alive(owner)
-        if owner.host == this_host()
-        else _now(path.parent) - touched < SILENT_SECONDS
-    )
-    return f"process {owner.pid} on {owner.host.split('/')[0]}" if alive else None
+    return living(owner, lambda: _now(path.parent) - touched < SILENT_SECONDS)
 
 
 def _now(folder: Path) -> float:
@@ -161,9 +108,7 @@ class Claim:
                 overtaken = max(_numbers(os.listdir(self.path.parent))) > self._number
             except FileNotFoundError:
                 overtaken = True
-            except (
-                OSError
-            ):  # the file system stumbles: whoever it concerns will hear of it when writing
+            except OSError:  # a real fault of the file system shows when the run writes
                 continue
             if overtaken and not self._released.is_set():
                 self._on_lost()
@@ -205,15 +150,14 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
         mine = folder / f"{PREFIX}{number}"
         with open(mine, "x") as file:
             try:
-                json.dump(asdict(Owner(this_host(), os.getpid(), process_start(os.getpid()))), file)
+                json.dump(asdict(owner_of_this_process()), file)
                 file.flush()
             except OSError:
                 _give_back(mine)
                 raise
         everyone = _numbers(os.listdir(folder))
-        if (
-            number not in everyone or max(everyone) > number
-        ):  # seen before the last owner tidied up: a newer claim stands
+        if number not in everyone or max(everyone) > number:
+            # The folder was listed before the last owner tidied up: a newer claim stands.
             mine.unlink(missing_ok=True)
             return None
         for older in everyone:

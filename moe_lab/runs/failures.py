@@ -1,5 +1,4 @@
-"""Why a run failed, as it lies in its folder: one line of reason, and the last lines of what it
-printed and of its traceback.
+"""Why a run failed: one line of reason, and the last lines of its output and of its traceback.
 
 ``error.txt`` holds the reason and, below it, the traceback; ``log.txt`` what the run printed. Both
 are bounded here and stripped of control characters: a run may print anything, and these lines are
@@ -10,8 +9,8 @@ import os
 import re
 from pathlib import Path
 
-ERROR = "error.txt"
-LOG = "log.txt"
+from moe_lab.runs.layout import ERROR, LOG
+
 PRINTED_LINES, TRACEBACK_LINES = 6, 8
 LINE_CHARACTERS = 200
 TAIL_BYTES = 8192

@@ -1,11 +1,11 @@
-"""A folder of an object store (an fsspec URL such as ``s3://bucket/sweep``), with every trouble
-told in one line (extra ``store``).
+"""A folder of an object store (an fsspec URL such as ``s3://bucket/sweep``; extra ``store``).
+
+Every error of the store's client becomes a ``RunError`` of one line.
 
 Objects appear whole or not at all, so nothing is renamed into place. Names are relative to the URL.
 """
 
 import errno
-import json
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -43,7 +43,7 @@ class Bucket:
 
     def read(self, name: str) -> bytes | None:
         """None where there is no such object."""
-        with suppress(FileNotFoundError), self._told("read"):
+        with suppress(FileNotFoundError), self._one_line("read"):
             return self._files.cat_file(self._path(name))
         return None
 
@@ -52,25 +52,25 @@ class Bucket:
         paths = {self._path(name): name for name in names}
         if not paths:
             return {}
-        with self._told("read"):
+        with self._one_line("read"):
             found = self._files.cat(list(paths), on_error="omit")
         return {paths[path]: content for path, content in found.items()}
 
     def write(self, name: str, content: bytes) -> None:
-        with self._told("write"):
+        with self._one_line("write"):
             self._files.pipe_file(self._path(name), content)
 
     def upload(self, source: Path, name: str) -> None:
         """Raises ``FileNotFoundError`` where ``source`` is gone."""
         if not source.exists():
             raise FileNotFoundError(source)
-        with self._told("write"):
+        with self._one_line("write"):
             self._files.put_file(str(source), self._path(name))
 
     def download(self, name: str, target: Path) -> None:
         check_name(name, self.url)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._told("read"):
+        with self._one_line("read"):
             self._files.get_file(self._path(name), str(target))
 
     def names(self, folder: str) -> list[str]:
@@ -78,7 +78,7 @@ class Bucket:
 
         Raises ``RunError`` for a name that could lead out of a folder it is copied to.
         """
-        with self._told("read"):
+        with self._one_line("read"):
             self._files.invalidate_cache()
             found = self._files.find(self._path(folder))
         return [
@@ -87,14 +87,14 @@ class Bucket:
         ]
 
     def delete(self, names: Iterable[str]) -> None:
-        """Objects that do not exist are none the worse."""
+        """Deleting a missing object is not an error."""
         for name in names:
-            with suppress(FileNotFoundError), self._told("remove from"):
+            with suppress(FileNotFoundError), self._one_line("remove from"):
                 self._files.rm_file(self._path(name))
 
     def age(self, name: str) -> float | None:
         """Seconds since an object was written, by the store's own clock; None where there is none."""
-        with suppress(FileNotFoundError), self._told("read"):
+        with suppress(FileNotFoundError), self._one_line("read"):
             self._files.invalidate_cache()
             return self._now() - self._files.modified(self._path(name)).timestamp()
         return None
@@ -107,7 +107,7 @@ class Bucket:
         if self._clock is None or time.monotonic() - self._clock[0] > CLOCK_SECONDS:
             name = f"clock/{uuid.uuid4().hex}"
             self.write(name, b"")
-            with self._told("read"):
+            with self._one_line("read"):
                 self._clock = time.monotonic(), self._files.modified(self._path(name)).timestamp()
             self.delete([name])
         began, store = self._clock
@@ -123,7 +123,7 @@ class Bucket:
         return f"{self._root}/{name}"
 
     @contextmanager
-    def _told(self, action: str) -> Iterator[None]:
+    def _one_line(self, action: str) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as error:
@@ -195,12 +195,3 @@ def _advice(error: BaseException) -> str:
     ):
         return "check the network and the endpoint, then run the same command again"
     return "run the same command again to continue"
-
-
-def parse(content: bytes | None) -> dict[str, Any]:
-    """The object that a small JSON file holds; empty where it holds none."""
-    try:
-        values = json.loads(content or b"")
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -1,7 +1,7 @@
 """Who trains a run whose store is an object store: a lease, renewed while its owner lives.
 
 A lease is an object with its owner's name. Object stores need not have an exclusive create, so the
-guarantee is weaker than that of ``claims.py``: whoever finds no living lease writes its own, waits,
+guarantee is weaker than that of ``folder_claims.py``: whoever finds no living lease writes its own, waits,
 and goes on only if its own still stands. Two workers that do so at the same moment may train the
 same run at worst; the first to renew then sees the other's name and stops. Nothing is lost by it:
 runs of one configuration are equal to the bit, objects appear whole, and ``done`` is written last
@@ -13,7 +13,6 @@ compared.
 """
 
 import json
-import os
 import threading
 import time
 import uuid
@@ -21,8 +20,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from moe_lab.errors import RunError
-from moe_lab.sweeps.bucket import Bucket, parse
-from moe_lab.sweeps.claims import Owner, owner_alive, process_start, this_host
+from moe_lab.runs.bucket import Bucket
+from moe_lab.runs.owners import Owner, living, owner_of_this_process
+from moe_lab.runs.record import read_object
 
 RENEW_SECONDS = 15.0
 SILENT_SECONDS = 90.0
@@ -32,17 +32,20 @@ SETTLE_SECONDS = 0.5
 
 def living_owner(bucket: Bucket, name: str) -> str | None:
     """The owner of a living lease in words, or None."""
-    found = parse(bucket.read(name))
     try:
-        owner = Owner(**found["where"])
+        owner = Owner(**read_object(bucket.read(name))["where"])
     except (KeyError, TypeError):
         return None
-    if owner.host == this_host():
-        alive = owner_alive(owner)
-    else:
+
+    def renewed() -> bool:
         age = bucket.age(name)
-        alive = age is not None and age < SILENT_SECONDS
-    return f"process {owner.pid} on {owner.host.split('/')[0]}" if alive else None
+        return age is not None and age < SILENT_SECONDS
+
+    return living(owner, renewed)
+
+
+def _key(bucket: Bucket, name: str) -> object:
+    return read_object(bucket.read(name)).get("key")
 
 
 class Lease:
@@ -58,13 +61,13 @@ class Lease:
     def _renew(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
             try:
-                found = parse(self._bucket.read(self._name)).get("key")
-                if found == self._key:
+                key = _key(self._bucket, self._name)
+                if key == self._key:
                     self._renewals += 1
                     _write(self._bucket, self._name, self._key, self._renewals)
-            except RunError:  # the store stumbles: whoever it concerns will hear of it when writing
+            except RunError:  # a real fault of the store shows when the run's files are copied
                 continue
-            if found != self._key and not self._released.is_set():
+            if key != self._key and not self._released.is_set():
                 self._on_lost()
                 return
 
@@ -74,7 +77,7 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._released.set()
         self._thread.join()
-        if parse(self._bucket.read(self._name)).get("key") == self._key:
+        if _key(self._bucket, self._name) == self._key:
             self._bucket.delete([self._name])
 
 
@@ -88,11 +91,9 @@ def take(bucket: Bucket, name: str, on_lost: Callable[[], None] = lambda: None) 
     key = uuid.uuid4().hex
     _write(bucket, name, key, 0)
     time.sleep(SETTLE_SECONDS)
-    return Lease(bucket, name, key, on_lost) if parse(bucket.read(name)).get("key") == key else None
+    return Lease(bucket, name, key, on_lost) if _key(bucket, name) == key else None
 
 
 def _write(bucket: Bucket, name: str, key: str, renewals: int) -> None:
-    owner = Owner(this_host(), os.getpid(), process_start(os.getpid()))
-    bucket.write(
-        name, json.dumps({"key": key, "where": asdict(owner), "renewals": renewals}).encode()
-    )
+    lease = {"key": key, "where": asdict(owner_of_this_process()), "renewals": renewals}
+    bucket.write(name, json.dumps(lease).encode())

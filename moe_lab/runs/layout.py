@@ -1,0 +1,45 @@
+"""The names in a run's folder and in a sweep's folder, and the states of a run."""
+
+from enum import StrEnum
+
+CONFIG = "config.json"
+"""The run's configuration (``RunConfig.to_dict``), written first."""
+STATUS = "status.json"
+"""How far the run came (``record.Progress``), replaced twice a second while it trains."""
+METRICS_LOG = "metrics.jsonl"
+"""One line per logged step, appended while the run trains."""
+METRICS = "metrics.parquet"
+"""The logged steps of a finished run."""
+CHECKPOINT = "checkpoint.safetensors"
+"""What the run resumes from; removed when it is done."""
+MODEL = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+TRACE = "trace"
+"""Folder of the validation trace (docs/trace.md)."""
+TRACE_META = "meta.json"
+"""In the trace's folder, written last."""
+RESULT = "result.json"
+"""What a finished run says of itself."""
+ERROR = "error.txt"
+"""Why the run failed: one line of reason, then the traceback."""
+LOG = "log.txt"
+"""What the run printed."""
+DONE = "done"
+"""Written last: the only proof of a finished run."""
+
+PLAN = "sweep.json"
+"""In a sweep's folder: its sweeps and their runs (``plan``)."""
+TRUNKS = "trunks"
+"""In a sweep's folder: states that shorter token budgets begin from (``training.branching``)."""
+
+
+class RunState(StrEnum):
+    """PENDING: never begun. RUNNING: a living process trains it. FINISHED: ``done`` is there.
+    FAILED: ``error.txt`` is there. INTERRUPTED: begun, and neither; it can be resumed.
+    """
+
+    PENDING = "pending"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"

@@ -1,0 +1,198 @@
+"""What the files of one run say, and of many.
+
+``read_run`` never raises for what a run's folder holds: a file that cannot be read makes an empty
+value, and for the result an ``error``.
+"""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from moe_lab.errors import RunError, expected
+from moe_lab.runs import failures
+from moe_lab.runs.folder_claims import claimed, holder
+from moe_lab.runs.layout import CONFIG, DONE, ERROR, RESULT, STATUS, TRACE, TRACE_META, RunState
+
+_REASON_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run came, from its live ``status.json``; 0 or None: not recorded yet.
+
+    Attributes:
+        step, steps: optimiser steps done, and of the whole run.
+        loss: of the last logged step, nats per token.
+    """
+
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+
+    @classmethod
+    def of(cls, status: dict[str, Any]) -> "Progress":
+        """Values of another type than the field's count as not recorded."""
+        step, steps = (_whole(status.get(name)) for name in ("step", "steps"))
+        return cls(
+            step, steps, *(number(status.get(name)) for name in ("loss", "tokens_per_second"))
+        )
+
+    @property
+    def fraction(self) -> float:
+        return min(1.0, self.step / self.steps) if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as its folder shows it.
+
+    Attributes:
+        result: the content of ``result.json``; empty unless the run is finished.
+        error: one line on why the run is not finished, or why its result cannot be read.
+        last_lines: the end of what a failed run printed and of its traceback.
+        planned: the name that a plan gives the run.
+        begun: whether the run has a configuration in its folder.
+    """
+
+    folder: Path
+    state: RunState
+    result: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    planned: str = ""
+    begun: bool = True
+    progress: Progress = Progress()
+    last_lines: str = ""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``, read on first use; empty where it cannot be read."""
+        return read_object(self.folder / CONFIG) if self.begun else {}
+
+    @cached_property
+    def name(self) -> str:
+        return self.planned or str(self.config.get("name") or self.folder.name)
+
+    @property
+    def group(self) -> str:
+        """What the seeds of one arm and ratio share; the run's name if it has no arm."""
+        arm = self.result.get("arm")
+        return self.name if arm is None else group_name(str(arm), number(self.result.get("ratio")))
+
+    @property
+    def label(self) -> str:
+        """Arm, ratio and seed in words; the run's name if it has no arm."""
+        seed = self.result.get("seed") if "arm" in self.result else None
+        return self.group + ("" if seed is None else f", seed {seed}")
+
+    @property
+    def trace(self) -> Path | None:
+        folder = self.folder / TRACE
+        return folder if (folder / TRACE_META).is_file() else None
+
+
+def group_name(arm: str, ratio: float | None) -> str:
+    """What the seeds of one arm and ratio are called together."""
+    return arm if ratio is None else f"{arm} {ratio:g}:1"
+
+
+def read_run(folder: Path, names: Collection[str] | None = None, planned: str = "") -> RunRecord:
+    """The record of the run in ``folder``, whose file ``names`` may be given if they are known."""
+    names = file_names(folder) if names is None else names
+    state = state_of(folder, names)
+    record: dict[str, Any] = {"planned": planned, "begun": CONFIG in names}
+    if STATUS in names:
+        record["progress"] = Progress.of(read_object(folder / STATUS))
+    if state is RunState.FINISHED:
+        try:
+            return RunRecord(folder, state, parse_object(folder / RESULT), **record)
+        except RunError as error:
+            return RunRecord(folder, state, {}, str(error), **record)
+    if state is RunState.FAILED:
+        reason = failures.reason(folder)[:_REASON_CHARACTERS] or "failed without a message"
+        record["last_lines"] = failures.last_lines(folder)
+        return RunRecord(folder, state, {}, reason, **record)
+    return RunRecord(folder, state, {}, _reached(record.get("progress")), **record)
+
+
+def read_runs(
+    folder: Path, planned: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, RunRecord]:
+    """The records of all run folders in ``folder``, by name; ``planned`` names runs of a plan."""
+    with os.scandir(folder) as entries:
+        names = {
+            entry.name: file_names(Path(entry.path))
+            for entry in entries
+            if entry.is_dir() and not entry.name.startswith(".")
+        }
+    return {
+        run: read_run(folder / run, names[run], planned.get(run, ""))
+        for run in sorted(names)
+        if CONFIG in names[run]
+    }
+
+
+def state_of(folder: Path, names: Collection[str] | None = None) -> RunState:
+    """The state of the run in ``folder``, from the names of its files and a claim that lives."""
+    names = file_names(folder) if names is None else names
+    if DONE in names:
+        return RunState.FINISHED
+    if claimed(names) and holder(folder, names):
+        return RunState.RUNNING
+    if ERROR in names:
+        return RunState.FAILED
+    return RunState.INTERRUPTED if STATUS in names or claimed(names) else RunState.PENDING
+
+
+def file_names(folder: Path) -> frozenset[str]:
+    """Names in ``folder``; none where there is no such folder."""
+    try:
+        return frozenset(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+
+
+def parse_object(source: Path | bytes, name: str = "") -> dict[str, Any]:
+    """The object in a JSON file, or in its bytes. Raises ``RunError`` if there is none."""
+    name = name or getattr(source, "name", "the file")
+    try:
+        value = json.loads(source if isinstance(source, bytes) else source.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        why = str(error).splitlines()[0]
+        raise RunError(f"{name} cannot be read: {why}; try running it again") from error
+    if not isinstance(value, dict):
+        raise RunError(expected(f"an object in {name}", type(value).__name__))
+    return value
+
+
+def read_object(source: Path | bytes | None) -> dict[str, Any]:
+    """``parse_object``, and empty where it would raise: the file is not there yet, or was cut."""
+    try:
+        return {} if source is None else parse_object(source)
+    except RunError:
+        return {}
+
+
+def number(value: Any) -> float | None:
+    """A JSON value as a float; None for anything but a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return None
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def _reached(progress: Progress | None) -> str:
+    if progress is None or not progress.steps:
+        return "not started"
+    return f"stopped at step {progress.step} of {progress.steps}"

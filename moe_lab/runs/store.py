@@ -1,0 +1,78 @@
+"""Where the runs of a sweep lie: a folder, or an object store, behind one protocol."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+from moe_lab.runs.folder_store import RunStore
+from moe_lab.runs.layout import RunState
+from moe_lab.runs.object_store import ObjectStore
+from moe_lab.runs.plan import PlannedSweep
+from moe_lab.runs.record import Progress, RunRecord
+
+
+class Store(Protocol):
+    """The runs of one sweep. Any process on any machine that sees the store sees the same states.
+
+    Attributes:
+        folder: the place as the user wrote it: a path, or a URL.
+        is_folder: workers write into the store itself. False: they train in a scratch folder of
+            their machine and copy from there (``sweeps.launchers.mirror``).
+    """
+
+    folder: Any
+    is_folder: bool
+
+    def path(self, run: str) -> Path:
+        """The folder that a worker claims for ``run`` and writes its log into."""
+        ...
+
+    def plan(self, configs: bool = True) -> dict[str, Any]:
+        """The checked plan (``plan.check_plan``). ``config`` may be missing from its runs if
+        ``configs`` is False. Raises ``RunError``.
+        """
+        ...
+
+    def add(self, sweep: PlannedSweep) -> None:
+        """Record ``sweep`` in the plan beside what is there. Runs of one hash are shared."""
+        ...
+
+    def state(self, run: str) -> RunState: ...
+    def states(self, runs: Iterable[str]) -> dict[str, RunState]: ...
+    def progress(self, run: str) -> Progress: ...
+    def error(self, run: str) -> str:
+        """The reason of a failed run in one line; empty if there is none."""
+        ...
+
+    def records(self, runs: Sequence[str]) -> Iterator[RunRecord]: ...
+    def record_failure(self, run: str, reason: str) -> None:
+        """Write the reason of a run whose worker died, unless another worker has taken it up."""
+        ...
+
+    def check_writable(self) -> None:
+        """Raise ``RunError`` if the store takes no file of 64 KiB."""
+        ...
+
+    def readable(self) -> AbstractContextManager[Path]:
+        """A folder with what a report reads: the store's own, or a temporary copy."""
+        ...
+
+
+def open_store(place: Path | str) -> Store:
+    """The store of a folder, or of an fsspec URL (``s3://bucket/sweep``); ``file://`` is a folder.
+
+    Raises ``RunError`` for a URL that cannot be opened.
+    """
+    protocol, mark, path = str(place).partition("://")
+    if mark and protocol not in ("file", "local"):
+        return ObjectStore(str(place))
+    return RunStore(Path(unquote(path)) if mark else place)
+
+
+@contextmanager
+def readable(place: Path | str) -> Iterator[Path]:
+    """The folder ``place``, or a temporary copy of what a report needs of the store at that URL."""
+    with open_store(place).readable() as folder:
+        yield folder

@@ -1,0 +1,113 @@
+"""How far each run of a sweep is: as a frame, and as the lines of ``moe-lab sweep status``."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_lab.runs.layout import RunState
+from moe_lab.runs.plan import planned_runs
+from moe_lab.runs.store import open_store
+
+if TYPE_CHECKING:
+    import polars as pl
+
+MAX_ROWS = 200
+"""Of a larger sweep only the rows of runs that run or need someone's attention are shown, so many
+at most.
+"""
+MAX_FAILURES = 10
+"""Failed runs whose last lines are shown."""
+_COLUMNS = {
+    "run": "String",
+    "name": "String",
+    "arm": "String",
+    "ratio": "Float64",
+    "seed": "Int64",
+    "state": "String",
+    "step": "Int64",
+    "steps": "Int64",
+    "progress": "Float64",
+    "loss": "Float64",
+    "tokens_per_second": "Float64",
+    "error": "String",
+    "last_lines": "String",
+}
+"""Of ``status``, with the names of their polars types."""
+_ATTENTION = (RunState.FAILED, RunState.RUNNING, RunState.INTERRUPTED)
+
+
+def status(folder: Path | str) -> "pl.DataFrame":
+    """One row per planned run, in the plan's order.
+
+    Reads small files only and may be called at any time, from any machine that sees the folder.
+
+    Returns:
+        [run, name, arm, ratio, seed, state, step, steps, progress (0 to 1), loss,
+            tokens_per_second, error, last_lines]: ``loss`` is the validation loss (nats per token)
+            of a finished run, else the last training loss; ``error`` the failed run's one line,
+            ``last_lines`` the end of what it printed and of its traceback.
+
+    Raises:
+        RunError: the folder is no sweep.
+    """
+    import polars as pl
+
+    store = open_store(folder)
+    plan = store.plan(configs=False)
+    runs = planned_runs(plan)
+    rows = []
+    for run, record in zip(runs, store.records(runs), strict=True):
+        entry, progress, result = plan["runs"][run], record.progress, record.result
+        finished = record.state is RunState.FINISHED
+        rows.append(
+            {
+                "run": run,
+                **{key: entry[key] for key in ("name", "arm", "ratio", "seed")},
+                "state": record.state.value,
+                "step": progress.step,
+                "steps": progress.steps,
+                "progress": 1.0 if finished else progress.fraction,
+                "loss": result.get("loss", progress.loss),
+                "tokens_per_second": result.get("tokens_per_second", progress.tokens_per_second),
+                "error": record.error if record.state is RunState.FAILED else "",
+                "last_lines": record.last_lines,
+            }
+        )
+    schema = {name: getattr(pl, kind) for name, kind in _COLUMNS.items()}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def status_lines(frame: "pl.DataFrame") -> Iterator[str]:
+    """The lines of ``sweep status`` from the frame of ``status``."""
+    import polars as pl
+
+    shown = frame.drop("last_lines")
+    if frame.height > MAX_ROWS:
+        rank = pl.col("state").replace_strict(
+            {state.value: place for place, state in enumerate(_ATTENTION)}, default=None
+        )
+        shown = shown.filter(rank.is_not_null()).sort(rank, maintain_order=True).head(MAX_ROWS)
+    if shown.height:
+        with pl.Config(
+            tbl_rows=-1,
+            tbl_cols=-1,
+            tbl_hide_dataframe_shape=True,
+            tbl_hide_column_data_types=True,
+            fmt_str_lengths=80,
+        ):
+            yield str(shown)
+    counts = dict(frame.group_by("state").len().rows())
+    parts = [
+        f"{counts[state.value]:,} {state.value}" for state in RunState if state.value in counts
+    ]
+    hidden = "" if shown.height == frame.height else "; rows of the others: --json"
+    yield f"{frame.height:,} runs: {', '.join(parts)}{hidden}"
+    failed = frame.filter(state=RunState.FAILED.value)
+    for row in failed.head(MAX_FAILURES).iter_rows(named=True):
+        yield f"\n{row['name']} ({row['run']}) failed: {row['error']}"
+        yield from (f"    {line}" for line in row["last_lines"].splitlines())
+    if failed.height:
+        more = (
+            f"\nand {failed.height - MAX_FAILURES:,} more" if failed.height > MAX_FAILURES else ""
+        )
+        yield f"{more}\n`moe-lab sweep run ... --retry-failed` trains failed runs again"
