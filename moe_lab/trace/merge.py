@@ -11,8 +11,7 @@ import polars as pl
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.trace.reader import Trace, open_trace
-from moe_lab.trace.rows import Rows, expert_slots
-from moe_lab.trace.schema import LayerMeta
+from moe_lab.trace.rows import rows_of
 from moe_lab.trace.writer import TraceWriter
 
 
@@ -95,26 +94,3 @@ def _append(writer: TraceWriter, trace: Trace, offset: int) -> None:
             rows = rows_of(layer, batch, offset)
             used = batch["experts"].explode().drop_nulls().to_numpy()
             writer.write_rows(layer.layer, rows, np.bincount(used, minlength=layer.num_choices))
-
-
-def rows_of(layer: LayerMeta, batch: pl.DataFrame, offset: int = 0) -> Rows:
-    """What ``convert.slot_rows`` made before it was a table; documents are shifted by ``offset``."""
-    lengths = batch["experts"].list.len().to_numpy()
-    rows = {
-        name: batch[name].to_numpy()
-        for name in batch.columns
-        if name not in ("experts", "weights") and not batch[name].is_null().all()
-    }
-    rows["doc"] = rows["doc"] + np.uint32(offset)
-    if "margin" in rows:
-        rows["margin"] = batch["margin"].fill_null(float("inf")).to_numpy()
-    elif "entropy" in rows:
-        rows["margin"] = np.full(len(lengths), np.inf, np.float32)
-    rows["experts"] = expert_slots(layer, batch["experts"])
-    if not batch["weights"].is_null().all() or batch.is_empty():
-        weights = np.zeros((len(lengths), layer.top_k), np.float16)
-        weights[np.arange(layer.top_k) < lengths[:, None]] = (
-            batch["weights"].explode().drop_nulls().to_numpy()
-        )
-        rows["weights"] = weights
-    return rows

@@ -19,6 +19,8 @@ import polars as pl
 
 from moe_lab.errors import ConfigError, TraceError, expected
 from moe_lab.trace.parquet_guard import check_parquet
+from moe_lab.trace.parts import check_tokens, file_checksum
+from moe_lab.trace.publish import INCOMPLETE_SUFFIX
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots, key_checksum
 from moe_lab.trace.schema import (
     MAX_ROWS_PER_PART,
@@ -34,7 +36,6 @@ from moe_lab.trace.schema import (
     PartMeta,
     TraceMeta,
 )
-from moe_lab.trace.writer import INCOMPLETE_SUFFIX, check_tokens, file_checksum
 
 MAX_META_BYTES = 2**26
 LAYER_TYPE = pl.UInt32()

@@ -4,7 +4,7 @@ Rows of the others are taken out, so that they can be done again.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.files import TEMPORARY_PREFIX, atomic_path, write_json
+from moe_lab.files import TEMPORARY_PREFIX
+from moe_lab.trace.parts import count_slots, part_of, write_meta, write_part
+from moe_lab.trace.reader import open_trace
 from moe_lab.trace.rows import key_checksum
-from moe_lab.trace.schema import META_FILE, ROUTED, SCHEMA_VERSION, VERSION_KEY, PartMeta, TraceMeta
+from moe_lab.trace.schema import ROUTED, PartMeta, TraceMeta
 
 DOCUMENTS_FILE = "documents.json"
 MAY_DIFFER = ("versions", "created_from", "notes", "phase", "has_weights", "has_scores")
@@ -35,7 +37,7 @@ class TableTotals:
 
 
 @dataclass
-class Rest:
+class InterruptedTrace:
     """What is kept of an interrupted trace: finished documents, its files, totals by table name,
     and the columns of ``tokens``.
     """
@@ -59,76 +61,40 @@ def ranges(documents: Iterable[int]) -> list[list[int]]:
     return runs
 
 
-def recover(folder: Path, meta: TraceMeta) -> Rest:
+def recover(folder: Path, meta: TraceMeta) -> InterruptedTrace:
     """Reduce the interrupted trace in ``folder`` to its finished documents.
 
     Raises ``TraceError`` where it is damaged or of another model, text or setting.
     """
-    from moe_lab.trace.reader import open_trace
-
     trace = open_trace(folder, allow_incomplete=True)
     if differing := _differences(trace.meta.to_dict(), meta.to_dict()):
         what = f"an interrupted trace of the same {', '.join(differing)} at {folder}"
         raise TraceError(expected(what, "another", "removing it, or another folder"))
-    rest = Rest(documents=_finished(folder / DOCUMENTS_FILE), parts=dict(trace.parts))
-    finished = pl.Series(sorted(rest.documents), dtype=pl.UInt32)
-    for name in sorted(trace.parts):
-        _keep_finished(folder, name, finished, rest, meta)
-    for path in [*folder.rglob("*.parquet"), *folder.rglob(TEMPORARY_PREFIX + "*")]:
-        if path.relative_to(folder).as_posix() not in rest.parts:
-            path.unlink(missing_ok=True)
-    return rest
-
-
-def part_of(path: Path, frame: pl.DataFrame, slots: int) -> PartMeta:
-    from moe_lab.trace.writer import file_checksum
-
-    size, crc32 = file_checksum(path)
-    return PartMeta(rows=frame.height, slots=slots, bytes=size, crc32=crc32)
-
-
-def write_part(path: Path, frame: pl.DataFrame) -> None:
-    """One Parquet file of one row group, under its name only when it is whole."""
-    with atomic_path(path) as temporary:
-        frame.write_parquet(
-            temporary,
-            compression="zstd",
-            row_group_size=max(frame.height, 1),
-            metadata={VERSION_KEY: str(SCHEMA_VERSION)},
-        )
-
-
-def write_meta(
-    folder: Path, meta: TraceMeta, parts: Mapping[str, PartMeta], complete: bool
-) -> None:
-    write_json(
-        folder / META_FILE,
-        {
-            **meta.to_dict(),
-            "complete": complete,
-            "parts": {name: part.to_dict() for name, part in parts.items()},
-        },
+    interrupted = InterruptedTrace(
+        documents=_finished(folder / DOCUMENTS_FILE), parts=dict(trace.parts)
     )
-
-
-def count_slots(frame: pl.DataFrame, width: int) -> np.ndarray:
-    """[width] used slots of each expert in a routing table."""
-    return np.bincount(frame["experts"].explode().drop_nulls().to_numpy(), minlength=width)
+    finished = pl.Series(sorted(interrupted.documents), dtype=pl.UInt32)
+    for name in sorted(trace.parts):
+        _keep_finished(folder, name, finished, interrupted, meta)
+    for path in [*folder.rglob("*.parquet"), *folder.rglob(TEMPORARY_PREFIX + "*")]:
+        if path.relative_to(folder).as_posix() not in interrupted.parts:
+            path.unlink(missing_ok=True)
+    return interrupted
 
 
 def _keep_finished(
-    folder: Path, name: str, finished: pl.Series, rest: Rest, meta: TraceMeta
+    folder: Path, name: str, finished: pl.Series, interrupted: InterruptedTrace, meta: TraceMeta
 ) -> None:
     """Take the rows of unfinished documents out of one part; the old file goes only when the new
     one is listed.
     """
     table, number = name.rsplit("/part-", 1)
-    totals = rest.tables.setdefault(table, TableTotals())
+    totals = interrupted.tables.setdefault(table, TableTotals())
     totals.next_part = max(totals.next_part, int(number.removesuffix(".parquet")) + 1)
     frame = pl.read_parquet(folder / name, hive_partitioning=False)
     kept = frame.filter(pl.col("doc").is_in(finished.implode()))
     if kept.height < frame.height:
-        part = rest.parts.pop(name)
+        part = interrupted.parts.pop(name)
         if kept.height:
             name = f"{table}/part-{totals.next_part:05d}.parquet"
             totals.next_part += 1
@@ -136,10 +102,10 @@ def _keep_finished(
             slots = (
                 int(kept["experts"].list.len().sum()) if "experts" in kept.columns else part.slots
             )
-            rest.parts[name] = part_of(folder / name, kept, slots)
-        write_meta(folder, meta, rest.parts, complete=False)
+            interrupted.parts[name] = part_of(folder / name, kept, slots)
+        write_meta(folder, meta, interrupted.parts, complete=False)
     if table == "tokens":
-        rest.token_schema = rest.token_schema or kept.schema
+        interrupted.token_schema = interrupted.token_schema or kept.schema
         kept = kept.filter(ROUTED) if ROUTED in kept.columns else kept
     else:
         layer = meta.layer(int(table.rsplit("=", 1)[1]))

@@ -150,6 +150,29 @@ def routing_frame(rows: Rows) -> pl.DataFrame:
     return frame
 
 
+def rows_of(layer: LayerMeta, batch: pl.DataFrame, offset: int = 0) -> Rows:
+    """The rows of a routing table: the inverse of ``routing_frame``; documents are shifted by ``offset``."""
+    lengths = batch["experts"].list.len().to_numpy()
+    rows = {
+        name: batch[name].to_numpy()
+        for name in batch.columns
+        if name not in ("experts", "weights") and not batch[name].is_null().all()
+    }
+    rows["doc"] = rows["doc"] + np.uint32(offset)
+    if "margin" in rows:
+        rows["margin"] = batch["margin"].fill_null(float("inf")).to_numpy()
+    elif "entropy" in rows:
+        rows["margin"] = np.full(len(lengths), np.inf, np.float32)
+    rows["experts"] = expert_slots(layer, batch["experts"])
+    if not batch["weights"].is_null().all() or batch.is_empty():
+        weights = np.zeros((len(lengths), layer.top_k), np.float16)
+        weights[np.arange(layer.top_k) < lengths[:, None]] = (
+            batch["weights"].explode().drop_nulls().to_numpy()
+        )
+        rows["weights"] = weights
+    return rows
+
+
 def expert_slots(layer: LayerMeta, experts: pl.Series) -> np.ndarray:
     """[T, top_k] u16 ids from lists of ids, ``EMPTY_SLOT`` where a slot was not used: the inverse
     of what ``routing_frame`` does.

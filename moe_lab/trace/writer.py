@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -25,17 +24,9 @@ import polars as pl
 from moe_lab.errors import MoELabError, TraceError, expected
 from moe_lab.files import write_json
 from moe_lab.trace.background import Background
+from moe_lab.trace.parts import check_tokens, count_slots, part_of, write_meta, write_part
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
-from moe_lab.trace.resume import (
-    DOCUMENTS_FILE,
-    Rest,
-    count_slots,
-    part_of,
-    ranges,
-    recover,
-    write_meta,
-    write_part,
-)
+from moe_lab.trace.resume import DOCUMENTS_FILE, InterruptedTrace, ranges, recover
 from moe_lab.trace.rows import Rows, key_checksum, routing_frame, routing_rows
 from moe_lab.trace.schema import (
     META_FILE,
@@ -51,8 +42,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_lab.routing import Routing
-
-__all__ = ["INCOMPLETE_SUFFIX", "TraceWriter", "check_tokens", "file_checksum"]
 
 BUFFER_BYTES = 2**28
 META_SHARE = 0.05
@@ -229,7 +218,7 @@ class TraceWriter:
         )
 
     def write_rows(self, layer: int, rows: Rows, counts: np.ndarray) -> None:
-        """Append what ``convert.slot_rows`` made of one layer's tokens.
+        """Append what ``rows.slot_rows`` made of one layer's tokens.
 
         Args:
             layer: index of a layer in ``meta.layers``.
@@ -263,18 +252,18 @@ class TraceWriter:
     def _all_tables(self) -> list[_Table]:
         return [self._tokens, *self._layers.values()]
 
-    def _take_over(self, rest: Rest) -> None:
+    def _take_over(self, interrupted: InterruptedTrace) -> None:
         self.finished, self._parts, self._token_schema = (
-            rest.documents,
-            rest.parts,
-            rest.token_schema,
+            interrupted.documents,
+            interrupted.parts,
+            interrupted.token_schema,
         )
         for table in self._all_tables():
-            if (found := rest.tables.get(table.name)) is not None:
-                table.rows, table.keys, table.parts = found.rows, found.keys, found.next_part
-                if len(found.counts):
-                    table.counts += found.counts
-                    table.written += found.counts
+            if (totals := interrupted.tables.get(table.name)) is not None:
+                table.rows, table.keys, table.parts = totals.rows, totals.keys, totals.next_part
+                if len(totals.counts):
+                    table.counts += totals.counts
+                    table.written += totals.counts
 
     def _token_frame(self, frame: pl.DataFrame) -> pl.DataFrame:
         others = [name for name in frame.columns if name not in TOKEN_COLUMNS]
@@ -449,30 +438,6 @@ class TraceWriter:
     def _unlock(self) -> None:
         unlock(self._work, self._lock)
         self._lock = None
-
-
-def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
-    """Raise ``TraceError`` for null keys, token ids outside the vocabulary, or losses that are NaN
-    or infinite.
-    """
-    if frame.select(pl.sum_horizontal(pl.col("doc", "pos", "token_id").null_count())).item():
-        raise TraceError("expected doc, pos and token_id without nulls, got nulls")
-    highest = frame["token_id"].max()
-    if meta.vocab_size is not None and isinstance(highest, int) and highest >= meta.vocab_size:
-        raise TraceError(expected(f"token ids below vocab_size {meta.vocab_size}", highest))
-    if not frame["loss"].is_finite().all():
-        raise TraceError(
-            "expected finite losses, got NaN or infinity; try null where a token has no loss"
-        )
-
-
-def file_checksum(path: Path) -> tuple[int, int]:
-    """Size in bytes and CRC-32 of a file, read in blocks."""
-    size, crc = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return size, crc
 
 
 def _frame_of_rows(pending: list[Rows]) -> pl.DataFrame:

@@ -13,8 +13,8 @@ import torch
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
+from moe_lab.trace.parts import file_checksum
 from moe_lab.trace.schema import VERSION_KEY
-from moe_lab.trace.writer import file_checksum
 
 ROUTING = "routing/layer=1/part-00000.parquet"
 TOKENS = "tokens/part-00000.parquet"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_lab.errors import ConfigError, TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
-from moe_lab.trace.writer import INCOMPLETE_SUFFIX
+from moe_lab.trace.publish import INCOMPLETE_SUFFIX
 
 TWO_TOKENS = pl.DataFrame({"doc": [0, 0], "pos": [0, 1], "token_id": [1, 1]})
 
