@@ -2,8 +2,8 @@
 ``Fields -> Pieces``.
 
 A block sees the configuration of one layer. Its factory's arguments say which field carries which
-size, so that a row of ``architectures.py`` is a list of blocks. Blocks of a single architecture
-live in ``families.py``.
+size, so that a row of ``families`` is a list of blocks. Blocks of a single architecture stand beside
+its row.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, ExpertsRun, Part, Piece, Pieces, linear, norm, times, vector
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf import architectures
 from moe_lab.hf.fields import Fields
 
 Block = Callable[[Fields], Pieces]
-Rule = Callable[[Fields], list[bool]]
 
 
 def width(f: Fields) -> int:
@@ -270,14 +270,7 @@ def shared_gate(f: Fields) -> Pieces:
 
 def used(f: Fields) -> tuple[int, ExpertsRun]:
     """(experts, how many a token runs). Raises where top-k exceeds the experts."""
-    experts, k = f.size("num_experts"), f.size("num_experts_per_tok")
-    if k > experts:
-        raise ConfigError(
-            expected(
-                f"num_experts_per_tok of at most num_experts = {experts}",
-                f"num_experts_per_tok = {k}",
-            )
-        )
+    experts, k = architectures.experts_and_slots(f)
     return experts, ExpertsRun(k, k, k)
 
 
@@ -307,10 +300,9 @@ def moe(
     return block
 
 
-def choose(rule: Rule, sparse: Block, otherwise: Block) -> Block:
-    """``sparse`` in the layers that ``rule`` marks, else ``otherwise``."""
-
-    return lambda f: (sparse if f.mark(rule) else otherwise)(f)
+def choose(sparse: Block, otherwise: Block) -> Block:
+    """``sparse`` in the layers with routed experts (``moe_lab.hf``), else ``otherwise``."""
+    return lambda f: (sparse if f.mark(architectures.sparse) else otherwise)(f)
 
 
 # -----------------------------------------------------------------------------------------------------------------

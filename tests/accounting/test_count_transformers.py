@@ -16,7 +16,8 @@ from hf_tiny_families import FAMILIES, NOT_COVERED, RAW, WRAPPERS  # noqa: E402
 from hf_tiny_models import draw, fields_of, parameters, raw, wrapper_of  # noqa: E402
 
 from moe_lab.accounting import count  # noqa: E402
-from moe_lab.accounting.architectures import ARCHITECTURES, SAME_AS  # noqa: E402
+from moe_lab.accounting.families import ARCHITECTURES  # noqa: E402
+from moe_lab.hf.architectures import SAME_AS  # noqa: E402
 
 pytestmark = [
     pytest.mark.hf,

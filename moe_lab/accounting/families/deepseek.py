@@ -5,7 +5,7 @@ GLM, and others.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.accounting import patterns
+from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     Block,
@@ -25,21 +25,15 @@ from moe_lab.accounting.blocks import (
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, Index, Part, Piece, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.architectures import sparse
 from moe_lab.hf.fields import Fields
 
-
-def no_head_dim(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A head is hidden_size / num_attention_heads wide, whatever ``head_dim`` says."""
-    return {name: value for name, value in values.items() if name != "head_dim"}
-
-
 BASE = {"tie_word_embeddings": False, "attention_bias": False}
-DENSE_FIRST = {"first_k_dense_replace": 0}
 
 deepseek_v3 = Architecture(
     blocks=(
         mla(),
-        choose(patterns.by_mlp_type(patterns.after_dense), moe(extra=(shared(),)), dense()),
+        choose(moe(extra=(shared(),)), dense()),
         norms(2),
     ),
     defaults=BASE,
@@ -48,7 +42,6 @@ deepseek_v2 = deepseek_v3.variant(
     blocks=(
         mla(),
         choose(
-            patterns.after_dense,
             moe(extra=(shared(bias="mlp_bias", even_none=True),)),
             dense(bias="mlp_bias"),
         ),
@@ -58,37 +51,32 @@ deepseek_v2 = deepseek_v3.variant(
 )
 deepseek_v32 = deepseek_v3.variant(
     blocks=(mla(index=indexer), *deepseek_v3.blocks[1:]),
-    defaults={"layer_types": patterns.all_of("indexed_attention")},
+    defaults={"layer_types": layer_types.all_of("indexed_attention")},
 )
 deepseek_ocr2 = deepseek_v2.variant(
     blocks=(
         gqa(bias="attention_bias"),
         choose(
-            patterns.by_mlp_type(patterns.after_dense),
             moe(extra=(shared(bias="mlp_bias", even_none=True),)),
             dense(bias="mlp_bias"),
         ),
         norms(2),
     ),
-    defaults={"num_key_value_heads": patterns.kv_is_heads, "first_k_dense_replace": 1},
-    prepare=no_head_dim,
+    defaults={"num_key_value_heads": layer_types.kv_is_heads},
 )
 dots1 = deepseek_v3.variant(
     blocks=(gqa(bias="attention_bias", norms="head"), *deepseek_v3.blocks[1:]),
-    defaults=DENSE_FIRST,
 )
-mistral4 = deepseek_v3.variant(defaults=DENSE_FIRST)
+mistral4 = deepseek_v3
 axk1 = deepseek_v3.variant(
     blocks=(
         mla(),
         choose(
-            patterns.by_mlp_type(patterns.after_dense),
             moe(extra=(shared(), lambda f: (norm("post_mlp_norm", width(f)),))),
             dense(),
         ),
         norms(2),
     ),
-    defaults={"first_k_dense_replace": 1},
 )
 
 
@@ -108,7 +96,7 @@ def v4_types(f: Fields) -> list[str]:
             raise ConfigError(expected("compress_ratios of 0, 4 and 128", unknown))
         return [_BY_RATIO[ratio] for ratio in f.per_layer("compress_ratios")]
     types = [HCA if layer < 2 or layer % 2 == 0 else CSA for layer in range(f.num_layers)]
-    return patterns.usual_types(f, types, f"{HCA} and {CSA} in turn after two of the former")
+    return layer_types.usual_types(f, types, f"{HCA} and {CSA} in turn after two of the former")
 
 
 def v4_attention(f: Fields) -> Pieces:
@@ -224,7 +212,7 @@ deepseek_v4 = Architecture(
 def gated_norms(f: Fields) -> Pieces:
     """A.X-K2: norms with a small gating network; the second one only before an MoE."""
     d, rank = width(f), f.size("gated_norm_rank")
-    gated = 2 if f.mark(_axk2_sparse) else 1
+    gated = 2 if f.mark(sparse) else 1
     gates = (
         linear(Part.OTHER, f"norm_gate_{name}_{index}", *size)
         for index in range(gated)
@@ -235,9 +223,6 @@ def gated_norms(f: Fields) -> Pieces:
 
 def _gate(d: int, rank: int) -> tuple[tuple[str, tuple[int, int]], ...]:
     return (("down", (d, rank)), ("up", (rank, d)))
-
-
-_axk2_sparse = patterns.by_mlp_type(patterns.after_dense)
 
 
 def axk2_attention(f: Fields) -> Pieces:
@@ -276,7 +261,7 @@ def dots3_types(f: Fields) -> list[str]:
         "indexed_attention" if layer < 2 or layer % 4 == 1 else "sliding_attention"
         for layer in range(f.num_layers)
     ]
-    return patterns.usual_types(
+    return layer_types.usual_types(
         f,
         types,
         "indexed_attention in the first two and every fourth layer, else sliding_attention",
@@ -331,26 +316,25 @@ def hy4_gate(f: Fields) -> Pieces:
 
 
 axk2 = axk1.variant(
-    blocks=(axk2_attention, choose(_axk2_sparse, moe(extra=(shared(),)), dense()), gated_norms),
-    defaults={"layer_types": patterns.all_of("indexed_attention")},
+    blocks=(axk2_attention, choose(moe(extra=(shared(),)), dense()), gated_norms),
+    defaults={"layer_types": layer_types.all_of("indexed_attention")},
 )
 dots3_note = deepseek_v32.variant(
     blocks=(
         mla(index=indexer, extra=(dots3_extras,)),
         choose(
-            patterns.by_mlp_type(patterns.after_dense),
             moe(extra=(shared("shared_experts_intermediate_size"),)),
             dense(),
         ),
         norms(2),
     ),
-    defaults={"first_k_dense_replace": 1, "layer_types": dots3_types},
+    defaults={"layer_types": dots3_types},
     overrides=dots3_sliding,
 )
 hy_v4 = deepseek_v32.variant(
     blocks=(
         mla(index=indexer, extra=(hy4_gate, sinks)),
-        choose(patterns.by_mlp_type(patterns.usual_dense(1)), moe(extra=(shared(),)), dense()),
+        choose(moe(extra=(shared(),)), dense()),
         norms(2),
         hyper_connections(2, 0, 2),
     ),

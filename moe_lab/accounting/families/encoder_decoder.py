@@ -8,10 +8,10 @@ token: flops are those of the pair.
 from collections.abc import Callable
 
 from moe_lab.accounting.architecture import Architecture, Layer
+from moe_lab.accounting.blocks import used
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import (
     Attend,
-    ExpertsRun,
     Part,
     Piece,
     Pieces,
@@ -22,34 +22,27 @@ from moe_lab.cost.parts import (
     vector,
 )
 from moe_lab.errors import ConfigError, expected
-from moe_lab.hf.fields import MOST, Fields
+from moe_lab.hf.architectures import sparse
+from moe_lab.hf.fields import Fields
 
 
-def top_k_of(f: Fields, k: int) -> tuple[int, ExpertsRun]:
-    """The routers of both have a fixed k, which no field says."""
-    experts = f.size("num_experts")
-    if k > experts:
-        raise ConfigError(
-            expected(f"num_experts of at least {k} (the router's fixed top-k)", experts)
-        )
-    f.note("top_k", f"num_experts_per_tok = {k} (fixed by the router of {f.family})")
-    return experts, ExpertsRun(k, k, k)
-
-
-def sparse_ffn(f: Fields, expert: Pieces, k: int) -> Pieces:
-    experts, run = top_k_of(f, k)
+def sparse_ffn(f: Fields, expert: Pieces) -> Pieces:
+    experts, run = used(f)
     router = linear(Part.ROUTER, "router", f.size("hidden_size"), experts, f.truth("router_bias"))
     return (router, *times(expert, experts, run))
 
 
-def stack(
-    f: Fields,
-    count: int,
-    sparse: Callable[[int], bool],
-    layer: Callable[[int, bool], Pieces],
-    first: int,
-) -> list[Layer]:
-    return [Layer(first + index, layer(index, sparse(index))) for index in range(count)]
+def stacks(f: Fields, encoder: int, *layers: Callable[[int, bool], Pieces]) -> list[Layer]:
+    """The layers of the encoder, then of the decoder, each made from its index and whether it is
+    sparse.
+    """
+    marks = sparse(f)
+    halves = zip(layers, (marks[:encoder], marks[encoder:]), (0, encoder), strict=True)
+    return [
+        Layer(first + index, layer(index, mark))
+        for layer, half, first in halves
+        for index, mark in enumerate(half)
+    ]
 
 
 def switch(f: Fields) -> list[Layer]:
@@ -65,7 +58,7 @@ def switch(f: Fields) -> list[Layer]:
     buckets, vocab = f.size("relative_attention_num_buckets"), f.size("vocab_size")
 
     def layer(crossed: bool) -> Callable[[int, bool], Pieces]:
-        def pieces(index: int, sparse: bool) -> Pieces:
+        def pieces(index: int, has_experts: bool) -> Pieces:
             attention = formulas.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=crossed))
             cross = formulas.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=False))
             bias = (
@@ -78,17 +71,12 @@ def switch(f: Fields) -> list[Layer]:
                 *prefixed("self", attention),
                 *(prefixed("cross", cross) if crossed else ()),
                 *bias,
-                *(sparse_ffn(f, expert, 1) if sparse else expert),
+                *(sparse_ffn(f, expert) if has_experts else expert),
                 *(norm(f"norm_{place}", d) for place in range(3 if crossed else 2)),
             )
 
         return pieces
 
-    def every(layers: int, sparse_layers: int) -> Callable[[int], bool]:
-        step = layers // sparse_layers if sparse_layers > 0 else layers
-        return lambda index: step > 0 and (index % step == 1 or step == 1)
-
-    encoder, decoder = f.num_layers, f.size("num_decoder_layers", most=MOST)
     tied = f.flag("tie_word_embeddings")
     ends = (
         Piece(Part.EMBEDDING, "shared", vocab * d),
@@ -100,10 +88,7 @@ def switch(f: Fields) -> list[Layer]:
     )
     return [
         Layer(None, ends if tied else (*ends, *untied_inputs(vocab, d))),
-        *stack(f, encoder, every(encoder, f.size("num_sparse_encoder_layers", 0)), layer(False), 0),
-        *stack(
-            f, decoder, every(decoder, f.size("num_sparse_decoder_layers", 0)), layer(True), encoder
-        ),
+        *stacks(f, f.num_layers, layer(False), layer(True)),
     ]
 
 
@@ -127,7 +112,7 @@ def nllb(f: Fields) -> list[Layer]:
             raise ConfigError(expected(f"d_model divisible by {side}_attention_heads = {heads}", d))
         dim = d // heads
 
-        def pieces(index: int, sparse: bool) -> Pieces:
+        def pieces(index: int, has_experts: bool) -> Pieces:
             attention = formulas.gqa(
                 d,
                 heads,
@@ -150,17 +135,12 @@ def nllb(f: Fields) -> list[Layer]:
             return (
                 *prefixed("self", attention),
                 *(prefixed("cross", cross) if crossed else ()),
-                *(sparse_ffn(f, expert, 2) if sparse else expert),
+                *(sparse_ffn(f, expert) if has_experts else expert),
                 *(norm(f"norm_{place}", d, bias=True) for place in range(3 if crossed else 2)),
             )
 
         return pieces
 
-    def every(side: str) -> Callable[[int], bool]:
-        step = f.size(f"{side}_sparse_step", 0)
-        return lambda index: step > 0 and (index + 1) % step == 0
-
-    encoder, decoder = f.size("encoder_layers", most=MOST), f.size("decoder_layers", most=MOST)
     ends = (
         Piece(Part.EMBEDDING, "shared", vocab * d),
         Piece(
@@ -171,8 +151,7 @@ def nllb(f: Fields) -> list[Layer]:
     )
     return [
         Layer(None, ends if tied else (*ends, *untied_inputs(vocab, d))),
-        *stack(f, encoder, every("encoder"), layer("encoder", False), 0),
-        *stack(f, decoder, every("decoder"), layer("decoder", True), encoder),
+        *stacks(f, f.size("encoder_layers"), layer("encoder", False), layer("decoder", True)),
     ]
 
 
@@ -182,7 +161,6 @@ ROWS = {
         defaults={
             "tie_word_embeddings": True,
             "relative_attention_num_buckets": 32,
-            "num_decoder_layers": lambda f: f.num_layers,
         },
     ),
     "nllb-moe": Architecture(layers=nllb, defaults={"tie_word_embeddings": True}),

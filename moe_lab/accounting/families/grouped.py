@@ -1,9 +1,6 @@
 """Decoders with grouped-query attention in every layer and routed experts without shared ones."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from moe_lab.accounting import patterns
+from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     choose,
@@ -22,9 +19,9 @@ from moe_lab.accounting.blocks import (
 from moe_lab.accounting.blocks import window as sliding
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Attend, Part, Pieces, norm, vector
-from moe_lab.hf.fields import Fields, nested
+from moe_lab.hf.fields import Fields
 
-KV_IS_HEADS = {"num_key_value_heads": patterns.kv_is_heads}
+KV_IS_HEADS = {"num_key_value_heads": layer_types.kv_is_heads}
 UNTIED = {"tie_word_embeddings": False}
 BIASED = {**UNTIED, "attention_bias": False}
 
@@ -48,7 +45,7 @@ gpt_oss = Architecture(
         **KV_IS_HEADS,
         "attention_bias": True,
         "head_dim": 64,
-        "layer_types": patterns.every_nth_full(2, "sliding_attention"),
+        "layer_types": layer_types.every_nth_full(2, "sliding_attention"),
     },
 )
 privacy_filter = gpt_oss.variant(
@@ -66,10 +63,10 @@ phimoe = granitemoe.variant(
 mellum = Architecture(
     blocks=(
         gqa(bias="attention_bias", norms="head"),
-        choose(patterns.by_mlp_type(patterns.every), moe(), dense()),
+        choose(moe(), dense()),
         norms(2),
     ),
-    defaults={**BIASED, "head_dim": 128, "layer_types": patterns.all_of("full_attention")},
+    defaults={**BIASED, "head_dim": 128, "layer_types": layer_types.all_of("full_attention")},
 )
 
 
@@ -83,24 +80,13 @@ def granite_types(f: Fields) -> list[str]:
     types = [
         "sliding_attention" if layer % 4 else "full_attention" for layer in range(f.num_layers)
     ]
-    return patterns.usual_types(
+    return layer_types.usual_types(
         f, types, "full_attention in the first of every four layers, else sliding_attention"
     )
 
 
 def beam_bias(f: Fields) -> Pieces:
     return (vector(Part.ATTENTION, "gate_bias", f.size("num_attention_heads")),)
-
-
-def flatten_dbrx(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """DBRX keeps the sizes of attention and experts in two sub-configurations."""
-    attention, experts = nested(values, "attn_config"), nested(values, "ffn_config")
-    names = ("ffn_hidden_size", "moe_num_experts", "moe_top_k")
-    found = {
-        "kv_n_heads": attention.get("kv_n_heads"),
-        **{name: experts.get(name) for name in names},
-    }
-    return {**values, **{name: value for name, value in found.items() if value is not None}}
 
 
 def mimo_attention(f: Fields) -> Pieces:
@@ -129,7 +115,7 @@ def mimo_types(f: Fields) -> list[str]:
         "full_attention" if not layer or (layer + 1) % 6 == 0 else "sliding_attention"
         for layer in range(f.num_layers)
     ]
-    return patterns.usual_types(
+    return layer_types.usual_types(
         f, types, "full_attention in the first and every sixth layer, else sliding_attention"
     )
 
@@ -177,18 +163,16 @@ ROWS = {
     "beam": mellum.variant(
         blocks=(
             gqa(bias="attention_bias", norms="head", extra=(gate("width"), beam_bias)),
-            choose(patterns.by_mlp_type(patterns.usual_dense(3)), moe(), dense()),
+            choose(moe(), dense()),
             norms(4),
         ),
-        defaults={"layer_types": patterns.every_nth_full(6, "sliding_attention")},
+        defaults={"layer_types": layer_types.every_nth_full(6, "sliding_attention")},
     ),
-    "dbrx": Architecture(
-        blocks=(gqa(), moe("ffn_hidden_size"), norms(2)), defaults=UNTIED, prepare=flatten_dbrx
-    ),
+    "dbrx": Architecture(blocks=(gqa(), moe("ffn_hidden_size"), norms(2)), defaults=UNTIED),
     "mimo_v2_flash": Architecture(
         blocks=(
             mimo_attention,
-            choose(patterns.by_mlp_type(patterns.listed(patterns.usual_dense(1))), moe(), dense()),
+            choose(moe(), dense()),
             norms(2),
         ),
         defaults={**BIASED, "layer_types": mimo_types},

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.accounting import patterns
+from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import (
     Block,
@@ -39,12 +39,12 @@ from moe_lab.cost.parts import (
     vector,
 )
 from moe_lab.errors import ConfigError, expected
-from moe_lab.hf.fields import Fields, nested
+from moe_lab.hf.fields import Fields
 
 glm4_moe = Architecture(
     blocks=(
         gqa(bias="attention_bias", out_bias=False, norms="use_qk_norm"),
-        choose(patterns.after_dense, moe(extra=(shared(),)), dense()),
+        choose(moe(extra=(shared(),)), dense()),
         norms(2),
     ),
     defaults={**BIASED, "use_qk_norm": False},
@@ -53,7 +53,6 @@ afmoe = Architecture(
     blocks=(
         gqa(bias="attention_bias", norms="head", extra=(gate("width"),)),
         choose(
-            patterns.leading_dense("num_dense_layers"),
             moe(score_bias=True, extra=(shared(),)),
             dense(),
         ),
@@ -64,7 +63,9 @@ afmoe = Architecture(
         **KV_IS_HEADS,
         "head_dim": 128,
         "global_attn_every_n_layers": 4,
-        "layer_types": patterns.every_nth_full("global_attn_every_n_layers", "sliding_attention"),
+        "layer_types": layer_types.every_nth_full(
+            "global_attn_every_n_layers", "sliding_attention"
+        ),
     },
 )
 
@@ -79,7 +80,6 @@ ernie = Architecture(
     blocks=(
         gqa(bias="use_bias"),
         choose(
-            patterns.ernie,
             moe(score_bias=True, extra=(shared(bias="use_bias"),)),
             dense(bias="use_bias"),
         ),
@@ -88,9 +88,6 @@ ernie = Architecture(
     defaults={
         "tie_word_embeddings": True,
         "use_bias": False,
-        "moe_layer_start_index": 1,
-        "moe_layer_end_index": -1,
-        "moe_layer_interval": 1,
     },
     top=top(head_bias="use_bias"),
     mtp=ernie_module,
@@ -186,7 +183,7 @@ def flint_types(f: Fields) -> list[str]:
         "full_attention" if n < 2 or n % 4 == 1 or n == last else "sliding_attention"
         for n in range(f.num_layers)
     ]
-    return patterns.usual_types(
+    return layer_types.usual_types(
         f,
         types,
         "full_attention in the first two, every fourth and the last layer, else sliding_attention",
@@ -224,22 +221,6 @@ def m3_attention(f: Fields) -> Pieces:
     )
 
 
-def m3_raw(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The published configuration nests the indexer's sizes and marks sparse layers with 1."""
-    inner = nested(values, "sparse_attention_config")
-    names = {
-        "index_n_heads": "sparse_num_index_heads",
-        "index_head_dim": "sparse_index_dim",
-        "index_block_size": "sparse_block_size",
-        "index_topk_blocks": "sparse_topk_blocks",
-    }
-    found = {ours: inner[theirs] for ours, theirs in names.items() if theirs in inner}
-    freq = inner.get("sparse_attention_freq")
-    if isinstance(freq, list) and not values.get("layer_types"):
-        found["layer_types"] = ["minimax_m3_sparse" if mark else "full_attention" for mark in freq]
-    return {**values, **found}
-
-
 def ling_bias(f: Fields) -> Pieces:
     """Ling 2.0 stores the selection bias with the weights."""
     return (
@@ -252,10 +233,6 @@ def ling_bias(f: Fields) -> Pieces:
 def one_shared(size: str) -> Block:
     """A single shared expert of the width of the routed ones, which no field announces."""
     return lambda f: formulas.gated_ffn(Part.SHARED, width(f), f.size(size))
-
-
-def by_mlp_type(rule: patterns.Rule, sparse: Block, otherwise: Block) -> Block:
-    return choose(patterns.by_mlp_type(rule), sparse, otherwise)
 
 
 ROWS = {
@@ -283,7 +260,7 @@ ROWS = {
     "bailing_moe": Architecture(
         blocks=(
             gqa(bias="use_qkv_bias", out_bias="use_bias", norms="use_qk_norm"),
-            choose(patterns.after_dense, moe(extra=(ling_bias, shared())), dense()),
+            choose(moe(extra=(ling_bias, shared())), dense()),
             norms(2),
         ),
         defaults={**UNTIED, "use_qkv_bias": False, "use_bias": False, "use_qk_norm": False},
@@ -291,8 +268,7 @@ ROWS = {
     "cohere2_moe": Architecture(
         blocks=(
             gqa(bias="attention_bias"),
-            by_mlp_type(
-                patterns.leading_dense("first_k_dense_replace"),
+            choose(
                 moe("intermediate_size", extra=(shared("intermediate_size"),)),
                 cohere_dense,
             ),
@@ -304,16 +280,17 @@ ROWS = {
             **KV_IS_HEADS,
             "head_dim": 128,
             "n_shared_experts": 0,
-            "first_k_dense_replace": 0,
             "sliding_window_pattern": 4,
-            "layer_types": patterns.every_nth_full("sliding_window_pattern", "sliding_attention"),
+            "layer_types": layer_types.every_nth_full(
+                "sliding_window_pattern", "sliding_attention"
+            ),
         },
     ),
     "ernie4_5_moe": ernie,
     "ernie4_5_vl_moe_text": ernie.variant(
         blocks=(
             gqa(bias="use_bias"),
-            by_mlp_type(patterns.usual_dense(1), ernie_vl_moe, dense(bias="use_bias")),
+            choose(ernie_vl_moe, dense(bias="use_bias")),
             norms(2),
         ),
         defaults={"moe_intermediate_size": (1536, 512)},
@@ -322,21 +299,21 @@ ROWS = {
     "exaone_moe": Architecture(
         blocks=(
             gqa(norms="head"),
-            by_mlp_type(patterns.after_dense, moe(extra=(shared(),)), dense()),
+            choose(moe(extra=(shared(),)), dense()),
             norms(2),
         ),
         defaults={
             **UNTIED,
-            "first_k_dense_replace": 1,
             "sliding_window_pattern": 4,
-            "layer_types": patterns.every_nth_full("sliding_window_pattern", "sliding_attention"),
+            "layer_types": layer_types.every_nth_full(
+                "sliding_window_pattern", "sliding_attention"
+            ),
         },
     ),
     "flint": Architecture(
         blocks=(
             gqa(bias="attention_bias", norms="head", extra=(sinks,)),
             choose(
-                patterns.sparse_step,
                 moe(extra=(shared("shared_expert_intermediate_size", counted=False),)),
                 dense(),
             ),
@@ -345,8 +322,6 @@ ROWS = {
         defaults={
             **BIASED,
             "head_dim": 128,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": (0, 1),
             "layer_types": flint_types,
         },
     ),
@@ -369,8 +344,7 @@ ROWS = {
     "hy_v3": Architecture(
         blocks=(
             gqa(bias="attention_bias", norms="head"),
-            by_mlp_type(
-                patterns.usual_dense(1),
+            choose(
                 moe(extra=(shared(bias="mlp_bias", even_none=True),)),
                 dense(bias="mlp_bias"),
             ),
@@ -387,14 +361,13 @@ ROWS = {
         defaults={
             **UNTIED,
             "head_dim": 128,
-            "layer_types": patterns.every_nth_full(5, "sliding_attention"),
+            "layer_types": layer_types.every_nth_full(5, "sliding_attention"),
         },
     ),
     "laguna": Architecture(
         blocks=(
             gated_per_layer,
-            by_mlp_type(
-                patterns.usual_dense(1),
+            choose(
                 moe(
                     score_bias=True,
                     extra=(shared("shared_expert_intermediate_size", counted=False),),
@@ -407,14 +380,13 @@ ROWS = {
             **BIASED,
             "head_dim": 128,
             "gating": True,
-            "layer_types": patterns.all_of("full_attention"),
+            "layer_types": layer_types.all_of("full_attention"),
         },
     ),
     "llama4_text": Architecture(
         blocks=(
             chunked,
             choose(
-                patterns.llama4,
                 moe("intermediate_size", extra=(one_shared("intermediate_size"),)),
                 dense("intermediate_size_mlp"),
             ),
@@ -426,14 +398,15 @@ ROWS = {
             "head_dim": 128,
             "attention_chunk_size": 8192,
             "no_rope_layer_interval": 4,
-            "layer_types": patterns.every_nth_full("no_rope_layer_interval", "chunked_attention"),
+            "layer_types": layer_types.every_nth_full(
+                "no_rope_layer_interval", "chunked_attention"
+            ),
         },
     ),
     "minimax_m3_vl_text": Architecture(
         blocks=(
             m3_attention,
-            by_mlp_type(
-                patterns.listed(patterns.every),
+            choose(
                 moe(
                     "intermediate_size", extra=(shared("shared_intermediate_size", counted=False),)
                 ),
@@ -446,15 +419,13 @@ ROWS = {
             "head_dim": 128,
             "index_topk_blocks": 16,
             "index_block_size": 128,
-            "layer_types": patterns.all_of("full_attention"),
+            "layer_types": layer_types.all_of("full_attention"),
         },
-        prepare=m3_raw,
     ),
     "step3p5": Architecture(
         blocks=(
             gated_per_layer,
-            by_mlp_type(
-                patterns.step3_layers,
+            choose(
                 moe(
                     extra=(
                         shared("shared_expert_intermediate_size", counted=False, bias="mlp_bias"),
@@ -469,7 +440,7 @@ ROWS = {
             "head_dim": 128,
             "gating": True,
             "mlp_bias": False,
-            "layer_types": patterns.all_of("full_attention"),
+            "layer_types": layer_types.all_of("full_attention"),
         },
         overrides=step3_sliding,
     ),

@@ -2,10 +2,7 @@
 router's normaliser.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from moe_lab.accounting import patterns
+from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import choose, dense, layer_type, moe, norms, top, used, width
 from moe_lab.cost import formulas
@@ -120,7 +117,7 @@ def block_residuals(f: Fields) -> Pieces:
     full layers (queries, keys, values).
     """
     inputs = (
-        (3 if layer_type(f) == "full_attention" else 1) if not f.mark(patterns.first_only) else 0
+        (3 if layer_type(f) == "full_attention" else 1) if not f.mark(layer_types.first_only) else 0
     )
     return (vector(Part.OTHER, "block_residual_queries", (inputs + 1) * width(f)),)
 
@@ -143,35 +140,15 @@ def local_types(f: Fields) -> list[str]:
     ]
 
 
-def leading(f: Fields) -> list[bool]:
-    first = f.size_or("dense_mlp_idx", 0)
-    return [layer >= first for layer in range(f.num_layers)]
-
-
-def published_names(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where there is a ``dense_intermediate_size``, ``intermediate_size`` is the width of an
-    expert.
-    """
-    dense_size = values.get("dense_intermediate_size")
-    if dense_size is None:
-        return values
-    return {
-        **values,
-        "moe_intermediate_size": values.get("intermediate_size"),
-        "intermediate_size": dense_size,
-    }
-
-
 inkling = Architecture(
     blocks=(
         attention1,
-        choose(patterns.by_mlp_type(leading), sink_moe, scaled_dense),
+        choose(sink_moe, scaled_dense),
         norms(2),
         stream_convs,
     ),
     defaults={"layer_types": local_types},
     top=top(may_tie=False, extra=(embed_norm,)),
-    prepare=published_names,
 )
 
 

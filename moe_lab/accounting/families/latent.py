@@ -1,6 +1,6 @@
 """Multi-head latent attention outside DeepSeek: GLM-4.7-Flash, GLM-5 and Mistral Large 4."""
 
-from moe_lab.accounting import patterns
+from moe_lab.accounting import layer_types
 from moe_lab.accounting.blocks import (
     by_type,
     choose,
@@ -16,7 +16,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.families.deepseek import BASE, deepseek_v3, deepseek_v32, hyper_connections
-from moe_lab.accounting.families.linear import kimi_delta, kimi_raw
+from moe_lab.accounting.families.linear import kimi_delta
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
@@ -109,13 +109,13 @@ def large4_indexer(f: Fields) -> Pieces:
     )
 
 
-glm_moe_dsa = deepseek_v32.variant(defaults={"indexer_types": patterns.indexer_types})
+glm_moe_dsa = deepseek_v32.variant(defaults={"indexer_types": layer_types.indexer_types})
 
 ROWS = {
     "glm4_moe_lite": deepseek_v3.variant(
         blocks=(
             mla(),
-            choose(patterns.by_mlp_type(patterns.usual_dense(1)), moe(extra=(shared(),)), dense()),
+            choose(moe(extra=(shared(),)), dense()),
             norms(2),
         )
     ),
@@ -125,22 +125,20 @@ ROWS = {
             by_type(
                 {"linear_attention": kimi_delta, "indexed_attention": mla(index=pooled_indexer)}
             ),
-            choose(patterns.by_mlp_type(patterns.usual_dense(3)), moe(extra=(shared(),)), dense()),
+            choose(moe(extra=(shared(),)), dense()),
             norms(2),
             hyper_connections(2, 1, 3),
         ),
         defaults={
-            "layer_types": patterns.every_nth_full(4, "linear_attention", "indexed_attention")
+            "layer_types": layer_types.every_nth_full(4, "linear_attention", "indexed_attention")
         },
-        prepare=kimi_raw,
     ),
     "mistral_large4_text": deepseek_v32.variant(
         blocks=(large4_attention, *deepseek_v32.blocks[1:]),
         defaults={
             **BASE,
-            "first_k_dense_replace": 1,
             "no_rope_layer_interval": 4,
-            "indexer_types": patterns.indexer_types,
+            "indexer_types": layer_types.indexer_types,
         },
         top=top(),
     ),

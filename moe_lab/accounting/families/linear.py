@@ -1,9 +1,6 @@
 """Hybrids of linear and full attention: Kimi Linear and K3, Ling 2.5 (bailing_hybrid), MiniMax-01."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from moe_lab.accounting import patterns
+from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     by_type,
@@ -21,7 +18,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear, norm
-from moe_lab.hf.fields import Fields, nested
+from moe_lab.hf.fields import Fields
 
 
 def kimi_delta(f: Fields) -> Pieces:
@@ -44,18 +41,6 @@ def ling_delta(f: Fields) -> Pieces:
         f.size("linear_conv_kernel_dim"),
     )
     return formulas.kda(width(f), *sizes, low_rank_decay=False, low_rank_gate=False)
-
-
-def kimi_raw(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``linear_attn_config`` holds the sizes of the linear layers."""
-    inner = nested(values, "linear_attn_config")
-    names = {
-        "linear_head_dim": "head_dim",
-        "linear_num_heads": "num_heads",
-        "linear_conv_kernel_dim": "short_conv_kernel_size",
-        "use_full_rank_gate": "use_full_rank_gate",
-    }
-    return {**values, **{ours: inner[theirs] for ours, theirs in names.items() if theirs in inner}}
 
 
 def output_gate(f: Fields) -> Pieces:
@@ -108,14 +93,13 @@ def minimax_types(f: Fields) -> list[str]:
             for mark in f.per_layer("attn_type_list")
         ]
     types = ["linear_attention" if layer % 2 else "full_attention" for layer in range(f.num_layers)]
-    return patterns.usual_types(f, types, "full_attention and linear_attention in turn")
+    return layer_types.usual_types(f, types, "full_attention and linear_attention in turn")
 
 
 kimi_linear = Architecture(
     blocks=(
         by_type({"full_attention": mla(extra=(output_gate,)), "linear_attention": kimi_delta}),
         choose(
-            patterns.by_mlp_type(patterns.after_dense),
             moe(d_in=expert_width, extra=(shared(), latent)),
             dense(),
         ),
@@ -124,11 +108,9 @@ kimi_linear = Architecture(
     defaults={
         "attention_bias": False,
         "q_lora_rank": None,
-        "first_k_dense_replace": 1,
-        "layer_types": patterns.kda_types,
+        "layer_types": layer_types.kda_types,
     },
     top=top(may_tie=False),
-    prepare=kimi_raw,
 )
 minimax = Architecture(
     blocks=(
@@ -138,7 +120,7 @@ minimax = Architecture(
     ),
     defaults={
         "tie_word_embeddings": False,
-        "num_key_value_heads": patterns.kv_is_heads,
+        "num_key_value_heads": layer_types.kv_is_heads,
         "layer_types": minimax_types,
     },
 )
@@ -148,20 +130,18 @@ ROWS = {
     "bailing_hybrid": kimi_linear.variant(
         blocks=(
             by_type({"full_attention": mla(extra=(gate("head"),)), "linear_attention": ling_delta}),
-            choose(patterns.by_mlp_type(patterns.after_dense), moe(extra=(shared(),)), dense()),
+            choose(moe(extra=(shared(),)), dense()),
             norms(2),
         ),
         defaults={
-            "first_k_dense_replace": 2,
             "layer_group_size": 6,
             "head_dim": 128,
             "short_conv_kernel_size": 4,
             "linear_head_dim": lambda f: f.size("head_dim"),
             "linear_num_heads": lambda f: f.size("num_attention_heads"),
             "linear_conv_kernel_dim": lambda f: f.size("short_conv_kernel_size"),
-            "layer_types": patterns.every_nth_full("layer_group_size", "linear_attention"),
+            "layer_types": layer_types.every_nth_full("layer_group_size", "linear_attention"),
         },
-        prepare=dict,
     ),
     "minimax": minimax,
 }

@@ -4,7 +4,7 @@ memory of Qwen4.
 
 import math
 
-from moe_lab.accounting import patterns
+from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import (
     Block,
@@ -25,25 +25,25 @@ from moe_lab.cost.parts import Index, Part, Piece, Pieces, conv, linear, norm
 from moe_lab.errors import ConfigError, expected
 from moe_lab.hf.fields import Fields
 
-STEPS = {"decoder_sparse_step": 1, "mlp_only_layers": (), "tie_word_embeddings": False}
+UNTIED = {"tie_word_embeddings": False}
 
 gated_shared = (shared("shared_expert_intermediate_size", counted=False), shared_gate)
 
 qwen3_moe = Architecture(
     blocks=(
         gqa(bias="attention_bias", norms="head"),
-        choose(patterns.sparse_step, moe(), dense()),
+        choose(moe(), dense()),
         norms(2),
     ),
-    defaults={**STEPS, "attention_bias": False},
+    defaults={**UNTIED, "attention_bias": False},
 )
 qwen2_moe = Architecture(
     blocks=(
         gqa(bias="qkv_bias", out_bias=False),
-        choose(patterns.sparse_step, moe(extra=gated_shared), dense()),
+        choose(moe(extra=gated_shared), dense()),
         norms(2),
     ),
-    defaults={**STEPS, "qkv_bias": True},
+    defaults={**UNTIED, "qkv_bias": True},
 )
 
 
@@ -56,13 +56,13 @@ def hybrid(f: Fields) -> Pieces:
 HYBRID = {
     "attention_bias": False,
     "full_attention_interval": 4,
-    "layer_types": patterns.every_nth_full("full_attention_interval", "linear_attention"),
+    "layer_types": layer_types.every_nth_full("full_attention_interval", "linear_attention"),
     "head_dim": 256,
 }
 
 qwen3_next = Architecture(
-    blocks=(hybrid, choose(patterns.sparse_step, moe(extra=gated_shared), dense()), norms(2)),
-    defaults={**STEPS, **HYBRID},
+    blocks=(hybrid, choose(moe(extra=gated_shared), dense()), norms(2)),
+    defaults={**UNTIED, **HYBRID},
 )
 qwen3_5_moe = qwen3_next.variant(blocks=(hybrid, moe(extra=gated_shared), norms(2)))
 
@@ -192,7 +192,7 @@ qwen4_exp = Architecture(
     defaults={
         **HYBRID,
         "tie_word_embeddings": False,
-        "layer_types": patterns.every_nth_full(
+        "layer_types": layer_types.every_nth_full(
             "full_attention_interval", "linear_attention", "indexed_attention"
         ),
         "ple_embed_dim": width,
@@ -205,7 +205,9 @@ ROWS = {
     "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
     "qwen3_5_moe_text": qwen3_5_moe,
-    "qwen3_vl_moe_text": qwen3_moe.variant(defaults={"num_key_value_heads": patterns.kv_is_heads}),
+    "qwen3_vl_moe_text": qwen3_moe.variant(
+        defaults={"num_key_value_heads": layer_types.kv_is_heads}
+    ),
     "qwen3_omni_moe_text": qwen3_moe,
     "qwen4_exp_text": qwen4_exp,
 }

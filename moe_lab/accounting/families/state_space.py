@@ -4,7 +4,7 @@ LFM2.
 
 import math
 
-from moe_lab.accounting import patterns
+from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import (
     by_type,
@@ -23,6 +23,7 @@ from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
 from moe_lab.cost import formulas
 from moe_lab.cost.parts import Part, Pieces, linear
 from moe_lab.hf.fields import Fields
+from moe_lab.hf.sparse_layers import nemotron_marks
 
 
 def mamba(f: Fields) -> Pieces:
@@ -89,17 +90,13 @@ def short_conv(f: Fields) -> Pieces:
     return formulas.short_conv(width(f), f.size("conv_L_cache"), f.flag("conv_bias"))
 
 
-def granite_experts(f: Fields) -> list[bool]:
-    return [f.size("num_experts", 0) > 0] * f.num_layers
-
-
 def nemotron_module(architecture: Architecture, f: Fields, index: int) -> Pieces:
     """An MTP module has a block for each entry of ``mtp_layers_block_type`` (attention and experts
     unless it says otherwise).
     """
     kinds = ["full_attention", "moe"]
     if f.find("mtp_hybrid_override_pattern") is not None:
-        kinds = patterns.nemotron_marks(f.text("mtp_hybrid_override_pattern"))
+        kinds = nemotron_marks(f.text("mtp_hybrid_override_pattern"))
     kinds = [str(kind) for kind in f.optional("mtp_layers_block_type", kinds)]
     f.note(
         "mtp",
@@ -141,7 +138,7 @@ ROWS = {
     "jamba": Architecture(
         blocks=(
             by_type({"full_attention": gqa(), "linear_attention": mamba}),
-            choose(patterns.jamba_experts, moe("intermediate_size"), dense()),
+            choose(moe("intermediate_size"), dense()),
             norms(2),
         ),
         defaults={
@@ -150,7 +147,7 @@ ROWS = {
             "mamba_dt_rank": "auto",
             "mamba_conv_bias": True,
             "mamba_proj_bias": False,
-            "layer_types": patterns.jamba_types,
+            "layer_types": layer_types.jamba_types,
         },
     ),
     "bamba": Architecture(
@@ -164,13 +161,13 @@ ROWS = {
             **KV_IS_HEADS,
             **MAMBA2,
             "mlp_bias": False,
-            "layer_types": patterns.bamba_types,
+            "layer_types": layer_types.bamba_types,
         },
     ),
     "granitemoehybrid": Architecture(
         blocks=(
             by_type({"full_attention": gqa(bias="attention_bias"), "linear_attention": mamba2}),
-            choose(granite_experts, moe("intermediate_size"), lambda f: ()),
+            choose(moe("intermediate_size"), lambda f: ()),
             granite_shared,
             norms(2),
         ),
@@ -178,7 +175,7 @@ ROWS = {
             **BIASED,
             **KV_IS_HEADS,
             **MAMBA2,
-            "layer_types": patterns.all_of("linear_attention"),
+            "layer_types": layer_types.all_of("linear_attention"),
         },
     ),
     "nemotron_h": Architecture(
@@ -199,8 +196,6 @@ ROWS = {
             "use_conv_bias": True,
             "use_bias": False,
             "mlp_bias": False,
-            "layer_types": patterns.nemotron_types,
-            "num_hidden_layers": patterns.nemotron_layers,
         },
         top=top(may_tie=False),
         mtp=nemotron_module,
@@ -208,7 +203,7 @@ ROWS = {
     "lfm2_moe": Architecture(
         blocks=(
             by_type({"full_attention": gqa(norms="head"), "conv": short_conv}),
-            choose(patterns.leading_dense("num_dense_layers"), moe(), dense()),
+            choose(moe(), dense()),
             norms(2),
         ),
         defaults={"tie_word_embeddings": True, "conv_bias": False},

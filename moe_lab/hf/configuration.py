@@ -1,0 +1,170 @@
+"""From whatever names a model to ``Fields``: a dictionary, a ``config.json``, a folder with one, or
+an object with ``to_dict``; multimodal models by their text part.
+"""
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.architectures import ARCHITECTURES, SAME_AS, experts_and_slots, find, sparse
+from moe_lab.hf.fields import MOST, Fields, canonical, names_of
+
+TEXT_PARTS = (
+    "text_config",
+    "llm_config",
+    "language_config",
+    "thinker_config",
+    "language_model_config",
+)
+"""Where multimodal configurations keep their language model.
+
+An empty one means that the sizes stand beside it.
+"""
+
+TIES_ITSELF = frozenset({"llama4_text"})
+"""Text parts that are causal models of their own: their own ``tie_word_embeddings`` counts, not the
+whole model's.
+"""
+
+
+class RouterSizes(NamedTuple):
+    """What importing needs of a model: sizes of each router, numbers of the sparse layers, and the
+    number of all layers.
+    """
+
+    num_experts: int
+    num_zero_experts: int
+    top_k: int
+    moe_layers: tuple[int, ...]
+    num_layers: int
+
+
+def router_sizes(config: Any) -> RouterSizes:
+    """Experts, slots and sparse layers of a model, from its configuration.
+
+    Raises:
+        ConfigError: an unknown model type, a missing field, a model without sparse layers.
+    """
+    f = text_fields(config)
+    marks = sparse(f)
+    chosen = tuple(layer for layer, mark in enumerate(marks) if mark)
+    if not chosen:
+        raise ConfigError(expected("a model with sparse layers", f"a dense {f.family}"))
+    row, view = find(f.family), f.at(chosen[0])
+    assert row is not None
+    experts, slots = experts_and_slots(view)
+    return RouterSizes(experts, row.idle(view), slots, chosen, len(marks))
+
+
+def text_fields(config: Any) -> Fields:
+    """The fields of a model's text part, with the defaults of its model type.
+
+    Raises:
+        ConfigError: a configuration that cannot be read, or a ``model_type`` without a row.
+    """
+    values = language_model(plain(config))
+    name = model_type(values)
+    row = find(name)
+    if row is None:
+        raise unknown_type(name)
+    return Fields(row.prepare(values), name, row.defaults)
+
+
+def unknown_type(name: str, *further: str) -> ConfigError:
+    """The error for a model type without a row, with the nearest names."""
+    near = get_close_matches(name, [*ARCHITECTURES, *SAME_AS, *further], n=3, cutoff=0.5)
+    hint = f"one of {', '.join(near)}" if near else "one that docs/accounting.md lists"
+    return ConfigError(expected("a model_type with a known architecture", repr(name), hint))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The configuration as a dictionary, with run-length encoded lists written out.
+
+    Raises ``ConfigError`` for anything unreadable.
+    """
+    if isinstance(config, str | Path):
+        config = _read(Path(config))
+    elif not isinstance(config, Mapping) and callable(getattr(config, "to_dict", None)):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        what = "a configuration as a dictionary, a path to config.json, or an object with to_dict()"
+        raise ConfigError(expected(what, type(config).__name__))
+    return {str(key): _expand(value) for key, value in config.items()}
+
+
+def _read(path: Path) -> Any:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigError(
+            expected("a readable config.json", f"{file} ({why})", "its path or its folder")
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            expected(f"JSON in {file}", f"an error in line {error.lineno}: {error.msg}")
+        ) from None
+
+
+def _expand(value: Any) -> Any:
+    """``{"len": 3, "rle": [["a", 2], ["b", 1]]}`` is the list a, a, b."""
+    if not isinstance(value, Mapping) or set(value) != {"len", "rle"}:
+        return value
+    try:
+        runs = [(item, int(count)) for item, count in value["rle"]]
+    except (TypeError, ValueError):
+        runs = []
+    if sum(count for _, count in runs) != value["len"] or not value["len"] <= MOST:
+        what = 'a run-length encoded list {"len": n, "rle": [[value, times], ...]} of n entries'
+        raise ConfigError(expected(what, repr(value)[:60]))
+    return [item for item, count in runs for _ in range(count)]
+
+
+def language_model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The text part of a multimodal configuration, which ties its embeddings as the whole model
+    says.
+    """
+    for name in TEXT_PARTS:
+        inner = values.get(name)
+        if callable(getattr(inner, "to_dict", None)):
+            inner = inner.to_dict()  # type: ignore[union-attr]
+        if isinstance(inner, Mapping) and inner:
+            decides = (
+                values.get("tie_word_embeddings") is not None
+                and inner.get("model_type") not in TIES_ITSELF
+            )
+            outer = {"tie_word_embeddings": values["tie_word_embeddings"]} if decides else {}
+            if "model_type" not in inner and "model_type" in values:
+                outer["model_type"] = values["model_type"]
+            return language_model({**inner, **outer})
+    return {key: _expand(value) for key, value in values.items()}
+
+
+def edited(values: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with each edit in the place of every name that its field has."""
+    replaced = {name for field in edits for name in names_of(canonical(field))}
+    return {**{name: value for name, value in values.items() if name not in replaced}, **edits}
+
+
+def model_type(values: Mapping[str, Any]) -> str:
+    """``model_type``, or what the class name in ``architectures`` says."""
+    given = values.get("model_type")
+    if given:
+        return str(given)
+    for class_name in values.get("architectures") or ():
+        stem = (
+            str(class_name)
+            .removesuffix("ForCausalLM")
+            .removesuffix("ForConditionalGeneration")
+            .lower()
+        )
+        for name in (*ARCHITECTURES, *SAME_AS):
+            if stem == name.replace("_", "").replace("-", ""):
+                return name
+    raise ConfigError(
+        expected("a field model_type in the configuration", "none", "adding it, such as qwen3_moe")
+    )
