@@ -26,7 +26,6 @@ import torch
 
 from moe_lab.files import atomic_path
 from moe_lab.measures import load_cv, max_violation
-from moe_lab.provenance import provenance
 from moe_lab.routing import (
     ControllerConfig,
     ControllerKind,
@@ -35,6 +34,7 @@ from moe_lab.routing import (
     RouterContext,
     build_router,
 )
+from moe_lab.versions import provenance
 
 TARGET, TOP_K = 8, 12
 SHAPES = {"512+256 (uniform)": (512, 256), "768+128 (zero experts 3x)": (768, 128)}

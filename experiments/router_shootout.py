@@ -21,11 +21,11 @@ from scipy.stats import t
 
 from moe_lab.files import atomic_path
 from moe_lab.model import DecoderConfig, MoEConfig
-from moe_lab.provenance import provenance
 from moe_lab.routing import RouterConfig
 from moe_lab.sweeps import RunStore, SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig
+from moe_lab.versions import provenance
 
 QUESTION = "Which router, at equal active compute?"
 PRESETS = ("cpu", "gpu")

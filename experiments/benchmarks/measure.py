@@ -11,7 +11,7 @@ import polars as pl
 import torch
 
 from moe_lab.files import atomic_path
-from moe_lab.provenance import provenance
+from moe_lab.versions import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -21,13 +21,13 @@ import numpy as np
 import polars as pl
 
 from moe_lab.files import atomic_path, write_text
-from moe_lab.provenance import provenance
 from moe_lab.scaling import SHORT, crossing
 from moe_lab.scaling.alternatives_compared import Result, mean_interval, result_of
 from moe_lab.sweeps import RunStore
 from moe_lab.text import Split, load_tokens
 from moe_lab.training import excerpts_of, load_run
 from moe_lab.training.acceptance import acceptance_rate
+from moe_lab.versions import provenance
 
 MARGIN = 0.02
 COLUMNS = (

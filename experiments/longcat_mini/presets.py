@@ -14,10 +14,10 @@ import polars as pl
 from moe_lab.accounting.minis import MINIS
 from moe_lab.files import atomic_path
 from moe_lab.model import preset as mini
-from moe_lab.provenance import provenance
 from moe_lab.sweeps import RunStore, SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import OptimizerConfig, RunConfig
+from moe_lab.versions import provenance
 
 PRESETS = ("demo", "short")
 QUESTION = "Do the published architectures train at laptop size?"

@@ -364,8 +364,8 @@ def _write(
     import polars as pl
 
     from moe_lab.files import atomic_path, write_text
-    from moe_lab.provenance import provenance
     from moe_lab.scaling import fixed_total_optima
+    from moe_lab.versions import provenance
 
     origin = {name: pl.lit(value) for name, value in provenance().items() if name != "command"}
     frames = {"runs": runs.with_columns(**origin), "confounds": found}

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from moe_lab.config import Config
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.provenance import versions
 from moe_lab.sweeps.launchers import Ending, Job
 from moe_lab.sweeps.worker import execute, load_trainer
+from moe_lab.versions import versions
 
 Options = TypeVar("Options", bound=Config)
 

@@ -14,15 +14,14 @@ source recorded no weights or no scores, the routing column ``output_ratio``, th
 ``routed``, and provenance per layer.
 """
 
-import platform
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
 
-from moe_lab import __version__
 from moe_lab.config import Config, require
+from moe_lab.versions import versions as library_versions
 
 SCHEMA_VERSION = 1
 VERSION_KEY = "moe_lab_trace_version"
@@ -79,18 +78,6 @@ ROUTED = "routed"
 """Optional bool column of ``tokens``: False where the source recorded no routing for the token, so
 no layer has a row for it.
 """
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that wrote the trace, by name."""
-    import torch
-
-    return {
-        "moe_lab": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "polars": pl.__version__,
-    }
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import polars as pl
 
 from moe_lab.accounting import count, flops
 from moe_lab.measures import dead_experts, load_cv, max_violation
-from moe_lab.provenance import versions
 from moe_lab.text import TokenizedText
 from moe_lab.trace import LayerMeta, TraceMeta, open_trace
 from moe_lab.training.config import RATIO_MEANING, RunConfig
 from moe_lab.training.evaluate import Evaluation
+from moe_lab.versions import versions
 
 
 def trace_meta(config: RunConfig, tokenizer_hash: str, corpus_hash: str) -> TraceMeta:

@@ -15,8 +15,8 @@ from fake_launcher import Times
 from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError, RunError
-from moe_lab.provenance import versions
 from moe_lab.sweeps import Ending, Job, Result, remote, run, slurm, status
+from moe_lab.versions import versions
 
 submitit = pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
 LOCAL = {"cluster": "local", "minutes": "5"}

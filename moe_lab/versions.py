@@ -1,6 +1,4 @@
-"""Where a number comes from: the versions and the machine that made it, as columns or JSON beside
-it.
-"""
+"""Versions and hardware, recorded with each result."""
 
 import datetime
 import os
@@ -29,7 +27,7 @@ def machine() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Columns for a committed result: the day, the command as typed, the machine and the versions."""
+    """Columns of a committed result: date, command as typed, machine, versions."""
     script = os.path.relpath(sys.argv[0]) if sys.argv[0] else "-"
     command = " ".join(["python", script, *sys.argv[1:]])
     return {
