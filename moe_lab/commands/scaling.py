@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.commands.options import add_json, add_out, print_json
-from moe_lab.errors import AnalysisError, MoELabError, expected
+from moe_lab.errors import AnalysisError, expected
+from moe_lab.number_format import magnitude
 
 if TYPE_CHECKING:
-    import polars as pl
-
-    from moe_lab.scaling import Fit, Verdict
+    from moe_lab.scaling import Fit, Verdict, WallStudy
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
@@ -133,10 +132,10 @@ def step(args: argparse.Namespace) -> int:
     if args.json:
         print(table.write_json())
         return 0
-    print(f"+{short(args.add)} on {short(routed)} is {_growth(args.add, routed)}.")
+    print(f"+{magnitude(args.add)} on {magnitude(routed)} is {_growth(args.add, routed)}.")
     if not args.included and args.routed is None:
         print(
-            f"If the {short(args.total)} hold the {short(args.add)} already (--included), it is {_growth(args.add, routed - args.add)}."
+            f"If the {magnitude(args.total)} hold the {magnitude(args.add)} already (--included), it is {_growth(args.add, routed - args.add)}."
         )
     rows = [
         (
@@ -177,63 +176,41 @@ def _growth(add: float, routed: float) -> str:
 def _cautions(names: list[str]) -> str:
     from moe_lab.scaling import LAWS
 
-    told = {name: LAWS[name].caution for name in dict.fromkeys(names) if LAWS[name].caution}
-    return "\n".join(f"{name}: {text}" for name, text in told.items())
+    cautions = {name: LAWS[name].caution for name in names}
+    return "\n".join(f"{name}: {text}" for name, text in cautions.items() if text)
 
 
 def verdict(args: argparse.Namespace) -> int:
     import polars as pl
 
-    from moe_lab.scaling import main_arm, read_runs
+    from moe_lab.scaling import SeveralBudgetsError, read_runs, wall_study
 
-    everything = read_runs(args.runs)
-    if args.bits and "loss" in everything.columns and everything["loss"].dtype.is_numeric():
-        everything = everything.with_columns(pl.col("loss") * math.log(2))
-    runs, arm = main_arm(everything, args.arm)
-    verdicts = _judge(args, everything, runs, arm)
-    found = _confounds(everything if "arm" in everything.columns else runs, arm)
-    if args.out is not None:
-        _write(args.out, everything, arm, verdicts, found)
-    if args.json:
-        against = _against(everything, arm, verdicts).to_dicts()
-        print_json(
-            [
-                _as_json(tokens, arm, one, found) | {"against_experts": against}
-                for tokens, one in verdicts.items()
-            ]
+    runs = read_runs(args.runs)
+    if args.bits and "loss" in runs.columns and runs["loss"].dtype.is_numeric():
+        runs = runs.with_columns(pl.col("loss") * math.log(2))
+    try:
+        study = wall_study(
+            runs,
+            arm=args.arm,
+            by_budget=args.by_budget,
+            noise_sd=args.noise,
+            vocab_size=args.vocab_size,
         )
+    except SeveralBudgetsError as error:
+        raise AnalysisError(expected("one token budget", error.budgets, "--by-budget")) from None
+    if args.out is not None:
+        _write(args.out, study)
+    if args.json:
+        print_json([_as_json(study, tokens, one) for tokens, one in study.verdicts.items()])
     else:
-        _print(everything, arm, verdicts, found)
+        _print(study)
     return 0
 
 
-def _judge(
-    args: argparse.Namespace, everything: "pl.DataFrame", runs: "pl.DataFrame", arm: str
-) -> "dict[float | None, Verdict]":
-    """One verdict, or one per token budget where that was asked for."""
-    from moe_lab.scaling import verdict_by_budget, wall_verdict, with_budgets
-
-    options = {"noise_sd": args.noise, "vocab_size": args.vocab_size}
-    if args.by_budget and "tokens" in runs.columns and runs["tokens"].n_unique() > 1:
-        return {**verdict_by_budget(runs, **options)}
-    try:
-        return {None: wall_verdict(runs, budgets=with_budgets(everything, arm), **options)}
-    except AnalysisError as error:
-        raise AnalysisError(
-            str(error).replace("one verdict per budget and the others as budgets=", "--by-budget")
-        ) from None
-
-
-def _print(
-    everything: "pl.DataFrame",
-    arm: str,
-    verdicts: "dict[float | None, Verdict]",
-    found: "pl.DataFrame",
-) -> None:
-    from moe_lab.scaling import fixed_total_optima
-
-    print("\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items()))
-    for tokens, one in verdicts.items():
+def _print(study: "WallStudy") -> None:
+    verdicts = study.verdicts.items()
+    print("\n\n".join(_verdict_text(study, tokens, one) for tokens, one in verdicts))
+    for tokens, one in verdicts:
         print(f"\nGains per doubling{_at(tokens)}")
         rows = [
             (
@@ -246,103 +223,66 @@ def _print(
             for g in one.gains
         ]
         _table(("from", "to", "nats", "90 % interval", "compute"), rows)
-    against = _against(everything, arm, verdicts)
-    if against.height:
+    if study.alternatives.height:
         print("\nInstead of more experts, at the same total: loss less that of the experts")
-        rows = [
-            (row["alternative"], f"{row['ratio']:g}", *_against_words(row))
-            for row in against.iter_rows(named=True)
-        ]
-        _table(
-            ("alternative", "ratio", "pairs", "nats", "95 % interval", "compute", "result"),
-            rows,
-            left=(0, 6),
-        )
-    for name, best in fixed_total_optima(everything).items():
+        header = ("alternative", "ratio", "pairs", "nats", "95 % interval", "compute", "result")
+        rows = [_alternative(row) for row in study.alternatives.iter_rows(named=True)]
+        _table(header, rows, left=(0, 6))
+    for name, best in study.optima.items():
         print(f"\nW4, apart from the verdict, arm {name}: {best.sentence}")
     print("\nWhat else could have made or hidden a wall")
-    _table(("confound", "status", "detail"), found.rows(), left=(0, 1, 2))
+    _table(("confound", "status", "detail"), study.confounds.rows(), left=(0, 1, 2))
 
 
-def _against(
-    runs: "pl.DataFrame", arm: str, verdicts: "Mapping[float | None, Verdict]"
-) -> "pl.DataFrame":
-    """Empty where no arm is an alternative to experts, or the runs lack the columns to tell."""
-    import polars as pl
-
-    from moe_lab.scaling import against_experts
-
-    if not {"arm", "seed", "total_params"} <= set(runs.columns):
-        return pl.DataFrame()
-    return against_experts(
-        runs, arm=arm or None, compute_slope=next(iter(verdicts.values())).compute_slope
-    )
-
-
-def _against_words(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Pairs, nats, interval, compute and result."""
-    interval = "-" if row["lo"] is None else f"{row['lo']:+.4f} to {row['hi']:+.4f}"
+def _alternative(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Alternative, ratio, pairs, nats, interval, compute and result as text."""
     return (
+        row["alternative"],
+        f"{row['ratio']:g}",
         f"{row['seeds']}",
         f"{row['difference']:+.4f}",
-        interval,
+        "-" if row["lo"] is None else f"{row['lo']:+.4f} to {row['hi']:+.4f}",
         f"x{row['compute']:.2f}",
         row["result"],
     )
 
 
-def _confounds(frame: "pl.DataFrame", arm: str) -> "pl.DataFrame":
-    import polars as pl
-
-    from moe_lab.scaling import confounds
-
-    try:
-        return confounds(frame, arm=arm or None)
-    except MoELabError as error:
-        return pl.DataFrame(
-            [("all", "not measured", str(error))],
-            schema=["confound", "status", "detail"],
-            orient="row",
-        )
-
-
 def _at(tokens: float | None) -> str:
-    return "" if tokens is None else f" at {short(tokens)} tokens"
+    return "" if tokens is None else f" at {magnitude(tokens)} tokens"
 
 
-def _told(tokens: float | None, arm: str, one: "Verdict") -> str:
-    """The verdict as text: outcome, sentence, reasons."""
-    of = f" (arm {arm})" if arm else ""
-    return "\n".join(
-        [
-            f"{one.outcome.upper()}{_at(tokens)}{of}",
-            one.sentence,
-            *(f"- {reason}" for reason in one.reasons),
-        ]
-    )
+def _verdict_text(study: "WallStudy", tokens: float | None, one: "Verdict") -> str:
+    """Outcome, sentence and reasons."""
+    arm = f" (arm {study.arm})" if study.arm else ""
+    reasons = [f"- {reason}" for reason in one.reasons]
+    return "\n".join([f"{one.outcome.upper()}{_at(tokens)}{arm}", one.sentence, *reasons])
 
 
-def _as_json(
-    tokens: float | None, arm: str, one: "Verdict", found: "pl.DataFrame"
-) -> dict[str, Any]:
-    names = (
-        "outcome",
-        "at",
-        "elasticity",
-        "interval",
-        "sentence",
-        "reasons",
-        "margin",
-        "compute_slope",
-        "noise_sd",
-    )
-    values: dict[str, Any] = {
-        "tokens": tokens,
-        "arm": arm,
-        **{name: getattr(one, name) for name in names},
+JSON_FIELDS = (
+    "outcome",
+    "at",
+    "elasticity",
+    "interval",
+    "sentence",
+    "reasons",
+    "margin",
+    "compute_slope",
+    "noise_sd",
+)
+
+
+def _as_json(study: "WallStudy", tokens: float | None, one: "Verdict") -> dict[str, Any]:
+    tables = {
+        "gains": one.gain_table(),
+        "forms": one.form_table(),
+        "confounds": study.confounds,
+        "against_experts": study.alternatives,
     }
-    tables = {"gains": one.gain_table(), "forms": one.form_table(), "confounds": found}
-    return _finite(values | {name: table.to_dicts() for name, table in tables.items()})
+    return _finite(
+        {"tokens": tokens, "arm": study.arm}
+        | {name: getattr(one, name) for name in JSON_FIELDS}
+        | {name: table.to_dicts() for name, table in tables.items()}
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -354,46 +294,43 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(
-    folder: Path,
-    runs: "pl.DataFrame",
-    arm: str,
-    verdicts: "Mapping[float | None, Verdict]",
-    found: "pl.DataFrame",
-) -> None:
+def _write(folder: Path, study: "WallStudy") -> None:
     import polars as pl
 
     from moe_lab.files import atomic_path, write_text
-    from moe_lab.scaling import fixed_total_optima
     from moe_lab.versions import provenance
 
     origin = {name: pl.lit(value) for name, value in provenance().items() if name != "command"}
-    frames = {"runs": runs.with_columns(**origin), "confounds": found}
+    frames = {"runs": study.runs.with_columns(**origin), "confounds": study.confounds}
     for name, method in (("gains", "gain_table"), ("forms", "form_table")):
-        parts = [
+        frames[name] = pl.concat(
             getattr(one, method)().with_columns(tokens=pl.lit(tokens, pl.Float64))
-            for tokens, one in verdicts.items()
-        ]
-        frames[name] = pl.concat(parts)
-    against = _against(runs, arm, verdicts)
-    if against.height:
-        frames["against_experts"] = against
+            for tokens, one in study.verdicts.items()
+        )
+    if study.alternatives.height:
+        frames["against_experts"] = study.alternatives
     for name, frame in frames.items():
         with atomic_path(folder / f"{name}.parquet") as path:
             frame.write_parquet(path)
-    confounds = "\n".join(f"- {name}: {status}; {detail}" for name, status, detail in found.rows())
-    told = "\n\n".join(_told(tokens, arm, one) for tokens, one in verdicts.items())
-    optima = "".join(
-        f"\nW4, apart from the verdict, arm {name}: {best.sentence}\n"
-        for name, best in fixed_total_optima(runs).items()
-    )
-    instead = "".join(
-        f"- {row['alternative']} at ratio {row['ratio']:g}: {nats} nats ({interval}, {pairs} pairs), {compute} in compute: {result}\n"
-        for row in against.iter_rows(named=True)
-        for pairs, nats, interval, compute, result in [_against_words(row)]
-    )
-    instead = f"\nInstead of more experts, at the same total\n{instead}" if instead else ""
-    write_text(folder / "verdict.md", f"{told}\n{optima}{instead}\nConfounds\n{confounds}\n")
+    write_text(folder / "verdict.md", _markdown(study))
+
+
+def _markdown(study: "WallStudy") -> str:
+    verdicts = (_verdict_text(study, tokens, one) for tokens, one in study.verdicts.items())
+    parts = ["\n\n".join(verdicts)]
+    for name, best in study.optima.items():
+        parts.append(f"W4, apart from the verdict, arm {name}: {best.sentence}")
+    if study.alternatives.height:
+        rows = map(_alternative, study.alternatives.iter_rows(named=True))
+        lines = [
+            f"- {name} at ratio {ratio}: {nats} nats ({interval}, {pairs} pairs), {compute} in "
+            f"compute: {result}"
+            for name, ratio, pairs, nats, interval, compute, result in rows
+        ]
+        parts.append("\n".join(["Instead of more experts, at the same total", *lines]))
+    lines = [f"- {name}: {status}; {detail}" for name, status, detail in study.confounds.rows()]
+    parts.append("\n".join(["Confounds", *lines]))
+    return "\n\n".join(parts) + "\n"
 
 
 def fit(args: argparse.Namespace) -> int:
@@ -472,14 +409,6 @@ def _fit_json(result: "Fit", limit: str) -> dict[str, Any]:
         **numbers,
         "saturation": limit or None,
     }
-
-
-def short(number: float) -> str:
-    """1234567 -> 1.23M."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit * 0.9995:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 def _table(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from moe_lab.number_format import NOTHING, decimal, whole
 from moe_lab.report.canvas import Canvas
-from moe_lab.report.format import NOTHING, decimal, whole
 from moe_lab.report.sources import NamedTrace
 
 if TYPE_CHECKING:

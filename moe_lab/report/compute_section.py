@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from moe_lab.number_format import decimal, listing, whole
 from moe_lab.report import figures
 from moe_lab.report.blocks import Block, Plot, Variant, representatives, table_of
-from moe_lab.report.format import decimal, listing, whole
+from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
 
 CLASS_COLUMNS = {
@@ -36,13 +37,16 @@ class ComputeSection:
     first: NamedTrace | None
 
 
-def compute_section(traces: tuple[NamedTrace, ...]) -> ComputeSection:
+def compute_section(traces: tuple[NamedTrace, ...], frames: Frames) -> ComputeSection:
     """Spread and class profile of ffn_count for up to ``MAX_TRACES`` traces in which it varies."""
-    counts = [(named, _distinct_counts(named)) for named in representatives(traces)]
+    counts = [(named, frames(_distinct_counts, named)) for named in representatives(traces)]
     varying = [named for named, values in counts if len(values) > 1]
     constant = [(named, values[0]) for named, values in counts if len(values) == 1]
     blocks = (
-        (_spread_block(varying[:MAX_TRACES]), _profile_block(varying[:MAX_TRACES]))
+        (
+            _spread_block(varying[:MAX_TRACES], frames),
+            _profile_block(varying[:MAX_TRACES], frames),
+        )
         if varying
         else ()
     )
@@ -75,22 +79,23 @@ def _fixed_sentence(constant: list[tuple[NamedTrace, int]], others: bool) -> str
     return f"With a fixed k every token runs the same number of real experts: ffn_count is {'; '.join(parts)}; {ending}."
 
 
-def _spread_block(traces: list[NamedTrace]) -> Block:
+def _spread_block(traces: list[NamedTrace], frames: Frames) -> Block:
     from moe_lab.analysis import ffn_spread
 
-    frames = []
+    spreads = []
     for named in traces:
         target = pl.lit(
             named.run.result.get("target_ffn_count") if named.run else None, dtype=pl.Float64
         )
-        frames.append(ffn_spread(named.trace, resamples=RESAMPLES).with_columns(target=target))
+        spread = frames(ffn_spread, named.trace, resamples=RESAMPLES)
+        spreads.append(spread.with_columns(target=target))
     data = pl.concat(
         [
             frame.select(pl.lit(named.label).alias("run"), pl.all())
-            for named, frame in zip(traces, frames, strict=True)
+            for named, frame in zip(traces, spreads, strict=True)
         ]
     )
-    first = frames[0]
+    first = spreads[0]
     summary = (
         f"Standard deviation of ffn_count over tokens, per layer. In {traces[0].label} it is {_range(first['sd'])}. Drawing the same "
         f"number of slots evenly without a look at the token gives {_range(first['hypergeometric_sd'])}, drawing each expert by its load "
@@ -98,7 +103,7 @@ def _spread_block(traces: list[NamedTrace]) -> Block:
     )
     sizes = [
         f"{whole(frame['n_tokens'].max())} validation tokens in {named.label}"
-        for named, frame in zip(traces, frames, strict=True)
+        for named, frame in zip(traces, spreads, strict=True)
     ]
     caption = (
         f"n = {listing(sizes)}. Above: standard deviation of ffn_count over tokens, with 95 % intervals from resampling whole documents "
@@ -109,35 +114,35 @@ def _spread_block(traces: list[NamedTrace]) -> Block:
     )
     variants = tuple(
         Variant(named.label, figures.ffn_spread.canvas(frame))
-        for named, frame in zip(traces, frames, strict=True)
+        for named, frame in zip(traces, spreads, strict=True)
     )
     return Block("ffn_spread", caption, (Plot(summary, variants),), data, table_of(data))
 
 
-def _profile_block(traces: list[NamedTrace]) -> Block | None:
+def _profile_block(traces: list[NamedTrace], frames: Frames) -> Block | None:
     from moe_lab.analysis import class_profile
 
-    variants, frames, summary = [], [], ""
+    variants, profiles, summary = [], [], ""
     for named in traces:
         present = named.trace.tokens.collect_schema().names()
         for column, words in CLASS_COLUMNS.items():
             if column not in present:
                 continue
-            frame = class_profile(named.trace, column, resamples=RESAMPLES).cast(
+            frame = frames(class_profile, named.trace, column, resamples=RESAMPLES).cast(
                 {"class": pl.String}
             )
             if frame["class"].n_unique() < 2:  # nothing to compare
                 continue
             summary = summary or _extremes(frame, words, named.label)
             variants.append(Variant(f"{words}, {named.label}", figures.class_profile.canvas(frame)))
-            frames.append(
+            profiles.append(
                 frame.select(
                     pl.lit(named.label).alias("run"), pl.lit(column).alias("column"), pl.all()
                 )
             )
-    if not frames:
+    if not profiles:
         return None
-    data = pl.concat(frames, how="diagonal_relaxed")
+    data = pl.concat(profiles, how="diagonal_relaxed")
     documents = data.filter(pl.col("layer").is_null())["n_docs"].max()
     caption = (
         f"Mean ffn_count of the tokens of each class (number of tokens in brackets); n = {documents} documents at most. Bars are 95 % "

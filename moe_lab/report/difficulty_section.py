@@ -12,9 +12,10 @@ from pathlib import Path
 
 import polars as pl
 
+from moe_lab.number_format import decimal, whole
 from moe_lab.report import difficulty_figures as figures
 from moe_lab.report.blocks import Block, Plot, Variant, table_of
-from moe_lab.report.format import decimal, whole
+from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
 
 RESAMPLES = 1000
@@ -35,7 +36,7 @@ class DifficultySection:
     regret: str = ""
 
 
-def difficulty_section(varying: NamedTrace | None) -> DifficultySection | None:
+def difficulty_section(varying: NamedTrace | None, frames: Frames) -> DifficultySection | None:
     """The section for a trace in which ffn_count varies; None where there is none or its tokens are
     not known.
 
@@ -43,19 +44,20 @@ def difficulty_section(varying: NamedTrace | None) -> DifficultySection | None:
     """
     if varying is None or "token_id" not in varying.trace.tokens.collect_schema():
         return None
+    from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS
     from moe_lab.analysis.difficulty.study import study_verdict
 
-    tables = _tables(varying)
+    tables = frames(_tables, varying)
     if tables is None:
         return None
     association = tables["association"]
     verdict, sentence = study_verdict(association)
-    enough = not association["note"].str.contains("are needed to resample").all()
+    enough = int(association["n_docs"].max() or 0) >= MIN_DOCUMENTS  # type: ignore[call-overload]
     blocks = [_map_block(association)]
     if tables["curves"].height:
         blocks.append(_curve_block(tables["curves"]))
     if "gains" in tables:
-        blocks.append(_gain_block(tables["gains"]))
+        blocks.append(_gain_block(tables["gains"], frames))
     regret = _regret(tables["gain"], tables["regret"]) if "gain" in tables else ""
     source = (
         "the tables of moe-lab difficulty"
@@ -154,8 +156,10 @@ def _curve_block(curves: pl.DataFrame) -> Block:
     return Block("difficulty_curves", caption, (Plot(summary, variants),), curves, table_of(curves))
 
 
-def _gain_block(gains: pl.DataFrame) -> Block:
-    groups = figures.gain_groups(gains, RESAMPLES)
+def _gain_block(gains: pl.DataFrame, frames: Frames) -> Block:
+    from moe_lab.analysis.difficulty.gain_groups import gain_groups
+
+    groups = frames(gain_groups, gains, RESAMPLES)
     moved = decimal(float(gains["moved"][0]), 2)
     caption = (
         "What one more expert in every layer is worth, by tenth of the ffn_count that the router gave; "

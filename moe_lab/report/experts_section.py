@@ -15,10 +15,11 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 
+from moe_lab.number_format import count_of, decimal, listing, whole
 from moe_lab.report import figures
 from moe_lab.report.blocks import Block, Plot, Variant, representatives, table_of
 from moe_lab.report.depth_figures import MAX_SERIES
-from moe_lab.report.format import count_of, decimal, listing, whole
+from moe_lab.report.frames import Frames
 from moe_lab.report.map_figures import BINS
 from moe_lab.report.sources import Material, NamedTrace
 from moe_lab.trace import LayerMeta
@@ -36,18 +37,18 @@ TABLE_ROWS = 60
 
 
 @dataclass(frozen=True)
-class WhoseSection:
+class ExpertsSection:
     """The blocks of the section, each with its heading."""
 
     blocks: tuple[tuple[str, Block], ...]
 
 
-def whose_section(material: Material) -> WhoseSection:
+def experts_section(material: Material, frames: Frames) -> ExpertsSection:
     """Of the first representative trace; saturation where several bare traces hold the same text."""
     shown = representatives(material.traces)
     blocks: list[tuple[str, Block]] = []
     if shown and shown[0].trace.num_tokens:
-        makers: Sequence[tuple[str, Callable[[NamedTrace], Block | None]]] = (
+        makers: Sequence[tuple[str, Callable[[NamedTrace, Frames], Block | None]]] = (
             ("Specialisation by kind of text", _specialisation_block),
             ("Divergence of kinds of text", _divergence_block),
             ("Experts that run together", _coactivation_block),
@@ -55,13 +56,17 @@ def whose_section(material: Material) -> WhoseSection:
             ("Repetition along the text", _repetition_block),
         )
         blocks += [
-            (heading, block) for heading, maker in makers if (block := maker(shown[0])) is not None
+            (heading, block)
+            for heading, maker in makers
+            if (block := maker(shown[0], frames)) is not None
         ]
     if (
-        block := _saturation_block([named for named in material.traces if named.run is None])
+        block := _saturation_block(
+            [named for named in material.traces if named.run is None], frames
+        )
     ) is not None:
         blocks.append(("Saturation over checkpoints", block))
-    return WhoseSection(tuple(blocks))
+    return ExpertsSection(tuple(blocks))
 
 
 def _domain_column(named: NamedTrace) -> tuple[str, list[object]] | None:
@@ -81,14 +86,16 @@ def _domain_column(named: NamedTrace) -> tuple[str, list[object]] | None:
     return None
 
 
-def _specialisation_block(named: NamedTrace) -> Block | None:
+def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
     from moe_lab.analysis import domain_specialisation
 
-    found = _domain_column(named)
+    found = frames(_domain_column, named)
     if found is None:
         return None
     column, domains = found
-    data = domain_specialisation(named.trace, column, resamples=0 if _large(named) else RESAMPLES)
+    data = frames(
+        domain_specialisation, named.trace, column, resamples=0 if _large(named) else RESAMPLES
+    )
     layers = _even_layers(named, max(1, MAP_CELLS // (len(domains) * _width(named))))
     drawn = data.filter(pl.col("layer").is_in(layers))
     wide = 2 * _width(named) + 80 if _width(named) > 128 else 0
@@ -126,13 +133,15 @@ def _specialisation_block(named: NamedTrace) -> Block | None:
     return Block("domain_specialisation", caption, (Plot(summary, variants),), data, table_of(top))
 
 
-def _divergence_block(named: NamedTrace) -> Block | None:
+def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
     from moe_lab.analysis import domain_divergence
 
-    found = _domain_column(named)
+    found = frames(_domain_column, named)
     if found is None:
         return None
-    data = domain_divergence(named.trace, found[0], resamples=0 if _large(named) else RESAMPLES)
+    data = frames(
+        domain_divergence, named.trace, found[0], resamples=0 if _large(named) else RESAMPLES
+    )
     if not data.height or data["bits"].null_count() == data.height:
         return None
     last = data.drop_nulls("bits").sort("bits", descending=True).row(0, named=True)
@@ -154,7 +163,7 @@ def _divergence_block(named: NamedTrace) -> Block | None:
     )
 
 
-def _coactivation_block(named: NamedTrace) -> Block | None:
+def _coactivation_block(named: NamedTrace, frames: Frames) -> Block | None:
     from moe_lab.analysis import coactivation, coactivation_order
 
     meta = {layer.layer: layer for layer in named.trace.meta.layers}
@@ -165,8 +174,8 @@ def _coactivation_block(named: NamedTrace) -> Block | None:
     ]
     if not layers:
         return None
-    data = coactivation(named.trace, layers)
-    order = coactivation_order(data)
+    data = frames(coactivation, named.trace, layers)
+    order = frames(coactivation_order, data)
     variants = tuple(
         Variant(f"layer {layer}", figures.coactivation.canvas(data, layer=layer, order=order))
         for layer in layers
@@ -192,7 +201,7 @@ def _coactivation_block(named: NamedTrace) -> Block | None:
     )
 
 
-def _transitions_block(named: NamedTrace) -> Block | None:
+def _transitions_block(named: NamedTrace, frames: Frames) -> Block | None:
     from moe_lab.analysis import transitions
 
     layers = sorted(layer.layer for layer in named.trace.meta.layers)
@@ -200,7 +209,7 @@ def _transitions_block(named: NamedTrace) -> Block | None:
     if not pairs:
         return None
     chosen = [pairs[place] for place in _even(len(pairs), PICKED_LAYERS)]
-    data = transitions(named.trace, chosen)
+    data = frames(transitions, named.trace, chosen)
     variants = tuple(
         Variant(f"layer {pair[0]} to {pair[1]}", figures.transitions.canvas(data, layers=pair))
         for pair in chosen
@@ -223,10 +232,10 @@ def _transitions_block(named: NamedTrace) -> Block | None:
     )
 
 
-def _repetition_block(named: NamedTrace) -> Block | None:
+def _repetition_block(named: NamedTrace, frames: Frames) -> Block | None:
     from moe_lab.analysis import repetition
 
-    data = repetition(named.trace, resamples=RESAMPLES)
+    data = frames(repetition, named.trace, resamples=RESAMPLES)
     if not data["n_pairs"].max():
         return None
     variants = tuple(
@@ -244,18 +253,19 @@ def _repetition_block(named: NamedTrace) -> Block | None:
     return Block("repetition", caption, (Plot(summary, variants),), data, table_of(data))
 
 
-def _saturation_block(traces: Sequence[NamedTrace]) -> Block | None:
+def _saturation_block(traces: Sequence[NamedTrace], frames: Frames) -> Block | None:
     from moe_lab.analysis import saturation
     from moe_lab.analysis.saturation import difference
 
     if len(traces) < 2:
         return None
     last = traces[-1]
-    same = [named for named in traces[:-1] if not difference(named.trace, last.trace)]
+    same = [named for named in traces[:-1] if not frames(difference, named.trace, last.trace)]
     if not same:
         return None
     names = [f"{place}: {named.label}" for place, named in enumerate(same, start=1)]
-    data = saturation(
+    data = frames(
+        saturation,
         {name: named.trace for name, named in zip(names, same, strict=True)},
         last.trace,
         resamples=RESAMPLES,

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
+from moe_lab.number_format import count_of, listing, whole
 from moe_lab.report import figures
 from moe_lab.report.blocks import Block, Plot, Variant, representatives, table_of
-from moe_lab.report.format import count_of, listing, whole
+from moe_lab.report.frames import Frames
+from moe_lab.report.load_figures import MAX_LOG2_LOAD
 from moe_lab.report.sources import Material, NamedTrace
 
 CELL_BUDGET = 110_000
@@ -24,35 +26,35 @@ PIXELS = 2
 """The least width of an expert's column."""
 
 
-def load_block(material: Material) -> Block | None:
+def load_block(material: Material, frames: Frames) -> Block | None:
     """The load of one trace per arm and ratio; None without traces."""
     from moe_lab.analysis import expert_load, load_summary
 
     variants: list[Variant] = []
-    frames, summaries, skipped, thinned = [], [], [], []
+    loads, summaries, skipped, thinned = [], [], [], []
     left = CELL_BUDGET
     shown = representatives(material.traces)
     for named in shown:
         layers = _layers_that_fit(named)
         size = sum(_width(named, layer) for layer in layers)
-        if size > left or len(frames) == MAX_MAPS:
+        if size > left or len(loads) == MAX_MAPS:
             skipped.append(named.label)
             continue
         if len(layers) < len(named.trace.meta.layers):
             thinned.append(
                 f"{len(layers)} of {len(named.trace.meta.layers)} layers of {named.label}"
             )
-        frame = expert_load(named.trace).filter(pl.col("layer").is_in(layers))
+        frame = frames(expert_load, named.trace).filter(pl.col("layer").is_in(layers))
         added = _variants(named, frame, left // size)
         variants += added
         left -= size * len(added)
-        frames.append(frame.select(pl.lit(named.label).alias("run"), pl.all()))
+        loads.append(frame.select(pl.lit(named.label).alias("run"), pl.all()))
         summaries.append(
-            load_summary(named.trace).select(pl.lit(named.label).alias("run"), pl.all())
+            frames(load_summary, named.trace).select(pl.lit(named.label).alias("run"), pl.all())
         )
-    if not frames:
+    if not loads:
         return None
-    data = pl.concat(frames, how="diagonal_relaxed")
+    data = pl.concat(loads, how="diagonal_relaxed")
     caption = _caption(data, shown)
     if any(variant.min_width for variant in variants):
         caption += " A wide map scrolls sideways."
@@ -108,7 +110,7 @@ def _caption(data: pl.DataFrame, shown: Sequence[NamedTrace]) -> str:
     return (
         f"Slots that went to each expert ÷ the mean over the real experts of its layer (fair share = 1), in n = {n} validation tokens: "
         "a count of all of them, so without interval. The scale is symmetric in log₂ around 1 and ends at "
-        f"{2**figures.MAX_LOG2_LOAD} times at most; experts that no token reached are magenta: {_deaths(data)}.{zero}"
+        f"{2**MAX_LOG2_LOAD} times at most; experts that no token reached are magenta: {_deaths(data)}.{zero}"
     )
 
 

@@ -20,20 +20,22 @@ from typing import Any
 import polars as pl
 from markupsafe import Markup
 
+from moe_lab.errors import MoELabError
 from moe_lab.files import atomic_path, write_text
+from moe_lab.number_format import count_of
 from moe_lab.report import theme
 from moe_lab.report.blocks import Block, representatives
 from moe_lab.report.compute_section import compute_section
 from moe_lab.report.difficulty_section import difficulty_section
-from moe_lab.report.experts_section import whose_section
-from moe_lab.report.format import count_of
+from moe_lab.report.experts_section import experts_section
+from moe_lab.report.frames import Frames
 from moe_lab.report.load_section import load_block
 from moe_lab.report.provenance_section import provenance
-from moe_lab.report.run_tables import failed_runs, results_table, unfinished_table, verdict_text
+from moe_lab.report.run_tables import failed_runs, results_table, unfinished_table
 from moe_lab.report.runs_section import frontier_block, training_block
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.text_section import ColouredText, coloured_text
-from moe_lab.report.wall_section import wall_section
+from moe_lab.report.wall_section import judged_material, verdict_text, wall_section
 
 JSON_ESCAPES = {
     "<": "\\u003c",
@@ -76,13 +78,17 @@ def write_report(
     title = title or f"moe_lab report: {Path(names[0]).name}" + (
         f" and {count_of(len(names) - 1, 'other')}" if names[1:] else ""
     )
-    content = _content(material, command)
-    for name, frame in content.pop("data"):
-        write_parquet(frame, _data_folder(path) / f"{name}.parquet")
-    write_text(
-        path, render(title=title, command=command, data_folder=_data_folder(path).name, **content)
-    )
+    draw_page(material, Frames(), path, title=title, command=command)
     return path
+
+
+def draw_page(material: Material, frames: Frames, path: Path, *, title: str, command: str) -> None:
+    """Write the page and its data; what ``frames`` holds already is not computed again."""
+    folder = _data_folder(path)
+    content = _content(material, frames, command)
+    for name, frame in content.pop("data"):
+        write_parquet(frame, folder / f"{name}.parquet")
+    write_text(path, render(title=title, command=command, data_folder=folder.name, **content))
 
 
 def write_parquet(frame: pl.DataFrame, path: Path) -> None:
@@ -131,23 +137,23 @@ def script_json(value: Any) -> Markup:
     return Markup(text)
 
 
-def _content(material: Material, command: str) -> dict[str, Any]:
-    frontier, load, training = (
-        frontier_block(material),
-        load_block(material),
-        training_block(material),
-    )
+def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]:
+    study = frames(judged_material, material)
+    frontier, load = frontier_block(material, frames), load_block(material, frames)
+    training = training_block(material, frames)
     of_tokens = tuple(named for named in material.traces if named.trace.meta.per_token)
     of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
-    compute, whose = compute_section(of_compute), whose_section(replace(material, traces=of_tokens))
-    coloured, wall = _coloured(of_compute, compute.first), wall_section(material)
-    difficulty = difficulty_section(compute.first)
+    compute = compute_section(of_compute, frames)
+    experts = experts_section(replace(material, traces=of_tokens), frames)
+    coloured = _coloured(of_compute, compute.first, frames)
+    wall = None if study is None or isinstance(study, MoELabError) else wall_section(study)
+    difficulty = difficulty_section(compute.first, frames)
     evidence = wall.blocks if wall else ()
     hard = difficulty.blocks if difficulty else ()
-    whose_blocks = [block for _, block in whose.blocks]
+    experts_blocks = [block for _, block in experts.blocks]
     blocks: list[Block] = [
         block
-        for block in (frontier, *evidence, load, *compute.blocks, *whose_blocks, *hard, training)
+        for block in (frontier, *evidence, load, *compute.blocks, *experts_blocks, *hard, training)
         if block is not None
     ]
     runs = [("runs", material.all_runs)] if material.runs else []
@@ -158,7 +164,7 @@ def _content(material: Material, command: str) -> dict[str, Any]:
     )
     return {
         "questions": material.questions,
-        "verdict": verdict_text(material),
+        "verdict": verdict_text(study),
         "results": results_table(material) if material.finished else None,
         "unfinished": unfinished_table(material),
         "failed": failed_runs(material),
@@ -167,7 +173,7 @@ def _content(material: Material, command: str) -> dict[str, Any]:
         "wall": wall,
         "load": load,
         "compute": compute,
-        "whose": whose,
+        "experts": experts,
         "coloured": coloured,
         "difficulty": difficulty,
         "training": training,
@@ -176,12 +182,14 @@ def _content(material: Material, command: str) -> dict[str, Any]:
     }
 
 
-def _coloured(traces: Sequence[NamedTrace], varying: NamedTrace | None) -> ColouredText | None:
+def _coloured(
+    traces: Sequence[NamedTrace], varying: NamedTrace | None, frames: Frames
+) -> ColouredText | None:
     """Of the first trace in which ffn_count varies, else of the first one."""
     if varying is not None:
-        return coloured_text(varying, fixed=False)
+        return coloured_text(varying, frames, fixed=False)
     shown = representatives(traces)
-    return coloured_text(shown[0], fixed=True) if shown else None
+    return coloured_text(shown[0], frames, fixed=True) if shown else None
 
 
 def _distinct(material: Material, key: str) -> list[str]:

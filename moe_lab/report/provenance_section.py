@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lab.report.format import listing
+from moe_lab.number_format import listing
 from moe_lab.report.sources import Material
 
 MAX_CONFIGS = 120

@@ -1,62 +1,14 @@
-"""The first thing on the page: what the runs say about the sparsity wall, and the table of all
-runs.
-"""
+"""The tables of a sweep's runs: results, runs that did not finish, and what failed runs said last."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import polars as pl
-
-from moe_lab.errors import MoELabError
+from moe_lab.number_format import NOTHING, decimal, magnitude
 from moe_lab.report.blocks import MAX_TABLE_ROWS, Table
-from moe_lab.report.format import NOTHING, count_of, decimal, magnitude
 from moe_lab.report.sources import Material, RunState
-from moe_lab.report.wall_section import judge, judged_runs
 
-CANNOT_TELL = "cannot tell"
 MAX_FAILURES = 20
-
-
-@dataclass(frozen=True)
-class VerdictText:
-    """The verdict as the page shows it; ``outcome`` is empty where there are no runs to judge."""
-
-    outcome: str
-    sentence: str
-    reasons: tuple[str, ...] = ()
-    details: str = ""
-
-
-def verdict_text(material: Material) -> VerdictText:
-    """The verdict over the arm with most ratios; "cannot tell" with the reason where its runs do
-    not allow one.
-    """
-    runs = material.table.drop_nulls("loss")
-    if not runs.height:
-        return VerdictText(
-            "",
-            "This page shows where tokens went in a trace. A verdict on the sparsity wall needs the runs of a sweep.",
-        )
-    rated, frame, arm = judged_runs(material)
-    try:
-        verdict = judge(rated, frame, arm)
-    except MoELabError as error:
-        return VerdictText(
-            CANNOT_TELL,
-            f"Cannot tell whether there is a wall: {error}.",
-            details=_basis(frame, arm),
-        )
-    details = _basis(frame, arm)
-    if verdict.elasticity is not None and verdict.interval is not None:
-        low, high = verdict.interval
-        details += f" Elasticity of equivalent compute in the ratio: {decimal(verdict.elasticity)} ({decimal(low)} to {decimal(high)})."
-    return VerdictText(verdict.outcome, verdict.sentence, tuple(verdict.reasons), details)
-
-
-def _basis(frame: pl.DataFrame, arm: str) -> str:
-    ratios, seeds = frame["ratio"].n_unique(), frame["seed"].n_unique()
-    return f"Judged on {count_of(frame.height, 'run')} of arm {arm}: {count_of(ratios, 'ratio')}, {count_of(seeds, 'seed')}."
 
 
 COLUMNS: tuple[tuple[str, str, int], ...] = (

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import polars as pl
 
+from moe_lab.number_format import count_of, listing
 from moe_lab.report import figures
 from moe_lab.report.blocks import Block, Legend, Plot, Variant, table_of
-from moe_lab.report.format import count_of, listing
-from moe_lab.report.intervals import seed_intervals
+from moe_lab.report.frames import Frames
+from moe_lab.report.run_figures import MAX_POINTS, arms, line_style
 from moe_lab.report.sources import Material, training_metrics
 
 CURVES = {
@@ -25,9 +26,9 @@ MAX_CURVES = 120
 """Runs whose training is drawn; of more, as many evenly spaced over arms, ratios and seeds."""
 
 
-def frontier_block(material: Material) -> Block | None:
+def frontier_block(material: Material, frames: Frames) -> Block | None:
     """Loss against ratio, from the finished runs that have a loss; None without any."""
-    from moe_lab.scaling import TUNING
+    from moe_lab.scaling import TUNING, seed_intervals
 
     runs = material.table.drop_nulls("loss")
     runs = runs.filter(
@@ -36,13 +37,13 @@ def frontier_block(material: Material) -> Block | None:
     if not runs.height:
         return None
     means = seed_intervals(runs)
-    arms = figures.arms(runs)
-    ends = means.filter(pl.col("arm") == arms[0]).sort("ratio")
+    names = arms(runs)
+    ends = means.filter(pl.col("arm") == names[0]).sort("ratio")
     low, high = ends.row(0, named=True), ends.row(-1, named=True)
-    summary = f"Validation loss against the total to active ratio for {listing(arms)}. " + (
-        f"{arms[0]} goes from {low['mean']:.4f} nats per token at ratio {low['ratio']:g} to {high['mean']:.4f} at {high['ratio']:g}."
+    summary = f"Validation loss against the total to active ratio for {listing(names)}. " + (
+        f"{names[0]} goes from {low['mean']:.4f} nats per token at ratio {low['ratio']:g} to {high['mean']:.4f} at {high['ratio']:g}."
         if ends.height > 1 and ends["ratio"].null_count() == 0
-        else f"{arms[0]} has {low['mean']:.4f} nats per token."
+        else f"{names[0]} has {low['mean']:.4f} nats per token."
     )
     meanings = listing(runs["ratio_meaning"].drop_nulls().unique(maintain_order=True).to_list())
     caption = f"n = {count_of(runs.height, 'run')}. Small marks are single runs, large ones means over seeds; {_intervals(means['n'].to_list())}."
@@ -59,15 +60,15 @@ def frontier_block(material: Material) -> Block | None:
         "active_params",
         "train_tokens",
     )
-    plot = Plot(summary, (Variant("", figures.frontier.canvas(runs)),))
+    plot = Plot(summary, (Variant("", figures.frontier.canvas(runs, means=means)),))
     return Block("frontier", caption, (plot,), data, table_of(means, 4))
 
 
-def training_block(material: Material) -> Block | None:
+def training_block(material: Material, frames: Frames) -> Block | None:
     """Small multiples of the training metrics of all finished runs; None where none logged any."""
     finished = material.finished
     step = -(-len(finished) // MAX_CURVES)
-    metrics = training_metrics(finished[:: step or 1])
+    metrics = frames(training_metrics, finished[:: step or 1])
     names = [
         name for name in CURVES if name in metrics.columns and metrics[name].drop_nulls().len()
     ]
@@ -77,9 +78,7 @@ def training_block(material: Material) -> Block | None:
         pl.col("tokens").last(), pl.col(names).last()
     )
     runs = count_of(final.height, "run")
-    points = min(
-        figures.MAX_POINTS, max(FEWEST_POINTS, POINT_BUDGET // (final.height * len(names)))
-    )
+    points = min(MAX_POINTS, max(FEWEST_POINTS, POINT_BUDGET // (final.height * len(names))))
     plots = []
     for name in names:
         ends = final[name].drop_nulls()
@@ -99,7 +98,7 @@ def training_block(material: Material) -> Block | None:
             )
         )
     styles = {
-        group: figures.line_style(index)
+        group: line_style(index)
         for index, group in enumerate(metrics["group"].unique(maintain_order=True))
     }
     caption = (

@@ -17,7 +17,8 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.report.format import decimal, whole
+from moe_lab.number_format import decimal, whole
+from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
 
 MAX_TOKENS = 1500
@@ -78,21 +79,17 @@ class ColouredText:
         return {"lookup": self.lookup, "modes": [asdict(mode) for mode in self.modes]}
 
 
-def coloured_text(named: NamedTrace, *, fixed: bool) -> ColouredText | None:
+def coloured_text(named: NamedTrace, frames: Frames, *, fixed: bool) -> ColouredText | None:
     """The shown part of a trace, or None where its token table has no text.
 
     Args:
         named: the trace.
         fixed: whether ffn_count is the same for every token; then entropy gives the colour.
     """
-    tokens = _choose(named)
+    tokens = frames(_choose, named)
     if tokens is None:
         return None
-    routing = (
-        named.trace.routing.join(tokens.lazy().select("doc", "pos", "index"), on=["doc", "pos"])
-        .sort("index", "layer")
-        .collect()
-    )
+    routing = frames(_routing_of, named, tokens)
     layers = routing["layer"].unique().sort().to_list()
     if routing.height != tokens.height * len(layers):
         got = f"{routing.height} rows for {tokens.height} tokens in {len(layers)} layers"
@@ -125,6 +122,12 @@ def coloured_text(named: NamedTrace, *, fixed: bool) -> ColouredText | None:
         routing.select(keep), on=["doc", "pos"], maintain_order="left_right"
     )
     return ColouredText(named.label, fixed, documents, tuple(modes), lookup, data)
+
+
+def _routing_of(named: NamedTrace, tokens: pl.DataFrame) -> pl.DataFrame:
+    """Every layer's routing of ``tokens``, in their order."""
+    shown = tokens.lazy().select("doc", "pos", "index")
+    return named.trace.routing.join(shown, on=["doc", "pos"]).sort("index", "layer").collect()
 
 
 def _document(tokens: pl.DataFrame) -> ShownDocument:

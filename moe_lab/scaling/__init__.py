@@ -19,6 +19,8 @@ from moe_lab.scaling.optimum import (
     isoflop,
 )
 from moe_lab.scaling.run_files import main_arm, read_runs, with_budgets
+from moe_lab.scaling.seed_intervals import seed_intervals
+from moe_lab.scaling.sweep_means import SeveralBudgetsError
 from moe_lab.scaling.uncertainty import (
     Saturation,
     bootstrap,
@@ -30,6 +32,7 @@ from moe_lab.scaling.uncertainty import (
 from moe_lab.scaling.wall_planner import Plan, parse_truth, plan_power, typical_noise
 from moe_lab.scaling.wall_power import Design, Truth, cheapest, default_truths, designs, power
 from moe_lab.scaling.wall_rule import Outcome
+from moe_lab.scaling.wall_study import WallStudy, wall_study
 from moe_lab.scaling.wall_verdict import FormScore, Gain, Verdict, verdict_by_budget, wall_verdict
 
 __all__ = [
@@ -51,8 +54,10 @@ __all__ = [
     "Outcome",
     "Plan",
     "Saturation",
+    "SeveralBudgetsError",
     "Truth",
     "Verdict",
+    "WallStudy",
     "against_experts",
     "bootstrap",
     "cheapest",
@@ -78,8 +83,10 @@ __all__ = [
     "published",
     "read_runs",
     "saturation",
+    "seed_intervals",
     "typical_noise",
     "verdict_by_budget",
+    "wall_study",
     "wall_verdict",
     "with_budgets",
 ]

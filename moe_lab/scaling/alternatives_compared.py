@@ -10,17 +10,15 @@ Student's over seeds. Fewer than two pairs have none.
 import math
 from enum import StrEnum
 
-import numpy as np
 import polars as pl
-from scipy.special import stdtrit
 
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.run_files import main_arm
+from moe_lab.scaling.seed_intervals import mean_interval
 from moe_lab.scaling.wall_verdict import MARGIN
 
 TOLERANCE = 0.02
 """Largest relative difference of two totals that count as one."""
-CONFIDENCE = 0.95
 
 
 class Alternative(StrEnum):
@@ -154,19 +152,6 @@ def _pairs(others: pl.DataFrame, experts: pl.DataFrame) -> pl.DataFrame:
             )
         )
     return found.sort("arm", "ratio_experts", "seed")
-
-
-def mean_interval(
-    values: np.ndarray, confidence: float = CONFIDENCE
-) -> tuple[float, float | None, float | None]:
-    """(mean, lo, hi) of [n] values by Student's t; no ends for a single value."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, None, None
-    half = float(
-        stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / len(values) ** 0.5
-    )
-    return mean, mean - half, mean + half
 
 
 def result_of(low: float | None, high: float | None, margin: float) -> Result:

@@ -25,6 +25,15 @@ ACTIVE_TOLERANCE = (
 )
 
 
+class SeveralBudgetsError(AnalysisError):
+    """Runs of several token budgets (``budgets``, as text) where one is judged."""
+
+    def __init__(self, budgets: str) -> None:
+        hint = "one verdict per budget and the others as budgets="
+        super().__init__(expected("one token budget", budgets, hint))
+        self.budgets = budgets
+
+
 @dataclass(frozen=True)
 class Sweep:
     """R ratios of one sweep at one token budget.
@@ -188,10 +197,7 @@ def _check_design(frame: pl.DataFrame) -> None:
         )
     budgets = sorted(frame["tokens"].unique().to_list())
     if budgets[0] <= 0 or budgets[-1] / budgets[0] - 1 > BUDGET_TOLERANCE:
-        got = ", ".join(f"{tokens:g}" for tokens in budgets[:4])
-        raise AnalysisError(
-            expected("one token budget", got, "one verdict per budget and the others as budgets=")
-        )
+        raise SeveralBudgetsError(", ".join(f"{tokens:g}" for tokens in budgets[:4]))
     twice = frame.group_by("ratio", "seed").len().filter(pl.col("len") > 1).sort("ratio", "seed")
     if twice.height:
         first = twice.row(0, named=True)

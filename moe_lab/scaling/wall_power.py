@@ -202,7 +202,7 @@ def power(
     flops_per_second: float | None = None,
 ) -> pl.DataFrame:
     """[design, truth, wall, no_wall, cannot_tell, settled, form, wrong, ratios, ratio_max, seeds,
-    runs, tokens, flops, hours]
+    runs, tokens, flops, draws, hours]
 
     one row per design and truth: the share of ``draws`` that ends in each verdict; ``settled`` the
     share that gives the right answer; ``wrong`` the share that claims a wall where there is none or
@@ -265,6 +265,7 @@ def _chances(
         "tokens": float(design.tokens),
         "active_params": design.active_params,
         "flops": design.flops,
+        "draws": draws,
     }
 
 

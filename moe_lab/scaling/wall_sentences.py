@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_lab.number_format import magnitude
 from moe_lab.scaling.compute_slope import ComputeSlope
 from moe_lab.scaling.sweep_means import Sweep
 from moe_lab.scaling.wall_rule import (
@@ -102,7 +103,7 @@ def _starvation_reason(case: Case) -> str:
     if not case.starved:
         return ""
     return (
-        f"at ratio {case.sweep.ratios[-1]:g} an expert saw {_count(case.tokens_per_expert)} tokens, fewer than in any published sweep "
+        f"at ratio {case.sweep.ratios[-1]:g} an expert saw {magnitude(case.tokens_per_expert)} tokens, fewer than in any published sweep "
         f"(2M): this measures early training"
     )
 
@@ -266,7 +267,7 @@ def _settles(case: Case) -> str:
     if len(sweep.ratios) < FULL_GRID or reach > sweep.ratios[-1]:
         needs.append(f"{FULL_GRID} or more ratios up to {reach:g}")
     if case.starved or reach * TOKENS_PER_EXPERT > sweep.tokens:
-        needs.append(f"{_count(TOKENS_PER_EXPERT * reach)} tokens (1M per expert)")
+        needs.append(f"{magnitude(TOKENS_PER_EXPERT * reach)} tokens (1M per expert)")
     if not needs:
         needs.append("a second token budget, 4x larger,")
     return needs[0] if len(needs) == 1 else ", ".join(needs[:-1]) + " and " + needs[-1]
@@ -302,15 +303,8 @@ def _plural(number: int, noun: str) -> str:
     return f"{'one' if number == 1 else number} {noun}{'' if number == 1 else 's'}"
 
 
-def _count(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
 def _budget(case: Case) -> str:
-    return f"{_count(case.sweep.tokens)} tokens ({_count(case.tokens_per_expert)} per expert at ratio {case.sweep.ratios[-1]:g})"
+    return f"{magnitude(case.sweep.tokens)} tokens ({magnitude(case.tokens_per_expert)} per expert at ratio {case.sweep.ratios[-1]:g})"
 
 
 def _percent(case: Case) -> str:

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 from report_fixtures import CODE, Shape, make_trace
 
+from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
 from moe_lab.report.text_section import NO_SLOT, SLOT_BUDGET, coloured_text, show, tint
 from moe_lab.trace import open_trace
@@ -66,7 +67,7 @@ def test_the_lookup_holds_the_slots_of_the_trace(tmp_path: Path) -> None:
             Shape(layers=2, experts=4, zero_experts=2, top_k=3, documents=3, tokens=40),
         )
     )
-    shown = coloured_text(NamedTrace("t", trace), fixed=False)
+    shown = coloured_text(NamedTrace("t", trace), Frames(), fixed=False)
     assert shown is not None
     lookup = shown.lookup
     size = len(lookup["token"])
@@ -96,7 +97,7 @@ def test_the_text_is_the_document_from_its_beginning(tmp_path: Path) -> None:
     trace = open_trace(
         make_trace(tmp_path / "t", Shape(layers=1, documents=1, tokens=60), documents=(CODE,))
     )
-    shown = coloured_text(NamedTrace("t", trace), fixed=True)
+    shown = coloured_text(NamedTrace("t", trace), Frames(), fixed=True)
     assert shown is not None
     assert CODE.startswith("".join(token.text for token in shown.documents[0].tokens))
     assert [mode.name for mode in shown.modes] == ["router entropy in nats", "loss in nats"]
@@ -109,7 +110,7 @@ def test_colours_are_the_counts_of_the_trace_layer_by_layer(tmp_path: Path) -> N
             Shape(layers=2, experts=4, zero_experts=4, top_k=2, documents=1, tokens=50),
         )
     )
-    shown = coloured_text(NamedTrace("t", trace), fixed=False)
+    shown = coloured_text(NamedTrace("t", trace), Frames(), fixed=False)
     assert shown is not None
     second = next(mode for mode in shown.modes if mode.name == "ffn_count, layer 1")
     label = {code: int(text.split()[0]) for code, text in second.legend}
@@ -126,7 +127,7 @@ def test_a_deep_model_shows_fewer_tokens(tmp_path: Path) -> None:
     trace = open_trace(
         make_trace(tmp_path / "t", Shape(layers=60, experts=12, top_k=12, documents=3, tokens=400))
     )
-    shown = coloured_text(NamedTrace("t", trace), fixed=True)
+    shown = coloured_text(NamedTrace("t", trace), Frames(), fixed=True)
     assert shown is not None
     assert 120 <= len(shown.lookup["token"]) <= SLOT_BUDGET / (60 * 12)
 
@@ -139,4 +140,4 @@ def test_a_trace_without_text_is_left_out(tmp_path: Path) -> None:
     class Textless:
         tokens, meta, routing = trace.tokens.drop("text"), trace.meta, trace.routing
 
-    assert coloured_text(NamedTrace("t", Textless()), fixed=True) is None  # type: ignore[arg-type]
+    assert coloured_text(NamedTrace("t", Textless()), Frames(), fixed=True) is None  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ import pytest
 from moe_lab.errors import AnalysisError
 from moe_lab.report import figures, write_report
 from moe_lab.report import wall_section as wall
-from moe_lab.report.run_tables import verdict_text
 from moe_lab.report.sources import gather
+from moe_lab.scaling import wall_study
 
 
 def put(
@@ -61,14 +61,14 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_verdict_is_of_the_long_budget_with_the_slope_between_the_two(sweep: Path) -> None:
-    told = verdict_text(gather(sweep))
+    told = wall.verdict_text(wall.judged_material(gather(sweep)))
     assert told.outcome == "no wall"
     assert any("measured over a 4x range of compute" in reason for reason in told.reasons)
     assert "arm topk:" in told.details
 
 
 def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
-    section = wall.wall_section(gather(sweep))
+    section = wall.wall_section(wall.judged_material(gather(sweep)))
     assert section is not None
     assert [block.name for block in section.blocks] == list(section.titles)
     assert all(hasattr(figures, block.name) for block in section.blocks)
@@ -79,7 +79,7 @@ def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
 
 
 def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
-    section = wall.wall_section(gather(sweep))
+    section = wall.wall_section(wall.judged_material(gather(sweep)))
     frontier = section.blocks[0]
     names = [trace.name for trace in frontier.plots[0].variants[1].figure.data]
     assert {"Clark S-BASE, 15M", "Kimi K2", "this sweep"} <= set(names)
@@ -89,7 +89,7 @@ def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
 
 
 def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
-    section = wall.wall_section(gather(sweep))
+    section = wall.wall_section(wall.judged_material(gather(sweep)))
     figure = section.blocks[1].plots[0].variants[0].figure
     margin = section.blocks[1].data["margin"][0]
     assert {figure.layout.shapes[0].y0, figure.layout.shapes[0].y1} == {-margin, margin}
@@ -97,16 +97,16 @@ def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
 
 
 def test_elasticity_has_a_row_per_budget_and_published_laws_without_intervals(sweep: Path) -> None:
-    frame = wall.wall_section(gather(sweep)).blocks[2].data
+    frame = wall.wall_section(wall.judged_material(gather(sweep))).blocks[2].data
     ours = frame.filter(~pl.col("published"))
-    assert ours["what"].to_list() == ["topk, 1.2G tokens", "topk-short, 300M tokens"]
+    assert ours["what"].to_list() == ["topk, 1.2B tokens", "topk-short, 300M tokens"]
     assert ours["lo"][0] > 0.07 > ours["hi"][1]
     assert frame.filter(pl.col("published"))["lo"].null_count() == 3
 
 
 def test_runs_that_cannot_be_judged_have_no_section(tmp_path: Path) -> None:
     put(tmp_path / "sweep", "topk", 1.0, 0, 3.0, 1000)
-    assert wall.wall_section(gather(tmp_path / "sweep")) is None
+    assert isinstance(wall.judged_material(gather(tmp_path / "sweep")), AnalysisError)
     page = write_report(tmp_path / "sweep", tmp_path / "page.html")
     assert 'id="wall"' not in page.read_text()
 
@@ -132,14 +132,13 @@ def test_a_figure_of_the_wrong_frame_is_one_line() -> None:
 
 
 def test_alternatives_to_experts_have_a_figure_where_the_sweep_has_them(sweep: Path) -> None:
-    runs, frame, arm = wall.judged_runs(gather(sweep))
-    runs = frame.with_columns(total_params=(1e6 * pl.col("ratio")).cast(pl.Int64))
+    study = wall.judged_material(gather(sweep))
+    runs = study.judged.with_columns(total_params=(1e6 * pl.col("ratio")).cast(pl.Int64))
     other = runs.filter(pl.col("ratio") > 1).with_columns(
         arm=pl.lit("ngram"), ratio=pl.col("ratio") / 2, loss=pl.col("loss") + 0.5
     )
-    verdict = wall.judge(runs, frame, arm)
-    assert wall._against(runs, arm, verdict) is None
-    block = wall._against(pl.concat([runs, other]), arm, verdict)
+    assert wall._alternatives(wall_study(runs)) is None
+    block = wall._alternatives(wall_study(pl.concat([runs, other]), arm="topk"))
     assert block is not None
     assert block.data["difference"].to_list() == pytest.approx(
         [0.5] * (runs["ratio"].n_unique() - 1)

@@ -1,5 +1,5 @@
-"""Numbers as a reader wants them: thousands grouped, magnitudes with their letter, a dash where
-there is nothing.
+"""Numbers as text, for the page, the command line and sentences: thousands grouped, magnitudes with
+their letter, a dash for a missing value.
 """
 
 import math
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 NOTHING = "\u2013"
 MINUS = "\u2212"
-_LETTERS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_LETTERS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
+    """``digits`` decimals, thousands grouped."""
     return (
         NOTHING
         if value is None or not math.isfinite(value)
@@ -19,6 +20,7 @@ def decimal(value: float | None, digits: int = 3) -> str:
 
 
 def whole(value: float | None) -> str:
+    """No decimals, thousands grouped."""
     return (
         NOTHING
         if value is None or not math.isfinite(value)
@@ -27,7 +29,7 @@ def whole(value: float | None) -> str:
 
 
 def magnitude(value: float | None) -> str:
-    """Three significant digits with k, M, G, T or P: 1234567 is 1.23M."""
+    """Three significant digits with k, M, B, T or P: 1234567 is 1.23M."""
     if value is None or not math.isfinite(value):
         return NOTHING
     for size, letter in _LETTERS:
@@ -37,6 +39,7 @@ def magnitude(value: float | None) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
+    """``1,200 runs``, ``1 run``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 

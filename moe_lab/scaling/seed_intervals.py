@@ -1,12 +1,29 @@
-"""Means over seeds with Student's t-intervals."""
+"""Means over seeds with Student's t-intervals, of one series and of every arm and ratio."""
 
+import numpy as np
 import polars as pl
+from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from moe_lab.errors import AnalysisError, expected
 
+CONFIDENCE = 0.95
+
+
+def mean_interval(
+    values: np.ndarray, confidence: float = CONFIDENCE
+) -> tuple[float, float | None, float | None]:
+    """(mean, lo, hi) of [n] values by Student's t; no ends for a single value."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, None, None
+    half = float(
+        stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / len(values) ** 0.5
+    )
+    return mean, mean - half, mean + half
+
 
 def seed_intervals(
-    frame: pl.DataFrame, *, value: str = "loss", level: float = 0.95
+    frame: pl.DataFrame, *, value: str = "loss", level: float = CONFIDENCE
 ) -> pl.DataFrame:
     """Mean of ``value`` over the seeds of each arm and ratio.
 
@@ -21,8 +38,6 @@ def seed_intervals(
     """
     if not 0 < level < 1:
         raise AnalysisError(expected("a level between 0 and 1", level, "0.95"))
-    from scipy.special import stdtrit
-
     groups = frame.group_by("arm", "ratio", maintain_order=True).agg(
         n=pl.len(),
         mean=pl.col(value).mean(),

@@ -1,0 +1,165 @@
+"""Figures of ffn_count, the number of real experts that a token runs: spread and token classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from moe_lab.report.canvas import Canvas, drawn, need, plain
+from moe_lab.report.theme import SERIES, SYMBOLS
+
+
+@drawn
+def class_profile(frame: pl.DataFrame) -> Canvas:
+    """Mean ffn_count per token class with its interval; the layers behind it as small dots.
+
+    Args:
+        frame: columns layer (null = mean over layers), class, n_tokens, n_docs, mean, lo, hi, as
+            ``analysis.class_profile``; adjusted, adjusted_lo, adjusted_hi are drawn where they are
+            there.
+    """
+    need(frame, "layer", "class", "n_tokens", "n_docs", "mean", "lo", "hi")
+    figure = Canvas()
+    total = frame.filter(pl.col("layer").is_null()).sort("mean")
+    place = {name: float(index) for index, name in enumerate(total["class"])}
+    layers = frame.filter(pl.col("layer").is_not_null() & pl.col("class").is_in(list(place)))
+    figure.add_scatter(
+        x=layers["mean"].to_list(),
+        y=[place[name] for name in layers["class"]],
+        mode="markers",
+        marker={"size": 5, "opacity": 0.5, "color": SERIES[-1]},
+        customdata=layers["layer"].to_list(),
+        hovertemplate="layer %{customdata}: %{x:.3f}<extra></extra>",
+        name="one layer",
+    )
+    adjusted = "adjusted" in frame.columns
+    _profile_series(
+        figure, total, "mean", "lo", "hi", shift=0.16 * adjusted, name="mean over layers", series=0
+    )
+    if adjusted:
+        _profile_series(
+            figure,
+            total,
+            "adjusted",
+            "adjusted_lo",
+            "adjusted_hi",
+            shift=-0.16,
+            name="adjusted",
+            series=1,
+        )
+    tokens = total["n_tokens"].to_numpy()
+    if tokens.sum():
+        average = float(np.average(total["mean"].to_numpy(), weights=tokens))
+        figure.add_vline(x=average, line={"dash": "dot", "width": 1.5, "color": SERIES[-1]})
+    labels = [
+        f"{plain(name)} ({count:,})" for name, count in total.select("class", "n_tokens").rows()
+    ]
+    figure.update_yaxes(
+        tickvals=list(place.values()),
+        ticktext=labels,
+        range=[-0.6, total.height - 0.4],
+        ticks="",
+        showgrid=False,
+    )
+    figure.update_xaxes(title_text="ffn_count per token")
+    return figure.update_layout(height=130 + (42 if adjusted else 30) * max(total.height, 2))
+
+
+def _profile_series(
+    figure: Canvas,
+    total: pl.DataFrame,
+    mean: str,
+    lo: str,
+    hi: str,
+    *,
+    shift: float,
+    name: str,
+    series: int,
+) -> None:
+    bars = {
+        "array": (total[hi] - total[mean]).to_list(),
+        "arrayminus": (total[mean] - total[lo]).to_list(),
+    }
+    figure.add_scatter(
+        x=total[mean].to_list(),
+        y=[index + shift for index in range(total.height)],
+        mode="markers",
+        marker={"size": 9, "color": SERIES[series], "symbol": SYMBOLS[series]},
+        error_x={"type": "data", "symmetric": False, "thickness": 2, "width": 4, **bars},
+        customdata=total.select(
+            "n_tokens",
+            "n_docs",
+            lo,
+            hi,
+            pl.col("class").map_elements(plain, return_dtype=pl.String),
+        ).rows(),
+        hovertemplate=f"%{{customdata[4]}}, {name}: %{{x:.3f}} (%{{customdata[2]:.3f}} to %{{customdata[3]:.3f}})<br>"
+        "%{customdata[0]:,} tokens, %{customdata[1]} documents<extra></extra>",
+        name=name,
+    )
+
+
+@drawn
+def ffn_spread(frame: pl.DataFrame) -> Canvas:
+    """Standard deviation of ffn_count over tokens, per layer, beside those that routers without a
+    look at the token would give.
+
+    Args:
+        frame: columns layer, mean, sd, hypergeometric_sd as ``analysis.ffn_spread``; sd_lo, sd_hi
+            (interval of sd), independent_sd and target (of the mean) are drawn where they are there
+            and not null.
+    """
+    need(frame, "layer", "mean", "sd", "hypergeometric_sd")
+    figure = Canvas((0.5, 0.5), stacked=True, gap=0.09)
+    frame = frame.sort("layer")
+    layers = [str(layer) for layer in frame["layer"]]
+    for column, name, panel, marker in _SPREAD_SERIES:
+        if column not in frame.columns or frame[column].null_count() == frame.height:
+            continue
+        figure.add_scatter(
+            x=layers,
+            y=frame[column].to_list(),
+            error_y=_error_bars(frame, column),
+            mode="markers",
+            name=name,
+            marker=marker,
+            hovertemplate=f"layer %{{x}}: {name} %{{y:.3f}}<extra></extra>",
+            showlegend=column != "mean",
+            panel=panel,
+        )
+    figure.update_xaxes(type="category", title_text="layer", panel=2)
+    figure.update_yaxes(title_text="sd of ffn_count", rangemode="tozero", panel=1)
+    figure.update_yaxes(title_text="mean ffn_count", panel=2)
+    return figure.update_layout(height=470)
+
+
+def _error_bars(frame: pl.DataFrame, column: str) -> dict[str, Any] | None:
+    if column != "sd" or not {"sd_lo", "sd_hi"} <= set(frame.columns):
+        return None
+    up, down = frame["sd_hi"] - frame["sd"], frame["sd"] - frame["sd_lo"]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up.to_list(),
+        "arrayminus": down.to_list(),
+        "thickness": 2,
+        "width": 4,
+    }
+
+
+def _dash_marker(index: int) -> dict[str, Any]:
+    return {"color": SERIES[index], "symbol": "line-ew-open", "size": 15, "line": {"width": 3}}
+
+
+_DOT = {"color": SERIES[0], "symbol": "circle", "size": 8}
+
+
+_SPREAD_SERIES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
+    ("sd", "measured", 1, _DOT),
+    ("hypergeometric_sd", "drawn evenly", 1, _dash_marker(1)),
+    ("independent_sd", "drawn by load", 1, _dash_marker(3)),
+    ("mean", "mean", 2, _DOT),
+    ("target", "target", 2, _dash_marker(2)),
+)

@@ -1,0 +1,34 @@
+"""What a page draws: frames of analyses, each computed on first use and kept.
+
+Sections ask for a frame by the function that makes it, so a page that is drawn a second time from
+the same `Frames` computes nothing, and drawing can be timed apart from computing.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Frames:
+    """``frames(analysis, *subjects, **options)`` is ``analysis(*subjects, **options)``, kept.
+
+    Subjects that cannot be hashed (traces, frames) are told apart by identity and kept alive.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[tuple[Any, ...], Any]] = {}
+
+    def __call__(self, analysis: Callable[..., T], *subjects: Any, **options: Any) -> T:
+        key = (analysis, *map(_key, subjects), _key(options))
+        if key not in self._kept:
+            self._kept[key] = subjects, analysis(*subjects, **options)
+        return self._kept[key][1]
+
+
+def _key(subject: Any) -> Hashable:
+    if isinstance(subject, Mapping):
+        return tuple((name, _key(value)) for name, value in subject.items())
+    if isinstance(subject, Sequence) and not isinstance(subject, str):
+        return tuple(map(_key, subject))
+    return subject if isinstance(subject, str | int | float | None) else id(subject)

@@ -1,0 +1,172 @@
+"""Figures of the records of runs: loss against ratio, and training curves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from moe_lab.report.canvas import Canvas, drawn, need, plain
+from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
+
+MAX_POINTS = 400
+"""A training curve is thinned to this many points by default: about as many as a plot has pixels.
+"""
+
+
+@drawn
+def frontier(
+    frame: pl.DataFrame, *, level: float = 0.95, means: pl.DataFrame | None = None
+) -> Canvas:
+    """Validation loss against the total:active ratio, one series per arm.
+
+    Args:
+        frame: one row per run with columns arm (text), ratio (null for a run without experts),
+            seed, loss in nats/token.
+        level: coverage of the t-intervals over seeds, drawn where a ratio has at least two seeds.
+        means: columns arm, ratio, n, mean, lo, hi as ``scaling.seed_intervals``, which makes them
+            by default.
+    """
+    need(frame, "arm", "ratio", "seed", "loss")
+    figure = Canvas()
+    if means is None:
+        from moe_lab.scaling import seed_intervals
+
+        means = seed_intervals(frame, level=level)
+    for index, arm in enumerate(arms(frame)):
+        style = {"color": SERIES[index % len(SERIES)], "symbol": SYMBOLS[index % len(SYMBOLS)]}
+        runs = frame.filter(pl.col("arm") == arm).sort("ratio", "seed")
+        points = means.filter(pl.col("arm") == arm).sort("ratio")
+        if runs["ratio"].null_count() == runs.height:
+            figure.add_hline(
+                y=points["mean"][0],
+                line={"color": style["color"], "dash": "dash", "width": 1.5},
+                annotation_text=plain(arm),
+            )
+            continue
+        figure.add_scatter(
+            x=runs["ratio"].to_list(),
+            y=runs["loss"].to_list(),
+            mode="markers",
+            marker={"color": style["color"], "symbol": style["symbol"], "size": 6, "opacity": 0.55},
+            customdata=runs["seed"].to_list(),
+            hovertemplate="ratio %{x:.4~g}, seed %{customdata}<br>loss %{y:.4f} nats/token",
+            name=plain(arm),
+            legendgroup=arm,
+            showlegend=False,
+        )
+        bars = (points["hi"] - points["mean"]).to_list()
+        figure.add_scatter(
+            x=points["ratio"].to_list(),
+            y=points["mean"].to_list(),
+            mode="lines+markers",
+            marker={**style, "size": 9},
+            line={"color": style["color"], "width": 1.5, "dash": DASHES[index % len(DASHES)]},
+            error_y={
+                "type": "data",
+                "array": bars,
+                "thickness": 1.5,
+                "width": 5,
+                "color": style["color"],
+            },
+            customdata=points.select("n", "lo", "hi").rows(),
+            hovertemplate="ratio %{x:.4~g}, %{customdata[0]} seeds<br>mean %{y:.4f}<br>%{customdata[1]:.4f} to %{customdata[2]:.4f}",
+            name=plain(arm),
+            legendgroup=arm,
+        )
+    ticks = _powers_of_two(frame["ratio"].drop_nulls())
+    labels = [f"{tick:g}" for tick in ticks]
+    figure.update_xaxes(
+        type="log",
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=labels,
+        title_text="total : active experts (log scale)",
+    )
+    figure.update_yaxes(title_text="validation loss, nats/token")
+    return figure.update_layout(height=420, hovermode="closest")
+
+
+@drawn
+def training_curves(
+    frame: pl.DataFrame,
+    metric: str,
+    *,
+    title: str | None = None,
+    log: bool = False,
+    points: int = MAX_POINTS,
+) -> Canvas:
+    """One metric over the training tokens, one line per run, runs of one group in one colour and
+    dash.
+
+    Args:
+        frame: columns run, group (both text), tokens and ``metric``; rows of all runs.
+        metric: the column to draw.
+        title: of the vertical axis; the metric's name by default.
+        log: draw the metric on a log scale.
+        points: the most points of one line.
+    """
+    need(frame, "run", "group", "tokens", metric)
+    figure = Canvas()
+    groups = {
+        group: index for index, group in enumerate(frame["group"].unique(maintain_order=True))
+    }
+    for (group, run), rows in frame.drop_nulls(metric).group_by(
+        "group", "run", maintain_order=True
+    ):
+        index = groups[str(group)]
+        tokens, values = rows["tokens"].to_numpy(), rows[metric].to_numpy()
+        shown = np.argsort(tokens, kind="stable")[evenly(rows.height, points)]
+        figure.add_scatter(
+            x=tokens[shown].astype(np.float32),
+            y=values[shown].astype(np.float32),
+            mode="lines",
+            line=line_style(index),
+            name=plain(run),
+            hovertemplate="%{x:.3s} tokens: %{y:.4g}",
+            showlegend=False,
+        )
+    figure.update_xaxes(title_text="training tokens", rangemode="tozero")
+    figure.update_yaxes(title_text=title or metric, type="log" if log else None)
+    return figure.update_layout(height=260, hovermode="closest")
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and dash of the ``index``-th group of runs; dashes change where the colours begin
+    again.
+    """
+    return {
+        "color": SERIES[index % len(SERIES)],
+        "dash": DASHES[index // len(SERIES) % len(DASHES)],
+        "width": 1.5,
+    }
+
+
+def arms(frame: pl.DataFrame) -> list[str]:
+    """The arms of a run table, the one with most ratios first: it is the series that a verdict is
+    about.
+    """
+    counts = (
+        frame.group_by("arm", maintain_order=True)
+        .agg(pl.col("ratio").n_unique().alias("n"))
+        .sort("n", descending=True, maintain_order=True)
+    )
+    return counts["arm"].to_list()
+
+
+def evenly(count: int, points: int) -> NDArray[np.int64]:
+    """At most ``points`` evenly spaced numbers below ``count``, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, points)).round().astype(np.int64)
+
+
+def _powers_of_two(ratios: pl.Series) -> list[float]:
+    values = [float(value) for value in ratios if value > 0]
+    low, high = (
+        (math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))))
+        if values
+        else (0, 1)
+    )
+    return [2.0**power for power in range(low, high + 1)]
