@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from moe_lab.errors import ConfigError, expected
 from moe_lab.files import canonical_json, content_hash, digest
@@ -21,6 +21,21 @@ def require(condition: bool, what: str, got: object, hint: str = "") -> None:
     """Raise ``ConfigError("expected <what>, got <got>; try <hint>")`` unless ``condition``."""
     if not condition:
         raise ConfigError(expected(what, got, hint))
+
+
+E = TypeVar("E", bound=enum.StrEnum)
+
+
+def choice(options: type[E], value: str, what: str) -> E:
+    """The member of ``options`` that ``value`` names, so that configurations take plain strings.
+
+    Raises ``ConfigError`` for another.
+    """
+    try:
+        return options(value)
+    except ValueError:
+        names = ", ".join(item.value for item in options)
+        raise ConfigError(expected(f"{what} {names}", repr(value))) from None
 
 
 class Config:

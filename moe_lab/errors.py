@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message says what was expected, what was found, and what to try.
+"""The errors a user can meet. Each message says what was expected, what came, and what to try.
 
 The command line prints such an error as one line and exits with code 2; anything else is a bug and
 shows its traceback.
@@ -6,11 +6,14 @@ shows its traceback.
 
 
 class MoELabError(Exception):
-    """Base of every error that is the caller's to mend."""
+    """Base class of errors caused by user input."""
 
 
-class ConfigError(MoELabError):
-    """A configuration that contradicts itself or asks for something that does not exist."""
+class ConfigError(MoELabError, ValueError):
+    """A configuration that contradicts itself or asks for something that does not exist.
+
+    It is a ``ValueError`` too, so that code which expects one of a wrong argument meets it.
+    """
 
 
 class CorpusError(MoELabError):

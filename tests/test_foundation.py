@@ -24,7 +24,7 @@ from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
 PACKAGE = Path(moe_lab.__file__).parent
 FLOORS = {
     "errors": 0, "config": 0, "files": 0, "versions": 0, "lazy": 0, "cost": 0, "measures": 0,
-    "number_format": 0,
+    "number_format": 0, "registry": 0,
     "hf": 0, "runs": 1,
     "routing": 1, "text": 1, "accounting": 1,
     "model": 2, "trace": 2,
@@ -96,7 +96,7 @@ def test_the_hash_changes_with_any_field_however_deep() -> None:
 def test_an_unknown_field_or_choice_is_named() -> None:
     with pytest.raises(ConfigError, match=r"expected fields of RouterConfig .*, got experts"):
         RouterConfig.from_dict({"experts": 4})
-    with pytest.raises(ConfigError, match=r"expected one of fixed, .*, got warp"):
+    with pytest.raises(ConfigError, match=r"expected a controller kind among fixed, .*, got 'warp'"):
         ControllerConfig.from_dict({"kind": "warp"})
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, choice, require
 from moe_lab.routing import RouterConfig, hash_twin
-from moe_lab.routing.controllers.base import choice
 
 if TYPE_CHECKING:
     from moe_lab.model.decoder import Decoder

@@ -1,7 +1,7 @@
-"""``RouterConfig``: one flat configuration for every router, and the choices that appear in it.
+"""``RouterConfig``: one flat configuration for every router.
 
-Each router class lists the optional fields it reads (``Router.options``, with their defaults); a
-field that is set but not read by the kind is an error, so nothing is ever silently ignored.
+The facts of its kind (``facts.py``) say which optional fields it reads; a field that is set but
+not read is an error, so nothing is ever silently ignored. Nothing here imports torch.
 """
 
 import dataclasses
@@ -9,92 +9,27 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, choice, require
+from moe_lab.cost.parts import ExpertsRun, Pieces
 from moe_lab.errors import ConfigError, expected
-from moe_lab.routing.controllers import ControllerConfig
-from moe_lab.routing.controllers.base import choice
+from moe_lab.routing.choices import (
+    BudgetShift,
+    CapacityScope,
+    DecidesOver,
+    GroupFill,
+    GroupScore,
+    HashTable,
+    ScoreFunc,
+    SecondPolicy,
+    SelectOn,
+    Weighting,
+    ZeroExpertKind,
+)
+from moe_lab.routing.controllers.config import CONTROLLER_FACTS, ControllerConfig
+from moe_lab.routing.facts import FACTS, ROUTERS, RouterFacts
 
 if TYPE_CHECKING:
     from moe_lab.routing.router import Router
-
-ROUTERS: dict[str, type["Router"]] = {}
-"""Name -> class; ``RouterConfig.kind`` is one of these names."""
-
-
-class ScoreFunc(StrEnum):
-    """From logits to scores: softmax over all experts, or one function per expert."""
-
-    SOFTMAX = "softmax"
-    SIGMOID = "sigmoid"
-    SQRT_SOFTPLUS = "sqrt_softplus"
-
-
-class SelectOn(StrEnum):
-    """What the selection bias is added to and the top k is taken of."""
-
-    SCORES = "scores"
-    LOGITS = "logits"
-
-
-class Weighting(StrEnum):
-    """Where the weights of the selected experts come from: their scores, or a softmax over their
-    logits alone.
-    """
-
-    SCORES = "scores"
-    SELECTED_SOFTMAX = "selected_softmax"
-
-
-class GroupScore(StrEnum):
-    """The score of a group of experts: its best two added (DeepSeek-V3), or its best (DeepSeek-V2)."""
-
-    BEST_TWO = "best_two"
-    MAX = "max"
-
-
-class GroupFill(StrEnum):
-    """What stands for the scores of the groups left out: minus infinity, or zero (which a negative
-    biased score can lose to: A.X K2).
-    """
-
-    EXCLUDE = "exclude"
-    ZERO = "zero"
-
-
-class ZeroExpertKind(StrEnum):
-    """What a zero-compute expert returns: its input, nothing, or a learned mixture of its input and
-    a constant vector (MoE++).
-    """
-
-    IDENTITY = "identity"
-    ZERO = "zero"
-    CONSTANT = "constant"
-
-
-class CapacityScope(StrEnum):
-    """Over which tokens an expert's capacity counts."""
-
-    BATCH = "batch"
-    SEQUENCE = "sequence"
-
-
-class SecondPolicy(StrEnum):
-    """How GShard's second expert is chosen in training: always the runner-up, the runner-up with
-    probability min(1, 2 g_2), or sampled.
-    """
-
-    ALL = "all"
-    RANDOM = "random"
-    SAMPLING = "sampling"
-
-
-class HashTable(StrEnum):
-    """How a hash router's table is drawn: at random, or greedily so that expected loads are even
-    under given token frequencies.
-    """
-
-    RANDOM = "random"
-    BALANCED = "balanced"
 
 
 @dataclass(frozen=True)
@@ -194,6 +129,8 @@ class RouterConfig(Config):
     hash_seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in FACTS:
+            ROUTERS.find(self.kind)
         for name, options in _CHOICES.items():
             if getattr(self, name) is not None:
                 object.__setattr__(
@@ -229,7 +166,10 @@ class RouterConfig(Config):
         )
         self._check_slots()
         self._check_groups()
-        router_class(self.kind).check_config(self)
+        self._check_read_fields()
+        self._check_controller()
+        for check in self.facts.checks:
+            check(self)
 
     def _check_slots(self) -> None:
         low, high = (
@@ -267,12 +207,62 @@ class RouterConfig(Config):
             f"topk_groups of at most num_groups {self.num_groups}",
             self.topk_groups,
         )
+        if self.setting("group_score") is GroupScore.BEST_TWO:
+            size = self.num_choices // self.num_groups
+            hint = "fewer num_groups"
+            require(size >= 2, "groups of at least 2 experts, whose best two are added", size, hint)
         reachable = self.topk_groups * (self.num_choices // self.num_groups)
         require(
             self.top_k <= reachable,
             f"top_k of at most {reachable}, the experts of topk_groups {self.topk_groups} groups",
             self.top_k,
         )
+
+    def _check_read_fields(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if (
+                field.name in ALWAYS_READ
+                or field.name in self.facts.options
+                or value == field.default
+            ):
+                continue
+            readers = sorted(kind for kind, facts in FACTS.items() if field.name in facts.options)
+            raise ConfigError(
+                expected(
+                    f"{field.name} left unset for kind {self.kind!r}",
+                    repr(value.value) if isinstance(value, StrEnum) else value,
+                    f"a kind that reads it ({', '.join(readers)})" if readers else "removing it",
+                )
+            )
+
+    def _check_controller(self) -> None:
+        accepted = self.facts.controllers
+        known = sorted(
+            kind
+            for kind, facts in CONTROLLER_FACTS.items()
+            if kind in accepted or facts.moves & accepted
+        )
+        require(
+            self.controller is None or self.controller.kind in known,
+            f"a controller among {', '.join(known)} for kind {self.kind!r}",
+            repr(str(self.controller and self.controller.kind)),
+        )
+
+    @property
+    def facts(self) -> RouterFacts:
+        """What is true of routers of this kind."""
+        return FACTS[self.kind]
+
+    def setting(self, name: str, otherwise: Any = None) -> Any:
+        """The value of an optional field: what the kind fixes, else what is set here, else the
+        kind's default, else ``otherwise`` (the kind does not read the field).
+        """
+        facts = self.facts
+        if name in facts.fixed:
+            return facts.fixed[name]
+        value = getattr(self, name)
+        return facts.options.get(name, otherwise) if value is None else value
 
     @property
     def num_choices(self) -> int:
@@ -282,19 +272,48 @@ class RouterConfig(Config):
     @property
     def num_slots(self) -> int:
         """K of the ``Routing`` that this router returns: the most experts one token can have."""
-        return router_class(self.kind).slots(self)
+        return self.facts.slots(self)
 
     @property
     def zero_kinds(self) -> tuple[ZeroExpertKind, ...]:
         """What each zero-compute expert returns; entry z belongs to expert id ``num_experts + z``."""
         if self.zero_expert_kinds is not None:
             return self.zero_expert_kinds
-        return router_class(self.kind).default_zero_kinds(self)
+        return self.facts.zero_kinds(self)
+
+    @property
+    def scored_by(self) -> ScoreFunc:
+        """The function from logits to scores."""
+        return self.setting("score_func") or self.facts.score_func
+
+    @property
+    def decides_over(self) -> DecidesOver:
+        """Which tokens the router looks at together when it decides for one of them."""
+        return self.facts.decides_over(self)
+
+    @property
+    def sees_later_tokens(self) -> bool:
+        """Whether in evaluation later tokens can change the routing of earlier ones."""
+        return self.facts.sees_later_tokens(self)
+
+    @property
+    def budget_shift(self) -> BudgetShift:
+        """What moves the number of real experts of every token."""
+        shift = self.facts.budget_shift
+        moved = shift is BudgetShift.NONE and self.num_zero_experts > 0
+        return BudgetShift.BIAS if moved else shift
+
+    @property
+    def experts_run(self) -> ExpertsRun:
+        """How many real experts a token runs: least, mean, most."""
+        return self.facts.experts_run(self)
+
+    def pieces(self, d_model: int) -> Pieces:
+        """Everything the router learns, as pieces of cost (``moe_lab.cost``)."""
+        return self.facts.learns(self, d_model)
 
     def build(self, d_model: int) -> "Router":
-        from moe_lab.routing.router import build_router
-
-        return build_router(self, d_model)
+        return ROUTERS.find(self.kind)(self, d_model)
 
     @staticmethod
     def from_hf(config: Any, layer: int | None = None) -> "RouterConfig":
@@ -351,27 +370,3 @@ _RANGES: tuple[tuple[str, float, bool], ...] = (
 """Field, lower bound, whether the bound itself is excluded."""
 
 ALWAYS_READ = frozenset({"kind", "num_experts", "top_k"})
-
-
-def router_class(kind: str) -> type["Router"]:
-    """The class of that name. Raises ``ConfigError`` for an unknown one."""
-    if kind not in ROUTERS:
-        raise ConfigError(expected(f"a router kind among {', '.join(sorted(ROUTERS))}", repr(kind)))
-    return ROUTERS[kind]
-
-
-def check_only_read_fields(config: RouterConfig, options: frozenset[str]) -> None:
-    """Raise ``ConfigError`` if ``config`` sets a field that its kind does not read."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in ALWAYS_READ or field.name in options or value == field.default:
-            continue
-        readers = sorted(kind for kind, router in ROUTERS.items() if field.name in router.options)
-        got = repr(value.value) if isinstance(value, StrEnum) else value
-        raise ConfigError(
-            expected(
-                f"{field.name} left unset for kind {config.kind!r}",
-                got,
-                f"a kind that reads it ({', '.join(readers)})" if readers else "removing it",
-            )
-        )

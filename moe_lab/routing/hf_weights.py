@@ -19,22 +19,6 @@ SELECTION_BIASES = (
     "balancing_biases",
 )
 CHILDREN = ("gate", "router")
-EXTRA = {
-    "scale": "input_scale",
-    "per_expert_scale": "per_expert_scale",
-    "global_scale": "global_scale",
-    "tid2eid": "table",
-    "down_proj.weight": "down.weight",
-    "down_proj.bias": "down.bias",
-    "router_states_scale": "state_scale",
-    "router_mlp.norm.weight": "state_norm.weight",
-    "router_mlp.fc1.weight": "hidden1.weight",
-    "router_mlp.fc1.bias": "hidden1.bias",
-    "router_mlp.fc2.weight": "hidden2.weight",
-    "router_mlp.fc2.bias": "hidden2.bias",
-    "router_mlp.out_proj.weight": "weight",
-}
-"""Hugging Face name -> ours, for the parameters that few routers have."""
 
 
 def load_router(router: Router, module: nn.Module, selection_bias: Tensor | None) -> None:
@@ -59,7 +43,7 @@ def load_router(router: Router, module: nn.Module, selection_bias: Tensor | None
     copied: dict[str, Tensor] = {}
     _first(copied, "weight", WEIGHTS, found)
     _first(copied, "bias", ROUTER_BIASES, found)
-    for theirs, ours in EXTRA.items():
+    for theirs, ours in router.facts.hf_weights.items():
         if theirs in found:
             copied[ours] = found[theirs]
     if selection_bias is not None:
@@ -72,13 +56,11 @@ def load_router(router: Router, module: nn.Module, selection_bias: Tensor | None
 
 def _refuse_loss(router: Router, copied: dict[str, Tensor]) -> None:
     """Raise if a bias that is not zero has no place in ``router``, and forget it if it is."""
-    # LongCat-Flash has a classifier bias in its parameters and leaves it out of its forward pass.
     homes = {"bias": router.bias is not None, "controller.bias": router.controller is not None}
-    ignored = {"bias"} if router.kind == "longcat" else set()
     for name, at_home in homes.items():
         if name not in copied or at_home:
             continue
-        if name not in ignored and bool(copied[name].any()):
+        if name not in router.facts.hf_ignored and bool(copied[name].any()):
             hint = "router_bias=True" if name == "bias" else "controller=ControllerConfig()"
             raise CheckpointError(
                 expected(f"a router without {name}", "one that is not zero", hint)
@@ -97,12 +79,8 @@ def _first(
 
 def _assign(router: Router, copied: Mapping[str, Tensor], module: str) -> None:
     own = {**dict(router.named_parameters()), **dict(router.named_buffers())}
-    # The first layer of a recurrent model continues from nothing and has no scale for it.
-    missing = sorted(
-        name
-        for name, _ in router.named_parameters()
-        if name not in copied and name != "state_scale"
-    )
+    parameters = {name for name, _ in router.named_parameters()}
+    missing = sorted(parameters - copied.keys() - router.facts.hf_optional)
     if missing:
         raise CheckpointError(
             expected(

@@ -7,10 +7,9 @@ lets the controller (if any) move the selection bias or threshold: once a step, 
 micro-batches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,25 +18,10 @@ from torch import Tensor, nn
 
 from moe_lab.config import require
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.routing.config import (
-    ROUTERS,
-    RouterConfig,
-    ZeroExpertKind,
-    check_only_read_fields,
-    router_class,
-)
-from moe_lab.routing.controllers import ControllerConfig, ControllerKind, build_controller
+from moe_lab.routing.config import RouterConfig
+from moe_lab.routing.controllers.config import CONTROLLERS
+from moe_lab.routing.facts import FACTS, ROUTERS, RouterFacts
 from moe_lab.routing.routing import Routing
-
-__all__ = [
-    "ROUTERS",
-    "Router",
-    "RouterConfig",
-    "RouterContext",
-    "build_router",
-    "fields",
-    "register",
-]
 
 
 @dataclass(frozen=True)
@@ -58,6 +42,17 @@ class RouterContext:
     previous: Routing | None = None
     valid: Tensor | None = None
 
+    def ids_of(self, tokens: int, kind: str) -> Tensor:
+        """``token_ids``, which a router of this ``kind`` needs.
+
+        Raises ``ConfigError`` where they are absent or of another number.
+        """
+        if self.token_ids is None or self.token_ids.shape != (tokens,):
+            got = None if self.token_ids is None else list(self.token_ids.shape)
+            what = f"token_ids of shape [{tokens}] for {kind}"
+            raise ConfigError(expected(what, got, "RouterContext(token_ids=...)"))
+        return self.token_ids
+
     def tokens_per_sequence(self, num_tokens: int) -> int:
         """``sequence_length``, or all tokens where none is given.
 
@@ -75,21 +70,18 @@ class Router(nn.Module):
     """Base of all routers: a weight matrix [E, D], an optional controller, ``forward(x) ->
     Routing``.
 
-    Subclasses implement ``route`` and list the configuration fields they read. Logits and scores
-    are computed in float32 whatever the dtype of ``x`` (float64 stays float64).
+    Subclasses implement ``route``; their facts (``RouterFacts``) list the configuration fields that
+    they read. Logits and scores are computed in float32 whatever the dtype of ``x`` (float64 stays
+    float64).
 
     Attributes:
-        options: optional ``RouterConfig`` fields that this kind reads -> value where the
-            configuration leaves them unset.
-        controllers: controller kinds that this router can follow.
-        default_controller: the controller where the configuration has none.
+        kind: the name in ``ROUTERS``.
+        facts: of the kind.
         learned: whether there is a weight matrix at all.
     """
 
     kind: ClassVar[str]
-    options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    controllers: ClassVar[frozenset[ControllerKind]] = frozenset()
-    default_controller: ClassVar[ControllerConfig | None] = None
+    facts: ClassVar[RouterFacts] = RouterFacts()
     learned: ClassVar[bool] = True
 
     weight: nn.Parameter
@@ -103,38 +95,19 @@ class Router(nn.Module):
             self.weight = nn.Parameter(torch.empty(self.width(), d_model))
             nn.init.normal_(self.weight, std=d_model**-0.5)
         self.bias = nn.Parameter(torch.zeros(self.width())) if config.router_bias else None
-        self.controller = build_controller(config, self.default_controller)
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        """Raise ``ConfigError`` unless ``config`` is one that this kind can follow."""
-        check_only_read_fields(config, frozenset(cls.options))
-        if config.controller is not None and config.controller.kind not in cls.controllers:
-            known = ", ".join(sorted(kind.value for kind in cls.controllers))
-            raise ConfigError(
-                expected(
-                    f"a controller among {known} for kind {config.kind!r}",
-                    repr(config.controller.kind.value),
-                )
-            )
-
-    @classmethod
-    def slots(cls, config: RouterConfig) -> int:
-        """K of the routings: the most experts one token can have."""
-        return config.top_k
-
-    @classmethod
-    def default_zero_kinds(cls, config: RouterConfig) -> tuple[ZeroExpertKind, ...]:
-        return (ZeroExpertKind.IDENTITY,) * config.num_zero_experts
+        steered = config.controller or config.facts.default_controller
+        self.controller = None
+        if steered is not None:
+            sizes = (config.num_experts, config.num_zero_experts, config.top_k)
+            self.controller = CONTROLLERS.find(steered.kind)(steered, *sizes)
 
     def width(self) -> int:
         """Number of logits: one for each real and zero-compute expert."""
         return self.config.num_choices
 
     def setting(self, name: str) -> Any:
-        """The configuration's value of an optional field, or the kind's default."""
-        value = getattr(self.config, name)
-        return self.options[name] if value is None else value
+        """The value of an optional field: fixed by the kind, configured, or the kind's default."""
+        return self.config.setting(name)
 
     def forward(self, x_TD: Tensor, context: RouterContext | None = None) -> Routing:
         """Decide for [T, D] tokens.
@@ -174,6 +147,29 @@ class Router(nn.Module):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         """From logits to decisions; the one method that a router must write."""
         raise TypeError(f"{type(self).__name__} does not define route()")
+
+    def routing(
+        self,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        logits_TE: Tensor,
+        scores_TE: Tensor,
+        context: RouterContext,
+        **others: Any,
+    ) -> Routing:
+        """The ``Routing`` of these decisions over this router's experts; ``others`` are further
+        fields of it.
+        """
+        return Routing(
+            indices=indices_TK,
+            weights=weights_TK,
+            logits=logits_TE,
+            scores=scores_TE,
+            num_experts=self.config.num_experts,
+            num_zero_experts=self.config.num_zero_experts,
+            valid=context.valid,
+            **others,
+        )
 
     def selection_bias(self) -> Tensor | None:
         """[E]: what is added before the top k is taken, and never to a weight."""
@@ -247,28 +243,37 @@ def check_finite(logits_TE: Tensor, valid: Tensor | None = None) -> None:
         )
 
 
-def fields(*groups: Mapping[str, Any], **defaults: Any) -> Mapping[str, Any]:
-    """An immutable table of field -> default, for ``Router.options``."""
-    merged: dict[str, Any] = {}
-    for group in groups:
-        merged |= group
-    return MappingProxyType(merged | defaults)
-
-
 R = TypeVar("R", bound=type[Router])
 
 
-def register(kind: str) -> Callable[[R], R]:
-    """Class decorator: file a router under its name in ``ROUTERS``."""
+def register(kind: str, facts: RouterFacts | None = None) -> Callable[[R], R]:
+    """Class decorator: file a router, and the facts of its kind, under ``RouterConfig.kind``.
+
+    Args:
+        facts: None takes the row of ``kinds.py`` for a built-in kind and the facts of the class
+            above for others; those of ``Router`` are a plain top-k with one weight matrix.
+
+    Raises:
+        ConfigError: another router has the name.
+
+    Example:
+        >>> @register("mine", RouterFacts(options={"router_bias": False}))
+        ... class Mine(Router):
+        ...     def route(self, logits_TE, context):
+        ...         scores_TE = logits_TE.softmax(dim=1)
+        ...         top = scores_TE.topk(self.config.top_k, dim=1)
+        ...         return self.routing(top.indices, top.values, logits_TE, scores_TE, context)
+    """
 
     def file(cls: R) -> R:
+        ROUTERS.add(kind, cls)
         cls.kind = kind
-        ROUTERS[kind] = cls
+        cls.facts = FACTS[kind] = facts or FACTS.get(kind) or cls.facts
         return cls
 
     return file
 
 
 def build_router(config: RouterConfig, d_model: int) -> Router:
-    """The router that ``config.kind`` names. Raises ``ConfigError`` for an unknown name."""
-    return router_class(config.kind)(config, d_model)
+    """The router that ``config.kind`` names, for tokens of ``d_model`` channels."""
+    return config.build(d_model)

@@ -9,8 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_lab.config import require
 from moe_lab.model import Decoder
-from moe_lab.routing import RouterConfig, Routing
-from moe_lab.routing.config import CapacityScope
+from moe_lab.routing import DecidesOver, Routing
 from moe_lab.routing.losses import load_balancing_loss, z_loss
 from moe_lab.routing.losses.parts import shared_by
 from moe_lab.training.config import Dtype, RunConfig
@@ -76,29 +75,6 @@ class Objective(nn.Module):
         ]
 
 
-BATCH_WIDE = frozenset(
-    {
-        "base",
-        "expert_choice",
-        "expert_threshold",
-        "gshard_top2",
-        "quantile_threshold",
-        "sinkhorn",
-        "switch",
-    }
-)
-"""Routers that decide for one token by looking at the others of its micro-batch: assignments,
-capacities, cut-offs of the batch.
-"""
-
-
-def _decides_as_one(router: RouterConfig) -> bool:
-    """Whether the router's decisions are those of a whole micro-batch."""
-    if router.kind == "moepp":
-        return router.capacity_factor is not None
-    return router.kind in BATCH_WIDE and router.capacity_scope is not CapacityScope.SEQUENCE
-
-
 def check_shareable(config: RunConfig, ranks: Ranks) -> None:
     """Raise ``ConfigError`` where ranks would share micro-batches over which the router must decide
     as one.
@@ -108,7 +84,7 @@ def check_shareable(config: RunConfig, ranks: Ranks) -> None:
         return
     what = f"a grad_accumulation that is a multiple of the {ranks.size} ranks: router {moe.router.kind!r} decides over whole micro-batches"
     require(
-        not _decides_as_one(moe.router),
+        moe.router.decides_over is not DecidesOver.BATCH,
         what,
         config.grad_accumulation,
         f"grad_accumulation {ranks.size}",

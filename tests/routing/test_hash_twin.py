@@ -10,7 +10,7 @@ import torch
 from moe_lab.errors import ConfigError
 from moe_lab.routing import ControllerConfig, RouterConfig, RouterContext, hash_twin
 from moe_lab.routing.config import ScoreFunc, Weighting
-from moe_lab.routing.routers.scored_hash import WITH_A_TWIN
+from moe_lab.routing.hash_twin import with_hash_twin
 
 ROUTED: dict[str, dict[str, Any]] = {
     "mixtral": {"kind": "softmax_topk", "norm_topk_prob": True},
@@ -65,7 +65,7 @@ def test_a_twin_weighs_as_its_router_where_its_table_has_the_routers_selection(n
 
 
 def test_every_kind_that_has_a_twin_is_above() -> None:
-    assert {str(options["kind"]) for options in ROUTED.values()} == set(WITH_A_TWIN)
+    assert {str(options["kind"]) for options in ROUTED.values()} == set(with_hash_twin())
 
 
 @pytest.mark.parametrize(

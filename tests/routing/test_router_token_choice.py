@@ -11,6 +11,7 @@ import torch
 
 from moe_lab.errors import ConfigError
 from moe_lab.routing import (
+    FACTS,
     ROUTERS,
     CapacityScope,
     ControllerConfig,
@@ -389,7 +390,7 @@ def test_no_kind_ignores_a_field(kind):
     """Setting a field that the kind does not read is an error that names the field, the kind, and
     who reads it.
     """
-    read = ROUTERS[kind].options
+    read = FACTS[kind].options
     for field, value in UNREAD.items():
         if field in read:
             continue
@@ -405,4 +406,4 @@ def test_no_kind_ignores_a_field(kind):
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
 def test_every_option_of_a_kind_is_a_field_of_the_configuration(kind):
-    assert set(ROUTERS[kind].options) <= set(RouterConfig.__dataclass_fields__)
+    assert set(FACTS[kind].options) <= set(RouterConfig.__dataclass_fields__)

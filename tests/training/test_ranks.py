@@ -48,7 +48,7 @@ from moe_lab.training import ranks as ranks_module
 from moe_lab.training import run as run_module
 from moe_lab.training.checkpoint import load_tensors
 from moe_lab.training.evaluate import evaluate, evaluate_together
-from moe_lab.training.objective import BATCH_WIDE, Objective, check_shareable, spread
+from moe_lab.training.objective import Objective, check_shareable, spread
 from moe_lab.training.ranks import Ranks, join
 from moe_lab.training.record import trace_meta
 
@@ -294,6 +294,16 @@ def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:
         run_module.clip_gradients = original
 
 
+BATCH_WIDE = {
+    "base",
+    "expert_choice",
+    "expert_threshold",
+    "gshard_top2",
+    "quantile_threshold",
+    "sinkhorn",
+    "switch",
+}
+"""Routers that decide over a whole micro-batch, at the settings tried here."""
 NOISY = {"noisy_topk", "random", "sparsemixer"}
 """Routers that draw random numbers, of which every rank has its own."""
 SCALARS = {"dtop_p", "dynmoe"}

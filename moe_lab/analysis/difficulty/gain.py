@@ -23,7 +23,7 @@ from moe_lab.analysis.difficulty.passes import Scored, score
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.model import Decoder
-from moe_lab.routing import Router, RouterContext, Routing
+from moe_lab.routing import BudgetShift, Router, RouterContext, Routing
 
 SEARCH_STEPS = 6
 SEARCH_DOCUMENTS, SEARCH_TOKENS = 24, 128
@@ -184,16 +184,7 @@ def reallocation_regret(gains: pl.DataFrame, *, share: float = 0.25, seed: int =
 
 def can_shift(router: Router) -> bool:
     """Whether a bias can change how many real experts a token has."""
-    config = router.config
-    return (
-        config.num_zero_experts > 0
-        or _has_cutoffs(router)
-        or config.kind in ("remoe", "top_p", "dynmoe")
-    )
-
-
-def _has_cutoffs(router: Router) -> bool:
-    return router.config.kind in ("expert_threshold", "quantile_threshold")
+    return router.config.budget_shift is not BudgetShift.NONE
 
 
 @contextmanager
@@ -212,9 +203,9 @@ def shifted(model: Decoder, shift: float) -> Iterator[None]:
 @contextmanager
 def _shifted_router(router: Router, shift: float) -> Iterator[None]:
     bias = getattr(router.controller, "bias", None)
-    config = router.config
-    # The controllers of these kinds steer something else and carry a bias that nothing reads.
-    if isinstance(bias, torch.Tensor) and config.kind not in ("remoe", "top_p", "dynmoe"):
+    config, shifted_by = router.config, router.config.budget_shift
+    # Controllers that steer something else carry a bias that nothing reads.
+    if shifted_by is BudgetShift.BIAS and isinstance(bias, torch.Tensor):
         kept = bias.clone()
         bias[: config.num_experts] += shift
         try:
@@ -222,7 +213,7 @@ def _shifted_router(router: Router, shift: float) -> Iterator[None]:
         finally:
             bias.copy_(kept)
         return
-    if config.kind == "top_p":
+    if shifted_by is BudgetShift.MASS:
         mass = router.setting("top_p")
         odds = mass / (1 - mass) * np.exp(shift)
         router.config = config.replace(top_p=float(np.clip(odds / (1 + odds), 1e-6, 1 - 1e-6)))

@@ -1,43 +1,48 @@
 """Controllers: small state machines that move a router's selection bias, threshold or loss
 coefficient once per optimiser step.
+
+``ControllerConfig`` and the facts of each kind import without torch; classes on first use.
 """
 
 from typing import TYPE_CHECKING
 
-from moe_lab.routing.controllers.base import (
+from moe_lab.lazy import on_first_use
+from moe_lab.routing.controllers.config import (
+    CONTROLLER_FACTS,
     CONTROLLERS,
-    Controller,
     ControllerConfig,
+    ControllerFacts,
     ControllerKind,
-    all_reduced,
+    Moves,
 )
-from moe_lab.routing.controllers.bias import (
-    BudgetSignBias,
-    CentredSignBias,
-    PIDBias,
-    ProportionalBias,
-    SignBias,
-)
-from moe_lab.routing.controllers.quantile import (
-    QuantileBias,
-    QuantileEMA,
-    ThresholdEMA,
-    batch_cutoffs,
-)
-from moe_lab.routing.controllers.scalar import ReluLambda, TopPController
 
 if TYPE_CHECKING:
-    from moe_lab.routing.config import RouterConfig
+    from moe_lab.routing.controllers.base import Controller, all_reduced, register_controller
+    from moe_lab.routing.controllers.bias import (
+        BudgetSignBias,
+        CentredSignBias,
+        PIDBias,
+        ProportionalBias,
+        SignBias,
+    )
+    from moe_lab.routing.controllers.quantile import (
+        QuantileBias,
+        QuantileEMA,
+        ThresholdEMA,
+        batch_cutoffs,
+    )
+    from moe_lab.routing.controllers.scalar import ReluLambda, TopPController
 
 __all__ = [
-    "BIAS_KINDS",
     "CONTROLLERS",
-    "THRESHOLD_KINDS",
+    "CONTROLLER_FACTS",
     "BudgetSignBias",
     "CentredSignBias",
     "Controller",
     "ControllerConfig",
+    "ControllerFacts",
     "ControllerKind",
+    "Moves",
     "PIDBias",
     "ProportionalBias",
     "QuantileBias",
@@ -48,39 +53,21 @@ __all__ = [
     "TopPController",
     "all_reduced",
     "batch_cutoffs",
-    "build_controller",
+    "register_controller",
 ]
 
-BIAS_KINDS = frozenset(
+__getattr__ = on_first_use(
+    __name__,
     {
-        ControllerKind.FIXED,
-        ControllerKind.SIGN,
-        ControllerKind.CENTRED_SIGN,
-        ControllerKind.PROPORTIONAL,
-        ControllerKind.PID,
-        ControllerKind.QUANTILE,
-    }
+        "base": ("Controller", "all_reduced", "register_controller"),
+        "bias": (
+            "BudgetSignBias",
+            "CentredSignBias",
+            "PIDBias",
+            "ProportionalBias",
+            "SignBias",
+        ),
+        "quantile": ("QuantileBias", "QuantileEMA", "ThresholdEMA", "batch_cutoffs"),
+        "scalar": ("ReluLambda", "TopPController"),
+    },
 )
-"""Rules for routers that take the top k of scores plus bias."""
-
-THRESHOLD_KINDS = frozenset(
-    {
-        ControllerKind.FIXED,
-        ControllerKind.THRESHOLD_EMA,
-        ControllerKind.QUANTILE_EMA,
-        ControllerKind.BUDGET_SIGN,
-    }
-)
-"""Rules for routers that select where logit plus bias is above zero."""
-
-
-def build_controller(
-    config: "RouterConfig", default: ControllerConfig | None = None
-) -> Controller | None:
-    """The controller of a router configuration, or that of ``default`` where it has none, or None."""
-    chosen = default if config.controller is None else config.controller
-    if chosen is None:
-        return None
-    return CONTROLLERS[chosen.kind](
-        chosen, config.num_experts, config.num_zero_experts, config.top_k
-    )

@@ -1,5 +1,4 @@
-"""``ControllerConfig`` and ``Controller``: the state of a balancing rule, moved once per optimiser
-step.
+"""``Controller``: the state of a balancing rule, moved once per optimiser step.
 
 The selection bias decides which experts are selected and never enters a weight, and no gradient
 flows through it. A controller is updated from the routings of all micro-batches after the optimiser
@@ -9,130 +8,23 @@ loaded with the model; they stay float32 when the model is cast to half precisio
 1e-3 would be lost.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import ClassVar, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_lab.config import Config, require
+from moe_lab.config import require
 from moe_lab.errors import ConfigError, expected
+from moe_lab.routing.controllers.config import (
+    CONTROLLER_FACTS,
+    CONTROLLERS,
+    ControllerConfig,
+    ControllerFacts,
+    Moves,
+)
 from moe_lab.routing.routing import Routing
-
-
-class ControllerKind(StrEnum):
-    FIXED = "fixed"
-    SIGN = "sign"
-    CENTRED_SIGN = "centred_sign"
-    PROPORTIONAL = "proportional"
-    PID = "pid"
-    BUDGET_SIGN = "budget_sign"
-    QUANTILE = "quantile"
-    QUANTILE_EMA = "quantile_ema"
-    THRESHOLD_EMA = "threshold_ema"
-    TOP_P = "top_p"
-    RELU_LAMBDA = "relu_lambda"
-
-
-@dataclass(frozen=True)
-class ControllerConfig(Config):
-    """
-    Attributes:
-        kind: the rule.
-        rate: step size: ``u`` of the sign rules, ``mu`` of the proportional rule (LongCat does not
-            publish its value), the integral gain of PID and of DTop-p.
-        target_ffn_count: expected number of real experts per token, K_e. Needed by the proportional
-            rule where there are zero-compute experts; elsewhere None means the same share for every
-            expert.
-        decay: after ``update`` number t the rate is ``rate / (1 + decay * t)`` (LongCat advises a
-            decaying mu; 0 keeps it constant).
-        proportional_gain, derivative_gain: of PID (and the proportional gain of DTop-p); 0 if None.
-        limit: largest absolute bias (PID), or largest lambda (ReMoE); None: unlimited.
-        momentum: share of the old cut-off that an update keeps (threshold rules).
-        warmup: updates until which training routes by the batch's own cut-offs (threshold rules; 1
-            if None, Expert Threshold has 4000).
-        factor: by which ReMoE's lambda grows or shrinks in a step; 1.2 if None.
-        initial: first value of DTop-p's p (0.4 if None) or of ReMoE's lambda (1e-8 if None).
-    """
-
-    kind: ControllerKind = ControllerKind.FIXED
-    rate: float = 1e-3
-    target_ffn_count: float | None = None
-    decay: float = 0.0
-    proportional_gain: float | None = None
-    derivative_gain: float | None = None
-    limit: float | None = None
-    momentum: float | None = None
-    warmup: int | None = None
-    factor: float | None = None
-    initial: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "kind", choice(ControllerKind, self.kind, "a controller kind among")
-        )
-        require(self.rate >= 0, "a controller rate of at least 0", self.rate)
-        require(self.decay >= 0, "a rate decay of at least 0", self.decay)
-        for name in ("proportional_gain", "derivative_gain"):
-            require((getattr(self, name) or 0) >= 0, f"{name} of at least 0", getattr(self, name))
-        for name in ("limit", "initial"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} above 0", value)
-        require(
-            self.momentum is None or 0 <= self.momentum < 1,
-            "momentum from 0 to below 1",
-            self.momentum,
-        )
-        require(self.warmup is None or self.warmup >= 1, "warmup of at least 1", self.warmup)
-        require(self.factor is None or self.factor > 1, "factor above 1", self.factor)
-        readable = {"kind", "rate", "decay", *_OPTIONS.get(self.kind, ())}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            unread = field.name not in readable and value != field.default
-            require(
-                not unread, f"{field.name} left unset for controller {self.kind.value!r}", value
-            )
-
-
-E = TypeVar("E", bound=StrEnum)
-
-
-def choice(options: type[E], value: str, what: str) -> E:
-    """The member of ``options`` that ``value`` names, so that configurations take plain strings.
-
-    Raises ``ConfigError`` for another.
-    """
-    try:
-        return options(value)
-    except ValueError:
-        raise ConfigError(
-            expected(f"{what} {', '.join(item.value for item in options)}", repr(value))
-        ) from None
-
-
-_OPTIONS: dict[ControllerKind, tuple[str, ...]] = {}
-"""Controller kind -> optional ``ControllerConfig`` fields that it reads (filled by ``controller``).
-"""
-
-CONTROLLERS: dict[ControllerKind, type["Controller"]] = {}
-
-
-C = TypeVar("C", bound=type["Controller"])
-
-
-def controller(kind: ControllerKind) -> Callable[[C], C]:
-    """Class decorator: file a controller under its kind."""
-
-    def file(cls: C) -> C:
-        CONTROLLERS[kind] = cls
-        _OPTIONS[kind] = cls.options
-        return cls
-
-    return file
 
 
 class Controller(nn.Module):
@@ -142,7 +34,6 @@ class Controller(nn.Module):
     Rules that move something else than the bias (p of DTop-p, lambda of ReMoE) keep it at zero.
     """
 
-    options: ClassVar[tuple[str, ...]] = ()
     bias: Tensor
     steps: Tensor
 
@@ -254,4 +145,34 @@ def all_gathered(rows: Tensor, fill: float) -> Tensor:
     return torch.cat(gathered)
 
 
-controller(ControllerKind.FIXED)(Controller)
+C = TypeVar("C", bound=type[Controller])
+
+
+def register_controller(
+    kind: str, *, moves: Moves = Moves.BIAS, options: tuple[str, ...] = ()
+) -> Callable[[C], C]:
+    """Class decorator: file a controller under ``ControllerConfig.kind``.
+
+    Args:
+        moves: what it moves; routers that accept this can follow it.
+        options: ``ControllerConfig`` fields that it reads beside ``rate`` and ``decay``.
+
+    Raises:
+        ConfigError: another controller has the name.
+
+    Example:
+        >>> @register_controller("half_sign")
+        ... class HalfSign(Controller):
+        ...     def step(self, counts_E):
+        ...         return 0.5 * (counts_E.mean() - counts_E).sign()
+    """
+
+    def file(cls: C) -> C:
+        CONTROLLERS.add(kind, cls)
+        CONTROLLER_FACTS.setdefault(kind, ControllerFacts("", frozenset({moves}), options))
+        return cls
+
+    return file
+
+
+register_controller("fixed")(Controller)

@@ -15,18 +15,15 @@ from moe_lab.errors import ConfigError, expected
 from moe_lab.routing.controllers.base import (
     Controller,
     ControllerConfig,
-    ControllerKind,
-    controller,
+    register_controller,
 )
 
 
-@controller(ControllerKind.SIGN)
+@register_controller("sign")
 class SignBias(Controller):
     """``b_i += u * sign(target_i - c_i)``, the target being the mean count of all experts unless
     ``target_ffn_count`` is given.
     """
-
-    options = ("target_ffn_count",)
 
     def __init__(
         self, config: ControllerConfig, num_experts: int, num_zero_experts: int, top_k: int
@@ -41,7 +38,7 @@ class SignBias(Controller):
         return torch.sign(self.target_shares() * counts_E.sum() - counts_E)
 
 
-@controller(ControllerKind.CENTRED_SIGN)
+@register_controller("centred_sign")
 class CentredSignBias(SignBias):
     """The sign rule less its mean over experts, so that the biases never drift together."""
 
@@ -54,8 +51,6 @@ class _ShareRule(Controller):
     """Rules on the gap between target and measured share of slots; zero-compute experts have no
     gap, so their bias stays 0.
     """
-
-    options = ("target_ffn_count",)
 
     def __init__(
         self, config: ControllerConfig, num_experts: int, num_zero_experts: int, top_k: int
@@ -75,7 +70,7 @@ class _ShareRule(Controller):
         return gap
 
 
-@controller(ControllerKind.PROPORTIONAL)
+@register_controller("proportional")
 class ProportionalBias(_ShareRule):
     """LongCat: ``b_i += mu * ((K_e / K) / N - T_i / (K * T_all))`` for real experts; zero-compute
     experts stay at 0.
@@ -86,7 +81,7 @@ class ProportionalBias(_ShareRule):
     """
 
 
-@controller(ControllerKind.PID)
+@register_controller("pid")
 class PIDBias(_ShareRule):
     """``b = K_p e + I + K_d (e - e')`` with ``I += K_i e`` and ``|b| <= limit``; e is the gap of
     ``ProportionalBias``.
@@ -96,7 +91,6 @@ class PIDBias(_ShareRule):
     ``ProportionalBias``.
     """
 
-    options = ("target_ffn_count", "proportional_gain", "derivative_gain", "limit")
     integral: Tensor
     previous: Tensor
 
@@ -136,7 +130,7 @@ class PIDBias(_ShareRule):
         self.steps += any_counted
 
 
-@controller(ControllerKind.BUDGET_SIGN)
+@register_controller("budget_sign")
 class BudgetSignBias(Controller):
     """For routers that select where score + bias > 0: evens the load and steers the mean count per
     token to ``top_k`` at once.

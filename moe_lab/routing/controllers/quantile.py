@@ -22,10 +22,9 @@ from moe_lab.errors import ConfigError, expected
 from moe_lab.routing.controllers.base import (
     Controller,
     ControllerConfig,
-    ControllerKind,
     all_gathered,
     all_reduced,
-    controller,
+    register_controller,
 )
 from moe_lab.routing.routing import Routing
 
@@ -45,7 +44,7 @@ class _ScoreRule(Controller):
     def update(self, counts_E: Tensor, num_tokens: Tensor | int | None = None) -> None:
         raise ConfigError(
             expected(
-                f"routings for controller {self.config.kind.value!r}",
+                f"routings for controller {str(self.config.kind)!r}",
                 "counts",
                 "update_from(routings)",
             )
@@ -85,13 +84,11 @@ class _ScoreRule(Controller):
         raise TypeError(f"{type(self).__name__} does not define moved()")
 
 
-@controller(ControllerKind.QUANTILE)
+@register_controller("quantile")
 class QuantileBias(_ScoreRule):
     """Sets the bias so that, at last step's scores, each expert is chosen by its share of the
     tokens. ``rate`` is not used.
     """
-
-    options = ("target_ffn_count",)
 
     def __init__(
         self, config: ControllerConfig, num_experts: int, num_zero_experts: int, top_k: int
@@ -117,13 +114,12 @@ class QuantileBias(_ScoreRule):
         return cutoffs_E.mean() - cutoffs_E
 
 
-@controller(ControllerKind.THRESHOLD_EMA)
+@register_controller("threshold_ema")
 class ThresholdEMA(_ScoreRule):
     """Keeps ``bias = -cut-off``; the first update sets the cut-offs, later ones move them by ``1 -
     momentum``.
     """
 
-    options = ("momentum", "warmup")
     default_momentum: ClassVar[float] = 0.999
     offset: ClassVar[int] = -1
 
@@ -144,7 +140,7 @@ class ThresholdEMA(_ScoreRule):
         return kept * self.bias - (1 - kept) * cutoffs_E
 
 
-@controller(ControllerKind.QUANTILE_EMA)
+@register_controller("quantile_ema")
 class QuantileEMA(ThresholdEMA):
     default_momentum = 0.9
     offset = 0

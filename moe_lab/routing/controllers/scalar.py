@@ -10,14 +10,13 @@ from moe_lab.errors import ConfigError, expected
 from moe_lab.routing.controllers.base import (
     Controller,
     ControllerConfig,
-    ControllerKind,
-    controller,
+    register_controller,
 )
 
 SMALLEST_P = 1e-3
 
 
-@controller(ControllerKind.TOP_P)
+@register_controller("top_p")
 class TopPController(Controller):
     """DTop-p (arXiv 2512.13996): ``p = p_0 + K_p e + K_i sum e`` with ``e = (k - a) / N``, a the
     mean number of experts per token.
@@ -26,7 +25,6 @@ class TopPController(Controller):
     bound (anti-windup).
     """
 
-    options = ("proportional_gain", "initial")
     p: Tensor
     integral: Tensor
 
@@ -55,7 +53,7 @@ class TopPController(Controller):
         self.steps += tokens > 0
 
 
-@controller(ControllerKind.RELU_LAMBDA)
+@register_controller("relu_lambda")
 class ReluLambda(Controller):
     """ReMoE (arXiv 2412.14711, eq. 9): lambda grows by ``factor`` while more than k of E experts
     are active, and shrinks otherwise.
@@ -64,7 +62,6 @@ class ReluLambda(Controller):
     each step, without end.
     """
 
-    options = ("factor", "initial", "limit")
     coefficient: Tensor
 
     def __init__(
@@ -86,11 +83,9 @@ class ReluLambda(Controller):
         self.steps += tokens > 0
 
 
-def _tokens(num_tokens: Tensor | int | None, counts_E: Tensor, kind: ControllerKind) -> Tensor:
+def _tokens(num_tokens: Tensor | int | None, counts_E: Tensor, kind: str) -> Tensor:
     if num_tokens is None:
         raise ConfigError(
-            expected(
-                f"num_tokens for controller {kind.value!r}", None, "update(counts, num_tokens)"
-            )
+            expected(f"num_tokens for controller {str(kind)!r}", None, "update(counts, num_tokens)")
         )
     return torch.as_tensor(num_tokens, device=counts_E.device)

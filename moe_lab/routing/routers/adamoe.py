@@ -13,30 +13,12 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import require
-from moe_lab.routing.config import RouterConfig, ScoreFunc, ZeroExpertKind
-from moe_lab.routing.router import fields, register
+from moe_lab.routing.router import register
 from moe_lab.routing.routers.token_choice import TokenChoice
 
 
 @register("adamoe")
 class AdaMoE(TokenChoice):
-    options = fields(num_zero_experts=0, routed_scaling_factor=1.0, controller=None)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        require(
-            config.num_zero_experts >= 1,
-            "num_zero_experts of at least 1 for adamoe",
-            config.num_zero_experts,
-            'kind="softmax_topk"',
-        )
-
-    @classmethod
-    def default_zero_kinds(cls, config: RouterConfig) -> tuple[ZeroExpertKind, ...]:
-        return (ZeroExpertKind.ZERO,) * config.num_zero_experts
-
     def weigh(self, scores_TE: Tensor, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
         weights_TK = torch.where(
             indices_TK < self.config.num_experts, scores_TE.gather(1, indices_TK), 0.0

@@ -12,24 +12,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe_lab.config import require
 from moe_lab.routing.config import RouterConfig
-from moe_lab.routing.router import Router, RouterContext, fields, register
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 
 
 @register("base")
 class Base(Router):
-    options = fields(routed_scaling_factor=1.0)
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         nn.init.orthogonal_(self.weight, gain=0.1)
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        require(config.top_k == 1, "top_k of 1 for base", config.top_k)
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         indices_T = logits_TE.argmax(dim=1)
@@ -42,13 +34,12 @@ class Base(Router):
             indices_T = indices_T.index_copy(0, rows, balanced_assignment(logits_TE.detach()[rows]))
         indices_T1 = indices_T.unsqueeze(1)
         scores_TE = logits_TE.sigmoid()
-        return Routing(
-            indices=indices_T1,
-            weights=scores_TE.gather(1, indices_T1) * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        return self.routing(
+            indices_T1,
+            scores_TE.gather(1, indices_T1) * self.config.routed_scaling_factor,
+            logits_TE,
+            scores_TE,
+            context,
         )
 
 

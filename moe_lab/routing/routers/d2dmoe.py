@@ -10,30 +10,27 @@ hidden layer of its own.)
 import torch
 from torch import Tensor
 
-from moe_lab.routing.router import Router, RouterContext, fields, register
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import slots_from_mask
 
 
 @register("d2dmoe")
 class D2DMoE(Router):
-    options = fields(threshold=0.5, router_bias=False)
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         scores_TE = logits_TE.abs()
         active_TE = scores_TE.detach() >= self.setting("threshold") * scores_TE.detach().amax(
             dim=1, keepdim=True
         )
         indices_TK = slots_from_mask(active_TE, scores_TE, self.config.top_k)
-        return Routing(
-            indices=indices_TK,
-            weights=torch.where(
+        return self.routing(
+            indices_TK,
+            torch.where(
                 indices_TK >= 0,
                 1.0,
                 torch.zeros((), dtype=scores_TE.dtype, device=scores_TE.device),
             ),
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+            logits_TE,
+            scores_TE,
+            context,
         )

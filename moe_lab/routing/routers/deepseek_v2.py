@@ -5,12 +5,10 @@ by their best expert, top k in them.
 two and renormalises: the same router with ``group_score="best_two"``.
 """
 
-from moe_lab.routing.config import GroupScore, ScoreFunc
-from moe_lab.routing.router import fields, register
-from moe_lab.routing.routers.token_choice import COMMON, GROUPS, NORM, TokenChoice
+from moe_lab.routing.router import register
+from moe_lab.routing.routers.token_choice import TokenChoice
 
 
 @register("deepseek_v2")
 class DeepSeekV2(TokenChoice):
-    options = fields(COMMON, NORM, GROUPS, group_score=GroupScore.MAX)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
+    """``token_choice`` with softmax scores and groups ranked by their best expert."""

@@ -14,22 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.routing.config import RouterConfig
-from moe_lab.routing.controllers import ControllerConfig, ControllerKind, TopPController
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.free_count import FreeCount
+from moe_lab.routing.controllers import TopPController
+from moe_lab.routing.router import RouterContext, register
 from moe_lab.routing.routers.top_p import TopP
 from moe_lab.routing.routing import Routing
 
 
 @register("dtop_p")
-class DTopP(FreeCount, TopP):
-    options = fields(
-        controller=None, norm_topk_prob=False, routed_scaling_factor=1.0, max_slots=None
-    )
-    controllers = frozenset({ControllerKind.TOP_P})
-    default_controller = ControllerConfig(
-        kind=ControllerKind.TOP_P, rate=0.2, proportional_gain=0.05
-    )
+class DTopP(TopP):
     controller: TopPController
 
     def __init__(self, config: RouterConfig, d_model: int) -> None:

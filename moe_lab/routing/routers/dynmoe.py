@@ -20,7 +20,6 @@ from moe_lab.routing.losses.parts import summed
 from moe_lab.routing.router import (
     Router,
     RouterContext,
-    fields,
     full_precision,
     register,
     working_dtype,
@@ -31,8 +30,6 @@ from moe_lab.routing.select import slots_from_mask, take
 
 @register("dynmoe")
 class DynMoE(Router):
-    options = fields(routed_scaling_factor=1.0)
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         nn.init.orthogonal_(self.weight)
@@ -53,15 +50,14 @@ class DynMoE(Router):
         used_TK = (indices_TK >= 0).to(scores_TE.dtype)
         # Value: the step, 1 in every used slot. Gradient: that of the margin.
         passed_TK = used_TK + take(margin_TE, indices_TK) - take(margin_TE, indices_TK).detach()
-        routing = Routing(
-            indices=indices_TK,
-            weights=passed_TK
+        routing = self.routing(
+            indices_TK,
+            passed_TK
             / used_TK.sum(dim=1, keepdim=True).clamp_min(1)
             * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+            logits_TE,
+            scores_TE,
+            context,
         )
         routing.losses["dynmoe"] = dynmoe_loss(self.weight, summed(routing.counts()) > 0)
         return routing

@@ -10,28 +10,24 @@ cannot do at inference (Expert Threshold is the causal relative).
 import torch
 from torch import Tensor
 
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.free_count import FreeCount
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import slots_from_mask, take
 
 
 @register("expert_choice")
-class ExpertChoice(FreeCount):
-    options = fields(routed_scaling_factor=1.0, router_bias=False, max_slots=None)
-
+class ExpertChoice(Router):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         scores_TE = logits_TE.softmax(dim=1)
         indices_TK = slots_from_mask(
             self.chosen(scores_TE.detach(), context.valid), scores_TE, self.config.num_slots
         )
-        return Routing(
-            indices=indices_TK,
-            weights=take(scores_TE, indices_TK) * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        return self.routing(
+            indices_TK,
+            take(scores_TE, indices_TK) * self.config.routed_scaling_factor,
+            logits_TE,
+            scores_TE,
+            context,
         )
 
     def chosen(self, scores_TE: Tensor, valid: Tensor | None) -> Tensor:

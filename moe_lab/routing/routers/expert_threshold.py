@@ -15,26 +15,16 @@ import torch
 from torch import Tensor
 
 from moe_lab.routing.controllers import (
-    THRESHOLD_KINDS,
-    ControllerConfig,
-    ControllerKind,
     ThresholdEMA,
     batch_cutoffs,
 )
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.free_count import FreeCount
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import slots_from_mask, take
 
 
 @register("expert_threshold")
-class ExpertThreshold(FreeCount):
-    options = fields(
-        controller=None, routed_scaling_factor=1.0, router_bias=False, min_slots=0, max_slots=None
-    )
-    controllers = THRESHOLD_KINDS
-    default_controller = ControllerConfig(kind=ControllerKind.THRESHOLD_EMA)
-
+class ExpertThreshold(Router):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         above_TE = logits_TE.detach() - self.cutoffs(logits_TE.detach(), context)
         # Of a token with more experts than slots the ones furthest above their cut-off stay;
@@ -44,13 +34,12 @@ class ExpertThreshold(FreeCount):
             above_TE > 0, order_TE, self.config.num_slots, self.setting("min_slots")
         )
         scores_TE = logits_TE.sigmoid()
-        return Routing(
-            indices=indices_TK,
-            weights=take(scores_TE, indices_TK) * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        return self.routing(
+            indices_TK,
+            take(scores_TE, indices_TK) * self.config.routed_scaling_factor,
+            logits_TE,
+            scores_TE,
+            context,
         )
 
     def cutoffs(self, logits_TE: Tensor, context: RouterContext) -> Tensor:

@@ -9,16 +9,13 @@ need not sum to one.
 import torch
 from torch import Tensor, nn
 
-from moe_lab.routing.config import RouterConfig, ScoreFunc
-from moe_lab.routing.router import fields, register, working_dtype
+from moe_lab.routing.config import RouterConfig
+from moe_lab.routing.router import register, working_dtype
 from moe_lab.routing.routers.token_choice import TokenChoice
 
 
 @register("gemma")
 class Gemma(TokenChoice):
-    options = fields(routed_scaling_factor=1.0, controller=None, rms_norm_eps=1e-6)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX, norm_topk_prob=True)
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         self.input_scale = nn.Parameter(torch.ones(d_model))

@@ -12,31 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from moe_lab.config import require
-from moe_lab.routing.config import RouterConfig, ScoreFunc, SecondPolicy
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.switch import CAPACITY, Switch, capacity, drop
-from moe_lab.routing.routers.token_choice import COMMON
+from moe_lab.routing.config import SecondPolicy
+from moe_lab.routing.router import RouterContext, register
+from moe_lab.routing.routers.switch import Switch, capacity, drop
 from moe_lab.routing.routing import UNUSED, Routing
 from moe_lab.routing.select import take, within_capacity
 
 
 @register("gshard_top2")
 class GShardTop2(Switch):
-    options = fields(
-        *(COMMON, CAPACITY),
-        capacity_factor=1.0,
-        eval_capacity_fraction=None,
-        norm_before_drop=False,
-        second_expert_policy=SecondPolicy.ALL,
-    )
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        require(config.top_k == 2, "top_k of 2 for gshard_top2", config.top_k, 'kind="switch"')
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         scores_TE = logits_TE.softmax(dim=1)
         indices_TK = self.choose_two(logits_TE, scores_TE)
@@ -60,13 +44,12 @@ class GShardTop2(Switch):
         weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp_min(
             torch.finfo(weights_TK.dtype).eps
         )
-        routing = Routing(
-            indices=indices_TK,
-            weights=weights_TK * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        routing = self.routing(
+            indices_TK,
+            weights_TK * self.config.routed_scaling_factor,
+            logits_TE,
+            scores_TE,
+            context,
         )
         return drop(routing, fits_TK)
 

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from moe_lab.errors import ConfigError, expected
 from moe_lab.routing.config import HashTable, RouterConfig
-from moe_lab.routing.router import Router, RouterContext, fields, register
+from moe_lab.routing.router import Router, RouterContext, register, working_dtype
 from moe_lab.routing.routing import Routing
-
-TABLE = fields(vocab_size=None, hash_table=HashTable.RANDOM, hash_seed=0)
 
 
 class TableRouter(Router):
@@ -33,14 +31,6 @@ class TableRouter(Router):
             table = random_table(size, config.num_experts, config.top_k, seed)
         self.register_buffer("table", table)
 
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        if config.vocab_size is None:
-            raise ConfigError(
-                expected(f"vocab_size for {config.kind}", None, "the tokenizer's vocab_size")
-            )
-
     def balance(self, frequencies: Tensor) -> None:
         """Rebuild the table so that loads are even under token ``frequencies`` [V]."""
         if frequencies.shape != self.table.shape[:1]:
@@ -51,46 +41,28 @@ class TableRouter(Router):
 
     def look_up(self, context: RouterContext, tokens: int) -> Tensor:
         """[T, K] ids. Raises ``ConfigError`` where the context has no token ids."""
-        if context.token_ids is None or context.token_ids.shape != (tokens,):
-            got = None if context.token_ids is None else list(context.token_ids.shape)
-            raise ConfigError(
-                expected(
-                    f"token_ids of shape [{tokens}] for {self.config.kind}",
-                    got,
-                    "RouterContext(token_ids=...)",
-                )
-            )
-        return self.table[context.token_ids]
+        return self.table[context.ids_of(tokens, self.kind)]
 
 
 @register("hash")
 class Hash(TableRouter):
-    options = TABLE
     learned = False
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
-        indices_TK = self.look_up(context, x_TD.shape[0])
-        return unlearned(x_TD, indices_TK, self.config, context.valid)
+        return equal_weights(self, x_TD, self.look_up(context, x_TD.shape[0]), context)
 
 
-def unlearned(
-    x_TD: Tensor, indices_TK: Tensor, config: RouterConfig, valid: Tensor | None
+def equal_weights(
+    router: Router, x_TD: Tensor, indices_TK: Tensor, context: RouterContext
 ) -> Routing:
     """Selected experts with equal weights; scores are the selection itself, logits are zero."""
-    used_TK = indices_TK >= 0
-    dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+    used_TK, dtype = indices_TK >= 0, working_dtype(x_TD)
     weights_TK = used_TK.to(dtype) / used_TK.sum(dim=1, keepdim=True).clamp_min(1)
-    zeros_TE = torch.zeros(x_TD.shape[0], config.num_choices, dtype=dtype, device=x_TD.device)
-    scores_TE = zeros_TE.scatter_add(1, indices_TK.clamp_min(0), weights_TK)
-    return Routing(
-        indices_TK,
-        weights_TK,
-        zeros_TE,
-        scores_TE,
-        config.num_experts,
-        config.num_zero_experts,
-        valid=valid,
+    zeros_TE = torch.zeros(
+        x_TD.shape[0], router.config.num_choices, dtype=dtype, device=x_TD.device
     )
+    scores_TE = zeros_TE.scatter_add(1, indices_TK.clamp_min(0), weights_TK)
+    return router.routing(indices_TK, weights_TK, zeros_TE, scores_TE, context)
 
 
 def random_table(vocab_size: int, num_experts: int, top_k: int, seed: int) -> Tensor:

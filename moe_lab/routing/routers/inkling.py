@@ -12,17 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.routing.config import RouterConfig, ScoreFunc
-from moe_lab.routing.router import RouterContext, fields, register
+from moe_lab.routing.config import RouterConfig
+from moe_lab.routing.router import RouterContext, register
 from moe_lab.routing.routers.token_choice import TokenChoice
 from moe_lab.routing.routing import Routing
 
 
 @register("inkling")
 class Inkling(TokenChoice):
-    options = fields(routed_scaling_factor=1.0, controller=None, num_shared_gates=1)
-    fixed = fields(score_func=ScoreFunc.SIGMOID)
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         self.global_scale = nn.Parameter(torch.ones(1))

@@ -9,16 +9,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from moe_lab.routing.config import ScoreFunc, SelectOn
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.token_choice import COMMON, TokenChoice
+from moe_lab.routing.router import RouterContext, register
+from moe_lab.routing.routers.token_choice import TokenChoice
 from moe_lab.routing.routing import Routing
 
 
 @register("llama4")
 class Llama4(TokenChoice):
-    options = fields(COMMON)
-    fixed = fields(score_func=ScoreFunc.SIGMOID, select_on=SelectOn.LOGITS)
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         return replace(super().route(logits_TE, context), weights_on_input=True)

@@ -15,38 +15,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from moe_lab.config import require
-from moe_lab.routing.config import RouterConfig, ScoreFunc
 from moe_lab.routing.losses.balance import longcat_device_loss
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.token_choice import COMMON, ZERO, TokenChoice
+from moe_lab.routing.router import RouterContext, register
+from moe_lab.routing.routers.token_choice import TokenChoice
 from moe_lab.routing.routing import Routing
 
 
 @register("longcat")
 class LongCat(TokenChoice):
-    options = fields(COMMON, ZERO, device_groups=None)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        groups = config.device_groups
-        if groups is not None:
-            require(
-                config.num_experts % groups == 0,
-                f"device_groups dividing {config.num_experts} experts",
-                groups,
-            )
-            require(config.num_zero_experts > 0, "zero-compute experts for device_groups", 0)
-            target = None if config.controller is None else config.controller.target_ffn_count
-            room = target is None or target < config.top_k
-            require(
-                room,
-                f"target_ffn_count below top_k {config.top_k} for device_groups, whose last is all zero-compute experts",
-                target,
-            )
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         routing = super().route(logits_TE, context)
         config = self.config

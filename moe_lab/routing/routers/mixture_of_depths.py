@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.config import require
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.router import (
     Router,
     RouterContext,
     check_finite,
-    fields,
     register,
     working_dtype,
 )
@@ -28,24 +26,9 @@ from moe_lab.routing.routing import UNUSED, Routing
 
 @register("mixture_of_depths")
 class MixtureOfDepths(Router):
-    options = fields(capacity_factor=0.125)
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         self.predictor = nn.Parameter(torch.zeros(1, d_model))
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        require(
-            config.num_experts == 1,
-            "num_experts of 1 for mixture_of_depths (the block)",
-            config.num_experts,
-        )
-        share = config.capacity_factor
-        require(
-            share is None or share <= 1, "capacity_factor of at most 1 for mixture_of_depths", share
-        )
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
         logits_T1 = self.logits(x_TD)
@@ -59,13 +42,12 @@ class MixtureOfDepths(Router):
             predicted_T1, best_T1.to(predicted_T1.dtype), reduction="none"
         )
         valid_T1 = torch.ones_like(best_T1) if context.valid is None else context.valid.unsqueeze(1)
-        return Routing(
-            indices=torch.where(passes_T1, 0, UNUSED),
-            weights=torch.where(passes_T1, logits_T1, 0.0),
-            logits=logits_T1,
-            scores=logits_T1.sigmoid(),
-            num_experts=1,
-            valid=context.valid,
+        return self.routing(
+            torch.where(passes_T1, 0, UNUSED),
+            torch.where(passes_T1, logits_T1, 0.0),
+            logits_T1,
+            logits_T1.sigmoid(),
+            context,
             losses={"predictor": (losses * valid_T1).sum() / valid_T1.sum().clamp_min(1)},
         )
 

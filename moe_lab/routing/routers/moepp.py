@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.config import require
-from moe_lab.routing.config import RouterConfig, ScoreFunc, ZeroExpertKind
-from moe_lab.routing.router import RouterContext, fields, register
+from moe_lab.routing.config import RouterConfig, ZeroExpertKind
+from moe_lab.routing.router import RouterContext, register
 from moe_lab.routing.routers.switch import drop
 from moe_lab.routing.routers.token_choice import TokenChoice
 from moe_lab.routing.routing import Routing
@@ -30,16 +29,6 @@ from moe_lab.routing.select import within_capacity
 
 @register("moepp")
 class MoEPlusPlus(TokenChoice):
-    options = fields(
-        num_zero_experts=0,
-        zero_expert_kinds=None,
-        ffn_share=0.75,
-        capacity_factor=None,
-        routed_scaling_factor=1.0,
-    )
-    controllers = frozenset()
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         # Zero: the first step routes as if there were no residual, and the gradient of V is already
@@ -52,21 +41,6 @@ class MoEPlusPlus(TokenChoice):
         self.register_buffer("returns_nothing", returns_nothing, persistent=False)
 
     returns_nothing: Tensor
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        require(
-            config.num_zero_experts >= 1,
-            "num_zero_experts of at least 1 for moepp",
-            config.num_zero_experts,
-            'kind="softmax_topk"',
-        )
-
-    @classmethod
-    def default_zero_kinds(cls, config: RouterConfig) -> tuple[ZeroExpertKind, ...]:
-        last = (ZeroExpertKind.IDENTITY, ZeroExpertKind.ZERO)[-config.num_zero_experts :]
-        return (ZeroExpertKind.CONSTANT,) * (config.num_zero_experts - len(last)) + last
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         if context.previous is not None and context.previous.logits.shape == logits_TE.shape:

@@ -19,7 +19,6 @@ from moe_lab.routing.router import (
     Router,
     RouterContext,
     check_finite,
-    fields,
     full_precision,
     register,
     working_dtype,
@@ -30,8 +29,6 @@ from moe_lab.routing.select import select_topk
 
 @register("noisy_topk")
 class NoisyTopK(Router):
-    options = fields(routed_scaling_factor=1.0)
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         # Zero weights: noise of standard deviation softplus(0) = 0.69 at the start, as in the
@@ -56,12 +53,10 @@ class NoisyTopK(Router):
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         indices_TK = select_topk(logits_TE, self.config.top_k)
-        return Routing(
-            indices=indices_TK,
-            weights=logits_TE.gather(1, indices_TK).softmax(dim=1)
-            * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=logits_TE.softmax(dim=1),
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        return self.routing(
+            indices_TK,
+            logits_TE.gather(1, indices_TK).softmax(dim=1) * self.config.routed_scaling_factor,
+            logits_TE,
+            logits_TE.softmax(dim=1),
+            context,
         )

@@ -5,12 +5,10 @@ renormalisation).
 sqrt(k).
 """
 
-from moe_lab.routing.config import ScoreFunc
-from moe_lab.routing.router import fields, register
-from moe_lab.routing.routers.token_choice import COMMON, TokenChoice
+from moe_lab.routing.router import register
+from moe_lab.routing.routers.token_choice import TokenChoice
 
 
 @register("pnorm_topk")
 class PNormTopK(TokenChoice):
-    options = fields(COMMON, norm_p=1.0, jitter_eps=0.0)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
+    """``token_choice`` with softmax scores and weights over their p-norm."""

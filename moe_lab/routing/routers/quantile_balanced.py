@@ -6,12 +6,10 @@ dual from last step's scores (``controllers.QuantileBias``), used from the next 
 at inference.
 """
 
-from moe_lab.routing.controllers import ControllerConfig, ControllerKind
 from moe_lab.routing.router import register
 from moe_lab.routing.routers.sigmoid_topk import SigmoidTopK
 
 
 @register("quantile_balanced")
 class QuantileBalanced(SigmoidTopK):
-    controllers = frozenset({ControllerKind.QUANTILE})
-    default_controller = ControllerConfig(kind=ControllerKind.QUANTILE)
+    """``sigmoid_topk`` under ``QuantileBias``."""

@@ -6,11 +6,10 @@ the first one left out, where Expert Threshold takes the last one kept, and a me
 instead of a thousand.
 """
 
-from moe_lab.routing.controllers import ControllerConfig, ControllerKind
 from moe_lab.routing.router import register
 from moe_lab.routing.routers.expert_threshold import ExpertThreshold
 
 
 @register("quantile_threshold")
 class QuantileThreshold(ExpertThreshold):
-    default_controller = ControllerConfig(kind=ControllerKind.QUANTILE_EMA)
+    """``expert_threshold`` under ``QuantileEMA``."""

@@ -14,31 +14,26 @@ it grows without bound, and the sparsity overshoots to zero experts afterwards.
 import torch
 from torch import Tensor
 
-from moe_lab.routing.controllers import ControllerConfig, ControllerKind, ReluLambda
+from moe_lab.routing.controllers import ReluLambda
 from moe_lab.routing.losses.parts import summed
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.free_count import FreeCount
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import slots_from_mask, take
 
 
 @register("remoe")
-class ReMoE(FreeCount):
-    options = fields(controller=None, routed_scaling_factor=1.0, router_bias=False, max_slots=None)
-    controllers = frozenset({ControllerKind.RELU_LAMBDA})
-    default_controller = ControllerConfig(kind=ControllerKind.RELU_LAMBDA)
+class ReMoE(Router):
     controller: ReluLambda
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         scores_TE = logits_TE.relu()
         indices_TK = slots_from_mask(scores_TE.detach() > 0, scores_TE, self.config.num_slots)
-        routing = Routing(
-            indices=indices_TK,
-            weights=take(scores_TE, indices_TK) * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        routing = self.routing(
+            indices_TK,
+            take(scores_TE, indices_TK) * self.config.routed_scaling_factor,
+            logits_TE,
+            scores_TE,
+            context,
         )
         # A copy: lambda moves in place after the step, and a graph may still be waiting for its
         # backward pass.

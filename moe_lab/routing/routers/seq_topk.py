@@ -10,22 +10,13 @@ rule decides otherwise than it did in training.
 import torch
 from torch import Tensor
 
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.free_count import FreeCount
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import slots_from_mask, take
 
 
 @register("seq_topk")
-class SeqTopK(FreeCount):
-    options = fields(
-        norm_topk_prob=False,
-        routed_scaling_factor=1.0,
-        router_bias=False,
-        min_slots=0,
-        max_slots=None,
-    )
-
+class SeqTopK(Router):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         scores_TE = logits_TE.softmax(dim=1)
         kept_TE = best_pairs(scores_TE.detach(), self.config.top_k, context)
@@ -37,13 +28,12 @@ class SeqTopK(FreeCount):
             weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp_min(
                 torch.finfo(weights_TK.dtype).tiny
             )
-        return Routing(
-            indices=indices_TK,
-            weights=weights_TK * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        return self.routing(
+            indices_TK,
+            weights_TK * self.config.routed_scaling_factor,
+            logits_TE,
+            scores_TE,
+            context,
         )
 
 

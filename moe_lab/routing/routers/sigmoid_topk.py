@@ -5,12 +5,10 @@ MiniMax-M2, Step-3.5, Hy3, Laguna).
 ``norm_topk_prob``, times ``routed_scaling_factor``.
 """
 
-from moe_lab.routing.config import ScoreFunc, SelectOn
-from moe_lab.routing.router import fields, register
-from moe_lab.routing.routers.token_choice import CAP, COMMON, NORM, TokenChoice
+from moe_lab.routing.router import register
+from moe_lab.routing.routers.token_choice import TokenChoice
 
 
 @register("sigmoid_topk")
 class SigmoidTopK(TokenChoice):
-    options = fields(COMMON, NORM, CAP, select_on=SelectOn.SCORES)
-    fixed = fields(score_func=ScoreFunc.SIGMOID)
+    """``token_choice`` with sigmoid scores."""

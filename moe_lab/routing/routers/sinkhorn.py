@@ -10,7 +10,7 @@ transport plan. The loop waits for the device at every turn.
 import torch
 from torch import Tensor
 
-from moe_lab.routing.router import Router, RouterContext, fields, register
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import select_topk
 
@@ -19,19 +19,16 @@ TOLERANCE, MOST_TURNS = 1e-4, 1000
 
 @register("sinkhorn")
 class Sinkhorn(Router):
-    options = fields(routed_scaling_factor=1.0, router_bias=False)
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         choice_TE = balanced(logits_TE.detach(), context.valid) if self.training else logits_TE
         indices_TK = select_topk(choice_TE, self.config.top_k)
         scores_TE = logits_TE.sigmoid() if self.config.top_k == 1 else logits_TE.softmax(dim=1)
-        return Routing(
-            indices=indices_TK,
-            weights=scores_TE.gather(1, indices_TK) * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        return self.routing(
+            indices_TK,
+            scores_TE.gather(1, indices_TK) * self.config.routed_scaling_factor,
+            logits_TE,
+            scores_TE,
+            context,
         )
 
 

@@ -6,12 +6,10 @@ is a controller: ERNIE-4.5 has one), their weights are ``s_i``, divided by ``max
 ``norm_topk_prob``, times ``routed_scaling_factor``.
 """
 
-from moe_lab.routing.config import ScoreFunc
-from moe_lab.routing.router import fields, register
-from moe_lab.routing.routers.token_choice import CAP, COMMON, NORM, TokenChoice
+from moe_lab.routing.router import register
+from moe_lab.routing.routers.token_choice import TokenChoice
 
 
 @register("softmax_topk")
 class SoftmaxTopK(TokenChoice):
-    options = fields(COMMON, NORM, CAP)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
+    """``token_choice`` with softmax scores."""

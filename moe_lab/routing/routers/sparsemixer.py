@@ -12,7 +12,7 @@ picked expert is removed before the next pick.
 import torch
 from torch import Tensor
 
-from moe_lab.routing.router import Router, RouterContext, fields, register
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 
 HEUN = (0.3333, 0.6667)
@@ -21,8 +21,6 @@ HEUN = (0.3333, 0.6667)
 
 @register("sparsemixer")
 class SparseMixer(Router):
-    options = fields(routed_scaling_factor=1.0, sparsemixer_eps=0.01, jitter_eps=0.0)
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         eps: float = self.setting("sparsemixer_eps")
         remaining_TE, picks, weights = logits_TE, [], []
@@ -31,13 +29,12 @@ class SparseMixer(Router):
             remaining_TE = remaining_TE.scatter(1, pick, float("-inf"))
             picks.append(pick)
             weights.append(weight)
-        return Routing(
-            indices=torch.cat(picks, dim=1),
-            weights=torch.cat(weights, dim=1) * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=logits_TE.softmax(dim=1),
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        return self.routing(
+            torch.cat(picks, dim=1),
+            torch.cat(weights, dim=1) * self.config.routed_scaling_factor,
+            logits_TE,
+            logits_TE.softmax(dim=1),
+            context,
         )
 
     def pick(self, remaining_TE: Tensor, logits_TE: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,10 @@ groups, renormalised and scaled.
 Unlike a sigmoid the score has no ceiling, so a confident expert keeps a gradient.
 """
 
-from moe_lab.routing.config import ScoreFunc
-from moe_lab.routing.router import fields, register
-from moe_lab.routing.routers.token_choice import CAP, COMMON, NORM, TokenChoice
+from moe_lab.routing.router import register
+from moe_lab.routing.routers.token_choice import TokenChoice
 
 
 @register("sqrt_softplus_topk")
 class SqrtSoftplusTopK(TokenChoice):
-    options = fields(COMMON, NORM, CAP)
-    fixed = fields(score_func=ScoreFunc.SQRT_SOFTPLUS)
+    """``token_choice`` with the square root of the softplus as score."""

@@ -13,20 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moe_lab.routing.config import CapacityScope, RouterConfig, ScoreFunc
-from moe_lab.routing.router import RouterContext, fields, register
-from moe_lab.routing.routers.token_choice import COMMON, NORM, TokenChoice
+from moe_lab.routing.config import CapacityScope, RouterConfig
+from moe_lab.routing.router import RouterContext, register
+from moe_lab.routing.routers.token_choice import TokenChoice
 from moe_lab.routing.routing import UNUSED, Routing
 from moe_lab.routing.select import within_capacity
-
-CAPACITY = fields(capacity_factor=1.25, expert_capacity=None, batch_prioritized=False)
 
 
 @register("switch")
 class Switch(TokenChoice):
-    options = fields(COMMON, NORM, CAPACITY, capacity_scope=CapacityScope.BATCH, jitter_eps=0.0)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         routing = super().route(logits_TE, context)
         tokens = logits_TE.shape[0]

@@ -12,13 +12,9 @@ The named kinds fix some of these steps; each says which model and paper it is. 
 enters a weight.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
-from moe_lab.config import require
 from moe_lab.routing.config import (
     GroupFill,
     GroupScore,
@@ -27,8 +23,7 @@ from moe_lab.routing.config import (
     SelectOn,
     Weighting,
 )
-from moe_lab.routing.controllers import BIAS_KINDS
-from moe_lab.routing.router import Router, RouterContext, fields, register
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import limit_groups, select_topk
 
@@ -38,12 +33,6 @@ SCORES = {
     ScoreFunc.SQRT_SOFTPLUS: lambda logits: torch.nn.functional.softplus(logits).sqrt(),
 }
 
-COMMON = fields(routed_scaling_factor=1.0, controller=None, router_bias=False)
-NORM = fields(norm_topk_prob=False, norm_eps=0.0, norm_min=0.0)
-CAP = fields(logit_scale=1.0, logit_softcap=None)
-GROUPS = fields(num_groups=None, topk_groups=None, group_fill=GroupFill.EXCLUDE)
-ZERO = fields(num_zero_experts=0, zero_expert_kinds=None, zero_expert_scaling=True)
-
 
 @register("token_choice")
 class TokenChoice(Router):
@@ -51,50 +40,21 @@ class TokenChoice(Router):
     steps fixed.
     """
 
-    options = fields(
-        *(COMMON, NORM, CAP, GROUPS, ZERO),
-        norm_p=None,
-        group_score=GroupScore.BEST_TWO,
-        score_func=ScoreFunc.SOFTMAX,
-        select_on=SelectOn.SCORES,
-        weighting=Weighting.SCORES,
-    )
-    controllers = BIAS_KINDS
-    fixed: ClassVar[Mapping[str, Any]] = fields()
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
-        self.score_func: ScoreFunc = self.choose("score_func", ScoreFunc.SOFTMAX)
-        self.select_on: SelectOn = self.choose("select_on", SelectOn.SCORES)
-        self.weighting: Weighting = self.choose("weighting", Weighting.SCORES)
-        self.normalise: bool = self.choose("norm_topk_prob", False)
-        self.norm_p: float | None = self.choose("norm_p", None)
-        self.norm_eps: float = self.choose("norm_eps", 0.0)
-        self.norm_min: float = self.choose("norm_min", 0.0)
-        self.logit_scale: float = self.choose("logit_scale", 1.0)
-        self.logit_softcap: float | None = self.choose("logit_softcap", None)
-        self.group_score: GroupScore = self.choose("group_score", GroupScore.BEST_TWO)
-        self.group_fill: GroupFill = self.choose("group_fill", GroupFill.EXCLUDE)
-        self.zero_scaling: bool = self.choose("zero_expert_scaling", True)
-
-    def choose(self, name: str, otherwise: Any) -> Any:
-        """What the kind fixes, else what the configuration says, else the kind's default."""
-        if name in self.fixed:
-            return self.fixed[name]
-        return self.setting(name) if name in self.options else otherwise
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        score = cls.fixed.get("group_score") or config.group_score or cls.options.get("group_score")
-        if config.num_groups is not None and score == GroupScore.BEST_TWO:
-            size = config.num_choices // config.num_groups
-            require(
-                size >= 2,
-                "groups of at least 2 experts, whose best two are added",
-                size,
-                "fewer num_groups",
-            )
+        setting = config.setting
+        self.score_func: ScoreFunc = setting("score_func", ScoreFunc.SOFTMAX)
+        self.select_on: SelectOn = setting("select_on", SelectOn.SCORES)
+        self.weighting: Weighting = setting("weighting", Weighting.SCORES)
+        self.normalise: bool = setting("norm_topk_prob")
+        self.norm_p: float | None = setting("norm_p")
+        self.norm_eps: float = setting("norm_eps", 0.0)
+        self.norm_min: float = setting("norm_min", 0.0)
+        self.logit_scale: float = setting("logit_scale", 1.0)
+        self.logit_softcap: float | None = setting("logit_softcap")
+        self.group_score: GroupScore = setting("group_score", GroupScore.BEST_TWO)
+        self.group_fill: GroupFill = setting("group_fill", GroupFill.EXCLUDE)
+        self.zero_scaling: bool = setting("zero_expert_scaling", True)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         logits_TE = super().logits(x_TD)
@@ -107,14 +67,8 @@ class TokenChoice(Router):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         scores_TE = SCORES[self.score_func](logits_TE)
         indices_TK = self.select(scores_TE, logits_TE)
-        return Routing(
-            indices=indices_TK,
-            weights=self.weigh(scores_TE, logits_TE, indices_TK),
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            num_zero_experts=self.config.num_zero_experts,
-            valid=context.valid,
+        return self.routing(
+            indices_TK, self.weigh(scores_TE, logits_TE, indices_TK), logits_TE, scores_TE, context
         )
 
     def select(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:

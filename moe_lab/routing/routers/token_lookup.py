@@ -10,17 +10,15 @@ from this one, which cannot know anything but the id.
 import torch
 from torch import Tensor
 
-from moe_lab.config import require
 from moe_lab.errors import ConfigError, expected
 from moe_lab.routing.config import RouterConfig
-from moe_lab.routing.router import Router, RouterContext, fields, register
-from moe_lab.routing.routers.hash import unlearned
+from moe_lab.routing.router import Router, RouterContext, register
+from moe_lab.routing.routers.hash import equal_weights
 from moe_lab.routing.routing import UNUSED, Routing
 
 
 @register("token_lookup")
 class TokenLookup(Router):
-    options = fields(num_zero_experts=0, zero_expert_kinds=None, vocab_size=None)
     learned = False
     table: Tensor
     table_weights: Tensor
@@ -30,16 +28,6 @@ class TokenLookup(Router):
         assert config.vocab_size is not None
         self.register_buffer("table", torch.full((config.vocab_size, config.top_k), UNUSED))
         self.register_buffer("table_weights", torch.zeros(config.vocab_size, config.top_k))
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        require(
-            config.vocab_size is not None,
-            "vocab_size for token_lookup",
-            None,
-            "the tokenizer's vocab_size",
-        )
 
     @torch.no_grad()
     def fit(self, token_ids: Tensor, routing: Routing) -> None:
@@ -96,16 +84,7 @@ class TokenLookup(Router):
         self.table_weights.copy_(torch.where(kept_VK, mean_VE.gather(1, chosen_VK), 0.0))
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
-        tokens = x_TD.shape[0]
-        if context.token_ids is None or context.token_ids.shape != (tokens,):
-            got = None if context.token_ids is None else list(context.token_ids.shape)
-            raise ConfigError(
-                expected(
-                    f"token_ids of shape [{tokens}] for token_lookup",
-                    got,
-                    "RouterContext(token_ids=...)",
-                )
-            )
-        routing = unlearned(x_TD, self.table[context.token_ids], self.config, context.valid)
-        routing.weights.copy_(self.table_weights[context.token_ids])
+        ids_T = context.ids_of(x_TD.shape[0], self.kind)
+        routing = equal_weights(self, x_TD, self.table[ids_T], context)
+        routing.weights.copy_(self.table_weights[ids_T])
         return routing

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from moe_lab.routing.losses import entropy_loss
-from moe_lab.routing.router import Router, RouterContext, fields, register
+from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import UNUSED, Routing
 from moe_lab.routing.select import take
 
 
 @register("top_p")
 class TopP(Router):
-    options = fields(top_p=0.4, norm_topk_prob=False, routed_scaling_factor=1.0, router_bias=False)
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         return self.until(logits_TE, self.setting("top_p"), context)
 
@@ -33,13 +31,12 @@ class TopP(Router):
         weights_TK = take(scores_TE, indices_TK)
         if self.config.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
-        routing = Routing(
-            indices=indices_TK,
-            weights=weights_TK * self.config.routed_scaling_factor,
-            logits=logits_TE,
-            scores=scores_TE,
-            num_experts=self.config.num_experts,
-            valid=context.valid,
+        routing = self.routing(
+            indices_TK,
+            weights_TK * self.config.routed_scaling_factor,
+            logits_TE,
+            scores_TE,
+            context,
         )
         routing.losses["entropy"] = entropy_loss(routing)
         return routing

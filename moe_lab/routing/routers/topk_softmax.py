@@ -5,16 +5,10 @@ Granite, JetMoE, Aria without).
 without the other experts. The scores that balance losses read are the softmax over all experts.
 """
 
-from moe_lab.routing.config import ScoreFunc, SelectOn, Weighting
-from moe_lab.routing.router import fields, register
-from moe_lab.routing.routers.token_choice import CAP, COMMON, TokenChoice
+from moe_lab.routing.router import register
+from moe_lab.routing.routers.token_choice import TokenChoice
 
 
 @register("topk_softmax")
 class TopKSoftmax(TokenChoice):
-    options = fields(COMMON, CAP)
-    fixed = fields(
-        score_func=ScoreFunc.SOFTMAX,
-        select_on=SelectOn.LOGITS,
-        weighting=Weighting.SELECTED_SOFTMAX,
-    )
+    """``token_choice`` that selects logits and weighs by their softmax."""

@@ -7,16 +7,12 @@ of 64 small ones). The weights are the probabilities.
 
 from torch import Tensor
 
-from moe_lab.routing.router import RouterContext, fields, register
+from moe_lab.routing.router import RouterContext, register
 from moe_lab.routing.routers.top_p import TopP
 from moe_lab.routing.routing import Routing
 
 
 @register("xmoe")
 class XMoE(TopP):
-    options = fields(
-        threshold=0.9, norm_topk_prob=False, routed_scaling_factor=1.0, router_bias=False
-    )
-
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         return self.until(logits_TE, self.setting("threshold"), context)

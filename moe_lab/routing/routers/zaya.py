@@ -13,13 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.config import require
-from moe_lab.routing.config import RouterConfig, ScoreFunc, ZeroExpertKind
-from moe_lab.routing.controllers import ControllerConfig
+from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.router import (
     RouterContext,
     check_finite,
-    fields,
     full_precision,
     register,
     working_dtype,
@@ -30,10 +27,6 @@ from moe_lab.routing.routing import Routing
 
 @register("zaya")
 class Zaya(TokenChoice):
-    options = fields(num_zero_experts=1, d_router=256, rms_norm_eps=1e-5, controller=None)
-    fixed = fields(score_func=ScoreFunc.SOFTMAX)
-    default_controller = ControllerConfig()
-
     def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         width: int = self.setting("d_router")
@@ -45,19 +38,6 @@ class Zaya(TokenChoice):
         self.hidden1, self.hidden2 = nn.Linear(width, width), nn.Linear(width, width)
         if self.controller is not None:
             self.controller.bias[-1] = -1.0
-
-    @classmethod
-    def check_config(cls, config: RouterConfig) -> None:
-        super().check_config(config)
-        require(
-            config.num_zero_experts == 1,
-            "num_zero_experts of 1 for zaya (the skip)",
-            config.num_zero_experts,
-        )
-
-    @classmethod
-    def default_zero_kinds(cls, config: RouterConfig) -> tuple[ZeroExpertKind, ...]:
-        return (ZeroExpertKind.ZERO,)
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
         with full_precision(x_TD):

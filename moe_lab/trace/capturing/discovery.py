@@ -12,7 +12,6 @@ from torch import nn
 from moe_lab.errors import MoELabError, TraceError, expected
 from moe_lab.routing import Router, RouterConfig
 from moe_lab.routing.config import ScoreFunc
-from moe_lab.routing.router import router_class
 from moe_lab.trace.capturing.readers import SPECIAL, Special
 from moe_lab.trace.capturing.reading import Reader, Seen, triple
 
@@ -23,10 +22,6 @@ NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech_encoder)")
 
 EXPERT_NAMES = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 SLOT_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
-SIGMOID_KINDS = frozenset({"inkling", "llama4", "base"})
-"""Kinds of router whose score function is no field of theirs; all others of that sort use the
-softmax.
-"""
 
 
 @dataclass
@@ -146,7 +141,7 @@ def _known(
             tuple(kind.value for kind in settings.zero_kinds) if settings.num_zero_experts else ()
         )
         sizes = (settings.num_experts, settings.num_slots, settings.num_zero_experts)
-        return Site(name, module, reader, 0, {}, *sizes, kinds, score_of(settings))
+        return Site(name, module, reader, 0, {}, *sizes, kinds, settings.scored_by)
     special = SPECIAL.get(type(module).__name__)
     if special is None:
         if type(module) not in recorded and not (
@@ -215,20 +210,9 @@ def _custom(name: str, named: Mapping[str, nn.Module], read: Reader) -> Site:
     )
 
 
-def score_of(config: RouterConfig) -> ScoreFunc:
-    """The function from logits to scores of a kind of router."""
-    cls = router_class(config.kind)
-    fixed = (
-        getattr(cls, "fixed", {}).get("score_func")
-        or config.score_func
-        or cls.options.get("score_func")
-    )
-    return fixed or (ScoreFunc.SIGMOID if config.kind in SIGMOID_KINDS else ScoreFunc.SOFTMAX)
-
-
 def _score_by_family(config: Any, layer: int | None) -> ScoreFunc | None:
     try:
-        return score_of(RouterConfig.from_hf(config, layer))
+        return RouterConfig.from_hf(config, layer).scored_by
     except (MoELabError, TypeError, IndexError, AttributeError):
         return None
 
