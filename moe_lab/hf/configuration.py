@@ -24,6 +24,9 @@ TEXT_PARTS = (
 An empty one means that the sizes stand beside it.
 """
 
+RECOGNISED_BY = {"moe_normalize_expert_weights": "dbrx_ffn"}
+"""A field that only one model has -> its model type, for parts that state none."""
+
 TIES_ITSELF = frozenset({"llama4_text"})
 """Text parts that are causal models of their own: their own ``tie_word_embeddings`` counts, not the
 whole model's.
@@ -165,6 +168,9 @@ def model_type(values: Mapping[str, Any]) -> str:
         for name in (*ARCHITECTURES, *SAME_AS):
             if stem == name.replace("_", "").replace("-", ""):
                 return name
+    for field, name in RECOGNISED_BY.items():
+        if field in values:
+            return name
     raise ConfigError(
         expected("a field model_type in the configuration", "none", "adding it, such as qwen3_moe")
     )

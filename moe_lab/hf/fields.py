@@ -50,6 +50,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "layer_types": ("layers_block_type",),
     "sliding_window": ("sliding_window_size",),
     "routed_expert_hidden_size": ("moe_latent_size",),
+    "routed_scaling_factor": ("router_scaling_factor", "route_scale"),
+    "norm_topk_prob": ("moe_renormalize",),
+    "n_group": ("num_expert_group",),
 }
 """Canonical name -> the other names that public configurations give the same field."""
 

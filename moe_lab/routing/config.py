@@ -327,7 +327,7 @@ class RouterConfig(Config):
             ConfigError: the model type is unknown, or the configuration lacks a value the router
                 needs.
         """
-        from moe_lab.routing.hf import router_config
+        from moe_lab.routing.hf_config import router_config
 
         return router_config(config, layer)
 

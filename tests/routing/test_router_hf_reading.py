@@ -74,8 +74,7 @@ def test_an_unknown_model_type_is_refused_by_name():
 
 
 def test_a_missing_value_is_named():
-    message = "expected one of n_routed_experts, num_experts, num_local_experts, moe_num_experts in the mixtral configuration"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="num_experts in the mixtral configuration"):
         RouterConfig.from_hf({"model_type": "mixtral", "num_experts_per_tok": 2})
 
 

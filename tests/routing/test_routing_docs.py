@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_lab.routing import FACTS, ROUTERS, ControllerKind, losses
-from moe_lab.routing.hf import FAMILIES
+from moe_lab.routing.hf_config import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "routing.md"
 if not PAGE.exists():

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.accounting import count
-from moe_lab.errors import MoELabError, TraceError, expected
+from moe_lab.errors import ConfigError, TraceError, expected
+from moe_lab.hf.configuration import router_sizes
 from moe_lab.trace.importing.engines import megatron, sglang, trtllm, vllm
 from moe_lab.trace.importing.source import Document, Sizes, Source
 from moe_lab.trace.importing.tools import counts, moe_atlas, stratamoe
-from moe_lab.trace.importing.untrusted import read_json
 from moe_lab.trace.reader import Trace, open_trace
 from moe_lab.trace.rows import slot_rows
 from moe_lab.trace.schema import ROUTED, LayerMeta, TraceMeta
@@ -113,28 +112,11 @@ def _sizes(
 ) -> Sizes:
     known = Sizes()
     if config is not None:
-        values = _config_values(config)
         try:
-            from moe_lab.routing import RouterConfig
-
-            router, counted = RouterConfig.from_hf(values, 0), count(values)
-        except MoELabError as error:
+            found = router_sizes(config)
+        except ConfigError as error:
             raise TraceError(f"cannot take the sizes from the configuration: {error}") from error
-        total = next(
-            (
-                values[name]
-                for name in ("num_hidden_layers", "num_layers", "n_layers")
-                if isinstance(values.get(name), int)
-            ),
-            None,
-        )
-        known = Sizes(
-            router.num_experts,
-            router.num_zero_experts,
-            router.num_slots,
-            tuple(counted.moe_layers),
-            total,
-        )
+        known = Sizes(*found)
     return Sizes(
         num_experts=experts or known.num_experts,
         num_zero_experts=known.num_zero_experts if zero is None else zero,
@@ -143,25 +125,6 @@ def _sizes(
         num_layers=known.num_layers,
         model=model,
     )
-
-
-def _config_values(config: Any) -> dict[str, Any]:
-    if isinstance(config, str | Path):
-        path = Path(config)
-        values = read_json(path / "config.json" if path.is_dir() else path)
-    else:
-        values = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(values, dict):
-        raise TraceError(expected("a configuration with named fields", type(values).__name__))
-    inner = next(
-        (
-            values[name]
-            for name in ("text_config", "language_config", "llm_config")
-            if isinstance(values.get(name), dict)
-        ),
-        None,
-    )
-    return values if inner is None or "num_hidden_layers" in values else inner
 
 
 def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
