@@ -3,8 +3,7 @@ fit says about itself.
 
 Conventions (docs/scaling.md): Huber 1e-3 on ln L, summed; tolerance 1e-14; 80 starts chosen from
 thousands of random points with the amplitudes solved; AICc from the squared log residuals.
-`plain_fit` is the same objective through scipy, one start at a time: slow, simple, and what the
-tests hold the batched path against.
+The tests hold it against the same objective through scipy, one start at a time.
 """
 
 import math
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.optimize import least_squares
 
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unknowns
@@ -268,38 +266,3 @@ def _fit_of_ratio(law: Law, frame: pl.DataFrame) -> Fit:
         False,
         frame,
     )
-
-
-def plain_fit(
-    law: str | Law, frame: pl.DataFrame, *, delta: float = HUBER, starts: int = 20, seed: int = 0
-) -> Fit:
-    """The oracle: the same objective and starts, one `scipy.optimize.least_squares` after another."""
-    problem = make_problem(find_law(law), frame, delta, None)
-    results = [plain_minimum(problem, start) for start in starting_points(problem, starts, seed)]
-    theta, value = min(results, key=lambda result: result[1])
-    return _report(problem, frame, theta, value, math.nan, None)
-
-
-def plain_minimum(problem: Problem, start: np.ndarray) -> tuple[np.ndarray, float]:
-    root = np.sqrt(problem.weights[0])
-
-    def residual(theta: np.ndarray) -> np.ndarray:
-        return (problem.response(theta[None])[0] - problem.target)[0] * root
-
-    def jacobian(theta: np.ndarray) -> np.ndarray:
-        return problem.response(theta[None])[1][0] * root[:, None]
-
-    robust = {} if math.isinf(problem.delta) else {"loss": "huber", "f_scale": problem.delta}
-    with np.errstate(all="ignore"):
-        result = least_squares(
-            residual,
-            start,
-            jacobian,
-            x_scale="jac",
-            ftol=1e-15,
-            xtol=1e-15,
-            gtol=1e-15,
-            max_nfev=5000,
-            **robust,
-        )  # type: ignore[arg-type]
-    return result.x, float(result.cost)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+from plain_fit import plain_fit
 from scipy.optimize import rosen, rosen_der
 
 from moe_lab.errors import AnalysisError
@@ -18,7 +19,7 @@ from moe_lab.scaling import (
     profile_interval,
     saturation,
 )
-from moe_lab.scaling.fit import make_problem, plain_fit
+from moe_lab.scaling.fit import make_problem
 from moe_lab.scaling.fit_problem import to_theta
 from moe_lab.scaling.minimise import minimise
 
