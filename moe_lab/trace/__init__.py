@@ -12,14 +12,14 @@ from moe_lab.trace.schema import SCHEMA_VERSION, LayerMeta, TraceMeta
 from moe_lab.trace.writer import TraceWriter
 
 if TYPE_CHECKING:
-    from moe_lab.trace.capturing.reading import Reading
     from moe_lab.trace.capturing.recorder import Capture, capture
+    from moe_lab.trace.capturing.router_output import Reading
     from moe_lab.trace.importing import ImportKind, import_trace
 
 __getattr__ = on_first_use(
     __name__,
     {
-        "capturing.reading": ("Reading",),  # torch
+        "capturing.router_output": ("Reading",),  # torch
         "capturing.recorder": ("Capture", "capture"),
         "importing": ("ImportKind", "import_trace"),
     },

@@ -17,10 +17,10 @@ from torch import nn
 from moe_lab.files import atomic_path
 from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.routing.config import ScoreFunc
-from moe_lab.trace.capturing.discovery import Site, find_sites
+from moe_lab.trace.capturing.find_routers import Site, find_sites
 from moe_lab.trace.capturing.hooks import Hooks, Pass
-from moe_lab.trace.capturing.reading import as_reading
 from moe_lab.trace.capturing.recorder import spread_of_reading
+from moe_lab.trace.capturing.router_output import as_reading
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as _Base

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.capturing.passes import Numbering
+from moe_lab.trace.capturing.numbering import Numbering
 
 
 class Generation:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.capturing.discovery import Site, paths_above
-from moe_lab.trace.capturing.passes import Inputs
+from moe_lab.trace.capturing.find_routers import Site, paths_above
+from moe_lab.trace.capturing.numbering import Inputs
 
 Call = dict[str, Any]
 

@@ -23,11 +23,8 @@ from torch import Tensor, nn
 from moe_lab.errors import TraceError, expected
 from moe_lab.routing.config import ScoreFunc
 from moe_lab.trace.background import Background
-from moe_lab.trace.capturing.discovery import Site, find_sites
-from moe_lab.trace.capturing.generation import Generation
-from moe_lab.trace.capturing.hooks import Hooks, Pass, unchanged
-from moe_lab.trace.capturing.passes import Labels, Numbering
-from moe_lab.trace.capturing.provenance import (
+from moe_lab.trace.capturing.find_routers import Site, find_sites
+from moe_lab.trace.capturing.fingerprints import (
     Pieces,
     corpus_hash,
     model_hash,
@@ -35,7 +32,10 @@ from moe_lab.trace.capturing.provenance import (
     rank_folder,
     tokenizer_hash,
 )
-from moe_lab.trace.capturing.reading import Reader, Reading, as_reading, describe
+from moe_lab.trace.capturing.generation import Generation
+from moe_lab.trace.capturing.hooks import Hooks, Pass, unchanged
+from moe_lab.trace.capturing.numbering import Labels, Numbering
+from moe_lab.trace.capturing.router_output import Reader, Reading, as_reading, describe
 from moe_lab.trace.capturing.token_loss import TokenLoss
 from moe_lab.trace.rows import slot_rows
 from moe_lab.trace.schema import OUTPUT_RATIO, LayerMeta, TraceMeta

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.capturing.passes import Inputs, Labels
+from moe_lab.trace.capturing.numbering import Inputs, Labels
 
 
 class TokenLoss:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_lab.errors import TraceError
 from moe_lab.routing.config import ScoreFunc
-from moe_lab.trace.capturing.reading import Reader, Reading, Seen, triple
+from moe_lab.trace.capturing.router_output import Reader, Reading, Seen, triple
 from moe_lab.trace.score_spread import Spread
 
 Count = Callable[[Any], int]

@@ -12,8 +12,8 @@ from torch import nn
 from moe_lab.errors import MoELabError, TraceError, expected
 from moe_lab.routing import Router, RouterConfig
 from moe_lab.routing.config import ScoreFunc
-from moe_lab.trace.capturing.readers import SPECIAL, Special
-from moe_lab.trace.capturing.reading import Reader, Seen, triple
+from moe_lab.trace.capturing.hf_router_outputs import SPECIAL, Special
+from moe_lab.trace.capturing.router_output import Reader, Seen, triple
 
 ROUTER_CLASS = re.compile(r"(Router|Gate|Gating)$")
 BANK_CLASS = re.compile(r"(?<!Shared)(Experts|ExpertBank)$")
