@@ -8,13 +8,12 @@ agree in 80 % of the cells. ``calibrate`` asks the same analysis about simulated
 answer.
 
     moe-lab sweep run experiments/difficulty.py --preset cpu --out runs/difficulty
-    python experiments/difficulty.py judge runs/difficulty        # writes experiments/difficulty/cells.parquet and verdicts.parquet
-    python experiments/difficulty.py calibrate                    # writes experiments/difficulty/coverage.parquet and calibration.parquet
+    python experiments/difficulty.py judge runs/difficulty  # writes cells.parquet, verdicts.parquet
+    python experiments/difficulty.py calibrate  # writes coverage.parquet, calibration.parquet
 """
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ import polars as pl
 
 from moe_lab.analysis.difficulty import difficulty_association
 from moe_lab.analysis.difficulty.passes import score
-from moe_lab.analysis.difficulty.worlds import (
-    Corpus,
-    World,
-    simulate_corpus,
-    simulate_router,
-    truth,
-)
 from moe_lab.files import atomic_path
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
@@ -96,8 +88,6 @@ The gpu preset wants a corpus of a thousand documents.
 MIN_DOCUMENTS = 150
 """The default corpus leaves 174 documents unseen; the rule of 200 is relaxed to what there is."""
 AGREEMENT = 0.8
-EFFECTS = (0.0, 0.05, 0.10, -0.10)
-CALIBRATION = Corpus(documents=260, tokens=300, vocabulary=800, ties=True)
 NEITHER = ("frequency-driven", "identity-driven", "no material association")
 RIGHT = {
     0.0: NEITHER,
@@ -300,84 +290,12 @@ def verdicts(cells: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None).sort("router", "layer", "align")
 
 
-def coverage(corpora: int, seed: int, resamples: int = 1000) -> pl.DataFrame:
-    """[draw, rho_token, lo, hi, naive_lo, naive_hi, rho_raw, raw_lo, raw_hi]: one row for each
-    simulated corpus of one language.
-
-    Documents differ in their mean difficulty, in the level of compute, and in how strongly compute
-    follows difficulty, as documents do.
-    """
-    # What the language expects of an id: the same for every corpus.
-    language = simulate_corpus(replace(CALIBRATION, documents=2000), 987_654)
-    means = language.group_by("token_id").agg(expected=pl.col("difficulty").mean())
-    rows = []
-    for draw in range(corpora):
-        tokens = simulate_corpus(CALIBRATION, seed + draw)
-        generator = np.random.default_rng([seed, draw])
-        slope = 0.08 + 0.12 * generator.normal(size=CALIBRATION.documents)
-        level = 0.3 * generator.normal(size=CALIBRATION.documents)
-        doc, ids = tokens["doc"].to_numpy(), tokens["token_id"].to_numpy()
-        hard = _beyond(tokens, means).to_numpy()
-        logit = 0.35 * np.log(1 + ids / 20) - 1 + slope[doc] * hard + level[doc]
-        spent = generator.binomial(12, 1 / (1 + np.exp(-logit)))
-        frame = tokens.with_columns(layer=pl.lit(0), ffn_count=spent)
-        found = difficulty_association(
-            frame, "difficulty", seed=draw, resamples=resamples, details=True
-        ).row(0, named=True)
-        names = {
-            "rho_token": "rho_token",
-            "lo": "rho_token_lo",
-            "hi": "rho_token_hi",
-            "naive_lo": "rho_token_naive_lo",
-        }
-        names |= {
-            "naive_hi": "rho_token_naive_hi",
-            "rho_raw": "rho_raw",
-            "raw_lo": "rho_raw_lo",
-            "raw_hi": "rho_raw_hi",
-        }
-        rows.append({"draw": draw} | {name: found[source] for name, source in names.items()})
-    return pl.DataFrame(rows)
-
-
-def _beyond(tokens: pl.DataFrame, means: pl.DataFrame) -> pl.Series:
-    joined = tokens.join(means, on="token_id", how="left", maintain_order="left")
-    return (joined["difficulty"] - joined["expected"]).fill_null(0.0)
-
-
-def calibrate(
-    draws: int, seed: int, effects: tuple[float, ...] = EFFECTS, resamples: int = 500
-) -> pl.DataFrame:
-    """[effect, draw, known, rho_token, verdict]: routers that follow difficulty within ids by a
-    known correlation.
-    """
-    rows = []
-    for effect in effects:
-        for draw in range(draws):
-            world = World(
-                frequency=0.4, identity=0.3, difficulty=0.64 * effect, document=0.2, level=0.2
-            )
-            tokens = simulate_router(
-                simulate_corpus(CALIBRATION, seed + draw), world, "difficulty", seed + draw + 1
-            )
-            known = truth(tokens, "difficulty")
-            frame = tokens.with_columns(layer=pl.lit(0))
-            found = difficulty_association(frame, "difficulty", seed=draw, resamples=resamples).row(
-                0, named=True
-            )
-            rows.append(
-                {
-                    "effect": effect,
-                    "draw": draw,
-                    "known": known,
-                    "rho_token": found["rho_token"],
-                    "verdict": found["verdict"],
-                }
-            )
-    return pl.DataFrame(rows)
-
-
 def _report_calibration(draws: int, corpora: int, seed: int) -> None:
+    from simulated_routers import (  # beside this file, when it is run as a script
+        calibrate,
+        coverage,
+    )
+
     spread = coverage(corpora, seed)
     _save(spread, "coverage")
     for name, lo, hi in (
@@ -387,9 +305,7 @@ def _report_calibration(draws: int, corpora: int, seed: int) -> None:
     ):
         true = spread[name].mean()
         share = ((spread[lo] < true) & (spread[hi] > true)).mean()
-        print(
-            f"coverage of {lo}..{hi} of {name} (mean {true:.4f}) over {corpora} corpora: {share:.3f}"
-        )
+        print(f"{lo}..{hi} covers {name} (mean {true:.4f}) in {share:.3f} of {corpora} corpora")
     table = calibrate(draws, seed)
     _save(table, "calibration")
     for (effect,), group in table.group_by("effect", maintain_order=True):

@@ -20,6 +20,7 @@
 # ourselves, so that the answer is known, and then on one that was trained.
 
 # %%
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,7 +30,13 @@ import torch
 
 from moe_lab.analysis import difficulty_association
 from moe_lab.analysis.difficulty.passes import score
-from moe_lab.analysis.difficulty.worlds import (
+from moe_lab.model import DecoderConfig, MoEConfig
+from moe_lab.routing import RouterConfig
+from moe_lab.text import Split, TextConfig, difficulty_columns, load_tokens
+from moe_lab.training import RunConfig, load_run, train
+
+sys.path.append(str(Path(globals().get("__file__", "here")).resolve().parents[1] / "experiments"))
+from simulated_routers import (
     WORLDS,
     Corpus,
     World,
@@ -37,10 +44,6 @@ from moe_lab.analysis.difficulty.worlds import (
     simulate_router,
     truth,
 )
-from moe_lab.model import DecoderConfig, MoEConfig
-from moe_lab.routing import RouterConfig
-from moe_lab.text import Split, TextConfig, difficulty_columns, load_tokens
-from moe_lab.training import RunConfig, load_run, train
 
 torch.set_num_threads(1)
 pl.Config(

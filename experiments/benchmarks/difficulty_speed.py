@@ -12,6 +12,7 @@ beside it. Aim: 90 s and 4 GB on 2 cores.
 import argparse
 import multiprocessing
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,8 +28,10 @@ from moe_lab.analysis.difficulty import (
     difficulty_information,
     difficulty_nulls,
 )
-from moe_lab.analysis.difficulty.worlds import WORLDS, simulate_router
 from moe_lab.text import TextConfig, load_tokens, ngram_surprisal, token_classes
+
+sys.path.append(str(Path(__file__).parents[1]))
+from simulated_routers import WORLDS, simulate_router
 
 COLUMNS = ("doc", "pos", "token_id", "lexer", "freq_band", "subword", "copy")
 ANALYSES = {

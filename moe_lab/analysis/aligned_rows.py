@@ -32,6 +32,7 @@ CHUNK_ROWS = 2**15
 
 Frames = Iterator[pl.DataFrame]
 Ints = NDArray[np.int64]
+Ids = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Slots:
     """
 
     frame: pl.DataFrame
-    ids: NDArray[np.uint16]
+    ids: Ids
 
 
 def slots(trace: Trace, layer: LayerMeta, columns: Sequence[str] = ()) -> Iterator[Slots]:
@@ -55,7 +56,7 @@ def slots(trace: Trace, layer: LayerMeta, columns: Sequence[str] = ()) -> Iterat
         yield Slots(batch, expert_slots(layer, batch["experts"]))
 
 
-def first_choices(layer: LayerMeta, batch: Slots) -> NDArray[np.uint16]:
+def first_choices(layer: LayerMeta, batch: Slots) -> Ids:
     """[T] the expert with the largest weight (the first such slot), ``EMPTY_SLOT`` where no slot
     was used; needs column ``weights``.
     """
@@ -187,3 +188,19 @@ def add_counts(table: NDArray, cells: Ints) -> None:
 def chunks(rows: int) -> Iterator[slice]:
     """Slices of rows small enough for the intermediate arrays to stay in the processor's cache."""
     return (slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS))
+
+
+def shared(first_TK: Ids, second_TL: Ids) -> NDArray[np.int64]:
+    """[T] experts in both lists; unused slots match nothing.
+
+    Each list names an expert at most once.
+    """
+    total = np.zeros(len(first_TK), dtype=np.int64)
+    for column in first_TK.T:
+        total += ((second_TL == column[:, None]) & (column != EMPTY_SLOT)[:, None]).any(axis=1)
+    return total
+
+
+def used(ids_TK: Ids) -> NDArray[np.int64]:
+    """[T] slots used."""
+    return (ids_TK != EMPTY_SLOT).sum(axis=1)

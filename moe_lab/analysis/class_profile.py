@@ -13,10 +13,10 @@ import numpy as np
 import polars as pl
 from scipy.sparse import csr_array
 
-from moe_lab.analysis.document_bootstrap import Floats, percentile_interval
+from moe_lab.analysis.document_bootstrap import Floats, Resampling
+from moe_lab.analysis.document_sums import nulls
 from moe_lab.analysis.requirements import of_tokens, of_zero_experts
-from moe_lab.analysis.tables import KEY, collect, token_column
-from moe_lab.config import require
+from moe_lab.analysis.token_groups import KEY, collect, token_column
 from moe_lab.trace import Trace
 
 BAND = "freq_band"
@@ -50,13 +50,12 @@ def class_profile(
         trace has it and it is not the class itself) and log2 of the position by the share of all
         tokens in the stratum; ``coverage`` is the share of all tokens in strata where the class
         occurs at all: where it is far below 1 the adjusted mean speaks of those strata only. Ends
-        of intervals are null for a class that occurs in fewer than 2 documents.
+        of intervals are null for a class that occurs in fewer than 5 documents.
 
     Raises:
         AnalysisError: where the trace has no such column.
     """
-    require(0 < level < 1, "a level between 0 and 1", level)
-    require(resamples >= 1, "at least 1 resample", resamples)
+    resampling = Resampling(resamples, seed, level)
     tokens = token_column(trace, column, "class").drop_nulls("class")
     if BAND in trace.tokens.collect_schema() and column != BAND:
         tokens = tokens.join(token_column(trace, BAND, "band"), on=list(KEY))
@@ -65,9 +64,7 @@ def class_profile(
     if not include_first:
         tokens = tokens.filter(pl.col("pos") > 0)
     tokens = tokens.with_columns(bucket=(pl.col("pos") + 1).log(2).floor())
-    profiles = [
-        cells.profile(layer, resamples, seed, level) for layer, cells in _cells(trace, tokens)
-    ]
+    profiles = [cells.profile(layer, resampling) for layer, cells in _cells(trace, tokens)]
     nothing = pl.DataFrame(schema=_COLUMNS | {"class": tokens.collect_schema()["class"]})
     return pl.concat([nothing, *profiles]).sort("layer", "class", nulls_last=False)
 
@@ -91,13 +88,14 @@ class _Cells:
     counts: csr_array
     sums: csr_array
 
-    def profile(self, layer: int | None, resamples: int, seed: int, level: float) -> pl.DataFrame:
+    def profile(self, layer: int | None, resampling: Resampling) -> pl.DataFrame:
+        """The rows of one layer, one for each class."""
         values_2C = self.means(np.ones((1, self.documents)))[0]
-        low_2C, high_2C = percentile_interval(self.means, self.documents, resamples, seed, level)
-        in_many = (pl.col("n_docs") >= 2).alias("in_many")
+        low_2C, high_2C = resampling.interval(
+            self.means, self.documents, self.table["n_docs"].to_numpy()
+        )
         frame = self.table.with_columns(
             pl.lit(layer, pl.UInt32).alias("layer"),
-            in_many,
             mean=values_2C[0],
             lo=low_2C[0],
             hi=high_2C[0],
@@ -106,11 +104,7 @@ class _Cells:
             adjusted_hi=high_2C[1],
             coverage=np.bincount(self.class_of, self.weight, minlength=self.table.height),
         )
-        ends = ["lo", "hi", "adjusted_lo", "adjusted_hi"]
-        frame = frame.with_columns(pl.when("in_many").then(pl.col(ends))).with_columns(
-            pl.col(pl.Float64).fill_nan(None)
-        )
-        return frame.select(*_COLUMNS)
+        return nulls(frame.select(*_COLUMNS))
 
     def means(self, weights_BD: Floats) -> Floats:
         """[B, 2, C]: raw and adjusted mean of each class with documents weighted; NaN where none of

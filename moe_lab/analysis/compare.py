@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 
 from moe_lab import measures
 from moe_lab.analysis.aligned_rows import by_layer
-from moe_lab.analysis.document_bootstrap import Floats
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling, expanded_interval
 from moe_lab.analysis.document_sums import (
-    RESAMPLES,
     Documents,
-    Resampling,
     documents,
     nulls,
     over,
@@ -177,9 +175,6 @@ def _interval(
 ) -> tuple[Floats, Floats]:
     """Ends [M] of the interval of ``statistic(loads_a [B, E], loads_b [B, E]) -> [B, M]``."""
     units = [len(table) for table in counts]
-    if min(units) < 2:
-        shape = statistic(*(table.sum(axis=0)[None] for table in counts)).shape[1:]
-        return np.full(shape, np.nan), np.full(shape, np.nan)
     if same:
         return resampling.interval(
             lambda weights: statistic(weights @ counts[0], weights @ counts[1]), units[0]
@@ -189,10 +184,7 @@ def _interval(
         generator.multinomial(unit, np.full(unit, 1 / unit), size=resampling.resamples) @ table
         for generator, unit, table in zip(generators, units, counts, strict=True)
     ]
-    low, high = np.quantile(
-        statistic(*drawn), [(1 - resampling.level) / 2, (1 + resampling.level) / 2], axis=0
-    )
-    return low, high
+    return expanded_interval(statistic(*drawn), resampling.level, min(units))
 
 
 def _share(load: NDArray[np.float64]) -> Floats:

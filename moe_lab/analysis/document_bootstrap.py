@@ -1,17 +1,68 @@
-"""Intervals from resampling documents: tokens of one document are not independent, so the document
-is the unit that is drawn.
+"""The document bootstrap: every interval of an analysis resamples documents, never tokens.
 
-A statistic is a function of per-document sums, so one bootstrap sample is one row of integer
-weights (how often each document was drawn) times the table of sums: no token is touched twice.
+Tokens of one document are not independent, so the document is the unit that is drawn. A statistic
+is a function of per-document sums: one sample is a row of integer weights (how often each document
+was drawn) times the table of sums, and no token is touched twice. Percentile intervals of few
+documents are too narrow, so the tails are widened as Student's t is wider than the normal
+("expanded percentile", Hesterberg 2015, arXiv 1411.5279, section 4.3): at five documents the
+coverage of a nominal 95 % interval rises from .83 to .91. Below ``MIN_DOCUMENTS`` documents there
+is no interval.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, stdtrit
+
+from moe_lab.config import require
 
 Floats = NDArray[np.float64]
+MIN_DOCUMENTS = 5
+RESAMPLES = 400
 BLOCK_CELLS = 2**23
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How an interval is made: ``resamples`` draws of documents and an interval of ``level``.
+
+    The same ``seed`` gives the same draws.
+    """
+
+    resamples: int = RESAMPLES
+    seed: int = 0
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        require(0 < self.level < 1, "a level between 0 and 1", self.level)
+        require(self.resamples >= 1, "at least 1 resample", self.resamples)
+
+    def interval(
+        self,
+        statistic: Callable[[Floats], Floats],
+        documents: int,
+        contributing: ArrayLike | None = None,
+    ) -> tuple[Floats, Floats]:
+        """Lower and upper ends [...] of the interval of a statistic.
+
+        Args:
+            statistic: weights [B, documents] -> values [B, ...], NaN where a sample does not define
+                one (left out of the percentiles).
+            documents: how many documents are drawn from.
+            contributing: [...] documents that each value rests on, where those are fewer.
+
+        Both ends are NaN where a value rests on fewer than ``MIN_DOCUMENTS`` documents.
+        """
+        if documents < MIN_DOCUMENTS:
+            missing = np.full(statistic(np.ones((1, documents))).shape[1:], np.nan)
+            return missing, missing
+        blocks = document_weights(documents, self.resamples, self.seed)
+        samples = np.concatenate([statistic(weights) for weights in blocks])
+        return expanded_interval(
+            samples, self.level, documents if contributing is None else contributing
+        )
 
 
 def document_weights(documents: int, resamples: int, seed: int) -> Iterator[Floats]:
@@ -26,26 +77,33 @@ def document_weights(documents: int, resamples: int, seed: int) -> Iterator[Floa
         ).astype(np.float64)
 
 
-def percentile_interval(
-    statistic: Callable[[Floats], Floats], documents: int, resamples: int, seed: int, level: float
+def expanded_interval(samples: Floats, level: float, documents: ArrayLike) -> tuple[Floats, Floats]:
+    """``expanded_quantiles``, NaN where a value rests on fewer than ``MIN_DOCUMENTS`` documents."""
+    few = np.asarray(documents) < MIN_DOCUMENTS
+    low, high = expanded_quantiles(samples, level, np.maximum(documents, 2))
+    return np.where(few, np.nan, low), np.where(few, np.nan, high)
+
+
+def expanded_quantiles(
+    samples: Floats, level: float, documents: ArrayLike
 ) -> tuple[Floats, Floats]:
-    """Lower and upper ends [...] of the percentile interval.
+    """Both ends [...] of the percentile interval of samples [B, ...] at the tails of Student's t.
 
     Args:
-        statistic: weights [B, documents] -> values [B, ...], NaN where a sample does not define one
-            (left out of the percentiles).
-        documents: how many documents there are; with fewer than 2 both ends are NaN.
+        samples: NaN where a sample defines no value; those are left out.
+        documents: [...] (or one number) documents n, above 1; t has n - 1 degrees of freedom.
     """
-    if documents < 2:
-        shape = statistic(np.ones((1, documents))).shape[1:]
-        return np.full(shape, np.nan), np.full(shape, np.nan)
-    samples = np.concatenate(
-        [statistic(weights) for weights in document_weights(documents, resamples, seed)]
-    )
-    missing = np.isnan(samples)
-    undefined = missing.all(axis=0)
-    samples[:, undefined] = 0
-    # numpy's nanquantile goes through a Python loop over all cells.
-    quantile = np.nanquantile if (missing.any(axis=0) & ~undefined).any() else np.quantile
-    low, high = quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.where(undefined, np.nan, low), np.where(undefined, np.nan, high)
+    number = np.asarray(documents, dtype=np.float64)
+    tail = ndtr(-stdtrit(number - 1, (1 + level) / 2) * np.sqrt(number / (number - 1)))
+    ordered = np.sort(samples, axis=0)  # NaN comes last
+    last = np.maximum((~np.isnan(ordered)).sum(axis=0) - 1, 0)
+
+    def at(place: Floats) -> Floats:
+        below = np.floor(place).astype(np.int64)
+        first, second = (
+            np.take_along_axis(ordered, row[None], axis=0)[0]
+            for row in (below, np.minimum(below + 1, last))
+        )
+        return first + (place - below) * (second - first)
+
+    return at(tail * last), at((1 - tail) * last)

@@ -1,12 +1,10 @@
-"""Sums per document, for intervals that resample documents: tokens of one document are not
-independent.
+"""Sums over the tokens of each document of a trace: what ``document_bootstrap`` draws from.
 
 Where there are more than ``MAX_UNITS`` documents (or the table of sums would be too large), each
 unit that is drawn is a bundle of documents, dealt out in turn: still independent units, only fewer,
 and memory stays bounded.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,35 +12,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import MAX_CELLS, add_counts, chunks
-from moe_lab.analysis.document_bootstrap import Floats, percentile_interval
+from moe_lab.analysis.document_bootstrap import Floats, Resampling
 from moe_lab.analysis.token_groups import Grouping, coded_batches
-from moe_lab.config import require
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 MAX_UNITS = 4096
-RESAMPLES = 400
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How an interval is made: ``resamples`` draws, percentile interval of ``level``, the same for
-    the same ``seed``.
-    """
-
-    resamples: int = RESAMPLES
-    seed: int = 0
-    level: float = 0.95
-
-    def __post_init__(self) -> None:
-        require(0 < self.level < 1, "a level between 0 and 1", self.level)
-        require(self.resamples >= 1, "at least 1 resample", self.resamples)
-
-    def interval(self, statistic: Callable[[Floats], Floats], units: int) -> tuple[Floats, Floats]:
-        """Ends of the percentile interval of ``statistic`` (weights [B, U] -> values [B, ...]); NaN
-        with fewer than 2 units.
-        """
-        return percentile_interval(statistic, units, self.resamples, self.seed, self.level)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from moe_lab import measures
 from moe_lab.analysis.aligned_rows import by_layer
-from moe_lab.analysis.tables import counts_by
-from moe_lab.analysis.token_groups import group_counts, grouping, windows
+from moe_lab.analysis.token_groups import counts_by, group_counts, grouping, windows
 from moe_lab.config import require
 from moe_lab.trace import LayerMeta, Trace
 

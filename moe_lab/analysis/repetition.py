@@ -14,18 +14,23 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.aligned_rows import Slots, by_layer, first_choices, in_document_order
+from moe_lab.analysis.aligned_rows import (
+    Ids,
+    Slots,
+    by_layer,
+    first_choices,
+    in_document_order,
+    shared,
+)
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
 from moe_lab.analysis.document_sums import (
-    RESAMPLES,
     Documents,
-    Resampling,
     documents,
     nulls,
     over,
     ratio_interval,
     unit_sums,
 )
-from moe_lab.analysis.overlap import Ids, shared
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots

@@ -4,10 +4,8 @@ import numpy as np
 import polars as pl
 
 from moe_lab.analysis.aligned_rows import KEY, by_layer
-from moe_lab.analysis.document_bootstrap import Floats
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import (
-    RESAMPLES,
-    Resampling,
     documents,
     nulls,
     ratio_interval,
@@ -29,7 +27,7 @@ def router_entropy(
         margin_hi, n_margin]: ``entropy`` in nats, at most ``entropy_max = log E`` over real and
         zero-compute experts; ``margin`` is the score of the last expert chosen less that of the
         first one not chosen, over the ``n_margin`` tokens that have one. Null where the trace
-        recorded no scores, ends of intervals also with fewer than 2 documents.
+        recorded no scores, ends of intervals also with fewer than 5 documents.
     """
     docs, resampling = documents(trace, 4), Resampling(resamples, seed, level)
     rows = []

@@ -12,17 +12,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.aligned_rows import KEY, Slots, aligned, by_layer, first_choices
+from moe_lab.analysis.aligned_rows import KEY, Slots, aligned, by_layer, first_choices, shared, used
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
 from moe_lab.analysis.document_sums import (
-    RESAMPLES,
     Documents,
-    Resampling,
     documents,
     nulls,
     ratio_interval,
     unit_sums,
 )
-from moe_lab.analysis.overlap import shared, used
 from moe_lab.errors import AnalysisError, TraceError, expected
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots

@@ -13,10 +13,8 @@ import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from moe_lab.analysis.aligned_rows import by_layer, chosen_layers
-from moe_lab.analysis.document_bootstrap import Floats
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import (
-    RESAMPLES,
-    Resampling,
     documents,
     nulls,
     over,
@@ -56,7 +54,7 @@ def domain_specialisation(
         [layer, domain, expert, is_zero, count, tokens, specialisation, lo, hi, at_random]:
         ``specialisation = count / tokens`` of the domain; ``at_random`` is the expert's share of
         all counted tokens, which every domain would show if it played no part. Ends of intervals
-        are null for a domain of fewer than 2 documents.
+        are null for a domain of fewer than 5 documents.
     """
     groups = _domains(trace, column)
     docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
@@ -70,10 +68,10 @@ def domain_specialisation(
         low, high = np.full_like(shares, np.nan), np.full_like(shares, np.nan)
         if resamples:
             low, high = Resampling(resamples, seed, level).interval(
-                lambda weights, counts=counts_UGE: _shares(weights, counts, sizes_UG), docs.units
+                lambda weights, counts=counts_UGE: _shares(weights, counts, sizes_UG),
+                docs.units,
+                (sizes_UG > 0).sum(axis=0)[:, None],
             )
-        alone = (sizes_UG > 0).sum(axis=0) < 2
-        low[alone], high[alone] = np.nan, np.nan
         at_random = over(counts_GE.sum(axis=0), sizes_G.sum())
         frames.append(
             _per_expert(layer, groups.values, counts_GE).with_columns(
@@ -99,13 +97,12 @@ def domain_divergence(
 
     Returns:
         [layer, domain_a, domain_b, bits, lo, hi, shuffled]: ``bits`` is 0 where the two domains
-            load the experts alike, 1 where they share
-        none, null where a domain used no slot. Samples differ even where domains do not:
-        ``shuffled`` is the mean over up to ``MAX_DEALS`` draws in which the documents of both are
-        dealt anew to the two names, and is what ``bits`` must exceed. Finite samples push the
+        load the experts alike, 1 where they share none, null where a domain used no slot. Samples
+        differ even where domains do not: ``shuffled`` is the mean over up to ``MAX_DEALS``
+        permutations of the two names over the documents of both. Finite samples push the
         resampled values up as they push ``bits``, so the interval is the reflected one, ``2 bits -
-        q``, cut at 0 and 1. ``lo``, ``hi`` and ``shuffled`` are null with fewer than 2 documents in
-        a domain, ``shuffled`` also where a document (or a drawn bundle of them, see
+        q``, cut at 0 and 1. ``lo`` and ``hi`` are null with fewer than 5 documents in a domain,
+        ``shuffled`` with fewer than 2, and where a document (or a drawn bundle of them, see
         ``analysis.document_sums``) mixes domains.
     """
     groups = _domains(trace, column)
@@ -113,13 +110,13 @@ def domain_divergence(
     here_UG = unit_sizes(docs, groups) > 0
     pairs_P2 = np.array(list(combinations(range(len(groups)), 2)), dtype=np.int64).reshape(-1, 2)
     resampling = Resampling(resamples, seed, level) if resamples else None
-    few_P = (here_UG.sum(axis=0) < 2)[pairs_P2].any(axis=1)
+    single_P = (here_UG.sum(axis=0) < 2)[pairs_P2].any(axis=1)
     frames = []
     for layer in by_layer(trace):
         found_4P = _divergences(
             unit_counts(trace, layer, docs, groups), here_UG, pairs_P2, resampling
         )
-        found_4P[1:, few_P] = np.nan
+        found_4P[3, single_P] = np.nan
         names = {
             "domain_a": groups.values.gather(pairs_P2[:, 0]),
             "domain_b": groups.values.gather(pairs_P2[:, 1]),
@@ -289,7 +286,8 @@ def _divergences(
         return found
     found[0] = bits(np.ones((1, units)))[0]
     if resampling is not None:
-        low, high = resampling.interval(bits, units)
+        fewest_P = here_UG.sum(axis=0)[pairs_P2].min(axis=1)
+        low, high = resampling.interval(bits, units, fewest_P)
         found[1], found[2] = np.maximum(2 * found[0] - high, 0), np.minimum(2 * found[0] - low, 1)
         if (here_UG.sum(axis=1) <= 1).all():
             found[3] = _shuffled(counts_UGE.sum(axis=1), here_UG, pairs_P2, resampling)
@@ -302,7 +300,7 @@ def _shuffled(
     pairs_P2: NDArray[np.int64],
     resampling: Resampling,
 ) -> Floats:
-    """[P] mean divergence of each pair when the documents of the two are dealt anew to their names."""
+    """[P] mean divergence of each pair when names are permuted over the documents of both."""
     generator, means = np.random.default_rng(resampling.seed), []
     for a, b in pairs_P2:
         kept = here_UG[:, a] | here_UG[:, b]

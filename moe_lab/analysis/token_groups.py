@@ -21,11 +21,12 @@ from moe_lab.analysis.aligned_rows import (
     Ints,
     add_counts,
     aligned,
+    by_layer,
     chunks,
     in_document_order,
     token_keys,
 )
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, TraceError, expected
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
@@ -226,3 +227,49 @@ def _sorted(frames: Frames) -> bool:
             return False
         last = int(keys[-1])
     return True
+
+
+def token_column(trace: Trace, column: str, name: str) -> pl.LazyFrame:
+    """[doc, pos, <name>]: a column of ``trace.tokens``.
+
+    Raises ``AnalysisError`` where the trace has no such column.
+    """
+    columns = trace.tokens.collect_schema().names()
+    if column not in columns:
+        raise AnalysisError(expected(f"a token column among {', '.join(columns)}", repr(column)))
+    return trace.tokens.select(*KEY, pl.col(column).alias(name))
+
+
+def collect(frame: pl.LazyFrame) -> pl.DataFrame:
+    """Run a lazy query in bounded memory. Raises ``TraceError`` where a file cannot be decoded."""
+    try:
+        return frame.collect(engine="streaming")
+    except (pl.exceptions.ComputeError, pl.exceptions.PanicException, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise TraceError(
+            f"expected a readable trace, got {first}; try open_trace(...).check()"
+        ) from error
+
+
+def counts_by(trace: Trace, groups: Grouping) -> pl.DataFrame:
+    """[layer, <name of the groups>, expert, is_zero, count]: slots per expert for each group, every
+    expert present in every group.
+    """
+    frames = []
+    for layer in by_layer(trace):
+        table_GE = np.concatenate([table for _, table in group_counts(trace, layer, groups)])
+        experts = np.arange(layer.num_choices)
+        frames.append(
+            pl.DataFrame(
+                {
+                    "layer": pl.repeat(layer.layer, table_GE.size, dtype=pl.UInt32, eager=True),
+                    groups.name: groups.values.gather(
+                        np.repeat(np.arange(len(groups)), layer.num_choices)
+                    ),
+                    "expert": np.tile(experts.astype(np.uint16), len(groups)),
+                    "is_zero": np.tile(experts >= layer.num_experts, len(groups)),
+                    "count": table_GE.ravel().astype(np.int64),
+                }
+            )
+        )
+    return pl.concat(frames)

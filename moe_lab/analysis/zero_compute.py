@@ -13,11 +13,9 @@ import polars as pl
 
 from moe_lab.analysis.aligned_rows import KEY, by_layer
 from moe_lab.analysis.conditional_bernoulli import group_count
-from moe_lab.analysis.document_bootstrap import Floats, percentile_interval
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import (
-    RESAMPLES,
     Documents,
-    Resampling,
     documents,
     nulls,
     over,
@@ -25,7 +23,7 @@ from moe_lab.analysis.document_sums import (
     unit_sums,
 )
 from moe_lab.analysis.requirements import of_tokens, of_zero_experts
-from moe_lab.analysis.tables import collect
+from moe_lab.analysis.token_groups import collect
 from moe_lab.trace import LayerMeta, Trace
 
 
@@ -69,7 +67,7 @@ def ffn_spread(
         hypergeometric_sd, matched_sd, independent_sd]:
 
         * ``sd`` is the population standard deviation; ``sd_lo``, ``sd_hi`` its percentile interval
-          from resampling documents (null with fewer than 2).
+          from resampling documents (null with fewer than 5).
         * ``hypergeometric_mean``, ``hypergeometric_sd``: K distinct experts among N real and Z
           zero-compute ones, all alike. From the configuration alone: 8 and 1.621 for
           LongCat-Flash's top-12 of 512 + 256.
@@ -100,12 +98,8 @@ def ffn_spread(
             continue
         sums_D3 = documents.select("n", "total", "square").to_numpy().astype(np.float64)
         mean, sd = _moments(sums_D3.sum(axis=0))
-        low, high = percentile_interval(
-            lambda weights, sums=sums_D3: _moments(weights @ sums)[1],
-            len(sums_D3),
-            resamples,
-            seed,
-            level,
+        low, high = Resampling(resamples, seed, level).interval(
+            lambda weights, sums=sums_D3: _moments(weights @ sums)[1], len(sums_D3)
         )
         filled = documents["fewest"].min() == layer.top_k
         rows.append(

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from moe_lab.analysis.difficulty.study import study_verdict
+    from moe_lab.analysis.difficulty.difficulty_verdict import study_verdict
     from moe_lab.files import atomic_path, write_json
 
     is_trace = (args.source / "meta.json").is_file()
@@ -82,8 +82,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _of_trace(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
     from moe_lab.analysis.difficulty import difficulty_frame
-    from moe_lab.analysis.difficulty.sources import NGRAM
-    from moe_lab.analysis.difficulty.study import difficulty_study
+    from moe_lab.analysis.difficulty.study import NGRAM, difficulty_study
     from moe_lab.trace import open_trace
 
     frame = difficulty_frame(open_trace(args.source), seed=args.seed)
@@ -95,8 +94,7 @@ def _of_run(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
 
     from moe_lab.analysis.difficulty import gain_association, marginal_gain, reallocation_regret
     from moe_lab.analysis.difficulty.gain import can_shift
-    from moe_lab.analysis.difficulty.sources import NGRAM
-    from moe_lab.analysis.difficulty.study import difficulty_study
+    from moe_lab.analysis.difficulty.study import NGRAM, difficulty_study
     from moe_lab.errors import ConfigError, expected
     from moe_lab.training import load_run
 

@@ -104,7 +104,7 @@ def marginal_gain(frame: pl.DataFrame) -> Canvas:
 
     Args:
         frame: columns ffn_count (mean of the group), gain, lo, hi, as
-            ``analysis.difficulty.gain_groups``.
+            ``analysis.difficulty.curves.gain_groups``.
     """
     figure = Canvas()
     figure.add_scatter(

@@ -44,8 +44,7 @@ def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Difficulty
     """
     if varying is None or "token_id" not in varying.trace.tokens.collect_schema():
         return None
-    from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS
-    from moe_lab.analysis.difficulty.study import study_verdict
+    from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS, study_verdict
 
     tables = frames(_tables, varying)
     if tables is None:
@@ -83,7 +82,7 @@ def _tables(named: NamedTrace) -> dict[str, pl.DataFrame] | None:
         difficulty_curves,
         difficulty_frame,
     )
-    from moe_lab.analysis.difficulty.sources import NGRAM
+    from moe_lab.analysis.difficulty.study import NGRAM
     from moe_lab.errors import AnalysisError, CorpusError
 
     try:
@@ -157,7 +156,7 @@ def _curve_block(curves: pl.DataFrame) -> Block:
 
 
 def _gain_block(gains: pl.DataFrame, frames: Frames) -> Block:
-    from moe_lab.analysis.difficulty.gain_groups import gain_groups
+    from moe_lab.analysis.difficulty.curves import gain_groups
 
     groups = frames(gain_groups, gains, RESAMPLES)
     moved = decimal(float(gains["moved"][0]), 2)

@@ -62,15 +62,15 @@ def test_unused_slots_repeat_nothing(make_trace):
 
 def test_entropy_and_margin_are_means_over_tokens(make_trace):
     scores = np.log(np.array([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]))
-    columns = {"doc": [0, 1], "pos": [0, 0]}
-    trace = make_trace([[0], [0]], 3, scores=np.exp(scores), **columns)
+    columns = {"doc": range(6), "pos": [0] * 6}
+    trace = make_trace([[0]] * 6, 3, scores=np.tile(np.exp(scores), (3, 1)), **columns)
     (row,) = router_entropy(trace).rows(named=True)
     recorded = trace.routing.select("entropy", "margin").collect()
     assert row["entropy"] == pytest.approx(recorded["entropy"].mean())
     assert row["entropy"] == pytest.approx((1.5 * math.log(2) + math.log(3)) / 2, abs=1e-6)
     assert row["margin"] == pytest.approx(0.125, abs=1e-6)
     assert row["entropy_max"] == pytest.approx(math.log(3))
-    assert (row["n_tokens"], row["n_docs"], row["n_margin"]) == (2, 2, 2)
+    assert (row["n_tokens"], row["n_docs"], row["n_margin"]) == (6, 6, 6)
     assert row["entropy_lo"] < row["entropy"] < row["entropy_hi"]
 
 
@@ -80,11 +80,10 @@ def test_without_a_next_expert_there_is_no_margin(make_trace):
 
 
 def test_zero_compute_slots_and_polarisation(make_trace):
-    """Four tokens of two slots over two real and two zero-compute experts: 2, 2, 0 and 1 real ones."""
-    ids = [[0, 1], [1, 0], [2, 3], [0, 2]]
-    (row,) = zero_compute(make_trace(ids, 2, 2, doc=[0, 0, 1, 1], pos=[0, 1, 0, 1])).rows(
-        named=True
-    )
+    """Two slots over two real and two zero-compute experts: 2, 2, 0 and 1 real ones, three times."""
+    ids = [[0, 1], [1, 0], [2, 3], [0, 2]] * 3
+    trace = make_trace(ids, 2, 2, doc=np.arange(12) // 2, pos=[0, 1] * 6)
+    (row,) = zero_compute(trace).rows(named=True)
     assert (row["zero_ratio"], row["compute_intensity"]) == (3 / 8, 5 / 8)
     assert (row["at_zero"], row["at_full"], row["polarisation"]) == (0.25, 0.5, 0.75)
     assert row["binomial"] == pytest.approx(

@@ -14,7 +14,7 @@ from moe_lab.analysis import (
     expert_vocabulary,
     vocabulary_specialisation,
 )
-from moe_lab.analysis.document_sums import Resampling
+from moe_lab.analysis.document_bootstrap import Resampling
 from moe_lab.analysis.specialisation import _divergences, vocabulary_shares
 from moe_lab.errors import AnalysisError
 from moe_lab.measures import jensen_shannon_bits
@@ -131,7 +131,7 @@ def test_intervals_of_specialisation_come_from_documents(make_trace, draw):
 
 
 def test_many_documents_are_drawn_in_bundles(make_trace, draw, monkeypatch):
-    monkeypatch.setattr("moe_lab.analysis.document_sums.MAX_UNITS", 10)
+    monkeypatch.setattr("moe_lab.analysis.document_sums.MAX_UNITS", 40)
     doc = np.arange(2000) // 4
     trace = make_trace(
         draw(0, 2000, 4, 1),

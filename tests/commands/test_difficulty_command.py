@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moe_lab.analysis.difficulty.study import study_verdict
+from moe_lab.analysis.difficulty.difficulty_verdict import study_verdict
 from moe_lab.cli import main
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.report import write_report

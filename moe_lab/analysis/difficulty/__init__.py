@@ -1,14 +1,11 @@
-"""Does compute follow difficulty? Identity-controlled association, its nulls and intervals, and
-what a marginal expert gains.
+"""Does compute follow difficulty? Association within token ids, its nulls, and marginal gain.
 
-``worlds`` simulates routers of known answer; what needs a model (``marginal_gain``) is imported
-from its module when it is called for.
+What needs a model (``marginal_gain``) is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING
 
 from moe_lab.analysis.difficulty.association import difficulty_association
-from moe_lab.analysis.difficulty.baselines import Baseline, baseline_association, baseline_router
 from moe_lab.analysis.difficulty.compute_budget import (
     compute_budget,
     compute_variance,
@@ -16,9 +13,13 @@ from moe_lab.analysis.difficulty.compute_budget import (
 )
 from moe_lab.analysis.difficulty.curves import difficulty_curves, difficulty_information
 from moe_lab.analysis.difficulty.difficulty_verdict import DifficultyVerdict
-from moe_lab.analysis.difficulty.learnability import LEARNABILITY, learnability
-from moe_lab.analysis.difficulty.nulls import difficulty_nulls
-from moe_lab.analysis.difficulty.sources import compute_columns, difficulty_frame
+from moe_lab.analysis.difficulty.nulls import (
+    Baseline,
+    baseline_association,
+    baseline_router,
+    difficulty_nulls,
+)
+from moe_lab.analysis.difficulty.study import LEARNABILITY, difficulty_frame, learnability
 from moe_lab.lazy import on_first_use
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ __all__ = [
     "baseline_association",
     "baseline_router",
     "compute_budget",
-    "compute_columns",
     "compute_variance",
     "difficulty_association",
     "difficulty_curves",

@@ -13,7 +13,8 @@ import polars as pl
 from moe_lab.analysis.difficulty.association import MAX_LEVELS, Pairing, compute_levels, pairings
 from moe_lab.analysis.difficulty.rank_statistics import Order
 from moe_lab.analysis.difficulty.within_groups import Ints, joint_code
-from moe_lab.analysis.document_bootstrap import Floats, document_weights
+from moe_lab.analysis.document_bootstrap import Floats, Resampling
+from moe_lab.analysis.document_sums import over
 from moe_lab.config import require
 
 BINS = 10
@@ -97,16 +98,42 @@ def _binned(
         for w in (None, values)
     )
     total = np.maximum(counts.sum(axis=0), 1)
-    drawn = [
-        _ratio(weights @ sums, weights @ counts)
-        for weights in document_weights(documents, resamples, seed)
-    ]
-    low, high = np.nanquantile(np.concatenate(drawn), [0.025, 0.975], axis=0)
+    low, high = Resampling(resamples, seed).interval(
+        lambda weights: over(weights @ sums, weights @ counts), documents
+    )
     return {name: sums.sum(axis=0) / total, ends[0]: low, ends[1]: high}
 
 
-def _ratio(top: Floats, bottom: Floats) -> Floats:
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+def gain_groups(gains: pl.DataFrame, resamples: int = 1000, seed: int = 0) -> pl.DataFrame:
+    """[ffn_count, gain, lo, hi, n_tokens] of tokens in tenths of ffn_count, with intervals from
+    resampling documents.
+    """
+    ranked = gains.with_columns(
+        group=((pl.col("ffn_count").rank("average") - 0.5) * BINS / pl.len())
+        .floor()
+        .cast(pl.Int64),
+        row=pl.col("doc").rank("dense") - 1,
+    )
+    documents, groups = int(ranked["row"].max()) + 1, sorted(ranked["group"].unique())  # type: ignore[arg-type]
+    cell = ranked.group_by("row", "group").agg(
+        n=pl.len(), total=pl.col("marginal_gain").cast(pl.Float64).sum()
+    )
+    counts, sums = (np.zeros((documents, len(groups))) for _ in range(2))
+    where = cell["row"].to_numpy(), np.searchsorted(groups, cell["group"].to_numpy())
+    counts[where], sums[where] = cell["n"].to_numpy(), cell["total"].to_numpy()
+
+    def mean(weights):  # type: ignore[no-untyped-def]
+        return over(weights @ sums, weights @ counts)
+
+    low, high = Resampling(resamples, seed).interval(mean, documents)
+    means = (
+        ranked.group_by("group")
+        .agg(ffn_count=pl.col("ffn_count").mean(), n_tokens=pl.len())
+        .sort("group")
+    )
+    return means.select("ffn_count").with_columns(
+        gain=mean(np.ones((1, documents)))[0], lo=low, hi=high, n_tokens=means["n_tokens"]
+    )
 
 
 def difficulty_information(

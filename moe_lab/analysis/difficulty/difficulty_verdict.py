@@ -6,8 +6,11 @@ correlation shows beyond that is the work of identity, and of frequency where fr
 most of what identity does.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
+
+import polars as pl
 
 from moe_lab.analysis.difficulty.intervals import Interval
 
@@ -19,6 +22,9 @@ MOST_LEFT = 0.25
 ids.
 """
 FREQUENCY_SHARE = 0.5
+
+
+ALIGN_WORDS = {"input": "the token that goes in", "target": "the token to be predicted"}
 
 
 class DifficultyVerdict(StrEnum):
@@ -152,3 +158,37 @@ def _material(evidence: Evidence, direction: int, margin: float) -> tuple[Diffic
             "harder tokens get more, compared with tokens of the same id",
         )
     return DifficultyVerdict.INVERTED, "harder tokens get less, compared with tokens of the same id"
+
+
+def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
+    """(verdict, sentence) over all layers and alignments of ``difficulty_association``.
+
+    The verdict is the one that all rows share, static layers aside; else "mixed". The sentence
+    gives the strongest correlation within token ids with its interval, and what the raw one would
+    have said.
+    """
+    static = DifficultyVerdict.STATIC.value
+    moving = association.filter(pl.col("verdict") != static)
+    if not moving.height:
+        return (
+            static,
+            "Every token of every layer runs the same number of real experts, so nothing can follow difficulty.",
+        )
+    found = Counter(moving["verdict"].to_list())
+    verdict = next(iter(found)) if len(found) == 1 else "mixed"
+    measured = moving.filter(pl.col("rho_token").is_not_null())
+    if not measured.height:
+        return verdict, f"Verdict: {verdict}; {moving['note'][0]}."
+    row = measured.sort(pl.col("rho_token").abs(), descending=True).row(0, named=True)
+    counts = " and ".join(f"{name} in {number}" for name, number in found.most_common())
+    where = f"layer {row['layer']}, {ALIGN_WORDS[row['align']]}"
+    ends = (
+        ""
+        if row["rho_token_lo"] is None
+        else f" (95 % interval {row['rho_token_lo']:+.3f} to {row['rho_token_hi']:+.3f})"
+    )
+    return verdict, (
+        f"Of {moving.height} pairs of layer and alignment: {counts}. The strongest rank correlation of ffn_count with difficulty within "
+        f"token ids is {row['rho_token']:+.3f}{ends}, at {where}, where the raw one is {row['rho_raw']:+.3f}; within ±{MARGIN:g} is "
+        f"immaterial. {row['n_tokens']:,} tokens of {row['n_docs']} documents; {row['note']}."
+    )

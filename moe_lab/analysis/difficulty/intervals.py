@@ -8,11 +8,15 @@ document are not independent: the naive interval is given beside, to be compared
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr, stdtr, stdtrit
+from scipy.special import stdtr, stdtrit
 
-from moe_lab.analysis.document_bootstrap import Floats, document_weights
+from moe_lab.analysis.document_bootstrap import (
+    MIN_DOCUMENTS,
+    Floats,
+    document_weights,
+    expanded_quantiles,
+)
 
-MIN_DOCUMENTS = 3
 MAX_CLUSTERS = 4096
 
 
@@ -149,21 +153,12 @@ class Bootstrap:
         samples = self.samples(of)
         effective = max(of.effective_documents, 2.0)
         wide, narrow = (
-            expanded_quantiles(samples, level, effective) for level in (self.level, 0.90)
+            map(float, expanded_quantiles(samples, level, effective))
+            for level in (self.level, 0.90)
         )
         se = float(samples.std()) * np.sqrt(effective / (effective - 1))
         p = 2 * float(stdtr(effective - 1, -abs(of.value) / se)) if se > 0 else float(of.value == 0)
         return Interval(of.value, *wide, *narrow, se, p)
-
-
-def expanded_quantiles(samples: Floats, level: float, documents: float) -> tuple[float, float]:
-    """Both ends of the percentile interval of [B] samples, at the tail that n = ``documents`` asks
-    for.
-    """
-    t = float(stdtrit(documents - 1, (1 + level) / 2))
-    tail = float(ndtr(-t * np.sqrt(documents / (documents - 1))))
-    low, high = np.quantile(samples, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def naive_interval(value: float, tokens: int, level: float = 0.95) -> tuple[float, float]:

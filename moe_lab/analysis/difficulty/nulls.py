@@ -1,24 +1,31 @@
-"""What chance would show: compute reshuffled inside documents, and compute shifted along its
-document.
+"""What chance would show, and what routers would show that know nothing of difficulty.
 
-Both ask for the headline statistic, the sum of products of the two rank rows within token ids. The
+Two nulls: compute reshuffled inside documents, and compute shifted along its document.
+They take the headline statistic, the sum of products of the two rank rows within token ids. The
 shuffle moves compute among tokens of one document and stratum; over some hundred documents its null
 distribution is normal, and its mean and variance are known exactly (Hoeffding 1951 for one permuted
 set, added over sets), so none is drawn. The circular shift keeps every autocorrelation of compute
 along the document; all shifts of a document come from one Fourier transform, and R samples are
 drawn from them. Secondary to the intervals.
+
+Three baselines, with the marginals of the router that is judged: each token takes the compute of a
+token drawn from the other half of the documents: any (random), one of the same id (lookup), or one
+at a similar position.
 """
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import polars as pl
 from scipy.special import ndtr
 
+from moe_lab.analysis.difficulty.alignment import layers_of
 from moe_lab.analysis.difficulty.association import (
     Pairing,
     compute_levels,
+    difficulty_association,
     pairings,
     standard_level_ranks,
 )
@@ -104,6 +111,92 @@ def shifted_sums(x: Floats, y: Floats, starts: np.ndarray, draws: int, seed: int
         )
         total += turned[generator.integers(0, length, draws)]
     return total
+
+
+class Baseline(StrEnum):
+    RANDOM = "random"
+    LOOKUP = "token lookup"
+    POSITION = "position only"
+
+
+def baseline_router(
+    frame: pl.DataFrame | pl.LazyFrame,
+    kind: Baseline | str,
+    *,
+    compute: str = "ffn_count",
+    seed: int = 0,
+) -> pl.DataFrame:
+    """[layer, doc, pos, <compute>]: what the baseline spends on each token; a layer's tokens all
+    come from the same draw.
+    """
+    blank = frame.lazy().with_columns(pl.lit(0.0).alias("__no_difficulty"))
+    parts = []
+    for number, tokens in enumerate(layers_of(blank, "__no_difficulty", compute, None, 0)):
+        key = {
+            Baseline.RANDOM: np.zeros(len(tokens.doc), dtype=np.int64),
+            Baseline.LOOKUP: tokens.token_id,
+            Baseline.POSITION: np.frexp(tokens.pos.astype(np.float64))[1].astype(np.int64),
+        }[Baseline(kind)]
+        spent = drawn_from_other_half(tokens.compute, tokens.doc, key, seed + number)
+        keys = {
+            "layer": np.full(len(spent), tokens.layer),
+            "doc": tokens.doc,
+            "pos": tokens.pos,
+            "token_id": tokens.token_id,
+        }
+        parts.append(pl.DataFrame(keys | {compute: spent}))
+    return pl.concat(parts)
+
+
+def baseline_association(
+    frame: pl.DataFrame | pl.LazyFrame,
+    difficulty: str,
+    seed: int = 0,
+    *,
+    compute: str = "ffn_count",
+    resamples: int = 1000,
+) -> pl.DataFrame:
+    """``difficulty_association`` of the three baselines: [router, ...its columns].
+
+    ``frame`` as there, with integer ``doc`` and ``token_id``.
+    """
+    lazy = frame.lazy()
+    if "layer" not in lazy.collect_schema():
+        lazy = lazy.with_columns(layer=pl.lit(0))
+    hard = lazy.select("layer", "doc", "pos", pl.col(difficulty).alias("__difficulty")).collect()
+    keys = ["layer", "doc", "pos"]
+    tables = []
+    for kind in Baseline:
+        routed = baseline_router(lazy, kind, compute=compute, seed=seed)
+        joined = routed.join(hard.cast(dict.fromkeys(keys, pl.Int64)), on=keys)
+        table = difficulty_association(
+            joined, "__difficulty", seed, compute=compute, resamples=resamples
+        )
+        tables.append(table.select(pl.lit(kind.value).alias("router"), pl.all()))
+    return pl.concat(tables)
+
+
+def drawn_from_other_half(values: Floats, doc: Ints, key: Ints, seed: int) -> Floats:
+    """[n] value of a random token with the same key in the other half of the documents; of any
+    token there where the key is not.
+    """
+    generator = np.random.default_rng(seed)
+    documents = joint_code([doc])
+    half = (generator.permutation(int(documents.max(initial=0)) + 1) % 2)[documents]
+    drawn = np.empty(len(values))
+    for side in (0, 1):
+        own, other = np.flatnonzero(half == side), np.flatnonzero(half != side)
+        if not len(other):
+            other = own
+        by_key = other[np.argsort(key[other], kind="stable")]
+        ordered = key[by_key]
+        first, last = (np.searchsorted(ordered, key[own], edge) for edge in ("left", "right"))
+        unknown = first == last
+        first[unknown], last[unknown] = 0, len(by_key)
+        drawn[own] = values[
+            by_key[first + (generator.random(len(own)) * (last - first)).astype(np.int64)]
+        ]
+    return drawn
 
 
 _SCHEMA: dict[str, Any] = {"layer": pl.Int64(), "align": pl.String()}

@@ -70,11 +70,6 @@ def correlation(x: Floats, y: Floats) -> float:
     return float(x @ y / scale) if scale > 0 else float("nan")
 
 
-def spearman(x: NDArray, y: NDArray) -> float:
-    """Spearman's rho with mid-ranks; NaN where one of the rows is constant."""
-    return correlation(standard_ranks(Order.of(x)), standard_ranks(Order.of(y)))
-
-
 def xi(x: Order, y_group: Ints) -> float:
     """Chatterjee's coefficient of y as a function of x, in [-1/2, 1]; ties of x in order of place.
     NaN for a constant y.

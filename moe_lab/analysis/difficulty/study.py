@@ -1,21 +1,29 @@
-"""``difficulty_study``: every table of the analysis for one frame, and what they say together in
-one sentence.
+"""``difficulty_study``: from a trace to a frame with difficulties, and from that to every table.
+
+The verdict over all tables is in ``difficulty_verdict``.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from moe_lab.analysis.difficulty.alignment import STRATA
 from moe_lab.analysis.difficulty.association import difficulty_association
-from moe_lab.analysis.difficulty.baselines import baseline_association
 from moe_lab.analysis.difficulty.compute_budget import compute_budget, compute_variance
 from moe_lab.analysis.difficulty.curves import difficulty_curves, difficulty_information
-from moe_lab.analysis.difficulty.difficulty_verdict import MARGIN, MIN_DOCUMENTS, DifficultyVerdict
-from moe_lab.analysis.difficulty.nulls import difficulty_nulls
+from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS
+from moe_lab.analysis.difficulty.nulls import baseline_association, difficulty_nulls
+from moe_lab.config import require
+from moe_lab.errors import AnalysisError, expected
+from moe_lab.text import ngram_surprisal
+from moe_lab.trace import Trace
 
-ALIGN_WORDS = {"input": "the token that goes in", "target": "the token to be predicted"}
+NGRAM = "ngram_loss"
+LEARNABILITY = ("H->H", "L->H", "H->L", "L->L")
+FALL = 0.2
+"""Nats that the fitted line must fall or rise by to count as a change."""
 
 
 def difficulty_study(
@@ -52,35 +60,72 @@ def difficulty_study(
     return tables
 
 
-def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
-    """(verdict, sentence) over all layers and alignments of ``difficulty_association``.
+def difficulty_frame(
+    trace: Trace, *, difficulty: pl.DataFrame | pl.LazyFrame | None = None, seed: int = 0
+) -> pl.LazyFrame:
+    """[layer, doc, pos, token_id, ffn_count, gate_mass_ffn, <class columns>, <difficulty columns>]
+    of a trace with a token table.
 
-    The verdict is the one that all rows share, static layers aside; else "mixed". The sentence
-    gives the strongest correlation within token ids with its interval, and what the raw one would
-    have said.
+    Args:
+        difficulty: [doc, pos, <columns>] to join; by default ``ngram_loss``, the trigram surprisal
+            of each token under n-grams counted in the other half of the trace's documents. (Own
+            loss is no difficulty: compute lowers it.)
+
+    Raises:
+        AnalysisError: the trace has no token table.
     """
-    static = DifficultyVerdict.STATIC.value
-    moving = association.filter(pl.col("verdict") != static)
-    if not moving.height:
-        return (
-            static,
-            "Every token of every layer runs the same number of real experts, so nothing can follow difficulty.",
+    schema = trace.tokens.collect_schema()
+    if "token_id" not in schema or trace.tokens.select(pl.len()).collect().item() == 0:
+        raise AnalysisError(
+            expected(
+                "a trace with a token table",
+                f"none in {trace.folder}",
+                "tracing again with token ids",
+            )
         )
-    found = Counter(moving["verdict"].to_list())
-    verdict = next(iter(found)) if len(found) == 1 else "mixed"
-    measured = moving.filter(pl.col("rho_token").is_not_null())
-    if not measured.height:
-        return verdict, f"Verdict: {verdict}; {moving['note'][0]}."
-    row = measured.sort(pl.col("rho_token").abs(), descending=True).row(0, named=True)
-    counts = " and ".join(f"{name} in {number}" for name, number in found.most_common())
-    where = f"layer {row['layer']}, {ALIGN_WORDS[row['align']]}"
-    ends = (
-        ""
-        if row["rho_token_lo"] is None
-        else f" (95 % interval {row['rho_token_lo']:+.3f} to {row['rho_token_hi']:+.3f})"
+    classes = [name for name in STRATA if name in schema]
+    tokens = trace.tokens.select("doc", "pos", "token_id", *classes)
+    added = (trace_surprisal(trace, seed) if difficulty is None else difficulty).lazy()
+    added = added.with_columns(pl.col("doc", "pos").cast(pl.UInt32))
+    routing = trace.routing.select("layer", "doc", "pos", "ffn_count", "gate_mass_ffn")
+    return routing.join(tokens.join(added, on=["doc", "pos"], how="left"), on=["doc", "pos"])
+
+
+def trace_surprisal(trace: Trace, seed: int = 0, folds: int = 2) -> pl.DataFrame:
+    """[doc, pos, ngram_loss] from the tokens of the trace alone; null where no token stands before.
+    A document is whole in its fold, and runs of positions with a gap between are scored apart.
+    """
+    rows = trace.tokens.select("doc", "pos", "token_id").collect().sort("doc", "pos")
+    doc, pos, ids = (rows[name].to_numpy().astype(np.int64) for name in ("doc", "pos", "token_id"))
+    breaks = np.flatnonzero((doc[1:] != doc[:-1]) | (pos[1:] != pos[:-1] + 1)) + 1
+    starts = np.append(0, breaks)
+    vocabulary = trace.meta.vocab_size or int(ids.max(initial=0)) + 1
+    found = ngram_surprisal(np.split(ids, breaks), vocabulary, folds, seed, groups=doc[starts])
+    column = pl.Series(NGRAM, np.concatenate(found).astype(np.float32))
+    return rows.select("doc", "pos").with_columns(column.fill_nan(None))
+
+
+def learnability(losses: NDArray, fall: float = FALL) -> NDArray[np.uint8]:
+    """[T] index into ``LEARNABILITY``: how the loss of each token moved while a reference model learnt.
+
+    The four classes of Rho-1 (arXiv 2404.07965, section 2.1 and appendix D.1) from [T, C] losses at
+    C checkpoints, evenly spaced. A token that was hard and stayed hard is likely noise, and a good
+    router may well ignore it; one that went from hard to easy repaid compute.
+
+    A straight line is fitted to each token's losses. A fall of more than ``fall`` over the run is
+    H->L, a rise L->H; otherwise the last loss above the mean of all tokens' last losses is H->H,
+    else L->L. Tokens with a missing loss get 255.
+    """
+    losses = np.asarray(losses, dtype=np.float64)
+    require(
+        losses.ndim == 2 and losses.shape[1] >= 2,
+        "losses of shape [tokens, at least 2 checkpoints]",
+        list(losses.shape),
     )
-    return verdict, (
-        f"Of {moving.height} pairs of layer and alignment: {counts}. The strongest rank correlation of ffn_count with difficulty within "
-        f"token ids is {row['rho_token']:+.3f}{ends}, at {where}, where the raw one is {row['rho_raw']:+.3f}; within ±{MARGIN:g} is "
-        f"immaterial. {row['n_tokens']:,} tokens of {row['n_docs']} documents; {row['note']}."
-    )
+    steps = np.linspace(-0.5, 0.5, losses.shape[1])
+    change = losses @ steps / (steps @ steps)  # fitted end less fitted start
+    last = losses[:, -1]
+    high = last > np.nanmean(last)
+    code = np.select([change < -fall, change > fall, high], [2, 1, 0], 3).astype(np.uint8)
+    code[~np.isfinite(losses).all(axis=1)] = 255
+    return code

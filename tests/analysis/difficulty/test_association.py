@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
+from simulated_routers import Corpus, World, simulate_corpus, simulate_router
 
 from moe_lab.analysis import difficulty_association
-from moe_lab.analysis.difficulty.worlds import Corpus, World, simulate_corpus, simulate_router
 from moe_lab.errors import AnalysisError, ConfigError
 
 COLUMNS = [

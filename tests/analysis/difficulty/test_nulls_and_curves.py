@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
+from simulated_routers import Corpus, World, simulate_corpus, simulate_router
 
 from moe_lab.analysis.difficulty import (
     baseline_association,
@@ -19,7 +20,6 @@ from moe_lab.analysis.difficulty import (
 )
 from moe_lab.analysis.difficulty.curves import conditional_information
 from moe_lab.analysis.difficulty.nulls import shifted_sums, shuffle_moments
-from moe_lab.analysis.difficulty.worlds import Corpus, World, simulate_corpus, simulate_router
 from moe_lab.errors import AnalysisError
 
 

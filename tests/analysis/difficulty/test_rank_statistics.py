@@ -6,12 +6,22 @@ from scipy import stats
 
 from moe_lab.analysis.difficulty.intervals import (
     Bootstrap,
-    expanded_quantiles,
     false_discovery,
     moments,
 )
-from moe_lab.analysis.difficulty.rank_statistics import Order, somers_d, spearman, xi
+from moe_lab.analysis.difficulty.rank_statistics import (
+    Order,
+    correlation,
+    somers_d,
+    standard_ranks,
+    xi,
+)
 from moe_lab.analysis.difficulty.within_groups import Within, joint_code
+from moe_lab.analysis.document_bootstrap import expanded_quantiles
+
+
+def spearman(x, y):
+    return correlation(standard_ranks(Order.of(x)), standard_ranks(Order.of(y)))
 
 
 @pytest.fixture(params=[0, 1, 2])

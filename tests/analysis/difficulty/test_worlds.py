@@ -8,9 +8,7 @@ from collections import Counter
 import numpy as np
 import polars as pl
 import pytest
-
-from moe_lab.analysis import difficulty_association
-from moe_lab.analysis.difficulty.worlds import (
+from simulated_routers import (
     WORLDS,
     Corpus,
     World,
@@ -18,6 +16,8 @@ from moe_lab.analysis.difficulty.worlds import (
     simulate_router,
     truth,
 )
+
+from moe_lab.analysis import difficulty_association
 from moe_lab.errors import AnalysisError
 from moe_lab.text import TextConfig, load_tokens, ngram_surprisal, token_classes
 

@@ -1,5 +1,4 @@
-"""Simulated routers whose answer is known: what a test of difficulty must get right before it is
-believed.
+"""Simulated routers whose answer is known, to test the analysis of difficulty.
 
 A router spends ``Binomial(slots, p)`` experts on a token, where ``logit p`` is a sum of what it
 looks at: the frequency of the token, the token id by an arbitrary table, the class of the token,
@@ -8,7 +7,7 @@ are the five of the specification (docs/difficulty.md); ``truth`` gives the corr
 ids that such a router has, from the binomial itself and not from a sample.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -16,10 +15,12 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import binom
 
+from moe_lab.analysis.difficulty import difficulty_association
 from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.errors import AnalysisError, expected
 
 SLOTS = 12
+EFFECTS = (0.0, 0.05, 0.10, -0.10)
 
 
 @dataclass(frozen=True)
@@ -186,3 +187,83 @@ def _codes(column: pl.Series) -> tuple[NDArray[np.int64], int]:
 def _standard(values: Floats) -> Floats:
     spread = values.std()
     return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
+
+
+CALIBRATION = Corpus(documents=260, tokens=300, vocabulary=800, ties=True)
+
+
+def coverage(corpora: int, seed: int, resamples: int = 1000) -> pl.DataFrame:
+    """[draw, rho_token, lo, hi, naive_lo, naive_hi, rho_raw, raw_lo, raw_hi]: one row for each
+    simulated corpus of one language.
+
+    Documents differ in their mean difficulty, in the level of compute, and in how strongly compute
+    follows difficulty, as documents do.
+    """
+    # What the language expects of an id: the same for every corpus.
+    language = simulate_corpus(replace(CALIBRATION, documents=2000), 987_654)
+    means = language.group_by("token_id").agg(expected=pl.col("difficulty").mean())
+    rows = []
+    for draw in range(corpora):
+        tokens = simulate_corpus(CALIBRATION, seed + draw)
+        generator = np.random.default_rng([seed, draw])
+        slope = 0.08 + 0.12 * generator.normal(size=CALIBRATION.documents)
+        level = 0.3 * generator.normal(size=CALIBRATION.documents)
+        doc, ids = tokens["doc"].to_numpy(), tokens["token_id"].to_numpy()
+        hard = _beyond(tokens, means).to_numpy()
+        logit = 0.35 * np.log(1 + ids / 20) - 1 + slope[doc] * hard + level[doc]
+        spent = generator.binomial(12, 1 / (1 + np.exp(-logit)))
+        frame = tokens.with_columns(layer=pl.lit(0), ffn_count=spent)
+        found = difficulty_association(
+            frame, "difficulty", seed=draw, resamples=resamples, details=True
+        ).row(0, named=True)
+        names = {
+            "rho_token": "rho_token",
+            "lo": "rho_token_lo",
+            "hi": "rho_token_hi",
+            "naive_lo": "rho_token_naive_lo",
+        }
+        names |= {
+            "naive_hi": "rho_token_naive_hi",
+            "rho_raw": "rho_raw",
+            "raw_lo": "rho_raw_lo",
+            "raw_hi": "rho_raw_hi",
+        }
+        rows.append({"draw": draw} | {name: found[source] for name, source in names.items()})
+    return pl.DataFrame(rows)
+
+
+def _beyond(tokens: pl.DataFrame, means: pl.DataFrame) -> pl.Series:
+    joined = tokens.join(means, on="token_id", how="left", maintain_order="left")
+    return (joined["difficulty"] - joined["expected"]).fill_null(0.0)
+
+
+def calibrate(
+    draws: int, seed: int, effects: tuple[float, ...] = EFFECTS, resamples: int = 500
+) -> pl.DataFrame:
+    """[effect, draw, known, rho_token, verdict]: routers that follow difficulty within ids by a
+    known correlation.
+    """
+    rows = []
+    for effect in effects:
+        for draw in range(draws):
+            world = World(
+                frequency=0.4, identity=0.3, difficulty=0.64 * effect, document=0.2, level=0.2
+            )
+            tokens = simulate_router(
+                simulate_corpus(CALIBRATION, seed + draw), world, "difficulty", seed + draw + 1
+            )
+            known = truth(tokens, "difficulty")
+            frame = tokens.with_columns(layer=pl.lit(0))
+            found = difficulty_association(frame, "difficulty", seed=draw, resamples=resamples).row(
+                0, named=True
+            )
+            rows.append(
+                {
+                    "effect": effect,
+                    "draw": draw,
+                    "known": known,
+                    "rho_token": found["rho_token"],
+                    "verdict": found["verdict"],
+                }
+            )
+    return pl.DataFrame(rows)
