@@ -32,6 +32,14 @@ class RunError(MoELabError):
     """A run, sweep or recipe that cannot be read, started or continued."""
 
 
+class StorageError(RunError):
+    """A disk or a store that takes or gives no more: the run did nothing wrong and can continue."""
+
+
+class BusyError(RunError):
+    """A run that another living process trains."""
+
+
 class AnalysisError(MoELabError):
     """Data from which the asked statistic cannot be computed."""
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moe_lab.errors import RunError, expected
+from moe_lab.errors import RunError, StorageError, expected
 
 TEMPORARY_PREFIX = ".tmp-"
 _PART = re.compile(r"[A-Za-z0-9._=-]+")
@@ -35,7 +35,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise RunError(
+        raise StorageError(
             f"cannot write {target}: {error.strerror or error}; try another folder or free some space"
         ) from error
     finally:

@@ -30,7 +30,7 @@ from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 from moe_lab.sweeps import SweepConfig, run
 from moe_lab.sweeps.launchers import train_run
-from moe_lab.sweeps.local import ONE_THREAD
+from moe_lab.sweeps.launchers.local import ONE_THREAD
 from moe_lab.text import TextConfig, load_tokens
 from moe_lab.training import RunConfig
 

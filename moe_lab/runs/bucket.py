@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moe_lab.errors import MoELabError, RunError, expected
+from moe_lab.errors import MoELabError, RunError, StorageError, expected
 from moe_lab.files import check_name
 
 CLOCK_SECONDS = 60.0
@@ -128,14 +128,14 @@ class Bucket:
             yield
         except FileNotFoundError as error:
             if action == "write":
-                raise RunError(
+                raise StorageError(
                     f"cannot write {self.url}: no such bucket or folder ({_cause(error)}); try another URL"
                 ) from error
             raise
         except MoELabError:
             raise
         except Exception as error:  # every client has exceptions of its own
-            raise RunError(
+            raise StorageError(
                 f"cannot {action} {self.url}: {_cause(error)}; {_advice(error)}"
             ) from error
 

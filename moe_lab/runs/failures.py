@@ -5,11 +5,15 @@ are bounded here and stripped of control characters: a run may print anything, a
 shown on terminals and pages.
 """
 
+import json
 import os
 import re
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
-from moe_lab.runs.layout import ERROR, LOG
+from moe_lab.files import write_text
+from moe_lab.runs.layout import ERROR, FAILURE, LOG
 
 PRINTED_LINES, TRACEBACK_LINES = 6, 8
 LINE_CHARACTERS = 200
@@ -20,9 +24,47 @@ _ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|[@-
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-def reason(folder: Path) -> str:
-    """The first line of ``error.txt``; empty where there is none."""
-    return first_line(_read(folder / ERROR, end=False))
+class FailureKind(StrEnum):
+    """RUN: the run itself fails, and stays failed until ``retry_failed``. STORAGE: a disk or store
+    did not do its part; the run is continued like an interrupted one.
+    """
+
+    RUN = "run"
+    STORAGE = "storage"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run failed, in one line; an empty ``reason``: it did not, or left no reason."""
+
+    reason: str = ""
+    kind: FailureKind = FailureKind.RUN
+
+    def files(self, traceback: str = "") -> dict[str, str]:
+        """The files of a failed run that hold this, by name, in the order to write them."""
+        return {
+            FAILURE: json.dumps({"kind": self.kind.value, "reason": self.reason}),
+            ERROR: f"{self.reason}\n" + (traceback and f"\n{traceback}"),
+        }
+
+    @classmethod
+    def of(cls, error: str, record: str) -> "Failure":
+        """The inverse of ``files``. Runs of older versions have no ``error.json``: kind RUN."""
+        try:
+            kind = FailureKind(json.loads(record)["kind"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            kind = FailureKind.RUN
+        return cls(first_line(error), kind)
+
+
+def write_failure(folder: Path, failure: Failure, traceback: str = "") -> None:
+    for name, text in failure.files(traceback).items():
+        write_text(folder / name, text)
+
+
+def read_failure(folder: Path) -> Failure:
+    """The failure that the folder of a run tells of."""
+    return Failure.of(_read(folder / ERROR, end=False), _read(folder / FAILURE, end=False))
 
 
 def last_lines(folder: Path) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 
 from moe_lab.errors import RunError, expected
 from moe_lab.files import skim_json, write_json, write_text
-from moe_lab.runs import failures
+from moe_lab.runs.failures import Failure, read_failure, write_failure
 from moe_lab.runs.folder_claims import Claim, acquire, holder
-from moe_lab.runs.layout import DONE, ERROR, PLAN, STATUS, RunState
+from moe_lab.runs.layout import DONE, PLAN, STATUS, RunState
 from moe_lab.runs.plan import SCHEMA_VERSION, PlannedSweep, check_plan, plan_entry
 from moe_lab.runs.record import Progress, RunRecord, read_object, read_run, state_of
 
@@ -46,18 +46,18 @@ class RunStore:
     def progress(self, run: str) -> Progress:
         return Progress.of(read_object(self.path(run) / STATUS))
 
-    def error(self, run: str) -> str:
-        return failures.reason(self.path(run))
+    def failure(self, run: str) -> Failure:
+        return read_failure(self.path(run))
 
     def records(self, runs: Sequence[str]) -> Iterator[RunRecord]:
         return (read_run(self.path(run)) for run in runs)
 
-    def record_failure(self, run: str, reason: str) -> None:
+    def record_failure(self, run: str, failure: Failure) -> None:
         claim = acquire(self.path(run))
         if claim is not None:
             with claim:
                 if not (self.path(run) / DONE).exists():
-                    write_text(self.path(run) / ERROR, reason + "\n")
+                    write_failure(self.path(run), failure)
 
     def plan(self, configs: bool = True) -> dict[str, Any]:
         path = self.folder / PLAN

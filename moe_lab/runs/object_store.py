@@ -22,10 +22,12 @@ from moe_lab.errors import RunError, expected
 from moe_lab.files import below, content_hash
 from moe_lab.runs import failures
 from moe_lab.runs.bucket import Bucket
+from moe_lab.runs.failures import Failure
 from moe_lab.runs.layout import (
     CONFIG,
     DONE,
     ERROR,
+    FAILURE,
     LOG,
     METRICS,
     PLAN,
@@ -40,7 +42,7 @@ from moe_lab.runs.record import Progress, RunRecord, read_object
 
 STATE, FILES, SWEEPS = "state", "files", "sweeps"
 LEASE = "lease.json"
-STATE_FILES = (CONFIG, STATUS, RESULT, LOG, ERROR)
+STATE_FILES = (CONFIG, STATUS, RESULT, LOG, FAILURE, ERROR)
 """Of a run's folder, what goes to ``state/``; ``done`` follows when everything else is there."""
 PROGRESS_SECONDS = 2.0
 
@@ -92,12 +94,14 @@ class ObjectStore:
             self._progress[run] = time.monotonic(), known
         return known
 
-    def error(self, run: str) -> str:
-        return failures.first_line(_text(self.bucket.read(f"{STATE}/{run}/{ERROR}")))
+    def failure(self, run: str) -> Failure:
+        return Failure.of(
+            *(_text(self.bucket.read(f"{STATE}/{run}/{name}")) for name in (ERROR, FAILURE))
+        )
 
-    def record_failure(self, run: str, reason: str) -> None:
+    def record_failure(self, run: str, failure: Failure) -> None:
         if self.state(run) not in (RunState.FINISHED, RunState.RUNNING, RunState.FAILED):
-            self.bucket.write(f"{STATE}/{run}/{ERROR}", f"{reason}\n".encode())
+            write_failure(self.bucket, run, failure)
 
     def records(self, runs: Sequence[str]) -> Iterator[RunRecord]:
         names = self._names()
@@ -178,6 +182,11 @@ class ObjectStore:
         for run in points.values():
             for name in self.bucket.names(f"{FILES}/{run}/{TRACE}"):
                 self.bucket.download(name, below(folder, name.split("/", 1)[1], self.folder))
+
+
+def write_failure(bucket: Bucket, run: str, failure: Failure, traceback: str = "") -> None:
+    for name, text in failure.files(traceback).items():
+        bucket.write(f"{STATE}/{run}/{name}", text.encode())
 
 
 def scratch_name(url: str) -> str:

@@ -114,7 +114,9 @@ def read_run(folder: Path, names: Collection[str] | None = None, planned: str = 
         except RunError as error:
             return RunRecord(folder, state, {}, str(error), **record)
     if state is RunState.FAILED:
-        reason = failures.reason(folder)[:_REASON_CHARACTERS] or "failed without a message"
+        reason = (
+            failures.read_failure(folder).reason[:_REASON_CHARACTERS] or "failed without a message"
+        )
         record["last_lines"] = failures.last_lines(folder)
         return RunRecord(folder, state, {}, reason, **record)
     return RunRecord(folder, state, {}, _reached(record.get("progress")), **record)

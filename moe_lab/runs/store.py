@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
+from moe_lab.runs.failures import Failure
 from moe_lab.runs.folder_store import RunStore
 from moe_lab.runs.layout import RunState
 from moe_lab.runs.object_store import ObjectStore
@@ -42,13 +43,11 @@ class Store(Protocol):
     def state(self, run: str) -> RunState: ...
     def states(self, runs: Iterable[str]) -> dict[str, RunState]: ...
     def progress(self, run: str) -> Progress: ...
-    def error(self, run: str) -> str:
-        """The reason of a failed run in one line; empty if there is none."""
-        ...
+    def failure(self, run: str) -> Failure: ...
 
     def records(self, runs: Sequence[str]) -> Iterator[RunRecord]: ...
-    def record_failure(self, run: str, reason: str) -> None:
-        """Write the reason of a run whose worker died, unless another worker has taken it up."""
+    def record_failure(self, run: str, failure: Failure) -> None:
+        """Record the failure of a run whose worker died, unless another worker has taken it up."""
         ...
 
     def check_writable(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from moe_lab.config import require
-from moe_lab.sweeps.launchers import Job
+from moe_lab.sweeps.launchers.protocol import Job
 
 PATIENCE = 8
 """How many runs may start before one that waits for memory."""

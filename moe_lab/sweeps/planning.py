@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.sweeps.config import SweepConfig
-from moe_lab.sweeps.local import available_cores
+from moe_lab.sweeps.launchers.local import available_cores
 from moe_lab.sweeps.memory import run_memory
 from moe_lab.sweeps.timing import run_minutes
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moe_lab.runs.record import Progress
 from moe_lab.runs.store import Store
-from moe_lab.sweeps.launchers import Ending, Job, Result
+from moe_lab.sweeps.launchers.protocol import Ending, Job, Result
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

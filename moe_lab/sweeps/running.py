@@ -15,12 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_lab.config import require
+from moe_lab.runs.failures import Failure, FailureKind
 from moe_lab.runs.layout import RunState
 from moe_lab.runs.record import Progress
 from moe_lab.runs.store import Store, open_store
 from moe_lab.sweeps.admission import Admission
 from moe_lab.sweeps.config import SweepConfig
-from moe_lab.sweeps.launchers import TRAIN, Ending, Job, Launcher, Result, build_launcher
+from moe_lab.sweeps.launchers import (
+    TRAIN,
+    Ending,
+    Job,
+    Launcher,
+    Result,
+    build_launcher,
+)
 from moe_lab.sweeps.memory import free_memory, run_memory, too_large
 from moe_lab.sweeps.planning import describe
 from moe_lab.sweeps.progress import View, build_view
@@ -31,10 +39,6 @@ within one sweep.
 """
 POLL_SECONDS = 0.2
 FOREIGN_SECONDS = 1.0
-NOT_ITS_FAULT = ("cannot write ", "cannot read ", "cannot remove from ")
-"""How the reason of a run begins that failed because the store did not do its part: it is continued
-as an interrupted one is.
-"""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def _pool(
     """The launcher; where the store is no folder, with every run's files copied to it."""
     if store.is_folder:
         return build_launcher(launcher, jobs, workers, trainer, options)
-    from moe_lab.sweeps import mirror
+    from moe_lab.sweeps.launchers import mirror
 
     require(
         not str(store.folder).startswith("memory:"),
@@ -200,11 +204,11 @@ class _Driver:
     def begin(self, view: View, retry_failed: bool) -> None:
         left: dict[str, float] = {}
         for run, state in self.store.states(self.jobs).items():
-            reason = self.store.error(run) if state is RunState.FAILED else ""
+            failure = self.store.failure(run) if state is RunState.FAILED else Failure()
             if state is RunState.FINISHED:
                 self.finished.append(run)
-            elif reason and not retry_failed and not reason.startswith(NOT_ITS_FAULT):
-                self.failed[run] = reason
+            elif failure.reason and not retry_failed and failure.kind is FailureKind.RUN:
+                self.failed[run] = failure.reason
             else:
                 self.queue.append(self.jobs[run])
                 if state is not RunState.PENDING:
@@ -259,7 +263,7 @@ class _Driver:
             self.queue.appendleft(job)
         elif ending.result is Result.DIED:
             ending = Ending(job.run, Result.FAILED, f"{ending.reason}, {RETRIES + 1} times")
-            self.store.record_failure(job.run, ending.reason)
+            self.store.record_failure(job.run, Failure(ending.reason))
         self._settle(job, ending, view)
 
     def _deaths_in_place(self, job: Job) -> int:
@@ -290,7 +294,9 @@ class _Driver:
             if state is RunState.FINISHED:
                 self._settle(job, Ending(job.run, Result.FINISHED), view)
             elif state is RunState.FAILED:
-                self._settle(job, Ending(job.run, Result.FAILED, self.store.error(job.run)), view)
+                self._settle(
+                    job, Ending(job.run, Result.FAILED, self.store.failure(job.run).reason), view
+                )
             else:
                 self.queue.append(job)
 

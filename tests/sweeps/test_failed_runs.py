@@ -64,7 +64,7 @@ def test_what_a_run_printed_comes_before_its_traceback(tmp_path: Path):
         "Traceback (most recent call last):",
         "ValueError: it broke",
     ]
-    assert failures.reason(tmp_path) == "it broke"
+    assert failures.read_failure(tmp_path).reason == "it broke"
 
 
 def test_a_reason_alone_is_not_repeated(tmp_path: Path):
@@ -90,7 +90,7 @@ def test_last_lines_do_nothing_to_a_terminal(tmp_path: Path):
 
 
 def test_a_run_without_files_said_nothing(tmp_path: Path):
-    assert (failures.reason(tmp_path), failures.last_lines(tmp_path)) == ("", "")
+    assert (failures.read_failure(tmp_path).reason, failures.last_lines(tmp_path)) == ("", "")
 
 
 def test_a_large_sweep_shows_the_rows_that_need_attention():

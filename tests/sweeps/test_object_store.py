@@ -23,6 +23,7 @@ from moe_lab.cli import main
 from moe_lab.errors import ConfigError, RunError
 from moe_lab.runs import object_leases
 from moe_lab.runs.bucket import Bucket
+from moe_lab.runs.failures import Failure
 from moe_lab.runs.object_leases import living_owner, take
 from moe_lab.runs.object_store import ObjectStore
 from moe_lab.runs.owners import Owner, this_host
@@ -213,13 +214,13 @@ def test_memory_stores_hold_states_too():
     store.add(stub_sweep(*GRID))
     first, second, third = (one.hash() for one in GRID)
     store.bucket.write(f"state/{first}/done", b"")
-    store.record_failure(second, "it broke")
+    store.record_failure(second, Failure("it broke"))
     assert list(store.states([first, second, third]).values()) == [
         RunState.FINISHED,
         RunState.FAILED,
         RunState.PENDING,
     ]
-    assert store.error(second) == "it broke"
+    assert store.failure(second).reason == "it broke"
     store.record_failure(first, "too late")
     assert store.state(first) is RunState.FINISHED
 

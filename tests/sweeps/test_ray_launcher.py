@@ -8,8 +8,9 @@ from fake_launcher import Times
 from stub_trainer import HOLD, STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError, RunError
-from moe_lab.sweeps import ray_cluster, run, status
-from moe_lab.sweeps.local import available_cores
+from moe_lab.sweeps import run, status
+from moe_lab.sweeps.launchers import ray as ray_launcher
+from moe_lab.sweeps.launchers.local import available_cores
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -67,13 +68,13 @@ def test_after_the_hours_ray_gives_back_what_has_not_begun(
     runs = stub_grid(available_cores() + 2, steps=10, step_seconds=0.05)
     (tmp_path / HOLD).touch()
     times.over = lambda: bool(list(tmp_path.glob("*/steps.log")))
-    withdraw = ray_cluster.RayLauncher.withdraw
+    withdraw = ray_launcher.RayLauncher.withdraw
 
-    def then_let_go(launcher: ray_cluster.RayLauncher) -> None:
+    def then_let_go(launcher: ray_launcher.RayLauncher) -> None:
         withdraw(launcher)
         (tmp_path / HOLD).unlink()
 
-    monkeypatch.setattr(ray_cluster.RayLauncher, "withdraw", then_let_go)
+    monkeypatch.setattr(ray_launcher.RayLauncher, "withdraw", then_let_go)
     outcome = go(tmp_path, *runs)
     begun = {path.parent.name for path in tmp_path.glob("*/steps.log")}
     assert begun
@@ -98,7 +99,7 @@ def test_a_port_that_takes_connections_and_says_nothing_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray itself would try for minutes, then end the process."""
-    monkeypatch.setattr(ray_cluster, "PROBE_SECONDS", 4.0)
+    monkeypatch.setattr(ray_launcher, "PROBE_SECONDS", 4.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(

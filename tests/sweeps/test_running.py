@@ -10,7 +10,9 @@ from fake_launcher import FakeLauncher
 from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import RunError
-from moe_lab.sweeps import RunState, RunStore, SweepOutcome, local, run, status
+from moe_lab.runs.failures import Failure, FailureKind, write_failure
+from moe_lab.sweeps import RunState, RunStore, SweepOutcome, run, status
+from moe_lab.sweeps.launchers import local
 
 
 def go(out: Path, *runs: StubRun, workers: int = 2, **options) -> SweepOutcome:
@@ -115,11 +117,14 @@ def test_a_failed_run_stays_failed_until_it_is_to_be_tried_again(
 def test_a_run_that_a_full_disk_failed_is_continued_by_the_same_command(tmp_path: Path):
     victim = StubRun()
     folder = tmp_path / victim.hash()
-    folder.mkdir()
-    (folder / "error.txt").write_text(
-        "cannot write x: No space left on device; try another folder or free some space\n"
-    )
+    write_failure(folder, Failure("cannot write x: No space left", FailureKind.STORAGE))
     assert go(tmp_path, victim).complete
+
+
+def test_the_kind_of_a_failure_is_no_matter_of_its_words(tmp_path: Path):
+    victim = StubRun()
+    write_failure(tmp_path / victim.hash(), Failure("cannot write x: No space left"))
+    assert [failed.run for failed in go(tmp_path, victim).failed] == [victim.hash()]
 
 
 def test_a_worker_that_dies_loses_only_time(tmp_path: Path):
@@ -143,7 +148,7 @@ def test_a_run_that_kills_every_worker_fails_after_three(tmp_path: Path):
     )
     assert len(set(pids(tmp_path, bad))) == 3
     assert RunStore(tmp_path).state(bad.hash()) is RunState.FAILED
-    assert RunStore(tmp_path).error(bad.hash()) == outcome.failed[0].reason
+    assert RunStore(tmp_path).failure(bad.hash()).reason == outcome.failed[0].reason
 
 
 @dataclass(frozen=True)

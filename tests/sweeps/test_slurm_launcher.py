@@ -15,7 +15,9 @@ from fake_launcher import Times
 from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError, RunError
-from moe_lab.sweeps import Ending, Job, Result, remote, run, slurm, status
+from moe_lab.sweeps import Ending, Job, Result, run, status
+from moe_lab.sweeps.launchers import slurm
+from moe_lab.sweeps.launchers.remote_run import RemoteRun
 from moe_lab.versions import versions
 
 submitit = pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
@@ -84,7 +86,7 @@ def test_a_run_is_put_back_after_its_time_limit_as_often_as_allowed(tmp_path: Pa
 def test_a_job_with_other_versions_ends_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "versions", lambda: versions() | {"moe_lab": "0.0"})
+    monkeypatch.setattr(remote_run_module, "versions", lambda: versions() | {"moe_lab": "0.0"})
     with pytest.raises(
         RunError,
         match=r"expected the same versions on every machine, got moe_lab .* on the worker, 0.0 at the driver",
@@ -149,12 +151,12 @@ class Queue:
     def batch(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def submit(self, errand: remote.Errand) -> SimpleNamespace:
+    def submit(self, remote_run: RemoteRun) -> SimpleNamespace:
         job = f"7_{len(self.states)}"
         self.states[job] = "PENDING"
         return SimpleNamespace(
             job_id=job,
-            paths=SimpleNamespace(result_pickle=errand.job.folder / "result.pkl"),
+            paths=SimpleNamespace(result_pickle=remote_run.job.folder / "result.pkl"),
             stderr=lambda: "",
         )
 

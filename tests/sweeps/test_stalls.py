@@ -10,7 +10,7 @@ from stub_trainer import STUB, StubRun, expected_loss, stub_sweep
 from moe_lab.errors import ConfigError
 from moe_lab.sweeps import run, status
 from moe_lab.sweeps.launchers import Job
-from moe_lab.sweeps.local import LocalLauncher
+from moe_lab.sweeps.launchers.local import LocalLauncher
 
 HUNG = StubRun(name="hung", trouble="hangs once")
 OPTIONS = {"stall_minutes": "30"}
@@ -32,7 +32,7 @@ def test_a_run_that_hangs_is_killed_and_resumed(
             minutes += 10
         return 60.0 * minutes
 
-    monkeypatch.setattr("moe_lab.sweeps.local.monotonic", clock)
+    monkeypatch.setattr("moe_lab.sweeps.launchers.local.monotonic", clock)
     assert run(
         stub_sweep(HUNG), tmp_path, workers=1, trainer=STUB, launcher_options=OPTIONS
     ).complete
@@ -49,7 +49,7 @@ def test_a_slow_run_that_gets_on_is_left_alone(
     slow = StubRun(name="slow", steps=10, step_seconds=0.02)
     steps = tmp_path / slow.hash() / "steps.log"
     monkeypatch.setattr(
-        "moe_lab.sweeps.local.monotonic",
+        "moe_lab.sweeps.launchers.local.monotonic",
         lambda: 1200.0 * (steps.read_text().count("\n") if steps.exists() else 0),
     )
     assert run(

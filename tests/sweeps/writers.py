@@ -13,7 +13,7 @@ from stub_trainer import StubRun, stub_sweep
 
 from moe_lab.files import write_json, write_text
 from moe_lab.sweeps import Job, Result, RunStore
-from moe_lab.sweeps.worker import execute
+from moe_lab.sweeps.launchers.worker import execute
 
 UPDATES = 5
 

@@ -15,10 +15,9 @@ from stub_trainer import STUB, StubRun, expected_loss
 
 from moe_lab.errors import RunError
 from moe_lab.runs.folder_claims import holder
-from moe_lab.sweeps import worker
-from moe_lab.sweeps.launchers import Ending, Job, Result
-from moe_lab.sweeps.remote import Errand, Refusal, settle
-from moe_lab.sweeps.worker import execute
+from moe_lab.sweeps.launchers import Ending, Job, Result, worker
+from moe_lab.sweeps.launchers.remote_run import RemoteRun, UnfitMachine, settle
+from moe_lab.sweeps.launchers.worker import execute
 
 
 def job_in(folder: Path, run: StubRun | None = None) -> Job:
@@ -32,7 +31,7 @@ def raising(error: BaseException) -> Callable[[dict[str, Any], Path], None]:
     return train
 
 
-def test_an_errand_trains_in_the_drivers_folder(
+def test_a_remote_run_trains_in_the_drivers_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A configuration with a relative path means the same file on every machine."""
@@ -41,9 +40,9 @@ def test_an_errand_trains_in_the_drivers_folder(
     monkeypatch.chdir(tmp_path / "driver")
     Path("text").touch()
     monkeypatch.setenv("STUB_FILE", "text")
-    errand = Errand.of(job_in(Path("."), StubRun(steps=4, trouble="needs file")), STUB)
+    remote_run = RemoteRun.of(job_in(Path("."), StubRun(steps=4, trouble="needs file")), STUB)
     monkeypatch.chdir(tmp_path / "worker")
-    assert settle(errand()).result is Result.FINISHED
+    assert settle(remote_run()).result is Result.FINISHED
     assert json.loads((tmp_path / "driver/r/result.json").read_text())["loss"] == expected_loss(
         StubRun(steps=4)
     )
@@ -51,12 +50,12 @@ def test_an_errand_trains_in_the_drivers_folder(
 
 
 def test_other_versions_on_a_worker_end_the_sweep_with_both_named(tmp_path: Path) -> None:
-    errand = Errand.of(job_in(tmp_path), STUB)
-    here = errand.versions["torch"]
-    errand.versions["torch"] = "1.0"
+    remote_run = RemoteRun.of(job_in(tmp_path), STUB)
+    here = remote_run.versions["torch"]
+    remote_run.versions["torch"] = "1.0"
     line = rf"expected the same versions on every machine, got torch {here.replace('+', '.')} on the worker, 1.0 at the driver; try one"
     with pytest.raises(RunError, match=line):
-        settle(errand())
+        settle(remote_run())
     assert not (tmp_path / "r").exists(), "nothing was begun"
 
 
@@ -65,24 +64,24 @@ def test_a_folder_that_the_worker_does_not_see_ends_the_sweep(tmp_path: Path) ->
         RunError,
         match=r"expected a folder that every machine sees, got no .*away on the worker; try a shared file system",
     ):
-        settle(Errand.of(job_in(tmp_path / "away"), STUB)())
+        settle(RemoteRun.of(job_in(tmp_path / "away"), STUB)())
 
 
 def test_a_run_whose_files_go_to_an_object_store_needs_no_folder_of_the_drivers(
     tmp_path: Path,
 ) -> None:
     job = replace(job_in(tmp_path / "away"), shared=False)
-    assert settle(Errand.of(job, STUB)()).result is Result.FINISHED
+    assert settle(RemoteRun.of(job, STUB)()).result is Result.FINISHED
 
 
 def test_a_trainer_that_the_worker_cannot_import_ends_the_sweep(tmp_path: Path) -> None:
     assert "expected a trainer as an importable module:function" in _reason(
-        Errand.of(job_in(tmp_path), "nowhere:train")()
+        RemoteRun.of(job_in(tmp_path), "nowhere:train")()
     )
 
 
-def _reason(answer: Ending | Refusal) -> str:
-    assert isinstance(answer, Refusal)
+def _reason(answer: Ending | UnfitMachine) -> str:
+    assert isinstance(answer, UnfitMachine)
     return answer.reason
 
 

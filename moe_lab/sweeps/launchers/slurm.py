@@ -18,10 +18,11 @@ from typing import Any
 
 from moe_lab.config import Config, require
 from moe_lab.errors import RunError, expected
-from moe_lab.sweeps import worker
-from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
-from moe_lab.sweeps.local import ONE_THREAD, available_cores
-from moe_lab.sweeps.remote import Errand, extra, import_path, last_line, read_options, settle
+from moe_lab.sweeps.launchers import worker
+from moe_lab.sweeps.launchers.local import ONE_THREAD, available_cores
+from moe_lab.sweeps.launchers.options import extra, import_path, last_line, read_options
+from moe_lab.sweeps.launchers.protocol import MEMORY_HINT, Ending, Job, Result
+from moe_lab.sweeps.launchers.remote_run import RemoteRun, settle
 
 LOGS = "slurm"
 """Folder in which submitit keeps scripts and logs: of the sweep, or of the driver's own folder
@@ -77,8 +78,8 @@ class SlurmOptions(Config):
         require(self.requeues >= 0, "requeues of at least 0", self.requeues)
 
 
-class Requeued(Errand):
-    """An errand that submitit puts back in the queue when SLURM takes its node away."""
+class Requeued(RemoteRun):
+    """A run that submitit puts back in the queue when SLURM takes its node away."""
 
     def checkpoint(self) -> Any:
         """Called within the signal's handler; submitit then leaves the process by ``SystemExit``."""
@@ -87,7 +88,7 @@ class Requeued(Errand):
 
 
 class SlurmLauncher:
-    """See ``launchers.Launcher``. ``workers`` limits how many runs of an array run at once."""
+    """See ``protocol.Launcher``. ``workers`` limits how many runs of an array run at once."""
 
     def __init__(
         self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
@@ -139,13 +140,13 @@ class SlurmLauncher:
         """What was submitted since the last look, as arrays."""
         while self._waiting:
             some = self._waiting[:ARRAY_RUNS]
-            errands = [Requeued.of(job, self._trainer) for job in some]
+            remote_runs = [Requeued.of(job, self._trainer) for job in some]
             try:
                 with (
                     _environment(ONE_THREAD | {"PYTHONPATH": import_path()}),
                     self._executor.batch(),
                 ):
-                    submitted = [self._executor.submit(errand) for errand in errands]
+                    submitted = [self._executor.submit(one) for one in remote_runs]
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 hint = "the launcher options partition=, account=, qos=, minutes="
                 raise RunError(

@@ -22,9 +22,10 @@ from typing import IO
 
 from moe_lab.config import Config, require
 from moe_lab.errors import RunError, expected
+from moe_lab.runs.failures import FailureKind
 from moe_lab.runs.layout import STATUS
-from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
-from moe_lab.sweeps.remote import read_options
+from moe_lab.sweeps.launchers.options import read_options
+from moe_lab.sweeps.launchers.protocol import MEMORY_HINT, Ending, Job, Result
 
 THREADS = (
     "OMP_NUM_THREADS",
@@ -90,7 +91,7 @@ class _Worker:
     """One worker process and the job it has, if any."""
 
     def __init__(self, trainer: str, environment: dict[str, str], errors: IO[bytes]) -> None:
-        command = [sys.executable, "-P", "-m", "moe_lab.sweeps.worker", trainer]
+        command = [sys.executable, "-P", "-m", "moe_lab.sweeps.launchers.worker", trainer]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
         )
@@ -165,7 +166,7 @@ class _Worker:
 
 
 class LocalLauncher:
-    """See ``launchers.Launcher``.
+    """See ``protocol.Launcher``.
 
     ``workers`` None takes one per GPU if any job wants one, else one per core; never more than
     jobs.
@@ -242,7 +243,8 @@ class LocalLauncher:
         if event["event"] == "ready":
             worker.was_ready, self._stillborn = True, 0
             return []
-        ending = Ending(event["run"], Result(event["result"]), event["reason"])
+        kind = FailureKind(event["kind"])
+        ending = Ending(event["run"], Result(event["result"]), event["reason"], kind)
         worker.job, worker.leaving = None, ending.result is Result.FAILED
         return [ending]
 

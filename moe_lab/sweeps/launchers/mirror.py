@@ -16,17 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_lab.errors import RunError
+from moe_lab.errors import BusyError, RunError
 from moe_lab.files import below
 from moe_lab.runs.bucket import Bucket
-from moe_lab.runs.layout import DONE, ERROR, LOG
+from moe_lab.runs.failures import Failure
+from moe_lab.runs.layout import DONE, ERROR, FAILURE, LOG
 from moe_lab.runs.object_leases import take
-from moe_lab.runs.object_store import FILES, LEASE, STATE, STATE_FILES, scratch_name
+from moe_lab.runs.object_store import FILES, LEASE, STATE, STATE_FILES, scratch_name, write_failure
 from moe_lab.runs.store import Store
-from moe_lab.sweeps.launchers import Ending, Job, Launcher, Result
+from moe_lab.sweeps.launchers.protocol import Ending, Job, Launcher, Result
+from moe_lab.sweeps.launchers.trainer import load_trainer
+from moe_lab.sweeps.launchers.worker import failure_of
 
-TRAINER = "moe_lab.sweeps.mirror:train"
-BUSY = "another worker holds the lease of this run"
+TRAINER = f"{__name__}:train"
 COPY_SECONDS = 3.0
 CHECKPOINT = "checkpoint"
 """Files whose name begins so are what a run resumes from: copied last while it trains, removed when
@@ -36,7 +38,7 @@ LOG_BYTES = 65536
 
 
 class MirrorLauncher:
-    """See ``launchers.Launcher``: ``inner`` with every run's files in ``store``."""
+    """See ``protocol.Launcher``: ``inner`` with every run's files in ``store``."""
 
     def __init__(self, inner: Launcher, store: Store, trainer: str) -> None:
         self._inner, self._store, self._trainer = inner, store, trainer
@@ -62,11 +64,9 @@ class MirrorLauncher:
             ending.result is not Result.DIED
         ):  # a worker that died is followed by another in the same folder
             shutil.rmtree(self._store.path(ending.run), ignore_errors=True)
-        if ending.result is Result.FAILED and ending.reason == BUSY:
-            return Ending(ending.run, Result.BUSY)
         if ending.result is Result.FAILED:
             with suppress(RunError):  # a store that takes no more: the driver finds out by itself
-                self._store.record_failure(ending.run, ending.reason)
+                self._store.record_failure(ending.run, Failure(ending.reason, ending.kind))
         return ending
 
     def withdraw(self) -> None:
@@ -80,13 +80,11 @@ def train(values: dict[str, Any], folder: Path) -> None:
     """Train the run ``values["run"]`` of the store ``values["url"]``; ``folder`` is this attempt's
     own and gets the log and ``done``.
     """
-    from moe_lab.sweeps.worker import load_trainer, one_line
-
     trainer = load_trainer(values["trainer"])  # first, because it may register the URL's protocol
     bucket, run = Bucket(values["url"]), values["run"]
     lease = take(bucket, f"{STATE}/{run}/{LEASE}", on_lost=lambda: os._exit(1))
     if lease is None:
-        raise RunError(BUSY)
+        raise BusyError("another worker holds the lease of this run")
     scratch = Path(tempfile.gettempdir()) / scratch_name(values["url"]) / run
     with lease:
         if bucket.read(f"{STATE}/{run}/{DONE}") is None:
@@ -101,10 +99,8 @@ def train(values: dict[str, Any], folder: Path) -> None:
                 copies.finish()
             except Exception as error:
                 with suppress(RunError):
-                    bucket.write(
-                        f"{STATE}/{run}/{ERROR}",
-                        f"{one_line(error, scratch)}\n\n{traceback.format_exc()}".encode(),
-                    )
+                    failure = failure_of(error, scratch)
+                    write_failure(bucket, run, failure, traceback.format_exc())
                 raise
         shutil.rmtree(scratch, ignore_errors=True)
     (folder / DONE).touch()
@@ -130,7 +126,7 @@ class _Copies:
             self._bucket.download(
                 name, below(self._scratch, name.removeprefix(prefix), self._bucket.url)
             )
-        self._bucket.delete([f"{STATE}/{self._run}/{ERROR}"])
+        self._bucket.delete(f"{STATE}/{self._run}/{name}" for name in (ERROR, FAILURE))
 
     def __enter__(self) -> "_Copies":
         self._thread.start()

@@ -1,6 +1,6 @@
 """One worker process: runs one run after another, so that importing torch is paid for once.
 
-``execute`` is what every launcher runs. ``python -m moe_lab.sweeps.worker TRAINER`` serves the
+``execute`` is what every launcher runs. ``python -m moe_lab.sweeps.launchers.worker TRAINER`` serves the
 local launcher: jobs come as JSON lines on standard input, events leave as JSON lines on what was
 standard output, and what a trainer prints goes to the run's ``log.txt``. The worker ends when its
 input does, which is also what happens when the sweep that started it is killed: no orphans.
@@ -9,7 +9,6 @@ input does, which is also what happens when the sweep that started it is killed:
 import errno
 import faulthandler
 import gc
-import importlib
 import json
 import os
 import queue
@@ -18,19 +17,20 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from moe_lab.errors import MoELabError, RunError, expected
-from moe_lab.files import TEMPORARY_PREFIX, write_text
+from moe_lab.errors import BusyError, MoELabError, RunError, StorageError, expected
+from moe_lab.files import TEMPORARY_PREFIX
+from moe_lab.runs.failures import Failure, FailureKind, write_failure
 from moe_lab.runs.folder_claims import acquire
-from moe_lab.runs.layout import DONE, ERROR, LOG
-from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
+from moe_lab.runs.layout import DONE, ERROR, FAILURE, LOG
+from moe_lab.sweeps.launchers.protocol import MEMORY_HINT, Ending, Job, Result
+from moe_lab.sweeps.launchers.trainer import Trainer, load_trainer
 from moe_lab.sweeps.memory import give_back_freed
 
-Trainer = Callable[[dict[str, Any], Path], object]
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 MEMORY_WORDS = (
     "out of memory",
@@ -46,17 +46,6 @@ is no failure of the run.
 """
 
 
-def load_trainer(name: str) -> Trainer:
-    """The function that ``module:function`` names."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RunError(
-            expected("a trainer as an importable module:function", f"{name!r}: {error}")
-        ) from error
-
-
 def execute(trainer: Trainer, job: Job) -> Ending:
     """Claim the job's folder and train the run there, or resume it. Never raises for what happens
     inside the run.
@@ -65,8 +54,8 @@ def execute(trainer: Trainer, job: Job) -> Ending:
     """
     try:
         claim = acquire(job.folder, on_lost=_abandon)
-    except RunError as error:
-        return Ending(job.run, Result.FAILED, str(error))
+    except StorageError as error:
+        return Ending(job.run, Result.FAILED, str(error), FailureKind.STORAGE)
     if claim is None:
         return Ending(job.run, Result.BUSY)
     with claim:
@@ -90,18 +79,21 @@ def _train(trainer: Trainer, job: Job) -> Ending:
                 expected(f"a run that ends with the file {DONE!r}", "none", "looking into log.txt")
             )
         return Ending(job.run, Result.FINISHED)
+    except BusyError:
+        return Ending(job.run, Result.BUSY)
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and preempted.is_set():
             raise
-        reason = one_line(error, job.folder)
+        failure = failure_of(error, job.folder)
         with suppress(RunError):  # a full disk: the reason still reaches whoever started the run
-            write_text(job.folder / ERROR, f"{reason}\n\n{traceback.format_exc()}")
-        return Ending(job.run, Result.FAILED, reason)
+            write_failure(job.folder, failure, traceback.format_exc())
+        return Ending(job.run, Result.FAILED, failure.reason, failure.kind)
 
 
 def _tidy(folder: Path) -> None:
     """Remove the last attempt's error and whatever a killed one left half-written."""
-    (folder / ERROR).unlink(missing_ok=True)
+    for name in (ERROR, FAILURE):
+        (folder / name).unlink(missing_ok=True)
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
@@ -112,7 +104,14 @@ def _abandon() -> None:
     )  # another host believes this process dead and trains the run: two writers must not be
 
 
-def one_line(error: BaseException, folder: Path) -> str:
+def failure_of(error: BaseException, folder: Path) -> Failure:
+    """What an exception says of a run in ``folder``."""
+    full = isinstance(error, OSError) and error.errno in STORAGE_ERRORS
+    is_storage = full or isinstance(error, StorageError)
+    return Failure(_one_line(error, folder), FailureKind.STORAGE if is_storage else FailureKind.RUN)
+
+
+def _one_line(error: BaseException, folder: Path) -> str:
     """An exception as one line: our own message as it is, a full disk or memory in words, any other
     with its type and place.
     """
@@ -178,7 +177,7 @@ def main(trainer_name: str) -> None:
         ending = execute(trainer, jobs.get())
         gc.collect()  # the last run's tensors, some of which sit in reference cycles, must not add to the next run's
         give_back_freed()
-        tell(event="ended", run=ending.run, result=ending.result.value, reason=ending.reason)
+        tell(event="ended", **asdict(ending))
         if (
             ending.result is Result.FAILED
         ):  # a failure may have poisoned the process (CUDA errors do): the next run gets a fresh one

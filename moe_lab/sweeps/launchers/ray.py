@@ -22,10 +22,11 @@ from typing import Any
 
 from moe_lab.config import Config, require
 from moe_lab.errors import RunError, expected
-from moe_lab.sweeps import worker
-from moe_lab.sweeps.launchers import MEMORY_HINT, Ending, Job, Result
-from moe_lab.sweeps.local import ONE_THREAD
-from moe_lab.sweeps.remote import Errand, Refusal, extra, last_line, read_options, settle
+from moe_lab.sweeps.launchers import worker
+from moe_lab.sweeps.launchers.local import ONE_THREAD
+from moe_lab.sweeps.launchers.options import extra, last_line, read_options
+from moe_lab.sweeps.launchers.protocol import MEMORY_HINT, Ending, Job, Result
+from moe_lab.sweeps.launchers.remote_run import RemoteRun, UnfitMachine, settle
 
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 30.0
@@ -62,7 +63,7 @@ class RayOptions(Config):
 
 
 class RayLauncher:
-    """See ``launchers.Launcher``.
+    """See ``protocol.Launcher``.
 
     All runs are submitted at once, or ``workers`` at a time: what waits tells Ray how far to scale.
     """
@@ -121,7 +122,7 @@ class RayLauncher:
         names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         resources = {names[name]: value for name, value in self._resources(job.device).items()}
         self._runs[
-            self._task.options(name=job.name, **resources).remote(Errand.of(job, self._trainer))
+            self._task.options(name=job.name, **resources).remote(RemoteRun.of(job, self._trainer))
         ] = job
 
     def poll(self, timeout: float) -> list[Ending]:
@@ -174,12 +175,12 @@ class RayLauncher:
         self._runs.clear()
 
 
-def _do(errand: Errand) -> Ending | Refusal:
+def _do(remote_run: RemoteRun) -> Ending | UnfitMachine:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # for good: an interrupt between the run's end and the task's would lose its ending
     signal.signal(signal.SIGTERM, _leave)
-    return errand()
+    return remote_run()
 
 
 def _leave(*_: object) -> None:

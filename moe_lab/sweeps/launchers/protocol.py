@@ -1,17 +1,16 @@
-"""What a launcher is, and the table of them: submit a run's configuration, learn how it ended.
+"""What every launcher is: it takes jobs, and returns how each ended.
 
 A launcher owns processes, a cluster's jobs, or whatever else runs ``worker.execute`` somewhere; it
-knows nothing of plans, order or retries (``running.py`` does). Everything that must outlive it lies
+knows nothing of plans, order or retries (``sweeps.running``). Everything that must outlive it lies
 in the run store, so one launcher continues what another began.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_lab.errors import RunError, expected
+from moe_lab.runs.failures import FailureKind
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Ending:
     run: str
     result: Result
     reason: str = ""
+    kind: FailureKind = FailureKind.RUN
 
 
 class Launcher(Protocol):
@@ -78,65 +78,3 @@ class Launcher(Protocol):
 
 
 MEMORY_HINT = "try fewer workers or a smaller batch"
-
-TRAIN = "moe_lab.sweeps.launchers:train_run"
-"""The default trainer, as the importable ``module:function(config values, run folder)`` that a
-worker calls.
-"""
-
-
-def train_run(values: dict[str, Any], folder: Path) -> None:
-    """Train, or resume, the run that ``values`` describe, on one thread: the same numbers however
-    many workers there are.
-    """
-    import torch
-
-    from moe_lab.training import RunConfig, keep_freed_memory, train
-
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    train(RunConfig.from_dict(values), folder)
-
-
-def _local(
-    jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
-) -> Launcher:
-    from moe_lab.sweeps.local import LocalLauncher
-
-    return LocalLauncher(jobs, workers, trainer, options)
-
-
-def _ray(
-    jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
-) -> Launcher:
-    from moe_lab.sweeps.ray_cluster import RayLauncher
-
-    return RayLauncher(jobs, workers, trainer, options)
-
-
-def _slurm(
-    jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
-) -> Launcher:
-    from moe_lab.sweeps.slurm import SlurmLauncher
-
-    return SlurmLauncher(jobs, workers, trainer, options)
-
-
-Builder = Callable[[Sequence[Job], int | None, str, Mapping[str, str]], Launcher]
-
-LAUNCHERS: dict[str, Builder] = {"local": _local, "ray": _ray, "slurm": _slurm}
-"""Name -> ``(jobs to come, workers or None for as many as fit, trainer, options as texts) ->
-Launcher``.
-"""
-
-
-def build_launcher(
-    name: str,
-    jobs: Sequence[Job],
-    workers: int | None,
-    trainer: str,
-    options: Mapping[str, str] | None = None,
-) -> Launcher:
-    if name not in LAUNCHERS:
-        raise RunError(expected(f"a launcher ({', '.join(LAUNCHERS)})", repr(name)))
-    return LAUNCHERS[name](jobs, workers, trainer, options or {})
