@@ -16,6 +16,7 @@ from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import ConfigError, RunError
 from moe_lab.sweeps import Ending, Job, Result, run, status
+from moe_lab.sweeps.launchers import remote_run as remote_run_module
 from moe_lab.sweeps.launchers import slurm
 from moe_lab.sweeps.launchers.remote_run import RemoteRun
 from moe_lab.versions import versions
