@@ -174,12 +174,23 @@ def frequency_bands(counts: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
             )
         )
     bands = np.full(len(counts), CODES["freq_band"]["rare"], dtype=np.uint8)
+    common = np.flatnonzero(counts >= RARE_BELOW)
+    bands[common] = equal_mass_bands(counts[common], NUM_BANDS)
+    return bands
+
+
+def equal_mass_bands(counts: np.ndarray, bands: int) -> np.ndarray:
+    """[V] int64 band of each id, 0 the most frequent: ids in order of [V] counts, cut where each
+    part of their occurrences ends.
+
+    An id that lies across a cut goes where its middle lies.
+    """
     order = np.argsort(-counts, kind="stable")
-    order = order[counts[order] >= RARE_BELOW]
     mass = counts[order].astype(np.float64)
     middle = (np.cumsum(mass) - mass / 2) / max(mass.sum(), 1.0)
-    bands[order] = np.minimum(middle * NUM_BANDS, NUM_BANDS - 1).astype(np.uint8)
-    return bands
+    band = np.empty(len(counts), dtype=np.int64)
+    band[order] = np.minimum(middle * bands, bands - 1).astype(np.int64)
+    return band
 
 
 def _lexer(view: TokenView) -> tuple[np.ndarray, np.ndarray]:

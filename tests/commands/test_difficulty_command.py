@@ -103,7 +103,7 @@ def test_the_report_says_why_it_draws_nothing(studied, tmp_path):
 def test_with_enough_documents_the_section_is_drawn_in_order(studied, tmp_path, monkeypatch):
     association = pl.read_parquet(studied / "association.parquet")
     judged = association.with_columns(
-        verdict=pl.lit("no material association"), note=pl.lit("within the band")
+        verdict=pl.lit("no material association"), note=pl.lit("within the band"), n_docs=200
     )
     judged.write_parquet(studied / "association.parquet")
     try:

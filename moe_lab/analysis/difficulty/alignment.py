@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moe_lab.analysis.difficulty.within_groups import joint_code
 from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.text.token_classes import equal_mass_bands
 
 Ints = NDArray[np.int64]
 
@@ -265,13 +266,5 @@ def _plain_strata(token_id: Ints, pos: Ints) -> Ints:
 
 
 def frequency_bands(token_id: Ints, bands: int = NUM_BANDS) -> Ints:
-    """[n] band of each token: ids from frequent to rare, cut into bands of about equal numbers of
-    tokens.
-    """
-    counts = np.bincount(token_id)
-    order = np.argsort(-counts, kind="stable")
-    mass = counts[order].astype(np.float64)
-    middle = (np.cumsum(mass) - mass / 2) / max(mass.sum(), 1.0)
-    band = np.empty(len(counts), dtype=np.int64)
-    band[order] = np.minimum(middle * bands, bands - 1).astype(np.int64)
-    return band[token_id]
+    """[n] frequency band of each token, by the counts of these tokens (``equal_mass_bands``)."""
+    return equal_mass_bands(np.bincount(token_id), bands)[token_id]

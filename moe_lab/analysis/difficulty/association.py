@@ -26,6 +26,7 @@ from moe_lab.analysis.difficulty.alignment import (
 )
 from moe_lab.analysis.difficulty.difficulty_verdict import MARGIN, MIN_DOCUMENTS, Evidence, judge
 from moe_lab.analysis.difficulty.intervals import (
+    MISSING,
     Bootstrap,
     Interval,
     false_discovery,
@@ -46,6 +47,8 @@ from moe_lab.config import require
 
 NEGLIGIBLE = 1e-9
 """Share of a row's variance below which its residual is rounding error."""
+ZERO = Interval.missing(0.0, 1.0)
+"""The correlation within token ids where one of the two is a function of the id."""
 
 
 def difficulty_association(
@@ -106,21 +109,18 @@ def difficulty_association(
     require(0 < level < 1, "a level between 0 and 1", level)
     require(resamples >= 100, "at least 100 resamples", resamples)
     require(0 < margin < 1, "a margin between 0 and 1", margin)
-    measured = list(
-        _measure(
-            frame,
-            difficulty,
-            compute,
-            strata,
-            pool_below,
-            min_document_tokens,
-            include_first,
-            (resamples, seed, level),
-        )
-    )
-    qs = false_discovery(np.array([one.token.p for one in measured]))
+    drawn: dict[int, Bootstrap] = {}
+    measured = []
+    for tokens, pairing in pairings(
+        frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first
+    ):
+        documents = pairing.aligned.num_documents
+        if documents not in drawn:
+            drawn = {documents: Bootstrap(documents, resamples, seed, level)}
+        measured.append(measure(tokens, pairing, drawn[documents]))
+    qs = false_discovery(np.array([one.evidence.token.p for one in measured]))
     rows = [one.row(float(q), margin, min_documents) for one, q in zip(measured, qs, strict=True)]
-    result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS, orient="row").with_columns(
+    result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS).with_columns(
         pl.col(pl.Float64).fill_nan(None)
     )
     return result if details else result.select(*_SCHEMA)
@@ -132,73 +132,47 @@ class Measured:
 
     layer: int
     aligned: Aligned
-    documents: int
-    raw: Interval
-    strata: Interval
-    token: Interval
-    document: Interval
-    lexer: Interval | None
-    static: float | None
-    identity_share: float
-    frequency_share: float
-    compute_by_id: bool
-    difficulty_by_id: bool
-    num_alone: int
-    somers_d: float
-    xi: float
+    evidence: Evidence
+    strata: Interval = MISSING
+    identity_share: float = float("nan")
+    somers_d: float = float("nan")
+    xi: float = float("nan")
 
     def row(self, q: float, margin: float, min_documents: int) -> dict[str, object]:
-        tokens = len(self.aligned.rows) - self.num_alone
-        evidence = Evidence(
-            raw=self.raw,
-            token=self.token,
-            document=self.document,
-            lexer=self.lexer,
-            q=q,
-            frequency_share=self.frequency_share,
-            compute_by_id=self.compute_by_id,
-            difficulty_by_id=self.difficulty_by_id,
-            documents=self.documents,
-            static=self.static,
-            pairs=len(self.aligned.rows),
-            tokens=tokens,
-        )
-        verdict, note = judge(evidence, margin, min_documents)
-        naive = naive_interval(self.token.value, tokens)
-        lexer = self.lexer or Interval.missing()
+        """The row of ``difficulty_association``, details included."""
+        evidence, token = self.evidence, self.evidence.token
+        verdict, note = judge(evidence, q, margin, min_documents)
+        naive = naive_interval(token.value, evidence.tokens)
+        intervals = {
+            "raw": evidence.raw,
+            "strata": self.strata,
+            "token": token,
+            "document": evidence.document,
+            "lexer": evidence.lexer or MISSING,
+        }
         values: dict[str, object] = {
+            f"rho_{name}{end}": number
+            for name, one in intervals.items()
+            for end, number in (("", one.value), ("_lo", one.lo), ("_hi", one.hi))
+        }
+        return values | {
             "layer": self.layer,
             "align": self.aligned.align.value,
-            "rho_raw": self.raw.value,
-        }
-        values |= {"rho_strata": self.strata.value, "rho_token": self.token.value}
-        values |= {
-            "rho_token_lo": self.token.lo,
-            "rho_token_hi": self.token.hi,
-            "p": self.token.p,
+            "p": token.p,
             "q": q,
-        }
-        values |= {
             "verdict": verdict.value,
-            "n_tokens": tokens,
+            "n_tokens": evidence.tokens,
             "n_docs": self.aligned.num_documents,
             "note": note,
-        }
-        for name, one in (
-            ("raw", self.raw),
-            ("strata", self.strata),
-            ("document", self.document),
-            ("lexer", lexer),
-        ):
-            values |= {f"rho_{name}": one.value, f"rho_{name}_lo": one.lo, f"rho_{name}_hi": one.hi}
-        values |= {
             "rho_token_naive_lo": naive[0],
             "rho_token_naive_hi": naive[1],
             "somers_d": self.somers_d,
             "xi": self.xi,
+            "identity_share": self.identity_share,
+            "frequency_share": evidence.frequency_share,
+            "n_alone": evidence.pairs - evidence.tokens,
+            "n_missing": self.aligned.num_missing,
         }
-        values |= {"identity_share": self.identity_share, "frequency_share": self.frequency_share}
-        return values | {"n_alone": self.num_alone, "n_missing": self.aligned.num_missing}
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,52 +266,15 @@ def pairings(
             yield tokens, kept[1][how]
 
 
-def _measure(
-    frame: pl.DataFrame | pl.LazyFrame,
-    difficulty: str,
-    compute: str,
-    strata: Sequence[str] | None,
-    pool_below: int,
-    min_document_tokens: int,
-    include_first: bool,
-    bootstrap: tuple[int, int, float],
-) -> Iterator[Measured]:
-    drawn: dict[int, Bootstrap] = {}
-    for tokens, pairing in pairings(
-        frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first
-    ):
-        documents = pairing.aligned.num_documents
-        if documents not in drawn:
-            drawn = {documents: Bootstrap(documents, *bootstrap)}
-        yield measure(tokens, pairing, drawn[documents])
-
-
 def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Measured:
     """All statistics of one layer under one alignment."""
     aligned = pairing.aligned
     compute = tokens.compute[aligned.rows]
-    if not len(compute) or compute.min() == compute.max():
-        missing = Interval.missing()
-        static = float(compute[0]) if len(compute) else None
-        nan = float("nan")
-        return Measured(
-            tokens.layer,
-            aligned,
-            tokens.all_documents,
-            missing,
-            missing,
-            missing,
-            missing,
-            None,
-            static,
-            nan,
-            nan,
-            False,
-            False,
-            0,
-            nan,
-            nan,
-        )
+    pairs = len(compute)
+    if not pairs or compute.min() == compute.max():
+        static = float(compute[0]) if pairs else None
+        evidence = Evidence(tokens.all_documents, pairs, tokens=pairs, static=static)
+        return Measured(tokens.layer, aligned, evidence)
     levels = compute_levels(compute)
     y = standard_level_ranks(levels)
     starts, left = aligned.starts, pairing.left
@@ -360,28 +297,29 @@ def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Meas
     compute_by_id = float(y_token @ y_token) < NEGLIGIBLE * len(y)
     difficulty_by_id = float(left["token"] @ left["token"]) < NEGLIGIBLE * len(y)
     inflation = pairing.by_token.inflation
-    zero = Interval.missing(0.0, 1.0)
     fixed = compute_by_id or difficulty_by_id
+    by_lexer = None if fixed else pairing.by_lexer
     identity_share, frequency_share = _shares(y, pairing)
-    return Measured(
-        tokens.layer,
-        aligned,
-        tokens.all_documents,
+    evidence = Evidence(
+        documents=tokens.all_documents,
+        pairs=pairs,
+        tokens=pairs - int(pairing.by_token.alone.sum()),
         raw=interval("raw", y),
-        strata=interval("strata", pairing.by_strata.residual(y)),
-        token=zero if fixed else interval("token", y_token, inflation),
-        document=zero
+        token=ZERO if fixed else interval("token", y_token, inflation),
+        document=ZERO
         if fixed
         else interval("document", pairing.within_documents(y_token), inflation),
-        lexer=None
-        if fixed or pairing.by_lexer is None
-        else interval("lexer", pairing.by_lexer.residual(y), pairing.by_lexer.inflation),
-        static=None,
-        identity_share=identity_share,
+        lexer=by_lexer and interval("lexer", by_lexer.residual(y), by_lexer.inflation),
         frequency_share=frequency_share,
         compute_by_id=compute_by_id,
         difficulty_by_id=difficulty_by_id,
-        num_alone=int(pairing.by_token.alone.sum()),
+    )
+    return Measured(
+        tokens.layer,
+        aligned,
+        evidence,
+        strata=interval("strata", pairing.by_strata.residual(y)),
+        identity_share=identity_share,
         somers_d=somers_d(pairing.order, levels) if levels.max() < MAX_LEVELS else float("nan"),
         xi=xi(pairing.order, levels),
     )

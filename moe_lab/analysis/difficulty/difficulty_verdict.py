@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import polars as pl
 
-from moe_lab.analysis.difficulty.intervals import Interval
+from moe_lab.analysis.difficulty.intervals import MISSING, Interval
 
 MARGIN = 0.02
 MIN_DOCUMENTS = 200
@@ -46,7 +46,6 @@ class Evidence:
         raw, token, document: rank correlations of compute with difficulty: as it is, within token
             ids, within token ids and documents.
         lexer: within token id and lexer class; None where the frame has no such column.
-        q: of ``token``, after the false discovery rate over all layers and alignments.
         frequency_share: of the variance of compute that token ids explain, what a smooth function
             of their frequency explains.
         compute_by_id, difficulty_by_id: whether the one or the other is the same for every token of
@@ -57,29 +56,32 @@ class Evidence:
         tokens: of these, the ones that share their id with another, on which the correlation rests.
     """
 
-    raw: Interval
-    token: Interval
-    document: Interval
-    lexer: Interval | None
-    q: float
-    frequency_share: float
-    compute_by_id: bool
-    difficulty_by_id: bool
     documents: int
-    static: float | None
     pairs: int
     tokens: int
+    static: float | None = None
+    raw: Interval = MISSING
+    token: Interval = MISSING
+    document: Interval = MISSING
+    lexer: Interval | None = None
+    frequency_share: float = float("nan")
+    compute_by_id: bool = False
+    difficulty_by_id: bool = False
 
 
 def judge(
-    evidence: Evidence, margin: float = MARGIN, min_documents: int = MIN_DOCUMENTS
+    evidence: Evidence, q: float, margin: float = MARGIN, min_documents: int = MIN_DOCUMENTS
 ) -> tuple[DifficultyVerdict, str]:
-    """The verdict on one layer and alignment, and its reason in a sentence."""
+    """The verdict on one layer and alignment, and its reason in a sentence.
+
+    Args:
+        q: of ``evidence.token``, after the false discovery rate over all layers and alignments.
+    """
     obstacle = _obstacle(evidence, min_documents)
     if obstacle is not None:
         return obstacle
     token, direction = evidence.token, evidence.token.beyond(margin)
-    if direction and evidence.q < FALSE_DISCOVERIES:
+    if direction and q < FALSE_DISCOVERIES:
         return _material(evidence, direction, margin)
     left = max(margin, MOST_LEFT * abs(evidence.raw.value))
     if evidence.raw.beyond(margin) and token.inside(left):

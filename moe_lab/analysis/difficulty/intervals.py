@@ -109,6 +109,9 @@ class Interval:
         return int(self.lo90 > band) - int(self.hi90 < -band)
 
 
+MISSING = Interval.missing()
+
+
 class Bootstrap:
     """The same samples of documents for every statistic that is asked of it.
 
