@@ -36,6 +36,10 @@ class StorageError(RunError):
     """A disk or a store that takes or gives no more: the run did nothing wrong and can continue."""
 
 
+class TraceStorageError(StorageError, TraceError):
+    """A trace that a full disk or a read-only folder does not take."""
+
+
 class BusyError(RunError):
     """A run that another living process trains."""
 

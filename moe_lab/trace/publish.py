@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, TraceStorageError, expected
 
 try:
     import fcntl
@@ -67,7 +67,7 @@ def put_in_place(new: Path, target: Path) -> None:
             raise
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise TraceError(
+        raise TraceStorageError(
             f"cannot write {target}: {error.strerror or error}; try another folder"
         ) from error
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import MoELabError, TraceError, expected
+from moe_lab.errors import MoELabError, TraceError, TraceStorageError, expected
 from moe_lab.files import write_json
 from moe_lab.trace.background import Background
 from moe_lab.trace.parts import check_tokens, count_slots, part_of, write_meta, write_part
@@ -141,7 +141,7 @@ class TraceWriter:
             self._work.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self._work)
         except OSError as error:
-            raise TraceError(
+            raise TraceStorageError(
                 f"cannot write {self.folder}: {error.strerror or error}; try another folder"
             ) from error
         try:
@@ -366,7 +366,7 @@ class TraceWriter:
         try:
             write_part(self._work / name, frame)
         except (pl.exceptions.PolarsError, MoELabError, OSError) as error:
-            raise TraceError(
+            raise TraceStorageError(
                 f"cannot write {self.folder}: {error}; try another folder or free some space"
             ) from error
         slots = 0

@@ -2,10 +2,9 @@
 
 from moe_lab.training.config import RATIO_MEANING, Dtype, OptimizerConfig, RunConfig
 from moe_lab.training.evaluate import Evaluation, Excerpt, evaluate, excerpts_of
-from moe_lab.training.load import LoadedRun, load_run
-from moe_lab.training.memory import keep_freed_memory
 from moe_lab.training.ranks import Parallel, RankError
-from moe_lab.training.run import RunResult, train
+from moe_lab.training.record import LoadedRun, load_run
+from moe_lab.training.run import RunResult, keep_freed_memory, train
 from moe_lab.training.tracking import Logger
 
 __all__ = [

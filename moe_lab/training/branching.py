@@ -18,10 +18,10 @@ from torch import nn
 
 from moe_lab.errors import CheckpointError
 from moe_lab.files import content_hash, write_text
+from moe_lab.runs.layout import TRUNKS
 from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_lab.training.config import RunConfig
 
-TRUNKS = "trunks"
 _NO_PART = ("name", "arm", "train_tokens", "eval_tokens", "eval_excerpt_tokens", "checkpoint_every")
 """Fields that do not decide the state before the decay."""
 

@@ -1,5 +1,6 @@
-"""Routing metrics of a step, per layer first and then the mean, as tensors that stay on the device
-until they are logged.
+"""Routing metrics of a step, per layer first and then the mean; and the gradient ratio of a run.
+
+Metrics are tensors that stay on the device until they are logged.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,11 @@ import torch
 from torch import Tensor
 
 from moe_lab.measures import load_cv, max_violation
+from moe_lab.model import Decoder
 from moe_lab.routing import Routing
+from moe_lab.routing.losses import load_balancing_loss
+from moe_lab.routing.monitors import gradient_ratio
+from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.ranks import ALONE, Ranks
 
 
@@ -38,3 +43,44 @@ def routing_metrics(layers: Sequence[Sequence[Routing]], ranks: Ranks = ALONE) -
             ).mean()
         ),
     }
+
+
+def gradient_ratios(model: Decoder, config: RunConfig, batch: Tensor) -> list[float]:
+    """R_g of each MoE layer: how hard the balance losses pull on a router against the language loss.
+
+    ``R_g = ||d balance / dP||_2 / ||d language / dP||_2`` on the batch-mean expert probabilities P
+    (LongCat-Flash, arXiv 2509.01322, section 3); above 0.1 balance begins to decide what the router
+    learns. The z-loss, which balances nothing, is left out. Parameters and their gradients are left
+    as they are.
+
+    Args:
+        batch: [B, S + 1] token ids.
+
+    Returns:
+        One ratio per layer: 0 if no balance loss is taken, infinity if only it reaches the scores.
+    """
+    was = model.training
+    model.train()
+    try:
+        with torch.autocast(
+            batch.device.type, dtype=torch.bfloat16, enabled=config.dtype == Dtype.BFLOAT16
+        ):
+            output = model(batch[:, :-1], batch[:, 1:])
+    finally:
+        model.train(was)
+    assert output.loss is not None
+    ratios = []
+    for routing in output.routings:
+        balance = torch.zeros((), device=batch.device)
+        if config.router_aux_loss_coef:
+            balance = balance + config.router_aux_loss_coef * load_balancing_loss(routing)
+        for loss in routing.losses.values():
+            balance = balance + config.router_own_loss_coef * loss
+        learns = routing.scores.requires_grad
+        ratio = (
+            gradient_ratio(balance / len(output.routings), output.loss, routing)
+            if learns
+            else torch.zeros(())
+        )
+        ratios.append(float(ratio))
+    return ratios

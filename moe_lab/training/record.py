@@ -1,14 +1,21 @@
-"""What a finished run says of itself: ``result.json``, and the provenance of its trace."""
+"""What a finished run leaves: ``result.json``, the provenance of its trace, the run as objects."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
 
 from moe_lab.accounting import count, flops
+from moe_lab.errors import CheckpointError, MoELabError, RunError, expected
 from moe_lab.measures import dead_experts, load_cv, max_violation
-from moe_lab.text import TokenizedText
+from moe_lab.model import Decoder
+from moe_lab.runs.layout import CONFIG, DONE, MODEL, TOKENIZER, TRACE
+from moe_lab.runs.record import parse_object
+from moe_lab.text import TokenizedText, Tokenizer
 from moe_lab.trace import LayerMeta, TraceMeta, open_trace
+from moe_lab.training.checkpoint import load_tensors
 from moe_lab.training.config import RATIO_MEANING, RunConfig
 from moe_lab.training.evaluate import Evaluation
 from moe_lab.versions import versions
@@ -94,7 +101,7 @@ def _routing_record(config: RunConfig, folder: Path | None, train_tokens: int) -
     if folder is None or config.model.moe is None:
         return {}
     router = config.model.moe.router
-    trace = open_trace(folder / "trace")
+    trace = open_trace(folder / TRACE)
     layers = trace.routing.group_by("layer").agg(
         mean=pl.col("ffn_count").mean(),
         sd=pl.col("ffn_count").std(ddof=0),
@@ -116,3 +123,41 @@ def _routing_record(config: RunConfig, folder: Path | None, train_tokens: int) -
         "drop_rate": float(layers["dropped"].to_numpy().mean()),
         "tokens_per_expert": train_tokens * (config.target_ffn_count or 0) / router.num_experts,
     }
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run as objects; the model is in evaluation mode."""
+
+    folder: Path
+    config: RunConfig
+    model: Decoder
+    tokenizer: Tokenizer
+
+
+def load_run(folder: Path | str, device: str | torch.device = "cpu") -> LoadedRun:
+    """Open the folder of a finished run.
+
+    Raises ``RunError`` or ``CheckpointError``.
+    """
+    folder = Path(folder)
+    if not (folder / DONE).exists():
+        begun = (folder / CONFIG).exists()
+        hint = "moe-lab sweep run again" if begun else "the folder of one run, runs/<sweep>/<hash>"
+        raise RunError(expected(f"a finished run in {folder}", f"no file {DONE!r}", hint))
+    config = read_config(folder)
+    model = Decoder(config.model)
+    tensors, _ = load_tensors(folder / MODEL)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / MODEL} does not fit its {CONFIG}: {error}") from error
+    return LoadedRun(folder, config, model.to(device).eval(), Tokenizer.load(folder / TOKENIZER))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration that a run's folder was made for. Raises ``RunError``."""
+    try:
+        return RunConfig.from_dict(parse_object(folder / CONFIG))
+    except MoELabError as error:
+        raise RunError(f"cannot read {folder / CONFIG}: {error}; try another folder") from error

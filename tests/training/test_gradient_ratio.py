@@ -10,7 +10,7 @@ import torch
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
 from moe_lab.training import RunConfig
-from moe_lab.training.health import gradient_ratios
+from moe_lab.training.metrics import gradient_ratios
 
 CONTROLLER = ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=2.0)
 ZERO = RouterConfig(
