@@ -9,8 +9,9 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from reprlib import repr as short
 from typing import Any, Self, TypeVar
 
 from moe_lab.errors import ConfigError, expected
@@ -56,6 +57,8 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of ``to_dict``. Unknown names raise; missing ones take their default."""
+        what = f"fields of {cls.__name__} as name -> value"
+        require(isinstance(values, Mapping), what, short(values))
         hints = typing.get_type_hints(cls)
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
@@ -66,7 +69,9 @@ class Config:
                 )
             )
         try:
-            return cls(**{name: _rebuild(hints[name], value) for name, value in values.items()})
+            return cls(
+                **{name: _rebuild(name, hints[name], value) for name, value in values.items()}
+            )
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}") from error
 
@@ -131,22 +136,38 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def _rebuild(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-        origin = typing.get_origin(hint)
-    if origin is tuple:
-        return tuple(_rebuild(typing.get_args(hint)[0], item) for item in value)
+def _rebuild(name: str, hint: Any, value: Any) -> Any:
+    """The value of field ``name`` from plain JSON values. Raises ``ConfigError`` for another type."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if value is None or hint is Any:
+        return value
+    hint = next(option for option in options if option is not type(None))
+    if typing.get_origin(hint) is tuple:
+        require(isinstance(value, list | tuple), f"{name} as a list", short(value))
+        return tuple(_rebuild(name, typing.get_args(hint)[0], item) for item in value)
     if isinstance(hint, type) and issubclass(hint, Config):
         return value if isinstance(value, hint) else hint.from_dict(value)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        try:
-            return hint(value)
-        except ValueError:
-            raise ConfigError(
-                expected(f"one of {', '.join(item.value for item in hint)}", value)
-            ) from None
+    if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
+        return choice(hint, value, f"{name} among")
+    fits = [_LEAVES[option](value) for option in options if option in _LEAVES]
+    kinds = " or ".join(_SPELT[option] for option in options if option in _LEAVES)
+    require(not fits or any(fits), f"{name} as {kinds}", short(value))
     return value
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_LEAVES: dict[Any, Callable[[Any], bool]] = {
+    # Configurations written with 1e6 tokens keep that value, and so their hash.
+    int: lambda value: _is_number(value) and value == value // 1,
+    float: _is_number,
+    bool: lambda value: isinstance(value, bool),
+    str: lambda value: isinstance(value, str),
+}
+_SPELT = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

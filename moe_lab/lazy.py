@@ -30,3 +30,9 @@ def on_first_use(package: str, modules: Mapping[str, Sequence[str]]) -> Callable
         return value
 
     return get
+
+
+def load_name(path: str) -> Any:
+    """The object that ``module:name`` names, imported now."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

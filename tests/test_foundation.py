@@ -26,12 +26,14 @@ FLOORS = {
     "errors": 0, "config": 0, "files": 0, "versions": 0, "lazy": 0, "cost": 0, "measures": 0,
     "number_format": 0, "registry": 0,
     "hf": 0, "runs": 1,
-    "routing": 1, "text": 1, "accounting": 1,
-    "model": 2, "trace": 2,
-    "training": 3, "analysis": 3, "scaling": 3,
-    "sweeps": 4, "report": 4,
-    "commands": 5, "cli": 5,
-    "__main__": 6,
+    "routing": 1, "text": 1,
+    "model": 2,
+    "accounting": 3,
+    "trace": 4,
+    "training": 5, "analysis": 5, "scaling": 5,
+    "sweeps": 6, "report": 6,
+    "commands": 7, "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
 
 

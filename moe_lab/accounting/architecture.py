@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from moe_lab.accounting.blocks import Block, join, top
-from moe_lab.cost.parts import Part, Pieces, linear, norm, prefixed
+from moe_lab.cost import formulas
+from moe_lab.cost.parts import Pieces
 from moe_lab.hf.fields import MOST, Condition, Fields
 
 
@@ -47,14 +48,7 @@ def copy_of_last_layer(architecture: "Architecture", f: Fields, index: int) -> P
 
 
 def mtp_module(f: Fields, block: Pieces) -> Pieces:
-    d = f.size("hidden_size")
-    joint = (
-        norm("enorm", d),
-        norm("hnorm", d),
-        linear(Part.OTHER, "eh_proj", 2 * d, d),
-        norm("final_norm", d),
-    )
-    return prefixed("mtp", (*joint, *block), Part.MTP)
+    return formulas.mtp_module(f.size("hidden_size"), block)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_lab.accounting.architecture import Layer
+from moe_lab.accounting.own_models import count_own, own_config
 from moe_lab.accounting.read_config import resolve
 from moe_lab.cost.parts import Part, Piece, Pieces
 from moe_lab.errors import ConfigError, expected
+from moe_lab.hf.configuration import plain
 from moe_lab.hf.fields import canonical
 
 if TYPE_CHECKING:
@@ -230,14 +232,20 @@ def count(config: Any, edits: Mapping[str, Any] | None = None) -> ParameterCount
         ConfigError: an architecture that is not in the table, a field that is missing, fields that
             contradict each other, an edit of a field that the count does not depend on.
     """
+    edits = edits or {}
+    own = own_config(config)
+    if own is None:
+        config = plain(config)
+        own = own_config(config)
+    if own is not None:
+        return ParameterCount(*count_own(own, edits))
     architecture, fields = resolve(config, edits)
     layers = tuple(architecture.build(fields))
-    if unread := sorted(name for name in edits or {} if canonical(name) not in fields.read):
+    if unread := sorted(name for name in edits if canonical(name) not in fields.read):
         near = get_close_matches(unread[0], sorted(fields.read), n=3, cutoff=0.4)
         raise ConfigError(
             expected(f"a field that the count of {fields.family} reads", unread[0], ", ".join(near))
         )
-    context = fields.size_or("context_length", 0) or None
     return ParameterCount(
-        fields.family, layers, tuple(fields.assumed.values()), frozenset(fields.read), context
+        fields.family, layers, tuple(fields.assumed.values()), frozenset(fields.read)
     )

@@ -11,10 +11,11 @@ from typing import Any
 
 from moe_lab.accounting.flop_count import FlopCount, flops
 from moe_lab.accounting.measured import ActiveDistribution, active_distribution
-from moe_lab.accounting.minis import MINIS, find_mini, mini_config, ratios
 from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
 from moe_lab.accounting.published import facts, find_model
+from moe_lab.accounting.ratios import ratios
 from moe_lab.errors import ConfigError, expected
+from moe_lab.model.minis import MINIS, find_mini, mini_config
 
 _CONVENTION_TEXT = {"A": "everything", "B": "without lookups", "C": "without lookups and head"}
 

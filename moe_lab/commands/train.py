@@ -182,8 +182,8 @@ def _default() -> "RunConfig":
 
 
 def _mini(name: str) -> "RunConfig":
-    from moe_lab.accounting.minis import find_mini
     from moe_lab.model import preset
+    from moe_lab.model.minis import find_mini
     from moe_lab.training import RunConfig
 
     return RunConfig(

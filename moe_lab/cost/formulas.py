@@ -10,6 +10,7 @@ recurrence are those of its recurrent form: one for each state entry that is wri
 corrected.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from moe_lab.cost.parts import (
@@ -22,6 +23,7 @@ from moe_lab.cost.parts import (
     conv,
     linear,
     norm,
+    prefixed,
     vector,
 )
 
@@ -307,3 +309,49 @@ def hyper_connection(streams: int, d: int, outputs: int, scales: int, name: str)
         vector(Part.OTHER, f"{name}.base", outputs),
         vector(Part.OTHER, f"{name}.scale", scales),
     )
+
+
+def norms(d: int, count: int, bias: bool = False) -> Pieces:
+    """``count`` normalisations of the residual stream in a layer."""
+    return tuple(norm(f"norm_{index}", d, bias) for index in range(count))
+
+
+def embedding_and_head(vocab: int, d: int, tied: bool) -> Pieces:
+    """Input embedding, final norm and output head; a tied head is the embedding, multiplied."""
+    return (
+        Piece(Part.EMBEDDING, "embed_tokens", vocab * d),
+        norm("norm", d),
+        Piece(
+            Part.HEAD, "lm_head (tied)" if tied else "lm_head", 0 if tied else vocab * d, vocab * d
+        ),
+    )
+
+
+def ngram_tables(rows: Sequence[int], d: int) -> Pieces:
+    """Hashed tables of these numbers of rows that share ``d`` channels, each with a projection to
+    full width (arXiv 2601.21204, section 3).
+    """
+    width = d // len(rows)
+    tables = (
+        Piece(Part.NGRAM_TABLE, f"ngram_table_{table}", size * width)
+        for table, size in enumerate(rows)
+    )
+    projections = (
+        linear(Part.NGRAM_PROJECTION, f"ngram_projection_{table}", width, d)
+        for table in range(len(rows))
+    )
+    return (*tables, *projections)
+
+
+def mtp_module(d: int, block: Pieces) -> Pieces:
+    """A multi-token-prediction module around ``block`` (DeepSeek-V3, arXiv 2412.19437, section
+    2.2): three norms and a projection from the normed hidden state and the embedding of the next
+    token. Embedding and head are the main model's.
+    """
+    joint = (
+        norm("enorm", d),
+        norm("hnorm", d),
+        linear(Part.OTHER, "eh_proj", 2 * d, d),
+        norm("final_norm", d),
+    )
+    return prefixed("mtp", (*joint, *block), Part.MTP)

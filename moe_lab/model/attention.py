@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.model.config import DecoderConfig, LatentAttentionConfig, QKNorm
+from moe_lab.model.attention_config import LatentAttentionConfig, QKNorm
+from moe_lab.model.config import DecoderConfig
 from moe_lab.model.rotary import Rotary, rotate
 from moe_lab.model.sparse_attention import Indexer, Selection, attend, indexer_loss
 

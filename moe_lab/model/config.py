@@ -1,15 +1,34 @@
-"""What a model is made of: ``MoEConfig`` (one layer), ``DecoderConfig`` (the small decoder around
-it), and the parts that some
-architectures add: ``LatentAttentionConfig``, ``SparseAttentionConfig``, ``NgramConfig``,
-``MTPConfig``.
+"""``MoEConfig`` (one layer) and ``DecoderConfig`` (the small decoder around it), with what they
+cost: ``pieces()`` is the sum that ``moe_lab.accounting`` counts. Nothing here imports torch.
+
+The parts that some architectures add have files of their own: ``attention_config.py`` and
+``ngram_config.py``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from moe_lab.config import Config, choice, require
-from moe_lab.routing import RouterConfig, hash_twin
+from moe_lab.cost import formulas
+from moe_lab.cost.parts import (
+    ExpertsRun,
+    Part,
+    Piece,
+    Pieces,
+    linear,
+    norm,
+    prefixed,
+    times,
+    vector,
+)
+from moe_lab.lazy import load_name
+from moe_lab.model.attention_config import LatentAttentionConfig, QKNorm, SparseAttentionConfig
+from moe_lab.model.ngram_config import NgramConfig
+from moe_lab.routing.choices import ZeroExpertKind
+from moe_lab.routing.config import RouterConfig
+from moe_lab.routing.hash_twin import hash_twin
 
 if TYPE_CHECKING:
     from moe_lab.model.decoder import Decoder
@@ -57,9 +76,47 @@ class MoEConfig(Config):
         return self.d_model if self.d_latent is None else self.d_latent
 
     def build(self) -> "MoELayer":
-        from moe_lab.model.layer import MoELayer
+        return load_name("moe_lab.model.layer:MoELayer")(self)
 
-        return MoELayer(self)
+    def pieces(self) -> Pieces:
+        """Router, real experts and the projections around them, zero-compute experts, shared
+        experts.
+        """
+        d, latent, shared = self.d_model, self.d_latent, self.num_shared_experts * self.d_expert
+        expert = formulas.gated_ffn(Part.ROUTED, self.expert_input_width, self.d_expert)
+        around: Pieces = ()
+        if latent is not None:
+            around = (
+                linear(Part.OTHER, "latent_down", d, latent),
+                norm("latent_norm", latent),
+                linear(Part.OTHER, "latent_up", latent, d),
+            )
+        return (
+            *self.router.pieces(d),
+            *times(expert, self.router.num_experts, self.router.experts_run),
+            *around,
+            *self._zero_expert_pieces(),
+            *(formulas.gated_ffn(Part.SHARED, d, shared) if shared else ()),
+        )
+
+    def _zero_expert_pieces(self) -> Pieces:
+        """MoE++'s constant experts learn a mixture [2, D] and a vector [D]; the other zero-compute
+        experts nothing.
+        """
+        router, run = self.router, self.router.experts_run
+        if not router.num_zero_experts:
+            return ()
+        left = [max(router.top_k - real, 0) for real in (run.most, run.mean, run.least)]
+        idle = Piece(
+            Part.ZERO_EXPERT, "idle", copies=router.num_zero_experts, used=ExpertsRun(*left)
+        )
+        constants = router.zero_kinds.count(ZeroExpertKind.CONSTANT)
+        if not constants:
+            return (idle,)
+        d = self.d_model
+        learned = (linear(Part.ROUTER, "mixture", d, 2), vector(Part.ROUTER, "vector", d))
+        used = ExpertsRun(*(slots * constants / router.num_zero_experts for slots in left))
+        return (idle, *times(learned, constants, used, Part.ZERO_EXPERT))
 
 
 class Wiring(StrEnum):
@@ -76,16 +133,6 @@ class Wiring(StrEnum):
     SEQUENTIAL = "sequential"
 
 
-class QKNorm(StrEnum):
-    """RMSNorm of queries and keys before the rotation: none, over each head (Qwen3), or over all
-    heads together (OLMoE).
-    """
-
-    NONE = "none"
-    HEAD = "head"
-    WIDTH = "width"
-
-
 class Amplification(StrEnum):
     """What the embedding passes before it enters the stream: nothing, a factor sqrt(d_model), or a
     LayerNorm (arXiv 2601.21204).
@@ -94,129 +141,6 @@ class Amplification(StrEnum):
     NONE = "none"
     SQRT = "sqrt"
     NORM = "norm"
-
-
-@dataclass(frozen=True)
-class LatentAttentionConfig(Config):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1).
-
-    Attributes:
-        q_rank, kv_rank: widths of the query and key-value latents; q_rank None projects queries
-            from the stream.
-        nope_dim, rope_dim, value_dim: channels of a head without and with rotary positions, and of
-            a value.
-        scale_latents: multiply queries by sqrt(d_model / q_rank) and the key-value latent by
-            sqrt(d_model / kv_rank) (LongCat-Flash's variance alignment, arXiv 2509.01322).
-        norm_eps: of the latents' norms; None takes the decoder's. The releases have 1e-6 here
-            whatever the model has (LongCat-Flash: 1e-5).
-    """
-
-    kv_rank: int
-    q_rank: int | None = None
-    nope_dim: int = 16
-    rope_dim: int = 8
-    value_dim: int = 16
-    scale_latents: bool = False
-    norm_eps: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
-            require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
-        require(self.q_rank is None or self.q_rank >= 1, "q_rank of at least 1", self.q_rank)
-        require(self.rope_dim % 2 == 0, "an even rope_dim (rotary pairs)", self.rope_dim)
-        require(self.norm_eps is None or self.norm_eps > 0, "norm_eps above 0", self.norm_eps)
-
-
-@dataclass(frozen=True)
-class SparseAttentionConfig(Config):
-    """A lightning indexer chooses the positions that each query attends to (DeepSeek-V3.2, arXiv
-    2512.02556; LongCat-2.0's LSA).
-
-    Attributes:
-        top_k: positions per query, the forced ones included; as many as there are where the query
-            sees fewer.
-        num_heads, head_dim: of the indexer.
-        initial, local: the first and the latest positions, which are always chosen (the query's own
-            is the last of the local ones).
-        share: attention blocks in a row that use one selection, which the first of them makes.
-        loss_coef: of the indexer's loss, KL from the heads' mean attention over the chosen
-            positions; nothing else trains the indexer.
-    """
-
-    top_k: int = 32
-    num_heads: int = 2
-    head_dim: int = 16
-    initial: int = 0
-    local: int = 1
-    share: int = 1
-    loss_coef: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "num_heads", "head_dim", "share"):
-            require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
-        require(
-            self.initial >= 0 and self.local >= 0,
-            "initial and local of at least 0",
-            f"{self.initial} and {self.local}",
-        )
-        require(
-            self.initial + self.local <= self.top_k,
-            f"initial + local of at most top_k {self.top_k}",
-            self.initial + self.local,
-        )
-        require(self.loss_coef >= 0, "loss_coef of at least 0", self.loss_coef)
-
-
-@dataclass(frozen=True)
-class NgramConfig(Config):
-    """N-gram embedding tables (LongCat-Flash-Lite, arXiv 2601.21204): (max_n - 1) * num_splits
-    hashed tables that share d_model channels.
-
-    Attributes:
-        max_n: longest n-gram, N; orders 2 to N have tables.
-        num_splits: tables per order, K, each with a modulus of its own.
-        table_ratio: rows of a table over the vocabulary. Tables near a whole multiple of the
-            vocabulary hash many frequent bigrams alike, so the ratio must keep away from whole
-            numbers; halves are no good choice either (docs/decoder.md has the measurement).
-        layers: where the tables are read, each with tables of its own and a gate that the stream
-            controls (Engram, arXiv 2601.07372); none: once, beside the input embedding, as their
-            mean.
-        document_start: the token id that opens a document; n-grams do not reach before it. None
-            takes the vocabulary's last id, as `moe_lab.text` has it.
-    """
-
-    max_n: int = 3
-    num_splits: int = 2
-    table_ratio: float = 4.37
-    layers: tuple[int, ...] = ()
-    document_start: int | None = None
-
-    def __post_init__(self) -> None:
-        require(self.max_n >= 2, "max_n of at least 2", self.max_n)
-        require(self.num_splits >= 1, "num_splits of at least 1", self.num_splits)
-        require(self.table_ratio > 0, "table_ratio above 0", self.table_ratio)
-        distance = abs(self.table_ratio - round(self.table_ratio))
-        hint = f"{int(self.table_ratio) + 0.37:.2f}"
-        require(
-            self.table_ratio < 1 or distance >= 0.05,
-            "a table_ratio .05 or more from a whole number",
-            self.table_ratio,
-            hint,
-        )
-        require(list(self.layers) == sorted(set(self.layers)), "ascending layers", self.layers)
-
-    @property
-    def num_tables(self) -> int:
-        """At one place."""
-        return (self.max_n - 1) * self.num_splits
-
-    def table_rows(self, vocab_size: int) -> tuple[int, ...]:
-        """Rows of each table, by order and then split: ``int(table_ratio * V + 2 i + 1)``, all
-        different, as the release has them.
-        """
-        return tuple(
-            int(self.table_ratio * vocab_size + 2 * table + 1) for table in range(self.num_tables)
-        )
 
 
 @dataclass(frozen=True)
@@ -354,9 +278,10 @@ class DecoderConfig(Config):
             )
 
     def _check_hash_layers(self) -> None:
+        sparse = 0 if self.moe is None else self.num_layers - self.num_dense_layers
         require(
-            0 <= self.num_hash_layers <= len(self.moe_layers),
-            f"num_hash_layers of 0 to {len(self.moe_layers)}",
+            0 <= self.num_hash_layers <= sparse,
+            f"num_hash_layers of 0 to {sparse}",
             self.num_hash_layers,
         )
         if self.num_hash_layers and self.moe is not None:
@@ -459,9 +384,101 @@ class DecoderConfig(Config):
         return 1 - attended / (context * (context + 1) / 2)
 
     def build(self) -> "Decoder":
-        from moe_lab.model.decoder import Decoder
+        return load_name("moe_lab.model.decoder:Decoder")(self)
 
-        return Decoder(self)
+    # --------------------------------------------------------------------------------------------
+    # what it costs
+
+    def layers_of_pieces(self) -> Iterator[tuple[int | None, Pieces]]:
+        """(layer, its pieces) of the whole decoder: None for what stands outside the layers, MTP
+        modules after the last layer. Equal layers share one tuple.
+        """
+        kinds: dict[tuple[object, ...], Pieces] = {}
+        yield None, self.outer_pieces()
+        for layer in range(self.num_layers):
+            key = self._layer_kind(layer)
+            if key not in kinds:
+                kinds[key] = self._layer_pieces(*key)
+            yield layer, kinds[key]
+        if self.mtp is not None:
+            module = self.mtp_pieces(self.mtp)
+            for number in range(self.mtp.num_modules):
+                yield self.num_layers + number, module
+
+    def outer_pieces(self) -> Pieces:
+        """Embedding, final norm and head, and what stands beside the embedding."""
+        d, beside = self.d_model, []
+        if self.amplification is Amplification.NORM:
+            beside.append(norm("embedding_norm", d, bias=True))
+        if self.ngram is not None and not self.ngram.layers:
+            beside.extend(self.ngram.pieces(self.vocab_size, d))
+        return (*formulas.embedding_and_head(self.vocab_size, d, self.tie_embeddings), *beside)
+
+    def attention_pieces(self) -> Pieces:
+        """One attention block over all positions."""
+        if self.latent_attention is not None:
+            return self.latent_attention.pieces(self.d_model, self.num_heads)
+        heads = (self.num_heads, self.kv_heads, self.dim_per_head)
+        return (
+            *formulas.gqa(self.d_model, *heads),
+            *formulas.qk_norms(self.qk_norm.value, *heads),
+        )
+
+    def mtp_pieces(self, mtp: MTPConfig) -> Pieces:
+        """One multi-token-prediction module: one attention over all positions, one dense
+        feed-forward.
+        """
+        d = self.d_model
+        hidden = self.dense_width if mtp.d_hidden is None else mtp.d_hidden
+        dense = formulas.gated_ffn(Part.DENSE, d, hidden)
+        return formulas.mtp_module(d, (*self.attention_pieces(), *dense, *formulas.norms(d, 2)))
+
+    def _layer_kind(self, layer: int) -> tuple[MoEConfig | None, tuple[bool, ...], bool]:
+        """What a layer's cost depends on: its MoE, which of its attention blocks have an indexer,
+        whether it reads n-gram tables.
+        """
+        blocks = self.num_attentions // self.num_layers
+        share = 1 if self.sparse_attention is None else self.sparse_attention.share
+        owners = tuple((blocks * layer + half) % share == 0 for half in range(blocks))
+        reads = self.ngram is not None and layer in self.ngram.layers
+        hashed = layer < self.num_dense_layers + self.num_hash_layers
+        # The seed of a hash table costs nothing: all hash layers are those of the first.
+        first = self.num_dense_layers if hashed and layer >= self.num_dense_layers else layer
+        return self.moe_of(first), owners, reads
+
+    def _layer_pieces(self, moe: MoEConfig | None, owners: tuple[bool, ...], reads: bool) -> Pieces:
+        d, double = self.d_model, self.wiring is not Wiring.PLAIN
+        dense = formulas.gated_ffn(Part.DENSE, d, self.dense_width) if moe is None or double else ()
+        if double:
+            dense = (*prefixed("0", dense), *prefixed("1", dense))
+        return (
+            *(
+                piece
+                for number, owner in enumerate(owners)
+                for piece in prefixed(f"attention.{number}", self._block_pieces(owner))
+            ),
+            *dense,
+            *(() if moe is None else moe.pieces()),
+            *formulas.norms(d, 4 if double else 2),
+            *(self._memory_pieces() if reads else ()),
+        )
+
+    def _block_pieces(self, owner: bool) -> Pieces:
+        """One attention block; where attention is sparse over the positions that its indexer chose,
+        if it has one, or that of a block before.
+        """
+        pieces, sparse = self.attention_pieces(), self.sparse_attention
+        if sparse is None:
+            return pieces
+        pieces = tuple(formulas.sparse(piece, sparse.top_k) for piece in pieces)
+        rank = None if self.latent_attention is None else self.latent_attention.q_rank
+        indexer = sparse.pieces(self.d_model, self.d_model if rank is None else rank)
+        return (*pieces, *(indexer if owner else ()))
+
+    def _memory_pieces(self) -> Pieces:
+        assert self.ngram is not None
+        tables = self.ngram.pieces(self.vocab_size, self.d_model)
+        return (*tables, *self.ngram.gate_pieces(self.d_model))
 
 
 _CHOICES = {"wiring": Wiring, "qk_norm": QKNorm, "amplification": Amplification}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.config import require
-from moe_lab.model.config import NgramConfig
+from moe_lab.model.ngram_config import NgramConfig
 
 
 def ngram_contexts(ids_BS: Tensor, max_n: int, document_start: int) -> Tensor:

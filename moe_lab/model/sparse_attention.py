@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from moe_lab.model.config import SparseAttentionConfig
+from moe_lab.model.attention_config import SparseAttentionConfig
 from moe_lab.model.rotary import Rotary, rotate
 
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 
 from moe_lab.accounting import count
-from moe_lab.accounting.families.own import ROUTERS as COUNTED_ROUTERS
 from moe_lab.errors import ConfigError
 from moe_lab.model import (
     Amplification,
@@ -198,16 +197,10 @@ def test_every_router_kind_is_counted(kind: str) -> None:
     assert met
 
 
-def test_the_table_of_router_kinds_is_complete() -> None:
-    assert set(COUNTED_ROUTERS) == set(ROUTERS)
-
-
 def test_an_unknown_router_kind_is_named() -> None:
     config = MoEConfig().to_dict()
     config["router"]["kind"] = "oracle"
-    with pytest.raises(
-        ConfigError, match=r"expected a router kind with a closed form .*, got 'oracle'"
-    ):
+    with pytest.raises(ConfigError, match=r"expected a router kind among .*, got 'oracle'"):
         count(config)
 
 

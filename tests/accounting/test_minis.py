@@ -9,10 +9,11 @@ import sys
 import pytest
 
 from moe_lab.accounting import count
-from moe_lab.accounting.minis import MINIS, find_mini, mini_config, ratios
 from moe_lab.accounting.published import find_model
+from moe_lab.accounting.ratios import ratios
 from moe_lab.commands.count import read
 from moe_lab.errors import ConfigError
+from moe_lab.model.minis import MINIS, find_mini, mini_config
 
 WITHIN = 0.02
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_lab.accounting.minis import MINIS
 from moe_lab.cli import main
+from moe_lab.model.minis import MINIS
 
 
 @pytest.mark.slow

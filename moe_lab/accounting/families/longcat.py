@@ -114,15 +114,7 @@ def ngram(neighbours: str, splits: str, ratio: str) -> Block:
                 )
             )
         rows = [int(factor * vocab + 2 * table + 1) for table in range(count)]
-        tables = (
-            Piece(Part.NGRAM_TABLE, f"ngram_table_{table}", size * (d // count))
-            for table, size in enumerate(rows)
-        )
-        projections = (
-            linear(Part.NGRAM_PROJECTION, f"ngram_projection_{table}", d // count, d)
-            for table in range(count)
-        )
-        return (*tables, *projections)
+        return formulas.ngram_tables(rows, d)
 
     return block
 

@@ -5,7 +5,7 @@ Experts, slots, zero-compute and shared experts are the original's own numbers, 
 experts, dense feed-forwards, heads and latents its shares of the model width, so a layer holds and
 runs the same fractions. What cannot keep its share: the router (it grows with the width, not its
 square), the layers (so one leading dense or hash layer stands for one to three), and embeddings,
-which every ratio here leaves out. ``moe_lab.model.preset`` builds them; ``ratios`` compares them
+which every ratio leaves out. ``preset`` makes their configurations; ``moe_lab.accounting.ratios`` compares them
 with their originals (docs/decoder.md).
 """
 
@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_lab.accounting.parameter_count import ParameterCount
-from moe_lab.cost.parts import LOOKUP, Part
 from moe_lab.errors import ConfigError, expected
+from moe_lab.model.config import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -249,42 +248,14 @@ def mini_config(name: str) -> dict[str, Any]:
     return {**_SHARED, **find_mini(name).config}
 
 
-def ratios(counted: ParameterCount) -> dict[str, float]:
-    """What makes two models of different size the same architecture; embeddings, head and lookup
-    tables told apart.
+PRESETS = tuple(MINIS)
 
-    Keys: experts_per_active (E / mean of real experts run), zero_share (zero-compute experts over
-    all choices), shared_share (of the expert parameters that a token runs), layer_active (share of
-    the parameters of the MoE layers that a token runs, routers and norms left out), sparsity (1 -
-    active / total of all layers, routers included), table_share (n-gram tables over all parameters
-    but embedding and head), embedding_share (embedding and head over all parameters).
+
+def preset(name: str, **changes: Any) -> DecoderConfig:
+    """The decoder of that name, with ``changes`` of its fields (``vocab_size``, ``context_length``,
+    ...).
+
+    Raises:
+        ConfigError: an unknown name, or changes that make no decoder.
     """
-    layers = counted.moe_layers
-    if not layers:
-        raise ConfigError(expected("a model with MoE layers", counted.model_type))
-    parts = counted.by_part
-    ends = parts[Part.EMBEDDING] + parts[Part.HEAD]
-    body = counted.total - ends - parts[Part.NGRAM_TABLE]
-    pieces = [
-        piece for number, piece in counted.pieces() if number in layers and piece.part not in LOOKUP
-    ]
-    square = [piece for piece in pieces if piece.part not in (Part.ROUTER, Part.NORM)]
-    real, idle = (
-        sum(piece.copies for piece in group)
-        for group in (layers.values(), (p for p in pieces if p.part is Part.ZERO_EXPERT))
-    )
-    routed, shared = (
-        sum(piece.active() for piece in pieces if piece.part is part)
-        for part in (Part.ROUTED, Part.SHARED)
-    )
-    return {
-        "experts_per_active": real
-        / sum(piece.used.mean for piece in layers.values() if piece.used is not None),
-        "zero_share": idle / (real + idle),
-        "shared_share": shared / (shared + routed),
-        "layer_active": sum(piece.active() for piece in square)
-        / sum(piece.params for piece in square),
-        "sparsity": 1 - counted.active("C") / body,
-        "table_share": parts[Part.NGRAM_TABLE] / (counted.total - ends),
-        "embedding_share": ends / counted.total,
-    }
+    return DecoderConfig.from_dict({**mini_config(name), **changes})
