@@ -23,26 +23,36 @@ def qwen() -> Any:
     )
 
 
-def test_a_step_logs_at_most_two_scalars_per_slot_and_writes_the_counts(tmp_path):
+def test_a_step_logs_the_same_scalars_for_every_model_and_writes_the_counts(tmp_path):
     model = qwen().train()
     callback = RoutingCallback(tmp_path)
     state = SimpleNamespace(is_world_process_zero=True, global_step=7)
     callback.on_train_begin(None, state, None, model=model)
     ids, mask = torch.randint(3, 90, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[1, :4] = 0
-    chosen = []
+    chosen, raw = [], []
     gates: list[Any] = [
         module for name, module in model.named_modules() if name.endswith("mlp.gate")
     ]
     handle = gates[0].register_forward_hook(lambda module, args, output: chosen.append(output[2]))
+    others = [
+        gate.register_forward_hook(lambda m, a, output: raw.append(output[0])) for gate in gates
+    ]
     model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-    handle.remove()
+    for hook in (handle, *others):
+        hook.remove()
     model.eval()(input_ids=ids)  # an evaluation pass is not counted
     logs: dict[str, float] = {}
     callback.on_log(None, state, None, logs=logs)
     callback.on_train_end(None, state, None)
     slots = gates[0].top_k
-    assert 0 < len(logs) <= 2 * slots
+    assert set(logs) == {
+        *("moe/load_cv", "moe/max_violation", "moe/dead_experts", "moe/entropy"),
+        *("moe/load_cv_worst", "moe/max_violation_worst", "moe/zero_share", "moe/tokens"),
+    }
+    real = [logits[mask.reshape(-1).bool()].softmax(dim=1) for logits in raw]
+    entropies = [float(-(share * share.log()).sum(dim=1).mean()) for share in real]
+    assert logs["moe/entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)  # without padding
     written = np.load(tmp_path / "counts-7.npz")
     assert int(written["tokens"]) == 14
     assert written["counts"].sum(axis=1).tolist() == [14 * slots] * len(gates)

@@ -122,6 +122,30 @@ def test_a_row_that_has_ended_is_fed_padding_that_is_not_counted(model, tmp_path
         ]
 
 
+@pytest.mark.parametrize("end", [END, None])
+def test_an_answer_that_holds_the_padding_id_goes_on(model, tmp_path, end):
+    rows, made = prompts([6, 6]), [10, PAD, 12, END if end is None else 13, 14]
+
+    class Force(transformers.LogitsProcessor):
+        def __call__(self, ids, scores):
+            forced = torch.full_like(scores, -1e9)
+            forced[:, made[ids.shape[1] - 6]] = 0
+            return forced
+
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = end
+    with torch.no_grad(), capture(model, tmp_path / "t"):
+        model.generate(
+            **left_padded(rows),
+            max_new_tokens=5,
+            do_sample=False,
+            logits_processor=transformers.LogitsProcessorList([Force()]),
+        )
+    model.generation_config.eos_token_id = before
+    tokens = open_trace(tmp_path / "t").check().tokens.sort("doc", "pos").collect()
+    assert tokens["token_id"].to_list() == [t for row in rows for t in (*row.tolist(), *made[:-1])]
+
+
 def test_losses_go_on_from_prefill_to_decode(model, tmp_path):
     row = prompts([6])[0]
     with torch.no_grad(), capture(model, tmp_path / "t", losses=True):

@@ -1,59 +1,33 @@
-"""Which modules of a model route, how each is read, and how many experts and slots it has by its
-configuration.
+"""Where hooks are put: which modules of a model route, how each is read, and how many experts and
+slots it has by its configuration.
+
+Routers of this library are found by their type, those of transformers by what the library records
+as router logits or by their class name beside a bank of experts, all others by the caller's
+``readers``.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from moe_lab.errors import MoELabError, TraceError, expected
+from moe_lab.errors import ConfigError, MoELabError, TraceError, expected
+from moe_lab.hf import architectures
+from moe_lab.hf.configuration import text_fields
+from moe_lab.hf.fields import Fields, names_of
 from moe_lab.routing import Router, RouterConfig
 from moe_lab.routing.config import ScoreFunc
-from moe_lab.trace.capturing.hf_router_outputs import SPECIAL, Special
-from moe_lab.trace.capturing.router_output import Reader, Seen, triple
+from moe_lab.trace.capturing.hf_router_outputs import HF_ROUTERS, HFRouter
+from moe_lab.trace.capturing.router_output import Reader, triple
+from moe_lab.trace.capturing.site import Site
 
 ROUTER_CLASS = re.compile(r"(Router|Gate|Gating)$")
 BANK_CLASS = re.compile(r"(?<!Shared)(Experts|ExpertBank)$")
 NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech_encoder)")
 """Parts of a multimodal model whose tokens are not those of the text."""
 
-EXPERT_NAMES = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-SLOT_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
-
-
-@dataclass
-class Site:
-    """One router of a model.
-
-    Attributes:
-        name: of the hooked module.
-        module: the module whose calls are read.
-        read: makes a reading of what the hooks saw.
-        layer: number in the trace.
-        taps: label -> module whose inputs and outputs are seen too.
-        num_experts, top_k: from the configuration; None where it does not tell, so that the first
-            call does.
-        score_func: from logits to scores; None where it must be inferred from the weights.
-    """
-
-    name: str
-    module: nn.Module
-    read: Reader
-    layer: int
-    taps: dict[str, nn.Module]
-    num_experts: int | None = None
-    top_k: int | None = None
-    num_zero_experts: int = 0
-    zero_kinds: tuple[str, ...] = ()
-    score_func: ScoreFunc | None = None
-
-    @property
-    def num_choices(self) -> int | None:
-        """Real and zero-compute experts together."""
-        return None if self.num_experts is None else self.num_experts + self.num_zero_experts
+Modules = Mapping[str, nn.Module]
 
 
 def find_sites(
@@ -72,57 +46,30 @@ def find_sites(
             the routers of an encoder and a decoder at once, whose tokens are not the same.
     """
     named = dict(model.named_modules())
-    found: dict[str, Site] = {}
-    for pattern, read in (readers or {}).items():
-        names = [name for name in named if re.fullmatch(pattern, name)]
-        if not names:
-            raise TraceError(
-                expected(
-                    f"a module named {pattern!r}", "none", f"a name among {_some(list(named))}"
-                )
-            )
-        for name in names:
-            found[name] = _custom(name, named, read)
+    by_caller = {name: _custom(name, named, read) for name, read in _matched(named, readers or {})}
+    sites = dict(by_caller)
     config, recorded = _text_config(model), _recorded_classes(model)
     for name, module in named.items():
-        if (
-            name not in found
-            and (site := _known(name, module, named, config, recorded)) is not None
-        ):
-            found[name] = site
-    for name in [name for name in found if _inside(name, found)]:
-        del found[name]
-    left_out = [name for name in found if NOT_TEXT.search(name) and name not in (readers or {})]
-    sites = [
-        found[name]
-        for name in named
-        if name in found and name not in left_out and re.search(only or "", name)
+        if name in sites:
+            continue
+        if isinstance(module, Router):
+            sites[name] = _own(name, module)
+        elif (row := _hf_row(name, module, named, recorded)) is not None:
+            sites[name] = _hf(name, module, row, named, config)
+    outermost = [
+        name for name in named if name in sites and not any(a in sites for a in paths_above(name))
+    ]  # the gate of a block that is read whole lies inside another site
+    left_out = [name for name in outermost if NOT_TEXT.search(name) and name not in by_caller]
+    kept = [
+        sites[name] for name in outermost if name not in left_out and re.search(only or "", name)
     ]
-    if not sites:
-        raise TraceError(
-            expected(
-                "a model with routers",
-                f"{type(model).__name__} without any that is known",
-                _hint(named),
-            )
-        )
-    _check_banks(named, sites, left_out, only)
-    stacks = {
-        part
-        for site in sites
-        for part in ("encoder", "decoder")
-        if re.search(rf"(^|\.){part}\.", site.name)
-    }
-    if len(stacks) == 2:
-        raise TraceError(
-            expected(
-                "the routers of one stack, whose tokens are the same",
-                "encoder and decoder",
-                "only='decoder' or 'encoder'",
-            )
-        )
-    _number(sites)
-    return sites, left_out
+    if not kept:
+        got = f"{type(model).__name__} without any that is known"
+        raise TraceError(expected("a model with routers", got, _hint(named)))
+    _check_banks(named, [*left_out, *(site.name for site in kept)], only)
+    _check_stacks(kept)
+    _number(kept)
+    return kept, left_out
 
 
 def paths_above(name: str) -> Iterator[str]:
@@ -132,135 +79,140 @@ def paths_above(name: str) -> Iterator[str]:
         yield name
 
 
-def _known(
-    name: str, module: nn.Module, named: Mapping[str, nn.Module], config: Any, recorded: set[type]
-) -> Site | None:
-    if isinstance(module, Router):
-        settings, reader = module.config, _own
-        kinds = (
-            tuple(kind.value for kind in settings.zero_kinds) if settings.num_zero_experts else ()
-        )
-        sizes = (settings.num_experts, settings.num_slots, settings.num_zero_experts)
-        return Site(name, module, reader, 0, {}, *sizes, kinds, settings.scored_by)
-    special = SPECIAL.get(type(module).__name__)
-    if special is None:
-        if type(module) not in recorded and not (
-            ROUTER_CLASS.search(type(module).__name__) and "experts" in _beside(name, named)
-        ):
-            return None
-        special = Special("a triple")
-    return _library(name, module, special, named, config)
+# ------------------------------------------------------------------------------------------------
+# sites
 
 
-def _own(module: nn.Module, seen: Seen) -> Any:
-    return seen["output"]
+def _matched(named: Modules, readers: Mapping[str, Reader]) -> Iterator[tuple[str, Reader]]:
+    """(module name, reader) for each module that a pattern of the caller's matches."""
+    for pattern, read in readers.items():
+        names = [name for name in named if re.fullmatch(pattern, name)]
+        if not names:
+            some = ", ".join(repr(name) for name in list(named)[1:4])
+            raise TraceError(
+                expected(f"a module named {pattern!r}", "none", f"a name among {some}, ...")
+            )
+        yield from ((name, read) for name in names)
 
 
-def _library(
-    name: str, module: nn.Module, special: Special, named: Mapping[str, nn.Module], config: Any
-) -> Site:
-    block = module if special.block else named.get(name.rpartition(".")[0], module)
-    wanted = special.taps or (("experts",) if special.read is triple else ())
-    taps = {
-        child: getattr(block, child)
-        for child in wanted
-        if isinstance(getattr(block, child, None), nn.Module)
-    }
-    own = getattr(module, "config", None)
-    experts = (
-        special.experts(module)
-        if special.experts
-        else _first_integer(EXPERT_NAMES, module, own, config)
-    )
-    slots = (
-        special.slots(module)
-        if special.slots
-        else _first_integer(SLOT_NAMES, module, own, getattr(config, "ffn_config", None), config)
-    )
-    zero = special.zero_experts(module) if special.zero_experts else 0
-    return Site(
-        name,
-        module,
-        special.read,
-        0,
-        taps,
-        experts,
-        slots,
-        zero,
-        (special.zero_kind,) * zero if special.zero_kind else (),
-        special.score_func or _score_by_family(config, _number_in(name)),
-    )
-
-
-def _custom(name: str, named: Mapping[str, nn.Module], read: Reader) -> Site:
+def _custom(name: str, named: Modules, read: Reader) -> Site:
     """A module of the user's: the experts beside it are seen too, and sizes are read where it has
     them.
     """
-    module = named[name]
-    beside = _beside(name, named)
-    taps = {"experts": beside["experts"]} if "experts" in beside else {}
+    experts = _beside(name, named).get("experts")
+    taps = {} if experts is None else {"experts": experts}
+    sizes = (_size(field, named[name]) for field in ("num_experts", "num_experts_per_tok"))
+    return Site(name, named[name], read, 0, taps, *sizes)
+
+
+def _own(name: str, module: Router) -> Site:
+    config = module.config
+    kinds = tuple(kind.value for kind in config.zero_kinds) if config.num_zero_experts else ()
     return Site(
         name,
         module,
-        read,
+        lambda module, seen: seen["output"],
         0,
-        taps,
-        _first_integer(EXPERT_NAMES, module),
-        _first_integer(SLOT_NAMES, module),
+        {},
+        config.num_experts,
+        config.num_slots,
+        config.num_zero_experts,
+        kinds,
+        config.scored_by,
     )
 
 
-def _score_by_family(config: Any, layer: int | None) -> ScoreFunc | None:
+def _hf_row(name: str, module: nn.Module, named: Modules, recorded: set[type]) -> HFRouter | None:
+    """How a class of the library is read; None: it does not route."""
+    row = HF_ROUTERS.get(type(module).__name__)
+    by_name = ROUTER_CLASS.search(type(module).__name__) and "experts" in _beside(name, named)
+    return row or (HFRouter() if type(module) in recorded or by_name else None)
+
+
+def _hf(name: str, module: nn.Module, row: HFRouter, named: Modules, config: Any) -> Site:
+    block = module if row.block else named.get(name.rpartition(".")[0], module)
+    wanted = row.taps or (("experts",) if row.read is triple else ())
+    children = dict(block.named_children())
+    layer = _number_in(name)
+    fields = _fields(config, layer)
+    facts = None if fields is None else architectures.find(fields.family)
+    slots = facts.top_k if facts is not None else None
+    idle = 0 if facts is None or fields is None else facts.idle(fields)
+    return Site(
+        name,
+        module,
+        row.read,
+        0,
+        {child: children[child] for child in wanted if child in children},
+        _size("num_experts", module, config, fields),
+        slots or _size("num_experts_per_tok", module, config, fields),
+        idle,
+        (row.zero_kind,) * idle,
+        _score_func(config, layer),
+    )
+
+
+def _fields(config: Any, layer: int | None) -> Fields | None:
+    """A layer's configuration; None where its model type is not in the table."""
+    try:
+        fields = text_fields(config)
+    except ConfigError:
+        return None
+    return fields if layer is None else fields.at(layer)
+
+
+def _score_func(config: Any, layer: int | None) -> ScoreFunc | None:
     try:
         return RouterConfig.from_hf(config, layer).scored_by
-    except (MoELabError, TypeError, IndexError, AttributeError):
+    except MoELabError:
         return None
 
 
-def _recorded_classes(model: nn.Module) -> set[type]:
-    """Classes whose outputs the library itself records as router logits."""
-    classes: set[type] = set()
-    for module in model.modules():
-        entries = (getattr(type(module), "_can_record_outputs", None) or {}).get(
-            "router_logits", []
-        )
-        for entry in entries if isinstance(entries, list) else [entries]:
-            target = getattr(entry, "target_class", None)
-            if isinstance(target, type):
-                classes.add(target)
-    return {cls for cls in classes if ROUTER_CLASS.search(cls.__name__)}
+def _size(
+    field: str, module: nn.Module, config: Any = None, fields: Fields | None = None
+) -> int | None:
+    """A size by any of its names: of the module, of its own configuration, of the model's."""
+    names = ("top_k", *names_of(field)) if field == "num_experts_per_tok" else names_of(field)
+    held = fields.find(field) if fields is not None else None
+    if fields is not None and fields.layer is not None and isinstance(held, list):
+        held = held[fields.layer] if fields.layer < len(held) else None
+    sources = (module, getattr(module, "config", None), config)
+    values = [getattr(source, name, None) for source in sources for name in names]
+    return next((value for value in (*values, held) if type(value) is int and value > 0), None)
 
 
-def _check_banks(
-    named: Mapping[str, nn.Module], sites: list[Site], left_out: list[str], only: str | None
-) -> None:
+# ------------------------------------------------------------------------------------------------
+# checks and numbers
+
+
+def _check_banks(named: Modules, covered: Sequence[str], only: str | None) -> None:
     """Raise where experts lie beside no router that was found."""
-    covered = [site.name for site in sites] + left_out
     for name, module in named.items():
         if not _is_bank(name, module) or NOT_TEXT.search(name) or not re.search(only or "", name):
             continue
         block = name.rpartition(".")[0]
-        if not any(
-            router == block or router.startswith(block + "." if block else "") for router in covered
-        ):
+        inside = block + "." if block else ""
+        if not any(router == block or router.startswith(inside) for router in covered):
             got = f"none that is known beside {name!r} ({type(module).__name__})"
-            raise TraceError(
-                expected(
-                    "a router for each bank of experts",
-                    got,
-                    f"readers={{'{block}.<router>': reader}}",
-                )
-            )
+            hint = f"readers={{'{block}.<router>': reader}}"
+            raise TraceError(expected("a router for each bank of experts", got, hint))
 
 
 def _is_bank(name: str, module: nn.Module) -> bool:
-    plain = (
-        isinstance(module, nn.ModuleList | nn.ModuleDict) and name.rpartition(".")[2] == "experts"
+    listed = isinstance(module, nn.ModuleList | nn.ModuleDict)
+    return (listed and name.rpartition(".")[2] == "experts") or bool(
+        BANK_CLASS.search(type(module).__name__)
     )
-    return plain or bool(BANK_CLASS.search(type(module).__name__))
 
 
-def _number(sites: list[Site]) -> None:
+def _check_stacks(sites: Sequence[Site]) -> None:
+    parts = [part for site in sites for part in site.name.split(".")]
+    if "encoder" in parts and "decoder" in parts:
+        what = "the routers of one stack, whose tokens are the same"
+        raise TraceError(expected(what, "encoder and decoder", "only='decoder' or 'encoder'"))
+
+
+def _number(sites: Sequence[Site]) -> None:
     """By the layer in the module's name, or, where two routers share one, by their order."""
     numbers = [_number_in(site.name) for site in sites]
     distinct = None not in numbers and len(set(numbers)) == len(numbers)
@@ -278,29 +230,22 @@ def _text_config(model: nn.Module) -> Any:
     return config if inner is None else inner()
 
 
-def _first_integer(names: tuple[str, ...], *sources: Any) -> int | None:
-    for source in sources:
-        for name in names:
-            value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
+def _recorded_classes(model: nn.Module) -> set[type]:
+    """Classes whose outputs the library itself records as router logits."""
+    tables = [
+        getattr(type(module), "_can_record_outputs", None) or {} for module in model.modules()
+    ]
+    entries = [table["router_logits"] for table in tables if "router_logits" in table]
+    listed = [item for entry in entries for item in (entry if isinstance(entry, list) else [entry])]
+    classes = [getattr(entry, "target_class", None) for entry in listed]
+    return {cls for cls in classes if isinstance(cls, type) and ROUTER_CLASS.search(cls.__name__)}
 
 
-def _beside(name: str, named: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _beside(name: str, named: Modules) -> dict[str, nn.Module]:
     parent = named.get(name.rpartition(".")[0])
     return dict(parent.named_children()) if parent is not None and name else {}
 
 
-def _inside(name: str, found: Mapping[str, Site]) -> bool:
-    """Whether a router lies in another one (the gate of a block that is read whole)."""
-    return any(above in found for above in paths_above(name))
-
-
-def _hint(named: Mapping[str, nn.Module]) -> str:
-    likely = [name for name in named if re.search(r"(router|gate)$", name)]
-    return f"readers={{'{likely[0]}': reader}}" if likely else "readers={'<module name>': reader}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[1:4]) + ", ..."
+def _hint(named: Modules) -> str:
+    likely = next((name for name in named if re.search(r"(router|gate)$", name)), "<module name>")
+    return f"readers={{'{likely}': reader}}"

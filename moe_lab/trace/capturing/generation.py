@@ -52,15 +52,17 @@ def _setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
 
 
 def _ends(model: nn.Module, kwargs: dict[str, Any]) -> frozenset[int]:
-    """Ids that a row is fed once it has ended, or that end it."""
-    ids: set[int] = set()
-    for name in ("eos_token_id", "pad_token_id"):
-        value = _setting(model, kwargs, name)
-        if value is not None:
-            ids.update(
-                int(item) for item in (value if isinstance(value, list | tuple | set) else [value])
-            )
-    return frozenset(ids)
+    """Ids that a row is fed only once it has ended, the end itself among them.
+
+    An answer may hold the padding id. It ends a row only where something else than an end of text
+    can stop one row before the others.
+    """
+    names = ["eos_token_id"]
+    if any(_setting(model, kwargs, name) for name in ("stop_strings", "stopping_criteria")):
+        names.append("pad_token_id")
+    values = [_setting(model, kwargs, name) for name in names]
+    listed = [value if isinstance(value, list | tuple | set) else [value] for value in values]
+    return frozenset(int(item) for items in listed for item in items if item is not None)
 
 
 def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ keeps part of it to itself, its own rule is followed and compared with what it d
 letters: T tokens, K slots, E experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,37 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.errors import TraceError
-from moe_lab.routing.config import ScoreFunc
 from moe_lab.trace.capturing.router_output import Reader, Reading, Seen, triple
 from moe_lab.trace.score_spread import Spread
 
-Count = Callable[[Any], int]
-
 
 @dataclass(frozen=True)
-class Special:
+class HFRouter:
     """
     Attributes:
-        reason: what is unusual, for the documentation.
         read: the reader.
         block: the class is not a router but a block with one inside.
         taps: children of the block (of the router's parent, if it is not a block) whose inputs and
             outputs the reader needs.
-        experts, slots, zero_experts: E, K and Z from the module, where its ``num_experts`` and
-            ``top_k`` are not them.
         zero_kind: what the zero-compute experts return.
-        score_func: where the configuration's family does not tell.
     """
 
-    reason: str
     read: Reader = triple
     block: bool = False
     taps: tuple[str, ...] = ()
-    experts: Count | None = None
-    slots: Count | None = None
-    zero_experts: Count | None = None
     zero_kind: str = ""
-    score_func: ScoreFunc | None = None
 
 
 def llama4(module: nn.Module, seen: Seen) -> Reading:
@@ -177,59 +164,24 @@ def doge(module: Any, seen: Seen) -> Reading:
     return Reading(indices_TK, log_TK.softmax(dim=1), spread=Spread(entropy_T, margin_T))
 
 
-_CONFIGURED: dict[str, Any] = {
-    "experts": lambda module: module.config.num_experts,
-    "slots": lambda module: module.config.top_k_experts,
-}
-
-SPECIAL: dict[str, Special] = {
-    "DbrxRouter": Special(
-        "returns logits alone; ids and weights are read where its block hands them to the experts",
-        experts=lambda module: module.layer.out_features,
-    ),
-    "DogeCDMoE": Special(
-        "product keys inside the feed-forward; ids are read at the experts' embedding",
-        doge,
-        block=True,
-        taps=("down_embed",),
-    ),
-    "Llama4Router": Special(
-        "returns scores [T, E] and logits; the weight multiplies the expert's input",
-        llama4,
-        score_func=ScoreFunc.SIGMOID,
-    ),
-    "SwitchTransformersTop1Router": Special(
-        "returns a dispatch mask; tokens beyond an expert's capacity are dropped",
-        switch,
-        slots=lambda _: 1,
-    ),
-    "NllbMoeTop2Router": Special(
-        "returns a mask and dense weights; tokens beyond capacity are dropped",
-        nllb,
-        slots=lambda _: 2,
-    ),
-    "InklingTopkRouter": Special(
-        "returns the gates of the shared experts as a fourth tensor", first_three
-    ),
-    "ZayaRouter": Special(
-        "rewrites the skip expert to expert 0 with weight 0; recorded as the zero-compute expert that it is",
-        zaya,
-        zero_experts=lambda _: 1,
-        zero_kind="skip",
-    ),
-    "LongcatFlashTopkRouter": Special(
-        "identity experts, whose ids follow the real ones",
-        experts=lambda module: module.num_experts,
-        zero_experts=lambda module: module.n_routed_experts - module.num_experts,
-        zero_kind="identity",
-    ),
-    "JetMoeTopKGating": Special(
-        "returns slots sorted by expert; there is one in the attention too", jetmoe
-    ),
-    "PhimoeTopKRouter": Special(
-        "makes two picks whatever its configuration says", slots=lambda _: 2
-    ),
-    "Gemma4TextRouter": Special("returns probabilities in place of logits", **_CONFIGURED),
-    "DiffusionGemmaTextRouter": Special("returns probabilities in place of logits", **_CONFIGURED),
+HF_ROUTERS: dict[str, HFRouter] = {
+    # product keys inside the feed-forward; ids are read at the experts' embedding
+    "DogeCDMoE": HFRouter(doge, block=True, taps=("down_embed",)),
+    # the gates of the shared experts are a fourth tensor
+    "InklingTopkRouter": HFRouter(first_three),
+    # slots sorted by expert; there is one in the attention too
+    "JetMoeTopKGating": HFRouter(jetmoe),
+    # scores [T, E] and logits; the weight multiplies the expert's input
+    "Llama4Router": HFRouter(llama4),
+    # identity experts, whose ids follow the real ones
+    "LongcatFlashTopkRouter": HFRouter(zero_kind="identity"),
+    # a mask and dense weights; tokens beyond capacity are dropped
+    "NllbMoeTop2Router": HFRouter(nllb),
+    # a dispatch mask; tokens beyond an expert's capacity are dropped
+    "SwitchTransformersTop1Router": HFRouter(switch),
+    # the skip expert is rewritten to expert 0 with weight 0; recorded as a zero-compute expert
+    "ZayaRouter": HFRouter(zaya, zero_kind="skip"),
+    # logits alone; ids and weights are read where the block hands them to the experts
+    "DbrxRouter": HFRouter(),
 }
 """Class name -> how to read it. Every other router class of the library is read as a triple."""

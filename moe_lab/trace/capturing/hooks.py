@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.capturing.find_routers import Site, paths_above
-from moe_lab.trace.capturing.numbering import Inputs
+from moe_lab.trace.capturing.find_routers import paths_above
+from moe_lab.trace.capturing.model_inputs import Inputs
+from moe_lab.trace.capturing.site import Site
 
 Call = dict[str, Any]
 

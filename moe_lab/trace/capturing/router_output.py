@@ -1,11 +1,11 @@
 """``Reading``: what one call of a router says, in one form; and how a (logits, weights, indices)
-triple is told from its shapes.
+triple is recognised by its shapes.
 
 Shape letters: T tokens, K slots, E experts (real and zero-compute).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.routing import Routing
-from moe_lab.trace.score_spread import Spread
+from moe_lab.routing.config import ScoreFunc
+from moe_lab.trace.score_spread import Spread, spread_of_logits, spread_of_scores
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Reading:
     Attributes:
         indices: [T, K] integers; -1 where a slot runs nothing.
         weights: [T, K] gate weights, or None where the model has none.
-        logits: [T, E] raw outputs, or probabilities (told apart by their sums), or None.
+        logits: [T, E] raw outputs, or probabilities (recognised by their sums), or None.
         scores: [T, E] scores where the router gives them itself, instead of those computed from the
             logits.
         selected: [T, K] what was selected before capacity dropping, or None where nothing is
@@ -40,6 +41,39 @@ class Reading:
     valid: Tensor | None = None
     spread: Spread | None = None
 
+    @property
+    def num_choices(self) -> int | None:
+        """E, where the router gave a number for every expert."""
+        wide = self.logits if self.logits is not None else self.scores
+        return None if wide is None else wide.shape[1]
+
+    @property
+    def has_scores(self) -> bool:
+        return any(item is not None for item in (self.logits, self.scores, self.spread))
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.indices, self.weights, self.logits, self.scores)
+        return sum(item.numel() * item.element_size() for item in tensors if item is not None)
+
+    def rows(self, keep: Tensor | None) -> "Reading":
+        """The tokens at the places ``keep``; None: all."""
+        if keep is None:
+            return self
+        return Reading(**{name: _rows(value, keep) for name, value in vars(self).items()})
+
+    def spread_under(self, score_func: ScoreFunc | None) -> Spread:
+        """Entropy and margin; ``score_func`` makes scores of logits (None: softmax)."""
+        if self.spread is not None:
+            return self.spread
+        if self.scores is not None:
+            return spread_of_scores(self.scores.detach().float(), self.indices)
+        assert self.logits is not None
+        logits = self.logits.detach().float()
+        if are_probabilities(logits):
+            return spread_of_scores(logits, self.indices)
+        return spread_of_logits(logits, self.indices, score_func or ScoreFunc.SOFTMAX)
+
 
 Seen: TypeAlias = Mapping[str, Any]
 """What the hooks of one router saw in a call: ``"output"`` of the module, ``"input"`` (its
@@ -51,13 +85,47 @@ Reader: TypeAlias = Callable[[nn.Module, Seen], Reading | Routing | tuple]
 """(module, seen) -> reading; a tuple is taken for a triple in any order."""
 
 
+def joined(readings: Sequence[Reading]) -> Reading:
+    """The tokens of several readings; what one of them lacks is missing."""
+    if len(readings) == 1:
+        return readings[0]
+    names = [field.name for field in fields(Reading)]
+    return Reading(**{name: _joined([vars(item)[name] for item in readings]) for name in names})
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], Spread):
+        return Spread(*(torch.cat(columns) for columns in zip(*values, strict=True)))
+    return torch.cat(values)
+
+
+def _rows(value: Any, keep: Tensor) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Spread):
+        return Spread(*(_rows(column, keep) for column in value))
+    return value[keep.to(value.device)]
+
+
+def are_probabilities(values_TE: Tensor) -> bool:
+    """Whether rows are non-negative and sum to one: some models return those under the name of
+    logits.
+    """
+    if not values_TE.numel():
+        return False
+    sums = values_TE.sum(dim=1)
+    return bool((values_TE >= 0).all()) and bool((sums - 1).abs().max() < 1e-3)
+
+
 def as_reading(value: Any, experts: int | None, slots: int | None) -> Reading:
     """A ``Reading`` from whatever a reader returned.
 
     Args:
         value: a ``Reading``, a ``Routing``, or a tuple with logits [.., E], weights [.., K] and
             indices [.., K] in any order.
-        experts, slots: E and K where the configuration tells them; they settle what the shapes
+        experts, slots: E and K where the configuration states them; they settle what the shapes
             leave open.
 
     Raises:
@@ -65,63 +133,34 @@ def as_reading(value: Any, experts: int | None, slots: int | None) -> Reading:
     """
     if isinstance(value, Reading):
         return value
-    if isinstance(value, Routing):
-        routing = value.detach()
-        return Reading(
-            routing.indices,
-            routing.weights,
-            routing.logits,
-            routing.scores,
-            routing.selected,
-            routing.valid,
-        )
-    tensors = [
-        item
-        for item in (value if isinstance(value, tuple | list) else (value,))
-        if isinstance(item, Tensor)
-    ]
-    floats = [item for item in tensors if item.is_floating_point() and item.dim() >= 2]
-    indices = next(
-        (
-            item
-            for item in tensors
-            if _is_indices(item) and (slots is None or item.shape[-1] == slots)
-        ),
-        None,
-    )
+    if not isinstance(value, Routing):
+        return _of_triple(value, experts, slots)
+    routing = value.detach()
+    names = ("indices", "weights", "logits", "scores", "selected", "valid")
+    return Reading(**{name: getattr(routing, name) for name in names})
+
+
+def _of_triple(value: Any, experts: int | None, slots: int | None) -> Reading:
+    parts = value if isinstance(value, tuple | list) else (value,)
+    tensors = [item for item in parts if isinstance(item, Tensor) and item.dim() >= 2]
+    integers = [item for item in tensors if _is_indices(item)]
+    indices = next((item for item in integers if slots in (None, item.shape[-1])), None)
     if indices is None:
-        raise TraceError(
-            expected(
-                f"integer indices [tokens, {slots or 'top_k'}] among its outputs", describe(value)
-            )
-        )
-    tokens = indices.numel() // max(indices.shape[-1], 1)
-    weights = [
-        item
-        for item in floats
-        if item.shape[-1] == indices.shape[-1] and item.numel() == indices.numel()
-    ]
-    # Experts as wide as the slots (K = E) leave two candidates of one shape: logits come first in
-    # every known order but one reader's.
-    logits = [
-        item
-        for item in floats
-        if item.dim() >= 2
-        and _rows(item) == tokens
-        and (experts is None or item.shape[-1] == experts)
-    ]
-    wide = next((item for item in logits if not any(item is other for other in weights)), None)
-    if wide is None and len(weights) > 1:
-        wide = weights[0]
-    narrow = next((item for item in weights if item is not wide), None)
-    if narrow is None:
-        raise TraceError(
-            expected(
-                f"gate weights of the shape {list(indices.shape)} of the indices among its outputs",
-                describe(value),
-            )
-        )
-    return Reading(_flat(indices), _flat(narrow), None if wide is None else _flat(wide))
+        what = f"integer indices [tokens, {slots or 'top_k'}] among its outputs"
+        raise TraceError(expected(what, describe(value)))
+    indices_TK = _flat(indices)
+    floats = [_flat(item) for item in tensors if item.is_floating_point()]
+    floats = [item for item in floats if len(item) == len(indices_TK)]
+    narrow = [item for item in floats if item.shape == indices_TK.shape]
+    wide = [item for item in floats if experts in (None, item.shape[1])]
+    # With K = E two candidates have one shape: logits come first in every known order.
+    either = narrow[0] if len(narrow) > 1 else None
+    logits = next((item for item in wide if item.shape != indices_TK.shape), either)
+    weights = next((item for item in narrow if item is not logits), None)
+    if weights is None:
+        what = f"gate weights of the shape {list(indices.shape)} of the indices among its outputs"
+        raise TraceError(expected(what, describe(value)))
+    return Reading(indices_TK, weights, logits)
 
 
 def triple(module: nn.Module, seen: Seen) -> tuple[Any, ...]:
@@ -147,10 +186,6 @@ def describe(value: Any) -> str:
 
 def _is_indices(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dim() >= 2 and item.dtype in (torch.int64, torch.int32)
-
-
-def _rows(tensor: Tensor) -> int:
-    return tensor.numel() // max(tensor.shape[-1], 1)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.capturing.numbering import Inputs, Labels
+from moe_lab.trace.capturing.model_inputs import Inputs
+from moe_lab.trace.capturing.numbering import Labels
 
 
 class TokenLoss:

@@ -1,0 +1,107 @@
+"""``Site``: one router of a model, how its calls are read, and the checks that a reading fits it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moe_lab.errors import TraceError, expected
+from moe_lab.routing.config import ScoreFunc
+from moe_lab.trace.capturing.router_output import (
+    Reader,
+    Reading,
+    are_probabilities,
+    as_reading,
+    describe,
+    joined,
+)
+from moe_lab.trace.score_spread import infer_score_func
+
+
+@dataclass
+class Site:
+    """One router of a model.
+
+    Attributes:
+        name: of the hooked module.
+        module: the module whose calls are read.
+        read: makes a reading of what the hooks saw.
+        layer: number in the trace.
+        taps: label -> module whose inputs and outputs are seen too.
+        num_experts, top_k: from the configuration; None where it has none, so that the first call
+            decides.
+        score_func: from logits to scores; None where it must be inferred from the weights.
+    """
+
+    name: str
+    module: nn.Module
+    read: Reader
+    layer: int
+    taps: Mapping[str, nn.Module]
+    num_experts: int | None = None
+    top_k: int | None = None
+    num_zero_experts: int = 0
+    zero_kinds: tuple[str, ...] = ()
+    score_func: ScoreFunc | None = None
+
+    @property
+    def num_choices(self) -> int | None:
+        """Real and zero-compute experts together."""
+        return None if self.num_experts is None else self.num_experts + self.num_zero_experts
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
+
+    def reading(self, calls: Sequence[Mapping[str, Any]], tokens: int) -> Reading:
+        """What the calls of one pass say of its ``tokens`` tokens.
+
+        Raises:
+            TraceError: naming the module, where its outputs do not fit.
+        """
+        try:
+            reading = joined([self.read_call(call) for call in calls])
+            if len(reading.indices) != tokens:
+                hint = "text inputs alone, or documents of one stack"
+                if len(calls) > 1:
+                    hint = "a reader that takes one of its calls"
+                got = f"{len(reading.indices)} in {len(calls)} calls"
+                raise TraceError(expected(f"one decision for each of {tokens} tokens", got, hint))
+            self._settle(reading)
+        except TraceError as error:
+            raise TraceError(f"{self}: {error}") from error
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            seen = describe(calls[0].get("output"))
+            raise TraceError(
+                f"{self}: its output {seen} does not fit: {type(error).__name__}: {error}; "
+                f"try readers={{'{self.name}': reader}}"
+            ) from error
+        return reading
+
+    def read_call(self, call: Mapping[str, Any]) -> Reading:
+        """What one call says."""
+        return as_reading(self.read(call["module"], call), self.num_choices, self.top_k)
+
+    def _settle(self, reading: Reading) -> None:
+        """Compare a reading with the configured sizes; take what the configuration did not have."""
+        width, slots = reading.num_choices, reading.indices.shape[1]
+        if self.num_experts is None:
+            if width is None:
+                what = "the number of experts from the configuration or from logits"
+                raise TraceError(expected(what, "neither"))
+            self.num_experts = width - self.num_zero_experts
+        if width not in (None, self.num_choices):
+            raise TraceError(expected(f"logits of {self.num_choices} experts as configured", width))
+        if slots > (self.top_k or slots):
+            raise TraceError(expected(f"at most top_k = {self.top_k} slots as configured", slots))
+        self._infer_score_func(reading)
+
+    def _infer_score_func(self, reading: Reading) -> None:
+        if self.score_func is not None or reading.scores is not None:
+            return
+        if reading.logits is None or reading.weights is None:
+            return
+        logits = reading.logits.float()
+        if not are_probabilities(logits) and int(reading.indices.max()) < logits.shape[1]:
+            fitting = infer_score_func(logits, reading.weights.float(), reading.indices)
+            self.score_func = fitting or ScoreFunc.SOFTMAX
