@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.analysis.difficulty import difficulty_association
-from moe_lab.analysis.difficulty.passes import score
+from moe_lab.analysis.difficulty.scored_documents import score
 from moe_lab.files import atomic_path
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig

@@ -29,7 +29,7 @@ import polars as pl
 import torch
 
 from moe_lab.analysis import difficulty_association
-from moe_lab.analysis.difficulty.passes import score
+from moe_lab.analysis.difficulty.scored_documents import score
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 from moe_lab.text import Split, TextConfig, difficulty_columns, load_tokens

@@ -122,7 +122,7 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
     """
     import polars as pl
 
-    from moe_lab.analysis.difficulty.passes import score
+    from moe_lab.analysis.difficulty.scored_documents import score
     from moe_lab.text import (
         Split,
         difficulty_columns,

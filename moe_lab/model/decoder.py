@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lab.document_pass import IGNORE
 from moe_lab.errors import ConfigError, expected
 from moe_lab.model.blocks import build_block
 from moe_lab.model.config import Amplification, DecoderConfig
@@ -21,7 +22,6 @@ from moe_lab.model.sparse_attention import Selection
 from moe_lab.routing import RouterContext, Routing
 from moe_lab.routing.losses import hidden_z_loss
 
-IGNORE = -100
 """Target id of positions that have no target."""
 
 

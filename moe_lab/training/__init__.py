@@ -1,7 +1,8 @@
 """One run: ``RunConfig`` in, a run directory out."""
 
+from moe_lab.document_pass import Excerpt, excerpts_of
 from moe_lab.training.config import RATIO_MEANING, Dtype, OptimizerConfig, RunConfig
-from moe_lab.training.evaluate import Evaluation, Excerpt, evaluate, excerpts_of
+from moe_lab.training.evaluate import Evaluation, evaluate
 from moe_lab.training.ranks import Parallel, RankError
 from moe_lab.training.record import LoadedRun, load_run
 from moe_lab.training.run import RunResult, keep_freed_memory, train

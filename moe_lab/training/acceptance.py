@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import require
+from moe_lab.document_pass import Excerpt, evaluating, excerpts_of, windows
 from moe_lab.errors import ConfigError, CorpusError, expected
 from moe_lab.model import Decoder
 from moe_lab.text import TokenizedDocument
-from moe_lab.training.evaluate import Excerpt, excerpts_of, windows
 
 
 @torch.no_grad()
@@ -64,10 +64,9 @@ def acceptance_rate(
     )
     ids = [document.ids for document in documents]
     excerpts = excerpts_of([len(row) for row in ids]) if excerpts is None else excerpts
-    device, was = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     rows: list[dict[str, int]] = []
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in windows(ids, excerpts, seq_length, batch_size):
             whole = batch.valid.sum(dim=1) >= length
             if not bool(whole.any()):
@@ -82,8 +81,6 @@ def acceptance_rate(
                 valid = torch.ones_like(inputs, dtype=torch.bool)
             docs = [documents[int(row[0])].index for row in batch.doc[whole.numpy()]]
             rows += _verified(model, inputs, valid, docs, first)
-    finally:
-        model.train(was)
     if not rows:
         raise CorpusError(
             expected(f"a window of at least {length} tokens", "none", "longer documents")

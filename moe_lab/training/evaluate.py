@@ -16,11 +16,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from moe_lab.document_pass import (
+    IGNORE,
+    Excerpt,
+    WindowBatch,
+    evaluating,
+    excerpts_of,
+    token_losses,
+    windows,
+)
 from moe_lab.errors import CorpusError, expected
-from moe_lab.model import IGNORE, Decoder
+from moe_lab.model import Decoder
 from moe_lab.text import TokenizedDocument, Tokenizer, token_classes
 from moe_lab.trace import TraceMeta, TraceWriter, merge_traces
 from moe_lab.training.ranks import ALONE, Ranks
@@ -41,76 +48,6 @@ class Evaluation:
     num_tokens: int
     num_documents: int
     tokens: pl.DataFrame
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """Tokens ``start`` to ``stop - 1`` of the document at place ``document`` among those given."""
-
-    document: int
-    start: int
-    stop: int
-
-
-def excerpts_of(
-    lengths: Sequence[int], excerpt_tokens: int | None = None, budget: int | None = None
-) -> list[Excerpt]:
-    """Documents cut into runs of ``excerpt_tokens`` (None: whole), of which evenly spaced ones are
-    kept within ``budget`` tokens.
-    """
-    excerpts = [
-        Excerpt(document, start, min(start + (excerpt_tokens or length), length))
-        for document, length in enumerate(lengths)
-        for start in range(0, length, excerpt_tokens or length)
-    ]
-    # A single token predicts nothing.
-    excerpts = [excerpt for excerpt in excerpts if excerpt.stop - excerpt.start > 1]
-    total = sum(excerpt.stop - excerpt.start for excerpt in excerpts)
-    if budget is None or total <= budget:
-        return excerpts
-    kept = max(1, len(excerpts) * budget // total)
-    return [excerpts[(2 * number + 1) * len(excerpts) // (2 * kept)] for number in range(kept)]
-
-
-@dataclass(frozen=True)
-class WindowBatch:
-    """Windows of documents, padded on the right: ids, targets, valid [B, S]; doc [B, S] counts the
-    given documents, pos their tokens.
-    """
-
-    ids: Tensor
-    targets: Tensor
-    valid: Tensor
-    doc: np.ndarray
-    pos: np.ndarray
-
-
-def windows(
-    documents: Sequence[np.ndarray], excerpts: Sequence[Excerpt], seq_length: int, batch_size: int
-) -> Iterator[WindowBatch]:
-    """Cut excerpts into consecutive windows of ``seq_length`` inputs; each token but an excerpt's
-    first is a target once.
-    """
-    pieces = [
-        (item.document, start, item.stop)
-        for item in excerpts
-        for start in range(item.start, item.stop, seq_length)
-    ]
-    for first in range(0, len(pieces), batch_size):
-        chosen = pieces[first : first + batch_size]
-        shape = (len(chosen), seq_length)
-        ids, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-        doc, pos = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        valid = np.zeros(shape, bool)
-        for row, (index, start, stop) in enumerate(chosen):
-            inputs = documents[index][start : min(start + seq_length, stop)]
-            following = documents[index][start + 1 : min(start + seq_length + 1, stop)]
-            ids[row, : len(inputs)], targets[row, : len(following)] = inputs, following
-            valid[row, : len(inputs)] = True
-            doc[row], pos[row] = index, start + np.arange(seq_length)
-        yield WindowBatch(
-            *(torch.from_numpy(array) for array in (ids, targets, valid)), doc=doc, pos=pos
-        )
 
 
 def evaluate(
@@ -173,44 +110,33 @@ def evaluate_together(
         )
     losses = [np.full(len(sequence), np.nan) for sequence in ids]
     numbers = np.array([document.index for document in documents])
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            TraceWriter(_part(trace[0], ranks), trace[1])
-            if trace is not None
-            else nullcontext() as writer
+    with (
+        evaluating(model), TraceWriter(_part(trace[0], ranks), trace[1])
+        if trace is not None
+        else nullcontext() as writer
+    ):
+        for batch, is_own in _own_batches(
+            list(windows(ids, excerpts, seq_length, batch_size)), ranks
         ):
-            for batch, is_own in _own_batches(
-                list(windows(ids, excerpts, seq_length, batch_size)), ranks
-            ):
-                output = model(batch.ids.to(device), valid_BS=batch.valid.to(device))
-                if not is_own:
-                    continue
-                nats = F.cross_entropy(
-                    output.logits.float().flatten(0, 1),
-                    batch.targets.to(device).flatten(),
-                    ignore_index=IGNORE,
-                    reduction="none",
-                )
-                _scatter(losses, nats.cpu().numpy().reshape(batch.doc.shape), batch)
-                if writer is not None:
-                    for layer, routing in zip(
-                        model.config.moe_layers, output.routings, strict=True
-                    ):
-                        writer.write_routing(
-                            layer, numbers[batch.doc.ravel()], batch.pos.ravel(), routing
-                        )
-            _gather(losses, sorted({excerpt.document for excerpt in excerpts}), ranks)
-            tokens = (
-                _token_frame(documents, excerpts, losses, tokenizer, reference_counts)
-                if ranks.first
-                else None
-            )
-            if writer is not None and tokens is not None and ranks.size == 1:
-                writer.write_tokens(tokens)
-    finally:
-        model.train(was_training)
+            output = model(batch.ids.to(device), valid_BS=batch.valid.to(device))
+            if not is_own:
+                continue
+            _scatter(losses, token_losses(output.logits, batch.targets), batch)
+            if writer is not None:
+                for layer, routing in zip(
+                    model.config.moe_layers, output.routings, strict=True
+                ):
+                    writer.write_routing(
+                        layer, numbers[batch.doc.ravel()], batch.pos.ravel(), routing
+                    )
+        _gather(losses, sorted({excerpt.document for excerpt in excerpts}), ranks)
+        tokens = (
+            _token_frame(documents, excerpts, losses, tokenizer, reference_counts)
+            if ranks.first
+            else None
+        )
+        if writer is not None and tokens is not None and ranks.size == 1:
+            writer.write_tokens(tokens)
     ranks.wait()
     if tokens is None:
         return None

@@ -13,12 +13,17 @@ import polars as pl
 import torch
 
 from moe_lab.config import require
+from moe_lab.document_pass import (
+    IGNORE,
+    Excerpt,
+    token_losses_and_entropies,
+    windows,
+)
 from moe_lab.errors import CorpusError, expected
-from moe_lab.model import IGNORE, Decoder
+from moe_lab.model import Decoder
 from moe_lab.text import TokenizedDocument
 from moe_lab.training.config import RunConfig
 from moe_lab.training.data import Batches
-from moe_lab.training.evaluate import Excerpt, windows
 from moe_lab.training.optimizer import build_optimizer, lr_factor
 
 
@@ -142,15 +147,9 @@ def _score(
     found: np.ndarray,
 ) -> None:
     for batch in windows(ids, excerpts, config.seq_length, 16):
-        predicts = batch.targets != IGNORE
-        log_p = (
-            model(batch.ids.to(config.device))
-            .logits[predicts.to(config.device)]
-            .float()
-            .log_softmax(dim=1)
-        )
-        targets = batch.targets[predicts].to(config.device)
-        mask = predicts.numpy()
-        place = offsets[batch.doc[mask]] + batch.pos[mask] + 1
-        found[0, place] = -log_p.gather(1, targets[:, None])[:, 0].cpu().numpy()
-        found[1, place] = -(log_p.exp() * log_p).sum(dim=1).cpu().numpy()
+        output = model(batch.ids.to(config.device))
+        scores = token_losses_and_entropies(output.logits, batch.targets)
+        predicts = (batch.targets != IGNORE).numpy()
+        place = offsets[batch.doc[predicts]] + batch.pos[predicts] + 1
+        for row, values in zip(found, scores, strict=True):
+            row[place] = values[predicts]

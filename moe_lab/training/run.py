@@ -17,6 +17,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from moe_lab.document_pass import excerpts_of
 from moe_lab.errors import ConfigError, MoELabError, RunError, StorageError, expected
 from moe_lab.files import atomic_path, write_json, write_text
 from moe_lab.model import Decoder
@@ -39,7 +40,7 @@ from moe_lab.training.branching import branch_steps, forget, leave, take_up
 from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors, whole_state
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
-from moe_lab.training.evaluate import Evaluation, evaluate_together, excerpts_of
+from moe_lab.training.evaluate import Evaluation, evaluate_together
 from moe_lab.training.metrics import gradient_ratios, routing_metrics
 from moe_lab.training.objective import Objective, average_gradients, check_shareable, spread
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor

@@ -120,7 +120,7 @@ def test_an_interrupted_trace_of_a_pretrained_model_goes_on(
         "1",
         "--out",
     ]
-    real, calls = hub._padded, []
+    real, calls = hub.pad_right, []
 
     def fail_in_the_third(batch, pad):
         calls.append(batch)
@@ -128,7 +128,7 @@ def test_an_interrupted_trace_of_a_pretrained_model_goes_on(
             raise KeyboardInterrupt
         return real(batch, pad)
 
-    monkeypatch.setattr(hub, "_padded", fail_in_the_third)
+    monkeypatch.setattr(hub, "pad_right", fail_in_the_third)
     assert main([*arguments, str(tmp_path / "t")]) != 0
     assert (
         len(

@@ -14,7 +14,7 @@ from decoder_options import OPTIONS
 from hf_copied import randomise
 
 from moe_lab.analysis.difficulty.gain import marginal_gain
-from moe_lab.analysis.difficulty.passes import score
+from moe_lab.analysis.difficulty.scored_documents import score
 from moe_lab.cli import main
 from moe_lab.model import Decoder, DecoderConfig
 from moe_lab.routing import RouterContext

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moe_lab.analysis.difficulty.alignment import Align
 from moe_lab.analysis.difficulty.association import difficulty_association
 from moe_lab.analysis.difficulty.compute_budget import held_out_mean
-from moe_lab.analysis.difficulty.passes import Scored, score
+from moe_lab.analysis.difficulty.scored_documents import Scored, score
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.model import Decoder

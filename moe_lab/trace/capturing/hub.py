@@ -9,7 +9,7 @@ letters: B batch, S sequence, V vocabulary.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from moe_lab.document_pass import length_batches, pad_right
 from moe_lab.errors import CorpusError, TraceError, expected
 from moe_lab.text import Corpus, TokenizedDocument, token_classes
 from moe_lab.trace.capturing.recorder import capture
@@ -105,8 +106,8 @@ def trace_pretrained(
     with torch.no_grad(), capture(model, target, created_from=created_from, **options) as captured:
         left = [document for document in documents if document.index not in captured.finished]
         meter = Meter(sum(len(document.ids) for document in left), sys.stderr if progress else None)
-        for batch in batches(left, batch_tokens):
-            ids, mask = _padded(batch, tokenizer.pad_token_id)
+        for batch in length_batches(left, batch_tokens):
+            ids, mask = pad_right(batch, tokenizer.pad_token_id)
             columns = described.columns(batch, ids.shape[1])
             captured.documents(np.array([document.index for document in batch]), **columns)
             model(
@@ -205,22 +206,6 @@ def tokenized(corpus: Corpus, tokenizer: Any, max_tokens: int | None) -> list[To
     return found
 
 
-def batches(
-    documents: Sequence[TokenizedDocument], batch_tokens: int
-) -> Iterator[list[TokenizedDocument]]:
-    """Documents from the longest to the shortest, as many at a time as fit ``batch_tokens`` when
-    padded (at least one).
-    """
-    batch: list[TokenizedDocument] = []
-    for document in sorted(documents, key=lambda document: -len(document.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(document)
-    if batch:
-        yield batch
-
-
 class Described:
     """Class columns of a batch by the rules of ``moe_lab.text``, for a tokenizer of transformers."""
 
@@ -276,16 +261,3 @@ class Meter:
             file=self.stream,
             flush=True,
         )
-
-
-def _padded(
-    batch: Sequence[TokenizedDocument], pad: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, S] ids padded on the right, and their mask."""
-    width = max(len(document.ids) for document in batch)
-    ids = torch.full((len(batch), width), pad or 0, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, document in enumerate(batch):
-        ids[row, : len(document.ids)] = torch.from_numpy(document.ids.astype(np.int64))
-        mask[row, : len(document.ids)] = 1
-    return ids, mask

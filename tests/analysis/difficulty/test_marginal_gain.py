@@ -14,7 +14,7 @@ from moe_lab.analysis.difficulty import (
     reallocation_regret,
 )
 from moe_lab.analysis.difficulty.gain import shifted
-from moe_lab.analysis.difficulty.passes import score
+from moe_lab.analysis.difficulty.scored_documents import score
 from moe_lab.errors import AnalysisError, ConfigError
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig

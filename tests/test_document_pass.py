@@ -4,9 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lab.model import IGNORE
-from moe_lab.training import Excerpt, excerpts_of
-from moe_lab.training.evaluate import windows
+from moe_lab.document_pass import IGNORE, Excerpt, excerpts_of, windows
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(2, 20), st.integers(2, 15))

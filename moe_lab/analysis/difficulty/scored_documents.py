@@ -5,17 +5,22 @@ compute?). Documents are cut into consecutive windows; a token's loss lies in it
 compute where it went in.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from moe_lab.document_pass import (
+    IGNORE,
+    Excerpt,
+    evaluating,
+    token_losses_and_entropies,
+    windows,
+)
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
@@ -89,86 +94,35 @@ def score(
         )
     offsets = np.cumsum(lengths) - lengths
     total, layers = int(lengths.sum()), tuple(model.config.moe_layers)
-    ids = np.concatenate(documents).astype(np.int64)
+    scores = np.full((2, total), np.nan, dtype=np.float32)
+    compute = np.full((3, len(layers), total), np.nan, dtype=np.float32)
+    excerpts = [Excerpt(number, 0, length) for number, length in enumerate(lengths.tolist())]
+    device = next(model.parameters()).device
+    with evaluating(model), _NormRatios(model) as ratios:
+        for batch in windows(documents, excerpts, seq_length, batch_size):
+            valid = batch.valid.to(device)
+            output = model(batch.ids.to(device), valid_BS=valid)
+            rows_BS = offsets[batch.doc] + batch.pos
+            inputs, kept = rows_BS[batch.valid.numpy()], valid.flatten()
+            for layer, (routing, ratio) in enumerate(
+                zip(output.routings, ratios.taken(), strict=True)
+            ):
+                measured = (routing.ffn_count(), gate_mass(routing), ratio.flatten())
+                for notion, values_T in zip(compute, measured, strict=True):
+                    notion[layer, inputs] = values_T[kept].cpu().numpy()
+            predicts = (batch.targets != IGNORE).numpy()
+            found = token_losses_and_entropies(output.logits, batch.targets)
+            for row, values in zip(scores, found, strict=True):
+                row[rows_BS[predicts] + 1] = values[predicts]  # the next token is predicted
     doc = np.repeat(np.asarray(list(numbers), dtype=np.int64), lengths)
     pos = np.arange(total) - np.repeat(offsets, lengths)
-    found = {name: np.full(total, np.nan, dtype=np.float32) for name in ("loss", "entropy")}
-    compute = {
-        name: np.full((len(layers), total), np.nan, dtype=np.float32)
-        for name in ("ffn_count", "gate_mass", "norm_ratio")
-    }
-    pieces = [
-        (first, min(first + seq_length, end))
-        for start, end in zip(offsets, offsets + lengths, strict=True)
-        for first in range(start, end, seq_length)
-    ]
-    ends = np.repeat(offsets + lengths, lengths)
-    with _training_off(model), _NormRatios(model) as ratios:
-        for begin in range(0, len(pieces), batch_size):
-            _score_batch(
-                model,
-                pieces[begin : begin + batch_size],
-                ids,
-                ends,
-                seq_length,
-                found,
-                compute,
-                ratios,
-            )
-    return Scored(doc, pos, ids, found["loss"], found["entropy"], layers, **compute)
-
-
-def _score_batch(
-    model: Decoder,
-    pieces: list[tuple[int, int]],
-    ids: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    seq_length: int,
-    found: dict[str, NDArray[np.float32]],
-    compute: dict[str, NDArray[np.float32]],
-    ratios: "_NormRatios",
-) -> None:
-    width = max(stop - start for start, stop in pieces)
-    place = np.full((len(pieces), width), -1, dtype=np.int64)
-    for row, (start, stop) in enumerate(pieces):
-        place[row, : stop - start] = np.arange(start, stop)
-    valid = place >= 0
-    device = next(model.parameters()).device
-    inputs = torch.from_numpy(np.where(valid, ids[place], 0)).to(device)
-    output = model(inputs, valid_BS=torch.from_numpy(valid).to(device))
-    inside = place[valid]
-    for layer, (routing, ratio) in enumerate(zip(output.routings, ratios.taken(), strict=True)):
-        kept = torch.from_numpy(valid.reshape(-1)).to(device)
-        compute["ffn_count"][layer, inside] = routing.ffn_count()[kept].cpu().numpy()
-        compute["gate_mass"][layer, inside] = gate_mass(routing)[kept].cpu().numpy()
-        compute["norm_ratio"][layer, inside] = ratio.reshape(-1)[kept].cpu().numpy()
-    # What is predicted at a place is the next token of the document.
-    predicts = valid & (np.where(valid, place, 0) + 1 < ends[np.where(valid, place, 0)])
-    chosen = torch.from_numpy(predicts).to(device)
-    logits = output.logits[chosen].float()
-    target = place[predicts] + 1
-    log_p = logits.log_softmax(dim=1)
-    found["loss"][target] = (
-        F.nll_loss(log_p, torch.from_numpy(ids[target]).to(device), reduction="none").cpu().numpy()
-    )
-    found["entropy"][target] = -(log_p.exp() * log_p).sum(dim=1).cpu().numpy()
+    return Scored(doc, pos, np.concatenate(documents).astype(np.int64), *scores, layers, *compute)
 
 
 def gate_mass(routing: Routing) -> torch.Tensor:
     """[T] sum of the gate weights on real experts."""
     real = (routing.indices >= 0) & (routing.indices < routing.num_experts)
     return torch.where(real, routing.weights, 0).sum(dim=1)
-
-
-@contextmanager
-def _training_off(model: Decoder) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
 
 
 class _NormRatios:
