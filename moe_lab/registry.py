@@ -63,9 +63,7 @@ class Registry(Mapping[str, Any]):
         if name not in self:
             near = get_close_matches(str(name), list(self), n=3, cutoff=0.6)
             raise ConfigError(
-                expected(
-                    f"{self.what} among {', '.join(self)}", repr(name), ", ".join(near)
-                )
+                expected(f"{self.what} among {', '.join(self)}", repr(name), ", ".join(near))
             )
         return self[name]
 

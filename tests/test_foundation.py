@@ -98,7 +98,9 @@ def test_the_hash_changes_with_any_field_however_deep() -> None:
 def test_an_unknown_field_or_choice_is_named() -> None:
     with pytest.raises(ConfigError, match=r"expected fields of RouterConfig .*, got experts"):
         RouterConfig.from_dict({"experts": 4})
-    with pytest.raises(ConfigError, match=r"expected a controller kind among fixed, .*, got 'warp'"):
+    with pytest.raises(
+        ConfigError, match=r"expected a controller kind among fixed, .*, got 'warp'"
+    ):
         ControllerConfig.from_dict({"kind": "warp"})
 
 

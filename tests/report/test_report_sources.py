@@ -40,9 +40,9 @@ def test_runs_of_the_plan_that_never_began_are_listed(tmp_path: Path) -> None:
     write_plan(tmp_path, ["x", "later"], question="Is there a wall?")
     material = gather(tmp_path)
     assert material.questions == ("Is there a wall?",)
-    assert [
-        (run.label, run.error) for run in material.runs if run.state is RunState.PENDING
-    ] == [("later", "not started")]
+    assert [(run.label, run.error) for run in material.runs if run.state is RunState.PENDING] == [
+        ("later", "not started")
+    ]
 
 
 def test_a_damaged_result_is_a_failed_run_and_not_an_exception(tmp_path: Path) -> None:
