@@ -62,9 +62,15 @@ def page(frame: pl.DataFrame) -> str:
         for number, figure in enumerate(figures)
     ]
     notes = "".join(f"<p>{escape(line)}</p>" for line in sentences(frame))
-    head = '<meta charset="utf-8"><title>Atlas of published MoE models</title><style>body{font-family:system-ui,sans-serif;margin:1.5rem}'
-    style = "table{border-collapse:collapse;font-size:.85rem}td,th{padding:.2rem .6rem;text-align:right}td:first-child{text-align:left}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}{style}</head><body>{drawn[0]}{drawn[1]}{notes}{table(frame)}</body></html>\n"
+    style = (
+        "body{font-family:system-ui,sans-serif;margin:1.5rem}"
+        "table{border-collapse:collapse;font-size:.85rem}"
+        "td,th{padding:.2rem .6rem;text-align:right}td:first-child{text-align:left}"
+    )
+    title = "<title>Atlas of published MoE models</title>"
+    head = f'<meta charset="utf-8">{title}<style>{style}</style>'
+    body = f"{drawn[0]}{drawn[1]}{notes}{table(frame)}"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
 
 def table(frame: pl.DataFrame) -> str:
@@ -88,8 +94,10 @@ def sentences(frame: pl.DataFrame) -> list[str]:
     """
     varying = frame.filter(pl.col("num_zero_experts") > 0).iter_rows(named=True)
     ranges = (
-        f"{row['name']}: {1 - row['active_max'] / row['total']:.1%} sparse for a token that runs {row['slots']} real experts, "
-        f"{1 - row['active_min'] / row['total']:.1%} for one that runs none, {row['sparsity']:.1%} at the mean of {row['top_k']:g}"
+        f"{row['name']}: {1 - row['active_max'] / row['total']:.1%} sparse for a token that runs "
+        f"{row['slots']} real experts, "
+        f"{1 - row['active_min'] / row['total']:.1%} for one that runs none, "
+        f"{row['sparsity']:.1%} at the mean of {row['top_k']:g}"
         for row in varying
     )
     return [*(sentence(frame, level) for level in MARKED), *ranges]

@@ -73,7 +73,8 @@ def main() -> None:
     print(table.select("name", "ms", "ms_q1", "ms_q3").head(8))
     slowest = table.row(0, named=True)
     print(
-        f"slowest of {len(table)}: {slowest['name']}, median {slowest['ms']:.1f} ms (budget {BUDGET_MS} ms)"
+        f"slowest of {len(table)}: {slowest['name']}, median {slowest['ms']:.1f} ms (budget "
+        f"{BUDGET_MS} ms)"
     )
     against = []
     for name, classes in BUILT.items():
@@ -94,7 +95,8 @@ def main() -> None:
     imported, counted = map(float, fresh.stdout.split())
     process = time.perf_counter() - began
     print(
-        f"fresh interpreter: import {imported * 1e3:.0f} ms, first count {counted * 1e3:.0f} ms, process {process:.2f} s"
+        f"fresh interpreter: import {imported * 1e3:.0f} ms, first count {counted * 1e3:.0f} ms, "
+        f"process {process:.2f} s"
     )
     print(save(pl.concat([table, *against]), "accounting"))
 

@@ -29,7 +29,8 @@ def copy_of_last_layer(architecture: "Architecture", f: Fields, index: int) -> P
     if f.find("mtp_layer_types") is None:
         f.note(
             "mtp",
-            "an MTP module is the last layer again, three norms and a projection (the form of DeepSeek-V3)",
+            "an MTP module is the last layer again, three norms and a projection (the form of "
+            "DeepSeek-V3)",
         )
         return mtp_module(f, join(f.at(f.num_layers - 1), architecture.blocks))
     modules = f.size("num_nextn_predict_layers")

@@ -2,8 +2,8 @@
 ``Fields -> Pieces``.
 
 A block sees the configuration of one layer. Its factory's arguments say which field carries which
-size, so that a row of ``families`` is a list of blocks. Blocks of a single architecture stand beside
-its row.
+size, so that a row of ``families`` is a list of blocks. Blocks of a single architecture stand
+beside its row.
 """
 
 from collections.abc import Callable, Mapping
@@ -85,7 +85,7 @@ def window(f: Fields) -> int | None:
     return size if layer_type(f) == "sliding_attention" else None
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # mixers
 
 
@@ -225,7 +225,7 @@ def sinks(f: Fields) -> Pieces:
     return (vector(Part.ATTENTION, "sinks", f.size("num_attention_heads")),)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # feed-forward
 
 
@@ -305,7 +305,7 @@ def choose(sparse: Block, otherwise: Block) -> Block:
     return lambda f: (sparse if f.mark(architectures.sparse) else otherwise)(f)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rest
 
 
@@ -343,7 +343,8 @@ def top(
             if not may_tie and f.truth("tie_word_embeddings"):
                 f.note(
                     "tie_word_embeddings",
-                    f"embedding and head are two matrices (transformers never ties them in {f.family})",
+                    f"embedding and head are two matrices (transformers never ties them in "
+                    f"{f.family})",
                 )
             pieces.append(
                 Piece(

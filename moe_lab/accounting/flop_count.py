@@ -254,7 +254,7 @@ def capped_sum(length: int, stride: int, cap: int | None) -> int:
     return stride * cap * (cap - 1) // 2 + cap * (length - cap * stride + 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # decoding
 
 
@@ -312,6 +312,9 @@ def distinct_experts(piece: Piece, batch: int, load: Sequence[float] | None) -> 
         )
     shares = [per_token * value / total for value in values]
     if max(shares) > 1 + 1e-6:
-        what = f"a load in which no expert has more than 1/{per_token:g} of the total (a token chooses an expert once)"
+        what = (
+            f"a load in which no expert has more than 1/{per_token:g} of the total (a token "
+            f"chooses an expert once)"
+        )
         raise ConfigError(expected(what, f"a share of {max(values) / total:.4f}"))
     return sum(1 - (1 - min(share, 1.0)) ** batch for share in shares)

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="ID_OR_PATH",
-        help="a published model, a mini (shown beside its original), a config.json or its folder; two are compared",
+        help="a published model, a mini (shown beside its original), a config.json or its "
+        "folder; two are compared",
     )
     parser.add_argument(
         "--set",
@@ -143,7 +144,7 @@ def _as_json(
     return json.dumps(rows[0] if len(rows) == 1 else rows, indent=1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text
 
 Row = tuple[str, list[float | None]]

@@ -198,7 +198,8 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     print(layers)
     print(
-        f"{evaluation.num_documents} documents, {evaluation.num_tokens:,} predicted tokens, {evaluation.loss:.4f} nats/token, "
+        f"{evaluation.num_documents} documents, {evaluation.num_tokens:,} predicted tokens, "
+        f"{evaluation.loss:.4f} nats/token, "
         f"{evaluation.bits_per_byte:.4f} bits/byte"
     )
     print(f"trace: {out}")

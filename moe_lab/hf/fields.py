@@ -196,7 +196,8 @@ class Fields:
         """Record a default in ``assumed``."""
         self.assumed.setdefault(
             name,
-            f"{name} = {value} (not in the configuration; {why or f'the usual value of {self.family}'})",
+            f"{name} = {value} (not in the configuration; "
+            f"{why or f'the usual value of {self.family}'})",
         )
 
     def note(self, key: str, sentence: str) -> None:
@@ -211,7 +212,7 @@ class Fields:
         )
 
     def nullable(self, name: str) -> Any:
-        """A field whose null means "none of it"; absent takes the default, and without one raises."""
+        """A field whose null means "none of it"; absent takes the default, or raises."""
         value = self.find(name)
         if value is None and not self.given(name):
             value = self.default(name)

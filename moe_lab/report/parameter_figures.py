@@ -65,7 +65,8 @@ def parts_treemap(counted: ParameterCount, title: str = "") -> "go.Figure":
                 ]
             },
             branchvalues="total",
-            hovertemplate="%{label}<br>%{value:,} stored<br>%{customdata:,.0f} used by a token<extra></extra>",
+            hovertemplate="%{label}<br>%{value:,} stored<br>%{customdata:,.0f} used by a "
+            "token<extra></extra>",
         ),
         layout={
             "title": {
@@ -113,7 +114,8 @@ def atlas(frame: "pl.DataFrame") -> "go.Figure":
         )
     figure.update_layout(
         title={
-            "text": "Published MoE models: total against active parameters (each in its laboratory's convention)"
+            "text": "Published MoE models: total against active parameters (each in its "
+            "laboratory's convention)"
         },
         xaxis={
             "type": "log",
@@ -159,7 +161,10 @@ def sparsity_over_time(frame: "pl.DataFrame") -> "go.Figure":
     return figure
 
 
-_HOVER = "%{customdata[0]}<br>total %{customdata[1]}, active %{customdata[2]} (convention %{customdata[3]})<br>%{customdata[4]}<extra></extra>"
+_HOVER = (
+    "%{customdata[0]}<br>total %{customdata[1]}, active %{customdata[2]} (convention "
+    "%{customdata[3]})<br>%{customdata[4]}<extra></extra>"
+)
 
 
 def _hover(rows: "pl.DataFrame") -> list[list[str]]:
@@ -169,7 +174,8 @@ def _hover(rows: "pl.DataFrame") -> list[list[str]]:
             f"{row['total'] / 1e9:,.2f}B",
             f"{row['active'] / 1e9:,.2f}B",
             row["convention"],
-            f"{row['top_k']:g} of {row['num_experts']} experts, sparsity {row['sparsity']:.1%} (experts {row['expert_sparsity']:.1%})",
+            f"{row['top_k']:g} of {row['num_experts']} experts, sparsity {row['sparsity']:.1%} "
+            f"(experts {row['expert_sparsity']:.1%})",
         ]
         for row in rows.iter_rows(named=True)
     ]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NOT_COVERED = {
-    "vitpose_backbone": "an image backbone: its experts are chosen by data set, not by token, and there is no vocabulary",
+    "vitpose_backbone": "an image backbone: its experts are chosen by data set, not by token, "
+    "and there is no vocabulary",
 }
 
 

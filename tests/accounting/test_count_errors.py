@@ -101,7 +101,8 @@ def test_missing_sizes_of_latent_attention_are_named() -> None:
         ),
         (
             {"num_key_value_heads": 3},
-            "expected num_attention_heads divisible by num_key_value_heads = 3, got num_attention_heads = 4",
+            "expected num_attention_heads divisible by num_key_value_heads = 3, got "
+            "num_attention_heads = 4",
         ),
     ],
 )
@@ -112,7 +113,8 @@ def test_contradictions_name_their_fields(edits: dict[str, Any], text: str) -> N
 def test_heads_that_do_not_divide_the_width_need_a_head_dim() -> None:
     odd = {**without(MIXTRAL, "head_dim"), "hidden_size": 34}
     assert message(odd).startswith(
-        "expected hidden_size divisible by num_attention_heads = 4 where head_dim is absent, got hidden_size = 34"
+        "expected hidden_size divisible by num_attention_heads = 4 where head_dim is absent, got "
+        "hidden_size = 34"
     )
     assert count({**odd, "head_dim": 8}).total > 0
 
@@ -120,7 +122,8 @@ def test_heads_that_do_not_divide_the_width_need_a_head_dim() -> None:
 def test_two_names_with_two_values_contradict_each_other() -> None:
     text = message({**MIXTRAL, "num_experts": 8})
     assert text.startswith(
-        "expected one value of num_experts in the mixtral configuration, got num_experts=8, num_local_experts=4"
+        "expected one value of num_experts in the mixtral configuration, got num_experts=8, "
+        "num_local_experts=4"
     )
     assert count({**MIXTRAL, "num_experts": 4}).total == count(MIXTRAL).total
 

@@ -163,7 +163,8 @@ def test_a_configuration_of_before_the_parts_counts_as_it_did() -> None:
     config = DecoderConfig(
         d_model=32, num_heads=4, moe=MoEConfig(32, 16, RouterConfig(num_experts=4, top_k=2))
     )
-    old = {"vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "context_length", "moe", "num_dense_layers",
+    old = {"vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim",
+    "context_length", "moe", "num_dense_layers",
            "d_dense", "tie_embeddings", "rope_theta", "norm_eps", "init_std"}  # fmt: skip
     assert (
         count({name: value for name, value in config.to_dict().items() if name in old}).by_part

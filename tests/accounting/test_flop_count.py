@@ -39,7 +39,7 @@ def counted_by_torch(model: torch.nn.Module, ids: torch.Tensor, backward: bool =
     return counter.get_total_flops()
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # our own decoders
 
 DECODERS = {
@@ -137,20 +137,25 @@ def test_a_causal_kernel_does_half_of_the_scores() -> None:
     assert causal.by_part["dense"] == full.by_part["dense"] == 3 * 2 * 3 * 64 * 160
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transformers
 
 HF_SIZES: dict[str, dict[str, Any]] = {
     "Mixtral": {"intermediate_size": 96, "num_local_experts": 6, "num_experts_per_tok": 2},
-    "Qwen3Moe": {"moe_intermediate_size": 24, "intermediate_size": 72, "num_experts": 8, "num_experts_per_tok": 3, "mlp_only_layers": [1]},
+    "Qwen3Moe": {"moe_intermediate_size": 24, "intermediate_size": 72, "num_experts": 8,
+        "num_experts_per_tok": 3, "mlp_only_layers": [1]},
     "Olmoe": {"intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2},
-    "GptOss": {"intermediate_size": 40, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 128},
+    "GptOss": {"intermediate_size": 40, "num_local_experts": 6, "num_experts_per_tok": 2,
+        "sliding_window": 128},
     "DeepseekV2": {
-        "intermediate_size": 96, "moe_intermediate_size": 24, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "intermediate_size": 96, "moe_intermediate_size": 24, "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 16,
     },
     "Glm4Moe": {
-        "intermediate_size": 96, "moe_intermediate_size": 24, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "intermediate_size": 96, "moe_intermediate_size": 24, "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "n_shared_experts": 1,
         "first_k_dense_replace": 1,
     },
     "Phimoe": {"intermediate_size": 40, "num_local_experts": 6, "num_experts_per_tok": 2},
@@ -266,7 +271,7 @@ def test_v4_attends_to_a_window_and_to_compressed_keys() -> None:
     assert pro.by_part["indexer"] == light * 2 * 64 * 129 * (context // 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # phases
 
 
@@ -310,7 +315,7 @@ def test_dynamic_models_have_a_range_of_work() -> None:
     assert work.forward - work.forward_min == 8 * slot
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # decoding
 
 

@@ -71,9 +71,11 @@ def test_ratios_by_hand() -> None:
     2 zero-compute ones beside 10 real ones, 3 slots, one shared expert.
     """
     config = {
-        "vocab_size": 20, "num_layers": 1, "d_model": 8, "num_heads": 2, "context_length": 4, "tie_embeddings": False,
+        "vocab_size": 20, "num_layers": 1, "d_model": 8, "num_heads": 2, "context_length": 4,
+        "tie_embeddings": False,
         "moe": {"d_model": 8, "d_expert": 4, "num_shared_experts": 1,
-                "router": {"kind": "longcat", "num_experts": 10, "num_zero_experts": 2, "top_k": 3}},
+                "router": {"kind": "longcat", "num_experts": 10, "num_zero_experts": 2,
+                    "top_k": 3}},
     }  # fmt: skip
     expert, attention, router, norms, ends = 3 * 8 * 4, 4 * 8 * 8, 12 * 8, 3 * 8, 2 * 20 * 8
     run, counted = 3 * 10 / 12, count(config)
@@ -95,7 +97,10 @@ def test_ratios_by_hand() -> None:
 
 
 def test_the_command_shows_a_mini_beside_its_original_without_torch() -> None:
-    code = "import sys; from moe_lab.cli import main; main(['count', 'kimi_k2_mini', '--json']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from moe_lab.cli import main; main(['count', 'kimi_k2_mini', '--json']); "
+        "assert 'torch' not in sys.modules"
+    )
     shown = json.loads(
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -115,7 +115,8 @@ def test_without_a_model_the_known_ones_are_listed(capsys: Printed) -> None:
 def test_mistakes_are_one_line(capsys: Printed) -> None:
     near = refused(capsys, "deepseek-v9")
     assert near.startswith(
-        "moe-lab count: expected a published model or a path to a config.json, got 'deepseek-v9'; try one of "
+        "moe-lab count: expected a published model or a path to a config.json, got "
+        "'deepseek-v9'; try one of "
     )
     assert "deepseek-ai/DeepSeek-V3" in near
     assert "moe-lab count, which lists the known models" in refused(capsys, "zzzzzz")
@@ -153,8 +154,8 @@ def test_the_atlas_is_one_offline_page(
         assert text in page
     said = capsys.readouterr().out
     assert (
-        "LongCat-Flash-Chat: 94.4% sparse for a token that runs 12 real experts, 96.7% for one that runs none"
-        in said
+        "LongCat-Flash-Chat: 94.4% sparse for a token that runs 12 real experts, 96.7% for one "
+        "that runs none" in said
     )
     committed = Path(__file__).resolve().parents[2] / "experiments" / "atlas" / "models.csv"
     assert (tmp_path / "atlas" / "models.csv").read_text() == committed.read_text()

@@ -42,8 +42,10 @@ def pretrained(tmp_path_factory):
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, num_experts=6, num_experts_per_tok=2, max_position_embeddings=256,
+        vocab_size=257, hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=6, num_experts_per_tok=2,
+        max_position_embeddings=256,
     )  # fmt: skip
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
     return folder
@@ -212,7 +214,7 @@ def test_what_is_missing_is_told(arguments, message, capsys):
 @pytest.mark.hf
 @pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
 def test_code_that_came_with_a_model_never_runs_unasked(pretrained, texts, tmp_path, place):
-    """With ``y`` on standard input, in a network namespace of its own where the machine allows one."""
+    """With ``y`` on standard input, in a network namespace where the machine allows one."""
     folder, marker = tmp_path / "model", tmp_path / "marker"
     shutil.copytree(pretrained, folder)
     values = json.loads((folder / place).read_text())
@@ -229,7 +231,10 @@ def test_code_that_came_with_a_model_never_runs_unasked(pretrained, texts, tmp_p
         }
         (folder / "tokenizer.json").unlink()
     (folder / place).write_text(json.dumps(values))
-    code = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\nEvilConfig = EvilForCausalLM = EvilTokenizer = object\n"
+    code = (
+        f"import pathlib; pathlib.Path({str(marker)!r}).touch()\nEvilConfig = EvilForCausalLM "
+        f"= EvilTokenizer = object\n"
+    )
     (folder / "evil.py").write_text(code)
     command = [
         sys.executable,

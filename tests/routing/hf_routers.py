@@ -78,7 +78,8 @@ CLASSES = {
     "qwen3_5_moe": "Qwen3_5MoeTopKRouter",
     "qwen3_moe": "Qwen3MoeTopKRouter",
     "qwen3_next": "Qwen3NextTopKRouter",
-    "qwen3_omni_moe": "Qwen3OmniMoeTalkerTextTopKRouter Qwen3OmniMoeTextTopKRouter Qwen3OmniMoeThinkerTextTopKRouter",
+    "qwen3_omni_moe": "Qwen3OmniMoeTalkerTextTopKRouter Qwen3OmniMoeTextTopKRouter "
+    "Qwen3OmniMoeThinkerTextTopKRouter",
     "qwen3_vl_moe": "Qwen3VLMoeTextTopKRouter",
     "qwen4_exp": "Qwen4ExpTextTopKRouter",
     "solar_open": "SolarOpenTopkRouter",
@@ -90,7 +91,8 @@ CLASSES = {
 PAIRS = [(folder, name) for folder, names in CLASSES.items() for name in names.split()]
 
 NOT_REPRODUCED = {
-    "DogeCDMoE": "splits its output across tokens (a view to [2, T, keys]), so a token's experts depend on the other tokens of the batch",
+    "DogeCDMoE": "splits its output across tokens (a view to [2, T, keys]), so a token's experts "
+    "depend on the other tokens of the batch",
 }
 
 CONFIGS = {

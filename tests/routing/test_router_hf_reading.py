@@ -1,4 +1,4 @@
-"""``RouterConfig.from_hf`` and ``Router.load_hf``: what they accept, and what they refuse by name."""
+"""``RouterConfig.from_hf`` and ``Router.load_hf``: what they accept, what they refuse by name."""
 
 import importlib
 import json
@@ -68,7 +68,8 @@ def test_a_multimodal_configuration_leads_to_its_text_model():
 def test_an_unknown_model_type_is_refused_by_name():
     with pytest.raises(
         ConfigError,
-        match=r"expected a model_type among afmoe, .*, got 'bert'; try building a RouterConfig by hand",
+        match=r"expected a model_type among afmoe, .*, got 'bert'; try building a "
+        r"RouterConfig by hand",
     ):
         RouterConfig.from_hf({"model_type": "bert"})
 
@@ -83,7 +84,8 @@ def test_lists_per_layer_need_a_layer():
     assert RouterConfig.from_hf(values, layer=1).num_experts == 16
     with pytest.raises(
         ConfigError,
-        match=r"expected the layer whose num_experts is wanted, got None; try from_hf\(config, layer=0\)",
+        match=r"expected the layer whose num_experts is wanted, got None; try "
+        r"from_hf\(config, layer=0\)",
     ):
         RouterConfig.from_hf(values)
 
@@ -91,7 +93,8 @@ def test_lists_per_layer_need_a_layer():
 def test_weights_of_another_shape_are_refused():
     with pytest.raises(
         CheckpointError,
-        match=r"expected weight of shape \[4, 6\] in Linear, got \[5, 6\]; try RouterConfig.from_hf",
+        match=r"expected weight of shape \[4, 6\] in Linear, got \[5, 6\]; try "
+        r"RouterConfig.from_hf",
     ):
         build_router(RouterConfig(num_experts=4, top_k=1), 6).load_hf(nn.Linear(6, 5, bias=False))
 
@@ -100,7 +103,8 @@ def test_a_correction_bias_without_a_place_is_refused_not_dropped():
     router = build_router(RouterConfig(num_experts=4, top_k=1), 6)
     with pytest.raises(
         CheckpointError,
-        match=r"expected a router without controller.bias, got one that is not zero; try controller=",
+        match=r"expected a router without controller.bias, got one that is not zero; try "
+        r"controller=",
     ):
         router.load_hf(nn.Linear(6, 4, bias=False), selection_bias=torch.ones(4))
     held = build_router(RouterConfig(num_experts=4, top_k=1, controller=ControllerConfig()), 6)

@@ -254,7 +254,8 @@ def test_a_users_reader_reads_what_is_not_known(tmp_path):
     model = Theirs(lambda logits, weights, indices: {"where": indices, "how": weights})
     with pytest.raises(
         TraceError,
-        match=r"^mlp.gate \(Gate\): .*expected integer indices \[tokens, 2\] among its outputs, got \(dict\)",
+        match=r"^mlp.gate \(Gate\): .*expected integer indices \[tokens, 2\] among its outputs, "
+        r"got \(dict\)",
     ):
         run(model, tmp_path / "t")
     reader = lambda module, seen: (seen["output"]["how"], seen["output"]["where"])  # noqa: E731
@@ -316,7 +317,8 @@ def test_experts_without_a_known_router_are_named(tmp_path):
     both = nn.ModuleDict({"first": Theirs(lambda *triple: triple), "second": model})
     with pytest.raises(
         TraceError,
-        match=r"expected a router for each bank of experts, got none that is known beside 'second.mlp.experts'",
+        match=r"expected a router for each bank of experts, got none that is known beside "
+        r"'second.mlp.experts'",
     ):
         capture(both, tmp_path / "t")
     capture(both, tmp_path / "t", only="first")
@@ -334,7 +336,8 @@ def test_a_router_that_does_not_run_is_named(tmp_path):
     model = Half().eval()
     with pytest.raises(
         TraceError,
-        match=r"expected a decision from every router in a forward pass, got none from 'layers.1.router'",
+        match=r"expected a decision from every router in a forward pass, got none from "
+        r"'layers.1.router'",
     ):
         run_on(model, tmp_path / "t", torch.randn(2, 3, 16))
     run_on(model, tmp_path / "t", torch.randn(2, 3, 16), only=r"layers\.0\.")
@@ -361,7 +364,8 @@ def test_outputs_changed_in_place_are_noticed(tmp_path):
 
     with pytest.raises(
         TraceError,
-        match=r"expected the outputs of 'mlp.gate' to stay as they were returned, got outputs changed in place",
+        match=r"expected the outputs of 'mlp.gate' to stay as they were returned, got outputs "
+        r"changed in place",
     ):
         run(Rude(lambda *triple: triple), tmp_path / "t")
 

@@ -170,7 +170,8 @@ def test_searches_that_move_texts_between_rows_are_refused(model, tmp_path):
         search(model, tmp_path / "t", num_beams=3)
     with pytest.raises(
         TraceError,
-        match=r"expected generate\(\) without drafts under capture\(\), got prompt_lookup_num_tokens",
+        match=r"expected generate\(\) without drafts under capture\(\), got "
+        r"prompt_lookup_num_tokens",
     ):
         search(model, tmp_path / "t", prompt_lookup_num_tokens=2)
     assert "generate" not in model.__dict__

@@ -79,10 +79,14 @@ def test_the_expert_axis_is_never_guessed_from_the_ids(tmp_path):
 
 def test_a_configuration_tells_experts_and_picks_the_sparse_layers_out_of_all(tmp_path):
     config = {
-        "model_type": "deepseek_v3", "hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 4, "num_hidden_layers": 4,
-        "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 16, "n_routed_experts": EXPERTS, "num_experts_per_tok": SLOTS,
-        "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0, "q_lora_rank": None, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
+        "model_type": "deepseek_v3", "hidden_size": 8, "intermediate_size": 8,
+        "moe_intermediate_size": 4, "num_hidden_layers": 4,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 16,
+        "n_routed_experts": EXPERTS, "num_experts_per_tok": SLOTS,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0, "q_lora_rank": None, "kv_lora_rank": 4,
+        "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     array = routes(5, layers=4)
@@ -186,7 +190,8 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused_before_alloc
         )
     with pytest.raises(
         TraceError,
-        match=r"expected 32000000000000 bytes of data in huge.npy as its header says, got a file of \d+",
+        match=r"expected 32000000000000 bytes of data in huge.npy as its header says, got a "
+        r"file of \d+",
     ):
         import_trace("vllm", path, tmp_path / "t", num_experts=8)
 
@@ -245,7 +250,8 @@ def test_megatron_pipeline_stages_are_joined_to_one_model(tmp_path):
     megatron(tmp_path / "m", 1, {0: {1: array[:3, 1]}})
     with pytest.raises(
         TraceError,
-        match=r"router_trace_rank0.jsonl, step 0: expected the same tokens and slots in every layer",
+        match=r"router_trace_rank0.jsonl, step 0: expected the same tokens and slots in "
+        r"every layer",
     ):
         import_trace("megatron", tmp_path / "m", tmp_path / "t", num_experts=EXPERTS)
 
@@ -274,6 +280,7 @@ def test_ids_out_of_range_name_the_layer(tmp_path):
         import_trace("trtllm", tmp_path / "one.npy", tmp_path / "t", num_experts=EXPERTS)
     with pytest.raises(
         TraceError,
-        match="expected a source among vllm, sglang, trtllm, megatron, moe-atlas, stratamoe, counts, got 'hf'",
+        match="expected a source among vllm, sglang, trtllm, megatron, moe-atlas, stratamoe, "
+        "counts, got 'hf'",
     ):
         import_trace("hf", tmp_path / "one.npy", tmp_path / "t")

@@ -40,7 +40,10 @@ def test_published_counts_of_olmoe_and_mixtral_conserve(
 @pytest.mark.data
 def test_counts_that_were_summed_in_bf16_are_refused(data_dir, tmp_path):
     source = data_dir / "traces" / "qwen3_mgsm" / "qwen3_30b_a3b_mgsm_counts.npz"
-    message = r"^bn: expected the same sum of 8 x tokens in every layer, got \d+\.\.\d+ in 48 layers \(\d+ off 8 x \d+\)"
+    message = (
+        r"^bn: expected the same sum of 8 x tokens in every layer, got \d+\.\.\d+ in 48 "
+        r"layers \(\d+ off 8 x \d+\)"
+    )
     with pytest.raises(TraceError, match=message):
         import_trace("counts", source, tmp_path / "t", top_k=8)
     assert not (tmp_path / "t").exists()

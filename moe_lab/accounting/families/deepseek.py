@@ -80,7 +80,7 @@ axk1 = deepseek_v3.variant(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DeepSeek-V4
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
@@ -89,7 +89,7 @@ _USUAL_RATE = {CSA: 4, HCA: 128}
 
 
 def v4_types(f: Fields) -> list[str]:
-    """From ``compress_ratios``: 0 sliding window only, 4 compressed sparse, 128 heavily compressed."""
+    """From ``compress_ratios``: 0 sliding window, 4 compressed sparse, 128 heavily compressed."""
     if f.find("compress_ratios") is not None:
         ratios = f.numbers("compress_ratios")
         if unknown := sorted(set(ratios) - set(_BY_RATIO)):
@@ -191,7 +191,8 @@ def v4_shared(f: Fields) -> Pieces:
     if copies != 1:
         f.note(
             "n_shared_experts",
-            f"one shared expert (transformers builds one, the configuration has n_shared_experts = {copies})",
+            f"one shared expert (transformers builds one, the configuration has n_shared_experts "
+            f"= {copies})",
         )
     return formulas.gated_ffn(
         Part.SHARED, width(f), f.size("moe_intermediate_size"), f.flag("mlp_bias")
@@ -280,7 +281,7 @@ DOTS3_SLIDING = {
 
 
 def dots3_sliding(f: Fields) -> Mapping[int, Mapping[str, Any]]:
-    """Sliding layers have latent attention of their own sizes, in fields that begin with ``swa_``."""
+    """Sliding layers have latent attention of other sizes, in fields that begin with ``swa_``."""
     layers = [
         layer
         for layer, kind in enumerate(f.per_layer("layer_types"))

@@ -1,4 +1,4 @@
-"""Gemma 4 and Diffusion Gemma: experts beside a dense feed-forward, shared keys, per-layer embeddings."""
+"""Gemma 4 and Diffusion Gemma: experts beside a dense feed-forward, keys shared by layers."""
 
 from collections.abc import Mapping
 from typing import Any

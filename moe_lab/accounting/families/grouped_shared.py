@@ -158,7 +158,7 @@ def cross_layer_attention(f: Fields) -> Pieces:
 
 
 def gated_per_layer(f: Fields) -> Pieces:
-    """Laguna, Step-3.7: an output gate, and a number of heads that may differ from layer to layer."""
+    """Laguna, Step-3.7: an output gate, and a number of heads that may differ between layers."""
     varying = f.find("num_attention_heads_per_layer") is not None
     heads = f.size("num_attention_heads_per_layer" if varying else "num_attention_heads")
     kv, dim, d, bias = (

@@ -61,7 +61,7 @@ def doge_attention(f: Fields) -> Pieces:
 
 
 def doge_moe(f: Fields) -> Pieces:
-    """A dense feed-forward plus tiny experts of one hidden channel each, found by two product keys."""
+    """A dense feed-forward plus experts of one hidden channel each, chosen by two product keys."""
     d, (experts, run) = width(f), used(f)
     expert = (linear(Part.ROUTED, "down", d, 1), linear(Part.ROUTED, "up", 1, d))
     return (

@@ -1,4 +1,4 @@
-"""Hybrids of linear and full attention: Kimi Linear and K3, Ling 2.5 (bailing_hybrid), MiniMax-01."""
+"""Hybrids of linear and full attention: Kimi Linear, Kimi K3, Ling 2.5 and MiniMax-01."""
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture

@@ -38,7 +38,8 @@ def real_experts(f: Fields) -> tuple[int, int, ExpertsRun]:
         if zero:
             f.note(
                 K_E,
-                f"{mean:g} real experts per token on average (all {real + zero} experts equally loaded; set {K_E})",
+                f"{mean:g} real experts per token on average (all {real + zero} experts equally "
+                f"loaded; set {K_E})",
             )
     else:
         mean = f.number(K_E)
@@ -73,7 +74,7 @@ def twice(block: Block) -> Block:
 
 
 def index_once(f: Fields) -> Pieces:
-    """LongCat-2.0: the first attention block selects tokens, the second takes its selection over."""
+    """LongCat-2.0: the first attention block selects tokens, the second uses its selection."""
     dim = f.size("index_head_dim")
     pieces = formulas.indexer(width(f), f.size("q_lora_rank"), f.size("index_n_heads"), dim)
     return prefixed(
@@ -91,7 +92,8 @@ def dense_module(architecture: Architecture, f: Fields, index: int) -> Pieces:
     """LongCat's MTP module has one attention block and one dense feed-forward."""
     f.note(
         "mtp",
-        "an MTP module is one attention block, one dense feed-forward, three norms and a projection",
+        "an MTP module is one attention block, one dense feed-forward, three norms and a "
+        "projection",
     )
     return mtp_module(f, join(f.at(0), (mla(), dense(), norms(2))))
 

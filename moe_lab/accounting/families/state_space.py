@@ -100,7 +100,8 @@ def nemotron_module(architecture: Architecture, f: Fields, index: int) -> Pieces
     kinds = [str(kind) for kind in f.optional("mtp_layers_block_type", kinds)]
     f.note(
         "mtp",
-        f"an MTP module is {' and '.join(kinds)}, three norms and a projection (the form of DeepSeek-V3)",
+        f"an MTP module is {' and '.join(kinds)}, three norms and a projection (the form of "
+        f"DeepSeek-V3)",
     )
     own = {
         **f.values,

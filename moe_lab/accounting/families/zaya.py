@@ -56,7 +56,8 @@ def zaya_moe(f: Fields) -> Pieces:
     d, rank, (experts, run) = width(f), f.size("router_hidden_size"), used(f)
     f.note(
         "skip",
-        "no token takes the skip class (its share is learned; the published active parameters assume none)",
+        "no token takes the skip class (its share is learned; the published active parameters "
+        "assume none)",
     )
     state = (
         (vector(Part.ROUTER, "state_scale", rank),) if not f.mark(layer_types.first_only) else ()

@@ -25,7 +25,7 @@ def model_name(model: nn.Module) -> str:
 
 
 def model_hash(model: nn.Module) -> str:
-    """Hash of the configuration, or of the names and shapes of the parameters where there is none."""
+    """Hash of the configuration; without one, of the names and shapes of the parameters."""
     config = getattr(model, "config", None)
     if hasattr(config, "hash") and callable(config.hash):  # type: ignore[union-attr]
         return str(config.hash())  # type: ignore[union-attr]

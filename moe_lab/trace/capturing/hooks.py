@@ -148,7 +148,8 @@ class Hooks:
             if given is None or not isinstance(made, Tensor) or made.numel() != given.numel():
                 raise TraceError(
                     expected(
-                        f"an output of the size of its input from the experts of {self.sites[place].name!r}",
+                        f"an output of the size of its input from the experts of "
+                        f"{self.sites[place].name!r}",
                         "another",
                     )
                 )
@@ -173,7 +174,7 @@ class Hooks:
 
 
 def unchanged(running: Pass, sites: Sequence[Site]) -> None:
-    """Raise ``TraceError`` where the model wrote into what a router returned before the pass ended."""
+    """Raise ``TraceError`` where the model wrote into what a router returned during the pass."""
     for tensor, version, place in running.versions:
         with suppress(RuntimeError):
             if tensor._version != version:

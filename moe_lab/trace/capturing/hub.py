@@ -159,7 +159,8 @@ def load_pretrained(model_id: str | Path, loading: Loading) -> tuple[Any, Any]:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise TraceError(
-            f"cannot load {model_id}: {reason}; try a folder with config.json, weights and tokenizer"
+            f"cannot load {model_id}: {reason}; try a folder with config.json, weights "
+            f"and tokenizer"
         ) from error
     return (model if placed else model.to(loading.device)).eval(), tokenizer
 
@@ -207,7 +208,7 @@ def tokenized(corpus: Corpus, tokenizer: Any, max_tokens: int | None) -> list[To
 
 
 class Described:
-    """Class columns of a batch by the rules of ``moe_lab.text``, for a tokenizer of transformers."""
+    """Class columns of a batch by the rules of ``moe_lab.text``, for tokenizers of transformers."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         size = max(len(tokenizer), vocab_size)

@@ -1,5 +1,5 @@
-"""``Inputs``: token ids, padding mask, shape and cache of one forward pass, whatever the names under
-which a model takes them.
+"""``Inputs``: token ids, padding mask, shape and cache of one forward pass, under whatever names a
+model takes them.
 
 Shape letters: B batch, S sequence, T = B * S tokens.
 """

@@ -1,4 +1,4 @@
-"""``Site``: one router of a model, how its calls are read, and the checks that a reading fits it."""
+"""``Site``: one router of a model, how its calls are read, and whether a reading fits it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

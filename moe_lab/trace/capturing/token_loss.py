@@ -50,9 +50,8 @@ class TokenLoss:
         real_BS = real_BS.to(ids_BS.device)
         losses = torch.full((batch, length), float("nan"), device=ids_BS.device)
         with torch.no_grad():
-            for row in range(
-                batch
-            ):  # one row at a time: a batch of log-softmaxes over the vocabulary can be larger than the model
+            # One row at a time: the log-softmaxes of a batch can be larger than the model.
+            for row in range(batch):
                 nats = F.cross_entropy(
                     logits_BSV[row, :-1].float(), ids_BS[row, known + 1 :], reduction="none"
                 )
