@@ -135,8 +135,9 @@ print(ids)
 assert (ids["token_weighted"] >= ids["load_bound"] - 1e-9).all()
 
 # %% [markdown]
-# Then by place in the document. Any column of the token table can stand here: a domain, a language, a class of tokens. Intervals come from
-# resampling documents, because tokens of one document go together. (Band 0 is the first token, the same in every document: a lookup.)
+# Then by place in the document. Any column of the token table can stand here: a domain, a language,
+# a class of tokens. Intervals come from resampling documents, because tokens of one document go
+# together. (Band 0 is the first token, the same in every document: a lookup.)
 
 # %%
 bands = domain_specialisation(trace, "position_band", resamples=200)
@@ -169,4 +170,5 @@ assert same["overlap"].to_list() == [1.0, 1.0]
 assert float(change["bits"].to_list()[0]) < 0.2
 
 # %% [markdown]
-# `moe-lab report FOLDER` draws all of this on one page. What each number may and may not say is in `docs/analysis.md`.
+# `moe-lab report FOLDER` draws all of this on one page. What each number may and may not say is in
+# `docs/analysis.md`.

@@ -88,9 +88,9 @@ found = pl.concat(tables)
 print(found)
 
 # %% [markdown]
-# The raw correlation is positive in all three, also where the router spends *less* on hard tokens. Comparing tokens *of the same id*
-# recovers the known answer each time, and its sign. This is the headline number of `difficulty_association`; the raw one is never shown
-# alone.
+# The raw correlation is positive in all three, also where the router spends *less* on hard tokens.
+# Comparing tokens *of the same id* recovers the known answer each time, and its sign. This is the
+# headline number of `difficulty_association`; the raw one is never shown alone.
 
 # %%
 by_world = {row["world"]: row for row in found.to_dicts()}
@@ -116,7 +116,8 @@ row = difficulty_association(routed, difficulty="difficulty", details=True, resa
 documents = row["rho_token_hi"] - row["rho_token_lo"]
 naive = row["rho_token_naive_hi"] - row["rho_token_naive_lo"]
 print(
-    f"width of the interval from documents {documents:.4f}, naive {naive:.4f}: {documents / naive:.1f} times as wide"
+    f"width of the interval from documents {documents:.4f}, naive {naive:.4f}: "
+    f"{documents / naive:.1f} times as wide"
 )
 
 # %% [markdown]
@@ -173,8 +174,8 @@ print(
 )
 
 # %% [markdown]
-# The tool refuses to judge: the standard library has too few unseen documents for the rule of 200. That is an answer too. With the rule
-# relaxed it says what it would lean to.
+# The tool refuses to judge: the standard library has too few unseen documents for the rule of 200.
+# That is an answer too. With the rule relaxed it says what it would lean to.
 
 # %%
 leaning = difficulty_association(frame, difficulty="ngram_loss", resamples=500, min_documents=100)
@@ -187,5 +188,6 @@ assert np.isfinite(
 ).all()
 
 # %% [markdown]
-# `moe-lab difficulty RUN` does the same for any finished run or trace, adds the causal arm (what one more expert is worth, token by token),
-# and `moe-lab report RUN` draws it. The statistics are specified in `docs/difficulty.md`.
+# `moe-lab difficulty RUN` does the same for any finished run or trace, adds the causal arm (what
+# one more expert is worth, token by token), and `moe-lab report RUN` draws it. The statistics are
+# specified in `docs/difficulty.md`.

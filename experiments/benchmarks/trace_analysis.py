@@ -69,11 +69,17 @@ def write_trace(folder: Path, rows: int) -> None:
                 ].astype(np.float16)
                 size = len(row)
                 rows_of_layer = {
-                    "doc": doc, "pos": pos, "experts": ids, "weights": weights, "ffn_count": np.full(size, TOP_K, np.uint8),
-                    "zero_count": np.zeros(size, np.uint8), "gate_mass_ffn": weights.sum(axis=1, dtype=np.float32),
-                    "entropy": generator.random(size, dtype=np.float32), "margin": generator.random(size, dtype=np.float32),
+                    "doc": doc,
+                    "pos": pos,
+                    "experts": ids,
+                    "weights": weights,
+                    "ffn_count": np.full(size, TOP_K, np.uint8),
+                    "zero_count": np.zeros(size, np.uint8),
+                    "gate_mass_ffn": weights.sum(axis=1, dtype=np.float32),
+                    "entropy": generator.random(size, dtype=np.float32),
+                    "margin": generator.random(size, dtype=np.float32),
                     "dropped": np.zeros(size, np.uint8),
-                }  # fmt: skip
+                }
                 writer.write_rows(layer, rows_of_layer, np.bincount(ids.ravel(), minlength=EXPERTS))
 
 
@@ -152,13 +158,23 @@ def with_duckdb(folder: Path) -> dict[str, Callable[[], Any]]:
         f"read_parquet('{folder}/tokens/*.parquet')",
     )
     queries = {
-        "load": f"select sum(n) from (select layer, e, count(*) n from (select layer, unnest(experts) e from {routing}) group by all)",
-        "coactivation": "select sum(n) from (select layer, a, b, count(*) n from (select layer, a, unnest(experts) b from "
-        f"(select layer, experts, unnest(experts) a from {routing})) where a < b group by all)",
-        "vocabulary": "select sum(mean) from (select layer, avg(top / n) mean from (select layer, token_id, max(c) top from "
-        "(select layer, token_id, e, count(*) c from (select layer, token_id, unnest(experts) e from "
-        f"{routing} r join {tokens} t on r.doc = t.doc and r.pos = t.pos) group by all) group by all) "
-        f"join (select token_id, count(*) n from {tokens} group by all) using (token_id) group by layer)",
+        "load": f"""
+            select sum(n) from (select layer, e, count(*) n
+            from (select layer, unnest(experts) e from {routing}) group by all)""",
+        "coactivation": f"""
+            select sum(n) from (select layer, a, b, count(*) n
+            from (select layer, a, unnest(experts) b
+            from (select layer, experts, unnest(experts) a from {routing}))
+            where a < b group by all)""",
+        "vocabulary": f"""
+            select sum(mean) from (select layer, avg(top / n) mean
+            from (select layer, token_id, max(c) top
+            from (select layer, token_id, e, count(*) c
+            from (select layer, token_id, unnest(experts) e
+            from {routing} r join {tokens} t on r.doc = t.doc and r.pos = t.pos)
+            group by all) group by all)
+            join (select token_id, count(*) n from {tokens} group by all) using (token_id)
+            group by layer)""",
     }
     return {
         name: lambda query=query: connection.execute(query).fetchall()[0][0]
@@ -214,7 +230,8 @@ def main() -> None:
         write_trace(folder, args.rows)
         size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
         print(
-            f"{args.rows * args.times:,} rows, {size / args.rows / TOP_K:.2f} bytes per slot, {THREADS} threads"
+            f"{args.rows * args.times:,} rows, {size / args.rows / TOP_K:.2f} bytes per slot, "
+            f"{THREADS} threads"
         )
         if args.times > 1:
             link_trace(folder, Path(scratch) / "linked", args.times)
@@ -239,7 +256,8 @@ def main() -> None:
                 memory = max(run["gigabytes"] for run in runs)
                 ratio = statistics.median(ratios)
                 print(
-                    f"{analysis:13} {engine:8} {seconds:8.2f} s  {memory:6.2f} GB  {ratio:6.2f} of {args.engines[0]}",
+                    f"{analysis:13} {engine:8} {seconds:8.2f} s  {memory:6.2f} GB  {ratio:6.2f} "
+                    f"of {args.engines[0]}",
                     flush=True,
                 )
                 rows.append(

@@ -69,7 +69,8 @@ def first_choices(layer: LayerMeta, batch: Slots) -> Ids:
     flat = weights.explode(empty_as_null=False).cast(pl.Float32).to_numpy()
     if len(flat) != used_TK.sum() or not np.isfinite(flat).all():
         raise TraceError(
-            f"layer {layer.layer}: expected one finite weight for each expert id, got others; try open_trace(...).check()"
+            f"layer {layer.layer}: expected one finite weight for each expert id, "
+            "got others; try open_trace(...).check()"
         )
     weights_TK = np.full(batch.ids.shape, -np.inf, dtype=np.float32)
     weights_TK[used_TK] = flat

@@ -75,8 +75,8 @@ def ffn_spread(
           / (N+Z-1))`` with p = mean / K: the two groups keep their measured shares, experts within
           a group are alike.
         * ``independent_sd``: every expert keeps its measured load and nothing else (conditional
-          Bernoulli sampling, see ``analysis.conditional_bernoulli``). Skewed loads spread less than even ones,
-          so this is the benchmark that ``sd`` must exceed.
+          Bernoulli sampling, see ``analysis.conditional_bernoulli``). Skewed loads spread less than
+          even ones, so this is the benchmark that ``sd`` must exceed.
 
         The benchmarks are null in a layer where some token used fewer than K slots: there the
         number of slots is itself the router's choice. Without zero-compute experts they are 0.

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(
         parser,
         None,
-        "folder of the tables (default: difficulty in the run's folder, <trace>-difficulty beside a trace)",
+        "folder of the tables (default: difficulty in the run's folder, <trace>-difficulty "
+        "beside a trace)",
     )
     add_seed(parser)
     add_device(parser)
@@ -186,6 +187,7 @@ def _print(tables: "dict[str, pl.DataFrame]") -> None:
         if "gain" in tables:
             row = tables["gain"].row(0, named=True)
             print(
-                f"marginal gain: rank correlation with ffn_count within ids {row['rho_token'] or 0:+.3f} ({row['verdict']})"
+                "marginal gain: rank correlation with ffn_count within ids "
+                f"{row['rho_token'] or 0:+.3f} ({row['verdict']})"
             )
             print(tables["regret"])

@@ -58,7 +58,8 @@ def main(args: argparse.Namespace) -> int:
     print(f"cores      {findings['cores']}")
     print(f"experts    {findings['experts']}")
     print(
-        f"browser    {findings['browser'] or 'none found (page tests and static figures need chromium)'}"
+        "browser    "
+        f"{findings['browser'] or 'none found (page tests and static figures need chromium)'}"
     )
     print(f"corpus     {findings['corpus']}")
     return 0
@@ -124,4 +125,5 @@ def _corpus() -> str:
     except CorpusError as error:
         return f"none: {error}"
     megabytes = sum(len(document.text) for document in corpus.documents) / 1e6
-    return f"stdlib: {len(corpus.documents)} documents, {megabytes:.1f} M characters, hash {corpus.hash[:12]}"
+    size = f"{len(corpus.documents)} documents, {megabytes:.1f} M characters"
+    return f"stdlib: {size}, hash {corpus.hash[:12]}"

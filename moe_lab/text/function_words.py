@@ -9,21 +9,27 @@ import numpy as np
 RIGHT_QUOTE = 0x2019
 
 _CLOSED_CLASSES = {
-    "articles and determiners": "a an the this that these those each every either neither both all any some no another such enough",
+    "articles and determiners": "a an the this that these those each every either neither both "
+    "all any some no another such enough",
     "quantifiers": "many much more most few fewer less least several",
     "personal pronouns": "i me you he him she her it we us they them",
     "possessives": "my mine your yours his hers its our ours their theirs",
     "reflexives": "myself yourself himself herself itself ourselves yourselves themselves oneself",
-    "indefinite pronouns": "one none nobody nothing someone somebody something anyone anybody anything everyone everybody everything",
+    "indefinite pronouns": "one none nobody nothing someone somebody something anyone anybody "
+    "anything everyone everybody everything",
     "question and relative words": "who whom whose which what when where why how whether",
     "auxiliaries": "be am is are was were been being have has had having do does did doing done",
     "modals": "can could may might must shall should will would ought",
-    "contractions of auxiliaries": "i'm i've i'd i'll you're you've you'd you'll he's he'd he'll she's she'd she'll it's it'd it'll "
+    "contractions of auxiliaries": "i'm i've i'd i'll you're you've you'd you'll he's he'd he'll "
+    "she's she'd she'll it's it'd it'll "
     "we're we've we'd we'll they're they've they'd they'll that's there's what's who's let's",
-    "negation": "not never nor cannot isn't aren't wasn't weren't don't doesn't didn't haven't hasn't hadn't can't couldn't won't wouldn't "
+    "negation": "not never nor cannot isn't aren't wasn't weren't don't doesn't didn't haven't "
+    "hasn't hadn't can't couldn't won't wouldn't "
     "shouldn't mustn't ain't",
-    "prepositions": "of in on at to from by with without within into onto upon for about above below under over between among against "
-    "across after before behind beside besides beyond during except inside outside near off out since through throughout toward towards "
+    "prepositions": "of in on at to from by with without within into onto upon for about above "
+    "below under over between among against "
+    "across after before behind beside besides beyond during except inside outside near off out "
+    "since through throughout toward towards "
     "until till up down via per as like than",
     "conjunctions": "and or but so yet if because although though unless while whereas once lest",
     "adverbs of place and time that stand for a phrase": "there here then",

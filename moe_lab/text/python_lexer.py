@@ -97,7 +97,7 @@ LAYOUT_TYPES = frozenset({tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokeniz
 
 
 class Lexeme(NamedTuple):
-    """One token of ``tokenize``: its type, its text, and its place as (row from 1, column) pairs."""
+    """One token of ``tokenize``: type, text, and place as (row from 1, column) pairs."""
 
     type: int
     string: str

@@ -76,7 +76,7 @@ class TextConfig(Config):
         """
         corpus = load_corpus(self.corpus, self.text_column)
         if self.corpus_hash not in (None, corpus.hash):
-            hint = "the text and the Python version this configuration was made with, or corpus_hash=None"
+            hint = "the text and Python version of this configuration, or corpus_hash=None"
             raise CorpusError(
                 expected(
                     f"the corpus with content hash {self.corpus_hash}",
@@ -212,7 +212,7 @@ def load_tokens(config: TextConfig, cache_dir: Path | str | None = None) -> Toke
 
 
 def _cache_key(config: TextConfig) -> str:
-    """Where the text came from is left out: the same documents are the same tokens in any folder."""
+    """The path of the text is left out: the same documents are the same tokens in any folder."""
     values = config.to_dict()
     return content_hash(
         {

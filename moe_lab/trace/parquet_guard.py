@@ -101,7 +101,8 @@ def _check_groups(
         columns, group_rows = _structs(group, 1), _integer(group, 3)
         if len(columns) != leaves or not 0 <= group_rows <= rows:
             raise _ForgedError(
-                f"a row group of {group_rows} rows and {len(columns)} columns, where there are {rows} and {leaves}"
+                f"a row group of {group_rows} rows and {len(columns)} columns, where there are "
+                f"{rows} and {leaves}"
             )
         total += group_rows
         for column in columns:

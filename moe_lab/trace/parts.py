@@ -1,4 +1,4 @@
-"""The files of a trace: each Parquet part and ``meta.json`` is written, measured and listed here."""
+"""The files of a trace: writes, measures and lists Parquet parts and ``meta.json``."""
 
 import zlib
 from collections.abc import Mapping

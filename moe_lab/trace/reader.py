@@ -274,7 +274,7 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
 
 
 def document_runs(frames: Iterable[pl.DataFrame]) -> bool:
-    """Whether each document's rows stand together and its positions rise, judged from doc and pos."""
+    """Whether each document's rows stand together and its positions rise, from doc and pos."""
     seen: list[np.ndarray] = []
     last_doc, last_pos = -1, -1
     for frame in frames:

@@ -136,5 +136,6 @@ def _finished(path: Path) -> set[int]:
         return set()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TraceError(
-            f"expected {path} to list finished documents, got {type(error).__name__}; try removing the folder"
+            f"expected {path} to list finished documents, "
+            f"got {type(error).__name__}; try removing the folder"
         ) from error

@@ -114,8 +114,8 @@ def slot_rows(
         rows["entropy"], rows["margin"] = (_numpy(column).astype(np.float32) for column in spread())
         if not np.isfinite(rows["entropy"]).all() or np.isnan(rows["margin"]).any():
             raise TraceError(
-                where
-                + "expected finite router scores, got NaN or infinity; try lowering the learning rate"
+                where + "expected finite router scores, "
+                "got NaN or infinity; try lowering the learning rate"
             )
     rows["experts"], compact_weights = _compact(layer, ids, weights, used)
     if compact_weights is not None:
@@ -151,7 +151,7 @@ def routing_frame(rows: Rows) -> pl.DataFrame:
 
 
 def rows_of(layer: LayerMeta, batch: pl.DataFrame, offset: int = 0) -> Rows:
-    """The rows of a routing table: the inverse of ``routing_frame``; documents are shifted by ``offset``."""
+    """The inverse of ``routing_frame``; documents are shifted by ``offset``."""
     lengths = batch["experts"].list.len().to_numpy()
     rows = {
         name: batch[name].to_numpy()

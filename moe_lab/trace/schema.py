@@ -1,9 +1,11 @@
 """What a trace looks like on disk: columns, metadata, and the limits that a reader holds untrusted
 files to.
 
-    <folder>/meta.json                              TraceMeta, "complete", and one entry per Parquet file (rows, slots, bytes, crc32)
-    <folder>/tokens/part-00000.parquet              one row per token: doc, pos, token_id, loss, and any further columns
-    <folder>/routing/layer=3/part-00000.parquet     one row per token: what layer 3 decided; the layer is in the path (hive partitioning)
+    meta.json                           TraceMeta, "complete", and one entry per Parquet file: rows,
+                                        slots, bytes, crc32
+    tokens/part-00000.parquet           one row per token: doc, pos, token_id, loss, further columns
+    routing/layer=3/part-00000.parquet  one row per token: what layer 3 decided; the layer is in the
+                                        path (hive partitioning)
 
 A row of ``routing`` lists the slots that ran something, in slot order: ``experts`` holds ids
 (zero-compute ones from ``num_experts`` on), ``weights`` the gate weight of each. Unused and dropped

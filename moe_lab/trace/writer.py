@@ -296,7 +296,8 @@ class TraceWriter:
             )
         except pl.exceptions.PolarsError as error:
             raise TraceError(
-                "expected doc, pos and token_id as integers from 0 to 4294967295 and loss as a number, got others"
+                "expected doc, pos and token_id as integers from 0 to 4294967295 and loss as a "
+                "number, got others"
             ) from error
         frame = frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
         if self._token_schema is None:
@@ -405,7 +406,8 @@ class TraceWriter:
                 )
             if table.keys != reference.keys:
                 raise TraceError(
-                    f"layer {number}: expected the same (doc, pos) pairs as in {reference.name}, got others"
+                    f"layer {number}: expected the same (doc, pos) pairs as in {reference.name}, "
+                    "got others"
                 )
 
     def _write_meta(self, complete: bool) -> None:

@@ -84,9 +84,10 @@ def test_the_interval_is_as_wide_as_the_spread_of_document_means(make_trace):
     generator = np.random.default_rng(1)
     level = generator.integers(0, 5, 40)
     doc = np.repeat(np.arange(40), 50)
-    (row,) = class_profile(
-        make_trace(ids_with(level[doc]), 4, 4, doc=doc, pos=np.arange(2000) % 50 + 1, kind="a"), "kind", resamples=4000
-    ).filter(pl.col("layer") == 0).rows(named=True)  # fmt: skip
+    pos = np.arange(2000) % 50 + 1
+    trace = make_trace(ids_with(level[doc]), 4, 4, doc=doc, pos=pos, kind="a")
+    table = class_profile(trace, "kind", resamples=4000).filter(pl.col("layer") == 0)
+    (row,) = table.rows(named=True)
     assert row["mean"] == pytest.approx(level.mean())
     assert (row["hi"] - row["lo"]) / 2 == pytest.approx(1.96 * level.std() / np.sqrt(40), rel=0.08)
 

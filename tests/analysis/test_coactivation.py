@@ -31,7 +31,7 @@ def test_every_pair_of_a_token_counts_once(make_trace, draw, tokens, experts, da
 
 
 def test_shares_and_lift_have_their_plain_meaning(make_trace):
-    """Expert 0 runs on all 4 tokens, with 1 on three of them and with 2 on one; expert 3 is dead."""
+    """Expert 0 runs on 4 tokens, with 1 on three of them and with 2 on one; 3 is dead."""
     pairs = coactivation(make_trace([[0, 1], [1, 0], [0, 1], [2, 0]], 4))
     (row,) = pairs.filter(pl.col("expert_a") == 0, pl.col("expert_b") == 1).rows(named=True)
     assert (row["count"], row["given_a"], row["given_b"]) == (3, 0.75, 1.0)

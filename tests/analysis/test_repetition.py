@@ -80,7 +80,7 @@ def test_without_a_next_expert_there_is_no_margin(make_trace):
 
 
 def test_zero_compute_slots_and_polarisation(make_trace):
-    """Two slots over two real and two zero-compute experts: 2, 2, 0 and 1 real ones, three times."""
+    """Two slots over two real and two zero-compute experts: 2, 2, 0 and 1 real ones."""
     ids = [[0, 1], [1, 0], [2, 3], [0, 2]] * 3
     trace = make_trace(ids, 2, 2, doc=np.arange(12) // 2, pos=[0, 1] * 6)
     (row,) = zero_compute(trace).rows(named=True)

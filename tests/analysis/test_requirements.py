@@ -49,7 +49,7 @@ def test_counts_are_no_tokens(name: str, tmp_path: Path) -> None:
     trace = trace_of(tmp_path / "counts", per_token=False)
     with pytest.raises(
         AnalysisError,
-        match=f"expected a trace of tokens for {name}, got one that holds only counts; try expert_load",
+        match=f"expected a trace of tokens for {name}, got one that holds only counts",
     ):
         getattr(analysis, name)(trace)
     assert analysis.load_summary(trace).height == 2

@@ -26,9 +26,18 @@ def class_at(source, name, piece):
 
 @pytest.mark.parametrize(
     ("piece", "expected"),
-    [("/* say */", "comment"), ("return", "keyword"), ("12", "number"), ("a b", "string_body"), ("{", "bracket"), ("+", "operator"),
-     (";", "delimiter"), ("main", "name_def"), ("\r\n", "newline_indent")],
-)  # fmt: skip
+    [
+        ("/* say */", "comment"),
+        ("return", "keyword"),
+        ("12", "number"),
+        ("a b", "string_body"),
+        ("{", "bracket"),
+        ("+", "operator"),
+        (";", "delimiter"),
+        ("main", "name_def"),
+        ("\r\n", "newline_indent"),
+    ],
+)
 def test_c_is_classed_by_its_grammar(piece, expected):
     assert class_at(C_SOURCE, "dir/x.c", piece) == expected
 

@@ -239,7 +239,8 @@ def test_case_does_not_look_at_the_neighbours():
         (("It", " is", " on", "."), "first_in_document inside before_punct inside"),
         (
             ("One", ".", " Two", "?\n", "Three", "…", " x"),
-            "first_in_document inside sentence_initial inside after_newline inside sentence_initial",
+            "first_in_document inside sentence_initial inside after_newline inside "
+            "sentence_initial",
         ),
         (("a", "\n", "    ", "b"), "first_in_document inside after_newline inside"),
         (("x", ".", "y", " ", "z"), "first_in_document inside inside inside inside"),
@@ -416,7 +417,7 @@ def test_counts_of_another_vocabulary_are_told():
     document, tokenizer = cut("a", "b")
     with pytest.raises(
         CorpusError,
-        match=r"expected reference counts of 257 ids, got shape \(5,\); try TokenizedText.counts\(\)",
+        match=r"expected reference counts of 257 ids, got shape \(5,\)",
     ):
         token_classes(document, tokenizer, np.zeros(5, dtype=np.int64))
 

@@ -117,7 +117,7 @@ def test_changed_corpus_is_told_where_the_hash_is_set_and_built_anew_where_not(
     old = load_tokens(config, cache)
     (corpus / "00.py").write_text("changed = True\n")
     assert load_tokens(config, cache).config.corpus_hash != old.config.corpus_hash
-    message = rf"expected the corpus with content hash {resolved.corpus_hash}, got \w{{12}} in .*corpus; try .* or corpus_hash=None"
+    message = rf"expected the corpus with content hash {resolved.corpus_hash}, got \w{{12}} in .*"
     with pytest.raises(CorpusError, match=message):
         load_tokens(resolved, tmp_path / "other cache")
     with pytest.raises(CorpusError, match=message):
@@ -211,7 +211,7 @@ def test_one_document_is_told_that_it_cannot_be_split(tmp_path, cache):
     (tmp_path / "one.txt").write_text("alpha " * 100)
     with pytest.raises(
         CorpusError,
-        match=r"expected at least 3 documents to split .*, got 1 in .*one.txt; try a folder of several files",
+        match=r"expected at least 3 documents to split .*, got 1 in .*one.txt",
     ):
         load_tokens(TextConfig(corpus=str(tmp_path / "one.txt")), cache)
 

@@ -36,7 +36,8 @@ meta = json.loads((folder / "meta.json").read_text())
 
 
 def heads(data):  # where columns and pages begin: zstd frames follow their headers
-    return [max(at - 30, 4) for at in range(len(data) - 4) if data[at : at + 4] == bytes([0x28, 0xB5, 0x2F, 0xFD])]
+    frame = bytes([0x28, 0xB5, 0x2F, 0xFD])
+    return [max(at - 30, 4) for at in range(len(data) - 4) if data[at : at + 4] == frame]
 
 outcomes = {}
 for seed in range(mutations):
@@ -46,9 +47,13 @@ for seed in range(mutations):
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     for _ in range(random.choice([1, 1, 2, 4])):
         place = random.choice(["head", "head", "footer", "anywhere"])
-        at = {"head": random.choice(heads(pristine[name])) + random.randrange(34), "footer": random.randrange(footer, len(data)),
-              "anywhere": random.randrange(len(data))}[place]
-        data[min(at, len(data) - 1)] = random.choice([0, 1, 127, 128, 254, 255, random.randrange(256)])
+        at = {
+            "head": random.choice(heads(pristine[name])) + random.randrange(34),
+            "footer": random.randrange(footer, len(data)),
+            "anywhere": random.randrange(len(data)),
+        }[place]
+        value = random.choice([0, 1, 127, 128, 254, 255, random.randrange(256)])
+        data[min(at, len(data) - 1)] = value
     if seed % 25 == 0:
         del data[random.randrange(len(data)) :]
     (folder / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""Parquet whose headers lie: the guard refuses what no rows could hold, before a decoder sees it."""
+"""Parquet whose headers lie: the guard refuses what no rows could hold."""
 
 import polars as pl
 import pytest

@@ -192,7 +192,8 @@ def test_keys_of_other_tokens_are_refused(folder):
     forge(folder, ROUTING, lambda frame: frame.with_columns(pl.col("doc") + 1))
     refused(
         folder,
-        r"layer 1: expected the same 200 tokens as the rest of the trace, got other \(doc, pos\) pairs",
+        r"layer 1: expected the same 200 tokens as the rest of the trace, "
+        r"got other \(doc, pos\) pairs",
     )
 
 
@@ -242,7 +243,8 @@ def test_a_truncated_file_is_refused(folder, kept):
     (folder / ROUTING).write_bytes(data[:kept])
     refused(
         folder,
-        rf"{ROUTING}: expected {len(data)} bytes as written, got \d+ bytes \(damaged\); try writing the trace again",
+        rf"{ROUTING}: expected {len(data)} bytes as written, "
+        rf"got \d+ bytes \(damaged\); try writing the trace again",
     )
 
 
@@ -282,7 +284,8 @@ def test_a_missing_file_and_an_unlisted_one_are_refused(folder):
     shutil.copy(folder / "routing/layer=1/part-00007.parquet", folder / ROUTING)
     refused(
         folder,
-        r"expected only the files listed in meta.json, got also 'routing/layer=1/part-00007.parquet'; try removing it",
+        r"expected only the files listed in meta.json, "
+        r"got also 'routing/layer=1/part-00007.parquet'; try removing it",
     )
 
 
@@ -364,7 +367,8 @@ def test_metadata_text_is_kept_as_it_is(folder):
 def test_a_folder_without_a_trace_is_refused(tmp_path):
     refused(
         tmp_path,
-        "expected a trace at .*, got a folder without meta.json; try the folder that holds meta.json",
+        "expected a trace at .*, "
+        "got a folder without meta.json; try the folder that holds meta.json",
     )
     refused(
         tmp_path / "none",

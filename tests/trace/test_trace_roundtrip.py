@@ -244,7 +244,7 @@ def test_an_error_leaves_a_readable_incomplete_trace_and_no_complete_one(tmp_pat
         write_by(tmp_path / "t", [(0, 4, 0, 2), (1, 4, 0, 2)], route(9), interrupt)
     with pytest.raises(
         TraceError,
-        match=r"expected a trace at .*t, got nothing; try .*t.incomplete with allow_incomplete=True",
+        match=r"expected a trace at .*t, got nothing",
     ):
         open_trace(tmp_path / "t")
     rest = tmp_path / ("t" + INCOMPLETE_SUFFIX)
@@ -294,7 +294,7 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     with (
         pytest.raises(
             TraceError,
-            match=r"expected a new folder or an older trace at .*, got something else; try another path",
+            match=r"expected a new folder or an older trace at .*, got something else",
         ),
         TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))),
     ):
@@ -486,7 +486,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     fill_up = lambda _writer: monkeypatch.setattr(pl.DataFrame, "write_parquet", full)  # noqa: E731
     with pytest.raises(
         TraceError,
-        match=r"cannot write .*/t: .*No space left on device.*; try another folder or free some space",
+        match=r"cannot write .*/t: .*No space left on device.*",
     ):
         write_by(tmp_path / "t", [(0, 4, 0, 2)], route(2), fill_up)
     assert not (tmp_path / "t").exists()

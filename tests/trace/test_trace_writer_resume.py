@@ -88,7 +88,7 @@ def test_resuming_the_trace_of_another_model_is_refused_and_keeps_it(tmp_path):
     with (
         pytest.raises(
             TraceError,
-            match=r"expected an interrupted trace of the same model at .*, got another; try removing it",
+            match=r"expected an interrupted trace of the same model at .*, got another",
         ),
         TraceWriter(tmp_path / "t", META.replace(model="other"), resume=True),
     ):
@@ -120,7 +120,7 @@ def test_a_killed_writer_leaves_a_readable_trace_that_can_be_resumed(tmp_path):
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     with pytest.raises(
         TraceError,
-        match=r"expected a trace at .*t, got nothing; try .*t.incomplete with allow_incomplete=True",
+        match=r"expected a trace at .*t, got nothing",
     ):
         open_trace(tmp_path / "t")
     rest = open_trace(tmp_path / "t.incomplete", allow_incomplete=True)
@@ -151,7 +151,7 @@ def test_a_full_disk_names_the_folder_and_leaves_what_fitted(tmp_path, monkeypat
     with (  # noqa: PT012
         pytest.raises(
             TraceError,
-            match=r"cannot write .*: .*No space left on device; try another folder or free some space",
+            match=r"cannot write .*: .*No space left on device",
         ),
         TraceWriter(tmp_path / "t", META, rows_per_part=LENGTH) as writer,
     ):

@@ -207,7 +207,7 @@ def _conditioned(pairing: Pairing, shuffles: int, seed: int) -> tuple[Ints, list
 
 
 def conditional_information(group: Ints, x: Ints, y: Ints) -> float:
-    """``I(x; y | group)`` in nats from counts, with Miller's and Madow's correction in each group."""
+    """``I(x; y | group)`` in nats from counts, with the Miller-Madow correction in each group."""
     width, depth = int(x.max()) + 1, int(y.max()) + 1
     size = int(group.max()) + 1
     table = np.bincount((group * width + x) * depth + y, minlength=size * width * depth).reshape(

@@ -117,7 +117,8 @@ def _obstacle(evidence: Evidence, min_documents: int) -> tuple[DifficultyVerdict
     if evidence.difficulty_by_id:
         return (
             inconclusive,
-            "difficulty is a function of the token id here, so within an id there is nothing to follow",
+            "difficulty is a function of the token id here, so within an id there is nothing to "
+            "follow",
         )
     if evidence.compute_by_id:
         return _by_identity(evidence)
@@ -147,7 +148,8 @@ def _material(evidence: Evidence, direction: int, margin: float) -> tuple[Diffic
     if lexer is not None and lexer.inside(margin):
         return (
             DifficultyVerdict.IDENTITY,
-            "once the lexer class of the token is held fixed beside its id, nothing material is left",
+            "once the lexer class of the token is held fixed beside its id, nothing material is "
+            "left",
         )
     if lexer is not None and lexer.beyond(margin) != direction:
         return (
@@ -174,7 +176,8 @@ def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
     if not moving.height:
         return (
             static,
-            "Every token of every layer runs the same number of real experts, so nothing can follow difficulty.",
+            "Every token of every layer runs the same number of real experts, so nothing can "
+            "follow difficulty.",
         )
     found = Counter(moving["verdict"].to_list())
     verdict = next(iter(found)) if len(found) == 1 else "mixed"
@@ -190,7 +193,9 @@ def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
         else f" (95 % interval {row['rho_token_lo']:+.3f} to {row['rho_token_hi']:+.3f})"
     )
     return verdict, (
-        f"Of {moving.height} pairs of layer and alignment: {counts}. The strongest rank correlation of ffn_count with difficulty within "
-        f"token ids is {row['rho_token']:+.3f}{ends}, at {where}, where the raw one is {row['rho_raw']:+.3f}; within ±{MARGIN:g} is "
+        f"Of {moving.height} pairs of layer and alignment: {counts}. The strongest rank "
+        "correlation of ffn_count with difficulty within "
+        f"token ids is {row['rho_token']:+.3f}{ends}, at {where}, where the raw one is "
+        f"{row['rho_raw']:+.3f}; within ±{MARGIN:g} is "
         f"immaterial. {row['n_tokens']:,} tokens of {row['n_docs']} documents; {row['note']}."
     )

@@ -106,7 +106,7 @@ def trace_surprisal(trace: Trace, seed: int = 0, folds: int = 2) -> pl.DataFrame
 
 
 def learnability(losses: NDArray, fall: float = FALL) -> NDArray[np.uint8]:
-    """[T] index into ``LEARNABILITY``: how the loss of each token moved while a reference model learnt.
+    """[T] index into ``LEARNABILITY``: how each token's loss moved while a reference model learnt.
 
     The four classes of Rho-1 (arXiv 2404.07965, section 2.1 and appendix D.1) from [T, C] losses at
     C checkpoints, evenly spaced. A token that was hard and stayed hard is likely noise, and a good

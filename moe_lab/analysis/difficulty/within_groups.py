@@ -60,7 +60,7 @@ class Within:
         return 1 / np.sqrt(np.maximum(1 - leverage, MIN_FREEDOM))
 
     def residual(self, values: Floats) -> Floats:
-        """[n] values less what the groups explain; exactly 0 where a token is alone in its group."""
+        """[n] values less what the groups explain; 0 where a token is alone in its group."""
         code, count = self.codes[0], self.counts[0]
         if len(self.codes) == 1:
             left = values - (_sums(code, values, count) / np.maximum(count, 1))[code]

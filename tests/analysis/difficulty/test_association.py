@@ -351,12 +351,13 @@ def test_other_notions_of_compute_are_columns(routed):
 def test_what_cannot_be_computed_is_refused_in_one_sentence(routed):
     with pytest.raises(
         AnalysisError,
-        match=r"expected a frame with columns layer, doc, pos, token_id, ffn_count, hard, got none named hard",
+        match=r"expected a frame with columns layer, doc, pos, token_id, ffn_count, hard, "
+        r"got none named hard",
     ):
         difficulty_association(routed, "hard")
     with pytest.raises(
         AnalysisError,
-        match=r"layer 2: expected each \(doc, pos\) once, got repeated ones; try one phase at a time",
+        match=r"layer 2: expected each \(doc, pos\) once, got repeated ones",
     ):
         difficulty_association(pl.concat([routed, routed]), "difficulty")
     with pytest.raises(AnalysisError, match=r"expected numbers, got String in column 'difficulty'"):

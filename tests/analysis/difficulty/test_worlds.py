@@ -140,6 +140,7 @@ def test_a_world_of_classes_needs_classes():
     tokens = simulate_corpus(Corpus(documents=3, tokens=80), seed=0)
     with pytest.raises(
         AnalysisError,
-        match=r"expected a column lexer for a router that looks at classes, got doc, pos, token_id, difficulty",
+        match=r"expected a column lexer for a router that looks at classes, "
+        r"got doc, pos, token_id, difficulty",
     ):
         simulate_router(tokens, WORLDS["C"], "difficulty", 0)
