@@ -9,13 +9,13 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from reprlib import repr as short
 from typing import Any, Self, TypeVar
 
 from moe_lab.errors import ConfigError, expected
-from moe_lab.files import canonical_json, content_hash, digest
+from moe_lab.files import content_hash
 
 
 def require(condition: bool, what: str, got: object, hint: str = "") -> None:
@@ -81,35 +81,6 @@ class Config:
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-
-def hashes(configs: Sequence[Config]) -> tuple[str, ...]:
-    """The ``hash`` of each.
-
-    Thousands of runs share a few models and texts: an object that several configurations hold is
-    encoded once.
-    """
-    known: dict[int, str] = {}
-
-    def encoded(value: Any) -> str:
-        if type(value) in _PLAIN:
-            return canonical_json(value)
-        if id(value) not in known:
-            known[id(value)] = canonical_json(_plain(value))
-        return known[id(value)]
-
-    found = []
-    for config in configs:
-        if type(config).to_dict is not Config.to_dict:  # it writes itself in its own way
-            found.append(config.hash())
-            continue
-        parts = {name: encoded(getattr(config, name)) for name in config.written()} | {
-            "class": canonical_json(type(config).__name__)
-        }
-        found.append(
-            digest("{" + ",".join(f'"{name}":{parts[name]}' for name in sorted(parts)) + "}")
-        )
-    return tuple(found)
 
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})

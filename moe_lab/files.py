@@ -1,5 +1,4 @@
-"""Writing without half-written files: everything goes to a temporary name beside its target and is
-renamed.
+"""Writing without half-written files: each goes to a temporary name beside its target, then is renamed.
 
 A reader therefore sees the old file, the new file, or none. `kill -9` leaves at most a ``.tmp-*``
 file, which nothing reads.
@@ -23,9 +22,7 @@ _PART = re.compile(r"[A-Za-z0-9._=-]+")
 
 @contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; rename it to ``target`` when the block ends without
-    an error.
-    """
+    """Yield a temporary path beside ``target``, renamed to it if the block ends without an error."""
     target = Path(target)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
     try:
@@ -35,14 +32,17 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}; try another folder or free some space"
-        ) from error
+        raise StorageError(cannot_write(target, error)) from error
     finally:
-        with suppress(
-            OSError
-        ):  # the folder itself may be what could not be made; the first error is the one to tell
+        with suppress(OSError):  # the folder itself may be what could not be made
             temporary.unlink(missing_ok=True)
+
+
+def cannot_write(target: Path | str, error: OSError) -> str:
+    """The message of every file that could not be written."""
+    return (
+        f"cannot write {target}: {error.strerror or error}; try another folder or free some space"
+    )
 
 
 def check_name(name: str, source: Path | str) -> str:
@@ -84,41 +84,7 @@ def write_json(target: Path | str, value: Any) -> None:
     write_text(target, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def skim_json(path: Path | str, name: str, depth: int) -> Any:
-    """What ``write_json`` wrote to ``path``, without the objects called ``name`` that lie ``depth``
-    objects deep.
-
-    Nine tenths of a large plan are configurations that few readers want: finding their ends takes a
-    tenth of the time of parsing them. A file in another layout is parsed whole. Raises ``OSError``
-    or ``ValueError`` as ``json.load`` would.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    margin = "\n" + " " * depth
-    begin, end = f'{margin}"{name}": {{\n', margin + "}"
-    kept, place = [], 0
-    # Neither can stand inside a text, where a line break is written as \n, and what the object
-    # holds is indented further.
-    while (found := text.find(begin, place)) >= 0:
-        over = text.find(end, found + len(begin) - 1)
-        if (
-            over < 0 or text[over + len(end) : over + len(end) + 1] != ","
-        ):  # cut short, the last of its keys, or no file of ours
-            return json.loads(text)
-        kept.append(text[place:found])
-        place = over + len(end) + 1
-    return json.loads("".join([*kept, text[place:]]))
-
-
 def content_hash(value: Any, length: int = 12) -> str:
     """Hex digest of a JSON-serialisable value; equal values give equal digests on every machine."""
-    return digest(canonical_json(value), length)
-
-
-canonical_json = json.JSONEncoder(
-    sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-).encode
-"""JSON of a value, equal for equal values."""
-
-
-def digest(text: str, length: int = 12) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -1,14 +1,12 @@
 """Floor 0: errors, configs and atomic files; and that rooms import from lower floors only."""
 
 import ast
-import json
 import os
 import stat
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 import moe_lab
 from moe_lab.config import Config
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.files import atomic_path, content_hash, skim_json, write_json, write_text
+from moe_lab.files import atomic_path, content_hash, write_text
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
 
@@ -153,68 +151,6 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         ).stdout.strip()
         == "[]"
     )
-
-
-LAYOUTS = [
-    {
-        "runs": {
-            "a": {
-                "arm": "x",
-                "config": {"deep": {"config": {"y": 1}}, "z": []},
-                "name": "n\n   }, {",
-            },
-            "b": {"config": {}, "name": "m"},
-        }
-    },
-    {
-        "runs": {
-            "a": {"arm": "x", "config": {"last": 1}},
-            "b": {"config": {"first": 2}, "name": "m"},
-        }
-    },
-    {"config": {"top": {"config": {"a": 1}}}, "other": [{"config": {"in a list": 1}, "name": "l"}]},
-    {},
-    [1, "config"],
-]
-
-
-@pytest.mark.parametrize("value", LAYOUTS)
-@pytest.mark.parametrize("indent", [1, 2, None])
-def test_a_skimmed_file_is_the_parsed_one_without_some_objects(
-    value: object, indent: int | None, tmp_path: Path
-) -> None:
-    def without(found: Any, depth: int) -> Any:
-        if isinstance(found, dict):
-            return {
-                key: without(item, depth + 1)
-                for key, item in found.items()
-                if not (key == "config" and depth == 2 and item)
-            }
-        return [without(item, depth + 1) for item in found] if isinstance(found, list) else found
-
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps(value, indent=indent, sort_keys=True))
-    assert skim_json(path, "config", depth=3) in (value, without(value, 0))
-
-
-def test_skimming_leaves_out_what_a_plan_is_full_of(tmp_path: Path) -> None:
-    runs = {
-        f"{number:012x}": {
-            "arm": "x",
-            "config": {"lr": 1.0, "model": {"d": 1}},
-            "name": str(number),
-        }
-        for number in range(50)
-    }
-    write_json(tmp_path / "plan.json", {"runs": runs, "sweeps": []})
-    found = skim_json(tmp_path / "plan.json", "config", depth=3)
-    assert found == {
-        "runs": {run: {"arm": "x", "name": entry["name"]} for run, entry in runs.items()},
-        "sweeps": [],
-    }
-    (tmp_path / "cut.json").write_text((tmp_path / "plan.json").read_text()[:200])
-    with pytest.raises(ValueError, match=r"delimiter|Expecting|Unterminated"):
-        skim_json(tmp_path / "cut.json", "config", depth=3)
 
 
 @pytest.mark.parametrize(

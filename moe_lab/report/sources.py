@@ -215,7 +215,7 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
         )
     if (folder / CONFIG).is_file():
         return [_judged(read_run(folder))], []
-    plan = RunStore(folder).plan(configs=False) if (folder / PLAN).is_file() else {}
+    plan = RunStore(folder).plan() if (folder / PLAN).is_file() else {}
     names = {run: entry["name"] for run, entry in plan.get("runs", {}).items()}
     records = read_runs(folder, names) if folder.is_dir() else {}
     waiting = [run for run in names if run not in records]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import RunError, expected
-from moe_lab.files import skim_json, write_json, write_text
+from moe_lab.files import write_json, write_text
 from moe_lab.runs.failures import Failure, read_failure, write_failure
 from moe_lab.runs.folder_claims import Claim, acquire, holder
 from moe_lab.runs.layout import DONE, PLAN, STATUS, RunState
@@ -59,13 +59,13 @@ class RunStore:
                 if not (self.path(run) / DONE).exists():
                     write_failure(self.path(run), failure)
 
-    def plan(self, configs: bool = True) -> dict[str, Any]:
+    def plan(self) -> dict[str, Any]:
         path = self.folder / PLAN
         if not path.exists():
             got = f"{self.folder} without one"
             raise RunError(expected(f"a sweep folder with {PLAN}", got, "moe-lab sweep run first"))
         try:
-            plan = json.loads(path.read_bytes()) if configs else skim_json(path, "config", depth=3)
+            plan = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             hint = "running the sweep again into another folder"
             raise RunError(expected("a readable plan", f"{path}: {error}", hint)) from error

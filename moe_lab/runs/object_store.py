@@ -127,7 +127,7 @@ class ObjectStore:
                 last_lines="" if error is None else failures.excerpt(_text(log), _text(error)),
             )
 
-    def plan(self, configs: bool = True) -> dict[str, Any]:
+    def plan(self) -> dict[str, Any]:
         contents = self.bucket.read_many(self.bucket.names(SWEEPS))
         if not contents:
             got = f"{self.folder} without one"

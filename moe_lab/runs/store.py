@@ -30,10 +30,8 @@ class Store(Protocol):
         """The folder that a worker claims for ``run`` and writes its log into."""
         ...
 
-    def plan(self, configs: bool = True) -> dict[str, Any]:
-        """The checked plan (``plan.check_plan``). ``config`` may be missing from its runs if
-        ``configs`` is False. Raises ``RunError``.
-        """
+    def plan(self) -> dict[str, Any]:
+        """The checked plan (``plan.check_plan``). Raises ``RunError``."""
         ...
 
     def add(self, sweep: PlannedSweep) -> None:

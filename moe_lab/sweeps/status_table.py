@@ -53,7 +53,7 @@ def status(folder: Path | str) -> "pl.DataFrame":
     import polars as pl
 
     store = open_store(folder)
-    plan = store.plan(configs=False)
+    plan = store.plan()
     runs = planned_runs(plan)
     rows = []
     for run, record in zip(runs, store.records(runs), strict=True):
