@@ -8,7 +8,10 @@ interval: one that holds 0 ranks nothing, and neither does a router that missed 
 (``on_budget`` false).
 
     moe-lab sweep run experiments/router_shootout.py --preset cpu --out runs/router_shootout
-    python experiments/router_shootout.py runs/router_shootout      # the table; writes experiments/router_shootout/results.parquet
+    python experiments/router_shootout.py runs/router_shootout
+
+The second command prints the table and writes experiments/router_shootout/results.parquet. A router
+of your own takes part by ``--plugin FILE`` in both (CONTRIBUTING.md).
 """
 
 import argparse
@@ -21,7 +24,9 @@ from scipy.stats import t
 
 from moe_lab.files import atomic_path
 from moe_lab.model import DecoderConfig, MoEConfig
-from moe_lab.routing import RouterConfig
+from moe_lab.plugins import load
+from moe_lab.routing import FACTS, RouterConfig
+from moe_lab.routing.kinds import KINDS
 from moe_lab.sweeps import RunStore, SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig
@@ -101,11 +106,16 @@ LEFT_OUT = {
 }
 
 
+def contestants() -> dict[str, dict[str, Any]]:
+    """``ROUTERS``, and with their defaults the kinds that plugins added."""
+    return ROUTERS | {kind: {} for kind in FACTS if kind not in KINDS}
+
+
 def sweep(preset: str, *, seed: int = 0, device: str = "cpu") -> SweepConfig:
     runs = [
         _run(preset, label, dict(fields), seed + offset, device)
         for offset in range(3)
-        for label, fields in ROUTERS.items()
+        for label, fields in contestants().items()
     ]
     return SweepConfig(
         name=f"router_shootout_{preset}", question=QUESTION, preset=preset, runs=tuple(runs)
@@ -198,7 +208,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="the finished sweep")
-    frame = table(parser.parse_args().folder)
+    parser.add_argument("--plugin", action="append", default=[], help="that the sweep ran with")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "router_shootout" / "results.parquet",
+        help="the table",
+    )
+    args = parser.parse_args()
+    for plugin in args.plugin:
+        load(plugin)
+    frame = table(args.folder)
     with pl.Config(
         tbl_rows=-1,
         tbl_cols=-1,
@@ -207,12 +227,11 @@ def main() -> None:
         tbl_hide_column_data_types=True,
     ):
         print(frame)
-    path = Path(__file__).parent / "router_shootout" / "results.parquet"
-    with atomic_path(path) as temporary:
+    with atomic_path(args.out) as temporary:
         frame.with_columns(
             pl.lit(value).alias(name) for name, value in provenance().items()
         ).write_parquet(temporary)
-    print("saved", path)
+    print("saved", args.out)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from moe_lab import __version__
 from moe_lab.errors import MoELabError
+from moe_lab.plugins import load
 
 COMMANDS = {
     "demo": (
@@ -41,6 +42,10 @@ COMMANDS = {
         "versions, device, extras and default corpus of this machine",
     ),
 }
+
+
+WITH_PLUGINS = frozenset({"demo", "sweep", "train", "trace", "difficulty", "report", "count"})
+"""Commands that build or read models."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,14 +81,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "sweep" and len(arguments) > 1 and arguments[1].endswith(".py"):
         arguments.insert(1, "run")
     module = importlib.import_module(COMMANDS[name][0])
+    plugins = Parser(prog=f"moe-lab {name}", add_help=False, allow_abbrev=False)
+    if name in WITH_PLUGINS:
+        plugins.add_argument(
+            "--plugin",
+            action="append",
+            default=[],
+            metavar="FILE_OR_MODULE",
+            help="a Python file or module that adds routers, losses, ...; repeatable, at any place",
+        )
     parser = Parser(
         prog=f"moe-lab {name}",
         description=COMMANDS[name][1],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[plugins],
     )
     module.add_arguments(parser)
     try:
-        return module.main(parser.parse_args(arguments[1:]))
+        # Before the command's own options, which may name what a plugin adds.
+        known, remaining = plugins.parse_known_args(arguments[1:])
+        for source in getattr(known, "plugin", ()):
+            load(source)
+        return module.main(parser.parse_args(remaining))
     except MoELabError as error:
         print(f"moe-lab {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from moe_lab.errors import ConfigError, expected
+from moe_lab.plugins import load_named
 
 T = TypeVar("T")
 
@@ -29,25 +30,27 @@ class Registry(Mapping[str, Any]):
         self.what = what
         self._modules = dict(modules or {})
         self._values: dict[str, Any] = {}
+        self._origins: dict[str, tuple[str, str]] = {}
 
     def expect(self, modules: Mapping[str, str]) -> None:
         """Name the modules of the package that add these names when they are imported."""
         self._modules.update(modules)
 
-    def add(self, name: str, value: Any) -> None:
-        """File ``value`` under ``name``.
+    def add(self, name: str, value: Any, defined_by: Any = None) -> None:
+        """File ``value`` under ``name``; ``defined_by`` is the class or function that it is made
+        of, if it is not one itself.
 
         Raises:
             ConfigError: something else has the name. (The same definition may come again, as when
                 a notebook cell or a plugin is run twice.)
         """
-        known = self._values.get(name)
-        taken = known is not None and _origin(known) != _origin(value)
-        if taken or (name in self._modules and _origin(value)[0] != self._modules[name]):
+        origin = _origin(value if defined_by is None else defined_by)
+        taken = self._origins.get(name, origin) != origin
+        if taken or self._modules.get(name, origin[0]) != origin[0]:
             raise ConfigError(
                 expected(f"{self.what} that is not taken", repr(name), "another name")
             )
-        self._values[name] = value
+        self._values[name], self._origins[name] = value, origin
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator: ``add`` what it decorates."""
@@ -59,12 +62,16 @@ class Registry(Mapping[str, Any]):
         return file
 
     def find(self, name: str) -> Any:
-        """The value of a name. Raises ``ConfigError`` naming those there are."""
+        """The value of a name; one that is not known makes the plugins load first.
+
+        Raises ``ConfigError`` naming those there are.
+        """
+        if name not in self:
+            load_named()
         if name not in self:
             near = get_close_matches(str(name), list(self), n=3, cutoff=0.6)
-            raise ConfigError(
-                expected(f"{self.what} among {', '.join(self)}", repr(name), ", ".join(near))
-            )
+            hint = " or ".join([*near, "the --plugin that adds it"])
+            raise ConfigError(expected(f"{self.what} among {', '.join(self)}", repr(name), hint))
         return self[name]
 
     def __getitem__(self, name: str) -> Any:

@@ -5,6 +5,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         help="zero-computation experts; any at all makes the router LongCat's",
+    )
+    parser.add_argument(
+        "--router",
+        default=None,
+        metavar="KIND",
+        help="kind of router; fields that it does not read fall back, with a note",
+    )
+    parser.add_argument(
+        "--loss",
+        action="append",
+        default=[],
+        metavar="NAME=COEFFICIENT",
+        help="a further loss on the routing of each MoE layer, of the package or of a plugin; may be repeated",
     )
     parser.add_argument(
         "--tokens", type=int, default=None, help="training tokens (without --config: 200000)"
@@ -117,6 +131,7 @@ def main(args: argparse.Namespace) -> int:
 
 def run_config(args: argparse.Namespace) -> "RunConfig":
     """The run that the flags describe, on resolved text and with the tokenizer's vocabulary."""
+    from moe_lab.routing.config import drop_unread
     from moe_lab.training import RunConfig
 
     if args.config is not None and args.mini is not None:
@@ -128,6 +143,7 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     )
     router = values["model"]["moe"]["router"] if values["model"].get("moe") else None
     flags = {
+        "kind": args.router,
         "num_experts": args.experts,
         "top_k": args.top_k,
         "num_zero_experts": args.zero_experts,
@@ -136,7 +152,7 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     if changes and router is None:
         raise ConfigError(
             expected(
-                "a configuration with an MoE layer for --experts, --top-k and --zero-experts",
+                "a configuration with an MoE layer for --router, --experts, --top-k and --zero-experts",
                 "a dense one",
             )
         )
@@ -159,11 +175,29 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     values["device"] = args.device
     if args.lr is not None:
         values["optimizer"]["lr"] = args.lr
+    kind = None if router is None else router["kind"]
     for item in args.set:
         _assign(values, item)
+    router = values["model"]["moe"]["router"] if values["model"].get("moe") else None
+    if router is not None and (args.router or router["kind"] != kind):
+        for name in drop_unread(router):
+            note = f"kind {router['kind']!r} does not read {name}, which falls back"
+            print(f"moe-lab train: {note}", file=sys.stderr)
+    if args.loss:
+        values["losses"] = [*values.get("losses", ()), *map(_loss, args.loss)]
     config = RunConfig.from_dict(values)
     text = text_config(args, config.text)
     return config.replace(text=text, model=config.model.replace(vocab_size=text.vocab_size))
+
+
+def _loss(text: str) -> dict[str, Any]:
+    name, _, coefficient = text.partition("=")
+    try:
+        return {"name": name, "coefficient": float(coefficient)}
+    except ValueError:
+        raise ConfigError(
+            expected("--loss NAME=COEFFICIENT", repr(text), "--loss entropy=1e-3")
+        ) from None
 
 
 def _default() -> "RunConfig":

@@ -135,8 +135,8 @@ class Canvas:
 
     @property
     def height(self) -> int:
-        """In pixels."""
-        return self._layout["height"]
+        """In pixels; 400 unless ``update_layout`` says otherwise."""
+        return self._layout.get("height", 400)
 
     def figure(self) -> go.Figure:
         """In the light template.

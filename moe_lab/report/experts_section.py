@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 
+from moe_lab.analysis.registry import ANALYSES, Analysis
 from moe_lab.number_format import count_of, decimal, listing, whole
 from moe_lab.report import figures
 from moe_lab.report.blocks import Block, Plot, Variant, representatives, table_of
@@ -60,6 +61,10 @@ def experts_section(material: Material, frames: Frames) -> ExpertsSection:
             for heading, maker in makers
             if (block := maker(shown[0], frames)) is not None
         ]
+        blocks += [
+            (analysis.heading, _plugin_block(analysis, shown[0], frames))
+            for analysis in ANALYSES.values()
+        ]
     if (
         block := _saturation_block(
             [named for named in material.traces if named.run is None], frames
@@ -84,6 +89,15 @@ def _domain_column(named: NamedTrace) -> tuple[str, list[object]] | None:
             order = np.argsort(-groups.sizes, kind="stable")[:MOST_DOMAINS]
             return column, groups.values.gather(order).to_list()
     return None
+
+
+def _plugin_block(analysis: Analysis, named: NamedTrace, frames: Frames) -> Block:
+    """The figure and table of an analysis that a plugin registered."""
+    frame = frames(analysis.compute, named.trace)
+    plot = Plot(analysis.summary, (Variant(analysis.heading, analysis.draw(frame)),))
+    return Block(
+        analysis.name, f"{analysis.caption} ({named.label})", (plot,), frame, table_of(frame)
+    )
 
 
 def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:

@@ -370,3 +370,24 @@ _RANGES: tuple[tuple[str, float, bool], ...] = (
 """Field, lower bound, whether the bound itself is excluded."""
 
 ALWAYS_READ = frozenset({"kind", "num_experts", "top_k"})
+
+
+def drop_unread(values: dict[str, Any]) -> list[str]:
+    """Take out of plain ``RouterConfig`` values the fields that their kind does not read, for who
+    changes the kind and keeps what can be kept.
+
+    Returns:
+        The names of those that were set.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    if values["kind"] not in FACTS:
+        ROUTERS.find(values["kind"])
+    read = FACTS[values["kind"]].options.keys() | ALWAYS_READ
+    defaults = {field.name: field.default for field in dataclasses.fields(RouterConfig)}
+    unread = [name for name in values if name not in read]
+    values_set = [name for name in unread if values[name] != defaults.get(name)]
+    for name in unread:
+        del values[name]
+    return values_set

@@ -53,6 +53,14 @@ class OptimizerConfig(Config):
 
 
 @dataclass(frozen=True)
+class LossTerm(Config):
+    """A loss of ``moe_lab.routing.losses.LOSSES`` in a run, with its coefficient."""
+
+    name: str
+    coefficient: float
+
+
+@dataclass(frozen=True)
 class RunConfig(Config):
     """One training run.
 
@@ -72,6 +80,8 @@ class RunConfig(Config):
             over layers) and the router z-loss.
         router_own_loss_coef: of the losses that a router makes itself (``Routing.losses``: the
             entropy of top-p, the L1 of ReMoE, ...).
+        losses: further losses on the routing of each MoE layer, mean over layers: plugins' or those
+            of ``LOSSES``.
         eval_tokens: validation tokens, in excerpts of ``eval_excerpt_tokens`` evenly spaced over
             the validation documents; None for all.
         checkpoint_every, log_every: in steps.
@@ -92,6 +102,7 @@ class RunConfig(Config):
     router_aux_loss_coef: float = 1e-2
     router_z_loss_coef: float = 1e-3
     router_own_loss_coef: float = 1.0
+    losses: tuple[LossTerm, ...] = ()
     eval_tokens: int | None = 60_000
     eval_excerpt_tokens: int = 256
     checkpoint_every: int = 50
@@ -138,6 +149,11 @@ class RunConfig(Config):
         _ = self.schedule  # a warm-up and a decay that fit into these steps
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_own_loss_coef"):
             require(getattr(self, name) >= 0, f"{name} of at least 0", getattr(self, name))
+        if self.losses:
+            from moe_lab.routing.losses import LOSSES  # imports torch
+
+            for term in self.losses:
+                LOSSES.find(term.name)
 
     @property
     def tokens_per_step(self) -> int:
@@ -166,8 +182,11 @@ class RunConfig(Config):
         return steps - round(self.optimizer.decay_fraction * steps)
 
     def written(self) -> tuple[str, ...]:
-        """``budgets`` only where there are any, so that a run that is alone keeps its hash."""
-        return tuple(name for name in super().written() if name != "budgets" or self.budgets)
+        """``budgets`` and ``losses`` only where there are any, so that runs of before they existed
+        keep their hash.
+        """
+        absent = {name for name in ("budgets", "losses") if not getattr(self, name)}
+        return tuple(name for name in super().written() if name not in absent)
 
     @property
     def target_ffn_count(self) -> float | None:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_lab.config import require
 from moe_lab.model import Decoder
 from moe_lab.routing import DecidesOver, Routing
-from moe_lab.routing.losses import load_balancing_loss, z_loss
+from moe_lab.routing.losses import LOSSES, load_balancing_loss, z_loss
 from moe_lab.routing.losses.parts import shared_by
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.ranks import Parallel, Ranks
@@ -48,8 +48,10 @@ class Objective(nn.Module):
         for routing, balance in zip(output.routings, self._balance(output.routings), strict=True):
             auxiliary = auxiliary + config.router_aux_loss_coef * balance
             auxiliary = auxiliary + config.router_z_loss_coef * z_loss(routing)
-            for own in routing.losses.values():
-                auxiliary = auxiliary + config.router_own_loss_coef * own
+            for value in routing.losses.values():
+                auxiliary = auxiliary + config.router_own_loss_coef * value
+            for term in config.losses:
+                auxiliary = auxiliary + term.coefficient * LOSSES[term.name](routing)
         auxiliary = auxiliary / max(len(output.routings), 1)
         for part in output.losses.values():
             auxiliary = auxiliary + part

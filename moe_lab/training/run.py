@@ -17,6 +17,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from moe_lab.accounting import count
 from moe_lab.document_pass import excerpts_of
 from moe_lab.errors import ConfigError, MoELabError, RunError, StorageError, expected
 from moe_lab.files import atomic_path, write_json, write_text
@@ -94,6 +95,9 @@ def train(
             longer finite, or another rank ended.
     """
     folder = Path(folder)
+    count(
+        config.model
+    )  # what the record will ask for at the end is asked for before the first step
     device = local_device(_device(config.device))
     with join(config, parallel, device) as ranks:
         if (record := ranks.from_first(lambda: _claim(config, folder))) is not None:

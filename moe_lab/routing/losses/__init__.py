@@ -2,6 +2,7 @@
 converts between code bases.
 """
 
+from moe_lab.registry import Registry
 from moe_lab.routing.losses.balance import (
     Scale,
     Scope,
@@ -28,6 +29,7 @@ from moe_lab.routing.losses.targets import norm_regression_loss
 
 __all__ = [
     "CODE_BASES",
+    "LOSSES",
     "Scale",
     "Scope",
     "convert_coefficient",
@@ -51,3 +53,19 @@ __all__ = [
     "variance_loss",
     "z_loss",
 ]
+
+LOSSES = Registry("a loss")
+"""Name -> ``loss(routing) -> scalar``, for ``RunConfig.losses``: a layer's decisions in, a loss
+without coefficient out. Another one is added by ``@LOSSES.register("name")``."""
+
+_OF_A_ROUTING = {
+    "load_balancing": load_balancing_loss,
+    "heterogeneous": heterogeneous_loss,
+    "null": null_loss,
+    "importance": importance_loss,
+    "entropy": entropy_loss,
+    "variance": variance_loss,
+    "z": z_loss,
+}
+for _name, _loss in _OF_A_ROUTING.items():
+    LOSSES.add(_name, _loss)
