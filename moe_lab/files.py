@@ -1,4 +1,4 @@
-"""Writing without half-written files: each goes to a temporary name beside its target, then is renamed.
+"""Writing without half-written files: a temporary name beside the target, then a rename.
 
 A reader therefore sees the old file, the new file, or none. `kill -9` leaves at most a ``.tmp-*``
 file, which nothing reads.
@@ -22,7 +22,7 @@ _PART = re.compile(r"[A-Za-z0-9._=-]+")
 
 @contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``, renamed to it if the block ends without an error."""
+    """Yield a temporary path beside ``target``, renamed to it if the block raises nothing."""
     target = Path(target)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
     try:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moe_lab.commands import sweep
-from moe_lab.errors import RunError
+from moe_lab.errors import RunError, expected
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def demo_recipe() -> Path:
-    """The recipe of the demo: in a clone's ``experiments/``, or carried in the installed package."""
+    """The demo's recipe: in a clone's ``experiments/``, or carried in the installed package."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (
         package.parent / "experiments" / "sparsity_wall.py",
@@ -25,6 +25,5 @@ def demo_recipe() -> Path:
     ):
         if candidate.exists():
             return candidate
-    raise RunError(
-        "expected experiments/sparsity_wall.py beside the package, got none; try running from a clone of the project"
-    )
+    what = "experiments/sparsity_wall.py beside the package"
+    raise RunError(expected(what, "none", "running from a clone of the project"))

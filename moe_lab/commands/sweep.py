@@ -157,7 +157,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         type=float,
         default=None,
         metavar="N",
-        help="start no run that would take this call past N training FLOPs (as `sweep plan` counts them)",
+        help="start no run that would take this call past N training FLOPs "
+        "(as `sweep plan` counts them)",
     )
     parser.add_argument(
         "--retry-failed",
@@ -169,7 +170,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         type=Path,
         default=None,
         metavar="FILE",
-        help="where the page goes (default: report.html in the folder; of a URL, in runs/<sweep name>)",
+        help="where the page goes "
+        "(default: report.html in the folder; of a URL, in runs/<sweep name>)",
     )
     add_seed(parser)
     add_device(parser)
@@ -216,7 +218,7 @@ def _power(args: argparse.Namespace, frame: "pl.DataFrame") -> int:
     design = sweeps.design_of(frame, ratios=args.ratios, seeds=args.seeds)
     truths = None if args.truth is None else [parse_truth(text) for text in args.truth]
     speed = None if args.no_calibration else sweeps.flops_per_second(frame, args.workers)
-    found = plan_power(
+    power = plan_power(
         design,
         noise_sd=args.noise,
         truths=truths,
@@ -227,23 +229,23 @@ def _power(args: argparse.Namespace, frame: "pl.DataFrame") -> int:
     if args.json:
         best = (
             None
-            if found.best is None
-            else found.best.to_dict() | {"flops": found.best.flops, "runs": found.best.runs}
+            if power.best is None
+            else power.best.to_dict() | {"flops": power.best.flops, "runs": power.best.runs}
         )
         print_json(
             {
                 "design": design.to_dict() | {"flops": design.flops, "runs": design.runs},
-                "noise": found.noise,
-                "noise_source": found.noise_source,
-                "power": found.own.to_dicts(),
+                "noise": power.noise,
+                "noise_source": power.noise_source,
+                "power": power.own.to_dicts(),
                 "cheapest": best,
-                "tried": found.others.to_dicts(),
+                "tried": power.others.to_dicts(),
             }
         )
         return 0
-    print(sweeps.power_text(found, speed))
-    Console(width=None if sys.stdout.isatty() else 120).print(sweeps.power_table(found))
-    print(sweeps.cheapest_text(found, speed))
+    print(sweeps.power_text(power, speed))
+    Console(width=None if sys.stdout.isatty() else 120).print(sweeps.power_table(power))
+    print(sweeps.cheapest_text(power, speed))
     return 0
 
 
@@ -293,14 +295,14 @@ def run(args: argparse.Namespace) -> int:
         }
         print_json(ended | {"report": page, "out": out})
     else:
-        print(
-            f"{len(outcome.finished)} of {len(sweep.runs)} runs finished in {outcome.seconds / 60:.1f} minutes"
-        )
+        minutes = f"{outcome.seconds / 60:.1f} minutes"
+        print(f"{len(outcome.finished)} of {len(sweep.runs)} runs finished in {minutes}")
         for failure in outcome.failed:
             print(f"failed: {failure.name} ({failure.run}): {failure.reason}", file=sys.stderr)
         if outcome.failed:
             print(
-                f"`moe-lab sweep status {out}` shows their last lines, --retry-failed trains them again",
+                f"`moe-lab sweep status {out}` shows their last lines, "
+                "--retry-failed trains them again",
                 file=sys.stderr,
             )
         if outcome.stopped:
@@ -372,4 +374,5 @@ def _command(args: argparse.Namespace) -> str:
     if getattr(args, "verb", None) is None:
         return f"moe-lab demo --out {args.out}"
     chosen = f" --alternative {args.alternative}" if args.alternative else ""
-    return f"moe-lab sweep run {args.recipe} --preset {args.preset}{chosen} --out {args.out or 'runs/...'}"
+    recipe = f"{args.recipe} --preset {args.preset}{chosen}"
+    return f"moe-lab sweep run {recipe} --out {args.out or 'runs/...'}"

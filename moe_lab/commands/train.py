@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
             loggers=args.track,
         )
     except RankError as error:
-        if error.told:  # the rank that failed prints the one line
+        if error.reported:  # the rank that failed prints the one line
             return 2
         raise
     if os.environ.get("RANK", "0") != "0":
@@ -121,9 +121,8 @@ def main(args: argparse.Namespace) -> int:
         print_json(result.record)
     else:
         record = result.record
-        print(
-            f"validation loss {record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte, {record['eval_tokens']:,} tokens"
-        )
+        loss = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
+        print(f"validation loss {loss}, {record['eval_tokens']:,} tokens")
         print(f"{record['total_params']:,} parameters, {record['active_params']:,.0f} active")
         print(f"run: {result.folder}")
     return 0

@@ -53,8 +53,8 @@ class Bucket:
         if not paths:
             return {}
         with self._one_line("read"):
-            found = self._files.cat(list(paths), on_error="omit")
-        return {paths[path]: content for path, content in found.items()}
+            contents = self._files.cat(list(paths), on_error="omit")
+        return {paths[path]: content for path, content in contents.items()}
 
     def write(self, name: str, content: bytes) -> None:
         with self._one_line("write"):
@@ -80,10 +80,10 @@ class Bucket:
         """
         with self._one_line("read"):
             self._files.invalidate_cache()
-            found = self._files.find(self._path(folder))
+            paths = self._files.find(self._path(folder))
         return [
             check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url)
-            for path in found
+            for path in paths
         ]
 
     def delete(self, names: Iterable[str]) -> None:
@@ -93,7 +93,7 @@ class Bucket:
                 self._files.rm_file(self._path(name))
 
     def age(self, name: str) -> float | None:
-        """Seconds since an object was written, by the store's own clock; None where there is none."""
+        """Seconds since an object was written, by the store's own clock; None: no such object."""
         with suppress(FileNotFoundError), self._one_line("read"):
             self._files.invalidate_cache()
             return self._now() - self._files.modified(self._path(name)).timestamp()
@@ -128,9 +128,8 @@ class Bucket:
             yield
         except FileNotFoundError as error:
             if action == "write":
-                raise StorageError(
-                    f"cannot write {self.url}: no such bucket or folder ({_cause(error)}); try another URL"
-                ) from error
+                why = f"no such bucket or folder ({_cause(error)}); try another URL"
+                raise StorageError(f"cannot write {self.url}: {why}") from error
             raise
         except MoELabError:
             raise

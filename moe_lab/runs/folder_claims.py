@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_lab.errors import StorageError
+from moe_lab.files import cannot_write
 from moe_lab.runs.owners import Owner, living, owner_of_this_process
 
 PREFIX = ".claim-"
@@ -166,7 +167,5 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
     except FileExistsError:
         return None
     except OSError as error:
-        raise StorageError(
-            f"cannot write {folder}: {error.strerror or error}; try another folder or free some space"
-        ) from error
+        raise StorageError(cannot_write(folder, error)) from error
     return Claim(folder, number, on_lost)

@@ -1,11 +1,11 @@
 """Who trains a run whose store is an object store: a lease, renewed while its owner lives.
 
 A lease is an object with its owner's name. Object stores need not have an exclusive create, so the
-guarantee is weaker than that of ``folder_claims.py``: whoever finds no living lease writes its own, waits,
-and goes on only if its own still stands. Two workers that do so at the same moment may train the
-same run at worst; the first to renew then sees the other's name and stops. Nothing is lost by it:
-runs of one configuration are equal to the bit, objects appear whole, and ``done`` is written last
-by either.
+guarantee is weaker than that of ``folder_claims``: a worker that finds no living lease writes its
+own, waits, and goes on only if its own still stands. Two workers that do so at the same moment may
+train the same run at worst; the first to renew then sees the other's name and stops. Nothing is
+lost by it: runs of one configuration are equal to the bit, objects appear whole, and ``done`` is
+written last by either.
 
 A lease on this host is alive while its process is; one of another host is alive while it was
 renewed within ``SILENT_SECONDS`` of the store's clock. The clocks of two machines are never

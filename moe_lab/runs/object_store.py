@@ -1,8 +1,8 @@
-"""The run store on an object store: what ``RunStore`` is for a folder, for an fsspec URL.
+"""The run store of an object store (an fsspec URL).
 
-    sweeps/<hash>.json          a plan, named by its content: two sweeps that are added at once need no lock
-    state/<run>/                small files that say what a run is up to: lease, status, result, error, log, done (written last)
-    files/<run>/                everything else: checkpoint while it trains, then metrics, weights, trace
+    sweeps/<hash>.json    a plan, named by its content: adding one needs no lock
+    state/<run>/          small files: lease, status, result, error, log, done (written last)
+    files/<run>/          the others: checkpoint while it trains; metrics, weights, trace
 
 State lies apart so that one listing tells the state of ten thousand runs. A worker trains in a
 scratch folder of its own machine and copies from there (``mirror.py``); it writes below its own
@@ -59,7 +59,7 @@ class ObjectStore:
         self._progress: dict[str, tuple[float, Progress]] = {}
 
     def path(self, run: str) -> Path:
-        """Where a worker keeps claim and log of this call's attempt at a run, on its own machine."""
+        """Where a worker keeps claim and log of this call's attempt, on its own machine."""
         return Path(tempfile.gettempdir()) / f"{scratch_name(self.folder)}-{run}-{self.token}"
 
     def states(self, runs: Iterable[str]) -> dict[str, RunState]:

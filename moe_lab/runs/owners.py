@@ -37,7 +37,7 @@ def this_host() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """Start time of a running process, None for one that is gone, a zombie, or cannot be looked up."""
+    """Start time of a running process; None: it is gone, a zombie, or cannot be looked up."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Many runs: a sweep's configuration, its plan, its run store, and the launchers that work it off."""
+"""Many runs: a sweep's configuration, its plan, the driver, and the launchers that run it."""
 
 from moe_lab.runs import RunState, RunStore, open_store, readable
 from moe_lab.sweeps.config import SweepConfig

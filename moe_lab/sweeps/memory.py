@@ -125,22 +125,22 @@ def _free_here(meminfo: Path, groups: Path) -> int | None:
     """The smaller of what the kernel calls available and what the control group (version 2 or 1)
     leaves.
     """
-    found = []
+    limits = []
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         numbers = [_number(groups / limit), _number(groups / used)]
         if None not in numbers:
-            found.append(max(0, numbers[0] - numbers[1]))  # type: ignore[operator]
+            limits.append(max(0, numbers[0] - numbers[1]))  # type: ignore[operator]
     try:
         line = next(
             line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")
         )
-        found.append(1024 * int(line.split()[1]))
+        limits.append(1024 * int(line.split()[1]))
     except (OSError, StopIteration, ValueError, IndexError):
         pass
-    return min(found, default=None)
+    return min(limits, default=None)
 
 
 def _number(path: Path) -> int | None:
@@ -162,7 +162,8 @@ def too_large(needs: dict[str, int], room: int) -> str:
         return ""
     others = f" and {len(names) - 1} more" if names[1:] else ""
     more = f"{needs[names[0]] / 1e9:.1f} GB of the {room / 1e9:.1f} GB that runs may take here"
-    return f"{names[0]}{others}: expected to need {more}; starts alone and may run out of memory; try a larger grad_accumulation"
+    risk = "starts alone and may run out of memory; try a larger grad_accumulation"
+    return f"{names[0]}{others}: expected to need {more}; {risk}"
 
 
 def give_back_freed() -> None:

@@ -118,7 +118,8 @@ def plan_table(frame: "pl.DataFrame") -> "Table":
     left_out = (
         f"\nThe other {len(frame) - MAX_ROWS:,} rows: --json" if len(frame) > MAX_ROWS else ""
     )
-    totals = f"{len(frame)} runs, {_short(float(frame['tokens'].sum()))} tokens, {_power(float(frame['flops'].sum()))} FLOPs"
+    tokens, flops = (float(frame[name].sum()) for name in ("tokens", "flops"))
+    totals = f"{len(frame)} runs, {_short(tokens)} tokens, {_power(flops)} FLOPs"
     table = Table(caption=totals + left_out, caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for title in ("run", "name", "arm"):
         table.add_column(title, no_wrap=True)
@@ -173,11 +174,12 @@ def flops_per_second(frame: "pl.DataFrame", workers: int | None = None) -> float
     )
 
 
-def power_text(found: "Plan", speed: float | None) -> str:
-    return f"{_design_text(found.design, speed)}; noise {found.noise:g} nats between seeds ({found.noise_source})"
+def power_text(power: "Plan", speed: float | None) -> str:
+    noise = f"noise {power.noise:g} nats between seeds ({power.noise_source})"
+    return f"{_design_text(power.design, speed)}; {noise}"
 
 
-def power_table(found: "Plan") -> "Table":
+def power_table(power: "Plan") -> "Table":
     """The chance of each verdict per truth, and of the right one."""
     from rich import box
     from rich.table import Table
@@ -185,7 +187,7 @@ def power_table(found: "Plan") -> "Table":
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for title in ("were the truth", "wall", "no wall", "cannot tell", "settled", "wrong"):
         table.add_column(title, justify="left" if title == "were the truth" else "right")
-    for row in found.own.iter_rows(named=True):
+    for row in power.own.iter_rows(named=True):
         table.add_row(
             row["truth"],
             *(
@@ -196,30 +198,31 @@ def power_table(found: "Plan") -> "Table":
     return table
 
 
-def cheapest_text(found: "Plan", speed: float | None) -> str:
-    goal = f"settles each of these truths with probability {found.target:g}"
-    if found.best is None:
+def cheapest_text(power: "Plan", speed: float | None) -> str:
+    goal = f"settles each of these truths with probability {power.target:g}"
+    if power.best is None:
         import polars as pl
 
-        worst = found.others.group_by("design").agg(
+        worst = power.others.group_by("design").agg(
             pl.col("settled").min().alias("worst"), pl.col("flops").first()
         )
         last = worst.sort("worst", "flops", descending=[True, False]).row(0, named=True)
-        closest = _design_text(found.designs[last["design"]], speed)
-        return f"no design tried {goal}; the closest, {closest}, reaches {last['worst']:.2f}: a larger model has less noise"
-    if found.best == found.design:
+        closest = _design_text(power.designs[last["design"]], speed)
+        reached = f"reaches {last['worst']:.2f}: a larger model has less noise"
+        return f"no design tried {goal}; the closest, {closest}, {reached}"
+    if power.best == power.design:
         return f"this sweep {goal}, and none cheaper was found"
-    return f"the cheapest design that {goal}: {_design_text(found.best, speed)}"
+    return f"the cheapest design that {goal}: {_design_text(power.best, speed)}"
 
 
 def _design_text(design: "Design", speed: float | None) -> str:
     hours = (
         "" if speed is None else f", {design.flops / speed / 3600:.3g} hours at this machine's rate"
     )
-    return (
-        f"{len(design.ratios)} ratios {design.ratios[0]:g}-{design.ratios[-1]:g} x {design.seeds} seeds of {_short(design.active_params)} "
-        f"active on {_short(design.tokens)} tokens: {design.runs} runs, {_power(design.flops)} FLOPs{hours}"
-    )
+    grid = f"{len(design.ratios)} ratios {design.ratios[0]:g}-{design.ratios[-1]:g}"
+    size = f"{_short(design.active_params)} active on {_short(design.tokens)} tokens"
+    cost = f"{design.runs} runs, {_power(design.flops)} FLOPs{hours}"
+    return f"{grid} x {design.seeds} seeds of {size}: {cost}"
 
 
 def _short(number: float) -> str:

@@ -170,9 +170,9 @@ class PlainView:
         running = [(job, self._store.progress(job.run)) for job in active]
         left = duration(self._forecast.seconds_left(running))
         for job, progress in running:
-            own = duration(self._forecast.run_seconds_left(job, progress))
+            run_left = duration(self._forecast.run_seconds_left(job, progress))
             sweep = f"sweep: {self._settled}/{len(self._jobs)}, {left} left"
-            self.say(f"running   {job.name}  {figures(progress)}, {own} left  ({sweep})")
+            self.say(f"running   {job.name}  {figures(progress)}, {run_left} left  ({sweep})")
 
     def close(self) -> None: ...
 

@@ -87,9 +87,8 @@ def _within(path: Path, action: Callable[[], Any]) -> Any:
         raise
     except (Exception, SystemExit) as error:
         message = " ".join(str(error).split())
-        raise RunError(
-            f"recipe {path}{_line(error, path)} failed: {type(error).__name__}{message and ': '}{message}"
-        ) from error
+        why = f"{type(error).__name__}{message and ': '}{message}"
+        raise RunError(f"recipe {path}{_line(error, path)} failed: {why}") from error
 
 
 def _line(error: BaseException, path: Path) -> str:

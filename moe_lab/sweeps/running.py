@@ -283,7 +283,7 @@ class _Driver:
             self.failed[job.run] = ending.reason
         view.ended(job, ending)
         if ending.result is Result.FAILED:
-            self.store.check_writable()  # a full disk would fail every other run too: stop with one line instead
+            self.store.check_writable()  # a full disk would fail every other run too: stop instead
 
     def _look_at_foreign(self, view: View) -> None:
         for job in list(self.foreign.values()):
@@ -314,9 +314,12 @@ class _Driver:
         if not waiting or not self.admission.exhausted(waiting):
             return ""
         if self.admission.out_of_time:
-            return f"{len(waiting)} runs wait: the hours of max_hours are over; the same command goes on"
-        least = min(map(self.admission.cost, waiting))
-        return f"{len(waiting)} runs wait: {self.admission.flops:.3g} FLOPs of max_flops are left, the smallest of them needs {least:.3g}"
+            why = "the hours of max_hours are over; the same command goes on"
+        else:
+            least = min(map(self.admission.cost, waiting))
+            left = f"{self.admission.flops:.3g} FLOPs of max_flops are left"
+            why = f"{left}, the smallest of them needs {least:.3g}"
+        return f"{len(waiting)} runs wait: {why}"
 
 
 def _share_kept(job: Job, progress: Progress) -> float:

@@ -27,7 +27,7 @@ _NO_PART = ("name", "arm", "train_tokens", "eval_tokens", "eval_excerpt_tokens",
 
 
 def branch_steps(config: RunConfig) -> tuple[int, ...]:
-    """The steps after which shorter budgets leave the run of the longest; none for any other run."""
+    """The steps after which shorter budgets leave the longest run; none for any other run."""
     if not config.budgets or config.train_tokens != config.budgets[-1]:
         return ()
     return tuple(sorted({config.decay_step(tokens) for tokens in config.budgets[:-1]}))

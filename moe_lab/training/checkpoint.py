@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_lab.errors import CheckpointError
+from moe_lab.errors import CheckpointError, expected
 from moe_lab.files import atomic_path
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}; {advice}") from error
     if metadata.get("digest") != _digest(tensors):
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: expected digest {metadata.get('digest')}, got another; {advice}"
-        )
+        why = f"expected digest {metadata.get('digest')}, got another; {advice}"
+        raise CheckpointError(f"checkpoint {path} is damaged: {why}")
     return tensors, metadata
 
 
@@ -84,12 +83,12 @@ def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
 
     Ranks that do not ``keep`` it only help the others to gather it.
     """
-    found = {}
+    state = {}
     for name, value in module.state_dict().items():
         gathered = whole(value)
         if keep:
-            found[name] = gathered.cpu()
-    return found
+            state[name] = gathered.cpu()
+    return state
 
 
 def save_checkpoint(
@@ -125,9 +124,8 @@ def load_checkpoint(
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("config") != config_hash:
-        raise CheckpointError(
-            f"expected a checkpoint of configuration {config_hash}, got {metadata.get('config')} in {path}"
-        )
+        got = f"{metadata.get('config')} in {path}"
+        raise CheckpointError(expected(f"a checkpoint of configuration {config_hash}", got))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = model.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
@@ -158,6 +156,5 @@ def load_checkpoint(
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         return int(metadata["step"])
     except (RuntimeError, KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} does not fit its model: {error}; try deleting it to begin this run again"
-        ) from error
+        why = f"{error}; try deleting it to begin this run again"
+        raise CheckpointError(f"checkpoint {path} does not fit its model: {why}") from error

@@ -65,7 +65,7 @@ def evaluate(
 
     The model is left in the mode it came in. Routing of padding is neither counted nor written.
     """
-    found = evaluate_together(
+    evaluation = evaluate_together(
         ALONE,
         model,
         documents,
@@ -76,8 +76,8 @@ def evaluate(
         reference_counts=reference_counts,
         trace=trace,
     )
-    assert found is not None
-    return found
+    assert evaluation is not None
+    return evaluation
 
 
 @torch.no_grad()
@@ -111,9 +111,10 @@ def evaluate_together(
     losses = [np.full(len(sequence), np.nan) for sequence in ids]
     numbers = np.array([document.index for document in documents])
     with (
-        evaluating(model), TraceWriter(_part(trace[0], ranks), trace[1])
+        evaluating(model),
+        TraceWriter(_part(trace[0], ranks), trace[1])
         if trace is not None
-        else nullcontext() as writer
+        else nullcontext() as writer,
     ):
         for batch, is_own in _own_batches(
             list(windows(ids, excerpts, seq_length, batch_size)), ranks
@@ -123,9 +124,7 @@ def evaluate_together(
                 continue
             _scatter(losses, token_losses(output.logits, batch.targets), batch)
             if writer is not None:
-                for layer, routing in zip(
-                    model.config.moe_layers, output.routings, strict=True
-                ):
+                for layer, routing in zip(model.config.moe_layers, output.routings, strict=True):
                     writer.write_routing(
                         layer, numbers[batch.doc.ravel()], batch.pos.ravel(), routing
                     )
@@ -168,12 +167,12 @@ def _gather(losses: Sequence[np.ndarray], documents: Sequence[int], ranks: Ranks
     """Fill in what the other ranks have scored of these documents."""
     if ranks.size == 1:
         return
-    own = torch.from_numpy(np.concatenate([losses[index] for index in documents]))
-    scored = ranks.total((~own.isnan()).long()) > 0
-    found = torch.where(scored, ranks.total(own.nan_to_num()), torch.nan).cpu().numpy()
+    scores = torch.from_numpy(np.concatenate([losses[index] for index in documents]))
+    scored = ranks.total((~scores.isnan()).long()) > 0
+    all_scores = torch.where(scored, ranks.total(scores.nan_to_num()), torch.nan).cpu().numpy()
     for index, values in zip(
         documents,
-        np.split(found, np.cumsum([len(losses[index]) for index in documents])[:-1]),
+        np.split(all_scores, np.cumsum([len(losses[index]) for index in documents])[:-1]),
         strict=True,
     ):
         losses[index][:] = values

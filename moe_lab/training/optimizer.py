@@ -1,4 +1,4 @@
-"""AdamW over two groups (decayed matrices, undecayed vectors) and the warm-up-stable-decay factor."""
+"""AdamW over decayed matrices and undecayed vectors, and the warm-up-stable-decay factor."""
 
 import torch
 from torch import Tensor, nn

@@ -47,12 +47,12 @@ class Parallel(StrEnum):
 class RankError(RunError):
     """The run ended because of another rank.
 
-    ``told``: that rank has said why, so this one need not.
+    ``reported``: that rank has said why, so this one need not.
     """
 
-    def __init__(self, message: str, told: bool) -> None:
+    def __init__(self, message: str, reported: bool) -> None:
         super().__init__(message)
-        self.told = told
+        self.reported = reported
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,8 @@ def _join_group(device: torch.device) -> bool:
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (dist.DistError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"cannot join the other ranks: {_line(error)}; try torchrun, or MASTER_ADDR and MASTER_PORT of rank 0"
-        ) from error
+        hint = "try torchrun, or MASTER_ADDR and MASTER_PORT of rank 0"
+        raise RunError(f"cannot join the other ranks: {_line(error)}; {hint}") from error
     return True
 
 
@@ -220,7 +219,8 @@ def _spread(config: RunConfig, parallel: Parallel, device: torch.device) -> Rank
             for number in range(size, 0, -1)
             if sequences % (number // gcd(micro_batches, number)) == 0
         ]
-        what = f"ranks that share the batch evenly (batch_size {config.batch_size}, grad_accumulation {micro_batches})"
+        batch = f"batch_size {config.batch_size}, grad_accumulation {micro_batches}"
+        what = f"ranks that share the batch evenly ({batch})"
         raise ConfigError(expected(what, size, f"{sizes[0]} ranks, or another batch_size"))
     group = None
     if groups > 1 and parts > 1:
@@ -255,12 +255,12 @@ def _all_or_none() -> Iterator[None]:
         teller, reason = _tell(rank, reason)
         if teller != rank:
             raise RankError(
-                f"rank {teller} of {dist.get_world_size()}: {reason}", told=True
+                f"rank {teller} of {dist.get_world_size()}: {reason}", reported=True
             ) from error
         if lost:
             hint = "the same command, which continues from the last checkpoint"
             raise RankError(
-                f"rank {rank} of {dist.get_world_size()}: {reason}; try {hint}", told=False
+                f"rank {rank} of {dist.get_world_size()}: {reason}; try {hint}", reported=False
             ) from error
         raise
 
@@ -272,12 +272,12 @@ def _tell(rank: int, reason: str) -> tuple[int, str]:
     with suppress(Exception):  # the store may have gone with the rank that kept it
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=5))
-        teller, _, found = (
+        teller, _, reason = (
             store.compare_set(f"moe_lab/failed/{_calls}", "", f"{rank} {reason}")
             .decode()
             .partition(" ")
         )
-        return int(teller), found
+        return int(teller), reason
     return rank, reason
 
 

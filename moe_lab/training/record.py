@@ -20,6 +20,11 @@ from moe_lab.training.config import RATIO_MEANING, RunConfig
 from moe_lab.training.evaluate import Evaluation
 from moe_lab.versions import versions
 
+PARAMS_MEANING = (
+    "all parameters, the embedding included (convention A), MTP modules apart; "
+    "active ones without n-gram tables"
+)
+
 
 def trace_meta(config: RunConfig, tokenizer_hash: str, corpus_hash: str) -> TraceMeta:
     """Provenance of a trace of the run ``config`` on some text."""
@@ -72,7 +77,7 @@ def run_record(
         "active_params": parameters.active_without_tables(),
         "active_params_min": parameters.active_without_tables("least"),
         "active_params_max": parameters.active_without_tables("most"),
-        "params_meaning": "all parameters, the embedding included (convention A), MTP modules apart; active ones without n-gram tables",
+        "params_meaning": PARAMS_MEANING,
         "mtp_params": parameters.mtp,
         "expert_sparsity": 1 - 1 / config.ratio,
         "attention_sparsity": config.model.attention_sparsity(config.seq_length),

@@ -75,9 +75,9 @@ def dense_twins(
     total = np.zeros((checkpoints, 2, sum(map(len, ids))))
     offsets = np.cumsum([0, *map(len, ids)])[:-1]
     for fold in range(folds):
-        own = [ids[index] for index in np.flatnonzero(part == fold)]
+        fold_ids = [ids[index] for index in np.flatnonzero(part == fold)]
         asked = [excerpt for excerpt in excerpts if part[excerpt.document] != fold]
-        stream = np.concatenate(own).astype(np.int64)
+        stream = np.concatenate(fold_ids).astype(np.int64)
         total += _train_and_score(
             config.replace(seed=config.seed + fold), stream, ids, asked, checkpoints, offsets
         )
@@ -120,7 +120,7 @@ def _train_and_score(
     stops = {
         -(-config.steps * (number + 1) // checkpoints): number for number in range(checkpoints)
     }
-    found = np.zeros((checkpoints, 2, sum(map(len, ids))))
+    totals = np.zeros((checkpoints, 2, sum(map(len, ids))))
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.optimizer.lr * lr_factor(step, config.steps, config.optimizer)
@@ -132,9 +132,9 @@ def _train_and_score(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step + 1 in stops:
-            _score(model.eval(), config, ids, excerpts, offsets, found[stops[step + 1]])
+            _score(model.eval(), config, ids, excerpts, offsets, totals[stops[step + 1]])
             model.train()
-    return found
+    return totals
 
 
 @torch.no_grad()
@@ -144,12 +144,12 @@ def _score(
     ids: list[np.ndarray],
     excerpts: list[Excerpt],
     offsets: np.ndarray,
-    found: np.ndarray,
+    totals: np.ndarray,
 ) -> None:
     for batch in windows(ids, excerpts, config.seq_length, 16):
         output = model(batch.ids.to(config.device))
         scores = token_losses_and_entropies(output.logits, batch.targets)
         predicts = (batch.targets != IGNORE).numpy()
         place = offsets[batch.doc[predicts]] + batch.pos[predicts] + 1
-        for row, values in zip(found, scores, strict=True):
+        for row, values in zip(totals, scores, strict=True):
             row[place] = values[predicts]

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_lab.accounting import count
 from moe_lab.document_pass import excerpts_of
 from moe_lab.errors import ConfigError, MoELabError, RunError, StorageError, expected
-from moe_lab.files import atomic_path, write_json, write_text
+from moe_lab.files import atomic_path, cannot_write, write_json, write_text
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
 from moe_lab.runs.layout import (
@@ -293,11 +293,11 @@ class _Run:
         micro_batches = self.ranks.own(self.batches(self.step).to(self.device))
         for number, micro_batch in enumerate(micro_batches, start=1):
             average_gradients(self.objective, now=number == len(micro_batches))
-            nats, balance, found = self.objective(micro_batch)
+            nats, balance, micro_routings = self.objective(micro_batch)
             ((nats + balance) / len(micro_batches)).backward()
             language += nats.detach() / len(micro_batches)
             auxiliary += balance.detach() / len(micro_batches)
-            for kept, routing in zip(routings, found, strict=True):
+            for kept, routing in zip(routings, micro_routings, strict=True):
                 kept.append(routing)
         grad_norm = clip_gradients(self.model, config.optimizer.clip_norm)
         self.optimizer.step()
@@ -389,8 +389,7 @@ class _Run:
             with open(self.folder / METRICS_LOG, "a", encoding="utf-8") as log:
                 log.writelines(json.dumps(row) + "\n" for row in pending)
         except OSError as error:
-            why = f"{error.strerror}; try another folder or free some space"
-            raise StorageError(f"cannot write {self.folder}: {why}") from error
+            raise StorageError(cannot_write(self.folder, error)) from error
         pending.clear()
 
     def _write_status(self, state: str) -> None:

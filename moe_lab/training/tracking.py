@@ -172,10 +172,10 @@ def chosen(loggers: Sequence[Logger | str]) -> list[Logger | str]:
 
     Raises ``ConfigError`` for an unknown name or an absent package.
     """
-    found = list(loggers) or [
+    wanted = list(loggers) or [
         name.strip() for name in os.environ.get(TRACK_VARIABLE, "").split(",") if name.strip()
     ]
-    for name in found:
+    for name in wanted:
         if isinstance(name, str):
             if name not in TRACKERS:
                 raise ConfigError(expected(f"a tracker among {', '.join(TRACKERS)}", repr(name)))
@@ -185,4 +185,4 @@ def chosen(loggers: Sequence[Logger | str]) -> list[Logger | str]:
                         f"the package {name} for tracking", "none", "pip install 'moe-lab[track]'"
                     )
                 )
-    return found
+    return wanted

@@ -286,7 +286,7 @@ def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:
     try:
         train(config, folder, cache_dir=folder.parent)
     except RunError as error:
-        told = error.told if isinstance(error, RankError) else None
+        told = error.reported if isinstance(error, RankError) else None
         (folder / f"seen-{rank}.json").write_text(
             json.dumps([type(error).__name__, str(error), told])
         )
@@ -505,7 +505,7 @@ def test_a_rank_whose_reason_was_told_elsewhere_prints_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lose(*args: Any, **kwargs: Any) -> None:
-        raise RankError("rank 1 of 2: no space", told=told)
+        raise RankError("rank 1 of 2: no space", reported=told)
 
     monkeypatch.setattr(training, "train", lose)
     arguments = [

@@ -53,7 +53,7 @@ def build_launcher(
     trainer: str,
     options: Mapping[str, str] | None = None,
 ) -> Launcher:
-    """The launcher called ``name``. Raises ``RunError`` for an unknown name or a missing package."""
+    """The launcher ``name``. Raises ``RunError`` for an unknown name or a missing package."""
     if name not in LAUNCHERS:
         raise RunError(expected(f"a launcher ({', '.join(LAUNCHERS)})", repr(name)))
     return LAUNCHERS[name](jobs, workers, trainer, options or {})

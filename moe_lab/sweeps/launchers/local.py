@@ -255,15 +255,13 @@ class LocalLauncher:
         code = worker.reap()
         self._stillborn += not worker.was_ready
         if self._stillborn >= 3 * self.slots:
-            raise RunError(
-                f"expected workers that start, got {self._stillborn} that ended before their first run; {self._last_words()}"
-            )
-        stalled = f"worker killed because its run's status stood still for {self._options.stall_minutes:g} minutes"
-        return (
-            []
-            if worker.job is None
-            else [Ending(worker.job.run, Result.DIED, stalled if worker.stalled else _cause(code))]
-        )
+            got = f"{self._stillborn} that ended before their first run"
+            raise RunError(f"expected workers that start, got {got}; {self._last_words()}")
+        if worker.job is None:
+            return []
+        minutes = f"{self._options.stall_minutes:g} minutes"
+        stalled = f"worker killed because its run's status stood still for {minutes}"
+        return [Ending(worker.job.run, Result.DIED, stalled if worker.stalled else _cause(code))]
 
     def _last_words(self) -> str:
         size = self._errors.seek(0, os.SEEK_END)

@@ -25,7 +25,7 @@ from moe_lab.runs.object_leases import take
 from moe_lab.runs.object_store import FILES, LEASE, STATE, STATE_FILES, scratch_name, write_failure
 from moe_lab.runs.store import Store
 from moe_lab.sweeps.launchers.protocol import Ending, Job, Launcher, Result
-from moe_lab.sweeps.launchers.trainer import load_trainer
+from moe_lab.sweeps.launchers.trainer import NOT_DONE, load_trainer
 from moe_lab.sweeps.launchers.worker import failure_of
 
 TRAINER = f"{__name__}:train"
@@ -118,7 +118,7 @@ class _Copies:
         self._thread = threading.Thread(target=self._keep_up, daemon=True)
 
     def fetch(self) -> None:
-        """Take up what the last worker left, whatever this machine still has of an older attempt."""
+        """Replace what this machine has of an older attempt by what the last worker left."""
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)
         prefix = f"{FILES}/{self._run}/"
@@ -190,9 +190,7 @@ class _Copies:
     def finish(self) -> None:
         """Everything, then ``done``, then away with the checkpoint."""
         if not (self._scratch / DONE).exists():
-            raise RunError(
-                f"expected a run that ends with the file {DONE!r}, got none; try looking into log.txt"
-            )
+            raise RunError(NOT_DONE)
         self._copy_log()
         for path in sorted(self._scratch.rglob("*")):
             name = path.relative_to(self._scratch).as_posix()

@@ -82,10 +82,9 @@ class RayLauncher:
         self._head = _Head(
             address if "://" in address else self._ray.get_runtime_context().gcs_address
         )
-        own = {name: value for name, value in os.environ.items() if name.startswith("MOE_LAB_")}
-        self._task = self._ray.remote(max_retries=0, runtime_env={"env_vars": ONE_THREAD | own})(
-            _do
-        )
+        variables = {name: os.environ[name] for name in os.environ if name.startswith("MOE_LAB_")}
+        environment = {"env_vars": ONE_THREAD | variables}
+        self._task = self._ray.remote(max_retries=0, runtime_env=environment)(_do)
         self._check_room(jobs, can_grow=bool(address))
 
     def _resources(self, device: str) -> dict[str, float]:
@@ -167,7 +166,8 @@ class RayLauncher:
             )  # which interrupts a task that has begun, and ``_do`` takes no interrupt
 
     def close(self) -> None:
-        if self._head.answers():  # otherwise there is nothing left to stop, and each of these calls would wait for a minute
+        # Without a head there is nothing to stop, and each of these calls would wait for a minute.
+        if self._head.answers():
             for reference in self._runs:
                 with suppress(Exception):  # it may have ended by itself
                     self._ray.cancel(reference, force=True)

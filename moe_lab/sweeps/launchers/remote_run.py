@@ -53,7 +53,7 @@ class RemoteRun:
             except RunError as error:
                 return UnfitMachine(str(error))
             finally:
-                gc.collect()  # the next run of this process must not find the last one's tensors, some of which sit in cycles
+                gc.collect()  # tensors in reference cycles must not add to those of the next run
 
     def _unfit(self) -> UnfitMachine | None:
         here = versions()

@@ -40,8 +40,9 @@ SIGNAL_SECONDS = 90
 """A run hears of its time limit so long before, or halfway for short limits."""
 QUEUED = "PENDING"
 ALIVE = (
-    QUEUED, "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
-    "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
+    QUEUED, "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING",
+    "STAGE_OUT", "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
 )  # fmt: skip
 """What ``squeue`` calls a job that is not over."""
 TAKEN = ("CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "REVOKED")
@@ -82,7 +83,7 @@ class Requeued(RemoteRun):
     """A run that submitit puts back in the queue when SLURM takes its node away."""
 
     def checkpoint(self) -> Any:
-        """Called within the signal's handler; submitit then leaves the process by ``SystemExit``."""
+        """Called in the signal's handler; submitit then leaves the process by ``SystemExit``."""
         worker.preempted.set()
         return extra("submitit.helpers", "slurm").DelayedSubmission(self)
 
@@ -114,7 +115,7 @@ class SlurmLauncher:
         self._waiting.append(job)
 
     def withdraw(self) -> None:
-        """Also what comes back to the queue later: it is cancelled at the look that finds it there."""
+        """Runs that come back to the queue later are cancelled when they are seen there."""
         self._withdrawing = True
 
     def poll(self, timeout: float) -> list[Ending]:
@@ -247,9 +248,11 @@ def _cause(job: Any, state: str) -> str:
     if state in TAKEN:
         return f"its job {job.job_id} ended as {state}"
     if state == "OUT_OF_MEMORY":
-        return f"its job {job.job_id} ran out of memory ({MEMORY_HINT}, or the launcher option memory_gb=)"
+        hint = f"{MEMORY_HINT}, or the launcher option memory_gb="
+        return f"its job {job.job_id} ran out of memory ({hint})"
     said = last_line(job.stderr() or "")
-    return f"its job {job.job_id} was killed or crashed (out of memory? {MEMORY_HINT}){said and ': '}{said}"
+    hint = f"out of memory? {MEMORY_HINT}"
+    return f"its job {job.job_id} was killed or crashed ({hint}){said and ': '}{said}"
 
 
 @contextmanager

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import RunError, expected
+from moe_lab.runs.layout import DONE
 
 Trainer = Callable[[dict[str, Any], Path], object]
 """``(config values, run folder)``; leaves a run folder with ``done``, or raises."""
 TRAIN = f"{__name__}:train_run"
 """The default trainer."""
+NOT_DONE = expected(f"a run that ends with the file {DONE!r}", "none", "looking into log.txt")
 
 
 def load_trainer(name: str) -> Trainer:

@@ -1,9 +1,9 @@
 """One worker process: runs one run after another, so that importing torch is paid for once.
 
-``execute`` is what every launcher runs. ``python -m moe_lab.sweeps.launchers.worker TRAINER`` serves the
-local launcher: jobs come as JSON lines on standard input, events leave as JSON lines on what was
-standard output, and what a trainer prints goes to the run's ``log.txt``. The worker ends when its
-input does, which is also what happens when the sweep that started it is killed: no orphans.
+``execute`` is what every launcher runs. ``python -m moe_lab.sweeps.launchers.worker TRAINER``
+serves the local launcher: jobs come as JSON lines on standard input, events leave as JSON lines on
+what was standard output, and the output of a trainer goes to the run's ``log.txt``. The worker ends
+when its input does, which also happens when the sweep that started it is killed: no orphans.
 """
 
 import errno
@@ -22,13 +22,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_lab.errors import BusyError, MoELabError, RunError, StorageError, expected
-from moe_lab.files import TEMPORARY_PREFIX
+from moe_lab.errors import BusyError, MoELabError, RunError, StorageError
+from moe_lab.files import TEMPORARY_PREFIX, cannot_write
 from moe_lab.runs.failures import Failure, FailureKind, write_failure
 from moe_lab.runs.folder_claims import acquire
 from moe_lab.runs.layout import DONE, ERROR, FAILURE, LOG
 from moe_lab.sweeps.launchers.protocol import MEMORY_HINT, Ending, Job, Result
-from moe_lab.sweeps.launchers.trainer import Trainer, load_trainer
+from moe_lab.sweeps.launchers.trainer import NOT_DONE, Trainer, load_trainer
 from moe_lab.sweeps.memory import give_back_freed
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -75,9 +75,7 @@ def _train(trainer: Trainer, job: Job) -> Ending:
         with _output_to(job.folder / LOG):
             trainer(job.config, job.folder)
         if not (job.folder / DONE).exists():
-            raise RunError(
-                expected(f"a run that ends with the file {DONE!r}", "none", "looking into log.txt")
-            )
+            raise RunError(NOT_DONE)
         return Ending(job.run, Result.FINISHED)
     except BusyError:
         return Ending(job.run, Result.BUSY)
@@ -123,7 +121,7 @@ def _one_line(error: BaseException, folder: Path) -> str:
     ):
         return f"out of memory{message and ': '}{message.rstrip('.')}; {MEMORY_HINT}"
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
-        return f"cannot write {error.filename or folder}: {error.strerror}; try another folder or free some space"
+        return cannot_write(error.filename or folder, error)
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{message and ': '}{message}{place}"
@@ -175,13 +173,11 @@ def main(trainer_name: str) -> None:
     tell(event="ready")
     while True:
         ending = execute(trainer, jobs.get())
-        gc.collect()  # the last run's tensors, some of which sit in reference cycles, must not add to the next run's
+        gc.collect()  # tensors in reference cycles must not add to those of the next run
         give_back_freed()
         tell(event="ended", **asdict(ending))
-        if (
-            ending.result is Result.FAILED
-        ):  # a failure may have poisoned the process (CUDA errors do): the next run gets a fresh one
-            return
+        if ending.result is Result.FAILED:
+            return  # CUDA errors leave a process unusable: the next run gets a new one
 
 
 def _listen(jobs: "queue.SimpleQueue[Job]") -> None:
