@@ -254,9 +254,15 @@ def lines(frame: pl.DataFrame, title: str, target: float, panels: str | None = N
             part = panel.filter(pl.col("rule") == rule)
             colour = theme.SERIES[index % len(theme.SERIES)]
             figure.add_scatter(
-                x=part["step"].to_list(), y=part["mean_ffn_count"].to_list(), name=rule, legendgroup=rule, showlegend=column == 1,
-                line={"color": colour, "width": 1.5}, row=1, col=column,
-            )  # fmt: skip
+                x=part["step"].to_list(),
+                y=part["mean_ffn_count"].to_list(),
+                name=rule,
+                legendgroup=rule,
+                showlegend=column == 1,
+                line={"color": colour, "width": 1.5},
+                row=1,
+                col=column,
+            )
         figure.add_hrect(
             y0=0.99 * target,
             y1=1.01 * target,
@@ -284,9 +290,12 @@ def errors(frame: pl.DataFrame, title: str):
         part = frame.filter(pl.col("tokens") == tokens)
         for value, dash in (("error", "solid"), ("wander", "dot")):
             figure.add_scatter(
-                x=part["mu"].to_list(), y=part[value].to_list(), name=f"{value}, {tokens} tokens", mode="lines+markers",
+                x=part["mu"].to_list(),
+                y=part[value].to_list(),
+                name=f"{value}, {tokens} tokens",
+                mode="lines+markers",
                 line={"color": theme.SERIES[index], "dash": dash},
-            )  # fmt: skip
+            )
     figure.add_hline(y=1.0, line={"color": "grey", "width": 1})
     figure.update_xaxes(title="mu", type="log")
     figure.update_yaxes(title="% of the target K_e = 8", type="log")

@@ -94,7 +94,7 @@ the run's loss coefficients.
 
 LEFT_OUT = {
     "token_choice": "the general form of kinds above",
-    "llama4": "top-1 in its model; the input-scaled form equals sigmoid_topk at this depth but for the place of the weight",
+    "llama4": "top-1 in its model; otherwise sigmoid_topk with the weight on the input",
     "gemma": "softmax_topk on a normalised input, which this decoder's already is",
     "inkling": "needs shared experts, which the others here have not",
     "zaya": "top-1 of E + 1: another active budget",

@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rebuild(name: str, hint: Any, value: Any) -> Any:
-    """The value of field ``name`` from plain JSON values. Raises ``ConfigError`` for another type."""
+    """A field's value from plain JSON values. Raises ``ConfigError`` for another type."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     if value is None or hint is Any:
         return value

@@ -1,5 +1,5 @@
-"""What CONTRIBUTING.md says, from a file outside the package: its examples are one plugin, and every
-command knows what that adds by its name.
+"""The examples of CONTRIBUTING.md as one plugin, a file outside the package: every command knows
+what it adds by its name.
 """
 
 import json

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=COEFFICIENT",
-        help="a further loss on the routing of each MoE layer, of the package or of a plugin; may be repeated",
+        help="a further loss on the routing of each MoE layer; may be repeated",
     )
     parser.add_argument(
         "--tokens", type=int, default=None, help="training tokens (without --config: 200000)"
@@ -151,7 +151,7 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     if changes and router is None:
         raise ConfigError(
             expected(
-                "a configuration with an MoE layer for --router, --experts, --top-k and --zero-experts",
+                "an MoE layer for --router, --experts, --top-k and --zero-experts",
                 "a dense one",
             )
         )

@@ -140,7 +140,7 @@ def mla_kv(
     bias: bool = False,
     latent: bool = True,
 ) -> Pieces:
-    """Everything after the query; without ``latent`` the layer reads the latent of an earlier one."""
+    """Everything after the query; without ``latent`` the layer reads that of an earlier one."""
     down = (
         (linear(A, "kv_a_proj", d, rank_kv + rope, bias), norm("kv_a_norm", rank_kv))
         if latent

@@ -216,7 +216,7 @@ def _cross_entropy(logits: Tensor, targets_BS: Tensor) -> Tensor:
 
 
 def _cross_entropy_or_zero(logits: Tensor, targets_BS: Tensor) -> Tensor:
-    """The same, 0 without targets: the last tokens may all be padding where the first ones are not."""
+    """The same; 0 without targets: the last tokens may all be padding."""
     total = F.cross_entropy(
         logits.float().flatten(0, 1), targets_BS.reshape(-1), ignore_index=IGNORE, reduction="sum"
     )

@@ -1,4 +1,4 @@
-"""``MoELayer``: router, experts, shared experts and zero-computation experts as one feed-forward."""
+"""``MoELayer``: router, experts, shared experts and zero-compute experts as one feed-forward."""
 
 from typing import Literal, overload
 
@@ -43,7 +43,8 @@ class MoELayer(nn.Module):
         )
         self.dispatch = backend(config.dispatch)
         if config.dispatch in ("auto", "native"):
-            native.available()  # compile now, not in the first step, and not under ``torch.compile``
+            # Compile now, not in the first step, and not under ``torch.compile``.
+            native.available()
 
     def backend_name(self, x: Tensor) -> str:
         """The dispatch backend that runs tokens of this device and dtype: the configured one, or
@@ -70,7 +71,7 @@ class MoELayer(nn.Module):
     def forward(
         self, x: Tensor, context: RouterContext | None = None, *, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
-        """[..., D] -> [..., D], and the layer's ``Routing`` over the flattened tokens on request."""
+        """[..., D] -> [..., D], on request with the ``Routing`` of the flattened tokens."""
         if x.shape[-1] != self.config.d_model:
             raise ConfigError(
                 expected(f"a last axis of d_model {self.config.d_model}", list(x.shape))

@@ -5,8 +5,8 @@ Experts, slots, zero-compute and shared experts are the original's own numbers, 
 experts, dense feed-forwards, heads and latents its shares of the model width, so a layer holds and
 runs the same fractions. What cannot keep its share: the router (it grows with the width, not its
 square), the layers (so one leading dense or hash layer stands for one to three), and embeddings,
-which every ratio leaves out. ``preset`` makes their configurations; ``moe_lab.accounting.ratios`` compares them
-with their originals (docs/decoder.md).
+which every ratio leaves out. ``preset`` makes their configurations;
+``moe_lab.accounting.ratios`` compares them with their originals (docs/decoder.md).
 """
 
 from collections.abc import Mapping
@@ -135,7 +135,8 @@ MINIS: dict[str, Mini] = {
             "hidden_z_loss_coef": 1e-7,
         },
         _DEVICE_LOSS,
-        "38 layers are 2; the tables keep their share of all parameters, not their rows per vocabulary entry (100.6)",
+        "38 layers are 2; the tables keep their share of all parameters, not their rows per "
+        "vocabulary entry (100.6)",
     ),
     "deepseek_v3_mini": Mini(
         "deepseek-ai/DeepSeek-V3",
@@ -156,7 +157,8 @@ MINIS: dict[str, Mini] = {
             "mtp": {"num_modules": 1, "loss_coef": 0.3},
         },
         _SEQUENCE_LOSS,
-        "61 layers, 3 of them dense, are 6 and 1; the MTP module has a dense feed-forward instead of a MoE",
+        "61 layers, 3 of them dense, are 6 and 1; the MTP module has a dense feed-forward "
+        "instead of a MoE",
     ),
     "deepseek_v4_mini": Mini(
         "deepseek-ai/DeepSeek-V4-Flash",
@@ -183,8 +185,8 @@ MINIS: dict[str, Mini] = {
             "mtp": {"num_modules": 1, "loss_coef": 0.3},
         },
         _SEQUENCE_LOSS,
-        "43 layers, 3 of them hashed, are 5 and 1; grouped-query attention under an indexer stands for compressed attention; no "
-        "hyper-connections, no clamp of SwiGLU",
+        "43 layers, 3 of them hashed, are 5 and 1; grouped-query attention under an indexer stands "
+        "for compressed attention; no hyper-connections, no clamp of SwiGLU",
     ),
     "kimi_k2_mini": Mini(
         "moonshotai/Kimi-K2-Instruct",

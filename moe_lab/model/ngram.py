@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.config import require
 from moe_lab.model.ngram_config import NgramConfig
 
 
@@ -97,41 +96,6 @@ class NgramTables(nn.Module):
         The columns of ``projection`` are the tables' matrices W, side by side.
         """
         return F.linear(torch.cat(list(rows_BSd), dim=2), self.projection)
-
-    def shard(self, rank: int, world_size: int) -> "NgramShard":
-        """The rows of every table that process ``rank`` of ``world_size`` holds."""
-        return NgramShard(self, rank, world_size)
-
-
-class NgramShard(nn.Module):
-    """A contiguous part of each table's rows.
-
-    What a shard looks up is zero for rows that others hold, so a sum over shards is whole.
-    """
-
-    def __init__(self, tables: NgramTables, rank: int, world_size: int) -> None:
-        super().__init__()
-        require(0 <= rank < world_size, f"a rank of 0 to {world_size - 1}", rank)
-        bounds = [
-            (rank * size // world_size, (rank + 1) * size // world_size) for size in tables.rows
-        ]
-        self.bounds = bounds
-        weights = (
-            table[low:high].detach().clone()
-            for table, (low, high) in zip(tables.tables, bounds, strict=True)
-        )
-        self.tables = nn.ParameterList(nn.Parameter(weight) for weight in weights)
-
-    def forward(self, ids_MBS: Tensor) -> list[Tensor]:
-        """[M, B, S] rows -> for each table [B, S, d]."""
-        found = []
-        for weight, rows_BS, (low, high) in zip(self.tables, ids_MBS, self.bounds, strict=True):
-            mine_BS = (rows_BS >= low) & (rows_BS < high)
-            # A shard may hold no row of a small table; the row of zeros stands for what others
-            # hold.
-            padded = torch.cat((weight, weight.new_zeros(1, weight.shape[1])))
-            found.append(padded[torch.where(mine_BS, rows_BS - low, high - low)])
-        return found
 
 
 class GatedMemory(nn.Module):

@@ -77,7 +77,7 @@ class Indexer(nn.Module):
         )
 
     def scores(self, x: Tensor, source: Tensor, rotary: Rotary) -> Tensor:
-        """[B, S, S] index scores, in float32 or wider, of every pair, the later positions included."""
+        """[B, S, S] index scores of every pair, later positions included, in float32 or wider."""
         batch, length, _ = x.shape
         heads, dim = self.config.num_heads, self.config.head_dim
         query_BISd = self._rotated(

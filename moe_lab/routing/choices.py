@@ -30,7 +30,7 @@ class Weighting(StrEnum):
 
 
 class GroupScore(StrEnum):
-    """The score of a group of experts: its best two added (DeepSeek-V3), or its best (DeepSeek-V2)."""
+    """The score of a group of experts: its best two added (DeepSeek-V3), its best (DeepSeek-V2)."""
 
     BEST_TWO = "best_two"
     MAX = "max"

@@ -147,7 +147,7 @@ class RouterConfig(Config):
         require(self.top_k >= 1, "top_k of at least 1", self.top_k)
         require(
             self.top_k <= self.num_choices,
-            f"top_k of at most {self.num_choices} (num_experts {self.num_experts} + num_zero_experts {self.num_zero_experts})",
+            f"top_k of at most {self.num_choices} (num_experts + num_zero_experts)",
             self.top_k,
             "a smaller top_k or more experts",
         )
@@ -184,7 +184,8 @@ class RouterConfig(Config):
         kinds = self.zero_expert_kinds
         require(
             kinds is None or len(kinds) == self.num_zero_experts,
-            f"one entry of zero_expert_kinds for each of {self.num_zero_experts} zero-compute experts",
+            f"one entry of zero_expert_kinds for each of {self.num_zero_experts} "
+            "zero-compute experts",
             "none" if kinds is None else len(kinds),
         )
 
@@ -200,7 +201,7 @@ class RouterConfig(Config):
             self.num_choices % self.num_groups == 0,
             f"num_groups dividing {self.num_choices} experts",
             self.num_groups,
-            f"one of {', '.join(str(n) for n in range(1, min(self.num_choices, 64) + 1) if self.num_choices % n == 0)}",
+            "one of " + ", ".join(str(n) for n in range(1, 65) if self.num_choices % n == 0),
         )
         require(
             self.topk_groups <= self.num_groups,
@@ -276,7 +277,7 @@ class RouterConfig(Config):
 
     @property
     def zero_kinds(self) -> tuple[ZeroExpertKind, ...]:
-        """What each zero-compute expert returns; entry z belongs to expert id ``num_experts + z``."""
+        """What each zero-compute expert returns; entry z is that of expert ``num_experts + z``."""
         if self.zero_expert_kinds is not None:
             return self.zero_expert_kinds
         return self.facts.zero_kinds(self)

@@ -346,7 +346,7 @@ FAMILIES: dict[str, Family] = {
     **_family(_nllb, "nllb-moe"),
     **_family(_zaya, "zaya"),
 }
-"""``model_type`` -> the fields of its router."""  # fmt: skip
+"""``model_type`` -> the fields of its router."""
 
 
 def router_config(config: Any, layer: int | None = None) -> RouterConfig:

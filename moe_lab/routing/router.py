@@ -233,7 +233,8 @@ def check_finite(logits_TE: Tensor, valid: Tensor | None = None) -> None:
         broken = broken & valid
     count = int(broken.sum())
     if count:
-        got = f"NaN or infinity for {count} of {logits_TE.shape[0]} tokens (first: token {int(broken.nonzero()[0, 0])})"
+        first = int(broken.nonzero()[0, 0])
+        got = f"NaN or infinity for {count} of {len(logits_TE)} tokens (first: token {first})"
         raise RunError(
             expected(
                 "finite router logits",

@@ -11,7 +11,7 @@ from moe_lab.routing.routing import UNUSED
 
 
 def select_topk(scores_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> Tensor:
-    """[T, K] ids of the largest ``scores + bias``, best first; the bias serves the selection only."""
+    """[T, K] ids of the largest ``scores + bias``, best first; the bias is in no weight."""
     choice = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     return choice.topk(top_k, dim=1).indices
 

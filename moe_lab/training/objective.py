@@ -84,7 +84,10 @@ def check_shareable(config: RunConfig, ranks: Ranks) -> None:
     moe = config.model.moe
     if ranks.parts == 1 or moe is None:
         return
-    what = f"a grad_accumulation that is a multiple of the {ranks.size} ranks: router {moe.router.kind!r} decides over whole micro-batches"
+    what = (
+        f"a grad_accumulation that is a multiple of the {ranks.size} ranks: "
+        f"router {moe.router.kind!r} decides over whole micro-batches"
+    )
     require(
         moe.router.decides_over is not DecidesOver.BATCH,
         what,

@@ -14,13 +14,23 @@ from moe_lab.model import (
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
 
 PLAIN = DecoderConfig(
-    vocab_size=61, num_layers=2, d_model=24, num_heads=4, num_kv_heads=2, context_length=32, d_dense=20,
+    vocab_size=61,
+    num_layers=2,
+    d_model=24,
+    num_heads=4,
+    num_kv_heads=2,
+    context_length=32,
+    d_dense=20,
     moe=MoEConfig(24, 8, RouterConfig(num_experts=6, top_k=2, norm_topk_prob=True)),
-)  # fmt: skip
+)
 ZERO = RouterConfig(
-    kind="longcat", num_experts=6, num_zero_experts=3, top_k=3, routed_scaling_factor=3.0,
+    kind="longcat",
+    num_experts=6,
+    num_zero_experts=3,
+    top_k=3,
+    routed_scaling_factor=3.0,
     controller=ControllerConfig(kind=ControllerKind.PROPORTIONAL, rate=0.1, target_ffn_count=2),
-)  # fmt: skip
+)
 LATENT = LatentAttentionConfig(
     kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5, scale_latents=True
 )
@@ -45,9 +55,13 @@ OPTIONS = {
     "queries and keys normed by head": PLAIN.replace(qk_norm=QKNorm.HEAD),
     "queries and keys normed together": PLAIN.replace(qk_norm=QKNorm.WIDTH),
     "latent attention": PLAIN.replace(num_kv_heads=None, latent_attention=LATENT),
-    "latent attention without a query latent": PLAIN.replace(num_kv_heads=None, latent_attention=LATENT.replace(q_rank=None)),
+    "latent attention without a query latent": PLAIN.replace(
+        num_kv_heads=None, latent_attention=LATENT.replace(q_rank=None)
+    ),
     "sparse attention": PLAIN.replace(sparse_attention=SPARSE),
-    "sparse attention shared by two halves": PLAIN.replace(wiring=Wiring.SHORTCUT, sparse_attention=SPARSE.replace(share=2)),
+    "sparse attention shared by two halves": PLAIN.replace(
+        wiring=Wiring.SHORTCUT, sparse_attention=SPARSE.replace(share=2)
+    ),
     "n-gram tables": PLAIN.replace(ngram=NgramConfig()),
     "n-gram tables before a layer": PLAIN.replace(ngram=NgramConfig(layers=(1,))),
     "multi-token prediction": PLAIN.replace(mtp=MTPConfig(2)),
@@ -56,8 +70,17 @@ OPTIONS = {
     "hidden z-loss": PLAIN.replace(hidden_z_loss_coef=1e-3),
     "head of its own": PLAIN.replace(tie_embeddings=False),
     "most at once": PLAIN.replace(
-        wiring=Wiring.SHORTCUT, moe=MoEConfig(24, 8, ZERO, num_shared_experts=1, d_latent=10), num_kv_heads=None, latent_attention=LATENT,
-        sparse_attention=SPARSE.replace(share=2), ngram=NgramConfig(4, 2, 2.37), mtp=MTPConfig(1, d_hidden=9), tie_embeddings=False,
-        amplification=Amplification.SQRT, hidden_z_loss_coef=1e-4, rope_theta=1e6, norm_eps=1e-5,
+        wiring=Wiring.SHORTCUT,
+        moe=MoEConfig(24, 8, ZERO, num_shared_experts=1, d_latent=10),
+        num_kv_heads=None,
+        latent_attention=LATENT,
+        sparse_attention=SPARSE.replace(share=2),
+        ngram=NgramConfig(4, 2, 2.37),
+        mtp=MTPConfig(1, d_hidden=9),
+        tie_embeddings=False,
+        amplification=Amplification.SQRT,
+        hidden_z_loss_coef=1e-4,
+        rope_theta=1e6,
+        norm_eps=1e-5,
     ),
-}  # fmt: skip
+}

@@ -78,10 +78,18 @@ def test_the_dense_decoder_equals_transformers_llama_with_the_same_weights(kv_he
     ours = Decoder(config).eval()
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
-            max_position_embeddings=16, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False,
+            vocab_size=29,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=16,
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            tie_word_embeddings=False,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))

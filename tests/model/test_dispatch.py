@@ -44,9 +44,14 @@ def run(name: str, x_TD: Tensor, routing: Routing, bank: ExpertBank) -> list[Ten
     x_TD = x_TD.clone().requires_grad_()
     weights = routing.weights.detach().clone().requires_grad_()
     own = Routing(
-        routing.indices, weights, routing.logits, routing.scores, routing.num_experts, routing.num_zero_experts,
+        routing.indices,
+        weights,
+        routing.logits,
+        routing.scores,
+        routing.num_experts,
+        routing.num_zero_experts,
         weights_on_input=routing.weights_on_input,
-    )  # fmt: skip
+    )
     y_TD = BACKENDS[name](x_TD, own, bank)
     weighting = torch.arange(y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD).cos()
     inputs = [x_TD, weights, bank.gate_up, bank.down]

@@ -17,9 +17,14 @@ from moe_lab.model import Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, RouterConfig, RouterContext, hash_twin
 
 ROUTER = RouterConfig(
-    kind="sqrt_softplus_topk", num_experts=8, top_k=3, norm_topk_prob=True, norm_eps=1e-20, routed_scaling_factor=1.5,
+    kind="sqrt_softplus_topk",
+    num_experts=8,
+    top_k=3,
+    norm_topk_prob=True,
+    norm_eps=1e-20,
+    routed_scaling_factor=1.5,
     controller=ControllerConfig(),
-)  # fmt: skip
+)
 MOE = MoEConfig(24, 12, ROUTER, num_shared_experts=1)
 HASHED = DecoderConfig(
     vocab_size=43,
@@ -39,9 +44,17 @@ def v4_block(*, hashed: bool) -> Any:
         "transformers.models.deepseek_v4.modeling_deepseek_v4", reason="needs the extra hf"
     )
     config = transformers.DeepseekV4Config(
-        vocab_size=43, hidden_size=24, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, n_routed_experts=8,
-        num_experts_per_tok=3, routed_scaling_factor=1.5, mlp_layer_types=["hash_moe", "moe"], experts_implementation="eager",
-    )  # fmt: skip
+        vocab_size=43,
+        hidden_size=24,
+        moe_intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        routed_scaling_factor=1.5,
+        mlp_layer_types=["hash_moe", "moe"],
+        experts_implementation="eager",
+    )
     block = module.DeepseekV4SparseMoeBlock(config, 0 if hashed else 1).eval()
     randomise(block, 11)
     if hashed:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention and DeepSeek-V3 around it, with the weights of transformers' modules."""
+"""Multi-head latent attention and DeepSeek-V3 around it, with weights of transformers' modules."""
 
 from typing import Any
 
@@ -12,14 +12,28 @@ from moe_lab.model.rotary import rotary_tables
 from moe_lab.routing import ControllerConfig, RouterConfig
 
 ROUTER = RouterConfig(
-    kind="deepseek_v3", num_experts=8, top_k=3, num_groups=4, topk_groups=2, norm_topk_prob=True, routed_scaling_factor=2.5,
+    kind="deepseek_v3",
+    num_experts=8,
+    top_k=3,
+    num_groups=4,
+    topk_groups=2,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
     controller=ControllerConfig(),
-)  # fmt: skip
+)
 LATENT = LatentAttentionConfig(kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5)
 DEEPSEEK = DecoderConfig(
-    vocab_size=41, num_layers=3, num_dense_layers=1, d_model=24, num_heads=4, context_length=16, d_dense=30, tie_embeddings=False,
-    moe=MoEConfig(24, 9, ROUTER, num_shared_experts=2), latent_attention=LATENT,
-)  # fmt: skip
+    vocab_size=41,
+    num_layers=3,
+    num_dense_layers=1,
+    d_model=24,
+    num_heads=4,
+    context_length=16,
+    d_dense=30,
+    tie_embeddings=False,
+    moe=MoEConfig(24, 9, ROUTER, num_shared_experts=2),
+    latent_attention=LATENT,
+)
 
 
 def deepseek_of(config: DecoderConfig) -> Any:
@@ -29,16 +43,32 @@ def deepseek_of(config: DecoderConfig) -> Any:
     assert latent is not None
     assert moe is not None
     return transformers.DeepseekV3Config(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads, max_position_embeddings=config.context_length, rms_norm_eps=config.norm_eps,
-        intermediate_size=config.dense_width, moe_intermediate_size=moe.d_expert, n_shared_experts=moe.num_shared_experts,
-        n_routed_experts=moe.router.num_experts, num_experts_per_tok=moe.router.top_k, n_group=moe.router.num_groups,
-        topk_group=moe.router.topk_groups, norm_topk_prob=True, routed_scaling_factor=moe.router.routed_scaling_factor,
-        first_k_dense_replace=config.num_dense_layers, q_lora_rank=latent.q_rank, kv_lora_rank=latent.kv_rank,
-        qk_nope_head_dim=latent.nope_dim, qk_rope_head_dim=latent.rope_dim, v_head_dim=latent.value_dim,
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=config.context_length,
+        rms_norm_eps=config.norm_eps,
+        intermediate_size=config.dense_width,
+        moe_intermediate_size=moe.d_expert,
+        n_shared_experts=moe.num_shared_experts,
+        n_routed_experts=moe.router.num_experts,
+        num_experts_per_tok=moe.router.top_k,
+        n_group=moe.router.num_groups,
+        topk_group=moe.router.topk_groups,
+        norm_topk_prob=True,
+        routed_scaling_factor=moe.router.routed_scaling_factor,
+        first_k_dense_replace=config.num_dense_layers,
+        q_lora_rank=latent.q_rank,
+        kv_lora_rank=latent.kv_rank,
+        qk_nope_head_dim=latent.nope_dim,
+        qk_rope_head_dim=latent.rope_dim,
+        v_head_dim=latent.value_dim,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        attn_implementation="eager", experts_implementation="eager",
-    )  # fmt: skip
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
 
 
 @pytest.mark.hf

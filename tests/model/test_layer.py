@@ -227,9 +227,13 @@ def test_longcat_layer_equals_transformers_longcat_flash() -> None:
         nn.init.normal_(parameter, std=0.3)
     theirs.router.e_score_correction_bias.normal_(std=0.05)
     router = RouterConfig(
-        kind="longcat", num_experts=8, num_zero_experts=4, top_k=3, routed_scaling_factor=6.0,
+        kind="longcat",
+        num_experts=8,
+        num_zero_experts=4,
+        top_k=3,
+        routed_scaling_factor=6.0,
         controller=ControllerConfig(kind=ControllerKind.FIXED),
-    )  # fmt: skip
+    )
     ours = MoELayer(MoEConfig(16, 12, router))
     _copy(
         ours, theirs.router.classifier.weight, theirs.experts.gate_up_proj, theirs.experts.down_proj

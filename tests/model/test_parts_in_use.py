@@ -37,9 +37,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextConfig:
 
 def run_of(config: DecoderConfig, text: TextConfig) -> RunConfig:
     return RunConfig(
-        model=config.replace(vocab_size=text.vocab_size), text=text, batch_size=2, seq_length=32, train_tokens=3 * 64, log_every=1,
-        eval_tokens=200, eval_excerpt_tokens=40, optimizer=OptimizerConfig(lr=1e-2),
-    )  # fmt: skip
+        model=config.replace(vocab_size=text.vocab_size),
+        text=text,
+        batch_size=2,
+        seq_length=32,
+        train_tokens=3 * 64,
+        log_every=1,
+        eval_tokens=200,
+        eval_excerpt_tokens=40,
+        optimizer=OptimizerConfig(lr=1e-2),
+    )
 
 
 @NAMES

@@ -14,25 +14,52 @@ from moe_lab.routing import RouterConfig
 
 MOE = MoEConfig(24, 10, RouterConfig(num_experts=6, top_k=3, norm_topk_prob=True))
 QWEN3 = DecoderConfig(
-    vocab_size=37, num_layers=2, d_model=24, num_heads=4, num_kv_heads=2, head_dim=8, context_length=16, moe=MOE, qk_norm=QKNorm.HEAD,
-    tie_embeddings=False, rope_theta=1e6,
-)  # fmt: skip
+    vocab_size=37,
+    num_layers=2,
+    d_model=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    context_length=16,
+    moe=MOE,
+    qk_norm=QKNorm.HEAD,
+    tie_embeddings=False,
+    rope_theta=1e6,
+)
 OLMOE = DecoderConfig(
-    vocab_size=37, num_layers=2, d_model=24, num_heads=4, num_kv_heads=2, context_length=16, qk_norm=QKNorm.WIDTH, tie_embeddings=False,
-    moe=MOE.replace(router=RouterConfig(num_experts=6, top_k=3)), norm_eps=1e-5,
-)  # fmt: skip
+    vocab_size=37,
+    num_layers=2,
+    d_model=24,
+    num_heads=4,
+    num_kv_heads=2,
+    context_length=16,
+    qk_norm=QKNorm.WIDTH,
+    tie_embeddings=False,
+    moe=MOE.replace(router=RouterConfig(num_experts=6, top_k=3)),
+    norm_eps=1e-5,
+)
 
 
 def values_of(config: DecoderConfig) -> dict[str, Any]:
     moe = config.moe
     assert moe is not None
     return {
-        "vocab_size": config.vocab_size, "hidden_size": config.d_model, "num_hidden_layers": config.num_layers, "num_experts": 6,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.kv_heads, "max_position_embeddings": config.context_length,
-        "rms_norm_eps": config.norm_eps, "num_experts_per_tok": moe.router.top_k, "norm_topk_prob": moe.router.norm_topk_prob,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "tie_word_embeddings": False, "pad_token_id": None,
-        "attn_implementation": "eager", "experts_implementation": "eager",
-    }  # fmt: skip
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_experts": 6,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": config.context_length,
+        "rms_norm_eps": config.norm_eps,
+        "num_experts_per_tok": moe.router.top_k,
+        "norm_topk_prob": moe.router.norm_topk_prob,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+    }
 
 
 def qwen3(transformers: Any) -> Any:
@@ -84,6 +111,6 @@ def test_the_length_of_queries_and_keys_has_no_influence(norm: QKNorm) -> None:
 def test_norms_of_queries_and_keys_stand_in_grouped_attention_only() -> None:
     with pytest.raises(
         ConfigError,
-        match="expected no num_kv_heads, head_dim or qk_norm beside latent_attention, got one of them",
+        match="expected no num_kv_heads, head_dim or qk_norm beside latent_attention",
     ):
         OLMOE.replace(num_kv_heads=None, latent_attention=LatentAttentionConfig(8))

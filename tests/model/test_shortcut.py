@@ -23,12 +23,27 @@ ROUTER = RouterConfig(
     controller=ControllerConfig(),
 )
 LONGCAT = DecoderConfig(
-    vocab_size=37, num_layers=2, d_model=24, num_heads=4, context_length=16, moe=MoEConfig(24, 10, ROUTER), d_dense=20,
-    wiring=Wiring.SHORTCUT, tie_embeddings=False, rope_theta=1e4, norm_eps=1e-5,
+    vocab_size=37,
+    num_layers=2,
+    d_model=24,
+    num_heads=4,
+    context_length=16,
+    moe=MoEConfig(24, 10, ROUTER),
+    d_dense=20,
+    wiring=Wiring.SHORTCUT,
+    tie_embeddings=False,
+    rope_theta=1e4,
+    norm_eps=1e-5,
     latent_attention=LatentAttentionConfig(
-        kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5, scale_latents=True, norm_eps=1e-6
+        kv_rank=10,
+        q_rank=12,
+        nope_dim=6,
+        rope_dim=4,
+        value_dim=5,
+        scale_latents=True,
+        norm_eps=1e-6,
     ),
-)  # fmt: skip
+)
 
 
 def longcat_of(config: DecoderConfig) -> Any:
@@ -38,14 +53,30 @@ def longcat_of(config: DecoderConfig) -> Any:
     assert latent is not None
     assert moe is not None
     return transformers.LongcatFlashConfig(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, num_layers=config.num_layers, num_attention_heads=config.num_heads,
-        max_position_embeddings=config.context_length, rms_norm_eps=config.norm_eps, ffn_hidden_size=config.dense_width,
-        q_lora_rank=latent.q_rank, kv_lora_rank=latent.kv_rank, qk_nope_head_dim=latent.nope_dim, qk_rope_head_dim=latent.rope_dim,
-        head_dim=latent.rope_dim, v_head_dim=latent.value_dim, moe_topk=moe.router.top_k, n_routed_experts=moe.router.num_experts,
-        zero_expert_num=moe.router.num_zero_experts, expert_ffn_hidden_size=moe.d_expert, pad_token_id=None, bos_token_id=1, eos_token_id=2,
-        routed_scaling_factor=moe.router.routed_scaling_factor, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        max_position_embeddings=config.context_length,
+        rms_norm_eps=config.norm_eps,
+        ffn_hidden_size=config.dense_width,
+        q_lora_rank=latent.q_rank,
+        kv_lora_rank=latent.kv_rank,
+        qk_nope_head_dim=latent.nope_dim,
+        qk_rope_head_dim=latent.rope_dim,
+        head_dim=latent.rope_dim,
+        v_head_dim=latent.value_dim,
+        moe_topk=moe.router.top_k,
+        n_routed_experts=moe.router.num_experts,
+        zero_expert_num=moe.router.num_zero_experts,
+        expert_ffn_hidden_size=moe.d_expert,
+        pad_token_id=None,
+        bos_token_id=1,
+        eos_token_id=2,
+        routed_scaling_factor=moe.router.routed_scaling_factor,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         attn_implementation="eager",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.hf

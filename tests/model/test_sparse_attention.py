@@ -43,7 +43,7 @@ LATENT_DECODER = GROUPED.replace(num_kv_heads=None, latent_attention=LATENT)
 BOTH = pytest.mark.parametrize("config", [GROUPED, LATENT_DECODER], ids=["grouped", "latent"])
 
 
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # transformers
 
 
@@ -53,10 +53,22 @@ def deepseek_v32(top_k: int) -> Any:
         "transformers.models.deepseek_v32.modeling_deepseek_v32", reason="needs the extra hf"
     )
     config = transformers.DeepseekV32Config(
-        vocab_size=31, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=10,
-        qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, index_topk=top_k, index_n_heads=16, index_head_dim=8,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=31,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=12,
+        kv_lora_rank=10,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+        index_topk=top_k,
+        index_n_heads=16,
+        index_head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        attn_implementation="eager",
+    )
     attention = module.DeepseekV32Attention(config, 0).eval()
     randomise(attention, top_k)
     return attention
@@ -110,23 +122,53 @@ def test_indexer_and_attention_equal_transformers_deepseek_v32(
 def test_the_whole_model_has_the_logits_of_transformers_deepseek_v32() -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     router = RouterConfig(
-        kind="deepseek_v3", num_experts=8, top_k=3, num_groups=4, topk_groups=2, norm_topk_prob=True, routed_scaling_factor=2.5,
+        kind="deepseek_v3",
+        num_experts=8,
+        top_k=3,
+        num_groups=4,
+        topk_groups=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
         controller=ControllerConfig(),
-    )  # fmt: skip
+    )
     config = LATENT_DECODER.replace(
-        num_dense_layers=1, moe=MoEConfig(24, 9, router, num_shared_experts=1), tie_embeddings=False,
+        num_dense_layers=1,
+        moe=MoEConfig(24, 9, router, num_shared_experts=1),
+        tie_embeddings=False,
         sparse_attention=SPARSE.replace(local=0, num_heads=16),
-    )  # fmt: skip
+    )
     theirs = transformers.DeepseekV32ForCausalLM(
         transformers.DeepseekV32Config(
-            vocab_size=31, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=12,
-            kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, index_topk=5, index_n_heads=16, index_head_dim=8,
-            intermediate_size=20, moe_intermediate_size=9, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=3, n_group=4,
-            topk_group=2, first_k_dense_replace=1, routed_scaling_factor=2.5, norm_topk_prob=True, max_position_embeddings=20,
-            rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, attn_implementation="eager",
+            vocab_size=31,
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=12,
+            kv_lora_rank=10,
+            qk_nope_head_dim=6,
+            qk_rope_head_dim=4,
+            v_head_dim=5,
+            index_topk=5,
+            index_n_heads=16,
+            index_head_dim=8,
+            intermediate_size=20,
+            moe_intermediate_size=9,
+            n_shared_experts=1,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+            max_position_embeddings=20,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            attn_implementation="eager",
             experts_implementation="eager",
         )
-    ).eval()  # fmt: skip
+    ).eval()
     ours = Decoder(config).eval()
     randomise(theirs, 8, std=0.2)
     copy_decoder(ours, theirs)
@@ -135,7 +177,7 @@ def test_the_whole_model_has_the_logits_of_transformers_deepseek_v32() -> None:
     assert largest(ours(ids).logits, theirs(ids).logits) < 1e-5
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # choice
 
 
@@ -207,7 +249,7 @@ def test_initial_and_local_positions_are_attended_to_whatever_the_scores(
             assert len(seen) == min(6, query + 1)
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # against dense attention
 
 
@@ -241,7 +283,7 @@ def test_choosing_all_positions_is_dense_attention_forward_and_backward(
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, allowed_BSS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of [B, H, S, d] queries under a mask: mixed values and the attention matrix."""
+    """Dense attention of [B, H, S, d] queries under a mask: mixed values, attention matrix."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
     logits = torch.einsum("bhsd,bhtd->bhst", query, key) / query.shape[3] ** 0.5
@@ -301,7 +343,7 @@ def test_no_later_position_contributes_by_value_or_by_choice(config: DecoderConf
         assert largest(block(changed, rotary)[0][:, : query + 1], y[:, : query + 1]) < 1e-12
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # sharing
 
 
@@ -331,7 +373,7 @@ def test_blocks_in_a_row_use_the_selection_of_the_first_of_them(
     assert output.losses["indexer"] > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # training
 
 
@@ -419,7 +461,7 @@ def test_attention_of_mtp_modules_is_dense() -> None:
     assert not [name for name, _ in model.mtp.named_parameters() if "indexer" in name]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # configuration
 
 

@@ -154,7 +154,7 @@ def test_routers_of_token_ids_ask_for_them(kind):
     router = build_router(RouterConfig(kind=kind, num_experts=4, top_k=1, vocab_size=9), D)
     with pytest.raises(
         ConfigError,
-        match=rf"expected token_ids of shape \[5\] for {kind}, got None; try RouterContext\(token_ids=...\)",
+        match=rf"expected token_ids of shape \[5\] for {kind}, got None",
     ):
         router(torch.randn(5, D))
     with pytest.raises(

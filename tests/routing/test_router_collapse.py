@@ -45,7 +45,7 @@ def expert_mix(routing, outputs_ED: Tensor) -> Tensor:
 
 
 # Fixed cuts on probabilities
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_dtop_p_rests_at_its_bound_and_comes_back_without_delay():
 
 
 # Free counts with nothing below them
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def train_with_a_price_on_gates(
@@ -234,7 +234,7 @@ def test_without_a_router_bias_and_on_centred_inputs_relu_routing_cannot_become_
 
 
 # Learned and relative thresholds
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_long_memory_follows_a_shift_slowly_and_a_short_one_at_once():
 
 
 # Shared budgets
-# -------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_shared_budget_starves_the_uncertain_and_a_floor_feeds_them():

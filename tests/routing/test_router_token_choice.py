@@ -147,7 +147,7 @@ def test_llama4_multiplies_the_input_of_its_expert():
 
 
 def queue_by_hand(indices, capacity, length, priority=None):
-    """First choices of all tokens before second ones, tokens in order (of priority), per sequence."""
+    """First choices of all tokens before second ones, tokens in order (of priority)."""
     tokens, slots = indices.shape
     fits = np.zeros((tokens, slots), dtype=bool)
     for start in range(0, tokens, length):
@@ -399,7 +399,7 @@ def test_no_kind_ignores_a_field(kind):
         )
         with pytest.raises(
             ConfigError,
-            match=f"expected {field} left unset for kind '{kind}', got .*; try a kind that reads it",
+            match=f"expected {field} left unset for kind '{kind}', got ",
         ):
             RouterConfig(kind=kind, num_experts=4, top_k=1, **changes)
 

@@ -215,7 +215,7 @@ def test_a_mean_of_real_experts_that_cannot_be_reached_is_refused():
     )
     with pytest.raises(
         ConfigError,
-        match=r"expected target_ffn_count from 4 to 6 \(top_k 6, num_experts 16, num_zero_experts 2\), got 3",
+        match=r"expected target_ffn_count from 4 to 6 .*, got 3",
     ):
         build_router(config, D)
 

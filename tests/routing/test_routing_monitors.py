@@ -45,7 +45,7 @@ def test_losses_that_do_not_touch_the_router_have_no_ratio():
     ) == float("inf")
     with pytest.raises(
         ConfigError,
-        match=r"expected a routing with a gradient graph, got detached scores; try calling it before",
+        match="expected a routing with a gradient graph",
     ):
         monitors.gradient_ratio(unrelated, unrelated, routing.detach())
 

@@ -213,9 +213,18 @@ def _(
 
 @torch.library.custom_op("moe_lab::experts_backward", mutates_args=(), device_types="cpu")
 def _experts_backward(
-    grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Tensor, order: Tensor, starts: Tensor,
-    place: Tensor, on_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    act: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    place: Tensor,
+    on_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate_up and down."""
     library = _loaded()
     grad, x, weights, gate_up, down = (
@@ -231,9 +240,18 @@ def _experts_backward(
 
 @_experts_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Tensor, order: Tensor, starts: Tensor,
-    place: Tensor, on_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    act: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    place: Tensor,
+    on_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x),
         torch.empty_like(weights),
@@ -286,9 +304,17 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _layer(
-    library: ctypes.CDLL, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, starts: Tensor,
-    place: Tensor, on_input: bool,
-) -> list[Any]:  # fmt: skip
+    library: ctypes.CDLL,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    place: Tensor,
+    on_input: bool,
+) -> list[Any]:
     """The arguments that both directions begin with."""
     blas = getattr(library, DTYPES[x.dtype][1])
     sizes = _integers(torch.get_num_threads(), *indices.shape, *down.shape)

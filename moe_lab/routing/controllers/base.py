@@ -98,10 +98,10 @@ class Controller(nn.Module):
         return shares
 
     def check_target(self, target: float | None) -> None:
-        """Raise ``ConfigError`` unless a mean of ``target`` real experts per token can be reached."""
+        """Raise ``ConfigError`` unless a mean of ``target`` real experts can be reached."""
         low, high = max(self.top_k - self.num_zero_experts, 0), min(self.top_k, self.num_experts)
         span = f"from {low} to {high}" if low else f"above 0 and at most {high}"
-        setup = f"top_k {self.top_k}, num_experts {self.num_experts}, num_zero_experts {self.num_zero_experts}"
+        setup = f"top_k {self.top_k}, {self.num_experts} + {self.num_zero_experts} experts"
         require(
             target is not None and 0 < target <= high and target >= low,
             f"target_ffn_count {span} ({setup})",

@@ -7,7 +7,7 @@ from moe_lab.routing.routing import Routing
 
 
 def z_loss(routing: Routing) -> Tensor:
-    """ST-MoE's router z-loss (arXiv 2202.08906, eq. 5): the mean squared log-sum-exp of the logits."""
+    """ST-MoE's router z-loss (arXiv 2202.08906, eq. 5): mean squared log-sum-exp of the logits."""
     return _mean_squared_lse(routing.logits, routing.valid)
 
 

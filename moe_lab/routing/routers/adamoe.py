@@ -32,6 +32,6 @@ class AdaMoE(TokenChoice):
 
 
 def null_experts(num_experts: int, data_sparsity: float) -> int:
-    """M = N (1 - rho) / rho, rounded: nulls for which k slots hold rho k real experts on average."""
+    """M = N (1 - rho) / rho, rounded: k slots then hold rho k real experts on average."""
     require(0 < data_sparsity <= 1, "data_sparsity above 0 and at most 1", data_sparsity)
     return round(num_experts * (1 - data_sparsity) / data_sparsity)
