@@ -3,6 +3,7 @@ tokens of a text.
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,25 +78,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-zero-experts", type=int, default=None, help="zero-compute experts of the model"
     )
     imported.add_argument("--top-k", type=int, default=None, help="slots of each token")
+    imported.add_argument(
+        "--layers",
+        default=None,
+        metavar="LIST",
+        help="numbers of its MoE layers, such as 1-60 or 3,7",
+    )
+    imported.add_argument(
+        "--tokens", type=int, default=None, help="of counts whose layers left slots unused"
+    )
     imported.add_argument("--model", default="", help="its name, or which of several models in SRC")
     add_device(parser)
     add_json(parser)
 
 
+_SHARED = {"run", "out", "json", "device"}
+_TEXT = {"text", "text_column", "max_tokens"}
+_READ_BY = {
+    "RUN": _SHARED | _TEXT,
+    "--hf": _SHARED | _TEXT | {"hf", "dtype", "device_map", "batch_tokens", "trust_remote_code"},
+    "--import": _SHARED
+    | {"kind", "config", "num_experts", "num_zero_experts", "top_k", "layers", "tokens", "model"},
+}
+"""What is traced -> the options that are read; any other that was given is refused."""
+
+
 def main(args: argparse.Namespace) -> int:
-    if (
-        sum(item is not None for item in (args.hf, args.kind))
-        + (args.run is not None and args.kind is None)
-        != 1
-    ):
-        raise ConfigError(
-            expected("one of RUN, --hf ID_OR_PATH or --import KIND SRC", "none or several")
-        )
-    if args.kind is not None:
+    given = [args.hf is not None, args.kind is not None, args.run is not None and args.kind is None]
+    if sum(given) != 1:
+        what = "one of RUN, --hf ID_OR_PATH or --import KIND SRC"
+        raise ConfigError(expected(what, "several" if any(given) else "none"))
+    mode = "--hf" if args.hf is not None else "--import" if args.kind is not None else "RUN"
+    _refuse_ignored(args, mode)
+    if mode == "--import":
         return _import(args)
     if args.text is None:
         raise ConfigError(expected("--text PATH", "none"))
-    return _run(args) if args.hf is None else _pretrained(args)
+    return _run(args) if mode == "RUN" else _pretrained(args)
+
+
+def _refuse_ignored(args: argparse.Namespace, mode: str) -> None:
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    for name, value in vars(args).items():
+        if name not in _READ_BY[mode] and value != defaults.get_default(name):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                expected(f"options that {mode} reads", option, f"leaving {option} out")
+            )
+
+
+def _layer_numbers(text: str) -> list[int]:
+    """ "1-3,7" -> [1, 2, 3, 7]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
+        if match is None:
+            raise ConfigError(expected("--layers such as 1-60 or 3,7", repr(text)))
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -109,6 +150,8 @@ def _import(args: argparse.Namespace) -> int:
         "num_experts": args.num_experts,
         "num_zero_experts": args.num_zero_experts,
         "top_k": args.top_k,
+        "layers": None if args.layers is None else _layer_numbers(args.layers),
+        "tokens": args.tokens,
     }
     trace = import_trace(
         args.kind, args.run, args.out, config=args.config, model=args.model, **sizes

@@ -196,7 +196,7 @@ def test_records_of_an_engine_become_a_trace(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected one of RUN, --hf ID_OR_PATH or --import KIND SRC, got none or several"),
+        ([], "expected one of RUN, --hf ID_OR_PATH or --import KIND SRC, got none"),
         (["run", "--hf", "x"], "expected one of RUN, --hf ID_OR_PATH or --import KIND SRC"),
         (["run"], "expected --text PATH, got none"),
         (["--import", "vllm"], "expected --import KIND SRC --out FOLDER, got no SRC"),
@@ -260,3 +260,27 @@ def test_code_that_came_with_a_model_never_runs_unasked(pretrained, texts, tmp_p
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "--trust-remote-code" in done.stderr
+
+
+def test_layers_and_tokens_of_an_import_can_be_given(tmp_path, capsys):
+    (tmp_path / "c.json").write_text("[[0, 0, 0, 0], [4, 3, 2, 1], [0, 4, 3, 0]]")
+    arguments = ["--import", "counts", str(tmp_path / "c.json"), "--out", str(tmp_path / "t")]
+    assert main(["trace", *arguments, "--top-k", "3", "--layers", "1-2", "--tokens", "4"]) == 0
+    assert [layer.layer for layer in open_trace(tmp_path / "t").meta.layers] == [1, 2]
+    capsys.readouterr()
+    assert main(["trace", *arguments, "--top-k", "3", "--layers", "1..2"]) == 2
+    assert "--layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "option"),
+    [
+        (["--import", "counts", "x.json", "--out", "o"], ["--text", "corpus"]),
+        (["--import", "counts", "x.json", "--out", "o"], ["--max-tokens", "5"]),
+        (["--hf", "model", "--text", "corpus", "--out", "o"], ["--top-k", "2"]),
+        (["runs/x", "--text", "corpus"], ["--dtype", "float32"]),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(mode, option, capsys):
+    assert main(["trace", *mode, *option]) == 2
+    assert option[0] in capsys.readouterr().err

@@ -267,7 +267,7 @@ def test_a_record_that_lost_tokens_is_refused(tmp_path):
     path.write_text("{broken\n")
     with pytest.raises(
         TraceError,
-        match=r"router_trace_rank0.jsonl, line 1: expected a JSON object, got JSONDecodeError",
+        match=r"router_trace_rank0.jsonl, line 1",
     ):
         import_trace("megatron", path, tmp_path / "t", num_experts=EXPERTS)
 

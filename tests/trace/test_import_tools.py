@@ -29,7 +29,7 @@ def test_published_counts_of_olmoe_and_mixtral_conserve(
     assert trace.num_tokens == 2 * total // slots
     domain = trace.tokens.filter(pl.col("domain") == "github").select("doc", "pos").collect()
     rows = trace.routing.filter(
-        (pl.col("layer") == 1) & pl.col("doc").is_in(domain["doc"].unique().implode())
+        (pl.col("layer") == 7) & pl.col("doc").is_in(domain["doc"].unique().implode())
     ).collect()
     got = np.bincount(rows["experts"].explode().to_numpy(), minlength=experts)
     assert got.tolist() == values["expert_counts"]["github"]["layer_7"]
@@ -135,7 +135,7 @@ def test_a_moe_atlas_trace_that_was_cut_is_refused(tmp_path):
             [[5, 1, 1, 1]],
             r"expected at most one slot of each token on an expert \(4 tokens\), got 5",
         ),
-        ([[1.5, 0.5]], "integers of 2 dimensions, got float64"),
+        ([[1.5, 0.5]], "expected integers of .* got float64"),
         ([[1, 2], [3]], "expected rows of one length"),
     ],
 )

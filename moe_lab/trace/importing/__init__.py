@@ -7,7 +7,8 @@ configuration, or the caller; never from the largest id.
 Shape letters: T tokens, L layers, K slots.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -18,13 +19,26 @@ import polars as pl
 
 from moe_lab.errors import ConfigError, TraceError, expected
 from moe_lab.hf.configuration import router_sizes
-from moe_lab.trace.importing.engines import megatron, sglang, trtllm, vllm
-from moe_lab.trace.importing.source import Document, Sizes, Source
-from moe_lab.trace.importing.tools import counts, moe_atlas, stratamoe
+from moe_lab.json_input import list_of, whole
+from moe_lab.trace.importing.expert_counts import counts
+from moe_lab.trace.importing.megatron import megatron
+from moe_lab.trace.importing.records import Document, Sizes, Source
+from moe_lab.trace.importing.request_routes import sglang, trtllm, vllm
+from moe_lab.trace.importing.tool_traces import moe_atlas, stratamoe
 from moe_lab.trace.reader import Trace, open_trace
 from moe_lab.trace.rows import slot_rows
-from moe_lab.trace.schema import ROUTED, LayerMeta, TraceMeta
+from moe_lab.trace.schema import (
+    MAX_CHOICES,
+    MAX_LAYERS,
+    MAX_TOP_K,
+    ROUTED,
+    LayerMeta,
+    TraceMeta,
+)
 from moe_lab.trace.writer import TraceWriter
+
+BLOCK_SLOTS = 2**22
+"""Slots [tokens, layers, K] that are turned into rows at a time."""
 
 
 class ImportKind(StrEnum):
@@ -61,6 +75,7 @@ def import_trace(
     num_zero_experts: int | None = None,
     top_k: int | None = None,
     layers: Iterable[int] | None = None,
+    tokens: int | None = None,
     model: str = "",
 ) -> Trace:
     """Write the records at ``src`` as a trace at ``path`` and open it.
@@ -73,6 +88,8 @@ def import_trace(
             tells the sizes.
         num_experts, num_zero_experts, top_k, layers: the sizes where neither the source nor
             ``config`` has them.
+        tokens: how many tokens counts were taken over, where a layer may have used fewer than
+            ``top_k`` slots of each.
         model: name in the metadata; where the source holds several models, the one to take.
 
     Raises:
@@ -86,45 +103,49 @@ def import_trace(
     src = Path(src)
     if not src.exists():
         raise TraceError(expected(f"a file or folder at {src}", "none"))
-    sizes = _sizes(
-        config,
-        num_experts,
-        num_zero_experts,
-        top_k,
-        None if layers is None else tuple(layers),
-        model,
-    )
+    given = {
+        "num_experts": num_experts,
+        "num_zero_experts": num_zero_experts,
+        "top_k": top_k,
+        "layers": None if layers is None else list(layers),
+        "tokens": tokens,
+    }
     try:
-        source = READERS[chosen](src, sizes)
-        _write(chosen, source, sizes, Path(path))
+        sizes = _sizes(config, given, model)
+        _write(chosen, READERS[chosen](src, sizes), sizes, Path(path))
+    except ConfigError as error:
+        raise TraceError(str(error)) from error
     except OSError as error:
         raise TraceError(f"cannot read {src}: {error.strerror or error}") from error
     return open_trace(path, verify=False)
 
 
-def _sizes(
-    config: Any,
-    experts: int | None,
-    zero: int | None,
-    top_k: int | None,
-    layers: tuple[int, ...] | None,
-    model: str,
-) -> Sizes:
+_SIZES = {
+    "num_experts": whole(1, MAX_CHOICES),
+    "num_zero_experts": whole(0, MAX_CHOICES),
+    "top_k": whole(1, MAX_TOP_K),
+    "layers": list_of(whole(0, 99_999), MAX_LAYERS),
+    "tokens": whole(1, 2**40),
+}
+
+
+def _sizes(config: Any, given: dict[str, Any], model: str) -> Sizes:
+    """What the caller and the configuration say; the caller goes first."""
     known = Sizes()
     if config is not None:
         try:
-            found = router_sizes(config)
+            known = Sizes(*router_sizes(config))
         except ConfigError as error:
             raise TraceError(f"cannot take the sizes from the configuration: {error}") from error
-        known = Sizes(*found)
-    return Sizes(
-        num_experts=experts or known.num_experts,
-        num_zero_experts=known.num_zero_experts if zero is None else zero,
-        top_k=top_k or known.top_k,
-        layers=layers or known.layers,
-        num_layers=known.num_layers,
-        model=model,
-    )
+    checked = {
+        name: _SIZES[name](value, name) for name, value in given.items() if value is not None
+    }
+    if "layers" in checked:
+        numbers = tuple(checked["layers"])
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise TraceError(expected("layers that are different numbers", list(numbers)[:20]))
+        checked["layers"] = numbers
+    return replace(known, model=model, **checked)
 
 
 def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
@@ -132,13 +153,13 @@ def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
     first = next(documents, None)
     if first is None:
         raise TraceError(expected("at least one document with routes", "none"))
-    layers, chosen = _layers(source, sizes, first.ids.shape[1], first.ids.shape[2])
+    layers, places = _layers(source, sizes, first.ids.shape[1], first.ids.shape[2])
     aliased = source.aliases_zero_experts and sizes.num_zero_experts > 0
-    notes = list(source.notes)
-    if aliased:
-        notes.append(
-            f"{kind.value} records zero-compute experts as expert 0: its counts, ffn_count and zero_count are not the model's."
-        )
+    alias_note = (
+        f"{kind.value} records zero-compute experts as expert 0: its counts, ffn_count and "
+        "zero_count are not the model's."
+    )
+    generated = kind in (ImportKind.VLLM, ImportKind.SGLANG, ImportKind.TRTLLM)
     meta = TraceMeta(
         layers=layers,
         model=source.model or sizes.model,
@@ -146,46 +167,67 @@ def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
         tokenizer_hash=source.tokenizer_hash,
         corpus_hash=source.corpus_hash,
         seed=source.seed,
-        phase="generate"
-        if kind in (ImportKind.VLLM, ImportKind.SGLANG, ImportKind.TRTLLM)
-        else "eval",
+        phase="generate" if generated else "eval",
         created_from=f"import {kind.value}",
         has_weights=source.has_weights,
         has_scores=False,
         zero_experts_known=not aliased,
         per_token=source.per_token,
-        notes=tuple(notes),
+        notes=(*source.notes, *((alias_note,) if aliased else ())),
     )
-    if source.versions:
-        meta = meta.replace(
-            versions={
-                **meta.versions,
-                **{f"source {name}": value for name, value in source.versions.items()},
-            }
-        )
+    versions = {f"source {name}": value for name, value in source.versions.items()}
+    meta = meta.replace(versions={**meta.versions, **versions})
     with TraceWriter(path, meta) as writer:
+        unfinished = first.doc
         for document in chain([first], documents):
-            _write_document(writer, document, chosen, aliased)
-            writer.finish_documents([document.doc])
+            if document.ids.shape[1] != first.ids.shape[1]:
+                what = f"routes of {first.ids.shape[1]} layers as in the first document"
+                raise TraceError(f"{document.where}: " + expected(what, document.ids.shape[1]))
+            if document.doc != unfinished:
+                writer.finish_documents([unfinished])
+            unfinished = document.doc
+            for block in _blocks(document):
+                _write_block(writer, block, places, aliased)
+        writer.finish_documents([unfinished])
 
 
-def _write_document(
-    writer: TraceWriter, document: Document, chosen: list[int], aliased: bool
-) -> None:
+def _blocks(document: Document) -> Iterator[Document]:
+    """A document in parts that fit in memory with all that is made of them."""
+    tokens, size = len(document.ids), max(1, BLOCK_SLOTS // max(document.ids[:1].size, 1))
+    if tokens <= size:
+        yield document
+        return
+    for start in range(0, tokens, size):
+        part = slice(start, start + size)
+        # token ids and columns of the last part hold tokens without a route too
+        whole_part = part if start + size < tokens else slice(start, None)
+        yield replace(
+            document,
+            pos=document.pos + start,
+            ids=document.ids[part],
+            weights=None if document.weights is None else document.weights[part],
+            token_ids=None if document.token_ids is None else document.token_ids[whole_part],
+            columns={name: values[whole_part] for name, values in document.columns.items()},
+        )
+
+
+def _write_block(writer: TraceWriter, document: Document, places: list[int], aliased: bool) -> None:
     tokens = len(document.ids)
     doc = np.full(tokens, document.doc, np.uint32)
     pos = (document.pos + np.arange(tokens)).astype(np.uint32)
-    for place, layer in zip(chosen, writer.meta.layers, strict=True):
-        ids = document.ids[:, place]
-        if aliased:
-            ids = _without_aliases(ids)
-        weights = (
-            None if document.weights is None else document.weights[:, place].astype(np.float32)
-        )
-        rows = slot_rows(layer, doc, pos, ids, weights, None, None)
-        writer.write_rows(
-            layer.layer, rows, np.bincount(ids[ids >= 0], minlength=layer.num_choices)
-        )
+    for place, layer in zip(places, writer.meta.layers, strict=True):
+        ids = document.ids[:, place].astype(np.int32)
+        ids = _without_aliases(ids) if aliased else ids
+        weights = document.weights
+        weights = None if weights is None else weights[:, place].astype(np.float32)
+        try:
+            rows = slot_rows(layer, doc, pos, ids, weights, None, None)
+        except TraceError as error:
+            raise TraceError(
+                f"{document.where}: {error}" if document.where else str(error)
+            ) from error
+        counts = np.bincount(ids[ids >= 0], minlength=layer.num_choices)
+        writer.write_rows(layer.layer, rows, counts)
     if document.token_ids is None:
         return
     number = len(document.token_ids)
@@ -213,38 +255,25 @@ def _layers(
     """The layers' metadata, and for each its place on the layer axis of the source."""
     experts = source.num_experts or sizes.num_experts
     if experts is None:
-        raise TraceError(
-            expected(
-                "the number of experts, which this source does not hold",
-                "none",
-                "config= or num_experts=",
-            )
-        )
+        what = "the number of experts, which this source does not hold"
+        raise TraceError(expected(what, "none", "config= or num_experts="))
     if source.num_experts and sizes.num_experts and source.num_experts != sizes.num_experts:
-        raise TraceError(
-            expected(
-                f"{sizes.num_experts} experts as configured", f"a source of {source.num_experts}"
-            )
-        )
+        what = f"{sizes.num_experts} experts as configured"
+        raise TraceError(expected(what, f"a source of {source.num_experts}"))
     top_k = source.top_k or sizes.top_k or slots
     if slots > top_k:
-        raise TraceError(
-            expected(f"at most top_k = {top_k} slots as configured", f"a source of {slots}")
-        )
+        what = f"at most top_k = {top_k} slots as configured"
+        raise TraceError(expected(what, f"a source of {slots}"))
+    if not 0 < rows <= MAX_LAYERS:
+        raise TraceError(expected(f"routes of 1 to {MAX_LAYERS} layers", rows))
     numbers = source.layers or sizes.layers or tuple(range(rows))
-    places = list(range(rows))
-    if len(numbers) != rows:
-        if rows != sizes.num_layers:
-            raise TraceError(
-                expected(
-                    f"routes of {len(numbers)} MoE layers or of all {sizes.num_layers} layers",
-                    f"{rows}",
-                )
-            )
-        places = list(numbers)
+    places = list(range(rows)) if len(numbers) == rows else sizes.places(rows)
+    if places is None:
+        every = f" or of all {sizes.num_layers} layers" if sizes.num_layers else ""
+        raise TraceError(expected(f"routes of {len(numbers)} MoE layers{every}", f"{rows}"))
     layers = tuple(
         LayerMeta(
-            layer=int(number),
+            layer=number,
             num_experts=experts,
             num_zero_experts=sizes.num_zero_experts,
             top_k=top_k,

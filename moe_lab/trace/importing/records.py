@@ -17,6 +17,7 @@ class Sizes:
         num_experts, num_zero_experts, top_k: of each layer.
         layers: numbers of the MoE layers.
         num_layers: all layers, dense ones too: some engines record a row for each.
+        tokens: how many tokens counts were taken over.
         model: which of several models a source holds, and its name in the metadata.
     """
 
@@ -25,7 +26,15 @@ class Sizes:
     top_k: int | None = None
     layers: tuple[int, ...] | None = None
     num_layers: int | None = None
+    tokens: int | None = None
     model: str = ""
+
+    def places(self, rows: int) -> list[int] | None:
+        """Where the MoE layers stand among ``rows`` that dense layers have a part in, or None."""
+        all_layers = rows == self.num_layers or (self.num_layers is None and bool(self.layers))
+        if not self.layers or not all_layers or max(self.layers) >= rows:
+            return None
+        return list(self.layers)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Document:
         weights: [T, L, K], or None.
         token_ids: [T] or more, or None; those beyond T were not routed.
         columns: name -> [len(token_ids)] further token columns, the same in every document.
+        where: file and record, for messages.
     """
 
     doc: int
@@ -46,6 +56,7 @@ class Document:
     weights: np.ndarray | None = None
     token_ids: np.ndarray | None = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)

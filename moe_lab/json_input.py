@@ -1,0 +1,167 @@
+"""JSON from outside: parsed within limits, and checked against a small declarative schema.
+
+A schema is a function of (value, name for messages) that returns the value or raises. The factories
+here make them, and can be nested:
+
+    answer = record(token_ids=optional(list_of(whole())), text=optional(text()))
+    answer(json_value, "dump.json, record 3")
+
+Every error is a ``ConfigError`` of one line; whoever reads another kind of file converts it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from moe_lab.errors import ConfigError, expected
+
+Schema = Callable[[Any, str], Any]
+
+MAX_BYTES = 2**27
+"""Of one JSON document: its values take up to ten times as much memory."""
+MAX_DIGITS = 40
+"""Of one whole number in a document."""
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """The value of a JSON document (a byte-order mark is allowed).
+
+    Raises:
+        ConfigError: no JSON, an object that names a key twice, a number of more than
+            ``MAX_DIGITS`` digits, more than ``MAX_BYTES``, values nested too deep.
+    """
+    if len(data) > MAX_BYTES:
+        what = f"at most {MAX_BYTES >> 20} MiB of JSON in {where}"
+        raise ConfigError(expected(what, f"{len(data) >> 20} MiB", "several smaller files"))
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        got = f"an error in line {error.lineno}: {error.msg}"
+        raise ConfigError(expected(f"JSON in {where}", got)) from None
+    except UnicodeDecodeError:
+        raise ConfigError(expected(f"JSON in {where}", "bytes that are not UTF-8 text")) from None
+    except RecursionError:
+        raise ConfigError(expected(f"JSON in {where}", "values nested too deep")) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def read_json_file(path: Path) -> Any:
+    """The value of a JSON file; raises ``ConfigError`` as ``parse_json`` does, and for a file that
+    cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(expected("a readable file", f"{path} ({error.strerror})")) from None
+    return parse_json(data, path.name)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        what = f"whole numbers of at most {MAX_DIGITS} digits"
+        raise ConfigError(expected(what, f"one of {len(digits)}"))
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ConfigError(expected("each key of an object once", f"{short(twice)} twice"))
+    return values
+
+
+# ------------------------------------------------------------------------------------------------
+# schemas
+
+
+def wrong(where: str, what: str, value: Any) -> ConfigError:
+    """The error for a value that does not fit."""
+    return ConfigError(expected(f"{where} as {what}", short(value)))
+
+
+def whole(least: int = 0, most: int = 2**53) -> Schema:
+    """A whole number, also as a float without a fraction; true and false are none."""
+
+    def check(value: Any, where: str) -> int:
+        number = int(value) if type(value) is float and value.is_integer() else value
+        if type(number) is not int or not least <= number <= most:
+            raise wrong(where, f"a whole number from {least} to {most}", value)
+        return number
+
+    return check
+
+
+def text(most: int = 2**20) -> Schema:
+    """Text that can be written as UTF-8."""
+
+    def check(value: Any, where: str) -> str:
+        if not isinstance(value, str) or len(value) > most or not _encodes(value):
+            raise wrong(where, f"text of at most {most} characters", value)
+        return value
+
+    return check
+
+
+def _encodes(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def list_of(item: Schema, most: int = 2**26) -> Schema:
+    """A list, each entry checked."""
+
+    def check(value: Any, where: str) -> list[Any]:
+        if not isinstance(value, list | tuple) or len(value) > most:
+            raise wrong(where, f"a list of at most {most} entries", value)
+        return [item(entry, f"{where}[{place}]") for place, entry in enumerate(value)]
+
+    return check
+
+
+def optional(schema: Schema, otherwise: Any = None) -> Schema:
+    """A value that may be absent or null, which means ``otherwise``."""
+    return lambda value, where: otherwise if value is None else schema(value, where)
+
+
+def one_of(*schemas: Schema) -> Schema:
+    """The first schema that fits; the error is the last one's."""
+
+    def check(value: Any, where: str) -> Any:
+        for schema in schemas[:-1]:
+            try:
+                return schema(value, where)
+            except ConfigError:
+                continue
+        return schemas[-1](value, where)
+
+    return check
+
+
+def mapping(values: Any, where: str) -> dict[str, Any]:
+    """An object, its values unchecked."""
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise wrong(where, "an object with named fields", values)
+    return dict(values)
+
+
+def record(**fields: Schema) -> Schema:
+    """An object with these fields; an absent one is null, others are left as they are."""
+
+    def check(value: Any, where: str) -> dict[str, Any]:
+        values = mapping(value, where)
+        checked = {
+            name: schema(values.get(name), f"{where}: {name}") for name, schema in fields.items()
+        }
+        return values | checked
+
+    return check
+
+
+def anything(value: Any, where: str) -> Any:
+    """A value that is checked elsewhere."""
+    return value
