@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_json(step_parser)
     verdict_parser = verbs.add_parser(
-        "verdict", help="wall, no wall or cannot tell, of runs of your own", formatter_class=plain
+        "verdict",
+        help="wall, below margin, no wall or cannot tell, of runs of your own",
+        formatter_class=plain,
     )
     verdict_parser.add_argument(
         "runs", type=Path, help="Parquet, CSV or JSON lines with a row per run, or a sweep's folder"
@@ -228,6 +230,8 @@ def _print(study: "WallStudy") -> None:
         header = ("alternative", "ratio", "pairs", "nats", "95 % interval", "compute", "result")
         rows = [_alternative(row) for row in study.alternatives.iter_rows(named=True)]
         _table(header, rows, left=(0, 6))
+    if study.settles:
+        print(f"\nWhat would settle it: {study.settles}.")
     for name, best in study.optima.items():
         print(f"\nW4, apart from the verdict, arm {name}: {best.sentence}")
     print("\nWhat else could have made or hidden a wall")
@@ -268,6 +272,11 @@ JSON_FIELDS = (
     "margin",
     "compute_slope",
     "noise_sd",
+    "r_star",
+    "pays",
+    "outlier",
+    "without",
+    "caveats",
 )
 
 
@@ -279,7 +288,7 @@ def _as_json(study: "WallStudy", tokens: float | None, one: "Verdict") -> dict[s
         "against_experts": study.alternatives,
     }
     return _finite(
-        {"tokens": tokens, "arm": study.arm}
+        {"tokens": tokens, "arm": study.arm, "settles": study.settles or None}
         | {name: getattr(one, name) for name in JSON_FIELDS}
         | {name: table.to_dicts() for name, table in tables.items()}
     )
@@ -318,6 +327,8 @@ def _write(folder: Path, study: "WallStudy") -> None:
 def _markdown(study: "WallStudy") -> str:
     verdicts = (_verdict_text(study, tokens, one) for tokens, one in study.verdicts.items())
     parts = ["\n\n".join(verdicts)]
+    if study.settles:
+        parts.append(f"What would settle it: {study.settles}.")
     for name, best in study.optima.items():
         parts.append(f"W4, apart from the verdict, arm {name}: {best.sentence}")
     if study.alternatives.height:

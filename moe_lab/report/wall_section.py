@@ -49,9 +49,9 @@ ELASTICITY_CAPTION = (
 )
 POWER_CAPTION = (
     "simulated sweeps per point on this grid at {tokens} tokens, noise {noise:.4f} nats ({how}). "
-    "Settled: the verdict that a sweep without noise gives; a law whose gains fade within the "
-    "margin has none, and counts unless a wall is claimed. Below 1M tokens per expert every sweep "
-    "cannot tell. A share of .9 has a 90 % interval of ±.03."
+    "Settled: a right verdict, by the truth's own last gain and average over the last two "
+    'doublings; "cannot tell" never is one. Below 1M tokens per expert every sweep cannot tell. A '
+    "share of .9 has a 90 % interval of ±.03."
 )
 ALTERNATIVES_CAPTION = (
     "pairs of runs per point: the same seed, the same total parameters (within 2 %), and no more "
@@ -124,7 +124,8 @@ def verdict_text(study: WallStudy | MoELabError | None) -> VerdictText:
         f"{count_of(runs['seed'].n_unique(), 'seed')}. Elasticity of equivalent compute in the "
         f"ratio: {decimal(verdict.elasticity)} ({decimal(low)} to {decimal(high)})."
     )
-    return VerdictText(verdict.outcome, verdict.sentence, verdict.reasons, details)
+    settles = (f"what would settle it: {study.settles}",) if study.settles else ()
+    return VerdictText(verdict.outcome, verdict.sentence, verdict.reasons + settles, details)
 
 
 def wall_section(study: WallStudy) -> WallSection:
@@ -208,7 +209,7 @@ def _elasticity(study: WallStudy) -> Block:
 
 def _power(study: WallStudy) -> Block:
     noise, known = study.noise
-    shown = ("truth", "seeds", "wall", "no_wall", "cannot_tell", "settled")
+    shown = ("truth", "seeds", "wall", "below_margin", "no_wall", "cannot_tell", "settled")
     table = study.power.select(shown)
     caption = POWER_CAPTION.format(
         tokens=magnitude(study.power["tokens"][0]),

@@ -20,7 +20,7 @@ from moe_lab.scaling.optimum import (
 )
 from moe_lab.scaling.run_files import main_arm, read_runs, with_budgets
 from moe_lab.scaling.seed_intervals import seed_intervals
-from moe_lab.scaling.sweep_means import SeveralBudgetsError
+from moe_lab.scaling.sweep_losses import SeveralBudgetsError
 from moe_lab.scaling.uncertainty import (
     Saturation,
     bootstrap,

@@ -14,8 +14,9 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.laws import LAWS
-from moe_lab.scaling.sweep_means import COLUMNS
+from moe_lab.scaling.sweep_losses import COLUMNS
 
+MARGIN = 1.05  # compute multiplier below which a doubling of the ratio is taken to buy nothing
 SMALLEST_RANGE = 1.5  # budgets closer than this factor in compute give a slope that is noise
 
 
@@ -43,7 +44,11 @@ def law_slope(
         chosen.derivative("active_params", point) + chosen.derivative("tokens", point)
     )
     outside = chosen.outside(point)
-    source = f"the margin's dL/dlnC = {value:.4f} is that of {chosen.title} at {active:.3g} active, {tokens:.3g} tokens, ratio {ratio:.3g}"
+    source = (
+        f"the margin's dL/dlnC = {value:.4f} nats is that of compute spent on active parameters "
+        f"and tokens alike, by {chosen.title} at {active:.3g} active, {tokens:.3g} tokens, ratio "
+        f"{ratio:.3g}"
+    )
     return ComputeSlope(
         value,
         None,
@@ -94,8 +99,19 @@ def measured_slope(frame: pl.DataFrame) -> ComputeSlope:
                 "checking the budgets' learning rates",
             )
         )
+    spent = "tokens" if _one_size(frame) else "active parameters and tokens as these runs do"
+    interval = "" if error is None else f" (standard error {error:.4f})"
     return ComputeSlope(
         slope,
         error,
-        f"the margin's dL/dlnC = {slope:.4f} is measured over a {span:.3g}x range of compute",
+        f"the margin's dL/dlnC = {slope:.4f} nats{interval} is measured over a {span:.3g}x range of "
+        f"compute spent on {spent}, and averaged over that range",
     )
+
+
+def _one_size(frame: pl.DataFrame) -> bool:
+    """Whether runs of a ratio differ in tokens and not in active parameters."""
+    sizes = frame.group_by("ratio").agg(
+        pl.col("active_params").max() / pl.col("active_params").min()
+    )
+    return float(sizes["active_params"].max()) < SMALLEST_RANGE  # type: ignore[arg-type]

@@ -15,9 +15,10 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.compute_slope import law_slope
-from moe_lab.scaling.wall_sentences import TOKENS_PER_EXPERT
-from moe_lab.scaling.wall_verdict import MARGIN
+from moe_lab.scaling.compute_slope import MARGIN, law_slope
+from moe_lab.scaling.seed_intervals import mean_interval
+from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT
+from moe_lab.scaling.wall_rule import Outcome
 
 DROPPED = 0.01  # share of token slots beyond which dropping differs between ratios enough to matter
 DEAD = 0.01
@@ -34,17 +35,48 @@ class Status(StrEnum):
 
 
 Finding = tuple[Status, str]
+END = frozenset({Outcome.WALL, Outcome.BELOW_MARGIN})
+ANY = END | {Outcome.NO_WALL}
+NONE: frozenset[Outcome] = frozenset()
+MAKES: dict[str, tuple[frozenset[Outcome], frozenset[Outcome]]] = {
+    "learning rate bracketed": (ANY, ANY),
+    "learning rate spacing": (END, NONE),
+    "gain depends on learning rate": (ANY, NONE),
+    "learning rate moves with ratio": (ANY, NONE),
+    "tokens per expert": (END, END),
+    "break moves with tokens": (END, END),
+    "dropped tokens": (END, NONE),
+    "dead experts": (END, NONE),
+    "load": (END, NONE),
+    "hash-routing control": (ANY, END),
+    "held-out text": (ANY, NONE),
+}
+"""Confound -> the outcomes that it could have made where it is suspect, and where it was not
+measured. What is not here (seeds, active size) is in the intervals or charged already.
+"""
+
+
+def caveats(table: pl.DataFrame, outcome: Outcome) -> tuple[str, ...]:
+    """What ``table`` (as `confounds`) does not exclude as the cause of ``outcome``."""
+    found = []
+    for name, status, _ in table.rows():
+        suspect, unmeasured = MAKES.get(name, (NONE, NONE))
+        could = suspect if status == Status.SUSPECT else unmeasured
+        if status != Status.CLEAR and outcome in could:
+            found.append(f"{name} ({status})")
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class Sweeps:
     """The runs of one arm, which may hold several token budgets and learning rates; ``tuning``,
-    those with its runs at other learning rates; the names of all ``arms``; the margin in nats per
-    doubling.
+    those with its runs at other learning rates; ``controls``, the runs of arms with hash routing;
+    the names of all ``arms``; the margin in nats per doubling.
     """
 
     frame: pl.DataFrame
     tuning: pl.DataFrame
+    controls: pl.DataFrame
     arms: tuple[str, ...]
     margin: float
 
@@ -91,7 +123,7 @@ def confounds(
     (share), load_cv, arm, bits_per_byte. Several token budgets and learning rates are welcome.
     ``margin`` in nats per doubling; by default 5 % of compute from the published law. ``arm``: the
     arm that is judged; ``arm``-short holds its runs at a smaller token budget and "lr" those at
-    other learning rates; the others are only named.
+    other learning rates; an arm whose name holds "hash" is the control of the router.
     """
     frame = frame.lazy().collect()
     missing = [
@@ -125,7 +157,8 @@ def confounds(
         if "arm" in frame.columns
         else ()
     )
-    sweeps = Sweeps(runs, tuning, arms, margin)
+    hashed = frame.filter(pl.col("arm").cast(pl.String).str.contains("hash")) if arms else frame[:0]
+    sweeps = Sweeps(runs, tuning, hashed.filter(pl.col("loss").is_finite()), arms, margin)
     rows = [(name, *check(sweeps)) for name, check in CHECKS.items()]
     return pl.DataFrame(
         rows, schema={"confound": pl.String, "status": pl.String, "detail": pl.String}, orient="row"
@@ -340,11 +373,28 @@ def _load(s: Sweeps) -> Finding:
 
 
 def _control(s: Sweeps) -> Finding:
-    if not s.arms:
-        return Status.NOT_MEASURED, "no column arm"
-    return (
-        Status.CLEAR if any("hash" in arm for arm in s.arms) else Status.NOT_MEASURED
-    ), f"arms: {', '.join(s.arms)}"
+    """Whether the learned router is better than a table of token ids, which has the same experts: a
+    gain that hashing has too is not the router's, and one that only hashing has is lost by it.
+    """
+    if s.controls.is_empty() or not s.has("seed"):
+        return Status.NOT_MEASURED, f"no arm with hash routing among {', '.join(s.arms) or 'none'}"
+    own = s.frame.select("ratio", "tokens", "seed", "loss")
+    pairs = s.controls.select("ratio", "tokens", "seed", hashed="loss").join(
+        own, on=["ratio", "tokens", "seed"]
+    )
+    if pairs.is_empty():
+        return Status.NOT_MEASURED, "no run with hash routing has a twin of its ratio and seed"
+    worse, lines = False, []
+    for (ratio,), group in pairs.sort("ratio").group_by("ratio", maintain_order=True):
+        difference = (group["loss"] - group["hashed"]).to_numpy()
+        mean, low, high = mean_interval(difference)
+        worse |= mean > s.margin and (low is None or low > 0)
+        interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
+        lines.append(f"{mean:+.4f}{interval} at ratio {ratio:g}")
+    text = f"loss less that of hash routing, nats: {', '.join(lines)}"
+    if worse:
+        return Status.SUSPECT, text + "; a fixed table beats the learned router"
+    return Status.CLEAR, text
 
 
 def _held_out(s: Sweeps) -> Finding:

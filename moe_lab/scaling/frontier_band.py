@@ -12,8 +12,8 @@ import numpy as np
 import polars as pl
 
 from moe_lab.scaling.frontier_forms import FORMS, curve, fit_form
-from moe_lab.scaling.sweep_means import read_sweep
-from moe_lab.scaling.wall_rule import Noise, form_scores
+from moe_lab.scaling.sweep_losses import read_sweep
+from moe_lab.scaling.wall_rule import form_scores
 
 POINTS = 65
 FEWEST_FITTED = 4
@@ -46,34 +46,28 @@ def frontier_band(
     left). Raises ``AnalysisError`` as `wall_verdict` does.
     """
     sweep = read_sweep(frame)
-    x, counts = sweep.log2, sweep.counts
+    x, counts, found = sweep.log2, sweep.layout.counts, sweep.estimate(noise_sd)
     kept = max(min(len(x), FEWEST_FITTED), len(x) - hold_out)
-    inner, weights = x[:kept], counts[:kept]
-    noise = Noise(np.array([sweep.within]), sweep.df, noise_sd)
-    scores = form_scores(inner, sweep.means[None, :kept], weights, noise)
+    inner, weights, measured = x[:kept], counts[:kept], found.means[0]
+    scores = form_scores(inner, measured[None, :kept], weights, found)
     best = min(scores, key=lambda name: float(scores[name][0]))
-    sd = float(noise.sd[0])
-    error = np.where(np.isfinite(sd), sd, 0.0) / np.sqrt(counts)
-    means = np.vstack(
-        [
-            sweep.means,
-            sweep.means + np.random.default_rng(seed).normal(0, 1, (draws, len(x))) * error,
-        ]
-    )
+    error = found.error(np.eye(len(x)))[0]
+    half = found.quantile(confidence) * error
+    redrawn = np.random.default_rng(seed).normal(0, 1, (draws, len(x))) * np.nan_to_num(error)
+    means = np.vstack([measured, measured + redrawn])
     at = np.linspace(x[0], x[-1], POINTS)
     drawn = curve(
         fit_form(FORMS[best], inner, means[:, :kept], weights), inner, means[:, :kept], weights, at
     )
     low, high = np.quantile(drawn[1:], [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    half = noise.quantile(confidence) * sd / np.sqrt(counts)
     rows = []
     for name, form in FORMS.items():
         missed = (
-            sweep.means[kept:]
+            measured[kept:]
             - curve(
-                fit_form(form, inner, sweep.means[None, :kept], weights),
+                fit_form(form, inner, measured[None, :kept], weights),
                 inner,
-                sweep.means[None, :kept],
+                measured[None, :kept],
                 weights,
                 x,
             )[0, kept:]
@@ -92,9 +86,9 @@ def frontier_band(
         pl.DataFrame(
             {
                 "ratio": sweep.ratios,
-                "loss": sweep.means,
-                "lo": sweep.means - half,
-                "hi": sweep.means + half,
+                "loss": measured,
+                "lo": measured - half,
+                "hi": measured + half,
                 "held_out": np.arange(len(x)) >= kept,
             }
         ),

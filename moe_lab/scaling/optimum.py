@@ -17,6 +17,7 @@ from moe_lab.scaling.fit import find_law
 from moe_lab.scaling.law import Law, Values
 
 SAME = 1.05  # within this factor a constraint holds
+EDGE = 1.01  # within this factor of the last ratio an optimum is taken to lie past the grid
 
 
 def compute_optimal(
@@ -116,8 +117,8 @@ def isoflop(frame: pl.DataFrame, *, span: float = math.inf) -> Isoflop:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The ratio of the smallest loss under a constraint, its bootstrap ``interval``, and whether it
-    lies ``inside`` the grid.
+    """The ratio of the smallest loss under a constraint, its bootstrap ``interval`` (0 and inf where
+    it reaches past the grid), and whether it lies ``inside`` the grid.
     """
 
     ratio: float
@@ -166,11 +167,19 @@ def constrained_optimum(
     means = np.array([values.mean() for values in losses]) + noise
     drawn = np.array([_vertex(x, row) for row in means])
     low, high = (float(2**q) for q in np.quantile(drawn, (0.05, 0.95)))
-    inside = bool(low > ratios[0] * 1.01 and high < ratios[-1] / 1.01)
+    open_below, open_above = low <= ratios[0] * EDGE, high >= ratios[-1] / EDGE
     ratio = float(2**best)
-    where = "inside the grid" if inside else "not separated from the grid's edge"
-    sentence = f"At fixed {constraint} the best ratio is {ratio:.3g} (90 % {low:.3g} to {high:.3g}), {where}"
-    return Optimum(ratio, (low, high), inside, sentence)
+    if open_below and open_above:
+        best_ratio = "not found: the noise reaches from one end of the grid to the other"
+    elif open_above:
+        best_ratio = f"at least {low:.3g} (95 %): the loss has not risen when the grid ends"
+    elif open_below:
+        best_ratio = f"at most {high:.3g} (95 %): the loss rises from the grid's start"
+    else:
+        best_ratio = f"{ratio:.3g} (90 % {low:.3g} to {high:.3g}), inside the grid"
+    sentence = f"At fixed {constraint} the best ratio is {best_ratio}"
+    interval = (0.0 if open_below else low, math.inf if open_above else high)
+    return Optimum(ratio, interval, not (open_above or open_below), sentence)
 
 
 def fixed_total_optima(frame: pl.DataFrame) -> dict[str, Optimum]:

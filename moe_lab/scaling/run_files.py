@@ -16,7 +16,7 @@ from moe_lab.runs.layout import DONE, RESULT
 from moe_lab.runs.record import parse_object
 from moe_lab.scaling.compute_slope import measured_slope
 from moe_lab.scaling.confounds import SHORT
-from moe_lab.scaling.sweep_means import COLUMNS
+from moe_lab.scaling.sweep_losses import COLUMNS
 
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".parquet": pl.read_parquet,

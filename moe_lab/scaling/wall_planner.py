@@ -10,23 +10,29 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.number_format import magnitude
+from moe_lab.scaling.frontier_forms import FORMS, curve, fit_form
 from moe_lab.scaling.laws import LAWS
+from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT, Sweep
 from moe_lab.scaling.wall_power import (
     TARGET,
     Design,
     Truth,
     cheapest,
     default_truths,
+    draw,
     law_truth,
     line_truth,
     power,
+    right_answers,
     saturation_truth,
     wall_truth,
 )
-from moe_lab.scaling.wall_sentences import TOKENS_PER_EXPERT
+from moe_lab.scaling.wall_verdict import Verdict
 
 NOISE: tuple[tuple[float, float, str], ...] = (
     (3e7, 0.006, "tiny models, 3-12M parameters: .0035-.008"),
@@ -37,6 +43,12 @@ NOISE: tuple[tuple[float, float, str], ...] = (
 LARGEST_RATIO, SMALLEST_REACH = 512.0, 64.0
 SEEDS = (2, 3, 5, 8)
 LONGER = (1, 4)
+SCREENED, SLACK = 100, 0.1
+"""Draws after which a design that misses the target by so much is given up."""
+LADDER = (2, 3, 5, 8, 12, 20)
+MOST_SEEDS = LADDER[-1]
+LIGHTEST = 0.05
+"""Akaike weight below which a form is not simulated."""
 TRUTHS: dict[str, Callable[[str], Truth]] = {
     "line": lambda value: line_truth(*_number(value)),
     "saturation": lambda value: saturation_truth(*_number(value)),
@@ -99,9 +111,12 @@ def plan_power(
     own = power(design, chosen, **options)  # type: ignore[arg-type]
     tables, best = [], None
     for number, variation in enumerate(variations):
-        table = power(variation, chosen, **options).with_columns(design=pl.lit(number))  # type: ignore[arg-type]
-        tables.append(table)
-        if cheapest(table, target) is not None:
+        screen = options | {"draws": min(draws, SCREENED)}
+        table = power(variation, chosen, **screen)  # type: ignore[arg-type]
+        if draws > SCREENED and cheapest(table, target - SLACK) is not None:
+            table = power(variation, chosen, **options)  # type: ignore[arg-type]
+        tables.append(table.with_columns(design=pl.lit(number)))
+        if table["draws"][0] == draws and cheapest(table, target) is not None:
             best = variation
             break
     return Plan(
@@ -114,6 +129,92 @@ def plan_power(
         noise,
         source,
     )
+
+
+def what_would_settle(sweep: Sweep, verdict: Verdict, *, draws: int = 80, seed: int = 0) -> str:
+    """The least sweep that would settle one that cannot tell, by simulation from the forms that fit
+    it (Akaike weights) under its own noise: more seeds, even or at the end, and larger ratios.
+
+    Empty where nothing can be simulated: an unknown noise, or experts short of data.
+    """
+    noise = verdict.noise_sd
+    starved = sweep.tokens / sweep.ratios[-1] < TOKENS_PER_EXPERT
+    if starved or not (math.isfinite(noise) and noise > 0):
+        return ""
+    truths = _own_truths(sweep, verdict)
+    start = Design(
+        tuple(sweep.ratios.tolist()),
+        int(sweep.layout.counts.min()),
+        sweep.size,
+        sweep.tokens,
+        active_at=tuple(sweep.active.tolist()),
+        compute_slope=verdict.compute_slope,
+    )
+    plans = _larger(start)
+    for number, plan in enumerate(plans):
+        rng = np.random.default_rng([seed, number])
+        settled = sum(
+            weight * _settled(truth, plan, noise, draws, rng) for truth, weight in truths.items()
+        )
+        if settled >= TARGET:
+            counts = plan.counts
+            seeds = f"{counts[0]}" if len(set(counts)) == 1 else f"{counts[0]} to {counts[-1]}"
+            return (
+                f"{seeds} seeds on {len(plan.ratios)} ratios up to {plan.ratios[-1]:g} at "
+                f"{magnitude(plan.tokens)} tokens ({plan.runs} runs) settle it in "
+                f"{100 * settled:.0f} % of simulated sweeps"
+            )
+    return (
+        f"no sweep of up to {MOST_SEEDS} seeds and ratios up to {plans[-1].ratios[-1]:g} settles it "
+        f"in {100 * TARGET:.0f} % of simulated sweeps"
+    )
+
+
+def _own_truths(sweep: Sweep, verdict: Verdict) -> dict[Truth, float]:
+    """The forms that fit the sweep, drawn on to other ratios, and their weights."""
+    x, counts = sweep.log2, sweep.layout.counts
+    means = sweep.estimate().means
+
+    def truth(name: str) -> Truth:
+        fit = fit_form(FORMS[name], x, means, counts)
+        return Truth(name, lambda r, d: curve(fit, x, means, counts, np.log2(r))[0], (name,))
+
+    weights = {form.name: form.weight for form in verdict.forms if form.weight >= LIGHTEST}
+    total = sum(weights.values())
+    return {truth(name): weight / total for name, weight in weights.items()}
+
+
+def _settled(
+    truth: Truth, plan: Design, noise: float, draws: int, rng: np.random.Generator
+) -> float:
+    right = right_answers(truth, plan)
+    if not right:
+        return 0.0
+    judged = draw(truth, plan, noise, draws, rng)
+    return float(np.isin(judged.outcomes(), list(right)).mean())
+
+
+def _larger(start: Design) -> list[Design]:
+    """``start`` with more seeds, even or at the end, and up to eight times the largest ratio, by
+    rising FLOPs.
+    """
+    grids = [start.ratios]
+    for _ in range(3):
+        grids.append((*grids[-1], 2 * grids[-1][-1]))
+    numbers = (start.seeds, *(number for number in LADDER if number > start.seeds))
+    plans = [
+        start.replace(
+            ratios=grid,
+            seeds=seeds,
+            seeds_at=placed,
+            active_at=_active(start, grid),
+            tokens=max(start.tokens, TOKENS_PER_EXPERT * grid[-1]),
+        )
+        for grid in grids
+        for seeds in numbers
+        for placed in ((), seeds_at_the_end(len(grid), seeds))
+    ]
+    return sorted(set(plans) - {start}, key=lambda plan: (plan.flops, plan.ratios))
 
 
 def parse_truth(text: str) -> Truth:
@@ -130,31 +231,46 @@ def parse_truth(text: str) -> Truth:
 
 def _variations(design: Design) -> list[Design]:
     """Grids of doublings from the design's smallest ratio to several largest ones, with other
-    seeds, and with the tokens that the largest ratio's experts need or four times as many.
+    seeds, even or placed at the end, and with the tokens that the largest ratio's experts need or
+    four times as many; by rising FLOPs.
     """
     first = design.ratios[0]
     top = max(design.ratios[-1], SMALLEST_REACH)
-    reach = [
-        first * 2.0**e
-        for e in range(round(math.log2(LARGEST_RATIO / first)) + 1)
-        if top / 4 <= first * 2.0**e
-    ]
-    reach = [ratio for ratio in reach if ratio <= max(LARGEST_RATIO, design.ratios[-1])]
-    grids = [
-        tuple(first * 2.0**e for e in range(round(math.log2(end / first)) + 1)) for end in reach
-    ]
+    reach = [first * 2.0**e for e in range(round(math.log2(LARGEST_RATIO / first)) + 1)]
+    ends = [end for end in reach if top / 4 <= end <= max(LARGEST_RATIO, design.ratios[-1])]
     plans = [
         design.replace(
             ratios=grid,
             seeds=seeds,
+            seeds_at=placed,
+            active_at=_active(design, grid),
             tokens=factor * max(design.tokens, TOKENS_PER_EXPERT * grid[-1]),
         )
-        for grid in grids
+        for end in ends
+        for grid in [tuple(first * 2.0**e for e in range(round(math.log2(end / first)) + 1))]
         if len(grid) >= 3
         for seeds in SEEDS
+        for placed in ((), seeds_at_the_end(len(grid), seeds))
         for factor in LONGER
     ]
     return sorted({design, *plans}, key=lambda plan: (plan.flops, plan.ratios))
+
+
+def seeds_at_the_end(ratios: int, seeds: int) -> tuple[int, ...]:
+    """About ``ratios`` x ``seeds`` runs with one seed fewer at all but the last three ratios and
+    those runs added there: 2 x 6 + 5 x 3 in place of 3 x 9.
+    """
+    early = max(1, seeds - 1)
+    late = round((ratios * seeds - early * (ratios - 3)) / 3)
+    return (early,) * (ratios - 3) + (late,) * 3
+
+
+def _active(design: Design, grid: tuple[float, ...]) -> tuple[float, ...]:
+    """Active parameters on another grid: linear in the ratio, as a router's rows are."""
+    if not design.active_at:
+        return ()
+    slope, start = np.polyfit(design.ratios, design.active_at, 1)
+    return tuple(float(start + slope * ratio) for ratio in grid)
 
 
 def _number(value: str) -> tuple[float, ...]:

@@ -1,7 +1,8 @@
 """What a planned sweep could tell: the probability of each verdict under candidate truths, its
 cost, and the cheapest that suffices.
 
-A design is a grid of ratios, a number of seeds, an active size and a token budget. Each truth is a
+A design is a grid of ratios, seeds at each, an active size that may grow with the router, and a
+token budget. Each truth is a
 loss as a function of the ratio; sweeps are drawn from it with the noise the user expects and judged
 exactly as `wall_verdict` judges a real one.
 """
@@ -15,12 +16,12 @@ import polars as pl
 
 from moe_lab.config import Config, require
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.compute_slope import law_slope
+from moe_lab.scaling.compute_slope import MARGIN, law_slope
 from moe_lab.scaling.frontier_forms import effective_ratio
 from moe_lab.scaling.laws import LAWS
-from moe_lab.scaling.wall_rule import Judgement, Noise, Outcome, judge
-from moe_lab.scaling.wall_sentences import TOKENS_PER_EXPERT
-from moe_lab.scaling.wall_verdict import MARGIN
+from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT
+from moe_lab.scaling.two_way import Layout
+from moe_lab.scaling.wall_rule import Judgement, Outcome, Price, doublings, judge
 
 DOUBLING_WORTH = 1.14  # compute a doubling is worth in the default truths: 30 mnats at 10M x 1B; Kimi K2 reports 1.21
 TARGET = 0.9
@@ -29,14 +30,18 @@ NO_NOISE = 1e-7
 
 @dataclass(frozen=True)
 class Design(Config):
-    """One planned sweep: ``ratios`` total:active ascending, ``seeds`` runs at each,
-    ``active_params``, ``tokens`` per run.
+    """One planned sweep: ``ratios`` total:active ascending, ``seeds`` runs at each, or ``seeds_at``
+    each; ``active_params``, and ``active_at`` each ratio where the router's growth is to be
+    charged; ``tokens`` per run; ``compute_slope`` -dL/dlnC where it was measured.
     """
 
     ratios: tuple[float, ...]
     seeds: int
     active_params: float
     tokens: float
+    seeds_at: tuple[int, ...] = ()
+    active_at: tuple[float, ...] = ()
+    compute_slope: float | None = None
 
     def __post_init__(self) -> None:
         require(len(self.ratios) >= 3, "three or more ratios", len(self.ratios))
@@ -45,30 +50,55 @@ class Design(Config):
             "ascending ratios from 1",
             self.ratios,
         )
-        require(self.seeds >= 1, "one seed or more", self.seeds)
+        require(min(self.counts) >= 1, "one seed or more", self.seeds_at or self.seeds)
         require(
             self.active_params > 0 and self.tokens > 0,
             "sizes above 0",
             (self.active_params, self.tokens),
         )
+        for name in ("seeds_at", "active_at"):
+            size = len(getattr(self, name))
+            require(size in (0, len(self.ratios)), f"{name} of each ratio", size)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Seeds at each ratio."""
+        return self.seeds_at or (self.seeds,) * len(self.ratios)
+
+    @property
+    def active(self) -> tuple[float, ...]:
+        """Active parameters at each ratio: they grow with the router's rows."""
+        return self.active_at or (self.active_params,) * len(self.ratios)
 
     @property
     def runs(self) -> int:
-        return len(self.ratios) * self.seeds
+        return sum(self.counts)
 
     @property
     def flops(self) -> float:
-        """6 N D per run: the head, attention and the router come on top (`moe_lab.accounting`
-        counts them).
-        """
-        return 6 * self.active_params * self.tokens * self.runs
+        """6 N D per run: the head and attention come on top (`moe_lab.accounting` counts them)."""
+        runs = zip(self.counts, self.active, strict=True)
+        return sum(6 * count * active * self.tokens for count, active in runs)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.grid(np.log2(self.ratios), np.array(self.counts))
+
+    def price(self, margin: float = MARGIN) -> Price:
+        """The margin, and what the router's growth is charged."""
+        x = np.log2(self.ratios)
+        low, high = doublings(x).T
+        active = np.log(self.active)
+        charge = self.slope * (active[high] - active[low]) / (x[high] - x[low])
+        return Price((margin - 1) * self.slope, charge=charge)
 
     @property
     def slope(self) -> float:
-        """-dL/dlnC in the middle of the grid, from the published law the verdict uses."""
-        return law_slope(
-            self.active_params, self.tokens, math.sqrt(self.ratios[0] * self.ratios[-1])
-        ).value
+        """-dL/dlnC, by default in the middle of the grid, from the published law the verdict uses."""
+        if self.compute_slope is not None:
+            return self.compute_slope
+        middle = math.sqrt(self.ratios[0] * self.ratios[-1])
+        return law_slope(self.active_params, self.tokens, middle).value
 
 
 @dataclass(frozen=True)
@@ -157,37 +187,29 @@ def draw(
 
     ``known`` hands the noise to the verdict, as one seed would need.
     """
-    ratios = np.array(design.ratios)
-    losses = truth.loss(ratios, design)[None, :, None] + rng.normal(
-        0, noise_sd, (draws, len(ratios), design.seeds)
-    )
-    means = losses.mean(2)
-    within = ((losses - means[:, :, None]) ** 2).sum((1, 2))
-    noise = Noise(within, len(ratios) * (design.seeds - 1), noise_sd if known else None)
-    return judge(
-        np.log2(ratios),
-        means,
-        np.full(len(ratios), design.seeds),
-        noise,
-        (margin - 1) * design.slope,
-    )
+    layout = design.layout
+    exact = truth.loss(np.array(design.ratios), design)[layout.ratio]
+    losses = exact + rng.normal(0, noise_sd, (draws, layout.runs))
+    return judge(layout, losses, design.price(margin), known=noise_sd if known else None)
 
 
-def right_answer(truth: Truth, design: Design, margin: float = MARGIN) -> Outcome | None:
-    """What a noiseless sweep of this design should say; None where saying nothing is right (a grid
-    that ends in fading gains).
+def right_answers(truth: Truth, design: Design, margin: float = MARGIN) -> frozenset[Outcome]:
+    """What a sweep of this design without noise should say, by its last gain and the average of its
+    last two doublings; none where those two lie on different sides of the margin.
+
+    Where the truth has a wall inside the grid, "wall" is right beside "below margin".
     """
-    if truth.wall is not None:
-        return Outcome.WALL
-    ratios = np.array(design.ratios)
-    exact = judge(
-        np.log2(ratios),
-        truth.loss(ratios, design)[None],
-        np.ones(len(ratios)),
-        Noise(np.zeros(1), 0, NO_NOISE),
-        (margin - 1) * design.slope,
-    )
-    return Outcome.NO_WALL if exact.outcomes()[0] == Outcome.NO_WALL else None
+    exact = _exact(truth, design, margin)
+    if exact.below[0]:
+        wall = truth.wall is not None and truth.wall <= design.ratios[-1]
+        return frozenset({Outcome.BELOW_MARGIN} | ({Outcome.WALL} if wall else set()))
+    return frozenset({Outcome.NO_WALL}) if exact.no_wall[0] else frozenset()
+
+
+def _exact(truth: Truth, design: Design, margin: float) -> Judgement:
+    one = design.replace(seeds=1, seeds_at=())
+    losses = truth.loss(np.array(design.ratios), design)[None]
+    return judge(one.layout, losses, one.price(margin), known=NO_NOISE)
 
 
 def power(
@@ -201,12 +223,12 @@ def power(
     known_noise: bool = False,
     flops_per_second: float | None = None,
 ) -> pl.DataFrame:
-    """[design, truth, wall, no_wall, cannot_tell, settled, form, wrong, ratios, ratio_max, seeds,
-    runs, tokens, flops, draws, hours]
+    """[design, truth, wall, below_margin, no_wall, cannot_tell, settled, form, wrong, ratios,
+    ratio_max, seeds, seeds_max, runs, tokens, active_params, flops, draws, hours]
 
     one row per design and truth: the share of ``draws`` that ends in each verdict; ``settled`` the
-    share that gives the right answer; ``wrong`` the share that claims a wall where there is none or
-    none where there is; ``form`` the share that recognises the shape; ``hours`` at
+    share that gives a right answer (`right_answers`: "cannot tell" never is one); ``wrong`` the
+    share that gives another; ``form`` the share that recognises the shape; ``hours`` at
     ``flops_per_second`` (null without). ``noise_sd``: nats between seeds (docs/scaling.md:
     .004-.008 at 3-11M parameters, .0005-.0007 above 100M). ``known_noise`` lets one seed be judged.
     """
@@ -247,20 +269,21 @@ def _chances(
 ) -> dict[str, float | int | None]:
     judged = draw(truth, design, noise_sd, draws, rng, margin=margin, known=known)
     outcomes = judged.outcomes()
-    blind = design.seeds < 2 and not known
+    blind = design.layout.df < 1 and not known
     if blind or design.tokens / design.ratios[-1] < TOKENS_PER_EXPERT:
         outcomes = np.full(draws, Outcome.CANNOT_TELL)
     share = {name: float(np.mean(outcomes == outcome)) for name, outcome in _COLUMNS.items()}
-    answer = right_answer(truth, design, margin)
-    wrong = share["no_wall"] if truth.wall is not None else share["wall"]
+    right = right_answers(truth, design, margin)
+    false = [name for name, outcome in _COLUMNS.items() if outcome not in right]
     return {
         **share,
-        "settled": 1 - wrong if answer is None else float(np.mean(outcomes == answer)),
-        "wrong": wrong,
+        "settled": float(np.isin(outcomes, list(right)).mean()),
+        "wrong": sum(share[name] for name in false if name != "cannot_tell"),
         "form": float(np.isin(judged.best_form(), truth.forms).mean()),
         "ratios": len(design.ratios),
         "ratio_max": float(design.ratios[-1]),
-        "seeds": design.seeds,
+        "seeds": min(design.counts),
+        "seeds_max": max(design.counts),
         "runs": design.runs,
         "tokens": float(design.tokens),
         "active_params": design.active_params,
@@ -269,7 +292,12 @@ def _chances(
     }
 
 
-_COLUMNS = {"wall": Outcome.WALL, "no_wall": Outcome.NO_WALL, "cannot_tell": Outcome.CANNOT_TELL}
+_COLUMNS = {
+    "wall": Outcome.WALL,
+    "below_margin": Outcome.BELOW_MARGIN,
+    "no_wall": Outcome.NO_WALL,
+    "cannot_tell": Outcome.CANNOT_TELL,
+}
 
 
 def cheapest(table: pl.DataFrame, target: float = TARGET) -> int | None:

@@ -1,8 +1,8 @@
-"""What a judged sweep is told as: one sentence that a report prints first, and the reasons under
-it.
+"""What a judged sweep is told as: one sentence that a report prints first, and the reasons under it.
 
-In: a `Case`, the sweep with everything computed from it. Out: strings. A sentence that cannot tell
-names the seeds, the grid and the tokens per expert it had, and those that would settle it.
+In: a `Case`, the sweep with everything computed from it. Out: strings. Each sentence has one
+condition; the tests list them. What would settle a sweep is not said here: `wall_planner` computes
+it.
 """
 
 import math
@@ -10,40 +10,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtri
 
-from moe_lab.number_format import magnitude
+from moe_lab.number_format import count_of, magnitude
 from moe_lab.scaling.compute_slope import ComputeSlope
-from moe_lab.scaling.sweep_means import Sweep
+from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT, Sweep
 from moe_lab.scaling.wall_rule import (
     DELTA_AICC,
     DOUBLINGS_BEYOND,
     ROUNDING,
     Judgement,
-    Noise,
     Outcome,
+    Price,
 )
 
-TOKENS_PER_EXPERT = (
-    1e6  # the smallest published MoE sweep (misfit, 262M tokens, top-2 of 256) gave each expert 2e6
-)
-FULL_GRID = 8  # ratios a sweep should have for its form to be told (docs/scaling.md)
 WORTH_SAYING = 0.02  # difference in active parameters below which nothing is said of it
 SILENT = 1e-9  # nats: no two runs that differ agree this well
-MOST_SEEDS = 20  # beyond this a larger model or more tokens are the cheaper answer
 
 
 @dataclass(frozen=True)
 class Case:
-    """All that the prose needs to know about one judged sweep."""
+    """All that the prose needs to know about one judged sweep; ``without`` is what the outcome would
+    be without the outlying run.
+    """
 
     sweep: Sweep
     slope: ComputeSlope
-    noise: Noise
-    margin: float
+    price: Price
     multiplier: float
     confidence: float
     charge: np.ndarray
     judged: Judgement
+    outcome: Outcome
+    without: Outcome
 
     @property
     def tokens_per_expert(self) -> float:
@@ -52,259 +51,364 @@ class Case:
 
     @property
     def blind(self) -> bool:
-        return not self.noise.sd[0] > SILENT
+        """Whether the noise between runs is unknown."""
+        return not self.judged.found.sd[0] > SILENT
 
     @property
     def starved(self) -> bool:
+        """Whether the experts of the largest ratio saw too few tokens to be past early training."""
         return self.tokens_per_expert < TOKENS_PER_EXPERT
 
+    @property
+    def outlier(self) -> int | None:
+        """Index of the outlying run."""
+        index = int(self.judged.found.outlier[0])
+        return None if index < 0 or self.blind else index
 
-def elasticity(case: Case) -> tuple[float, float]:
-    """d ln C / d ln ratio = (dL/dlnr) / (dL/dlnC), and the half-width of its interval (delta method
-    where the slope was measured).
-    """
-    value = float(case.judged.slope[0]) / math.log(2) / case.slope.value
-    half = float(case.judged.slope_half[0]) / math.log(2) / case.slope.value
-    if case.slope.error is not None:
-        half = math.hypot(
-            half, case.noise.quantile(case.confidence) * value * case.slope.error / case.slope.value
+    @property
+    def last_gain(self) -> tuple[float, float]:
+        """Nats per doubling, and the half-width of its interval."""
+        return float(self.judged.gains[0, -1]), float(self.judged.half[0, -1])
+
+    @property
+    def average(self) -> tuple[float, float]:
+        """W3 in nats per doubling, and the half-width of its interval."""
+        return float(self.judged.slope[0]), float(self.judged.slope_half[0])
+
+    @property
+    def elasticity(self) -> tuple[float, float]:
+        """d ln C / d ln ratio = (dL/dlnr) / (dL/dlnC), and the half-width of its interval (delta
+        method where the slope was measured).
+        """
+        value, half = (nats / math.log(2) / self.slope.value for nats in self.average)
+        if self.slope.error is not None:
+            relative = self.slope.error / self.slope.value
+            half = math.hypot(half, self.judged.found.quantile(self.confidence) * value * relative)
+        return value, half
+
+    @property
+    def r_star(self) -> tuple[float | None, float | None]:
+        """Ratios up to which a doubling still paid and past which none did; None where not found,
+        or where returns grow with the ratio, or nothing can be said.
+        """
+        judged = self.judged
+        if self.blind or self.starved or judged.growing[0]:
+            return None, None
+        low, high = (
+            None if index < 0 else float(self.sweep.ratios[index])
+            for index in (int(judged.paid_to[0]), int(judged.ended_by[0]))
         )
-    return value, half
+        return low, high
+
+    @property
+    def fades(self) -> bool:
+        """Whether all that a break lacks is that it be one."""
+        return bool(not math.isnan(self.judged.sharpness[0]) and not self.judged.w2[0])
 
 
 def reasons(case: Case) -> list[str]:
+    """What the outcome rests on, one line each."""
     parts = (
-        _noise_reason,
-        _starvation_reason,
-        _w1_reason,
-        _paid_reason,
-        _w2_reason,
-        _w3_reason,
+        _noise,
+        _diverged,
+        _outlying,
+        _starvation,
+        _equivalence,
+        _paid,
+        _crossing,
+        _shape,
+        _average,
+        _chance,
         lambda c: c.slope.source,
-        _compute_reason,
-        _budget_reason,
+        _router_growth,
+        _one_budget,
     )
     return [text for part in parts if (text := part(case))]
 
 
-def _noise_reason(case: Case) -> str:
-    sweep = case.sweep
-    if sweep.df and case.blind:
-        return "all seeds gave the same loss to the last bit: the noise between runs is not what they measured"
+def _noise(case: Case) -> str:
+    sweep, found = case.sweep, case.judged.found
+    if found.df and case.blind:
+        return (
+            "all seeds gave the same loss to the last bit: the noise between runs is not what they "
+            "measured"
+        )
     if case.blind:
-        return f"{_plural(sweep.seeds, 'seed')} over {len(sweep.ratios)} ratios gives no estimate of the noise between runs"
-    if case.noise.known is not None:
-        return f"the noise between runs, {case.noise.known:.4f} nats, was given, not measured here"
-    how = "after removing each seed's own effect" if sweep.paired else "pooled within ratios"
-    return f"the noise between runs is {case.noise.sd[0]:.4f} nats ({how}, {_plural(sweep.df, 'degree')} of freedom)"
+        return (
+            f"{_seeds(sweep)} over {len(sweep.ratios)} ratios gives no estimate of the noise "
+            "between runs"
+        )
+    if found.known is not None:
+        return f"the noise between runs, {found.known:.4f} nats, was given, not measured here"
+    how = "each seed's own effect removed" if sweep.layout.nuisance else "pooled within ratios"
+    text = (
+        f"the noise between runs is {found.sd[0]:.4f} nats ({how}, "
+        f"{count_of(found.df, 'degree')} of freedom)"
+    )
+    if not found.growth[0]:
+        return text
+    last = found.sd[0] * math.exp(found.growth[0] * (sweep.log2[-1] - sweep.log2[0]))
+    return text + f" at ratio {sweep.ratios[0]:g} and grows to {last:.4f} at {sweep.ratios[-1]:g}"
 
 
-def _starvation_reason(case: Case) -> str:
-    if not case.starved:
+def _diverged(case: Case) -> str:
+    lost = case.sweep.diverged
+    if not lost:
         return ""
+    runs = ", ".join(f"ratio {ratio:g} seed {seed}" for ratio, seed in lost)
     return (
-        f"at ratio {case.sweep.ratios[-1]:g} an expert saw {magnitude(case.tokens_per_expert)} tokens, fewer than in any published sweep "
-        f"(2M): this measures early training"
+        f"left out, as the loss is not finite: {runs}; the runs that remain may be the luckier ones"
     )
 
 
-def _w1_reason(case: Case) -> str:
+def _outlying(case: Case) -> str:
+    if case.outlier is None:
+        return ""
+    found = case.judged.found
+    return (
+        f"the run at {case.sweep.run(case.outlier)} lies {found.deviation[0]:.1f} standard errors "
+        f"from what its ratio and seed say: with it the outcome is "
+        f'"{case.judged.outcomes_of_all()[0]}", without it "{case.without}"'
+    )
+
+
+def _starvation(case: Case) -> str:
+    if not case.starved:
+        return ""
+    return (
+        f"at ratio {case.sweep.ratios[-1]:g} an expert saw {magnitude(case.tokens_per_expert)} "
+        "tokens, fewer than in any published sweep (2M): this measures early training"
+    )
+
+
+def _equivalence(case: Case) -> str:
     judged, ratios = case.judged, case.sweep.ratios
     if case.blind:
         return ""
     start = int(judged.wall_from[0])
     if start >= 0:
-        rest = (
-            ""
-            if judged.w1[0]
-            else f"; a wall needs it over {DOUBLINGS_BEYOND:g} doublings, after gains that were larger"
-        )
-        return f"W1: from ratio {ratios[start]:g} on every gain lies within {_margin(case)}{rest}"
-    gain, half = _last_gain(case)
-    verb = (
-        "is above"
-        if gain - half > case.margin
-        else "is below"
-        if gain + half < -case.margin
-        else "overlaps"
-    )
+        text = f"W1: from ratio {ratios[start]:g} on every gain lies within {_margin(case)}"
+        needs = f"{DOUBLINGS_BEYOND:g} doublings, after gains that were larger"
+        return text if judged.w1[0] else f"{text}; a wall needs it over {needs}"
+    gain, half = case.last_gain
+    margin = case.price.margin
+    above, below = gain - half > margin, gain + half < -margin
+    verb = "is above" if above else "is below" if below else "overlaps"
     return f"W1: the last gain, {_interval(gain, half)} nats per doubling, {verb} {_margin(case)}"
 
 
-def _last_gain(case: Case) -> tuple[float, float]:
-    return float(case.judged.gains[0, -1]), float(case.judged.half[0, -1])
-
-
-def _paid_reason(case: Case) -> str:
+def _paid(case: Case) -> str:
     """How far the loss demonstrably still fell, where that is short of the end."""
-    above = np.flatnonzero(
-        case.judged.gains[0] - np.maximum(case.charge, 0) - case.judged.half[0] > case.margin
-    )
-    if case.blind or case.judged.no_wall[0] or not len(above):
-        return ""
-    reached = case.sweep.ratios[case.judged.steps[above[-1], 1]]
-    return (
-        f"up to ratio {reached:g} a doubling was still worth more than {_percent(case)} of compute"
-    )
-
-
-def _w2_reason(case: Case) -> str:
     judged = case.judged
+    paying = judged.gains[0] - np.maximum(case.charge, 0) - judged.half[0] > case.price.margin
+    above = np.flatnonzero(paying)
+    if case.blind or case.outcome is Outcome.NO_WALL or not len(above):
+        return ""
+    reached = case.sweep.ratios[judged.steps[above[-1], 1]]
+    worth = f"still worth more than {_percent(case)} of compute"
+    return f"up to ratio {reached:g} a doubling was {worth}"
+
+
+def _crossing(case: Case) -> str:
+    if case.blind or case.starved:
+        return ""
+    if case.judged.growing[0]:
+        return (
+            "r*: returns grow with the ratio somewhere, so there is no one ratio where they stop "
+            "to pay"
+        )
+    text = r_star_text(case.r_star, case.confidence)
+    return f"r*: {text}, if returns do not grow with the ratio" if text else ""
+
+
+def r_star_text(r_star: tuple[float | None, float | None], confidence: float) -> str:
+    """``a doubling still paid at 8 and no longer past 32 (90 %)``; empty where neither was found."""
+    low, high = r_star
+    parts = [f"a doubling still paid at {low:g}"] if low is not None else []
+    if high is not None:
+        parts.append(
+            f"{'' if parts else 'a doubling '}no longer {'' if parts else 'paid '}past {high:g}"
+        )
+    return f"{' and '.join(parts)} ({100 * confidence:g} %)" if parts else ""
+
+
+def _shape(case: Case) -> str:
+    judged, sweep = case.judged, case.sweep
     best, delta = str(judged.break_form[0]), float(judged.break_delta[0])
     if case.blind:
         return ""
     if not math.isfinite(delta):
-        return f"W2: {case.sweep.runs} runs on {len(case.sweep.ratios)} ratios are too few to fit a form with a break"
+        return (
+            f"W2: {sweep.layout.runs} runs on {len(sweep.ratios)} ratios are too few to fit a form "
+            "with a break"
+        )
     if delta < DELTA_AICC:
-        return f"W2: no form with a break leads the line and the power law by {DELTA_AICC:g} in AICc ({best} {delta:+.1f})"
+        return (
+            f"W2: no form with a break leads the line and the power law by {DELTA_AICC:g} in AICc "
+            f"({best} {delta:+.1f})"
+        )
     upper = float(judged.break_upper[0])
-    limit = float(case.sweep.ratios[-1]) / 2**DOUBLINGS_BEYOND
+    limit = float(sweep.ratios[-1]) / 2**DOUBLINGS_BEYOND
     where = "not identified" if math.isinf(upper) else f"below {2**upper:.0f}"
     lead = f"W2: {best} leads line and power law by {delta:.1f} in AICc, its break {where}"
     if upper > math.log2(limit) + ROUNDING:
         return f"{lead} (a wall needs it below {limit:g})"
-    if _fades(case):
-        return f"{lead}, but a bend spread over three doublings fits as well: gains that fade, as smooth laws' do, and no break"
+    if case.fades:
+        return (
+            f"{lead}, but a bend spread over three doublings fits as well: gains that fade, as "
+            "smooth laws' do, and no break"
+        )
     return f"{lead} (far enough inside the grid)"
 
 
-def _w3_reason(case: Case) -> str:
-    value, half = elasticity(case)
+def _average(case: Case) -> str:
+    value, half = case.elasticity
     if math.isnan(half):
         return f"W3: elasticity {value:.2f} over the last two doublings, without an interval"
-    return f"W3: elasticity {_interval(value, half, 2)} over the last two doublings ({math.log2(case.multiplier):.2f} is the margin)"
+    margin = math.log2(case.multiplier)
+    return (
+        f"W3: elasticity {_interval(value, half, 2)} over the last two doublings ({margin:.2f} is "
+        "the margin)"
+    )
 
 
-def _compute_reason(case: Case) -> str:
+def _chance(case: Case) -> str:
+    if case.blind:
+        return ""
+    return (
+        f"a Gaussian process over all gains puts the last one at {_smoothed(case)} nats, above the "
+        f"margin with probability {case.judged.last.above[0]:.2f}"
+    )
+
+
+def _router_growth(case: Case) -> str:
     """Router rows count as active parameters: what the larger ratios cost is taken off before a
-    gain refutes a wall.
+    gain counts as paying.
     """
     spread = float(case.sweep.active.max() / case.sweep.active.min()) - 1
     if spread < WORTH_SAYING:
         return ""
-    gain, charge = float(case.judged.gains[0, -1]), float(case.charge[-1])
+    gain, charge = case.last_gain[0], float(case.charge[-1])
     return (
-        f"active parameters differ by {100 * spread:.0f} % over the ratios (the router grows): charged as compute, the last gain is "
-        f"{gain - charge:.4f} instead of {gain:.4f}"
+        f"active parameters differ by {100 * spread:.0f} % over the ratios (the router grows): "
+        f"charged as compute, the last gain is {gain - charge:.4f} instead of {gain:.4f}"
     )
 
 
-def _budget_reason(case: Case) -> str:
-    if case.judged.no_wall[0] or case.blind:
+def _one_budget(case: Case) -> str:
+    if case.outcome is Outcome.NO_WALL or case.blind:
         return ""
     if case.slope.error is not None:
-        return "a wall that moves with the tokens is a shortage of data: compare the verdicts of the other budgets"
-    return "one token budget cannot tell a wall of sparsity from experts short of data: a second, 4x larger, would"
+        return (
+            "an end of returns that moves with the tokens is a shortage of data: compare the "
+            "verdicts of the other budgets"
+        )
+    return "one token budget does not tell an end of returns from experts short of data"
 
 
 def _wall_sentence(case: Case, at: float | None) -> str:
     judged, ratios = case.judged, case.sweep.ratios
     quiet = f"from {ratios[judged.wall_from[0]]:g} to {ratios[-1]:g}"
     return (
-        f"A wall at ratio {at:.3g}: {quiet} no doubling was worth {_percent(case)} of compute "
-        f"(all {100 * case.confidence:g} % intervals within ±{case.margin:.4f} nats) and the {judged.break_form[0]} form leads by "
-        f"{judged.break_delta[0]:.0f} in AICc, at {_budget(case)}."
+        f"A wall at ratio {at:.3g}: {quiet} no doubling was worth {_percent(case)} of compute (all "
+        f"{100 * case.confidence:g} % intervals within ±{case.price.margin:.4f} nats) and the "
+        f"{judged.break_form[0]} form leads by {judged.break_delta[0]:.0f} in AICc, at "
+        f"{_budget(case)}."
+    )
+
+
+def _below_sentence(case: Case, at: float | None) -> str:
+    ratios = case.sweep.ratios
+    first = ratios[case.sweep.log2 >= case.sweep.log2[-1] - 2 - ROUNDING][0]
+    crossing = r_star_text(case.r_star, case.confidence)
+    gain, half = case.last_gain
+    rises = (
+        f"; the last gain, {_interval(gain, half)} nats, is a loss that rises: mistuned or short of "
+        "data"
+        if gain + half < -case.price.margin
+        else ""
+    )
+    return (
+        f"Below the margin: from ratio {first:g} to {ratios[-1]:g} a doubling bought "
+        f"{_interval(*case.average)} nats on average, less than the {case.price.margin:.4f} that "
+        f"{_percent(case)} of compute would"
+        + (f"; {crossing}" if crossing else "")
+        + f"{rises}, at {_budget(case)}."
     )
 
 
 def _no_wall_sentence(case: Case, at: float | None) -> str:
-    gain, half = _last_gain(case)
-    value, width = elasticity(case)
     return (
-        f"No wall up to ratio {at:g}: the last doubling still bought {_interval(gain, half)} nats, more than the {case.margin:.4f} that "
-        f"{_percent(case)} of compute would (elasticity {_interval(value, width, 2)}), at {_budget(case)}."
+        f"No wall up to ratio {at:g}: the last doubling still bought {_smoothed(case)} nats, above "
+        f"the {case.price.margin:.4f} that {_percent(case)} of compute would with probability "
+        f"{case.judged.last.above[0]:.2f} (elasticity {_interval(*case.elasticity, 2)}), at "
+        f"{_budget(case)}."
     )
 
 
 def _cannot_tell_sentence(case: Case, at: float | None) -> str:
-    sweep = case.sweep
-    have = f"{_plural(sweep.seeds, 'seed')} on {len(sweep.ratios)} ratios ({sweep.ratios[0]:g}-{sweep.ratios[-1]:g}) at {_budget(case)}"
-    return f"Cannot tell: {have} {_shortfall(case)}; {_settles(case)} would settle it."
+    ratios = case.sweep.ratios
+    grid = f"{len(ratios)} ratios ({ratios[0]:g}-{ratios[-1]:g})"
+    return f"Cannot tell: {_seeds(case.sweep)} on {grid} at {_budget(case)} {_shortfall(case)}."
 
 
 def _shortfall(case: Case) -> str:
+    gain, half = case.last_gain
+    margin = case.price.margin
     if case.blind:
         return "left the noise between runs unknown"
     if case.starved:
-        return "measured early training, where a wall of sparsity and a shortage of data look alike"
-    gain, half = _last_gain(case)
-    if abs(gain) + half < case.margin:
-        if _fades(case):
-            return "showed gains that fade to within the margin, as those of smooth laws do, and no break"
-        return "showed the last gain within the margin, but no break placed three doublings before the end"
-    if gain + half < -case.margin:
-        return f"put the last gain at {_interval(gain, half)} nats: a loss that rises is mistuned or short of data, not walled"
-    if gain - half > case.margin:
-        growth = float(case.sweep.active[-1] / case.sweep.active[case.judged.steps[-1, 0]]) - 1
         return (
-            f"put the last gain at {_interval(gain, half)} nats, above the {case.margin:.4f} margin only until the "
-            f"{100 * growth:.0f} % more active parameters of that step are charged"
+            f"measured early training, as experts saw fewer than {magnitude(TOKENS_PER_EXPERT)} "
+            "tokens: a wall of sparsity and a shortage of data look alike there (it takes 1M per "
+            "expert)"
         )
-    return f"put the last gain at {_interval(gain, half)} nats, on both sides of the {case.margin:.4f} margin ({_percent(case)} of compute)"
-
-
-def _fades(case: Case) -> bool:
-    """Whether all that a wall lacks is that its break be one."""
-    judged = case.judged
-    return bool(not math.isnan(judged.sharpness[0]) and not judged.w2[0])
-
-
-def _settles(case: Case) -> str:
-    sweep, needs = case.sweep, []
-    gain, half = _last_gain(case)
-    if not case.blind and gain + half < -case.margin:
-        needs.append("learning rates bracketed at every ratio")
-    if not case.blind and not case.starved and gain - half > case.margin:
-        needs.append("wider layers, of which the router is a smaller part,")
-    seeds = seeds_needed(case)
-    if seeds is None:
-        needs.append("three seeds")
-    elif seeds > MOST_SEEDS:
-        needs.append(f"quieter runs (these would take {seeds} seeds)")
-    elif seeds > sweep.seeds:
-        needs.append(f"{seeds} seeds")
-    reach = _reach(case)
-    if len(sweep.ratios) < FULL_GRID or reach > sweep.ratios[-1]:
-        needs.append(f"{FULL_GRID} or more ratios up to {reach:g}")
-    if case.starved or reach * TOKENS_PER_EXPERT > sweep.tokens:
-        needs.append(f"{magnitude(TOKENS_PER_EXPERT * reach)} tokens (1M per expert)")
-    if not needs:
-        needs.append("a second token budget, 4x larger,")
-    return needs[0] if len(needs) == 1 else ", ".join(needs[:-1]) + " and " + needs[-1]
-
-
-def seeds_needed(case: Case) -> int | None:
-    """Seeds that would put the last gain's interval on one side of the margin, were the gain as
-    measured (at least m/2 from it).
-    """
-    if case.blind:
-        return None
-    low, high = case.sweep.log2[case.judged.steps[-1]]
-    step = float(high - low)
-    distance = max(abs(case.margin - abs(float(case.judged.gains[0, -1]))), case.margin / 2)
-    # 1.645 for the interval and 1.28 so that nine sweeps in ten succeed
-    return max(
-        2, math.ceil(2 * ((1.645 + 1.28) * float(case.noise.sd[0]) / (distance * step)) ** 2)
+    if case.outlier is not None:
+        return (
+            f"hold an outlying run, {case.sweep.run(case.outlier)}: with it the outcome is "
+            f'"{case.judged.outcomes_of_all()[0]}", without it "{case.without}"'
+        )
+    paying = case.judged.last.above[0] >= (1 + case.confidence) / 2
+    if paying and not case.judged.best_last[0]:
+        return (
+            "put the last gain above the margin, but the last ratio is not better than every "
+            "ratio before that by the margin per doubling"
+        )
+    if paying:
+        return "put the last gain above the margin, but W3's interval holds 0"
+    if gain - half > margin and case.charge[-1] > 0:
+        low = case.judged.steps[-1, 0]
+        growth = float(case.sweep.active[-1] / case.sweep.active[low]) - 1
+        return (
+            f"put the last gain at {_interval(gain, half)} nats, above the {margin:.4f} margin only "
+            f"until the {100 * growth:.0f} % more active parameters of that step are charged"
+        )
+    average, spread = case.average
+    return (
+        f"put the last gain at {_interval(gain, half)} nats and the average of the last two "
+        f"doublings at {_interval(average, spread)}, neither on one side of the {margin:.4f} margin "
+        f"({_percent(case)} of compute)"
     )
 
 
-def _reach(case: Case) -> float:
-    """The largest ratio a settling sweep needs: three doublings past where the gains seem to end."""
-    ratios, judged = case.sweep.ratios, case.judged
-    inside = np.abs(judged.gains[0]) < case.margin
-    held = int(np.logical_and.accumulate(inside[::-1]).sum())
-    start = float(ratios[judged.steps[len(inside) - held, 0]]) if held else 0.0
-    past_break = start * 2**DOUBLINGS_BEYOND if 0 < held < len(inside) else 0.0
-    full = float(ratios[0]) * 2.0 ** (FULL_GRID - 1) if len(ratios) < FULL_GRID else 0.0
-    return max(float(ratios[-1]), past_break, full)
+def _smoothed(case: Case) -> str:
+    last = case.judged.last
+    return _interval(float(last.mean[0]), float(ndtri((1 + case.confidence) / 2) * last.sd[0]))
 
 
-def _plural(number: int, noun: str) -> str:
-    return f"{'one' if number == 1 else number} {noun}{'' if number == 1 else 's'}"
+def _seeds(sweep: Sweep) -> str:
+    counts = sweep.layout.counts
+    low, high = int(counts.min()), int(counts.max())
+    if low != high:
+        return f"{low} to {high} seeds"
+    return "one seed" if high == 1 else f"{high} seeds"
 
 
 def _budget(case: Case) -> str:
-    return f"{magnitude(case.sweep.tokens)} tokens ({magnitude(case.tokens_per_expert)} per expert at ratio {case.sweep.ratios[-1]:g})"
+    return (
+        f"{magnitude(case.sweep.tokens)} tokens ({magnitude(case.tokens_per_expert)} per expert at "
+        f"ratio {case.sweep.ratios[-1]:g})"
+    )
 
 
 def _percent(case: Case) -> str:
@@ -312,7 +416,7 @@ def _percent(case: Case) -> str:
 
 
 def _margin(case: Case) -> str:
-    return f"±{case.margin:.4f} nats ({_percent(case)} of compute)"
+    return f"±{case.price.margin:.4f} nats ({_percent(case)} of compute)"
 
 
 def _interval(value: float, half: float, digits: int = 4) -> str:
@@ -321,10 +425,12 @@ def _interval(value: float, half: float, digits: int = 4) -> str:
 
 _SENTENCES: dict[Outcome, Callable[[Case, float | None], str]] = {
     Outcome.WALL: _wall_sentence,
+    Outcome.BELOW_MARGIN: _below_sentence,
     Outcome.NO_WALL: _no_wall_sentence,
     Outcome.CANNOT_TELL: _cannot_tell_sentence,
 }
 
 
-def sentence(case: Case, outcome: Outcome, at: float | None) -> str:
-    return _SENTENCES[outcome](case, at)
+def sentence(case: Case, at: float | None) -> str:
+    """What a report prints first."""
+    return _SENTENCES[case.outcome](case, at)

@@ -17,13 +17,15 @@ import polars as pl
 from moe_lab.errors import AnalysisError, MoELabError
 from moe_lab.number_format import magnitude
 from moe_lab.scaling.alternatives_compared import against_experts
-from moe_lab.scaling.confounds import SHORT, TUNING, Status, confounds
+from moe_lab.scaling.confounds import SHORT, TUNING, Status, caveats, confounds
 from moe_lab.scaling.frontier_band import Band, frontier_band
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.optimum import Optimum, fixed_total_optima
 from moe_lab.scaling.run_files import main_arm, with_budgets
-from moe_lab.scaling.wall_planner import typical_noise
+from moe_lab.scaling.sweep_losses import read_sweep
+from moe_lab.scaling.wall_planner import typical_noise, what_would_settle
 from moe_lab.scaling.wall_power import Design, default_truths, power
+from moe_lab.scaling.wall_rule import Outcome
 from moe_lab.scaling.wall_verdict import Verdict, verdict_by_budget, wall_verdict
 
 SEEDS = (2, 3, 4, 5, 8)
@@ -58,12 +60,24 @@ class WallStudy:
         """The only verdict, or that of the smallest budget."""
         return next(iter(self.verdicts.values()))
 
+    @property
+    def margin(self) -> float:
+        """The one margin that everything here is compared with, nats: of the largest budget."""
+        return list(self.verdicts.values())[-1].margin
+
+    @cached_property
+    def settles(self) -> str:
+        """What would settle a verdict that cannot tell, as `what_would_settle`; else empty."""
+        if self.verdict.outcome is not Outcome.CANNOT_TELL or len(self.verdicts) > 1:
+            return ""
+        return what_would_settle(read_sweep(self.judged), self.verdict)
+
     @cached_property
     def confounds(self) -> pl.DataFrame:
         """[confound, status, detail]; one row that says why where the runs do not allow any."""
         try:
             frame = self.runs if "arm" in self.runs.columns else self.judged
-            return confounds(frame, arm=self.arm or None)
+            return confounds(frame, arm=self.arm or None, margin=self.margin)
         except MoELabError as error:
             row = ("all", Status.NOT_MEASURED.value, str(error))
             return pl.DataFrame([row], schema=["confound", "status", "detail"], orient="row")
@@ -185,7 +199,8 @@ class WallStudy:
     def power(self) -> pl.DataFrame:
         """As `power`, for this grid with `SEEDS`, at `noise`."""
         ratios = tuple(sorted(float(ratio) for ratio in self.judged["ratio"].unique()))
-        plans = [Design(ratios, seeds, *self._size) for seeds in SEEDS]
+        slope = self.verdict.compute_slope
+        plans = [Design(ratios, seeds, *self._size, compute_slope=slope) for seeds in SEEDS]
         return power(plans, default_truths(), noise_sd=self.noise[0], draws=DRAWS)
 
     @property
@@ -218,4 +233,8 @@ def wall_study(
     else:
         budgets = with_budgets(runs, name)
         verdicts[None] = wall_verdict(judged, budgets=budgets, **options)  # type: ignore[arg-type]
-    return WallStudy(runs, judged, name, verdicts)
+    study = WallStudy(runs, judged, name, verdicts)
+    for tokens, verdict in verdicts.items():
+        found = caveats(study.confounds, verdict.outcome)
+        verdicts[tokens] = verdict.with_caveats(found)
+    return study

@@ -1,26 +1,22 @@
-"""Is there a sparsity wall? One sweep over the total:active ratio in, one of three answers out,
-with its reasons.
+"""Is there a sparsity wall? One sweep over the total:active ratio in, one of four answers out, with
+its reasons.
 
-The rules are those of `judge` (W1 equivalence, W2 model choice, W3 elasticity). A wall needs W1 and
-W2. "No wall" needs the last measured doubling to be worth more than the margin. Everything else
-cannot tell, and says what would settle it. A sweep whose experts saw fewer tokens than any
-published sweep's cannot tell either way: it measures early training.
+The rule is that of `wall_rule`. A sweep whose experts saw fewer tokens than any published sweep's,
+or whose noise is unknown, cannot tell: the first measures early training.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.compute_slope import ComputeSlope, law_slope, measured_slope
-from moe_lab.scaling.sweep_means import Sweep, read_sweep
-from moe_lab.scaling.wall_rule import Judgement, Noise, Outcome, doublings, judge
-from moe_lab.scaling.wall_sentences import Case, elasticity, reasons, sentence
-
-MARGIN = 1.05  # compute multiplier below which a doubling of the ratio is taken to buy nothing
+from moe_lab.scaling.compute_slope import MARGIN, ComputeSlope, law_slope, measured_slope
+from moe_lab.scaling.sweep_losses import Sweep, read_sweep
+from moe_lab.scaling.wall_rule import Judgement, Outcome, Price, doublings, judge
+from moe_lab.scaling.wall_sentences import Case, reasons, sentence
 
 NEAR = 0.25  # doublings
 
@@ -56,7 +52,11 @@ class FormScore:
 @dataclass(frozen=True)
 class Verdict:
     """``at``: the ratio the wall stands at, or the ratio up to which there is none, or None.
-    ``elasticity``: d ln C_equivalent / d ln ratio over the last two doublings (0.07 is 5 % of
+    ``r_star``: the ratio up to which a doubling still paid and the one past which none did, at
+    ``confidence``, each None where not found; it needs returns that do not grow with the ratio.
+    ``pays``: probability that the last gain is above the margin. ``outlier``: the run that does not
+    fit the others, in words, and ``without`` what the outcome would be without it. ``caveats``: what
+    was not excluded and could make this outcome. ``elasticity``: d ln C_equivalent / d ln ratio over the last two doublings (0.07 is 5 % of
     compute per doubling) with its ``interval``. ``sentence`` is what a report
     prints first. ``margin``: nats per doubling; ``compute_slope``: -dL/dlnC; ``noise_sd``: nats
     between runs of one ratio (NaN: unknown).
@@ -72,8 +72,20 @@ class Verdict:
     compute_slope: float
     noise_sd: float
     confidence: float
+    r_star: tuple[float | None, float | None]
+    pays: float
+    outlier: str | None
+    without: Outcome
+    caveats: tuple[str, ...]
     gains: tuple[Gain, ...]
     forms: tuple[FormScore, ...]
+
+    def with_caveats(self, caveats: tuple[str, ...]) -> "Verdict":
+        """The verdict whose sentence ends in what was not excluded."""
+        if not caveats:
+            return self
+        told = f"{self.sentence} Not excluded: {'; '.join(caveats)}."
+        return replace(self, caveats=caveats, sentence=told)
 
     def gain_table(self) -> pl.DataFrame:
         """[ratio_from, ratio_to, gain, lo, hi, compute, compute_lo, compute_hi, margin]: nats, and
@@ -116,37 +128,47 @@ def wall_verdict(
         raise AnalysisError(expected("a noise_sd above 0 nats", noise_sd))
     sweep = read_sweep(frame, vocab_size=vocab_size)
     slope = _slope(sweep, budgets, compute_slope)
-    noise = Noise(np.array([sweep.within]), sweep.df, noise_sd)
-    nats = (margin - 1) * slope.value
     low, high = doublings(sweep.log2).T
-    charge = (
-        slope.value
-        * np.log(sweep.active[high] / sweep.active[low])
-        / (sweep.log2[high] - sweep.log2[low])
+    growth = np.log(sweep.active[high] / sweep.active[low]) / (sweep.log2[high] - sweep.log2[low])
+    charge = slope.value * growth
+    share = margin - 1
+    price = Price(share * slope.value, share * (slope.error or 0.0), charge)
+    judged = judge(sweep.layout, sweep.losses[None], price, known=noise_sd, confidence=confidence)
+    assert judged.without is not None
+    case = Case(
+        sweep,
+        slope,
+        price,
+        margin,
+        confidence,
+        charge,
+        judged,
+        Outcome(judged.outcomes()[0]),
+        Outcome(judged.without[0]),
     )
-    judged = judge(
-        sweep.log2,
-        sweep.means[None],
-        sweep.counts,
-        noise,
-        nats,
-        charge=charge,
-        confidence=confidence,
-    )
-    case = Case(sweep, slope, noise, nats, margin, confidence, charge, judged)
-    outcome, at = _decide(case)
-    edge, half = elasticity(case)
+    if case.blind or case.starved:
+        case = replace(case, outcome=Outcome.CANNOT_TELL)
+    at = {
+        Outcome.WALL: wall_at(judged, sweep.log2),
+        Outcome.NO_WALL: float(sweep.ratios[-1]),
+    }.get(case.outcome)
+    edge, half = case.elasticity
     return Verdict(
-        outcome=outcome,
+        outcome=case.outcome,
         at=at,
         elasticity=edge,
         interval=(edge - half, edge + half),
         reasons=tuple(reasons(case)),
-        sentence=sentence(case, outcome, at),
-        margin=nats,
+        sentence=sentence(case, at),
+        margin=price.margin,
         compute_slope=slope.value,
-        noise_sd=float(noise.sd[0]),
+        noise_sd=float(judged.found.sd[0]),
         confidence=confidence,
+        r_star=case.r_star,
+        pays=float(judged.last.above[0]),
+        outlier=None if case.outlier is None else sweep.run(case.outlier),
+        without=case.without,
+        caveats=(),
         gains=_gains(case),
         forms=_forms(case),
     )
@@ -181,15 +203,6 @@ def _slope(sweep: Sweep, budgets: pl.DataFrame | None, stated: float | None) -> 
     if budgets is not None:
         return measured_slope(budgets)
     return law_slope(sweep.size, sweep.tokens, math.sqrt(float(sweep.ratios[0] * sweep.ratios[-1])))
-
-
-def _decide(case: Case) -> tuple[Outcome, float | None]:
-    ratios, judged = case.sweep.ratios, case.judged
-    outcome = Outcome.CANNOT_TELL if case.blind or case.starved else Outcome(judged.outcomes()[0])
-    return outcome, {
-        Outcome.WALL: wall_at(judged, case.sweep.log2),
-        Outcome.NO_WALL: float(ratios[-1]),
-    }.get(outcome)
 
 
 def wall_at(judged: Judgement, x: np.ndarray, draw: int = 0) -> float:

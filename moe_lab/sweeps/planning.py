@@ -150,18 +150,32 @@ def design_of(
 
     ``ratios`` and ``seeds`` replace the plan's. Seeds are those of the ratio that has fewest.
     """
+    import numpy as np
     import polars as pl
 
     from moe_lab.scaling import Design, main_arm
 
     runs, _ = main_arm(frame)
     runs = runs.filter(pl.col("tokens") == pl.col("tokens").max())
-    counts = runs.group_by("ratio").agg(pl.col("seed").n_unique()).sort("ratio")
+    at = (
+        runs.group_by("ratio")
+        .agg(pl.col("seed").n_unique(), pl.col("active_params").cast(pl.Float64).mean())
+        .sort("ratio")
+    )
+    size = math.exp(float(at["active_params"].log().mean()))  # type: ignore[arg-type]
+    if ratios is not None:  # rows of a router are linear in the ratio
+        slope, start = np.polyfit(at["ratio"], at["active_params"], 1)
+        active = tuple(float(start + slope * ratio) for ratio in ratios)
+        placed: tuple[int, ...] = ()
+    else:
+        active, placed = tuple(at["active_params"].to_list()), tuple(at["seed"].to_list())
     return Design(
-        ratios=ratios or tuple(counts["ratio"].to_list()),
-        seeds=seeds or int(counts["seed"].min()),  # type: ignore[arg-type]
-        active_params=math.exp(float(runs["active_params"].cast(pl.Float64).log().mean())),  # type: ignore[arg-type]
+        ratios=ratios or tuple(at["ratio"].to_list()),
+        seeds=seeds or int(at["seed"].min()),  # type: ignore[arg-type]
+        active_params=size,
         tokens=float(runs["tokens"][0]),
+        seeds_at=() if seeds is not None or len(set(placed)) == 1 else placed,
+        active_at=active,
     )
 
 
@@ -185,16 +199,12 @@ def power_table(power: "Plan") -> "Table":
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for title in ("were the truth", "wall", "no wall", "cannot tell", "settled", "wrong"):
-        table.add_column(title, justify="left" if title == "were the truth" else "right")
+    shares = ("wall", "below_margin", "no_wall", "cannot_tell", "settled", "wrong")
+    table.add_column("were the truth")
+    for name in shares:
+        table.add_column(name.replace("_", " "), justify="right")
     for row in power.own.iter_rows(named=True):
-        table.add_row(
-            row["truth"],
-            *(
-                f"{100 * row[name]:.0f} %"
-                for name in ("wall", "no_wall", "cannot_tell", "settled", "wrong")
-            ),
-        )
+        table.add_row(row["truth"], *(f"{100 * row[name]:.0f} %" for name in shares))
     return table
 
 
@@ -215,6 +225,12 @@ def cheapest_text(power: "Plan", speed: float | None) -> str:
     return f"the cheapest design that {goal}: {_design_text(power.best, speed)}"
 
 
+def _seeds(design: "Design") -> str:
+    """``3``, or ``2 to 5`` where the ratios differ."""
+    low, high = min(design.counts), max(design.counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
 def _design_text(design: "Design", speed: float | None) -> str:
     hours = (
         "" if speed is None else f", {design.flops / speed / 3600:.3g} hours at this machine's rate"
@@ -222,7 +238,7 @@ def _design_text(design: "Design", speed: float | None) -> str:
     grid = f"{len(design.ratios)} ratios {design.ratios[0]:g}-{design.ratios[-1]:g}"
     size = f"{_short(design.active_params)} active on {_short(design.tokens)} tokens"
     cost = f"{design.runs} runs, {_power(design.flops)} FLOPs{hours}"
-    return f"{grid} x {design.seeds} seeds of {size}: {cost}"
+    return f"{grid} x {_seeds(design)} seeds of {size}: {cost}"
 
 
 def _short(number: float) -> str:

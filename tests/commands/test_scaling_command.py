@@ -128,7 +128,7 @@ BAD = {
     "two ratios": (runs(top=2), "expected three or more ratios, got 2"),
     "nan": (
         runs(loss=pl.when(pl.col("ratio") == 8).then(math.nan).otherwise(pl.col("loss"))),
-        "expected finite losses, got nan at ratio 8",
+        "expected a finite loss at every ratio, got nan at ratio 8",
     ),
     "duplicates": (pl.concat([runs(), runs()]), "expected one run per ratio and seed, got 2"),
     "mixed budgets": (
@@ -257,7 +257,7 @@ def test_the_planner_says_what_the_recipes_sweep_could_tell_and_what_would() -> 
     assert [row["cannot_tell"] for row in found["power"]] == [1.0, 1.0], (
         "200k tokens starve every expert"
     )
-    assert found["cheapest"]["ratios"][-1] >= 64, "three doublings past a wall at 8"
+    assert found["cheapest"]["ratios"][-1] >= 32, "two doublings past a wall at 8"
     assert found["cheapest"]["tokens"] >= 1e6 * found["cheapest"]["ratios"][-1]
     assert {row["truth"] for row in found["tried"]} == {"line", "wall at 8"}
     assert "expected a truth such as line" in fails(*arguments, "--truth", "cliff")
@@ -271,5 +271,5 @@ def test_the_planner_takes_another_grid_and_other_seeds() -> None:
     assert found["design"]["ratios"] == [1.0, 4.0, 16.0, 64.0]
     assert found["design"]["runs"] == 16
     assert found["design"]["flops"] == pytest.approx(
-        6 * found["design"]["active_params"] * found["design"]["tokens"] * 16
+        6 * sum(found["design"]["active_at"]) * found["design"]["tokens"] * 4
     )

@@ -80,7 +80,11 @@ def test_an_optimum_at_fixed_size_is_found_and_its_interval_covers_it():
 def test_an_optimum_at_the_edge_of_the_grid_is_not_claimed():
     found = constrained_optimum(arm(best=512.0))
     assert not found.inside
-    assert "edge" in found.sentence
+    assert found.interval[1] == math.inf
+    assert "at least 128 (95 %)" in found.sentence
+    start = constrained_optimum(arm(best=0.25))
+    assert start.interval[0] == 0
+    assert "at most 1 (95 %)" in start.sentence
 
 
 def test_an_arm_of_changing_size_is_refused():

@@ -61,7 +61,7 @@ def test_a_hard_wall_with_four_quiet_doublings_beyond_is_found_where_it_is():
     assert verdict.at == 32
     assert verdict.interval[1] < 0.07
     assert verdict.forms[0].name == "plateau"
-    assert any("second, 4x larger" in reason for reason in verdict.reasons)
+    assert any("one token budget does not tell" in reason for reason in verdict.reasons)
 
 
 @pytest.mark.parametrize("at", [6, 12, 24, 48])
@@ -96,7 +96,7 @@ def test_gains_that_fade_as_smooth_laws_do_are_no_wall_however_clearly_they_fade
     verdict = wall_verdict(
         sweep(ludziejewski, 2.0 ** np.arange(8), sd=0.0005, tokens=2e8, draw=seed)
     )
-    assert verdict.outcome is Outcome.CANNOT_TELL
+    assert verdict.outcome is Outcome.BELOW_MARGIN
 
 
 def test_a_fade_is_told_as_such():
@@ -108,8 +108,7 @@ def test_a_fade_is_told_as_such():
             sd=0.0005,
         )
     )
-    assert Outcome.WALL not in (verdict.outcome, faded.outcome)
-    assert "fade to within the margin, as those of smooth laws do, and no break" in faded.sentence
+    assert (verdict.outcome, faded.outcome) == (Outcome.BELOW_MARGIN, Outcome.BELOW_MARGIN)
     assert any(
         "a bend spread over three doublings fits as well" in reason for reason in faded.reasons
     )
@@ -119,7 +118,7 @@ def test_a_hard_wall_one_doubling_before_the_end_is_not_claimed():
     verdict = wall_verdict(sweep(wall_at_32, 2.0 ** np.arange(7)))
     assert verdict.outcome is Outcome.CANNOT_TELL
     assert verdict.at is None
-    assert "up to 256" in verdict.sentence
+    assert verdict.r_star == (8, None)
     assert "up to ratio 32 a doubling was still worth more than 5 % of compute" in verdict.reasons
 
 
@@ -149,9 +148,10 @@ def test_the_naive_rule_calls_walls_on_a_straight_line_and_ours_does_not():
     assert not any(wall_verdict(frame).outcome is Outcome.WALL for frame in frames)
 
 
-def test_diminishing_returns_below_the_margin_everywhere_are_no_wall():
+def test_returns_below_the_margin_everywhere_are_below_it_and_no_wall():
     verdict = wall_verdict(sweep(lambda x: 3 - 0.003 * x, sd=0.001))
-    assert verdict.outcome is Outcome.CANNOT_TELL
+    assert verdict.outcome is Outcome.BELOW_MARGIN
+    assert verdict.r_star == (None, 2)
     assert verdict.interval[1] < 0.07
 
 
@@ -166,7 +166,7 @@ def test_a_tiny_sweep_cannot_tell_and_says_what_would(seeds, phrase):
     assert verdict.outcome is Outcome.CANNOT_TELL
     assert phrase in verdict.sentence
     assert "12.5k per expert at ratio 16" in verdict.sentence
-    assert "1M per expert" in verdict.sentence
+    assert ("1M per expert" in verdict.sentence) == (seeds > 1), "without a noise that comes first"
     assert verdict.sentence.count(". ") == 0
 
 
@@ -192,14 +192,24 @@ def test_the_interval_of_a_gain_is_students_paired_interval():
     assert (last.gain, last.lo, last.hi) == pytest.approx((gain, gain - half, gain + half))
 
 
-def test_a_missing_run_falls_back_to_the_spread_within_ratios():
-    frame = sweep(line, sd=0.003).slice(1)
+def test_a_missing_run_keeps_the_pairing():
+    """The seeds' own effects of .2 nats would drown a noise of .003 without the other seeds' help."""
+    verdict = wall_verdict(sweep(line, seed_effect=0.2).slice(1))
+    assert verdict.noise_sd < 0.006
+    assert verdict.outcome is Outcome.NO_WALL
+    assert "15 degrees of freedom" in verdict.reasons[0]
+
+
+def test_seeds_that_link_no_ratios_are_pooled_within_them():
+    frame = sweep(line).with_columns(seed=pl.int_range(pl.len()))
     within = (
         frame.group_by("ratio")
         .agg(((pl.col("loss") - pl.col("loss").mean()) ** 2).sum())["loss"]
         .sum()
     )
-    assert wall_verdict(frame).noise_sd == pytest.approx(math.sqrt(within / (26 - 9)))
+    verdict = wall_verdict(frame)
+    assert verdict.noise_sd == pytest.approx(math.sqrt(within / (27 - 9)))
+    assert "pooled within ratios" in verdict.reasons[0]
 
 
 def test_the_margin_is_five_percent_of_compute_by_the_published_values():
@@ -241,13 +251,12 @@ def test_a_routers_growth_is_charged_before_a_gain_refutes_a_wall():
     charged = wall_verdict(growing_router(0.45))
     assert charged.outcome is Outcome.CANNOT_TELL
     assert "18 % more active parameters" in charged.sentence
-    assert "wider layers" in charged.sentence
     assert any("differ by 45 % over the ratios" in reason for reason in charged.reasons)
 
 
 def test_a_loss_that_rises_with_the_ratio_is_no_wall_but_a_fault():
     verdict = wall_verdict(sweep(lambda x: 3 - 0.03 * min(x, 6) + 0.04 * max(0, x - 6)))
-    assert verdict.outcome is Outcome.CANNOT_TELL
+    assert verdict.outcome is Outcome.BELOW_MARGIN
     assert "mistuned or short of data" in verdict.sentence
 
 

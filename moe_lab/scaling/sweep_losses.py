@@ -1,10 +1,7 @@
-"""Reading a sweep over the total:active ratio: what `wall_verdict` accepts, checked, and reduced to
-one mean per ratio.
+"""Reading a sweep over the total:active ratio: what `wall_verdict` accepts, checked.
 
-In: a frame with one row per run. Out: `Sweep`, the sufficient statistics (means, counts, pooled
-noise) every later step uses. Runs that share a seed share their data order, so in a complete seeds
-x ratios table the seed's own effect is removed from the noise (paired differences,
-docs/scaling.md); otherwise the noise is the pooled spread within each ratio.
+In: a frame with one row per run. Out: `Sweep`, the losses and which ratio and seed each has.
+Diverged runs are left out, and named.
 """
 
 import math
@@ -14,10 +11,14 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.scaling.two_way import Estimate, Layout, estimate
 
 COLUMNS = ("ratio", "seed", "loss", "active_params", "tokens")
 HIGHEST_PLAUSIBLE_NATS = (
     15.0  # above ln(2^20); a perplexity or a wrong unit, not a cross-entropy per token
+)
+TOKENS_PER_EXPERT = (
+    1e6  # the smallest published MoE sweep (misfit, 262M tokens, top-2 of 256) gave each expert 2e6
 )
 BUDGET_TOLERANCE = 0.005  # rounding to whole batches
 ACTIVE_TOLERANCE = (
@@ -38,81 +39,72 @@ class SeveralBudgetsError(AnalysisError):
 class Sweep:
     """R ratios of one sweep at one token budget.
 
-    ``ratios`` [R] ascending, ``means`` [R] nats/token, ``counts`` [R] runs per ratio, ``within``
-    the residual sum of squares (nats^2) around the means on ``df`` degrees of freedom, ``nuisance``
-    the number of seed effects removed, ``active`` [R] active parameters (they grow with the
-    router's rows).
+    ``ratios`` [R] ascending, ``layout`` of its n runs, ``losses`` [n] nats/token, ``seeds`` their
+    labels by index of ``layout.seed``, ``active`` [R] active parameters (they grow with the
+    router's rows), ``diverged`` the (ratio, seed) of runs without a finite loss, left out.
     """
 
     ratios: np.ndarray
-    means: np.ndarray
-    counts: np.ndarray
-    within: float
-    df: int
-    nuisance: int
-    seeds: int
+    layout: Layout
+    losses: np.ndarray
+    seeds: tuple[object, ...]
     active: np.ndarray
     tokens: float
+    diverged: tuple[tuple[float, object], ...] = ()
 
     @property
     def log2(self) -> np.ndarray:
-        return np.log2(self.ratios)
-
-    @property
-    def runs(self) -> int:
-        return int(self.counts.sum())
+        return self.layout.x
 
     @property
     def size(self) -> float:
         """Active parameters in the middle of the grid."""
         return float(np.exp(np.log(self.active).mean()))
 
-    @property
-    def paired(self) -> bool:
-        return self.nuisance > 0
+    def estimate(self, known: float | None = None) -> Estimate:
+        """Means and noise; ``known`` states the noise between runs."""
+        return estimate(self.layout, self.losses[None], known)
+
+    def run(self, index: int) -> str:
+        """``ratio 8 seed 1``."""
+        ratio = self.ratios[self.layout.ratio[index]]
+        return f"ratio {ratio:g} seed {self.seeds[self.layout.seed[index]]}"
 
 
 def read_sweep(frame: pl.DataFrame | pl.LazyFrame, *, vocab_size: int | None = None) -> Sweep:
-    """Check a frame of runs and reduce it.
+    """Check a frame of runs and take it apart.
 
     Raises ``AnalysisError`` with one line on the first thing that is wrong.
     """
     frame = frame.lazy().collect()
     _check_columns(frame)
-    _check_losses(frame, vocab_size)
-    _check_design(frame)
-    frame = frame.sort("ratio", "seed")
-    grouped = frame.group_by("ratio", maintain_order=True).agg(
-        pl.col("loss", "active_params").mean(), pl.len().alias("count")
+    finite = frame["loss"].cast(pl.Float64).is_finite()
+    lost = frame.filter(~finite).sort("ratio", "seed")
+    kept = frame.filter(finite).sort("ratio", "seed")
+    if kept["ratio"].n_unique() < frame["ratio"].n_unique():
+        gone = lost.filter(~pl.col("ratio").is_in(kept["ratio"].implode())).row(0, named=True)
+        where = f"{gone['loss']} at ratio {gone['ratio']:g} seed {gone['seed']}"
+        got = f"{where} ({lost.height} of {frame.height} runs)"
+        raise AnalysisError(expected("a finite loss at every ratio", got, "leaving out that ratio"))
+    _check_losses(kept, vocab_size)
+    _check_design(kept)
+    grouped = kept.group_by("ratio", maintain_order=True).agg(pl.col("active_params").mean())
+    ratios = grouped["ratio"].cast(pl.Float64).to_numpy()
+    seeds = kept["seed"].unique(maintain_order=True).sort()
+    index = {seed: place for place, seed in enumerate(seeds.to_list())}
+    layout = Layout(
+        np.log2(ratios),
+        np.searchsorted(ratios, kept["ratio"].cast(pl.Float64).to_numpy()),
+        np.array([index[seed] for seed in kept["seed"].to_list()]),
     )
-    seeds = frame["seed"].n_unique()
-    within, df, nuisance = _noise(frame, grouped, seeds)
     return Sweep(
-        ratios=grouped["ratio"].cast(pl.Float64).to_numpy(),
-        means=grouped["loss"].cast(pl.Float64).to_numpy(),
-        counts=grouped["count"].cast(pl.Int64).to_numpy(),
-        within=within,
-        df=df,
-        nuisance=nuisance,
-        seeds=seeds,
+        ratios=ratios,
+        layout=layout,
+        losses=kept["loss"].cast(pl.Float64).to_numpy(),
+        seeds=tuple(seeds.to_list()),
         active=grouped["active_params"].to_numpy(),
-        tokens=float(frame["tokens"].cast(pl.Float64).median()),  # type: ignore[arg-type]
-    )
-
-
-def _noise(frame: pl.DataFrame, grouped: pl.DataFrame, seeds: int) -> tuple[float, int, int]:
-    """Residual sum of squares around ratio means (and seed effects where every seed ran every
-    ratio), its df, the seed effects.
-    """
-    residual = frame.with_columns(pl.col("loss") - pl.col("loss").mean().over("ratio"))
-    complete = frame.height == seeds * grouped.height
-    if complete and seeds > 1:
-        residual = residual.with_columns(pl.col("loss") - pl.col("loss").mean().over("seed"))
-    nuisance = seeds - 1 if complete else 0
-    return (
-        float((residual["loss"].cast(pl.Float64) ** 2).sum()),
-        frame.height - grouped.height - nuisance,
-        nuisance,
+        tokens=float(kept["tokens"].cast(pl.Float64).median()),  # type: ignore[arg-type]
+        diverged=tuple(lost.select("ratio", "seed").rows()),
     )
 
 
@@ -144,12 +136,6 @@ def _check_columns(frame: pl.DataFrame) -> None:
 
 def _check_losses(frame: pl.DataFrame, vocab_size: int | None) -> None:
     loss = frame["loss"].cast(pl.Float64)
-    bad = frame.filter(~loss.is_finite())
-    if bad.height:
-        where = f"{bad['loss'][0]} at ratio {bad['ratio'][0]:g} seed {bad['seed'][0]} ({bad.height} of {frame.height} runs)"
-        raise AnalysisError(
-            expected("finite losses", where, "dropping the runs that diverged, and saying so")
-        )
     if (
         "bits_per_byte" in frame.columns
         and frame["bits_per_byte"].null_count() == 0

@@ -1,0 +1,274 @@
+"""How often the wall verdict is wrong, and how often it answers, on truths drawn at random.
+
+    python experiments/verdict_rates.py                  # about ten minutes of two cores; resumes
+    python experiments/verdict_rates.py --settings 40    # a quick look
+
+A setting is a truth (hard wall, exponential or power fade, broken law of any width, U-shape, plateau
+after which returns resume, line) and a design (1M to 1B active parameters, 20 to 500 tokens a
+parameter, grids of doublings to 64-512, two to five seeds, a noise of .1 to 1.2 margins), all drawn
+at random; each is judged on `SWEEPS` simulated sweeps by `wall_rule.judge`, as real ones are. Noise:
+equal and Gaussian; tripling over the grid; Student's t with 2.5 degrees of freedom; one spiked run of
+3 to 300 standard deviations; one missing run. ``power`` repeats the truths at 10M active, 1B tokens,
+ratios 1 to 256, .006 nats and three seeds.
+
+Blocks of settings are written as they end, so the same command continues after an interruption. Out:
+``experiments/verdict_rates/{settings,rates}.parquet`` and the table in docs/scaling.md.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from moe_lab.files import atomic_path, write_text
+from moe_lab.scaling.two_way import Layout
+from moe_lab.scaling.wall_power import Design
+from moe_lab.scaling.wall_rule import Outcome, judge
+from moe_lab.versions import provenance
+
+HERE = Path(__file__).parent / "verdict_rates"
+DOCS = Path(__file__).parents[1] / "docs" / "scaling.md"
+BEGIN, END = "<!-- verdict rates -->", "<!-- end of verdict rates -->"
+SETTINGS, SWEEPS, BLOCK = 400, 60, 40
+FINE = 1 / 64
+TYPICAL = Design(tuple(2.0**e for e in range(9)), 3, 1e7, 1e9)
+TYPICAL_NOISE = 0.006
+
+Gain = Callable[[np.ndarray], np.ndarray]
+
+
+def hard_wall(rng: np.random.Generator, span: float) -> Gain:
+    """A constant gain up to a ratio, and up to .6 margins after it."""
+    before, after, at = (
+        rng.uniform(1.2, 5),
+        rng.choice([0, rng.uniform(0, 0.6)]),
+        rng.uniform(1, span),
+    )
+    return lambda x: np.where(x < at, before, after)
+
+
+def exponential_fade(rng: np.random.Generator, span: float) -> Gain:
+    start, length = rng.uniform(1, 8), rng.uniform(0.5, 6)
+    return lambda x: start * np.exp(-x / length)
+
+
+def power_fade(rng: np.random.Generator, span: float) -> Gain:
+    start, length, power = rng.uniform(1, 8), rng.uniform(0.5, 4), rng.uniform(0.5, 3)
+    return lambda x: start / (1 + x / length) ** power
+
+
+def broken_law(rng: np.random.Generator, span: float) -> Gain:
+    """Two gains with a logistic change of any width between them."""
+    before, after = rng.uniform(1, 5), rng.uniform(0, 1)
+    at, width = rng.uniform(0.5, span), np.exp(rng.uniform(np.log(0.05), np.log(3)))
+    return lambda x: after + (before - after) / (1 + np.exp(np.clip((x - at) / width, -500, 500)))
+
+
+def u_shape(rng: np.random.Generator, span: float) -> Gain:
+    start, zero = rng.uniform(1, 5), rng.uniform(0.4, 1.6) * span
+    return lambda x: start * (1 - x / zero)
+
+
+def resuming(rng: np.random.Generator, span: float) -> Gain:
+    """Returns stop over some doublings and resume."""
+    before, after = rng.uniform(1, 4), rng.uniform(0.5, 4)
+    stop = rng.uniform(0.5, span - 1)
+    again = rng.uniform(stop, span)
+    return lambda x: np.where(x < stop, before, np.where(x < again, 0.0, after))
+
+
+def line(rng: np.random.Generator, span: float) -> Gain:
+    gain = rng.uniform(0, 2)
+    return lambda x: np.full(np.shape(x), gain)
+
+
+TRUTHS = (hard_wall, exponential_fade, power_fade, broken_law, u_shape, resuming, line)
+GROWING = ("resuming",)
+
+
+def spiked(noise: np.ndarray, rng: np.random.Generator, layout: Layout, sd: float) -> np.ndarray:
+    """``noise`` with one run of each sweep moved by 3 to 300 standard deviations."""
+    run = rng.integers(layout.runs, size=len(noise))
+    size = sd * np.exp(rng.uniform(np.log(3), np.log(300), len(noise)))
+    moved = noise.copy()
+    moved[np.arange(len(noise)), run] += size * rng.choice([1, -1, 1], len(noise))
+    return moved
+
+
+def draw_noise(kind: str, rng: np.random.Generator, layout: Layout, sd: float) -> np.ndarray:
+    shape = (SWEEPS, layout.runs)
+    if kind == "t, 2.5 degrees":
+        return sd * rng.standard_t(2.5, shape) / math.sqrt(2.5 / 0.5)
+    noise = rng.normal(0, sd, shape)
+    if kind == "tripling":
+        x = layout.x[layout.ratio]
+        return noise * 3 ** ((x - x.min()) / (x.max() - x.min())) / math.sqrt(3)
+    return spiked(noise, rng, layout, sd) if kind == "one spike" else noise
+
+
+KINDS = ("equal", "tripling", "t, 2.5 degrees", "one spike", "one missing", "power")
+
+
+def setting(kind: str, number: int) -> tuple[dict[str, object], Layout, np.ndarray, Design]:
+    """One truth and design, and its sweeps."""
+    rng = np.random.default_rng([KINDS.index(kind), number])
+    maker = TRUTHS[number % len(TRUTHS)]
+    design = TYPICAL if kind == "power" else random_design(rng)
+    margin = design.price().margin
+    sd = TYPICAL_NOISE if kind == "power" else margin * rng.uniform(0.1, 1.2)
+    layout = design.layout
+    if kind == "one missing":
+        layout = layout.without(int(rng.integers(layout.runs)))
+    gain = maker(rng, layout.x[-1])
+    fine = np.arange(0, layout.x[-1] + FINE / 2, FINE)
+    integral = np.concatenate([[0], np.cumsum(gain((fine[1:] + fine[:-1]) / 2)) * FINE])
+    loss = 3 - margin * np.interp(layout.x, fine, integral)
+    doubling = (integral[64:] - integral[:-64]) / 1.0
+    below = np.flatnonzero(doubling < 1)
+    facts = {
+        "kind": kind,
+        "number": number,
+        "truth": maker.__name__.replace("_", " "),
+        "largest": design.ratios[-1],
+        "seeds": design.seeds,
+        "noise": sd / margin,
+        "last": float(doubling[-1]),
+        "average": float((integral[-1] - integral[-129]) / 2),
+        "r_star": float(fine[below[0]]) if len(below) else math.inf,
+    }
+    noise = draw_noise(kind, rng, layout, sd)
+    return facts, layout, loss[layout.ratio] + noise, design
+
+
+def random_design(rng: np.random.Generator) -> Design:
+    active = 10 ** rng.uniform(6, 9)
+    ratios = tuple(2.0**e for e in range(rng.integers(7, 11)))
+    return Design(ratios, int(rng.integers(2, 6)), active, active * 10 ** rng.uniform(1.3, 2.7))
+
+
+def measure(kind: str, number: int) -> dict[str, object]:
+    """The shares of outcomes of one setting, and of sweeps whose interval holds r*."""
+    facts, layout, losses, design = setting(kind, number)
+    judged = judge(layout, losses, design.price())
+    outcomes = judged.outcomes()
+    low = np.where(judged.paid_to >= 0, layout.x[judged.paid_to], -np.inf)
+    high = np.where(judged.ended_by >= 0, layout.x[judged.ended_by], np.inf)
+    low, high = (
+        np.where(judged.growing, end, own) for end, own in ((-np.inf, low), (np.inf, high))
+    )
+    at = facts["r_star"]
+    shares = {str(name): float((outcomes == name).mean()) for name in Outcome}
+    return facts | shares | {
+        "covered": float(((low <= at) & (at <= high)).mean()),
+        "found": float((np.isfinite(low) & np.isfinite(high)).mean()),
+        "flagged": float((judged.found.outlier >= 0).mean()),
+        "sweeps": len(outcomes),
+    }  # fmt: skip
+
+
+def block(folder: Path, settings: int, job: tuple[str, int]) -> None:
+    """One block of settings, unless its file is there."""
+    kind, first = job
+    path = folder / f"{KINDS.index(kind)}-{first:05d}.parquet"
+    if not path.exists():
+        numbers = range(first, min(first + BLOCK, settings))
+        frame = pl.DataFrame([measure(kind, number) for number in numbers])
+        with atomic_path(path) as temporary:
+            frame.write_parquet(temporary)
+
+
+def rates(table: pl.DataFrame) -> pl.DataFrame:
+    """[question, kind, target, rate, worst truth, its rate, settings, sweeps]."""
+    wrong_below = pl.col("average") >= 1
+    wrong_none = pl.col("last") < 1
+    rows: list[tuple[object, ...]] = []
+
+    def add(question: str, kind: str, target: str, rows_of: pl.DataFrame, column: str) -> None:
+        if rows_of.is_empty():
+            return
+        by_truth = rows_of.group_by("truth").agg(pl.col(column).mean()).sort(column)
+        worst = by_truth.row(0 if target.startswith(">") else -1)
+        count = rows_of.height
+        rows.append(
+            (question, kind, target, rows_of[column].mean(), *worst, count, rows_of["sweeps"].sum())
+        )
+
+    for kind in KINDS[:-1]:
+        part = table.filter(pl.col("kind") == kind)
+        add('"below margin", average gain at or above it', kind, "<= .06", part.filter(wrong_below), "below margin")  # fmt: skip
+        add('"no wall", last gain below the margin', kind, "<= .06", part.filter(wrong_none), "no wall")  # fmt: skip
+        add('"wall", average gain at or above the margin', kind, "<= .06", part.filter(wrong_below), "wall")  # fmt: skip
+        falling = part.filter(~pl.col("truth").is_in(GROWING))
+        add("r* in its interval, returns that do not grow", kind, ">= .90", falling, "covered")
+    power = table.filter(pl.col("kind") == "power").with_columns(
+        answered=pl.col("below margin") + pl.col("wall")
+    )
+    ends = ("hard wall", "exponential fade", "power fade", "broken law")
+    for name, column in (("last gain", "last"), ("average", "average")):
+        part = power.filter(pl.col("truth").is_in(ends), pl.col(column) <= 0.6)
+        question = f'"below margin" or "wall", {name} at or below .6 margins'
+        add(question, "1-256, .006 x 3", ">= .85", part, "answered")
+    strong = power.filter(pl.col("truth") == "line", pl.col("last").is_between(1.4, 1.6))
+    add('"no wall", lines of 1.4 to 1.6 margins', "1-256, .006 x 3", ">= .85", strong, "no wall")
+    schema = [
+        "question",
+        "noise",
+        "target",
+        "rate",
+        "worst truth",
+        "its rate",
+        "settings",
+        "sweeps",
+    ]
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def markdown(table: pl.DataFrame) -> str:
+    lines = [
+        "| question | noise | target | rate | worst truth | settings | sweeps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {question} | {noise} | {target.replace('<=', 'at most').replace('>=', 'at least')} | "
+        f"{rate:.3f} | {worst} {its:.3f} | {settings:,} | {sweeps:,} |"
+        for question, noise, target, rate, worst, its, settings, sweeps in table.rows()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--settings", type=int, default=SETTINGS, help="of each kind of noise")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE, help="keeps blocks and results")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs")
+    args = parser.parse_args()
+    os.nice(10)
+    blocks = args.out / "blocks"
+    blocks.mkdir(parents=True, exist_ok=True)
+    jobs = [(kind, first) for kind in KINDS for first in range(0, args.settings, BLOCK)]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        for _ in pool.imap_unordered(partial(block, blocks, args.settings), jobs):
+            pass
+    table = pl.concat(pl.read_parquet(path) for path in sorted(blocks.glob("*.parquet")))
+    found = rates(table)
+    record = {name: pl.lit(value) for name, value in provenance().items()}
+    for name, frame in (("settings", table), ("rates", found)):
+        with atomic_path(args.out / f"{name}.parquet") as path:
+            frame.with_columns(**record).write_parquet(path)
+    print(markdown(found))
+    if args.write_docs:
+        text = DOCS.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        after = rest.partition(END)[2]
+        write_text(DOCS, f"{before}{BEGIN}\n{markdown(found)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Losses of a sweep as ratio + seed + noise: least squares with cells missing, unequal seeds and
+noise that grows with the ratio, for one sweep or for many simulated ones at once.
+
+Runs that share a seed share their data order, so the seed's own effect is removed from the noise
+wherever the seeds link the ratios (docs/scaling.md). Two checks come with the fit:
+
+outlier  the largest externally studentised residual against Student's quantile of df - 1 degrees of
+         freedom, Bonferroni over the runs: at most 1 % of Gaussian sweeps are flagged. One spiked
+         run moves a gain and its standard error alike, so a confident answer needs none.
+trend    whether squared residuals grow with log2 ratio (Cook & Weisberg 1983, the score of a
+         log-linear variance, its 95 % point simulated for the design); where they do, the rate of
+         growth is fitted by restricted likelihood and the means are weighted by it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
+
+FALSE_FLAGS = 0.01
+TREND_LEVEL = 0.95
+TREND_DRAWS = 4000
+GROWTHS = np.linspace(0.0, 1.0, 21)
+"""Candidates for d ln(sd) / d log2 ratio: 1 is a noise that grows as ratio^1.44."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which ratio and which seed each of n runs has: ``x`` [R] log2 ratio ascending, ``ratio`` [n]
+    and ``seed`` [n] indices.
+    """
+
+    x: np.ndarray
+    ratio: np.ndarray
+    seed: np.ndarray
+
+    @classmethod
+    def grid(cls, x: np.ndarray, seeds: np.ndarray) -> "Layout":
+        """Seeds 0 to ``seeds`` [R] - 1 at each ratio."""
+        ratio = np.repeat(np.arange(len(x)), seeds)
+        return cls(x, ratio, np.concatenate([np.arange(count) for count in seeds]))
+
+    def without(self, run: int) -> "Layout":
+        """The layout without one run, and without a ratio or seed that had no other."""
+        keep = np.arange(len(self.ratio)) != run
+        ratios, ratio = np.unique(self.ratio[keep], return_inverse=True)
+        return Layout(self.x[ratios], ratio, np.unique(self.seed[keep], return_inverse=True)[1])
+
+    @property
+    def runs(self) -> int:
+        return len(self.ratio)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """[R] runs of each ratio."""
+        return np.bincount(self.ratio, minlength=len(self.x))
+
+    @cached_property
+    def nuisance(self) -> int:
+        """Seed effects that are removed: none where seeds do not link the ratios, or where nothing
+        would be left to measure the noise by.
+        """
+        effects = int(self.seed.max())
+        full = len(self.x) + effects
+        linked = np.linalg.matrix_rank(self._columns(paired=True)) == full
+        return effects if linked and self.runs > full else 0
+
+    @cached_property
+    def design(self) -> np.ndarray:
+        """[n, p]: a column per ratio, then centred ones per seed, so that the coefficient of a
+        ratio is its loss at the mean of the seeds.
+        """
+        return self._columns(paired=self.nuisance > 0)
+
+    def _columns(self, *, paired: bool) -> np.ndarray:
+        ratio = np.eye(len(self.x))[self.ratio]
+        seed = np.eye(int(self.seed.max()) + 1)[self.seed]
+        return np.hstack([ratio, (seed - seed.mean(0))[:, 1:]]) if paired else ratio
+
+    @property
+    def df(self) -> int:
+        return self.runs - self.design.shape[1]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """B sweeps of one layout: ``means`` [B, R] nats/token; ``spread`` [G, R, R] covariance of the
+    means in units of the noise variance and ``group`` [B] which of them a draw has; ``counts`` [R]
+    runs per ratio; ``within`` [B] residual sum of squares on ``df`` degrees of freedom; ``known`` a
+    standard deviation from elsewhere; ``outlier`` [B] index of the run that is flagged (-1: none);
+    ``deviation`` [B] its studentised residual; ``growth`` [B] d ln(sd) / d log2 ratio.
+    """
+
+    means: np.ndarray
+    spread: np.ndarray
+    group: np.ndarray
+    counts: np.ndarray
+    within: np.ndarray
+    df: int
+    known: float | None
+    outlier: np.ndarray
+    deviation: np.ndarray
+    growth: np.ndarray
+
+    @property
+    def sd(self) -> np.ndarray:
+        """[B] nats between runs of one ratio, of the smallest ratio where the noise grows; NaN
+        where it is unknown.
+        """
+        if self.known is not None:
+            return np.full(len(self.within), self.known)
+        return np.sqrt(self.within / self.df) if self.df else np.full(len(self.within), np.nan)
+
+    def quantile(self, confidence: float) -> float:
+        """Half-width of a two-sided interval in standard errors."""
+        tail = (1 + confidence) / 2
+        return float(ndtri(tail) if self.known is not None else stdtrit(max(self.df, 1), tail))
+
+    def error(self, contrasts: np.ndarray) -> np.ndarray:
+        """[B, C] standard errors of ``contrasts`` [C, R] of the means."""
+        unit = np.einsum("cr,grs,cs->gc", contrasts, self.spread, contrasts)
+        return self.sd[:, None] * np.sqrt(np.maximum(unit, 0))[self.group]
+
+    def rows(self, mask: np.ndarray) -> "Estimate":
+        """The draws in ``mask`` [B]."""
+        per_draw = ("means", "group", "within", "outlier", "deviation", "growth")
+        kept = {name: getattr(self, name)[mask] for name in per_draw}
+        return Estimate(
+            spread=self.spread, counts=self.counts, df=self.df, known=self.known, **kept
+        )
+
+
+def estimate(layout: Layout, losses: np.ndarray, known: float | None = None) -> Estimate:
+    """Fit ``losses`` [B, n]; ``known`` states the noise between runs (nats)."""
+    means, spread, within, residual, leverage = _least_squares(layout, losses, 0.0)
+    draws = len(losses)
+    outlier, deviation = _outlier(layout, residual, leverage, within)
+    spreads, group, growth = [spread], np.zeros(draws, int), np.zeros(draws)
+    if layout.df > 1 and known is None:
+        score = _trend_score(layout, residual, leverage, within)
+        rising = np.flatnonzero(score > _trend_limit(layout))
+        if len(rising):
+            fits = [_least_squares(layout, losses[rising], rate) for rate in GROWTHS]
+            best = np.argmax([_restricted(layout, fit[2], rate) for fit, rate in zip(fits, GROWTHS, strict=True)], axis=0)  # fmt: skip
+            spreads = [fit[1] for fit in fits]
+            group[rising], growth[rising] = best, GROWTHS[best]
+            for number, fit in enumerate(fits):
+                rows = best == number
+                means[rising[rows]], within[rising[rows]] = fit[0][rows], fit[2][rows]
+    return Estimate(
+        means,
+        np.array(spreads),
+        group,
+        layout.counts,
+        within,
+        layout.df,
+        known,
+        outlier,
+        deviation,
+        growth,
+    )
+
+
+def _least_squares(layout: Layout, losses: np.ndarray, rate: float) -> tuple[np.ndarray, ...]:
+    """Means [B, R], their covariance in units of the smallest ratio's noise, weighted residual sum
+    of squares [B], residuals [B, n] and leverages [n], with a noise that grows at ``rate``.
+    """
+    root = np.exp(-rate * (layout.x - layout.x[0]))[layout.ratio]
+    design, target = layout.design * root[:, None], losses * root
+    inverse = np.linalg.pinv(design)
+    coefficients = target @ inverse.T
+    residual = target - coefficients @ design.T
+    ratios = len(layout.x)
+    spread = (inverse @ inverse.T)[:ratios, :ratios]
+    leverage = np.einsum("np,pn->n", design, inverse)
+    return coefficients[:, :ratios], spread, (residual**2).sum(1), residual, leverage
+
+
+def _outlier(
+    layout: Layout, residual: np.ndarray, leverage: np.ndarray, within: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The flagged run of each draw (-1: none) and its studentised residual."""
+    draws, df = len(residual), layout.df - 1
+    if df < 1:
+        return np.full(draws, -1), np.zeros(draws)
+    alone = residual**2 / np.maximum(1 - leverage, 1e-9)
+    alone[:, leverage > 1 - 1e-9] = 0.0  # a run that is the only one of its ratio or seed
+    worst = alone.argmax(1)
+    largest = alone[np.arange(draws), worst]
+    size = np.sqrt(largest / np.maximum((within - largest) / df, 1e-300))
+    limit = stdtrit(df, 1 - FALSE_FLAGS / (2 * layout.runs))
+    return np.where((size > limit) & (within > 0), worst, -1), size
+
+
+def _trend_score(
+    layout: Layout, residual: np.ndarray, leverage: np.ndarray, within: np.ndarray
+) -> np.ndarray:
+    """[B] standardised score of ln(variance) on log2 ratio, at no trend."""
+    kept = leverage < 1 - 1e-9
+    variance = np.maximum(within / layout.df, 1e-300)[:, None]
+    squares = residual[:, kept] ** 2 / (1 - leverage[kept]) / variance
+    x = layout.x[layout.ratio[kept]]
+    centred = x - x.mean()
+    return squares @ centred / np.sqrt(2 * (centred**2).sum())
+
+
+def _trend_limit(layout: Layout) -> float:
+    return _simulated_limit(
+        tuple(layout.x.tolist()), tuple(layout.ratio.tolist()), tuple(layout.seed.tolist())
+    )
+
+
+@lru_cache(maxsize=256)
+def _simulated_limit(x: tuple[float, ...], ratio: tuple[int, ...], seed: tuple[int, ...]) -> float:
+    layout = Layout(np.array(x), np.array(ratio), np.array(seed))
+    losses = np.random.default_rng(0).normal(size=(TREND_DRAWS, layout.runs))
+    _, _, within, residual, leverage = _least_squares(layout, losses, 0.0)
+    return float(np.quantile(_trend_score(layout, residual, leverage, within), TREND_LEVEL))
+
+
+def _restricted(layout: Layout, within: np.ndarray, rate: float) -> np.ndarray:
+    """[B] restricted log likelihood of a noise that grows at ``rate``, its level profiled out."""
+    log_root = (-rate * (layout.x - layout.x[0]))[layout.ratio]
+    design = layout.design * np.exp(log_root)[:, None]
+    volume = np.linalg.slogdet(design.T @ design)[1]
+    return log_root.sum() - 0.5 * volume - 0.5 * layout.df * np.log(np.maximum(within, 1e-300))
