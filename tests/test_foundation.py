@@ -145,7 +145,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = "import sys, moe_lab; print(sorted({'torch', 'numpy', 'scipy', 'polars', 'plotly'} & set(sys.modules)))"
+    code = (
+        "import sys, moe_lab; "
+        "print(sorted({'torch', 'numpy', 'scipy', 'polars', 'plotly'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -170,7 +173,10 @@ assert not hasattr(module, "nothing")
 
 
 def test_submodules_with_lazy_names_can_be_reached_from_their_package() -> None:
-    code = "import moe_lab.trace as t; print(t.importing.ImportKind.VLLM, t.capturing.recorder.capture is t.capture)"
+    code = (
+        "import moe_lab.trace as t; print(t.importing.ImportKind.VLLM, "
+        "t.capturing.recorder.capture is t.capture)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

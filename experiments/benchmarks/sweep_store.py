@@ -1,9 +1,10 @@
 """How a run store bears ten thousand runs and two hundred writers, and how near the memory estimate
 comes.
 
-    python experiments/benchmarks/sweep_store.py opens            # plan, status and report of 10,000 runs: seconds and resident memory
-    python experiments/benchmarks/sweep_store.py writers          # 200 processes claim, write and finish the runs of one store
-    python experiments/benchmarks/sweep_store.py memory           # estimate over measured peak, of shapes it was not fitted on
+    python experiments/benchmarks/sweep_store.py opens      # plan, status, report of 10,000 runs
+    python experiments/benchmarks/sweep_store.py writers    # 200 processes write into one store
+    python experiments/benchmarks/sweep_store.py memory     # the memory estimate over the peak
+
 
 ``opens`` makes a store as a sweep leaves it (6,000 finished runs, 1,500 failed, 500 interrupted,
 2,000 pending; every finished run has its metrics and a trace) and runs each command three times as
@@ -45,17 +46,30 @@ from moe_lab.training import OptimizerConfig, RunConfig
 
 PRESETS = ("large",)
 TEXT = TextConfig(vocab_size=512, corpus_hash="c0ffee")
+ARMS = (("topk", 3e-3), ("lr", 2e-3), ("warm", 4e-3), ("cold", 1e-3), ("hot", 6e-3))
 
 
 def sweep(preset, *, seed=0, device="cpu"):
     runs = []
     for ratio in (1, 2, 4, 8, 16, 32, 64, 128):
-        moe = MoEConfig(d_model=64, d_expert=64, router=RouterConfig(num_experts=2 * ratio, top_k=2))
-        model = DecoderConfig(vocab_size=512, num_layers=2, d_model=64, num_heads=2, context_length=64, moe=moe)
-        for arm, lr in (("topk", 3e-3), ("lr", 2e-3), ("warm", 4e-3), ("cold", 1e-3), ("hot", 6e-3)):
+        router = RouterConfig(num_experts=2 * ratio, top_k=2)
+        moe = MoEConfig(d_model=64, d_expert=64, router=router)
+        sizes = {"num_layers": 2, "d_model": 64, "num_heads": 2, "context_length": 64}
+        model = DecoderConfig(vocab_size=512, moe=moe, **sizes)
+        for arm, lr in ARMS:
             for offset in range(SEEDS):
-                runs.append(RunConfig(model=model, name=f"{arm}-r{ratio}-s{offset}", arm=arm, seed=seed + offset, text=TEXT, seq_length=64,
-                                      optimizer=OptimizerConfig(lr=lr), device=device))
+                runs.append(
+                    RunConfig(
+                        model=model,
+                        name=f"{arm}-r{ratio}-s{offset}",
+                        arm=arm,
+                        seed=seed + offset,
+                        text=TEXT,
+                        seq_length=64,
+                        optimizer=OptimizerConfig(lr=lr),
+                        device=device,
+                    )
+                )
     return SweepConfig(name="large", question="Does it open?", preset=preset, runs=tuple(runs))
 """
 STEPS = 40
@@ -129,12 +143,29 @@ def _finish(
     }
     pl.DataFrame(metrics).write_parquet(path / "metrics.parquet")
     result = {
-        "run": run_hash, "name": run.name, "arm": run.arm, "ratio": run.ratio, "ratio_meaning": "E/k", "seed": run.seed, "loss": loss,
-        "total_params": int(1e5 * run.ratio), "active_params": 100_000, "flops_per_token": 6e5, "train_tokens": 200_000,
-        "bits_per_byte": loss / 2.2, "num_experts": int(2 * run.ratio), "num_zero_experts": 0, "top_k": 2, "load_cv": 0.3,
-        "mean_ffn_count": 2.0, "target_ffn_count": 2.0, "tokens_per_second": 5e3, "learning_rate": run.optimizer.lr, "device": "cpu",
+        "run": run_hash,
+        "name": run.name,
+        "arm": run.arm,
+        "ratio": run.ratio,
+        "ratio_meaning": "E/k",
+        "seed": run.seed,
+        "loss": loss,
+        "total_params": int(1e5 * run.ratio),
+        "active_params": 100_000,
+        "flops_per_token": 6e5,
+        "train_tokens": 200_000,
+        "bits_per_byte": loss / 2.2,
+        "num_experts": int(2 * run.ratio),
+        "num_zero_experts": 0,
+        "top_k": 2,
+        "load_cv": 0.3,
+        "mean_ffn_count": 2.0,
+        "target_ffn_count": 2.0,
+        "tokens_per_second": 5e3,
+        "learning_rate": run.optimizer.lr,
+        "device": "cpu",
         "versions": {"torch": torch.__version__},
-    }  # fmt: skip
+    }
     (path / "result.json").write_text(json.dumps(result))
     shutil.copytree(trace, path / "trace", copy_function=os.link)
     (path / "done").write_text("")

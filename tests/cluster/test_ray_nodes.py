@@ -167,7 +167,8 @@ def test_four_runs_share_one_gpu_by_fraction(
 
     with pytest.warns(
         UserWarning,
-        match=r"expected a Ray node with CPU 1, GPU 2 for a run on cuda, got CPU 4, GPU 1; try .* grows",
+        match=r"expected a Ray node with CPU 1, GPU 2 for a run on cuda, got CPU 4, GPU "
+        r"1; try .* grows",
     ):
         run(
             stubs.stub_sweep(stubs.StubRun(device="cuda")),

@@ -104,7 +104,8 @@ def test_what_sbatch_refuses_is_one_line(
     sweep, options = stubs.stub_sweep(stubs.StubRun()), {"partition": "nowhere"}
     with pytest.raises(
         RunError,
-        match=r"expected sbatch to accept the runs, got .*partition.*; try the launcher options partition=",
+        match=r"expected sbatch to accept the runs, got .*partition.*; try the launcher "
+        r"options partition=",
     ):
         run(
             sweep,

@@ -22,7 +22,8 @@ def test_runs_that_have_begun_end_and_no_other_begins(tmp_path: Path) -> None:
     assert not first.failed
     assert (
         first.stopped
-        == f"{len(first.interrupted)} runs wait: the hours of max_hours are over; the same command goes on"
+        == f"{len(first.interrupted)} runs wait: the hours of max_hours are over; the "
+        "same command goes on"
     )
     assert go(tmp_path, max_hours=None).complete
 
@@ -124,7 +125,8 @@ def test_what_is_left_is_said_in_one_line(tmp_path: Path) -> None:
     left, needed = 1.3 * FLOPS["long"] - FLOPS["long"] - FLOPS["short"], FLOPS["middle"]
     assert (
         outcome.stopped
-        == f"1 runs wait: {left:.3g} FLOPs of max_flops are left, the smallest of them needs {needed:.3g}"
+        == f"1 runs wait: {left:.3g} FLOPs of max_flops are left, the smallest of them "
+        f"needs {needed:.3g}"
     )
 
 

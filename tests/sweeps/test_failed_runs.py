@@ -39,8 +39,8 @@ def test_the_command_shows_failed_runs_with_their_last_lines(
     text = capsys.readouterr().out
     assert "3 runs: 1 finished, 2 failed" in text
     assert (
-        ") failed: worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch), 3 times\n"
-        in text
+        ") failed: worker killed by SIGKILL (out of memory? try fewer workers or a "
+        "smaller batch), 3 times\n" in text
     )
     assert "\n    ZeroDivisionError: division by zero\n" in text
     assert "`moe-lab sweep run ... --retry-failed` trains failed runs again" in text

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 from moe_lab.sweeps.launchers import train_run
 train_run(json.loads(sys.argv[1]), Path(sys.argv[2]))
-print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+lines = open("/proc/self/status")
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
 """
 
 
@@ -194,7 +195,10 @@ def test_a_run_that_fits_nowhere_is_named_in_one_line(
     assert run(
         stub_sweep(StubRun(name="huge", memory_bytes=2 * 10**9)), tmp_path, trainer=STUB
     ).complete
-    line = "huge: expected to need 2.0 GB of the 1.0 GB that runs may take here; starts alone and may run out of memory; "
+    line = (
+        "huge: expected to need 2.0 GB of the 1.0 GB that runs may take here; starts "
+        "alone and may run out of memory; "
+    )
     assert line + "try a larger grad_accumulation" in capsys.readouterr().out.splitlines()
     assert too_large({"a": 1, "b": 3, "c": 2}, 1).startswith("b and 1 more: ")
     assert too_large({"a": 1}, 1) == ""

@@ -137,7 +137,8 @@ def test_a_worker_that_is_killed_loses_what_came_after_its_last_copy(root: Path)
 def test_two_sweeps_on_one_url_share_the_work(root: Path, tmp_path: Path):
     code = (
         "from test_object_store import go, GRID; from stub_trainer import stub_grid\n"
-        "outcome = go('bucket://b/sweep', *stub_grid(4, 12, 0.05)); print('outcome', len(outcome.finished), len(outcome.failed))"
+        "outcome = go('bucket://b/sweep', *stub_grid(4, 12, 0.05)); print('outcome', "
+        "len(outcome.finished), len(outcome.failed))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
@@ -267,7 +268,8 @@ def test_a_full_store_stops_the_sweep_with_one_line_and_can_be_resumed(root: Pat
     (root / TROUBLE).write_text("full")
     with pytest.raises(
         RunError,
-        match=r"^cannot write bucket://b/sweep: No space left on device; try another store or free some space$",
+        match=r"^cannot write bucket://b/sweep: No space left on device; try another "
+        r"store or free some space$",
     ):
         run(out, "bucket://b/sweep", progress=False, trainer=TRAINER)
     (root / TROUBLE).unlink()
@@ -284,11 +286,13 @@ def test_a_store_that_fills_while_a_run_trains_keeps_its_work(root: Path):
     [
         (
             "denied",
-            r"^cannot (read|write) bucket://b/sweep: The AWS Access Key Id you .*; try other credentials, or ask for the right",
+            r"^cannot (read|write) bucket://b/sweep: The AWS Access Key Id you .*; try "
+            r"other credentials, or ask for the right",
         ),
         (
             "gone",
-            r"^cannot (read|write) bucket://b/sweep: Could not connect to the endpoint URL: .*; check the network and the endpoint",
+            r"^cannot (read|write) bucket://b/sweep: Could not connect to the endpoint "
+            r"URL: .*; check the network and the endpoint",
         ),
     ],
 )
@@ -308,7 +312,8 @@ def test_credentials_and_networks_give_one_line(root: Path, trouble: str, messag
         ),
         (
             "bucket://b/empty",
-            "expected a sweep's store with sweeps/, got bucket://b/empty without one; try moe-lab sweep run first",
+            "expected a sweep's store with sweeps/, got bucket://b/empty without one; "
+            "try moe-lab sweep run first",
         ),
     ],
 )
@@ -330,7 +335,8 @@ def test_a_missing_client_is_named():
         pytest.skip("s3fs is installed")
     with pytest.raises(
         RunError,
-        match=r"expected the package that opens s3://, got Install s3fs to access S3; try pip install it beside fsspec",
+        match=r"expected the package that opens s3://, got Install s3fs to access S3; try "
+        r"pip install it beside fsspec",
     ):
         open_store("s3://bucket/sweep")
 

@@ -46,7 +46,8 @@ def test_a_sweep_on_ray_equals_one_here_through_failures_and_kills(tmp_path: Pat
     outcome = go(tmp_path, *runs)
     assert {failure.name: failure.reason for failure in outcome.failed} == {
         "bad": "the loss is nan at step 10; try a lower learning rate than 1",
-        "greedy": "its Ray worker was killed or crashed (out of memory? try fewer workers or a smaller batch), 3 times",
+        "greedy": "its Ray worker was killed or crashed (out of memory? try fewer "
+        "workers or a smaller batch), 3 times",
     }
     assert not outcome.interrupted
     found = {

@@ -28,8 +28,8 @@ def test_a_recipe_gets_preset_seed_and_device(tmp_path: Path):
 
 def test_a_recipe_may_define_dataclasses(tmp_path: Path):
     text = (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Shape:\n    width: int = 1\n"
-        + GOOD
+        "from __future__ import annotations\nfrom dataclasses import "
+        "dataclass\n@dataclass\nclass Shape:\n    width: int = 1\n" + GOOD
     )
     assert load_recipe(recipe(tmp_path, text), "demo").name == "stub"
 
@@ -39,7 +39,8 @@ def test_a_recipe_may_define_dataclasses(tmp_path: Path):
     [
         (
             "import no_such_module_here\n",
-            r"recipe .*recipe\.py:1 failed: ModuleNotFoundError: No module named 'no_such_module_here'",
+            r"recipe .*recipe\.py:1 failed: ModuleNotFoundError: No module named "
+            r"'no_such_module_here'",
         ),
         ("x = 1\ny = (\n", r"recipe .*recipe\.py:2 failed: SyntaxError: '\(' was never closed"),
         (
@@ -52,7 +53,8 @@ def test_a_recipe_may_define_dataclasses(tmp_path: Path):
         ),
         (
             "PRESETS = ('demo',)\n",
-            r"expected a recipe that defines sweep and PRESETS in .*, got no sweep\(preset, \*, seed, device\)",
+            r"expected a recipe that defines sweep and PRESETS in .*, got no "
+            r"sweep\(preset, \*, seed, device\)",
         ),
         (
             "def sweep(preset, **_): ...\n",
@@ -100,7 +102,10 @@ def test_a_file_that_is_no_python_file_is_refused(tmp_path: Path):
 
 
 def test_sweeps_import_no_torch():
-    code = "import sys, moe_lab.sweeps; print('torch' in sys.modules, 'rich' in sys.modules, 'polars' in sys.modules)"
+    code = (
+        "import sys, moe_lab.sweeps; print('torch' in sys.modules, 'rich' in "
+        "sys.modules, 'polars' in sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -53,7 +53,10 @@ def test_other_versions_on_a_worker_end_the_sweep_with_both_named(tmp_path: Path
     remote_run = RemoteRun.of(job_in(tmp_path), STUB)
     here = remote_run.versions["torch"]
     remote_run.versions["torch"] = "1.0"
-    line = rf"expected the same versions on every machine, got torch {here.replace('+', '.')} on the worker, 1.0 at the driver; try one"
+    line = (
+        rf"expected the same versions on every machine, got torch "
+        rf"{here.replace('+', '.')} on the worker, 1.0 at the driver; try one"
+    )
     with pytest.raises(RunError, match=line):
         settle(remote_run())
     assert not (tmp_path / "r").exists(), "nothing was begun"
@@ -62,7 +65,8 @@ def test_other_versions_on_a_worker_end_the_sweep_with_both_named(tmp_path: Path
 def test_a_folder_that_the_worker_does_not_see_ends_the_sweep(tmp_path: Path) -> None:
     with pytest.raises(
         RunError,
-        match=r"expected a folder that every machine sees, got no .*away on the worker; try a shared file system",
+        match=r"expected a folder that every machine sees, got no .*away on the worker; "
+        r"try a shared file system",
     ):
         settle(RemoteRun.of(job_in(tmp_path / "away"), STUB)())
 
@@ -90,7 +94,8 @@ def _reason(answer: Ending | UnfitMachine) -> str:
     [
         MemoryError(),
         torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB"
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity "
+            "of 139.80 GiB"
         ),
         OSError(12, os.strerror(12)),
     ],

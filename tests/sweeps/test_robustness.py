@@ -98,8 +98,8 @@ def test_kill_9_of_workers_at_random_moments_needs_no_second_command(tmp_path: P
     output, _ = process.communicate(timeout=60)
     assert f"outcome {RUNS} 0 0" in output, output
     assert (
-        "worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch); resuming from its checkpoint"
-        in output
+        "worker killed by SIGKILL (out of memory? try fewer workers or a smaller batch); "
+        "resuming from its checkpoint" in output
     )
     finish(tmp_path)
 

@@ -227,7 +227,8 @@ def test_gpus_are_dealt_out_to_workers(tmp_path: Path, monkeypatch: pytest.Monke
         ),
         (
             {"trainer": "dies_on_import:train"},
-            "expected workers that start, got 3 that ended before their first run; the last one said: ",
+            "expected workers that start, got 3 that ended before their first run; the "
+            "last one said: ",
         ),
     ],
 )

@@ -59,7 +59,10 @@ def test_a_failed_run_says_why_and_stops_no_other(tmp_path: Path) -> None:
     assert set(outcome.finished) == {good.hash()}
     reasons = {failure.name: failure.reason for failure in outcome.failed}
     assert reasons.pop("bad") == "the loss is nan at step 10; try a lower learning rate than 1"
-    killed = r"its job \d+ was killed or crashed \(out of memory\? try fewer workers or a smaller batch\).*, 3 times"
+    killed = (
+        r"its job \d+ was killed or crashed \(out of memory\? try fewer workers or a "
+        r"smaller batch\).*, 3 times"
+    )
     assert re.fullmatch(killed, reasons.pop("greedy"))
     assert not reasons
 
@@ -90,7 +93,8 @@ def test_a_job_with_other_versions_ends_the_sweep(
     monkeypatch.setattr(remote_run_module, "versions", lambda: versions() | {"moe_lab": "0.0"})
     with pytest.raises(
         RunError,
-        match=r"expected the same versions on every machine, got moe_lab .* on the worker, 0.0 at the driver",
+        match=r"expected the same versions on every machine, got moe_lab .* on the "
+        r"worker, 0.0 at the driver",
     ):
         go(tmp_path, StubRun())
 

@@ -36,7 +36,10 @@ def test_a_run_that_hangs_is_killed_and_resumed(
     assert run(
         stub_sweep(HUNG), tmp_path, workers=1, trainer=STUB, launcher_options=OPTIONS
     ).complete
-    line = "again     hung: worker killed because its run's status stood still for 30 minutes; resuming from its checkpoint"
+    line = (
+        "again     hung: worker killed because its run's status stood still for 30 "
+        "minutes; resuming from its checkpoint"
+    )
     assert line in capsys.readouterr().out
     assert len(workers(tmp_path, HUNG)) == 2
     assert status(tmp_path)["loss"].item() == expected_loss(HUNG)

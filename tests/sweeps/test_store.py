@@ -108,8 +108,10 @@ def test_a_plan_holds_every_configuration(store: RunStore):
 
 def test_processes_that_add_plans_at_once_lose_none(tmp_path: Path):
     code = (
-        "import sys; from stub_trainer import StubRun, stub_sweep; from moe_lab.sweeps import RunStore\n"
-        "for i in range(10): RunStore(sys.argv[1]).add(stub_sweep(StubRun(seed=100 * int(sys.argv[2]) + i)))"
+        "import sys; from stub_trainer import StubRun, stub_sweep; from moe_lab.sweeps "
+        "import RunStore\n"
+        "for i in range(10): RunStore(sys.argv[1]).add(stub_sweep(StubRun(seed=100 * "
+        "int(sys.argv[2]) + i)))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
@@ -126,7 +128,8 @@ def test_processes_that_add_plans_at_once_lose_none(tmp_path: Path):
     [
         (
             None,
-            r"expected a sweep folder with sweep\.json, got .* without one; try moe-lab sweep run first",
+            r"expected a sweep folder with sweep\.json, got .* without one; try moe-lab "
+            r"sweep run first",
         ),
         ("{", r"expected a readable plan, got .*sweep\.json"),
         ('{"schema_version": 99}', r"expected a plan of version 1, got 99 in .*sweep\.json"),

@@ -15,7 +15,8 @@ def test_a_sweep_needs_a_run():
 def test_a_run_may_be_in_a_sweep_once():
     with pytest.raises(
         ConfigError,
-        match=r"every run of 'stub' once, got 'twin' \([0-9a-f]{12}\) 2 times; try another seed or ratio",
+        match=r"every run of 'stub' once, got 'twin' \([0-9a-f]{12}\) 2 times; try "
+        r"another seed or ratio",
     ):
         stub_sweep(StubRun(name="twin"), StubRun(name="other"), StubRun(name="twin"))
 

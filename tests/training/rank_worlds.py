@@ -71,9 +71,17 @@ def run_config(corpus: Path, steps: int, router: RouterConfig = ZERO, **changes:
         num_dense_layers=0,
     )
     values: dict[str, Any] = {
-        "model": model, "text": text, "batch_size": 4, "seq_length": 32, "train_tokens": 128 * steps, "checkpoint_every": 5, "log_every": 1,
-        "eval_tokens": None, "eval_excerpt_tokens": 80, "optimizer": OptimizerConfig(lr=3e-3),
-    }  # fmt: skip
+        "model": model,
+        "text": text,
+        "batch_size": 4,
+        "seq_length": 32,
+        "train_tokens": 128 * steps,
+        "checkpoint_every": 5,
+        "log_every": 1,
+        "eval_tokens": None,
+        "eval_excerpt_tokens": 80,
+        "optimizer": OptimizerConfig(lr=3e-3),
+    }
     return RunConfig(**(values | changes))
 
 
@@ -254,7 +262,7 @@ def captured_model() -> tuple[Decoder, torch.Tensor]:
 
 
 def capture_on(rank: int, folder: Path) -> None:
-    """Every rank runs two of the documents through its replica, under the recorder for any model."""
+    """Every rank runs two documents through its replica, under the recorder for any model."""
     model, ids = captured_model()
     replica = DistributedDataParallel(model)
     with torch.no_grad(), capture(replica, folder):

@@ -94,7 +94,8 @@ def test_a_learned_sequence_is_drafted_right_and_a_prompt_is_continued_by_the_mo
 def test_what_cannot_be_counted_is_said():
     with pytest.raises(
         ConfigError,
-        match=r"expected a model with multi-token-prediction modules, got mtp None; try DecoderConfig\(mtp",
+        match=r"expected a model with multi-token-prediction modules, got mtp None; try "
+        r"DecoderConfig\(mtp",
     ):
         acceptance_rate(Decoder(CONFIG.replace(mtp=None)), [document([1, 2], 0)], seq_length=2)
     with pytest.raises(

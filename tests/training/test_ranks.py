@@ -378,7 +378,10 @@ def test_a_router_that_decides_over_a_micro_batch_is_given_whole_ones(
     tmp_path: Path, router: RouterConfig, is_refused: bool
 ) -> None:
     config = run_config(write_corpus(tmp_path / "corpus"), 2, router)
-    refusal = rf"expected a grad_accumulation that is a multiple of the 2 ranks: router '{router.kind}' decides"
+    refusal = (
+        rf"expected a grad_accumulation that is a multiple of the 2 ranks: router "
+        rf"'{router.kind}' decides"
+    )
     with pytest.raises(ConfigError, match=refusal) if is_refused else nullcontext():
         check_shareable(config, Ranks(0, 2, Parallel.DDP))
     check_shareable(config, Ranks())
@@ -554,7 +557,8 @@ def test_ranks_that_cannot_share_a_batch_are_refused(
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(
         ConfigError,
-        match=r"ranks that share the batch evenly \(batch_size 4, grad_accumulation 1\), got 3; try 2 ranks",
+        match=r"ranks that share the batch evenly \(batch_size 4, grad_accumulation 1\), "
+        r"got 3; try 2 ranks",
     ):
         ranks_module._spread(config, Parallel.DDP, CPU)
 

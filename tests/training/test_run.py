@@ -59,9 +59,17 @@ def config_of(corpus: Path, router: RouterConfig = ZERO, **changes: Any) -> RunC
         num_dense_layers=0,
     )
     values: dict[str, Any] = {
-        "model": model, "text": text, "batch_size": 4, "seq_length": 32, "train_tokens": 128 * 12, "checkpoint_every": 5, "log_every": 1,
-        "eval_tokens": None, "eval_excerpt_tokens": 80, "optimizer": OptimizerConfig(lr=1e-2),
-    }  # fmt: skip
+        "model": model,
+        "text": text,
+        "batch_size": 4,
+        "seq_length": 32,
+        "train_tokens": 128 * 12,
+        "checkpoint_every": 5,
+        "log_every": 1,
+        "eval_tokens": None,
+        "eval_excerpt_tokens": 80,
+        "optimizer": OptimizerConfig(lr=1e-2),
+    }
     return RunConfig(**(values | changes))
 
 

@@ -1,4 +1,4 @@
-"""Mirrors of the metrics: they hold what the run's own files hold, and none of them can end a run."""
+"""Mirrors of the metrics: they hold what the run's files hold, and none can end a run."""
 
 import importlib
 import json
@@ -78,7 +78,8 @@ def test_a_logger_that_fails_is_left_out_with_one_line(
     broken, kept = Broken(), Kept()
     result = train(config, tmp_path / "run", cache_dir=tmp_path, loggers=[broken, kept])
     assert capsys.readouterr().err == (
-        "moe-lab: tracking by Broken stopped (ConnectionError: the tracker is away); the run goes on\n"
+        "moe-lab: tracking by Broken stopped (ConnectionError: the tracker is away); the "
+        "run goes on\n"
     )
     assert [step for step, _ in broken.rows] == [1, 2, 3]
     assert len(kept.rows) == STEPS + 1
@@ -109,7 +110,8 @@ def test_an_unknown_or_absent_tracker_is_one_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ConfigError,
-        match=r"expected the package wandb for tracking, got none; try pip install 'moe-lab\[track\]'",
+        match=r"expected the package wandb for tracking, got none; try pip install "
+        r"'moe-lab\[track\]'",
     ):
         train(config, tmp_path / "run", cache_dir=tmp_path, loggers=["wandb"])
 
@@ -180,7 +182,8 @@ import torch; torch.set_num_threads(1)
 from rank_worlds import run_config
 from moe_lab.training import train
 root = Path(sys.argv[2])
-train(run_config(root / "corpus", 12), root / "project" / "run", cache_dir=root, loggers=[sys.argv[3]])
+folder = root / "project" / "run"
+train(run_config(root / "corpus", 12), folder, cache_dir=root, loggers=[sys.argv[3]])
 """
 
 
