@@ -12,11 +12,13 @@ from pathlib import Path
 
 import polars as pl
 
+from moe_lab.errors import RunError
 from moe_lab.number_format import decimal, whole
 from moe_lab.report import difficulty_figures as figures
 from moe_lab.report.blocks import Block, Plot, Variant, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
+from moe_lab.sandbox import read_parquet
 
 RESAMPLES = 1000
 STUDY_FOLDER = "difficulty"
@@ -76,7 +78,8 @@ def _folder(named: NamedTrace) -> Path | None:
 def _tables(named: NamedTrace) -> dict[str, pl.DataFrame] | None:
     folder = _folder(named)
     if folder is not None:
-        return {path.stem: pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
+        paths = sorted(folder.glob("*.parquet"))
+        return {path.stem: read_parquet(path, RunError) for path in paths}
     from moe_lab.analysis.difficulty import (
         difficulty_association,
         difficulty_curves,

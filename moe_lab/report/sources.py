@@ -20,6 +20,7 @@ from moe_lab.errors import RunError, expected
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run, read_runs
 from moe_lab.runs.layout import CONFIG, METRICS, PLAN, TRACE_META
 from moe_lab.runs.record import group_name, number
+from moe_lab.sandbox import read_parquet
 
 if TYPE_CHECKING:
     from moe_lab.trace import Trace
@@ -180,16 +181,7 @@ def training_metrics(runs: Iterable[RunRecord]) -> pl.DataFrame:
         path = run.folder / METRICS
         if not path.is_file():
             continue
-        try:
-            frame = pl.read_parquet(path)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise RunError(
-                expected(
-                    f"a Parquet file at {path}",
-                    str(error).splitlines()[0],
-                    "removing the run and running it again",
-                )
-            ) from error
+        frame = read_parquet(path, RunError)
         numbers = frame.select(pl.selectors.numeric().cast(pl.Float64))
         names = {
             "run": run.label,

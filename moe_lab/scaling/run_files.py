@@ -14,12 +14,13 @@ import polars as pl
 from moe_lab.errors import AnalysisError, RunError, expected
 from moe_lab.runs.layout import DONE, RESULT
 from moe_lab.runs.record import parse_object
+from moe_lab.sandbox import read_parquet
 from moe_lab.scaling.compute_slope import measured_slope
 from moe_lab.scaling.confounds import SHORT
 from moe_lab.scaling.sweep_losses import COLUMNS
 
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
-    ".parquet": pl.read_parquet,
+    ".parquet": lambda path: read_parquet(path, AnalysisError),
     ".csv": lambda path: _text(path, ","),
     ".tsv": lambda path: _text(path, "\t"),
     ".jsonl": pl.read_ndjson,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from moe_lab.errors import CorpusError, expected
 from moe_lab.files import content_hash
+from moe_lab.sandbox import read_parquet
 
 STDLIB = "stdlib"
 PACKAGES = "packages"
@@ -309,29 +310,17 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
-    import polars as pl  # most corpora do without it
-
-    try:
-        columns = pl.read_parquet_schema(path)
-        if text_column not in columns:
-            found = f"{path} with the columns {', '.join(columns) or '(none)'}"
-            raise CorpusError(expected(f'a column "{text_column}"', found, "another text_column"))
-        if columns[text_column] != pl.String:
-            raise CorpusError(
-                expected(
-                    f'text in column "{text_column}"',
-                    f"{path} with {columns[text_column]}",
-                    "another text_column",
-                )
-            )
-        values = pl.read_parquet(path, columns=[text_column])[text_column]
-    except (pl.exceptions.PolarsError, OSError) as error:
+    frame = read_parquet(path, CorpusError)
+    if text_column not in frame.columns:
+        found = f"{path} with the columns {', '.join(frame.columns) or '(none)'}"
+        raise CorpusError(expected(f'a column "{text_column}"', found, "another text_column"))
+    if (dtype := str(frame.schema[text_column])) != "String":
         raise CorpusError(
             expected(
-                "a Parquet file", f"{path}, which cannot be read: {str(error).splitlines()[0]}"
+                f'text in column "{text_column}"', f"{path} with {dtype}", "another text_column"
             )
-        ) from error
-    for number, value in enumerate(values, start=1):
+        )
+    for number, value in enumerate(frame[text_column], start=1):
         yield _row(path, number, value)
 
 

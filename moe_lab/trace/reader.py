@@ -1,43 +1,42 @@
 """``open_trace``: a folder of Parquet in, lazy frames out. The folder is not trusted.
 
-Opening reads ``meta.json``, compares every listed file's size, checksum, schema and row count, and
-refuses files that are not listed. ``Trace.check`` reads the rows and proves conservation. Whatever
+Files under this user's seal are read where they lie; a trace from outside is read once by a child
+process and then from a clean copy. ``Trace.check`` reads the rows and proves conservation. Whatever
 is wrong is one ``TraceError`` line that names the file or layer.
 """
 
-import json
+import atexit
+import os
+import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import ConfigError, TraceError, expected
-from moe_lab.trace.parquet_guard import check_parquet
-from moe_lab.trace.parts import check_tokens, file_checksum
-from moe_lab.trace.publish import INCOMPLETE_SUFFIX
-from moe_lab.trace.rows import EMPTY_SLOT, expert_slots, key_checksum
+from moe_lab.errors import TraceError, expected
+from moe_lab.files import default_cache_dir
+from moe_lab.sandbox import call, regular_size
+from moe_lab.trace.checks import check_rows, check_tokens, read_meta
+from moe_lab.trace.publish import INCOMPLETE_SUFFIX, put_in_place
+from moe_lab.trace.rows import key_checksum
 from moe_lab.trace.schema import (
-    MAX_ROWS_PER_PART,
     META_FILE,
-    OUTPUT_RATIO,
-    PART_PATH,
     ROUTED,
     ROUTING_COLUMNS,
-    SCHEMA_VERSION,
     TOKEN_COLUMNS,
-    VERSION_KEY,
     LayerMeta,
     PartMeta,
     TraceMeta,
 )
+from moe_lab.trace.seal import digest, new_digest, sealed_files
 
-MAX_META_BYTES = 2**26
 LAYER_TYPE = pl.UInt32()
 READ_AHEAD = 2
 """Files that are read at once: decoding is most of the work, and more would only hold more memory.
@@ -51,16 +50,18 @@ class Trace:
     """An opened trace.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder that was opened, which names the trace.
         meta: provenance and layers.
         parts: the Parquet files by relative path.
         complete: False only for a trace opened with ``allow_incomplete=True`` that was interrupted.
+        data: where the files lie, if that is a clean copy of a trace from outside.
     """
 
     folder: Path
     meta: TraceMeta
     parts: dict[str, PartMeta]
     complete: bool = True
+    data: Path | None = None
 
     @property
     def tokens(self) -> pl.LazyFrame:
@@ -102,7 +103,7 @@ class Trace:
         names = self._names("tokens/" if layer is None else f"routing/layer={layer}/")
 
         def read(name: str) -> pl.DataFrame:
-            path = self.folder / name
+            path = (self.data or self.folder) / name
             return _guard(
                 name, lambda: pl.read_parquet(path, columns=list(columns), hive_partitioning=False)
             )
@@ -174,7 +175,7 @@ class Trace:
     def _check_layer(self, layer: LayerMeta) -> tuple[int, int]:
         rows, keys, slots = 0, 0, 0
         for batch in self.batches(layer.layer, list(self.meta.routing_schema())):
-            slots += _check_rows(layer, batch, self.meta)
+            slots += check_rows(layer, batch, self.meta)
             rows, keys = (
                 rows + batch.height,
                 keys + key_checksum(batch["doc"].to_numpy(), batch["pos"].to_numpy()),
@@ -214,7 +215,7 @@ class Trace:
         return sorted(name for name in self.parts if name.startswith(prefix))
 
     def _paths(self, prefix: str) -> list[Path]:
-        return [self.folder / name for name in self._names(prefix)]
+        return [(self.data or self.folder) / name for name in self._names(prefix)]
 
     @staticmethod
     def _prefix(layer: LayerMeta) -> str:
@@ -224,11 +225,14 @@ class Trace:
 def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bool = True) -> Trace:
     """Open the trace at ``folder``.
 
+    A trace under this user's seal is read where it lies. Any other is checked row by row and copied
+    by a child process with limits (``moe_lab.trace.foreign``), once: the copy stays in the cache
+    folder.
+
     Args:
         folder: a trace folder.
-        allow_incomplete: also open the rest of an interrupted trace.
-        verify: compare every file's checksum (reads each file once), so that damage is found before
-            Parquet is decoded. False still compares sizes, schemas and row counts; it is for a
+        allow_incomplete: also open what is left of an interrupted trace.
+        verify: compare every sealed file with its digest (reads each file once). False is for a
             trace that this process has just written.
 
     Raises:
@@ -236,41 +240,97 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
     """
     folder = Path(folder).absolute()
     if not (folder / META_FILE).is_file():
-        rest = folder.parent / (folder.name + INCOMPLETE_SUFFIX)
+        interrupted = folder.parent / (folder.name + INCOMPLETE_SUFFIX)
         hint = (
-            f"{rest} with allow_incomplete=True"
-            if (rest / META_FILE).is_file()
+            f"{interrupted} with allow_incomplete=True"
+            if (interrupted / META_FILE).is_file()
             else "the folder that holds meta.json"
         )
-        raise TraceError(
-            expected(
-                f"a trace at {folder}",
-                "a folder without meta.json" if folder.is_dir() else "nothing",
-                hint,
+        got = "a folder without meta.json" if folder.is_dir() else "nothing"
+        raise TraceError(expected(f"a trace at {folder}", got, hint))
+    trace = _sealed(folder, verify) or _cleaned(folder, verify)
+    if not trace.complete and not allow_incomplete:
+        hint = "allow_incomplete=True to look at it"
+        got = "one whose writing was interrupted"
+        raise TraceError(expected(f"a complete trace at {folder}", got, hint))
+    return trace
+
+
+def files_on_disk(folder: Path) -> set[str]:
+    """Relative paths of the Parquet files of a trace."""
+    tables = (folder / "tokens", folder / "routing")
+    paths = (path for table in tables for path in table.rglob("*.parquet"))
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def _sealed(folder: Path, verify: bool) -> Trace | None:
+    """The trace at ``folder``, or None where a file is not as this user's moe_lab wrote it."""
+    digests = sealed_files(folder)
+    if digests is None:
+        return None
+    meta, parts, complete = read_meta(folder / META_FILE)
+    on_disk = files_on_disk(folder)
+    if set(parts) - on_disk or (complete and on_disk - set(parts)) or set(parts) - set(digests):
+        return None
+    if verify and _digests(folder, parts) != {name: digests[name] for name in parts}:
+        return None
+    known = {name: part.replace(digest=digests[name]) for name, part in parts.items()}
+    return Trace(folder, meta, known, complete)
+
+
+def _cleaned(folder: Path, verify: bool) -> Trace:
+    """The clean copy of a trace from outside, with ``folder`` as its name."""
+    names = sorted(files_on_disk(folder) | {META_FILE})
+    sizes = [regular_size(folder / name, TraceError) for name in names]
+    key = new_digest()
+    for name, value in sorted(_digests(folder, names).items()):
+        key.update(f"{name} {value} ".encode())
+    place = _place_of_copies()
+    copy = place / key.hexdigest()
+    trace = _sealed(copy, verify)
+    if trace is None:
+        parquet = [size for name, size in zip(names, sizes, strict=True) if name != META_FILE]
+        with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as temporary:
+            written = Path(temporary) / "trace"
+            call(
+                "moe_lab.trace.foreign:clean_copy",
+                (str(folder), str(written)),
+                TraceError,
+                str(folder),
+                size=sum(parquet),
+                largest=max(parquet, default=0),
             )
-        )
-    meta, parts, complete = _read_meta(folder / META_FILE)
-    if not complete and not allow_incomplete:
-        raise TraceError(
-            expected(
-                f"a complete trace at {folder}",
-                "one whose writing was interrupted",
-                "allow_incomplete=True to look at it",
+            put_in_place(written, copy)
+        trace = _sealed(copy, verify=False) or Trace(copy, *read_meta(copy / META_FILE))
+    return replace(trace, folder=folder, data=copy)
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Digest of each file, several at once."""
+    names = list(names)
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        try:
+            return dict(
+                zip(names, pool.map(lambda name: digest(folder / name), names), strict=True)
             )
-        )
-    traced = {
-        int(match.group(1))
-        for name in parts
-        if (match := PART_PATH.fullmatch(name)) and match.group(1)
-    }
-    named = {layer.layer for layer in meta.layers}
-    if traced - named or (complete and named - traced):
-        raise TraceError(
-            f"{META_FILE}: "
-            + expected(f"files for layers {sorted(named)}", f"files for {sorted(traced)}")
-        )
-    _check_files(folder, parts, meta, verify, complete)
-    return Trace(folder, meta, parts, complete)
+        except OSError as error:
+            raise TraceError(f"cannot read {folder}: {error.strerror or error}") from error
+
+
+def _place_of_copies() -> Path:
+    """The folder of clean copies: in the cache, or, where that takes no file, a temporary one that
+    lasts as long as this process.
+    """
+    folder = default_cache_dir() / "clean-traces"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        folder = Path(tempfile.mkdtemp(prefix="moe_lab-traces-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def document_runs(frames: Iterable[pl.DataFrame]) -> bool:
@@ -291,188 +351,6 @@ def document_runs(frames: Iterable[pl.DataFrame]) -> bool:
         last_doc, last_pos = int(doc[-1]), int(pos[-1])
     begun = np.concatenate(seen) if seen else np.zeros(0, np.uint32)
     return len(np.unique(begun)) == len(begun)
-
-
-def _read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
-    try:
-        if path.stat().st_size > MAX_META_BYTES:
-            raise TraceError(
-                expected(f"{META_FILE} of at most {MAX_META_BYTES} bytes", path.stat().st_size)
-            )
-        values: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise TraceError(
-            f"expected {path} to be JSON, got {type(error).__name__}; try writing the trace again"
-        ) from error
-    if not isinstance(values, dict):
-        raise TraceError(f"expected {path} to hold an object, got {type(values).__name__}")
-    version = values.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise TraceError(
-            expected(
-                f"trace schema version {SCHEMA_VERSION}",
-                repr(version)[:40],
-                "another version of moe_lab",
-            )
-        )
-    complete, parts = values.pop("complete", None), values.pop("parts", None)
-    layers = values.get("layers")
-    if (
-        not isinstance(complete, bool)
-        or not _table_of(parts, dict)
-        or not isinstance(layers, list)
-        or not _all_dicts(layers)
-    ):
-        raise TraceError(f"expected {path} to hold complete, parts and layers, got others")
-    try:
-        meta = TraceMeta.from_dict(values)
-        return meta, {name: PartMeta.from_dict(part) for name, part in parts.items()}, complete
-    except ConfigError as error:
-        raise TraceError(f"{META_FILE}: {error}") from error
-
-
-def _check_files(
-    folder: Path, parts: dict[str, PartMeta], meta: TraceMeta, verify: bool, complete: bool
-) -> None:
-    for name in parts:
-        if not PART_PATH.fullmatch(name):
-            raise TraceError(
-                f"{META_FILE}: "
-                + expected("part names such as tokens/part-00000.parquet", repr(name[:60]))
-            )
-    found = {
-        path.relative_to(folder).as_posix()
-        for table in ("tokens", "routing")
-        for path in (folder / table).rglob("*.parquet")
-    }
-    if missing := sorted(set(parts) - found):
-        raise TraceError(
-            expected(
-                f"{len(parts)} files",
-                f"{len(missing)} missing, first {missing[0]}",
-                "writing the trace again",
-            )
-        )
-    # A killed writer leaves a file that it had no time to list.
-    if complete and (unlisted := sorted(found - set(parts))):
-        raise TraceError(
-            expected(
-                "only the files listed in meta.json", f"also {unlisted[0][:80]!r}", "removing it"
-            )
-        )
-    token_schema: pl.Schema | None = None
-    for name, part in sorted(parts.items()):
-        schema = _check_file(folder / name, name, part, meta, verify)
-        if name.startswith("tokens/"):
-            token_schema = token_schema or schema
-            if schema != token_schema:
-                raise TraceError(
-                    f"{name}: expected the columns of the first token file, got others"
-                )
-
-
-def _check_file(path: Path, name: str, part: PartMeta, meta: TraceMeta, verify: bool) -> pl.Schema:
-    try:
-        if not path.is_file():
-            raise TraceError(f"{name}: expected a file, got something else")
-        size, crc32 = file_checksum(path) if verify else (path.stat().st_size, part.crc32)
-    except OSError as error:
-        raise TraceError(f"{name}: {error.strerror or error}") from error
-    if size != part.bytes or crc32 != part.crc32:
-        got = f"{size} bytes" if size != part.bytes else "another checksum"
-        raise TraceError(
-            f"{name}: "
-            + expected(
-                f"{part.bytes} bytes as written", f"{got} (damaged)", "writing the trace again"
-            )
-        )
-    match = PART_PATH.fullmatch(name)
-    layer = meta.layer(int(match.group(1))) if match and match.group(1) else None
-    rows = check_parquet(
-        path, name, max_rows=MAX_ROWS_PER_PART, max_values_per_row=layer.top_k if layer else 1
-    )
-    if rows != part.rows:
-        raise TraceError(
-            f"{name}: " + expected(f"{part.rows} rows as recorded", rows, "writing the trace again")
-        )
-    schema = pl.Schema(_guard(name, lambda: pl.read_parquet_schema(path)))
-    tokens = name.startswith("tokens/")
-    wanted = TOKEN_COLUMNS if tokens else meta.routing_schema()
-    extra = not tokens and len(schema) != len(wanted)
-    if (
-        {column: schema.get(column) for column in wanted} != wanted
-        or extra
-        or schema.get(ROUTED, pl.Boolean) != pl.Boolean
-    ):
-        raise TraceError(
-            f"{name}: "
-            + expected(
-                f"columns {', '.join(wanted)} of the documented types", ", ".join(schema)[:200]
-            )
-        )
-    version = _guard(name, lambda: pl.read_parquet_metadata(path)).get(VERSION_KEY)
-    if version != str(SCHEMA_VERSION):
-        raise TraceError(
-            f"{name}: "
-            + expected(
-                f"trace schema version {SCHEMA_VERSION}",
-                repr(version)[:40],
-                "another version of moe_lab",
-            )
-        )
-    return schema
-
-
-def _check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:
-    """Check one batch of a layer's rows; returns its used slots."""
-    where = f"layer {layer.layer}: "
-    absent = [
-        "margin",
-        *([] if meta.has_weights else ["weights", "gate_mass_ffn"]),
-        *([] if meta.has_scores else ["entropy"]),
-    ]
-    if batch.select(pl.sum_horizontal(pl.exclude(absent).null_count())).item():
-        raise TraceError(where + "expected no nulls, got nulls")
-    if not batch.select(
-        pl.all_horizontal(pl.col(name).is_null().all() for name in absent[1:])
-        if absent[1:]
-        else pl.lit(True)
-    ).item():
-        raise TraceError(
-            where
-            + f"expected only nulls in {', '.join(absent[1:])} as {META_FILE} says, got values"
-        )
-    ids_TK = expert_slots(layer, batch["experts"])
-    used_TK = ids_TK != EMPTY_SLOT
-    used_T = used_TK.sum(axis=1)
-    weights = batch["weights"].explode().drop_nulls()
-    if meta.has_weights and (
-        not np.array_equal(batch["weights"].list.len().to_numpy(), used_T)
-        or len(weights) != used_T.sum()
-    ):
-        raise TraceError(where + "expected one weight for each expert id, got other numbers")
-    floats = [
-        batch[name].drop_nulls()
-        for name in ("entropy", "gate_mass_ffn", OUTPUT_RATIO)
-        if name in batch.columns
-    ]
-    if not weights.is_finite().all() or not all(column.is_finite().all() for column in floats):
-        raise TraceError(where + "expected finite gate weights and entropies, got NaN or infinity")
-    ordered = np.sort(ids_TK, axis=1)
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY_SLOT)).any():
-        raise TraceError(
-            where + "expected each token to name an expert at most once, got a repeated id"
-        )
-    ffn_count = (ids_TK < layer.num_experts).sum(axis=1)
-    if not np.array_equal(ffn_count, batch["ffn_count"].to_numpy()):
-        raise TraceError(
-            where + "expected ffn_count to be the number of real expert ids, got others"
-        )
-    if not np.array_equal(used_T - ffn_count, batch["zero_count"].to_numpy()):
-        raise TraceError(
-            where + "expected zero_count to be the number of zero-compute expert ids, got others"
-        )
-    return int(used_T.sum())
 
 
 def _bincount(layer: LayerMeta, ids: np.ndarray) -> np.ndarray:
@@ -506,11 +384,3 @@ def _guard(name: str, read: Callable[[], R]) -> R:
         raise TraceError(
             f"{name}: expected readable Parquet, got {first}; try writing the trace again"
         ) from error
-
-
-def _table_of(value: Any, kind: type) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, kind) for item in value.values())
-
-
-def _all_dicts(values: list[Any]) -> bool:
-    return all(isinstance(value, dict) for value in values)

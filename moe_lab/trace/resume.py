@@ -4,6 +4,7 @@ Rows of the others are taken out, so that they can be done again.
 """
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,9 @@ def recover(folder: Path, meta: TraceMeta) -> InterruptedTrace:
     if differing := _differences(trace.meta.to_dict(), meta.to_dict()):
         what = f"an interrupted trace of the same {', '.join(differing)} at {folder}"
         raise TraceError(expected(what, "another", "removing it, or another folder"))
+    if trace.data is not None:  # written by another user or version: go on with the clean copy
+        for name in trace.parts:
+            shutil.copyfile(trace.data / name, folder / name)
     interrupted = InterruptedTrace(
         documents=_finished(folder / DOCUMENTS_FILE), parts=dict(trace.parts)
     )

@@ -280,14 +280,24 @@ def _used(values: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PartMeta(Config):
-    """One Parquet file of a trace: its row count, used slots (0 for tokens), size in bytes and
-    CRC-32 (damage, not forgery).
+    """One Parquet file of a trace.
+
+    Attributes:
+        rows, slots: its rows and used slots (0 for tokens).
+        bytes, crc32: its size and CRC-32, which tells damage and no forgery.
+        digest: BLAKE2b of the file, kept in ``seal.json`` and not in ``meta.json``; empty where it
+            is not known.
     """
 
     rows: int
     slots: int
     bytes: int
     crc32: int
+    digest: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry in ``meta.json``."""
+        return {name: value for name, value in super().to_dict().items() if name != "digest"}
 
     def __post_init__(self) -> None:
         for name, high in (

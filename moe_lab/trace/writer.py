@@ -24,7 +24,8 @@ import polars as pl
 from moe_lab.errors import MoELabError, TraceError, TraceStorageError, expected
 from moe_lab.files import write_json
 from moe_lab.trace.background import Background
-from moe_lab.trace.parts import check_tokens, count_slots, part_of, write_meta, write_part
+from moe_lab.trace.checks import check_tokens
+from moe_lab.trace.parts import count_slots, part_of, write_meta, write_part
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
 from moe_lab.trace.resume import DOCUMENTS_FILE, InterruptedTrace, ranges, recover
 from moe_lab.trace.rows import Rows, key_checksum, routing_frame, routing_rows

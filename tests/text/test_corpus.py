@@ -190,7 +190,7 @@ BAD_FILES = {
         "expected UTF-8 text, got {path}:1 with a lone surrogate at character 1",
     ),
     "nul.jsonl": (b'{"text": "a\\u0000"}', "expected text, got {path}:1 with a NUL character"),
-    "torn.parquet": (b"PAR1 no", "expected a Parquet file, got {path}, which cannot be read: "),
+    "torn.parquet": (b"PAR1 no", "{path}: expected a readable file, got "),
     "picture.png": (
         b"png",
         "expected a folder or a file ending in .txt, .jsonl, .parquet, "

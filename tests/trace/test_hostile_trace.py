@@ -13,7 +13,7 @@ import torch
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
-from moe_lab.trace.parts import file_checksum
+from moe_lab.trace.parts import file_checksums
 from moe_lab.trace.schema import VERSION_KEY
 
 ROUTING = "routing/layer=1/part-00000.parquet"
@@ -66,7 +66,7 @@ def forge(folder, name, change, *, slots=None, version="1"):
     """Rewrite one Parquet file and make meta.json agree with it, as a forger would."""
     frame = change(pl.read_parquet(folder / name, hive_partitioning=False))
     frame.write_parquet(folder / name, metadata={VERSION_KEY: version})
-    size, crc32 = file_checksum(folder / name)
+    size, crc32, _ = file_checksums(folder / name)
 
     def sign(values):
         part = values["parts"][name]
@@ -271,7 +271,7 @@ def test_every_flipped_bit_is_noticed(folder, name):
 )
 def test_a_file_that_is_no_parquet_is_refused(folder, content):
     (folder / ROUTING).write_bytes(content)
-    size, crc32 = file_checksum(folder / ROUTING)
+    size, crc32, _ = file_checksums(folder / ROUTING)
     edit_meta(folder, lambda values: values["parts"][ROUTING].update(bytes=size, crc32=crc32))
     refused(folder, f"{ROUTING}: expected readable Parquet, got .*")
 

@@ -1,0 +1,153 @@
+"""What a trace must hold to be believed: the shape of ``meta.json``, and rules for every row."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from moe_lab.errors import ConfigError, TraceError, expected
+from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
+from moe_lab.trace.schema import (
+    META_FILE,
+    OUTPUT_RATIO,
+    PART_PATH,
+    SCHEMA_VERSION,
+    LayerMeta,
+    PartMeta,
+    TraceMeta,
+)
+
+MAX_META_BYTES = 2**26
+TOLERANCE = 1e-3
+"""Of entropies and margins, which are rounded to f32."""
+
+
+def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
+    """Provenance, files and completeness from ``meta.json``, which is not trusted.
+
+    Raises ``TraceError`` where it is no JSON of the documented shape or names impossible files.
+    """
+    try:
+        if path.stat().st_size > MAX_META_BYTES:
+            raise TraceError(
+                expected(f"{META_FILE} of at most {MAX_META_BYTES} bytes", path.stat().st_size)
+            )
+        values: Any = json.loads(path.read_bytes())
+        json.dumps(
+            values, ensure_ascii=False
+        ).encode()  # half a character (a lone surrogate) raises
+    except (OSError, ValueError, RecursionError) as error:
+        raise TraceError(
+            f"expected {path} to be JSON, got {type(error).__name__}; try writing the trace again"
+        ) from error
+    if not isinstance(values, dict):
+        raise TraceError(f"expected {path} to hold an object, got {type(values).__name__}")
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise TraceError(
+            expected(
+                f"trace schema version {SCHEMA_VERSION}",
+                repr(version)[:40],
+                "another version of moe_lab",
+            )
+        )
+    complete, parts = values.pop("complete", None), values.pop("parts", None)
+    layers = values.get("layers")
+    shaped = isinstance(complete, bool) and isinstance(parts, dict) and isinstance(layers, list)
+    if not shaped or not all(isinstance(item, dict) for item in [*parts.values(), *layers]):
+        raise TraceError(f"expected {path} to hold complete, parts and layers, got others")
+    try:
+        meta = TraceMeta.from_dict(values)
+        files = {name: PartMeta.from_dict(part) for name, part in parts.items()}
+    except ConfigError as error:
+        raise TraceError(f"{META_FILE}: {error}") from error
+    matches = {name: PART_PATH.fullmatch(name) for name in files}
+    if wrong := [name for name, match in matches.items() if match is None]:
+        wanted = "part names such as tokens/part-00000.parquet"
+        raise TraceError(f"{META_FILE}: " + expected(wanted, repr(wrong[0][:60])))
+    traced = {int(match[1]) for match in matches.values() if match and match[1]}
+    named = {layer.layer for layer in meta.layers}
+    if traced - named or (complete and named - traced):
+        got = f"files for {sorted(traced)[:20]}"
+        raise TraceError(f"{META_FILE}: " + expected(f"files for layers {sorted(named)[:20]}", got))
+    return meta, files, complete
+
+
+def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
+    """Raise ``TraceError`` for null keys, token ids outside the vocabulary, or losses that are NaN
+    or infinite.
+    """
+    if frame.select(pl.sum_horizontal(pl.col("doc", "pos", "token_id").null_count())).item():
+        raise TraceError("expected doc, pos and token_id without nulls, got nulls")
+    highest = frame["token_id"].max()
+    if meta.vocab_size is not None and isinstance(highest, int) and highest >= meta.vocab_size:
+        raise TraceError(expected(f"token ids below vocab_size {meta.vocab_size}", highest))
+    if not frame["loss"].is_finite().all():
+        raise TraceError(
+            "expected finite losses, got NaN or infinity; try null where a token has no loss"
+        )
+
+
+def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:
+    """Check one batch of a layer's rows; returns its used slots."""
+    where = f"layer {layer.layer}: "
+    absent = [
+        "margin",
+        *([] if meta.has_weights else ["weights", "gate_mass_ffn"]),
+        *([] if meta.has_scores else ["entropy"]),
+    ]
+    if batch.select(pl.sum_horizontal(pl.exclude(absent).null_count())).item():
+        raise TraceError(where + "expected no nulls, got nulls")
+    if not batch.select(
+        pl.all_horizontal(pl.col(name).is_null().all() for name in absent[1:])
+        if absent[1:]
+        else pl.lit(True)
+    ).item():
+        raise TraceError(
+            where
+            + f"expected only nulls in {', '.join(absent[1:])} as {META_FILE} says, got values"
+        )
+    ids_TK = expert_slots(layer, batch["experts"])
+    used_TK = ids_TK != EMPTY_SLOT
+    used_T = used_TK.sum(axis=1)
+    weights = batch["weights"].explode().drop_nulls()
+    if meta.has_weights and (
+        not np.array_equal(batch["weights"].list.len().to_numpy(), used_T)
+        or len(weights) != used_T.sum()
+    ):
+        raise TraceError(where + "expected one weight for each expert id, got other numbers")
+    ranges = [
+        ("entropy", 0.0, math.log(layer.num_choices)),
+        ("margin", 0.0, math.inf),
+        ("dropped", 0, layer.top_k - used_T),
+    ]
+    for name, low, high in ranges:
+        column = batch[name].fill_null(0).to_numpy()
+        if ((column < low - TOLERANCE) | (column > high + TOLERANCE)).any():
+            top = layer.top_k if name == "dropped" else f"{high:.4g}"
+            raise TraceError(where + expected(f"{name} from 0 to {top}", "others"))
+    floats = [
+        batch[name].drop_nulls()
+        for name in ("entropy", "gate_mass_ffn", OUTPUT_RATIO)
+        if name in batch.columns
+    ]
+    if not weights.is_finite().all() or not all(column.is_finite().all() for column in floats):
+        raise TraceError(where + "expected finite gate weights and entropies, got NaN or infinity")
+    ordered = np.sort(ids_TK, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY_SLOT)).any():
+        raise TraceError(
+            where + "expected each token to name an expert at most once, got a repeated id"
+        )
+    ffn_count = (ids_TK < layer.num_experts).sum(axis=1)
+    if not np.array_equal(ffn_count, batch["ffn_count"].to_numpy()):
+        raise TraceError(
+            where + "expected ffn_count to be the number of real expert ids, got others"
+        )
+    if not np.array_equal(used_T - ffn_count, batch["zero_count"].to_numpy()):
+        raise TraceError(
+            where + "expected zero_count to be the number of zero-compute expert ids, got others"
+        )
+    return int(used_T.sum())

@@ -1,0 +1,96 @@
+"""The seal of a trace: proof that this user's moe_lab wrote every byte of it.
+
+``seal.json`` lists a digest of each file, under a code that only this user can make: BLAKE2b keyed
+with a secret in the cache folder. Files under a seal that holds are read directly; everything else
+is a trace from outside (``moe_lab.trace.foreign``). A trace that moves to another machine or user,
+and one whose key was deleted, is from outside there.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_lab.errors import MoELabError
+from moe_lab.files import default_cache_dir, write_json
+from moe_lab.trace.schema import META_FILE
+
+SEAL_FILE = "seal.json"
+KEY_FILE = "trace.key"
+KEY_BYTES = 32
+MAX_SEAL_BYTES = 2**24
+
+
+def user_key() -> bytes | None:
+    """This user's secret, made on first use; None where the cache folder takes no file.
+
+    A key that others may read or write, or that belongs to another user, is not used.
+    """
+    path = default_cache_dir() / KEY_FILE
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{KEY_FILE}-{secrets.token_hex(8)}")
+        if not path.exists():
+            with open(
+                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+            ) as file:
+                file.write(secrets.token_bytes(KEY_BYTES))
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)  # the first of several processes wins
+            temporary.unlink()
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            private = not hasattr(os, "getuid") or (
+                found.st_uid == os.getuid() and not found.st_mode & 0o077
+            )
+            key = file.read(KEY_BYTES + 1)
+        return key if private and len(key) == KEY_BYTES else None
+    return None
+
+
+def new_digest() -> Any:
+    """The hash of a file's bytes."""
+    return hashlib.blake2b(digest_size=32)
+
+
+def digest(path: Path) -> str:
+    """The digest of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, new_digest).hexdigest()
+
+
+def write_seal(folder: Path, digests: Mapping[str, str]) -> None:
+    """Seal the files of ``folder`` with these digests by relative path, and its ``meta.json``."""
+    key = user_key()
+    if key is None:
+        (folder / SEAL_FILE).unlink(missing_ok=True)
+        return
+    files = {**digests, META_FILE: digest(folder / META_FILE)}
+    write_json(folder / SEAL_FILE, {"files": files, "code": _code(key, files)})
+
+
+def sealed_files(folder: Path) -> dict[str, str] | None:
+    """Digest by relative path of each file under the seal of ``folder``; None where there is no
+    seal of this user's, or ``meta.json`` is not the sealed one.
+    """
+    key = user_key()
+    try:
+        with open(folder / SEAL_FILE, "rb") as file:
+            text = file.read(MAX_SEAL_BYTES + 1)
+        values: Any = json.loads(text) if len(text) <= MAX_SEAL_BYTES else None
+        files, code = values["files"], values["code"]
+        if key is None or not hmac.compare_digest(_code(key, files), code):
+            return None
+        return files if digest(folder / META_FILE) == files[META_FILE] else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, MoELabError):
+        return None
+
+
+def _code(key: bytes, files: Mapping[str, str]) -> str:
+    text = json.dumps(dict(files), sort_keys=True).encode()
+    return hashlib.blake2b(text, key=key, digest_size=32).hexdigest()

@@ -1,0 +1,148 @@
+"""The hostile traces of the published data: each ends in one line and exit code 2, or is right."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from moe_lab.analysis import class_profile
+from moe_lab.errors import TraceError
+from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
+from moe_lab.trace.seal import SEAL_FILE
+
+pytestmark = pytest.mark.data
+REFUSED = {
+    "deep_schema_2900": "expected a readable file",
+    "footer_nested_lists_2000": "expected readable Parquet",
+    "bomb_text_same": "bytes of text",
+    "dict_bomb_400": "expected",
+    "range_entropy_neg": "expected entropy from 0 to",
+    "meta_bigint": "expected",
+    "meta_surrogate": "expected",
+    "meta_notes_int": "expected notes as a list, got 5",
+}
+
+
+@pytest.fixture
+def unpacked(data_dir: Path, tmp_path: Path):
+    def unpack(name: str) -> Path:
+        archive = data_dir / "hostile" / f"{name}.tar.gz"
+        if not archive.is_file():
+            pytest.skip(f"needs {archive}")
+        with tarfile.open(archive) as file:
+            file.extractall(tmp_path, filter="data")
+        return tmp_path / name
+
+    return unpack
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command and its children within 10 s of processor time a piece and 1.2 GB of memory."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (1_200_000_000, 1_200_000_000))
+
+    environment = os.environ | {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "moe_lab", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        preexec_fn=limit,
+        timeout=200,
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_hostile_trace_is_one_line_and_exit_code_2(name: str, unpacked, tmp_path: Path) -> None:
+    folder = unpacked(name)
+    began = time.monotonic()
+    with pytest.raises(TraceError) as caught:
+        open_trace(folder)
+    assert time.monotonic() - began < 60  # an idle machine takes a tenth of it
+    assert REFUSED[name] in str(caught.value)
+    done = run("report", str(folder), "--out", str(tmp_path / "page.html"))
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert len(done.stderr) < 2000
+
+
+def test_forged_statistics_hide_no_row(unpacked) -> None:
+    trace = open_trace(unpacked("forged_statistics")).check()
+    assert trace.tokens.filter(pl.col("pos") > 0).collect().height == 196
+    names = trace.tokens.collect_schema().names()
+    column = next(name for name in names if name not in ("doc", "pos", "token_id", "loss"))
+    profile = class_profile(trace, column).filter(pl.col("layer").is_not_null())
+    assert profile.group_by("layer").agg(pl.col("n_tokens").sum())["n_tokens"].to_list() != [0]
+
+
+def small_trace(folder: Path, rows: int = 200) -> Path:
+    meta = TraceMeta(layers=(LayerMeta(0, 4),), has_scores=False, has_weights=False)
+    with TraceWriter(folder, meta) as writer:
+        doc, pos = np.repeat(0, rows).astype(np.uint32), np.arange(rows, dtype=np.uint32)
+        writer.write_tokens(pl.DataFrame({"doc": doc, "pos": pos, "token_id": pos % 7}))
+        ids = (pos % 4).astype(np.uint16)[:, None]
+        columns = {"doc": doc, "pos": pos, "experts": ids, "ffn_count": np.ones(rows, np.uint8)}
+        columns |= dict.fromkeys(("zero_count", "dropped"), np.zeros(rows, np.uint8))
+        writer.write_rows(0, columns, np.bincount(ids[:, 0], minlength=4))
+    return folder
+
+
+def test_a_large_meta_of_layers_is_refused_in_seconds(tmp_path: Path) -> None:
+    folder = small_trace(tmp_path / "t")
+    values = json.loads((folder / "meta.json").read_text())
+    values["layers"] = values["layers"] * 500_000
+    (folder / "meta.json").write_text(json.dumps(values))
+    with pytest.raises(TraceError) as caught:
+        open_trace(folder)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_footer_of_sixteen_megabytes_of_structures_is_refused(tmp_path: Path) -> None:
+    folder = small_trace(tmp_path / "t")
+    name = "routing/layer=0/part-00000.parquet"
+    footer = b"\x15\x04\x19\xfc" + b"\xff\xff\xff\x07" + b"\x00" * 2**24
+    data = b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+    (folder / name).write_bytes(data)
+    with pytest.raises(TraceError, match=name):
+        open_trace(folder)
+
+
+def test_a_trace_of_ours_is_read_where_it_lies_and_an_edited_one_is_not(tmp_path: Path) -> None:
+    folder = small_trace(tmp_path / "t")
+    assert open_trace(folder).data is None
+    values = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**values, "model": "another"}))
+    edited = open_trace(folder)
+    assert edited.data is not None
+    assert (edited.folder, edited.meta.model) == (folder, "another")
+    assert edited.counts().equals(open_trace(edited.data).counts())
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"files": {}, "code": 1}', "{", "\x00"])
+def test_a_forged_seal_opens_nothing(text: str, tmp_path: Path) -> None:
+    folder = small_trace(tmp_path / "t")
+    (folder / SEAL_FILE).write_text(text)
+    assert open_trace(folder).data is not None
+
+
+def test_a_seal_of_another_user_opens_nothing(tmp_path: Path, monkeypatch) -> None:
+    folder = small_trace(tmp_path / "t")
+    monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
+    copied = open_trace(folder)
+    assert copied.data is not None
+    assert copied.data.is_relative_to(tmp_path / "cache")
+    assert open_trace(folder).data == copied.data  # the second time the copy is known
+    (tmp_path / "cache" / "trace.key").chmod(0o644)
+    third = open_trace(folder)  # a key that others can read is no key
+    assert third.data is not None
