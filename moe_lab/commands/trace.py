@@ -118,10 +118,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _refuse_ignored(args: argparse.Namespace, mode: str) -> None:
-    defaults = argparse.ArgumentParser()
-    add_arguments(defaults)
-    for name, value in vars(args).items():
-        if name not in _READ_BY[mode] and value != defaults.get_default(name):
+    own = argparse.ArgumentParser(add_help=False)
+    add_arguments(own)
+    for name, default in vars(own.parse_args([])).items():
+        if name not in _READ_BY[mode] and getattr(args, name) != default:
             option = "--" + name.replace("_", "-")
             raise ConfigError(
                 expected(f"options that {mode} reads", option, f"leaving {option} out")
