@@ -1,8 +1,10 @@
 """Recompute, from published runs, the numbers that published scaling laws rest on; and judge sweeps
 drawn from known truths.
 
-    MOE_LAB_DATA=... python experiments/published_laws.py            # everything, about five minutes on two cores
-    python experiments/published_laws.py --only verdicts --draws 500 # no data needed
+    MOE_LAB_DATA=... python experiments/published_laws.py
+    python experiments/published_laws.py --only verdicts --draws 500
+
+The first command does everything, in about five minutes on two cores; the second needs no data.
 
 Prints one table per section (what, published, found, within) and exits 1 where a number is not
 reproduced.
@@ -72,7 +74,7 @@ def clark_runs(options: Options, router: str, largest: int = 512) -> pl.DataFram
 
 
 def clark_table_3(options: Options) -> Iterator[Row]:
-    """arXiv 2202.01169 table 3, least squares on ln L as there; the interval is a bootstrap's 95 %."""
+    """arXiv 2202.01169 table 3, least squares on ln L; the interval is a bootstrap's 95 %."""
     for router in ROUTERS:
         result = bootstrap(
             fit("clark", clark_runs(options, router), delta=SQUARES), options.repetitions
@@ -313,12 +315,12 @@ def verdicts(options: Options) -> Iterator[Row]:
         error = (
             0.0 if share is None else 3 * math.sqrt(max(share * (1 - share), 0.01) / options.draws)
         )
-        found = f"form {right:.2f}; wall {wall:.2f}, no wall {none:.2f}, cannot tell {1 - wall - none:.2f}"
+        rates = f"wall {wall:.2f}, no wall {none:.2f}, cannot tell {1 - wall - none:.2f}"
         what = f"{truth.name}, 1-{largest}, sd {sd} x {seeds}"
         yield Row(
             what,
             "" if share is None else f"form {share:.2f}",
-            found,
+            f"form {right:.2f}; {rates}",
             false <= 0.02 and (share is None or right >= share - error),
         )
 
@@ -340,7 +342,7 @@ def random_design(rng: np.random.Generator) -> Design:
 
 
 def random_smooth(rng: np.random.Generator, design: Design) -> Truth:
-    """A line, a saturation, a power law, Ludziejewski's law at its own budget or at a starved one."""
+    """A line, a saturation, a power law, Ludziejewski's law at its budget or a starved one."""
     worth, maximum, exponent = (
         rng.uniform(1.02, 1.3),
         10 ** rng.uniform(1.5, 3.5),
@@ -452,7 +454,8 @@ def main() -> int:
     for name in arguments.only or SECTIONS:
         section = SECTIONS[name]
         print(
-            f"\n### {name}\n\n{(section.__doc__ or '').strip()}\n\n| what | published | found | within |\n|---|---|---|---|",
+            f"\n### {name}\n\n{(section.__doc__ or '').strip()}\n\n| what | published | found | "
+            "within |\n|---|---|---|---|",
             flush=True,
         )
         try:

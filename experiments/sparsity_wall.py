@@ -4,13 +4,18 @@ The main arm, ``topk``, has the same active shape in every run (d_model, layers,
 same width per token) and the same tokens; only the number of experts to choose from changes. The
 other arms are there to tell a wall from what looks like one:
 
-    zero        zero-computation experts (LongCat's router): the same mean number of real experts, a varying one per token
-    hash        a fixed table of token ids instead of a learned router: what experts are worth when nothing is routed well
-    lr          topk-short with the learning rate a factor sqrt 2 lower and higher (topk, where there is one budget): is the best bracketed?
-    per_expert  topk with the same tokens per expert at every ratio (tokens grow with the ratio up to those of topk)
-    total       the same total parameters and training FLOPs at every ratio: fewer experts per token, more tokens
-
-    topk-short  topk at a quarter of the tokens, branched off its long runs where it begins to decay: does a wall move with the tokens?
+    zero        zero-computation experts (LongCat's router): the same mean number of real experts,
+                a varying one per token
+    hash        a fixed table of token ids instead of a learned router: what experts are worth when
+                nothing is routed well
+    lr          topk-short (topk, where there is one budget) with the learning rate a factor sqrt 2
+                lower and higher: is the best bracketed?
+    per_expert  topk with the same tokens per expert at every ratio (tokens grow with the ratio up
+                to those of topk)
+    total       the same total parameters and training FLOPs at every ratio: fewer experts per
+                token, more tokens
+    topk-short  topk at a quarter of the tokens, branched off its long runs where it begins to
+                decay: does a wall move with the tokens?
 
 ``--alternative`` asks instead whether something else beats more experts. Arm ``experts`` is topk
 with an amplified embedding (arXiv 2601.21204: without it tables lose half a nat, see longcat_mini/,
@@ -115,8 +120,8 @@ SHAPES = {
         lr=3e-3,
         eval_tokens=50_000,
     ),
-    # The smallest sweep that can decide: 1M tokens an expert at the largest ratio, on a text that is
-    # not repeated much (24M training tokens of Python sources).
+    # The smallest sweep that can decide: 1M tokens an expert at the largest ratio, on a text that
+    # is not repeated much (24M training tokens of Python sources).
     "decisive": Shape(
         ratios=(1, 2, 4, 8, 16, 32),
         hash_ratios=(8, 32),

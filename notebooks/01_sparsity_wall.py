@@ -60,7 +60,8 @@ TOTAL, ACTIVE, ADDED, TOKENS = 1.6e12, 48e9, 135e9, 35e12
 before = TOTAL - ADDED
 doublings = math.log2(TOTAL / before)
 print(
-    f"+{ADDED / before:.1%} is {doublings:.3f} of a doubling; the ratio goes from {before / ACTIVE:.1f} to {TOTAL / ACTIVE:.1f}"
+    f"+{ADDED / before:.1%} is {doublings:.3f} of a doubling; the ratio goes from "
+    f"{before / ACTIVE:.1f} to {TOTAL / ACTIVE:.1f}"
 )
 assert abs(doublings - 0.127) < 5e-4
 
@@ -77,8 +78,9 @@ print(step.select("law", "coefficients", "gain", "compute", "seeds", "extrapolat
 assert step["gain"].max() < 0.004  # type: ignore[operator]
 
 # %% [markdown]
-# No smooth law expects more than .004 nats, and Ludziejewski's joint law .0008: two per cent of compute. At this size two runs that
-# differ only in their seed differ by about .0005 nats. *Almost nothing* is what diminishing returns look like from close by.
+# No smooth law expects more than .004 nats, and Ludziejewski's joint law .0008: two per cent of
+# compute. At this size two runs that differ only in their seed differ by about .0005 nats. *Almost
+# nothing* is what diminishing returns look like from close by.
 #
 # ## 3. How large a step could be seen?
 #
@@ -92,12 +94,14 @@ for added in (0.05, 0.127, 0.5, 1.0, 2.0):
     gain = float(law.predict(start) - law.predict({**start, "ratio": start["ratio"] * 2**added}))
     seeds = math.ceil(2 * (2.925 * noise / gain) ** 2)
     print(
-        f"{added:5.3f} doublings: {gain:.4f} nats, {seeds} seed{'s' if seeds > 1 else ''} of each arm to see it nine times in ten"
+        f"{added:5.3f} doublings: {gain:.4f} nats, {seeds} seed{'s' if seeds > 1 else ''} of each "
+        "arm to see it nine times in ten"
     )
 
 # %% [markdown]
-# Seeing the step is still not seeing a wall. "The gain is not significant" is no evidence: on a perfectly straight frontier of 30 mnats per
-# doubling, that rule calls a wall in most sweeps once the noise is .012.
+# Seeing the step is still not seeing a wall. "The gain is not significant" is no evidence: on a
+# perfectly straight frontier of 30 mnats per doubling, that rule calls a wall in most sweeps once
+# the noise is .012.
 
 # %%
 rng = np.random.default_rng(0)
@@ -172,7 +176,8 @@ verdict = wall_verdict(mine, budgets=with_budgets(runs, arm) if arm else None)
 print(verdict.outcome.upper(), verdict.sentence, *verdict.reasons, sep="\n- ")
 
 # %% [markdown]
-# The headline is the elasticity: how many per cent of compute a per cent of ratio is worth. Kimi K2 reports .29; .07 is the margin.
+# The headline is the elasticity: how many per cent of compute a per cent of ratio is worth. Kimi K2
+# reports .29; .07 is the margin.
 
 # %%
 print(
@@ -189,8 +194,9 @@ print(band.forms)
 figures.wall_frontier(band.curve, band.means)
 
 # %% [markdown]
-# Before a wall is believed: what else could have made it, or hidden it? Learning rates a factor of two off cost as much as a doubling of
-# the experts, and experts that are short of data look like experts that are too many.
+# Before a wall is believed: what else could have made it, or hidden it? Learning rates a factor of
+# two off cost as much as a doubling of the experts, and experts that are short of data look like
+# experts that are too many.
 
 # %%
 print(confounds(runs, arm=arm or None))

@@ -45,7 +45,8 @@ def summary(seconds: Mapping[str, list[float]], against: str) -> pl.DataFrame:
         low_ratio, ratio, high_ratio = statistics.quantiles(ratios, n=4)
         rows.append(
             {
-                "name": name, "rounds": len(values), "ms": middle * 1e3, "ms_q1": low * 1e3, "ms_q3": high * 1e3,
+                "name": name, "rounds": len(values), "ms": middle * 1e3, "ms_q1": low * 1e3,
+                "ms_q3": high * 1e3,
                 "ratio": ratio, "ratio_q1": low_ratio, "ratio_q3": high_ratio,
             }
         )  # fmt: skip

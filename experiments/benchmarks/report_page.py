@@ -1,5 +1,4 @@
-"""How long a page takes, and how much of that is drawing: the whole of `write_report` beside drawing
-from frames that are already computed.
+"""Time of a whole `write_report` beside drawing alone, from frames that are already computed.
 
     python experiments/benchmarks/report_page.py runs/demo
 

@@ -108,7 +108,8 @@ def main() -> None:
     result, wall_fit, cpu_fit = timed(lambda: fit("clark", runs, delta=SQUARES))
     drawn, wall, cpu = timed(lambda: bootstrap(result, REPETITIONS))  # type: ignore[arg-type]
     print(
-        f"batched: fit {wall_fit:.2f} s (processor {cpu_fit:.2f}), {REPETITIONS} repetitions {wall:.2f} s (processor {cpu:.2f})"
+        f"batched: fit {wall_fit:.2f} s (processor {cpu_fit:.2f}), {REPETITIONS} repetitions "
+        f"{wall:.2f} s (processor {cpu:.2f})"
     )
     base = make_problem(result.law, runs, SQUARES, None)  # type: ignore[attr-defined]
     starts = bootstrap_starts(base, result)  # type: ignore[arg-type]
@@ -125,12 +126,17 @@ def main() -> None:
         )
         scaled = plain * REPETITIONS / arguments.plain
         worse = float((np.array(best) > batched * (1 + 1e-6)).mean())
-        text = f"{scaled:.0f} s of processor for {REPETITIONS} repetitions, {scaled / cpu:.0f} times the batched path"
-        print(f"plain scipy {name}: {text}; a worse optimum in {worse:.0%} of the repetitions")
+        text = f"{scaled:.0f} s of processor for {REPETITIONS} repetitions"
+        times = f"{scaled / cpu:.0f} times the batched path"
+        print(
+            f"plain scipy {name}: {text}, {times}; "
+            f"a worse optimum in {worse:.0%} of the repetitions"
+        )
     design = Design(tuple(2.0**e for e in range(10)), 3, 1e7, 1e9)
     _, wall, cpu = timed(lambda: power(design, default_truths(), noise_sd=0.006, draws=500))
     print(
-        f"power study, 500 draws x {len(default_truths())} truths: {wall:.2f} s (processor {cpu:.2f})"
+        f"power study, 500 draws x {len(default_truths())} truths: {wall:.2f} s (processor "
+        f"{cpu:.2f})"
     )
 
 

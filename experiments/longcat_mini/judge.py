@@ -208,10 +208,12 @@ def page(runs: pl.DataFrame, table: pl.DataFrame, drafts: pl.DataFrame, base: in
     lines = ["# LongCat in miniature", ""]
     first = runs.row(0, named=True)
     lines += [
-        f"{runs.height} runs, {runs['seed'].n_unique()} seeds, {runs['train_tokens'].max():,} tokens each, questions at ratio {base} unless"
-        f" they say another; losses on {first['eval_tokens']:,} tokens of {first['eval_documents']} documents that no run saw. Differences"
-        " are paired by seed; the interval is a 95 % t interval over seeds. Compute: what the difference is worth in tokens of the base"
-        f" (its loss falls {slope(runs, base):.3f} nats per e-fold between half of the tokens and all).",
+        f"{runs.height} runs, {runs['seed'].n_unique()} seeds, "
+        f"{runs['train_tokens'].max():,} tokens each, questions at ratio {base} unless they say "
+        f"another; losses on {first['eval_tokens']:,} tokens of {first['eval_documents']} "
+        "documents that no run saw. Differences are paired by seed; the interval is a 95 % t "
+        "interval over seeds. Compute: what the difference is worth in tokens of the base (its "
+        f"loss falls {slope(runs, base):.3f} nats per e-fold between half of the tokens and all).",
         "",
         "| question | ratio | difference, nats | worth in compute | verdict |",
         "|---|---|---|---|---|",
@@ -220,7 +222,8 @@ def page(runs: pl.DataFrame, table: pl.DataFrame, drafts: pl.DataFrame, base: in
         change = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
         compute = f"x{row['compute']:.2f} ({row['compute_low']:.2f} to {row['compute_high']:.2f})"
         lines.append(
-            f"| {row['question']}. {row['text']} | {row['ratio']} | {change} | {compute} | {row['verdict']} |"
+            f"| {row['question']}. {row['text']} | {row['ratio']} | {change} | {compute} | "
+            f"{row['verdict']} |"
         )
     tables = table.filter(question=3).select("ratio", result="verdict")
     lines += [

@@ -2,7 +2,9 @@
 finite, does it reach its K_e?
 
 moe-lab sweep run experiments/longcat_mini/presets.py --out runs/minis
-python experiments/longcat_mini/presets.py runs/minis       # the table; writes experiments/longcat_mini/presets.parquet
+python experiments/longcat_mini/presets.py runs/minis
+
+The second command prints the table and writes ``experiments/longcat_mini/presets.parquet``.
 """
 
 import argparse
@@ -87,7 +89,8 @@ def main() -> None:
         )
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
         print(
-            f"{row['arm']:20} {row['total_params'] / 1e6:5.1f}M  loss {row['loss']:.3f}  {reached}  {speed}"
+            f"{row['arm']:20} {row['total_params'] / 1e6:5.1f}M  loss {row['loss']:.3f}  "
+            f"{reached}  {speed}"
         )
     path = Path(__file__).parent / "presets.parquet"
     with atomic_path(path) as temporary:

@@ -2,14 +2,16 @@
 paired by seed.
 
     topk         the base: shortcut wiring, k of E experts, amplified embedding; every ratio E/k
-    zero         1  zero-computation experts (half as many as real ones, 1.5 k slots of which k are real on average) at the base's mean
-    sequential   2  the zero arm with the MoE's output joining the stream at once instead of a half layer later
-    ngram        3  about half the experts, and n-gram tables for what the other half would have cost (under half of the total)
+    zero         1  zero-computation experts at the base's mean: half as many as real ones, 1.5 k
+                    slots of which k are real on average
+    sequential   2  the zero arm without shortcut: the MoE's output joins the stream at once
+    ngram        3  about half the experts, and n-gram tables for what the other half would have
+                    cost (under half of the total)
     ngram-plain  4  ngram without amplification
     ngram-norm   4  ngram with a LayerNorm instead of the factor sqrt(d_model)
     topk-plain   4  the base without amplification: does it help without tables?
     mtp          5  the base with one multi-token-prediction module
-    topk-short      the base at half the tokens, branched off: what a difference in loss is worth in compute
+    topk-short      the base at half the tokens, branched off: a difference in loss as compute
 
 Runs of one seed see the same batches. ``judge.py`` beside this file reads the folder and writes the
 comparisons; what is committed here is the ``small`` preset, ``gpu`` is the same design for one GPU.
@@ -30,7 +32,10 @@ from moe_lab.sweeps import SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig
 
-QUESTION = "Which of LongCat-Flash's ideas pay at this size: zero experts, shortcut, n-gram tables, amplification, multi-token prediction?"
+QUESTION = (
+    "Which of LongCat-Flash's ideas pay at this size: zero experts, shortcut, n-gram tables, "
+    "amplification, multi-token prediction?"
+)
 
 
 @dataclass(frozen=True)
