@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, no deadlines, and where the published data lie."""
+"""What every test shares: one thread, no network, no deadlines, the place of published data."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The published data (``MOE_LAB_DATA``, default ``../shared/data``); skips where there is none."""
+    """The published data (``MOE_LAB_DATA``, default ``../shared/data``); skips without it."""
     folder = Path(os.environ.get("MOE_LAB_DATA") or REPOSITORY.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"needs the published data: no folder {folder}; set MOE_LAB_DATA")

@@ -1,4 +1,4 @@
-"""What the README promises: its Python runs, its links and files exist, its commands are commands."""
+"""What the README promises: its Python runs, its links and files exist, so do its commands."""
 
 import re
 from pathlib import Path

@@ -112,7 +112,8 @@ def test_help_loads_neither_torch_nor_scipy_nor_plotly() -> None:
     ["demo", "sweep", "train", "trace", "scaling", "difficulty", "report", "count", "doctor"],
 )
 def test_every_command_has_help_without_torch(command: str) -> None:
-    code = f"import sys\nfrom moe_lab.cli import main\ntry:\n    main(['{command}', '--help'])\nfinally:\n"
+    code = "import sys\nfrom moe_lab.cli import main\n"
+    code += f"try:\n    main(['{command}', '--help'])\nfinally:\n"
     code += "    assert 'torch' not in sys.modules"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
@@ -187,7 +188,8 @@ def test_a_sweep_runs_reports_and_is_not_trained_twice(
 
 def test_train_takes_flags_and_writes_a_run(corpus: Path, cache: Path, tmp_path: Path) -> None:
     result = moe_lab(
-        "train", "--corpus", corpus, "--tokenizer", "byte", "--tokens", 2048, "--experts", 4, "--zero-experts", 2, "--top-k", 3,
+        "train", "--corpus", corpus, "--tokenizer", "byte", "--tokens", 2048, "--experts", 4,
+        "--zero-experts", 2, "--top-k", 3,
         "--set", "model.num_layers=1", "--out", tmp_path / "run", "--json", cache=cache,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -79,7 +79,8 @@ def studied(run):
 def test_a_run_gets_every_table_and_a_sentence(studied):
     names = {path.stem for path in studied.glob("*.parquet")}
     assert names == {
-        "association", "baselines", "budget", "curves", "gain", "gains", "information", "nulls", "regret", "variance",
+        "association", "baselines", "budget", "curves", "gain", "gains", "information", "nulls",
+        "regret", "variance",
     }  # fmt: skip
     verdict = json.loads((studied / "verdict.json").read_text())
     assert verdict["verdict"] == "inconclusive"
@@ -174,8 +175,8 @@ def test_the_sentence_names_the_strongest_layer():
     )
     assert verdict == "mixed"
     assert (
-        "-0.050 (95 % interval -0.060 to -0.040), at layer 1, the token to be predicted, where the raw one is +0.200"
-        in sentence
+        "-0.050 (95 % interval -0.060 to -0.040), at layer 1, the token to be predicted, where the "
+        "raw one is +0.200" in sentence
     )
 
 

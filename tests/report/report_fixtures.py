@@ -14,7 +14,10 @@ import torch
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }} <!-- \u2028 & \"quoted\" 'text'"
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    "{{ 7*7 }} <!-- \u2028 & \"quoted\" 'text'"
+)
 CODE = '''def mean(values: list[float]) -> float:
     """The arithmetic mean of a list that is not empty."""
     total = 0.0
@@ -28,7 +31,10 @@ class Counter:
 \t\tself.seen = {}
 
 '''
-PROSE = "The router looks at every token and asks how much work it deserves. Most words need little; a few need all of it.\n"
+PROSE = (
+    "The router looks at every token and asks how much work it deserves. "
+    "Most words need little; a few need all of it.\n"
+)
 
 
 @dataclass(frozen=True)

@@ -36,17 +36,22 @@ return [...document.querySelectorAll('.plot')].filter(plot => {
 CLIPPED_LABELS = """
 return [...document.querySelectorAll('.plot')].flatMap(plot => {
   const frame = plot.getBoundingClientRect();
-  return [...plot.querySelectorAll('text')].filter(text => text.textContent.trim()).map(text => [text, text.getBoundingClientRect()])
+  return [...plot.querySelectorAll('text')].filter(text => text.textContent.trim())
+    .map(text => [text, text.getBoundingClientRect()])
     .filter(([, box]) => box.width && (box.left < frame.left - 1 || box.right > frame.right + 1
       || box.top < frame.top - 1 || box.bottom > frame.bottom + 1))
     .map(([text]) => plot.dataset.figure + ': ' + text.textContent);
 });
 """
 OVERLAPPING_TICKS = """
-return [...document.querySelectorAll('.plot')].flatMap(plot => ['.xtick', '.ytick', '.cbaxis'].flatMap(kind => {
-  const boxes = [...plot.querySelectorAll(kind + ' text')].map(text => [text.textContent, text.getBoundingClientRect()]);
-  const apart = (a, b) => a.right <= b.left + 1 || b.right <= a.left + 1 || a.bottom <= b.top + 3 || b.bottom <= a.top + 3;
-  return boxes.flatMap(([name, box], place) => boxes.slice(place + 1).filter(([, other]) => !apart(box, other))
+const KINDS = ['.xtick', '.ytick', '.cbaxis'];
+const before = (a, b) => a.right <= b.left + 1 || a.bottom <= b.top + 3;
+const apart = (a, b) => before(a, b) || before(b, a);
+return [...document.querySelectorAll('.plot')].flatMap(plot => KINDS.flatMap(kind => {
+  const boxes = [...plot.querySelectorAll(kind + ' text')]
+    .map(text => [text.textContent, text.getBoundingClientRect()]);
+  return boxes.flatMap(([name, box], place) => boxes.slice(place + 1)
+    .filter(([, other]) => !apart(box, other))
     .map(([other]) => `${plot.dataset.figure}: ${name} on ${other}`));
 }));
 """
@@ -125,7 +130,8 @@ def test_figures_keep_their_place_when_another_run_is_chosen(page: Chrome) -> No
 
 
 def test_a_figure_can_be_saved(page: Chrome) -> None:
-    saved = """const [button, done] = arguments, link = HTMLAnchorElement.prototype, click = link.click;
+    saved = """const [button, done] = arguments;
+      const link = HTMLAnchorElement.prototype, click = link.click;
       link.click = function () { link.click = click; done(this.download); };
       button.click();"""
     page.set_script_timeout(20)
@@ -237,8 +243,10 @@ def test_headings_go_down_one_level_at_a_time(page: Chrome) -> None:
 
 
 def test_every_control_has_a_name(page: Chrome) -> None:
-    nameless = """return [...document.querySelectorAll('button, select, [role=region], [role=img], [role=listbox]')]
-      .filter(item => !(item.textContent.trim() || item.getAttribute('aria-label') || item.labels?.length)).length"""
+    nameless = """const controls = 'button, select, [role=region], [role=img], [role=listbox]';
+      const named = item => item.textContent.trim() || item.getAttribute('aria-label')
+        || item.labels?.length;
+      return [...document.querySelectorAll(controls)].filter(item => !named(item)).length"""
     assert script(page, nameless) == 0
 
 

@@ -1,4 +1,4 @@
-"""The report draws: statistics are computed by analysis and scaling, once, and drawn from frames."""
+"""The report draws: analysis and scaling compute statistics once, as frames that it draws."""
 
 import ast
 import re

@@ -22,8 +22,10 @@ def put(
     run.mkdir(parents=True)
     (run / "config.json").write_text("{}")
     result = {
-        "run": run.name, "name": run.name, "arm": arm, "ratio": ratio, "seed": seed, "active_params": 4_500_000, "train_tokens": tokens,
-        "loss": loss, "bits_per_byte": loss / 3, "learning_rate": lr, "drop_rate": 0.0, "dead_experts": 0.0, "flops_per_token": 2.7e7,
+        "run": run.name, "name": run.name, "arm": arm, "ratio": ratio, "seed": seed,
+        "active_params": 4_500_000, "train_tokens": tokens,
+        "loss": loss, "bits_per_byte": loss / 3, "learning_rate": lr, "drop_rate": 0.0,
+        "dead_experts": 0.0, "flops_per_token": 2.7e7,
     }  # fmt: skip
     (run / "result.json").write_text(json.dumps(result))
     (run / "done").write_text("")
