@@ -44,27 +44,22 @@ class Canvas:
     ) -> None:
         self._traces: list[dict[str, Any]] = []
         self._layout: dict[str, Any] = {}
-        self._panels, self._stacked = len(shares), stacked
+        self._panels = len(shares)
+        if self._panels == 1:
+            return
+        # The shared axis is labelled once: below the column, or left of the row.
+        divided, shared, labelled = ("y", "x", self._panels) if stacked else ("x", "y", 1)
         room, begin = 1 - gap * (len(shares) - 1), 0.0
         for panel, share in enumerate(shares, start=1):
             end = begin + share * room
             domain = [1 - end, 1 - begin] if stacked else [begin, end]
-            self._axis("y" if stacked else "x", panel)["domain"] = [
-                max(domain[0], 0.0),
-                min(domain[1], 1.0),
-            ]
+            self._axis(divided, panel)["domain"] = [max(domain[0], 0.0), min(domain[1], 1.0)]
             begin = end + gap
-        if self._panels == 1:
-            self._layout.clear()
-            return
-        for panel in range(1, self._panels + 1):
             self._axis("x", panel)["anchor"] = _name("y", panel)
             self._axis("y", panel)["anchor"] = _name("x", panel)
-        own, last = (
-            ("x", self._panels) if stacked else ("y", 1)
-        )  # the shared axis is labelled once: below, or on the left
-        for panel in set(range(1, self._panels + 1)) - {last}:
-            self._axis(own, panel).update(matches=_name(own, last), showticklabels=False)
+            if panel != labelled:
+                axis = self._axis(shared, panel)
+                axis.update(matches=_name(shared, labelled), showticklabels=False)
 
     def _axis(self, axis: str, panel: int) -> dict[str, Any]:
         return self._layout.setdefault(f"{axis}axis{panel if panel > 1 else ''}", {})
@@ -188,6 +183,24 @@ def need(frame: pl.DataFrame, *columns: str) -> None:
                 f"{frame.height} rows without {missing or 'none'}",
             )
         )
+
+
+def error_bars(
+    frame: pl.DataFrame, value: str, low: str, high: str, **style: Any
+) -> dict[str, Any] | None:
+    """Bars from ``low`` to ``high`` around column ``value``; None without these columns."""
+    if {low, high} - set(frame.columns):
+        return None
+    ends = {
+        "array": (frame[high] - frame[value]).to_list(),
+        "arrayminus": (frame[value] - frame[low]).to_list(),
+    }
+    return {"type": "data", "symmetric": False, **ends, **style}
+
+
+def evenly(size: int, most: int) -> list[int]:
+    """At most ``most`` evenly spaced numbers below ``size``, the first and the last among them."""
+    return np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(int)).tolist()
 
 
 def plain(text: object) -> str:

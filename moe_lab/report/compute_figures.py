@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.report.canvas import Canvas, drawn, need, plain
+from moe_lab.report.canvas import Canvas, drawn, error_bars, need, plain
 from moe_lab.report.theme import SERIES, SYMBOLS
 
 
@@ -35,70 +35,36 @@ def class_profile(frame: pl.DataFrame) -> Canvas:
         name="one layer",
     )
     adjusted = "adjusted" in frame.columns
-    _profile_series(
-        figure, total, "mean", "lo", "hi", shift=0.16 * adjusted, name="mean over layers", series=0
-    )
+    series = [("mean over layers", "mean", "lo", "hi", 0.16 * adjusted)]
     if adjusted:
-        _profile_series(
-            figure,
-            total,
-            "adjusted",
-            "adjusted_lo",
-            "adjusted_hi",
-            shift=-0.16,
-            name="adjusted",
-            series=1,
+        series.append(("adjusted", "adjusted", "adjusted_lo", "adjusted_hi", -0.16))
+    kinds = [plain(name) for name in total["class"]]
+    for index, (name, mean, lo, hi, shift) in enumerate(series):
+        figure.add_scatter(
+            x=total[mean].to_list(),
+            y=[row + shift for row in range(total.height)],
+            mode="markers",
+            marker={"size": 9, "color": SERIES[index], "symbol": SYMBOLS[index]},
+            error_x=error_bars(total, mean, lo, hi, thickness=2, width=4),
+            customdata=total.select("n_tokens", "n_docs", lo, hi, pl.Series("class", kinds)).rows(),
+            hovertemplate=f"%{{customdata[4]}}, {name}: %{{x:.3f}} "
+            "(%{customdata[2]:.3f} to %{customdata[3]:.3f})<br>"
+            "%{customdata[0]:,} tokens, %{customdata[1]} documents<extra></extra>",
+            name=name,
         )
     tokens = total["n_tokens"].to_numpy()
     if tokens.sum():
         average = float(np.average(total["mean"].to_numpy(), weights=tokens))
         figure.add_vline(x=average, line={"dash": "dot", "width": 1.5, "color": SERIES[-1]})
-    labels = [
-        f"{plain(name)} ({count:,})" for name, count in total.select("class", "n_tokens").rows()
-    ]
     figure.update_yaxes(
         tickvals=list(place.values()),
-        ticktext=labels,
+        ticktext=[f"{name} ({count:,})" for name, count in zip(kinds, tokens, strict=True)],
         range=[-0.6, total.height - 0.4],
         ticks="",
         showgrid=False,
     )
     figure.update_xaxes(title_text="ffn_count per token")
     return figure.update_layout(height=130 + (42 if adjusted else 30) * max(total.height, 2))
-
-
-def _profile_series(
-    figure: Canvas,
-    total: pl.DataFrame,
-    mean: str,
-    lo: str,
-    hi: str,
-    *,
-    shift: float,
-    name: str,
-    series: int,
-) -> None:
-    bars = {
-        "array": (total[hi] - total[mean]).to_list(),
-        "arrayminus": (total[mean] - total[lo]).to_list(),
-    }
-    figure.add_scatter(
-        x=total[mean].to_list(),
-        y=[index + shift for index in range(total.height)],
-        mode="markers",
-        marker={"size": 9, "color": SERIES[series], "symbol": SYMBOLS[series]},
-        error_x={"type": "data", "symmetric": False, "thickness": 2, "width": 4, **bars},
-        customdata=total.select(
-            "n_tokens",
-            "n_docs",
-            lo,
-            hi,
-            pl.col("class").map_elements(plain, return_dtype=pl.String),
-        ).rows(),
-        hovertemplate=f"%{{customdata[4]}}, {name}: %{{x:.3f}} (%{{customdata[2]:.3f}} to %{{customdata[3]:.3f}})<br>"
-        "%{customdata[0]:,} tokens, %{customdata[1]} documents<extra></extra>",
-        name=name,
-    )
 
 
 @drawn
@@ -121,7 +87,7 @@ def ffn_spread(frame: pl.DataFrame) -> Canvas:
         figure.add_scatter(
             x=layers,
             y=frame[column].to_list(),
-            error_y=_error_bars(frame, column),
+            error_y=error_bars(frame, column, f"{column}_lo", f"{column}_hi", thickness=2, width=4),
             mode="markers",
             name=name,
             marker=marker,
@@ -133,20 +99,6 @@ def ffn_spread(frame: pl.DataFrame) -> Canvas:
     figure.update_yaxes(title_text="sd of ffn_count", rangemode="tozero", panel=1)
     figure.update_yaxes(title_text="mean ffn_count", panel=2)
     return figure.update_layout(height=470)
-
-
-def _error_bars(frame: pl.DataFrame, column: str) -> dict[str, Any] | None:
-    if column != "sd" or not {"sd_lo", "sd_hi"} <= set(frame.columns):
-        return None
-    up, down = frame["sd_hi"] - frame["sd"], frame["sd"] - frame["sd_lo"]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": up.to_list(),
-        "arrayminus": down.to_list(),
-        "thickness": 2,
-        "width": 4,
-    }
 
 
 def _dash_marker(index: int) -> dict[str, Any]:

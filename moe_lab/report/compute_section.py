@@ -97,8 +97,9 @@ def _spread_block(traces: list[NamedTrace], frames: Frames) -> Block:
     )
     first = spreads[0]
     summary = (
-        f"Standard deviation of ffn_count over tokens, per layer. In {traces[0].label} it is {_range(first['sd'])}. Drawing the same "
-        f"number of slots evenly without a look at the token gives {_range(first['hypergeometric_sd'])}, drawing each expert by its load "
+        f"Standard deviation of ffn_count over tokens, per layer. In {traces[0].label} it is "
+        f"{_range(first['sd'])}. Drawing the same number of slots evenly without a look at the "
+        f"token gives {_range(first['hypergeometric_sd'])}, drawing each expert by its load "
         f"{_range(first['independent_sd'])}. Mean ffn_count is {_range(first['mean'])}."
     )
     sizes = [
@@ -106,11 +107,13 @@ def _spread_block(traces: list[NamedTrace], frames: Frames) -> Block:
         for named, frame in zip(traces, spreads, strict=True)
     ]
     caption = (
-        f"n = {listing(sizes)}. Above: standard deviation of ffn_count over tokens, with 95 % intervals from resampling whole documents "
-        f"{RESAMPLES:,} times, beside two routers that never look at the token: slots drawn evenly among real and zero-compute experts "
-        "(hypergeometric), and every expert drawn by its measured load. Variation alone proves nothing: a router that ignores the token "
-        "varies as much. Only a spread beyond it, and a difference between kinds of tokens (next figure), speak for a choice. "
-        "Below: mean and target K_e; every token counted, so without interval."
+        f"n = {listing(sizes)}. Above: standard deviation of ffn_count over tokens, with 95 % "
+        f"intervals from resampling whole documents {RESAMPLES:,} times, beside two routers that "
+        "never look at the token: slots drawn evenly among real and zero-compute experts "
+        "(hypergeometric), and every expert drawn by its measured load. Variation alone proves "
+        "nothing: a router that ignores the token varies as much. Only a spread beyond it, and a "
+        "difference between kinds of tokens (next figure), speak for a choice. Below: mean and "
+        "target K_e; every token counted, so without interval."
     )
     variants = tuple(
         Variant(named.label, figures.ffn_spread.canvas(frame))
@@ -145,10 +148,12 @@ def _profile_block(traces: list[NamedTrace], frames: Frames) -> Block | None:
     data = pl.concat(profiles, how="diagonal_relaxed")
     documents = data.filter(pl.col("layer").is_null())["n_docs"].max()
     caption = (
-        f"Mean ffn_count of the tokens of each class (number of tokens in brackets); n = {documents} documents at most. Bars are 95 % "
-        f"intervals from resampling whole documents {RESAMPLES:,} times; the dotted line is the mean over all, small dots are layers. "
-        "Adjusted means ask what a class would get if its tokens were as frequent, and stood as late in their document, as all tokens; the "
-        "first token of a document is left out. A class can still differ in the very tokens it holds."
+        "Mean ffn_count of the tokens of each class (number of tokens in brackets); n = "
+        f"{documents} documents at most. Bars are 95 % intervals from resampling whole documents "
+        f"{RESAMPLES:,} times; the dotted line is the mean over all, small dots are layers. "
+        "Adjusted means ask what a class would get if its tokens were as frequent, and stood as "
+        "late in their document, as all tokens; the first token of a document is left out. A "
+        "class can still differ in the very tokens it holds."
     )
     table = table_of(data.filter(pl.col("layer").is_null()).drop("layer"))
     return Block("class_profile", caption, (Plot(summary, tuple(variants)),), data, table)
@@ -158,9 +163,10 @@ def _extremes(frame: pl.DataFrame, words: str, label: str) -> str:
     total = frame.filter(pl.col("layer").is_null()).sort("mean")
     low, high = total.row(0, named=True), total.row(-1, named=True)
     return (
-        f"Mean ffn_count by {words} in {label}, {total.height} classes: lowest {low['class']} with "
-        f"{decimal(low['mean'])} ({decimal(low['lo'])} to {decimal(low['hi'])}), highest {high['class']} with {decimal(high['mean'])} "
-        f"({decimal(high['lo'])} to {decimal(high['hi'])})."
+        f"Mean ffn_count by {words} in {label}, {total.height} classes: lowest {low['class']} "
+        f"with {decimal(low['mean'])} ({decimal(low['lo'])} to {decimal(low['hi'])}), highest "
+        f"{high['class']} with {decimal(high['mean'])} ({decimal(high['lo'])} to "
+        f"{decimal(high['hi'])})."
     )
 
 

@@ -2,19 +2,14 @@
 beside it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 import polars as pl
 
-from moe_lab.report.canvas import Canvas, drawn, need, plain
+from moe_lab.report.canvas import Canvas, drawn, error_bars, evenly, need, plain
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
 MAX_SERIES = 8
 """More series than colours cannot be told apart; the first ones are drawn."""
+CHANCE = {"chance": "chance, even", "chance_by_load": "chance, by load"}
 
 
 @drawn
@@ -26,23 +21,11 @@ def saturation(frame: pl.DataFrame, *, choice: str = "top-k") -> Canvas:
         frame: as ``analysis.saturation``.
         choice: "top-k" or "top-1".
     """
-    need(
-        frame,
-        "layer",
-        "checkpoint",
-        "place",
-        "choice",
-        "saturation",
-        "lo",
-        "hi",
-        "chance",
-        "chance_by_load",
-    )
+    need(frame, "checkpoint", "place", "choice", *CHANCE)
     rows = frame.filter(pl.col("choice") == choice).sort("place", "layer")
-    need(rows, "layer")
-    made = _lines(rows, "saturation", ("lo", "hi"), "checkpoint", f"{choice} saturation")
     last = rows.filter(pl.col("place") == rows["place"].max())
-    return _chance(made, last, {"chance": "chance, even", "chance_by_load": "chance, by load"})
+    title = f"{choice} saturation"
+    return _depth(rows, title, "saturation", "lo", "hi", group="checkpoint", lines=(last, CHANCE))
 
 
 @drawn
@@ -53,12 +36,10 @@ def repetition(frame: pl.DataFrame, *, choice: str = "first") -> Canvas:
         frame: as ``analysis.repetition``.
         choice: "first" or "either".
     """
-    need(frame, "layer", "choice", "rate", "lo", "hi", "chance", "chance_by_load")
+    need(frame, "choice", *CHANCE)
     rows = frame.filter(pl.col("choice") == choice)
-    need(rows, "layer")
     words = "first choice repeated" if choice == "first" else "an expert repeated"
-    made = _lines(rows, "rate", ("lo", "hi"), None, f"share of tokens, {words}")
-    return _chance(made, rows, {"chance": "chance, even", "chance_by_load": "chance, by load"})
+    return _depth(rows, f"share of tokens, {words}", "rate", "lo", "hi", lines=(rows, CHANCE))
 
 
 @drawn
@@ -68,9 +49,10 @@ def router_entropy(frame: pl.DataFrame) -> Canvas:
     Args:
         frame: as ``analysis.router_entropy``.
     """
-    need(frame, "layer", "entropy", "entropy_lo", "entropy_hi", "entropy_max")
-    made = _lines(frame, "entropy", ("entropy_lo", "entropy_hi"), None, "router entropy, nats")
-    return _chance(made, frame, {"entropy_max": "even scores"})
+    need(frame, "entropy_max")
+    even = frame, {"entropy_max": "even scores"}
+    title = "router entropy, nats"
+    return _depth(frame, title, "entropy", "entropy_lo", "entropy_hi", lines=even)
 
 
 @drawn
@@ -81,26 +63,13 @@ def zero_compute(frame: pl.DataFrame) -> Canvas:
     Args:
         frame: as ``analysis.zero_compute``.
     """
-    need(
-        frame,
-        "layer",
-        "zero_ratio",
-        "lo",
-        "hi",
-        "polarisation",
-        "polarisation_lo",
-        "polarisation_hi",
-        "binomial",
-    )
-    names = {"zero_ratio": ("lo", "hi"), "polarisation": ("polarisation_lo", "polarisation_hi")}
-    parts = [
-        frame.select(
-            "layer", value=name, lo=ends[0], hi=ends[1], what=pl.lit(name.replace("_", " "))
-        )
-        for name, ends in names.items()
-    ]
-    made = _lines(pl.concat(parts), "value", ("lo", "hi"), "what", "share")
-    return _chance(made, frame, {"binomial": "polarisation of independent slots"})
+    columns = {
+        "zero ratio": ("zero_ratio", "lo", "hi"),
+        "polarisation": ("polarisation", "polarisation_lo", "polarisation_hi"),
+    }
+    rows = _stacked(frame, columns, "binomial")
+    independent = frame, {"binomial": "polarisation of independent slots"}
+    return _depth(rows, "share", "value", "lo", "hi", group="series", lines=independent)
 
 
 @drawn
@@ -112,11 +81,12 @@ def vocabulary_specialisation(frame: pl.DataFrame) -> Canvas:
         frame: as ``analysis.vocabulary_specialisation``; with a column ``ids_of`` naming the kind
             of id, a series for each.
     """
-    need(frame, "layer", "token_weighted", "load_bound")
+    need(frame, "load_bound")
     group = "ids_of" if "ids_of" in frame.columns else None
-    made = _lines(frame, "token_weighted", None, group, "share run by the id's top expert")
     first = frame if group is None else frame.filter(pl.col("ids_of") == frame["ids_of"][0])
-    return _chance(made, first, {"load_bound": "blind to the id"})
+    title = "share run by the id's top expert"
+    blind = first, {"load_bound": "blind to the id"}
+    return _depth(frame, title, "token_weighted", group=group, lines=blind)
 
 
 @drawn
@@ -127,27 +97,17 @@ def domain_divergence(frame: pl.DataFrame) -> Canvas:
     Args:
         frame: as ``analysis.domain_divergence``.
     """
-    need(frame, "layer", "domain_a", "domain_b", "bits", "lo", "hi", "shuffled")
-    pair = pl.concat_str(
-        pl.col("domain_a").cast(pl.String), pl.lit(" | "), pl.col("domain_b").cast(pl.String)
-    )
-    named = frame.with_columns(pair=pair)
-    widest = (
-        named.group_by("pair")
-        .agg(pl.col("bits").mean())
-        .sort("bits", descending=True)["pair"]
-        .to_list()
-    )
-    rows = named.filter(pl.col("pair").is_in(widest[:MAX_SERIES]))
-    made = _lines(
-        rows.sort(pl.col("pair").replace_strict(widest, range(len(widest))), "layer"),
-        "bits",
-        ("lo", "hi"),
-        "pair",
-        "JSD, bits",
+    need(frame, "domain_a", "domain_b", "bits", "shuffled")
+    domains = pl.col("domain_a", "domain_b").cast(pl.String)
+    named = frame.with_columns(pair=pl.concat_str(domains, separator=" | "))
+    means = named.group_by("pair").agg(pl.col("bits").mean()).sort("bits", descending=True)
+    widest = means["pair"].head(MAX_SERIES).to_list()
+    rows = named.filter(pl.col("pair").is_in(widest)).sort(
+        pl.col("pair").replace_strict(widest, range(len(widest)), default=None), "layer"
     )
     shuffled = named.group_by("layer", maintain_order=True).agg(pl.col("shuffled").mean())
-    return _chance(made, shuffled, {"shuffled": "documents shuffled, mean of pairs"})
+    mean = shuffled, {"shuffled": "documents shuffled, mean of pairs"}
+    return _depth(rows, "JSD, bits", "bits", "lo", "hi", group="pair", lines=mean)
 
 
 @drawn
@@ -158,30 +118,14 @@ def compare(frame: pl.DataFrame) -> Canvas:
     Args:
         frame: as ``analysis.compare``.
     """
-    need(
-        frame,
-        "layer",
-        "bits",
-        "bits_lo",
-        "bits_hi",
-        "overlap",
-        "overlap_lo",
-        "overlap_hi",
-        "overlap_chance",
-    )
-    names = {"bits": "JSD of the loads, bits", "overlap": "overlap of the choices"}
-    parts = [
-        frame.select("layer", value=name, lo=f"{name}_lo", hi=f"{name}_hi", what=pl.lit(words))
-        for name, words in names.items()
-    ]
-    made = _lines(
-        pl.concat(parts).drop_nulls("value"),
-        "value",
-        ("lo", "hi"),
-        "what",
-        "bits, or share of slots",
-    )
-    return _chance(made, frame, {"overlap_chance": "overlap by load alone"})
+    columns = {
+        "JSD of the loads, bits": ("bits", "bits_lo", "bits_hi"),
+        "overlap of the choices": ("overlap", "overlap_lo", "overlap_hi"),
+    }
+    rows = _stacked(frame, columns, "overlap_chance").drop_nulls("value")
+    loads = frame, {"overlap_chance": "overlap by load alone"}
+    title = "bits, or share of slots"
+    return _depth(rows, title, "value", "lo", "hi", group="series", lines=loads)
 
 
 @drawn
@@ -192,77 +136,72 @@ def load_over_windows(frame: pl.DataFrame) -> Canvas:
     Args:
         frame: as ``analysis.load_over_windows``.
     """
-    need(frame, "layer", "window", "balancedness")
+    need(frame, "layer", "window")
     layers = frame["layer"].unique().sort()
-    shown = np.unique(
-        np.linspace(0, layers.len() - 1, min(MAX_SERIES, layers.len())).round().astype(int)
+    drawn_layers = layers.gather(evenly(layers.len(), MAX_SERIES))
+    rows = frame.filter(pl.col("layer").is_in(drawn_layers.implode())).with_columns(
+        series=pl.format("layer {}", "layer")
     )
-    rows = frame.filter(pl.col("layer").is_in(layers.gather(shown).implode())).with_columns(
-        what=pl.format("layer {}", "layer")
-    )
-    made = _lines(rows, "balancedness", None, "what", "balancedness, mean ÷ max load", x="window")
-    return made.update_xaxes(title_text="window")
+    title = "balancedness, mean ÷ max load"
+    return _depth(rows, title, "balancedness", group="series", x="window")
 
 
-def _lines(
+def _stacked(
+    frame: pl.DataFrame, columns: dict[str, tuple[str, str, str]], *others: str
+) -> pl.DataFrame:
+    """Several measures below each other: columns layer, value, lo, hi, and series (their name)."""
+    need(frame, "layer", *others, *(name for names in columns.values() for name in names))
+    return pl.concat(
+        frame.select("layer", value=value, lo=lo, hi=hi, series=pl.lit(series))
+        for series, (value, lo, hi) in columns.items()
+    )
+
+
+def _depth(
     frame: pl.DataFrame,
-    value: str,
-    ends: tuple[str, str] | None,
-    group: str | None,
     title: str,
+    value: str,
+    lo: str = "",
+    hi: str = "",
     *,
+    group: str | None = None,
     x: str = "layer",
+    lines: tuple[pl.DataFrame, dict[str, str]] | None = None,
 ) -> Canvas:
-    made = Canvas()
-    parts: Sequence[tuple[Any, pl.DataFrame]] = (
-        [("measured", frame)]
-        if group is None
-        else [(key[0], part) for key, part in frame.group_by(group, maintain_order=True)]
-    )
-    for index, (name, part) in enumerate(parts[:MAX_SERIES]):
+    """Column ``value`` over ``x`` with its interval, a series for each value of ``group``.
+
+    ``lines`` are drawn without marks: a frame with a column layer, and the name of each of its
+    columns to draw. A column of nulls is left out.
+    """
+    need(frame, x, value, *filter(None, (lo, hi)))
+    figure = Canvas()
+    parts = frame.group_by(group or pl.lit("measured"), maintain_order=True)
+    for index, ((name,), part) in enumerate(list(parts)[:MAX_SERIES]):
         colour = SERIES[index % len(SERIES)]
-        made.add_scatter(
+        figure.add_scatter(
             x=part[x].to_list(),
             y=part[value].to_list(),
-            error_y=_bars(part, value, ends, colour),
+            error_y=error_bars(part, value, lo, hi, thickness=1.5, color=colour)
+            if lo and part[lo].null_count() < part.height
+            else None,
             mode="lines+markers",
             line={"color": colour, "width": 1.5, "dash": DASHES[index % len(DASHES)]},
             marker={"color": colour, "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 7},
             name=plain(name),
             hovertemplate=f"{x} %{{x}}: %{{y:.4f}}",
         )
-    span = [value for value in frame[x].to_list() if value is not None]
-    made.update_xaxes(title_text=x, dtick=1 if max(span) - min(span) <= 16 else None)
-    made.update_yaxes(title_text=title, rangemode="tozero")
-    return made.update_layout(height=360, hovermode="closest", showlegend=True)
-
-
-def _bars(
-    part: pl.DataFrame, value: str, ends: tuple[str, str] | None, colour: str
-) -> dict[str, Any] | None:
-    if ends is None or part[ends[0]].null_count() == part.height:
-        return None
-    up, down = part[ends[1]] - part[value], part[value] - part[ends[0]]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": up.to_list(),
-        "arrayminus": down.to_list(),
-        "thickness": 1.5,
-        "color": colour,
-    }
-
-
-def _chance(made: Canvas, frame: pl.DataFrame, columns: dict[str, str]) -> Canvas:
-    for index, (column, name) in enumerate(columns.items()):
-        if frame[column].null_count() == frame.height:
-            continue
-        made.add_scatter(
-            x=frame["layer"].to_list(),
-            y=frame[column].to_list(),
-            mode="lines",
-            line={"color": SERIES[-1], "dash": ("dot", "dashdot")[index % 2], "width": 1.5},
-            name=name,
-            hovertemplate=f"layer %{{x}}, {name}: %{{y:.4f}}<extra></extra>",
-        )
-    return made
+    places = frame[x].drop_nulls().to_list()
+    figure.update_xaxes(title_text=x, dtick=1 if max(places) - min(places) <= 16 else None)
+    figure.update_yaxes(title_text=title, rangemode="tozero")
+    references, names = lines or (frame, {})
+    for index, (column, name) in enumerate(names.items()):
+        if references[column].null_count() < references.height:
+            figure.add_scatter(
+                x=references["layer"].to_list(),
+                y=references[column].to_list(),
+                mode="lines",
+                line={"color": SERIES[-1], "dash": ("dot", "dashdot")[index % 2], "width": 1.5},
+                name=name,
+                hovertemplate=f"layer %{{x}}, {name}: %{{y:.4f}}<extra></extra>",
+            )
+    return figure.update_layout(height=360, hovermode="closest", showlegend=True)

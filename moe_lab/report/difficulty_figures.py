@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from moe_lab.report.canvas import Canvas, drawn
+from moe_lab.report.canvas import Canvas, drawn, error_bars
 from moe_lab.report.theme import SERIES, SYMBOLS
 
 ALIGN_LABELS = {"input": "token that goes in", "target": "token to be predicted"}
@@ -21,25 +21,18 @@ def difficulty_map(frame: pl.DataFrame) -> Canvas:
     layers = frame["layer"].unique().sort().to_list()
     aligns = [align for align in ALIGN_LABELS if align in frame["align"].to_list()]
     rows = {(row["layer"], row["align"]): row for row in frame.to_dicts()}
-    values = [[rows[layer, align]["rho_token"] for align in aligns] for layer in layers]
-    texts = [[_cell(rows[layer, align]) for align in aligns] for layer in layers]
-    hover = [
-        [
-            f"{rows[layer, align]['verdict']}; raw {_number(rows[layer, align]['rho_raw'])}"
-            for align in aligns
-        ]
-        for layer in layers
-    ]
-    known = [abs(value) for row in values for value in row if value is not None]
-    reach = max([0.05, *known])
+    table = [[rows[layer, align] for align in aligns] for layer in layers]
+    reach = max([0.05, *(abs(value) for value in frame["rho_token"].drop_nulls())])
     figure = Canvas()
     figure.add_heatmap(
         x=[ALIGN_LABELS[align] for align in aligns],
         y=[str(layer) for layer in layers],
-        z=values,
-        text=texts,
+        z=[[row["rho_token"] for row in cells] for cells in table],
+        text=[[_cell(row) for row in cells] for cells in table],
         texttemplate="%{text}",
-        customdata=hover,
+        customdata=[
+            [f"{row['verdict']}; raw {_number(row['rho_raw'])}" for row in cells] for cells in table
+        ],
         hovertemplate="layer %{y}, %{x}: %{z:.3f}<br>%{customdata}<extra></extra>",
         coloraxis="coloraxis",
     )
@@ -54,9 +47,8 @@ def difficulty_map(frame: pl.DataFrame) -> Canvas:
 def _cell(row: dict) -> str:
     if row["rho_token"] is None:
         return str(row["verdict"])
-    if row["rho_token_lo"] is None:
-        return _number(row["rho_token"])
-    return f"{_number(row['rho_token'])} ({_number(row['rho_token_lo'])} to {_number(row['rho_token_hi'])})"
+    rho, low, high = (_number(row[name]) for name in ("rho_token", "rho_token_lo", "rho_token_hi"))
+    return rho if row["rho_token_lo"] is None else f"{rho} ({low} to {high})"
 
 
 def _number(value: float | None) -> str:
@@ -81,12 +73,7 @@ def difficulty_curves(frame: pl.DataFrame) -> Canvas:
         figure.add_scatter(
             x=(frame["decile"] + 1).to_list(),
             y=frame[value].to_list(),
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (frame[high] - frame[value]).to_list(),
-                "arrayminus": (frame[value] - frame[low]).to_list(),
-            },
+            error_y=error_bars(frame, value, low, high),
             mode="lines+markers",
             name=name,
             marker={"color": SERIES[index], "symbol": SYMBOLS[index], "size": 8},
@@ -110,12 +97,7 @@ def marginal_gain(frame: pl.DataFrame) -> Canvas:
     figure.add_scatter(
         x=frame["ffn_count"].to_list(),
         y=frame["gain"].to_list(),
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": (frame["hi"] - frame["gain"]).to_list(),
-            "arrayminus": (frame["gain"] - frame["lo"]).to_list(),
-        },
+        error_y=error_bars(frame, "gain", "lo", "hi"),
         mode="lines+markers",
         marker={"color": SERIES[0], "size": 8},
         hovertemplate="%{x:.2f} experts: %{y:.4f} nats<extra></extra>",

@@ -110,10 +110,12 @@ def _map_block(association: pl.DataFrame) -> Block:
         else "not defined"
     )  # type: ignore[arg-type]
     caption = (
-        f"Rank correlation of ffn_count with difficulty within token ids, with 95 % intervals from resampling whole documents; "
+        "Rank correlation of ffn_count with difficulty within token ids, with 95 % intervals "
+        "from resampling whole documents; "
         f"n = {whole(association['n_tokens'].max())} tokens of {whole(association['n_docs'].max())} documents at most. "  # type: ignore[arg-type]
-        "Difficulty is cross-fitted trigram surprisal, which the model has no hand in. Read it against the token that goes in for shallow "
-        "layers, and against the one to be predicted for deep ones. The raw correlation, driven by identity and frequency, is in the table."
+        "Difficulty is cross-fitted trigram surprisal, which the model has no hand in. Read it "
+        "against the token that goes in for shallow layers, and against the one to be predicted "
+        "for deep ones. The raw correlation, driven by identity and frequency, is in the table."
     )
     shown = association.select(
         "layer",
@@ -149,10 +151,11 @@ def _curve_block(curves: pl.DataFrame) -> Block:
         for (layer, align), part in curves.group_by("layer", "align", maintain_order=True)
     )
     caption = (
-        "Mean ffn_count by tenth of difficulty, and by tenth of how hard the token is for its own id (compute less its mean over the id, "
-        "plus the mean over all). Bars are 95 % intervals from resampling documents; "
-        f"n = {whole(float(curves['n_tokens'].to_numpy().max()))} tokens a tenth at most. "
-        "Where only the first curve rises, harder kinds of tokens get more, but not harder tokens."
+        "Mean ffn_count by tenth of difficulty, and by tenth of how hard the token is for its "
+        "own id (compute less its mean over the id, plus the mean over all). Bars are 95 % "
+        "intervals from resampling documents; n = "
+        f"{whole(float(curves['n_tokens'].to_numpy().max()))} tokens a tenth at most. Where only "
+        "the first curve rises, harder kinds of tokens get more, but not harder tokens."
     )
     summary = "Mean ffn_count by tenth of difficulty, raw and within token ids."
     return Block("difficulty_curves", caption, (Plot(summary, variants),), curves, table_of(curves))
@@ -164,9 +167,10 @@ def _gain_block(gains: pl.DataFrame, frames: Frames) -> Block:
     groups = frames(gain_groups, gains, RESAMPLES)
     moved = decimal(float(gains["moved"][0]), 2)
     caption = (
-        "What one more expert in every layer is worth, by tenth of the ffn_count that the router gave; "
-        f"n = {whole(gains.height)} predicted tokens. The same model with the bias of its real experts shifted both ways, {moved} "
-        "experts apart; bars are 95 % intervals from resampling documents. A router that spends where it matters has a rising curve."
+        "What one more expert in every layer is worth, by tenth of the ffn_count that the router "
+        f"gave; n = {whole(gains.height)} predicted tokens. The same model with the bias of its "
+        f"real experts shifted both ways, {moved} experts apart; bars are 95 % intervals from "
+        "resampling documents. A router that spends where it matters has a rising curve."
     )
     summary = f"Marginal gain from {decimal(groups['gain'][0], 4)} to {decimal(groups['gain'][-1], 4)} nats per expert by tenth of ffn_count."
     return Block(
@@ -184,6 +188,7 @@ def _regret(gain: pl.DataFrame, regret: pl.DataFrame) -> str:
     rho = f"{decimal(row['rho_token'])} ({decimal(row['rho_token_lo'])} to {decimal(row['rho_token_hi'])})"
     return (
         f"Within token ids, ffn_count and marginal gain correlate by {rho}: {row['verdict']}. "
-        f"Moving compute between tokens at an equal total would save {saved['greedy']} nats/token if the gains were known "
-        f"(an upper bound), {saved['by token id']} by a lookup of token ids, and {saved['random']} at random."
+        f"Moving compute between tokens at an equal total would save {saved['greedy']} nats/token "
+        f"if the gains were known (an upper bound), {saved['by token id']} by a lookup of token "
+        f"ids, and {saved['random']} at random."
     )

@@ -129,16 +129,19 @@ def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
     summary = (
         "Share of each kind's tokens that each expert runs, over its share of all tokens. "
         + (
-            f"The largest is {decimal(first['ratio'], 2)} times, expert {first['expert']} of layer {first['layer']} for {first['domain']}."
+            f"The largest is {decimal(first['ratio'], 2)} times, expert {first['expert']} of "
+            f"layer {first['layer']} for {first['domain']}."
             if first
             else ""
         )
     )
     caption = (
-        f"n = {whole(named.trace.num_tokens)} tokens of {named.label}, by {column}. Colour: share of the kind's tokens that the expert "
-        f"runs ÷ its share of all tokens (1 where the kind plays no part), zero-compute experts last. A share is a count of these tokens; "
-        f"intervals from resampling documents are in the data{' of smaller models' if _large(named) else ''}. The table lists "
-        "the largest ratios; among many experts some are large by chance."
+        f"n = {whole(named.trace.num_tokens)} tokens of {named.label}, by {column}. Colour: share "
+        "of the kind's tokens that the expert runs ÷ its share of all tokens (1 where the kind "
+        "plays no part), zero-compute experts last. A share is a count of these tokens; "
+        "intervals from resampling documents are in the "
+        f"data{' of smaller models' if _large(named) else ''}. The table lists the largest "
+        "ratios; among many experts some are large by chance."
     )
     if len(layers) < len(named.trace.meta.layers):
         caption += (
@@ -160,13 +163,16 @@ def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
         return None
     last = data.drop_nulls("bits").sort("bits", descending=True).row(0, named=True)
     summary = (
-        f"Jensen-Shannon divergence of the expert loads of every two kinds of text, over depth. The widest is {last['domain_a']} and "
-        f"{last['domain_b']} in layer {last['layer']} with {decimal(last['bits'])} bits."
+        "Jensen-Shannon divergence of the expert loads of every two kinds of text, over depth. "
+        f"The widest is {last['domain_a']} and {last['domain_b']} in layer {last['layer']} with "
+        f"{decimal(last['bits'])} bits."
     )
     caption = (
-        f"n = {whole(named.trace.num_tokens)} tokens, by {found[0]}: 0 bits where two kinds load the experts alike, 1 where they share "
-        f"none; at most {MAX_SERIES} pairs are drawn. Bars, where drawn, are 95 % intervals from resampling documents {RESAMPLES} "
-        "times; finite samples diverge a little even where kinds do not: the dotted line is what documents dealt anew to the names give."
+        f"n = {whole(named.trace.num_tokens)} tokens, by {found[0]}: 0 bits where two kinds load "
+        f"the experts alike, 1 where they share none; at most {MAX_SERIES} pairs are drawn. Bars, "
+        f"where drawn, are 95 % intervals from resampling documents {RESAMPLES} times; finite "
+        "samples diverge a little even where kinds do not: the dotted line is what documents "
+        "dealt anew to the names give."
     )
     return Block(
         "domain_divergence",
@@ -199,16 +205,19 @@ def _coactivation_block(named: NamedTrace, frames: Frames) -> Block | None:
     summary = (
         "Pairs of experts that run together on a token, over what their loads alone would give. "
         + (
-            f"The largest is {decimal(first['lift'], 2)} times, experts {first['expert_a']} and {first['expert_b']} of layer {first['layer']}."
+            f"The largest is {decimal(first['lift'], 2)} times, experts {first['expert_a']} and "
+            f"{first['expert_b']} of layer {first['layer']}."
             if first
             else ""
         )
     )
     caption = (
-        f"n = {whole(named.trace.num_tokens)} tokens of {named.label}: all pairs of experts of a token, counted once, ÷ the count in "
-        "proportion to the product of the two loads (1 where experts keep to their loads). Experts are in the order of a clustering"
-        f"{_binned(named)}. Layers shown: {listing([str(layer) for layer in layers])}. Every token counted, so without interval; the table "
-        "lists the largest lifts among pairs of which at least 5 were expected."
+        f"n = {whole(named.trace.num_tokens)} tokens of {named.label}: all pairs of experts of a "
+        "token, counted once, ÷ the count in proportion to the product of the two loads (1 where "
+        f"experts keep to their loads). Experts are in the order of a clustering{_binned(named)}. "
+        f"Layers shown: {listing([str(layer) for layer in layers])}. Every token counted, so "
+        "without interval; the table lists the largest lifts among pairs of which at least 5 "
+        "were expected."
     )
     return Block(
         "coactivation", caption, (Plot(summary, variants),), data, table_of(met.head(TABLE_ROWS))
@@ -233,13 +242,14 @@ def _transitions_block(named: NamedTrace, frames: Frames) -> Block | None:
     if met.height:
         first = met.row(0, named=True)
         summary += (
-            f" The largest is {decimal(first['lift'], 2)} times, expert {first['expert_from']} of layer {first['from_layer']} and "
-            f"{first['expert_to']} of layer {first['to_layer']}."
+            f" The largest is {decimal(first['lift'], 2)} times, expert {first['expert_from']} of "
+            f"layer {first['from_layer']} and {first['expert_to']} of layer {first['to_layer']}."
         )
     caption = (
-        f"n = {whole(named.trace.num_tokens)} tokens of {named.label}: every expert of one traced layer with every expert of the next "
-        "(k x k pairs a token) ÷ the product of their shares. Columns stand beside the rows that lead to them most"
-        f"{_binned(named)}. Every token counted, so without interval."
+        f"n = {whole(named.trace.num_tokens)} tokens of {named.label}: every expert of one traced "
+        "layer with every expert of the next (k x k pairs a token) ÷ the product of their "
+        f"shares. Columns stand beside the rows that lead to them most{_binned(named)}. Every "
+        "token counted, so without interval."
     )
     return Block(
         "transitions", caption, (Plot(summary, variants),), data, table_of(met.head(TABLE_ROWS))
@@ -260,9 +270,9 @@ def _repetition_block(named: NamedTrace, frames: Frames) -> Block | None:
     pairs, docs = max(data["n_pairs"].to_list()), count_of(data["n_docs"].to_list()[0], "document")
     summary = f"Share of tokens whose first choice is that of the one before, over depth: {decimal(min(rates), 2)} to {decimal(max(rates), 2)}."
     caption = (
-        f"n = {whole(pairs)} pairs of neighbouring tokens in {docs}. Bars are 95 % "
-        f"intervals from resampling documents {RESAMPLES} times. Dotted: experts drawn evenly; dash-dotted: the same tokens paired at "
-        "random, which uneven loads alone give."
+        f"n = {whole(pairs)} pairs of neighbouring tokens in {docs}. Bars are 95 % intervals from "
+        f"resampling documents {RESAMPLES} times. Dotted: experts drawn evenly; dash-dotted: the "
+        "same tokens paired at random, which uneven loads alone give."
     )
     return Block("repetition", caption, (Plot(summary, variants),), data, table_of(data))
 
@@ -298,9 +308,11 @@ def _saturation_block(traces: Sequence[NamedTrace], frames: Frames) -> Block | N
     tokens = whole(max(data["n_tokens"].to_list()))
     summary = f"Overlap of each checkpoint's routing with that of {last.label}: {decimal(mean, 2)} on average over layers in the first."
     caption = (
-        f"n = {tokens} tokens; checkpoints in the order given, each against the last, {last.label}. Saturation is the mean share of the "
-        f"chosen experts that the last checkpoint chooses too. Bars are 95 % intervals from resampling documents {RESAMPLES} times; "
-        "dotted is chance for even choices, dash-dotted for two routers that keep the measured loads and ignore the token."
+        f"n = {tokens} tokens; checkpoints in the order given, each against the last, "
+        f"{last.label}. Saturation is the mean share of the chosen experts that the last "
+        f"checkpoint chooses too. Bars are 95 % intervals from resampling documents {RESAMPLES} "
+        "times; dotted is chance for even choices, dash-dotted for two routers that keep the "
+        "measured loads and ignore the token."
     )
     return Block("saturation", caption, (Plot(summary, variants),), data, table_of(data))
 

@@ -108,9 +108,10 @@ def _caption(data: pl.DataFrame, shown: Sequence[NamedTrace]) -> str:
         else ""
     )
     return (
-        f"Slots that went to each expert ÷ the mean over the real experts of its layer (fair share = 1), in n = {n} validation tokens: "
-        "a count of all of them, so without interval. The scale is symmetric in log₂ around 1 and ends at "
-        f"{2**MAX_LOG2_LOAD} times at most; experts that no token reached are magenta: {_deaths(data)}.{zero}"
+        "Slots that went to each expert ÷ the mean over the real experts of its layer (fair "
+        f"share = 1), in n = {n} validation tokens: a count of all of them, so without interval. "
+        f"The scale is symmetric in log₂ around 1 and ends at {2**MAX_LOG2_LOAD} times at most; "
+        f"experts that no token reached are magenta: {_deaths(data)}.{zero}"
     )
 
 
@@ -120,8 +121,9 @@ def _summary(data: pl.DataFrame) -> str:
         return "Load of each expert in each layer. No real expert ran."
     worst = alive.sort("load", descending=True).row(0, named=True)
     return (
-        f"Load of each expert in each layer. The most loaded is expert {worst['expert']} of layer {worst['layer']} in {worst['run']} "
-        f"with {worst['load']:.2f} times the fair share; {_deaths(data)}."
+        f"Load of each expert in each layer. The most loaded is expert {worst['expert']} of layer "
+        f"{worst['layer']} in {worst['run']} with {worst['load']:.2f} times the fair share; "
+        f"{_deaths(data)}."
     )
 
 

@@ -48,7 +48,8 @@ def provenance(material: Material, command: str) -> Provenance:
     with_config = [run for run in material.runs if run.begun]
     if len(with_config) > MAX_CONFIGS:
         facts["Configurations"] = [
-            f"{MAX_CONFIGS} of {len(with_config)} are here; each lies in config.json of its run's folder"
+            f"{MAX_CONFIGS} of {len(with_config)} are here; each lies in config.json of its run's "
+            "folder"
         ]
     configs = tuple(
         (run.label, json.dumps(run.config, indent=1, sort_keys=True))

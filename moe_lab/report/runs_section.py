@@ -41,7 +41,8 @@ def frontier_block(material: Material, frames: Frames) -> Block | None:
     ends = means.filter(pl.col("arm") == names[0]).sort("ratio")
     low, high = ends.row(0, named=True), ends.row(-1, named=True)
     summary = f"Validation loss against the total to active ratio for {listing(names)}. " + (
-        f"{names[0]} goes from {low['mean']:.4f} nats per token at ratio {low['ratio']:g} to {high['mean']:.4f} at {high['ratio']:g}."
+        f"{names[0]} goes from {low['mean']:.4f} nats per token at ratio {low['ratio']:g} to "
+        f"{high['mean']:.4f} at {high['ratio']:g}."
         if ends.height > 1 and ends["ratio"].null_count() == 0
         else f"{names[0]} has {low['mean']:.4f} nats per token."
     )
@@ -102,9 +103,9 @@ def training_block(material: Material, frames: Frames) -> Block | None:
         for index, group in enumerate(metrics["group"].unique(maintain_order=True))
     }
     caption = (
-        f"n = {runs}; one line is one run: logged steps as they were, no smoothing and no interval, at most {points} points drawn. "
-        "Load and counts are means over layers; MaxVio is the largest load over the mean, less 1. "
-        "Seeds of one arm and ratio share a colour."
+        f"n = {runs}; one line is one run: logged steps as they were, no smoothing and no "
+        f"interval, at most {points} points drawn. Load and counts are means over layers; MaxVio "
+        "is the largest load over the mean, less 1. Seeds of one arm and ratio share a colour."
     )
     if step > 1:
         caption += f" Drawn, to keep the page small, is one run in {step} of {len(finished)}, evenly spaced over arms, ratios and seeds."
