@@ -10,6 +10,7 @@ from moe_lab.model.dispatch import backend, choose, native, under_autocast
 from moe_lab.model.experts import ExpertBank, SwiGLU
 from moe_lab.model.zero_experts import ZeroExperts
 from moe_lab.routing import RouterContext, Routing, build_router
+from moe_lab.routing.routing import valid_rows
 
 
 class MoELayer(nn.Module):
@@ -77,6 +78,8 @@ class MoELayer(nn.Module):
                 expected(f"a last axis of d_model {self.config.d_model}", list(x.shape))
             )
         x_TD = x.reshape(-1, x.shape[-1])
+        # What padding holds must not reach a product with the gradient of a weight.
+        x_TD = x_TD if context is None else valid_rows(x_TD, context.valid)
         routing = self.router(x_TD, context)
         tokens_TD, bank = under_autocast(
             x_TD if self.latent_down is None else self.latent_down(x_TD), self.experts

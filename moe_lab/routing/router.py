@@ -9,7 +9,7 @@ micro-batches.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from moe_lab.errors import ConfigError, RunError, expected
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.controllers.config import CONTROLLERS
 from moe_lab.routing.facts import FACTS, ROUTERS, RouterFacts
-from moe_lab.routing.routing import Routing
+from moe_lab.routing.routing import Routing, valid_rows
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,20 @@ class RouterContext:
             what = f"token_ids of shape [{tokens}] for {kind}"
             raise ConfigError(expected(what, got, "RouterContext(token_ids=...)"))
         return self.token_ids
+
+    def without_padding(self) -> "RouterContext":
+        """The same with token id 0 in padding, whose own may be outside of any vocabulary."""
+        if self.valid is None or self.token_ids is None:
+            return self
+        return replace(self, token_ids=valid_rows(self.token_ids, self.valid, 0))
+
+    def num_valid(self, tokens: Tensor, sequence_length: int | None = None) -> Tensor | int:
+        """Tokens that are not padding: of the whole [T, ...] batch, or [N, 1] of each sequence."""
+        if sequence_length is None:
+            return tokens.shape[0] if self.valid is None else self.valid.sum()
+        if self.valid is None:
+            return sequence_length
+        return self.valid.view(-1, sequence_length).sum(dim=1, keepdim=True)
 
     def tokens_per_sequence(self, num_tokens: int) -> int:
         """``sequence_length``, or all tokens where none is given.
@@ -110,7 +124,7 @@ class Router(nn.Module):
         return self.config.setting(name)
 
     def forward(self, x_TD: Tensor, context: RouterContext | None = None) -> Routing:
-        """Decide for [T, D] tokens.
+        """Decide for [T, D] tokens. Padding is routed as a zero vector, whatever it holds.
 
         Raises:
             ConfigError: the last axis is not d_model, or the context lacks what this kind needs.
@@ -119,7 +133,8 @@ class Router(nn.Module):
         """
         if x_TD.dim() != 2 or x_TD.shape[1] != self.d_model:
             raise ConfigError(expected(f"tokens of shape [T, {self.d_model}]", list(x_TD.shape)))
-        return self.decide(x_TD, context or RouterContext())
+        context = context or RouterContext()
+        return self.decide(valid_rows(x_TD, context.valid), context.without_padding())
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
         """From tokens to decisions, for routers that need more than the logits."""

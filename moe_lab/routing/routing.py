@@ -14,6 +14,17 @@ from moe_lab.measures import router_entropy, score_margin
 UNUSED = -1
 
 
+def valid_rows(values: Tensor, valid: Tensor | None, fill: float = 0.0) -> Tensor:
+    """``values`` [T, ...] with ``fill`` in the rows that are not ``valid`` [T].
+
+    A product with a mask would keep NaN (0 * NaN), in the value and in the gradient; so whatever
+    works on rows takes them through here first, not last.
+    """
+    if valid is None:
+        return values
+    return torch.where(valid.view(-1, *(1,) * (values.dim() - 1)), values, fill)
+
+
 @dataclass(frozen=True)
 class Routing:
     """One layer's decisions for T tokens.
@@ -130,6 +141,12 @@ class Routing:
     def entropy(self) -> Tensor:
         """[T]: entropy in nats of the scores, normalised to sum to one over the experts."""
         return router_entropy(self.scores)
+
+    def valid_mask(self) -> Tensor:
+        """[T] bool: ``valid``, all True where there is no padding."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones_like(self.indices[:, 0], dtype=torch.bool)
 
     def margin(self) -> Tensor:
         """[T]: the K-th largest score less the next one (how close the token was to another set);

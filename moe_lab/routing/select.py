@@ -74,12 +74,12 @@ def within_capacity(
     slots never fit; padding takes no place and always does.
 
     Args:
-        capacity_E: [E] int64.
+        capacity_E: [E] int64, or [N, E] where sequences differ (their tokens without padding).
         sequence_length: tokens over which a capacity counts; divides T.
         priority_T: [T], larger goes first.
     """
     tokens, slots = indices_TK.shape
-    experts = capacity_E.shape[0]
+    experts = capacity_E.shape[-1]
     used = indices_TK >= 0
     counted = used if valid is None else used & valid.unsqueeze(1)
     sequence = torch.arange(tokens, device=indices_TK.device) // max(sequence_length, 1)
@@ -94,4 +94,6 @@ def within_capacity(
     place = torch.arange(queue.shape[0], device=queue.device) - torch.searchsorted(ordered, ordered)
     rank = torch.empty_like(place).scatter_(0, by_key, place).view(slots, tokens).t()
     rank_TK = torch.empty_like(rank).scatter_(0, order_T.unsqueeze(1).expand(tokens, slots), rank)
-    return used & (~counted | (rank_TK < capacity_E[indices_TK.clamp_min(0)]))
+    row_T1 = (sequence if capacity_E.dim() == 2 else torch.zeros_like(sequence)).unsqueeze(1)
+    capacity_TK = capacity_E.view(-1, experts)[row_T1, indices_TK.clamp_min(0)]
+    return used & (~counted | (rank_TK < capacity_TK))

@@ -1,5 +1,8 @@
 """Every dispatch backend equals the per-token oracle, forward and gradients, in float64."""
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +11,14 @@ from torch import Tensor
 
 from moe_lab.errors import ConfigError
 from moe_lab.model import ExpertBank
-from moe_lab.model.dispatch import BACKENDS, backend, oracle
+from moe_lab.model.dispatch import BACKENDS, backend, native, oracle
 from moe_lab.routing import Routing
+
+
+class Weights(NamedTuple):
+    gate_up: Tensor
+    down: Tensor
+
 
 FAST = sorted(set(BACKENDS) - {"oracle"})
 
@@ -104,6 +113,55 @@ def test_backend_takes_non_contiguous_tokens(name: str) -> None:
     x_TD = torch.randn(6, 12, dtype=torch.float64).T
     assert not x_TD.is_contiguous()
     torch.testing.assert_close(BACKENDS[name](x_TD, routing, bank), oracle(x_TD, routing, bank))
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("name", ["cpu", "grouped"])
+def test_gradients_of_gradients_are_right(name: str, on_input: bool) -> None:
+    """Hessian products and gradient penalties: ``create_graph=True``."""
+    routing = random_routing(5, 2, 3, 1, 0.2, seed=4)
+    bank = ExpertBank(3, 4, 3).double()
+
+    def f(x_TD: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        own = replace(routing, weights=weights, weights_on_input=on_input)
+        return BACKENDS[name](x_TD, own, Weights(gate_up, down))
+
+    inputs = (
+        torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
+        torch.rand(5, 2, dtype=torch.float64, requires_grad=True),
+        bank.gate_up.detach().requires_grad_(),
+        bank.down.detach().requires_grad_(),
+    )
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("name", ["cpu", "grouped"])
+def test_a_gradient_penalty_equals_the_oracles_in_float32(name: str) -> None:
+    routing = random_routing(16, 2, 4, 0, 0.2, seed=6)
+    routing = replace(routing, weights=routing.weights.detach().float())
+    bank = ExpertBank(4, 16, 16)
+    x_TD = torch.randn(16, 16, requires_grad=True)
+
+    def penalty(backend: str) -> list[Tensor]:
+        y_TD = BACKENDS[backend](x_TD, routing, bank)
+        (slope,) = torch.autograd.grad(y_TD.square().sum(), x_TD, create_graph=True)
+        return list(torch.autograd.grad(slope.square().sum(), [x_TD, bank.gate_up, bank.down]))
+
+    for got, wanted in zip(penalty(name), penalty("oracle"), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_compiled_backend_refuses_gradients_of_gradients() -> None:
+    if not native.available():
+        pytest.skip(str(native.problem()))
+    routing = random_routing(5, 2, 3, 1, 0.2, seed=4)
+    bank = ExpertBank(3, 4, 3).double()
+    x_TD = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    y_TD = BACKENDS["native"](x_TD, routing, bank)
+    (slope,) = torch.autograd.grad(y_TD.square().sum(), x_TD, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(slope.square().sum(), x_TD)
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_lab.model.dispatch.order import SlotOrder, slot_order
 from moe_lab.routing import Routing
@@ -59,6 +58,10 @@ def _products(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
     return torch.cat([*blocks, rows_ND.new_zeros(rows_ND.shape[0] - ends[-1], bank_EDF.shape[2])])
 
 
+# Each of these linear maps has another one as its backward pass, so that gradients of gradients
+# are right.
+
+
 class _Take(torch.autograd.Function):
     """[T, D] -> [N, D], the token of each row.
 
@@ -71,9 +74,8 @@ class _Take(torch.autograd.Function):
         return x_TD.index_select(0, slots.tokens)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.slots.put_back(grad), None
+        return _PutBack.apply(grad, ctx.slots), None
 
 
 class _PutBack(torch.autograd.Function):
@@ -85,9 +87,8 @@ class _PutBack(torch.autograd.Function):
         return slots.put_back(rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.index_select(0, ctx.slots.tokens), None
+        return _Take.apply(grad, ctx.slots), None
 
 
 class _InOrder(torch.autograd.Function):
@@ -99,6 +100,18 @@ class _InOrder(torch.autograd.Function):
         return weights_TK.reshape(-1).index_select(0, slots.order)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad[ctx.slots.place].masked_fill(~ctx.slots.runs, 0.0), None
+        return _ToSlots.apply(grad, ctx.slots), None
+
+
+class _ToSlots(torch.autograd.Function):
+    """[N] in the order of the rows -> [T, K]; 0 in slots that run nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, slots: SlotOrder) -> Tensor:
+        ctx.slots = slots
+        return values_N[slots.place].masked_fill(~slots.runs, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _InOrder.apply(grad, ctx.slots), None

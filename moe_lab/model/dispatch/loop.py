@@ -6,13 +6,13 @@ expert inside autograd would allocate it E times. The gradient of a gate weight 
 the hidden units h, so the experts' outputs are not kept. ``native`` is this, compiled.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_lab.model.dispatch.order import SlotOrder, slot_order
 from moe_lab.routing import Routing
@@ -68,10 +68,13 @@ class _Loop(torch.autograd.Function):
         return slots.put_back(rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weights, gate_up, down, act = ctx.saved_tensors
         slots, on_input = ctx.slots, ctx.on_input
+        if torch.is_grad_enabled():  # create_graph: the gradients need gradients of their own
+            return _differentiable(
+                grad, (x, weights, gate_up, down), ctx.needs_input_grad, slots, on_input
+            )
         tokens, scale = slots.tokens, weights.reshape(-1)[slots.order].unsqueeze(1)
         grad_gate_up, grad_down, rows = (
             torch.zeros_like(gate_up),
@@ -105,3 +108,26 @@ class _Loop(torch.autograd.Function):
                 rows[a:b] *= part
         grad_weights = grad_scale[slots.place].view_as(weights)
         return slots.put_back(rows), grad_weights, grad_gate_up, grad_down, None, None
+
+
+def _differentiable(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    needed: Sequence[bool],
+    slots: SlotOrder,
+    on_input: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``_Loop``, from operations that autograd can differentiate again."""
+    x, weights, gate_up, down = inputs
+    tokens, scale = slots.tokens, weights.reshape(-1)[slots.order].unsqueeze(1)
+    bounds, blocks = [0, *slots.ends.tolist()], []
+    for (a, b), into, out in zip(pairwise(bounds), gate_up.unbind(), down.unbind(), strict=True):
+        inside = x.index_select(0, tokens[a:b])
+        gate, up = F.linear(inside * scale[a:b] if on_input else inside, into).chunk(2, dim=1)
+        hidden = F.silu(gate) * up
+        blocks.append(F.linear(hidden if on_input else hidden * scale[a:b], out))
+    unused = x.new_zeros(len(tokens) - bounds[-1], x.shape[1])
+    y = slots.put_back(torch.cat([*blocks, unused]))
+    wanted = [value for value, need in zip(inputs, needed, strict=False) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return *(next(found) if need else None for need in needed[:4]), None, None

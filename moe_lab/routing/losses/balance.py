@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moe_lab.config import require
 from moe_lab.errors import ConfigError, expected
-from moe_lab.routing.routing import Routing
+from moe_lab.routing.routing import Routing, valid_rows
 
 Scale = Literal["one", "top_k"]
 Scope = Literal["batch", "sequence", "global"]
@@ -66,16 +66,11 @@ def shares(
 
     Raises ``ConfigError`` where the scope lacks its argument.
     """
-    scores_TE = routing.scores
+    scores_TE, valid_T = valid_rows(routing.scores, routing.valid, 1.0), routing.valid_mask()
     normalised_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp_min(
         torch.finfo(scores_TE.dtype).tiny
     )
     length, experts = scores_TE.shape
-    valid_T = (
-        torch.ones_like(routing.indices[:, 0], dtype=torch.bool)
-        if routing.valid is None
-        else routing.valid
-    )
     normalised_TE = normalised_TE * valid_T.unsqueeze(1)
     groups = 1
     if scope == "sequence":
@@ -281,15 +276,12 @@ def hf_pooled_loss(routings: Sequence[Routing]) -> Tensor:
     """
     counts = torch.stack([routing.selected_counts() for routing in routings]).sum(dim=0)
     probability = torch.stack(
-        [(routing.logits.softmax(dim=1) * _valid(routing)).sum(dim=0) for routing in routings]
+        [
+            (valid_rows(routing.logits, routing.valid).softmax(dim=1))
+            .mul(routing.valid_mask().unsqueeze(1))
+            .sum(dim=0)
+            for routing in routings
+        ]
     ).sum(dim=0)
     tokens = torch.stack([routing.num_valid() for routing in routings]).sum().clamp_min(1)
     return counts.shape[0] * (counts.to(probability.dtype) / tokens * probability / tokens).sum()
-
-
-def _valid(routing: Routing) -> Tensor:
-    return (
-        torch.ones_like(routing.logits[:, :1])
-        if routing.valid is None
-        else routing.valid.unsqueeze(1)
-    )

@@ -5,8 +5,9 @@
 import torch
 from torch import Tensor
 
+from moe_lab.measures import router_entropy
 from moe_lab.routing.losses.parts import summed
-from moe_lab.routing.routing import Routing
+from moe_lab.routing.routing import Routing, valid_rows
 
 
 def cv_squared(values_E: Tensor, *, unbiased: bool = False) -> Tensor:
@@ -24,9 +25,7 @@ def cv_squared(values_E: Tensor, *, unbiased: bool = False) -> Tensor:
 
 def importance_of(routing: Routing) -> Tensor:
     """[E]: summed gate weights of each expert over the valid tokens (arXiv 1701.06538, eq. 6)."""
-    weights_TK = (
-        routing.weights if routing.valid is None else routing.weights * routing.valid.unsqueeze(1)
-    )
+    weights_TK = valid_rows(routing.weights, routing.valid)
     used = routing.indices >= 0
     importance = torch.zeros(
         routing.scores.shape[1], dtype=weights_TK.dtype, device=weights_TK.device
@@ -57,6 +56,9 @@ def smooth_load(
     where the expert is itself among the k, else the k-th. Where k = E nobody competes and every
     token counts fully.
     """
+    clean_TE, noisy_TE = valid_rows(clean_TE, valid), valid_rows(noisy_TE, valid)
+    if isinstance(noise_std, Tensor) and noise_std.dim() == 2:
+        noise_std = valid_rows(noise_std, valid, 1.0)
     if top_k >= clean_TE.shape[1]:
         probability_TE = torch.ones_like(clean_TE)
     else:
@@ -83,22 +85,16 @@ def entropy_loss(routing: Routing) -> Tensor:
     """Mean entropy of the normalised scores in nats (top-p routing, arXiv 2403.07652, eq. 7): small
     means few experts suffice.
     """
-    entropy_T = routing.entropy()
-    return (
-        entropy_T if routing.valid is None else entropy_T * routing.valid
-    ).sum() / routing.num_valid().clamp_min(1)
+    entropy_T = router_entropy(valid_rows(routing.scores, routing.valid, 1.0))
+    return (entropy_T * routing.valid_mask()).sum() / routing.num_valid().clamp_min(1)
 
 
 def variance_loss(routing: Routing) -> Tensor:
     """Minus the mean over experts of the variance of their score over tokens (arXiv 2505.22323):
     pushes tokens to differ in routing.
     """
-    scores_TE = routing.scores
-    valid_T1 = (
-        torch.ones_like(scores_TE[:, :1])
-        if routing.valid is None
-        else routing.valid.unsqueeze(1).to(scores_TE.dtype)
-    )
+    scores_TE = valid_rows(routing.scores, routing.valid)
+    valid_T1 = routing.valid_mask().unsqueeze(1).to(scores_TE.dtype)
     tokens = valid_T1.sum().clamp_min(1)
-    mean_E = (scores_TE * valid_T1).sum(dim=0) / tokens
+    mean_E = scores_TE.sum(dim=0) / tokens
     return -(((scores_TE - mean_E).square() * valid_T1).sum(dim=0) / tokens).mean()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_lab.routing.routing import Routing
+from moe_lab.routing.routing import Routing, valid_rows
 
 
 def z_loss(routing: Routing) -> Tensor:
@@ -22,7 +22,7 @@ def hidden_z_loss(hidden_TD: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def _mean_squared_lse(values: Tensor, valid: Tensor | None) -> Tensor:
-    squared = torch.logsumexp(values, dim=1).square()
+    squared = torch.logsumexp(valid_rows(values, valid), dim=1).square()
     if valid is None:
         return squared.sum() / max(squared.shape[0], 1)
     return torch.where(valid, squared, 0.0).sum() / valid.sum().clamp_min(1)

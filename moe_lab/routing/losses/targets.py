@@ -1,9 +1,8 @@
 """Losses with a target that is not balance."""
 
-import torch
 from torch import Tensor
 
-from moe_lab.routing.routing import Routing
+from moe_lab.routing.routing import Routing, valid_rows
 
 
 def norm_regression_loss(routing: Routing, norms_TE: Tensor) -> Tensor:
@@ -13,9 +12,7 @@ def norm_regression_loss(routing: Routing, norms_TE: Tensor) -> Tensor:
     The norms are those of every expert on every token (the experts are frozen while the router
     learns); no gradient reaches them.
     """
-    squared_TE = (routing.scores - norms_TE.detach()).square()
+    error_TE = valid_rows(routing.scores - norms_TE.detach(), routing.valid)
     if routing.valid is None:
-        return squared_TE.mean()
-    return torch.where(routing.valid.unsqueeze(1), squared_TE, 0.0).sum() / (
-        routing.num_valid() * squared_TE.shape[1]
-    ).clamp_min(1)
+        return error_TE.square().mean()
+    return error_TE.square().sum() / (routing.num_valid() * error_TE.shape[1]).clamp_min(1)

@@ -7,16 +7,14 @@ dropping (a token whose first expert is full gives its second the weight 1) or b
 keeps it with probability min(1, 2 g_2), "sampling" draws it by Gumbel noise.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from moe_lab.routing.config import SecondPolicy
 from moe_lab.routing.router import RouterContext, register
-from moe_lab.routing.routers.switch import Switch, capacity, drop
+from moe_lab.routing.routers.switch import Switch, capacity, drop, rounded_up, tokens_of
 from moe_lab.routing.routing import UNUSED, Routing
-from moe_lab.routing.select import take, within_capacity
+from moe_lab.routing.select import take
 
 
 @register("gshard_top2")
@@ -24,20 +22,12 @@ class GShardTop2(Switch):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         scores_TE = logits_TE.softmax(dim=1)
         indices_TK = self.choose_two(logits_TE, scores_TE)
-        tokens = logits_TE.shape[0]
+        tokens = context.num_valid(logits_TE)
         fraction = self.config.eval_capacity_fraction
-        slots = (
-            math.ceil(fraction * tokens)
-            if fraction and not self.training
-            else capacity(self.config, tokens, 1.0)
-        )
-        fits_TK = within_capacity(
-            indices_TK,
-            torch.full((self.config.num_experts,), slots, device=logits_TE.device),
-            sequence_length=tokens,
-            valid=context.valid,
-            priority_T=scores_TE.amax(dim=1) if self.config.batch_prioritized else None,
-        )
+        slots = capacity(self.config, tokens)
+        if fraction and not self.training:
+            slots = rounded_up(fraction * tokens_of(tokens))
+        fits_TK = self.within(slots, indices_TK, scores_TE, context)
         weights_TK = take(scores_TE, indices_TK)
         if not self.config.norm_before_drop:
             weights_TK = weights_TK * fits_TK

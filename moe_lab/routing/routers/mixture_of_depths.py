@@ -63,6 +63,10 @@ class MixtureOfDepths(Router):
             else context.valid
         ).view(-1, length)
         ranked_NS = logits_T1.view(-1, length).masked_fill(~valid_NS, float("-inf"))
-        kept = math.ceil(self.setting("capacity_factor") * length)
-        best_NC = ranked_NS.topk(kept, dim=1).indices
-        return (torch.zeros_like(valid_NS).scatter_(1, best_NC, True) & valid_NS).view(tokens, 1)
+        share = self.setting("capacity_factor")
+        best_NC = ranked_NS.topk(math.ceil(share * length), dim=1).indices
+        # Of a sequence with padding, that share of its own tokens.
+        kept_N1 = (share * valid_NS.sum(dim=1, keepdim=True).double()).ceil()
+        within_NC = torch.arange(best_NC.shape[1], device=best_NC.device) < kept_N1
+        passing_NS = torch.zeros_like(valid_NS).scatter_(1, best_NC, within_NC)
+        return (passing_NS & valid_NS).view(tokens, 1)

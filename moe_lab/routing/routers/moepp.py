@@ -13,17 +13,15 @@ tokens half of the slots of its top-2 would be dropped). The loss that goes with
 ``losses.heterogeneous_loss(routing, ffn_share=tau)``.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.routing.config import RouterConfig, ZeroExpertKind
 from moe_lab.routing.router import RouterContext, register
-from moe_lab.routing.routers.switch import drop
+from moe_lab.routing.routers.switch import drop, rounded_up, tokens_of
 from moe_lab.routing.routers.token_choice import TokenChoice
-from moe_lab.routing.routing import Routing
+from moe_lab.routing.routing import Routing, valid_rows
 from moe_lab.routing.select import within_capacity
 
 
@@ -45,23 +43,31 @@ class MoEPlusPlus(TokenChoice):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         if context.previous is not None and context.previous.logits.shape == logits_TE.shape:
             logits_TE = logits_TE + F.linear(
-                context.previous.logits.to(logits_TE.dtype),
+                valid_rows(context.previous.logits, context.valid).to(logits_TE.dtype),
                 self.residual_weight.to(logits_TE.dtype),
             )
         routing = super().route(logits_TE, context)
         gamma = self.config.capacity_factor
         if gamma is None:
             return routing
-        tokens = logits_TE.shape[0]
-        real, other = capacities(self.config, self.setting("ffn_share"), gamma, tokens)
-        capacity_E = torch.full((self.config.num_choices,), other, device=logits_TE.device)
-        capacity_E[: self.config.num_experts] = real
-        return drop(
-            routing,
-            within_capacity(
-                routing.indices, capacity_E, sequence_length=tokens, valid=context.valid
-            ),
+        sizes = (self.config.num_experts, self.config.num_zero_experts)
+        real, other = (
+            torch.as_tensor(slots, device=logits_TE.device).expand(size)
+            for slots, size in zip(
+                capacities(
+                    self.config, self.setting("ffn_share"), gamma, context.num_valid(logits_TE)
+                ),
+                sizes,
+                strict=True,
+            )
         )
+        fits_TK = within_capacity(
+            routing.indices,
+            torch.cat([real, other]),
+            sequence_length=logits_TE.shape[0],
+            valid=context.valid,
+        )
+        return drop(routing, fits_TK)
 
     def weigh(self, scores_TE: Tensor, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
         weights_TK = torch.where(
@@ -77,10 +83,9 @@ class MoEPlusPlus(TokenChoice):
 
 
 def capacities(
-    config: RouterConfig, ffn_share: float, gamma: float, tokens: int
-) -> tuple[int, int]:
+    config: RouterConfig, ffn_share: float, gamma: float, tokens: Tensor | int
+) -> tuple[Tensor | int, Tensor | int]:
     """Slots of a real and of a zero-compute expert (arXiv 2410.07348, eq. 8, on slots)."""
-    unit = (
-        gamma * config.top_k * tokens / (ffn_share * config.num_experts + config.num_zero_experts)
-    )
-    return math.ceil(unit * ffn_share), math.ceil(unit)
+    weight = ffn_share * config.num_experts + config.num_zero_experts
+    unit = gamma * config.top_k * tokens_of(tokens) / weight
+    return rounded_up(unit * ffn_share), rounded_up(unit)

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moe_lab.routing.config import CapacityScope, RouterConfig
+from moe_lab.routing.choices import DecidesOver
+from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.router import RouterContext, register
 from moe_lab.routing.routers.token_choice import TokenChoice
 from moe_lab.routing.routing import UNUSED, Routing
@@ -24,27 +25,49 @@ from moe_lab.routing.select import within_capacity
 class Switch(TokenChoice):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         routing = super().route(logits_TE, context)
-        tokens = logits_TE.shape[0]
-        by_sequence = self.setting("capacity_scope") == CapacityScope.SEQUENCE
-        length = context.tokens_per_sequence(tokens) if by_sequence else tokens
-        fits = within_capacity(
-            routing.indices,
-            torch.full(
-                (self.config.num_experts,), capacity(self.config, length), device=logits_TE.device
-            ),
-            sequence_length=length,
+        by_sequence = self.config.decides_over is DecidesOver.SEQUENCE
+        length = context.tokens_per_sequence(logits_TE.shape[0]) if by_sequence else None
+        slots = capacity(self.config, context.num_valid(logits_TE, length))
+        return drop(routing, self.within(slots, routing.indices, routing.scores, context, length))
+
+    def within(
+        self,
+        slots: Tensor | int,
+        indices_TK: Tensor,
+        scores_TE: Tensor,
+        context: RouterContext,
+        sequence_length: int | None = None,
+    ) -> Tensor:
+        """[T, K] bool: the slots that fit where every expert has this many, in the batch or [N, 1]
+        in each sequence.
+        """
+        slots = torch.as_tensor(slots, device=indices_TK.device)
+        return within_capacity(
+            indices_TK,
+            slots.expand(*slots.shape[:-1], self.config.num_experts),
+            sequence_length=sequence_length or indices_TK.shape[0],
             valid=context.valid,
-            priority_T=routing.scores.amax(dim=1) if self.config.batch_prioritized else None,
+            priority_T=scores_TE.amax(dim=1) if self.config.batch_prioritized else None,
         )
-        return drop(routing, fits)
 
 
-def capacity(config: RouterConfig, tokens: int, factor: float = 1.25) -> int:
-    """Slots of one expert for that many tokens."""
+def capacity(config: RouterConfig, tokens: Tensor | int) -> Tensor | int:
+    """Slots of one expert for that many tokens, padding left out."""
     if config.expert_capacity is not None:
         return config.expert_capacity
-    factor = factor if config.capacity_factor is None else config.capacity_factor
-    return math.ceil(factor * config.top_k * tokens / config.num_experts)
+    return rounded_up(
+        config.setting("capacity_factor") * config.top_k * tokens_of(tokens) / config.num_experts
+    )
+
+
+def tokens_of(tokens: Tensor | int) -> Tensor | int:
+    """A number of tokens for arithmetic that rounds as Python's does."""
+    return tokens if isinstance(tokens, int) else tokens.double()
+
+
+def rounded_up(value: Tensor | float) -> Tensor | int:
+    """The next whole number, without waiting for the device."""
+    return value.ceil().long() if isinstance(value, Tensor) else math.ceil(value)
 
 
 def drop(routing: Routing, fits_TK: Tensor) -> Routing:

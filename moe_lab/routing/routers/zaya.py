@@ -22,7 +22,7 @@ from moe_lab.routing.router import (
     working_dtype,
 )
 from moe_lab.routing.routers.token_choice import TokenChoice
-from moe_lab.routing.routing import Routing
+from moe_lab.routing.routing import Routing, valid_rows
 
 
 @register("zaya")
@@ -44,7 +44,9 @@ class Zaya(TokenChoice):
             dtype = working_dtype(x_TD)
             state_TR = _linear(x_TD.to(dtype), self.down)
             if context.previous is not None and context.previous.state is not None:
-                state_TR = state_TR + context.previous.state * self.state_scale.to(dtype)
+                state_TR = state_TR + valid_rows(
+                    context.previous.state, context.valid
+                ) * self.state_scale.to(dtype)
             hidden_TR = F.rms_norm(
                 state_TR,
                 self.state_norm.normalized_shape,
