@@ -5,18 +5,25 @@ file, which nothing reads.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_lab.errors import RunError, StorageError, expected
 
+if TYPE_CHECKING:
+    import polars as pl
+
 TEMPORARY_PREFIX = ".tmp-"
+_ANY_TEMPORARY = ".tmp*"
+"""Ours, and those that safetensors left in run folders of older versions."""
 _PART = re.compile(r"[A-Za-z0-9._=-]+")
 
 
@@ -31,11 +38,28 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)
+        _sync_folder(target.parent)
     except OSError as error:
         raise StorageError(cannot_write(target, error)) from error
     finally:
         with suppress(OSError):  # the folder itself may be what could not be made
             temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename in ``folder`` survive a power cut, where the file system can promise that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_temporaries(folder: Path, pattern: str = _ANY_TEMPORARY) -> None:
+    """Remove what a killed process left half-written in ``folder``."""
+    for leftover in folder.glob(pattern):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def cannot_write(target: Path | str, error: OSError) -> str:
@@ -78,6 +102,14 @@ def default_cache_dir() -> Path:
 def write_text(target: Path | str, text: str) -> None:
     with atomic_path(target) as path:
         path.write_text(text, encoding="utf-8")
+
+
+def write_parquet(target: Path | str, frame: "pl.DataFrame") -> None:
+    """Write a small frame; polars gives a full disk no type of its own, a Python file does."""
+    content = io.BytesIO()
+    frame.write_parquet(content)
+    with atomic_path(target) as path:
+        path.write_bytes(content.getbuffer())
 
 
 def write_json(target: Path | str, value: Any) -> None:

@@ -17,6 +17,7 @@ from moe_lab.errors import RunError, expected
 from moe_lab.runs import failures
 from moe_lab.runs.folder_claims import claimed, holder
 from moe_lab.runs.layout import CONFIG, DONE, ERROR, RESULT, STATUS, TRACE, TRACE_META, RunState
+from moe_lab.runs.seal import check_seal
 
 _REASON_CHARACTERS = 300
 
@@ -110,7 +111,9 @@ def read_run(folder: Path, names: Collection[str] | None = None, planned: str = 
         record["progress"] = Progress.of(read_object(folder / STATUS))
     if state is RunState.FINISHED:
         try:
-            return RunRecord(folder, state, parse_object(folder / RESULT), **record)
+            result = parse_object(folder / RESULT)
+            check_seal(folder)
+            return RunRecord(folder, state, result, **record)
         except RunError as error:
             return RunRecord(folder, state, {}, str(error), **record)
     if state is RunState.FAILED:

@@ -14,6 +14,7 @@ import polars as pl
 from moe_lab.errors import AnalysisError, RunError, expected
 from moe_lab.runs.layout import DONE, RESULT
 from moe_lab.runs.record import parse_object
+from moe_lab.runs.seal import check_seal
 from moe_lab.sandbox import read_parquet
 from moe_lab.scaling.compute_slope import measured_slope
 from moe_lab.scaling.confounds import SHORT
@@ -143,6 +144,7 @@ def _folder(folder: Path) -> pl.DataFrame:
     for run in sorted(folder.glob(f"*/{DONE}")):
         try:
             result = parse_object(run.parent / RESULT)
+            check_seal(run.parent)
         except RunError as error:
             raise AnalysisError(
                 expected(f"a readable {RESULT} in {run.parent}", str(error))

@@ -7,13 +7,14 @@ number of ranks can go on with it.
 """
 
 import hashlib
+import json
+import struct
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_lab.errors import CheckpointError, expected
@@ -23,32 +24,83 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+_ADVICE = "try deleting it, or --retry-failed, to begin this run again"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names in the safetensors format."""
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors (copied to the CPU) with their digest beside ``metadata``."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Write tensors (copied to the CPU) with their digest beside ``metadata``; returns the digest.
+
+    Raises ``StorageError`` if the disk is full. Written here, in the safetensors format (8 bytes of
+    header length, a JSON header, the data), because the library's writer tells a full disk only in
+    words, leaves its own temporary files after a kill, and makes files of mode 0600.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata | {"digest": _digest(tensors)})
+    # Wide types first keep every tensor aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    digest = _digest(tensors)
+    header: dict[str, Any] = {"__metadata__": metadata | {"digest": digest}}
+    end = 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            file.write(_bytes(tensors[name]))
+    return digest
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata that ``save_tensors`` wrote. Raises ``CheckpointError``."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error}; {_ADVICE}") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what ``save_tensors`` wrote. Raises ``CheckpointError`` for a file that is not whole."""
-    advice = f"try deleting {path} to begin this run again"
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error}; {advice}") from error
+        raise CheckpointError(f"cannot read checkpoint {path}: {error}; {_ADVICE}") from error
     if metadata.get("digest") != _digest(tensors):
-        why = f"expected digest {metadata.get('digest')}, got another; {advice}"
+        why = f"expected digest {metadata.get('digest')}, got another; {_ADVICE}"
         raise CheckpointError(f"checkpoint {path} is damaged: {why}")
     return tensors, metadata
 
@@ -99,6 +151,7 @@ def save_checkpoint(
     config_hash: str,
     *,
     write: bool = True,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """State after ``step`` finished steps. Of several ranks all call this and one writes."""
     tensors = {f"model.{name}": value for name, value in whole_state(model, write).items()}
@@ -112,7 +165,7 @@ def save_checkpoint(
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    save_tensors(path, tensors, {"step": str(step), "config": config_hash})
+    save_tensors(path, tensors, {"step": str(step), "config": config_hash, **(metadata or {})})
 
 
 def load_checkpoint(
@@ -156,5 +209,5 @@ def load_checkpoint(
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         return int(metadata["step"])
     except (RuntimeError, KeyError, IndexError, ValueError) as error:
-        why = f"{error}; try deleting it to begin this run again"
+        why = f"{error}; {_ADVICE}"
         raise CheckpointError(f"checkpoint {path} does not fit its model: {why}") from error

@@ -11,8 +11,9 @@ from moe_lab.accounting import count, flops
 from moe_lab.errors import CheckpointError, MoELabError, RunError, expected
 from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.model import Decoder
-from moe_lab.runs.layout import CONFIG, DONE, MODEL, TOKENIZER, TRACE
+from moe_lab.runs.layout import CONFIG, DONE, MODEL, RESULT, TOKENIZER, TRACE
 from moe_lab.runs.record import parse_object
+from moe_lab.runs.seal import check_seal
 from moe_lab.text import TokenizedText, Tokenizer
 from moe_lab.trace import LayerMeta, TraceMeta, open_trace
 from moe_lab.training.checkpoint import load_tensors
@@ -151,13 +152,31 @@ def load_run(folder: Path | str, device: str | torch.device = "cpu") -> LoadedRu
         hint = "moe-lab sweep run again" if begun else "the folder of one run, runs/<sweep>/<hash>"
         raise RunError(expected(f"a finished run in {folder}", f"no file {DONE!r}", hint))
     config = read_config(folder)
+    result = finished_record(folder, config)
     model = Decoder(config.model)
-    tensors, _ = load_tensors(folder / MODEL)
+    tensors, metadata = load_tensors(folder / MODEL)
+    recorded = {"config": config.hash(), "digest": result.get("weights_digest")}
+    for name, value in recorded.items():
+        if value not in (None, metadata.get(name)):
+            got = f"{metadata.get(name)} in {folder / MODEL}"
+            raise CheckpointError(expected(f"weights of this run ({name} {value})", got))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{folder / MODEL} does not fit its {CONFIG}: {error}") from error
     return LoadedRun(folder, config, model.to(device).eval(), Tokenizer.load(folder / TOKENIZER))
+
+
+def finished_record(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """The content of ``result.json`` of a finished run. Raises ``RunError`` if it, or the
+    configuration beside it, was changed since, or if it is of another run.
+    """
+    check_seal(folder)
+    result = parse_object(folder / RESULT)
+    if result.get("run", config.hash()) != config.hash():
+        got = f"{result['run']} in {folder / RESULT}"
+        raise RunError(expected(f"the result of run {config.hash()}", got, "another folder"))
+    return result
 
 
 def read_config(folder: Path) -> RunConfig:

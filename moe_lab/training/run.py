@@ -7,9 +7,12 @@ The files of the folder stand in ``moe_lab.runs.layout``. Nothing in it is trust
 import ctypes
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from moe_lab.accounting import count
 from moe_lab.document_pass import excerpts_of
 from moe_lab.errors import ConfigError, MoELabError, RunError, StorageError, expected
-from moe_lab.files import atomic_path, cannot_write, write_json, write_text
+from moe_lab.files import cannot_write, remove_temporaries, write_json, write_parquet, write_text
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
 from moe_lab.runs.layout import (
@@ -35,10 +38,16 @@ from moe_lab.runs.layout import (
     TOKENIZER,
     TRACE,
 )
-from moe_lab.runs.record import parse_object
+from moe_lab.runs.seal import seal
 from moe_lab.text import Split, TokenizedText, load_tokens
 from moe_lab.training.branching import branch_steps, forget, leave, take_up
-from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors, whole_state
+from moe_lab.training.checkpoint import (
+    load_checkpoint,
+    read_metadata,
+    save_checkpoint,
+    save_tensors,
+    whole_state,
+)
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
 from moe_lab.training.evaluate import Evaluation, evaluate_together
@@ -46,8 +55,9 @@ from moe_lab.training.metrics import gradient_ratios, routing_metrics
 from moe_lab.training.objective import Objective, average_gradients, check_shareable, spread
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
 from moe_lab.training.ranks import Parallel, Ranks, join, local_device
-from moe_lab.training.record import read_config, run_record, trace_meta
+from moe_lab.training.record import finished_record, read_config, run_record, trace_meta
 from moe_lab.training.tracking import Logger, Tracking, chosen
+from moe_lab.versions import versions
 
 STATUS_SECONDS = 0.5
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -128,7 +138,10 @@ def _claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
             raise RunError(expected(f"a folder of run {config.hash()}", got, "another folder"))
     else:
         write_json(folder / CONFIG, config.to_dict())
-    return parse_object(folder / RESULT) if (folder / DONE).exists() else None
+    if (folder / DONE).exists():
+        return finished_record(folder, config)
+    remove_temporaries(folder)
+    return None
 
 
 class _Run:
@@ -155,6 +168,7 @@ class _Run:
         self.branches = branch_steps(config)
         self.step = 0
         self.rows: list[dict[str, Any]] = []
+        self.continued: list[dict[str, Any]] = []
         self.seconds = 0.0
 
     def finish(self) -> RunResult:
@@ -205,10 +219,9 @@ class _Run:
         """What a finished run leaves; ``done`` last."""
         assert evaluation is not None
         self.text.tokenizer.save(self.folder / TOKENIZER)
-        save_tensors(self.folder / MODEL, weights, {"config": self.config.hash()})
+        digest = save_tensors(self.folder / MODEL, weights, {"config": self.config.hash()})
         metrics = pl.DataFrame(self.rows, infer_schema_length=None)
-        with atomic_path(self.folder / METRICS) as path:
-            metrics.write_parquet(path)
+        write_parquet(self.folder / METRICS, metrics)
         record = run_record(
             self.config,
             self.text,
@@ -217,13 +230,15 @@ class _Run:
             self.seconds,
             self.folder if traced else None,
         )
-        record["dispatch"] = self._dispatch()
+        record |= {"dispatch": self._dispatch(), "weights_digest": digest}
+        if self.continued:
+            record["continued"] = self.continued
         record |= self._balance_pressure()
         if self.ranks.parallel is not None:
             record |= {"ranks": self.ranks.size, "parallel": self.ranks.parallel.value}
         write_json(self.folder / RESULT, record)
         self._write_status("finished")
-        write_text(self.folder / DONE, "")
+        write_text(self.folder / DONE, seal(self.folder))
         self._checkpoint.unlink(missing_ok=True)
         forget(self.config, self.folder)
         return record
@@ -257,7 +272,8 @@ class _Run:
                     self._write_status("training")
                     last_status = time.monotonic()
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
-                self._append(pending)
+                self._append(pending, lasting=True)
+                made_by = {"made_by": self._made_by, "continued": self.continued}
                 save_checkpoint(
                     self._checkpoint,
                     self.model,
@@ -265,6 +281,7 @@ class _Run:
                     self.step,
                     self.config.hash(),
                     write=first,
+                    metadata={name: json.dumps(value) for name, value in made_by.items()},
                 )
             if self.step in self.branches:
                 leave(
@@ -361,14 +378,13 @@ class _Run:
         again. A run that branches off a longer one begins where that one left its state.
         """
         log = self.folder / METRICS_LOG
-        if self._checkpoint.exists():
+        rows = self.ranks.from_first(self._rows_before_checkpoint)
+        if rows is not None:
             self.step = load_checkpoint(
                 self._checkpoint, self.model, self.optimizer, self.config.hash()
             )
-            lines = log.read_text().splitlines() if self.ranks.first and log.exists() else []
-            self.rows = [
-                row for row in map(_parse, lines) if row is not None and row["step"] <= self.step
-            ]
+            self.rows = rows if self.ranks.first else []
+            self._note_continuation()
         else:
             self.step, self.rows = take_up(self.config, self.folder, self.model, self.optimizer)
         if int(self.ranks.total(torch.tensor(self.step))) != self.step * self.ranks.size:
@@ -382,12 +398,58 @@ class _Run:
         if self.ranks.first:
             write_text(log, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def _append(self, pending: list[dict[str, Any]]) -> None:
+    def _rows_before_checkpoint(self) -> list[dict[str, Any]] | None:
+        """The metrics up to the checkpoint; None without a checkpoint, or if a power cut has lost
+        some of them: then the run begins again.
+        """
+        if not self._checkpoint.exists():
+            return None
+        step = int(read_metadata(self._checkpoint).get("step", 0))
+        log = self.folder / METRICS_LOG
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        rows = {row["step"]: row for row in map(_parse, lines) if row is not None}
+        every, steps = self.config.log_every, self.config.steps
+        logged = [
+            *range(every, step + 1, every),
+            *([steps] if steps == step and step % every else []),
+        ]
+        if missing := [number for number in logged if number not in rows]:
+            say(f"{log} lost the metrics of step {missing[0]}: the run begins again")
+            return None
+        return [rows[number] for number in logged]
+
+    @cached_property
+    def _made_by(self) -> dict[str, Any]:
+        return versions() | {"dispatch": self._dispatch()}
+
+    def _note_continuation(self) -> None:
+        """Say, and record, that the steps from here on are made by other versions or another
+        dispatch backend than those before: the numbers may differ in the last bits.
+        """
+        metadata = read_metadata(self._checkpoint)
+        before, now = json.loads(metadata.get("made_by", "{}")), self._made_by
+        self.continued = json.loads(metadata.get("continued", "[]"))
+        changed = {
+            name: [before[name], now.get(name)] for name in before if before[name] != now.get(name)
+        }
+        if changed:
+            self.continued.append({"step": self.step, "changed": changed})
+            if self.ranks.first:
+                words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+                say(
+                    f"{self.config.name} continues at step {self.step} under other versions: {words}"
+                )
+
+    def _append(self, pending: list[dict[str, Any]], *, lasting: bool = False) -> None:
+        """``lasting`` rows survive a power cut: no checkpoint may be newer than its metrics."""
         if not self.ranks.first:
             return
         try:
             with open(self.folder / METRICS_LOG, "a", encoding="utf-8") as log:
                 log.writelines(json.dumps(row) + "\n" for row in pending)
+                if lasting:
+                    log.flush()
+                    os.fsync(log.fileno())
         except OSError as error:
             raise StorageError(cannot_write(self.folder, error)) from error
         pending.clear()
@@ -409,13 +471,17 @@ class _Run:
         )
 
 
+def say(line: str) -> None:
+    print(f"moe-lab: {line}", file=sys.stderr, flush=True)
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     """A metrics row, or None for a line cut short by a kill."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _device(name: str) -> torch.device:

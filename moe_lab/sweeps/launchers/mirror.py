@@ -196,6 +196,6 @@ class _Copies:
             name = path.relative_to(self._scratch).as_posix()
             if path.is_file() and not path.name.startswith((".", CHECKPOINT)) and name != DONE:
                 self._upload(path, name)
-        self._bucket.write(f"{STATE}/{self._run}/{DONE}", b"")
+        self._bucket.write(f"{STATE}/{self._run}/{DONE}", (self._scratch / DONE).read_bytes())
         old = self._bucket.names(f"{FILES}/{self._run}")
         self._bucket.delete(name for name in old if name.rpartition("/")[2].startswith(CHECKPOINT))

@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import queue
-import shutil
 import signal
 import sys
 import threading
@@ -23,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_lab.errors import BusyError, MoELabError, RunError, StorageError
-from moe_lab.files import TEMPORARY_PREFIX, cannot_write
+from moe_lab.files import cannot_write, remove_temporaries
 from moe_lab.runs.failures import Failure, FailureKind, write_failure
 from moe_lab.runs.folder_claims import acquire
 from moe_lab.runs.layout import DONE, ERROR, FAILURE, LOG
@@ -92,8 +91,7 @@ def _tidy(folder: Path) -> None:
     """Remove the last attempt's error and whatever a killed one left half-written."""
     for name in (ERROR, FAILURE):
         (folder / name).unlink(missing_ok=True)
-    for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    remove_temporaries(folder)
 
 
 def _abandon() -> None:
