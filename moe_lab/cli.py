@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from moe_lab import __version__
 from moe_lab.errors import MoELabError
+from moe_lab.plain_text import one_line, plain_output
 from moe_lab.plugins import load
 
 COMMANDS = {
@@ -73,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 an error of the caller's or a failed run,
     130 interrupted).
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with plain_output():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments:
         _top_parser().print_help()
         return 2
@@ -104,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             load(source)
         return module.main(parser.parse_args(remaining))
     except MoELabError as error:
-        print(f"moe-lab {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"moe-lab {name}: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"moe-lab {name}: interrupted; the same command continues", file=sys.stderr)

@@ -1,6 +1,6 @@
 """A trace from outside: read once by a child process with limits, checked, and copied.
 
-``clean_copy`` runs in the child (``moe_lab.sandbox``). It believes nothing: names, sizes, checksums,
+``clean_copy`` runs in the child (``moe_lab.sandbox``). It trusts nothing: names, sizes, checksums,
 schemas, every row and conservation are checked, and what it writes has our own layout, compression
 and statistics. ``reader.open_trace`` then reads the copy.
 """
@@ -30,7 +30,7 @@ REWRITE = "writing the trace again"
 
 
 def clean_copy(source: str, target: str) -> None:
-    """Check the trace at ``source`` and write it anew at ``target``, a folder that does not exist.
+    """Check the trace at ``source`` and write a copy at ``target``, a folder that does not exist.
 
     Raises:
         TraceError: whatever is wrong with it, in one line that names the file or layer.

@@ -14,6 +14,10 @@ from moe_lab.trace.reader import Trace, open_trace
 from moe_lab.trace.rows import rows_of
 from moe_lab.trace.writer import TraceWriter
 
+SAME = ("layers", "vocab_size", "tokenizer_hash", "model_hash", "model")
+"""What the metadata of all sources must agree in."""
+MAX_DOCUMENT = 2**32 - 1
+
 
 def merge_traces(
     sources: Sequence[Path | str],
@@ -29,25 +33,26 @@ def merge_traces(
         renumber: number the documents anew, in the order of the sources: ranks number theirs from
             0. False keeps their numbers, which must then differ.
         tokens: rows of ``TraceWriter.write_tokens`` for all of them, where the sources hold parts
-        of one pass over the same documents:
-            decisions alone, every token's in one of them, its document numbered as in the others.
+            of one pass over the same documents: decisions alone, each token's in one of the
+            sources, its document numbered as in the others.
 
     Raises:
-        TraceError: no source, traces of other layers or columns, a document (with ``tokens``: a
-            token) twice, or one that is missing.
+        TraceError: no source, traces of other layers, models, vocabularies or columns, document
+            numbers above 2^32 - 1, a document (with ``tokens``: a token) twice, or one that is
+            missing.
     """
     traces = [open_trace(source) for source in sources]
     if not traces:
         raise TraceError(expected("at least one trace to merge", "none"))
     first = traces[0].meta
     for trace in traces[1:]:
-        if (
-            trace.meta.layers != first.layers
-            or trace.meta.routing_schema() != first.routing_schema()
-        ):
-            raise TraceError(
-                expected(f"the layers of {traces[0].folder.name}", f"others in {trace.folder.name}")
-            )
+        for name in SAME:
+            if getattr(trace.meta, name) != getattr(first, name):
+                what = f"traces of the same {name} as {traces[0].folder.name}"
+                raise TraceError(expected(what, f"another in {trace.folder.name}"))
+        if trace.meta.routing_schema() != first.routing_schema():
+            what = f"the routing columns of {traces[0].folder.name}"
+            raise TraceError(expected(what, f"others in {trace.folder.name}"))
     notes = tuple(dict.fromkeys(note for trace in traces for note in trace.meta.notes))
     flags = {
         name: all(getattr(trace.meta, name) for trace in traces)
@@ -74,6 +79,11 @@ def merge_traces(
                     expected("each document in one trace", "a document in two", "renumber=True")
                 )
             seen.update(documents)
+            last = offset + max(documents, default=0)
+            if last > MAX_DOCUMENT:
+                raise TraceError(
+                    expected(f"document numbers of at most {MAX_DOCUMENT}", last, "fewer traces")
+                )
             _append(writer, trace, offset)
             offset += max(documents, default=-1) + 1 if renumber else 0
         if tokens is not None:

@@ -41,7 +41,7 @@ def part_of(path: Path, frame: pl.DataFrame, slots: int) -> PartMeta:
 def write_meta(
     folder: Path, meta: TraceMeta, parts: Mapping[str, PartMeta], complete: bool
 ) -> None:
-    """Write ``meta.json`` (provenance, whether the trace is whole, one entry per file) and its seal."""
+    """Write ``meta.json`` and its seal: provenance, completeness and one entry per file."""
     entries = {name: part.to_dict() for name, part in parts.items()}
     write_json(folder / META_FILE, {**meta.to_dict(), "complete": complete, "parts": entries})
     write_seal(folder, {name: part.digest for name, part in parts.items()})

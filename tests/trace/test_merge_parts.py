@@ -84,3 +84,27 @@ def test_a_part_that_is_missing_or_there_twice_is_refused(tmp_path: Path) -> Non
     with pytest.raises(TraceError, match="expected each document in one trace"):
         merge_traces([first, second], tmp_path / "merged", renumber=False)
     assert not (tmp_path / "merged").exists()
+
+
+def test_document_numbers_that_would_wrap_are_refused(tmp_path: Path) -> None:
+    parts = []
+    for number, doc in enumerate((2**32 - 2, 5)):
+        with TraceWriter(tmp_path / str(number), META) as writer:
+            for layer in (0, 3):
+                rows = slice(0, 4)
+                docs = np.full(4, doc, dtype=np.uint32)
+                writer.write_routing(layer, docs, np.arange(4), rows_of(routing(layer), rows))
+        parts.append(tmp_path / str(number))
+    with pytest.raises(TraceError, match="expected document numbers of at most 4294967295"):
+        merge_traces(parts, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 9}, {"tokenizer_hash": "b"}, {"model": "n"}])
+def test_traces_of_different_models_do_not_become_one(change, tmp_path: Path) -> None:
+    parts = [tmp_path / "a", tmp_path / "b"]
+    for part, meta in zip(parts, (META, META.replace(**change)), strict=True):
+        with TraceWriter(part, meta) as writer:
+            for layer in (0, 3):
+                writer.write_routing(layer, DOC, POS, routing(layer))
+    with pytest.raises(TraceError, match=f"traces of the same {next(iter(change))}"):
+        merge_traces(parts, tmp_path / "merged")

@@ -1,0 +1,64 @@
+"""Text from files on its way to a terminal: nothing in it may move the cursor, set the clipboard or
+turn the direction of writing.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LONGEST_MESSAGE = 2000
+_SUSPECT = re.compile(
+    r"(\x1b\[[0-9;]{0,30}m)"  # a colour
+    r"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"  # control
+    r"|[\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"  # format, bidi
+    r"|[\ud800-\udfff\U000e0000-\U000e0fff]"  # unpaired, tags
+)
+
+
+def plain(text: str) -> str:
+    """``text`` with control, format and unpaired characters written as escapes such as ``\\x1b``.
+
+    Line ends, tabs, carriage returns and colours (``ESC [ numbers m``) stay.
+    """
+    return _SUSPECT.sub(_escaped, text)
+
+
+def one_line(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """A message of one line and at most ``most`` characters, blanks joined."""
+    line = plain(" ".join(text.replace("\x1b", "\\x1b").split()))
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0] if match[1] is not None else ascii(match[0])[1:-1]
+
+
+class PlainStream:
+    """A text stream that writes ``plain`` text to another; everything else is the other's."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(plain(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def plain_output() -> Iterator[None]:
+    """Standard output and standard error write plain text."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(PlainStream, streams)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
