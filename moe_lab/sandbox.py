@@ -39,7 +39,7 @@ BASE_MEMORY = 900 * 2**20
 MEMORY_RATIO = 8
 BASE_SECONDS = 6
 """Processor seconds of one request, beside a second for each ``BYTES_PER_SECOND`` of the file."""
-BYTES_PER_SECOND = 2 * 2**20
+BYTES_PER_SECOND = 2**20
 BASE_OUTPUT = 64 * 2**20
 OUTPUT_RATIO = 64
 """A clean copy may be this much larger than the file, beside ``BASE_OUTPUT`` bytes."""
