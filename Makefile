@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast lint format types bench clean
+.PHONY: help setup demo test fast lint format types bench fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,9 @@ types: $(STAMP)  ## pyright
 
 bench: $(STAMP)  ## run the benchmarks of experiments/benchmarks
 	for file in experiments/benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+fuzz: $(STAMP)  ## ten minutes of mutated files against every reader
+	$(BIN)/python experiments/fuzz.py --minutes 10
 
 clean:  ## remove the environment and caches (never runs/)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

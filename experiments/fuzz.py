@@ -316,6 +316,14 @@ def fuzz(minutes: float, seed: int, only: str | None = None) -> int:
         kinds = pristine(Path(folder) / "pristine")
         if only is not None:
             kinds = {only: kinds[only]}
+        for kind, (source, command) in kinds.items():  # each must be read before it is mutated
+            out = str(Path(folder) / f"out of {kind}")
+            found = asked.ask(
+                [part.replace("{out}", out).replace("{}", str(source)) for part in command]
+            )
+            if found["code"] != 0:
+                print(f"{kind}: the input without mutation ends in {found}")
+                failures += 1
         number = 0
         while time.monotonic() < ends:
             draw = random.Random(f"{seed} {number}")
