@@ -39,7 +39,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------- pristine inputs
+# pristine inputs
 def pristine(place: Path) -> dict[str, tuple[Path, list[str]]]:
     """Kind -> (file or folder, command that reads it; ``{}`` is its path, ``{out}`` a new path)."""
     import numpy as np
@@ -120,7 +120,7 @@ def _write_trace(folder: Path, ids: Any) -> None:
             writer.write_rows(layer, rows, np.bincount(ids.ravel(), minlength=8))
 
 
-# ----------------------------------------------------------------------------------------- mutations
+# mutations
 def mutate(path: Path, draw: random.Random) -> str:
     """Change one file (of a folder) in place; returns what was done."""
     files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
@@ -213,7 +213,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
                 waiting.append(container[key])
 
 
-# --------------------------------------------------------------------------------- worker and driver
+# worker and driver
 def _open(path: str) -> int:
     from moe_lab.analysis import class_profile, expert_load, router_entropy
     from moe_lab.trace import open_trace
