@@ -8,7 +8,7 @@ The parts that some architectures add have files of their own: ``attention_confi
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moe_lab.config import Config, choice, require
 from moe_lab.cost import formulas
@@ -29,10 +29,6 @@ from moe_lab.model.ngram_config import NgramConfig
 from moe_lab.routing.choices import ZeroExpertKind
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.hash_twin import hash_twin
-
-if TYPE_CHECKING:
-    from moe_lab.model.decoder import Decoder
-    from moe_lab.model.layer import MoELayer
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,8 @@ class MoEConfig(Config):
         """Channels that a routed expert reads and writes."""
         return self.d_model if self.d_latent is None else self.d_latent
 
-    def build(self) -> "MoELayer":
+    def build(self) -> Any:
+        """The ``MoELayer``."""
         return load_name("moe_lab.model.layer:MoELayer")(self)
 
     def pieces(self) -> Pieces:
@@ -383,7 +380,8 @@ class DecoderConfig(Config):
         attended = k * (k + 1) / 2 + (context - k) * k
         return 1 - attended / (context * (context + 1) / 2)
 
-    def build(self) -> "Decoder":
+    def build(self) -> Any:
+        """The ``Decoder``."""
         return load_name("moe_lab.model.decoder:Decoder")(self)
 
     # --------------------------------------------------------------------------------------------

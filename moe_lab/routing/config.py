@@ -7,11 +7,12 @@ not read is an error, so nothing is ever silently ignored. Nothing here imports 
 import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_lab.config import Config, choice, require
 from moe_lab.cost.parts import ExpertsRun, Pieces
 from moe_lab.errors import ConfigError, expected
+from moe_lab.lazy import load_name
 from moe_lab.routing.choices import (
     BudgetShift,
     CapacityScope,
@@ -27,9 +28,6 @@ from moe_lab.routing.choices import (
 )
 from moe_lab.routing.controllers.config import CONTROLLER_FACTS, ControllerConfig
 from moe_lab.routing.facts import FACTS, ROUTERS, RouterFacts
-
-if TYPE_CHECKING:
-    from moe_lab.routing.router import Router
 
 
 @dataclass(frozen=True)
@@ -313,7 +311,8 @@ class RouterConfig(Config):
         """Everything the router learns, as pieces of cost (``moe_lab.cost``)."""
         return self.facts.learns(self, d_model)
 
-    def build(self, d_model: int) -> "Router":
+    def build(self, d_model: int) -> Any:
+        """The ``Router`` for tokens of width ``d_model``."""
         return ROUTERS.find(self.kind)(self, d_model)
 
     @staticmethod
@@ -328,9 +327,7 @@ class RouterConfig(Config):
             ConfigError: the model type is unknown, or the configuration lacks a value the router
                 needs.
         """
-        from moe_lab.routing.hf_config import router_config
-
-        return router_config(config, layer)
+        return load_name("moe_lab.routing.hf_config:router_config")(config, layer)
 
 
 _CHOICES: dict[str, type[StrEnum]] = {

@@ -10,7 +10,7 @@ weight matrix. Every callable takes the ``RouterConfig`` in question.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from moe_lab.config import require
 from moe_lab.cost.parts import ExpertsRun, Part, Pieces, linear
@@ -18,16 +18,16 @@ from moe_lab.registry import Registry
 from moe_lab.routing.choices import BudgetShift, DecidesOver, ScoreFunc, ZeroExpertKind
 from moe_lab.routing.controllers.config import ControllerConfig, ControllerKind, Moves
 
-if TYPE_CHECKING:
-    from moe_lab.routing.config import RouterConfig
+Settings: TypeAlias = Any
+"""A ``RouterConfig``, whose file reads this one."""
 
 
-def matrix(config: "RouterConfig", d_model: int) -> Pieces:
+def matrix(config: Settings, d_model: int) -> Pieces:
     """One weight matrix [E, D], with a bias where the configuration has one."""
     return (linear(Part.ROUTER, "router", d_model, config.num_choices, config.router_bias),)
 
 
-def fixed_count(config: "RouterConfig") -> ExpertsRun:
+def fixed_count(config: Settings) -> ExpertsRun:
     """K slots, of which zero-compute experts take some.
 
     The mean is the controller's target, or that of equal load: ``K E / (E + Z)``.
@@ -40,7 +40,7 @@ def fixed_count(config: "RouterConfig") -> ExpertsRun:
     return ExpertsRun(least, mean, most)
 
 
-def equal_load(config: "RouterConfig") -> str:
+def equal_load(config: Settings) -> str:
     """The assumption behind the mean of ``fixed_count``; "" where there is none."""
     target = None if config.controller is None else config.controller.target_ffn_count
     if not config.num_zero_experts or target is not None:
@@ -83,19 +83,19 @@ class RouterFacts:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     controllers: frozenset[ControllerKind | Moves | str] = frozenset()
     default_controller: ControllerConfig | None = None
-    learns: Callable[["RouterConfig", int], Pieces] = matrix
-    experts_run: Callable[["RouterConfig"], ExpertsRun] = fixed_count
-    assumes: Callable[["RouterConfig"], str] = equal_load
-    slots: Callable[["RouterConfig"], int] = lambda config: config.top_k
-    zero_kinds: Callable[["RouterConfig"], tuple[ZeroExpertKind, ...]] = lambda config: (
+    learns: Callable[[Settings, int], Pieces] = matrix
+    experts_run: Callable[[Settings], ExpertsRun] = fixed_count
+    assumes: Callable[[Settings], str] = equal_load
+    slots: Callable[[Settings], int] = lambda config: config.top_k
+    zero_kinds: Callable[[Settings], tuple[ZeroExpertKind, ...]] = lambda config: (
         (ZeroExpertKind.IDENTITY,) * config.num_zero_experts
     )
-    decides_over: Callable[["RouterConfig"], DecidesOver] = lambda config: DecidesOver.TOKEN
-    sees_later_tokens: Callable[["RouterConfig"], bool] = lambda config: False
+    decides_over: Callable[[Settings], DecidesOver] = lambda config: DecidesOver.TOKEN
+    sees_later_tokens: Callable[[Settings], bool] = lambda config: False
     score_func: ScoreFunc = ScoreFunc.SOFTMAX
     budget_shift: BudgetShift = BudgetShift.NONE
     has_hash_twin: bool = False
-    checks: tuple[Callable[["RouterConfig"], None], ...] = ()
+    checks: tuple[Callable[[Settings], None], ...] = ()
     hf_weights: Mapping[str, str] = field(default_factory=dict)
     hf_optional: frozenset[str] = frozenset()
     hf_ignored: frozenset[str] = frozenset()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_lab.config import require
 from moe_lab.errors import ConfigError, RunError, expected
+from moe_lab.lazy import load_name
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.controllers.config import CONTROLLERS
 from moe_lab.routing.facts import FACTS, ROUTERS, RouterFacts
@@ -211,9 +212,7 @@ class Router(nn.Module):
         Raises:
             CheckpointError: shapes differ, or the module has nothing that looks like a router.
         """
-        from moe_lab.routing.hf_weights import load_router
-
-        load_router(self, module, selection_bias)
+        load_name("moe_lab.routing.hf_weights:load_router")(self, module, selection_bias)
         return self
 
 
