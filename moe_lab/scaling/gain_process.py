@@ -76,29 +76,30 @@ def _posterior(
     threshold_error: float,
 ) -> np.ndarray:
     """[3, B]: mean, standard deviation, probability above the threshold."""
+    noises = _noises(found)
+    process = np.array([_integrated(tuple(x.tolist()), length) for length in LENGTHS])
+    sizes = (margin * np.array(SIZES)) ** 2
+    # every length, size and noise at once: [H, R, R], and [H] of each
+    shape = (len(LENGTHS), len(SIZES), len(noises))
+    length, size, noise = (index.ravel() for index in np.indices(shape))
+    kernel = sizes[size, None, None] * process[length]
+    inverse = np.linalg.inv(kernel + (noises[noise] ** 2)[:, None, None] * spread)
     flat = np.stack([np.ones(len(x)), x], 1)
+    weighted = inverse @ flat
+    fixed = flat.T @ weighted
+    cross = kernel @ contrast
+    rest = flat.T @ contrast - np.einsum("hrk,hr->hk", weighted, cross)
+    solved = np.linalg.solve(fixed, rest[..., None])[..., 0]
+    kriging = np.einsum("hrs,hs->hr", inverse, cross) + np.einsum("hrk,hk->hr", weighted, solved)
+    variance = cross @ contrast - np.einsum("hr,hrs,hs->h", cross, inverse, cross)
+    variance = np.maximum(variance + (rest * solved).sum(1), 1e-300)[:, None]
+    project = inverse - weighted @ np.linalg.solve(fixed, weighted.transpose(0, 2, 1))
+    logdet = np.linalg.slogdet(inverse)[1] - np.linalg.slogdet(fixed)[1]
     centred = found.means - found.means.mean(1, keepdims=True)
-    logs, gains, variances = [], [], []
-    for noise in _noises(found):
-        prior = _noise_likelihood(found, noise)
-        for length in LENGTHS:
-            process = _integrated(tuple(x.tolist()), length)
-            for size in SIZES:
-                kernel = (size * margin) ** 2 * process
-                inverse = np.linalg.inv(kernel + noise**2 * spread)
-                weighted = inverse @ flat
-                fixed = flat.T @ weighted
-                project = inverse - weighted @ np.linalg.solve(fixed, weighted.T)
-                logdet = np.linalg.slogdet(inverse)[1] - np.linalg.slogdet(fixed)[1]
-                fit = ((centred @ project) * centred).sum(1)
-                cross = kernel @ contrast
-                rest = flat.T @ contrast - weighted.T @ cross
-                gains.append(centred @ (inverse @ cross + weighted @ np.linalg.solve(fixed, rest)))
-                variance = contrast @ cross - cross @ inverse @ cross
-                variances.append(max(variance + rest @ np.linalg.solve(fixed, rest), 1e-300))
-                logs.append(prior + 0.5 * logdet - 0.5 * fit)
-    gain, variance = np.array(gains), np.array(variances)[:, None]
-    weights = np.exp(np.array(logs) - logsumexp(logs, axis=0))
+    fit = np.einsum("hbr,br->hb", centred @ project, centred)
+    logs = _noise_likelihood(found, noises)[noise] + 0.5 * logdet[:, None] - 0.5 * fit
+    gain = kriging @ centred.T
+    weights = np.exp(logs - logsumexp(logs, axis=0))
     mean = (weights * gain).sum(0)
     spread_out = (weights * (variance + (gain - mean) ** 2)).sum(0)
     above = ndtr((gain - threshold) / np.sqrt(variance + threshold_error**2))
@@ -114,11 +115,12 @@ def _noises(found: Estimate) -> np.ndarray:
     return np.exp(step * np.arange(np.floor(np.log(low) / step), np.ceil(np.log(high) / step) + 1))
 
 
-def _noise_likelihood(found: Estimate, noise: float) -> np.ndarray:
-    """[B] log likelihood of the residual sum of squares, under a prior flat in ln(noise)."""
+def _noise_likelihood(found: Estimate, noises: np.ndarray) -> np.ndarray:
+    """[N, B] log likelihood of the residual sums of squares, under a prior flat in ln(noise)."""
     if found.known is not None:
-        return np.zeros(len(found.within))
-    return -found.df * np.log(noise) - found.within / (2 * noise**2)
+        return np.zeros((1, len(found.within)))
+    column = noises[:, None]
+    return -found.df * np.log(column) - found.within / (2 * column**2)
 
 
 @lru_cache(maxsize=512)

@@ -20,7 +20,7 @@ from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
 FALSE_FLAGS = 0.01
 TREND_LEVEL = 0.95
-TREND_DRAWS = 4000
+TREND_DRAWS = 2000
 GROWTHS = np.linspace(0.0, 1.0, 21)
 """Candidates for d ln(sd) / d log2 ratio: 1 is a noise that grows as ratio^1.44."""
 

@@ -43,8 +43,9 @@ NOISE: tuple[tuple[float, float, str], ...] = (
 LARGEST_RATIO, SMALLEST_REACH = 512.0, 64.0
 SEEDS = (2, 3, 5, 8)
 LONGER = (1, 4)
-SCREENED, SLACK = 100, 0.1
-"""Draws after which a design that misses the target by so much is given up."""
+QUICK, SCREENED, SLACK = 20, 100, 0.1
+"""Draws (of what would settle a sweep, of a plan) after which a design that misses the target by
+so much is given up."""
 LADDER = (2, 3, 5, 8, 12, 20)
 MOST_SEEDS = LADDER[-1]
 LIGHTEST = 0.05
@@ -153,9 +154,14 @@ def what_would_settle(sweep: Sweep, verdict: Verdict, *, draws: int = 80, seed: 
     plans = _larger(start)
     for number, plan in enumerate(plans):
         rng = np.random.default_rng([seed, number])
-        settled = sum(
-            weight * _settled(truth, plan, noise, draws, rng) for truth, weight in truths.items()
-        )
+        settled = 0.0
+        for number_drawn in (QUICK, draws):
+            settled = sum(
+                weight * _settled(truth, plan, noise, number_drawn, rng)
+                for truth, weight in truths.items()
+            )
+            if settled < TARGET - SLACK:
+                break
         if settled >= TARGET:
             counts = plan.counts
             seeds = f"{counts[0]}" if len(set(counts)) == 1 else f"{counts[0]} to {counts[-1]}"
