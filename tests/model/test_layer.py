@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moe_lab.errors import ConfigError
-from moe_lab.model import MoEConfig, MoELayer
+from moe_lab.model import DecoderConfig, MoEConfig, MoELayer
 from moe_lab.routing import (
     ROUTERS,
     ControllerConfig,
@@ -245,3 +245,30 @@ def test_longcat_layer_equals_transformers_longcat_flash() -> None:
     torch.testing.assert_close(
         ours(x), wanted[0] if isinstance(wanted, tuple) else wanted, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["moepp", "zaya"])
+def test_every_parameter_of_a_first_layer_has_a_gradient(kind: str) -> None:
+    """Plain DDP stops at the second step where a parameter has none."""
+    zero = {"moepp": 3, "zaya": 1}[kind]
+    config = MoEConfig(8, 4, RouterConfig(kind=kind, num_experts=4, top_k=2, num_zero_experts=zero))
+    decoder = DecoderConfig(
+        vocab_size=11, num_layers=2, d_model=8, num_heads=2, context_length=8, moe=config
+    ).build()
+    output = decoder(torch.randint(11, (2, 8)), torch.randint(11, (2, 8)))
+    output.loss.backward()
+    without = [name for name, p in decoder.named_parameters() if p.grad is None]
+    assert without == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_layer_runs_on_the_meta_device_forward_and_backward(dtype: torch.dtype) -> None:
+    config = MoEConfig(16, 16, RouterConfig(num_experts=4, top_k=2), num_shared_experts=1)
+    with torch.device("meta"):
+        layer = config.build().to(dtype)
+        x = torch.randn(12, 16, dtype=dtype, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+    assert (y.shape, y.dtype) == ((12, 16), dtype)
+    assert x.grad is not None
+    assert all(p.grad is not None for p in layer.experts.parameters())

@@ -59,7 +59,9 @@ def choose(x_TD: Tensor, bank: Bank) -> str:
     """
     if x_TD.device.type == "cpu":
         return "native" if x_TD.dtype in native.DTYPES and native.available() else "cpu"
-    return "grouped" if can_group(x_TD, bank.down) else "cpu"
+    # On the meta device nothing may wait for a value.
+    whole = x_TD.device.type == "meta" or can_group(x_TD, bank.down)
+    return "grouped" if whole else "cpu"
 
 
 def auto(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:

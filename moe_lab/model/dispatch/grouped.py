@@ -38,6 +38,8 @@ def grouped(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
     synchronisation: right, not fast.
     """
     product = F.grouped_mm if can_group(x_TD, bank.down) else _products
+    if x_TD.device.type == "meta":
+        product = _shapes
     slots = slot_order(routing)
     rows = _Take.apply(x_TD, slots)
     scale = _InOrder.apply(routing.weights.to(x_TD.dtype), slots).unsqueeze(1)
@@ -56,6 +58,11 @@ def _products(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
     groups = rows_ND[: ends[-1]].split([b - a for a, b in pairwise([0, *ends])])
     blocks = [group @ weight for group, weight in zip(groups, bank_EDF.unbind(), strict=True)]
     return torch.cat([*blocks, rows_ND.new_zeros(rows_ND.shape[0] - ends[-1], bank_EDF.shape[2])])
+
+
+def _shapes(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
+    """On the meta device, where ``grouped_mm`` has no float32: its shapes and its FLOPs."""
+    return rows_ND @ bank_EDF.sum(dim=0)
 
 
 # Each of these linear maps has another one as its backward pass, so that gradients of gradients

@@ -41,11 +41,12 @@ class MoEPlusPlus(TokenChoice):
     returns_nothing: Tensor
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
-        if context.previous is not None and context.previous.logits.shape == logits_TE.shape:
-            logits_TE = logits_TE + F.linear(
-                valid_rows(context.previous.logits, context.valid).to(logits_TE.dtype),
-                self.residual_weight.to(logits_TE.dtype),
-            )
+        before = context.previous
+        before_TE = torch.zeros_like(logits_TE)
+        if before is not None and before.logits.shape == logits_TE.shape:
+            before_TE = valid_rows(before.logits, context.valid).to(logits_TE.dtype)
+        # The first layer adds zeros, so that DDP meets a gradient of every parameter.
+        logits_TE = logits_TE + F.linear(before_TE, self.residual_weight.to(logits_TE.dtype))
         routing = super().route(logits_TE, context)
         gamma = self.config.capacity_factor
         if gamma is None:

@@ -43,10 +43,11 @@ class Zaya(TokenChoice):
         with full_precision(x_TD):
             dtype = working_dtype(x_TD)
             state_TR = _linear(x_TD.to(dtype), self.down)
+            # The first layer adds zeros, so that DDP meets a gradient of every parameter.
+            before_TR = torch.zeros_like(state_TR)
             if context.previous is not None and context.previous.state is not None:
-                state_TR = state_TR + valid_rows(
-                    context.previous.state, context.valid
-                ) * self.state_scale.to(dtype)
+                before_TR = valid_rows(context.previous.state, context.valid)
+            state_TR = state_TR + before_TR * self.state_scale.to(dtype)
             hidden_TR = F.rms_norm(
                 state_TR,
                 self.state_norm.normalized_shape,
