@@ -7,7 +7,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lab.commands.options import add_device, add_json, add_out, add_seed, print_json
+from moe_lab.commands.options import (
+    add_device,
+    add_json,
+    add_out,
+    add_seed,
+    print_json,
+    whole_amount,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -30,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole_amount,
         default=1000,
         help="leading tokens of each unseen document of a run",
     )

@@ -2,11 +2,41 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lab.errors import expected
+
 if TYPE_CHECKING:
     from moe_lab.text import TextConfig
+
+
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+
+def amount(text: str) -> float:
+    """1.6T, 48B, 135e9, 300M, 5k."""
+    digits = text.rstrip("kmbgtKMBGT")
+    try:
+        value = float(digits) * UNITS[text[len(digits) :].lower()]
+    except (ValueError, KeyError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(
+            expected("a number above 0, with k, M, B or T", repr(text), "1.6T")
+        )
+    return value
+
+
+def whole_amount(text: str) -> int:
+    """The same, of things that are counted: 200k tokens."""
+    value = amount(text)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(
+            expected("a whole number, with k, M, B or T", repr(text), "200k")
+        )
+    return int(value)
 
 
 def add_out(parser: argparse.ArgumentParser, default: str | None, what: str) -> None:

@@ -9,28 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.commands.options import add_json, add_out, print_json
+from moe_lab.commands.options import add_json, add_out, amount, print_json
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.number_format import magnitude
 
 if TYPE_CHECKING:
     from moe_lab.scaling import Fit, Verdict, WallStudy
-
-UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-
-
-def amount(text: str) -> float:
-    """1.6T, 48B, 135e9, 300M, 5k."""
-    digits = text.rstrip("kmbgtKMBGT")
-    try:
-        value = float(digits) * UNITS[text[len(digits) :].lower()]
-    except (ValueError, KeyError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(
-            expected("a number above 0, with k, M, B or T", repr(text), "1.6T")
-        )
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lab.commands.options import add_device, add_json, add_out, print_json
+from moe_lab.commands.options import add_device, add_json, add_out, print_json, whole_amount
 from moe_lab.errors import ConfigError, expected
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
     parser.add_argument(
-        "--max-tokens", type=int, default=None, help="leading tokens of each document"
+        "--max-tokens", type=whole_amount, default=None, help="leading tokens of each document"
     )
     add_out(
         parser,
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device-map", default=None, metavar="MAP", help="auto, balanced, ... (needs accelerate)"
     )
     pretrained.add_argument(
-        "--batch-tokens", type=int, default=4096, help="tokens of one forward pass"
+        "--batch-tokens", type=whole_amount, default=4096, help="tokens of one forward pass"
     )
     pretrained.add_argument(
         "--trust-remote-code",
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers of its MoE layers, such as 1-60 or 3,7",
     )
     imported.add_argument(
-        "--tokens", type=int, default=None, help="of counts whose layers left slots unused"
+        "--tokens", type=whole_amount, default=None, help="of counts whose layers left slots unused"
     )
     imported.add_argument("--model", default="", help="its name, or which of several models in SRC")
     add_device(parser)

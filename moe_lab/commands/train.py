@@ -17,6 +17,7 @@ from moe_lab.commands.options import (
     add_text,
     print_json,
     text_config,
+    whole_amount,
 )
 from moe_lab.errors import ConfigError, expected
 
@@ -64,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a further loss on the routing of each MoE layer; may be repeated",
     )
     parser.add_argument(
-        "--tokens", type=int, default=None, help="training tokens (without --config: 200000)"
+        "--tokens",
+        type=whole_amount,
+        default=None,
+        metavar="N",
+        help="training tokens (without --config: 200k)",
     )
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
     parser.add_argument(
@@ -130,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
 
 def run_config(args: argparse.Namespace) -> "RunConfig":
     """The run that the flags describe, on resolved text and with the tokenizer's vocabulary."""
-    from moe_lab.routing.config import drop_unread
+    from moe_lab.routing.config import drop_unread, reads
     from moe_lab.training import RunConfig
 
     if args.config is not None and args.mini is not None:
@@ -184,9 +189,16 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
             print(f"moe-lab train: {note}", file=sys.stderr)
     if args.loss:
         values["losses"] = [*values.get("losses", ()), *map(_loss, args.loss)]
+    by_token_id = router is not None and reads(router["kind"], "vocab_size")
+    if by_token_id and router.get("vocab_size") is None:
+        router["vocab_size"] = values["model"]["vocab_size"]
     config = RunConfig.from_dict(values)
     text = text_config(args, config.text)
-    return config.replace(text=text, model=config.model.replace(vocab_size=text.vocab_size))
+    model = config.model.replace(vocab_size=text.vocab_size)
+    if by_token_id and model.moe is not None:
+        table = model.moe.router.replace(vocab_size=text.vocab_size)
+        model = model.replace(moe=model.moe.replace(router=table))
+    return config.replace(text=text, model=model)
 
 
 def _loss(text: str) -> dict[str, Any]:

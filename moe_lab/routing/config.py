@@ -370,6 +370,13 @@ _RANGES: tuple[tuple[str, float, bool], ...] = (
 ALWAYS_READ = frozenset({"kind", "num_experts", "top_k"})
 
 
+def reads(kind: str, name: str) -> bool:
+    """Whether routers of a kind read an optional field. Raises ``ConfigError`` for no such kind."""
+    if kind not in FACTS:
+        ROUTERS.find(kind)
+    return name in FACTS[kind].options
+
+
 def drop_unread(values: dict[str, Any]) -> list[str]:
     """Take out of plain ``RouterConfig`` values the fields that their kind does not read, for who
     changes the kind and keeps what can be kept.
@@ -380,11 +387,10 @@ def drop_unread(values: dict[str, Any]) -> list[str]:
     Raises:
         ConfigError: there is no such kind.
     """
-    if values["kind"] not in FACTS:
-        ROUTERS.find(values["kind"])
-    read = FACTS[values["kind"]].options.keys() | ALWAYS_READ
     defaults = {field.name: field.default for field in dataclasses.fields(RouterConfig)}
-    unread = [name for name in values if name not in read]
+    unread = [
+        name for name in values if name not in ALWAYS_READ and not reads(values["kind"], name)
+    ]
     values_set = [name for name in unread if values[name] != defaults.get(name)]
     for name in unread:
         del values[name]
