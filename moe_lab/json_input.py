@@ -25,18 +25,19 @@ MAX_DIGITS = 40
 """Of one whole number in a document."""
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes, where: str, unique_keys: bool = True) -> Any:
     """The value of a JSON document (a byte-order mark is allowed).
 
     Raises:
-        ConfigError: no JSON, an object that names a key twice, a number of more than
-            ``MAX_DIGITS`` digits, more than ``MAX_BYTES``, values nested too deep.
+        ConfigError: no JSON, an object that names a key twice (if ``unique_keys``), a number of
+            more than ``MAX_DIGITS`` digits, more than ``MAX_BYTES``, values nested too deep.
     """
     if len(data) > MAX_BYTES:
         what = f"at most {MAX_BYTES >> 20} MiB of JSON in {where}"
         raise ConfigError(expected(what, f"{len(data) >> 20} MiB", "several smaller files"))
+    hook = _object if unique_keys else None
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=_object)
+        return json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         got = f"an error in line {error.lineno}: {error.msg}"
         raise ConfigError(expected(f"JSON in {where}", got)) from None
@@ -48,7 +49,7 @@ def parse_json(data: bytes, where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def read_json_file(path: Path) -> Any:
+def read_json_file(path: Path, what: str = "file", unique_keys: bool = True) -> Any:
     """The value of a JSON file; raises ``ConfigError`` as ``parse_json`` does, and for a file that
     cannot be read.
     """
@@ -56,8 +57,8 @@ def read_json_file(path: Path) -> Any:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(expected("a readable file", f"{path} ({error.strerror})")) from None
-    return parse_json(data, path.name)
+        raise ConfigError(expected(f"a readable {what}", f"{path} ({error.strerror})")) from None
+    return parse_json(data, path.name, unique_keys)
 
 
 def _whole(digits: str) -> int:
@@ -95,6 +96,24 @@ def whole(least: int = 0, most: int = 2**53) -> Schema:
         return number
 
     return check
+
+
+def number(least: float = -1e30, most: float = 1e30) -> Schema:
+    """A finite number, as a float; true and false are none."""
+
+    def check(value: Any, where: str) -> float:
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise wrong(where, f"a number from {least:g} to {most:g}", value)
+        return float(value)
+
+    return check
+
+
+def flag(value: Any, where: str) -> bool:
+    """True or false, also as 1 or 0."""
+    if value not in (True, False):
+        raise wrong(where, "true or false", value)
+    return bool(value)
 
 
 def text(most: int = 2**20) -> Schema:

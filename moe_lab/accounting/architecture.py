@@ -60,7 +60,6 @@ class Architecture:
         defaults: field -> value (or function of ``Fields``) where a configuration is silent.
         top: embedding, final norm, head.
         mtp: one multi-token-prediction module.
-        prepare: rewrites a raw configuration before it is read (nested sizes, names of its own).
         overrides: layer -> its own fields, where a configuration without ``per_layer_config`` says
             in other words that layers differ.
         layers: replaces the stack of equal layers (encoder-decoder models).
@@ -70,7 +69,6 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     top: Block = field(default_factory=top)
     mtp: Callable[["Architecture", Fields, int], Pieces] = copy_of_last_layer
-    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     overrides: Callable[[Fields], Mapping[int, Mapping[str, Any]]] | None = None
     layers: Callable[[Fields], list[Layer]] | None = None
 

@@ -167,6 +167,11 @@ def flops(
     modules = len({layer for layer, piece in counted.pieces() if piece.part is Part.MTP})
     mtp = [table.pop(Part.MTP.value, 0.0) for table in tables.values()][1] + modules * head
     read, distinct = _read(counted, batch, load) if phase == "decode" else (None, None)
+    if phase == "decode" and batch > 1 and load is None and distinct:
+        assumed += (
+            f"the tokens of a batch of {batch} choose all experts equally often; measured routing is "
+            "less even and reads fewer (load=)",
+        )
     return FlopCount(
         model_type=counted.model_type,
         phase=phase,

@@ -174,7 +174,8 @@ def _table(
         lines += ["", title, *(_line(row) for row in rows)]
     if measured is not None:
         lines += ["", *_measured_lines(measured)]
-    for name, one in zip(names, counted, strict=True):
+    for name, one, phases in zip(names, counted, work, strict=True):
+        assumed = phases["decode"].assumed
         lines += [] if edited else _published_lines(name)
         lines += [f"\n{name}: {find_mini(name).left_out}"] if name in MINIS else []
         notes = (
@@ -183,9 +184,7 @@ def _table(
             else []
         )
         lines += (
-            [f"\n{name}: assumed", *(f"  {sentence}" for sentence in one.assumed)]
-            if one.assumed
-            else []
+            [f"\n{name}: assumed", *(f"  {sentence}" for sentence in assumed)] if assumed else []
         )
         lines += [f"\n{name}: {note}" for note in notes]
     return lines

@@ -104,6 +104,58 @@ def inkling(values: Values) -> Values:
     return {**values, "moe_intermediate_size": expert, "intermediate_size": dense}
 
 
+def longcat(values: Values) -> Values:
+    """``num_layers`` counts; transformers saves twice as many as ``num_hidden_layers`` beside it,
+    one for each attention block.
+    """
+    layers_field = values.get("num_layers")
+    return values if layers_field is None else {**values, "num_hidden_layers": layers_field}
+
+
+def ernie_vl(values: Values) -> Values:
+    """Lists are [of text, of vision]: text tokens see the first; the widths stay a list."""
+    names = ("moe_num_experts", "moe_k", "moe_layer_start_index", "moe_layer_end_index")
+    found = dict(values)
+    for name in (*names, "moe_layer_interval"):
+        value = values.get(name)
+        if isinstance(value, list) and len(value) == 2:
+            found[name] = value[0]
+            if name == "moe_num_experts":
+                found["moe_num_vision_experts"] = value[1]
+    return found
+
+
+_NATIVE = {
+    "hidden_size": "dim",
+    "intermediate_size": "inter_dim",
+    "moe_intermediate_size": "moe_inter_dim",
+    "num_hidden_layers": "n_layers",
+    "first_k_dense_replace": "n_dense_layers",
+    "num_attention_heads": "n_heads",
+    "num_experts_per_tok": "n_activated_experts",
+    "n_group": "n_expert_groups",
+    "topk_group": "n_limited_groups",
+    "routed_scaling_factor": "route_scale",
+    "scoring_func": "score_func",
+}
+
+
+def native_deepseek(values: Values) -> Values:
+    """The configuration that DeepSeek's own inference code reads, under Hugging Face's names.
+
+    Raises:
+        ConfigError: a model after V3.2, whose code has further fields.
+    """
+    if "model_type" in values or not {"dim", "n_activated_experts", "kv_lora_rank"} <= set(values):
+        return values
+    if newer := {"compress_ratios", "o_groups", "hc_mult"} & set(values):
+        got = f"DeepSeek's own field names with {', '.join(sorted(newer))}"
+        raise ConfigError(expected("a config.json of Hugging Face, or of DeepSeek-V3", got))
+    kind = "deepseek_v32" if "index_topk" in values else "deepseek_v3"
+    kept = {name: value for name, value in values.items() if name not in _NATIVE.values()}
+    return {"model_type": kind, "norm_topk_prob": True, **_moved(kept, values, _NATIVE)}
+
+
 def no_head_dim(values: Values) -> Values:
     """A head is hidden_size / num_attention_heads wide, whatever ``head_dim`` says."""
     return {name: value for name, value in values.items() if name != "head_dim"}
@@ -125,7 +177,7 @@ def _steps(**defaults: Any) -> HFArchitecture:
 
 
 _EVERY = HFArchitecture()
-_LONGCAT = HFArchitecture(zero_experts="zero_expert_num")
+_LONGCAT = HFArchitecture(zero_experts="zero_expert_num", prepare=longcat)
 _ERNIE = {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1}
 _NEMOTRON = {
     "layer_types": layers.nemotron_types,
@@ -168,17 +220,15 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
             "deepseek_v32",
             "glm4_moe",
             "glm4v_moe_text",
-            "kimi_k2",
         ],
         _dense(None),
     ),
-    **dict.fromkeys(["cohere2_moe", "dots1", "mellum", "mistral4", "muse_spark_text"], _dense(0)),
+    **dict.fromkeys(["cohere2_moe", "dots1", "mistral4"], _dense(0)),
     **dict.fromkeys(
         [
             "axk1",
             "axk2",
             "dots3_note_text",
-            "ernie4_5_vl_moe_text",
             "exaone_moe",
             "glm4_moe_lite",
             "hy_v3",
@@ -218,6 +268,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
     "dbrx": HFArchitecture(prepare=dbrx),
     "doge": HFArchitecture(layers.where("is_moe")),
     "ernie4_5_moe": HFArchitecture(layers.ernie, _ERNIE),
+    "ernie4_5_vl_moe_text": HFArchitecture(layers.ernie, _ERNIE, prepare=ernie_vl),
     "flint": _steps(mlp_only_layers=(0, 1)),
     "glm5_next_text": _dense(3, prepare=kimi_linear),
     "granitemoehybrid": HFArchitecture(layers.some_experts),
@@ -244,12 +295,15 @@ SAME_AS: dict[str, str] = {
     "deepseek_vl_v2": "deepseek_v2",
     "diffusion_gemma": "diffusion_gemma_text",
     "dots3_note": "dots3_note_text",
+    "ernie4_5_moe_vl": "ernie4_5_vl_moe_text",
+    "ernie4_5_vl_moe": "ernie4_5_vl_moe_text",
     "gemma4": "gemma4_text",
     "gemma4_unified": "gemma4_unified_text",
     "glm4v_moe": "glm4v_moe_text",
     "glm5_next": "glm5_next_text",
     "granite_docling": "granite_docling_text",
-    "kimi_k25": "kimi_k2",
+    "kimi_k2": "deepseek_v3",
+    "kimi_k25": "deepseek_v3",
     "llama4": "llama4_text",
     "minimax_m1": "minimax",
     "minimax_m3": "minimax_m3_vl_text",

@@ -2,15 +2,24 @@
 an object with ``to_dict``; multimodal models by their text part.
 """
 
-import json
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_lab.errors import ConfigError, expected
-from moe_lab.hf.architectures import ARCHITECTURES, SAME_AS, experts_and_slots, find, sparse
+from moe_lab.hf.architectures import (
+    ARCHITECTURES,
+    SAME_AS,
+    experts_and_slots,
+    find,
+    native_deepseek,
+    row_name,
+    sparse,
+)
 from moe_lab.hf.fields import MOST, Fields, canonical, names_of
+from moe_lab.json_input import list_of, one_of, optional, read_json_file, record, text
 
 TEXT_PARTS = (
     "text_config",
@@ -23,6 +32,11 @@ TEXT_PARTS = (
 
 An empty one means that the sizes stand beside it.
 """
+
+_NAMES = record(
+    model_type=optional(text(200)),
+    architectures=one_of(text(200), optional(list_of(text(200), 100))),
+)
 
 RECOGNISED_BY = {"moe_normalize_expert_weights": "dbrx_ffn"}
 """A field that only one model has -> its model type, for parts that state none."""
@@ -62,23 +76,29 @@ def router_sizes(config: Any) -> RouterSizes:
     return RouterSizes(experts, row.idle(view), slots, chosen, len(marks))
 
 
-def text_fields(config: Any) -> Fields:
+def text_fields(config: Any, edits: Mapping[str, Any] | None = None) -> Fields:
     """The fields of a model's text part, with the defaults of its model type.
+
+    Args:
+        edits: field -> value, in place of what the configuration says under any of its names.
 
     Raises:
         ConfigError: a configuration that cannot be read, or a ``model_type`` without a row.
     """
     values = language_model(plain(config))
-    name = model_type(values)
+    name, note = model_type(values)
     row = find(name)
     if row is None:
         raise unknown_type(name)
-    return Fields(row.prepare(values), name, row.defaults)
+    fields = Fields(edited(row.prepare(values), edits or {}), name, row.defaults)
+    if note:
+        fields.note("model_type", note)
+    return fields
 
 
-def unknown_type(name: str, *further: str) -> ConfigError:
+def unknown_type(name: str) -> ConfigError:
     """The error for a model type without a row, with the nearest names."""
-    near = get_close_matches(name, [*ARCHITECTURES, *SAME_AS, *further], n=3, cutoff=0.5)
+    near = get_close_matches(name, [*ARCHITECTURES, *SAME_AS], n=3, cutoff=0.5)
     hint = f"one of {', '.join(near)}" if near else "one that docs/accounting.md lists"
     return ConfigError(expected("a model_type with a known architecture", repr(name), hint))
 
@@ -89,28 +109,17 @@ def plain(config: Any) -> dict[str, Any]:
     Raises ``ConfigError`` for anything unreadable.
     """
     if isinstance(config, str | Path):
-        config = _read(Path(config))
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        config = read_json_file(path, "config.json", unique_keys=False)
     elif not isinstance(config, Mapping) and callable(getattr(config, "to_dict", None)):
         config = config.to_dict()
     if not isinstance(config, Mapping):
         what = "a configuration as a dictionary, a path to config.json, or an object with to_dict()"
         raise ConfigError(expected(what, type(config).__name__))
-    return {str(key): _expand(value) for key, value in config.items()}
-
-
-def _read(path: Path) -> Any:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not text"
-        raise ConfigError(
-            expected("a readable config.json", f"{file} ({why})", "its path or its folder")
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            expected(f"JSON in {file}", f"an error in line {error.lineno}: {error.msg}")
-        ) from None
+    values = native_deepseek({str(key): value for key, value in config.items()})
+    _NAMES(values, "config")
+    return {key: _expand(value) for key, value in values.items()}
 
 
 def _expand(value: Any) -> Any:
@@ -119,9 +128,10 @@ def _expand(value: Any) -> Any:
         return value
     try:
         runs = [(item, int(count)) for item, count in value["rle"]]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         runs = []
-    if sum(count for _, count in runs) != value["len"] or not value["len"] <= MOST:
+    length = value["len"]
+    if type(length) is not int or sum(count for _, count in runs) != length or length > MOST:
         what = 'a run-length encoded list {"len": n, "rle": [[value, times], ...]} of n entries'
         raise ConfigError(expected(what, repr(value)[:60]))
     return [item for item, count in runs for _ in range(count)]
@@ -153,24 +163,30 @@ def edited(values: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any
     return {**{name: value for name, value in values.items() if name not in replaced}, **edits}
 
 
-def model_type(values: Mapping[str, Any]) -> str:
-    """``model_type``, or what the class name in ``architectures`` says."""
-    given = values.get("model_type")
-    if given:
-        return str(given)
-    for class_name in values.get("architectures") or ():
-        stem = (
-            str(class_name)
-            .removesuffix("ForCausalLM")
-            .removesuffix("ForConditionalGeneration")
-            .lower()
-        )
-        for name in (*ARCHITECTURES, *SAME_AS):
-            if stem == name.replace("_", "").replace("-", ""):
-                return name
-    for field, name in RECOGNISED_BY.items():
-        if field in values:
-            return name
-    raise ConfigError(
-        expected("a field model_type in the configuration", "none", "adding it, such as qwen3_moe")
-    )
+def model_type(values: Mapping[str, Any]) -> tuple[str, str]:
+    """(model type, note): ``model_type`` where it is known, else what ``architectures`` says; the
+    note is for a configuration that says two things.
+    """
+    given, classes = values.get("model_type") or "", values.get("architectures") or ()
+    classes = [classes] if isinstance(classes, str) else list(classes)
+    by_class = next((name for name in map(_of_class, classes) if name), "")
+    if given and find(given) is not None:
+        if not by_class or row_name(by_class) == row_name(given):
+            return given, ""
+        sentence = f"model_type = {given} decides, though architectures = {classes[0]} names"
+        return given, f"{sentence} {by_class}, which may count otherwise"
+    if by_class:
+        note = f"{by_class}, by architectures = {classes[0]} (model_type = {given} is not known)"
+        return by_class, note if given else ""
+    name = given or next((name for field, name in RECOGNISED_BY.items() if field in values), "")
+    if not name:
+        what = "a field model_type in the configuration"
+        raise ConfigError(expected(what, "none", "adding it, such as qwen3_moe"))
+    return name, ""
+
+
+def _of_class(class_name: str) -> str:
+    """The model type of a class of transformers, or ""."""
+    stem = class_name.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration").lower()
+    names = (*ARCHITECTURES, *SAME_AS)
+    return next((name for name in names if stem == re.sub("[_-]", "", name)), "")

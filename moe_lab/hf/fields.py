@@ -61,6 +61,9 @@ MOST = 10_000
 must not fill the memory.
 """
 
+LARGEST = 10**10
+"""No size of a model is larger: its totals would overflow what tables hold."""
+
 _MISSING = object()
 
 Condition = tuple[str | Callable[["Fields"], Sequence[Any]], Any]
@@ -225,27 +228,22 @@ class Fields:
         value = self.find(name)
         return otherwise if value is None else value
 
-    def size(self, name: str, least: int = 1, most: int | None = None) -> int:
+    def size(self, name: str, least: int = 1, most: int = LARGEST) -> int:
         """A whole number; a list is resolved to this layer's entry."""
         return self.check_size(name, self.entry(name, self.get(name)), least, most)
 
-    def check_size(self, name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-        if type(value) is int and value >= least and (most is None or value <= most):
-            return value
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value != value // 1
-            or value < least
-        ):
+    def check_size(self, name: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or value < least:
             raise ConfigError(
                 expected(f"{name} as a whole number of at least {least}", short(value))
             )
-        if most is not None and value > most:
+        if value > most:
             raise ConfigError(expected(f"{name} of at most {most:,}", short(value)))
-        return int(value)
+        return value
 
-    def size_or(self, name: str, otherwise: int, least: int = 0, most: int | None = None) -> int:
+    def size_or(self, name: str, otherwise: int, least: int = 0, most: int = LARGEST) -> int:
         """A whole number whose absence is normal and means ``otherwise``."""
         value = self.find(name)
         return (
@@ -296,8 +294,8 @@ class Fields:
         value = self.get(name)
         if isinstance(value, str) and (match := re.match(r"\s*\d+(\.\d+)?", value)):
             return float(match.group())
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(expected(f"{name} as a number", short(value)))
+        if type(value) not in (int, float) or not abs(value) <= LARGEST:
+            raise ConfigError(expected(f"{name} as a number up to {LARGEST:,}", short(value)))
         return float(value)
 
     @property

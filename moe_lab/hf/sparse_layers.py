@@ -62,7 +62,11 @@ def some_experts(f: Fields) -> list[bool]:
 
 
 def ernie(f: Fields) -> list[bool]:
-    """``moe_layer_start_index`` to ``moe_layer_end_index``, every ``moe_layer_interval``-th."""
+    """``mlp_layer_types`` where the configuration has it; else ``moe_layer_start_index`` to
+    ``moe_layer_end_index``, every ``moe_layer_interval``-th.
+    """
+    if f.find("mlp_layer_types") is not None:
+        return leading_dense(None)(f)
     start, end = f.size("moe_layer_start_index", 0), f.size("moe_layer_end_index", -1)
     step, last = f.size("moe_layer_interval"), f.num_layers - 1 if end == -1 else end
     return [(layer + 1) % step == 0 and start <= layer <= last for layer in range(f.num_layers)]
@@ -123,17 +127,20 @@ def nemotron(f: Fields) -> list[bool]:
 
 
 def switch(f: Fields) -> list[bool]:
-    """In a stack with ``num_sparse_<stack>_layers`` sparse layers, every n-th from the second."""
+    """Every n-th layer of a stack from the second: n is ``<stack>_sparse_step``, or layers over
+    ``num_sparse_<stack>_layers`` where the configuration has no step.
+    """
 
-    def stack(layers: int, sparse: int) -> list[bool]:
-        step = layers // sparse if sparse > 0 else layers
+    def stack(name: str, layers: int) -> list[bool]:
+        if f.find(f"{name}_sparse_step") is not None:
+            step = f.size(f"{name}_sparse_step", 0)
+        else:
+            sparse = f.size(f"num_sparse_{name}_layers", 0)
+            step = layers // sparse if sparse > 0 else layers
         return [step > 0 and (layer % step == 1 or step == 1) for layer in range(layers)]
 
     decoder = f.size("num_decoder_layers", most=MOST)
-    return [
-        *stack(f.num_layers, f.size("num_sparse_encoder_layers", 0)),
-        *stack(decoder, f.size("num_sparse_decoder_layers", 0)),
-    ]
+    return [*stack("encoder", f.num_layers), *stack("decoder", decoder)]
 
 
 def nllb(f: Fields) -> list[bool]:

@@ -9,13 +9,14 @@ What is reproduced is the router module. Beam, Laguna and MiniMax-M3 multiply by
 factor after the experts, outside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_lab.errors import ConfigError, expected
 from moe_lab.hf.architectures import find, row_name
-from moe_lab.hf.configuration import language_model, model_type, plain
+from moe_lab.hf.configuration import text_fields
 from moe_lab.hf.fields import Fields
+from moe_lab.json_input import Schema, flag, number, whole
 from moe_lab.routing.config import (
     CapacityScope,
     GroupFill,
@@ -33,6 +34,9 @@ Values = dict[str, Any]
 Family = Callable[["Source"], Values]
 
 
+_REQUIRED = object()
+
+
 class Source:
     """The configuration of one layer; nothing that is missing is guessed."""
 
@@ -47,6 +51,21 @@ class Source:
         """A value whose absence is normal and means ``otherwise``."""
         return self._of_layer(name, self.fields.optional(name, otherwise))
 
+    def _read(self, name: str, otherwise: Any, schema: Schema) -> Any:
+        value = self.get(name) if otherwise is _REQUIRED else self.optional(name)
+        if value is None and otherwise is _REQUIRED:
+            raise self.fields.missing(name)
+        return otherwise if value is None else schema(value, name)
+
+    def whole(self, name: str, otherwise: Any = _REQUIRED) -> Any:
+        return self._read(name, otherwise, whole())
+
+    def number(self, name: str, otherwise: Any = _REQUIRED) -> Any:
+        return self._read(name, otherwise, number())
+
+    def flag(self, name: str, otherwise: Any = _REQUIRED) -> bool:
+        return self._read(name, otherwise, flag)
+
     def _of_layer(self, name: str, value: Any) -> Any:
         if not isinstance(value, list) or not value:
             return value
@@ -57,11 +76,18 @@ class Source:
         return self.fields.entry(name, value) if self.layer is not None else value[0]
 
 
+def _choice(source: Source, name: str, choices: Sequence[str]) -> str:
+    value = source.get(name)
+    if value not in choices:
+        raise ConfigError(expected(f"{name} among {', '.join(choices)}", repr(value)[:80]))
+    return value
+
+
 def _softmax(norm: bool | None) -> Family:
     """``norm`` None: as the configuration's flag says."""
     return lambda source: {
         "kind": "softmax_topk",
-        "norm_topk_prob": bool(source.get("norm_topk_prob")) if norm is None else norm,
+        "norm_topk_prob": source.flag("norm_topk_prob") if norm is None else norm,
     }
 
 
@@ -69,18 +95,18 @@ def _selected_softmax(bias: bool = False, mean: bool = False) -> Family:
     return lambda source: {
         "kind": "topk_softmax",
         "router_bias": bias,
-        "routed_scaling_factor": 1.0 / source.get("num_experts_per_tok") if mean else 1.0,
+        "routed_scaling_factor": 1.0 / source.whole("num_experts_per_tok") if mean else 1.0,
     }
 
 
 def _sigmoid(norm: bool | None, eps: float = 0.0, scale: bool = True, bias: bool = True) -> Family:
     def fields(source: Source) -> Values:
-        normalise = bool(source.get("norm_topk_prob")) if norm is None else norm
+        normalise = source.flag("norm_topk_prob") if norm is None else norm
         return {
             "kind": "sigmoid_topk",
             "norm_topk_prob": normalise,
             "norm_eps": eps if normalise else None,
-            "routed_scaling_factor": float(source.get("routed_scaling_factor")) if scale else 1.0,
+            "routed_scaling_factor": source.number("routed_scaling_factor") if scale else 1.0,
             "controller": ControllerConfig() if bias else None,
         }
 
@@ -89,11 +115,11 @@ def _sigmoid(norm: bool | None, eps: float = 0.0, scale: bool = True, bias: bool
 
 def _deepseek_v3(fill: GroupFill | None = None, scale: bool = True) -> Family:
     def fields(source: Source) -> Values:
-        norm = bool(source.get("norm_topk_prob"))
+        norm = source.flag("norm_topk_prob")
         return {
             "kind": "deepseek_v3",
             "norm_topk_prob": norm,
-            "routed_scaling_factor": float(source.get("routed_scaling_factor")) if scale else 1.0,
+            "routed_scaling_factor": source.number("routed_scaling_factor") if scale else 1.0,
             "controller": ControllerConfig(),
             **_groups(source, fill),
         }
@@ -103,17 +129,17 @@ def _deepseek_v3(fill: GroupFill | None = None, scale: bool = True) -> Family:
 
 def _groups(source: Source, fill: GroupFill | None = None) -> Values:
     """One group of all experts limits nothing, unless what is left out is filled with zeros."""
-    groups = source.optional("n_group", 1)
+    groups = source.whole("n_group", 1)
     if groups == 1:
         return {}
-    return {"num_groups": groups, "topk_groups": source.get("topk_group"), "group_fill": fill}
+    return {"num_groups": groups, "topk_groups": source.whole("topk_group"), "group_fill": fill}
 
 
 def _deepseek_v2(source: Source) -> Values:
     limited = source.get("topk_method") == "group_limited_greedy"
     fields = {
         "kind": "deepseek_v2",
-        "routed_scaling_factor": float(source.get("routed_scaling_factor")),
+        "routed_scaling_factor": source.number("routed_scaling_factor"),
     }
     # The release fills with zeros and weighs with the filled scores; -inf selects the same experts.
     return fields | (_groups(source) if limited else {})
@@ -121,13 +147,13 @@ def _deepseek_v2(source: Source) -> Values:
 
 def _mistral(always_norm: bool) -> Family:
     def fields(source: Source) -> Values:
-        norm = always_norm or bool(source.get("norm_topk_prob"))
+        norm = always_norm or source.flag("norm_topk_prob")
         return {
             "kind": "deepseek_v2",
             "norm_topk_prob": norm,
             "norm_eps": 1e-20 if norm else None,
-            "routed_scaling_factor": float(source.get("routed_scaling_factor")),
-            **({"group_score": GroupScore.BEST_TWO} if source.optional("n_group", 1) > 1 else {}),
+            "routed_scaling_factor": source.number("routed_scaling_factor"),
+            **({"group_score": GroupScore.BEST_TWO} if source.whole("n_group", 1) > 1 else {}),
             **_groups(source, GroupFill.ZERO),
         }
 
@@ -138,59 +164,54 @@ def _scored(source: Source) -> Values:
     """DeepSeek-V4 and Inkling 2: the score function is named in the configuration; V4's first
     layers look their experts up.
     """
-    name = source.get("scoring_func")
-    if name not in SCORING:
-        raise ConfigError(expected(f"scoring_func among {', '.join(SCORING)}", repr(name)))
+    name = _choice(source, "scoring_func", list(SCORING))
     fields: Values = {
-        "routed_scaling_factor": float(source.get("routed_scaling_factor")),
+        "routed_scaling_factor": source.number("routed_scaling_factor"),
         "norm_topk_prob": True,
         "norm_eps": 1e-20,
         "score_func": SCORING[name],
     }
     if source.layer is not None and source.optional("mlp_layer_types", None) == "hash_moe":
-        return fields | {"kind": "scored_hash", "vocab_size": source.get("vocab_size")}
+        return fields | {"kind": "scored_hash", "vocab_size": source.whole("vocab_size")}
     return fields | {"kind": "token_choice", "controller": ControllerConfig()}
 
 
 def _cohere2(source: Source) -> Values:
-    function = source.get("expert_selection_fn")
-    if function == "softmax":
+    if _choice(source, "expert_selection_fn", ["softmax", "sigmoid"]) == "softmax":
         return {"kind": "topk_softmax"}
-    if function != "sigmoid":
-        raise ConfigError(expected("expert_selection_fn softmax or sigmoid", repr(function)))
     return {
         "kind": "sigmoid_topk",
         "select_on": SelectOn.LOGITS,
-        "norm_topk_prob": bool(source.get("norm_topk_prob")),
+        "norm_topk_prob": source.flag("norm_topk_prob"),
     }
 
 
 def _dbrx(source: Source) -> Values:
-    p = source.optional("moe_normalize_expert_weights", None)
-    return {"kind": "softmax_topk"} if p is None else {"kind": "pnorm_topk", "norm_p": float(p)}
+    p = source.number("moe_normalize_expert_weights", None)
+    return {"kind": "softmax_topk"} if p is None else {"kind": "pnorm_topk", "norm_p": p}
 
 
 def _ernie(source: Source) -> Values:
     return {
         "kind": "softmax_topk",
         "norm_topk_prob": True,
-        "norm_min": float(source.get("moe_norm_min")),
+        "norm_min": source.number("moe_norm_min"),
         "controller": ControllerConfig(),
     }
 
 
 def _lfm2(source: Source) -> Values:
-    return _sigmoid(norm=None, eps=1e-6, bias=bool(source.get("use_expert_bias")))(source)
+    return _sigmoid(norm=None, eps=1e-6, bias=source.flag("use_expert_bias"))(source)
 
 
 def _laguna(source: Source) -> Values:
-    cap = float(source.optional("moe_router_logit_softcapping", 0.0))
+    cap = source.number("moe_router_logit_softcapping", 0.0)
     return _sigmoid(norm=True, scale=False)(source) | {"logit_softcap": cap if cap > 0 else None}
 
 
 def _muse_spark(source: Source) -> Values:
     return _sigmoid(norm=True, eps=1e-15)(source) | {
-        "logit_scale": float(source.get("output_multiplier"))
+        "logit_scale": source.number("output_multiplier")
     }
 
 
@@ -199,14 +220,14 @@ def _kolibri(source: Source) -> Values:
 
 
 def _gemma(source: Source) -> Values:
-    return {"kind": "gemma", "rms_norm_eps": float(source.get("rms_norm_eps"))}
+    return {"kind": "gemma", "rms_norm_eps": source.number("rms_norm_eps")}
 
 
 def _inkling(source: Source) -> Values:
     return {
         "kind": "inkling",
-        "num_shared_gates": source.get("n_shared_experts"),
-        "routed_scaling_factor": float(source.get("routed_scaling_factor")),
+        "num_shared_gates": source.whole("n_shared_experts"),
+        "routed_scaling_factor": source.number("routed_scaling_factor"),
         "controller": ControllerConfig(),
     }
 
@@ -214,7 +235,7 @@ def _inkling(source: Source) -> Values:
 def _longcat(source: Source) -> Values:
     return {
         "kind": "longcat",
-        "routed_scaling_factor": float(source.get("routed_scaling_factor")),
+        "routed_scaling_factor": source.number("routed_scaling_factor"),
         "controller": ControllerConfig(),
     }
 
@@ -222,39 +243,39 @@ def _longcat(source: Source) -> Values:
 def _phimoe(source: Source) -> Values:
     return {
         "kind": "sparsemixer",
-        "sparsemixer_eps": float(source.get("router_jitter_noise")),
-        "jitter_eps": float(source.optional("input_jitter_noise", 0.0)) or None,
+        "sparsemixer_eps": source.number("router_jitter_noise"),
+        "jitter_eps": source.number("input_jitter_noise", 0.0) or None,
     }
 
 
 def _switch(source: Source) -> Values:
     return {
         "kind": "switch",
-        "expert_capacity": source.get("expert_capacity"),
+        "expert_capacity": source.whole("expert_capacity"),
         "capacity_scope": CapacityScope.SEQUENCE,
-        "jitter_eps": float(source.get("router_jitter_noise")) or None,
-        "router_bias": bool(source.optional("router_bias", False)),
+        "jitter_eps": source.number("router_jitter_noise") or None,
+        "router_bias": source.flag("router_bias", False),
     }
 
 
 def _nllb(source: Source) -> Values:
-    fraction = float(source.get("moe_eval_capacity_token_fraction"))
+    fraction = source.number("moe_eval_capacity_token_fraction")
     return {
         "kind": "gshard_top2",
-        "expert_capacity": source.optional("expert_capacity", None),
+        "expert_capacity": source.whole("expert_capacity", None),
         "eval_capacity_fraction": fraction if fraction > 0 else None,
-        "batch_prioritized": bool(source.get("batch_prioritized_routing")),
-        "norm_before_drop": bool(source.get("normalize_router_prob_before_dropping")),
-        "second_expert_policy": SecondPolicy(source.get("second_expert_policy")),
-        "router_bias": bool(source.optional("router_bias", False)),
+        "batch_prioritized": source.flag("batch_prioritized_routing"),
+        "norm_before_drop": source.flag("normalize_router_prob_before_dropping"),
+        "second_expert_policy": _choice(source, "second_expert_policy", list(SecondPolicy)),
+        "router_bias": source.flag("router_bias", False),
     }
 
 
 def _zaya(source: Source) -> Values:
     return {
         "kind": "zaya",
-        "d_router": source.get("router_hidden_size"),
-        "rms_norm_eps": float(source.get("rms_norm_eps")),
+        "d_router": source.whole("router_hidden_size"),
+        "rms_norm_eps": source.number("rms_norm_eps"),
         "controller": ControllerConfig(),
     }
 
@@ -317,7 +338,6 @@ FAMILIES: dict[str, Family] = {
         "glm5_next_text",
         "glm_moe_dsa",
         "hy_v4",
-        "kimi_k2",
         "kimi_linear",
         "mimo_v2_flash",
         "nemotron_h",
@@ -351,18 +371,15 @@ FAMILIES: dict[str, Family] = {
 
 def router_config(config: Any, layer: int | None = None) -> RouterConfig:
     """See ``RouterConfig.from_hf``."""
-    values = language_model(plain(config))
-    name = model_type(values)
-    row, family = find(name), FAMILIES.get(row_name(name))
+    fields = text_fields(config)
+    row, family = find(fields.family), FAMILIES.get(row_name(fields.family))
     if row is None or family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise ConfigError(
-            expected(f"a model_type among {known}", repr(name), "building a RouterConfig by hand")
-        )
-    source = Source(Fields(row.prepare(values), name, row.defaults), layer)
+        what = f"a model_type among {', '.join(sorted(FAMILIES))}"
+        raise ConfigError(expected(what, repr(fields.family), "building a RouterConfig by hand"))
+    source = Source(fields, layer)
     sizes = {
-        "num_experts": source.get("num_experts"),
-        "top_k": row.top_k or source.get("num_experts_per_tok"),
+        "num_experts": source.whole("num_experts"),
+        "top_k": row.top_k or source.whole("num_experts_per_tok"),
         "num_zero_experts": row.idle(source.fields),
     }
     return RouterConfig(**sizes | family(source))

@@ -170,7 +170,6 @@ def test_every_architecture_is_met_by_a_test_model_or_is_not_of_transformers() -
     elsewhere = {
         "longcat_flash_ngram",
         "longcat2",
-        "kimi_k2",
         "bailing_moe",
         "hunyuan",
     }

@@ -44,7 +44,7 @@ ONE_GROUP = {"n_group": 1, "num_expert_group": 1, "topk_group": 1, "n_shared_exp
 
 def compare(config: Any) -> str:
     """Check one configuration; returns the row of its model type."""
-    name = row_name(model_type(language_model(plain(config))))
+    name = row_name(model_type(language_model(plain(config)))[0])
     counted = count(config)
     if not counted.moe_layers:
         with pytest.raises(ConfigError, match="sparse layers"):

@@ -68,8 +68,7 @@ def test_a_multimodal_configuration_leads_to_its_text_model():
 def test_an_unknown_model_type_is_refused_by_name():
     with pytest.raises(
         ConfigError,
-        match=r"expected a model_type among afmoe, .*, got 'bert'; try building a "
-        r"RouterConfig by hand",
+        match=r"expected a model_type .* got 'bert'",
     ):
         RouterConfig.from_hf({"model_type": "bert"})
 

@@ -30,6 +30,12 @@ from moe_lab.hf.fields import Fields
 
 BASE = {"tie_word_embeddings": False, "attention_bias": False}
 
+
+def v2_attention(f: Fields) -> Pieces:
+    """Latent attention, or with ``use_mla`` false (DeepSeek-OCR) plain attention."""
+    return (mla() if f.truth("use_mla", True) else gqa(bias="attention_bias"))(f)
+
+
 deepseek_v3 = Architecture(
     blocks=(
         mla(),
@@ -40,14 +46,14 @@ deepseek_v3 = Architecture(
 )
 deepseek_v2 = deepseek_v3.variant(
     blocks=(
-        mla(),
+        v2_attention,
         choose(
             moe(extra=(shared(bias="mlp_bias", even_none=True),)),
             dense(bias="mlp_bias"),
         ),
         norms(2),
     ),
-    defaults={"mlp_bias": False},
+    defaults={"mlp_bias": False, "num_key_value_heads": layer_types.kv_is_heads},
 )
 deepseek_v32 = deepseek_v3.variant(
     blocks=(mla(index=indexer), *deepseek_v3.blocks[1:]),
@@ -348,7 +354,6 @@ hy_v4 = deepseek_v32.variant(
 ROWS = {
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
-    "kimi_k2": deepseek_v3,
     "deepseek_v32": deepseek_v32,
     "deepseek_v4": deepseek_v4,
     "deepseek_ocr2_text": deepseek_ocr2,

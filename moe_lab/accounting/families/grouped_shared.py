@@ -108,12 +108,16 @@ def ernie_vl_moe(f: Fields) -> Pieces:
     text, vision = sizes
     d, (experts, run) = width(f), used(f)
     pieces: Pieces = ()
-    for kind, size, runs in (("text", text, run), ("vision", vision, ExpertsRun(0, 0, 0))):
+    others = f.size_or("moe_num_vision_experts", experts)
+    for kind, copies, size, runs in (
+        ("text", experts, text, run),
+        ("vision", others, vision, ExpertsRun(0, 0, 0)),
+    ):
         router = (
-            linear(Part.ROUTER, f"{kind}_router", d, experts),
-            vector(Part.ROUTER, f"{kind}_score_bias", experts),
+            linear(Part.ROUTER, f"{kind}_router", d, copies),
+            vector(Part.ROUTER, f"{kind}_score_bias", copies),
         )
-        pieces += (*router, *times(formulas.gated_ffn(Part.ROUTED, d, size), experts, runs))
+        pieces += (*router, *times(formulas.gated_ffn(Part.ROUTED, d, size), copies, runs))
     channels = text * f.size("n_shared_experts", 0)
     return (
         *pieces,

@@ -50,6 +50,12 @@ def real_experts(f: Fields) -> tuple[int, int, ExpertsRun]:
 
 def zero_moe(f: Fields) -> Pieces:
     real, zero, run = real_experts(f)
+    if "num_layers" not in f.values:
+        f.note(
+            "num_hidden_layers",
+            f"{f.num_layers} layers by num_hidden_layers (no num_layers; transformers saves twice as "
+            "many there)",
+        )
     d, size = width(f), f.size("moe_intermediate_size")
     router = linear(Part.ROUTER, "router", d, real + zero, f.truth("router_bias"))
     experts = times(formulas.gated_ffn(Part.ROUTED, d, size), real, run)
