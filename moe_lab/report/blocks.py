@@ -77,6 +77,25 @@ class Block:
     legend: tuple[Legend, ...] = ()
 
 
+def one_plot(
+    name: str,
+    caption: str,
+    summary: str,
+    variants: Sequence[Variant] | Canvas,
+    data: pl.DataFrame,
+    table: Table | None = None,
+) -> Block:
+    """A block with one plot, of several variants or one canvas; its table is ``data`` by default."""
+    if isinstance(variants, Canvas):
+        variants = (Variant("", variants),)
+    return Block(name, caption, (Plot(summary, tuple(variants)),), data, table or table_of(data))
+
+
+def scrolling_width(experts: int) -> int:
+    """The least width in pixels of a map with a column per expert; 0 where it fits any page."""
+    return 2 * experts + 80 if experts > 128 else 0
+
+
 def table_of(frame: pl.DataFrame, digits: int = 3) -> Table:
     """A frame as texts, cut at ``MAX_TABLE_ROWS``: floats with ``digits`` decimals, integers with
     thousands.
@@ -99,13 +118,13 @@ def representatives(traces: Sequence[NamedTrace]) -> list[NamedTrace]:
     first: dict[str, NamedTrace] = {}
     for named in traces:
         first.setdefault(named.group, named)
-    return sorted(first.values(), key=_zero_then_large)
-
-
-def _zero_then_large(named: NamedTrace) -> tuple[int, int]:
-    layers = named.trace.meta.layers
-    return -max(layer.num_zero_experts for layer in layers), -max(
-        layer.num_experts for layer in layers
+    return sorted(
+        first.values(),
+        key=lambda named: (
+            max(layer.num_zero_experts for layer in named.trace.meta.layers),
+            max(layer.num_experts for layer in named.trace.meta.layers),
+        ),
+        reverse=True,
     )
 
 

@@ -150,7 +150,7 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
     difficulty = difficulty_section(compute.first, frames)
     evidence = wall.blocks if wall else ()
     hard = difficulty.blocks if difficulty else ()
-    experts_blocks = [block for _, block in experts.blocks]
+    experts_blocks = [block for _, block in experts]
     blocks: list[Block] = [
         block
         for block in (frontier, *evidence, load, *compute.blocks, *experts_blocks, *hard, training)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import polars as pl
 
 from moe_lab.errors import RunError, expected
+from moe_lab.report.canvas import evenly
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run, read_runs
 from moe_lab.runs.layout import CONFIG, METRICS, PLAN, TRACE_META
 from moe_lab.runs.record import group_name, number
@@ -75,6 +76,24 @@ class NamedTrace:
     def group(self) -> str:
         """What the seeds of one arm and ratio share; a bare trace is alone."""
         return self.run.group if self.run else self.label
+
+    @property
+    def width(self) -> int:
+        """The most experts that a layer chooses from, zero-compute ones included."""
+        return max(layer.num_choices for layer in self.trace.meta.layers)
+
+    @property
+    def layers(self) -> list[int]:
+        """The traced layers, rising."""
+        return sorted(layer.layer for layer in self.trace.meta.layers)
+
+    def even_layers(self, most: int) -> list[int]:
+        """At most ``most`` of them, evenly spaced."""
+        return [self.layers[index] for index in evenly(len(self.layers), most)]
+
+    def labelled(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """``frame`` with the label in front, as column run."""
+        return frame.select(pl.lit(self.label).alias("run"), pl.all())
 
 
 @dataclass(frozen=True)
