@@ -5,8 +5,8 @@ With hundreds of experts a map of pairs is binned: neighbours in the order of th
 the id) share a cell, whose value is the sum of their counts over the sum of what was expected.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.report.canvas import Canvas, drawn, need
+from moe_lab.report.canvas import Canvas, drawn, evenly, need
 
 BINS = 128
 """Most rows and columns of a map of pairs."""
@@ -37,12 +37,10 @@ def domain_specialisation(frame: pl.DataFrame, *, domain: object = None) -> Canv
     wanted = frame["domain"][0] if domain is None else domain
     rows = frame.filter(pl.col("domain") == wanted)
     if not rows.height:
-        raise AnalysisError(
-            expected(f"a domain among {frame['domain'].unique().sort().to_list()}", repr(domain))
-        )
-    return _layer_map(
-        rows, rows["specialisation"] / rows["at_random"], "domain's share ÷ overall share"
-    )
+        domains = frame["domain"].unique().sort().to_list()
+        raise AnalysisError(expected(f"a domain among {domains}", repr(domain)))
+    ratio = rows["specialisation"] / rows["at_random"]
+    return _layer_map(rows, ratio, "domain's share ÷ overall share")
 
 
 @drawn
@@ -80,12 +78,15 @@ def coactivation(
     experts = int(rows["expert_b"].max()) + 1  # type: ignore[arg-type]
     place = np.arange(experts)
     if order is not None:
-        own = order.filter(pl.col("layer") == wanted)
-        place[own["expert"].to_numpy()] = own["place"].to_numpy()
-    sums = [_square(rows, name, place, experts) for name in ("count", "expected")]
+        places = order.filter(pl.col("layer") == wanted)
+        place[places["expert"].to_numpy()] = places["place"].to_numpy()
+    sums = np.zeros((2, experts, experts))
+    pairs = place[rows["expert_a"].to_numpy()], place[rows["expert_b"].to_numpy()]
+    for table, name in zip(sums, ("count", "expected"), strict=True):
+        table[pairs] = rows[name].to_numpy()
     names = np.argsort(place)
-    count, even = (table + table.T for table in sums)
-    return _pair_map(count, even, names, names, bins, "expert", "expert")
+    count, even = sums + sums.transpose(0, 2, 1)
+    return _pair_map(count, even, (names, names), bins, ("expert", "expert"))
 
 
 @drawn
@@ -104,9 +105,7 @@ def transitions(
     """
     need(frame, "from_layer", "to_layer", "expert_from", "expert_to", "count", "expected")
     first, second = layers or frame.select("from_layer", "to_layer").row(0)
-    rows = frame.filter((pl.col("from_layer") == first) & (pl.col("to_layer") == second)).sort(
-        "expert_from", "expert_to"
-    )
+    rows = frame.filter(from_layer=first, to_layer=second).sort("expert_from", "expert_to")
     need(rows, "from_layer")
     shape = int(rows["expert_from"].max()) + 1, int(rows["expert_to"].max()) + 1  # type: ignore[arg-type]
     count, even = (
@@ -114,83 +113,75 @@ def transitions(
     )
     lift = np.divide(count, even, out=np.zeros(shape), where=even > 0)
     order = np.argsort(lift.argmax(axis=0), kind="stable")
-    return _pair_map(
-        count[:, order],
-        even[:, order],
-        np.arange(shape[0]),
-        order,
-        bins,
-        f"layer {second}",
-        f"layer {first}",
-    )
-
-
-def _square(
-    rows: pl.DataFrame, column: str, place: NDArray[np.int64], experts: int
-) -> NDArray[np.float64]:
-    table = np.zeros((experts, experts))
-    table[place[rows["expert_a"].to_numpy()], place[rows["expert_b"].to_numpy()]] = rows[
-        column
-    ].to_numpy()
-    return table
+    experts, titles = (np.arange(shape[0]), order), (f"layer {first}", f"layer {second}")
+    return _pair_map(count[:, order], even[:, order], experts, bins, titles)
 
 
 def _pair_map(
     count: NDArray,
     even: NDArray,
-    rows: NDArray,
-    columns: NDArray,
+    experts: tuple[NDArray, NDArray],
     bins: int,
-    x_title: str,
-    y_title: str,
+    titles: tuple[str, str],
 ) -> Canvas:
-    """A map of count / even; ``rows`` and ``columns`` are the experts in drawn order."""
-    edges = [
-        np.unique(np.linspace(0, size, min(size, bins) + 1).round().astype(int))
-        for size in count.shape
-    ]
+    """A map of count / even; ``experts`` and ``titles`` are those of rows and columns, the experts
+    in drawn order.
+    """
+    edges = [evenly(size + 1, bins + 1) for size in count.shape]
     count, even = (
         np.add.reduceat(np.add.reduceat(table, edges[0][:-1], 0), edges[1][:-1], 1)
         for table in (count, even)
     )
     lift = np.divide(count, even, out=np.full(count.shape, np.nan), where=even > 0)
-    names = [_names(order, edge) for order, edge in zip((rows, columns), edges, strict=True)]
-    binned = max(len(rows), len(columns)) > bins
-    made = _map(
-        lift, names[1], names[0], "from %{y} to %{x}: %{customdata:.2f} \u00d7 even<extra></extra>"
+    rows, columns = map(_names, experts, edges)
+    hover = "from %{y} to %{x}: %{customdata:.2f} \u00d7 even<extra></extra>"
+    binned = ", neighbours binned" if max(map(len, experts)) > bins else ""
+    return (
+        _map(lift, columns, rows, hover)
+        .update_xaxes(title_text=f"{titles[1]}{binned}", showticklabels=len(columns) <= 32)
+        .update_yaxes(title_text=titles[0], showticklabels=len(rows) <= 32)
+        .update_layout(height=560)
     )
-    made.update_xaxes(
-        title_text=f"{x_title}{', neighbours binned' if binned else ''}",
-        showticklabels=len(names[1]) <= 32,
-    )
-    made.update_yaxes(title_text=y_title, showticklabels=len(names[0]) <= 32)
-    return made.update_layout(height=560)
 
 
-def _names(order: NDArray, edges: NDArray) -> list[str]:
+def _names(order: NDArray, edges: list[int]) -> list[str]:
     """What each cell is called: its expert, or the first of its experts and how many more."""
-    sizes = np.diff(edges)
     return [
-        str(order[start]) + (f" +{size - 1}" if size > 1 else "")
-        for start, size in zip(edges[:-1], sizes, strict=True)
+        str(order[start]) + (f" +{end - start - 1}" if end - start > 1 else "")
+        for start, end in pairwise(edges)
     ]
 
 
 def _layer_map(rows: pl.DataFrame, ratio: pl.Series, title: str) -> Canvas:
-    layers = rows["layer"].unique().sort()
-    table = np.full((layers.len(), int(rows["expert"].max()) + 1), np.nan)  # type: ignore[arg-type]
-    places = {layer: index for index, layer in enumerate(layers)}
-    table[[places[layer] for layer in rows["layer"]], rows["expert"].to_numpy()] = ratio.to_numpy()
+    layers = rows["layer"].unique().sort().to_list()
+    table = layer_table(rows, ratio, layers)
     hover = "layer %{y}, expert %{x}: %{customdata:.2f} \u00d7<extra></extra>"
-    made = _map(table, list(range(table.shape[1])), [str(layer) for layer in layers], hover, title)
-    ticks = np.unique(
-        np.linspace(0, layers.len() - 1, min(layers.len(), 24)).round().astype(int)
-    ).tolist()
-    made.update_yaxes(
-        type="category", tickvals=[str(layers[row]) for row in ticks], title_text="layer"
-    )
-    made.update_xaxes(title_text="expert")
-    return made.update_layout(height=190 + int(np.clip(layers.len() * 26, 90, 760)))
+    made = _map(table, list(range(table.shape[1])), list(map(str, layers)), hover, title)
+    return layer_axis(made, layers).update_xaxes(title_text="expert")
+
+
+def layer_table(
+    rows: pl.DataFrame, values: pl.Series, layers: list[int], first: int = 0
+) -> NDArray:
+    """[layers, experts] of ``values``, one for each row; NaN where an expert has no row.
+
+    Args:
+        rows: columns layer and expert.
+        layers: the layer of each row of the table.
+        first: the expert of its first column.
+    """
+    experts = rows["expert"].to_numpy().astype(np.int64) - first
+    table = np.full((len(layers), experts.max() + 1), np.nan)
+    table[[layers.index(layer) for layer in rows["layer"]], experts] = values.to_numpy()
+    return table
+
+
+def layer_axis(figure: Canvas, layers: list[int]) -> Canvas:
+    """The height of a map with a row per layer, and at most 24 ticks beside them."""
+    ticks = [str(layers[row]) for row in evenly(len(layers), 24)]
+    figure.update_yaxes(type="category", autorange="reversed", tickvals=ticks, showgrid=False)
+    figure.update_yaxes(title_text="layer", panel=1)
+    return figure.update_layout(height=190 + int(np.clip(len(layers) * 26, 90, 760)))
 
 
 def _map(
@@ -198,37 +189,35 @@ def _map(
 ) -> Canvas:
     with np.errstate(divide="ignore", invalid="ignore"):
         shade = np.clip(np.log2(ratio), -REACH - 1, REACH + 1).astype(np.float32)
-    made = Canvas()
-    gap = 1 if ratio.size <= 2000 else 0
-    made.add_heatmap(
-        z=shade,
-        customdata=ratio.astype(np.float32),
-        x=x,
-        y=y,
-        coloraxis="coloraxis",
-        hovertemplate=hover,
-        xgap=gap,
-        ygap=gap,
+    values = {"z": shade, "customdata": ratio.astype(np.float32), "x": x, "y": y}
+    return (
+        Canvas()
+        .add_heatmap(**values, **cell_gaps(ratio), coloraxis="coloraxis", hovertemplate=hover)
+        .update_xaxes(showgrid=False, type="category" if isinstance(x[0], str) else None)
+        .update_yaxes(showgrid=False, autorange="reversed", type="category")
+        .update_layout(coloraxis=log2_scale(REACH, range(-REACH, REACH + 1), title, 300))
     )
-    ticks = list(range(-REACH, REACH + 1))
+
+
+def cell_gaps(table: NDArray) -> dict[str, int]:
+    """A pixel between the cells of a map that is not large."""
+    return dict.fromkeys(("xgap", "ygap"), 1 if table.size <= 2000 else 0)
+
+
+def log2_scale(reach: int, ticks: Iterable[int], title: str, length: int) -> dict[str, Any]:
+    """The colour axis of a ratio in log2, with its bar above the map.
+
+    Args:
+        reach: the power of two at both ends.
+        ticks: powers of two that are labelled.
+        title: above the bar.
+        length: of the bar, in pixels.
+    """
     bar = {
         "title": {"text": title, "side": "top"},
-        "tickvals": ticks,
-        "ticktext": [_times(tick) for tick in ticks],
+        "tickvals": list(ticks),
+        "ticktext": [f"{2**tick}\u00d7" if tick >= 0 else f"1/{2**-tick}" for tick in ticks],
+        **{"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"},
+        **{"len": length, "lenmode": "pixels"},
     }
-    bar |= {
-        "orientation": "h",
-        "y": 1.0,
-        "yanchor": "bottom",
-        "x": 0,
-        "xanchor": "left",
-        "len": 300,
-        "lenmode": "pixels",
-    }
-    made.update_xaxes(showgrid=False, type="category" if isinstance(x[0], str) else None)
-    made.update_yaxes(showgrid=False, autorange="reversed", type="category")
-    return made.update_layout(coloraxis={"cmin": -REACH, "cmax": REACH, "colorbar": bar})
-
-
-def _times(power: int) -> str:
-    return f"{2**power}\u00d7" if power >= 0 else f"1/{2**-power}"
+    return {"cmin": -reach, "cmax": reach, "colorbar": bar}

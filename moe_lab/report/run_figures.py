@@ -1,15 +1,12 @@
 """Figures of the records of runs: loss against ratio, and training curves."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from moe_lab.report.canvas import Canvas, drawn, need, plain
+from moe_lab.report.canvas import Canvas, drawn, evenly, need, plain
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
 MAX_POINTS = 400
@@ -37,21 +34,20 @@ def frontier(
 
         means = seed_intervals(frame, level=level)
     for index, arm in enumerate(arms(frame)):
-        style = {"color": SERIES[index % len(SERIES)], "symbol": SYMBOLS[index % len(SYMBOLS)]}
+        colour, symbol = SERIES[index % len(SERIES)], SYMBOLS[index % len(SYMBOLS)]
+        marker = {"color": colour, "symbol": symbol}
+        line = {"color": colour, "width": 1.5, "dash": DASHES[index % len(DASHES)]}
         runs = frame.filter(pl.col("arm") == arm).sort("ratio", "seed")
         points = means.filter(pl.col("arm") == arm).sort("ratio")
         if runs["ratio"].null_count() == runs.height:
-            figure.add_hline(
-                y=points["mean"][0],
-                line={"color": style["color"], "dash": "dash", "width": 1.5},
-                annotation_text=plain(arm),
-            )
+            line["dash"] = "dash"
+            figure.add_hline(y=points["mean"][0], line=line, annotation_text=plain(arm))
             continue
         figure.add_scatter(
             x=runs["ratio"].to_list(),
             y=runs["loss"].to_list(),
             mode="markers",
-            marker={"color": style["color"], "symbol": style["symbol"], "size": 6, "opacity": 0.55},
+            marker=marker | {"size": 6, "opacity": 0.55},
             customdata=runs["seed"].to_list(),
             hovertemplate="ratio %{x:.4~g}, seed %{customdata}<br>loss %{y:.4f} nats/token",
             name=plain(arm),
@@ -63,27 +59,21 @@ def frontier(
             x=points["ratio"].to_list(),
             y=points["mean"].to_list(),
             mode="lines+markers",
-            marker={**style, "size": 9},
-            line={"color": style["color"], "width": 1.5, "dash": DASHES[index % len(DASHES)]},
-            error_y={
-                "type": "data",
-                "array": bars,
-                "thickness": 1.5,
-                "width": 5,
-                "color": style["color"],
-            },
+            marker=marker | {"size": 9},
+            line=line,
+            error_y={"type": "data", "array": bars, "thickness": 1.5, "width": 5, "color": colour},
             customdata=points.select("n", "lo", "hi").rows(),
-            hovertemplate="ratio %{x:.4~g}, %{customdata[0]} seeds<br>mean %{y:.4f}<br>%{customdata[1]:.4f} to %{customdata[2]:.4f}",
+            hovertemplate="ratio %{x:.4~g}, %{customdata[0]} seeds<br>mean %{y:.4f}<br>"
+            "%{customdata[1]:.4f} to %{customdata[2]:.4f}",
             name=plain(arm),
             legendgroup=arm,
         )
     ticks = _powers_of_two(frame["ratio"].drop_nulls())
-    labels = [f"{tick:g}" for tick in ticks]
     figure.update_xaxes(
         type="log",
         tickmode="array",
         tickvals=ticks,
-        ticktext=labels,
+        ticktext=[f"{tick:g}" for tick in ticks],
         title_text="total : active experts (log scale)",
     )
     figure.update_yaxes(title_text="validation loss, nats/token")
@@ -111,20 +101,16 @@ def training_curves(
     """
     need(frame, "run", "group", "tokens", metric)
     figure = Canvas()
-    groups = {
-        group: index for index, group in enumerate(frame["group"].unique(maintain_order=True))
-    }
-    for (group, run), rows in frame.drop_nulls(metric).group_by(
-        "group", "run", maintain_order=True
-    ):
-        index = groups[str(group)]
+    groups = frame["group"].unique(maintain_order=True).to_list()
+    logged = frame.drop_nulls(metric).group_by("group", "run", maintain_order=True)
+    for (group, run), rows in logged:
         tokens, values = rows["tokens"].to_numpy(), rows[metric].to_numpy()
         shown = np.argsort(tokens, kind="stable")[evenly(rows.height, points)]
         figure.add_scatter(
             x=tokens[shown].astype(np.float32),
             y=values[shown].astype(np.float32),
             mode="lines",
-            line=line_style(index),
+            line=line_style(groups.index(group)),
             name=plain(run),
             hovertemplate="%{x:.3s} tokens: %{y:.4g}",
             showlegend=False,
@@ -149,24 +135,10 @@ def arms(frame: pl.DataFrame) -> list[str]:
     """The arms of a run table, the one with most ratios first: it is the series that a verdict is
     about.
     """
-    counts = (
-        frame.group_by("arm", maintain_order=True)
-        .agg(pl.col("ratio").n_unique().alias("n"))
-        .sort("n", descending=True, maintain_order=True)
-    )
-    return counts["arm"].to_list()
-
-
-def evenly(count: int, points: int) -> NDArray[np.int64]:
-    """At most ``points`` evenly spaced numbers below ``count``, the first and the last among them."""
-    return np.linspace(0, count - 1, min(count, points)).round().astype(np.int64)
+    counts = frame.group_by("arm", maintain_order=True).agg(n=pl.col("ratio").n_unique())
+    return counts.sort("n", descending=True, maintain_order=True)["arm"].to_list()
 
 
 def _powers_of_two(ratios: pl.Series) -> list[float]:
-    values = [float(value) for value in ratios if value > 0]
-    low, high = (
-        (math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))))
-        if values
-        else (0, 1)
-    )
-    return [2.0**power for power in range(low, high + 1)]
+    powers = [math.log2(ratio) for ratio in ratios if ratio > 0] or [0, 1]
+    return [2.0**power for power in range(math.floor(min(powers)), math.ceil(max(powers)) + 1)]

@@ -1,12 +1,10 @@
 """The figures made from the records of runs: the frontier of losses, and the training curves."""
 
-from __future__ import annotations
-
 import polars as pl
 
 from moe_lab.number_format import count_of, listing
 from moe_lab.report import figures
-from moe_lab.report.blocks import Block, Legend, Plot, Variant, table_of
+from moe_lab.report.blocks import Block, Legend, Plot, Variant, one_plot, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.run_figures import MAX_POINTS, arms, line_style
 from moe_lab.report.sources import Material, training_metrics
@@ -30,10 +28,8 @@ def frontier_block(material: Material, frames: Frames) -> Block | None:
     """Loss against ratio, from the finished runs that have a loss; None without any."""
     from moe_lab.scaling import TUNING, seed_intervals
 
-    runs = material.table.drop_nulls("loss")
-    runs = runs.filter(
-        pl.col("arm").ne_missing(TUNING)
-    )  # a mean over learning rates is no point of a frontier
+    # A mean over learning rates is no point of a frontier.
+    runs = material.table.drop_nulls("loss").filter(pl.col("arm").ne_missing(TUNING))
     if not runs.height:
         return None
     means = seed_intervals(runs)
@@ -46,79 +42,60 @@ def frontier_block(material: Material, frames: Frames) -> Block | None:
         if ends.height > 1 and ends["ratio"].null_count() == 0
         else f"{names[0]} has {low['mean']:.4f} nats per token."
     )
-    meanings = listing(runs["ratio_meaning"].drop_nulls().unique(maintain_order=True).to_list())
-    caption = f"n = {count_of(runs.height, 'run')}. Small marks are single runs, large ones means over seeds; {_intervals(means['n'].to_list())}."
-    if meanings:
-        caption += f" The ratio is: {meanings}."
-    data = runs.select(
-        "label",
-        "arm",
-        "ratio",
-        "ratio_meaning",
-        "seed",
-        "loss",
-        "total_params",
-        "active_params",
-        "train_tokens",
+    caption = (
+        f"n = {count_of(runs.height, 'run')}. Small marks are single runs, large ones means over "
+        f"seeds; {_intervals(means['n'].to_list())}."
     )
-    plot = Plot(summary, (Variant("", figures.frontier.canvas(runs, means=means)),))
-    return Block("frontier", caption, (plot,), data, table_of(means, 4))
+    if meanings := runs["ratio_meaning"].drop_nulls().unique(maintain_order=True).to_list():
+        caption += f" The ratio is: {listing(meanings)}."
+    columns = "label arm ratio ratio_meaning seed loss total_params active_params train_tokens"
+    data = runs.select(columns.split())
+    canvas = figures.frontier.canvas(runs, means=means)
+    return one_plot("frontier", caption, summary, canvas, data, table_of(means, 4))
 
 
 def training_block(material: Material, frames: Frames) -> Block | None:
     """Small multiples of the training metrics of all finished runs; None where none logged any."""
     finished = material.finished
-    step = -(-len(finished) // MAX_CURVES)
-    metrics = frames(training_metrics, finished[:: step or 1])
-    names = [
-        name for name in CURVES if name in metrics.columns and metrics[name].drop_nulls().len()
-    ]
+    step = -(-len(finished) // MAX_CURVES) or 1
+    metrics = frames(training_metrics, finished[::step])
+    names = [name for name in CURVES if name in metrics and metrics[name].drop_nulls().len()]
     if not names:
         return None
-    final = metrics.group_by("run", maintain_order=True).agg(
-        pl.col("tokens").last(), pl.col(names).last()
-    )
+    final = metrics.group_by("run", maintain_order=True).agg(pl.col("tokens", *names).last())
     runs = count_of(final.height, "run")
     points = min(MAX_POINTS, max(FEWEST_POINTS, POINT_BUDGET // (final.height * len(names))))
     plots = []
     for name in names:
         ends = final[name].drop_nulls()
-        summary = f"{CURVES[name]} over training tokens, {runs}, ending between {ends.min():.4g} and {ends.max():.4g}."
-        log = name == "grad_norm" and bool((metrics[name].drop_nulls() > 0).all())
-        plots.append(
-            Plot(
-                summary,
-                (
-                    Variant(
-                        "",
-                        figures.training_curves.canvas(
-                            metrics, name, title=CURVES[name], log=log, points=points
-                        ),
-                    ),
-                ),
-            )
+        summary = (
+            f"{CURVES[name]} over training tokens, {runs}, ending between {ends.min():.4g} and "
+            f"{ends.max():.4g}."
         )
-    styles = {
-        group: line_style(index)
-        for index, group in enumerate(metrics["group"].unique(maintain_order=True))
-    }
+        log = name == "grad_norm" and bool((metrics[name].drop_nulls() > 0).all())
+        canvas = figures.training_curves.canvas(
+            metrics, name, title=CURVES[name], log=log, points=points
+        )
+        plots.append(Plot(summary, (Variant("", canvas),)))
     caption = (
         f"n = {runs}; one line is one run: logged steps as they were, no smoothing and no "
         f"interval, at most {points} points drawn. Load and counts are means over layers; MaxVio "
         "is the largest load over the mean, less 1. Seeds of one arm and ratio share a colour."
     )
     if step > 1:
-        caption += f" Drawn, to keep the page small, is one run in {step} of {len(finished)}, evenly spaced over arms, ratios and seeds."
-    legend = tuple(
-        Legend(group, str(style["color"]), str(style["dash"])) for group, style in styles.items()
-    )
+        caption += (
+            f" Drawn, to keep the page small, is one run in {step} of {len(finished)}, evenly "
+            "spaced over arms, ratios and seeds."
+        )
+    styles = enumerate(metrics["group"].unique(maintain_order=True))
+    legend = [(group, line_style(index)) for index, group in styles]
     return Block(
         "training_curves",
         caption,
         tuple(plots),
         metrics.select("run", "group", "tokens", *names),
         table_of(final),
-        legend,
+        tuple(Legend(group, style["color"], style["dash"]) for group, style in legend),
     )
 
 
@@ -126,8 +103,10 @@ def _intervals(counts: list[int]) -> str:
     """What the bars of the frontier mean, given the number of seeds of each of its points."""
     low, high = min(counts), max(counts)
     if high == 1:
-        return "each point is one seed, so there is no interval, and a difference between points may be noise"
+        return (
+            "each point is one seed, so there is no interval, and a difference between points may "
+            "be noise"
+        )
     number = f"n = {low} each" if low == high else f"n = {low} to {high}"
-    return f"bars are 95 % Student t-intervals over the seeds of a point ({number})" + (
-        ", none where n = 1" if low == 1 else ""
-    )
+    missing = ", none where n = 1" if low == 1 else ""
+    return f"bars are 95 % Student t-intervals over the seeds of a point ({number}){missing}"
