@@ -35,7 +35,7 @@ from moe_lab.versions import provenance
 HERE = Path(__file__).parent / "verdict_rates"
 DOCS = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- verdict rates -->", "<!-- end of verdict rates -->"
-SETTINGS, SWEEPS, BLOCK = 400, 60, 40
+SETTINGS, SWEEPS, BLOCK = 350, 60, 40
 FINE = 1 / 64
 TYPICAL = Design(tuple(2.0**e for e in range(9)), 3, 1e7, 1e9)
 TYPICAL_NOISE = 0.006
@@ -214,10 +214,13 @@ def rates(table: pl.DataFrame) -> pl.DataFrame:
         answered=pl.col("below margin") + pl.col("wall")
     )
     ends = ("hard wall", "exponential fade", "power fade", "broken law")
-    for name, column in (("last gain", "last"), ("average", "average")):
-        part = power.filter(pl.col("truth").is_in(ends), pl.col(column) <= 0.6)
-        question = f'"below margin" or "wall", {name} at or below .6 margins'
-        add(question, "1-256, .006 x 3", ">= .85", part, "answered")
+    falling = power.filter(pl.col("truth").is_in(ends))
+    for name, chosen in (
+        ("average at or below .6 margins", pl.col("average") <= 0.6),
+        ("last gain at or below .6, average below 1", (pl.col("last") <= 0.6) & ~wrong_below),
+    ):
+        question = f'"below margin" or "wall", {name}'
+        add(question, "1-256, .006 x 3", ">= .85", falling.filter(chosen), "answered")
     for kind, question, target, column in (
         ("lines of 1.5 margins", '"no wall"', ">= .85", "no wall"),
         ("lines at the margin", '"below margin"', "<= .06", "below margin"),
