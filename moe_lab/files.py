@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,6 +55,24 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def private_folder(folder: Path) -> Path:
+    """``folder`` itself, made for this user alone. Raises ``RunError`` if it is another user's, a
+    link, or open to others: its name can be guessed, so its content would be anyone's.
+    """
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise StorageError(cannot_write(folder, error)) from error
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        got = f"mode {stat.filemode(status.st_mode)} of user {status.st_uid}"
+        hint = "removing it, or another TMPDIR"
+        raise RunError(expected(f"a folder of this user alone at {folder}", got, hint))
+    return folder
 
 
 def remove_temporaries(folder: Path, pattern: str = _ANY_TEMPORARY) -> None:

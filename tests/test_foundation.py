@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import moe_lab
 from moe_lab.config import Config
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.files import atomic_path, content_hash, write_text
+from moe_lab.files import atomic_path, content_hash, private_folder, write_text
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
 
@@ -142,6 +142,18 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
         with pytest.raises(RunError, match="cannot write"):
             write_text(tmp_path / "new", "text")
+
+
+def test_a_private_folder_is_of_this_user_alone(tmp_path: Path) -> None:
+    folder = private_folder(tmp_path / "scratch")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert private_folder(folder) == folder
+    folder.chmod(0o755)
+    with pytest.raises(RunError, match="expected a folder of this user alone"):
+        private_folder(folder)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(RunError, match="expected a folder of this user alone"):
+        private_folder(tmp_path / "link")
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -26,10 +26,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 
 class FailureKind(StrEnum):
     """RUN: the run itself fails, and stays failed until ``retry_failed``. STORAGE: a disk or store
-    did not do its part; the run is continued like an interrupted one.
+    did not do its part; the run is continued like an interrupted one. CHECKPOINT: what the run
+    would resume from is damaged; ``retry_failed`` sets it aside and begins the run again.
     """
 
     RUN = "run"
+    CHECKPOINT = "checkpoint"
     STORAGE = "storage"
 
 

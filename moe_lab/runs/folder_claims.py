@@ -14,6 +14,7 @@ clock: those of two machines are never compared.
 
 import json
 import os
+import re
 import threading
 import time
 import uuid
@@ -22,22 +23,19 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_lab.errors import StorageError
+from moe_lab.errors import RunError, StorageError, expected
 from moe_lab.files import cannot_write
 from moe_lab.runs.owners import Owner, living, owner_of_this_process
 
 PREFIX = ".claim-"
+_CLAIM = re.compile(re.escape(PREFIX) + "([0-9]{1,18})")
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
 """A claim of another host that was not touched for this long has lost its owner."""
 
 
 def _numbers(names: Iterable[str]) -> list[int]:
-    return [
-        int(name[len(PREFIX) :])
-        for name in names
-        if name.startswith(PREFIX) and name[len(PREFIX) :].isdigit()
-    ]
+    return [int(match[1]) for name in names if (match := _CLAIM.fullmatch(name))]
 
 
 def claimed(names: Iterable[str]) -> bool:
@@ -58,15 +56,16 @@ def _living_owner(path: Path) -> str | None:
     try:
         touched = path.stat().st_mtime
         text = path.read_text()
-    except FileNotFoundError:
+    except (OSError, UnicodeDecodeError):  # gone meanwhile, or no claim of ours
         return None
+    # The clock that dated the claim may have been wrong: one dated in the future is no newer.
+    age = abs(_now(path.parent) - touched)
     try:
         owner = Owner(**json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         # Empty: given back, or created this very moment and not yet written.
-        starting = touched > 0 and _now(path.parent) - touched < HEARTBEAT_SECONDS
-        return "a process that is just starting" if starting else None
-    return living(owner, lambda: _now(path.parent) - touched < SILENT_SECONDS)
+        return "a process that is just starting" if age < HEARTBEAT_SECONDS else None
+    return living(owner, lambda: age < SILENT_SECONDS)
 
 
 def _now(folder: Path) -> float:
@@ -124,7 +123,8 @@ class Claim:
         self._released.set()
         if forget:
             for number in _numbers(os.listdir(self.path.parent)):
-                (self.path.parent / f"{PREFIX}{number}").unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self.path.parent / f"{PREFIX}{number}").unlink()
         else:
             _give_back(self.path)
 
@@ -142,6 +142,8 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
     ``on_lost`` is called from a thread if another host took the claim over because this process
     stayed silent for too long.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(expected(f"a folder at {folder}", "a file", "removing it"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         numbers = _numbers(os.listdir(folder))
@@ -162,8 +164,9 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
             mine.unlink(missing_ok=True)
             return None
         for older in everyone:
-            if older < number:
-                (folder / f"{PREFIX}{older}").unlink(missing_ok=True)
+            with suppress(OSError):  # an older claim that stays does no harm
+                if older < number:
+                    (folder / f"{PREFIX}{older}").unlink()
     except FileExistsError:
         return None
     except OSError as error:

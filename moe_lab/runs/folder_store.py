@@ -5,10 +5,11 @@ folder knows it.
 """
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moe_lab.errors import RunError, expected
 from moe_lab.files import write_json, write_text
 from moe_lab.runs.failures import Failure, read_failure, write_failure
 from moe_lab.runs.folder_claims import Claim, acquire, holder
-from moe_lab.runs.layout import DONE, PLAN, STATUS, RunState
+from moe_lab.runs.layout import CHECKPOINT, DAMAGED_CHECKPOINT, DONE, PLAN, STATUS, RunState
 from moe_lab.runs.plan import SCHEMA_VERSION, PlannedSweep, check_plan, plan_entry
 from moe_lab.runs.record import Progress, RunRecord, read_object, read_run, state_of
 
@@ -58,6 +59,10 @@ class RunStore:
             with claim:
                 if not (self.path(run) / DONE).exists():
                     write_failure(self.path(run), failure)
+
+    def set_checkpoint_aside(self, run: str) -> None:
+        with suppress(FileNotFoundError):
+            os.replace(self.path(run) / CHECKPOINT, self.path(run) / DAMAGED_CHECKPOINT)
 
     def plan(self) -> dict[str, Any]:
         path = self.folder / PLAN

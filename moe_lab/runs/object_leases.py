@@ -39,7 +39,7 @@ def living_owner(bucket: Bucket, name: str) -> str | None:
 
     def renewed() -> bool:
         age = bucket.age(name)
-        return age is not None and age < SILENT_SECONDS
+        return age is not None and abs(age) < SILENT_SECONDS
 
     return living(owner, renewed)
 

@@ -24,6 +24,7 @@ from moe_lab.runs import failures
 from moe_lab.runs.bucket import Bucket
 from moe_lab.runs.failures import Failure
 from moe_lab.runs.layout import (
+    CHECKPOINT,
     CONFIG,
     DONE,
     ERROR,
@@ -102,6 +103,9 @@ class ObjectStore:
     def record_failure(self, run: str, failure: Failure) -> None:
         if self.state(run) not in (RunState.FINISHED, RunState.RUNNING, RunState.FAILED):
             write_failure(self.bucket, run, failure)
+
+    def set_checkpoint_aside(self, run: str) -> None:
+        self.bucket.delete([f"{FILES}/{run}/{CHECKPOINT}"])
 
     def records(self, runs: Sequence[str]) -> Iterator[RunRecord]:
         names = self._names()

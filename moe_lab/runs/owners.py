@@ -21,6 +21,12 @@ class Owner:
     missing.
     """
 
+    def __post_init__(self) -> None:
+        """Raises ``TypeError`` for values that no claim of ours has."""
+        started = self.started is None or isinstance(self.started, int)
+        if not (isinstance(self.host, str) and isinstance(self.pid, int) and started):
+            raise TypeError(f"expected host, pid and start time, got {self.host!r:.100}")
+
 
 @cache
 def this_host() -> str:

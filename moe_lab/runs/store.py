@@ -48,6 +48,10 @@ class Store(Protocol):
         """Record the failure of a run whose worker died, unless another worker has taken it up."""
         ...
 
+    def set_checkpoint_aside(self, run: str) -> None:
+        """Let ``run`` begin again although it left a checkpoint, which is damaged."""
+        ...
+
     def check_writable(self) -> None:
         """Raise ``RunError`` if the store takes no file of 64 KiB."""
         ...

@@ -117,7 +117,7 @@ def run(
     store = open_store(out)
     store.check_writable()
     if trainer == TRAIN:
-        _tokenize(sweep)
+        _check_runnable(sweep, launcher)
     store.add(sweep)
     jobs = _jobs(sweep, store)
     driver = _Driver(store, jobs, admission)
@@ -133,14 +133,23 @@ def run(
     return driver.outcome(time.monotonic() - began)
 
 
-def _tokenize(sweep: SweepConfig) -> None:
-    """Fill the token cache before any worker wants it: unfit text is one error for the sweep, and
-    no two workers learn one tokenizer.
+def _check_runnable(sweep: SweepConfig, launcher: str) -> None:
+    """Refuse, before the first run, what would fail in every worker: unfit text, a device that is
+    not here, a tracker that is not installed. Fills the token cache, so that no two workers learn
+    one tokenizer.
     """
     from moe_lab.text import load_tokens
+    from moe_lab.training import check_device, check_text
+    from moe_lab.training.tracking import chosen
 
-    for text in dict.fromkeys(run.text for run in sweep.runs):
-        load_tokens(text)
+    if launcher == "local":  # a cluster's nodes have other devices than its driver
+        for device in dict.fromkeys(run.device for run in sweep.runs):
+            check_device(device)
+    chosen(())
+    runs = {(run.text, run.model.vocab_size, run.seq_length): run for run in sweep.runs}
+    tokens = {text: load_tokens(text) for text in dict.fromkeys(run.text for run in sweep.runs)}
+    for run in runs.values():
+        check_text(run, tokens[run.text])
 
 
 def _pool(
@@ -207,9 +216,11 @@ class _Driver:
             failure = self.store.failure(run) if state is RunState.FAILED else Failure()
             if state is RunState.FINISHED:
                 self.finished.append(run)
-            elif failure.reason and not retry_failed and failure.kind is FailureKind.RUN:
+            elif failure.reason and not retry_failed and failure.kind is not FailureKind.STORAGE:
                 self.failed[run] = failure.reason
             else:
+                if failure.kind is FailureKind.CHECKPOINT:
+                    self.store.set_checkpoint_aside(run)
                 self.queue.append(self.jobs[run])
                 if state is not RunState.PENDING:
                     left[run] = 1 - _share_kept(self.jobs[run], self.store.progress(run))

@@ -5,7 +5,7 @@ from moe_lab.training.config import RATIO_MEANING, Dtype, OptimizerConfig, RunCo
 from moe_lab.training.evaluate import Evaluation, evaluate
 from moe_lab.training.ranks import Parallel, RankError
 from moe_lab.training.record import LoadedRun, load_run
-from moe_lab.training.run import RunResult, keep_freed_memory, train
+from moe_lab.training.run import RunResult, check_device, check_text, keep_freed_memory, train
 from moe_lab.training.tracking import Logger
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "RankError",
     "RunConfig",
     "RunResult",
+    "check_device",
+    "check_text",
     "evaluate",
     "excerpts_of",
     "keep_freed_memory",

@@ -29,6 +29,7 @@ from moe_lab.routing import Routing
 from moe_lab.runs.layout import (
     CHECKPOINT,
     CONFIG,
+    DAMAGED_CHECKPOINT,
     DONE,
     METRICS,
     METRICS_LOG,
@@ -116,13 +117,7 @@ def train(
         if ranks.size > 1:  # one rank fills the cache, the others read it
             ranks.from_first(lambda: load_tokens(config.text, cache_dir).tokenizer.vocab_size)
         text = load_tokens(config.text, cache_dir)
-        if text.tokenizer.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                expected(
-                    f"model.vocab_size equal to the tokenizer's {text.tokenizer.vocab_size}",
-                    config.model.vocab_size,
-                )
-            )
+        check_text(config, text)
         return _Run(config, folder, text, device, ranks, on_step, mirrors).finish()
 
 
@@ -239,7 +234,8 @@ class _Run:
         write_json(self.folder / RESULT, record)
         self._write_status("finished")
         write_text(self.folder / DONE, seal(self.folder))
-        self._checkpoint.unlink(missing_ok=True)
+        for checkpoint in (self._checkpoint, self.folder / DAMAGED_CHECKPOINT):
+            checkpoint.unlink(missing_ok=True)
         forget(self.config, self.folder)
         return record
 
@@ -482,6 +478,28 @@ def _parse(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def check_text(config: RunConfig, text: TokenizedText) -> None:
+    """Raise ``ConfigError`` or ``CorpusError`` if ``config`` cannot be trained on ``text``."""
+    vocab_size = text.tokenizer.vocab_size
+    if vocab_size != config.model.vocab_size:
+        what = f"model.vocab_size equal to the tokenizer's {vocab_size}"
+        raise ConfigError(expected(what, config.model.vocab_size))
+    Batches(text.train, config.batch_size, config.seq_length, config.seed)
+
+
+def check_device(name: str) -> None:
+    """Raise ``ConfigError`` if torch has no device ``name``; makes no CUDA context."""
+    if not name.startswith("cuda"):
+        _device(name)
+        return
+    devices = torch.cuda.device_count()
+    index = name.removeprefix("cuda").removeprefix(":") or "0"
+    if not index.isdecimal() or int(index) >= devices:
+        raise ConfigError(
+            expected("a device that torch can use", f"{name!r}, {devices} CUDA devices", "cpu")
+        )
 
 
 def _device(name: str) -> torch.device:

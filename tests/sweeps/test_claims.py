@@ -97,6 +97,45 @@ def test_an_empty_claim_belongs_to_someone_just_starting_or_to_nobody(
     assert (acquire(tmp_path) is None) is alive
 
 
+@pytest.mark.parametrize("owner", [None, Owner("elsewhere/0/0", 1, 1)])
+def test_a_claim_dated_in_the_future_holds_nothing(tmp_path: Path, owner: Owner | None):
+    write_claim(tmp_path, owner, age=-3600)
+    assert holder(tmp_path) is None
+    assert acquire(tmp_path) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "5",
+        '{"host": 5, "pid": 1, "started": 1}',
+        '{"host": "h", "pid": "x", "started": 1}',
+        "\xff",
+    ],
+)
+def test_a_claim_that_is_none_of_ours_holds_nothing(tmp_path: Path, text: str):
+    (tmp_path / ".claim-1").write_bytes(text.encode("latin-1"))
+    os.utime(tmp_path / ".claim-1", (1000, 1000))
+    assert holder(tmp_path) is None
+    assert acquire(tmp_path) is not None
+
+
+def test_odd_names_and_a_folder_are_no_claims(tmp_path: Path):
+    for name in (".claim-\u00b2", ".claim-", ".claim-x", ".claim-1"):
+        (tmp_path / name).mkdir()
+    assert holder(tmp_path) is None
+    assert acquire(tmp_path) is not None
+
+
+def test_a_file_where_the_folder_should_be_is_one_line(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(
+        RunError, match=r"^expected a folder at .*run, got a file; try removing it$"
+    ):
+        acquire(tmp_path / "run")
+
+
 def test_a_holder_keeps_its_claim_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(folder_claims, "HEARTBEAT_SECONDS", 0.01)
     claim = acquire(tmp_path)

@@ -127,6 +127,26 @@ def test_the_kind_of_a_failure_is_no_matter_of_its_words(tmp_path: Path):
     assert [failed.run for failed in go(tmp_path, victim).failed] == [victim.hash()]
 
 
+def test_a_damaged_checkpoint_is_set_aside_when_its_run_is_tried_again(tmp_path: Path):
+    victim = StubRun()
+    folder = tmp_path / victim.hash()
+    write_failure(folder, Failure("it is damaged", FailureKind.CHECKPOINT))
+    (folder / "checkpoint.safetensors").write_bytes(b"damaged")
+    assert not go(tmp_path, victim).complete
+    assert (folder / "checkpoint.safetensors").exists()
+    assert go(tmp_path, victim, retry_failed=True).complete
+    assert (folder / "checkpoint.damaged").read_bytes() == b"damaged"
+
+
+def test_a_file_in_place_of_a_run_folder_fails_that_run_alone(tmp_path: Path):
+    blocked, good = StubRun(name="blocked"), StubRun(name="good", seed=1)
+    (tmp_path / blocked.hash()).write_text("")
+    outcome = go(tmp_path, blocked, good)
+    assert [failed.name for failed in outcome.failed] == ["blocked"]
+    assert outcome.failed[0].reason.startswith("expected a folder at ")
+    assert outcome.finished == (good.hash(),)
+
+
 def test_a_worker_that_dies_loses_only_time(tmp_path: Path):
     runs = (StubRun(name="killed", trouble="killed once"), StubRun(name="calm", seed=1))
     assert go(tmp_path, *runs).complete

@@ -12,9 +12,13 @@ import torch
 from safetensors import safe_open
 from test_run import config_of, corpus, losses  # noqa: F401  (corpus is a fixture)
 
-from moe_lab.errors import CheckpointError, RunError, StorageError
+from moe_lab.errors import CheckpointError, ConfigError, RunError, StorageError
 from moe_lab.runs import RunState, read_run
+from moe_lab.runs.failures import FailureKind
 from moe_lab.scaling import read_runs as read_results
+from moe_lab.sweeps import SweepConfig
+from moe_lab.sweeps import run as run_sweep
+from moe_lab.sweeps.launchers.worker import failure_of
 from moe_lab.training import RunConfig, load_run, train
 from moe_lab.training import run as run_module
 from moe_lab.training.checkpoint import load_tensors, save_tensors
@@ -159,3 +163,35 @@ def test_a_run_that_continues_under_another_version_says_so(
     assert f"torch {now['torch']} -> 9.9" in capfd.readouterr().err
     assert "continued" not in train(config, tmp_path / "other", cache_dir=tmp_path).record
     assert pl.read_parquet(folder / "metrics.parquet").height == config.steps
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: data[:-9] + b"x" * 9])
+def test_a_damaged_checkpoint_is_a_failure_of_its_own_kind(
+    config: RunConfig, tmp_path: Path, damage
+) -> None:
+    folder = tmp_path / "run"
+    interrupted(config, folder, tmp_path)
+    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    with pytest.raises(CheckpointError) as raised:
+        train(config, folder, cache_dir=tmp_path)
+    assert failure_of(raised.value, folder).kind is FailureKind.CHECKPOINT
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_first_run(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    sweep = SweepConfig("s", "q", (config.replace(device="cuda:99"),))
+    with pytest.raises(ConfigError, match="expected a device that torch can use, got 'cuda:99'"):
+        run_sweep(sweep, tmp_path / "out", progress=False)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+
+
+def test_a_vocabulary_that_fits_no_run_is_refused_before_the_first(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
+    wrong = config.replace(model=config.model.replace(vocab_size=300))
+    with pytest.raises(ConfigError, match="expected model.vocab_size equal to the tokenizer's"):
+        run_sweep(SweepConfig("s", "q", (wrong,)), tmp_path / "out", progress=False)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import BusyError, RunError
-from moe_lab.files import below
+from moe_lab.files import below, private_folder
 from moe_lab.runs.bucket import Bucket
 from moe_lab.runs.failures import Failure
 from moe_lab.runs.layout import DONE, ERROR, FAILURE, LOG
 from moe_lab.runs.object_leases import take
 from moe_lab.runs.object_store import FILES, LEASE, STATE, STATE_FILES, scratch_name, write_failure
+from moe_lab.runs.plan import check_run_name
 from moe_lab.runs.store import Store
 from moe_lab.sweeps.launchers.protocol import Ending, Job, Launcher, Result
 from moe_lab.sweeps.launchers.trainer import NOT_DONE, load_trainer
@@ -85,7 +86,8 @@ def train(values: dict[str, Any], folder: Path) -> None:
     lease = take(bucket, f"{STATE}/{run}/{LEASE}", on_lost=lambda: os._exit(1))
     if lease is None:
         raise BusyError("another worker holds the lease of this run")
-    scratch = Path(tempfile.gettempdir()) / scratch_name(values["url"]) / run
+    shared = private_folder(Path(tempfile.gettempdir()) / scratch_name(values["url"]))
+    scratch = below(shared, check_run_name(run, "a job"), "a job")
     with lease:
         if bucket.read(f"{STATE}/{run}/{DONE}") is None:
             copies = _Copies(bucket, run, scratch, folder / LOG)

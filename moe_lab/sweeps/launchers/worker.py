@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_lab.errors import BusyError, MoELabError, RunError, StorageError
+from moe_lab.errors import BusyError, CheckpointError, MoELabError, RunError, StorageError
 from moe_lab.files import cannot_write, remove_temporaries
 from moe_lab.runs.failures import Failure, FailureKind, write_failure
 from moe_lab.runs.folder_claims import acquire
@@ -53,8 +53,9 @@ def execute(trainer: Trainer, job: Job) -> Ending:
     """
     try:
         claim = acquire(job.folder, on_lost=_abandon)
-    except StorageError as error:
-        return Ending(job.run, Result.FAILED, str(error), FailureKind.STORAGE)
+    except RunError as error:
+        failure = failure_of(error, job.folder)
+        return Ending(job.run, Result.FAILED, failure.reason, failure.kind)
     if claim is None:
         return Ending(job.run, Result.BUSY)
     with claim:
@@ -102,9 +103,12 @@ def _abandon() -> None:
 
 def failure_of(error: BaseException, folder: Path) -> Failure:
     """What an exception says of a run in ``folder``."""
-    full = isinstance(error, OSError) and error.errno in STORAGE_ERRORS
-    is_storage = full or isinstance(error, StorageError)
-    return Failure(_one_line(error, folder), FailureKind.STORAGE if is_storage else FailureKind.RUN)
+    kind = FailureKind.RUN
+    if isinstance(error, StorageError) or getattr(error, "errno", None) in STORAGE_ERRORS:
+        kind = FailureKind.STORAGE
+    elif isinstance(error, CheckpointError):
+        kind = FailureKind.CHECKPOINT
+    return Failure(_one_line(error, folder), kind)
 
 
 def _one_line(error: BaseException, folder: Path) -> str:
