@@ -192,6 +192,6 @@ def test_a_vocabulary_that_fits_no_run_is_refused_before_the_first(
 ) -> None:
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
     wrong = config.replace(model=config.model.replace(vocab_size=300))
-    with pytest.raises(ConfigError, match="expected model.vocab_size equal to the tokenizer's"):
+    with pytest.raises(ConfigError, match=r"expected model\.vocab_size equal to the tokenizer's"):
         run_sweep(SweepConfig("s", "q", (wrong,)), tmp_path / "out", progress=False)
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
