@@ -5,7 +5,7 @@ Same active budget: every run aims at two of 16 experts per token, on the same b
 cannot are in ``LEFT_OUT`` with the reason. Coefficients and rates are each paper's where this size
 allows them. ``gap`` is the loss less that of the plain top-k on the same seeds, with its 95 % t
 interval: one that holds 0 ranks nothing, and neither does a router that missed the budget
-(``on_budget`` false).
+(``on_budget`` false). ``sees_later_tokens`` 1: the loss is not that of a causal model.
 
     moe-lab sweep run experiments/router_shootout.py --preset cpu --out runs/router_shootout
     python experiments/router_shootout.py runs/router_shootout
@@ -177,6 +177,7 @@ def table(folder: Path) -> pl.DataFrame:
         step_ms = 1e3 * last["tokens"] / last["step"] / record["tokens_per_second"]
         rows.append(
             {name: record[name] for name in names}
+            | {"sees_later_tokens": float(record.get("sees_later_tokens", False))}
             | {"router_entropy": metrics["router_entropy"].mean(), "step_ms": step_ms}
         )
     frame = pl.DataFrame(rows, infer_schema_length=None)

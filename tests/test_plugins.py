@@ -88,6 +88,7 @@ def test_a_run_has_the_router_the_controller_and_the_loss_by_name(run: Path) -> 
     assert layer.router.temperature.shape == (1,)
     assert 1 <= record["mean_ffn_count"] <= 2
     assert record["active_params_min"] < record["active_params"]
+    assert record["sees_later_tokens"] is False
 
 
 def test_the_loss_and_the_controller_act(run: Path, plugin: Path) -> None:

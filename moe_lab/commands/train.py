@@ -102,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     import torch
 
+    from moe_lab.routing.facts import LATER_TOKENS
     from moe_lab.training import RankError, keep_freed_memory, train
 
     torch.set_num_threads(1)
@@ -129,6 +130,8 @@ def main(args: argparse.Namespace) -> int:
         loss = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
         print(f"validation loss {loss}, {record['eval_tokens']:,} tokens")
         print(f"{record['total_params']:,} parameters, {record['active_params']:,.0f} active")
+        if record.get("sees_later_tokens"):
+            print(f"note: {LATER_TOKENS}")
         print(f"run: {result.folder}")
     return 0
 

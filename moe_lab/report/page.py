@@ -31,7 +31,7 @@ from moe_lab.report.experts_section import experts_section
 from moe_lab.report.frames import Frames
 from moe_lab.report.load_section import load_block
 from moe_lab.report.provenance_section import provenance
-from moe_lab.report.run_tables import failed_runs, results_table, unfinished_table
+from moe_lab.report.run_tables import failed_runs, later_token_note, results_table, unfinished_table
 from moe_lab.report.runs_section import frontier_block, training_block
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.text_section import ColouredText, coloured_text
@@ -177,6 +177,7 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
         "coloured": coloured,
         "difficulty": difficulty,
         "training": training,
+        "later_tokens": later_token_note(material.finished),
         "provenance": provenance(material, command),
         "data": data,
     }

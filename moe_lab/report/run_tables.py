@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_lab.number_format import NOTHING, decimal, magnitude
+from moe_lab.errors import MoELabError
+from moe_lab.number_format import NOTHING, decimal, listing, magnitude
 from moe_lab.report.blocks import MAX_TABLE_ROWS, Table
 from moe_lab.report.sources import Material, RunState
+from moe_lab.routing.config import RouterConfig
+from moe_lab.routing.facts import LATER_TOKENS
+from moe_lab.runs import RunRecord
 
 MAX_FAILURES = 20
 
@@ -57,6 +62,28 @@ def results_table(material: Material) -> Table:
     return Table(
         header, tuple(rows), (False, *[True] * (len(header) - 1)), frame.height - len(rows)
     )
+
+
+def sees_later_tokens(run: RunRecord) -> bool:
+    """Whether the run's router does in evaluation: by its result, or its configuration where the
+    result is from before it was recorded.
+    """
+    recorded = run.result.get("sees_later_tokens")
+    if isinstance(recorded, bool):
+        return recorded
+    try:
+        values = run.config["model"]["moe"]["router"]
+        return RouterConfig.from_dict(values).sees_later_tokens
+    except (KeyError, TypeError, MoELabError):
+        return False
+
+
+def later_token_note(runs: Sequence[RunRecord]) -> str:
+    """The sentence that belongs beside the losses of these runs; "" where there is nothing to say."""
+    arms = dict.fromkeys(
+        str(run.result.get("arm") or run.name) for run in runs if sees_later_tokens(run)
+    )
+    return f"{listing(list(arms))}: {LATER_TOKENS}." if arms else ""
 
 
 def unfinished_table(material: Material) -> Table | None:

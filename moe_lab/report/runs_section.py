@@ -7,6 +7,7 @@ from moe_lab.report import figures
 from moe_lab.report.blocks import Block, Legend, Plot, Variant, one_plot, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.run_figures import MAX_POINTS, arms, line_style
+from moe_lab.report.run_tables import later_token_note
 from moe_lab.report.sources import Material, training_metrics
 
 CURVES = {
@@ -48,6 +49,8 @@ def frontier_block(material: Material, frames: Frames) -> Block | None:
     )
     if meanings := runs["ratio_meaning"].drop_nulls().unique(maintain_order=True).to_list():
         caption += f" The ratio is: {listing(meanings)}."
+    if note := later_token_note(material.finished):
+        caption += f" {note}"
     columns = "label arm ratio ratio_meaning seed loss total_params active_params train_tokens"
     data = runs.select(columns.split())
     canvas = figures.frontier.canvas(runs, means=means)

@@ -101,6 +101,12 @@ class RouterFacts:
     hf_ignored: frozenset[str] = frozenset()
 
 
+LATER_TOKENS = (
+    "later tokens of a text change how earlier ones are routed, which no model can do while it "
+    "generates: its validation loss is not that of a causal model"
+)
+"""What is said wherever the validation loss of a router that ``sees_later_tokens`` is shown."""
+
 FACTS: dict[str, RouterFacts] = {}
 """``RouterConfig.kind`` -> its facts: the rows of ``kinds.py`` and those of plugins."""
 

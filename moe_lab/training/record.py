@@ -65,7 +65,7 @@ def run_record(
 
     Parameters and FLOPs come from the configuration, routing figures from the trace in ``folder``.
     """
-    parameters = count(config.model)
+    parameters, moe = count(config.model), config.model.moe
     tail = metrics.tail(max(1, len(metrics) // 10))
     record: dict[str, Any] = {
         "run": config.hash(),
@@ -91,6 +91,7 @@ def run_record(
         "eval_documents": evaluation.num_documents,
         "loss": evaluation.loss,
         "bits_per_byte": evaluation.bits_per_byte,
+        "sees_later_tokens": moe is not None and moe.router.sees_later_tokens,
         "train_loss": float(tail["loss"].to_numpy().mean()),
         "seconds": seconds,
         "tokens_per_second": float(metrics["tokens_per_second"].to_numpy().mean()),
