@@ -46,14 +46,14 @@ def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Difficulty
     """
     if varying is None or "token_id" not in varying.trace.tokens.collect_schema():
         return None
-    from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS, study_verdict
+    from moe_lab.analysis.difficulty.difficulty_verdict import MIN_EFFECTIVE, study_verdict
 
     tables = frames(_tables, varying)
     if tables is None:
         return None
     association = tables["association"]
     verdict, sentence = study_verdict(association)
-    enough = int(association["n_docs"].max() or 0) >= MIN_DOCUMENTS  # type: ignore[call-overload]
+    enough = int(association["n_docs"].max() or 0) >= MIN_EFFECTIVE  # type: ignore[call-overload]
     blocks = [_map_block(association)]
     if tables["curves"].height:
         blocks.append(_curve_block(tables["curves"]))

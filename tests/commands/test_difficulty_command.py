@@ -84,7 +84,7 @@ def test_a_run_gets_every_table_and_a_sentence(studied):
     }  # fmt: skip
     verdict = json.loads((studied / "verdict.json").read_text())
     assert verdict["verdict"] == "inconclusive"
-    assert "12 documents; at least 200 are needed to resample" in verdict["sentence"]
+    assert "effective documents of 12; at least 30 are needed" in verdict["sentence"]
 
 
 def test_only_documents_that_the_run_never_saw_are_judged(studied):
@@ -96,7 +96,7 @@ def test_only_documents_that_the_run_never_saw_are_judged(studied):
 def test_the_report_says_why_it_draws_nothing(studied, tmp_path):
     page = write_report(studied.parent, tmp_path / "page.html").read_text()
     assert "Does compute follow difficulty?" in page
-    assert "at least 200 are needed" in page
+    assert "at least 30 are needed" in page
     assert 'id="figure-difficulty_map"' not in page
     assert "would save" in page
 

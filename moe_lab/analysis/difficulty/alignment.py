@@ -79,6 +79,7 @@ class Aligned:
 
     Attributes:
         rows: [n] places of the compute in ``LayerTokens``.
+        judged: [n] places of the token whose difficulty it is.
         doc: [n] document as a code from 0 without gaps; ``starts``: [D] where each begins.
         difficulty: [n] finite.
         token_ids: ids that a lookup could go by: [n] the token's own, and for ``target`` also the
@@ -91,6 +92,7 @@ class Aligned:
 
     align: Align
     rows: Ints
+    judged: Ints
     doc: Ints
     starts: Ints
     difficulty: Floats
@@ -256,7 +258,7 @@ def align(tokens: LayerTokens, how: Align, include_first: bool = False) -> Align
     )
     lexer = None if tokens.lexer is None else tokens.lexer[judged]
     return Aligned(
-        how, rows, doc, starts, tokens.difficulty[judged], token_ids, strata, lexer, missing
+        how, rows, judged, doc, starts, tokens.difficulty[judged], token_ids, strata, lexer, missing
     )
 
 

@@ -24,7 +24,14 @@ from moe_lab.analysis.difficulty.alignment import (
     align,
     layers_of,
 )
-from moe_lab.analysis.difficulty.difficulty_verdict import MARGIN, MIN_DOCUMENTS, Evidence, judge
+from moe_lab.analysis.difficulty.context import Gates
+from moe_lab.analysis.difficulty.difficulty_verdict import (
+    GATES,
+    MARGIN,
+    MIN_DOCUMENTS,
+    Evidence,
+    judge,
+)
 from moe_lab.analysis.difficulty.intervals import (
     MISSING,
     Bootstrap,
@@ -84,7 +91,8 @@ def difficulty_association(
         strata: class columns of ``rho_strata``; without any, frequency band x position.
         pool_below: compare ids seen less often than this within their stratum, not with themselves.
             By default every id is compared with itself alone, and an id seen once says nothing.
-        min_documents: fewer documents than this are not judged.
+        min_documents: with fewer effective documents than this, wider intervals decide (95 %
+            instead of 90 %), and fewer than 30 of them (or than this) are not judged.
         min_document_tokens: shorter documents are left out (unless they hold more than half of all
             tokens).
         include_first: also use position 0 of each document, which often is an attention sink.
@@ -101,7 +109,12 @@ def difficulty_association(
         theirs, the naive interval of ``rho_token`` that takes tokens for independent, ``somers_d``
         and ``xi`` of compute on difficulty, ``identity_share`` and ``frequency_share`` (variance of
         compute explained by token ids, and the part of that which their frequency explains),
-        ``n_alone`` (tokens whose id occurs once) and ``n_missing`` (without a difficulty).
+        ``rho_previous_token``, ``rho_position``, ``rho_copied_suffix`` and ``rho_other_token`` (what
+        is left where each of these is held fixed beside the id; null where ``rho_token`` is not
+        beyond the margin), ``rho_bend`` (of compute with the squared rank of difficulty within
+        ids), ``compute_percent`` (compute of the hardest tenth within ids over the easiest),
+        ``n_effective`` (documents of equal length that would weigh as much, repeated ones counted
+        once), ``n_alone`` (tokens whose id occurs once) and ``n_missing`` (without a difficulty).
 
     Raises:
         AnalysisError: columns are missing or a (doc, pos) comes twice in a layer.
@@ -114,10 +127,11 @@ def difficulty_association(
     for tokens, pairing in pairings(
         frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first
     ):
-        documents = pairing.aligned.num_documents
+        clusters = pairing.gates.clusters
+        documents = pairing.aligned.num_documents if clusters is None else int(clusters.max()) + 1
         if documents not in drawn:
             drawn = {documents: Bootstrap(documents, resamples, seed, level)}
-        measured.append(measure(tokens, pairing, drawn[documents]))
+        measured.append(measure(tokens, pairing, drawn[documents], margin))
     qs = false_discovery(np.array([one.evidence.token.p for one in measured]))
     rows = [one.row(float(q), margin, min_documents) for one, q in zip(measured, qs, strict=True)]
     result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS).with_columns(
@@ -134,6 +148,7 @@ class Measured:
     aligned: Aligned
     evidence: Evidence
     strata: Interval = MISSING
+    compute_percent: float = float("nan")
     identity_share: float = float("nan")
     somers_d: float = float("nan")
     xi: float = float("nan")
@@ -170,6 +185,13 @@ class Measured:
             "xi": self.xi,
             "identity_share": self.identity_share,
             "frequency_share": evidence.frequency_share,
+            **{
+                f"rho_{name.replace(' ', '_')}": evidence.gates.get(name, MISSING).value
+                for name in GATES
+            },
+            "rho_bend": evidence.bend.value,
+            "compute_percent": self.compute_percent,
+            "n_effective": evidence.effective,
             "n_alone": evidence.pairs - evidence.tokens,
             "n_missing": self.aligned.num_missing,
         }
@@ -179,8 +201,13 @@ class Measured:
 class Pairing:
     """The side of difficulty: what all layers with the same tokens share."""
 
+    tokens: LayerTokens
     aligned: Aligned
     pool_below: int
+
+    @cached_property
+    def gates(self) -> Gates:
+        return Gates(self.tokens, self.aligned, self.by_token, self.left["token"])
 
     @cached_property
     def order(self) -> Order:
@@ -260,13 +287,18 @@ def pairings(
         if kept is None or kept[0] is not tokens.difficulty:
             kept = (
                 tokens.difficulty,
-                {how: Pairing(align(tokens, how, include_first), pool_below) for how in Align},
+                {
+                    how: Pairing(tokens, align(tokens, how, include_first), pool_below)
+                    for how in Align
+                },
             )
         for how in Align:
             yield tokens, kept[1][how]
 
 
-def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Measured:
+def measure(
+    tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap, margin: float = MARGIN
+) -> Measured:
     """All statistics of one layer under one alignment."""
     aligned = pairing.aligned
     compute = tokens.compute[aligned.rows]
@@ -291,7 +323,9 @@ def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Meas
         if squares is not None:
             through_ranks = pairing.shift.per_document(own) + level_shift.per_document(left[name])
             moved = through_ranks, squares, 2 * level_shift.per_document(own)
-        return bootstrap.interval(moments(left[name], own, starts, inflation, moved))
+        return bootstrap.interval(
+            moments(left[name], own, starts, inflation, moved).merged(pairing.gates.clusters)
+        )
 
     y_token = pairing.by_token.residual(y)
     compute_by_id = float(y_token @ y_token) < NEGLIGIBLE * len(y)
@@ -299,13 +333,27 @@ def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Meas
     inflation = pairing.by_token.inflation
     fixed = compute_by_id or difficulty_by_id
     by_lexer = None if fixed else pairing.by_lexer
+    token = ZERO if fixed else interval("token", y_token, inflation)
+    gates: dict[str, Interval] = {}
+    if token.beyond(margin):  # what lies within the band has nothing to explain
+        for name, gate in pairing.gates.behind.items():
+            row = moments(pairing.gates.left[name], gate(y, y_token), starts, inflation)
+            gates[name] = bootstrap.interval(row.merged(pairing.gates.clusters))
+    square = pairing.by_token.residual(standard_ranks(Order.of(left["token"])) ** 2)
+    lengths = moments(y, y, starts).merged(pairing.gates.clusters)
+    bend = bootstrap.interval(
+        moments(square, y_token, starts, inflation).merged(pairing.gates.clusters)
+    )
     identity_share, frequency_share = _shares(y, pairing)
     evidence = Evidence(
         documents=tokens.all_documents,
+        effective=lengths.effective_documents,
         pairs=pairs,
         tokens=pairs - int(pairing.by_token.alone.sum()),
         raw=interval("raw", y),
-        token=ZERO if fixed else interval("token", y_token, inflation),
+        token=token,
+        bend=ZERO if fixed else bend,
+        gates=gates,
         document=ZERO
         if fixed
         else interval("document", pairing.within_documents(y_token), inflation),
@@ -318,6 +366,7 @@ def measure(tokens: LayerTokens, pairing: Pairing, bootstrap: Bootstrap) -> Meas
         tokens.layer,
         aligned,
         evidence,
+        compute_percent=_percent(compute, pairing),
         strata=interval("strata", pairing.by_strata.residual(y)),
         identity_share=identity_share,
         somers_d=somers_d(pairing.order, levels) if levels.max() < MAX_LEVELS else float("nan"),
@@ -343,6 +392,16 @@ def standard_level_ranks(levels: Ints) -> Floats:
     midranks = np.cumsum(counts) - (counts - 1) / 2
     midranks = midranks - (counts @ midranks) / len(levels)
     return (midranks / np.sqrt((counts @ midranks**2) / len(levels)))[levels]
+
+
+def _percent(compute: Floats, pairing: Pairing) -> float:
+    """Mean compute of the hardest tenth within ids over that of the easiest, less 1, in per cent."""
+    tenth = Order.of(pairing.left["token"]).quantile_bins(10)
+    left = pairing.by_token.residual(compute) + compute.mean()
+    easiest, hardest = left[tenth == 0], left[tenth == 9]
+    if not len(easiest) or not len(hardest) or easiest.mean() <= 0:
+        return float("nan")
+    return 100 * float(hardest.mean() / easiest.mean() - 1)
 
 
 def _shares(y: Floats, pairing: Pairing) -> tuple[float, float]:
@@ -396,5 +455,7 @@ _DETAILS: dict[str, Any] = (
         ),
         pl.Float64(),
     )
+    | {f"rho_{name.replace(' ', '_')}": pl.Float64() for name in GATES}
+    | dict.fromkeys(("rho_bend", "compute_percent", "n_effective"), pl.Float64())
     | {"n_alone": pl.Int64(), "n_missing": pl.Int64()}
 )

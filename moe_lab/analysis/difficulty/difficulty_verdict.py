@@ -7,7 +7,8 @@ most of what identity does.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import polars as pl
@@ -27,6 +28,17 @@ FREQUENCY_SHARE = 0.5
 ALIGN_WORDS = {"input": "the token that goes in", "target": "the token to be predicted"}
 
 
+GATES = {
+    "previous token": "the token before it",
+    "position": "its position",
+    "copied suffix": "the length of the copied suffix",
+    "other token": "the difficulty of the token of the other alignment",
+}
+"""What is held fixed beside the token id before a layer is called aligned or inverted."""
+BEND_MARGIN = 0.05
+MIN_EFFECTIVE = 30
+
+
 class DifficultyVerdict(StrEnum):
     FREQUENCY = "frequency-driven"
     IDENTITY = "identity-driven"
@@ -36,6 +48,9 @@ class DifficultyVerdict(StrEnum):
     NONE = "no material association"
     INCONCLUSIVE = "inconclusive"
     STATIC = "static layer"
+    CONTEXT = "context-driven"
+    OTHER = "follows the other token"
+    BENT = "not monotone"
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,9 @@ class Evidence:
         compute_by_id, difficulty_by_id: whether the one or the other is the same for every token of
             an id.
         documents: in all, short ones included.
+        effective: documents of equal length that would weigh as much, repeated ones counted once.
+        bend: correlation of compute with the squared rank of difficulty, within token ids.
+        gates: by name in ``GATES``, what is left of ``token`` with that held fixed too.
         static: the one value that compute has, or None where it varies.
         pairs: tokens with both compute and a difficulty.
         tokens: of these, the ones that share their id with another, on which the correlation rests.
@@ -60,6 +78,9 @@ class Evidence:
     pairs: int
     tokens: int
     static: float | None = None
+    effective: float = float("inf")
+    bend: Interval = MISSING
+    gates: Mapping[str, Interval] = field(default_factory=dict)
     raw: Interval = MISSING
     token: Interval = MISSING
     document: Interval = MISSING
@@ -80,9 +101,18 @@ def judge(
     obstacle = _obstacle(evidence, min_documents)
     if obstacle is not None:
         return obstacle
+    if evidence.effective < min_documents:
+        evidence = _strict(evidence)
     token, direction = evidence.token, evidence.token.beyond(margin)
     if direction and q < FALSE_DISCOVERIES:
         return _material(evidence, direction, margin)
+    if token.inside(max(margin, BEND_MARGIN)) and (ends := evidence.bend.beyond(BEND_MARGIN)):
+        side = "most" if ends > 0 else "least"
+        return (
+            DifficultyVerdict.BENT,
+            f"within token ids the easiest and the hardest tokens get {side}: no slope, but a bend "
+            f"(correlation with the squared rank {evidence.bend.value:+.2f})",
+        )
     left = max(margin, MOST_LEFT * abs(evidence.raw.value))
     if evidence.raw.beyond(margin) and token.inside(left):
         return _by_identity(evidence)
@@ -109,10 +139,13 @@ def _obstacle(evidence: Evidence, min_documents: int) -> tuple[DifficultyVerdict
             inconclusive,
             "no token id occurs twice, so no token can be compared with one of its own id",
         )
-    if evidence.documents < min_documents:
+    least = min(min_documents, MIN_EFFECTIVE)
+    if min(evidence.documents, evidence.effective) < least:
+        number = min(evidence.documents, round(evidence.effective))
         return (
             inconclusive,
-            f"{evidence.documents} documents; at least {min_documents} are needed to resample",
+            f"{number} effective documents of {evidence.documents}; at least {least} are needed to "
+            "resample",
         )
     if evidence.difficulty_by_id:
         return (
@@ -123,6 +156,23 @@ def _obstacle(evidence: Evidence, min_documents: int) -> tuple[DifficultyVerdict
     if evidence.compute_by_id:
         return _by_identity(evidence)
     return None
+
+
+def _strict(evidence: Evidence) -> Evidence:
+    """The same with the 95 % interval (or ``level``) where the rule reads the 90 % one."""
+
+    def wider(one: Interval) -> Interval:
+        return replace(one, lo90=one.lo, hi90=one.hi)
+
+    return replace(
+        evidence,
+        raw=wider(evidence.raw),
+        token=wider(evidence.token),
+        document=wider(evidence.document),
+        bend=wider(evidence.bend),
+        lexer=evidence.lexer and wider(evidence.lexer),
+        gates={name: wider(one) for name, one in evidence.gates.items()},
+    )
 
 
 def _by_identity(evidence: Evidence) -> tuple[DifficultyVerdict, str]:
@@ -156,6 +206,21 @@ def _material(evidence: Evidence, direction: int, margin: float) -> tuple[Diffic
             DifficultyVerdict.INCONCLUSIVE,
             "once the lexer class of the token is held fixed too, nothing certain is left",
         )
+    for name, what in GATES.items():
+        gate = evidence.gates.get(name)
+        if gate is None:
+            continue
+        if gate.inside(margin):
+            other = name == "other token"
+            return (
+                DifficultyVerdict.OTHER if other else DifficultyVerdict.CONTEXT,
+                f"once {what} is held fixed beside the token id, nothing material is left",
+            )
+        if gate.beyond(0) != direction or gate.value * direction < margin:
+            return (
+                DifficultyVerdict.INCONCLUSIVE,
+                f"once {what} is held fixed beside the token id, nothing certain is left",
+            )
     if direction > 0:
         return (
             DifficultyVerdict.ALIGNED,
@@ -197,5 +262,13 @@ def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
         "correlation of ffn_count with difficulty within "
         f"token ids is {row['rho_token']:+.3f}{ends}, at {where}, where the raw one is "
         f"{row['rho_raw']:+.3f}; within ±{MARGIN:g} is "
-        f"immaterial. {row['n_tokens']:,} tokens of {row['n_docs']} documents; {row['note']}."
+        f"immaterial. {_percent_words(row)}{row['n_tokens']:,} tokens of {row['n_docs']} documents; {row['note']}."
     )
+
+
+def _percent_words(row: dict[str, object]) -> str:
+    """The correlation in compute, where the table has it."""
+    percent = row.get("compute_percent")
+    if not isinstance(percent, float):
+        return ""
+    return f"The hardest tenth within ids gets {percent:+.1f} % of the compute of the easiest. "

@@ -8,6 +8,7 @@ document are not independent: the naive interval is given beside, to be compared
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from moe_lab.analysis.document_bootstrap import (
@@ -44,6 +45,13 @@ class Moments:
         scale = np.sqrt(np.maximum(xx * yy, np.finfo(float).tiny))
         whole = self.xy.sum() / np.sqrt(self.xx.sum() * self.yy.sum())
         return xy / scale - whole + self.value
+
+    def merged(self, clusters: NDArray[np.int64] | None) -> "Moments":
+        """The same with documents of one cluster [D] as one document; None: each is its own."""
+        if clusters is None:
+            return self
+        sums = [np.bincount(clusters, column) for column in (self.n, self.xy, self.xx, self.yy)]
+        return Moments(self.value, *(column.astype(np.float64) for column in sums))
 
     @property
     def effective_documents(self) -> float:

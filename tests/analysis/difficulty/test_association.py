@@ -8,9 +8,18 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
-from simulated_routers import Corpus, World, simulate_corpus, simulate_router
+from simulated_routers import (
+    Corpus,
+    World,
+    cue_corpus,
+    cue_verdicts,
+    false_verdicts,
+    simulate_corpus,
+    simulate_router,
+)
 
 from moe_lab.analysis import difficulty_association
+from moe_lab.analysis.difficulty.context import copied_suffix
 from moe_lab.errors import AnalysisError, ConfigError
 
 COLUMNS = [
@@ -144,11 +153,26 @@ def test_a_static_layer_does_not_hide_another(tokens, routed):
     assert row_of(result, layer=0)["verdict"] == "static layer"
 
 
-def test_fewer_than_200_documents_are_not_judged(routed):
-    few = difficulty_association(routed.filter(pl.col("doc") < 120), "difficulty", **FEW)
+def test_fewer_than_30_effective_documents_are_not_judged(routed):
+    few = difficulty_association(routed.filter(pl.col("doc") < 25), "difficulty", **FEW)
     assert few["verdict"].to_list() == ["inconclusive"] * 2
-    assert "120 documents; at least 200" in few["note"][0]
+    assert "effective documents of 25; at least 30" in few["note"][0]
     assert few["rho_token"].null_count() == 0
+
+
+def test_repeated_documents_count_once_and_a_long_one_counts_as_one(routed):
+    """Every document four times: the interval and the number are those of the documents once."""
+    once = difficulty_association(routed, "difficulty", details=True, **FEW)
+    copies = [routed.with_columns(doc=pl.col("doc") + 10_000 * number) for number in range(4)]
+    four = difficulty_association(pl.concat(copies), "difficulty", details=True, **FEW)
+    assert four["n_effective"].to_list() == pytest.approx(once["n_effective"].to_list(), rel=1e-9)
+    widths = [(frame["rho_token_hi"] - frame["rho_token_lo"]).to_numpy() for frame in (once, four)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
+    giant = routed.with_columns(
+        doc=pl.when(pl.col("doc") < 100).then(0).otherwise("doc"),
+        pos=pl.col("pos") + pl.when(pl.col("doc") < 100).then(1000 * pl.col("doc")).otherwise(0),
+    )
+    assert difficulty_association(giant, "difficulty", details=True, **FEW)["n_effective"][0] < 10
 
 
 def test_short_documents_are_left_out(routed):
@@ -366,3 +390,52 @@ def test_what_cannot_be_computed_is_refused_in_one_sentence(routed):
         )
     with pytest.raises(ConfigError, match=r"expected at least 100 resamples, got 10"):
         difficulty_association(routed, "difficulty", resamples=10)
+
+
+def test_a_relation_that_bends_is_said_to_bend():
+    corpus = simulate_corpus(Corpus(documents=250, tokens=200, vocabulary=300), 3)
+    hard = corpus.with_columns(pl.col("difficulty") - pl.col("difficulty").mean().over("token_id"))
+    ends = hard["difficulty"].to_numpy() ** 2
+    spent = np.random.default_rng(0).binomial(12, 1 / (1 + np.exp(1 - 0.5 * ends)))
+    frame = corpus.with_columns(layer=pl.lit(0), ffn_count=spent)
+    row = row_of(difficulty_association(frame, "difficulty", details=True, **FEW))
+    assert abs(row["rho_token"]) < 0.05
+    assert row["rho_bend"] > 0.1
+    assert row["verdict"] == "not monotone"
+    assert "easiest and the hardest tokens get most" in row["note"]
+
+
+def test_the_band_is_stated_in_compute():
+    corpus = simulate_corpus(Corpus(documents=250, tokens=200, vocabulary=300), 4)
+    routed = simulate_router(corpus, World(difficulty=0.3), "difficulty", 5)
+    frame = routed.with_columns(layer=pl.lit(0))
+    row = row_of(difficulty_association(frame, "difficulty", details=True, **FEW))
+    hard = frame.filter(pl.col("pos") > 0).with_columns(
+        hard=pl.col("difficulty") - pl.col("difficulty").mean().over("token_id")
+    )
+    low, high = (hard["hard"].quantile(share) for share in (0.1, 0.9))
+    easiest = hard.filter(pl.col("hard") <= low)["share"].mean()
+    hardest = hard.filter(pl.col("hard") >= high)["share"].mean()
+    assert row["verdict"] == "difficulty-aligned"
+    assert row["compute_percent"] == pytest.approx(100 * (hardest / easiest - 1), rel=0.2)
+
+
+def test_the_copied_suffix_is_the_longest_one_that_was_followed_by_the_token():
+    ids = np.array([1, 2, 3, 1, 2, 3, 9, 2, 3, 1, 2])
+    doc = np.zeros(len(ids), dtype=np.int64)
+    assert copied_suffix(ids, doc).tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 1, 0, 3]
+    assert copied_suffix(np.tile(ids, 2), np.repeat([0, 1], len(ids)))[len(ids) :].tolist() == (
+        copied_suffix(ids, doc).tolist()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+def test_routers_that_see_one_cue_are_never_called_aligned_or_inverted(kind):
+    """The reduced form of ``python experiments/simulated_routers.py``."""
+    verdicts = cue_verdicts(cue_corpus(kind, 200, 300), draws=1, resamples=300)
+    assert false_verdicts(verdicts)["false"].sum() == 0
+    right = verdicts.filter(
+        (pl.col("cue") == "difficulty of the token") & (pl.col("align") == "input")
+    )
+    assert right["verdict"].to_list() == ["difficulty-aligned"]
