@@ -13,7 +13,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -90,13 +90,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, no text twice.
+    """Documents in a fixed order, no text twice; ``num_repeated`` texts of the source were left out
+    because they repeat another.
 
     ``hash`` changes with any name or text, not with where the corpus lies.
     """
 
     documents: tuple[Document, ...]
     source: str
+    num_repeated: int = field(default=0, compare=False)
 
     @cached_property
     def hash(self) -> str:
@@ -188,12 +190,13 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
 
 def _corpus(documents: Iterator[Document], source: str) -> Corpus:
     kept: dict[str, Document] = {}
+    repeated = 0
     for document in documents:
         if document.text.strip():
-            kept.setdefault(document.hash, document)
+            repeated += kept.setdefault(document.hash, document) is not document
     if not kept:
         raise CorpusError(expected("text", f"none in {source}", OWN_TEXT))
-    return Corpus(documents=tuple(kept.values()), source=source)
+    return Corpus(documents=tuple(kept.values()), source=source, num_repeated=repeated)
 
 
 def _stdlib_files() -> list[tuple[str, str]]:

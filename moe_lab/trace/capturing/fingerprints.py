@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import polars as pl
 import torch
 from torch import nn
 
@@ -40,17 +38,24 @@ def model_hash(model: nn.Module) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of a tokenizer of ours, of transformers, or of the tokenizers library; "" for None."""
+    """Of a tokenizer of ours, of transformers, or of the tokenizers library; "" for None.
+
+    Truncation and padding are settings of a call, not of the tokenizer, and take no part.
+    """
     if tokenizer is None:
         return ""
     if isinstance(getattr(tokenizer, "hash", None), str):
         return tokenizer.hash
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    text = (
-        backend.to_str()
-        if hasattr(backend, "to_str")
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    if not hasattr(backend, "to_str"):
+        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    elif backend.truncation is None and backend.padding is None:
+        text = backend.to_str()
+    else:
+        other = type(backend).from_str(backend.to_str())
+        other.no_truncation()
+        other.no_padding()
+        text = other.to_str()
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -62,23 +67,6 @@ def corpus_hash(text: str | Iterable[str] | None) -> str:
     for document in [text] if isinstance(text, str) else text:
         digest.update(len(document).to_bytes(8, "big") + document.encode())
     return digest.hexdigest()[:12]
-
-
-class Pieces:
-    """The text of each token by itself (one that is part of a character shows the replacement
-    character), decoded once for each id.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def of(self, token_ids: np.ndarray) -> pl.Series:
-        """[T] texts."""
-        ids = token_ids.tolist()
-        for number in set(ids) - self._known.keys():
-            self._known[number] = self._tokenizer.decode([number])
-        return pl.Series([self._known[number] for number in ids], dtype=pl.String)
 
 
 def rank_folder(folder: Path) -> Path:

@@ -9,7 +9,7 @@ letters: B batch, S sequence, V vocabulary.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +21,7 @@ from moe_lab.document_pass import length_batches, pad_right
 from moe_lab.errors import CorpusError, TraceError, expected
 from moe_lab.text import Corpus, TokenizedDocument, token_classes
 from moe_lab.trace.capturing.recorder import capture
+from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX
 from moe_lab.trace.reader import Trace, open_trace
 
@@ -82,28 +83,28 @@ def trace_pretrained(
             tokens.
     """
     model, tokenizer = load_pretrained(model_id, loading)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    lengths = [length for length in (max_tokens, limit) if isinstance(length, int) and length > 0]
-    documents = tokenized(corpus, tokenizer, min(lengths, default=None))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    documents, notes = tokenized(corpus, tokenizer, max_tokens, positions)
     if not documents:
-        raise CorpusError(
-            expected(
-                "a document of at least two tokens", "none", "longer text, or a larger --max-tokens"
-            )
-        )
+        what = "a document of at least two tokens"
+        raise CorpusError(expected(what, "none", "longer text, or a larger --max-tokens"))
+    if corpus.num_repeated:
+        notes.append(f"{corpus.num_repeated} documents that repeat another's text were left out.")
     causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
     target = Path(folder)
-    resume = (target.parent / (target.name + INCOMPLETE_SUFFIX)).exists()
-    texts = (document.text for document in corpus.documents)
+    captured = capture(
+        model,
+        target,
+        tokenizer=tokenizer,
+        text=(document.text for document in corpus.documents),
+        losses=causal,
+        resume=(target.parent / (target.name + INCOMPLETE_SUFFIX)).exists(),
+        model_id=str(model_id),
+        created_from=created_from,
+        notes=notes,
+    )
     described = Described(tokenizer, model.config.get_text_config().vocab_size)
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "text": texts,
-        "losses": causal,
-        "resume": resume,
-        "model_id": str(model_id),
-    }
-    with torch.no_grad(), capture(model, target, created_from=created_from, **options) as captured:
+    with torch.no_grad(), captured:
         left = [document for document in documents if document.index not in captured.finished]
         meter = Meter(sum(len(document.ids) for document in left), sys.stderr if progress else None)
         for batch in length_batches(left, batch_tokens):
@@ -126,43 +127,57 @@ def load_pretrained(model_id: str | Path, loading: Loading) -> tuple[Any, Any]:
     unless ``loading`` trusts it.
     """
     try:
-        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+        from transformers import (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            AutoConfig,
+            AutoModel,
+            AutoModelForCausalLM,
+            AutoTokenizer,
+        )
     except ImportError as error:
         raise TraceError(
             "expected the extra hf, got no transformers; try pip install 'moe_lab[hf]'"
         ) from error
-    local = Path(model_id).exists()
+    local, name = Path(model_id).exists(), str(model_id)
     placed = {"device_map": loading.device_map} if loading.device_map else {}
     source = {"local_files_only": local, "trust_remote_code": loading.trust_remote_code}
-    options = {
-        "dtype": loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype),
-        **source,
-        **placed,
-    }
+    dtype = loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype)
     try:
         if not loading.trust_remote_code and _needs_code(model_id, local):
             got = f"{model_id}, which needs Python code that came with it (auto_map)"
-            raise TraceError(
-                expected(
-                    "a model that transformers knows",
-                    got,
-                    "--trust-remote-code if you trust that code",
-                )
-            )
-        tokenizer = AutoTokenizer.from_pretrained(str(model_id), **source)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(str(model_id), **options)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            model = AutoModel.from_pretrained(str(model_id), **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+            hint = "--trust-remote-code if you trust that code"
+            raise TraceError(expected("a model that transformers knows", got, hint))
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        config = AutoConfig.from_pretrained(name, **source)
+        remote = getattr(config, "auto_map", None) or {}
+        causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote
+        kind: Any = AutoModelForCausalLM if causal else AutoModel
+        model, report = kind.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **source, **placed
+        )
+    except TraceError:
+        raise
+    # Whatever a damaged file makes transformers, safetensors or json raise is the file's fault.
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise TraceError(
             f"cannot load {model_id}: {reason}; try a folder with config.json, weights "
-            f"and tokenizer"
+            "and tokenizer"
         ) from error
+    _check_weights(name, report)
     return (model if placed else model.to(loading.device)).eval(), tokenizer
+
+
+def _check_weights(name: str, report: Mapping[str, Any]) -> None:
+    """Raise ``TraceError`` for weights that the files lack: transformers draws them at random."""
+    mismatched = [
+        item[0] if isinstance(item, tuple) else item for item in report["mismatched_keys"]
+    ]
+    absent = sorted(map(str, [*report["missing_keys"], *mismatched]))
+    if absent:
+        some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        what = f"all weights of the model in {name}"
+        raise TraceError(expected(what, f"none that fit for {some}", "the complete checkpoint"))
 
 
 def _needs_code(model_id: str | Path, local: bool) -> bool:
@@ -181,63 +196,84 @@ def _needs_code(model_id: str | Path, local: bool) -> bool:
     )
 
 
-def tokenized(corpus: Corpus, tokenizer: Any, max_tokens: int | None) -> list[TokenizedDocument]:
+def tokenized(
+    corpus: Corpus, tokenizer: Any, max_tokens: int | None, positions: Any
+) -> tuple[list[TokenizedDocument], list[str]]:
     """Documents of at least two tokens, with the characters that each token covers (empty spans
-    where the tokenizer cannot tell).
+    where the tokenizer does not say); and notes on what was cut.
+
+    Args:
+        max_tokens: leading tokens of each document that are kept; None: all.
+        positions: the most that the model takes, or None.
     """
-    found = []
+    kept, cut, lost, total = [], 0, 0, 0
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    limit = positions if isinstance(positions, int) and positions > 0 else None
     for index, document in enumerate(corpus.documents):
-        fast = bool(getattr(tokenizer, "is_fast", False))
-        encoded = tokenizer(
-            document.text,
-            return_offsets_mapping=fast,
-            truncation=max_tokens is not None,
-            max_length=max_tokens,
-        )
-        ids = np.array(encoded["input_ids"], dtype=np.int32)
-        spans = np.array(
-            encoded["offset_mapping"] if fast else [(0, 0)] * len(ids), dtype=np.int32
-        ).reshape(-1, 2)
+        encoded = tokenizer(document.text, return_offsets_mapping=fast, verbose=False)
+        ids = np.array(encoded["input_ids"], dtype=np.int32)[:max_tokens]
+        total += len(ids)
+        if limit is not None and len(ids) > limit:
+            cut, lost = cut + 1, lost + len(ids) - limit
+            ids = ids[:limit]
+        spans = np.zeros((len(ids), 2), np.int32)
+        if fast:
+            spans = np.array(encoded["offset_mapping"], np.int32).reshape(-1, 2)[: len(ids)]
         if len(ids) > 1:
-            found.append(
+            kept.append(
                 TokenizedDocument(
                     index, document.name, document.text, ids, spans[:, 0], spans[:, 1]
                 )
             )
-    return found
+    if not cut:
+        return kept, []
+    sentence = f"{cut} documents were cut at the model's {limit:,} positions"
+    return kept, [f"{sentence}: {lost:,} of {total:,} tokens were left out."]
 
 
 class Described:
     """Class columns of a batch by the rules of ``moe_lab.text``, for tokenizers of transformers."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        size = max(len(tokenizer), vocab_size)
-        pieces = [tokenizer.decode([number]) for number in range(len(tokenizer))] + [""] * (
-            size - len(tokenizer)
-        )
+        self.text = TokenText(tokenizer)
         self.fast = bool(getattr(tokenizer, "is_fast", False))
-        self.vocab_size = size
-        self.token_lengths = np.array([len(piece.encode()) for piece in pieces], dtype=np.int64)
-        self.is_fragment = np.array(["\ufffd" in piece for piece in pieces], dtype=bool)
+        self.vocab_size = max(len(tokenizer), vocab_size)
+        pieces = [self.text.bytes_of(number) for number in range(len(tokenizer))]
+        pieces += [b""] * (self.vocab_size - len(tokenizer))
+        self.token_lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        self.is_fragment = np.array(
+            ["\ufffd" in piece.decode(errors="replace") for piece in pieces]
+        )
         special = getattr(tokenizer, "bos_token_id", None)
         self.eos_id = -1 if special is None else special
 
     def columns(self, batch: Sequence[TokenizedDocument], width: int) -> dict[str, np.ndarray]:
-        """[B, S] of each class column; nothing where the tokenizer gives no spans."""
-        if not self.fast:
-            return {}
-        frames = [token_classes(document, self) for document in batch]  # type: ignore[arg-type]
+        """[B, S] of each column: name of the document, text and bytes of the token, and its classes
+        where the tokenizer gives spans.
+        """
+        rows = [self._of_document(document) for document in batch]
         columns: dict[str, np.ndarray] = {}
-        for name in [column for column in CLASS_COLUMNS if column in frames[0].columns]:
-            rows = [frame[name].to_list() for frame in frames]
-            text = isinstance(
-                next((value for row in rows for value in row if value is not None), ""), str
-            )
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            text = any(isinstance(item, str) for row in values for item in row[:1])
             filled = np.full((len(batch), width), "" if text else 0, dtype=object)
-            for place, row in enumerate(rows):
+            for place, row in enumerate(values):
                 filled[place, : len(row)] = row
-            columns[name] = filled.astype(str) if text else filled.astype(np.int64)
+            columns[name] = filled if text else filled.astype(np.int64)
         return columns
+
+    def _of_document(self, document: TokenizedDocument) -> dict[str, list[Any]]:
+        pieces = self.text.of_document(document.ids, document.text)
+        own: dict[str, list[Any]] = {
+            "document": [document.name] * len(pieces),
+            "text": [piece.decode(errors="replace") for piece in pieces],
+            "n_bytes": [len(piece) for piece in pieces],
+        }
+        if not self.fast:
+            return own
+        frame = token_classes(document, self)  # type: ignore[arg-type]
+        names = [name for name in CLASS_COLUMNS if name in frame.columns]
+        return {name: frame[name].to_list() for name in names} | own
 
 
 class Meter:

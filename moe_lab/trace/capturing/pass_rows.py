@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.trace.capturing.fingerprints import Pieces
 from moe_lab.trace.capturing.router_output import Reading, joined
 from moe_lab.trace.capturing.site import Site
+from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.rows import slot_rows
 from moe_lab.trace.schema import OUTPUT_RATIO
 from moe_lab.trace.writer import TraceWriter
@@ -70,7 +70,9 @@ class PassRows:
         pieces: the text of token ids, or None.
     """
 
-    def __init__(self, writer: TraceWriter, sites: Sequence[Site], pieces: Pieces | None) -> None:
+    def __init__(
+        self, writer: TraceWriter, sites: Sequence[Site], pieces: TokenText | None
+    ) -> None:
         self.writer, self.sites, self.pieces = writer, sites, pieces
 
     def write(self, passes: Sequence[RecordedPass], event: Any) -> None:
@@ -124,7 +126,9 @@ class PassRows:
         loss: Any = pl.lit(None, pl.Float32)
         if record.losses is not None:
             loss = pl.Series(record.kept(record.losses), dtype=pl.Float32).fill_nan(None)
-        text = {} if self.pieces is None else {"text": self.pieces.of(token_id)}
+        text: dict[str, pl.Series] = {}
+        if self.pieces is not None and "text" not in record.further:
+            text["text"] = self.pieces.of(token_id)
         further = {name: pl.Series(record.kept(values)) for name, values in record.further.items()}
         self.writer.write_tokens(
             pl.DataFrame(numbers).with_columns(

@@ -23,7 +23,6 @@ from moe_lab.errors import TraceError, expected
 from moe_lab.trace.background import Background
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.fingerprints import (
-    Pieces,
     corpus_hash,
     model_hash,
     model_name,
@@ -36,6 +35,7 @@ from moe_lab.trace.capturing.numbering import Labels, Numbering
 from moe_lab.trace.capturing.pass_rows import PassRows, RecordedPass
 from moe_lab.trace.capturing.router_output import Reader, Reading
 from moe_lab.trace.capturing.token_loss import TokenLoss
+from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.schema import LayerMeta, TraceMeta
 from moe_lab.trace.writer import BUFFER_BYTES, TraceWriter
 
@@ -61,6 +61,7 @@ class CaptureOptions:
     resume: bool
     model_id: str
     created_from: str
+    notes: Sequence[str]
     buffer_bytes: int
 
 
@@ -211,7 +212,7 @@ class Capture:
             vocab_size=vocabulary if isinstance(vocabulary, int) else None,
             created_from=options.created_from,
             has_output_ratio=options.output_ratio,
-            notes=(note,) if left_out else (),
+            notes=(*options.notes, *((note,) if left_out else ())),
             **self._recorded(readings),
         )
         writer = TraceWriter(
@@ -219,7 +220,7 @@ class Capture:
         )
         self._writer = writer.__enter__()
         self._numbering.next_doc = max(self._writer.finished, default=-1) + 1
-        pieces = None if options.tokenizer is None else Pieces(options.tokenizer)
+        pieces = None if options.tokenizer is None else TokenText(options.tokenizer)
         self._rows = PassRows(self._writer, self.sites, pieces)
 
     def _queue(
@@ -309,6 +310,7 @@ def capture(
     resume: bool = False,
     model_id: str = "",
     created_from: str = "",
+    notes: Sequence[str] = (),
     buffer_bytes: int = BUFFER_BYTES,
 ) -> Capture:
     """Record every routing decision of ``model`` while the ``with`` block runs; see
@@ -336,6 +338,7 @@ def capture(
         resume: go on with an interrupted trace; ``finished`` then names the documents to leave out.
         model_id: name of the model in the metadata, where it has none of its own.
         created_from: the command that made the trace.
+        notes: sentences for the metadata.
         buffer_bytes: memory for rows that wait to be written.
 
     Raises:
@@ -356,6 +359,7 @@ def capture(
         resume=resume,
         model_id=model_id,
         created_from=created_from,
+        notes=notes,
         buffer_bytes=buffer_bytes,
     )
     return Capture(model, folder, options)
