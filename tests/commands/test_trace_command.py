@@ -284,3 +284,86 @@ def test_layers_and_tokens_of_an_import_can_be_given(tmp_path, capsys):
 def test_an_option_that_would_be_ignored_is_refused(mode, option, capsys):
     assert main(["trace", *mode, *option]) == 2
     assert option[0] in capsys.readouterr().err
+
+
+def trace_hf(folder, texts, out, *options):
+    return main(
+        ["trace", "--hf", str(folder), "--text", str(texts), "--out", str(out), "--json", *options]
+    )
+
+
+@pytest.mark.hf
+def test_what_is_cut_or_left_out_is_said_and_recorded(pretrained, texts, tmp_path, capsys):
+    (texts / "long.txt").write_text("ab" * 300)
+    (texts / "again.txt").write_text(TEXTS["b.txt"])
+    assert trace_hf(pretrained, texts, tmp_path / "t", "--batch-tokens", "64") == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    trace = open_trace(tmp_path / "t").check()
+    assert list(trace.meta.notes) == notes
+    assert any("256 positions" in note and "344 of" in note for note in notes)
+    assert any(note.startswith("1 documents that repeat") for note in notes)
+    names = trace.tokens.select("doc", "document").unique().sort("doc").collect()["document"]
+    assert names.to_list() == ["a.txt", "again.txt", "c.txt", "long.txt"]
+
+
+@pytest.mark.hf
+def test_the_hash_of_a_tokenizer_does_not_depend_on_how_it_was_called(pretrained, texts, tmp_path):
+    from transformers import AutoTokenizer
+
+    from moe_lab.trace.capturing.fingerprints import tokenizer_hash
+
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    before = tokenizer_hash(tokenizer)
+    tokenizer("some text", truncation=True, max_length=3, padding="max_length")
+    assert tokenizer_hash(tokenizer) == before
+    for name, options in (("t", []), ("u", ["--max-tokens", "5"])):
+        trace_hf(pretrained, texts, tmp_path / name, *options)
+    hashes = {open_trace(tmp_path / name).meta.tokenizer_hash for name in ("t", "u")}
+    assert hashes == {before}
+
+
+@pytest.mark.hf
+def test_a_checkpoint_without_its_router_is_refused_by_name(pretrained, texts, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "m"
+    shutil.copytree(pretrained, folder)
+    weights = load_file(folder / "model.safetensors")
+    gate = next(name for name in weights if name.endswith("gate.weight"))
+    del weights[gate]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert trace_hf(folder, texts, tmp_path / "t") == 2
+    assert gate in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("damage", ["truncated", "config of a list", "other shape"])
+def test_a_damaged_checkpoint_is_one_line(pretrained, texts, tmp_path, capsys, damage):
+    folder = tmp_path / "m"
+    shutil.copytree(pretrained, folder)
+    if damage == "truncated":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif damage == "config of a list":
+        (folder / "config.json").write_text("[1, 2]")
+    else:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | {"hidden_size": 48}))
+    assert trace_hf(folder, texts, tmp_path / "t") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("moe-lab trace: ")
+
+
+@pytest.mark.hf
+@pytest.mark.data
+def test_bytes_and_spaces_of_sentencepiece_and_byte_level_tokens(data_dir):
+    done = subprocess.run(
+        [sys.executable, str(data_dir / "cases" / "spm_tokenizer_trace.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in done.stdout.splitlines() if "sum of n_bytes" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert "bytes of the text 22 | sum of n_bytes 22 | text joined 'some words here " in line

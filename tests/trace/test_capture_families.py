@@ -188,3 +188,33 @@ OBSERVERS: dict[str, Callable[[Any, tuple, Any], tuple[Tensor, Tensor]]] = {
     "DogeCDMoE": product_keys,
 }
 """Classes whose experts are not given (hidden states, ids, weights)."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "deepseek_v3", "gemma4", "granitemoe", "cohere2_moe", "jamba"],
+)
+def test_losses_of_chunks_of_logits_are_those_of_whole_logits(
+    name: str, tmp_path: Any, monkeypatch: Any
+) -> None:
+    """Softcaps and scalings of the logits are the model's own."""
+    from moe_lab.trace.capturing.hub import ModelHead
+
+    monkeypatch.setattr("moe_lab.trace.capturing.token_loss.CHUNK_LOGITS", 300)
+    _, model, _ = with_routers(name)
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    with torch.no_grad(), capture(model, tmp_path / "whole", losses=True):
+        model(**inputs)
+    with torch.no_grad(), capture(model, tmp_path / "chunks", losses=ModelHead(model)):
+        model.base_model(**inputs)
+    whole, chunks = (
+        open_trace(tmp_path / part).check().tokens.sort("doc", "pos").collect()
+        for part in ("whole", "chunks")
+    )
+    assert whole["loss"].null_count() == chunks["loss"].null_count() == 2
+    np.testing.assert_allclose(
+        whole["loss"].drop_nulls(), chunks["loss"].drop_nulls(), rtol=1e-4, atol=1e-5
+    )

@@ -10,7 +10,7 @@ letters: B batch, S sequence, V vocabulary.
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -75,7 +75,8 @@ def trace_pretrained(
         model_id: a folder of saved weights and tokenizer (the network is then not touched), or the
             id of a model.
         max_tokens: leading tokens of each document.
-        batch_tokens: tokens of one forward pass, padding included.
+        batch_tokens: tokens of one forward pass, padding included; a longer document runs alone.
+            Logits are made in chunks of a fixed size.
         progress: tell tokens done and time left on the error stream.
 
     Raises:
@@ -91,13 +92,15 @@ def trace_pretrained(
     if corpus.num_repeated:
         notes.append(f"{corpus.num_repeated} documents that repeat another's text were left out.")
     causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
+    head = ModelHead(model) if causal and model.base_model is not model else None
+    run = model if head is None else model.base_model
     target = Path(folder)
     captured = capture(
         model,
         target,
         tokenizer=tokenizer,
         text=(document.text for document in corpus.documents),
-        losses=causal,
+        losses=head or causal,
         resume=(target.parent / (target.name + INCOMPLETE_SUFFIX)).exists(),
         model_id=str(model_id),
         created_from=created_from,
@@ -111,13 +114,36 @@ def trace_pretrained(
             ids, mask = pad_right(batch, tokenizer.pad_token_id)
             columns = described.columns(batch, ids.shape[1])
             captured.documents(np.array([document.index for document in batch]), **columns)
-            model(
+            run(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 use_cache=False,
             )
             meter.add(int(mask.sum()))
     return open_trace(target, verify=False)
+
+
+class ModelHead:
+    """What a causal model does after its last layer: head, scaling and softcap.
+
+    A batch of logits over a large vocabulary can take more memory than the model. The layers are
+    therefore run alone (``base_model``), and this makes the logits of a few positions at a time, by
+    the model's own ``forward`` with the layers' output given.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.body = model, model.base_model
+
+    def __call__(self, output: Any, row: int, positions: slice) -> torch.Tensor:
+        """[n, V] logits of one row's positions."""
+        hidden = output.last_hidden_state[row : row + 1, positions]
+        part = replace(output, last_hidden_state=hidden)
+        self.body.forward = lambda *args, **kwargs: part
+        try:
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            del self.body.forward
 
 
 def load_pretrained(model_id: str | Path, loading: Loading) -> tuple[Any, Any]:

@@ -34,7 +34,7 @@ from moe_lab.trace.capturing.hooks import Hooks, Pass, unchanged
 from moe_lab.trace.capturing.numbering import Labels, Numbering
 from moe_lab.trace.capturing.pass_rows import PassRows, RecordedPass
 from moe_lab.trace.capturing.router_output import Reader, Reading
-from moe_lab.trace.capturing.token_loss import TokenLoss
+from moe_lab.trace.capturing.token_loss import Head, TokenLoss
 from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.schema import LayerMeta, TraceMeta
 from moe_lab.trace.writer import BUFFER_BYTES, TraceWriter
@@ -54,7 +54,7 @@ class CaptureOptions:
     text: str | Iterable[str] | None
     readers: Mapping[str, Reader] | None
     only: str | None
-    losses: bool
+    losses: bool | Head
     weights: bool
     statistics: bool
     output_ratio: bool
@@ -82,7 +82,8 @@ class Capture:
         self._model, self._options = model, options
         self._numbering = Numbering()
         self._generation = Generation(model, self._numbering)
-        self._loss = TokenLoss() if options.losses else None
+        head = options.losses if callable(options.losses) else None
+        self._loss = TokenLoss(head) if options.losses else None
         self._background = Background(2 * CHUNK_BYTES)
         self._columns: dict[str, np.ndarray] = {}
         self._writer: TraceWriter | None = None
@@ -303,7 +304,7 @@ def capture(
     text: str | Iterable[str] | None = None,
     readers: Mapping[str, Reader] | None = None,
     only: str | None = None,
-    losses: bool = False,
+    losses: bool | Head = False,
     weights: bool = True,
     statistics: bool = True,
     output_ratio: bool = False,
@@ -332,7 +333,9 @@ def capture(
             order. ``seen`` holds "output" and "input" of it, and "experts input" of the module
             ``experts`` beside it.
         only: trace the routers whose names contain this regular expression.
-        losses: record the loss of each token in nats, from the model's logits.
+        losses: record the loss of each token in nats, from the model's logits; or, where the model
+            is run without its head, a function (output, row, positions) -> logits, which is called
+            for a few positions at a time.
         weights, statistics: record gate weights; entropy and margin.
         output_ratio: record the norm of the experts' output over that of their input.
         resume: go on with an interrupted trace; ``finished`` then names the documents to leave out.

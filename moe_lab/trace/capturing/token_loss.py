@@ -3,7 +3,8 @@
 Shape letters: B batch, S sequence, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,11 +15,18 @@ from moe_lab.errors import TraceError, expected
 from moe_lab.trace.capturing.model_inputs import Inputs
 from moe_lab.trace.capturing.numbering import Labels
 
+Head: TypeAlias = Callable[[Any, int, slice], Tensor]
+"""(output of the model without its head, row, positions) -> their logits [n, V]."""
+
+CHUNK_LOGITS = 2**26
+"""Logits that are made at a time: a quarter of a gigabyte in float32."""
+
 
 class TokenLoss:
     """Losses pass after pass: the first token of a decode step was predicted by the pass before."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: Head | None = None) -> None:
+        self._head = head
         self._last_BV: Tensor | None = None
 
     def of(self, output: Any, inputs: Inputs, labels: Labels) -> np.ndarray:
@@ -27,6 +35,8 @@ class TokenLoss:
 
         Raises ``TraceError`` where the model returns no logits over the vocabulary.
         """
+        if self._head is not None:
+            return self._in_chunks(self._head, output, inputs, labels)
         logits_BSV, ids_BS = _logits(output), inputs.ids
         if (
             ids_BS is None
@@ -70,6 +80,30 @@ class TokenLoss:
                 torch.arange(batch, device=ids_BS.device), (last - known).clamp_min(0)
             ].clone()
         return losses.cpu().numpy()
+
+    def _in_chunks(self, head: Head, output: Any, inputs: Inputs, labels: Labels) -> np.ndarray:
+        """The same from hidden states: logits of a few positions at a time, whatever the length."""
+        ids_BS = inputs.ids
+        assert ids_BS is not None
+        batch, length = ids_BS.shape
+        losses = np.full((batch, length), np.nan, np.float32)
+        real_BS = np.ones((batch, length), bool)
+        if labels.keep is not None:
+            real_BS = labels.keep.reshape(batch, length)
+        step = 1  # of the first chunk, which says how large the vocabulary is
+        for row in range(batch):
+            start, end = 0, int(real_BS[row].nonzero()[0].max(initial=0))
+            while start < end:
+                chosen = slice(start, min(start + step, end))
+                logits_NV = head(output, row, chosen)
+                step = max(1, CHUNK_LOGITS // logits_NV.shape[-1])
+                following = ids_BS[row, chosen.start + 1 : chosen.stop + 1].to(logits_NV.device)
+                nats = F.cross_entropy(logits_NV.float(), following, reduction="none")
+                losses[row, chosen.start + 1 : chosen.stop + 1] = nats.cpu().numpy()
+                start = chosen.stop
+        both = real_BS[:, 1:] & real_BS[:, :-1]
+        losses[:, 1:][~both] = np.nan
+        return losses
 
 
 def _logits(output: Any) -> Tensor:
