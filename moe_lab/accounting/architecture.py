@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from moe_lab.accounting.blocks import Block, join, top
-from moe_lab.cost import formulas
+from moe_lab.cost import layer_cost
 from moe_lab.cost.parts import Pieces
 from moe_lab.hf.fields import MOST, Condition, Fields
 
@@ -49,7 +49,7 @@ def copy_of_last_layer(architecture: "Architecture", f: Fields, index: int) -> P
 
 
 def mtp_module(f: Fields, block: Pieces) -> Pieces:
-    return formulas.mtp_module(f.size("hidden_size"), block)
+    return layer_cost.mtp_module(f.size("hidden_size"), block)
 
 
 @dataclass(frozen=True)

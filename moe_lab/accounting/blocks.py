@@ -8,7 +8,7 @@ beside its row.
 
 from collections.abc import Callable, Mapping
 
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost, recurrence_cost
 from moe_lab.cost.parts import Attend, ExpertsRun, Part, Piece, Pieces, linear, norm, times, vector
 from moe_lab.errors import ConfigError, expected
 from moe_lab.hf import architectures
@@ -110,7 +110,7 @@ def gqa(
             norms if norms in ("none", "head", "width") else ("head" if f.flag(norms) else "none")
         )
         kernel = Attend(heads, dim, dim, window=window(f))
-        pieces = formulas.gqa(
+        pieces = attention_cost.gqa(
             width(f),
             heads,
             kv,
@@ -120,7 +120,7 @@ def gqa(
             out_bias=flag(f, bias if out_bias is None else out_bias),
             query_width=query_width,
         )
-        return (*pieces, *formulas.qk_norms(kind, heads, kv, dim), *join(f, extra))  # type: ignore[arg-type]
+        return (*pieces, *attention_cost.qk_norms(kind, heads, kv, dim), *join(f, extra))  # type: ignore[arg-type]
 
     return block
 
@@ -142,7 +142,7 @@ def mla(
             else None
         )
         rank_q = f.nullable("q_lora_rank")
-        pieces = formulas.mla(
+        pieces = attention_cost.mla(
             width(f),
             f.size("num_attention_heads"),
             None if rank_q is None else f.check_size("q_lora_rank", rank_q),
@@ -167,7 +167,7 @@ def indexer(f: Fields) -> Pieces:
     """The lightning indexer of this layer, unless it shares an earlier layer's selection."""
     if shares_selection(f):
         return ()
-    return formulas.indexer(
+    return attention_cost.indexer(
         width(f), f.size("q_lora_rank"), f.size("index_n_heads"), f.size("index_head_dim")
     )
 
@@ -182,7 +182,7 @@ def _indexer_types(f: Fields) -> list[str]:
 
 
 def delta_net(f: Fields) -> Pieces:
-    return formulas.delta_net(
+    return recurrence_cost.delta_net(
         width(f),
         f.size("linear_num_key_heads"),
         f.size("linear_num_value_heads"),
@@ -230,7 +230,7 @@ def sinks(f: Fields) -> Pieces:
 
 
 def dense(size: str = "intermediate_size", bias: str | bool = False) -> Block:
-    return lambda f: formulas.gated_ffn(Part.DENSE, width(f), f.size(size), flag(f, bias))
+    return lambda f: layer_cost.gated_ffn(Part.DENSE, width(f), f.size(size), flag(f, bias))
 
 
 def shared(
@@ -246,7 +246,7 @@ def shared(
 
     ``even_none``: transformers builds it for no shared expert too, so that its output bias remains.
     """
-    make = formulas.gated_ffn if gated else formulas.plain_ffn
+    make = layer_cost.gated_ffn if gated else layer_cost.plain_ffn
 
     def block(f: Fields) -> Pieces:
         if not counted:
@@ -288,7 +288,7 @@ def moe(
 
     ``score_bias``: the selection bias is stored as a parameter; ``d_in``: the experts' input width.
     """
-    make = formulas.gated_ffn if gated else formulas.plain_ffn
+    make = layer_cost.gated_ffn if gated else layer_cost.plain_ffn
 
     def block(f: Fields) -> Pieces:
         experts, run = used(f)

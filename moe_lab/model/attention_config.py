@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moe_lab.config import Config, require
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import Pieces
 
 
@@ -52,9 +52,9 @@ class LatentAttentionConfig(Config):
         require(self.norm_eps is None or self.norm_eps > 0, "norm_eps above 0", self.norm_eps)
 
     def pieces(self, d_model: int, num_heads: int) -> Pieces:
-        """One attention block over all positions (``cost.formulas.mla``)."""
+        """One attention block over all positions (``cost.attention_cost.mla``)."""
         sizes = (self.q_rank, self.kv_rank, self.nope_dim, self.rope_dim, self.value_dim)
-        return formulas.mla(d_model, num_heads, *sizes)
+        return attention_cost.mla(d_model, num_heads, *sizes)
 
 
 @dataclass(frozen=True)
@@ -98,4 +98,4 @@ class SparseAttentionConfig(Config):
 
     def pieces(self, d_model: int, query_width: int) -> Pieces:
         """One lightning indexer, whose queries are made of ``query_width`` channels."""
-        return formulas.indexer(d_model, query_width, self.num_heads, self.head_dim)
+        return attention_cost.indexer(d_model, query_width, self.num_heads, self.head_dim)

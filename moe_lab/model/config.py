@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from moe_lab.config import Config, choice, require
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     ExpertsRun,
     Part,
@@ -80,7 +80,7 @@ class MoEConfig(Config):
         experts.
         """
         d, latent, shared = self.d_model, self.d_latent, self.num_shared_experts * self.d_expert
-        expert = formulas.gated_ffn(Part.ROUTED, self.expert_input_width, self.d_expert)
+        expert = layer_cost.gated_ffn(Part.ROUTED, self.expert_input_width, self.d_expert)
         around: Pieces = ()
         if latent is not None:
             around = (
@@ -93,7 +93,7 @@ class MoEConfig(Config):
             *times(expert, self.router.num_experts, self.router.experts_run),
             *around,
             *self._zero_expert_pieces(),
-            *(formulas.gated_ffn(Part.SHARED, d, shared) if shared else ()),
+            *(layer_cost.gated_ffn(Part.SHARED, d, shared) if shared else ()),
         )
 
     def _zero_expert_pieces(self) -> Pieces:
@@ -410,7 +410,7 @@ class DecoderConfig(Config):
             beside.append(norm("embedding_norm", d, bias=True))
         if self.ngram is not None and not self.ngram.layers:
             beside.extend(self.ngram.pieces(self.vocab_size, d))
-        return (*formulas.embedding_and_head(self.vocab_size, d, self.tie_embeddings), *beside)
+        return (*layer_cost.embedding_and_head(self.vocab_size, d, self.tie_embeddings), *beside)
 
     def attention_pieces(self) -> Pieces:
         """One attention block over all positions."""
@@ -418,8 +418,8 @@ class DecoderConfig(Config):
             return self.latent_attention.pieces(self.d_model, self.num_heads)
         heads = (self.num_heads, self.kv_heads, self.dim_per_head)
         return (
-            *formulas.gqa(self.d_model, *heads),
-            *formulas.qk_norms(self.qk_norm.value, *heads),
+            *attention_cost.gqa(self.d_model, *heads),
+            *attention_cost.qk_norms(self.qk_norm.value, *heads),
         )
 
     def mtp_pieces(self, mtp: MTPConfig) -> Pieces:
@@ -428,8 +428,8 @@ class DecoderConfig(Config):
         """
         d = self.d_model
         hidden = self.dense_width if mtp.d_hidden is None else mtp.d_hidden
-        dense = formulas.gated_ffn(Part.DENSE, d, hidden)
-        return formulas.mtp_module(d, (*self.attention_pieces(), *dense, *formulas.norms(d, 2)))
+        dense = layer_cost.gated_ffn(Part.DENSE, d, hidden)
+        return layer_cost.mtp_module(d, (*self.attention_pieces(), *dense, *layer_cost.norms(d, 2)))
 
     def _layer_kind(self, layer: int) -> tuple[MoEConfig | None, tuple[bool, ...], bool]:
         """What a layer's cost depends on: its MoE, which of its attention blocks have an indexer,
@@ -446,7 +446,9 @@ class DecoderConfig(Config):
 
     def _layer_pieces(self, moe: MoEConfig | None, owners: tuple[bool, ...], reads: bool) -> Pieces:
         d, double = self.d_model, self.wiring is not Wiring.PLAIN
-        dense = formulas.gated_ffn(Part.DENSE, d, self.dense_width) if moe is None or double else ()
+        dense = (
+            layer_cost.gated_ffn(Part.DENSE, d, self.dense_width) if moe is None or double else ()
+        )
         if double:
             dense = (*prefixed("0", dense), *prefixed("1", dense))
         return (
@@ -457,7 +459,7 @@ class DecoderConfig(Config):
             ),
             *dense,
             *(() if moe is None else moe.pieces()),
-            *formulas.norms(d, 4 if double else 2),
+            *layer_cost.norms(d, 4 if double else 2),
             *(self._memory_pieces() if reads else ()),
         )
 
@@ -468,7 +470,7 @@ class DecoderConfig(Config):
         pieces, sparse = self.attention_pieces(), self.sparse_attention
         if sparse is None:
             return pieces
-        pieces = tuple(formulas.sparse(piece, sparse.top_k) for piece in pieces)
+        pieces = tuple(attention_cost.sparse(piece, sparse.top_k) for piece in pieces)
         rank = None if self.latent_attention is None else self.latent_attention.q_rank
         indexer = sparse.pieces(self.d_model, self.d_model if rank is None else rank)
         return (*pieces, *(indexer if owner else ()))

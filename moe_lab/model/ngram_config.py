@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moe_lab.config import Config, require
-from moe_lab.cost import formulas
+from moe_lab.cost import layer_cost
 from moe_lab.cost.parts import Part, Pieces, linear, norm
 
 
@@ -60,7 +60,7 @@ class NgramConfig(Config):
 
     def pieces(self, vocab_size: int, d_model: int) -> Pieces:
         """The tables of one place and their projections."""
-        return formulas.ngram_tables(self.table_rows(vocab_size), d_model)
+        return layer_cost.ngram_tables(self.table_rows(vocab_size), d_model)
 
     def gate_pieces(self, d_model: int) -> Pieces:
         """What reads the tables inside the decoder: a key projection and two norms."""

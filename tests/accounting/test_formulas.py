@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from moe_lab.accounting import Part, count, find_model, models
-from moe_lab.cost.formulas import gqa, indexer, mla, plain_ffn
+from moe_lab.cost.attention_cost import gqa, indexer, mla
+from moe_lab.cost.layer_cost import plain_ffn
 from moe_lab.cost.parts import Pieces
 from moe_lab.report.parameter_figures import parts_treemap
 

@@ -22,7 +22,7 @@ from moe_lab.accounting.blocks import (
     top,
     width,
 )
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import Attend, Index, Part, Piece, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
 from moe_lab.hf.architectures import sparse
@@ -126,7 +126,7 @@ def v4_attention(f: Fields) -> Pieces:
         linear(a, "o_a_proj", heads * dim // groups, groups * rank_out),
         linear(a, "o_b_proj", groups * rank_out, d),
         vector(a, "sinks", heads),
-        formulas.scores(Attend(heads, dim, dim, window=f.size("sliding_window"))),
+        attention_cost.scores(Attend(heads, dim, dim, window=f.size("sliding_window"))),
         *({CSA: v4_sparse, HCA: v4_heavy}[kind](f) if kind != "sliding_attention" else ()),
     )
 
@@ -153,7 +153,7 @@ def v4_heavy(f: Fields) -> Pieces:
     heads, dim, rate = f.size("num_attention_heads"), f.size("head_dim"), _rate(f, HCA)
     return (
         *_compressor("compressor", width(f), dim, rate, 1),
-        formulas.scores(Attend(heads, dim, dim, stride=rate)),
+        attention_cost.scores(Attend(heads, dim, dim, stride=rate)),
     )
 
 
@@ -166,7 +166,7 @@ def v4_sparse(f: Fields) -> Pieces:
         linear(Part.ATTENTION, "indexer.q_b_proj", f.size("q_lora_rank"), index_heads * index_dim),
         linear(Part.ATTENTION, "indexer.weights_proj", d, index_heads),
         Piece(Part.ATTENTION, "indexer.scores", kernel=Index(index_heads, index_dim, rate)),
-        formulas.scores(Attend(heads, dim, dim, stride=rate, top=f.size("index_topk"))),
+        attention_cost.scores(Attend(heads, dim, dim, stride=rate, top=f.size("index_topk"))),
     )
 
 
@@ -178,7 +178,7 @@ def hyper_connections(outputs: int, per_stream: int, scales: int) -> Block:
     def block(f: Fields) -> Pieces:
         n, d = f.size("hc_mult"), width(f)
         made = (
-            formulas.hyper_connection(n, d, (outputs + per_stream * n) * n, scales, name)
+            layer_cost.hyper_connection(n, d, (outputs + per_stream * n) * n, scales, name)
             for name in ("attn_hc", "ffn_hc")
         )
         return tuple(piece for pieces in made for piece in pieces)
@@ -188,7 +188,7 @@ def hyper_connections(outputs: int, per_stream: int, scales: int) -> Block:
 
 def hyper_head(f: Fields) -> Pieces:
     """Mixes the streams into one before the head."""
-    return formulas.hyper_connection(f.size("hc_mult"), width(f), f.size("hc_mult"), 1, "hc_head")
+    return layer_cost.hyper_connection(f.size("hc_mult"), width(f), f.size("hc_mult"), 1, "hc_head")
 
 
 def v4_shared(f: Fields) -> Pieces:
@@ -200,7 +200,7 @@ def v4_shared(f: Fields) -> Pieces:
             f"one shared expert (transformers builds one, the configuration has n_shared_experts "
             f"= {copies})",
         )
-    return formulas.gated_ffn(
+    return layer_cost.gated_ffn(
         Part.SHARED, width(f), f.size("moe_intermediate_size"), f.flag("mlp_bias")
     )
 
@@ -248,9 +248,9 @@ def axk2_attention(f: Fields) -> Pieces:
         linear(Part.ATTENTION, "q_a_proj", d, rank, bias),
         norm("q_a_norm", rank),
         linear(Part.ATTENTION, "q_gate_proj", 2 * rank, heads * (nope + rope + v)),
-        *formulas.mla_kv(d, heads, rank_kv, nope, rope, v, bias=bias),
+        *attention_cost.mla_kv(d, heads, rank_kv, nope, rope, v, bias=bias),
         *indexer(f),
-        formulas.mla_scores(heads, rank_kv, nope, rope, v, top=f.size("index_topk")),
+        attention_cost.mla_scores(heads, rank_kv, nope, rope, v, top=f.size("index_topk")),
     )
 
 

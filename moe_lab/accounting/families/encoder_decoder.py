@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from moe_lab.accounting.architecture import Architecture, Layer
 from moe_lab.accounting.blocks import used
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     Attend,
     Part,
@@ -59,14 +59,16 @@ def switch(f: Fields) -> list[Layer]:
 
     def layer(crossed: bool) -> Callable[[int, bool], Pieces]:
         def pieces(index: int, has_experts: bool) -> Pieces:
-            attention = formulas.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=crossed))
-            cross = formulas.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=False))
+            attention = attention_cost.gqa(
+                d, heads, heads, dim, Attend(heads, dim, dim, causal=crossed)
+            )
+            cross = attention_cost.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=False))
             bias = (
                 (vector(Part.ATTENTION, "relative_attention_bias", buckets * heads),)
                 if index == 0
                 else ()
             )
-            expert = formulas.plain_ffn(Part.DENSE, d, ff)
+            expert = layer_cost.plain_ffn(Part.DENSE, d, ff)
             return (
                 *prefixed("self", attention),
                 *(prefixed("cross", cross) if crossed else ()),
@@ -113,7 +115,7 @@ def nllb(f: Fields) -> list[Layer]:
         dim = d // heads
 
         def pieces(index: int, has_experts: bool) -> Pieces:
-            attention = formulas.gqa(
+            attention = attention_cost.gqa(
                 d,
                 heads,
                 heads,
@@ -122,7 +124,7 @@ def nllb(f: Fields) -> list[Layer]:
                 bias=True,
                 out_bias=True,
             )
-            cross = formulas.gqa(
+            cross = attention_cost.gqa(
                 d,
                 heads,
                 heads,
@@ -131,7 +133,7 @@ def nllb(f: Fields) -> list[Layer]:
                 bias=True,
                 out_bias=True,
             )
-            expert = formulas.plain_ffn(Part.DENSE, d, ff, bias=True)
+            expert = layer_cost.plain_ffn(Part.DENSE, d, ff, bias=True)
             return (
                 *prefixed("self", attention),
                 *(prefixed("cross", cross) if crossed else ()),

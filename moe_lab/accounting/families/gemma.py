@@ -15,7 +15,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.blocks import window as sliding
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     Attend,
     Part,
@@ -68,8 +68,10 @@ def gemma_attention(f: Fields, may_borrow: bool = True) -> Pieces:
     inside, bias = layer_type(f) == "sliding_attention", f.flag("attention_bias")
     values = inside or not f.flag("attention_k_eq_v")
     kernel = Attend(heads, dim, dim, window=sliding(f))
-    pieces = formulas.gqa(width(f), heads, kv, dim, kernel, bias=bias, out_bias=bias, values=values)
-    query, key = formulas.qk_norms("head", heads, kv, dim)
+    pieces = attention_cost.gqa(
+        width(f), heads, kv, dim, kernel, bias=bias, out_bias=bias, values=values
+    )
+    query, key = attention_cost.qk_norms("head", heads, kv, dim)
     if may_borrow and f.mark(borrows_cache):
         return (*(piece for piece in pieces if piece.name not in ("k_proj", "v_proj")), query)
     return (*pieces, query, key)
@@ -78,7 +80,7 @@ def gemma_attention(f: Fields, may_borrow: bool = True) -> Pieces:
 def gemma_ffn(f: Fields) -> Pieces:
     double = 2 if f.truth("use_double_wide_mlp") and f.mark(borrows_cache) else 1
     return (
-        *formulas.gated_ffn(Part.DENSE, width(f), double * f.size("intermediate_size")),
+        *layer_cost.gated_ffn(Part.DENSE, width(f), double * f.size("intermediate_size")),
         *norms(2)(f),
     )
 
@@ -146,7 +148,7 @@ def self_conditioning(f: Fields) -> Pieces:
     d = width(f)
     return (
         norm("self_conditioning.norm", d),
-        *formulas.gated_ffn(Part.OTHER, d, f.size("intermediate_size")),
+        *layer_cost.gated_ffn(Part.OTHER, d, f.size("intermediate_size")),
     )
 
 

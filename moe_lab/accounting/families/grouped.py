@@ -17,7 +17,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.blocks import window as sliding
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import Attend, Part, Pieces, norm, vector
 from moe_lab.hf.fields import Fields
 
@@ -98,7 +98,7 @@ def mimo_attention(f: Fields) -> Pieces:
     if inside:
         kv = f.size_or("swa_num_key_value_heads", 2 * kv, 1)
     kernel = Attend(heads, dim, v, window=sliding(f))
-    pieces = formulas.gqa(
+    pieces = attention_cost.gqa(
         width(f), heads, kv, dim, kernel, v_dim=v, bias=f.flag("attention_bias"), out_bias=False
     )
     return (*pieces, *(sinks(f) if inside else ()))

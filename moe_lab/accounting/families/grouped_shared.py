@@ -25,7 +25,7 @@ from moe_lab.accounting.blocks import (
     window,
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     Attend,
     ExpertsRun,
@@ -117,16 +117,16 @@ def ernie_vl_moe(f: Fields) -> Pieces:
             linear(Part.ROUTER, f"{kind}_router", d, copies),
             vector(Part.ROUTER, f"{kind}_score_bias", copies),
         )
-        pieces += (*router, *times(formulas.gated_ffn(Part.ROUTED, d, size), copies, runs))
+        pieces += (*router, *times(layer_cost.gated_ffn(Part.ROUTED, d, size), copies, runs))
     channels = text * f.size("n_shared_experts", 0)
     return (
         *pieces,
-        *(formulas.gated_ffn(Part.SHARED, d, channels, f.flag("use_bias")) if channels else ()),
+        *(layer_cost.gated_ffn(Part.SHARED, d, channels, f.flag("use_bias")) if channels else ()),
     )
 
 
 def cohere_dense(f: Fields) -> Pieces:
-    return formulas.gated_ffn(
+    return layer_cost.gated_ffn(
         Part.DENSE,
         width(f),
         f.size_or("prefix_dense_intermediate_size", f.size("intermediate_size"), 1),
@@ -138,7 +138,7 @@ def chunked(f: Fields) -> Pieces:
     heads, kv, dim = heads_of(f)
     chunk = f.size("attention_chunk_size") if layer_type(f) == "chunked_attention" else None
     bias = f.flag("attention_bias")
-    return formulas.gqa(
+    return attention_cost.gqa(
         width(f), heads, kv, dim, Attend(heads, dim, dim, chunk=chunk), bias=bias, out_bias=bias
     )
 
@@ -153,7 +153,7 @@ def cross_layer_attention(f: Fields) -> Pieces:
     the next.
     """
     heads, kv, dim = heads_of(f)
-    pieces = formulas.gqa(width(f), heads, kv, dim, Attend(heads, dim, dim))
+    pieces = attention_cost.gqa(width(f), heads, kv, dim, Attend(heads, dim, dim))
     return (
         pieces
         if f.mark(owns_keys)
@@ -173,10 +173,10 @@ def gated_per_layer(f: Fields) -> Pieces:
     )
     gates = heads if f.get("gating") in (True, "per-head") else heads * dim
     return (
-        *formulas.gqa(
+        *attention_cost.gqa(
             d, heads, kv, dim, Attend(heads, dim, dim, window=window(f)), bias=bias, out_bias=bias
         ),
-        *formulas.qk_norms("head", heads, kv, dim),
+        *attention_cost.qk_norms("head", heads, kv, dim),
         linear(Part.ATTENTION, "gate_proj", d, gates),
     )
 
@@ -213,7 +213,7 @@ def m3_attention(f: Fields) -> Pieces:
         return pieces
     heads, dim = f.size("index_n_heads"), f.size("index_head_dim")
     top_k = f.size("index_topk_blocks") * f.size("index_block_size")
-    attend = tuple(formulas.sparse(piece, top_k) for piece in pieces)
+    attend = tuple(attention_cost.sparse(piece, top_k) for piece in pieces)
     a = Part.ATTENTION
     return (
         *attend,
@@ -236,7 +236,7 @@ def ling_bias(f: Fields) -> Pieces:
 
 def one_shared(size: str) -> Block:
     """A single shared expert of the width of the routed ones, which no field announces."""
-    return lambda f: formulas.gated_ffn(Part.SHARED, width(f), f.size(size))
+    return lambda f: layer_cost.gated_ffn(Part.SHARED, width(f), f.size(size))
 
 
 ROWS = {

@@ -5,7 +5,7 @@ router's normaliser.
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.blocks import choose, dense, layer_type, moe, norms, top, used, width
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import Attend, Part, Pieces, conv, linear, norm, times, vector
 from moe_lab.hf.fields import Fields
 
@@ -41,7 +41,7 @@ def relative_attention(f: Fields) -> Pieces:
     heads, kv, dim, span, extent = sizes(f)
     d, relative = width(f), f.size("d_rel")
     return (
-        *formulas.gqa(d, heads, kv, dim, Attend(heads, dim, dim, window=span)),
+        *attention_cost.gqa(d, heads, kv, dim, Attend(heads, dim, dim, window=span)),
         linear(A, "relative_proj", d, heads * relative),
         vector(A, "relative_logits", relative * extent),
     )
@@ -54,7 +54,7 @@ def attention1(f: Fields) -> Pieces:
         *relative_attention(f),
         conv(A, "k_conv", kv * dim, kernel),
         conv(A, "v_conv", kv * dim, kernel),
-        *formulas.qk_norms("head", heads, kv, dim),
+        *attention_cost.qk_norms("head", heads, kv, dim),
     )
 
 
@@ -69,8 +69,8 @@ def sink_moe(f: Fields) -> Pieces:
     return (
         linear(Part.ROUTER, "router", d, experts + copies),
         vector(Part.ROUTER, "global_scale", 1),
-        *times(formulas.gated_ffn(Part.ROUTED, d, size), experts, run),
-        *formulas.gated_ffn(Part.SHARED, d, copies * size),
+        *times(layer_cost.gated_ffn(Part.ROUTED, d, size), experts, run),
+        *layer_cost.gated_ffn(Part.SHARED, d, copies * size),
     )
 
 

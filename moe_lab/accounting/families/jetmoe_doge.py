@@ -14,7 +14,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import (
     Attend,
     Part,
@@ -41,7 +41,7 @@ def jet_attention(f: Fields) -> Pieces:
         *times(expert, experts, run),
         vector(A, "attention_bias", d),
         linear(A, "kv_proj", d, 2 * kv * dim),
-        formulas.scores(Attend(heads, dim, dim)),
+        attention_cost.scores(Attend(heads, dim, dim)),
     )
 
 

@@ -17,7 +17,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.accounting.families.deepseek import BASE, deepseek_v3, deepseek_v32, hyper_connections
 from moe_lab.accounting.families.linear import kimi_delta
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import Part, Pieces, linear, norm, vector
 from moe_lab.errors import ConfigError, expected
 from moe_lab.hf.fields import Fields
@@ -75,8 +75,8 @@ def large4_attention(f: Fields) -> Pieces:
     rotary = f.mark(rotary_layers)
     split = (nope, rope) if rotary else (nope + rope, 0)
     return (
-        *formulas.mla_query(d, heads, None, nope + rope),
-        *formulas.mla_kv(
+        *attention_cost.mla_query(d, heads, None, nope + rope),
+        *attention_cost.mla_kv(
             d,
             heads,
             rank,
@@ -87,7 +87,7 @@ def large4_attention(f: Fields) -> Pieces:
         ),
         vector(Part.ATTENTION, "softmax_scale", 2 * heads),
         *large4_indexer(f),
-        formulas.mla_scores(
+        attention_cost.mla_scores(
             heads,
             rank,
             *split,
@@ -103,7 +103,7 @@ def large4_indexer(f: Fields) -> Pieces:
         return ()
     d, heads, dim = width(f), f.size("index_n_heads"), f.size("index_head_dim")
     return (
-        *formulas.indexer(d, d, heads, dim),
+        *attention_cost.indexer(d, d, heads, dim),
         norm("indexer.q_input_norm", d, bias=True),
         vector(Part.ATTENTION, "indexer.softmax_scale", 2 * heads),
     )

@@ -16,7 +16,7 @@ from moe_lab.accounting.blocks import (
     top,
     width,
 )
-from moe_lab.cost import formulas
+from moe_lab.cost import recurrence_cost
 from moe_lab.cost.parts import Part, Pieces, linear, norm
 from moe_lab.hf.fields import Fields
 
@@ -25,7 +25,7 @@ def kimi_delta(f: Fields) -> Pieces:
     """Decay through a bottleneck of one head's width; the output gate too, unless
     ``use_full_rank_gate``.
     """
-    return formulas.kda(
+    return recurrence_cost.kda(
         width(f),
         f.size("linear_num_heads"),
         f.size("linear_head_dim"),
@@ -40,7 +40,7 @@ def ling_delta(f: Fields) -> Pieces:
         f.size("linear_head_dim"),
         f.size("linear_conv_kernel_dim"),
     )
-    return formulas.kda(width(f), *sizes, low_rank_decay=False, low_rank_gate=False)
+    return recurrence_cost.kda(width(f), *sizes, low_rank_decay=False, low_rank_gate=False)
 
 
 def output_gate(f: Fields) -> Pieces:
@@ -82,7 +82,7 @@ def latent(f: Fields) -> Pieces:
 
 def lightning(f: Fields) -> Pieces:
     heads, _, dim = heads_of(f)
-    return formulas.lightning(width(f), heads, dim)
+    return recurrence_cost.lightning(width(f), heads, dim)
 
 
 def minimax_types(f: Fields) -> list[str]:

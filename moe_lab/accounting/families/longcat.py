@@ -7,7 +7,7 @@ tables: arXiv 2601.21204 section 3.
 
 from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import Block, dense, join, mla, norms, top, width
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import ExpertsRun, Part, Piece, Pieces, linear, norm, prefixed, times
 from moe_lab.errors import ConfigError, expected
 from moe_lab.hf.fields import MOST, Fields
@@ -58,7 +58,7 @@ def zero_moe(f: Fields) -> Pieces:
         )
     d, size = width(f), f.size("moe_intermediate_size")
     router = linear(Part.ROUTER, "router", d, real + zero, f.truth("router_bias"))
-    experts = times(formulas.gated_ffn(Part.ROUTED, d, size), real, run)
+    experts = times(layer_cost.gated_ffn(Part.ROUTED, d, size), real, run)
     # transformers 5.23 allocates the gate and up rows of the zero-computation experts too
     phantom = experts[0]._replace(phantom=zero * 2 * d * size)
     k = f.size("num_experts_per_tok")
@@ -82,7 +82,7 @@ def twice(block: Block) -> Block:
 def index_once(f: Fields) -> Pieces:
     """LongCat-2.0: the first attention block selects tokens, the second uses its selection."""
     dim = f.size("index_head_dim")
-    pieces = formulas.indexer(width(f), f.size("q_lora_rank"), f.size("index_n_heads"), dim)
+    pieces = attention_cost.indexer(width(f), f.size("q_lora_rank"), f.size("index_n_heads"), dim)
     return prefixed(
         "0", tuple(norm(piece.name, dim) if piece.part is Part.NORM else piece for piece in pieces)
     )
@@ -91,7 +91,7 @@ def index_once(f: Fields) -> Pieces:
 def sparse_mla(f: Fields) -> Pieces:
     top_k = f.size("index_topk")
     f.note("index", f"index_topk = {top_k} tokens include the initial and the local ones")
-    return tuple(formulas.sparse(piece, top_k) for piece in mla()(f))
+    return tuple(attention_cost.sparse(piece, top_k) for piece in mla()(f))
 
 
 def dense_module(architecture: Architecture, f: Fields, index: int) -> Pieces:
@@ -122,7 +122,7 @@ def ngram(neighbours: str, splits: str, ratio: str) -> Block:
                 )
             )
         rows = [int(factor * vocab + 2 * table + 1) for table in range(count)]
-        return formulas.ngram_tables(rows, d)
+        return layer_cost.ngram_tables(rows, d)
 
     return block
 

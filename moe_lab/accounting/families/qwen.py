@@ -20,7 +20,7 @@ from moe_lab.accounting.blocks import (
     top,
     width,
 )
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import Index, Part, Piece, Pieces, conv, linear, norm
 from moe_lab.errors import ConfigError, expected
 from moe_lab.hf.fields import Fields
@@ -94,7 +94,7 @@ def block_indexer(f: Fields) -> Pieces:
 
 def indexed_gated(f: Fields) -> Pieces:
     pieces = gqa(bias="attention_bias", norms="head", query_width=2, extra=(block_indexer,))(f)
-    return tuple(formulas.sparse(piece, f.size("indexer_budget")) for piece in pieces)
+    return tuple(attention_cost.sparse(piece, f.size("indexer_budget")) for piece in pieces)
 
 
 def gated_residual(name: str, *, inject: bool = True) -> Block:

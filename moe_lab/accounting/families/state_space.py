@@ -20,7 +20,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.families.grouped import BIASED, KV_IS_HEADS, UNTIED
-from moe_lab.cost import formulas
+from moe_lab.cost import layer_cost, recurrence_cost
 from moe_lab.cost.parts import Part, Pieces, linear
 from moe_lab.hf.fields import Fields
 from moe_lab.hf.sparse_layers import nemotron_marks
@@ -32,7 +32,7 @@ def mamba(f: Fields) -> Pieces:
     """
     rank = f.get("mamba_dt_rank")
     rank = math.ceil(width(f) / 16) if rank == "auto" else f.check_size("mamba_dt_rank", rank)
-    return formulas.mamba1(
+    return recurrence_cost.mamba1(
         width(f),
         f.size("mamba_expand"),
         f.size("mamba_d_state"),
@@ -45,7 +45,7 @@ def mamba(f: Fields) -> Pieces:
 
 def mamba2(f: Fields) -> Pieces:
     """Bamba and Granite 4."""
-    return formulas.mamba2(
+    return recurrence_cost.mamba2(
         width(f),
         int(f.number("mamba_expand") * width(f)),
         f.size("mamba_n_heads"),
@@ -61,7 +61,9 @@ def nemotron_mamba(f: Fields) -> Pieces:
     heads = f.size("mamba_num_heads")
     inner = heads * f.size("mamba_head_dim")
     sizes = (heads, f.size("n_groups"), f.size("ssm_state_size"), f.size("conv_kernel"))
-    return formulas.mamba2(width(f), inner, *sizes, f.flag("use_conv_bias"), f.flag("use_bias"))
+    return recurrence_cost.mamba2(
+        width(f), inner, *sizes, f.flag("use_conv_bias"), f.flag("use_bias")
+    )
 
 
 def nemotron_latent(f: Fields) -> int:
@@ -81,13 +83,13 @@ def latent_projections(f: Fields) -> Pieces:
 
 
 def nemotron_mlp(f: Fields) -> Pieces:
-    return formulas.plain_ffn(
+    return layer_cost.plain_ffn(
         Part.DENSE, width(f), f.size("intermediate_size"), flag(f, "mlp_bias")
     )
 
 
 def short_conv(f: Fields) -> Pieces:
-    return formulas.short_conv(width(f), f.size("conv_L_cache"), f.flag("conv_bias"))
+    return recurrence_cost.short_conv(width(f), f.size("conv_L_cache"), f.flag("conv_bias"))
 
 
 def nemotron_module(architecture: Architecture, f: Fields, index: int) -> Pieces:

@@ -12,7 +12,7 @@ from moe_lab.accounting.blocks import (
     width,
 )
 from moe_lab.accounting.blocks import window as sliding
-from moe_lab.cost import formulas
+from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     Attend,
     ExpertsRun,
@@ -45,7 +45,7 @@ def zaya_attention(f: Fields) -> Pieces:
         Piece(A, "conv_grouped", channels * dim * span + channels, channels * dim * span),
         vector(A, "temperature", kv),
         linear(A, "o_proj", heads * dim, d, bias),
-        formulas.scores(Attend(heads, dim, dim, window=sliding(f))),
+        attention_cost.scores(Attend(heads, dim, dim, window=sliding(f))),
     )
 
 
@@ -74,7 +74,7 @@ def zaya_moe(f: Fields) -> Pieces:
     return (
         *router,
         *times(
-            formulas.gated_ffn(Part.ROUTED, d, size), experts, ExpertsRun(0, run.mean, run.most)
+            layer_cost.gated_ffn(Part.ROUTED, d, size), experts, ExpertsRun(0, run.mean, run.most)
         ),
     )
 
