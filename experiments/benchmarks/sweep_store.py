@@ -113,7 +113,8 @@ def make_store(sweep: SweepConfig, folder: Path) -> RunStore:
             lines = "\n".join(f'  File "trainer.py", line {line}, in step' for line in range(20))
             (path / "log.txt").write_text("step 1\nstep 2\n")
             (path / "error.txt").write_text(
-                f"the loss is nan at step 40\n\nTraceback (most recent call last):\n{lines}\nRunError: nan\n"
+                "the loss is nan at step 40\n\nTraceback (most recent call last):\n"
+                f"{lines}\nRunError: nan\n"
             )
         else:
             _finish(path, run_hash, run, steps, random, traces[run.model])
@@ -213,7 +214,8 @@ began = time.perf_counter()
 done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
 usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 wall, processor = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
-print(json.dumps({"seconds": wall, "processor_seconds": processor, "peak_mb": usage.ru_maxrss / 1024}))
+peak = usage.ru_maxrss / 1024
+print(json.dumps({"seconds": wall, "processor_seconds": processor, "peak_mb": peak}))
 sys.exit(done.returncode and done.stderr[-2000:])
 """
 
@@ -361,7 +363,8 @@ def _run(
     model = DecoderConfig(**{"vocab_size": 1024, "context_length": seq_length, "moe": moe} | shape)
     text = TextConfig(vocab_size=model.vocab_size).resolve()
     return RunConfig(
-        model=model, text=text, batch_size=batch_size, seq_length=seq_length, grad_accumulation=grad_accumulation,
+        model=model, text=text, batch_size=batch_size, seq_length=seq_length,
+        grad_accumulation=grad_accumulation,
         train_tokens=3 * batch_size * seq_length, eval_tokens=20_000,
     )  # fmt: skip
 

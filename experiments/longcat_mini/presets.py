@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 
 import polars as pl
-from moe_lab.accounting.minis import MINIS
 
 from moe_lab.files import atomic_path
 from moe_lab.model import preset as mini
+from moe_lab.model.minis import MINIS
 from moe_lab.sweeps import RunStore, SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import OptimizerConfig, RunConfig

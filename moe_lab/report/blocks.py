@@ -85,7 +85,7 @@ def one_plot(
     data: pl.DataFrame,
     table: Table | None = None,
 ) -> Block:
-    """A block with one plot, of several variants or one canvas; its table is ``data`` by default."""
+    """A block with one plot of several variants or one canvas; its table is ``data`` by default."""
     if isinstance(variants, Canvas):
         variants = (Variant("", variants),)
     return Block(name, caption, (Plot(summary, tuple(variants)),), data, table or table_of(data))

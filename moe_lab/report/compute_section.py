@@ -76,7 +76,10 @@ def _fixed_sentence(constant: list[tuple[NamedTrace, int]], others: bool) -> str
         for value in values
     ]
     ending = "they have no spread to draw" if others else "so there is nothing to draw here"
-    return f"With a fixed k every token runs the same number of real experts: ffn_count is {'; '.join(parts)}; {ending}."
+    return (
+        "With a fixed k every token runs the same number of real experts: ffn_count is "
+        f"{'; '.join(parts)}; {ending}."
+    )
 
 
 def _spread_block(traces: list[NamedTrace], frames: Frames) -> Block:

@@ -1,4 +1,4 @@
-"""Figures of the section on difficulty: frames of ``analysis.difficulty`` in, plotly figures out."""
+"""Figures of the section on difficulty, drawn from frames of ``analysis.difficulty``."""
 
 from __future__ import annotations
 

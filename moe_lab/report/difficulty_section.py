@@ -112,7 +112,8 @@ def _map_block(association: pl.DataFrame) -> Block:
     caption = (
         "Rank correlation of ffn_count with difficulty within token ids, with 95 % intervals "
         "from resampling whole documents; "
-        f"n = {whole(association['n_tokens'].max())} tokens of {whole(association['n_docs'].max())} documents at most. "  # type: ignore[arg-type]
+        f"n = {whole(association['n_tokens'].max())} tokens of "  # type: ignore[arg-type]
+        f"{whole(association['n_docs'].max())} documents at most. "  # type: ignore[arg-type]
         "Difficulty is cross-fitted trigram surprisal, which the model has no hand in. Read it "
         "against the token that goes in for shallow layers, and against the one to be predicted "
         "for deep ones. The raw correlation, driven by identity and frequency, is in the table."
@@ -172,7 +173,10 @@ def _gain_block(gains: pl.DataFrame, frames: Frames) -> Block:
         f"real experts shifted both ways, {moved} experts apart; bars are 95 % intervals from "
         "resampling documents. A router that spends where it matters has a rising curve."
     )
-    summary = f"Marginal gain from {decimal(groups['gain'][0], 4)} to {decimal(groups['gain'][-1], 4)} nats per expert by tenth of ffn_count."
+    summary = (
+        f"Marginal gain from {decimal(groups['gain'][0], 4)} to {decimal(groups['gain'][-1], 4)} "
+        "nats per expert by tenth of ffn_count."
+    )
     return Block(
         "marginal_gain",
         caption,
@@ -185,7 +189,8 @@ def _gain_block(gains: pl.DataFrame, frames: Frames) -> Block:
 def _regret(gain: pl.DataFrame, regret: pl.DataFrame) -> str:
     row = gain.row(0, named=True)
     saved = {name: decimal(value, 4) for name, value in regret.select("allocation", "saved").rows()}
-    rho = f"{decimal(row['rho_token'])} ({decimal(row['rho_token_lo'])} to {decimal(row['rho_token_hi'])})"
+    low, high = decimal(row["rho_token_lo"]), decimal(row["rho_token_hi"])
+    rho = f"{decimal(row['rho_token'])} ({low} to {high})"
     return (
         f"Within token ids, ffn_count and marginal gain correlate by {rho}: {row['verdict']}. "
         f"Moving compute between tokens at an equal total would save {saved['greedy']} nats/token "

@@ -15,7 +15,7 @@ MAX_CONFIGS = 120
 
 @dataclass(frozen=True)
 class Provenance:
-    """``facts`` are (name, text) pairs; ``configs`` are (run, its configuration as indented JSON)."""
+    """``facts`` are (name, text) pairs; ``configs`` are (run, configuration as indented JSON)."""
 
     facts: tuple[tuple[str, str], ...]
     configs: tuple[tuple[str, str], ...]

@@ -1,4 +1,4 @@
-"""The tables of a sweep's runs: results, runs that did not finish, and what failed runs said last."""
+"""The tables of a sweep's runs: results, unfinished runs, and the last lines of failed runs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def sees_later_tokens(run: RunRecord) -> bool:
 
 
 def later_token_note(runs: Sequence[RunRecord]) -> str:
-    """The sentence that belongs beside the losses of these runs; "" where there is nothing to say."""
+    """The sentence that belongs beside the losses of these runs; "" if nothing is to be said."""
     arms = dict.fromkeys(
         str(run.result.get("arm") or run.name) for run in runs if sees_later_tokens(run)
     )

@@ -209,7 +209,7 @@ def wall_power(frame: pl.DataFrame) -> Canvas:
     """The chance that a sweep of this grid settles each candidate truth, against its seeds.
 
     Args:
-        frame: columns truth, seeds, settled, as ``scaling.power``.
+        frame: columns truth, seeds, settled, as ``scaling.wall_power.power``.
     """
     need(frame, "truth", "seeds", "settled")
     figure = Canvas().update_layout(hovermode="closest")

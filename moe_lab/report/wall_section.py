@@ -107,7 +107,7 @@ def judged_material(material: Material) -> WallStudy | MoELabError | None:
 
 
 def verdict_text(study: WallStudy | MoELabError | None) -> VerdictText:
-    """The outcome and its sentence; "cannot tell" with the reason where the runs allow no verdict."""
+    """The outcome and its sentence; "cannot tell" and the reason where runs allow no verdict."""
     if study is None:
         return VerdictText(
             "",

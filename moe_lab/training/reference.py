@@ -3,7 +3,7 @@ studied.
 
 The documents are dealt into folds; one dense decoder is trained on each fold and scores the others,
 so that no token is judged by a model that has read it. Losses at several points of the training
-tell what was learnt when (``analysis.difficulty.learnability``).
+tell what was learnt when.
 """
 
 from collections.abc import Sequence
