@@ -12,7 +12,12 @@ from moe_lab.analysis.class_profile import class_profile
 from moe_lab.analysis.coactivation import coactivation, coactivation_order
 from moe_lab.analysis.compare import compare, load_shift
 from moe_lab.analysis.difficulty import difficulty_association
-from moe_lab.analysis.expert_load import expert_load, load_over_windows, load_summary
+from moe_lab.analysis.expert_load import (
+    expert_load,
+    load_interval,
+    load_over_windows,
+    load_summary,
+)
 from moe_lab.analysis.repetition import repetition
 from moe_lab.analysis.router_entropy import router_entropy
 from moe_lab.analysis.saturation import saturation
@@ -44,6 +49,7 @@ __all__ = [
     "expert_load",
     "expert_vocabulary",
     "ffn_spread",
+    "load_interval",
     "load_over_windows",
     "load_shift",
     "load_summary",

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from moe_lab import measures
 from moe_lab.analysis.aligned_rows import by_layer
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
+from moe_lab.analysis.document_sums import documents, nulls, unit_counts
 from moe_lab.analysis.token_groups import counts_by, group_counts, grouping, windows
 from moe_lab.config import require
 from moe_lab.trace import LayerMeta, Trace
@@ -71,6 +73,46 @@ def load_summary(trace: Trace, by: str | None = None) -> pl.DataFrame:
             )
             frames.append(_summary(layer, names, table_GE))
     return pl.concat(frames)
+
+
+def load_interval(
+    trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> pl.DataFrame:
+    """Load CV of each layer with its interval over documents, beside that of sampling alone.
+
+    Returns:
+        [layer, n_docs, load_cv, lo, hi, even]: ``lo``, ``hi`` from resampling documents (null with
+        fewer than 5); finite samples push the resampled values up as they push ``load_cv``, so the
+        interval is the reflected one, ``2 load_cv - q``, cut at 0. ``even`` is what a router
+        without any preference shows in as many tokens: ``sqrt((1 - p) / (T p))`` with p the mean
+        share of tokens that a real expert runs on.
+    """
+    docs = documents(trace, max(layer.num_choices for layer in trace.meta.layers))
+    resampling = Resampling(resamples, seed, level)
+    rows = []
+    for layer in by_layer(trace):
+        counts_UE = unit_counts(trace, layer, docs)[:, 0, : layer.num_experts].astype(np.float64)
+        value = float(measures.load_cv(counts_UE.sum(axis=0)))
+        low, high = resampling.interval(
+            lambda weights, counts=counts_UE: measures.load_cv(weights @ counts), docs.units
+        )
+        share = counts_UE.sum() / max(trace.num_tokens * layer.num_experts, 1)
+        rows.append(
+            {
+                "layer": layer.layer,
+                "n_docs": len(docs.docs),
+                "load_cv": value,
+                "lo": max(2 * value - float(high), 0.0) if np.isfinite(high) else None,
+                "hi": 2 * value - float(low) if np.isfinite(low) else None,
+                "even": float(np.sqrt((1 - share) / (trace.num_tokens * share))) if share else None,
+            }
+        )
+    schema = {"layer": pl.UInt32, "n_docs": pl.Int64}
+    return nulls(
+        pl.DataFrame(
+            rows, schema=schema | dict.fromkeys(("load_cv", "lo", "hi", "even"), pl.Float64)
+        )
+    )
 
 
 def load_over_windows(

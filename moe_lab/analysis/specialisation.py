@@ -30,7 +30,7 @@ from moe_lab.trace import LayerMeta, Trace
 
 MAX_DOMAINS = 256
 """A column with more values than this is no domain."""
-MAX_DEALS = 50
+MAX_DEALS = 200
 
 
 def domain_specialisation(
@@ -96,10 +96,11 @@ def domain_divergence(
     """Jensen-Shannon divergence in bits between the expert loads (all slots) of every two domains.
 
     Returns:
-        [layer, domain_a, domain_b, bits, lo, hi, shuffled]: ``bits`` is 0 where the two domains
+        [layer, domain_a, domain_b, bits, lo, hi, shuffled, shuffled_95]: ``bits`` is 0 where the two domains
         load the experts alike, 1 where they share none, null where a domain used no slot. Samples
         differ even where domains do not: ``shuffled`` is the mean over up to ``MAX_DEALS``
-        permutations of the two names over the documents of both. Finite samples push the
+        permutations of the two names over the documents of both, ``shuffled_95`` their 95 % point,
+        which ``bits`` must exceed to say that domains differ. Finite samples push the
         resampled values up as they push ``bits``, so the interval is the reflected one, ``2 bits -
         q``, cut at 0 and 1. ``lo`` and ``hi`` are null with fewer than 5 documents in a domain,
         ``shuffled`` with fewer than 2, and where a document (or a drawn bundle of them, see
@@ -113,15 +114,15 @@ def domain_divergence(
     single_P = (here_UG.sum(axis=0) < 2)[pairs_P2].any(axis=1)
     frames = []
     for layer in by_layer(trace):
-        found_4P = _divergences(
+        found_5P = _divergences(
             unit_counts(trace, layer, docs, groups), here_UG, pairs_P2, resampling
         )
-        found_4P[3, single_P] = np.nan
+        found_5P[3:, single_P] = np.nan
         names = {
             "domain_a": groups.values.gather(pairs_P2[:, 0]),
             "domain_b": groups.values.gather(pairs_P2[:, 1]),
         }
-        values = dict(zip(("bits", "lo", "hi", "shuffled"), found_4P, strict=True))
+        values = dict(zip(("bits", "lo", "hi", "shuffled", "shuffled_95"), found_5P, strict=True))
         frames.append(
             pl.DataFrame({**names, **values}).select(
                 pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all()
@@ -271,7 +272,7 @@ def _divergences(
     pairs_P2: NDArray[np.int64],
     resampling: Resampling | None,
 ) -> Floats:
-    """[4, P]: bits, lo, hi and shuffled of each pair of domains."""
+    """[5, P]: bits, lo, hi, shuffled and its 95 % point, of each pair of domains."""
     units, groups, experts = counts_UGE.shape
     flat = counts_UGE.reshape(units, -1).astype(np.float64)
 
@@ -281,7 +282,7 @@ def _divergences(
             [jensen_shannon_bits(loads_BGE[:, a], loads_BGE[:, b]) for a, b in pairs_P2], axis=1
         )
 
-    found = np.full((4, len(pairs_P2)), np.nan)
+    found = np.full((5, len(pairs_P2)), np.nan)
     if not len(pairs_P2):
         return found
     found[0] = bits(np.ones((1, units)))[0]
@@ -290,7 +291,7 @@ def _divergences(
         low, high = resampling.interval(bits, units, fewest_P)
         found[1], found[2] = np.maximum(2 * found[0] - high, 0), np.minimum(2 * found[0] - low, 1)
         if (here_UG.sum(axis=1) <= 1).all():
-            found[3] = _shuffled(counts_UGE.sum(axis=1), here_UG, pairs_P2, resampling)
+            found[3:] = _shuffled(counts_UGE.sum(axis=1), here_UG, pairs_P2, resampling)
     return found
 
 
@@ -300,12 +301,14 @@ def _shuffled(
     pairs_P2: NDArray[np.int64],
     resampling: Resampling,
 ) -> Floats:
-    """[P] mean divergence of each pair when names are permuted over the documents of both."""
+    """[2, P] mean and 95 % point of the divergence of each pair when names are permuted over the
+    documents of both.
+    """
     generator, means = np.random.default_rng(resampling.seed), []
     for a, b in pairs_P2:
         kept = here_UG[:, a] | here_UG[:, b]
         if not kept.any():
-            means.append(np.nan)
+            means.append((np.nan, np.nan))
             continue
         deals = np.stack(
             [
@@ -314,8 +317,9 @@ def _shuffled(
             ]
         ).astype(np.float64)
         load = load_UE[kept].astype(np.float64)
-        means.append(float(np.mean(jensen_shannon_bits(deals @ load, (1 - deals) @ load))))
-    return np.array(means)
+        drawn = jensen_shannon_bits(deals @ load, (1 - deals) @ load)
+        means.append((float(np.mean(drawn)), float(np.quantile(drawn, 0.95))))
+    return np.array(means).T
 
 
 def _best_ids(

@@ -97,7 +97,7 @@ def domain_divergence(frame: pl.DataFrame) -> Canvas:
     Args:
         frame: as ``analysis.domain_divergence``.
     """
-    need(frame, "domain_a", "domain_b", "bits", "shuffled")
+    need(frame, "domain_a", "domain_b", "bits", "shuffled_95")
     domains = pl.col("domain_a", "domain_b").cast(pl.String)
     named = frame.with_columns(pair=pl.concat_str(domains, separator=" | "))
     means = named.group_by("pair").agg(pl.col("bits").mean()).sort("bits", descending=True)
@@ -105,8 +105,8 @@ def domain_divergence(frame: pl.DataFrame) -> Canvas:
     rows = named.filter(pl.col("pair").is_in(widest)).sort(
         pl.col("pair").replace_strict(widest, range(len(widest)), default=None), "layer"
     )
-    shuffled = named.group_by("layer", maintain_order=True).agg(pl.col("shuffled").mean())
-    mean = shuffled, {"shuffled": "documents shuffled, mean of pairs"}
+    shuffled = named.group_by("layer", maintain_order=True).agg(pl.col("shuffled_95").mean())
+    mean = shuffled, {"shuffled_95": "95 % point of shuffled documents, mean of pairs"}
     return _depth(rows, "JSD, bits", "bits", "lo", "hi", group="pair", lines=mean)
 
 

@@ -118,6 +118,10 @@ def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
     return one_plot("domain_specialisation", caption, summary, variants, data, table_of(top))
 
 
+def _null_words(point: float | None) -> str:
+    return "" if point is None else f" (95 % point of shuffled documents: {decimal(point)})"
+
+
 def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
     from moe_lab.analysis import domain_divergence
 
@@ -130,14 +134,15 @@ def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
     summary = (
         "Jensen-Shannon divergence of the expert loads of every two kinds of text, over depth. "
         "The widest is {domain_a} and {domain_b} in layer {layer} with "
-        f"{decimal(widest[0]['bits'])} bits."
+        f"{decimal(widest[0]['bits'])} bits"
+        f"{_null_words(widest[0]['shuffled_95'])}."
     ).format(**widest[0])
     caption = (
         f"n = {whole(named.trace.num_tokens)} tokens, by {kinds[0]}: 0 bits where two kinds load "
         f"the experts alike, 1 where they share none; at most {MAX_SERIES} pairs are drawn. Bars, "
         f"where drawn, are 95 % intervals from resampling documents {RESAMPLES} times; finite "
-        "samples diverge a little even where kinds do not: the dotted line is what documents "
-        "dealt anew to the names give."
+        "samples diverge a little even where kinds do not: the dotted line is the 95 % point "
+        "of documents shuffled between the kinds."
     )
     canvas = figures.domain_divergence.canvas(data)
     return one_plot("domain_divergence", caption, summary, canvas, data)

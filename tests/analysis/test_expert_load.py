@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moe_lab.analysis import expert_load, load_over_windows, load_summary
+from moe_lab.analysis import expert_load, load_interval, load_over_windows, load_summary
 from moe_lab.errors import AnalysisError
 
 
@@ -93,3 +93,15 @@ def test_an_empty_trace_has_no_load(make_trace):
     assert load["count"].to_list() == [0, 0, 0]
     assert load["load"].null_count() == 3
     assert load_summary(make_trace(np.zeros((0, 2), int), 3))["load_cv"].to_list() == [None]
+
+
+def test_an_even_router_lies_at_the_sampling_null_and_a_skewed_one_above(make_trace, draw):
+    columns = {"doc": np.arange(4000) // 100, "pos": np.arange(4000) % 100}
+    skewed = [4, 3, 2, 1, 1, 1, 1, 1]
+    trace = make_trace({0: draw(0, 4000, 8, 2), 1: draw(1, 4000, 8, 2, skewed)}, 8, **columns)
+    even, uneven = load_interval(trace).rows(named=True)
+    assert even["even"] == pytest.approx(np.sqrt(0.75 / (4000 * 0.25)))
+    assert even["load_cv"] < 2 * even["even"] < uneven["lo"] < uneven["load_cv"] < uneven["hi"]
+    assert uneven["load_cv"] == load_summary(trace)["load_cv"][1]
+    few = make_trace(draw(0, 400, 8, 2), 8, doc=np.arange(400) // 100, pos=np.arange(400) % 100)
+    assert load_interval(few).row(0, named=True)["lo"] is None

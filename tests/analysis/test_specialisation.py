@@ -29,7 +29,7 @@ DATA = (
 def test_domains_that_share_no_expert_are_one_bit_apart(make_trace):
     trace = make_trace([[0, 1]] * 4 + [[2, 3]] * 2, 4, domain=["a"] * 4 + ["b"] * 2)
     assert domain_divergence(trace, "domain").rows() == [
-        (0, "a", "b", pytest.approx(1), None, None, None)
+        (0, "a", "b", pytest.approx(1), None, None, None, None)
     ]  # one document
     table = domain_specialisation(trace, "domain").filter(pl.col("expert") == 0)
     assert table.select("domain", "count", "tokens", "specialisation").rows() == [
@@ -102,12 +102,12 @@ def test_intervals_of_a_divergence_hold_what_is_true():
             side = unit % 2
             taste = generator.dirichlet((even, other / other.sum())[side] * 60)
             counts[unit, side], here[unit, side] = generator.multinomial(300, taste), True
-        bits, low, high, shuffled = _divergences(
+        bits, low, high, shuffled, point = _divergences(
             counts, here, np.array([[0, 1]]), Resampling(200, seed)
         )[:, 0]
         held.append(low <= truth <= high)
         assert low <= bits <= high
-        assert 0 < shuffled < bits
+        assert 0 < shuffled < point < bits
     assert 0.85 <= np.mean(held) <= 1
 
 
