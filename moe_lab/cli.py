@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moe_lab import __version__
 from moe_lab.errors import MoELabError
@@ -50,7 +50,12 @@ WITH_PLUGINS = frozenset({"demo", "sweep", "train", "trace", "difficulty", "repo
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
+    """An argparse parser whose errors are one line, and whose options are spelt out: ``--text``
+    must not be taken for ``--text-column``. Parsers of subcommands are of the same class.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; try {self.prog} --help\n")

@@ -14,14 +14,17 @@ from moe_lab.errors import AnalysisError, expected
 from moe_lab.number_format import magnitude
 
 if TYPE_CHECKING:
-    from moe_lab.scaling import Fit, Verdict, WallStudy
+    from moe_lab.scaling import Fit, Quality, Verdict, WallStudy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="{step,verdict,fit}", required=True)
     plain = argparse.ArgumentDefaultsHelpFormatter
     step_parser = verbs.add_parser(
-        "step", help="what each law expects of adding expert parameters", formatter_class=plain
+        "step",
+        help="what each law expects of adding expert parameters",
+        formatter_class=plain,
+        allow_abbrev=False,
     )
     for name, what in (
         ("total", "parameters before the step"),
@@ -53,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "verdict",
         help="wall, below margin, no wall or cannot tell, of runs of your own",
         formatter_class=plain,
+        allow_abbrev=False,
     )
     verdict_parser.add_argument(
         "runs", type=Path, help="Parquet, CSV or JSON lines with a row per run, or a sweep's folder"
@@ -60,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verdict_parser.add_argument(
         "--arm", default=None, help="which arm (default: the one with most ratios)"
     )
+    _add_column(verdict_parser)
     verdict_parser.add_argument(
         "--by-budget", action="store_true", help="one verdict per token budget"
     )
@@ -81,12 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_json(verdict_parser)
     fit_parser = verbs.add_parser(
-        "fit", help="a law's coefficients with bootstrap intervals", formatter_class=plain
+        "fit",
+        help="a law's coefficients with bootstrap intervals",
+        formatter_class=plain,
+        allow_abbrev=False,
     )
     fit_parser.add_argument("law", help="a name in moe_lab.scaling.LAWS")
     fit_parser.add_argument(
         "runs", type=Path, help="as for verdict; columns loss and the law's variables"
     )
+    fit_parser.add_argument(
+        "--arm", default=None, help="which arm (default: the one with most ratios)"
+    )
+    _add_column(fit_parser)
     fit_parser.add_argument(
         "--bootstrap", type=int, default=1000, metavar="N", help="repetitions; 0 for none"
     )
@@ -97,6 +109,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--squares", action="store_true", help="least squares instead of Huber's loss of 1e-3"
     )
     add_json(fit_parser)
+
+
+def _add_column(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--column",
+        type=_renamed,
+        action="append",
+        default=[],
+        metavar="OURS=YOURS",
+        help="a column of yours under our name, such as loss=val_bpb; may be repeated",
+    )
+
+
+def _renamed(text: str) -> tuple[str, str]:
+    ours, _, theirs = text.partition("=")
+    if not (ours.strip() and theirs.strip()):
+        raise argparse.ArgumentTypeError(expected("OURS=YOURS", repr(text), "loss=val_bpb"))
+    return ours.strip(), theirs.strip()
 
 
 def main(args: argparse.Namespace) -> int:
@@ -169,9 +199,14 @@ def _cautions(names: list[str]) -> str:
 def verdict(args: argparse.Namespace) -> int:
     import polars as pl
 
-    from moe_lab.scaling import SeveralBudgetsError, read_runs, wall_study
+    from moe_lab.scaling import (
+        MissingColumnsError,
+        SeveralBudgetsError,
+        read_runs,
+        wall_study,
+    )
 
-    runs = read_runs(args.runs)
+    runs = read_runs(args.runs, names=args.column)
     if args.bits and "loss" in runs.columns and runs["loss"].dtype.is_numeric():
         runs = runs.with_columns(pl.col("loss") * math.log(2))
     try:
@@ -182,6 +217,10 @@ def verdict(args: argparse.Namespace) -> int:
             noise_sd=args.noise,
             vocab_size=args.vocab_size,
         )
+    except MissingColumnsError as error:
+        mapped = " ".join(f"--column {name}=YOURS" for name in error.missing)
+        got = f"only {', '.join(error.columns)}"
+        raise AnalysisError(expected(f"a column {', '.join(error.missing)}", got, mapped)) from None
     except SeveralBudgetsError as error:
         raise AnalysisError(expected("one token budget", error.budgets, "--by-budget")) from None
     if args.out is not None:
@@ -331,77 +370,102 @@ def _markdown(study: "WallStudy") -> str:
 def fit(args: argparse.Namespace) -> int:
     from moe_lab import scaling
 
-    result = scaling.fit(
-        args.law,
-        scaling.read_runs(args.runs),
-        delta=scaling.SQUARES if args.squares else scaling.HUBER,
-    )
+    runs, arm = scaling.main_arm(scaling.read_runs(args.runs, names=args.column), args.arm)
+    delta = scaling.SQUARES if args.squares else scaling.HUBER
+    result = scaling.fit(args.law, runs, delta=delta)
     if args.bootstrap > 0 and result.law.terms:
         kind = "cluster" if args.cluster else "runs"
         result = scaling.bootstrap(result, args.bootstrap, kind=kind, cluster=args.cluster)
-    limit = (
-        scaling.saturation(result).sentence
-        if result.law.shape and result.law.output == "loss"
-        else ""
-    )
+    limit = ""
+    if result.law.terms and result.law.shape and not result.unidentified:
+        limit = scaling.saturation(result).sentence if result.law.output == "loss" else ""
+    found = scaling.quality(result)
     if args.json:
-        print_json(_finite(_fit_json(result, limit)))
+        print_json(_finite(_fit_json(result, found, limit)))
         return 0
+    unit = "ln loss" if result.log else "loss, nats"
+    how = "squares" if args.squares or not result.log else "Huber 1e-3"
+    arm = f" of arm {arm}" if arm else ""
     print(
-        f"{result.law.title} ({result.law.source}) on {result.runs} runs, by {'squares' if args.squares else 'Huber 1e-3'} on ln loss"
+        f"{result.law.title} ({result.law.source}) on {result.runs} runs{arm}, by {how} on {unit}"
     )
     _table(
         ("coefficient", "value", "95 % interval"),
-        [
-            (name, f"{value:.6g}", _interval(result, name))
-            for name, value in result.coefficients.items()
-        ],
+        [_coefficient(result, name, value) for name, value in result.coefficients.items()],
     )
+    if result.unidentified:
+        print(
+            f"not identified: {', '.join(result.unidentified)}; these runs do not vary what would "
+            "tell them apart (one size, or tokens tied to it)"
+        )
     print(
-        f"objective {result.objective:.10g}, rmse of ln loss {result.rmse:.4g}, AICc {result.aicc:.2f}"
+        f"objective {result.objective:.10g}, rmse of {unit} {result.rmse:.4g}, "
+        f"AICc {result.aicc:.2f}"
     )
     if result.agreed < 0.25:
         print(
-            f"only {result.agreed:.0%} of the best starts ended here: the runs hardly fix these coefficients"
+            f"only {result.agreed:.0%} of the best starts ended here: the runs hardly fix these "
+            "coefficients"
         )
-    print(
-        "\n".join(
-            text
-            for text in (
-                limit,
-                _cautions([result.law.name]) if result.law.name in scaling.LAWS else "",
-            )
-            if text
-        )
-    )
+    _print_quality(found)
+    caution = _cautions([result.law.name]) if result.law.name in scaling.LAWS else ""
+    print("\n".join(text for text in (limit, caution) if text))
     return 0
 
 
-def _interval(result: "Fit", name: str) -> str:
+def _coefficient(result: "Fit", name: str, value: float) -> tuple[str, str, str]:
+    if name in result.unidentified:
+        return name, f"({value:.6g})", "not identified"
     if result.draws is None or name not in result.draws.columns:
-        return "-"
+        return name, f"{value:.6g}", "-"
     low, high = result.interval(name)
-    return f"{low:.6g} to {high:.6g}"
+    return name, f"{value:.6g}", f"{low:.6g} to {high:.6g}"
 
 
-def _fit_json(result: "Fit", limit: str) -> dict[str, Any]:
-    intervals = (
-        {}
-        if result.draws is None
-        else {
-            name: result.interval(name)
-            for name in result.coefficients
-            if name in result.draws.columns
-        }
+def _print_quality(found: "Quality") -> None:
+    seeds = (
+        "no runs are repeated"
+        if found.seed_sd is None
+        else f"{found.rmse / found.seed_sd:.1f} times the {found.seed_sd:.4f} between repeated runs"
+        if found.seed_sd
+        else "repeated runs agree to the bit"
     )
-    numbers = {
-        name: getattr(result, name) for name in ("objective", "rmse", "aicc", "runs", "agreed")
-    }
+    print(f"R2 of the loss {found.r2:.4f}; rmse {found.rmse:.4f} nats, {seeds}")
+    rows = [
+        (f"{size:.4g}", runs, f"{bias:+.4f}", f"{rmse:.4f}")
+        for size, runs, bias, rmse in found.by_size.rows()
+    ]
+    _table((found.by_size.columns[0], "runs", "bias, nats", "rmse, nats"), rows)
+    for value, runs, bias, rmse in found.held_out.rows():
+        print(
+            f"held out, {found.variable} {value:.4g} ({runs} runs): predicted less measured "
+            f"{bias:+.4f} nats, rmse {rmse:.4f}"
+        )
+    if found.rivals.height > 1:
+        header = ("law on the same runs, least squares", "coefficients", "AICc above the best")
+        rows = [
+            (row["law"], row["coefficients"], f"{row['delta']:.1f}")
+            for row in found.rivals.iter_rows(named=True)
+        ]
+        _table(header, rows)
+
+
+def _fit_json(result: "Fit", found: "Quality", limit: str) -> dict[str, Any]:
+    drawn = [] if result.draws is None else result.draws.columns
+    identified = [name for name in result.coefficients if name not in result.unidentified]
+    numbers = ("objective", "rmse", "aicc", "runs", "agreed")
+    tables = {name: getattr(found, name).to_dicts() for name in ("by_size", "held_out", "rivals")}
     return {
         "law": result.law.name,
         "coefficients": result.coefficients,
-        "intervals": intervals,
-        **numbers,
+        "unidentified": list(result.unidentified),
+        "intervals": {name: result.interval(name) for name in identified if name in drawn},
+        **{name: getattr(result, name) for name in numbers},
+        "unit": "ln loss" if result.log else "nats",
+        "r2": found.r2,
+        "rmse_nats": found.rmse,
+        "seed_sd": found.seed_sd,
+        **tables,
         "saturation": limit or None,
     }
 

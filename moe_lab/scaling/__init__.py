@@ -7,6 +7,7 @@ from moe_lab.scaling.alternatives_compared import Alternative, against_experts, 
 from moe_lab.scaling.confounds import SHORT, TUNING, confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
 from moe_lab.scaling.fit import HUBER, SQUARES, Fit, fit
+from moe_lab.scaling.fit_quality import Quality, quality
 from moe_lab.scaling.frontier_band import Band, frontier_band
 from moe_lab.scaling.law import Law
 from moe_lab.scaling.laws import LAWS
@@ -20,7 +21,7 @@ from moe_lab.scaling.optimum import (
 )
 from moe_lab.scaling.run_files import main_arm, read_runs, with_budgets
 from moe_lab.scaling.seed_intervals import seed_intervals
-from moe_lab.scaling.sweep_losses import SeveralBudgetsError
+from moe_lab.scaling.sweep_losses import MissingColumnsError, SeveralBudgetsError
 from moe_lab.scaling.uncertainty import (
     Saturation,
     bootstrap,
@@ -50,9 +51,11 @@ __all__ = [
     "Gain",
     "Isoflop",
     "Law",
+    "MissingColumnsError",
     "Optimum",
     "Outcome",
     "Plan",
+    "Quality",
     "Saturation",
     "SeveralBudgetsError",
     "Truth",
@@ -81,6 +84,7 @@ __all__ = [
     "profile",
     "profile_interval",
     "published",
+    "quality",
     "read_runs",
     "saturation",
     "seed_intervals",

@@ -18,7 +18,7 @@ from moe_lab.errors import AnalysisError, expected
 from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unknowns
 from moe_lab.scaling.fit_starts import starting_points
 from moe_lab.scaling.frontier_forms import FORMS, START, fit_form
-from moe_lab.scaling.law import Law, Values
+from moe_lab.scaling.law import LETTERS, Law, Values
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.minimise import minimise
 
@@ -30,6 +30,9 @@ SCREENING, FINALISTS = (
     16,
 )  # every start gets this many steps, the best of them as many as they need
 NEGLIGIBLE = 1e-24  # mean square of ln loss below which losses are reproduced exactly
+SINGULAR = 1e-7  # of the largest singular value: below it a direction is not in the data
+SHARE = 0.05  # of a null direction, from which a coefficient counts as in it
+TIED = 1e-6  # of a correlation from one, or of a spread in ln: variables that move together
 AGREE = 1e-6  # relative: starts that end this close to the best objective found the same optimum
 
 
@@ -38,7 +41,8 @@ class Fit:
     """``coefficients`` as the paper writes them; ``objective`` the weighted sum of Huber losses;
     ``rmse`` and ``aicc`` of its residuals (ln loss, or the loss where ``log`` is False); ``agreed``
     the share of the best sixteen starts that ended at that objective; ``draws`` a row of
-    coefficients per repetition once `bootstrap` has run; ``frame`` the runs.
+    coefficients per repetition once `bootstrap` has run; ``unidentified`` the coefficients that these
+    runs cannot fix (`unidentified`); ``frame`` the runs.
     """
 
     law: Law
@@ -52,6 +56,7 @@ class Fit:
     log: bool
     frame: pl.DataFrame = field(repr=False)
     weight: str | None = None
+    unidentified: tuple[str, ...] = ()
     draws: pl.DataFrame | None = field(default=None, repr=False)
 
     def predict(self, point: Values | pl.DataFrame) -> np.ndarray:
@@ -175,6 +180,8 @@ def check_losses(frame: pl.DataFrame, coefficients: int) -> np.ndarray:
         raise AnalysisError(
             expected("a column loss", f"columns {', '.join(frame.columns)}", "renaming yours")
         )
+    if not frame["loss"].dtype.is_numeric():
+        raise AnalysisError(expected("numbers in loss", frame["loss"].dtype, "casting the column"))
     loss = frame["loss"].cast(pl.Float64).to_numpy()
     if not (np.isfinite(loss) & (loss > 0)).all():
         raise AnalysisError(
@@ -215,7 +222,46 @@ def _report(
         problem.log,
         frame,
         weight,
+        unidentified(problem, theta),
     )
+
+
+def unidentified(problem: Problem, theta: np.ndarray) -> tuple[str, ...]:
+    """Coefficients that the runs cannot fix at ``theta``: those in the null space of the Jacobian
+    (columns scaled to one), and those of variables that are constant or tied over the runs, so that
+    two terms of the law are one.
+    """
+    jacobian = problem.response(theta[None])[1][0] * np.sqrt(problem.weights[0])[:, None]
+    size = np.linalg.norm(jacobian, axis=0)
+    scaled = np.where(size > 0, jacobian / np.maximum(size, 1e-300), 0.0)
+    _, values, vectors = np.linalg.svd(scaled, full_matrices=False)
+    null = np.abs(vectors[values < SINGULAR * values.max()]).max(0, initial=0.0) > SHARE
+    found = {name for name, lost in zip(problem.names, null, strict=True) if lost}
+    return tuple(name for name in problem.names if name in found | _tied(problem))
+
+
+def _tied(problem: Problem) -> set[str]:
+    """Exponents of variables whose logarithms are constant, or linear in another's."""
+    law = problem.law
+    logs = {LETTERS[letter]: letter for letter in LETTERS if LETTERS[letter] in law.variables}
+    columns = {letter: np.log(problem.point[name]) for name, letter in logs.items()}
+    centred = {letter: value - value.mean() for letter, value in columns.items()}
+    lost = {letter for letter, value in centred.items() if np.ptp(value) < TIED}
+    rest = [letter for letter in centred if letter not in lost]
+    for place, one in enumerate(rest):
+        for other in rest[place + 1 :]:
+            norms = np.linalg.norm(centred[one]) * np.linalg.norm(centred[other])
+            if abs(centred[one] @ centred[other]) > (1 - TIED) * norms:
+                lost |= {one, other}
+    lost |= {"e"} if "x" in lost else set()
+    if not lost:
+        return set()
+    terms = [term for term in law.terms if any(lost & set(z) for z, _ in term.exponents.values())]
+    names = {n for term in terms for n, (z, _) in term.exponents.items() if lost & set(z)}
+    # a constant variable leaves amplitude and exponent one number; with the level, two terms
+    flat = any(np.ptp(centred[letter]) < TIED for letter in lost if letter in centred)
+    amplitudes = {term.amplitude for term in terms} if flat else set()
+    return (names | amplitudes) & set(problem.names)
 
 
 def aicc(mean_square: float, runs: int, k: int) -> float:

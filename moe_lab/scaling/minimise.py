@@ -116,9 +116,7 @@ def levenberg(
             damping[rows, None] * np.maximum(diagonal, 1e-9 * diagonal.max(1, keepdims=True))
             + 1e-300
         )
-        step = np.linalg.solve(
-            hessian + lift[:, :, None] * np.eye(points.shape[1]), -gradient[:, :, None]
-        )[:, :, 0]
+        step = _solve(hessian + lift[:, :, None] * np.eye(points.shape[1]), -gradient)
         promise = -0.5 * (gradient * step).sum(1)
         ended = (values[rows] <= floor) | (
             (promise <= tolerance * values[rows]) & (damping[rows] <= LIGHT)
@@ -142,7 +140,19 @@ def _metric(curved: Curved, points: np.ndarray, rows: np.ndarray) -> np.ndarray:
     hessian = curved(points, rows)[2]
     diagonal = np.einsum("bpp->bp", hessian)
     ridge = RIDGE * np.maximum(diagonal, diagonal.max(1, keepdims=True) * 1e-6) + 1e-12
-    return np.linalg.inv(hessian + ridge[:, :, None] * np.eye(points.shape[1]))
+    matrix = hessian + ridge[:, :, None] * np.eye(points.shape[1])
+    try:
+        return np.linalg.inv(matrix)
+    except np.linalg.LinAlgError:
+        return np.linalg.pinv(matrix, hermitian=True)
+
+
+def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[B, p]; the shortest solution where runs leave a direction open, as in designs of one size."""
+    try:
+        return np.linalg.solve(matrix, right[:, :, None])[:, :, 0]
+    except np.linalg.LinAlgError:
+        return np.einsum("bpq,bq->bp", np.linalg.pinv(matrix, hermitian=True), right)
 
 
 def _step(state: _State, objective: Objective, curved: Curved, tolerance: float) -> _State:

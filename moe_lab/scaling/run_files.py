@@ -5,7 +5,9 @@ Out: one frame with the columns that `wall_verdict`, `confounds` and `fit` name.
 folder counts when its ``done`` file lies there; ``train_tokens`` is called tokens.
 """
 
-from collections.abc import Callable
+import codecs
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,30 @@ from moe_lab.runs.seal import check_seal
 from moe_lab.sandbox import read_parquet
 from moe_lab.scaling.compute_slope import measured_slope
 from moe_lab.scaling.confounds import SHORT
-from moe_lab.scaling.sweep_losses import COLUMNS
+from moe_lab.scaling.sweep_losses import COLUMNS, MissingColumnsError
 
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".parquet": lambda path: read_parquet(path, AnalysisError),
-    ".csv": lambda path: _text(path, ","),
-    ".tsv": lambda path: _text(path, "\t"),
+    ".csv": lambda path: _text(path),
+    ".tsv": lambda path: _text(path),
     ".jsonl": pl.read_ndjson,
 }
+SEPARATORS = (",", ";", "\t")
+GROUPED = r"^[+-]?\d{{1,3}}({0}\d{{3}}){{2,}}$"
+"""A whole number with two or more thousands separators."""
 NAMES = {
     "train_tokens": "tokens",
+    "tokens_trained": "tokens",
+    "training_tokens": "tokens",
     "final_loss": "loss",
     "val_loss": "loss",
     "validation_loss": "loss",
 }
 
 
-def read_runs(path: Path | str) -> pl.DataFrame:
-    """One row per run.
+def read_runs(path: Path | str, *, names: Sequence[tuple[str, str]] = ()) -> pl.DataFrame:
+    """One row per run; ``names`` are (our name, yours) of columns. Names are compared without case,
+    spaces and signs, so "Active Params" is active_params.
 
     Raises ``AnalysisError`` in one line where there is nothing that can be read.
     """
@@ -62,9 +70,7 @@ def read_runs(path: Path | str) -> pl.DataFrame:
             raise AnalysisError(
                 expected(f"a readable {path.suffix[1:].upper()} file", f"{path.name}: {first}")
             ) from error
-    for theirs, ours in NAMES.items():
-        if theirs in frame.columns and ours not in frame.columns:
-            frame = frame.rename({theirs: ours})
+    frame = _named(frame, names)
     bits = [
         name
         for name in frame.columns
@@ -75,7 +81,7 @@ def read_runs(path: Path | str) -> pl.DataFrame:
             expected(
                 "losses in nats per token in a column loss",
                 f"only {', '.join(bits)}",
-                "--bits with bits per token renamed to loss",
+                "--bits --column loss=YOURS where they are bits per token",
             )
         )
     return frame
@@ -93,9 +99,7 @@ def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame,
             )
         return frame, ""
     if "ratio" not in frame.columns:
-        raise AnalysisError(
-            expected(f"columns {', '.join(COLUMNS)}", "none called ratio", "renaming yours")
-        )
+        raise MissingColumnsError(("ratio",), frame.columns)
     tokens = pl.col("tokens").max() if "tokens" in frame.columns else pl.lit(0)
     single = (
         (pl.col("tokens").n_unique() == 1) & (pl.col("ratio").n_unique() >= 3)
@@ -127,16 +131,65 @@ def with_budgets(frame: pl.DataFrame, arm: str) -> pl.DataFrame | None:
     return both
 
 
-def _text(path: Path, separator: str) -> pl.DataFrame:
-    """Columns of numbers as numbers, also where a run that diverged is written as nan, NaN or inf."""
+def _named(frame: pl.DataFrame, names: Sequence[tuple[str, str]]) -> pl.DataFrame:
+    """``frame`` with our column names: those given, those spelt otherwise, and known synonyms."""
+    for ours, theirs in names:
+        if theirs not in frame.columns:
+            columns = ", ".join(frame.columns)
+            raise AnalysisError(expected(f"a column of {columns}", theirs, f"{ours}=ONE OF THEM"))
+        frame = frame.drop(ours, strict=False).rename({theirs: ours})
+    spelt = {_plain(name): name for name in reversed(frame.columns)}
+    for theirs, ours in ({name: name for name in COLUMNS} | NAMES).items():
+        found = spelt.get(_plain(theirs))
+        if ours not in frame.columns and found in frame.columns:
+            frame = frame.rename({found: ours})
+    if "ratio" not in frame.columns and {"num_experts", "top_k"} <= set(frame.columns):
+        frame = frame.with_columns(ratio=pl.col("num_experts") / pl.col("top_k"))
+    return frame
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _text(path: Path) -> pl.DataFrame:
+    """A table as text: any of comma, semicolon and tab between columns, UTF-8 or UTF-16, a decimal
+    comma where the columns are not parted by one, thousands separators. Columns of numbers become
+    numbers, also where a run that diverged is written as nan, NaN or inf.
+    """
+    data = path.read_bytes()
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = data.decode("utf-16" if wide else "utf-8-sig")
+    header = text.partition("\n")[0]
+    separator = max(SEPARATORS, key=header.count)
     frame = pl.read_csv(
-        path, separator=separator, infer_schema=False, null_values=["", "null", "None", "NA"]
+        text.encode(),
+        separator=separator,
+        infer_schema=False,
+        null_values=["", "null", "None", "NA"],
+    ).rename(str.strip)
+    return frame.with_columns(
+        number
+        for name in frame.columns
+        if (number := _numbers(frame[name], decimal_comma=separator != ",")) is not None
     )
-    numbers = frame.select(pl.all().str.to_lowercase().cast(pl.Float64, strict=False))
-    kept = [
-        name for name in frame.columns if numbers[name].null_count() == frame[name].null_count()
-    ]
-    return frame.with_columns(numbers.select(kept))
+
+
+def _numbers(column: pl.Series, *, decimal_comma: bool) -> pl.Series | None:
+    """The column as numbers, in the first reading that fits all of it; None where none does."""
+    text = column.str.strip_chars().str.to_lowercase().str.replace_all(r"[\s_'\u00a0\u202f]", "")
+    readings = [text]
+    grouped, decimal = (",", ".") if not decimal_comma else (".", ",")
+    if text.drop_nulls().str.contains(GROUPED.format(re.escape(grouped))).any():
+        readings = []  # 1.000.000 is no number with a point
+    readings.append(
+        text.str.replace_all(grouped, "", literal=True).str.replace(decimal, ".", literal=True)
+    )
+    for reading in readings:
+        number = reading.cast(pl.Float64, strict=False)
+        if number.null_count() == column.null_count():
+            return number.alias(column.name)
+    return None
 
 
 def _folder(folder: Path) -> pl.DataFrame:

@@ -26,6 +26,15 @@ ACTIVE_TOLERANCE = (
 )
 
 
+class MissingColumnsError(AnalysisError):
+    """Runs without a column that a sweep needs; ``missing`` names them."""
+
+    def __init__(self, missing: tuple[str, ...], columns: list[str]) -> None:
+        got = f"none called {', '.join(missing)} among {', '.join(columns) or 'none'}"
+        super().__init__(expected(f"columns {', '.join(COLUMNS)}", got, "renaming yours"))
+        self.missing, self.columns = missing, tuple(columns)
+
+
 class SeveralBudgetsError(AnalysisError):
     """Runs of several token budgets (``budgets``, as text) where one is judged."""
 
@@ -109,15 +118,9 @@ def read_sweep(frame: pl.DataFrame | pl.LazyFrame, *, vocab_size: int | None = N
 
 
 def _check_columns(frame: pl.DataFrame) -> None:
-    missing = [name for name in COLUMNS if name not in frame.columns]
+    missing = tuple(name for name in COLUMNS if name not in frame.columns)
     if missing:
-        raise AnalysisError(
-            expected(
-                f"columns {', '.join(COLUMNS)}",
-                f"none called {', '.join(missing)}",
-                "renaming yours",
-            )
-        )
+        raise MissingColumnsError(missing, frame.columns)
     if frame.is_empty():
         raise AnalysisError(
             expected("one row per run", "an empty frame", "pointing at a sweep with finished runs")

@@ -12,10 +12,10 @@ from enum import StrEnum
 
 import numpy as np
 import polars as pl
-from scipy.special import chdtri
+from scipy.special import chdtri, fdtrc
 
 from moe_lab.errors import AnalysisError, expected
-from moe_lab.scaling.fit import SQUARES, Fit, fit, make_problem
+from moe_lab.scaling.fit import Fit, fit, make_problem
 from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unknowns
 from moe_lab.scaling.minimise import minimise
 
@@ -25,6 +25,7 @@ EMAX_SPREAD = (
     4.0,
 )  # a draw's optimum may sit far from the fit's: start on either side of it
 PROFILE_POINTS = 41
+REFINEMENTS, INSIDE = 5, 8
 DRAW_ITERATIONS, DRAW_TOLERANCE = (
     400,
     1e-11,
@@ -169,10 +170,8 @@ def profile(result: Fit, name: str, values: np.ndarray | None = None) -> pl.Data
     """Profile likelihood of one coefficient: [value, objective, deviance], everything else refitted
     at each value.
 
-    With the scale of the residuals also free, the deviance is n ln(objective / best) for squares
-    and twice that for the absolute residuals that a small ``delta`` amounts to. By default the
-    values of a shape coefficient run from a tenth to a thousand times the fit's, others half to
-    twice.
+    By default the values of a shape coefficient run from a tenth to a thousand times the fit's,
+    others half to twice, and finer where the deviance crosses its 95 % point.
     """
     problem = make_problem(result.law, result.frame, result.delta, result.weight, result.log)
     names = unknowns(result.law)
@@ -180,35 +179,75 @@ def profile(result: Fit, name: str, values: np.ndarray | None = None) -> pl.Data
         raise AnalysisError(
             expected(f"a coefficient of {result.law.name} ({', '.join(names)})", name)
         )
-    if values is None:
-        low, high = (0.1, 1000.0) if name in result.law.shape else (0.5, 2.0)
-        values = result.coefficients[name] * np.geomspace(low, high, PROFILE_POINTS)
+    if values is not None:
+        return _profile_at(problem, result, name, np.asarray(values, float))
+    low, high = (0.1, 1000.0) if name in result.law.shape else (0.5, 2.0)
+    grid = result.coefficients[name] * np.geomspace(low, high, PROFILE_POINTS)
+    table = _profile_at(problem, result, name, grid)
+    limit = float(chdtri(1, 1 - CONFIDENCE))
+    for _ in range(REFINEMENTS):  # until the interval holds enough points to interpolate its ends
+        value, deviance = table["value"].to_numpy(), table["deviance"].to_numpy()
+        inside = np.flatnonzero(deviance <= limit)
+        if len(inside) >= INSIDE:
+            break
+        near = inside if len(inside) else np.array([deviance.argmin()])
+        ends = value[max(near[0] - 1, 0)], value[min(near[-1] + 1, len(value) - 1)]
+        finer = _profile_at(problem, result, name, np.linspace(*ends, PROFILE_POINTS))
+        table = pl.concat([table, finer]).unique("value").sort("value")
+    return table
+
+
+def _profile_at(problem: Problem, result: Fit, name: str, values: np.ndarray) -> pl.DataFrame:
+    values = np.sort(values)
     thetas = np.array(
         [to_theta(result.law, {**result.coefficients, name: value}) for value in values]
     )
-    column = names.index(name)
+    column = problem.names.index(name)
     if result.law.shape and name == result.law.shape[1]:
-        other = names.index(result.law.shape[0])
+        other = problem.names.index(result.law.shape[0])
         thetas[:, other] = np.minimum(thetas[:, other], thetas[:, column] - 0.2)
     _, objective = _hold(problem, column, thetas)
-    order = 1.0 if result.delta == SQUARES else 2.0
     lowest = min(result.objective, float(objective.min()))
-    deviance = order * result.runs * np.log(np.maximum(objective, 1e-300) / max(lowest, 1e-300))
+    deviance = _deviance(problem, result, objective - lowest)
     return pl.DataFrame({"value": values, "objective": objective, "deviance": deviance})
 
 
+def _deviance(problem: Problem, result: Fit, rise: np.ndarray) -> np.ndarray:
+    """The rise of the objective as a deviance that is compared with chi2 of one degree of freedom.
+
+    2 rise E[psi'] / E[psi^2] for the derivative psi of Huber's loss (Huber & Ronchetti 2009, 13.2),
+    with Student's degrees of freedom: for squares the ratio is one over the variance. E[psi'] of a
+    small ``delta`` is twice ``delta`` times the density of the residuals at zero, smoothed.
+    """
+    theta = to_theta(result.law, result.coefficients)
+    residual = (problem.response(theta[None])[0] - problem.target)[0]
+    weights, df = problem.weights[0], max(1, len(residual) - len(problem.names))
+    psi = np.clip(residual, -problem.delta, problem.delta)
+    spread = float((weights * psi**2).sum() / df)
+    width = max(problem.delta, 1.5 * np.median(np.abs(residual)) * len(residual) ** -0.2)
+    share = np.average(np.abs(residual) <= width, weights=weights)
+    slope = 1.0 if math.isinf(problem.delta) else share * min(1.0, problem.delta / width)
+    statistic = 2 * np.maximum(rise, 0) * slope / max(spread, 1e-300)
+    tail = fdtrc(1, df, statistic)
+    return np.where(tail > 1e-300, chdtri(1, np.maximum(tail, 1e-300)), statistic)
+
+
 def profile_interval(table: pl.DataFrame, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Where the deviance crosses chi2, interpolated in ln value; -inf or inf at an end that it does
-    not reach.
+    """(low, high) where the deviance crosses chi2, its square root interpolated; -inf or inf at an
+    end that it does not reach.
     """
     limit = float(chdtri(1, 1 - confidence))
+    table = table.sort("value")
     value, deviance = table["value"].to_numpy(), table["deviance"].to_numpy()
     inside = np.flatnonzero(deviance <= limit)
+    if not len(inside):
+        inside = np.array([deviance.argmin()])
     first, last = int(inside[0]), int(inside[-1])
 
     def crossing(within: int, beyond: int) -> float:
-        share = (limit - deviance[within]) / (deviance[beyond] - deviance[within])
-        return float(value[within] * (value[beyond] / value[within]) ** share)
+        start, end = math.sqrt(deviance[within]), math.sqrt(deviance[beyond])
+        share = (math.sqrt(limit) - start) / (end - start) if end > start else 0.0
+        return float(value[within] + (value[beyond] - value[within]) * np.clip(share, 0, 1))
 
     low = -math.inf if first == 0 else crossing(first, first - 1)
     high = math.inf if last == len(value) - 1 else crossing(last, last + 1)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import polars as pl
 import pytest
 
 from moe_lab.cli import main
+from moe_lab.scaling import read_runs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "experiments" / "sparsity_wall.py"
@@ -144,7 +146,7 @@ BAD = {
         "try multiplying by ln 2 if they are bits",
     ),
     "perplexity": (runs(loss=pl.col("loss").exp()), "expected losses in nats per token"),
-    "no ratio": (runs().drop("ratio"), "none called ratio"),
+    "no ratio": (runs().drop("ratio"), "try --column ratio=YOURS"),
 }
 
 
@@ -174,9 +176,7 @@ def test_losses_in_bits_are_taken_as_such_when_told(file: Any) -> None:
 def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:
     assert "no such path" in fails("scaling", "verdict", tmp_path / "none.parquet")
     (tmp_path / "runs.parquet").write_text("no parquet")
-    assert "expected a readable PARQUET file" in fails(
-        "scaling", "verdict", tmp_path / "runs.parquet"
-    )
+    assert "File out of specification" in fails("scaling", "verdict", tmp_path / "runs.parquet")
     (tmp_path / "runs.xlsx").write_text("")
     assert "expected a file ending in .parquet" in fails(
         "scaling", "verdict", tmp_path / "runs.xlsx"
@@ -199,6 +199,7 @@ def test_a_sweeps_folder_is_judged_on_the_arm_with_most_ratios_and_can_be_kept(
         (folder / name / "result.json").write_text(
             json.dumps({key: value for key, value in result.items() if key != "tokens"})
         )
+        (folder / name / "config.json").write_text("{}")
         (folder / name / "done").write_text("")
     (folder / "half").mkdir()
     (folder / "half" / "result.json").write_text("{}")
@@ -272,4 +273,106 @@ def test_the_planner_takes_another_grid_and_other_seeds() -> None:
     assert found["design"]["runs"] == 16
     assert found["design"]["flops"] == pytest.approx(
         6 * sum(found["design"]["active_at"]) * found["design"]["tokens"] * 4
+    )
+
+
+def written(rows: pl.DataFrame, path: Path, how: str) -> Path:
+    """``rows`` as people have them."""
+    columns = ["ratio", "seed", "loss", "active_params", "tokens"]
+    lines = [[str(value) for value in row] for row in rows.select(columns).rows()]
+    text = {
+        "semicolon": "\n".join([";".join(columns), *(";".join(line) for line in lines)]),
+        "decimal comma": "\n".join(
+            [";".join(columns), *(";".join(line).replace(".", ",") for line in lines)]
+        ),
+        "tabs": "\n".join(["\t".join(columns), *("\t".join(line) for line in lines)]),
+        "spaces": "\n".join([", ".join(columns), *(", ".join(line) for line in lines)]),
+        "names": "\n".join(
+            ["Ratio,Seed,Val Loss,Active Params,Train Tokens", *(",".join(line) for line in lines)]
+        ),
+        "thousands": "\n".join(
+            [
+                ";".join(columns),
+                *(
+                    ";".join(
+                        [*line[:3], f"{float(line[3]):,.0f}", f"{float(line[4]):,.0f}"]
+                    ).replace(",", "'")
+                    for line in lines
+                ),
+            ]
+        ),
+    }
+    encoding = "utf-8"
+    if how == "utf-16":
+        how, encoding = "semicolon", "utf-16"
+    path.write_text(text[how], encoding=encoding)
+    return path
+
+
+@pytest.mark.parametrize(
+    "how", ["semicolon", "decimal comma", "tabs", "spaces", "names", "thousands", "utf-16"]
+)
+def test_tables_as_people_have_them_are_read_to_the_same_numbers(tmp_path: Path, how: str) -> None:
+    frame = runs()
+    path = written(frame, tmp_path / "runs.csv", how)
+    read = read_runs(path).select("ratio", "seed", "loss", "active_params", "tokens")
+    assert read.to_numpy() == pytest.approx(
+        frame.select("ratio", "seed", "loss", "active_params", "tokens").to_numpy()
+    )
+
+
+def test_a_column_is_mapped_by_an_option_and_a_missing_one_names_it(file) -> None:
+    frame = runs().rename({"loss": "eval"})
+    message = fails("scaling", "verdict", file(frame))
+    assert "got only ratio, seed, eval" in message
+    assert "try --column loss=YOURS" in message
+    assert "NO WALL" in prints("scaling", "verdict", file(frame), "--column", "loss=eval")
+    wrong = fails("scaling", "verdict", file(frame), "--column", "loss=evil")
+    assert "expected a column of ratio, seed, eval" in wrong
+    experts = runs().with_columns(num_experts=2 * pl.col("ratio"), top_k=2).drop("ratio")
+    assert "No wall up to ratio 512" in prints("scaling", "verdict", file(experts))
+
+
+def test_the_verdict_as_json_knows_every_field_of_the_fourth_outcome(file) -> None:
+    below = runs().with_columns(loss=3 + 0.01 * (pl.col("loss") - 3))
+    below = below.with_columns(pl.col("loss") + 0.0005 * (pl.int_range(pl.len()) % 3))
+    (found,) = json.loads(prints("scaling", "verdict", file(below), "--json"))
+    assert found["outcome"] == "below margin"
+    assert found["r_star"][1] is not None
+    assert {"pays", "outlier", "without", "caveats", "settles"} <= set(found)
+
+
+def test_a_fit_of_one_size_says_what_it_cannot_fix_and_prints_no_interval_of_it(file) -> None:
+    text = prints("scaling", "fit", "clark", file(runs()), "--bootstrap", 20)
+    assert re.search(r"a +\(.*\) +not identified", text)
+    assert "not identified: d, a, b, c" in text
+    (tokens_tied,) = [runs().with_columns(tokens=20 * pl.col("active_params"))]
+    assert "not identified" in prints(
+        "scaling", "fit", "hoffmann", file(tokens_tied), "--bootstrap", 0
+    )
+
+
+def test_a_fit_of_a_form_has_its_own_units_and_its_rivals(file) -> None:
+    for name in ("line", "plateau", "saturation"):
+        text = prints("scaling", "fit", name, file(runs()))
+        assert "by squares on loss, nats" in text
+        assert "R2 of the loss 0.9" in text
+        assert "AICc above the best" in text
+
+
+def test_a_fit_takes_one_arm(file) -> None:
+    both = pl.concat(
+        [
+            runs().with_columns(arm=pl.lit("topk")),
+            runs().with_columns(pl.col("loss") + 0.5, arm=pl.lit("hash")),
+        ]
+    )
+    found = json.loads(prints("scaling", "fit", "line", file(both), "--arm", "hash", "--json"))
+    assert found["runs"] == 30
+    assert found["rmse_nats"] < 0.1
+
+
+def test_options_are_spelt_out(file) -> None:
+    assert "unrecognized arguments: --boot" in fails(
+        "scaling", "fit", "line", file(runs()), "--boot", 5
     )
