@@ -169,8 +169,8 @@ def flops(
     read, distinct = _read(counted, batch, load) if phase == "decode" else (None, None)
     if phase == "decode" and batch > 1 and load is None and distinct:
         assumed += (
-            f"the tokens of a batch of {batch} choose all experts equally often; measured routing is "
-            "less even and reads fewer (load=)",
+            f"the tokens of a batch of {batch} choose all experts equally often; measured routing "
+            "is less even and reads fewer (load=)",
         )
     return FlopCount(
         model_type=counted.model_type,

@@ -53,8 +53,8 @@ def zero_moe(f: Fields) -> Pieces:
     if "num_layers" not in f.values:
         f.note(
             "num_hidden_layers",
-            f"{f.num_layers} layers by num_hidden_layers (no num_layers; transformers saves twice as "
-            "many there)",
+            f"{f.num_layers} layers by num_hidden_layers (no num_layers; transformers saves twice "
+            "as many there)",
         )
     d, size = width(f), f.size("moe_intermediate_size")
     router = linear(Part.ROUTER, "router", d, real + zero, f.truth("router_bias"))

@@ -90,7 +90,7 @@ def trace_pretrained(
         what = "a document of at least two tokens"
         raise CorpusError(expected(what, "none", "longer text, or a larger --max-tokens"))
     if corpus.num_repeated:
-        notes.append(f"{corpus.num_repeated} documents that repeat another's text were left out.")
+        notes.append(f"Left out for repeating another document's text: {corpus.num_repeated}.")
     causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
     head = ModelHead(model) if causal and model.base_model is not model else None
     run = model if head is None else model.base_model
@@ -253,8 +253,8 @@ def tokenized(
             )
     if not cut:
         return kept, []
-    sentence = f"{cut} documents were cut at the model's {limit:,} positions"
-    return kept, [f"{sentence}: {lost:,} of {total:,} tokens were left out."]
+    sentence = f"Documents cut at the model's {limit:,} positions: {cut}"
+    return kept, [f"{sentence}; {lost:,} of {total:,} tokens were left out."]
 
 
 class Described:
@@ -307,14 +307,14 @@ class Meter:
 
     def __init__(self, total: int, stream: TextIO | None) -> None:
         self.total, self.stream, self.done = max(total, 1), stream, 0
-        self.began = self.told = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
     def add(self, tokens: int) -> None:
         self.done += tokens
         now = time.monotonic()
-        if self.stream is None or (now - self.told < 1 and self.done < self.total):
+        if self.stream is None or (now - self.printed < 1 and self.done < self.total):
             return
-        self.told = now
+        self.printed = now
         seconds = round((now - self.began) * (self.total - self.done) / self.done)
         left = f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
         end = "\n" if self.done >= self.total else ""

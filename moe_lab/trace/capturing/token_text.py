@@ -102,7 +102,7 @@ class TokenText:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte, as GPT-2 spells bytes: printable ones as themselves, others from U+0100."""
+    """Character -> byte as GPT-2 spells them: printable ones as they are, others from U+0100."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(b): b for b in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
