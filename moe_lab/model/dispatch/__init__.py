@@ -14,12 +14,13 @@ experts (``torch.nn.functional.grouped_mm``), no host synchronisation | CUDA; ri
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_lab.model.dispatch import native
+from moe_lab.model.dispatch.bank import Bank
 from moe_lab.model.dispatch.grouped import can_group, grouped
 from moe_lab.model.dispatch.loop import loop
 from moe_lab.model.dispatch.oracle import oracle
@@ -27,15 +28,6 @@ from moe_lab.registry import Registry
 from moe_lab.routing import Routing
 
 __all__ = ["BACKENDS", "Backend", "Bank", "backend", "choose", "under_autocast"]
-
-
-class Bank(Protocol):
-    """What a backend reads: ``gate_up`` [E, 2F, D] (gate first) and ``down`` [E, D, F]."""
-
-    @property
-    def gate_up(self) -> Tensor: ...
-    @property
-    def down(self) -> Tensor: ...
 
 
 Backend = Callable[[Tensor, Routing, Bank], Tensor]

@@ -7,17 +7,15 @@ and where a row's weight gets its gradient.
 """
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lab.model.dispatch.bank import Bank
 from moe_lab.model.dispatch.order import SlotOrder, slot_order
 from moe_lab.routing import Routing
-
-if TYPE_CHECKING:
-    from moe_lab.model.dispatch import Bank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes that every row must be a multiple of
@@ -33,7 +31,7 @@ def can_group(x_TD: Tensor, down_EDF: Tensor) -> bool:
     )
 
 
-def grouped(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
+def grouped(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """Float64, and widths that ``can_group`` refuses, take one product per expert and a host
     synchronisation: right, not fast.
     """

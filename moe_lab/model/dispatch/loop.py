@@ -8,20 +8,18 @@ the hidden units h, so the experts' outputs are not kept. ``native`` is this, co
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lab.model.dispatch.bank import Bank
 from moe_lab.model.dispatch.order import SlotOrder, slot_order
 from moe_lab.routing import Routing
 
-if TYPE_CHECKING:
-    from moe_lab.model.dispatch import Bank
 
-
-def loop(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
+def loop(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """One host synchronisation (where each expert's rows end)."""
     return _Loop.apply(
         x_TD,

@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_lab.errors import ConfigError, RunError, expected
 from moe_lab.files import atomic_path, default_cache_dir
+from moe_lab.model.dispatch.bank import Bank
 from moe_lab.routing import Routing
-
-if TYPE_CHECKING:
-    from moe_lab.model.dispatch import Bank
 
 DTYPES = {torch.float32: ("f32", "sgemm_"), torch.float64: ("f64", "dgemm_")}
 SOURCE = Path(__file__).with_name("experts.cpp")
@@ -44,7 +42,7 @@ SWITCH = "MOE_LAB_NATIVE"
 MAX_SLOTS = 2**31 - 1
 
 
-def experts(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
+def experts(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """Raises ``ConfigError`` for another device or dtype, or where the library cannot be had."""
     if x_TD.device.type != "cpu" or x_TD.dtype not in DTYPES:
         raise ConfigError(

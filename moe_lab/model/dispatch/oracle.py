@@ -1,18 +1,14 @@
 """The definition, token by token and slot by slot."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from moe_lab.model.dispatch.bank import Bank
 from moe_lab.model.experts import swiglu
 from moe_lab.routing import Routing
 
-if TYPE_CHECKING:
-    from moe_lab.model.dispatch import Bank
 
-
-def oracle(x_TD: Tensor, routing: Routing, bank: "Bank") -> Tensor:
+def oracle(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     gate_up, down = bank.gate_up.unbind(), bank.down.unbind()
     rows = []
     for token, experts in enumerate(routing.indices.tolist()):
