@@ -137,7 +137,7 @@ def _is_number(value: Any) -> bool:
 _LEAVES: dict[Any, Callable[[Any], bool]] = {
     # Configurations written with 1e6 tokens keep that value, and so their hash.
     int: lambda value: _is_number(value) and value == value // 1,
-    float: _is_number,
+    float: lambda value: _is_number(value) and abs(value) < float("inf"),  # else it has no hash
     bool: lambda value: isinstance(value, bool),
     str: lambda value: isinstance(value, str),
 }

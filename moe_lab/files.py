@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TEMPORARY_PREFIX = ".tmp-"
 _ANY_TEMPORARY = ".tmp*"
 """Ours, and those that safetensors left in run folders of older versions."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _PART = re.compile(r"[A-Za-z0-9._=-]+")
 
 
@@ -133,6 +134,25 @@ def write_parquet(target: Path | str, frame: "pl.DataFrame") -> None:
 
 def write_json(target: Path | str, value: Any) -> None:
     write_text(target, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON file whose content nobody vouches for.
+
+    Integers of 19 digits and more, which no 64-bit column holds, become floats. Raises
+    ``ValueError`` for everything that is no JSON, is nested too deep, or holds a lone surrogate.
+    """
+    try:
+        value = json.loads(text, parse_int=_parse_int)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 def content_hash(value: Any, length: int = 12) -> str:

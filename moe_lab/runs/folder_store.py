@@ -4,7 +4,6 @@ What a run is up to is read from its folder alone, so any process on any machine
 folder knows it.
 """
 
-import json
 import os
 import random
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import RunError, expected
-from moe_lab.files import write_json, write_text
+from moe_lab.files import parse_json, write_json, write_text
 from moe_lab.runs.failures import Failure, read_failure, write_failure
 from moe_lab.runs.folder_claims import Claim, acquire, holder
 from moe_lab.runs.layout import CHECKPOINT, DAMAGED_CHECKPOINT, DONE, PLAN, STATUS, RunState
@@ -70,8 +69,8 @@ class RunStore:
             got = f"{self.folder} without one"
             raise RunError(expected(f"a sweep folder with {PLAN}", got, "moe-lab sweep run first"))
         try:
-            plan = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            plan = parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
             hint = "running the sweep again into another folder"
             raise RunError(expected("a readable plan", f"{path}: {error}", hint)) from error
         return check_plan(plan, path)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from moe_lab.runs.layout import RunState
 from moe_lab.runs.plan import planned_runs
+from moe_lab.runs.record import number
 from moe_lab.runs.store import open_store
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def status(folder: Path | str) -> "pl.DataFrame":
     rows = []
     for run, record in zip(runs, store.records(runs), strict=True):
         entry, progress, result = plan["runs"][run], record.progress, record.result
+        speed = progress.tokens_per_second
         finished = record.state is RunState.FINISHED
         rows.append(
             {
@@ -67,8 +69,8 @@ def status(folder: Path | str) -> "pl.DataFrame":
                 "step": progress.step,
                 "steps": progress.steps,
                 "progress": 1.0 if finished else progress.fraction,
-                "loss": result.get("loss", progress.loss),
-                "tokens_per_second": result.get("tokens_per_second", progress.tokens_per_second),
+                "loss": number(result.get("loss", progress.loss)),
+                "tokens_per_second": number(result.get("tokens_per_second", speed)),
                 "error": record.error if record.state is RunState.FAILED else "",
                 "last_lines": record.last_lines,
             }
