@@ -123,7 +123,7 @@ assert naive > 0.38
 pilot = Design(tuple(4.0**e for e in range(5)), seeds=2, active_params=3e6, tokens=3e8)
 plan = plan_power(pilot, noise_sd=0.004, draws=100)
 print(f"the pilot, {pilot.runs} runs, {pilot.flops:.1e} FLOPs:")
-print(plan.own.select("truth", "wall", "no_wall", "cannot_tell", "settled"))
+print(plan.own.select("truth", "wall", "below_margin", "no_wall", "cannot_tell", "settled"))
 best = plan.best
 print(
     "cheapest sufficient design:",
@@ -205,8 +205,9 @@ print(confounds(runs, arm=arm or None))
 # ## 6. A wall, and a fade that is none
 #
 # The same verdict on two sweeps whose truth we know: a hard wall at 32, and Ludziejewski's law at
-# 20 tokens per parameter, whose gains fade to nothing by 64. The second has no break: it is a model
-# short of data.
+# 20 tokens per parameter, whose gains fade to nothing by 64. The second has no break: its returns
+# are below the margin, and it is a model short of data. The other two outcomes are "no wall" and
+# "cannot tell".
 
 # %%
 walled = wall_verdict(drawn())
@@ -227,7 +228,8 @@ short = pl.DataFrame(
 )
 faded = wall_verdict(short)
 print(faded.sentence)
-assert faded.outcome == "cannot tell"
+assert faded.outcome == "below margin"
+print(f"a doubling still paid at {faded.r_star[0]} and no longer past {faded.r_star[1]}")
 
 # %% [markdown]
 # On the command line:
