@@ -395,9 +395,7 @@ def main() -> None:
             print(kind, table)
         aligned = (right["verdict"] == "difficulty-aligned").mean()
         print(f"{kind}: false aligned or inverted {table['false'].mean():.3f} of all, ", end="")
-        print(
-            f"at most {table['false'].max():.3f}; the router that follows is aligned in {aligned:.2f}"
-        )
+        print(f"at most {table['false'].max():.3f}; aligned where it is right {aligned:.2f}")
 
 
 if __name__ == "__main__":

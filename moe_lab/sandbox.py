@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_lab import errors
 from moe_lab.errors import MoELabError, expected
+from moe_lab.plain_text import one_line
 
 if TYPE_CHECKING:
     import polars as pl
@@ -123,9 +124,9 @@ def call(
         got = "one that takes more memory or time than its size allows, or that ends its reader"
         raise error(f"{name}: " + expected("a readable file", got))
     if "error" in answer:
-        raise getattr(errors, answer["error"], error)(answer["message"])
+        raise getattr(errors, answer["error"], error)(one_line(answer["message"]))
     if "reason" in answer:
-        raise error(f"{name}: " + expected("a readable file", answer["reason"]))
+        raise error(f"{name}: " + expected("a readable file", one_line(answer["reason"])))
     return answer["result"]
 
 

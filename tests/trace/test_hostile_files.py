@@ -16,6 +16,7 @@ import pytest
 from moe_lab.analysis import class_profile
 from moe_lab.errors import TraceError
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
+from moe_lab.trace.parts import file_checksums, write_part
 from moe_lab.trace.seal import SEAL_FILE
 
 pytestmark = pytest.mark.data
@@ -127,6 +128,20 @@ def test_a_trace_of_ours_is_read_where_it_lies_and_an_edited_one_is_not(tmp_path
     assert edited.data is not None
     assert (edited.folder, edited.meta.model) == (folder, "another")
     assert edited.counts().equals(open_trace(edited.data).counts())
+
+
+def test_a_column_name_of_several_lines_stays_one_line(tmp_path: Path) -> None:
+    folder = small_trace(tmp_path / "t")
+    name = "routing/layer=0/part-00000.parquet"
+    frame = pl.read_parquet(folder / name, hive_partitioning=False)
+    write_part(folder / name, frame.rename({"pos": "\np\x1bos"}))
+    values = json.loads((folder / "meta.json").read_text())
+    size, crc32, _ = file_checksums(folder / name)
+    values["parts"][name] |= {"bytes": size, "crc32": crc32}
+    (folder / "meta.json").write_text(json.dumps(values))
+    with pytest.raises(TraceError, match="expected columns") as caught:
+        open_trace(folder)
+    assert not {"\n", "\x1b"} & set(str(caught.value))
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "null", '{"files": {}, "code": 1}', "{", "\x00"])

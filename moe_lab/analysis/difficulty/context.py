@@ -26,7 +26,7 @@ STEPS = 4
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """The gates of one pairing; ``left(name)`` gives what is left of difficulty ranks behind each."""
+    """The gates of one pairing; ``left`` holds the ranks of difficulty behind each of them."""
 
     tokens: LayerTokens
     aligned: Aligned

@@ -262,7 +262,8 @@ def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
         "correlation of ffn_count with difficulty within "
         f"token ids is {row['rho_token']:+.3f}{ends}, at {where}, where the raw one is "
         f"{row['rho_raw']:+.3f}; within ±{MARGIN:g} is "
-        f"immaterial. {_percent_words(row)}{row['n_tokens']:,} tokens of {row['n_docs']} documents; {row['note']}."
+        f"immaterial. {_percent_words(row)}{row['n_tokens']:,} tokens of {row['n_docs']} "
+        f"documents; {row['note']}."
     )
 
 
