@@ -23,11 +23,9 @@ def check_seal(folder: Path) -> None:
     """Raise ``RunError`` if a sealed file of the finished run in ``folder`` was changed."""
     try:
         digests = json.loads((folder / DONE).read_bytes() or b"{}")
-        changed = next(
-            (name for name in SEALED if digests.get(name, "") not in ("", _digest(folder / name))),
-            None,
-        )
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        sealed = [name for name in SEALED if name in digests]
+        changed = next((name for name in sealed if digests[name] != _digest(folder / name)), None)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"cannot read {DONE} in {folder}: {str(error).splitlines()[0]}") from error
     if changed:
         got = f"another in {folder}"

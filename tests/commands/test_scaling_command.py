@@ -176,7 +176,9 @@ def test_losses_in_bits_are_taken_as_such_when_told(file: Any) -> None:
 def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:
     assert "no such path" in fails("scaling", "verdict", tmp_path / "none.parquet")
     (tmp_path / "runs.parquet").write_text("no parquet")
-    assert "File out of specification" in fails("scaling", "verdict", tmp_path / "runs.parquet")
+    assert "runs.parquet: expected a readable" in fails(
+        "scaling", "verdict", tmp_path / "runs.parquet"
+    )
     (tmp_path / "runs.xlsx").write_text("")
     assert "expected a file ending in .parquet" in fails(
         "scaling", "verdict", tmp_path / "runs.xlsx"
