@@ -3,6 +3,8 @@ builds.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +259,17 @@ def test_what_if_edits_reach_our_own_fields() -> None:
         count(config, {"num_experts": 9, "num_experts_per_tok": 3}).to_dict()
         == count(larger).to_dict()
     )
+
+
+def test_configurations_and_their_counts_load_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from moe_lab.accounting import count\n"
+        "from moe_lab.model import preset\n"
+        "from moe_lab.routing import FACTS, ROUTERS, RouterConfig, hash_twin\n"
+        "assert set(ROUTERS) == set(FACTS)\n"
+        "assert count(preset('longcat_2_mini')).total > 0\n"
+        "print('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "False\n"
