@@ -3,15 +3,20 @@
     python experiments/verdict_rates.py                  # about ten minutes of two cores; resumes
     python experiments/verdict_rates.py --settings 40    # a quick look
 
-A setting is a truth (hard wall, exponential or power fade, broken law of any width, U-shape, plateau
+A setting is a truth (hard wall, exponential or power fade, broken law of any width, U-shape,
+plateau
 after which returns resume, line) and a design (1M to 1B active parameters, 20 to 500 tokens a
 parameter, grids of doublings to 64-512, two to five seeds, a noise of .1 to 1.2 margins), all drawn
-at random; each is judged on `SWEEPS` simulated sweeps by `wall_rule.judge`, as real ones are. Noise:
-equal and Gaussian; tripling over the grid; Student's t with 2.5 degrees of freedom; one spiked run of
-3 to 300 standard deviations; one missing run. ``power`` repeats the truths at 10M active, 1B tokens,
+at random; each is judged on `SWEEPS` simulated sweeps by `wall_rule.judge`, as real ones are.
+Noise:
+equal and Gaussian; tripling over the grid; Student's t with 2.5 degrees of freedom; one spiked run
+of
+3 to 300 standard deviations; one missing run. ``power`` repeats the truths at 10M active, 1B
+tokens,
 ratios 1 to 256, .006 nats and three seeds.
 
-Blocks of settings are written as they end, so the same command continues after an interruption. Out:
+Blocks of settings are written as they end, so the same command continues after an interruption.
+Out:
 ``experiments/verdict_rates/{settings,rates}.parquet`` and the table in docs/scaling.md.
 """
 

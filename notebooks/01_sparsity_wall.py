@@ -229,7 +229,7 @@ short = pl.DataFrame(
 faded = wall_verdict(short)
 print(faded.sentence)
 assert faded.outcome == "below margin"
-print(f"a doubling still paid at {faded.r_star[0]} and no longer past {faded.r_star[1]}")
+print(f"no doubling paid past ratio {faded.r_star[1]:g}, with 90 % confidence")
 
 # %% [markdown]
 # On the command line:

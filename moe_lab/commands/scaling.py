@@ -151,7 +151,8 @@ def step(args: argparse.Namespace) -> int:
     print(f"+{magnitude(args.add)} on {magnitude(routed)} is {_growth(args.add, routed)}.")
     if not args.included and args.routed is None:
         print(
-            f"If the {magnitude(args.total)} hold the {magnitude(args.add)} already (--included), it is {_growth(args.add, routed - args.add)}."
+            f"If the {magnitude(args.total)} hold the {magnitude(args.add)} already "
+            f"(--included), it is {_growth(args.add, routed - args.add)}."
         )
     rows = [
         (
@@ -172,10 +173,12 @@ def step(args: argparse.Namespace) -> int:
     )
     least, most = table["gain"].min(), table["gain"].max()
     print(
-        f"The laws expect {least:.4f} to {most:.4f} nats. Seeds: of each arm, for the gain to be seen nine times in ten at a noise of"
+        f"The laws expect {least:.4f} to {most:.4f} nats. Seeds: of each arm, for the gain to "
+        f"be seen nine times in ten at a noise of"
     )
     print(
-        f"{args.noise:g} nats between seeds; - where none is expected. The range that a law was fitted on is told where this leaves it."
+        f"{args.noise:g} nats between seeds; - where none is expected. The range that a law "
+        f"was fitted on is told where this leaves it."
     )
     print(_cautions([str(name) for name in table["law"]]))
     return 0

@@ -177,10 +177,16 @@ def crossing(table: pl.DataFrame) -> str:
     )
     listed = lambda ratios: ", ".join(f"{ratio:g}" for ratio in ratios)  # noqa: E731
     if won and lost and max(lost) < min(won):
-        return f"loses up to ratio {max(lost):g} and wins from ratio {min(won):g}: the curves cross between"
+        return (
+            f"loses up to ratio {max(lost):g} and wins from ratio {min(won):g}: the curves cross "
+            f"between"
+        )
     if won and lost:
         return f"wins at ratio {listed(won)} and loses at ratio {listed(lost)}: no single crossing"
     if won or lost:
         verb, ratios, other = ("wins", won, "loses") if won else ("loses", lost, "wins")
-        return f"{verb} at ratio {listed(ratios)} and {other} at none: no crossing is seen in this range"
+        return (
+            f"{verb} at ratio {listed(ratios)} and {other} at none: no crossing is seen in this "
+            f"range"
+        )
     return "cannot tell: the intervals settle no ratio"

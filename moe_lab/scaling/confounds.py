@@ -181,7 +181,8 @@ def _learning_rate_bracket(s: Sweeps) -> Finding:
     if open_ended:
         return (
             Status.SUSPECT,
-            f"no better rate on both sides of the best at ratio {', '.join(f'{r:g}' for r in open_ended)}",
+            f"no better rate on both sides of the best at ratio "
+            f"{', '.join(f'{r:g}' for r in open_ended)}",
         )
     return Status.CLEAR, "the best rate of every ratio has a worse one on either side"
 
@@ -195,7 +196,10 @@ def _learning_rate_grid(s: Sweeps) -> Finding:
         return Status.NOT_MEASURED, "no ratio has three rates around its best"
     cost = max(curve.half_step_cost for curve in curves)
     step = max(curve.step for curve in curves)
-    text = f"rates a factor {step:.2g} apart leave up to {cost:.4f} nats untuned against a margin of {s.margin:.4f}"
+    text = (
+        f"rates a factor {step:.2g} apart leave up to {cost:.4f} nats untuned against a margin of "
+        f"{s.margin:.4f}"
+    )
     return (
         (Status.SUSPECT, text + "; space them by the square root of two")
         if cost > s.margin
@@ -251,7 +255,10 @@ def _learning_rate_shift(s: Sweeps) -> Finding:
     if len(best) < 2:
         return Status.NOT_MEASURED, "fewer than two ratios have a bracketed best rate"
     factor = max(rate for _, rate in best) / min(rate for _, rate in best)
-    text = f"the best rate moves by a factor {factor:.2f} from ratio {best[0][0]:g} ({best[0][1]:.3g}) to {best[-1][0]:g} ({best[-1][1]:.3g})"
+    text = (
+        f"the best rate moves by a factor {factor:.2f} from ratio {best[0][0]:g} "
+        f"({best[0][1]:.3g}) to {best[-1][0]:g} ({best[-1][1]:.3g})"
+    )
     return (
         (Status.SUSPECT, text + "; tune every ratio")
         if factor > math.sqrt(2)

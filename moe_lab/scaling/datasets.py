@@ -176,7 +176,8 @@ DATASETS: dict[str, Dataset] = {
         Dataset(
             "epoch",
             "epoch_chinchilla.csv",
-            "epoch-research/analyzing-chinchilla@9225883 data/svg_extracted_data.csv (arXiv 2404.10102)",
+            "epoch-research/analyzing-chinchilla@9225883 data/svg_extracted_data.csv (arXiv "
+            "2404.10102)",
             NO_LICENCE,
             False,
             "193478df4e90f040016431996c45682659306840ecdadf83cfb9cd5ca0aa1b30",
@@ -266,7 +267,8 @@ DATASETS: dict[str, Dataset] = {
         Dataset(
             "tiny_dense",
             "tiny_dense_wsd_transcribed.csv",
-            "yigitokar/scaling-laws-as-production-functions@511cdbb data/processed/sweep/results.jsonl",
+            "yigitokar/scaling-laws-as-production-functions@511cdbb "
+            "data/processed/sweep/results.jsonl",
             "MIT",
             True,
             "09630f383b4e67659ced6ade37075d172e247f719346f2e3c163401965812b8f",

@@ -41,7 +41,8 @@ class Fit:
     """``coefficients`` as the paper writes them; ``objective`` the weighted sum of Huber losses;
     ``rmse`` and ``aicc`` of its residuals (ln loss, or the loss where ``log`` is False); ``agreed``
     the share of the best sixteen starts that ended at that objective; ``draws`` a row of
-    coefficients per repetition once `bootstrap` has run; ``unidentified`` the coefficients that these
+    coefficients per repetition once `bootstrap` has run; ``unidentified`` the coefficients that
+    these
     runs cannot fix (`unidentified`); ``frame`` the runs.
     """
 

@@ -1,4 +1,5 @@
-"""What a fit is worth: which coefficients the runs can fix at all, how well the law follows them, what
+"""What a fit is worth: which coefficients the runs can fix at all, how well the law follows them,
+what
 it misses on runs held out, and how rival laws do on the same runs.
 """
 

@@ -7,7 +7,8 @@ simulation.
 
     line        c - s x                       x = log2 ratio
     power       c + a r^-b                    saturating power law
-    saturation  c - s log2 Ehat(r; Emax)      1/Ehat = 1/(r - 1 + (1/Estart - 1/Emax)^-1) + 1/Emax, Estart 2 (2202.01169 eq. 5)
+    saturation  c - s log2 Ehat(r; Emax)      1/Ehat = 1/(r - 1 + (1/Estart - 1/Emax)^-1) + 1/Emax,
+    Estart 2 (2202.01169 eq. 5)
     hinge       c - s x - u max(0, x - t)     another slope beyond a break t
     plateau     c - s min(x, t)               nothing beyond a break t
     fade        c - s x - u w ln(1 + e^((x - t)/w)), w >= .75: a hinge that bends over doublings

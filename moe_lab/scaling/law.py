@@ -5,8 +5,10 @@ A law is a sum of terms, each an amplitude times the exponential of a linear com
 of log variables; that table is all a law is, and `fit` reads the same table. Letters in a table are
 natural logarithms:
 
-    n active_params N    t total_params    d tokens D    x ratio E/k    g granularity G    c training compute C (FLOPs)
-    e the effective (saturated) number of experts or activation, made from the ratio and the law's two shape coefficients
+    n active_params N    t total_params    d tokens D    x ratio E/k    g granularity G    c
+    training compute C (FLOPs)
+    e the effective (saturated) number of experts or activation, made from the ratio and the law's
+    two shape coefficients
 
 Losses are nats per token. Formulas are analytic, so a complex step gives derivatives to machine
 precision.

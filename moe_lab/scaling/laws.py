@@ -18,7 +18,8 @@ _ALL = (
     Law(
         "clark",
         "Clark et al. 2022",
-        "arXiv 2202.01169, eqs. 4-5 and table 3: log10 L = a log10 N + b log10 Eh + c log10 N log10 Eh + d",
+        "arXiv 2202.01169, eqs. 4-5 and table 3: log10 L = a log10 N + b log10 Eh + c log10 N "
+        "log10 Eh + d",
         (Term("d", {"a": ("n", 1.0), "b": ("e", 1.0), "c": ("ne", 1 / LN10)}, Base.LOG10),),
         {
             "S-BASE": {
@@ -68,7 +69,8 @@ _ALL = (
     Law(
         "sldbench",
         "SLDBench on Clark's runs",
-        "arXiv 2507.21184 (leaderboard): L = L0 + C N^-alpha E^-beta, least squares, step 249000, N < 1e9",
+        "arXiv 2507.21184 (leaderboard): L = L0 + C N^-alpha E^-beta, least squares, step "
+        "249000, N < 1e9",
         (Term("L0"), Term("C", {"alpha": ("n", -1.0), "beta": ("x", -1.0)})),
         {"SLDBench": {"L0": 1.617018, "C": 43.4757, "alpha": 0.198986, "beta": 0.073983}},
         {"active_params": (1.5e7, 3.7e8), "ratio": (1, 512)},
@@ -88,7 +90,8 @@ _ALL = (
     Law(
         "tied",
         "Muennighoff et al. 2023; Gadre et al. 2024",
-        "arXiv 2305.16264: L = E + A N^-alpha + B D^-alpha; 2403.08540 eq. 4 is the same law with alpha = 2 eta and amplitudes 6^-eta a, b",
+        "arXiv 2305.16264: L = E + A N^-alpha + B D^-alpha; 2403.08540 eq. 4 is the same law "
+        "with alpha = 2 eta and amplitudes 6^-eta a, b",
         (Term("E"), Term("A", {"alpha": ("n", -1.0)}), Term("B", {"alpha": ("d", -1.0)})),
         {"muennighoff": {"A": 521.0, "B": 1488.0, "E": 1.87, "alpha": 0.3526596}},
         caution="dense models only",
@@ -120,7 +123,8 @@ _ALL = (
     Law(
         "ludziejewski",
         "Ludziejewski et al. 2025",
-        "arXiv 2502.05172 eq. 6 and table 3: L = a Eh^delta N^(alpha + gamma ln Eh) + b Eh^omega D^(beta + zeta ln Eh) + c",
+        "arXiv 2502.05172 eq. 6 and table 3: L = a Eh^delta N^(alpha + gamma ln Eh) + b "
+        "Eh^omega D^(beta + zeta ln Eh) + c",
         (
             Term("a", {"delta": ("e", 1.0), "alpha": ("n", 1.0), "gamma": ("ne", 1.0)}),
             Term("b", {"omega": ("e", 1.0), "beta": ("d", 1.0), "zeta": ("de", 1.0)}),
@@ -149,7 +153,8 @@ _ALL = (
     Law(
         "abnar",
         "Abnar et al. 2025",
-        "arXiv 2501.12370 eq. 2 and table 3: L = a N^-alpha + b D^-beta + c (1-S)^-lambda + d (1-S)^-delta N^-gamma + e, N total",
+        "arXiv 2501.12370 eq. 2 and table 3: L = a N^-alpha + b D^-beta + c (1-S)^-lambda + d "
+        "(1-S)^-delta N^-gamma + e, N total",
         (
             Term("a", {"alpha": ("t", -1.0)}),
             Term("b", {"beta": ("d", -1.0)}),
@@ -177,7 +182,8 @@ _ALL = (
     Law(
         "ling",
         "Ling team 2025 (efficiency leverage)",
-        "arXiv 2507.17702 eq. 9 and table 2: EL = Ah^(a + d log10 C + gamma (log2 G)^2 + beta log2 G); logarithm bases inferred",
+        "arXiv 2507.17702 eq. 9 and table 2: EL = Ah^(a + d log10 C + gamma (log2 G)^2 + beta "
+        "log2 G); logarithm bases inferred",
         (
             Term(
                 "one",
@@ -208,7 +214,8 @@ _ALL = (
     Law(
         "marin",
         "Marin grug MoE (isoFLOP optima)",
-        "marin-community/marin experiments/grug/moe/README.md: Paloma macro loss = floor + A C^-alpha, ratio 16",
+        "marin-community/marin experiments/grug/moe/README.md: Paloma macro loss = floor + A "
+        "C^-alpha, ratio 16",
         (Term("floor"), Term("A", {"alpha": ("c", -1.0)})),
         {"macro": {"floor": 1.6, "A": 95.18, "alpha": 0.0941}},
         {"compute": (1e18, 3e20)},
@@ -217,7 +224,8 @@ _ALL = (
     Law(
         "kimi",
         "Kimi K2 report (sparsity)",
-        "FLOPs to validation loss 1.5 at sparsity 8, 16, 32, 48 are as 1.69, 1.39, 1.15, 1: compute saved ~ ratio^slope",
+        "FLOPs to validation loss 1.5 at sparsity 8, 16, 32, 48 are as 1.69, 1.39, 1.15, 1: "
+        "compute saved ~ ratio^slope",
         (Term("one", {"slope": ("x", 1.0)}, Base.ONE),),
         {"report": {"slope": 0.289}},
         {"ratio": (8, 48)},

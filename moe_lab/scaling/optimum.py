@@ -117,7 +117,8 @@ def isoflop(frame: pl.DataFrame, *, span: float = math.inf) -> Isoflop:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The ratio of the smallest loss under a constraint, its bootstrap ``interval`` (0 and inf where
+    """The ratio of the smallest loss under a constraint, its bootstrap ``interval`` (0 and inf
+    where
     it reaches past the grid), and whether it lies ``inside`` the grid.
     """
 

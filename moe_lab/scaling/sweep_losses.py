@@ -164,7 +164,10 @@ def _check_losses(frame: pl.DataFrame, vocab_size: int | None) -> None:
     if vocab_size is None and "vocab_size" in frame.columns:
         vocab_size = int(frame["vocab_size"].max())  # type: ignore[arg-type]
     if vocab_size and lowest > math.log(vocab_size):
-        what = f"losses in nats, at most ln({vocab_size}) = {math.log(vocab_size):.2f} for a uniform guess"
+        what = (
+            f"losses in nats, at most ln({vocab_size}) = {math.log(vocab_size):.2f} for a uniform "
+            f"guess"
+        )
         raise AnalysisError(
             expected(
                 what, f"all above it (lowest {lowest:.2f})", "multiplying by ln 2 if they are bits"

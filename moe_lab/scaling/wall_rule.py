@@ -1,4 +1,5 @@
-"""The rule of the wall verdict: W1, W2, W3 and the chance of the last gain (docs/scaling.md), for one
+"""The rule of the wall verdict: W1, W2, W3 and the chance of the last gain (docs/scaling.md), for
+one
 sweep or for many simulated ones at once. Numbers in, numbers out, no prose.
 
 W1  equivalence: from r* on, the interval of every gain per doubling lies inside (-margin, margin).
@@ -54,7 +55,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Price:
-    """What a doubling must buy: ``margin`` nats, its standard ``error``, and ``charge`` [P] nats per
+    """What a doubling must buy: ``margin`` nats, its standard ``error``, and ``charge`` [P] nats
+    per
     doubling that the extra active compute of each of `doublings` would have bought by itself.
     """
 
@@ -70,9 +72,12 @@ class Judgement:
     ``wall_from`` [B] index of the ratio W1 starts at (-1 where it holds nowhere); ``break_form``
     [B], the best form with a break; ``break_at``, ``break_lower``, ``break_upper`` [B] log2 ratio;
     ``sharpness`` [B] deviance by which it beats a bend over three doublings (NaN where it leads no
-    smooth form); ``slope``, ``slope_half`` [B] W3, nats per doubling; ``last`` what `gain_process` says of the last
-    gain, of those draws alone for which "no wall" needs it (of one draw always); ``best_last`` [B] whether the last ratio is
-    better than all that are two doublings smaller or more by the margin per doubling; ``paid_to``, ``ended_by`` [B] index of the ratio up to which a doubling
+    smooth form); ``slope``, ``slope_half`` [B] W3, nats per doubling; ``last`` what `gain_process`
+    says of the last
+    gain, of those draws alone for which "no wall" needs it (of one draw always); ``best_last`` [B]
+    whether the last ratio is
+    better than all that are two doublings smaller or more by the margin per doubling; ``paid_to``,
+    ``ended_by`` [B] index of the ratio up to which a doubling
     still paid and past which none did (-1: not found); ``growing`` [B] whether returns grow.
     """
 
@@ -238,7 +243,8 @@ def _edge(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _best_last(x: np.ndarray, means: np.ndarray, margin: float) -> np.ndarray:
-    """[B] whether the last ratio is better by the margin per doubling than every ratio two doublings
+    """[B] whether the last ratio is better by the margin per doubling than every ratio two
+    doublings
     smaller or more; the process judges the last doubling itself.
     """
     earlier = x <= x[-1] - 2 + ROUNDING

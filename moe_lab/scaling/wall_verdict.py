@@ -55,8 +55,10 @@ class Verdict:
     ``r_star``: the ratio up to which a doubling still paid and the one past which none did, at
     ``confidence``, each None where not found; it needs returns that do not grow with the ratio.
     ``pays``: probability that the last gain is above the margin. ``outlier``: the run that does not
-    fit the others, in words, and ``without`` what the outcome would be without it. ``caveats``: what
-    was not excluded and could make this outcome. ``elasticity``: d ln C_equivalent / d ln ratio over the last two doublings (0.07 is 5 % of
+    fit the others, in words, and ``without`` what the outcome would be without it. ``caveats``:
+    what
+    was not excluded and could make this outcome. ``elasticity``: d ln C_equivalent / d ln ratio
+    over the last two doublings (0.07 is 5 % of
     compute per doubling) with its ``interval``. ``sentence`` is what a report
     prints first. ``margin``: nats per doubling; ``compute_slope``: -dL/dlnC; ``noise_sd``: nats
     between runs of one ratio (NaN: unknown).
