@@ -104,7 +104,8 @@ def measured_slope(frame: pl.DataFrame) -> ComputeSlope:
     return ComputeSlope(
         slope,
         error,
-        f"the margin's dL/dlnC = {slope:.4f} nats{interval} is measured over a {span:.3g}x range of "
+        f"the margin's dL/dlnC = {slope:.4f} nats{interval} is measured over a {span:.3g}x "
+        f"range of "
         f"compute spent on {spent}, and averaged over that range",
     )
 

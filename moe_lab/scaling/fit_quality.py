@@ -15,7 +15,20 @@ from moe_lab.scaling.fit_problem import unknowns
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.uncertainty import leave_largest_out
 
-RIVALS = ("clark", "bilinear", "separable", "sldbench", "hoffmann", "tied", "ludziejewski", "abnar", "line", "power", "saturation", "plateau")  # fmt: skip
+RIVALS = (
+    "clark",
+    "bilinear",
+    "separable",
+    "sldbench",
+    "hoffmann",
+    "tied",
+    "ludziejewski",
+    "abnar",
+    "line",
+    "power",
+    "saturation",
+    "plateau",
+)
 FEWEST_VALUES = 4
 """Values of a variable from which the largest can be held out."""
 

@@ -142,7 +142,8 @@ def estimate(layout: Layout, losses: np.ndarray, known: float | None = None) -> 
         rising = np.flatnonzero(score > _trend_limit(layout))
         if len(rising):
             fits = [_least_squares(layout, losses[rising], rate) for rate in GROWTHS]
-            best = np.argmax([_restricted(layout, fit[2], rate) for fit, rate in zip(fits, GROWTHS, strict=True)], axis=0)  # fmt: skip
+            pairs = zip(fits, GROWTHS, strict=True)
+            best = np.argmax([_restricted(layout, fit[2], rate) for fit, rate in pairs], axis=0)
             spreads = [fit[1] for fit in fits]
             group[rising], growth[rising] = best, GROWTHS[best]
             for number, fit in enumerate(fits):

@@ -171,7 +171,8 @@ def what_would_settle(sweep: Sweep, verdict: Verdict, *, draws: int = 80, seed: 
                 f"{100 * settled:.0f} % of simulated sweeps"
             )
     return (
-        f"no sweep of up to {MOST_SEEDS} seeds and ratios up to {plans[-1].ratios[-1]:g} settles it "
+        f"no sweep of up to {MOST_SEEDS} seeds and ratios up to {plans[-1].ratios[-1]:g} "
+        f"settles it "
         f"in {100 * TARGET:.0f} % of simulated sweeps"
     )
 

@@ -1,4 +1,4 @@
-"""What a judged sweep is told as: one sentence that a report prints first, and the reasons under it.
+"""The text of a verdict: one sentence that a report prints first, and the reasons under it.
 
 In: a `Case`, the sweep with everything computed from it. Out: strings. Each sentence has one
 condition; the tests list them. What would settle a sweep is not said here: `wall_planner` computes
@@ -323,7 +323,8 @@ def _below_sentence(case: Case, at: float | None) -> str:
     crossing = r_star_text(case.r_star, case.confidence)
     gain, half = case.last_gain
     rises = (
-        f"; the last gain, {_interval(gain, half)} nats, is a loss that rises: mistuned or short of "
+        f"; the last gain, {_interval(gain, half)} nats, is a loss that rises: mistuned or "
+        f"short of "
         "data"
         if gain + half < -case.price.margin
         else ""
@@ -380,13 +381,15 @@ def _shortfall(case: Case) -> str:
         low = case.judged.steps[-1, 0]
         growth = float(case.sweep.active[-1] / case.sweep.active[low]) - 1
         return (
-            f"put the last gain at {_interval(gain, half)} nats, above the {margin:.4f} margin only "
+            f"put the last gain at {_interval(gain, half)} nats, above the {margin:.4f} margin "
+            f"only "
             f"until the {100 * growth:.0f} % more active parameters of that step are charged"
         )
     average, spread = case.average
     return (
         f"put the last gain at {_interval(gain, half)} nats and the average of the last two "
-        f"doublings at {_interval(average, spread)}, neither on one side of the {margin:.4f} margin "
+        f"doublings at {_interval(average, spread)}, neither on one side of the {margin:.4f} "
+        f"margin "
         f"({_percent(case)} of compute)"
     )
 

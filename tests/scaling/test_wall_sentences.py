@@ -1,4 +1,4 @@
-"""Every sentence and reason that the verdict can print, with the condition under which it is true."""
+"""Every sentence and reason of the verdict, with the condition under which it is true."""
 
 import math
 import re
