@@ -36,6 +36,17 @@ class StorageError(RunError):
     """A disk or a store that takes or gives no more: the run did nothing wrong and can continue."""
 
 
+class TraceExistsError(TraceError):
+    """A finished trace at the place of a new one, without leave to replace it.
+
+    ``got`` describes the trace, so that a caller can name its own option.
+    """
+
+    def __init__(self, got: str, option: str = "overwrite=True") -> None:
+        super().__init__(expected("a new folder", got, f"{option}, or another folder"))
+        self.got = got
+
+
 class TraceStorageError(StorageError, TraceError):
     """A trace that a full disk or a read-only folder does not take."""
 

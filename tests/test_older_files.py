@@ -13,6 +13,7 @@ from types import ModuleType
 import polars as pl
 import pytest
 
+from moe_lab.cli import main
 from moe_lab.report import write_report
 from moe_lab.runs.record import read_runs
 from moe_lab.scaling import read_runs as read_results
@@ -91,6 +92,18 @@ def test_a_finished_run_scores_what_it_scored(sweep: Path) -> None:
         result = json.loads((run.folder / "result.json").read_text())
         assert scored.loss == pytest.approx(result["loss"], abs=1e-6)
         assert (scored.num_tokens, run.config.ratio) == (result["eval_tokens"], result["ratio"])
+
+
+def test_a_trace_of_a_run_is_replaced_only_on_request(sweep: Path, capsys) -> None:
+    run, text = run_named(sweep, "zero"), sweep.parent / "corpus"
+    command = ["trace", str(run), "--text", str(text), "--max-tokens", "9"]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "got a finished trace at" in capsys.readouterr().err
+    assert main([*command[:-1], "8"]) == 2
+    assert "got a finished trace of another cut at" in capsys.readouterr().err
+    assert main([*command[:-1], "8", "--overwrite"]) == 0
+    assert open_trace(run / "trace-corpus").check().meta.max_tokens == 8
 
 
 def test_a_trace_opens_and_its_counts_add_up(sweep: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.commands.options import add_device, add_json, add_out, print_json, whole_amount
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, TraceExistsError, expected
 
 if TYPE_CHECKING:
     import polars as pl
@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         None,
         "the trace's folder (default for a run: trace-<name of the text> in its folder)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a finished trace in that folder"
     )
     pretrained = parser.add_argument_group("with --hf")
     pretrained.add_argument(
@@ -92,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-_SHARED = {"run", "out", "json", "device"}
+_SHARED = {"run", "out", "overwrite", "json", "device"}
 _TEXT = {"text", "text_column", "max_tokens"}
 _READ_BY = {
     "RUN": _SHARED | _TEXT,
@@ -110,11 +113,12 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(expected(what, "several" if any(given) else "none"))
     mode = "--hf" if args.hf is not None else "--import" if args.kind is not None else "RUN"
     _refuse_ignored(args, mode)
-    if mode == "--import":
-        return _import(args)
-    if args.text is None:
+    if mode != "--import" and args.text is None:
         raise ConfigError(expected("--text PATH", "none"))
-    return _run(args) if mode == "RUN" else _pretrained(args)
+    try:
+        return {"RUN": _run, "--hf": _pretrained, "--import": _import}[mode](args)
+    except TraceExistsError as error:
+        raise TraceExistsError(error.got, "--overwrite") from error
 
 
 def _refuse_ignored(args: argparse.Namespace, mode: str) -> None:
@@ -154,7 +158,13 @@ def _import(args: argparse.Namespace) -> int:
         "tokens": args.tokens,
     }
     trace = import_trace(
-        args.kind, args.run, args.out, config=args.config, model=args.model, **sizes
+        args.kind,
+        args.run,
+        args.out,
+        config=args.config,
+        model=args.model,
+        overwrite=args.overwrite,
+        **sizes,
     )
     return _report(args, {"tokens": trace.num_tokens, "notes": list(trace.meta.notes)}, args.out)
 
@@ -173,6 +183,7 @@ def _pretrained(args: argparse.Namespace) -> int:
         batch_tokens=args.batch_tokens,
         loading=Loading(args.dtype, args.device, args.device_map, args.trust_remote_code),
         created_from="moe-lab trace --hf",
+        overwrite=args.overwrite,
     )
     loss = trace.tokens.select("loss").collect()["loss"].mean()
     documents = trace.tokens.select("doc").collect()["doc"].n_unique()
@@ -219,13 +230,15 @@ def _run(args: argparse.Namespace) -> int:
         len(document.ids) if args.max_tokens is None else min(args.max_tokens, len(document.ids))
         for document in documents
     ]
+    meta = trace_meta(run.config, run.tokenizer.hash, corpus.hash)
     evaluation = evaluate(
         run.model,
         documents,
         run.tokenizer,
         seq_length=run.config.seq_length,
         excerpts=[Excerpt(index, 0, length) for index, length in enumerate(lengths) if length > 1],
-        trace=(out, trace_meta(run.config, run.tokenizer.hash, corpus.hash)),
+        trace=(out, meta.replace(max_tokens=args.max_tokens)),
+        overwrite=args.overwrite,
     )
     layers = _layers(out)
     if args.json:

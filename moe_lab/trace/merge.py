@@ -14,7 +14,7 @@ from moe_lab.trace.reader import Trace, open_trace
 from moe_lab.trace.rows import rows_of
 from moe_lab.trace.writer import TraceWriter
 
-SAME = ("layers", "vocab_size", "tokenizer_hash", "model_hash", "model")
+SAME = ("layers", "vocab_size", "tokenizer_hash", "model_hash", "model", "max_tokens")
 """What the metadata of all sources must agree in."""
 MAX_DOCUMENT = 2**32 - 1
 
@@ -25,6 +25,7 @@ def merge_traces(
     *,
     renumber: bool = True,
     tokens: pl.DataFrame | None = None,
+    overwrite: bool = False,
 ) -> Trace:
     """Write all documents of several traces as one trace at ``folder`` and open it.
 
@@ -35,8 +36,10 @@ def merge_traces(
         tokens: rows of ``TraceWriter.write_tokens`` for all of them, where the sources hold parts
             of one pass over the same documents: decisions alone, each token's in one of the
             sources, its document numbered as in the others.
+        overwrite: replace a finished trace at ``folder``.
 
     Raises:
+        TraceExistsError: a finished trace at ``folder`` without ``overwrite``.
         TraceError: no source, traces of other layers, models, vocabularies or columns, document
             numbers above 2^32 - 1, a document (with ``tokens``: a token) twice, or one that is
             missing.
@@ -64,7 +67,7 @@ def merge_traces(
     meta = first.replace(
         notes=notes, phase=first.phase if len(phases) == 1 else "generate", **flags
     )
-    with TraceWriter(folder, meta) as writer:
+    with TraceWriter(folder, meta, overwrite=overwrite) as writer:
         offset, seen = 0, set()
         for trace in traces:
             documents = (

@@ -165,6 +165,7 @@ class TraceMeta(Config):
             and others: expert 0), so that the counts of those cannot be believed.
         per_token: False where only counts were recorded and the rows were made up to have them:
             load can be read, nothing about tokens.
+        max_tokens: leading tokens of each document that were taken, or None where no limit was set.
         notes: what else a reader of the numbers must know, one sentence each.
         schema_version: of the layout described in this module.
     """
@@ -184,6 +185,7 @@ class TraceMeta(Config):
     has_output_ratio: bool = False
     zero_experts_known: bool = True
     per_token: bool = True
+    max_tokens: int | None = None
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
@@ -211,7 +213,7 @@ class TraceMeta(Config):
                 f"{name} to be text",
                 _short(getattr(self, name)),
             )
-        for name in ("seed", "vocab_size"):
+        for name in ("seed", "vocab_size", "max_tokens"):
             value = getattr(self, name)
             require(
                 value is None or (_is_int(value) and value >= 0),
@@ -266,6 +268,7 @@ class TraceMeta(Config):
 ADDED = {
     **dict.fromkeys(("has_weights", "has_scores", "zero_experts_known", "per_token"), True),
     "has_output_ratio": False,
+    "max_tokens": None,
     "notes": [],
 }
 ADDED_TO_LAYERS = {"module": "", "score_func": "", "zero_kinds": []}

@@ -25,6 +25,7 @@ from moe_lab.errors import MoELabError, TraceError, TraceStorageError, expected
 from moe_lab.files import write_json
 from moe_lab.trace.background import Background
 from moe_lab.trace.checks import check_tokens
+from moe_lab.trace.existing import refuse_finished
 from moe_lab.trace.parts import count_slots, part_of, write_meta, write_part
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
 from moe_lab.trace.resume import DOCUMENTS_FILE, InterruptedTrace, ranges, recover
@@ -78,7 +79,7 @@ class TraceWriter:
     """Writes one trace: ``with TraceWriter(folder, meta) as writer: ...``.
 
     When the block ends without an error, conservation is checked and the trace appears at
-    ``folder`` (an older trace there is replaced). However else it ends, by an error, a full disk or
+    ``folder``. However else it ends, by an error, a full disk or
     a killed process, what was written stays readable at ``<folder>.incomplete`` and is never taken
     for whole.
 
@@ -90,8 +91,10 @@ class TraceWriter:
         resume: go on with what lies at ``<folder>.incomplete``, if anything: ``finished`` then
             holds the documents that are done, which must not be written again. Without it, an older
             incomplete trace is removed.
+        overwrite: replace a finished trace at ``folder``, once the new one is whole.
 
     Raises:
+        TraceExistsError: on entry, a finished trace at ``folder`` without ``overwrite``.
         TraceError: on entry, where ``folder`` holds something else than a trace, or where another
             process writes it; on leaving, where counts do not add up.
     """
@@ -104,10 +107,12 @@ class TraceWriter:
         rows_per_part: int = ROWS_PER_PART,
         buffer_bytes: int = BUFFER_BYTES,
         resume: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.meta = meta
-        self.rows_per_part, self.buffer_bytes, self.resume = rows_per_part, buffer_bytes, resume
+        self.rows_per_part, self.buffer_bytes = rows_per_part, buffer_bytes
+        self.resume, self.overwrite = resume, overwrite
         self.finished: set[int] = set()
         self._lock: int | None = None
         self._parts: dict[str, PartMeta] = {}
@@ -138,6 +143,8 @@ class TraceWriter:
                     "another path",
                 )
             )
+        if not self.overwrite:
+            refuse_finished(self.folder, self.meta.to_dict())
         try:
             self._work.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self._work)

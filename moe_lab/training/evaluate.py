@@ -30,6 +30,7 @@ from moe_lab.errors import CorpusError, expected
 from moe_lab.model import Decoder
 from moe_lab.text import TokenizedDocument, Tokenizer, token_classes
 from moe_lab.trace import TraceMeta, TraceWriter, merge_traces
+from moe_lab.trace.existing import refuse_finished
 from moe_lab.training.ranks import ALONE, Ranks
 
 
@@ -60,8 +61,10 @@ def evaluate(
     excerpts: Sequence[Excerpt] | None = None,
     reference_counts: np.ndarray | None = None,
     trace: tuple[Path, TraceMeta] | None = None,
+    overwrite: bool = False,
 ) -> Evaluation:
-    """Score ``documents`` (or ``excerpts`` of them) and, if asked, write the trace.
+    """Score ``documents`` (or ``excerpts`` of them) and, if asked, write the trace; ``overwrite`` replaces a
+    finished one at its path, which otherwise raises ``TraceExistsError``.
 
     The model is left in the mode it came in. Routing of padding is neither counted nor written.
     """
@@ -75,6 +78,7 @@ def evaluate(
         excerpts=excerpts,
         reference_counts=reference_counts,
         trace=trace,
+        overwrite=overwrite,
     )
     assert evaluation is not None
     return evaluation
@@ -92,6 +96,7 @@ def evaluate_together(
     excerpts: Sequence[Excerpt] | None = None,
     reference_counts: np.ndarray | None = None,
     trace: tuple[Path, TraceMeta] | None = None,
+    overwrite: bool = False,
 ) -> Evaluation | None:
     """``evaluate`` by several ranks, who take runs of its batches, so that each batch is computed
     as one rank would.
@@ -110,9 +115,11 @@ def evaluate_together(
         )
     losses = [np.full(len(sequence), np.nan) for sequence in ids]
     numbers = np.array([document.index for document in documents])
+    if trace is not None and not overwrite:
+        refuse_finished(trace[0], trace[1].to_dict())
     with (
         evaluating(model),
-        TraceWriter(_part(trace[0], ranks), trace[1])
+        TraceWriter(_part(trace[0], ranks), trace[1], overwrite=overwrite or ranks.size > 1)
         if trace is not None
         else nullcontext() as writer,
     ):
@@ -140,7 +147,7 @@ def evaluate_together(
     if tokens is None:
         return None
     if trace is not None and ranks.size > 1:
-        _join_parts(trace[0], tokens, ranks)
+        _join_parts(trace[0], tokens, ranks, overwrite)
     scored = tokens.filter(pl.col("loss").is_not_null())
     nats_total = float(scored["loss"].cast(pl.Float64).sum())
     return Evaluation(
@@ -187,9 +194,9 @@ def _part(trace: Path, ranks: Ranks, rank: int | None = None) -> Path:
     )
 
 
-def _join_parts(trace: Path, tokens: pl.DataFrame, ranks: Ranks) -> None:
+def _join_parts(trace: Path, tokens: pl.DataFrame, ranks: Ranks, overwrite: bool) -> None:
     parts = [_part(trace, ranks, rank) for rank in range(ranks.size)]
-    merge_traces(parts, trace, renumber=False, tokens=tokens)
+    merge_traces(parts, trace, renumber=False, tokens=tokens, overwrite=overwrite)
     for part in parts:
         shutil.rmtree(part, ignore_errors=True)
 

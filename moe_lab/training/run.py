@@ -202,6 +202,7 @@ class _Run:
             excerpts=excerpts_of(lengths, self.config.eval_excerpt_tokens, self.config.eval_tokens),
             reference_counts=self.text.counts(Split.REFERENCE),
             trace=trace,
+            overwrite=True,  # a resumed run evaluates again
         )
         weights = whole_state(self.model, keep=self.ranks.first)
         return self.ranks.from_first(

@@ -367,3 +367,22 @@ def test_bytes_and_spaces_of_sentencepiece_and_byte_level_tokens(data_dir):
     assert len(lines) == 2
     for line in lines:
         assert "bytes of the text 22 | sum of n_bytes 22 | text joined 'some words here " in line
+
+
+@pytest.mark.hf
+def test_a_finished_trace_of_a_pretrained_model_is_kept(
+    pretrained, texts, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "t"
+    assert trace_hf(pretrained, texts, out) == 0
+    with monkeypatch.context() as patch:  # refused before the model is loaded
+        patch.setattr(
+            "moe_lab.trace.capturing.hub.load_pretrained", lambda *_: pytest.fail("was loaded")
+        )
+        assert trace_hf(pretrained, texts, out, "--max-tokens", "5") == 2
+    message = capsys.readouterr().err
+    assert "a finished trace of another cut at" in message
+    assert "; try --overwrite" in message
+    assert open_trace(out).meta.max_tokens is None
+    assert trace_hf(pretrained, texts, out, "--max-tokens", "5", "--overwrite") == 0
+    assert open_trace(out).meta.max_tokens == 5

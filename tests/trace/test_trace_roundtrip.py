@@ -60,9 +60,9 @@ def write(folder, routings, *, tokens=True, step=None, **options):
     return open_trace(folder)
 
 
-def write_by(folder, layers, *steps):
+def write_by(folder, layers, *steps, **options):
     """Write a trace of ``layers`` by calling each step with the writer."""
-    with TraceWriter(folder, meta(*layers)) as writer:
+    with TraceWriter(folder, meta(*layers), **options) as writer:
         for step in steps:
             step(writer)
 
@@ -262,9 +262,10 @@ def test_an_error_leaves_a_readable_incomplete_trace_and_no_complete_one(tmp_pat
 def test_a_later_success_replaces_the_old_trace_and_removes_the_incomplete_one(tmp_path):
     write(tmp_path / "t", {0: draw_routing(5, 4, 0, 2)})
     with pytest.raises(TraceError):
-        write_by(tmp_path / "t", [(0, 4, 0, 2)], route(3), route(3, layer=1))
+        write_by(tmp_path / "t", [(0, 4, 0, 2)], route(3), route(3, layer=1), overwrite=True)
     assert open_trace(tmp_path / "t").num_tokens == 5
-    assert write(tmp_path / "t", {0: draw_routing(8, 4, 0, 2)}).check().num_tokens == 8
+    trace = write(tmp_path / "t", {0: draw_routing(8, 4, 0, 2)}, overwrite=True)
+    assert trace.check().num_tokens == 8
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
@@ -282,7 +283,7 @@ def test_a_reader_always_finds_a_whole_trace_while_it_is_replaced(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     for _ in range(10):
-        write(tmp_path / "t", {0: draw_routing(5, 4, 0, 2)}, tokens=False)
+        write(tmp_path / "t", {0: draw_routing(5, 4, 0, 2)}, tokens=False, overwrite=True)
     done.set()
     reader.join()
     assert not failures

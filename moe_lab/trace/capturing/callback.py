@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moe_lab.errors import TraceExistsError
 from moe_lab.files import atomic_path
 from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.trace.capturing.find_routers import find_sites
@@ -35,6 +36,8 @@ class RoutingCallback(_Base):
 
     Args:
         folder: where the matrices go.
+        overwrite: replace the matrices of an earlier training there. A training that goes on from a
+            checkpoint replaces them anyway.
         readers, only: as for ``capture``.
 
     Logged: moe/load_cv, moe/max_violation, moe/dead_experts, moe/entropy (of a token's scores, in
@@ -42,8 +45,15 @@ class RoutingCallback(_Base):
     every model.
     """
 
-    def __init__(self, folder: Path | str, *, readers: Any = None, only: str | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        readers: Any = None,
+        only: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder, self._overwrite = Path(folder), overwrite
         self._readers, self._only = readers, only
         self._hooks: Hooks | None = None
         self._sites: list[Site] = []
@@ -58,8 +68,14 @@ class RoutingCallback(_Base):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Find the routers of the model and begin to count."""
+        """Find the routers of the model and begin to count.
+
+        Raises ``TraceExistsError`` where the folder holds the matrices of an earlier training.
+        """
         assert model is not None
+        starts = not self._overwrite and state.global_step == 0
+        if starts and any(self.folder.glob("counts-*.npz")):
+            raise TraceExistsError(f"the counts of an earlier training at {self.folder}")
         inner = (
             model.module
             if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)

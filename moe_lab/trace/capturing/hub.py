@@ -20,8 +20,10 @@ import torch
 from moe_lab.document_pass import length_batches, pad_right
 from moe_lab.errors import CorpusError, TraceError, expected
 from moe_lab.text import Corpus, TokenizedDocument, token_classes
+from moe_lab.trace.capturing.fingerprints import corpus_hash, rank_folder
 from moe_lab.trace.capturing.recorder import capture
 from moe_lab.trace.capturing.token_text import TokenText
+from moe_lab.trace.existing import refuse_finished
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX
 from moe_lab.trace.reader import Trace, open_trace
 
@@ -67,6 +69,7 @@ def trace_pretrained(
     loading: Loading = Loading(),
     created_from: str = "",
     progress: bool = True,
+    overwrite: bool = False,
 ) -> Trace:
     """Load a model and trace it over the documents of ``corpus``; goes on with an interrupted trace
     of the same model and text.
@@ -78,11 +81,17 @@ def trace_pretrained(
         batch_tokens: tokens of one forward pass, padding included; a longer document runs alone.
             Logits are made in chunks of a fixed size.
         progress: tell tokens done and time left on the error stream.
+        overwrite: replace a finished trace at ``folder``.
 
     Raises:
+        TraceExistsError: a finished trace at ``folder`` without ``overwrite``.
         TraceError: a model that cannot be loaded or has no routers. CorpusError: no document of two
             tokens.
     """
+    target, texts = Path(folder), [document.text for document in corpus.documents]
+    new = {"model": str(model_id), "corpus_hash": corpus_hash(texts), "max_tokens": max_tokens}
+    if not overwrite:  # before the model is loaded
+        refuse_finished(rank_folder(target), new)
     model, tokenizer = load_pretrained(model_id, loading)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     documents, notes = tokenized(corpus, tokenizer, max_tokens, positions)
@@ -94,14 +103,15 @@ def trace_pretrained(
     causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
     head = ModelHead(model) if causal and model.base_model is not model else None
     run = model if head is None else model.base_model
-    target = Path(folder)
     captured = capture(
         model,
         target,
         tokenizer=tokenizer,
-        text=(document.text for document in corpus.documents),
+        text=texts,
         losses=head or causal,
         resume=(target.parent / (target.name + INCOMPLETE_SUFFIX)).exists(),
+        overwrite=overwrite,
+        max_tokens=max_tokens,
         model_id=str(model_id),
         created_from=created_from,
         notes=notes,

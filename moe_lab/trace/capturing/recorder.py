@@ -36,6 +36,7 @@ from moe_lab.trace.capturing.pass_rows import PassRows, RecordedPass
 from moe_lab.trace.capturing.router_output import Reader, Reading
 from moe_lab.trace.capturing.token_loss import Head, TokenLoss
 from moe_lab.trace.capturing.token_text import TokenText
+from moe_lab.trace.existing import refuse_finished
 from moe_lab.trace.schema import LayerMeta, TraceMeta
 from moe_lab.trace.writer import BUFFER_BYTES, TraceWriter
 
@@ -59,6 +60,8 @@ class CaptureOptions:
     statistics: bool
     output_ratio: bool
     resume: bool
+    overwrite: bool
+    max_tokens: int | None
     model_id: str
     created_from: str
     notes: Sequence[str]
@@ -80,6 +83,7 @@ class Capture:
         self.sites, self._left_out = find_sites(model, options.readers, options.only)
         self.num_tokens = 0
         self._model, self._options = model, options
+        self._model_name = options.model_id or model_name(model)
         self._numbering = Numbering()
         self._generation = Generation(model, self._numbering)
         head = options.losses if callable(options.losses) else None
@@ -103,6 +107,8 @@ class Capture:
         try:
             if all(site.num_experts and site.top_k for site in self.sites):
                 self._open()
+            elif not self._options.overwrite:  # the writer opens at the first pass: too late
+                refuse_finished(self.folder, {"model": self._model_name})
         except BaseException:
             self._unhook()
             raise
@@ -206,18 +212,23 @@ class Capture:
         note = f"Routers that do not see the text were left out: {left_out}."
         meta = TraceMeta(
             layers=layers,
-            model=options.model_id or model_name(self._model),
+            model=self._model_name,
             model_hash=model_hash(self._model),
             tokenizer_hash=tokenizer_hash(options.tokenizer),
             corpus_hash=corpus_hash(options.text),
             vocab_size=vocabulary if isinstance(vocabulary, int) else None,
             created_from=options.created_from,
+            max_tokens=options.max_tokens,
             has_output_ratio=options.output_ratio,
             notes=(*options.notes, *((note,) if left_out else ())),
             **self._recorded(readings),
         )
         writer = TraceWriter(
-            self.folder, meta, buffer_bytes=options.buffer_bytes, resume=options.resume
+            self.folder,
+            meta,
+            buffer_bytes=options.buffer_bytes,
+            resume=options.resume,
+            overwrite=options.overwrite,
         )
         self._writer = writer.__enter__()
         self._numbering.next_doc = max(self._writer.finished, default=-1) + 1
@@ -309,6 +320,8 @@ def capture(
     statistics: bool = True,
     output_ratio: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
+    max_tokens: int | None = None,
     model_id: str = "",
     created_from: str = "",
     notes: Sequence[str] = (),
@@ -339,12 +352,15 @@ def capture(
         weights, statistics: record gate weights; entropy and margin.
         output_ratio: record the norm of the experts' output over that of their input.
         resume: go on with an interrupted trace; ``finished`` then names the documents to leave out.
+        overwrite: replace a finished trace at ``folder``, once the new one is whole.
+        max_tokens: leading tokens of each document that will be run, for the metadata.
         model_id: name of the model in the metadata, where it has none of its own.
         created_from: the command that made the trace.
         notes: sentences for the metadata.
         buffer_bytes: memory for rows that wait to be written.
 
     Raises:
+        TraceExistsError: a finished trace at ``folder`` without ``overwrite``.
         TraceError: routers that are not found, do not run, or return what does not fit, by name;
             counts that do not add up.
     """
@@ -360,6 +376,8 @@ def capture(
         statistics=statistics,
         output_ratio=output_ratio,
         resume=resume,
+        overwrite=overwrite,
+        max_tokens=max_tokens,
         model_id=model_id,
         created_from=created_from,
         notes=notes,

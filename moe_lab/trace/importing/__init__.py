@@ -77,6 +77,7 @@ def import_trace(
     layers: Iterable[int] | None = None,
     tokens: int | None = None,
     model: str = "",
+    overwrite: bool = False,
 ) -> Trace:
     """Write the records at ``src`` as a trace at ``path`` and open it.
 
@@ -91,8 +92,10 @@ def import_trace(
         tokens: how many tokens counts were taken over, where a layer may have used fewer than
             ``top_k`` slots of each.
         model: name in the metadata; where the source holds several models, the one to take.
+        overwrite: replace a finished trace at ``path``.
 
     Raises:
+        TraceExistsError: a finished trace at ``path`` without ``overwrite``.
         TraceError: a source that is damaged, does not conserve its counts, or does not say how many
             experts there are.
     """
@@ -112,7 +115,7 @@ def import_trace(
     }
     try:
         sizes = _sizes(config, given, model)
-        _write(chosen, READERS[chosen](src, sizes), sizes, Path(path))
+        _write(chosen, READERS[chosen](src, sizes), sizes, Path(path), overwrite)
     except ConfigError as error:
         raise TraceError(str(error)) from error
     except OSError as error:
@@ -148,7 +151,7 @@ def _sizes(config: Any, given: dict[str, Any], model: str) -> Sizes:
     return replace(known, model=model, **checked)
 
 
-def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
+def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path, overwrite: bool) -> None:
     documents = iter(source.documents)
     first = next(documents, None)
     if first is None:
@@ -177,7 +180,7 @@ def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path) -> None:
     )
     versions = {f"source {name}": value for name, value in source.versions.items()}
     meta = meta.replace(versions={**meta.versions, **versions})
-    with TraceWriter(path, meta) as writer:
+    with TraceWriter(path, meta, overwrite=overwrite) as writer:
         unfinished = first.doc
         for document in chain([first], documents):
             if document.ids.shape[1] != first.ids.shape[1]:
