@@ -326,11 +326,13 @@ def top(
     extra: tuple[Block, ...] = (),
     head: bool = True,
     may_tie: bool = True,
+    head_rows: str | None = None,
 ) -> Block:
     """Input embedding, final norm and output head; a tied head is the embedding multiplied.
 
     ``may_tie`` False: the published implementation never ties the two, whatever
-    ``tie_word_embeddings`` says.
+    ``tie_word_embeddings`` says. ``head_rows``: the field with the rows of an untied head that
+    belong to tokens; a checkpoint fills up to ``vocab_size`` with rows that no token reads.
     """
 
     def block(f: Fields) -> Pieces:
@@ -346,12 +348,14 @@ def top(
                     f"embedding and head are two matrices (transformers never ties them in "
                     f"{f.family})",
                 )
+            rows = f.size(head_rows, most=vocab) if head_rows else vocab
             pieces.append(
                 Piece(
                     Part.HEAD,
                     "lm_head (tied)" if tied else "lm_head",
-                    0 if tied else vocab * d,
-                    vocab * d,
+                    0 if tied else rows * d,
+                    rows * d,
+                    phantom=(vocab - rows) * d,
                 )
             )
             if flag(f, head_bias):

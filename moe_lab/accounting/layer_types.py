@@ -93,6 +93,13 @@ def bamba_types(f: Fields) -> list[str]:
     ]
 
 
+def lara_types(f: Fields) -> list[str]:
+    """Lara Mini: a period of five layers."""
+    kinds = ("linear", "sliding", "linear", "full", "sliding")
+    types = [f"{kinds[layer % 5]}_attention" for layer in range(f.num_layers)]
+    return usual_types(f, types, f"{', '.join(kinds)} in turn")
+
+
 def first_only(f: Fields) -> list[bool]:
     """The first layer."""
     return [layer == 0 for layer in range(f.num_layers)]

@@ -78,8 +78,8 @@ class ParameterCount:
 
     @property
     def phantom(self) -> int:
-        """Rows that the transformers implementation allocates beside these and no token reads:
-        ``numel`` is ``total + phantom``.
+        """Rows that checkpoints or the transformers implementation have beside these and no token
+        reads: ``numel`` is ``total + phantom`` (Inkling 2 since transformers 5.24: ``total``).
         """
         return sum(times * piece.phantom for times, pieces in self.kinds for piece in pieces)
 

@@ -179,7 +179,7 @@ def _table(
         lines += [] if edited else _published_lines(name)
         lines += [f"\n{name}: {find_mini(name).left_out}"] if name in MINIS else []
         notes = (
-            [f"{one.phantom:,} further rows are allocated by transformers and never read"]
+            [f"{one.phantom:,} further rows are stored or allocated by transformers and never read"]
             if one.phantom
             else []
         )

@@ -156,6 +156,11 @@ def native_deepseek(values: Values) -> Values:
     return {"model_type": kind, "norm_topk_prob": True, **_moved(kept, values, _NATIVE)}
 
 
+def sarvam(values: Values) -> Values:
+    """``use_qkv_bias`` is what other configurations call ``attention_bias``."""
+    return _moved(values, values, {"attention_bias": "use_qkv_bias"})
+
+
 def no_head_dim(values: Values) -> Values:
     """A head is hidden_size / num_attention_heads wide, whatever ``head_dim`` says."""
     return {name: value for name, value in values.items() if name != "head_dim"}
@@ -179,6 +184,7 @@ def _steps(**defaults: Any) -> HFArchitecture:
 _EVERY = HFArchitecture()
 _LONGCAT = HFArchitecture(zero_experts="zero_expert_num", prepare=longcat)
 _ERNIE = {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1}
+_SARVAM = {"first_k_dense_replace": 1, "norm_topk_prob": True}
 _NEMOTRON = {
     "layer_types": layers.nemotron_types,
     "num_hidden_layers": layers.nemotron_layers,
@@ -200,6 +206,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
             "inkling2_text",
             "jetmoe",
             "kolibri1",
+            "lara_mini",
             "minimax",
             "minimax_m2",
             "mixtral",
@@ -282,6 +289,8 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
     "nemotron_h": HFArchitecture(layers.nemotron, _NEMOTRON),
     "nllb-moe": HFArchitecture(layers.nllb, top_k=2),
     "phimoe": HFArchitecture(top_k=2),
+    "sarvam_mla": HFArchitecture(layers.leading_dense(), _SARVAM),
+    "sarvam_moe": HFArchitecture(layers.leading_dense(), _SARVAM, prepare=sarvam),
     "step3p5": HFArchitecture(layers.step3, {"first_k_dense_replace": 3}),
     "switch_transformers": HFArchitecture(
         layers.switch, {"num_decoder_layers": lambda f: f.num_layers}, top_k=1
@@ -302,6 +311,8 @@ SAME_AS: dict[str, str] = {
     "glm4v_moe": "glm4v_moe_text",
     "glm5_next": "glm5_next_text",
     "granite_docling": "granite_docling_text",
+    "hy_v4_vl": "hy_v4",
+    "hy_v4_vl_text": "hy_v4",
     "kimi_k2": "deepseek_v3",
     "kimi_k25": "deepseek_v3",
     "llama4": "llama4_text",
@@ -322,6 +333,13 @@ SAME_AS: dict[str, str] = {
 """Model types without a row of their own: the text part of a multimodal model, or another name for
 the same layers.
 """
+
+
+NOT_COUNTED: dict[str, str] = {
+    "inkling2_loop": "one token runs its looped layers several times, which is not counted",
+    "vitpose_backbone": "its experts are chosen by data set and not by token",
+}
+"""Model types with experts that are refused, and why; ``NAME_text`` is refused with ``NAME``."""
 
 
 def row_name(model_type: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from moe_lab.errors import ConfigError, expected
 from moe_lab.hf.architectures import (
     ARCHITECTURES,
+    NOT_COUNTED,
     SAME_AS,
     experts_and_slots,
     find,
@@ -97,7 +98,12 @@ def text_fields(config: Any, edits: Mapping[str, Any] | None = None) -> Fields:
 
 
 def unknown_type(name: str) -> ConfigError:
-    """The error for a model type without a row, with the nearest names."""
+    """The error for a model type without a row: the reason where there is one, else the nearest
+    names.
+    """
+    if reason := NOT_COUNTED.get(name.removesuffix("_text")):
+        got = f"{name!r}: {reason}"
+        return ConfigError(expected("a model_type with a known architecture", got))
     near = get_close_matches(name, [*ARCHITECTURES, *SAME_AS], n=3, cutoff=0.5)
     hint = f"one of {', '.join(near)}" if near else "one that docs/accounting.md lists"
     return ConfigError(expected("a model_type with a known architecture", repr(name), hint))

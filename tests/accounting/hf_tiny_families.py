@@ -5,6 +5,7 @@ together in them.
 multimodal models around some of them; ``RAW`` the layer patterns of released ``config.json`` files.
 """
 
+import importlib.util
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class Family:
         choices: fields drawn from other values than usual; for a list with one entry per layer, the
             entries as one text.
         adjust: changes what was drawn where fields depend on each other.
+        directory: where the model class is, if the configuration's directory has none.
     """
 
     config: str
@@ -35,6 +37,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     adjust: Callable[[dict[str, Any], random.Random], None] | None = None
+    directory: str = ""
 
 
 def causal(stem: str, **extra: Any) -> Family:
@@ -128,6 +131,19 @@ def borrowed_width(drawn: dict[str, Any], rng: random.Random) -> None:
     drawn["hidden_size"] = 12 * drawn["num_attention_heads"]
 
 
+def padded_head(drawn: dict[str, Any], rng: random.Random) -> None:
+    drawn["unpadded_vocab_size"] = drawn["vocab_size"] - rng.choice((0, 5))
+
+
+def small_sections(drawn: dict[str, Any], rng: random.Random) -> None:
+    half = drawn["qk_rope_head_dim"] // 2
+    drawn["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [half, 0, 0],
+    }
+
+
 MLP = {"mlp_layer_types": ("dense sparse",)}
 WINDOWS = {"layer_types": ("sliding_attention full_attention",)}
 LINEAR = {"layer_types": ("linear_attention full_attention",)}
@@ -204,7 +220,7 @@ FAMILIES: dict[str, Family] = {
     "hy_v3": causal("HYV3", choices={**MLP, "num_shared_experts": (1, 2)}),
     "hy_v4": causal("HYV4", choices=MLP),
     "inkling": text_causal("Inkling", choices={**HYBRID, **MLP}),
-    "inkling2": text_causal("Inkling2", choices=HYBRID),
+    "inkling2": text_causal("Inkling2", choices=HYBRID, adjust=padded_head),
     "jamba": causal("Jamba"),
     "jetmoe": causal("JetMoe"),
     "kimi_linear": causal("KimiLinear", choices={**LINEAR, **MLP, "q_lora_rank": (None, 20)}),
@@ -264,6 +280,24 @@ FAMILIES: dict[str, Family] = {
     "unlimited_ocr": text_part("UnlimitedOcr", choices=MLP),
     "zaya": causal("Zaya", choices=HYBRID, fixed={"num_experts_per_tok": 1}),
 }
+
+SINCE_5_24: dict[str, Family] = {
+    "hy_v4_vl": text_part("HYV4VL", choices=MLP, adjust=small_sections),
+    "lara_mini": causal(
+        "LaraMini",
+        choices={"layer_types": ("linear_attention sliding_attention full_attention",)},
+    ),
+    "sarvam_mla": Family(
+        "SarvamMLAConfig",
+        "DeepseekV3ForCausalLM",
+        choices={"q_lora_rank": (None, 20)},
+        directory="deepseek_v3",
+    ),
+    "sarvam_moe": Family("SarvamMoEConfig", "Glm4MoeForCausalLM", directory="glm4_moe"),
+}
+"""Families that transformers 5.23 does not have."""
+if importlib.util.find_spec("transformers.models.sarvam_moe") is not None:
+    FAMILIES |= SINCE_5_24
 
 WRAPPERS = {
     "aria": ("AriaConfig", "AriaForConditionalGeneration"),

@@ -169,10 +169,16 @@ def draw(name: str, seed: int) -> tuple[Any, Any]:
     config_class = getattr(
         importlib.import_module(f"{package}.configuration_{name}"), family.config
     )
-    model_class = getattr(importlib.import_module(f"{package}.modeling_{name}"), family.model)
+    model_class = getattr(model_classes(name), family.model)
     config = config_class(**fields_of(config_class, family, random.Random(f"{name}-{seed}")))
     with torch.device("meta"):
         return config, model_class(wrapped(name, config) if name in WRAPPED else config)
+
+
+def model_classes(name: str) -> Any:
+    """The module with the model classes of a family."""
+    directory = FAMILIES[name].directory or name
+    return importlib.import_module(f"transformers.models.{directory}.modeling_{directory}")
 
 
 def fields_of(config_class: Any, family: Family, rng: random.Random) -> dict[str, Any]:
@@ -199,11 +205,20 @@ def wrapped(name: str, config: Any) -> Any:
 
 
 def parameters(name: str, config: Any, model: Any) -> int:
-    """What transformers allocates: ``num_parameters()``, and the output matrix where the text model
-    has none.
+    """What a checkpoint holds: ``num_parameters()``, the output matrix where the text model has
+    none, and what one version of transformers leaves out and another does not: padded rows of the
+    head (5.24), a learned scale that is a buffer (5.23).
     """
     head = FAMILIES[name].head and not getattr(config, "tie_word_embeddings", False)
-    return model.num_parameters() + (config.vocab_size * config.hidden_size if head else 0)
+    rows = config.vocab_size if head else 0
+    if name == "inkling2":
+        rows += config.vocab_size - model.lm_head.out_features
+    scales = (buffer for key, buffer in model.named_buffers() if key == "rotary_emb.alpha")
+    return (
+        model.num_parameters()
+        + rows * config.hidden_size
+        + sum(buffer.numel() for buffer in scales)
+    )
 
 
 def wrapper_of(name: str, tied: bool) -> tuple[Any, Any]:

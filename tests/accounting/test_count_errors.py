@@ -12,6 +12,7 @@ import pytest
 from moe_lab.accounting import ParameterCount, count, find_model, flops
 from moe_lab.accounting.published import facts
 from moe_lab.errors import ConfigError
+from moe_lab.hf.architectures import NOT_COUNTED
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 
@@ -54,6 +55,51 @@ def without(config: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def test_a_complete_configuration_assumes_nothing() -> None:
     assert count(MIXTRAL).assumed == ()
+
+
+@pytest.mark.parametrize("name", ["inkling2_loop", "inkling2_loop_text", "vitpose_backbone"])
+def test_a_known_architecture_that_is_not_counted_is_refused_with_the_reason(name: str) -> None:
+    text = message({**MIXTRAL, "model_type": name})
+    assert name in text
+    assert NOT_COUNTED[name.removesuffix("_text")] in text
+
+
+def test_a_sarvam_release_names_the_bias_of_attention_otherwise() -> None:
+    """The field names of sarvamai/sarvam-30b; transformers 5.24 maps them the same way."""
+    release = {
+        **without(MIXTRAL, "num_local_experts"),
+        "model_type": "sarvam_moe",
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+    }
+    biased = count({**release, "use_qkv_bias": True}).total - count(release).total
+    assert biased == 3 * (4 + 2 + 2) * 8
+
+
+def test_inkling_2_counts_the_rows_of_the_head_that_belong_to_tokens() -> None:
+    config = {
+        "model_type": "inkling2_text",
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 6,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window_size": 4,
+        "d_rel": 2,
+        "rel_extent": 8,
+        "conv_kernel_size": 4,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config |= heads | {f"swa_{name}": size for name, size in heads.items()}
+    counted = count({**config, "unpadded_vocab_size": 93})
+    assert (counted.by_part["head"], counted.phantom) == (93 * 32, 7 * 32)
+    silent = count(config)
+    assert (silent.by_part["head"], silent.phantom) == (100 * 32, 0)
+    assert any("unpadded_vocab_size" in sentence for sentence in silent.assumed)
+    assert "unpadded_vocab_size of at most 100" in message({**config, "unpadded_vocab_size": 101})
 
 
 def test_an_unknown_architecture_is_named_with_near_ones() -> None:

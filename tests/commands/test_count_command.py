@@ -42,7 +42,10 @@ def test_the_table_shows_the_three_conventions_and_what_was_published(capsys: Pr
     ):
         assert number in text
     assert "published as 560B total, 27B active in convention B (arXiv 2509.01322" in text
-    assert "180,388,626,432 further rows are allocated by transformers and never read" in text
+    assert (
+        "180,388,626,432 further rows are stored or allocated by transformers and never read"
+        in text
+    )
 
 
 def test_a_name_needs_no_owner_and_no_capitals(capsys: Printed) -> None:

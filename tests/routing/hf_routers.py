@@ -89,6 +89,8 @@ CLASSES = {
     "zaya": "ZayaRouter",
 }
 PAIRS = [(folder, name) for folder, names in CLASSES.items() for name in names.split()]
+SINCE_5_24 = [("hy_v4_vl", "HYV4VLTopkRouter"), ("lara_mini", "LaraMiniTopKRouter")]
+"""Classes that 5.23 does not have."""
 
 NOT_REPRODUCED = {
     "DogeCDMoE": "splits its output across tokens (a view to [2, T, keys]), so a token's experts "

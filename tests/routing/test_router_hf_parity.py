@@ -11,6 +11,7 @@ import torch
 from hf_routers import (
     NOT_REPRODUCED,
     PAIRS,
+    SINCE_5_24,
     ask_hf,
     build_hf,
     hf_config,
@@ -26,9 +27,14 @@ pytestmark = pytest.mark.hf
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [pair for pair in PAIRS if pair[1] not in NOT_REPRODUCED and pair[1] != "ZayaRouter"],
+    [
+        *(pair for pair in PAIRS if pair[1] not in NOT_REPRODUCED and pair[1] != "ZayaRouter"),
+        *SINCE_5_24,
+    ],
 )
 def test_selected_experts_and_weights_are_those_of_the_transformers_module(folder, name):
+    if (folder, name) in SINCE_5_24:
+        pytest.importorskip(f"transformers.models.{folder}", reason="needs transformers 5.24")
     for seed in range(6):
         draw = random.Random(f"{name}{seed}")
         torch.manual_seed(seed)

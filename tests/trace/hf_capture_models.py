@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "accounting"))
 _families = importlib.import_module("hf_tiny_families")
 _models = importlib.import_module("hf_tiny_models")
 FAMILIES: dict[str, Any] = _families.FAMILIES
+SINCE_5_24: dict[str, Any] = _families.SINCE_5_24
 
 WITHOUT_ROUTER = {
     "bamba": "dense: its configuration has no experts in use",
@@ -36,6 +37,8 @@ LATENT = (
         "glm4_moe_lite",
         "glm_moe_dsa",
         "kimi_linear",
+        "hy_v4_vl",
+        "sarvam_mla",
     ),
     *("mistral4", "longcat_flash", "minimax_m3_vl"),
 )
@@ -56,7 +59,7 @@ def build(name: str, seed: int, **changes: Any) -> tuple[Any, nn.Module]:
     config_class = getattr(
         importlib.import_module(f"{package}.configuration_{name}"), family.config
     )
-    model_class = getattr(importlib.import_module(f"{package}.modeling_{name}"), model_name)
+    model_class = getattr(_models.model_classes(name), model_name)
     rng = random.Random(f"capture {name} {seed}")
     fields = _models.fields_of(config_class, family, rng)
     if name in LATENT:

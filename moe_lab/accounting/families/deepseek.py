@@ -351,6 +351,8 @@ hy_v4 = deepseek_v32.variant(
     top=top(extra=(hyper_head,)),
 )
 
+sarvam_mla = deepseek_v3.variant(defaults={"q_lora_rank": None})
+
 ROWS = {
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
@@ -364,4 +366,5 @@ ROWS = {
     "axk1": axk1,
     "axk2": axk2,
     "hy_v4": hy_v4,
+    "sarvam_mla": sarvam_mla,
 }

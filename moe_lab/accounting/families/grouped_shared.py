@@ -241,6 +241,7 @@ def one_shared(size: str) -> Block:
 
 ROWS = {
     "glm4_moe": glm4_moe,
+    "sarvam_moe": glm4_moe.variant(defaults={"use_qk_norm": True}),
     "glm4v_moe_text": glm4_moe.variant(
         blocks=(gqa(bias="attention_bias", out_bias=False), *glm4_moe.blocks[1:]),
         defaults={"attention_bias": True},

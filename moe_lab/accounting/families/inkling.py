@@ -156,11 +156,17 @@ def final_query(f: Fields) -> Pieces:
     return (norm("embed_norm", width(f)), vector(Part.OTHER, "final_residual_query", width(f)))
 
 
+def all_rows(f: Fields) -> int:
+    rows = f.size("vocab_size")
+    f.assume("unpadded_vocab_size", rows, "as many as vocab_size")
+    return rows
+
+
 ROWS = {
     "inkling_text": inkling,
     "inkling2_text": Architecture(
         blocks=(attention2, moe(), norms2, stream_convs, block_residuals),
-        defaults={"layer_types": local_types},
-        top=top(may_tie=False, extra=(final_query,)),
+        defaults={"layer_types": local_types, "unpadded_vocab_size": all_rows},
+        top=top(may_tie=False, head_rows="unpadded_vocab_size", extra=(final_query,)),
     ),
 }

@@ -109,6 +109,13 @@ def large4_indexer(f: Fields) -> Pieces:
     )
 
 
+def rotary_scale(f: Fields) -> Pieces:
+    """One learned factor per rotary frequency for the whole model: a buffer in transformers 5.23, a
+    parameter since 5.24, stored by both.
+    """
+    return (vector(Part.OTHER, "rotary_emb.alpha", (f.size("qk_rope_head_dim") + 1) // 2),)
+
+
 glm_moe_dsa = deepseek_v32.variant(defaults={"indexer_types": layer_types.indexer_types})
 
 ROWS = {
@@ -140,6 +147,6 @@ ROWS = {
             "no_rope_layer_interval": 4,
             "indexer_types": layer_types.indexer_types,
         },
-        top=top(),
+        top=top(extra=(rotary_scale,)),
     ),
 }

@@ -64,6 +64,27 @@ qwen3_next = Architecture(
     blocks=(hybrid, choose(moe(extra=gated_shared), dense()), norms(2)),
     defaults={**UNTIED, **HYBRID},
 )
+lara_mini = Architecture(
+    blocks=(
+        by_type(
+            {
+                "linear_attention": delta_net,
+                **dict.fromkeys(
+                    ("sliding_attention", "full_attention"),
+                    gqa(bias="attention_bias", norms="head"),
+                ),
+            }
+        ),
+        moe(extra=(shared("shared_expert_intermediate_size", counted=False),)),
+        norms(2),
+    ),
+    defaults={
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "head_dim": 128,
+        "layer_types": layer_types.lara_types,
+    },
+)
 qwen3_5_moe = qwen3_next.variant(blocks=(hybrid, moe(extra=gated_shared), norms(2)))
 
 
@@ -205,6 +226,7 @@ ROWS = {
     "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
     "qwen3_5_moe_text": qwen3_5_moe,
+    "lara_mini": lara_mini,
     "qwen3_vl_moe_text": qwen3_moe.variant(
         defaults={"num_key_value_heads": layer_types.kv_is_heads}
     ),
