@@ -269,9 +269,9 @@ def lines(frame: pl.DataFrame, title: str, target: float, panels: str | None = N
             fillcolor="grey",
             opacity=0.3,
             line_width=0,
-            row=1,
-            col=column,
-        )  # type: ignore[arg-type]
+            row=1,  # type: ignore[arg-type]  # plotly's default "all" is read as str
+            col=column,  # type: ignore[arg-type]
+        )
     figure.update_xaxes(title="optimiser step")
     figure.update_yaxes(title="mean real experts per token", col=1)
     return _dressed(figure, title)

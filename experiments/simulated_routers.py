@@ -315,8 +315,9 @@ def cue_corpus(kind: str, documents: int, tokens: int) -> pl.DataFrame:
     ``tokens`` of each of ``documents`` documents, as ``bpe`` (2,048 ids) or ``byte`` tokens.
     """
     from moe_lab.text import TextConfig, load_tokens, ngram_surprisal, token_classes
+    from moe_lab.text.tokenizer import TokenizerKind
 
-    text = load_tokens(TextConfig(tokenizer=kind, vocab_size=2048))
+    text = load_tokens(TextConfig(tokenizer=TokenizerKind(kind), vocab_size=2048))
     chosen = [item for item in text.documents("train") if len(item.ids) > tokens][:documents]
     ids = [item.ids[:tokens] for item in chosen]
     surprisal = ngram_surprisal(ids, text.tokenizer.vocab_size, seed=0)

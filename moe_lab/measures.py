@@ -12,7 +12,7 @@ Example:
     (0.0, 1.0)
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -81,7 +81,8 @@ def effective_experts(counts: "ArrayLike | Tensor") -> Any:
 
 def dead_experts(counts: "ArrayLike | Tensor") -> Any:
     """How many experts never ran (int64)."""
-    return ((counts if _is_tensor(counts) else np.asarray(counts)) == 0).sum(axis=-1)
+    load = cast(Any, counts if _is_tensor(counts) else np.asarray(counts))
+    return (load == 0).sum(axis=-1)
 
 
 def jensen_shannon_bits(counts: ArrayLike, others: ArrayLike) -> Floats:
@@ -97,12 +98,12 @@ def jensen_shannon_bits(counts: ArrayLike, others: ArrayLike) -> Floats:
 
 def router_entropy(scores: "NDArray | Tensor") -> Any:
     """[...]: entropy in nats of the scores [..., E] over their sum. log E where all are equal."""
-    total = scores.sum(axis=-1, keepdims=True)
+    total = cast(Any, scores).sum(axis=-1, keepdims=True)  # torch's stub has no axis
     return entropy_of_shares(scores / _at_least(total, _tiny(total)))
 
 
 def entropy_of_shares(shares: "NDArray | Tensor") -> Any:
-    """[...]: ``-sum p log p`` in nats of distributions [..., E], with 0 log 0 = 0; NaN stays NaN."""
+    """[...]: ``-sum p log p`` in nats of distributions [..., E], with 0 log 0 = 0, NaN kept."""
     # The clamp takes half to a quarter of the time of ``torch.special.entr``.
     raised = _at_least(shares, _tiny(shares))
     # Subtracted from 0: a distribution on one expert has entropy 0, not -0.
@@ -125,7 +126,7 @@ def score_margin(scores: "NDArray | Tensor", top_k: int) -> Any:
     return top[..., experts - top_k] - top[..., experts - top_k - 1]
 
 
-def _is_tensor(values: Any) -> bool:
+def _is_tensor(values: Any) -> "TypeGuard[Tensor]":
     """Whether ``values`` is a torch tensor, found out without importing torch."""
     return hasattr(values, "clamp_min")
 

@@ -28,7 +28,7 @@ def seconds(folder: Path, **options: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=2_000_000)
     rows = parser.parse_args().rows
     with tempfile.TemporaryDirectory() as place:

@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -84,12 +85,17 @@ def with_lbfgs(plain: Plain, start: np.ndarray) -> float:
 
 
 def with_least_squares(plain: Plain, start: np.ndarray) -> float:
-    tolerances = {"ftol": 1e-14, "xtol": 1e-14, "gtol": 1e-14}
+    tolerances: dict[str, Any] = {"ftol": 1e-14, "xtol": 1e-14, "gtol": 1e-14}
     return float(
         least_squares(
-            plain.residual, start, plain.jacobian, x_scale="jac", max_nfev=5000, **tolerances
+            plain.residual,
+            start,
+            plain.jacobian,  # type: ignore[arg-type]  # scipy's default "2-point" is read as str
+            x_scale="jac",
+            max_nfev=5000,
+            **tolerances,
         ).cost
-    )  # type: ignore[arg-type]
+    )
 
 
 def main() -> None:

@@ -89,7 +89,8 @@ def read_own(config: OwnConfig | Mapping[str, Any], edits: Mapping[str, Any]) ->
             return config
         config = config.to_dict()
     layer = not is_decoder(config)
-    values = copy.deepcopy({"moe": config} if layer else dict(config))
+    values: dict[str, Any] = {"moe": config} if layer else dict(config)
+    values = copy.deepcopy(values)
     for name, value in edits.items():
         _edit(values, name, value, "moe_lab_layer" if layer else "moe_lab")
     own: OwnConfig = (

@@ -1,4 +1,4 @@
-"""``ANALYSES``: analyses that plugins add, each with its figure, for the report page and by name."""
+"""``ANALYSES``: analyses that plugins add, each with its figure, for the report and by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

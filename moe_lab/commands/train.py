@@ -193,7 +193,7 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     if args.loss:
         values["losses"] = [*values.get("losses", ()), *map(_loss, args.loss)]
     by_token_id = router is not None and reads(router["kind"], "vocab_size")
-    if by_token_id and router.get("vocab_size") is None:
+    if router is not None and by_token_id and router.get("vocab_size") is None:
         router["vocab_size"] = values["model"]["vocab_size"]
     config = RunConfig.from_dict(values)
     text = text_config(args, config.text)

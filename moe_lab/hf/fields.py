@@ -294,7 +294,8 @@ class Fields:
         value = self.get(name)
         if isinstance(value, str) and (match := re.match(r"\s*\d+(\.\d+)?", value)):
             return float(match.group())
-        if type(value) not in (int, float) or not abs(value) <= LARGEST:
+        numeric = isinstance(value, int | float)
+        if not numeric or isinstance(value, bool) or not abs(value) <= LARGEST:
             raise ConfigError(expected(f"{name} as a number up to {LARGEST:,}", short(value)))
         return float(value)
 

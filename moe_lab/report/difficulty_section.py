@@ -104,11 +104,10 @@ def _tables(named: NamedTrace) -> dict[str, pl.DataFrame] | None:
 
 def _map_block(association: pl.DataFrame) -> Block:
     top = association.filter(pl.col("rho_token").is_not_null())
-    reach = (
-        f"{decimal(top['rho_token'].min())} to {decimal(top['rho_token'].max())}"
-        if top.height
-        else "not defined"
-    )  # type: ignore[arg-type]
+    lowest, highest = (
+        top.select(end("rho_token")).item() if top.height else None for end in (pl.min, pl.max)
+    )
+    reach = f"{decimal(lowest)} to {decimal(highest)}" if top.height else "not defined"  # type: ignore[arg-type]
     caption = (
         "Rank correlation of ffn_count with difficulty within token ids, with 95 % intervals "
         "from resampling whole documents; "

@@ -237,7 +237,9 @@ def _saturation_block(traces: Sequence[NamedTrace], frames: Frames) -> Block | N
     from moe_lab.analysis import saturation
     from moe_lab.analysis.saturation import difference
 
-    *others, last = traces or (None,)
+    if not traces:
+        return None
+    *others, last = traces
     same = [named for named in others if not frames(difference, named.trace, last.trace)]
     if not same:
         return None
@@ -247,10 +249,11 @@ def _saturation_block(traces: Sequence[NamedTrace], frames: Frames) -> Block | N
         Variant(choice, figures.saturation.canvas(data, choice=choice))
         for choice in ("top-k", "top-1")
     ]
-    first = data.filter(pl.col("choice") == "top-k", pl.col("place") == 0)["saturation"]
+    first = data.filter(pl.col("choice") == "top-k", pl.col("place") == 0)
+    mean = first.select(pl.col("saturation").fill_nan(None).mean()).item()
     summary = (
         f"Overlap of each checkpoint's routing with that of {last.label}: "
-        f"{decimal(first.fill_nan(None).mean(), 2)} on average over layers in the first."
+        f"{decimal(mean, 2)} on average over layers in the first."
     )
     caption = (
         f"n = {whole(max(data['n_tokens'].to_list()))} tokens; checkpoints in the order given, "

@@ -6,6 +6,7 @@ Frames in, plotly figures out, as in `figures`.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import polars as pl
 
@@ -338,10 +339,8 @@ def _points(
 
 
 def _log2_axis(figure: Canvas, ratios: pl.Series) -> Canvas:
-    low, high = (
-        math.floor(math.log2(float(ratios.min()))),
-        math.ceil(math.log2(float(ratios.max()))),
-    )  # type: ignore[arg-type]
+    low = math.floor(math.log2(cast(float, ratios.min())))
+    high = math.ceil(math.log2(cast(float, ratios.max())))
     ticks = [2.0**power for power in range(low, high + 1)]
     labels = [f"{tick:g}" for tick in ticks]
     return figure.update_xaxes(

@@ -35,7 +35,7 @@ class PlannedSweep(Protocol):
     @property
     def runs(self) -> Sequence[Any]: ...
     @property
-    def hashes(self) -> Sequence[str]: ...
+    def hashes(self) -> Any: ...  # Sequence[str]; a protocol takes no cached_property of one
 
 
 def plan_entry(sweep: PlannedSweep) -> tuple[dict[str, Any], dict[str, Any]]:

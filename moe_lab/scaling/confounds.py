@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -147,10 +148,11 @@ def confounds(
         )
     if margin is None:
         ratios = runs["ratio"].cast(pl.Float64)
-        middle = math.sqrt(float(ratios.min() * ratios.max()))  # type: ignore[operator]
+        middle = math.sqrt(cast(float, ratios.min()) * cast(float, ratios.max()))
         active, tokens = (
-            float(runs[name].cast(pl.Float64).median()) for name in ("active_params", "tokens")
-        )  # type: ignore[arg-type]
+            cast(float, runs[name].cast(pl.Float64).median())
+            for name in ("active_params", "tokens")
+        )
         margin = (MARGIN - 1) * law_slope(active, tokens, middle).value
     arms = (
         tuple(sorted(set(frame["arm"].drop_nulls().cast(pl.String))))

@@ -7,6 +7,7 @@ reported apart from the verdict.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -194,9 +195,10 @@ def fixed_total_optima(frame: pl.DataFrame) -> dict[str, Optimum]:
         ["arm", "ratio", "loss", "total_params", "active_params"]
     ).group_by("arm", maintain_order=True):
         total, active = (runs[name].cast(pl.Float64) for name in ("total_params", "active_params"))
-        fixed = float(total.max()) <= SAME * float(total.min()) and float(
-            active.max()
-        ) > SAME * float(active.min())  # type: ignore[arg-type]
+        (least_total, most_total), (least, most) = (
+            (cast(float, size.min()), cast(float, size.max())) for size in (total, active)
+        )
+        fixed = most_total <= SAME * least_total and most > SAME * least
         if fixed and runs["ratio"].n_unique() >= 3:
             found[str(arm)] = constrained_optimum(runs)
     return found

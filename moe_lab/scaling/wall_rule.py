@@ -290,7 +290,8 @@ def _growing(found: Estimate, differences: np.ndarray, gains: np.ndarray) -> np.
     error = found.error(differences[late] - differences[early])
     limit = found.quantile(1 - 2 * GROWING_LEVEL / len(early))
     with np.errstate(invalid="ignore"):
-        return (gains[:, late] - gains[:, early] > limit * error).any(1)
+        grown = gains[:, late] - gains[:, early] > limit * error
+    return np.logical_or.reduce(grown, axis=1)
 
 
 def doublings(x: np.ndarray) -> np.ndarray:

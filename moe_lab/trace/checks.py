@@ -56,8 +56,12 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
         )
     complete, parts = values.pop("complete", None), values.pop("parts", None)
     layers = values.get("layers")
-    shaped = isinstance(complete, bool) and isinstance(parts, dict) and isinstance(layers, list)
-    if not shaped or not all(isinstance(item, dict) for item in [*parts.values(), *layers]):
+    if not (
+        isinstance(complete, bool)
+        and isinstance(parts, dict)
+        and isinstance(layers, list)
+        and all(isinstance(item, dict) for item in [*parts.values(), *layers])
+    ):
         raise TraceError(f"expected {path} to hold complete, parts and layers, got others")
     try:
         meta = TraceMeta.from_dict(values)

@@ -41,7 +41,7 @@ _DTYPES = {
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

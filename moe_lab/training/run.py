@@ -433,9 +433,8 @@ class _Run:
             self.continued.append({"step": self.step, "changed": changed})
             if self.ranks.first:
                 words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-                say(
-                    f"{self.config.name} continues at step {self.step} under other versions: {words}"
-                )
+                place = f"{self.config.name} continues at step {self.step}"
+                say(f"{place} under other versions: {words}")
 
     def _append(self, pending: list[dict[str, Any]], *, lasting: bool = False) -> None:
         """``lasting`` rows survive a power cut: no checkpoint may be newer than its metrics."""

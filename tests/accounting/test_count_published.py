@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_lab.accounting import count, find_model, models
+from moe_lab.accounting.parameter_count import Convention
 from moe_lab.accounting.published import facts, figure, rounds_to
 
 # Configurations in the data that its own counts leave something out of, and what
@@ -98,7 +99,7 @@ def test_parts_and_active_parameters_of_the_data_are_reproduced_to_the_parameter
                 entry["name"],
                 theirs,
             )
-        keys = {
+        keys: dict[Convention, str] = {
             "A": "active_incl_all_embeddings",
             "B": "active_excl_input_embedding",
             "C": "active_excl_embed_and_head",

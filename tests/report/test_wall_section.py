@@ -12,7 +12,7 @@ from moe_lab.errors import AnalysisError
 from moe_lab.report import figures, write_report
 from moe_lab.report import wall_section as wall
 from moe_lab.report.sources import gather
-from moe_lab.scaling import wall_study
+from moe_lab.scaling import WallStudy, wall_study
 
 
 def put(
@@ -69,8 +69,14 @@ def test_the_verdict_is_of_the_long_budget_with_the_slope_between_the_two(sweep:
     assert "arm topk:" in told.details
 
 
+def judged(sweep: Path) -> WallStudy:
+    study = wall.judged_material(gather(sweep))
+    assert isinstance(study, WallStudy)
+    return study
+
+
 def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
-    section = wall.wall_section(wall.judged_material(gather(sweep)))
+    section = wall.wall_section(judged(sweep))
     assert section is not None
     assert [block.name for block in section.blocks] == list(section.titles)
     assert all(hasattr(figures, block.name) for block in section.blocks)
@@ -81,7 +87,7 @@ def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
 
 
 def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
-    section = wall.wall_section(wall.judged_material(gather(sweep)))
+    section = wall.wall_section(judged(sweep))
     frontier = section.blocks[0]
     names = [trace.name for trace in frontier.plots[0].variants[1].figure.data]
     assert {"Clark S-BASE, 15M", "Kimi K2", "this sweep"} <= set(names)
@@ -91,7 +97,7 @@ def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
 
 
 def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
-    section = wall.wall_section(wall.judged_material(gather(sweep)))
+    section = wall.wall_section(judged(sweep))
     figure = section.blocks[1].plots[0].variants[0].figure
     margin = section.blocks[1].data["margin"][0]
     assert {figure.layout.shapes[0].y0, figure.layout.shapes[0].y1} == {-margin, margin}
@@ -99,7 +105,7 @@ def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
 
 
 def test_elasticity_has_a_row_per_budget_and_published_laws_without_intervals(sweep: Path) -> None:
-    frame = wall.wall_section(wall.judged_material(gather(sweep))).blocks[2].data
+    frame = wall.wall_section(judged(sweep)).blocks[2].data
     ours = frame.filter(~pl.col("published"))
     assert ours["what"].to_list() == ["topk, 1.2B tokens", "topk-short, 300M tokens"]
     assert ours["lo"][0] > 0.07 > ours["hi"][1]

@@ -1,5 +1,5 @@
-"""``sees_later_tokens`` against what routers do: in evaluation, are earlier tokens routed alike when
-later ones change? And the losses of those that are not carry a note.
+"""``sees_later_tokens`` against what routers do: in evaluation, are earlier tokens routed alike
+when later ones change? And the losses of those that are not carry a note.
 """
 
 import json

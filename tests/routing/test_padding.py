@@ -1,5 +1,5 @@
-"""Padding takes no part: whatever rows that are not valid hold, NaN included, every output, loss and
-gradient of the valid rows is the same to the bit.
+"""Padding takes no part: whatever rows that are not valid hold, NaN included, every output, loss
+and gradient of the valid rows is the same to the bit.
 """
 
 import math

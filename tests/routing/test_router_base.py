@@ -3,6 +3,7 @@ Python or numpy.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,9 +318,8 @@ def test_a_bad_configuration_is_one_line_that_says_expected_and_got(build, messa
 
 
 def test_choices_may_be_given_as_plain_strings():
-    config = RouterConfig(
-        kind="token_choice", score_func="sigmoid", controller=ControllerConfig(kind="sign")
-    )  # type: ignore[arg-type]
+    choices: dict[str, Any] = {"kind": "token_choice", "score_func": "sigmoid"}
+    config = RouterConfig(**choices, controller=ControllerConfig(kind="sign"))
     assert config.score_func is ScoreFunc.SIGMOID
     assert config.hash() == RouterConfig.from_dict(config.to_dict()).hash()
 

@@ -3,6 +3,7 @@ another.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -34,17 +35,19 @@ def plain_minimum(problem: Problem, start: np.ndarray) -> tuple[np.ndarray, floa
     def jacobian(theta: np.ndarray) -> np.ndarray:
         return problem.response(theta[None])[1][0] * root[:, None]
 
-    robust = {} if math.isinf(problem.delta) else {"loss": "huber", "f_scale": problem.delta}
+    robust: dict[str, Any] = (
+        {} if math.isinf(problem.delta) else {"loss": "huber", "f_scale": problem.delta}
+    )
     with np.errstate(all="ignore"):
         result = least_squares(
             residual,
             start,
-            jacobian,
+            jacobian,  # type: ignore[arg-type]  # scipy's default "2-point" is read as str
             x_scale="jac",
             ftol=1e-15,
             xtol=1e-15,
             gtol=1e-15,
             max_nfev=5000,
             **robust,
-        )  # type: ignore[arg-type]
+        )
     return result.x, float(result.cost)

@@ -89,4 +89,5 @@ def test_quality_tells_the_right_law_from_its_rivals():
 def test_the_misfit_is_set_beside_the_noise_between_repeated_runs():
     found = quality(fit("line", one_size()), rivals=False)
     assert found.seed_sd == pytest.approx(0.003, rel=0.4)
+    assert found.seed_sd is not None
     assert found.rmse > found.seed_sd

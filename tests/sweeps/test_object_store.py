@@ -222,7 +222,7 @@ def test_memory_stores_hold_states_too():
         RunState.PENDING,
     ]
     assert store.failure(second).reason == "it broke"
-    store.record_failure(first, "too late")
+    store.record_failure(first, Failure("too late"))
     assert store.state(first) is RunState.FINISHED
 
 

@@ -6,7 +6,7 @@ import importlib
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,10 +85,10 @@ def randomise(model: nn.Module) -> None:
             if last in ("e_score_correction_bias", "expert_bias", "balancing_biases"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
             elif last == "tid2eid":
-                gate = model.get_submodule(name.rpartition(".")[0])
+                gate = cast(Any, model.get_submodule(name.rpartition(".")[0]))
                 order = torch.rand(buffer.shape[0], gate.num_experts, generator=generator).argsort(
                     dim=1
-                )  # type: ignore[call-overload]
+                )
                 buffer.copy_(order[:, : buffer.shape[1]])
             elif buffer.dim() == 2 and (
                 "router" in name or name.endswith(("gate.weight", "gate.classifier.weight"))

@@ -109,8 +109,8 @@ def difficulty_association(
         theirs, the naive interval of ``rho_token`` that takes tokens for independent, ``somers_d``
         and ``xi`` of compute on difficulty, ``identity_share`` and ``frequency_share`` (variance of
         compute explained by token ids, and the part of that which their frequency explains),
-        ``rho_previous_token``, ``rho_position``, ``rho_copied_suffix``, ``rho_other_token`` (what is
-        left where each of these is held fixed beside the id; null where ``rho_token`` is not
+        ``rho_previous_token``, ``rho_position``, ``rho_copied_suffix``, ``rho_other_token`` (what
+        is left where each of these is held fixed beside the id; null where ``rho_token`` is not
         beyond the margin), ``rho_bend`` (of compute with the squared rank of difficulty within
         ids), ``compute_percent`` (compute of the hardest tenth within ids over the easiest),
         ``n_effective`` (documents of equal length that would weigh as much, repeated ones counted

@@ -163,13 +163,11 @@ class Bootstrap:
         of = self.bundled(of)
         samples = self.samples(of)
         effective = max(of.effective_documents, 2.0)
-        wide, narrow = (
-            map(float, expanded_quantiles(samples, level, effective))
-            for level in (self.level, 0.90)
-        )
+        lo, hi = map(float, expanded_quantiles(samples, self.level, effective))
+        lo90, hi90 = map(float, expanded_quantiles(samples, 0.90, effective))
         se = float(samples.std()) * np.sqrt(effective / (effective - 1))
         p = 2 * float(stdtr(effective - 1, -abs(of.value) / se)) if se > 0 else float(of.value == 0)
-        return Interval(of.value, *wide, *narrow, se, p)
+        return Interval(of.value, lo, hi, lo90, hi90, se, p)
 
 
 def naive_interval(value: float, tokens: int, level: float = 0.95) -> tuple[float, float]:

@@ -116,7 +116,10 @@ def score(
                 row[rows_BS[predicts] + 1] = values[predicts]  # the next token is predicted
     doc = np.repeat(np.asarray(list(numbers), dtype=np.int64), lengths)
     pos = np.arange(total) - np.repeat(offsets, lengths)
-    return Scored(doc, pos, np.concatenate(documents).astype(np.int64), *scores, layers, *compute)
+    token_id = np.concatenate(documents).astype(np.int64)
+    loss, entropy = scores
+    ffn_count, mass, norm_ratio = compute
+    return Scored(doc, pos, token_id, loss, entropy, layers, ffn_count, mass, norm_ratio)
 
 
 def gate_mass(routing: Routing) -> torch.Tensor:

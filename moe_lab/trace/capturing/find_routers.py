@@ -101,8 +101,9 @@ def _custom(name: str, named: Modules, read: Reader) -> Site:
     """
     experts = _beside(name, named).get("experts")
     taps = {} if experts is None else {"experts": experts}
-    sizes = (_size(field, named[name]) for field in ("num_experts", "num_experts_per_tok"))
-    return Site(name, named[name], read, 0, taps, *sizes)
+    module = named[name]
+    experts_and_k = _size("num_experts", module), _size("num_experts_per_tok", module)
+    return Site(name, module, read, 0, taps, *experts_and_k)
 
 
 def _own(name: str, module: Router) -> Site:

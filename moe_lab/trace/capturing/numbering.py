@@ -64,9 +64,9 @@ class Numbering:
         real = inputs.real()
         real_BS = np.ones(inputs.shape, bool) if real is None else real.reshape(inputs.shape)
         rows = self._going_on(inputs)
-        replay = rows is not None and not inputs.past
-        if replay and not self._is_replay(rows, ids, length):
-            rows, replay = None, False
+        replay = rows is not None and not inputs.past and self._is_replay(rows, ids, length)
+        if not inputs.past and not replay:
+            rows = None
         continues = rows is not None
         if replay:
             real_BS[:, :-1] = False

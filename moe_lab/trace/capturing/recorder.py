@@ -186,7 +186,7 @@ class Capture:
             what = "token ids or hidden states among the inputs of the model"
             raise TraceError(expected(what, "neither"))
 
-    def _recorded(self, readings: Sequence[Reading]) -> dict[str, bool]:
+    def _recorded(self, readings: Sequence[Reading]) -> dict[str, Any]:
         weighted = all(reading.weights is not None for reading in readings)
         scored = all(reading.has_scores for reading in readings)
         return {

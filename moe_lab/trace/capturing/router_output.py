@@ -93,7 +93,7 @@ def joined(readings: Sequence[Reading]) -> Reading:
     return Reading(**{name: _joined([vars(item)[name] for item in readings]) for name in names})
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def _joined(values: list[Any]) -> Any:
     if any(value is None for value in values):
         return None
     if isinstance(values[0], Spread):

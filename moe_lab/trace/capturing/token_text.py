@@ -88,7 +88,7 @@ class TokenText:
         )
 
     @cached_property
-    def _decoder_kinds(self) -> frozenset[str]:
+    def _decoder_kinds(self) -> frozenset[str | None]:
         """Types in the decoder of a fast tokenizer."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
