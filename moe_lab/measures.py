@@ -12,7 +12,7 @@ Example:
     (0.0, 1.0)
 """
 
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -120,13 +120,13 @@ def score_margin(scores: "NDArray | Tensor", top_k: int) -> Any:
     if top_k >= experts:
         return scores[..., 0] * 0 + float("inf")
     if _is_tensor(scores):
-        top = scores.topk(top_k + 1, dim=-1).values
+        top = cast("Tensor", scores).topk(top_k + 1, dim=-1).values
         return top[..., top_k - 1] - top[..., top_k]
     top = np.partition(scores, (experts - top_k - 1, experts - top_k), axis=-1)
     return top[..., experts - top_k] - top[..., experts - top_k - 1]
 
 
-def _is_tensor(values: Any) -> "TypeGuard[Tensor]":
+def _is_tensor(values: Any) -> bool:
     """Whether ``values`` is a torch tensor, found out without importing torch."""
     return hasattr(values, "clamp_min")
 

@@ -98,7 +98,8 @@ def domain_divergence(
     Returns:
         [layer, domain_a, domain_b, bits, lo, hi, shuffled, shuffled_95]: ``bits`` is 0 where the
         two domains load the experts alike, 1 where they share none, null where a domain used no
-        slot. Samples differ even where domains do not: ``shuffled`` is the mean over up to ``MAX_DEALS``
+        slot. Samples differ even where domains do not: ``shuffled`` is the mean over up to
+        ``MAX_DEALS``
         permutations of the two names over the documents of both, ``shuffled_95`` their 95 % point,
         which ``bits`` must exceed to say that domains differ. Finite samples push the
         resampled values up as they push ``bits``, so the interval is the reflected one, ``2 bits -
