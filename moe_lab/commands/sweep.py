@@ -62,7 +62,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", type=Path, help="a recipe file, such as experiments/sparsity_wall.py"
     )
-    parser.add_argument("--preset", default="demo", help="which of the recipe's presets")
+    parser.add_argument(
+        "--preset",
+        default=None,
+        help="which of the recipe's presets (default: demo, else its first)",
+    )
     parser.add_argument(
         "--alternative",
         default=None,
@@ -374,5 +378,6 @@ def _command(args: argparse.Namespace) -> str:
     if getattr(args, "verb", None) is None:
         return f"moe-lab demo --out {args.out}"
     chosen = f" --alternative {args.alternative}" if args.alternative else ""
-    recipe = f"{args.recipe} --preset {args.preset}{chosen}"
+    preset = f" --preset {args.preset}" if args.preset else ""
+    recipe = f"{args.recipe}{preset}{chosen}"
     return f"moe-lab sweep run {recipe} --out {args.out or 'runs/...'}"

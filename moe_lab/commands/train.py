@@ -266,10 +266,20 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of all fields in nested dictionaries."""
+    names = []
+    for key, value in values.items():
+        names += [f"{prefix}{key}"]
+        names += _paths(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+    return names
+
+
 def _assign(values: dict[str, Any], item: str) -> None:
     """``a.b=1`` into nested dictionaries; the value is JSON if it parses as such, else a string."""
     path, equals, raw = item.partition("=")
     *parents, leaf = path.split(".")
+    paths = [name for name in _paths(values) if name.endswith(f".{leaf}")]
     for parent in parents:
         values = values.get(parent) if isinstance(values.get(parent), dict) else {}  # type: ignore[assignment]
     if not equals or leaf not in values:
@@ -277,7 +287,7 @@ def _assign(values: dict[str, Any], item: str) -> None:
             expected(
                 "--set FIELD=VALUE with a field of the run's config.json",
                 repr(item),
-                "--set model.num_layers=6",
+                " or ".join(f"--set {name}=VALUE" for name in paths) or "--set model.num_layers=6",
             )
         )
     try:

@@ -313,7 +313,16 @@ class RouterConfig(Config):
 
     def build(self, d_model: int) -> Any:
         """The ``Router`` for tokens of width ``d_model``."""
-        return ROUTERS.find(self.kind)(self, d_model)
+        router = ROUTERS.find(self.kind)(self, d_model)
+        learned = sum(parameter.numel() for parameter in router.parameters())
+        stated = sum(piece.params for piece in self.pieces(d_model))
+        require(
+            learned == stated,
+            f"{stated} parameters in the router {self.kind!r}, as its facts say",
+            learned,
+            "stating all that it learns in RouterFacts(learns=...)",
+        )
+        return router
 
     @staticmethod
     def from_hf(config: Any, layer: int | None = None) -> "RouterConfig":

@@ -14,10 +14,12 @@ from typing import Any
 from moe_lab.errors import MoELabError, RunError, expected
 from moe_lab.sweeps.config import SweepConfig
 
+DEFAULT_PRESET = "demo"
+
 
 def load_recipe(
     path: Path | str,
-    preset: str,
+    preset: str | None = None,
     *,
     seed: int = 0,
     device: str = "cpu",
@@ -26,6 +28,7 @@ def load_recipe(
     """Import the recipe file at ``path`` and ask it for the sweep of ``preset``.
 
     Args:
+        preset: one of the recipe's ``PRESETS``; None takes "demo", else the first.
         alternative: one of the recipe's ``ALTERNATIVES``, for recipes whose ``sweep`` takes one.
 
     Raises ``RunError`` where the file is missing, does not import, has no ``sweep`` or ``PRESETS``,
@@ -40,6 +43,8 @@ def load_recipe(
         raise RunError(
             expected(f"a recipe that defines sweep and PRESETS in {path}", f"no {missing}")
         )
+    if preset is None:
+        preset = DEFAULT_PRESET if DEFAULT_PRESET in presets else str(next(iter(presets), ""))
     if preset not in presets:
         raise RunError(expected(f"a preset of {path.name} ({', '.join(presets)})", repr(preset)))
     known = tuple(getattr(module, "ALTERNATIVES", ()))

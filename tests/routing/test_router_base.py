@@ -21,6 +21,7 @@ from moe_lab.routing import (
     losses,
 )
 from moe_lab.routing.controllers import ProportionalBias, SignBias
+from moe_lab.routing.facts import FACTS, ROUTERS, RouterFacts
 
 
 def softmax64(logits: np.ndarray) -> np.ndarray:
@@ -344,3 +345,18 @@ def test_router_config_round_trips_and_its_hash_follows_every_field():
         config.replace(controller=ControllerConfig(kind=ControllerKind.SIGN, rate=0.5)).hash()
         != config.hash()
     )
+
+
+def test_a_router_that_learns_more_than_its_facts_say_is_refused_when_it_is_built(monkeypatch):
+    kind = "learns_more"
+    plain = type(RouterConfig(num_experts=4, top_k=2).build(8))
+
+    class LearnsMore(plain):
+        def __init__(self, config, d_model):
+            super().__init__(config, d_model)
+            self.gain = torch.nn.Parameter(torch.ones(d_model))
+
+    monkeypatch.setitem(FACTS, kind, RouterFacts())
+    monkeypatch.setitem(ROUTERS._values, kind, LearnsMore)
+    with pytest.raises(ConfigError, match=r"expected 32 parameters .*'learns_more'.* got 40"):
+        build_router(RouterConfig(kind=kind, num_experts=4, top_k=2), 8)
