@@ -107,7 +107,7 @@ def _map_block(association: pl.DataFrame) -> Block:
     lowest, highest = (
         top.select(end("rho_token")).item() if top.height else None for end in (pl.min, pl.max)
     )
-    reach = f"{decimal(lowest)} to {decimal(highest)}" if top.height else "not defined"  # type: ignore[arg-type]
+    reach = f"{decimal(lowest)} to {decimal(highest)}" if top.height else "not defined"
     caption = (
         "Rank correlation of ffn_count with difficulty within token ids, with 95 % intervals "
         "from resampling whole documents; "
