@@ -4,6 +4,7 @@ Tables as Parquet, a verdict in one sentence, and a page.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     _print(tables)
     print(f"verdict: {verdict}")
     print(sentence)
-    print(f"tables: {out}; `moe-lab report {args.source}` draws them")
+    print(f"tables: {out}; `moe-lab report {shlex.quote(str(args.source))}` draws them")
     return 0
 
 

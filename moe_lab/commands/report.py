@@ -1,6 +1,7 @@
 """``moe-lab report``: the page of a sweep, of single runs, or of a bare trace."""
 
 import argparse
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def main(args: argparse.Namespace) -> int:
 
     first = args.source[0]
     out = args.out or (first / "report.html" if isinstance(first, Path) else Path("report.html"))
-    sources = " ".join(str(source) for source in args.source)
-    command = f"moe-lab report {sources} --out {out}"
+    sources = map(str, args.source)
+    command = shlex.join(["moe-lab", "report", *sources, "--out", str(out)])
     urls = [source for source in args.source if not isinstance(source, Path)]
     with ExitStack() as stack:
         folders = args.source

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -305,7 +306,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"failed: {failure.name} ({failure.run}): {failure.reason}", file=sys.stderr)
         if outcome.failed:
             print(
-                f"`moe-lab sweep status {out}` shows their last lines, "
+                f"`moe-lab sweep status {shlex.quote(str(out))}` shows their last lines, "
                 "--retry-failed trains them again",
                 file=sys.stderr,
             )
@@ -376,8 +377,8 @@ def _sweep(args: argparse.Namespace) -> "SweepConfig":
 def _command(args: argparse.Namespace) -> str:
     """The command line that makes this report again."""
     if getattr(args, "verb", None) is None:
-        return f"moe-lab demo --out {args.out}"
+        return f"moe-lab demo --out {shlex.quote(str(args.out))}"
     chosen = f" --alternative {args.alternative}" if args.alternative else ""
     preset = f" --preset {args.preset}" if args.preset else ""
-    recipe = f"{args.recipe}{preset}{chosen}"
-    return f"moe-lab sweep run {recipe} --out {args.out or 'runs/...'}"
+    recipe = f"{shlex.quote(str(args.recipe))}{preset}{chosen}"
+    return f"moe-lab sweep run {recipe} --out {shlex.quote(str(args.out or 'runs/...'))}"

@@ -249,6 +249,8 @@ def _cross_fit(
         else np.unique(np.asarray(groups), return_inverse=True)[1]
     )
     number = int(member.max(initial=-1)) + 1
+    if number < 2:
+        raise CorpusError(expected("at least 2 documents to divide", number, "more documents"))
     if not 2 <= folds <= number:
         raise CorpusError(
             expected(f"2 to {number} folds of {number} documents", folds, "more documents")
