@@ -210,9 +210,12 @@ def rates(table: pl.DataFrame) -> pl.DataFrame:
 
     for kind in KINDS[: KINDS.index("power")]:
         part = table.filter(pl.col("kind") == kind)
-        add('"below margin", average gain at or above it', kind, "<= .06", part.filter(wrong_below), "below margin")  # fmt: skip
-        add('"no wall", last gain below the margin', kind, "<= .06", part.filter(wrong_none), "no wall")  # fmt: skip
-        add('"wall", average gain at or above the margin', kind, "<= .06", part.filter(wrong_below), "wall")  # fmt: skip
+        claim = '"below margin", average gain at or above it'
+        add(claim, kind, "<= .06", part.filter(wrong_below), "below margin")
+        claim = '"no wall", last gain below the margin'
+        add(claim, kind, "<= .06", part.filter(wrong_none), "no wall")
+        claim = '"wall", average gain at or above the margin'
+        add(claim, kind, "<= .06", part.filter(wrong_below), "wall")
         falling = part.filter(~pl.col("truth").is_in(GROWING))
         add("r* in its interval, returns that do not grow", kind, ">= .90", falling, "covered")
     power = table.filter(pl.col("kind") == "power").with_columns(

@@ -244,8 +244,8 @@ def _gain_by_learning_rate(s: Sweeps) -> Finding:
     ):
         return (
             Status.SUSPECT,
-            text
-            + f"; on both sides of the margin {s.margin:.4f}, so a wall here would be the learning rate's",
+            text + f"; on both sides of the margin {s.margin:.4f}, "
+            "so a wall here would be the learning rate's",
         )
     return Status.CLEAR, text
 
@@ -346,7 +346,7 @@ def _token_budget(s: Sweeps) -> Finding:
 
 
 def _noise(frame: pl.DataFrame) -> float:
-    """Nats between runs of one budget, ratio and learning rate, pooled; 0 where there are no two."""
+    """Nats between runs of one budget, ratio and rate, pooled; 0 where there are no two."""
     alike = [name for name in ("tokens", "ratio", "learning_rate") if name in frame.columns]
     within = frame.select(residual=pl.col("loss") - pl.col("loss").mean().over(alike))["residual"]
     df = frame.height - frame.select(alike).n_unique()

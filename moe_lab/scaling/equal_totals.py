@@ -90,9 +90,9 @@ def _ngram(model: DecoderConfig, total: int) -> Iterable[DecoderConfig]:
         clear = min(near, key=lambda ratio: abs(ratio - exact))
         wanted = min(max(clear, exact - slack), exact + slack)
     if wanted > 0:
-        with suppress(
-            ConfigError
-        ):  # nothing within the tolerance is far enough from a whole number: the caller says what is nearest
+        # Where no ratio within the tolerance is far enough from a whole number, the caller says
+        # which one is nearest.
+        with suppress(ConfigError):
             yield model.replace(ngram=ngram.replace(table_ratio=round(wanted, 4)))
 
 

@@ -107,7 +107,7 @@ def _posterior(
 
 
 def _noises(found: Estimate) -> np.ndarray:
-    """The lattice of noises (nats) that covers the estimates of all draws; one where it is known."""
+    """The lattice of noises (nats) that covers the estimates of all draws; one if it is known."""
     if found.known is not None:
         return np.array([found.known])
     low, high = found.sd.min() * NOISE_RANGE[0], found.sd.max() * NOISE_RANGE[1]

@@ -39,7 +39,7 @@ LN2, LN10 = math.log(2), math.log(10)
 
 
 class Base(StrEnum):
-    """How an amplitude's coefficient is written: as itself, as its logarithm, or not at all (one)."""
+    """How an amplitude's coefficient is written: as itself, as its logarithm, or as 1."""
 
     VALUE = "value"
     LN = "ln"

@@ -50,7 +50,8 @@ _ALL = (
         {"active_params": (1.5e7, 1.31e9), "ratio": (1, 512), "tokens": (1.3e11, 1.31e11)},
         CLARK_SHAPE,
         clark_experts,
-        caution="one token budget (130B), top-1, learning rate not retuned per E; printed to three decimals",
+        caution="one token budget (130B), top-1, learning rate not retuned per E; "
+        "printed to three decimals",
     ),
     Law(
         "bilinear",

@@ -148,7 +148,7 @@ def _metric(curved: Curved, points: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """[B, p]; the shortest solution where runs leave a direction open, as in designs of one size."""
+    """[B, p]; the shortest solution if runs leave a direction open, as in designs of one size."""
     try:
         return np.linalg.solve(matrix, right[:, :, None])[:, :, 0]
     except np.linalg.LinAlgError:

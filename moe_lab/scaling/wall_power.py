@@ -23,7 +23,8 @@ from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT
 from moe_lab.scaling.two_way import Layout
 from moe_lab.scaling.wall_rule import Judgement, Outcome, Price, doublings, judge
 
-DOUBLING_WORTH = 1.14  # compute a doubling is worth in the default truths: 30 mnats at 10M x 1B; Kimi K2 reports 1.21
+DOUBLING_WORTH = 1.14
+"""Compute that a doubling is worth in the default truths: 30 mnats at 10M x 1B (Kimi K2: 1.21)."""
 TARGET = 0.9
 NO_NOISE = 1e-7
 
@@ -94,7 +95,7 @@ class Design(Config):
 
     @property
     def slope(self) -> float:
-        """-dL/dlnC, by default in the middle of the grid, from the published law the verdict uses."""
+        """-dL/dlnC; by default of the law that the verdict uses, in the middle of the grid."""
         if self.compute_slope is not None:
             return self.compute_slope
         middle = math.sqrt(self.ratios[0] * self.ratios[-1])

@@ -30,8 +30,9 @@ SILENT = 1e-9  # nats: no two runs that differ agree this well
 
 @dataclass(frozen=True)
 class Case:
-    """All that the prose needs to know about one judged sweep; ``without`` is what the outcome would
-    be without the outlying run.
+    """What the sentences say about one judged sweep.
+
+    ``without`` is what the outcome would be without the outlying run.
     """
 
     sweep: Sweep
@@ -222,7 +223,7 @@ def _crossing(case: Case) -> str:
 
 
 def r_star_text(r_star: tuple[float | None, float | None], confidence: float) -> str:
-    """``a doubling still paid at 8 and no longer past 32 (90 %)``; empty where neither was found."""
+    """``a doubling still paid at 8 and no longer past 32 (90 %)``; empty if neither is known."""
     low, high = r_star
     parts = [f"a doubling still paid at {low:g}"] if low is not None else []
     if high is not None:

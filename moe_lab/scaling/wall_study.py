@@ -105,7 +105,7 @@ class WallStudy:
 
     @cached_property
     def compute_saved(self) -> pl.DataFrame:
-        """[ratio, compute, lo, hi]: multipliers of compute against the smallest ratio, from losses."""
+        """[ratio, compute, lo, hi]: compute multipliers against the smallest ratio, from losses."""
         first = self.band.means["loss"][0]
         worth = {
             name: ((first - pl.col(loss)) / self.verdict.compute_slope).exp()
@@ -135,7 +135,7 @@ class WallStudy:
 
     @cached_property
     def best_of_budgets(self) -> pl.DataFrame:
-        """[compute (FLOPs), loss, ratio]: the smallest mean loss of the arm at each token budget."""
+        """[compute (FLOPs), loss, ratio]: the smallest mean loss of the arm at each budget."""
         arms = [self.arm, self.arm + SHORT]
         mine = self.runs.filter(pl.col("arm").is_in(arms)) if self.arm else self.runs
         means = mine.group_by("tokens", "ratio").agg(
@@ -148,7 +148,7 @@ class WallStudy:
 
     @cached_property
     def marin(self) -> pl.DataFrame:
-        """[frontier, compute, loss]: Marin's compute-optimal frontier from this sweep's compute on."""
+        """[frontier, compute, loss]: Marin's frontier from this sweep's compute on."""
         law = LAWS["marin"]
         lowest = float(self.best_of_budgets["compute"].min())  # type: ignore[arg-type]
         compute = np.geomspace(min(lowest, 1e18), 1e21, 30)

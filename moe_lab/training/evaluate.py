@@ -63,8 +63,10 @@ def evaluate(
     trace: tuple[Path, TraceMeta] | None = None,
     overwrite: bool = False,
 ) -> Evaluation:
-    """Score ``documents`` (or ``excerpts`` of them) and, if asked, write the trace; ``overwrite`` replaces a
-    finished one at its path, which otherwise raises ``TraceExistsError``.
+    """Score ``documents`` (or ``excerpts`` of them) and, if asked, write the trace.
+
+    A finished trace at its path is replaced with ``overwrite`` and raises ``TraceExistsError``
+    otherwise.
 
     The model is left in the mode it came in. Routing of padding is neither counted nor written.
     """

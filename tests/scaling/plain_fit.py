@@ -19,7 +19,7 @@ from moe_lab.scaling.law import Law
 def plain_fit(
     law: str | Law, frame: pl.DataFrame, *, delta: float = HUBER, starts: int = 20, seed: int = 0
 ) -> Fit:
-    """The oracle: the same objective and starts, one `scipy.optimize.least_squares` after another."""
+    """The oracle: the same objective and starts, one `least_squares` of scipy after another."""
     problem = make_problem(find_law(law), frame, delta, None)
     results = [plain_minimum(problem, start) for start in starting_points(problem, starts, seed)]
     theta, value = min(results, key=lambda result: result[1])

@@ -27,7 +27,7 @@ DOUBLINGS = 2.0 ** np.arange(8)
 
 
 def grid(noise=0.0, ratios=DOUBLINGS, seed=0, law="ludziejewski", coefficients=None):
-    """Runs of 4 sizes x 3 budgets x ratios with losses of a published law and ``noise`` on ln loss."""
+    """Runs of 4 sizes x 3 budgets x ratios: losses of a published law, ``noise`` on ln loss."""
     rng = np.random.default_rng(seed)
     frame = pl.DataFrame({"active_params": 1e8 * 2.5 ** np.arange(4)}).join(
         pl.DataFrame({"tokens": [2e9, 1e10, 5e10]}), how="cross"
@@ -138,7 +138,7 @@ def test_bootstrap_errors_are_those_of_linear_regression():
 
 
 def test_clustered_runs_widen_the_interval():
-    """Every size has its own error, shared by its runs: redrawing runs one by one does not see it."""
+    """Every size has its own error, which redrawing single runs does not see."""
     frame = grid(0.002, law="bilinear")
     shifts = {
         size: math.exp(s)

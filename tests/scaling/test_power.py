@@ -209,7 +209,7 @@ def test_longcats_135_billion_are_an_eighth_of_a_doubling_and_worth_what_smooth_
 
 
 def test_seeds_to_see_a_gain_are_those_that_would():
-    """Two arms of n runs: the 90 % interval of their difference excludes zero in nine of ten pairs."""
+    """Two arms of n runs: the 90 % interval of the difference excludes 0 in nine of ten pairs."""
     row = gains()[("ludziejewski", "joint")]
     rng = np.random.default_rng(0)
     for seeds, low, high in ((row["seeds"], 0.88, 1.0), (max(1, row["seeds"] // 2), 0.0, 0.85)):

@@ -63,7 +63,7 @@ def test_a_run_off_by_five_hundredths_is_flagged_and_named(run):
 
 @pytest.mark.parametrize("size", [0.02, 0.05, 0.1, 0.2, 0.4, 1.0, 5.0])
 def test_no_spike_makes_a_wall_no_wall(size):
-    """The review's case: a hard wall at 16 and one run at 128 spiked; .5 to 1.0 of sweeps before."""
+    """A hard wall at 16, one run at 128 spiked: once "no wall" in .5 to 1.0 of sweeps."""
     losses = draws(lambda x: 3 - 0.03 * np.minimum(x, 4), 0.003)
     losses[:, 22] += size
     outcomes = judge(GRID, losses, Price(MARGIN)).outcomes()

@@ -158,7 +158,7 @@ def test_the_interval_of_a_gain_is_students_paired_interval():
 
 
 def test_a_missing_run_keeps_the_pairing():
-    """The seeds' own effects of .2 nats would drown a noise of .003 without the other seeds' help."""
+    """Unpaired, the seeds' own effects of .2 nats would drown a noise of .003."""
     verdict = wall_verdict(sweep(line, seed_effect=0.2).slice(1))
     assert verdict.noise_sd < 0.006
     assert verdict.outcome is Outcome.NO_WALL

@@ -46,7 +46,8 @@ SENTENCES = {
         sweep(wall_at_32, DOUBLINGS_512),
         "wall",
         r"^A wall at ratio 32: from 32 to 512 no doubling was worth 5 % of compute \(all 90 % "
-        r"intervals within ±0\.011\d nats\) and the plateau form leads by \d+ in AICc, at 1B tokens",
+        r"intervals within ±0\.011\d nats\) and the plateau form leads by \d+ in AICc, "
+        r"at 1B tokens",
     ),
     "below margin": (
         sweep(fade, DOUBLINGS_512, sd=0.0005),
@@ -131,7 +132,8 @@ REASONS = {
     "paid": (sweep(wall_at_32), "up to ratio 32 a doubling was still worth more than 5 %"),
     "crossing": (
         sweep(wall_at_32, DOUBLINGS_512),
-        r"r\*: a doubling still paid at (8|16) and no longer past (32|64) \(90 %\), if returns do not grow",
+        r"r\*: a doubling still paid at (8|16) and no longer past (32|64) \(90 %\), "
+        r"if returns do not grow",
     ),
     "crossing, one end": (
         sweep(lambda x: 3 - 0.003 * x, sd=0.001),

@@ -38,7 +38,7 @@ def write(folder, meta=META, tokens=3, **options):
 
 
 def refused_then_replaced(folder, write_again):
-    """``write_again(overwrite=...)`` is refused and leaves ``folder``; on request it replaces it."""
+    """``write_again(overwrite=...)`` is refused and leaves ``folder``, or replaces it if asked."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(TraceExistsError, match="expected a new folder, got a finished trace"):
         write_again()
