@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--text",
+        "--corpus",
+        dest="text",
         default=None,
         metavar="PATH",
         help="documents to judge a run on (default: those of its corpus that it never saw)",

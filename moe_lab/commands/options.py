@@ -70,7 +70,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--text",
         "--corpus",
+        dest="corpus",
         default=None,
         metavar="PATH",
         help='a folder, .txt, .jsonl or .parquet; "stdlib" is this Python\'s own sources',

@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the records of an engine or tool at RUN instead",
     )
     parser.add_argument(
-        "--text", metavar="PATH", help="a folder, .txt, .jsonl or .parquet of documents"
+        "--text",
+        "--corpus",
+        dest="text",
+        metavar="PATH",
+        help="a folder, .txt, .jsonl or .parquet of documents",
     )
     parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
     parser.add_argument(
@@ -258,6 +262,8 @@ def _run(args: argparse.Namespace) -> int:
         f"{evaluation.loss:.4f} nats/token, "
         f"{evaluation.bits_per_byte:.4f} bits/byte"
     )
+    if corpus.num_repeated:
+        print(f"note: documents left out because they repeat another's text: {corpus.num_repeated}")
     print(f"trace: {out}")
     return 0
 

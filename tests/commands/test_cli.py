@@ -2,6 +2,7 @@
 for machines.
 """
 
+import argparse
 import io
 import json
 import subprocess
@@ -250,3 +251,17 @@ def test_bad_recipes_and_folders_are_one_line_each(tmp_path: Path, cache: Path) 
     blocker.write_text("")
     assert "cannot" in fails("demo", "--out", blocker / "below", cache=cache)
     assert "expected a finished run" in fails("trace", tmp_path, "--text", blocker, cache=cache)
+
+
+def test_the_text_to_use_has_one_name_in_every_command():
+    from moe_lab.commands import difficulty, sweep, trace, train
+
+    for command in (train, sweep, trace, difficulty):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        parsers = [parser]
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        names = [set(action.option_strings) for one in parsers for action in one._actions]
+        assert {"--text", "--corpus"} in names, command.__name__
