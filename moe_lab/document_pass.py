@@ -158,8 +158,8 @@ def _scores(logits_SV: Tensor, targets_S: Tensor, entropies: bool = False) -> np
     """[1 or 2, S] losses and entropies of one row."""
     targets_S = targets_S.to(logits_SV.device)
     predicts = targets_S != IGNORE
-    found = torch.full((1 + entropies, len(targets_S)), float("nan"), device=logits_SV.device)
     log_p = logits_SV[predicts].float().log_softmax(dim=1)
+    found = log_p.new_full((1 + entropies, len(targets_S)), float("nan"))
     found[0, predicts] = F.nll_loss(log_p, targets_S[predicts], reduction="none")
     if entropies:
         found[1, predicts] = -(log_p.exp() * log_p).sum(dim=1)

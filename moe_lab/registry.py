@@ -79,6 +79,9 @@ class Registry(Mapping[str, Any]):
             importlib.import_module(self._modules[name])
         return self._values[name]
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.add(name, value)
+
     def __contains__(self, name: object) -> bool:
         return name in self._values or name in self._modules
 
