@@ -97,7 +97,11 @@ def _enter(
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size)
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        GLOO_SOCKET_IFNAME="lo",
     )
     work(rank, *arguments)
 
