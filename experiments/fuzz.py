@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _mutate_json(target: Path, draw: random.Random) -> str:
         container, key = draw.choice(places)
         how = draw.choice(("type", "type", "drop", "nest", "deep", "double"))
         if how == "type":
-            container[key] = draw.choice(VALUES)
+            container[key] = deepcopy(draw.choice(VALUES))  # a later step may change it
         elif how == "drop":
             del container[key]
         elif how == "nest":

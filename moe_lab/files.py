@@ -4,6 +4,7 @@ A reader therefore sees the old file, the new file, or none. `kill -9` leaves at
 file, which nothing reads.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -130,6 +131,34 @@ def write_parquet(target: Path | str, frame: "pl.DataFrame") -> None:
     frame.write_parquet(content)
     with atomic_path(target) as path:
         path.write_bytes(content.getbuffer())
+
+
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """A file to read. Raises ``OSError`` at once for what is no regular file: opening a FIFO would
+    wait for its writer, and a device may have no end.
+    """
+    found = os.stat(path)
+    descriptor = -1
+    if stat.S_ISREG(found.st_mode):  # asked again below: the name may be another file's by then
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode):
+        return open(descriptor, "rb")
+    if descriptor >= 0:
+        os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_regular(path: Path | str, most: int = -1) -> bytes:
+    """The bytes of a file, or its first ``most``. Raises ``OSError`` as ``open_regular``."""
+    with open_regular(path) as file:
+        return file.read(most)
+
+
+def digest_of(path: Path) -> str:
+    """32 hex digits of the SHA-256 of a file. Raises ``OSError``."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def write_json(target: Path | str, value: Any) -> None:

@@ -16,6 +16,7 @@ from reprlib import repr as short
 from typing import Any
 
 from moe_lab.errors import ConfigError, expected
+from moe_lab.files import read_regular
 
 Schema = Callable[[Any, str], Any]
 
@@ -54,8 +55,7 @@ def read_json_file(path: Path, what: str = "file", unique_keys: bool = True) -> 
     cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_regular(path, MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(expected(f"a readable {what}", f"{path} ({error.strerror})")) from None
     return parse_json(data, path.name, unique_keys)

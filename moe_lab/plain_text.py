@@ -1,5 +1,5 @@
-"""Text from files on its way to a terminal: nothing in it may move the cursor, set the clipboard or
-turn the direction of writing.
+"""Text from files on its way to a terminal or a page: nothing in it may move the cursor, set the
+clipboard, turn the direction of writing or stay invisible.
 """
 
 import re
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 LONGEST_MESSAGE = 2000
+LONGEST_ON_PAGE = 20_000
+"""Characters of one name, message or cell on a page."""
 _SUSPECT = re.compile(
     r"(\x1b\[[0-9;]{0,30}m)"  # a colour
     r"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"  # control
@@ -27,8 +29,15 @@ def plain(text: str) -> str:
 
 def one_line(text: str, most: int = LONGEST_MESSAGE) -> str:
     """A message of one line and at most ``most`` characters, blanks joined."""
-    line = plain(" ".join(text.replace("\x1b", "\\x1b").split()))
-    return line if len(line) <= most else f"{line[: most - 4]} ..."
+    return on_page(" ".join(text.split()), most)
+
+
+def on_page(text: str, most: int = LONGEST_ON_PAGE) -> str:
+    """``text`` as a page shows it: as ``plain`` writes it, colours as escapes too, at most ``most``
+    characters.
+    """
+    shown = plain(text[: most + 1].replace("\x1b", "\\x1b"))
+    return shown if len(shown) <= most else f"{shown[: most - 4]} ..."
 
 
 def _escaped(match: re.Match[str]) -> str:

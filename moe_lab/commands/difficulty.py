@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from moe_lab.analysis.difficulty.difficulty_verdict import study_verdict
-    from moe_lab.files import atomic_path, write_json
+    from moe_lab.files import write_json, write_parquet
+    from moe_lab.runs.seal import digests_of
 
     is_trace = (args.source / "meta.json").is_file()
     out = args.out or (
@@ -75,12 +76,11 @@ def main(args: argparse.Namespace) -> int:
     )
     tables = _of_trace(args) if is_trace else _of_run(args)
     for name, table in tables.items():
-        with atomic_path(out / f"{name}.parquet") as temporary:
-            table.write_parquet(temporary)
+        write_parquet(out / f"{name}.parquet", table)
     verdict, sentence = study_verdict(tables["association"])
-    write_json(
-        out / "verdict.json", {"verdict": verdict, "sentence": sentence, "source": str(args.source)}
-    )
+    digests = digests_of(out, (f"{name}.parquet" for name in tables))
+    found = {"verdict": verdict, "sentence": sentence, "source": str(args.source)}
+    write_json(out / "verdict.json", found | {"digests": digests})
     if args.json:
         print_json({"verdict": verdict, "sentence": sentence, "tables": sorted(tables), "out": out})
         return 0

@@ -332,7 +332,7 @@ def _finite(value: Any) -> Any:
 def _write(folder: Path, study: "WallStudy") -> None:
     import polars as pl
 
-    from moe_lab.files import atomic_path, write_text
+    from moe_lab.files import write_parquet, write_text
     from moe_lab.versions import provenance
 
     origin = {name: pl.lit(value) for name, value in provenance().items() if name != "command"}
@@ -345,8 +345,7 @@ def _write(folder: Path, study: "WallStudy") -> None:
     if study.alternatives.height:
         frames["against_experts"] = study.alternatives
     for name, frame in frames.items():
-        with atomic_path(folder / f"{name}.parquet") as path:
-            frame.write_parquet(path)
+        write_parquet(folder / f"{name}.parquet", frame)
     write_text(folder / "verdict.md", _markdown(study))
 
 

@@ -20,6 +20,7 @@ from moe_lab.commands.options import (
     whole_amount,
 )
 from moe_lab.errors import ConfigError, expected
+from moe_lab.files import parse_json, read_regular
 
 if TYPE_CHECKING:
     from moe_lab.training import RunConfig
@@ -251,7 +252,7 @@ def _controller(router: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(read_regular(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; try the config.json of a run") from error
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):

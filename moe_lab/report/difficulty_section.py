@@ -18,10 +18,11 @@ from moe_lab.report import difficulty_figures as figures
 from moe_lab.report.blocks import Block, Plot, Variant, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
+from moe_lab.runs.seal import check_seal
 from moe_lab.sandbox import read_parquet
 
 RESAMPLES = 1000
-STUDY_FOLDER = "difficulty"
+STUDY_FOLDER, VERDICT = "difficulty", "verdict.json"
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Difficulty
 
 def _folder(named: NamedTrace) -> Path | None:
     folder = named.run.folder / STUDY_FOLDER if named.run is not None else None
-    return folder if folder is not None and (folder / "verdict.json").is_file() else None
+    return folder if folder is not None and (folder / VERDICT).is_file() else None
 
 
 def _tables(named: NamedTrace) -> dict[str, pl.DataFrame] | None:
     folder = _folder(named)
     if folder is not None:
         paths = sorted(folder.glob("*.parquet"))
+        check_seal(folder, [path.name for path in paths], folder / VERDICT)
         return {path.stem: read_parquet(path, RunError) for path in paths}
     from moe_lab.analysis.difficulty import (
         difficulty_association,

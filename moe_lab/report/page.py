@@ -1,9 +1,10 @@
 """``write_report``: sources in, one offline HTML page out, with the data of each figure as Parquet
 beside it.
 
-All text on the page is untrusted and escaped by the template; JSON inside ``<script>`` is escaped
-here. A content security policy with the hashes of the page's own three scripts keeps any other
-script from running and any request from leaving.
+All text on the page is untrusted: ``plain_text.on_page`` makes it visible and bounds it, and the
+template escapes it; JSON inside ``<script>`` is escaped here. A content security policy with the
+hashes of the page's own three scripts keeps any other script from running and any request from
+leaving.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from markupsafe import Markup
 
 from moe_lab.errors import MoELabError
-from moe_lab.files import atomic_path, write_text
+from moe_lab.files import write_parquet, write_text
 from moe_lab.number_format import count_of
+from moe_lab.plain_text import on_page
 from moe_lab.report import theme
 from moe_lab.report.blocks import Block, representatives
 from moe_lab.report.compute_section import compute_section
@@ -37,13 +38,7 @@ from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.text_section import ColouredText, coloured_text
 from moe_lab.report.wall_section import judged_material, verdict_text, wall_section
 
-JSON_ESCAPES = {
-    "<": "\\u003c",
-    ">": "\\u003e",
-    "&": "\\u0026",
-    "\u2028": "\\u2028",
-    "\u2029": "\\u2029",
-}
+JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
 def write_report(
@@ -87,13 +82,8 @@ def draw_page(material: Material, frames: Frames, path: Path, *, title: str, com
     folder = _data_folder(path)
     content = _content(material, frames, command)
     for name, frame in content.pop("data"):
-        write_parquet(frame, folder / f"{name}.parquet")
+        write_parquet(folder / f"{name}.parquet", frame)
     write_text(path, render(title=title, command=command, data_folder=folder.name, **content))
-
-
-def write_parquet(frame: pl.DataFrame, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        frame.write_parquet(temporary)
 
 
 def render(**values: Any) -> str:
@@ -105,6 +95,7 @@ def render(**values: Any) -> str:
         loader=PackageLoader("moe_lab.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -131,10 +122,21 @@ def script_json(value: Any) -> Markup:
     """
     from plotly.utils import PlotlyJSONEncoder
 
-    text = json.dumps(value, cls=PlotlyJSONEncoder, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(
+        _shown(value), cls=PlotlyJSONEncoder, separators=(",", ":"), ensure_ascii=False
+    )
     for character, escape in JSON_ESCAPES.items():
         text = text.replace(character, escape)
     return Markup(text)
+
+
+def _shown(value: Any) -> Any:
+    """``value`` with every text in it as a page shows it; markup of our own stays."""
+    if isinstance(value, str):
+        return value if isinstance(value, Markup) else on_page(value)
+    if isinstance(value, dict):
+        return {_shown(key): _shown(entry) for key, entry in value.items()}
+    return [_shown(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from moe_lab.report.canvas import evenly
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run, read_runs
 from moe_lab.runs.layout import CONFIG, METRICS, PLAN, TRACE_META
 from moe_lab.runs.record import group_name, number
+from moe_lab.runs.seal import TRACE_META_NAME, check_seal
 from moe_lab.sandbox import read_parquet
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def _traces_of(finished: Iterable[RunRecord]) -> list[NamedTrace]:
     traces: dict[str, NamedTrace] = {}
     for run in finished:
         if run.group not in traces and run.trace:
+            check_seal(run.folder, (TRACE_META_NAME,))
             traces[run.group] = _open(run.trace, run.label, run)
     return list(traces.values())
 
@@ -200,6 +202,7 @@ def training_metrics(runs: Iterable[RunRecord]) -> pl.DataFrame:
         path = run.folder / METRICS
         if not path.is_file():
             continue
+        check_seal(run.folder, (METRICS,))
         frame = read_parquet(path, RunError)
         numbers = frame.select(pl.selectors.numeric().cast(pl.Float64))
         names = {

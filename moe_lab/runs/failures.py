@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from moe_lab.files import write_text
+from moe_lab.files import open_regular, write_text
 from moe_lab.runs.layout import ERROR, FAILURE, LOG
 
 PRINTED_LINES, TRACEBACK_LINES = 6, 8
@@ -105,7 +105,7 @@ def _clean(line: str) -> str:
 def _read(path: Path, end: bool = True) -> str:
     """The last ``TAIL_BYTES`` of a file, or its first; empty where there is none."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES) if end else 0)
             return file.read(TAIL_BYTES).decode("utf-8", errors="replace")

@@ -24,11 +24,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_lab.errors import RunError, StorageError, expected
-from moe_lab.files import cannot_write
+from moe_lab.files import cannot_write, read_regular
 from moe_lab.runs.owners import Owner, living, owner_of_this_process
 
 PREFIX = ".claim-"
 _CLAIM = re.compile(re.escape(PREFIX) + "([0-9]{1,18})")
+MAX_CLAIM_BYTES = 2**16
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
 """A claim of another host that was not touched for this long has lost its owner."""
@@ -55,7 +56,7 @@ def holder(folder: Path, names: Iterable[str] | None = None) -> str | None:
 def _living_owner(path: Path) -> str | None:
     try:
         touched = path.stat().st_mtime
-        text = path.read_text()
+        text = read_regular(path, MAX_CLAIM_BYTES).decode()
     except (OSError, UnicodeDecodeError):  # gone meanwhile, or no claim of ours
         return None
     # The clock that dated the claim may have been wrong: one dated in the future is no newer.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import RunError, expected
-from moe_lab.files import parse_json, write_json, write_text
+from moe_lab.files import parse_json, read_regular, write_json, write_text
 from moe_lab.runs.failures import Failure, read_failure, write_failure
 from moe_lab.runs.folder_claims import Claim, acquire, holder
 from moe_lab.runs.layout import CHECKPOINT, DAMAGED_CHECKPOINT, DONE, PLAN, STATUS, RunState
@@ -69,7 +69,7 @@ class RunStore:
             got = f"{self.folder} without one"
             raise RunError(expected(f"a sweep folder with {PLAN}", got, "moe-lab sweep run first"))
         try:
-            plan = parse_json(path.read_bytes())
+            plan = parse_json(read_regular(path))
         except (OSError, ValueError) as error:
             hint = "running the sweep again into another folder"
             raise RunError(expected("a readable plan", f"{path}: {error}", hint)) from error

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_lab.errors import RunError, expected
-from moe_lab.files import parse_json
+from moe_lab.files import parse_json, read_regular
 from moe_lab.runs import failures
 from moe_lab.runs.folder_claims import claimed, holder
 from moe_lab.runs.layout import CONFIG, DONE, ERROR, RESULT, STATUS, TRACE, TRACE_META, RunState
@@ -166,7 +166,7 @@ def parse_object(source: Path | bytes, name: str = "") -> dict[str, Any]:
     """The object in a JSON file, or in its bytes. Raises ``RunError`` if there is none."""
     name = name or getattr(source, "name", "the file")
     try:
-        value = parse_json(source if isinstance(source, bytes) else source.read_bytes())
+        value = parse_json(source if isinstance(source, bytes) else read_regular(source))
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise RunError(f"{name} cannot be read: {why}; try running it again") from error

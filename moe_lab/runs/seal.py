@@ -1,37 +1,55 @@
 """What ``done`` says of the files that a finished run left: a digest of each, so that an edited run
-is noticed when it is loaded, judged or continued.
+is noticed when it is loaded, judged, drawn or continued.
 
-``done`` of an older version is empty; its run is taken as it is.
+``done`` of an older version is empty, or lacks some of the files; what it lacks is taken as it is.
+The study of ``moe-lab difficulty`` lists the digests of all its tables, under ``digests``.
 """
 
-import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from moe_lab.errors import RunError, expected
-from moe_lab.runs.layout import CONFIG, DONE, RESULT
+from moe_lab.files import digest_of, read_regular
+from moe_lab.runs.layout import CONFIG, DONE, METRICS, RESULT, TRACE, TRACE_META
 
-SEALED = (CONFIG, RESULT)
+ALWAYS_CHECKED = (CONFIG, RESULT)
+TRACE_META_NAME = f"{TRACE}/{TRACE_META}"
+SEALED = (*ALWAYS_CHECKED, METRICS, TRACE_META_NAME)
+"""``meta.json`` of the trace lists the checksums of its files."""
 
 
 def seal(folder: Path) -> str:
     """The content of ``done`` for the files that lie in ``folder`` now."""
-    return json.dumps({name: _digest(folder / name) for name in SEALED}) + "\n"
+    return json.dumps(digests_of(folder, (name for name in SEALED if (folder / name).exists())))
 
 
-def check_seal(folder: Path) -> None:
-    """Raise ``RunError`` if a sealed file of the finished run in ``folder`` was changed."""
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digest of each file by its name."""
+    return {name: digest_of(folder / name) for name in names}
+
+
+def check_seal(
+    folder: Path, names: Iterable[str] = ALWAYS_CHECKED, record: Path | None = None
+) -> None:
+    """Raise ``RunError`` if one of the sealed files ``names`` in ``folder`` was changed since.
+
+    Args:
+        record: the file with the digests; ``done`` in ``folder`` by default.
+    """
+    record = folder / DONE if record is None else record
     try:
-        digests = json.loads((folder / DONE).read_bytes() or b"{}")
-        sealed = [name for name in SEALED if name in digests]
-        changed = next((name for name in sealed if digests[name] != _digest(folder / name)), None)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RunError(f"cannot read {DONE} in {folder}: {str(error).splitlines()[0]}") from error
+        digests = json.loads(read_regular(record) or b"{}")
+        of_study = "digests" in digests
+        digests = digests["digests"] if of_study else digests
+        sealed = [name for name in names if of_study or name in digests]
+        changed = next(
+            (name for name in sealed if digests.get(name) != digest_of(folder / name)), None
+        )
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        why = str(error).splitlines()[0]
+        raise RunError(f"cannot read {record.name} in {folder}: {why}") from error
     if changed:
         got = f"another in {folder}"
         hint = "restoring it, or removing the folder and running it again"
         raise RunError(expected(f"the {changed} that the run ended with", got, hint))
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]

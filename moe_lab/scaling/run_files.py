@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from moe_lab.errors import AnalysisError, RunError, expected
+from moe_lab.files import read_regular
 from moe_lab.runs.layout import DONE, RESULT
 from moe_lab.runs.record import parse_object
 from moe_lab.runs.seal import check_seal
@@ -26,7 +27,7 @@ READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".parquet": lambda path: read_parquet(path, AnalysisError),
     ".csv": lambda path: _text(path),
     ".tsv": lambda path: _text(path),
-    ".jsonl": pl.read_ndjson,
+    ".jsonl": lambda path: pl.read_ndjson(read_regular(path)),
 }
 SEPARATORS = (",", ";", "\t")
 GROUPED = r"^[+-]?\d{{1,3}}({0}\d{{3}}){{2,}}$"
@@ -65,7 +66,12 @@ def read_runs(path: Path | str, *, names: Sequence[tuple[str, str]] = ()) -> pl.
     else:
         try:
             frame = READERS[path.suffix.lower()](path)
-        except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+        except (
+            pl.exceptions.PolarsError,
+            pl.exceptions.PanicException,
+            OSError,
+            ValueError,
+        ) as error:
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise AnalysisError(
                 expected(f"a readable {path.suffix[1:].upper()} file", f"{path.name}: {first}")
@@ -157,7 +163,7 @@ def _text(path: Path) -> pl.DataFrame:
     comma where the columns are not parted by one, thousands separators. Columns of numbers become
     numbers, also where a run that diverged is written as nan, NaN or inf.
     """
-    data = path.read_bytes()
+    data = read_regular(path)
     wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     text = data.decode("utf-16" if wide else "utf-8-sig")
     header = text.partition("\n")[0]

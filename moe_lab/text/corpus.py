@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_lab.errors import CorpusError, expected
-from moe_lab.files import content_hash
+from moe_lab.files import content_hash, read_regular
 from moe_lab.sandbox import read_parquet
 
 STDLIB = "stdlib"
@@ -265,7 +265,7 @@ def _read_folder(files: list[tuple[str, str]]) -> Iterator[Document]:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise CorpusError(expected("a readable file", f"{path}: {error.strerror}")) from error
     hint = "converting it to UTF-8 or moving it out of the corpus"

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import ConfigError, TraceError, expected
+from moe_lab.files import read_regular
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 from moe_lab.trace.schema import (
     META_FILE,
@@ -35,7 +36,7 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
             raise TraceError(
                 expected(f"{META_FILE} of at most {MAX_META_BYTES} bytes", path.stat().st_size)
             )
-        values: Any = json.loads(path.read_bytes())
+        values: Any = json.loads(read_regular(path))
         json.dumps(
             values, ensure_ascii=False
         ).encode()  # half a character (a lone surrogate) raises

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from moe_lab.files import atomic_path, write_json
+from moe_lab.files import atomic_path, open_regular, write_json
 from moe_lab.trace.schema import META_FILE, SCHEMA_VERSION, VERSION_KEY, PartMeta, TraceMeta
 from moe_lab.trace.seal import new_digest, write_seal
 
@@ -26,7 +26,7 @@ def write_part(path: Path, frame: pl.DataFrame) -> None:
 def file_checksums(path: Path) -> tuple[int, int, str]:
     """Size in bytes, CRC-32 and BLAKE2b of a file, read in blocks."""
     size, crc, digest = 0, 0, new_digest()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(2**20):
             size, crc = size + len(block), zlib.crc32(block, crc)
             digest.update(block)

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import TraceError, expected
-from moe_lab.files import TEMPORARY_PREFIX
+from moe_lab.files import TEMPORARY_PREFIX, read_regular
 from moe_lab.trace.parts import count_slots, part_of, write_meta, write_part
 from moe_lab.trace.reader import open_trace
 from moe_lab.trace.rows import key_checksum
@@ -134,7 +134,7 @@ def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 def _finished(path: Path) -> set[int]:
     try:
-        runs = json.loads(path.read_bytes())["documents"]
+        runs = json.loads(read_regular(path))["documents"]
         return {number for first, last in runs for number in range(int(first), int(last) + 1)}
     except FileNotFoundError:
         return set()

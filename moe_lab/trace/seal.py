@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import MoELabError
-from moe_lab.files import default_cache_dir, write_json
+from moe_lab.files import default_cache_dir, open_regular, read_regular, write_json
 from moe_lab.trace.schema import META_FILE
 
 SEAL_FILE = "seal.json"
@@ -43,7 +43,7 @@ def user_key() -> bytes | None:
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)  # the first of several processes wins
             temporary.unlink()
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             found = os.fstat(file.fileno())
             private = not hasattr(os, "getuid") or (
                 found.st_uid == os.getuid() and not found.st_mode & 0o077
@@ -59,8 +59,8 @@ def new_digest() -> Any:
 
 
 def digest(path: Path) -> str:
-    """The digest of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    """The digest of a file, in hexadecimal digits. Raises ``OSError``."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, new_digest).hexdigest()
 
 
@@ -80,8 +80,7 @@ def sealed_files(folder: Path) -> dict[str, str] | None:
     """
     key = user_key()
     try:
-        with open(folder / SEAL_FILE, "rb") as file:
-            text = file.read(MAX_SEAL_BYTES + 1)
+        text = read_regular(folder / SEAL_FILE, MAX_SEAL_BYTES + 1)
         values: Any = json.loads(text) if len(text) <= MAX_SEAL_BYTES else None
         files, code = values["files"], values["code"]
         if key is None or not hmac.compare_digest(_code(key, files), code):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moe_lab.errors import CheckpointError
-from moe_lab.files import content_hash, write_text
+from moe_lab.files import content_hash, parse_json, read_regular, write_text
 from moe_lab.runs.layout import TRUNKS
 from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_lab.training.config import RunConfig
@@ -74,7 +74,7 @@ def take_up(
     path = _path(config, folder, config.decay_step(config.train_tokens))
     if path.exists():
         with suppress(CheckpointError, OSError, ValueError):
-            rows = json.loads(path.with_suffix(".json").read_text())
+            rows = parse_json(read_regular(path.with_suffix(".json")))
             return load_checkpoint(path, model, optimizer, trunk_hash(config)), rows
     return 0, []
 

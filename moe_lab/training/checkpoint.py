@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moe_lab.errors import CheckpointError, expected
-from moe_lab.files import atomic_path
+from moe_lab.files import atomic_path, open_regular
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -82,10 +82,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     return digest
 
 
+def _opened(path: Path) -> Any:
+    """A safetensors file; raises ``OSError`` at once for what is no regular file."""
+    open_regular(path).close()
+    return safe_open(path, framework="pt")
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata that ``save_tensors`` wrote. Raises ``CheckpointError``."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             return file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}; {_ADVICE}") from error
@@ -94,7 +100,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what ``save_tensors`` wrote. Raises ``CheckpointError`` for a file that is not whole."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError, ValueError) as error:

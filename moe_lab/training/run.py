@@ -23,7 +23,14 @@ from torch import Tensor
 from moe_lab.accounting import count
 from moe_lab.document_pass import excerpts_of
 from moe_lab.errors import ConfigError, MoELabError, RunError, StorageError, expected
-from moe_lab.files import cannot_write, remove_temporaries, write_json, write_parquet, write_text
+from moe_lab.files import (
+    cannot_write,
+    read_regular,
+    remove_temporaries,
+    write_json,
+    write_parquet,
+    write_text,
+)
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
 from moe_lab.runs.layout import (
@@ -403,7 +410,8 @@ class _Run:
             return None
         step = int(read_metadata(self._checkpoint).get("step", 0))
         log = self.folder / METRICS_LOG
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        text = read_regular(log) if log.exists() else b""
+        lines = text.decode(errors="replace").splitlines()
         rows = {row["step"]: row for row in map(_parse, lines) if row is not None}
         every, steps = self.config.log_every, self.config.steps
         logged = [

@@ -7,7 +7,10 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unicodedata import category
 
 import polars as pl
 import pytest
@@ -22,6 +25,7 @@ from report_fixtures import (
 )
 
 from moe_lab.errors import RunError
+from moe_lab.plain_text import LONGEST_ON_PAGE, on_page
 from moe_lab.report import figures, write_report
 from moe_lab.report.blocks import MAX_TABLE_ROWS
 from moe_lab.report.page import script_json
@@ -41,6 +45,15 @@ def scripts(text: str) -> list[str]:
 
 def without_scripts(text: str) -> str:
     return re.sub(r"<script.*?</script>", "", text, flags=re.S)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for entry in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from texts(entry)
 
 
 def words(text: str) -> str:
@@ -129,7 +142,24 @@ def test_title_is_escaped(page: str) -> None:
 def test_json_in_scripts_cannot_close_them_and_round_trips(text: str) -> None:
     written = str(script_json({"text": text}))
     assert not re.search(r"[<>&\u2028\u2029]", written)
-    assert json.loads(written) == {"text": text}
+    assert json.loads(written) == {"text": on_page(text)}
+
+
+def test_no_direction_control_or_invisible_character_stands_on_the_page(tmp_path: Path) -> None:
+    marks = "\u202a\u202e\u2066\u2069\u200e\u200f\u061c\u200b\ufeff\x1b[31m\x9b\x7f"
+    arm = f"topk{marks}" + "x" * 100_000
+    make_run(tmp_path / "good", arm, 2, 0, None, [])
+    failed = make_failed_run(tmp_path / "bad", f"it broke {marks}")
+    (failed / "log.txt").write_text(marks)
+    page = write_report(tmp_path, tmp_path / "report.html", title=marks).read_text(encoding="utf-8")
+    for script in scripts(page):  # our own
+        page = page.replace(script, "")
+    values = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, flags=re.S)
+    for text in (page, html.unescape(page), *texts([json.loads(value) for value in values])):
+        raw = {c for c in text if category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t\r"}
+        assert not raw
+    assert "topk\\u202a\\u202e" in words(page)
+    assert max(map(len, re.findall(r">([^<]*)<", without_scripts(page)))) < LONGEST_ON_PAGE + 100
 
 
 def test_only_the_page_s_own_scripts_may_run(page: str) -> None:

@@ -1,8 +1,11 @@
 """Reading folders: what counts as finished, what is listed, and what the errors say."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 from report_fixtures import (
     Shape,
@@ -15,7 +18,11 @@ from report_fixtures import (
 )
 
 from moe_lab.errors import RunError, TraceError
+from moe_lab.files import write_json, write_parquet
+from moe_lab.report import write_report
 from moe_lab.report.sources import RunState, gather, run_table, training_metrics
+from moe_lab.runs.layout import DONE, METRICS, TRACE
+from moe_lab.runs.seal import check_seal, digests_of, seal
 from moe_lab.trace import open_trace
 
 SMALL = Shape(layers=1, experts=4, documents=2, tokens=30)
@@ -127,3 +134,31 @@ def test_of_the_seeds_of_a_point_one_trace_is_opened(tmp_path: Path) -> None:
     material = gather(tmp_path)
     assert len(material.finished) == 6
     assert [named.label for named in material.traces] == ["topk 2:1, seed 0", "topk 4:1, seed 0"]
+
+
+@pytest.mark.parametrize("name", [METRICS, f"{TRACE}/meta.json"])
+def test_a_file_of_another_run_beside_a_finished_one_is_refused(tmp_path: Path, name: str) -> None:
+    shapes = {"a": SMALL, "b": replace(SMALL, tokens=31)}
+    run, other = (make_run(tmp_path / n, "topk", 2, ord(n), shape) for n, shape in shapes.items())
+    (run / DONE).write_text(seal(run))
+    write_report(run, tmp_path / "page.html")
+    part = name.partition("/")[0]
+    shutil.rmtree(run / part) if (run / part).is_dir() else (run / part).unlink()
+    (other / part).rename(run / part)
+    with pytest.raises(RunError, match=f"expected the {name} that the run ended with") as caught:
+        write_report(run, tmp_path / "page.html")
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_of_another_study_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "difficulty"
+    write_parquet(folder / "gain.parquet", pl.DataFrame({"gain": [1.0]}))
+    digests = digests_of(folder, ["gain.parquet"])
+    write_json(folder / "verdict.json", {"verdict": "yes", "digests": digests})
+    check_seal(folder, ["gain.parquet"], folder / "verdict.json")
+    write_parquet(folder / "regret.parquet", pl.DataFrame({"gain": [1.0]}))
+    with pytest.raises(RunError, match=r"expected the regret\.parquet that the run ended with"):
+        check_seal(folder, ["gain.parquet", "regret.parquet"], folder / "verdict.json")
+    write_parquet(folder / "gain.parquet", pl.DataFrame({"gain": [9.0]}))
+    with pytest.raises(RunError, match=r"expected the gain\.parquet"):
+        check_seal(folder, ["gain.parquet"], folder / "verdict.json")
