@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	then $(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	else $(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; fi
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' -c $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --group dev -e '.[hf,lexers,ray,slurm]'
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --build-constraint constraints.txt --group dev -e '.[hf,lexers,ray,slurm]'
 	$(BIN)/python -m compileall -q moe_lab  # also where PYTHONDONTWRITEBYTECODE is set: half a second of every start
 	@touch $@
 
