@@ -22,9 +22,9 @@ APART = {"moe-lab", "torch"}
 BESIDE = ("pip", "editables", "duckdb")
 """What setup, an editable install and a benchmark need and ``pyproject.toml`` does not name."""
 HEAD = """\
-# The files of constraints.txt for CPython {python} on {machine}, by SHA-256; written by .ci/lock.py.
+# The files of constraints.txt for CPython {python} on {machine}; written by .ci/lock.py.
 #   pip install --require-hashes --no-deps -r requirements.lock
-# torch is apart, because its build depends on the machine: install the one of constraints.txt first.
+# torch is apart, because its build depends on the machine: install that of constraints.txt first.
 """
 
 

@@ -70,6 +70,8 @@ def private_folder(folder: Path) -> Path:
     except OSError as error:
         raise StorageError(cannot_write(folder, error)) from error
     status = folder.lstat()
+    if not hasattr(os, "geteuid"):  # Windows: folders are a user's own by its own rules
+        return folder
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         got = f"mode {stat.filemode(status.st_mode)} of user {status.st_uid}"
         hint = "removing it, or another TMPDIR"

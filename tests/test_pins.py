@@ -1,4 +1,4 @@
-"""``constraints.txt`` pins every package that the project names, ``requirements.lock`` its files."""
+"""``constraints.txt`` pins every package that the project names, ``requirements.lock`` files."""
 
 import re
 import tomllib

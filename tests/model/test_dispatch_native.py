@@ -168,7 +168,22 @@ def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     ]
     for process in processes:
         assert process.communicate(timeout=300)[0].startswith("True native")
-    assert len(list((tmp_path / "native").iterdir())) == 1
+    folder = tmp_path / f"native-{os.geteuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_a_library_that_others_could_write_is_not_loaded(tmp_path: Path) -> None:
+    code = "from moe_lab.model.dispatch import native; print(native.available(), native.problem())"
+    folder = tmp_path / f"native-{os.geteuid()}"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    environment = {**os.environ, "MOE_LAB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.startswith("False the experts could not be compiled: expected a folder of")
+    assert not list(folder.iterdir())
 
 
 def test_an_unknown_processor_of_a_shared_home_gets_its_own_library(

@@ -1,10 +1,10 @@
 """``experts``: the routed experts of a layer in C++ on a CPU (``experts.cpp``), forward and
 backward.
 
-The source is compiled once per machine, in seconds, by the machine's own C++ compiler (``$CXX``,
-``c++``, ``g++`` or ``clang++``) into the cache folder; products are torch's own BLAS. Where that
-cannot be had ``available`` is False and ``problem`` says why; ``MOE_LAB_NATIVE=0`` switches it off.
-Under ``torch.compile`` the layer is one opaque operator.
+The source is compiled once per machine and user, in seconds, by the machine's own C++ compiler
+(``$CXX``, ``c++``, ``g++`` or ``clang++``) into a folder of this user alone in the cache folder;
+products are torch's own BLAS. Where that cannot be had ``available`` is False and ``problem`` says
+why; ``MOE_LAB_NATIVE=0`` switches it off. Under ``torch.compile`` the layer is one opaque operator.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.files import atomic_path, default_cache_dir
+from moe_lab.files import atomic_path, default_cache_dir, private_folder
 from moe_lab.model.dispatch.bank import Bank
 from moe_lab.routing import Routing
 
@@ -132,11 +132,11 @@ def _compiled() -> Path:
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), compiler, version, _processor())
-    path = (
-        default_cache_dir()
-        / "native"
-        / f"experts-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    )
+    cache = default_cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    folder = private_folder(cache / f"native-{user}")  # a library runs as who loads it
+    path = folder / f"experts-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with atomic_path(path) as temporary:
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
