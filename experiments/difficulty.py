@@ -224,7 +224,9 @@ def _difficulties(text: TokenizedText, config: RunConfig, size: dict[str, Any]) 
     vocabulary = text.tokenizer.vocab_size
     surprisal = ngram_surprisal([document.ids for document in documents], vocabulary)[: len(unseen)]
     classes = [token_classes(document, text.tokenizer, text.counts()) for document in unseen]
-    frame = pl.concat(classes).select("doc", "pos", "lexer", "freq_band", "subword", "copy")
+    frame = pl.concat(classes).select(
+        "doc", "pos", "lexer", "freq_band", "subword", "copy", "boundary"
+    )
     frame = frame.with_columns(ngram_loss=pl.Series(np.concatenate(surprisal)))
     twin = config.replace(
         model=_decoder(size, vocabulary, None), seed=1000, train_tokens=2 * size["tokens"]

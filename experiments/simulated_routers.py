@@ -16,7 +16,6 @@ from scipy.special import expit
 from scipy.stats import binom
 
 from moe_lab.analysis.difficulty import difficulty_association
-from moe_lab.analysis.difficulty.context import copied_suffix
 from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.errors import AnalysisError, expected
 
@@ -66,13 +65,13 @@ def simulate_router(tokens: pl.DataFrame, world: World, difficulty: str, seed: i
     needs a class and there is no ``lexer``.
     """
     generator = np.random.default_rng(seed)
-    ids, _ = _codes(tokens["token_id"])
+    ids, _ = codes_of(tokens["token_id"])
     hardness = tokens[difficulty].cast(pl.Float64).fill_nan(None).to_numpy()
     logit = np.full(tokens.height, world.level)
     if world.frequency:
-        logit += world.frequency * _standard(-np.log(np.bincount(ids))[ids])
+        logit += world.frequency * standard(-np.log(np.bincount(ids))[ids])
     if world.identity:
-        logit += world.identity * _standard(generator.normal(size=int(ids.max()) + 1)[ids])
+        logit += world.identity * standard(generator.normal(size=int(ids.max()) + 1)[ids])
     if world.lexer:
         if "lexer" not in tokens.columns:
             raise AnalysisError(
@@ -80,12 +79,12 @@ def simulate_router(tokens: pl.DataFrame, world: World, difficulty: str, seed: i
                     "a column lexer for a router that looks at classes", ", ".join(tokens.columns)
                 )
             )
-        classes, number = _codes(tokens["lexer"])
-        logit += world.lexer * _standard(generator.normal(size=number)[classes])
+        classes, number = codes_of(tokens["lexer"])
+        logit += world.lexer * standard(generator.normal(size=number)[classes])
     if world.difficulty:
-        logit += world.difficulty * _standard(beyond_identity(ids, hardness))
+        logit += world.difficulty * standard(beyond_identity(ids, hardness))
     if world.document:
-        documents, number = _codes(tokens["doc"])
+        documents, number = codes_of(tokens["doc"])
         logit += world.document * generator.normal(size=number)[documents]
     share = expit(logit)
     return tokens.with_columns(
@@ -104,7 +103,7 @@ def truth(tokens: pl.DataFrame, difficulty: str) -> float:
     used = tokens.filter(
         (pl.col("pos") > 0) & pl.col(difficulty).is_not_null() & pl.col(difficulty).is_not_nan()
     )
-    share, (ids, _) = used["share"].to_numpy(), _codes(used["token_id"])
+    share, (ids, _) = used["share"].to_numpy(), codes_of(used["token_id"])
     levels = np.arange(SLOTS + 1)
     marginal = np.zeros(SLOTS + 1)
     chances = [binom.pmf(level, SLOTS, share) for level in levels]
@@ -154,7 +153,7 @@ def simulate_corpus(corpus: Corpus, seed: int) -> pl.DataFrame:
     pos = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     share = 1 / np.arange(1, corpus.vocabulary + 1)
     ids = generator.choice(corpus.vocabulary, size=len(doc), p=share / share.sum())
-    table = _standard(-np.log(share)) + np.random.default_rng(corpus.language).normal(
+    table = standard(-np.log(share)) + np.random.default_rng(corpus.language).normal(
         size=corpus.vocabulary
     )
     own = generator.normal(size=len(doc))
@@ -179,13 +178,13 @@ def beyond_identity(ids: NDArray, values: Floats) -> Floats:
     return np.where(known, values - means[ids], 0)
 
 
-def _codes(column: pl.Series) -> tuple[NDArray[np.int64], int]:
+def codes_of(column: pl.Series) -> tuple[NDArray[np.int64], int]:
     values = column.cast(pl.String) if column.dtype in (pl.Categorical, pl.Enum) else column
     distinct, code = np.unique(values.to_numpy(), return_inverse=True)
     return code, len(distinct)
 
 
-def _standard(values: Floats) -> Floats:
+def standard(values: Floats) -> Floats:
     spread = values.std()
     return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
 
@@ -268,136 +267,3 @@ def calibrate(
                 }
             )
     return pl.DataFrame(rows)
-
-
-# Routers that look at one thing other than difficulty
-def single_cues(tokens: pl.DataFrame, seed: int) -> dict[str, Floats]:
-    """What each of twelve routers looks at, standardised, for tokens [doc, pos, token_id, lexer,
-    newline, word_start, ngram_loss] in order of (doc, pos).
-
-    ``difficulty of the token`` is the one that an aligned verdict would be right for, and only with
-    ``align="input"``.
-    """
-    generator = np.random.default_rng(seed)
-    ids, number = _codes(tokens["token_id"])
-    doc, _ = _codes(tokens["doc"])
-    lexer, classes = _codes(tokens["lexer"])
-    pos = tokens["pos"].to_numpy().astype(np.float64)
-    previous = np.append(0, np.where(doc[1:] == doc[:-1], ids[:-1] + 1, 0))
-    pair = np.unique(previous * (number + 1) + ids, return_inverse=True)[1]
-    loss = tokens["ngram_loss"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-    cues = {
-        "nothing": np.zeros(len(ids)),
-        "token id": generator.normal(size=number)[ids],
-        "frequency": -np.log(np.bincount(ids))[ids],
-        "log position": np.log1p(pos),
-        "linear position": pos,
-        "copied suffix": copied_suffix(ids, doc).astype(np.float64),
-        "previous token": generator.normal(size=number + 1)[previous],
-        "bigram": generator.normal(size=int(pair.max()) + 1)[pair],
-        "lexer class": generator.normal(size=classes)[lexer],
-        "place in the line": np.log1p(_since(tokens["newline"].to_numpy(), doc)),
-        "place in the word": np.log1p(_since(tokens["word_start"].to_numpy(), doc)),
-        "difficulty of the token": beyond_identity(ids, loss),
-    }
-    return {name: _standard(values) for name, values in cues.items()}
-
-
-def _since(begins: NDArray[np.bool_], doc: NDArray[np.int64]) -> Floats:
-    """[T] tokens since the last one that begins something, or since the document began."""
-    begins = begins | np.append(True, doc[1:] != doc[:-1])
-    place = np.arange(len(begins))
-    return (place - np.maximum.accumulate(np.where(begins, place, 0))).astype(np.float64)
-
-
-def cue_corpus(kind: str, documents: int, tokens: int) -> pl.DataFrame:
-    """[doc, pos, token_id, lexer, newline, word_start, ngram_loss] of the default corpus, the first
-    ``tokens`` of each of ``documents`` documents, as ``bpe`` (2,048 ids) or ``byte`` tokens.
-    """
-    from moe_lab.text import TextConfig, load_tokens, ngram_surprisal, token_classes
-    from moe_lab.text.tokenizer import TokenizerKind
-
-    text = load_tokens(TextConfig(tokenizer=TokenizerKind(kind), vocab_size=2048))
-    chosen = [item for item in text.documents("train") if len(item.ids) > tokens][:documents]
-    ids = [item.ids[:tokens] for item in chosen]
-    surprisal = ngram_surprisal(ids, text.tokenizer.vocab_size, seed=0)
-    frames = []
-    for number, (item, loss) in enumerate(zip(chosen, surprisal, strict=True)):
-        classes = token_classes(item, text.tokenizer).head(tokens)
-        frames.append(
-            pl.DataFrame(
-                {
-                    "doc": np.full(tokens, number),
-                    "pos": np.arange(tokens),
-                    "token_id": item.ids[:tokens].astype(np.int64),
-                    "lexer": classes["lexer"].cast(pl.String),
-                    "newline": classes["boundary"].cast(pl.String) == "after_newline",
-                    "word_start": classes["subword"].cast(pl.String) == "word_start",
-                    "ngram_loss": pl.Series(loss.astype(np.float32)).fill_nan(None),
-                }
-            )
-        )
-    return pl.concat(frames)
-
-
-def cue_verdicts(
-    corpus: pl.DataFrame, draws: int, weight: float = 0.5, resamples: int = 400
-) -> pl.DataFrame:
-    """[cue, align, draw, rho_token, verdict] of every single-cue router on one corpus."""
-    frames = []
-    for draw in range(draws):
-        for cue, values in single_cues(corpus, draw).items():
-            generator = np.random.default_rng([draw, len(cue)])
-            spent = generator.binomial(SLOTS, expit(weight * values)).astype(np.uint8)
-            frame = corpus.select("doc", "pos", "token_id", "lexer", "ngram_loss").with_columns(
-                layer=pl.lit(0), ffn_count=spent
-            )
-            table = difficulty_association(frame, "ngram_loss", draw, resamples=resamples)
-            frames.append(
-                table.select(
-                    pl.lit(cue).alias("cue"),
-                    "align",
-                    pl.lit(draw).alias("draw"),
-                    "rho_token",
-                    "verdict",
-                )
-            )
-    return pl.concat(frames)
-
-
-def false_verdicts(verdicts: pl.DataFrame) -> pl.DataFrame:
-    """[cue, align, draws, rho_token, false]: share of draws called aligned or inverted, where only
-    the router that sees the token's difficulty may be, for ``align="input"``.
-    """
-    wrong = pl.col("verdict").is_in(["difficulty-aligned", "inverted"])
-    right = (pl.col("cue") == "difficulty of the token") & (pl.col("align") == "input")
-    return (
-        verdicts.filter(~right)
-        .group_by("cue", "align", maintain_order=True)
-        .agg(draws=pl.len(), rho_token=pl.col("rho_token").mean(), false=wrong.mean())
-    )
-
-
-def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(description="false verdicts on routers that see one cue")
-    parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--documents", type=int, default=300)
-    parser.add_argument("--tokens", type=int, default=400)
-    args = parser.parse_args()
-    for kind in ("bpe", "byte"):
-        verdicts = cue_verdicts(cue_corpus(kind, args.documents, args.tokens), args.draws)
-        right = verdicts.filter(
-            (pl.col("cue") == "difficulty of the token") & (pl.col("align") == "input")
-        )
-        table = false_verdicts(verdicts)
-        with pl.Config(tbl_rows=-1, tbl_hide_dataframe_shape=True, float_precision=3):
-            print(kind, table)
-        aligned = (right["verdict"] == "difficulty-aligned").mean()
-        print(f"{kind}: false aligned or inverted {table['false'].mean():.3f} of all, ", end="")
-        print(f"at most {table['false'].max():.3f}; aligned where it is right {aligned:.2f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -158,9 +158,9 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
     ids = [document.ids[: args.max_tokens] for document in judged]
     numbers = [document.index for document in judged]
     scored = score(run.model, ids, numbers, seq_length=run.config.seq_length).frame()
-    described = classes.select("doc", "pos", "lexer", "freq_band", "subword", "copy").join(
-        columns, on=["doc", "pos"]
-    )
+    described = classes.select(
+        "doc", "pos", "lexer", "freq_band", "subword", "copy", "boundary"
+    ).join(columns, on=["doc", "pos"])
     return (
         scored.join(
             described.cast({"doc": pl.Int64, "pos": pl.Int64}), on=["doc", "pos"], how="left"

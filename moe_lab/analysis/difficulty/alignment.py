@@ -25,6 +25,13 @@ KEYS = ("doc", "pos", "token_id")
 LEXER = "lexer"
 STRATA = (LEXER, "freq_band", "subword", "copy")
 """Class columns that make up strata, where a frame has them."""
+PLACES = {
+    "place in the line": ("boundary", "after_newline"),
+    "place in the word": ("subword", "word_start"),
+}
+"""Name -> the class column and the class of a token with which a line or a word begins: where a
+frame has the column, the tokens since then are known.
+"""
 MIN_DOCUMENT_TOKENS = 64
 NUM_BANDS = 20
 LARGEST_CODE = 2**22
@@ -45,6 +52,8 @@ class LayerTokens:
         strata: [T] one code for each combination of the class columns, or None where the frame has
             none.
         lexer: [T] codes of the column ``lexer`` alone, or None.
+        places: name in ``PLACES`` -> [T] tokens since the line or the word began, where the frame
+            has the column.
         all_documents: documents of the layer, short ones included.
     """
 
@@ -56,21 +65,21 @@ class LayerTokens:
     difficulty: Floats
     strata: Ints | None
     lexer: Ints | None
+    places: dict[str, Ints]
     all_documents: int
 
     def same_tokens(self, other: "LayerTokens") -> bool:
         """Whether only compute differs, so that what depends on the rest can be used again."""
-        if (self.strata is None) != (other.strata is None) or (self.lexer is None) != (
-            other.lexer is None
-        ):
-            return False
-        names = [
-            name
-            for name in ("doc", "pos", "token_id", "strata", "lexer")
-            if getattr(self, name) is not None
-        ]
-        same = all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+        own, theirs = self._columns(), other._columns()
+        same = own.keys() == theirs.keys() and all(
+            np.array_equal(column, theirs[name]) for name, column in own.items()
+        )
         return same and np.array_equal(self.difficulty, other.difficulty, equal_nan=True)
+
+    def _columns(self) -> dict[str, Ints]:
+        names = ("doc", "pos", "token_id", "strata", "lexer")
+        columns = {name: getattr(self, name) for name in names} | self.places
+        return {name: column for name, column in columns.items() if column is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +153,8 @@ def layers_of(
     if "layer" not in schema:
         lazy = lazy.with_columns(layer=pl.lit(0, pl.UInt32))
     layers = lazy.select(pl.col("layer").unique().sort()).collect()["layer"].drop_nulls().to_list()
-    wanted = dict.fromkeys([*needed, *classes])
+    marks = [column for column, _ in PLACES.values() if column in schema]
+    wanted = dict.fromkeys([*needed, *classes, *marks])
     last: LayerTokens | None = None
     for layer in layers:
         rows = lazy.filter(pl.col("layer") == layer).select(*wanted).collect(engine="streaming")
@@ -179,7 +189,11 @@ def _layer_tokens(
         rows[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
         for name in (compute, difficulty)
     ]
-    columns = [doc, pos, token_id, *values, strata, lexer]
+    begins = [
+        (rows[column] == value).fill_null(False).to_numpy() if column in rows.columns else None
+        for column, value in PLACES.values()
+    ]
+    columns = [doc, pos, token_id, *values, strata, lexer, *begins]
     documents = len(np.unique(doc))
     keep = _long_enough(doc, min_document_tokens) & (np.isfinite(values[0]))
     if order is not None:
@@ -187,7 +201,21 @@ def _layer_tokens(
         columns = [None if column is None else column[order] for column in columns]
     if not keep.all():
         columns = [None if column is None else column[keep] for column in columns]
-    return LayerTokens(layer, *columns, documents)  # type: ignore[arg-type]
+    arrays, begins = columns[: -len(PLACES)], columns[-len(PLACES) :]
+    tokens = LayerTokens(layer, *arrays, {}, documents)  # type: ignore[arg-type]
+    places = {
+        name: since(begin, tokens.doc)
+        for name, begin in zip(PLACES, begins, strict=True)
+        if begin is not None
+    }
+    return replace(tokens, places=places)
+
+
+def since(begins: NDArray[np.bool_], doc: Ints) -> Ints:
+    """[T] tokens since the last one that begins something, or since the document began."""
+    begins = begins | np.append(True, doc[1:] != doc[:-1])[: len(doc)]
+    place = np.arange(len(begins))
+    return place - np.maximum.accumulate(np.where(begins, place, 0))
 
 
 def _codes(column: pl.Series) -> Ints:

@@ -79,9 +79,9 @@ def difficulty_association(
 
     Args:
         frame: [layer, doc, pos, token_id, <compute>, <difficulty>], one row per layer and token;
-            class columns ``lexer``, ``freq_band``, ``subword`` and ``copy`` are used where they are
-            there. Rows may come in any order. A difficulty that is null or NaN leaves the token
-            out.
+            class columns ``lexer``, ``freq_band``, ``subword``, ``copy`` and ``boundary`` (of
+            ``text.token_classes``) are used where they are there. Rows may come in any order. A
+            difficulty that is null or NaN leaves the token out.
         difficulty: the column of the token's difficulty, in any unit (only its ranks count),
             measured without the studied model.
         seed: of the resampling.
@@ -109,9 +109,10 @@ def difficulty_association(
         theirs, the naive interval of ``rho_token`` that takes tokens for independent, ``somers_d``
         and ``xi`` of compute on difficulty, ``identity_share`` and ``frequency_share`` (variance of
         compute explained by token ids, and the part of that which their frequency explains),
-        ``rho_previous_token``, ``rho_position``, ``rho_copied_suffix``, ``rho_other_token`` (what
-        is left where each of these is held fixed beside the id; null where ``rho_token`` is not
-        beyond the margin), ``rho_bend`` (of compute with the squared rank of difficulty within
+        ``rho_previous_token``, ``rho_position``, ``rho_copied_suffix``, ``rho_place_in_the_line``,
+        ``rho_place_in_the_word``, ``rho_other_token`` (what is left where each of these is held
+        fixed beside the id; null where ``rho_token`` is not beyond the margin or the frame does not
+        have it), ``rho_bend`` (of compute with the squared rank of difficulty within
         ids), ``compute_percent`` (compute of the hardest tenth within ids over the easiest),
         ``n_effective`` (documents of equal length that would weigh as much, repeated ones counted
         once), ``n_alone`` (tokens whose id occurs once) and ``n_missing`` (without a difficulty).

@@ -37,17 +37,24 @@ class Gates:
     def behind(self) -> dict[str, Callable[[Floats, Floats], Floats]]:
         """Name -> function of (a row of ranks, its residual within token ids) -> what is left."""
         tokens, rows, judged = self.tokens, self.aligned.rows, self.aligned.judged
+        places = (rows,) if self.aligned.align is Align.INPUT else (rows, judged)
         pairs = Within(
             (joint_code([tokens.token_id[rows], self._previous[rows]]), *self.by_token.codes[1:])
         )
         position = Order.of(tokens.pos[rows]).quantile_bins(POSITION_BINS)
         copied = copied_suffix(tokens.token_id, tokens.doc)
-        copy = joint_code([copied[rows], copied[judged]])
-        gates = {
-            "previous token": lambda ranks, _: pairs.residual(ranks),
-            "position": lambda _, left: self._beside(left, position),
-            "copied suffix": lambda _, left: self._beside(left, copy),
+        beside = {
+            "position": position,
+            "copied suffix": joint_code([copied[rows], copied[judged]]),
+        } | {
+            name: joint_code([Order.of(place[at]).quantile_bins(POSITION_BINS) for at in places])
+            for name, place in tokens.places.items()
         }
+        gates: dict[str, Callable[[Floats, Floats], Floats]] = {
+            "previous token": lambda ranks, _: pairs.residual(ranks)
+        }
+        for name, code in beside.items():
+            gates[name] = lambda _, left, code=code: self._beside(left, code)
         other = self._other
         return gates | {"other token": lambda _, left: left - other * (other @ left)}
 

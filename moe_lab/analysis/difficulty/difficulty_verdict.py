@@ -32,6 +32,8 @@ GATES = {
     "previous token": "the token before it",
     "position": "its position",
     "copied suffix": "the length of the copied suffix",
+    "place in the line": "its place in the line",
+    "place in the word": "its place in the word",
     "other token": "the difficulty of the token of the other alignment",
 }
 """What is held fixed beside the token id before a layer is called aligned or inverted."""

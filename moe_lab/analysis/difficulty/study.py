@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.difficulty.alignment import STRATA
+from moe_lab.analysis.difficulty.alignment import PLACES, STRATA
 from moe_lab.analysis.difficulty.association import difficulty_association
 from moe_lab.analysis.difficulty.compute_budget import compute_budget, compute_variance
 from moe_lab.analysis.difficulty.curves import difficulty_curves, difficulty_information
@@ -83,7 +83,8 @@ def difficulty_frame(
                 "tracing again with token ids",
             )
         )
-    classes = [name for name in STRATA if name in schema]
+    marks = [column for column, _ in PLACES.values()]
+    classes = [name for name in dict.fromkeys([*STRATA, *marks]) if name in schema]
     tokens = trace.tokens.select("doc", "pos", "token_id", *classes)
     added = (trace_surprisal(trace, seed) if difficulty is None else difficulty).lazy()
     added = added.with_columns(pl.col("doc", "pos").cast(pl.UInt32))

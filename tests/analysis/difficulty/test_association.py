@@ -11,14 +11,13 @@ from scipy import stats
 from simulated_routers import (
     Corpus,
     World,
-    cue_corpus,
-    cue_verdicts,
-    false_verdicts,
     simulate_corpus,
     simulate_router,
 )
+from single_cue_routers import cue_corpus, cue_verdicts, false_verdicts
 
 from moe_lab.analysis import difficulty_association
+from moe_lab.analysis.difficulty.alignment import since
 from moe_lab.analysis.difficulty.context import copied_suffix
 from moe_lab.errors import AnalysisError, ConfigError
 
@@ -420,6 +419,38 @@ def test_the_band_is_stated_in_compute():
     assert row["compute_percent"] == pytest.approx(100 * (hardest / easiest - 1), rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("column", "begins", "what"),
+    [("boundary", "after_newline", "line"), ("subword", "word_start", "word")],
+)
+def test_a_router_that_sees_the_place_in_a_line_or_word_is_driven_by_context(column, begins, what):
+    """Difficulty falls along the line, and so does compute: without the column that looks like
+    following difficulty.
+    """
+    generator = np.random.default_rng(5)
+    corpus = simulate_corpus(Corpus(documents=220, tokens=200, vocabulary=100), 5)
+    begin = generator.random(corpus.height) < 0.1
+    place = since(begin, corpus["doc"].to_numpy())
+    spent = generator.binomial(12, 1 / (1 + np.exp(0.05 * place)))
+    frame = corpus.with_columns(
+        pl.col("difficulty") - 0.1 * place, layer=pl.lit(0), ffn_count=spent
+    )
+    assert row_of(difficulty_association(frame, "difficulty", **FEW))["verdict"] == (
+        "difficulty-aligned"
+    )
+    marked = frame.with_columns(pl.Series(column, np.where(begin, begins, "inside")))
+    row = row_of(difficulty_association(marked, "difficulty", strata=[], details=True, **FEW))
+    assert row["verdict"] == "context-driven"
+    assert abs(row[f"rho_place_in_the_{what}"]) < 0.02
+    assert f"its place in the {what}" in row["note"]
+
+
+def test_the_place_is_counted_from_the_last_beginning_or_from_the_document():
+    begins = np.array([False, False, True, False, False, False, True])
+    doc = np.array([0, 0, 0, 0, 1, 1, 1])
+    assert since(begins, doc).tolist() == [0, 1, 0, 1, 0, 1, 0]
+
+
 def test_the_copied_suffix_is_the_longest_one_that_was_followed_by_the_token():
     ids = np.array([1, 2, 3, 1, 2, 3, 9, 2, 3, 1, 2])
     doc = np.zeros(len(ids), dtype=np.int64)
@@ -432,8 +463,8 @@ def test_the_copied_suffix_is_the_longest_one_that_was_followed_by_the_token():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", "byte"])
 def test_routers_that_see_one_cue_are_never_called_aligned_or_inverted(kind):
-    """The reduced form of ``python experiments/simulated_routers.py``."""
-    verdicts = cue_verdicts(cue_corpus(kind, 200, 300), draws=1, resamples=300)
+    """The reduced form of ``python experiments/single_cue_routers.py``."""
+    verdicts = cue_verdicts(cue_corpus(kind, 200, 300), range(1), resamples=300)
     assert false_verdicts(verdicts)["false"].sum() == 0
     right = verdicts.filter(
         (pl.col("cue") == "difficulty of the token") & (pl.col("align") == "input")
