@@ -5,8 +5,8 @@
 
 None of them may be called difficulty-aligned or inverted, but for the one that sees the token's own
 difficulty, with ``align="input"``: once strongly and once weakly, which measures the power. The
-text is the default corpus as BPE tokens (2,048 ids) and as bytes, in ten corpora of 300 documents
-of 400 tokens each: every second one of the documents' beginnings, the others of excerpts from
+text is the default corpus as BPE tokens (2,048 ids) and as bytes, in four corpora of 300 documents
+of 160 tokens each: every second one of the documents' beginnings, the others of excerpts from
 anywhere. A draw is a new table (for routers that look something up) and new binomial counts.
 
 Each corpus is written as it ends, so the same command continues after an interruption. Out:
@@ -37,7 +37,7 @@ OUT = Path(__file__).parent / "difficulty"
 DOCS = Path(__file__).parents[1] / "docs" / "difficulty.md"
 BEGIN, END = "<!-- single cues -->", "<!-- end of single cues -->"
 KINDS = {"bpe": "2,048 BPE ids", "byte": "bytes"}
-CORPORA = 10
+CORPORA = 4
 STRONG, WEAK = "difficulty of the token", "difficulty, weakly"
 WEAK_SHARE = 0.1
 FALSE = ("difficulty-aligned", "inverted")
@@ -180,7 +180,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--documents", type=int, default=300)
-    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs")
     args = parser.parse_args()
     os.nice(10)

@@ -1,23 +1,19 @@
 """How often the wall verdict is wrong, and how often it answers, on truths drawn at random.
 
-    python experiments/verdict_rates.py                  # about ten minutes of two cores; resumes
+    python experiments/verdict_rates.py                  # five minutes of one core; resumes
     python experiments/verdict_rates.py --settings 40    # a quick look
 
 A setting is a truth (hard wall, exponential or power fade, broken law of any width, U-shape,
-plateau
-after which returns resume, line) and a design (1M to 1B active parameters, 20 to 500 tokens a
-parameter, grids of doublings to 64-512, two to five seeds, a noise of .1 to 1.2 margins), all drawn
-at random; each is judged on `SWEEPS` simulated sweeps by `wall_rule.judge`, as real ones are.
-Noise:
-equal and Gaussian; tripling over the grid; Student's t with 2.5 degrees of freedom; one spiked run
-of
-3 to 300 standard deviations; one missing run. ``power`` repeats the truths at 10M active, 1B
-tokens,
-ratios 1 to 256, .006 nats and three seeds.
+plateau after which returns resume, line) and a design (1M to 1B active parameters, 20 to 500 tokens
+a parameter, grids of doublings to 64-512, two to five seeds, a noise of .1 to 1.2 margins), all
+drawn at random; each is judged on `SWEEPS` simulated sweeps by `wall_rule.judge`, as real ones are.
+Noise: equal and Gaussian; tripling over the grid; Student's t with 2.5 degrees of freedom; one
+spiked run of 3 to 300 standard deviations; one missing run. ``power`` repeats the truths at 10M
+active, 1B tokens, ratios 1 to 256, .006 nats and three seeds. ``other families`` are `OTHER_TRUTHS`
+settings of eight families that the rule was not designed on, each with one of the five noises.
 
 Blocks of settings are written as they end, so the same command continues after an interruption.
-Out:
-``experiments/verdict_rates/{settings,rates}.parquet`` and the table in docs/scaling.md.
+Out: ``experiments/verdict_rates/{settings,rates}.parquet`` and the tables in docs/scaling.md.
 """
 
 import argparse
@@ -40,8 +36,10 @@ from moe_lab.versions import provenance
 HERE = Path(__file__).parent / "verdict_rates"
 DOCS = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- verdict rates -->", "<!-- end of verdict rates -->"
-SETTINGS, SWEEPS, BLOCK = 350, 60, 40
+SETTINGS, SWEEPS, BLOCK = 1000, 60, 40
+OTHER_TRUTHS = 200
 FINE = 1 / 64
+ROUNDING = 1e-6
 TYPICAL = Design(tuple(2.0**e for e in range(9)), 3, 1e7, 1e9)
 TYPICAL_NOISE = 0.006
 
@@ -94,7 +92,83 @@ def line(rng: np.random.Generator, span: float) -> Gain:
 
 
 TRUTHS = (hard_wall, exponential_fade, power_fade, broken_law, u_shape, resuming, line)
-GROWING = ("resuming",)
+
+
+# Families that the rule was not designed on
+def rough_gains(rng: np.random.Generator, span: float) -> Gain:
+    """A Gaussian process with a squared exponential kernel, around any level."""
+    places = np.arange(0, span + 0.5, 0.5)
+    apart = places[:, None] - places
+    kernel = np.exp(-((apart / rng.uniform(0.7, 4)) ** 2) / 2) + 1e-9 * np.eye(len(places))
+    size, level = rng.uniform(0.2, 2), rng.uniform(0, 2.5)
+    gains = level + size * np.linalg.cholesky(kernel) @ rng.normal(size=len(places))
+    return lambda x: np.interp(x, places, gains)
+
+
+def falling_steps(rng: np.random.Generator, span: float) -> Gain:
+    """A staircase of two to six gains in falling order."""
+    count = rng.integers(2, 7)
+    gains = np.sort(rng.uniform(0, 4, count))[::-1]
+    ends = np.sort(rng.uniform(0, span, count - 1))
+    return lambda x: gains[np.searchsorted(ends, x)]
+
+
+def falling_lines(rng: np.random.Generator, span: float) -> Gain:
+    """Gains that fall along three to six straight pieces."""
+    count = rng.integers(3, 7)
+    places = np.concatenate([[0], np.sort(rng.uniform(0, span, count - 2)), [span]])
+    gains = np.sort(rng.uniform(-0.5, 4, count))[::-1]
+    return lambda x: np.interp(x, places, gains)
+
+
+def ripple(rng: np.random.Generator, span: float) -> Gain:
+    """A fade with a wave on it."""
+    start, length = rng.uniform(1, 5), rng.uniform(1, 8)
+    size, period, phase = rng.uniform(0.1, 1), rng.uniform(1, 6), rng.uniform(0, 2 * np.pi)
+    return lambda x: start * np.exp(-x / length) + size * np.sin(2 * np.pi * x / period + phase)
+
+
+def hump(rng: np.random.Generator, span: float) -> Gain:
+    """Returns that rise to a best ratio and fall again: a loss of S-shape."""
+    top, at, width = rng.uniform(1, 5), rng.uniform(0, span), rng.uniform(0.5, 3)
+    return lambda x: top * np.exp(-(((x - at) / width) ** 2) / 2)
+
+
+def late_rise(rng: np.random.Generator, span: float) -> Gain:
+    """Little, and more in the last one to three doublings."""
+    before, after, last = rng.uniform(0, 1.2), rng.uniform(0.5, 4), rng.uniform(1, 3)
+    return lambda x: np.where(x < span - last, before, after)
+
+
+def saturating(rng: np.random.Generator, span: float) -> Gain:
+    """Clark's effective ratio with any maximum: the gain of ln(effective ratio)."""
+    start, maximum, gain = rng.uniform(1, 4), 2 ** rng.uniform(1, span + 4), rng.uniform(1, 5)
+    added = 1 / (1 / start - 1 / max(maximum, 2 * start))
+
+    def log_effective(x: np.ndarray) -> np.ndarray:
+        inner = 1 / (2.0**x - 1 + added)
+        return -np.log2(inner + 1 / max(maximum, 2 * start))
+
+    return lambda x: gain * (log_effective(x + 1e-3) - log_effective(x - 1e-3)) / 2e-3
+
+
+def random_walk(rng: np.random.Generator, span: float) -> Gain:
+    """Gains that take a random step at each doubling."""
+    steps = rng.normal(-0.2, rng.uniform(0.1, 0.8), int(np.ceil(span)) + 1)
+    gains = rng.uniform(0.5, 4) + np.cumsum(steps)
+    return lambda x: gains[np.floor(x).astype(int)]
+
+
+OTHERS = (
+    rough_gains,
+    falling_steps,
+    falling_lines,
+    ripple,
+    hump,
+    late_rise,
+    saturating,
+    random_walk,
+)
 
 
 def spiked(noise: np.ndarray, rng: np.random.Generator, layout: Layout, sd: float) -> np.ndarray:
@@ -117,20 +191,24 @@ def draw_noise(kind: str, rng: np.random.Generator, layout: Layout, sd: float) -
     return spiked(noise, rng, layout, sd) if kind == "one spike" else noise
 
 
+NOISES = ("equal", "tripling", "t, 2.5 degrees", "one spike", "one missing")
 LINES = {"lines at the margin": 1.0, "lines of 1.5 margins": 1.5}
-KINDS = ("equal", "tripling", "t, 2.5 degrees", "one spike", "one missing", "power", *LINES)
+OTHER = "other families"
+KINDS = (*NOISES, "power", *LINES, OTHER)
 
 
 def setting(kind: str, number: int) -> tuple[dict[str, object], Layout, np.ndarray, Design]:
     """One truth and design, and its sweeps."""
     rng = np.random.default_rng([KINDS.index(kind), number])
-    maker = TRUTHS[number % len(TRUTHS)]
+    family = OTHERS if kind == OTHER else TRUTHS
+    maker = family[number % len(family)]
+    noisy = NOISES[(number // len(family)) % len(NOISES)] if kind == OTHER else kind
     typical = kind == "power" or kind in LINES
     design = TYPICAL if typical else random_design(rng)
     margin = design.price().margin
     sd = TYPICAL_NOISE if typical else margin * rng.uniform(0.1, 1.2)
     layout = design.layout
-    if kind == "one missing":
+    if noisy == "one missing":
         layout = layout.without(int(rng.integers(layout.runs)))
     gain = maker(rng, layout.x[-1])
     if kind in LINES:
@@ -150,8 +228,9 @@ def setting(kind: str, number: int) -> tuple[dict[str, object], Layout, np.ndarr
         "last": float(doubling[-1]),
         "average": float((integral[-1] - integral[-129]) / 2),
         "r_star": float(fine[below[0]]) if len(below) else math.inf,
+        "grows": bool((np.diff(doubling) > ROUNDING).any()),
     }
-    noise = draw_noise(kind, rng, layout, sd)
+    noise = draw_noise(noisy, rng, layout, sd)
     return facts, layout, loss[layout.ratio] + noise, design
 
 
@@ -193,7 +272,9 @@ def block(folder: Path, sizes: dict[str, int], job: tuple[str, int]) -> None:
 
 
 def rates(table: pl.DataFrame) -> pl.DataFrame:
-    """[question, kind, target, rate, worst truth, its rate, settings, sweeps]."""
+    """[question, kind, target, rate, worst truth, its rate, its error, settings, sweeps]; the error
+    is the standard error of the worst truth's rate over its settings.
+    """
     wrong_below = pl.col("average") >= 1
     wrong_none = pl.col("last") < 1
     rows: list[tuple[object, ...]] = []
@@ -201,14 +282,15 @@ def rates(table: pl.DataFrame) -> pl.DataFrame:
     def add(question: str, kind: str, target: str, rows_of: pl.DataFrame, column: str) -> None:
         if rows_of.is_empty():
             return
-        by_truth = rows_of.group_by("truth").agg(pl.col(column).mean()).sort(column)
+        error = pl.col(column).std() / pl.len().sqrt()
+        by_truth = rows_of.group_by("truth").agg(pl.col(column).mean(), error=error).sort(column)
         worst = by_truth.row(0 if target.startswith(">") else -1)
         count = rows_of.height
         rows.append(
             (question, kind, target, rows_of[column].mean(), *worst, count, rows_of["sweeps"].sum())
         )
 
-    for kind in KINDS[: KINDS.index("power")]:
+    for kind in (*NOISES, OTHER):
         part = table.filter(pl.col("kind") == kind)
         claim = '"below margin", average gain at or above it'
         add(claim, kind, "<= .06", part.filter(wrong_below), "below margin")
@@ -216,8 +298,8 @@ def rates(table: pl.DataFrame) -> pl.DataFrame:
         add(claim, kind, "<= .06", part.filter(wrong_none), "no wall")
         claim = '"wall", average gain at or above the margin'
         add(claim, kind, "<= .06", part.filter(wrong_below), "wall")
-        falling = part.filter(~pl.col("truth").is_in(GROWING))
-        add("r* in its interval, returns that do not grow", kind, ">= .90", falling, "covered")
+        claim = "r* in its interval, returns that do not grow"
+        add(claim, kind, ">= .90", part.filter(~pl.col("grows")), "covered")
     power = table.filter(pl.col("kind") == "power").with_columns(
         answered=pl.col("below margin") + pl.col("wall")
     )
@@ -236,28 +318,47 @@ def rates(table: pl.DataFrame) -> pl.DataFrame:
     ):
         part = table.filter(pl.col("kind") == kind)
         add(f"{question}, {kind}", "1-256, .006 x 3", target, part, column)
-    schema = [
-        "question",
-        "noise",
-        "target",
-        "rate",
-        "worst truth",
-        "its rate",
-        "settings",
-        "sweeps",
-    ]
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    schema = ["question", "noise", "target", "rate", "worst truth", "its rate", "its error"]
+    return pl.DataFrame(rows, schema=[*schema, "settings", "sweeps"], orient="row")
 
 
 def markdown(table: pl.DataFrame) -> str:
     lines = [
-        "| question | noise | target | rate | worst truth | settings | sweeps |",
+        "| question | noise | target | rate | worst truth (standard error) | settings | sweeps |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {question} | {noise} | {target.replace('<=', 'at most').replace('>=', 'at least')} | "
-        f"{rate:.3f} | {worst} {its:.3f} | {settings:,} | {sweeps:,} |"
-        for question, noise, target, rate, worst, its, settings, sweeps in table.rows()
+        f"{rate:.3f} | {worst} {its:.3f} ({error or 0:.3f}) | {settings:,} | {sweeps:,} |"
+        for question, noise, target, rate, worst, its, error, settings, sweeps in table.rows()
+    ]
+    return "\n".join(lines)
+
+
+def other_families(table: pl.DataFrame) -> str:
+    """A line for each of `OTHERS`: how often an answer was given, and how often a wrong one."""
+    wrong_below = pl.when(pl.col("average") >= 1).then(pl.col("below margin") + pl.col("wall"))
+    wrong_none = pl.when(pl.col("last") < 1).then(pl.col("no wall"))
+    found = (
+        table.filter(pl.col("kind") == OTHER)
+        .with_columns(
+            answered=1 - pl.col("cannot tell"),
+            wrong=wrong_below.fill_null(0) + wrong_none.fill_null(0),
+        )
+        .group_by("truth", maintain_order=True)
+        .agg(
+            pl.len(),
+            *((pl.col(name) * pl.col("sweeps")).sum() for name in ("answered", "wrong")),
+            pl.col("sweeps").sum(),
+        )
+        .sort("truth")
+    )
+    lines = ["| family | truths | sweeps | answered | wrong answers |", "|---|---|---|---|---|"]
+    rows = [*found.rows(), ("all", *found.drop("truth").sum().row(0))]
+    lines += [
+        f"| {truth} | {truths} | {sweeps:,} | {answered / sweeps:.2f} | "
+        f"{wrong:,.0f} ({wrong / sweeps:.4f}) |"
+        for truth, truths, answered, wrong, sweeps in rows
     ]
     return "\n".join(lines)
 
@@ -272,7 +373,8 @@ def main() -> None:
     os.nice(10)
     blocks = args.out / "blocks"
     blocks.mkdir(parents=True, exist_ok=True)
-    sizes = {kind: args.settings // 10 if kind in LINES else args.settings for kind in KINDS}
+    sizes: dict[str, int] = dict.fromkeys(KINDS, int(args.settings))
+    sizes |= dict.fromkeys(LINES, int(args.settings) // 10) | {OTHER: OTHER_TRUTHS}
     jobs = [(kind, first) for kind in KINDS for first in range(0, sizes[kind], BLOCK)]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for _ in pool.imap_unordered(partial(block, blocks, sizes), jobs):
@@ -283,12 +385,14 @@ def main() -> None:
     for name, frame in (("settings", table), ("rates", found)):
         with atomic_path(args.out / f"{name}.parquet") as path:
             frame.with_columns(**record).write_parquet(path)
-    print(markdown(found))
+    title = "Truths of the other families (`OTHERS`), all noises together:"
+    tables = f"{markdown(found)}\n\n{title}\n\n{other_families(table)}"
+    print(tables)
     if args.write_docs:
         text = DOCS.read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)
         after = rest.partition(END)[2]
-        write_text(DOCS, f"{before}{BEGIN}\n{markdown(found)}\n{END}{after}")
+        write_text(DOCS, f"{before}{BEGIN}\n{tables}\n{END}{after}")
 
 
 if __name__ == "__main__":

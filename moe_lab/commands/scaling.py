@@ -14,6 +14,8 @@ from moe_lab.errors import AnalysisError, expected
 from moe_lab.number_format import magnitude
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from moe_lab.scaling import Fit, Quality, Verdict, WallStudy
 
 
@@ -78,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verdict_parser.add_argument(
         "--vocab-size", type=int, default=None, help="lets losses in bits be recognised"
     )
-    verdict_parser.add_argument("--bits", action="store_true", help="losses are bits per token")
     add_out(
         verdict_parser,
         None,
@@ -118,8 +119,29 @@ def _add_column(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OURS=YOURS",
-        help="a column of yours under our name, such as loss=val_bpb; may be repeated",
+        help="a column of yours under our name, such as loss=val_loss; may be repeated",
     )
+    parser.add_argument(
+        "--unit",
+        choices=("nats", "bits", "bpb"),
+        default=None,
+        help="of the losses: nats or bits per token, or bits per byte (with --bytes-per-token); "
+        "nats unless the column's name says bits",
+    )
+    parser.add_argument(
+        "--bytes-per-token",
+        type=amount,
+        default=None,
+        metavar="N",
+        help="of the text that losses in bits per byte are of",
+    )
+
+
+def _runs(args: argparse.Namespace) -> "pl.DataFrame":
+    from moe_lab.scaling import LossUnit, read_runs
+
+    unit = None if args.unit is None else LossUnit(args.unit)
+    return read_runs(args.runs, names=args.column, unit=unit, bytes_per_token=args.bytes_per_token)
 
 
 def _renamed(text: str) -> tuple[str, str]:
@@ -200,21 +222,11 @@ def _cautions(names: list[str]) -> str:
 
 
 def verdict(args: argparse.Namespace) -> int:
-    import polars as pl
+    from moe_lab.scaling import MissingColumnsError, SeveralBudgetsError, wall_study
 
-    from moe_lab.scaling import (
-        MissingColumnsError,
-        SeveralBudgetsError,
-        read_runs,
-        wall_study,
-    )
-
-    runs = read_runs(args.runs, names=args.column)
-    if args.bits and "loss" in runs.columns and runs["loss"].dtype.is_numeric():
-        runs = runs.with_columns(pl.col("loss") * math.log(2))
     try:
         study = wall_study(
-            runs,
+            _runs(args),
             arm=args.arm,
             by_budget=args.by_budget,
             noise_sd=args.noise,
@@ -372,7 +384,7 @@ def _markdown(study: "WallStudy") -> str:
 def fit(args: argparse.Namespace) -> int:
     from moe_lab import scaling
 
-    runs, arm = scaling.main_arm(scaling.read_runs(args.runs, names=args.column), args.arm)
+    runs, arm = scaling.main_arm(_runs(args), args.arm)
     delta = scaling.SQUARES if args.squares else scaling.HUBER
     result = scaling.fit(args.law, runs, delta=delta)
     if args.bootstrap > 0 and result.law.terms:

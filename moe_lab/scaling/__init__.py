@@ -19,7 +19,7 @@ from moe_lab.scaling.optimum import (
     fixed_total_optima,
     isoflop,
 )
-from moe_lab.scaling.run_files import main_arm, read_runs, with_budgets
+from moe_lab.scaling.run_files import LossUnit, main_arm, read_runs, with_budgets
 from moe_lab.scaling.seed_intervals import seed_intervals
 from moe_lab.scaling.sweep_losses import MissingColumnsError, SeveralBudgetsError
 from moe_lab.scaling.uncertainty import (
@@ -51,6 +51,7 @@ __all__ = [
     "Gain",
     "Isoflop",
     "Law",
+    "LossUnit",
     "MissingColumnsError",
     "Optimum",
     "Outcome",

@@ -6,8 +6,10 @@ folder counts when its ``done`` file lies there; ``train_tokens`` is called toke
 """
 
 import codecs
+import math
 import re
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,27 @@ NAMES = {
 }
 
 
-def read_runs(path: Path | str, *, names: Sequence[tuple[str, str]] = ()) -> pl.DataFrame:
-    """One row per run; ``names`` are (our name, yours) of columns. Names are compared without case,
-    spaces and signs, so "Active Params" is active_params.
+class LossUnit(StrEnum):
+    NATS = "nats"
+    BITS = "bits"
+    BITS_PER_BYTE = "bpb"
+
+
+def read_runs(
+    path: Path | str,
+    *,
+    names: Sequence[tuple[str, str]] = (),
+    unit: LossUnit | None = None,
+    bytes_per_token: float | None = None,
+) -> pl.DataFrame:
+    """One row per run, with ``loss`` in nats per token.
+
+    Args:
+        names: (our name, yours) of columns. Names are compared without case, spaces and signs, so
+            "Active Params" is active_params.
+        unit: of the losses: nats or bits per token, or bits per byte, which also needs
+            ``bytes_per_token`` of the text that the losses are of. None: nats, and a loss from a
+            column whose name says bits is refused.
 
     Raises ``AnalysisError`` in one line where there is nothing that can be read.
     """
@@ -76,21 +96,54 @@ def read_runs(path: Path | str, *, names: Sequence[tuple[str, str]] = ()) -> pl.
             raise AnalysisError(
                 expected(f"a readable {path.suffix[1:].upper()} file", f"{path.name}: {first}")
             ) from error
+    mapped = dict(names).get("loss", "loss")
     frame = _named(frame, names)
-    bits = [
-        name
-        for name in frame.columns
-        if "bit" in name.lower() or name.lower() in ("bpb", "bpc", "bpt")
-    ]
-    if "loss" not in frame.columns and bits:
+    if "loss" not in frame.columns:
+        bits = [name for name in frame.columns if _in_bits(name)]
+        if bits:
+            raise _unit_needed(f"only {', '.join(bits)}", "--column loss=YOURS and ")
+        return frame
+    if unit is None and _in_bits(mapped):
+        raise _unit_needed(f"a loss from the column {mapped}")
+    return _in_nats(frame, unit or LossUnit.NATS, bytes_per_token)
+
+
+def _in_bits(name: str) -> bool:
+    """Whether the name of a column says that it holds bits."""
+    parts = re.split(r"[^a-z]+", name.lower())
+    return any(part.startswith(("bit", "bpb", "bpc", "bpt")) for part in parts)
+
+
+def _unit_needed(got: str, first: str = "") -> AnalysisError:
+    hint = (
+        f"{first}--unit bits if it is bits per token, --unit bpb --bytes-per-token N if bits per "
+        "byte, --unit nats if the name is wrong"
+    )
+    return AnalysisError(
+        expected("losses in nats per token, the unit of the margin and of the laws", got, hint)
+    )
+
+
+def _in_nats(frame: pl.DataFrame, unit: LossUnit, bytes_per_token: float | None) -> pl.DataFrame:
+    per_byte = unit is LossUnit.BITS_PER_BYTE
+    if per_byte and not (bytes_per_token and 0 < bytes_per_token < math.inf):
         raise AnalysisError(
             expected(
-                "losses in nats per token in a column loss",
-                f"only {', '.join(bits)}",
-                "--bits --column loss=YOURS where they are bits per token",
+                "bytes per token above 0 of the text that the losses are of, to make nats per "
+                "token of bits per byte",
+                bytes_per_token,
+                "--bytes-per-token N (bytes of the text over its tokens)",
             )
         )
-    return frame
+    if not per_byte and bytes_per_token is not None:
+        raise AnalysisError(
+            expected("bytes per token with bits per byte alone", f"the unit {unit}", "--unit bpb")
+        )
+    if unit is LossUnit.NATS:
+        return frame
+    if not frame["loss"].dtype.is_numeric():
+        raise AnalysisError(expected("numbers in loss", frame["loss"].dtype, "casting the column"))
+    return frame.with_columns(pl.col("loss") * (math.log(2) * (bytes_per_token or 1.0)))
 
 
 def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame, str]:

@@ -20,9 +20,11 @@ W3  the average gain per doubling over the last two doublings, as an elasticity 
     no wall       `gain_process` says that the last gain, with the router's growth taken off, is
                   above the margin with probability .95; W3's interval lies above 0; and the last
                   ratio is better by the margin per doubling than every ratio two doublings smaller
-                  or more. (The same of the measured last gain too would cost power, .92 to .83 on a
-                  line of 1.5 margins at .006 nats x 3 seeds, and halve the error, .17 to .09, where
-                  a gain of 2 margins drops to .6 in the last doubling alone.)
+                  or more. Where the noise grows with the ratio, the measured last gain itself has
+                  to be above the margin too: the process would trust the quieter ratios before it.
+                  (The same everywhere would cost power, .92 to .85 on a line of 1.5 margins at .006
+                  nats x 3 seeds, and halve the error, .17 to .09, where a gain of 2 margins drops
+                  to .6 in the last doubling alone.)
     cannot tell   everything else
 
 A sweep with an outlying run (`two_way`) is never "no wall", and is another outcome only if it is so
@@ -182,7 +184,8 @@ def _judge_all(
     charge = np.zeros(len(steps)) if price.charge is None else np.maximum(price.charge, 0)
     threshold = margin + float(charge[-1])
     best_last = _best_last(x, found.means, margin)
-    possible = (slope > slope_half) & best_last & ~below
+    unsure_end = (found.growth > 0) & (gains[:, -1] <= threshold)
+    possible = (slope > slope_half) & best_last & ~below & ~unsure_end
     asked = possible | (len(losses) == 1)  # the process takes most of the time
     last = posterior(x, found.rows(asked), differences[-1], threshold, margin, price.error)
     no_wall = possible.copy()

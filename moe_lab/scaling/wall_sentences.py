@@ -376,8 +376,14 @@ def _shortfall(case: Case) -> str:
             "put the last gain above the margin, but the last ratio is not better than every "
             "ratio before that by the margin per doubling"
         )
-    if paying:
+    if paying and case.average[0] <= case.average[1]:
         return "put the last gain above the margin, but W3's interval holds 0"
+    if paying:
+        return (
+            f"put the last gain above the margin only by the gains before it: measured alone it is "
+            f"{_interval(gain, half)} nats, not above {margin + max(case.charge[-1], 0):.4f}, and "
+            "the noise grows with the ratio"
+        )
     if gain - half > margin and case.charge[-1] > 0:
         low = case.judged.steps[-1, 0]
         growth = float(case.sweep.active[-1] / case.sweep.active[low]) - 1

@@ -139,7 +139,7 @@ BAD = {
     ),
     "bits per byte alone": (
         runs().rename({"loss": "bits_per_byte"}),
-        "expected losses in nats per token in a column loss",
+        "got only bits_per_byte; try --column loss=YOURS and --unit bits",
     ),
     "bits": (
         runs(loss=pl.col("loss") / math.log(2), vocab_size=pl.lit(32)),
@@ -165,12 +165,34 @@ def test_one_seed_cannot_tell_and_says_so(file: Any) -> None:
     )
 
 
-def test_losses_in_bits_are_taken_as_such_when_told(file: Any) -> None:
-    bits = file(runs(loss=pl.col("loss") / math.log(2)), "bits.parquet")
-    told = json.loads(prints("scaling", "verdict", bits, "--bits", "--json"))[0]
-    assert told["elasticity"] == pytest.approx(
-        json.loads(prints("scaling", "verdict", file(runs()), "--json"))[0]["elasticity"]
-    )
+@pytest.mark.parametrize(
+    ("bytes_per_token", "unit"),
+    [(1.0, ("--unit", "bits")), (4.2, ("--unit", "bpb", "--bytes-per-token", "4.2"))],
+)
+def test_losses_in_bits_become_nats_per_token_when_told(
+    file: Any, bytes_per_token: float, unit: tuple[str, ...]
+) -> None:
+    plain = file(runs())
+    bits = runs().with_columns(val_bpb=pl.col("loss") / math.log(2) / bytes_per_token)
+    path = file(bits, "bits.parquet")
+    mapped = ("scaling", "verdict", path, "--column", "loss=val_bpb")
+    told = json.loads(prints(*mapped, *unit, "--json"))[0]
+    nats = json.loads(prints("scaling", "verdict", plain, "--json"))[0]
+    for name in ("outcome", "elasticity", "margin"):
+        assert told[name] == pytest.approx(nats[name]), name
+
+
+def test_a_loss_in_bits_without_its_unit_is_refused(file: Any) -> None:
+    path = file(runs().with_columns(val_bpb=pl.col("loss") / 3, arbitrary=pl.col("loss")))
+    for verb in (("verdict", path), ("fit", "line", path)):
+        said = fails("scaling", *verb, "--column", "loss=val_bpb")
+        assert "expected losses in nats per token, the unit of the margin" in said
+        assert "got a loss from the column val_bpb; try --unit bits" in said
+    mapped = ("scaling", "verdict", path, "--column", "loss=val_bpb")
+    assert "expected bytes per token above 0" in fails(*mapped, "--unit", "bpb")
+    plain = ("scaling", "verdict", path)
+    assert "try --unit bpb" in fails(*plain, "--bytes-per-token", "4")
+    assert prints(*plain, "--column", "loss=arbitrary") == prints(*plain)
 
 
 def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:

@@ -245,6 +245,16 @@ class Pairing:
         return left | {"raw": self.ranks, "document": self.within_documents(left["token"])}
 
     @cached_property
+    def order_left(self) -> Order:
+        """Of the ranks of difficulty within token ids."""
+        return Order.of(self.left["token"])
+
+    @cached_property
+    def square(self) -> Floats:
+        """[n] squared ranks of what is left of difficulty within ids, less what ids explain."""
+        return self.by_token.residual(standard_ranks(self.order_left) ** 2)
+
+    @cached_property
     def shift(self) -> RankShift:
         return RankShift.of(self.order, self.aligned.doc, self.aligned.num_documents)
 
@@ -340,10 +350,9 @@ def measure(
         for name, gate in pairing.gates.behind.items():
             row = moments(pairing.gates.left[name], gate(y, y_token), starts, inflation)
             gates[name] = bootstrap.interval(row.merged(pairing.gates.clusters))
-    square = pairing.by_token.residual(standard_ranks(Order.of(left["token"])) ** 2)
     lengths = moments(y, y, starts).merged(pairing.gates.clusters)
     bend = bootstrap.interval(
-        moments(square, y_token, starts, inflation).merged(pairing.gates.clusters)
+        moments(pairing.square, y_token, starts, inflation).merged(pairing.gates.clusters)
     )
     identity_share, frequency_share = _shares(y, pairing)
     evidence = Evidence(
@@ -397,7 +406,7 @@ def standard_level_ranks(levels: Ints) -> Floats:
 
 def _percent(compute: Floats, pairing: Pairing) -> float:
     """Compute of the hardest tenth within ids over that of the easiest, less 1, in per cent."""
-    tenth = Order.of(pairing.left["token"]).quantile_bins(10)
+    tenth = pairing.order_left.quantile_bins(10)
     left = pairing.by_token.residual(compute) + compute.mean()
     easiest, hardest = left[tenth == 0], left[tenth == 9]
     if not len(easiest) or not len(hardest) or easiest.mean() <= 0:
