@@ -1,3 +1,24 @@
 """moe_lab: a microscope and a test bench for sparse experts (see docs/design.md)."""
 
+from moe_lab.lazy import on_first_use
+
 __version__ = "0.1.0"
+
+__getattr__ = on_first_use(
+    __name__,
+    dict.fromkeys(
+        (
+            "accounting",
+            "analysis",
+            "model",
+            "report",
+            "routing",
+            "scaling",
+            "sweeps",
+            "text",
+            "trace",
+            "training",
+        ),
+        (),
+    ),
+)  # ``import moe_lab; moe_lab.routing``

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from reprlib import repr as short
+from textwrap import indent
 from typing import Any, Self, TypeVar
 
 from moe_lab.errors import ConfigError, expected
@@ -40,7 +41,28 @@ def choice(options: type[E], value: str, what: str) -> E:
 
 
 class Config:
-    """Mixin of frozen dataclasses: ``to_dict``, ``from_dict``, ``hash``, ``replace``."""
+    """Mixin of frozen dataclasses: ``to_dict``, ``from_dict``, ``hash``, ``replace``; its ``repr``
+    shows the fields that differ from their defaults.
+    """
+
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = Config.__repr__  # a dataclass keeps the one that is there
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{field.name}={_shown(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, field.name) != _default(field)
+        ]
+        line = f"{type(self).__name__}({', '.join(shown)})"
+        if len(line) <= 100 and "\n" not in line:
+            return line
+        lines = [""]
+        for item in shown:  # as many on a line as fit
+            fits = "\n" not in lines[-1] + item and len(lines[-1]) + len(item) < 90
+            lines[-1:] = [f"{lines[-1]}{item}, "] if fits else [lines[-1], f"{item}, "]
+        fields = indent("\n".join(line.rstrip() for line in lines if line), "  ")
+        return f"{type(self).__name__}(\n{fields}\n)"
 
     def written(self) -> tuple[str, ...]:
         """Names of the fields that ``to_dict`` and ``hash`` have: all, unless a class leaves one
@@ -81,6 +103,18 @@ class Config:
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def _shown(value: Any) -> str:
+    """A number of items in place of a long tuple of configurations (the runs of a sweep)."""
+    if isinstance(value, tuple) and len(value) > 3 and isinstance(value[0], Config):
+        return f"<{len(value)} {type(value[0]).__name__}>"
+    return repr(value.value if isinstance(value, enum.Enum) else value)
 
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})

@@ -19,7 +19,7 @@ import polars as pl
 from measure import save, summary, take_turns
 
 from moe_lab.accounting import count
-from moe_lab.accounting.published import facts
+from moe_lab.accounting.model_names import facts
 
 BUDGET_MS = 50
 BUILT = {
@@ -32,7 +32,7 @@ import sys, time
 began = time.perf_counter()
 from moe_lab.accounting import count
 imported = time.perf_counter()
-from moe_lab.accounting.published import find_model
+from moe_lab.accounting.model_names import find_model
 count(find_model("deepseek-ai/DeepSeek-V3")["config"]).active("A")
 assert "torch" not in sys.modules
 print(imported - began, time.perf_counter() - imported)

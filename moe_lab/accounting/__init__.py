@@ -4,8 +4,9 @@ operations, the published models.
 
 from moe_lab.accounting.flop_count import FlopCount, flops
 from moe_lab.accounting.measured import ActiveDistribution, active_distribution
+from moe_lab.accounting.model_names import find_model
 from moe_lab.accounting.parameter_count import ParameterCount, count
-from moe_lab.accounting.published import find_model, models
+from moe_lab.accounting.published import models
 from moe_lab.cost.parts import Part
 
 __all__ = [

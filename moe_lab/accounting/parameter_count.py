@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_lab.accounting.architecture import Layer
+from moe_lab.accounting.model_names import named_config
 from moe_lab.accounting.own_models import count_own, own_config
 from moe_lab.accounting.read_config import resolve
 from moe_lab.cost.parts import Part, Piece, Pieces
@@ -48,6 +50,19 @@ class ParameterCount:
     assumed: tuple[str, ...]
     read: frozenset[str] = frozenset()
     context_length: int | None = None
+
+    def __repr__(self) -> str:
+        layers = sum(layer.number is not None for layer in self.layers)
+        least, most = self.active(at="least"), self.active(at="most")
+        active = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        more = [f"MTP modules {self.mtp:,}"] * bool(self.mtp) + list(self.assumed)
+        return "\n  ".join(
+            [
+                f"ParameterCount({self.model_type}, {layers} layers:",
+                f"total {self.total:,}, active {active} (convention B))",
+                *(shorten(line, 110) for line in more[:20]),
+            ]
+        )
 
     def pieces(self) -> Iterator[tuple[int | None, Piece]]:
         """(layer, piece) for all of them; the layer is None for embedding, head and final norm."""
@@ -222,7 +237,8 @@ def count(config: Any, edits: Mapping[str, Any] | None = None) -> ParameterCount
     """Count a model from its configuration.
 
     Args:
-        config: a Hugging Face configuration (dictionary, path to ``config.json`` or its folder,
+        config: the name of a published model or a mini (``"deepseek-ai/DeepSeek-V3"``); a Hugging
+            Face configuration (dictionary, path to ``config.json`` or its folder,
             ``PretrainedConfig``), multimodal ones by their text part; or a ``DecoderConfig``,
             ``MoEConfig`` or ``RunConfig`` of this library.
         edits: "what if": field -> value, in place of what the configuration says under any of the
@@ -233,6 +249,7 @@ def count(config: Any, edits: Mapping[str, Any] | None = None) -> ParameterCount
             contradict each other, an edit of a field that the count does not depend on.
     """
     edits = edits or {}
+    config = named_config(config) if isinstance(config, str) else config
     own = own_config(config)
     if own is None:
         config = plain(config)

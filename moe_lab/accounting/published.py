@@ -6,35 +6,14 @@ Everything else is counted. The convention in which a laboratory's active figure
 beside it, since the same model has three.
 """
 
-import json
-from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from moe_lab.accounting.model_names import facts
 from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
 from moe_lab.cost.parts import Part
 
 if TYPE_CHECKING:
     import polars as pl
-
-
-@cache
-def facts() -> tuple[dict[str, Any], ...]:
-    """The entries of ``models.json``, as they stand there."""
-    text = files("moe_lab.accounting").joinpath("models.json").read_text(encoding="utf-8")
-    return tuple(json.loads(text))
-
-
-def find_model(name: str) -> dict[str, Any] | None:
-    """The entry of a model by its identifier, or by the part after the slash; letter case does not
-    matter.
-    """
-    wanted = name.lower()
-    for entry in facts():
-        known = entry["name"].lower()
-        if wanted in (known, known.partition("/")[2]):
-            return entry
-    return None
 
 
 def models() -> "pl.DataFrame":

@@ -5,17 +5,16 @@ original, with edits, of a trace's tokens.
 import argparse
 import json
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from moe_lab.accounting.flop_count import FlopCount, flops
 from moe_lab.accounting.measured import ActiveDistribution, active_distribution
+from moe_lab.accounting.model_names import facts, find_model
 from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
-from moe_lab.accounting.published import facts, find_model
 from moe_lab.accounting.ratios import ratios
 from moe_lab.errors import ConfigError, expected
-from moe_lab.model.minis import MINIS, find_mini, mini_config
+from moe_lab.model.minis import MINIS, find_mini
 
 _CONVENTION_TEXT = {"A": "everything", "B": "without lookups", "C": "without lookups and head"}
 
@@ -61,8 +60,7 @@ def main(args: argparse.Namespace) -> int:
     edits = dict(_edit(text) for text in args.set)
     # What if is asked of what was named, not of the original that stands beside a mini.
     counted = [
-        count(read(name), edits if number < len(args.models) else {})
-        for number, name in enumerate(names)
+        count(name, edits if number < len(args.models) else {}) for number, name in enumerate(names)
     ]
     work = [
         {phase: flops(one, args.context, phase, batch=args.batch) for phase in ("train", "decode")}
@@ -74,30 +72,6 @@ def main(args: argparse.Namespace) -> int:
     else:
         print("\n".join(_table(names, counted, work, measured, bool(edits))))
     return 0
-
-
-def read(name: str) -> Any:
-    """The configuration of a name: a file or folder if there is one, else a mini or a published
-    model. Nothing is downloaded.
-    """
-    if Path(name).exists():
-        return Path(name)
-    if name in MINIS:
-        return mini_config(name)
-    entry = find_model(name)
-    if entry is not None:
-        return entry["config"]
-    short = {one["name"].partition("/")[2].lower(): one["name"] for one in facts()} | {
-        mini: mini for mini in MINIS
-    }
-    near = [
-        short[match]
-        for match in get_close_matches(
-            name.partition("/")[2].lower() or name.lower(), short, n=4, cutoff=0.4
-        )
-    ]
-    hint = f"one of {', '.join(near)}" if near else "moe-lab count, which lists the known models"
-    raise ConfigError(expected("a published model or a path to a config.json", repr(name), hint))
 
 
 def _edit(text: str) -> tuple[str, Any]:

@@ -43,6 +43,10 @@ class ExpertBank(nn.Module):
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
 
+    def extra_repr(self) -> str:
+        num_experts, d_model, d_expert = self.down.shape
+        return f"{num_experts} experts, d_model={d_model}, d_expert={d_expert}"
+
     @property
     def num_experts(self) -> int:
         return self.gate_up.shape[0]

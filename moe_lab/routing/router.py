@@ -116,6 +116,9 @@ class Router(nn.Module):
             sizes = (config.num_experts, config.num_zero_experts, config.top_k)
             self.controller = CONTROLLERS.find(steered.kind)(steered, *sizes)
 
+    def extra_repr(self) -> str:
+        return f"{self.config}, d_model={self.d_model}"
+
     def width(self) -> int:
         """Number of logits: one for each real and zero-compute expert."""
         return self.config.num_choices

@@ -65,6 +65,20 @@ class Routing:
     shared_weights: Tensor | None = None
     state: Tensor | None = None
 
+    def __repr__(self) -> str:
+        zero = f" + {self.num_zero_experts} zero-compute" if self.num_zero_experts else ""
+        given = [
+            name
+            for name in ("selected", "valid", "shared_weights", "state")
+            if getattr(self, name) is not None
+        ]
+        return (
+            f"Routing({self.num_tokens} tokens x {self.top_k} slots over {self.num_experts}{zero}"
+            f" experts, {self.weights.dtype}, {self.weights.device}"
+            + "".join(f", {name}" for name in [*given, *self.losses])
+            + ")"
+        )
+
     @property
     def num_tokens(self) -> int:
         return self.indices.shape[0]

@@ -60,6 +60,11 @@ class Fit:
     unidentified: tuple[str, ...] = ()
     draws: pl.DataFrame | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value:.4g}" for name, value in self.coefficients.items())
+        loose = f"; not identified: {', '.join(self.unidentified)}" if self.unidentified else ""
+        return f"Fit({self.law.name}, {self.runs} runs, rmse {self.rmse:.3g}: {values}{loose})"
+
     def predict(self, point: Values | pl.DataFrame) -> np.ndarray:
         """Loss in nats/token at each row of a frame, or at a mapping of variables."""
         return np.asarray(self.law.predict(columns(point, self.law), self.coefficients))

@@ -7,6 +7,7 @@ or whose noise is unknown, cannot tell: the first measures early training.
 
 import math
 from dataclasses import dataclass, replace
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,10 @@ class Verdict:
     caveats: tuple[str, ...]
     gains: tuple[Gain, ...]
     forms: tuple[FormScore, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"Verdict({self.outcome.value})", self.sentence, *self.reasons]
+        return "\n  ".join(part for line in lines for part in wrap(line, 110)[:4])
 
     def with_caveats(self, caveats: tuple[str, ...]) -> "Verdict":
         """The verdict whose sentence ends in what was not excluded."""

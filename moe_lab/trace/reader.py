@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TypeVar
 
 import numpy as np
@@ -62,6 +63,19 @@ class Trace:
     parts: dict[str, PartMeta]
     complete: bool = True
     data: Path | None = None
+
+    def __repr__(self) -> str:
+        layers = self.meta.layers
+        sizes = {(layer.top_k, layer.num_experts, layer.num_zero_experts) for layer in layers}
+        each = ", ".join(
+            f"{top_k} slots over {experts} experts" + (f" + {zero} zero-compute" if zero else "")
+            for top_k, experts, zero in sorted(sizes)[:3]
+        )
+        return (
+            f"Trace({str(self.folder)!r}, {shorten(self.meta.model, 60)!r}: "
+            f"{self.num_tokens:,} tokens, {len(layers)} MoE layers, {each}"
+            f"{'' if self.complete else ', interrupted'})"
+        )
 
     @property
     def tokens(self) -> pl.LazyFrame:

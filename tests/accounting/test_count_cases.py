@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_lab.accounting import count, flops
-from moe_lab.accounting.published import facts
+from moe_lab.accounting.model_names import facts
 from moe_lab.cli import main
 from moe_lab.errors import ConfigError
 from moe_lab.hf.configuration import router_sizes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_lab.accounting import ParameterCount, count, find_model, flops
-from moe_lab.accounting.published import facts
+from moe_lab.accounting.model_names import facts
 from moe_lab.errors import ConfigError
 from moe_lab.hf.architectures import NOT_COUNTED
 from moe_lab.model import DecoderConfig, MoEConfig

@@ -124,7 +124,7 @@ def test_models_has_one_row_per_published_model_and_states_both_ratios() -> None
 def test_counting_imports_neither_torch_nor_polars_nor_plotly() -> None:
     code = (
         "import sys; from moe_lab.accounting import count, find_model, flops; from "
-        "moe_lab.commands.count import read\n"
+        "moe_lab.accounting.model_names import named_config\n"
         "config = find_model('LongCat-2.0')['config']; count(config).active('A'); flops(config, "
         "4096, 'decode', batch=8)\n"
         "loaded = {'torch', 'polars', 'plotly', 'numpy', 'scipy', 'transformers'} & "

@@ -8,7 +8,7 @@ import pytest
 
 from moe_lab.accounting import count
 from moe_lab.accounting.families import ARCHITECTURES as COUNTED
-from moe_lab.accounting.published import facts
+from moe_lab.accounting.model_names import facts
 from moe_lab.errors import ConfigError
 from moe_lab.hf.architectures import ARCHITECTURES, SAME_AS, row_name
 from moe_lab.hf.configuration import language_model, model_type, plain, router_sizes

@@ -9,9 +9,8 @@ import sys
 import pytest
 
 from moe_lab.accounting import count
-from moe_lab.accounting.published import find_model
+from moe_lab.accounting.model_names import find_model, named_config
 from moe_lab.accounting.ratios import ratios
-from moe_lab.commands.count import read
 from moe_lab.errors import ConfigError
 from moe_lab.model.minis import MINIS, find_mini, mini_config
 
@@ -124,4 +123,4 @@ def test_an_unknown_mini_is_named() -> None:
     with pytest.raises(
         ConfigError, match=r"got 'LongCat_Flash_Mini'; try one of longcat_flash_mini, "
     ):
-        read("LongCat_Flash_Mini")
+        named_config("LongCat_Flash_Mini")
