@@ -23,16 +23,17 @@ PACKAGE = Path(moe_lab.__file__).parent
 FLOORS = {
     "errors": 0, "config": 0, "files": 0, "versions": 0, "lazy": 0, "cost": 0, "measures": 0,
     "number_format": 0, "plugins": 0, "registry": 0, "document_pass": 0, "sandbox": 0,
-    "plain_text": 0, "hf": 0, "runs": 1,
+    "plain_text": 0, "hf": 0, "compiled": 0, "runs": 1,
     "json_input": 0,
     "routing": 1, "text": 1,
     "model": 2,
     "accounting": 3,
     "trace": 4,
     "training": 5, "analysis": 5, "scaling": 5,
-    "sweeps": 6, "report": 6,
-    "commands": 7, "cli": 7,
-    "__main__": 8,
+    "serving": 6, "sweeps": 6,
+    "report": 7,
+    "commands": 8, "cli": 8,
+    "__main__": 9,
 }  # fmt: skip
 
 

@@ -13,7 +13,17 @@ from moe_lab.errors import ConfigError, TraceExistsError, expected
 if TYPE_CHECKING:
     import polars as pl
 
-KINDS = ("vllm", "sglang", "trtllm", "megatron", "moe-atlas", "stratamoe", "counts")
+KINDS = (
+    "vllm",
+    "sglang",
+    "trtllm",
+    "megatron",
+    "moe-atlas",
+    "stratamoe",
+    "route-trace",
+    "llama-cpp",
+    "counts",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

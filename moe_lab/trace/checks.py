@@ -82,11 +82,15 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
 
 
 def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
-    """Raise ``TraceError`` for null keys, token ids outside the vocabulary, or losses that are NaN
-    or infinite.
+    """Raise ``TraceError`` for null keys, token ids outside the vocabulary (or any, where
+    ``meta.has_token_ids`` says there are none), or losses that are NaN or infinite.
     """
-    if frame.select(pl.sum_horizontal(pl.col("doc", "pos", "token_id").null_count())).item():
-        raise TraceError("expected doc, pos and token_id without nulls, got nulls")
+    ids_missing = frame["token_id"].null_count()
+    if frame.select(pl.sum_horizontal(pl.col("doc", "pos").null_count())).item() or (
+        ids_missing != (0 if meta.has_token_ids else frame.height)
+    ):
+        some = "doc, pos and token_id without nulls" if meta.has_token_ids else "no token ids"
+        raise TraceError(expected(some, "nulls" if meta.has_token_ids else "some"))
     highest = frame["token_id"].max()
     if meta.vocab_size is not None and isinstance(highest, int) and highest >= meta.vocab_size:
         raise TraceError(expected(f"token ids below vocab_size {meta.vocab_size}", highest))

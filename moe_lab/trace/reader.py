@@ -108,11 +108,14 @@ class Trace:
         """Tokens of each layer (rows of the first one)."""
         return sum(self.parts[name].rows for name in self._names(self._prefix(self.meta.layers[0])))
 
-    def batches(self, layer: int | None, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    def batches(
+        self, layer: int | None, columns: Sequence[str], ahead: int = READ_AHEAD
+    ) -> Iterator[pl.DataFrame]:
         """The rows of one layer (None: of ``tokens``), one file at a time: at most
         ``schema.MAX_ROWS_PER_PART`` rows each.
 
-        The next file is read while the caller works on the last one.
+        The next ``ahead`` files are read while the caller works on the last one; 0 is for a caller
+        that reads many layers side by side.
         """
         names = self._names("tokens/" if layer is None else f"routing/layer={layer}/")
 
@@ -122,7 +125,7 @@ class Trace:
                 name, lambda: pl.read_parquet(path, columns=list(columns), hive_partitioning=False)
             )
 
-        return _read_ahead([partial(read, name) for name in names])
+        return _read_ahead([partial(read, name) for name in names], ahead)
 
     def layer_counts(self, layer: LayerMeta) -> np.ndarray:
         """[E] int64 slots run by each expert of a layer, zero-compute ones last; E is the
@@ -377,11 +380,14 @@ def _bincount(layer: LayerMeta, ids: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _read_ahead(reads: Sequence[Callable[[], R]]) -> Iterator[R]:
-    """What each call returns, in order; up to ``READ_AHEAD`` calls are under way in threads."""
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        waiting = deque(pool.submit(read) for read in reads[:READ_AHEAD])
-        for read in reads[READ_AHEAD:]:
+def _read_ahead(reads: Sequence[Callable[[], R]], ahead: int) -> Iterator[R]:
+    """What each call returns, in order; up to ``ahead`` calls are under way in threads."""
+    if not ahead:
+        yield from (read() for read in reads)
+        return
+    with ThreadPoolExecutor(ahead) as pool:
+        waiting = deque(pool.submit(read) for read in reads[:ahead])
+        for read in reads[ahead:]:
             result = waiting.popleft().result()
             waiting.append(pool.submit(read))
             yield result

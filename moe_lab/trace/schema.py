@@ -96,6 +96,7 @@ class LayerMeta(Config):
             sqrt_softplus.
         zero_kinds: what each zero-compute expert returns (identity, zero, constant, skip), or
             nothing where unknown.
+        expert_bytes: bytes of one real expert as the source stored it, 0 where it does not say.
     """
 
     layer: int
@@ -105,6 +106,7 @@ class LayerMeta(Config):
     module: str = ""
     score_func: str = ""
     zero_kinds: tuple[str, ...] = ()
+    expert_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -112,6 +114,7 @@ class LayerMeta(Config):
             ("num_experts", 1, MAX_CHOICES),
             ("num_zero_experts", 0, MAX_CHOICES),
             ("top_k", 1, MAX_TOP_K),
+            ("expert_bytes", 0, 2**50),
         ):
             value = getattr(self, name)
             require(
@@ -163,6 +166,7 @@ class TraceMeta(Config):
         has_output_ratio: whether the routing has the column ``output_ratio``.
         zero_experts_known: False where the source writes zero-compute experts as real ones (vLLM
             and others: expert 0), so that the counts of those cannot be believed.
+        has_token_ids: False where the source has no ids of tokens: ``token_id`` is null.
         per_token: False where only counts were recorded and the rows were made up to have them:
             load can be read, nothing about tokens.
         max_tokens: leading tokens of each document that were taken, or None where no limit was set.
@@ -184,6 +188,7 @@ class TraceMeta(Config):
     has_scores: bool = True
     has_output_ratio: bool = False
     zero_experts_known: bool = True
+    has_token_ids: bool = True
     per_token: bool = True
     max_tokens: int | None = None
     notes: tuple[str, ...] = ()
@@ -229,6 +234,7 @@ class TraceMeta(Config):
             "has_scores",
             "has_output_ratio",
             "zero_experts_known",
+            "has_token_ids",
             "per_token",
         ):
             require(
@@ -266,12 +272,14 @@ class TraceMeta(Config):
 
 
 ADDED = {
-    **dict.fromkeys(("has_weights", "has_scores", "zero_experts_known", "per_token"), True),
+    **dict.fromkeys(
+        ("has_weights", "has_scores", "zero_experts_known", "has_token_ids", "per_token"), True
+    ),
     "has_output_ratio": False,
     "max_tokens": None,
     "notes": [],
 }
-ADDED_TO_LAYERS = {"module": "", "score_func": "", "zero_kinds": []}
+ADDED_TO_LAYERS = {"module": "", "score_func": "", "zero_kinds": [], "expert_bytes": 0}
 """Fields that came after the first release of this version, with the values that say nothing."""
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_lab import compiled
 from moe_lab.errors import ConfigError
 from moe_lab.model import ExpertBank, MoEConfig, MoELayer
 from moe_lab.model.dispatch import choose, native
@@ -193,9 +194,9 @@ def test_an_unknown_processor_of_a_shared_home_gets_its_own_library(
     if not native.available():
         pytest.skip(f"no compiled experts: {native.problem()}")
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path))
-    first = native._compiled()
-    monkeypatch.setattr(native, "_processor", lambda: "another processor")
-    assert native._compiled() != first
+    first = compiled.shared_library(native.SOURCE, native.FLAGS)
+    monkeypatch.setattr(compiled, "processor", lambda: "another processor")
+    assert compiled.shared_library(native.SOURCE, native.FLAGS) != first
 
 
 def test_the_layer_compiles_into_one_graph() -> None:

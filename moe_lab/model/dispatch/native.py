@@ -1,18 +1,15 @@
 """``experts``: the routed experts of a layer in C++ on a CPU (``experts.cpp``), forward and
 backward.
 
-The source is compiled once per machine and user, in seconds, by the machine's own C++ compiler
-(``$CXX``, ``c++``, ``g++`` or ``clang++``) into a folder of this user alone in the cache folder;
-products are torch's own BLAS. Where that cannot be had ``available`` is False and ``problem`` says
-why; ``MOE_LAB_NATIVE=0`` switches it off. Under ``torch.compile`` the layer is one opaque operator.
+The source is compiled once per machine and user, in seconds (``moe_lab.compiled``); products are
+torch's own BLAS. Where that cannot be had ``available`` is False and ``problem`` says why;
+``MOE_LAB_NATIVE=0`` switches it off.
+Under ``torch.compile`` the layer is one opaque operator.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moe_lab import compiled
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.files import atomic_path, default_cache_dir, private_folder
 from moe_lab.model.dispatch.bank import Bank
 from moe_lab.routing import Routing
 
@@ -98,62 +95,15 @@ def _library() -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:
         return f"torch's library carries no BLAS that can be called ({error})"
     try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, RunError, subprocess.SubprocessError, _NoCompilerError) as error:
-        detail = (
-            error.stderr.strip().splitlines()[:1]
-            if isinstance(error, subprocess.CalledProcessError)
-            else [str(error)]
-        )
-        return f"the experts could not be compiled: {' '.join(detail)}"
+        library = ctypes.CDLL(str(compiled.shared_library(SOURCE, FLAGS)))
+    except (OSError, RunError, subprocess.SubprocessError, compiled.NoCompilerError) as error:
+        return f"the experts could not be compiled: {compiled.reason(error)}"
     library.moe_plan.restype = None
     for name, symbol in DTYPES.values():
         for direction in ("forward", "backward"):
             getattr(library, f"moe_{direction}_{name}").restype = None
         setattr(library, symbol, ctypes.cast(getattr(blas, symbol), ctypes.c_void_p))
     return library
-
-
-class _NoCompilerError(Exception):
-    pass
-
-
-def _compiled() -> Path:
-    """The shared library of this source for this processor and compiler, built if it is not in the
-    cache.
-    """
-    compiler = next(
-        filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))),
-        None,
-    )
-    if compiler is None:
-        raise _NoCompilerError("no C++ compiler found (set CXX, or install g++)")
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), compiler, version, _processor())
-    cache = default_cache_dir()
-    cache.mkdir(parents=True, exist_ok=True)
-    user = os.geteuid() if hasattr(os, "geteuid") else 0
-    folder = private_folder(cache / f"native-{user}")  # a library runs as who loads it
-    path = folder / f"experts-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    return path
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = {
-        line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))
-    }
-    return "\n".join([platform.machine(), platform.processor(), *sorted(named)])
 
 
 @torch.library.custom_op("moe_lab::experts", mutates_args=(), device_types="cpu")

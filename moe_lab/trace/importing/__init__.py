@@ -21,6 +21,7 @@ from moe_lab.errors import ConfigError, TraceError, expected
 from moe_lab.hf.configuration import router_sizes
 from moe_lab.json_input import list_of, whole
 from moe_lab.trace.importing.expert_counts import counts
+from moe_lab.trace.importing.lookup_tables import llama_cpp, route_trace
 from moe_lab.trace.importing.megatron import megatron
 from moe_lab.trace.importing.records import Document, Sizes, Source
 from moe_lab.trace.importing.request_routes import sglang, trtllm, vllm
@@ -50,6 +51,8 @@ class ImportKind(StrEnum):
     MEGATRON = "megatron"
     MOE_ATLAS = "moe-atlas"
     STRATAMOE = "stratamoe"
+    ROUTE_TRACE = "route-trace"
+    LLAMA_CPP = "llama-cpp"
     COUNTS = "counts"
 
 
@@ -60,9 +63,21 @@ READERS: dict[ImportKind, Callable[[Path, Sizes], Source]] = {
     ImportKind.MEGATRON: megatron,
     ImportKind.MOE_ATLAS: moe_atlas,
     ImportKind.STRATAMOE: stratamoe,
+    ImportKind.ROUTE_TRACE: route_trace,
+    ImportKind.LLAMA_CPP: llama_cpp,
     ImportKind.COUNTS: counts,
 }
 """Each opens the file or folder of its kind."""
+GENERATED = frozenset(
+    (
+        ImportKind.VLLM,
+        ImportKind.SGLANG,
+        ImportKind.TRTLLM,
+        ImportKind.ROUTE_TRACE,
+        ImportKind.LLAMA_CPP,
+    )
+)
+"""Kinds whose records are of prompts with the tokens that followed them."""
 
 
 def import_trace(
@@ -162,7 +177,7 @@ def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path, overwrite
         f"{kind.value} records zero-compute experts as expert 0: its counts, ffn_count and "
         "zero_count are not the model's."
     )
-    generated = kind in (ImportKind.VLLM, ImportKind.SGLANG, ImportKind.TRTLLM)
+    generated = kind in GENERATED
     meta = TraceMeta(
         layers=layers,
         model=source.model or sizes.model,
@@ -176,6 +191,7 @@ def _write(kind: ImportKind, source: Source, sizes: Sizes, path: Path, overwrite
         has_scores=False,
         zero_experts_known=not aliased,
         per_token=source.per_token,
+        has_token_ids=source.has_token_ids,
         notes=(*source.notes, *((alias_note,) if aliased else ())),
     )
     versions = {f"source {name}": value for name, value in source.versions.items()}
@@ -231,9 +247,9 @@ def _write_block(writer: TraceWriter, document: Document, places: list[int], ali
             ) from error
         counts = np.bincount(ids[ids >= 0], minlength=layer.num_choices)
         writer.write_rows(layer.layer, rows, counts)
-    if document.token_ids is None:
+    if document.token_ids is None and not document.columns:
         return
-    number = len(document.token_ids)
+    number = tokens if document.token_ids is None else len(document.token_ids)
     frame = pl.DataFrame(
         {
             "doc": np.full(number, document.doc, np.uint32),
@@ -280,7 +296,8 @@ def _layers(
             num_experts=experts,
             num_zero_experts=sizes.num_zero_experts,
             top_k=top_k,
+            expert_bytes=size,
         )
-        for number in numbers
+        for number, size in zip(numbers, source.expert_bytes or [0] * len(numbers), strict=True)
     )
     return layers, places

@@ -27,13 +27,13 @@ MAX_ID = 2**31 - 1
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file; raises ``ConfigError``."""
-    _check_file(path)
+    check_file(path)
     return read_json_file(path)
 
 
 def read_lines(path: Path, schema: Schema = mapping) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name of the line for messages, object) of a JSON-lines file, line by line."""
-    _check_file(path)
+    check_file(path)
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
@@ -45,7 +45,7 @@ def read_lines(path: Path, schema: Schema = mapping) -> Iterator[tuple[str, dict
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a .csv file by the names of its first line."""
-    _check_file(path)
+    check_file(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return [row for row in csv.DictReader(file, restkey="") if any(row.values())]
@@ -55,7 +55,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz by name, or the one of an .npy under ""; ``allow_pickle`` is off."""
-    size = _check_file(path)
+    size = check_file(path)
     try:
         if path.suffix == ".npy":
             with open(path, "rb") as file:
@@ -96,7 +96,7 @@ def read_torch(path: Path) -> Any:
     """
     import torch
 
-    size = _check_file(path)
+    size = check_file(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -145,7 +145,7 @@ def ids(where: str, value: Any, *dimensions: int) -> np.ndarray:
     return array
 
 
-def _check_file(path: Path) -> int:
+def check_file(path: Path) -> int:
     """Its size; raises ``TraceError`` for what is no regular file or too large."""
     if not path.is_file():
         raise TraceError(expected(f"a file at {path}", "none"))

@@ -46,7 +46,8 @@ class Document:
         ids: [T, L, K] expert ids, -1 where a slot was not used.
         weights: [T, L, K], or None.
         token_ids: [T] or more, or None; those beyond T were not routed.
-        columns: name -> [len(token_ids)] further token columns, the same in every document.
+        columns: name -> [len(token_ids)] ([T] without token_ids) further token columns, the same in
+            every document.
         where: file and record, for messages.
     """
 
@@ -61,7 +62,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source: its documents, and what it says of itself."""
+    """An opened source: its documents, and what it says of itself.
+
+    ``expert_bytes`` of each layer, or nothing; ``has_token_ids`` is False where documents have
+    columns and no token ids.
+    """
 
     documents: Iterable[Document]
     num_experts: int | None = None
@@ -76,4 +81,6 @@ class Source:
     has_weights: bool = False
     aliases_zero_experts: bool = False
     per_token: bool = True
+    has_token_ids: bool = True
+    expert_bytes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()

@@ -1,0 +1,50 @@
+"""Bytes of one expert of each layer: given, counted from a configuration, or recorded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_lab.accounting import count
+from moe_lab.errors import AnalysisError, expected
+from moe_lab.trace import LayerMeta
+
+Bytes = float | Mapping[int, float]
+
+
+def bytes_by_layer(
+    layers: tuple[LayerMeta, ...],
+    config: Any = None,
+    bytes_per_parameter: float = 2.0,
+    expert_bytes: Bytes | None = None,
+) -> NDArray[np.int64]:
+    """[L] bytes of one expert of each layer.
+
+    Args:
+        layers: of the trace.
+        config: what ``accounting.count`` takes; an expert's parameters times
+            ``bytes_per_parameter``.
+        expert_bytes: bytes of an expert of every layer, or by layer number; goes before ``config``,
+            and both go before what the trace recorded.
+
+    Raises:
+        AnalysisError: nobody says how large an expert is, or not of every layer.
+    """
+    if expert_bytes is not None:
+        table = (
+            dict(expert_bytes)
+            if isinstance(expert_bytes, Mapping)
+            else dict.fromkeys((layer.layer for layer in layers), float(expert_bytes))
+        )
+    elif config is not None:
+        pieces = count(config).moe_layers
+        table = {number: piece.size * bytes_per_parameter for number, piece in pieces.items()}
+    else:
+        table = {layer.layer: float(layer.expert_bytes) for layer in layers if layer.expert_bytes}
+    missing = [layer.layer for layer in layers if not table.get(layer.layer, 0) > 0]
+    if missing:
+        got = f"none of layers {missing[:5]}"
+        hint = "--config with the model's config.json, or --expert-bytes"
+        raise AnalysisError(expected("the bytes of one expert of each layer", got, hint))
+    return np.array([round(table[layer.layer]) for layer in layers], np.int64)
