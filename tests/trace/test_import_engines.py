@@ -280,6 +280,6 @@ def test_ids_out_of_range_name_the_layer(tmp_path):
         import_trace("trtllm", tmp_path / "one.npy", tmp_path / "t", num_experts=EXPERTS)
     with pytest.raises(
         TraceError,
-        match="expected a source among vllm, sglang, trtllm, .*, counts, got 'hf'",
+        match=r"expected a source among vllm, sglang, trtllm, .*, counts, got 'hf'",
     ):
         import_trace("hf", tmp_path / "one.npy", tmp_path / "t")
