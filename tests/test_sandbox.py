@@ -158,5 +158,5 @@ def test_errors_keep_their_type(tmp_path):
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "meta.json").write_text(json.dumps({"schema_version": 9}))
     arguments = (str(tmp_path / "t"), str(tmp_path / "copy"))
-    with pytest.raises(TraceError, match="expected trace schema version 1, got 9"):
+    with pytest.raises(TraceError, match="expected trace schema version 1 or 2, got 9"):
         sandbox.call("moe_lab.trace.foreign:clean_copy", arguments, RunError, "t", 0)

@@ -197,6 +197,7 @@ def _by_part(
         for piece in pieces:
             if piece.macs:
                 runs = piece.copies if piece.used is None else getattr(piece.used, at)
+                runs *= piece.passes
                 sums[piece.part.value] = (
                     sums.get(piece.part.value, 0.0) + times * 2 * piece.macs * runs
                 )
@@ -204,7 +205,7 @@ def _by_part(
                 if piece.kernel not in costs:
                     costs[piece.kernel] = kernel_flops(piece.kernel, context, phase, causal)
                 name = Part.MTP.value if piece.part is Part.MTP else _kernel_name(piece.kernel)
-                sums[name] = sums.get(name, 0.0) + times * costs[piece.kernel]
+                sums[name] = sums.get(name, 0.0) + times * piece.passes * costs[piece.kernel]
     return sums
 
 
@@ -264,9 +265,9 @@ def capped_sum(length: int, stride: int, cap: int | None) -> int:
 
 
 def _read(counted: ParameterCount, batch: int, load: Load | None) -> tuple[float, float]:
-    """(parameters that a decoding step reads, distinct experts per MoE layer).
+    """(parameters that a decoding step reads, distinct experts per MoE layer and pass).
 
-    Rows of lookup tables are too few to count.
+    Rows of lookup tables are too few to count. A layer that runs several times is read each time.
     """
     parameters, experts = 0.0, {}
     for layer, piece in counted.pieces():
@@ -275,12 +276,12 @@ def _read(counted: ParameterCount, batch: int, load: Load | None) -> tuple[float
         if piece.part is Part.HEAD:
             parameters += piece.macs
         elif piece.used is None:
-            parameters += piece.size
+            parameters += piece.size * piece.passes
         else:
             distinct = distinct_experts(
                 piece, batch, _load_of(load, layer) if piece.part is Part.ROUTED else None
             )
-            parameters += piece.size * distinct
+            parameters += piece.size * distinct * piece.passes
             if piece.part is Part.ROUTED:
                 experts[layer] = distinct
     return parameters, sum(experts.values()) / len(experts) if experts else 0.0

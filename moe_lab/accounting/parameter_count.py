@@ -115,7 +115,7 @@ class ParameterCount:
 
     def active(self, convention: Convention = "B", at: At = "mean") -> int:
         """Parameters that one token uses in a convention, ``at`` the least, mean or most experts
-        that it may run.
+        that it may run; a layer that runs several times counts once.
         """
         if convention not in CONVENTIONS:
             raise ConfigError(expected("a convention A, B or C", repr(convention)))
@@ -164,7 +164,7 @@ class ParameterCount:
         return found
 
     def frame(self) -> "pl.DataFrame":
-        """One row per piece: layer (null outside the layers), part, name, params, copies,
+        """One row per piece: layer (null outside the layers), part, name, params, copies, passes,
         active_min, active_mean, active_max, phantom.
         """
         import polars as pl
@@ -176,6 +176,7 @@ class ParameterCount:
                 piece.name,
                 piece.params,
                 piece.copies,
+                piece.passes,
                 *map(piece.active, ("least", "mean", "most")),
                 piece.phantom,
             )
@@ -188,6 +189,7 @@ class ParameterCount:
             "name": pl.String,
             "params": pl.Int64,
             "copies": pl.Int64,
+            "passes": pl.Int64,
         }
         return pl.DataFrame(
             rows,

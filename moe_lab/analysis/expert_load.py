@@ -22,14 +22,18 @@ from moe_lab.config import require
 from moe_lab.trace import LayerMeta, Trace
 
 
-def expert_load(trace: Trace, by: str | None = None) -> pl.DataFrame:
+def expert_load(trace: Trace, by: str | None = None, *, over_passes: bool = False) -> pl.DataFrame:
     """Slots of every expert of every layer; dead experts are rows of zeros.
+
+    A layer that runs several times is a layer of the trace in each pass: load is per pass.
 
     Args:
         trace: an opened trace.
         by: a column of ``trace.tokens`` to count apart (a class, a domain, ``doc``), or
             ``position_band``: 0 for the first position of each document, b for positions 2^(b-1) ..
             2^b - 1. Tokens where it is null are left out.
+        over_passes: add up the passes of each layer of the model; ``layer`` is then its number in
+            the model.
 
     Returns:
         [layer, (by,) expert, is_zero, count, share, load]: ``count`` slots; ``share`` of all slots
@@ -40,6 +44,13 @@ def expert_load(trace: Trace, by: str | None = None) -> pl.DataFrame:
     """
     table = trace.counts() if by is None else counts_by(trace, grouping(trace, by))
     group = ["layer"] if by is None else ["layer", by]
+    if over_passes:
+        table = (
+            table.join(trace.layers.select("layer", "model_layer"), on="layer")
+            .group_by(pl.col("model_layer").alias("layer"), *group[1:], "expert", "is_zero")
+            .agg(pl.col("count").sum())
+            .sort("layer", *group[1:], "expert")
+        )
     fair = pl.col("count").filter(~pl.col("is_zero")).mean().over(group)
     total = pl.col("count").sum().over(group)
     return table.with_columns(

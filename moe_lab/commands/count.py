@@ -85,15 +85,20 @@ def _edit(text: str) -> tuple[str, Any]:
 
 
 def _measure(folder: str, counted: ParameterCount) -> ActiveDistribution:
+    import polars as pl
+
     from moe_lab.trace import open_trace
 
     counts: dict[int, Any] = {}
-    ordered = (
-        open_trace(folder)
-        .routing.select("layer", "doc", "pos", "ffn_count")
-        .sort("layer", "doc", "pos")
-        .collect()
-    )
+    trace = open_trace(folder)
+    routing = trace.routing.select("layer", "doc", "pos", "ffn_count")
+    if trace.meta.loops:  # the mean over the runs of a layer, which is stored once
+        routing = (
+            routing.join(trace.layers.lazy().select("layer", "model_layer"), on="layer")
+            .group_by(pl.col("model_layer").alias("layer"), "doc", "pos")
+            .agg(pl.col("ffn_count").mean())
+        )
+    ordered = routing.sort("layer", "doc", "pos").collect()
     for (layer,), rows in ordered.group_by("layer", maintain_order=True):
         counts[int(layer)] = rows["ffn_count"].to_numpy()  # type: ignore[call-overload]
     return active_distribution(counted, counts)

@@ -102,6 +102,8 @@ class Piece(NamedTuple):
         used: how many of the copies a token runs; None means all.
         phantom: rows that a known implementation allocates beside these and no token ever reads.
         kernel: work that depends on the context.
+        passes: how often a token goes through it (layers of a looped model run several times): it
+            is stored and active once, and its work is done ``passes`` times.
     """
 
     part: Part
@@ -112,6 +114,7 @@ class Piece(NamedTuple):
     used: ExpertsRun | None = None
     phantom: int = 0
     kernel: Kernel | None = None
+    passes: int = 1
 
     @property
     def params(self) -> int:

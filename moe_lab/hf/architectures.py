@@ -25,6 +25,7 @@ class HFArchitecture:
         top_k: slots where the router's code fixes them, whatever ``num_experts_per_tok`` says.
         zero_experts: zero-compute experts, or the field that holds their number.
         prepare: rewrites nested sizes and names of its own before anything is read.
+        visits: the order in which a token goes through the layers, where some run several times.
     """
 
     sparse: layers.Rule = layers.every_layer
@@ -32,6 +33,7 @@ class HFArchitecture:
     top_k: int | None = None
     zero_experts: str | int = 0
     prepare: Callable[[Values], Values] = dict
+    visits: layers.Visits | None = None
 
     def slots(self, f: Fields) -> int:
         """Slots of one token (K)."""
@@ -102,6 +104,17 @@ def inkling(values: Values) -> Values:
         return values
     expert = values.get("intermediate_size")
     return {**values, "moe_intermediate_size": expert, "intermediate_size": dense}
+
+
+def inkling_loop(values: Values) -> Values:
+    """``loop_config`` holds the loop of a release."""
+    names = {
+        "loop_layer_index_start": "core_start",
+        "loop_layer_index_end": "core_end",
+        "loop_num_passes": "num_passes",
+        "loop_gate_rank": "gate_rank",
+    }
+    return _moved(values, nested(values, "loop_config"), names)
 
 
 def longcat(values: Values) -> Values:
@@ -282,6 +295,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
     "inkling_text": HFArchitecture(
         layers.leading_dense("dense_mlp_idx"), {"dense_mlp_idx": 0}, prepare=inkling
     ),
+    "inkling2_loop_text": HFArchitecture(prepare=inkling_loop, visits=layers.looped),
     "jamba": HFArchitecture(layers.jamba),
     "kimi_linear": _dense(1, prepare=kimi_linear),
     "llama4_text": HFArchitecture(layers.llama4),
@@ -313,6 +327,9 @@ SAME_AS: dict[str, str] = {
     "granite_docling": "granite_docling_text",
     "hy_v4_vl": "hy_v4",
     "hy_v4_vl_text": "hy_v4",
+    "inkling": "inkling_text",
+    "inkling2": "inkling2_text",
+    "inkling2_loop": "inkling2_loop_text",
     "kimi_k2": "deepseek_v3",
     "kimi_k25": "deepseek_v3",
     "llama4": "llama4_text",
@@ -336,7 +353,6 @@ the same layers.
 
 
 NOT_COUNTED: dict[str, str] = {
-    "inkling2_loop": "one token runs its looped layers several times, which is not counted",
     "vitpose_backbone": "its experts are chosen by data set and not by token",
 }
 """Model types with experts that are refused, and why; ``NAME_text`` is refused with ``NAME``."""
@@ -370,3 +386,17 @@ def experts_and_slots(f: Fields) -> tuple[int, int]:
 def sparse(f: Fields) -> list[bool]:
     """Which layers hold routed experts, by the rule of the model type."""
     return (find(f.family) or _EVERY).sparse(f)
+
+
+def visits(f: Fields) -> list[int]:
+    """The layers that a token goes through, in order, of a model that runs some several times; of
+    any other, none.
+    """
+    rule = (find(f.family) or _EVERY).visits
+    return [] if rule is None else rule(f)
+
+
+def passes(f: Fields) -> list[int]:
+    """How often each layer of such a model runs."""
+    order = f.once(visits)
+    return [order.count(layer) for layer in range(f.num_layers)]

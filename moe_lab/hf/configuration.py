@@ -18,6 +18,7 @@ from moe_lab.hf.architectures import (
     native_deepseek,
     row_name,
     sparse,
+    visits,
 )
 from moe_lab.hf.fields import MOST, Fields, canonical, names_of
 from moe_lab.json_input import list_of, one_of, optional, read_json_file, record, text
@@ -49,8 +50,9 @@ whole model's.
 
 
 class RouterSizes(NamedTuple):
-    """What importing needs of a model: sizes of each router, numbers of the sparse layers, and the
-    number of all layers.
+    """What importing needs of a model: sizes of each router, numbers of the sparse layers, the
+    number of all layers, and (of a model that runs some layers several times) the sparse layers in
+    the order of their runs.
     """
 
     num_experts: int
@@ -58,6 +60,7 @@ class RouterSizes(NamedTuple):
     top_k: int
     moe_layers: tuple[int, ...]
     num_layers: int
+    visits: tuple[int, ...] = ()
 
 
 def router_sizes(config: Any) -> RouterSizes:
@@ -74,7 +77,8 @@ def router_sizes(config: Any) -> RouterSizes:
     row, view = find(f.family), f.at(chosen[0])
     assert row is not None
     experts, slots = experts_and_slots(view)
-    return RouterSizes(experts, row.idle(view), slots, chosen, len(marks))
+    order = tuple(layer for layer in visits(f) if marks[layer])
+    return RouterSizes(experts, row.idle(view), slots, chosen, len(marks), order)
 
 
 def text_fields(config: Any, edits: Mapping[str, Any] | None = None) -> Fields:

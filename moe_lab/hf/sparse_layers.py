@@ -11,6 +11,10 @@ from moe_lab.errors import ConfigError, expected
 from moe_lab.hf.fields import MOST, Fields
 
 Rule = Callable[[Fields], list[bool]]
+Visits = Callable[[Fields], list[int]]
+"""From ``Fields`` to the layers that a token goes through, in order; a layer that runs several
+times is there as often.
+"""
 
 
 def every_layer(f: Fields) -> list[bool]:
@@ -151,3 +155,13 @@ def nllb(f: Fields) -> list[bool]:
         layers = f.size(f"{stack}_layers", most=MOST)
         marks += [step > 0 and (layer + 1) % step == 0 for layer in range(layers)]
     return marks
+
+
+def looped(f: Fields) -> list[int]:
+    """Layers ``loop_layer_index_start`` to ``loop_layer_index_end - 1`` run ``loop_num_passes``
+    times, one pass over all of them after the other.
+    """
+    layers, passes = list(range(f.num_layers)), f.size("loop_num_passes", most=MOST)
+    start = f.size("loop_layer_index_start")
+    end = f.size("loop_layer_index_end", start, len(layers))
+    return [*layers[:start], *layers[start:end] * passes, *layers[end:]]

@@ -15,6 +15,7 @@ from moe_lab.trace.schema import (
     META_FILE,
     OUTPUT_RATIO,
     PART_PATH,
+    READABLE_VERSIONS,
     SCHEMA_VERSION,
     LayerMeta,
     PartMeta,
@@ -47,10 +48,10 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
     if not isinstance(values, dict):
         raise TraceError(f"expected {path} to hold an object, got {type(values).__name__}")
     version = values.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS:
         raise TraceError(
             expected(
-                f"trace schema version {SCHEMA_VERSION}",
+                f"trace schema version {' or '.join(map(str, READABLE_VERSIONS))}",
                 repr(version)[:40],
                 "another version of moe_lab",
             )
@@ -65,7 +66,7 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
     ):
         raise TraceError(f"expected {path} to hold complete, parts and layers, got others")
     try:
-        meta = TraceMeta.from_dict(values)
+        meta = TraceMeta.from_dict({**values, "schema_version": SCHEMA_VERSION})
         files = {name: PartMeta.from_dict(part) for name, part in parts.items()}
     except ConfigError as error:
         raise TraceError(f"{META_FILE}: {error}") from error

@@ -18,8 +18,8 @@ from moe_lab.trace.schema import (
     MAX_ROWS_PER_PART,
     META_FILE,
     PART_PATH,
+    READABLE_VERSIONS,
     ROUTED,
-    SCHEMA_VERSION,
     TOKEN_COLUMNS,
     VERSION_KEY,
     PartMeta,
@@ -96,8 +96,8 @@ def _decoded(path: Path, name: str, part: PartMeta, meta: TraceMeta) -> pl.DataF
     ):
         columns = f"columns {', '.join(wanted)} of the documented types"
         raise TraceError(f"{name}: " + expected(columns, ", ".join(schema)[:200]))
-    if version != str(SCHEMA_VERSION):
-        wanted_version = f"trace schema version {SCHEMA_VERSION}"
+    if version not in [str(number) for number in READABLE_VERSIONS]:
+        wanted_version = f"trace schema version {' or '.join(map(str, READABLE_VERSIONS))}"
         hint = "another version of moe_lab"
         raise TraceError(f"{name}: " + expected(wanted_version, repr(version)[:40], hint))
     return frame

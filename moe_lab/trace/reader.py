@@ -104,6 +104,19 @@ class Trace:
         return scan.select("layer", *self.meta.routing_schema())
 
     @property
+    def layers(self) -> pl.DataFrame:
+        """[layer, model_layer, pass, module, num_experts, num_zero_experts, top_k]: the traced
+        layers in order. ``model_layer`` is the layer in the model, the same as ``layer`` but in
+        models that run some layers several times: there each pass is a layer of the trace.
+        """
+        columns = ("layer", "in_model", "pass_number", "module", "num_experts", "num_zero_experts")
+        rows = sorted(self.meta.layers, key=lambda layer: layer.layer)
+        frame = pl.DataFrame(
+            {name: [getattr(layer, name) for layer in rows] for name in (*columns, "top_k")}
+        ).rename({"in_model": "model_layer", "pass_number": "pass"})
+        return frame.with_columns(pl.col("layer", "model_layer", "pass").cast(LAYER_TYPE))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of each layer (rows of the first one)."""
         return sum(self.parts[name].rows for name in self._names(self._prefix(self.meta.layers[0])))

@@ -25,7 +25,11 @@ import polars as pl
 from moe_lab.config import Config, require
 from moe_lab.versions import versions as library_versions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 2 added layers that run several times (``LayerMeta.model_layer``); what version 1 could
+say is written and read as before.
+"""
 VERSION_KEY = "moe_lab_trace_version"
 """Key of the Parquet metadata that repeats ``SCHEMA_VERSION`` in every file."""
 
@@ -84,10 +88,12 @@ no layer has a row for it.
 
 @dataclass(frozen=True)
 class LayerMeta(Config):
-    """One traced layer.
+    """One traced layer, or one run of a layer that runs several times.
 
     Attributes:
-        layer: index in the model, counted from 0 over all its layers.
+        layer: index in the model, counted from 0 over all its layers. Where a model runs some of
+            its layers several times, it counts runs, in the order in which a token goes through
+            them.
         num_experts: real experts.
         num_zero_experts: zero-compute experts, whose ids follow the real ones.
         top_k: the most slots a token can use.
@@ -97,6 +103,8 @@ class LayerMeta(Config):
         zero_kinds: what each zero-compute expert returns (identity, zero, constant, skip), or
             nothing where unknown.
         expert_bytes: bytes of one real expert as the source stored it, 0 where it does not say.
+        model_layer: index in the model where ``layer`` counts runs; None: the same as ``layer``.
+        pass_number: which run of that layer this is, from 0.
     """
 
     layer: int
@@ -107,10 +115,14 @@ class LayerMeta(Config):
     score_func: str = ""
     zero_kinds: tuple[str, ...] = ()
     expert_bytes: int = 0
+    model_layer: int | None = None
+    pass_number: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("layer", 0, 99_999),
+            *([] if self.model_layer is None else [("model_layer", 0, 99_999)]),
+            ("pass_number", 0, MAX_LAYERS),
             ("num_experts", 1, MAX_CHOICES),
             ("num_zero_experts", 0, MAX_CHOICES),
             ("top_k", 1, MAX_TOP_K),
@@ -142,6 +154,11 @@ class LayerMeta(Config):
     def num_choices(self) -> int:
         """Real and zero-compute experts together."""
         return self.num_experts + self.num_zero_experts
+
+    @property
+    def in_model(self) -> int:
+        """Index of the layer in the model."""
+        return self.layer if self.model_layer is None else self.model_layer
 
 
 @dataclass(frozen=True)
@@ -205,6 +222,8 @@ class TraceMeta(Config):
         )
         numbers = [layer.layer for layer in self.layers]
         require(len(set(numbers)) == len(numbers), "each layer once", _short(numbers))
+        runs = [(layer.in_model, layer.pass_number) for layer in self.layers]
+        require(len(set(runs)) == len(runs), "each pass of a layer once", _short(runs))
         for name in (
             "model",
             "model_hash",
@@ -270,6 +289,11 @@ class TraceMeta(Config):
         """The layer of that index, or None where the trace has none."""
         return next((layer for layer in self.layers if layer.layer == number), None)
 
+    @property
+    def loops(self) -> bool:
+        """Does the model run some of its layers several times?"""
+        return any(layer.model_layer is not None for layer in self.layers)
+
 
 ADDED = {
     **dict.fromkeys(
@@ -279,8 +303,11 @@ ADDED = {
     "max_tokens": None,
     "notes": [],
 }
-ADDED_TO_LAYERS = {"module": "", "score_func": "", "zero_kinds": [], "expert_bytes": 0}
-"""Fields that came after the first release of this version, with the values that say nothing."""
+ADDED_TO_LAYERS = {
+    **{"module": "", "score_func": "", "zero_kinds": [], "expert_bytes": 0},
+    **{"model_layer": None, "pass_number": 0},
+}
+"""Fields that came after the first release, with the values that say nothing."""
 
 
 def _used(values: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,13 @@ def padded_head(drawn: dict[str, Any], rng: random.Random) -> None:
     drawn["unpadded_vocab_size"] = drawn["vocab_size"] - rng.choice((0, 5))
 
 
+def loop(drawn: dict[str, Any], rng: random.Random) -> None:
+    padded_head(drawn, rng)
+    drawn |= {"num_hidden_layers": 8, "loop_layer_index_start": 2, "loop_layer_index_end": 6}
+    drawn["layer_types"] = [rng.choice(("hybrid", "hybrid_sliding")) for _ in range(8)]
+    drawn |= {"loop_num_passes": rng.choice((1, 2, 3)), "loop_gate_rank": rng.choice((4, 6))}
+
+
 def small_sections(drawn: dict[str, Any], rng: random.Random) -> None:
     half = drawn["qk_rope_head_dim"] // 2
     drawn["rope_parameters"] = {
@@ -283,6 +290,7 @@ FAMILIES: dict[str, Family] = {
 
 SINCE_5_24: dict[str, Family] = {
     "hy_v4_vl": text_part("HYV4VL", choices=MLP, adjust=small_sections),
+    "inkling2_loop": text_causal("Inkling2Loop", adjust=loop),
     "lara_mini": causal(
         "LaraMini",
         choices={"layer_types": ("linear_attention sliding_attention full_attention",)},

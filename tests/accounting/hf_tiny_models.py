@@ -211,7 +211,7 @@ def parameters(name: str, config: Any, model: Any) -> int:
     """
     head = FAMILIES[name].head and not getattr(config, "tie_word_embeddings", False)
     rows = config.vocab_size if head else 0
-    if name == "inkling2":
+    if name in ("inkling2", "inkling2_loop"):
         rows += config.vocab_size - model.lm_head.out_features
     scales = (buffer for key, buffer in model.named_buffers() if key == "rotary_emb.alpha")
     return (

@@ -57,7 +57,7 @@ def test_a_complete_configuration_assumes_nothing() -> None:
     assert count(MIXTRAL).assumed == ()
 
 
-@pytest.mark.parametrize("name", ["inkling2_loop", "inkling2_loop_text", "vitpose_backbone"])
+@pytest.mark.parametrize("name", ["vitpose_backbone"])
 def test_a_known_architecture_that_is_not_counted_is_refused_with_the_reason(name: str) -> None:
     text = message({**MIXTRAL, "model_type": name})
     assert name in text

@@ -85,6 +85,7 @@ def test_the_frame_has_a_row_for_each_piece_and_sums_to_the_count() -> None:
         "name",
         "params",
         "copies",
+        "passes",
         "active_min",
         "active_mean",
         "active_max",

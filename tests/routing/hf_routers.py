@@ -89,7 +89,11 @@ CLASSES = {
     "zaya": "ZayaRouter",
 }
 PAIRS = [(folder, name) for folder, names in CLASSES.items() for name in names.split()]
-SINCE_5_24 = [("hy_v4_vl", "HYV4VLTopkRouter"), ("lara_mini", "LaraMiniTopKRouter")]
+SINCE_5_24 = [
+    ("hy_v4_vl", "HYV4VLTopkRouter"),
+    ("inkling2_loop", "Inkling2LoopTopKRouter"),
+    ("lara_mini", "LaraMiniTopKRouter"),
+]
 """Classes that 5.23 does not have."""
 
 NOT_REPRODUCED = {
@@ -192,6 +196,7 @@ FLAGS: dict[str, Callable[[Any, random.Random], None]] = {
     "cohere2_moe": flag(expert_selection_fn=["softmax", "sigmoid"]),
     "dbrx": flag(moe_normalize_expert_weights=[None, 1.0, 2.0]),
     "deepseek_v4": flag(scoring_func=["sqrtsoftplus", "sigmoid"]),
+    "inkling2_loop": flag(scoring_func=["sqrtsoftplus", "sigmoid"]),
     "inkling2": flag(scoring_func=["sqrtsoftplus", "sigmoid"]),
     "inkling": flag(n_shared_experts=[1, 2, 3]),
     "ernie4_5_moe": flag(moe_norm_min=[1e-12, 0.6]),

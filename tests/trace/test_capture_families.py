@@ -21,8 +21,9 @@ from moe_lab.trace import capture, open_trace  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
-Decisions = dict[str, tuple[Tensor, Tensor]]
-"""Router name -> ids and weights [T, K] (-1: nothing ran) as an observer of the experts sees them.
+Decisions = dict[str, list[tuple[Tensor, Tensor]]]
+"""Router name -> ids and weights [T, K] (-1: nothing ran) of each run of its layer, as an observer
+of the experts sees them.
 """
 
 
@@ -48,11 +49,12 @@ def test_captured_decisions_are_those_that_the_experts_were_given(name: str, tmp
     for handle in handles:
         handle.remove()
     trace = open_trace(tmp_path / "t").check()
-    assert {layer.module for layer in trace.meta.layers} == set(seen)
+    runs = {(name, number) for name, calls in seen.items() for number in range(len(calls))}
+    assert {(layer.module, layer.pass_number) for layer in trace.meta.layers} == runs
     real = mask.reshape(-1).bool()
     for layer in trace.meta.layers:
         rows = trace.routing.filter(pl.col("layer") == layer.layer).collect()
-        want_ids, want_weights = (values[real] for values in seen[layer.module])
+        want_ids, want_weights = (values[real] for values in seen[layer.module][layer.pass_number])
         assert rows["experts"].to_list() == [
             [i for i in row if i >= 0] for row in want_ids.tolist()
         ], layer
@@ -107,7 +109,7 @@ def is_router(path: str, module: nn.Module) -> bool:
         kind.endswith(("Router", "Gate", "Gating"))
         and hasattr(module, "forward")
         and "Forget" not in kind
-        and ("vision" not in path and "Residual" not in kind)
+        and ("vision" not in path and "Residual" not in kind and "Message" not in kind)
     )
 
 
@@ -122,7 +124,9 @@ def watch(model: nn.Module, path: str, seen: Decisions) -> list[Any]:
     if special is not None:
         return [
             router.register_forward_hook(
-                lambda module, args, output: seen.__setitem__(path, special(module, args, output))
+                lambda module, args, output: seen.setdefault(path, []).append(
+                    special(module, args, output)
+                )
             )
         ]
     block = model.get_submodule(path.rpartition(".")[0])
@@ -130,10 +134,11 @@ def watch(model: nn.Module, path: str, seen: Decisions) -> list[Any]:
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         _, ids, weights = (*args, *kwargs.values())
-        seen[path] = (
+        decisions = (
             ids.reshape(-1, ids.shape[-1]),
             weights.reshape(-1, weights.shape[-1]).float(),
         )
+        seen.setdefault(path, []).append(decisions)
 
     return [block.experts.register_forward_pre_hook(note, with_kwargs=True)]
 

@@ -222,10 +222,10 @@ def test_losses_that_are_not_finite_are_refused(folder):
 
 
 def test_another_schema_version_in_one_file_is_refused(folder):
-    forge(folder, ROUTING, lambda frame: frame, version="2")
+    forge(folder, ROUTING, lambda frame: frame, version="3")
     refused(
         folder,
-        rf"{ROUTING}: expected trace schema version 1, got '2'; try another version of moe_lab",
+        rf"{ROUTING}: expected trace schema version 1 or 2, got '3'; try another version",
     )
 
 
@@ -293,10 +293,10 @@ def test_a_missing_file_and_an_unlisted_one_are_refused(folder):
     ("change", "message"),
     [
         (
-            lambda v: v.update(schema_version=2),
-            "expected trace schema version 1, got 2; try another version of moe_lab",
+            lambda v: v.update(schema_version=3),
+            "expected trace schema version 1 or 2, got 3; try another version of moe_lab",
         ),
-        (lambda v: v.update(schema_version=None), "expected trace schema version 1, got None"),
+        (lambda v: v.update(schema_version=None), "expected trace schema version 1 or 2, got None"),
         (lambda v: v.update(complete="yes"), "to hold complete, parts and layers, got others"),
         (lambda v: v.update(parts=[1]), "to hold complete, parts and layers, got others"),
         (lambda v: v.update(layers={"0": 1}), "to hold complete, parts and layers, got others"),

@@ -4,9 +4,21 @@ router's normaliser.
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import choose, dense, layer_type, moe, norms, top, used, width
+from moe_lab.accounting.blocks import (
+    Block,
+    choose,
+    dense,
+    join,
+    layer_type,
+    moe,
+    norms,
+    top,
+    used,
+    width,
+)
 from moe_lab.cost import attention_cost, layer_cost
-from moe_lab.cost.parts import Attend, Part, Pieces, conv, linear, norm, times, vector
+from moe_lab.cost.parts import Attend, Part, Piece, Pieces, conv, linear, norm, times, vector
+from moe_lab.hf import architectures
 from moe_lab.hf.fields import Fields
 
 A = Part.ATTENTION
@@ -36,14 +48,14 @@ def sizes(f: Fields) -> tuple[int, int, int, int | None, int]:
 
 def relative_attention(f: Fields) -> Pieces:
     """Grouped-query attention with a learned logit for each distance, from ``d_rel`` channels per
-    head.
+    head; transformers computes it for every distance that has one.
     """
     heads, kv, dim, span, extent = sizes(f)
     d, relative = width(f), f.size("d_rel")
     return (
         *attention_cost.gqa(d, heads, kv, dim, Attend(heads, dim, dim, window=span)),
         linear(A, "relative_proj", d, heads * relative),
-        vector(A, "relative_logits", relative * extent),
+        Piece(A, "relative_logits", relative * extent, heads * relative * extent),
     )
 
 
@@ -112,6 +124,22 @@ def attention2(f: Fields) -> Pieces:
     )
 
 
+def mix(f: Fields, name: str, queries: int, states: int) -> Pieces:
+    """Learned queries that attend to ``states`` states of the residual stream, each both key and
+    value.
+    """
+    d = width(f)
+    return (Piece(Part.OTHER, name, queries * d, 2 * queries * states * d),) if queries else ()
+
+
+def states_before(f: Fields) -> list[tuple[int, int]]:
+    """For each layer, how many states its attention and its feed-forward can attend to: the output
+    of each block of ``n_layers_per_attn_res_block`` layers, and the stream itself.
+    """
+    size = f.size("n_layers_per_attn_res_block")
+    return [(-(-layer // size) + 1, layer // size + 2) for layer in range(f.num_layers)]
+
+
 def block_residuals(f: Fields) -> Pieces:
     """Attention over the outputs of earlier blocks of layers: a query vector per input, three in
     full layers (queries, keys, values).
@@ -119,7 +147,11 @@ def block_residuals(f: Fields) -> Pieces:
     inputs = (
         (3 if layer_type(f) == "full_attention" else 1) if not f.mark(layer_types.first_only) else 0
     )
-    return (vector(Part.OTHER, "block_residual_queries", (inputs + 1) * width(f)),)
+    for_attention, for_feed_forward = f.mark(states_before)
+    return (
+        *mix(f, "attention_input", inputs, for_attention),
+        *mix(f, "mlp_input", 1, for_feed_forward),
+    )
 
 
 def norms2(f: Fields) -> Pieces:
@@ -153,7 +185,45 @@ inkling = Architecture(
 
 
 def final_query(f: Fields) -> Pieces:
-    return (norm("embed_norm", width(f)), vector(Part.OTHER, "final_residual_query", width(f)))
+    blocks = -(-f.num_layers // f.size("n_layers_per_attn_res_block"))
+    return (*embed_norm(f), *mix(f, "final_input", 1, blocks + 1))
+
+
+def loop_width(f: Fields) -> int:
+    """How many layers the loop has."""
+    return f.size("loop_layer_index_end") - f.size("loop_layer_index_start")
+
+
+def looped(*blocks: Block) -> Block:
+    """The blocks of a layer as often as it runs. From its second pass on, four messages of the pass
+    before (to queries, keys, values and feed-forward) go through a gate each.
+    """
+
+    def block(f: Fields) -> Pieces:
+        passes, d, rank = f.mark(architectures.passes), width(f), f.size("loop_gate_rank")
+        own = tuple(piece._replace(passes=passes) for piece in join(f, blocks))
+        if not f.mark(in_loop):
+            return own
+        blocks_before = loop_width(f) // f.size("n_layers_per_attn_res_block")
+        gates = (
+            linear(Part.OTHER, f"{place}_message_gate.{name}", *size)
+            for place in ("q", "k", "v", "mlp")
+            for name, size in (
+                ("down_proj", (2 * d, rank)),
+                ("forget_gate_proj", (rank, d)),
+                ("message_gate_proj", (rank, d)),
+            )
+        )
+        messages = (*gates, *mix(f, "message_input", 4, blocks_before))
+        return (*own, *(piece._replace(passes=passes - 1) for piece in messages))
+
+    return block
+
+
+def in_loop(f: Fields) -> list[bool]:
+    """The layers of the loop, also where it runs once."""
+    loop = range(f.size("loop_layer_index_start"), f.size("loop_layer_index_end"))
+    return [layer in loop for layer in range(f.num_layers)]
 
 
 def all_rows(f: Fields) -> int:
@@ -162,11 +232,18 @@ def all_rows(f: Fields) -> int:
     return rows
 
 
+inkling2 = Architecture(
+    blocks=(attention2, moe(), norms2, stream_convs, block_residuals),
+    defaults={
+        "layer_types": local_types,
+        "unpadded_vocab_size": all_rows,
+        "n_layers_per_attn_res_block": 6,
+    },
+    top=top(may_tie=False, head_rows="unpadded_vocab_size", extra=(final_query,)),
+)
+
 ROWS = {
     "inkling_text": inkling,
-    "inkling2_text": Architecture(
-        blocks=(attention2, moe(), norms2, stream_convs, block_residuals),
-        defaults={"layer_types": local_types, "unpadded_vocab_size": all_rows},
-        top=top(may_tie=False, head_rows="unpadded_vocab_size", extra=(final_query,)),
-    ),
+    "inkling2_text": inkling2,
+    "inkling2_loop_text": inkling2.variant(blocks=(looped(*inkling2.blocks),)),
 }

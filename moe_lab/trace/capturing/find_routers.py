@@ -68,7 +68,7 @@ def find_sites(
         raise TraceError(expected("a model with routers", got, _hint(named)))
     _check_banks(named, [*left_out, *(site.name for site in kept)], only)
     _check_stacks(kept)
-    _number(kept)
+    _number(kept, _visits(config))
     return kept, left_out
 
 
@@ -213,12 +213,24 @@ def _check_stacks(sites: Sequence[Site]) -> None:
         raise TraceError(expected(what, "encoder and decoder", "only='decoder' or 'encoder'"))
 
 
-def _number(sites: Sequence[Site]) -> None:
-    """By the layer in the module's name, or, where two routers share one, by their order."""
+def _number(sites: Sequence[Site], visits: Sequence[int]) -> None:
+    """By the layer in the module's name, or, where two routers share one, by their order.
+
+    ``visits``: the layers of the model in the order in which a token goes through them.
+    """
     numbers = [_number_in(site.name) for site in sites]
     distinct = None not in numbers and len(set(numbers)) == len(numbers)
     for order, (site, number) in enumerate(zip(sites, numbers, strict=True)):
         site.layer = number if distinct and number is not None else order
+        places = tuple(place for place, layer in enumerate(visits) if layer == site.layer)
+        site.visits = places or (site.layer,)
+
+
+def _visits(config: Any) -> Sequence[int]:
+    """The order of the layers where some run several times, else nothing."""
+    fields = _fields(config, None)
+    order = [] if fields is None else architectures.visits(fields)
+    return order if len(order) > len(set(order)) else ()
 
 
 def _number_in(name: str) -> int | None:

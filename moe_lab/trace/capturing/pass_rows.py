@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.trace.capturing.router_output import Reading, joined
-from moe_lab.trace.capturing.site import Site
+from moe_lab.trace.capturing.site import Site, Visit
 from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.rows import slot_rows
 from moe_lab.trace.schema import OUTPUT_RATIO
@@ -29,8 +29,8 @@ class RecordedPass:
     Attributes:
         doc, pos: [n] labels of the tokens that count.
         keep: their places among the tokens of the pass; None: all.
-        readings: one for each router, of all tokens.
-        ratios: [T] output over input norm for each router, or empty.
+        readings: one for each visit of a router, of all tokens.
+        ratios: [T] output over input norm for each visit, or empty.
         ids: token ids of the pass, or None.
         phase: train, prefill or decode.
         losses: [B, S] or None.
@@ -66,14 +66,14 @@ class PassRows:
     """Writes recorded passes through a ``TraceWriter``.
 
     Args:
-        sites: the routers, in the order of the readings of a pass.
+        visits: runs of the routers, in the order of the readings of a pass.
         pieces: the text of token ids, or None.
     """
 
     def __init__(
-        self, writer: TraceWriter, sites: Sequence[Site], pieces: TokenText | None
+        self, writer: TraceWriter, visits: Sequence[Visit], pieces: TokenText | None
     ) -> None:
-        self.writer, self.sites, self.pieces = writer, sites, pieces
+        self.writer, self.visits, self.pieces = writer, visits, pieces
 
     def write(self, passes: Sequence[RecordedPass], event: Any) -> None:
         """Convert and write passes; ``event`` is a CUDA event to wait for, or None."""
@@ -83,11 +83,11 @@ class PassRows:
             _numbers(np.concatenate([getattr(record, name) for record in passes]))
             for name in ("doc", "pos")
         )
-        for place, site in enumerate(self.sites):
+        for place, (site, _, visit) in enumerate(self.visits):
             reading = joined([record.readings[place].rows(record.places()) for record in passes])
             ratios = [record.kept(record.ratios[place]) for record in passes if record.ratios]
             try:
-                self._write_router(site, doc, pos, reading, ratios)
+                self._write_router(site, visit, doc, pos, reading, ratios)
             except TraceError as error:
                 raise TraceError(f"{site}: {error}") from error
         for record in passes:
@@ -97,13 +97,14 @@ class PassRows:
     def _write_router(
         self,
         site: Site,
+        visit: int,
         doc: np.ndarray,
         pos: np.ndarray,
         reading: Reading,
         ratios: Sequence[Tensor],
     ) -> None:
         meta = self.writer.meta
-        layer = meta.layer(site.layer)
+        layer = meta.layer(visit)
         assert layer is not None
         ids, weights, dropped = reading.indices.cpu().numpy(), None, None
         if meta.has_weights and reading.weights is not None:
@@ -116,7 +117,7 @@ class PassRows:
         if ratios:
             rows[OUTPUT_RATIO] = torch.cat([ratio.cpu() for ratio in ratios]).numpy()
         counts = np.bincount(ids[ids >= 0], minlength=layer.num_choices)
-        self.writer.write_rows(site.layer, rows, counts)
+        self.writer.write_rows(visit, rows, counts)
 
     def _write_tokens(self, record: RecordedPass) -> None:
         if record.ids is None:

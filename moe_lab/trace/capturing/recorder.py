@@ -34,6 +34,7 @@ from moe_lab.trace.capturing.hooks import Hooks, Pass, unchanged
 from moe_lab.trace.capturing.numbering import Labels, Numbering
 from moe_lab.trace.capturing.pass_rows import PassRows, RecordedPass
 from moe_lab.trace.capturing.router_output import Reader, Reading
+from moe_lab.trace.capturing.site import Visit
 from moe_lab.trace.capturing.token_loss import Head, TokenLoss
 from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.existing import refuse_finished
@@ -98,6 +99,13 @@ class Capture:
         self._hooks: Hooks | None = None
 
     @property
+    def visits(self) -> list[Visit]:
+        """Each router as often as a token goes through it."""
+        return [
+            (site, number, visit) for site in self.sites for number, visit in enumerate(site.visits)
+        ]
+
+    @property
     def finished(self) -> set[int]:
         return set() if self._writer is None else self._writer.finished
 
@@ -159,7 +167,9 @@ class Capture:
         assert running.inputs.shape is not None
         tokens = running.inputs.shape[0] * running.inputs.shape[1]
         readings = [
-            site.reading(running.calls[place], tokens) for place, site in enumerate(self.sites)
+            reading
+            for place, site in enumerate(self.sites)
+            for reading in site.readings(running.calls[place], tokens)
         ]
         if self._writer is None:
             self._open(readings)
@@ -196,20 +206,24 @@ class Capture:
 
     def _open(self, readings: Sequence[Reading] = ()) -> None:
         options = self._options
+        looped = any(len(site.visits) > 1 for site in self.sites)
         layers = tuple(
             LayerMeta(
-                layer=site.layer,
+                layer=visit,
                 num_experts=site.num_experts or 0,
                 num_zero_experts=site.num_zero_experts,
                 top_k=site.top_k or readings[place].indices.shape[1],
                 module=site.name,
                 zero_kinds=site.zero_kinds,
+                model_layer=site.layer if looped else None,
+                pass_number=number,
             )
-            for place, site in enumerate(self.sites)
+            for place, (site, number, visit) in enumerate(self.visits)
         )
         vocabulary = getattr(getattr(self._model, "config", None), "vocab_size", None)
         left_out = ", ".join(self._left_out)
         note = f"Routers that do not see the text were left out: {left_out}."
+        loop = "Some layers run several times: layer counts runs, model_layer and pass name them."
         meta = TraceMeta(
             layers=layers,
             model=self._model_name,
@@ -220,7 +234,11 @@ class Capture:
             created_from=options.created_from,
             max_tokens=options.max_tokens,
             has_output_ratio=options.output_ratio,
-            notes=(*options.notes, *((note,) if left_out else ())),
+            notes=(
+                *options.notes,
+                *((note,) if left_out else ()),
+                *((loop,) if looped else ()),
+            ),
             **self._recorded(readings),
         )
         writer = TraceWriter(
@@ -233,7 +251,7 @@ class Capture:
         self._writer = writer.__enter__()
         self._numbering.next_doc = max(self._writer.finished, default=-1) + 1
         pieces = None if options.tokenizer is None else TokenText(options.tokenizer)
-        self._rows = PassRows(self._writer, self.sites, pieces)
+        self._rows = PassRows(self._writer, self.visits, pieces)
 
     def _queue(
         self, running: Pass, readings: list[Reading], labels: Labels, losses: np.ndarray | None
@@ -248,7 +266,11 @@ class Capture:
             values if places is None else values[places] for values in (labels.doc, labels.pos)
         )
         present = set(np.unique(doc).tolist())
-        ratios = [torch.cat(running.ratios[place]) for place in sorted(running.ratios)]
+        ratios = [
+            torch.cat(part)
+            for place in sorted(running.ratios)
+            for part in self.sites[place].shares(running.ratios[place])
+        ]
         self._chunk.append(
             RecordedPass(
                 doc=doc,
@@ -297,7 +319,7 @@ class Capture:
         if self._writer is None:
             return
         meta = self._writer.meta
-        functions = {site.layer: site.score_func for site in self.sites if meta.has_scores}
+        functions = {visit: site.score_func for site, _, visit in self.visits if meta.has_scores}
         layers = tuple(
             layer.replace(score_func=str(functions.get(layer.layer) or "")) for layer in meta.layers
         )

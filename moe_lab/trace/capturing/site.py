@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -18,6 +18,8 @@ from moe_lab.trace.capturing.router_output import (
 )
 from moe_lab.trace.score_spread import infer_score_func
 
+T = TypeVar("T")
+
 
 @dataclass
 class Site:
@@ -27,7 +29,8 @@ class Site:
         name: of the hooked module.
         module: the module whose calls are read.
         read: makes a reading of what the hooks saw.
-        layer: number in the trace.
+        layer: number in the model, by its name, or by the order of the routers.
+        visits: numbers in the trace, one for each time that a token goes through the layer.
         taps: label -> module whose inputs and outputs are seen too.
         num_experts, top_k: from the configuration; None where it has none, so that the first call
             decides.
@@ -44,6 +47,7 @@ class Site:
     num_zero_experts: int = 0
     zero_kinds: tuple[str, ...] = ()
     score_func: ScoreFunc | None = None
+    visits: tuple[int, ...] = ()
 
     @property
     def num_choices(self) -> int | None:
@@ -53,21 +57,15 @@ class Site:
     def __str__(self) -> str:
         return f"{self.name} ({type(self.module).__name__})"
 
-    def reading(self, calls: Sequence[Mapping[str, Any]], tokens: int) -> Reading:
-        """What the calls of one pass say of its ``tokens`` tokens.
+    def readings(self, calls: list[dict[str, Any]], tokens: int) -> list[Reading]:
+        """What the calls of one forward pass of the model say of its ``tokens`` tokens: one reading
+        for each of ``visits``, of equal shares of the calls.
 
         Raises:
             TraceError: naming the module, where its outputs do not fit.
         """
         try:
-            reading = joined([self.read_call(call) for call in calls])
-            if len(reading.indices) != tokens:
-                hint = "text inputs alone, or documents of one stack"
-                if len(calls) > 1:
-                    hint = "a reader that takes one of its calls"
-                got = f"{len(reading.indices)} in {len(calls)} calls"
-                raise TraceError(expected(f"one decision for each of {tokens} tokens", got, hint))
-            self._settle(reading)
+            return [self._reading(part, tokens) for part in self.shares(calls)]
         except TraceError as error:
             raise TraceError(f"{self}: {error}") from error
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
@@ -76,6 +74,25 @@ class Site:
                 f"{self}: its output {seen} does not fit: {type(error).__name__}: {error}; "
                 f"try readers={{'{self.name}': reader}}"
             ) from error
+
+    def shares(self, calls: list[T]) -> list[list[T]]:
+        """Equal parts of what the calls of one forward pass gave, one for each visit."""
+        size, rest = divmod(len(calls), len(self.visits))
+        if rest:
+            what = f"{len(self.visits)} runs of the layer, as configured"
+            raise TraceError(expected(what, f"{len(calls)} calls"))
+        return [calls[first : first + size] for first in range(0, len(calls), size)]
+
+    def _reading(self, calls: Sequence[Mapping[str, Any]], tokens: int) -> Reading:
+        """What the calls of one visit say."""
+        reading = joined([self.read_call(call) for call in calls])
+        if len(reading.indices) != tokens:
+            hint = "text inputs alone, or documents of one stack"
+            if len(calls) > 1:
+                hint = "a reader that takes one of its calls"
+            got = f"{len(reading.indices)} in {len(calls)} calls"
+            raise TraceError(expected(f"one decision for each of {tokens} tokens", got, hint))
+        self._settle(reading)
         return reading
 
     def read_call(self, call: Mapping[str, Any]) -> Reading:
@@ -105,3 +122,7 @@ class Site:
         if not are_probabilities(logits) and int(reading.indices.max()) < logits.shape[1]:
             fitting = infer_score_func(logits, reading.weights.float(), reading.indices)
             self.score_func = fitting or ScoreFunc.SOFTMAX
+
+
+Visit: TypeAlias = tuple[Site, int, int]
+"""One run of a layer: its router, which of its runs it is (from 0), its number in the trace."""

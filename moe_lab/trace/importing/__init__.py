@@ -285,7 +285,8 @@ def _layers(
         raise TraceError(expected(what, f"a source of {slots}"))
     if not 0 < rows <= MAX_LAYERS:
         raise TraceError(expected(f"routes of 1 to {MAX_LAYERS} layers", rows))
-    numbers = source.layers or sizes.layers or tuple(range(rows))
+    looped = sizes.visits if rows == len(sizes.visits) and not source.layers else ()
+    numbers = source.layers or (None if looped else sizes.layers) or tuple(range(rows))
     places = list(range(rows)) if len(numbers) == rows else sizes.places(rows)
     if places is None:
         every = f" or of all {sizes.num_layers} layers" if sizes.num_layers else ""
@@ -297,6 +298,8 @@ def _layers(
             num_zero_experts=sizes.num_zero_experts,
             top_k=top_k,
             expert_bytes=size,
+            model_layer=looped[number] if looped else None,
+            pass_number=looped[:number].count(looped[number]) if looped else 0,
         )
         for number, size in zip(numbers, source.expert_bytes or [0] * len(numbers), strict=True)
     )

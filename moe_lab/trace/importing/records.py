@@ -17,6 +17,7 @@ class Sizes:
         num_experts, num_zero_experts, top_k: of each layer.
         layers: numbers of the MoE layers.
         num_layers: all layers, dense ones too: some engines record a row for each.
+        visits: the MoE layers in the order of their runs, where some run several times.
         tokens: how many tokens counts were taken over.
         model: which of several models a source holds, and its name in the metadata.
     """
@@ -26,6 +27,7 @@ class Sizes:
     top_k: int | None = None
     layers: tuple[int, ...] | None = None
     num_layers: int | None = None
+    visits: tuple[int, ...] = ()
     tokens: int | None = None
     model: str = ""
 
