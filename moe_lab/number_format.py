@@ -4,6 +4,7 @@ their letter, a dash for a missing value.
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 NOTHING = "\u2013"
 MINUS = "\u2212"
@@ -11,11 +12,11 @@ _LETTERS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """``digits`` decimals, thousands grouped."""
+    """``digits`` decimals, thousands grouped; what rounds to zero has no sign."""
     return (
         NOTHING
         if value is None or not math.isfinite(value)
-        else f"{value:,.{digits}f}".replace("-", MINUS)
+        else f"{value:z,.{digits}f}".replace("-", MINUS)
     )
 
 
@@ -24,7 +25,7 @@ def whole(value: float | None) -> str:
     return (
         NOTHING
         if value is None or not math.isfinite(value)
-        else f"{value:,.0f}".replace("-", MINUS)
+        else f"{value:z,.0f}".replace("-", MINUS)
     )
 
 
@@ -35,7 +36,24 @@ def magnitude(value: float | None) -> str:
     for size, letter in _LETTERS:
         if abs(value) >= size * 0.9995:
             return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+    return f"{value:z.3g}"
+
+
+def short_path(path: Path | str, most: int = 48) -> str:
+    """A path as it is where it has at most ``most`` characters, else its last names after ``…/``.
+
+    >>> short_path("/home/someone/projects/mixture/runs/first/sweep", most=20)
+    '…/runs/first/sweep'
+    """
+    text = Path(path).as_posix()
+    if len(text) <= most:
+        return text
+    *before, shown = Path(path).parts
+    for name in reversed(before):
+        if len(longer := f"{name}/{shown}") + 2 > most:
+            break
+        shown = longer
+    return f"\u2026/{shown}"
 
 
 def count_of(number: int, noun: str) -> str:

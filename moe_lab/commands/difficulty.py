@@ -198,6 +198,6 @@ def _print(tables: "dict[str, pl.DataFrame]") -> None:
             row = tables["gain"].row(0, named=True)
             print(
                 "marginal gain: rank correlation with ffn_count within ids "
-                f"{row['rho_token'] or 0:+.3f} ({row['verdict']})"
+                f"{row['rho_token'] or 0:+z.3f} ({row['verdict']})"
             )
             print(tables["regret"])

@@ -179,10 +179,10 @@ def step(args: argparse.Namespace) -> int:
     rows = [
         (
             f"{row['law']} {row['coefficients']}",
-            f"{row['gain']:.4f}",
+            f"{row['gain']:z.4f}",
             "more than any"
             if math.isinf(row["compute"])
-            else f"{100 * (row['compute'] - 1):+.1f} %",
+            else f"{100 * (row['compute'] - 1):+z.1f} %",
             "-" if row["seeds"] is None else f"{row['seeds']:,}",
             row["extrapolated"] or "no",
         )
@@ -256,8 +256,8 @@ def _print(study: "WallStudy") -> None:
             (
                 f"{g.ratio_from:g}",
                 f"{g.ratio_to:g}",
-                f"{g.gain:.4f}",
-                f"{g.lo:.4f} to {g.hi:.4f}",
+                f"{g.gain:z.4f}",
+                f"{g.lo:z.4f} to {g.hi:z.4f}",
                 f"x{g.compute:.2f}",
             )
             for g in one.gains
@@ -282,8 +282,8 @@ def _alternative(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["alternative"],
         f"{row['ratio']:g}",
         f"{row['seeds']}",
-        f"{row['difference']:+.4f}",
-        "-" if row["lo"] is None else f"{row['lo']:+.4f} to {row['hi']:+.4f}",
+        f"{row['difference']:+z.4f}",
+        "-" if row["lo"] is None else f"{row['lo']:+z.4f} to {row['hi']:+z.4f}",
         f"x{row['compute']:.2f}",
         row["result"],
     )
@@ -446,14 +446,14 @@ def _print_quality(found: "Quality") -> None:
     )
     print(f"R2 of the loss {found.r2:.4f}; rmse {found.rmse:.4f} nats, {seeds}")
     rows = [
-        (f"{size:.4g}", runs, f"{bias:+.4f}", f"{rmse:.4f}")
+        (f"{size:.4g}", runs, f"{bias:+z.4f}", f"{rmse:.4f}")
         for size, runs, bias, rmse in found.by_size.rows()
     ]
     _table((found.by_size.columns[0], "runs", "bias, nats", "rmse, nats"), rows)
     for value, runs, bias, rmse in found.held_out.rows():
         print(
             f"held out, {found.variable} {value:.4g} ({runs} runs): predicted less measured "
-            f"{bias:+.4f} nats, rmse {rmse:.4f}"
+            f"{bias:+z.4f} nats, rmse {rmse:.4f}"
         )
     if found.rivals.height > 1:
         header = ("law on the same runs, least squares", "coefficients", "AICc above the best")

@@ -52,7 +52,7 @@ def _cell(row: dict) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "\u2013" if value is None else f"{value:+.3f}".replace("-", "\u2212")
+    return "\u2013" if value is None else f"{value:+z.3f}".replace("-", "\u2212")
 
 
 @drawn

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from moe_lab.errors import MoELabError
 from moe_lab.files import write_parquet, write_text
-from moe_lab.number_format import count_of
+from moe_lab.number_format import count_of, short_path
 from moe_lab.plain_text import on_page
 from moe_lab.report import theme
 from moe_lab.report.blocks import Block, representatives
@@ -70,7 +70,7 @@ def write_report(
         for source in as_list(sources)
     ]
     command = command or shlex.join(["moe-lab", "report", *names, "--out", str(path)])
-    title = title or f"moe_lab report: {Path(names[0]).name}" + (
+    title = title or f"moe_lab report: {short_path(names[0])}" + (
         f" and {count_of(len(names) - 1, 'other')}" if names[1:] else ""
     )
     draw_page(material, Frames(), path, title=title, command=command)

@@ -18,6 +18,7 @@ import polars as pl
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.number_format import decimal, whole
+from moe_lab.plain_text import plain
 from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
 
@@ -131,7 +132,10 @@ def _routing_of(named: NamedTrace, tokens: pl.DataFrame) -> pl.DataFrame:
 
 
 def _document(tokens: pl.DataFrame) -> ShownDocument:
-    name = f"Document {tokens['doc'][0]}, tokens {tokens['pos'].min()} to {tokens['pos'].max()}"
+    name = f"Document {tokens['doc'][0]}"
+    if "document" in tokens.columns and tokens["document"][0]:
+        name += f", {plain(tokens['document'][0])}"
+    name += f", tokens {tokens['pos'].min()} to {tokens['pos'].max()}"
     return ShownDocument(name, int(tokens["index"][0]), tuple(map(show, tokens["text"].to_list())))
 
 
@@ -189,7 +193,7 @@ def _choose(named: NamedTrace) -> pl.DataFrame | None:
         enough[index]
         for index in np.unique(np.linspace(0, len(enough) - 1, DOCUMENTS).round().astype(int))
     ]
-    extra = [name for name in ("lexer", "subword", "freq_band") if name in names]
+    extra = [name for name in ("document", "lexer", "subword", "freq_band") if name in names]
     tokens = (
         named.trace.tokens.filter(pl.col("doc").is_in(chosen))
         .select("doc", "pos", "token_id", "text", "loss", *extra)

@@ -32,7 +32,7 @@ TITLES = {
 FRONTIER_CAPTION = (
     "Means over seeds with 90 % intervals (noise pooled over ratios; none where it is unknown). "
     "The {form} form has the smallest AICc{without}; its band redraws the noise. Compute saved is "
-    "exp(gain / (dL/dlnC)) with dL/dlnC = {slope:.3f}. Published: the laws of Ludziejewski and "
+    "exp(gain / (dL/dlnC)) with dL/dlnC = {slope:z.3f}. Published: the laws of Ludziejewski and "
     "Ling at this size and budget, Clark's S-BASE at 15M and 1.3B (there compute is parameters), "
     "Kimi K2's slope (8-48); the column beyond of the data says where a law leaves the runs it was "
     "fitted on. Marin's frontier is of other text, tokens and sizes: compare its slope, not its "
@@ -57,7 +57,7 @@ ALTERNATIVES_CAPTION = (
     "pairs of runs per point: the same seed, the same total parameters (within 2 %), and no more "
     "training FLOPs than the runs with experts. Below 0 the alternative is better. Bars are 95 % "
     "Student t-intervals over the pairs, not corrected for how many there are. {crossings}. "
-    "Compute is exp(-difference / (dL/dlnC)) with dL/dlnC = {slope:.3f}; differences worth less "
+    "Compute is exp(-difference / (dL/dlnC)) with dL/dlnC = {slope:z.3f}; differences worth less "
     "than 5 % of it count as none."
 )
 
@@ -186,8 +186,8 @@ def _gain(study: WallStudy) -> Block:
     gains = study.verdict.gain_table()
     last = gains.row(-1, named=True)
     summary = (
-        f"The last doubling bought {last['gain']:.4f} nats ({last['lo']:.4f} to "
-        f"{last['hi']:.4f}); the margin is {last['margin']:.4f}."
+        f"The last doubling bought {last['gain']:z.4f} nats ({last['lo']:z.4f} to "
+        f"{last['hi']:z.4f}); the margin is {last['margin']:z.4f}."
     )
     level = 100 * study.verdict.confidence
     caption = f"n = {count_of(gains.height, 'step')}. {GAIN_CAPTION.format(level=level)}"
@@ -199,7 +199,7 @@ def _elasticity(study: WallStudy) -> Block:
     margin = 0.05 / math.log(2)
     low, high = verdict.interval
     summary = (
-        f"Elasticity of {table['what'][0]}: {verdict.elasticity:.2f}, {low:.2f} to {high:.2f}; "
+        f"Elasticity of {table['what'][0]}: {verdict.elasticity:z.2f}, {low:z.2f} to {high:z.2f}; "
         f"the margin is {margin:.2f}."
     )
     caption = f"n = {count_of(study.judged.height, 'run')}. {ELASTICITY_CAPTION}"

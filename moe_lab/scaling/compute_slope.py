@@ -45,7 +45,7 @@ def law_slope(
     )
     outside = chosen.outside(point)
     source = (
-        f"the margin's dL/dlnC = {value:.4f} nats is that of compute spent on active parameters "
+        f"the margin's dL/dlnC = {value:z.4f} nats is that of compute spent on active parameters "
         f"and tokens alike, by {chosen.title} at {active:.3g} active, {tokens:.3g} tokens, ratio "
         f"{ratio:.3g}"
     )
@@ -95,7 +95,7 @@ def measured_slope(frame: pl.DataFrame) -> ComputeSlope:
         raise AnalysisError(
             expected(
                 "losses that fall with compute",
-                f"dL/dlnC = {-slope:+.4f}",
+                f"dL/dlnC = {-slope:+z.4f}",
                 "checking the budgets' learning rates",
             )
         )
@@ -104,7 +104,7 @@ def measured_slope(frame: pl.DataFrame) -> ComputeSlope:
     return ComputeSlope(
         slope,
         error,
-        f"the margin's dL/dlnC = {slope:.4f} nats{interval} is measured over a {span:.3g}x "
+        f"the margin's dL/dlnC = {slope:z.4f} nats{interval} is measured over a {span:.3g}x "
         f"range of "
         f"compute spent on {spent}, and averaged over that range",
     )

@@ -237,7 +237,7 @@ def _gain_by_learning_rate(s: Sweeps) -> Finding:
     near = rates[max(0, rates.index(best) - 1) : rates.index(best) + 2]
     spread = max(gains[rate] for rate in near) - min(gains[rate] for rate in near)
     text = f"gain per doubling {low:g} to {high:g}: " + ", ".join(
-        f"{gains[rate]:.4f} at {rate:g}" for rate in near
+        f"{gains[rate]:z.4f} at {rate:g}" for rate in near
     )
     if spread > s.margin and min(gains[rate] for rate in near) < s.margin < max(
         gains[rate] for rate in near
@@ -339,7 +339,8 @@ def _token_budget(s: Sweeps) -> Finding:
         return Status.NOT_MEASURED, "the budgets do not share two ratios"
     few, many = gains.values()
     text = (
-        f"the last gain is {few:.4f} at {budgets[0]:.3g} tokens and {many:.4f} at {budgets[-1]:.3g}"
+        f"the last gain is {few:z.4f} at {budgets[0]:.3g} tokens and {many:z.4f} at "
+        f"{budgets[-1]:.3g}"
     )
     moved = many - few > max(s.margin / 2, SURE * math.hypot(*errors))
     return (Status.SUSPECT, text + ": data, not sparsity") if moved else (Status.CLEAR, text)
@@ -398,8 +399,8 @@ def _control(s: Sweeps) -> Finding:
         difference = (group["loss"] - group["hashed"]).to_numpy()
         mean, low, high = mean_interval(difference)
         worse |= mean > s.margin and (low is None or low > 0)
-        interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
-        lines.append(f"{mean:+.4f}{interval} at ratio {ratio:g}")
+        interval = "" if low is None else f" [{low:+z.4f}, {high:+z.4f}]"
+        lines.append(f"{mean:+z.4f}{interval} at ratio {ratio:g}")
     text = f"loss less that of hash routing, nats: {', '.join(lines)}"
     if worse:
         return Status.SUSPECT, text + "; a fixed table beats the learned router"

@@ -246,7 +246,7 @@ def _shape(case: Case) -> str:
     if delta < DELTA_AICC:
         return (
             f"W2: no form with a break leads the line and the power law by {DELTA_AICC:g} in AICc "
-            f"({best} {delta:+.1f})"
+            f"({best} {delta:+z.1f})"
         )
     upper = float(judged.break_upper[0])
     limit = float(sweep.ratios[-1]) / 2**DOUBLINGS_BEYOND
@@ -265,7 +265,7 @@ def _shape(case: Case) -> str:
 def _average(case: Case) -> str:
     value, half = case.elasticity
     if math.isnan(half):
-        return f"W3: elasticity {value:.2f} over the last two doublings, without an interval"
+        return f"W3: elasticity {value:z.2f} over the last two doublings, without an interval"
     margin = math.log2(case.multiplier)
     return (
         f"W3: elasticity {_interval(value, half, 2)} over the last two doublings ({margin:.2f} is "
@@ -292,7 +292,7 @@ def _router_growth(case: Case) -> str:
     gain, charge = case.last_gain[0], float(case.charge[-1])
     return (
         f"active parameters differ by {100 * spread:.0f} % over the ratios (the router grows): "
-        f"charged as compute, the last gain is {gain - charge:.4f} instead of {gain:.4f}"
+        f"charged as compute, the last gain is {gain - charge:z.4f} instead of {gain:z.4f}"
     )
 
 
@@ -430,7 +430,7 @@ def _margin(case: Case) -> str:
 
 
 def _interval(value: float, half: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f} [{value - half:.{digits}f}, {value + half:.{digits}f}]"
+    return f"{value:z.{digits}f} [{value - half:z.{digits}f}, {value + half:z.{digits}f}]"
 
 
 _SENTENCES: dict[Outcome, Callable[[Case, float | None], str]] = {

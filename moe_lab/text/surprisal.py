@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_lab.errors import CorpusError, expected
+from moe_lab.number_format import count_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -236,6 +237,18 @@ def surprisal_decile(surprisal: np.ndarray) -> np.ndarray:
     return decile
 
 
+def fold_of_each(documents: int, folds: int, seed: int) -> np.ndarray:
+    """[documents] fold 0 to ``folds - 1`` of each, even in size and drawn by ``seed``.
+
+    Raises ``CorpusError`` for fewer than two folds, and for fewer documents than folds.
+    """
+    if not 2 <= folds <= documents:
+        given = f"{count_of(folds, 'fold')} of {count_of(documents, 'document')}"
+        what = "at least 2 folds, and a document for each"
+        raise CorpusError(expected(what, given, "more documents" if folds > 1 else "2 folds"))
+    return np.random.default_rng(seed).permutation(documents) % folds
+
+
 def _cross_fit(
     documents: Documents,
     folds: int,
@@ -249,13 +262,7 @@ def _cross_fit(
         else np.unique(np.asarray(groups), return_inverse=True)[1]
     )
     number = int(member.max(initial=-1)) + 1
-    if number < 2:
-        raise CorpusError(expected("at least 2 documents to divide", number, "more documents"))
-    if not 2 <= folds <= number:
-        raise CorpusError(
-            expected(f"2 to {number} folds of {number} documents", folds, "more documents")
-        )
-    part = (np.random.default_rng(seed).permutation(number) % folds)[member]
+    part = fold_of_each(number, folds, seed)[member]
     scored: dict[int, np.ndarray] = {}
     for fold in range(folds):
         inside = np.flatnonzero(part == fold).tolist()

@@ -38,10 +38,10 @@ def spread_of_logits(logits_TE: Tensor, indices_TK: Tensor, score_func: ScoreFun
     raised_TE = below_TE.exp()
     total_T = raised_TE.sum(dim=1)
     # H = log Z - sum(e^m m) / Z; an expert at minus infinity adds nothing.
-    entropy = (
-        total_T.log()
-        - raised_TE.mul(below_TE.clamp_min_(torch.finfo(below_TE.dtype).min)).sum(dim=1) / total_T
-    )
+    below_TE.clamp_min_(torch.finfo(below_TE.dtype).min)
+    negative = raised_TE.mul(below_TE).sum(dim=1) / total_T - total_T.log()
+    # Subtracted from 0, and without what rounding left: one certain expert has entropy 0, not -0.
+    entropy = 0 - negative.clamp_max(0)
     return Spread(entropy, margin(raised_TE, indices_TK) / total_T)
 
 

@@ -226,6 +226,7 @@ def _token_frame(
         document = documents[index]
         classes = token_classes(document, tokenizer, reference_counts).with_columns(
             doc=pl.lit(document.index, pl.UInt32),
+            document=pl.lit(document.name),
             loss=pl.Series(losses[index], dtype=pl.Float32).fill_nan(None),
         )
         for excerpt in group:

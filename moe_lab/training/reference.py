@@ -19,9 +19,9 @@ from moe_lab.document_pass import (
     token_losses_and_entropies,
     windows,
 )
-from moe_lab.errors import CorpusError, expected
 from moe_lab.model import Decoder
 from moe_lab.text import TokenizedDocument
+from moe_lab.text.surprisal import fold_of_each
 from moe_lab.training.config import RunConfig
 from moe_lab.training.data import Batches
 from moe_lab.training.optimizer import build_optimizer, lr_factor
@@ -57,15 +57,7 @@ def dense_twins(
     """
     require(config.model.moe is None, "a dense model for a reference", "MoE layers")
     require(checkpoints >= 1, "at least 1 checkpoint", checkpoints)
-    if not 2 <= folds <= len(documents):
-        raise CorpusError(
-            expected(
-                f"2 to {len(documents)} folds of {len(documents)} documents",
-                folds,
-                "more documents",
-            )
-        )
-    part = np.random.default_rng(config.seed).permutation(len(documents)) % folds
+    part = fold_of_each(len(documents), folds, config.seed)
     ids = [document.ids for document in documents]
     excerpts = (
         [Excerpt(index, 0, len(row)) for index, row in enumerate(ids) if len(row) > 1]

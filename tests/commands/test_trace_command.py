@@ -307,6 +307,57 @@ def test_what_is_cut_or_left_out_is_said_and_recorded(pretrained, texts, tmp_pat
 
 
 @pytest.mark.hf
+def test_a_document_longer_than_a_pass_is_traced_in_parts_as_in_one_pass(
+    pretrained, texts, tmp_path, capsys, monkeypatch
+):
+    from moe_lab.trace.capturing import hub
+
+    passes = []
+
+    def watched(body, ids, mask, part, cache):
+        passes.append((ids[:, part].numel(), ids[:, part].numel() * part.stop))
+        return run_part(body, ids, mask, part, cache)
+
+    run_part = hub.run_part
+    monkeypatch.setattr(hub, "run_part", watched)
+    assert trace_hf(pretrained, texts, tmp_path / "whole") == 0
+    passes.clear()
+    assert trace_hf(pretrained, texts, tmp_path / "parts", "--batch-tokens", "40") == 0
+    assert len(passes) > 4
+    assert max(tokens for tokens, _ in passes) <= 40
+    assert max(pairs for _, pairs in passes) <= 40 * 40
+    whole, parts = (open_trace(tmp_path / name).check() for name in ("whole", "parts"))
+    assert parts.meta.notes == ()
+    keys = ["layer", "doc", "pos"]
+    routes = [trace.routing.sort(keys).select(*keys, "experts") for trace in (whole, parts)]
+    assert routes[0].collect().equals(routes[1].collect())
+    tokens = [trace.tokens.sort("doc", "pos").collect() for trace in (whole, parts)]
+    assert tokens[0].drop("loss").equals(tokens[1].drop("loss"))
+    assert tokens[0]["loss"].is_null().equals(tokens[1]["loss"].is_null())
+    difference = (tokens[0]["loss"] - tokens[1]["loss"]).abs().max()
+    assert difference < 1e-4
+
+
+@pytest.mark.hf
+def test_windows_of_a_model_without_a_cache_are_said(
+    pretrained, texts, tmp_path, capsys, monkeypatch
+):
+    from moe_lab.trace.capturing import hub
+
+    monkeypatch.setattr(hub, "cache_that_joins", lambda *_: None)
+    assert trace_hf(pretrained, texts, tmp_path / "t", "--batch-tokens", "40") == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert "longer than 40 tokens" in note
+    assert note.endswith(": 1.")
+    trace = open_trace(tmp_path / "t").check()
+    assert trace.meta.notes == (note,)
+    long = trace.tokens.filter(pl.col("document") == "a.txt").sort("pos").collect()
+    assert long["pos"].to_list() == list(range(long.height))
+    starts = long.filter(pl.col("loss").is_null())["pos"].to_list()
+    assert starts == list(range(0, long.height, 40))  # a window's first token is not predicted
+
+
+@pytest.mark.hf
 def test_the_hash_of_a_tokenizer_does_not_depend_on_how_it_was_called(pretrained, texts, tmp_path):
     from transformers import AutoTokenizer
 

@@ -141,3 +141,18 @@ def test_a_trace_without_text_is_left_out(tmp_path: Path) -> None:
         tokens, meta, routing = trace.tokens.drop("text"), trace.meta, trace.routing
 
     assert coloured_text(NamedTrace("t", Textless()), Frames(), fixed=True) is None  # type: ignore[arg-type]
+
+
+def test_a_document_has_the_name_of_its_file_where_the_trace_has_it(tmp_path: Path) -> None:
+    folder = make_trace(tmp_path / "t", Shape())
+    unnamed = coloured_text(NamedTrace("t", open_trace(folder)), Frames(), fixed=False)
+    assert unnamed is not None
+    assert all(document.name.startswith("Document ") for document in unnamed.documents)
+    number = unnamed.documents[0].name.split(",")[0]
+    for part in (folder / "tokens").rglob("*.parquet"):
+        frame = pl.read_parquet(part)
+        frame.with_columns(document=pl.lit("notes/a\u202e.txt")).write_parquet(part)
+    trace = open_trace(folder, verify=False)
+    named = coloured_text(NamedTrace("t", trace), Frames(), fixed=False)
+    assert named is not None
+    assert named.documents[0].name.startswith(f"{number}, notes/a\\u202e.txt, tokens 1 to ")

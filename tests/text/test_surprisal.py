@@ -173,9 +173,14 @@ def test_documents_without_pairs_are_told():
         NgramModel.fit(arrays([[], [1]]), VOCAB)
 
 
-@pytest.mark.parametrize("folds", [1, 4])
-def test_folds_that_cannot_be_are_told(folds):
-    with pytest.raises(
-        CorpusError, match=rf"expected 2 to 3 folds of 3 documents, got {folds}; try more documents"
-    ):
-        ngram_surprisal(arrays([[0, 1]] * 3), VOCAB, folds=folds)
+@pytest.mark.parametrize(
+    ("documents", "folds", "message"),
+    [
+        (3, 1, "got 1 fold of 3 documents; try 2 folds"),
+        (3, 4, "got 4 folds of 3 documents; try more documents"),
+        (1, 2, "got 2 folds of 1 document; try more documents"),
+    ],
+)
+def test_folds_that_cannot_be_are_told(documents, folds, message):
+    with pytest.raises(CorpusError, match=message):
+        ngram_surprisal(arrays([[0, 1]] * documents), VOCAB, folds=folds)

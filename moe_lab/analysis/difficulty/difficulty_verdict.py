@@ -113,7 +113,7 @@ def judge(
         return (
             DifficultyVerdict.BENT,
             f"within token ids the easiest and the hardest tokens get {side}: no slope, but a bend "
-            f"(correlation with the squared rank {evidence.bend.value:+.2f})",
+            f"(correlation with the squared rank {evidence.bend.value:+z.2f})",
         )
     left = max(margin, MOST_LEFT * abs(evidence.raw.value))
     if evidence.raw.beyond(margin) and token.inside(left):
@@ -257,13 +257,13 @@ def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
     ends = (
         ""
         if row["rho_token_lo"] is None
-        else f" (95 % interval {row['rho_token_lo']:+.3f} to {row['rho_token_hi']:+.3f})"
+        else f" (95 % interval {row['rho_token_lo']:+z.3f} to {row['rho_token_hi']:+z.3f})"
     )
     return verdict, (
         f"Of {moving.height} pairs of layer and alignment: {counts}. The strongest rank "
         "correlation of ffn_count with difficulty within "
-        f"token ids is {row['rho_token']:+.3f}{ends}, at {where}, where the raw one is "
-        f"{row['rho_raw']:+.3f}; within ±{MARGIN:g} is "
+        f"token ids is {row['rho_token']:+z.3f}{ends}, at {where}, where the raw one is "
+        f"{row['rho_raw']:+z.3f}; within ±{MARGIN:g} is "
         f"immaterial. {_percent_words(row)}{row['n_tokens']:,} tokens of {row['n_docs']} "
         f"documents; {row['note']}."
     )
@@ -274,4 +274,4 @@ def _percent_words(row: dict[str, object]) -> str:
     percent = row.get("compute_percent")
     if not isinstance(percent, float):
         return ""
-    return f"The hardest tenth within ids gets {percent:+.1f} % of the compute of the easiest. "
+    return f"The hardest tenth within ids gets {percent:+z.1f} % of the compute of the easiest. "

@@ -21,6 +21,7 @@ from moe_lab.document_pass import length_batches, pad_right
 from moe_lab.errors import CorpusError, TraceError, expected
 from moe_lab.text import Corpus, TokenizedDocument, token_classes
 from moe_lab.trace.capturing.fingerprints import corpus_hash, rank_folder
+from moe_lab.trace.capturing.long_documents import cache_that_joins, parts, run_part
 from moe_lab.trace.capturing.recorder import capture
 from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.existing import refuse_finished
@@ -78,8 +79,10 @@ def trace_pretrained(
         model_id: a folder of saved weights and tokenizer (the network is then not touched), or the
             id of a model.
         max_tokens: leading tokens of each document.
-        batch_tokens: tokens of one forward pass, padding included; a longer document runs alone.
-            Logits are made in chunks of a fixed size.
+        batch_tokens: tokens of one forward pass, padding included. A longer document runs in parts
+            that see the parts before through a cache; where the model goes on from none, in windows
+            that do not see each other, which a note counts. Logits are made in chunks of a fixed
+            size.
         progress: tell tokens done and time left on the error stream.
         overwrite: replace a finished trace at ``folder``.
 
@@ -103,6 +106,16 @@ def trace_pretrained(
     causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
     head = ModelHead(model) if causal and model.base_model is not model else None
     run = model if head is None else model.base_model
+    new_cache = None
+    if long := [document for document in documents if len(document.ids) > batch_tokens]:
+        probe = torch.from_numpy(long[0].ids[None].astype(np.int64)).to(model.device)
+        new_cache = cache_that_joins(model, run, probe)
+        if new_cache is None:
+            some = f"Documents longer than {batch_tokens:,} tokens that ran in windows of that size"
+            notes.append(
+                f"{some}, which do not see each other, since {type(model).__name__} does not go on "
+                f"from a cache: {len(long)}."
+            )
     captured = capture(
         model,
         target,
@@ -122,14 +135,19 @@ def trace_pretrained(
         meter = Meter(sum(len(document.ids) for document in left), sys.stderr if progress else None)
         for batch in length_batches(left, batch_tokens):
             ids, mask = pad_right(batch, tokenizer.pad_token_id)
+            numbers = np.array([document.index for document in batch])
             columns = described.columns(batch, ids.shape[1])
-            captured.documents(np.array([document.index for document in batch]), **columns)
-            run(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                use_cache=False,
-            )
-            meter.add(int(mask.sum()))
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            width = ids.shape[1]
+            cache = new_cache() if new_cache is not None and width > batch_tokens else None
+            for part in parts(width, batch_tokens, cache is not None):
+                captured.documents(
+                    numbers,
+                    np.full(len(batch), part.start),
+                    **{name: values[:, part] for name, values in columns.items()},
+                )
+                run_part(run, ids, mask, part, cache)
+                meter.add(int(mask[:, part].sum()))
     return open_trace(target, verify=False)
 
 

@@ -85,10 +85,11 @@ class Numbering:
     def _going_on(self, inputs: Inputs) -> Rows | None:
         """The rows of the pass before, where this one may continue them."""
         rows = self.rows
-        if rows is None or self.given is not None or inputs.shape is None:
+        if rows is None or inputs.shape is None or len(rows.doc) != inputs.shape[0]:
             return None
-        if len(rows.doc) != inputs.shape[0]:
-            return None
+        if self.given is not None:  # numbered by the caller, perhaps the next part of the same
+            same = np.array_equal(self.given[0], rows.doc) and inputs.past == rows.fed
+            return rows if same else None
         if inputs.past and inputs.past < rows.fed:
             got = f"one cut back to {inputs.past}"
             hint = "num_beams=1 and no assistant model: otherwise rows change places"

@@ -90,9 +90,18 @@ class TokenLoss:
         real_BS = np.ones((batch, length), bool)
         if labels.keep is not None:
             real_BS = labels.keep.reshape(batch, length)
+        last_BV, self._last_BV = self._last_BV, None
+        if labels.continues and last_BV is not None and bool(real_BS[:, 0].all()):
+            first_B = ids_BS[:, 0].to(last_BV.device)
+            nats = F.cross_entropy(last_BV.float(), first_B, reduction="none")
+            losses[:, 0] = nats.cpu().numpy()
+        ends = [int(row.nonzero()[0].max(initial=0)) for row in real_BS]
+        if inputs.past is not None:  # a cache was given: another part may follow
+            last = [head(output, row, slice(end, end + 1)) for row, end in enumerate(ends)]
+            self._last_BV = torch.cat(last)
         step = 1  # of the first chunk, which says how large the vocabulary is
-        for row in range(batch):
-            start, end = 0, int(real_BS[row].nonzero()[0].max(initial=0))
+        for row, end in enumerate(ends):
+            start = 0
             while start < end:
                 chosen = slice(start, min(start + step, end))
                 logits_NV = head(output, row, chosen)
