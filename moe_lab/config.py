@@ -102,6 +102,22 @@ class Config:
         return content_hash({"class": type(self).__name__, **self.to_dict()})
 
     def replace(self, **changes: Any) -> Self:
+        """A copy with other values. ``router__top_k=4`` changes field ``top_k`` of ``router``.
+
+        Raises ``ConfigError`` for a field that is not there or a value that does not fit.
+        """
+        nested: dict[str, dict[str, Any]] = {}
+        for name in [name for name in changes if "__" in name]:
+            outer, _, inner = name.partition("__")
+            nested.setdefault(outer, {})[inner] = changes.pop(name)
+        for outer, inside in nested.items():
+            held = changes.get(outer, getattr(self, outer, None))
+            if not isinstance(held, Config):
+                raise ConfigError(expected(f"{outer} as a configuration", short(held)))
+            changes[outer] = held.replace(**inside)
+        unknown = sorted(set(changes) - set(_names(type(self))))
+        fields = ", ".join(_names(type(self)))
+        require(not unknown, f"fields of {type(self).__name__} ({fields})", ", ".join(unknown))
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -53,7 +54,7 @@ def test_a_sweep_shows_the_number_of_its_runs() -> None:
 @pytest.mark.parametrize(
     ("kind", "more"), [("longcat", {"num_zero_experts": 4}), ("hash", {"vocab_size": 16})]
 )
-def test_layers_show_their_sizes(kind: str, more: dict[str, int]) -> None:
+def test_layers_show_their_sizes(kind: str, more: dict[str, Any]) -> None:
     layer = MoELayer(MoEConfig(32, 16, RouterConfig(kind=kind, num_experts=8, top_k=2, **more)))
     assert f"RouterConfig(kind='{kind}', num_experts=8, top_k=2, " in repr(layer)
     assert "8 experts, d_model=32, d_expert=16" in repr(layer)

@@ -54,6 +54,14 @@ class RouterContext:
             raise ConfigError(expected(what, got, "RouterContext(token_ids=...)"))
         return self.token_ids
 
+    def of_batch(self, length: int) -> "RouterContext":
+        """The same for [B, S] tokens as one axis: sequences of ``length`` unless it says others."""
+        ids, valid = (
+            None if one is None else one.flatten() for one in (self.token_ids, self.valid)
+        )
+        length = self.sequence_length or length
+        return replace(self, token_ids=ids, valid=valid, sequence_length=length)
+
     def without_padding(self) -> "RouterContext":
         """The same with token id 0 in padding, whose own may be outside of any vocabulary."""
         if self.valid is None or self.token_ids is None:
@@ -128,16 +136,21 @@ class Router(nn.Module):
         return self.config.setting(name)
 
     def forward(self, x_TD: Tensor, context: RouterContext | None = None) -> Routing:
-        """Decide for [T, D] tokens. Padding is routed as a zero vector, whatever it holds.
+        """Decide for [T, D] tokens, or for [B, S, D] as T = B S in the same order, sequences of
+        S tokens. Padding is routed as a zero vector, whatever it holds.
 
         Raises:
             ConfigError: the last axis is not d_model, or the context lacks what this kind needs.
             RunError: a logit is NaN or infinite (checked on the CPU; on other devices only under
                 ``torch.autograd.detect_anomaly``, because the check waits for the device).
         """
-        if x_TD.dim() != 2 or x_TD.shape[1] != self.d_model:
-            raise ConfigError(expected(f"tokens of shape [T, {self.d_model}]", list(x_TD.shape)))
+        if x_TD.dim() not in (2, 3) or x_TD.shape[-1] != self.d_model:
+            d = self.d_model
+            what = f"tokens of shape [T, {d}] or [B, S, {d}]"
+            raise ConfigError(expected(what, list(x_TD.shape)))
         context = context or RouterContext()
+        if x_TD.dim() == 3:
+            context, x_TD = context.of_batch(x_TD.shape[1]), x_TD.flatten(0, 1)
         return self.decide(valid_rows(x_TD, context.valid), context.without_padding())
 
     def decide(self, x_TD: Tensor, context: RouterContext) -> Routing:
@@ -194,14 +207,15 @@ class Router(nn.Module):
         """[E]: what is added before the top k is taken, and never to a weight."""
         return None if self.controller is None else self.controller.bias
 
-    def update(self, routings: Sequence[Routing]) -> None:
-        """One controller step over the routings of one optimiser step (all its micro-batches, and
-        all data-parallel ranks).
+    def update(self, routings: Routing | Sequence[Routing]) -> None:
+        """One controller step over the routing of one optimiser step, or the routings of all its
+        micro-batches (and data-parallel ranks).
 
         Does nothing in evaluation mode, and nothing where there is no controller.
         """
-        if self.controller is not None and routings and self.training:
-            self.controller.update_from(routings)
+        given = [routings] if isinstance(routings, Routing) else routings
+        if self.controller is not None and given and self.training:
+            self.controller.update_from(given)
 
     def load_hf(self, module: nn.Module, selection_bias: Tensor | None = None) -> "Router":
         """Copy weights, router bias and correction bias from a Hugging Face router, or from the

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from moe_lab.config import require
 from moe_lab.errors import TraceError, expected
 from moe_lab.measures import router_entropy, score_margin
 
@@ -64,6 +65,35 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     shared_weights: Tensor | None = None
     state: Tensor | None = None
+
+    @classmethod
+    def from_scores(
+        cls, scores_TE: Tensor, indices_TK: Tensor, weights_TK: Tensor | None = None
+    ) -> "Routing":
+        """The decisions of any other router, for the losses and monitors here.
+
+        Args:
+            scores_TE: [T, E], the scores from which weights are taken (such as the softmax of the
+                logits); gradients flow through them.
+            indices_TK: [T, K] int64, the expert of each slot; -1 where a slot runs nothing.
+            weights_TK: [T, K]; None takes the scores of the chosen experts.
+
+        Example::
+
+            load_balancing_loss(Routing.from_scores(logits.softmax(-1), indices))
+
+        Raises ``ConfigError`` where shapes do not fit or an index is not an expert.
+        """
+        experts = scores_TE.shape[-1]
+        fits = scores_TE.dim() == indices_TK.dim() == 2 and len(scores_TE) == len(indices_TK)
+        got = f"{list(scores_TE.shape)} and {list(indices_TK.shape)}"
+        require(fits, "scores of shape [T, E] and indices of shape [T, K]", got)
+        indices_TK = indices_TK.long()
+        known = bool(((indices_TK >= UNUSED) & (indices_TK < experts)).all())
+        require(known, f"expert indices from {UNUSED} to {experts - 1}", "others")
+        if weights_TK is None:
+            weights_TK = scores_TE.gather(1, indices_TK.clamp_min(0)) * (indices_TK >= 0)
+        return cls(indices_TK, weights_TK, scores_TE.log(), scores_TE, experts)
 
     def __repr__(self) -> str:
         zero = f" + {self.num_zero_experts} zero-compute" if self.num_zero_experts else ""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_lab.errors import ConfigError
+from moe_lab.model import MoEConfig
 from moe_lab.routing import (
     ControllerConfig,
     ControllerKind,
@@ -327,7 +328,7 @@ def test_choices_may_be_given_as_plain_strings():
 
 def test_a_batch_of_another_width_is_refused():
     router = build_router(RouterConfig(num_experts=4, top_k=1), 6)
-    with pytest.raises(ConfigError, match=r"expected tokens of shape \[T, 6\], got \[3, 5\]"):
+    with pytest.raises(ConfigError, match=r"got \[3, 5\]"):
         router(torch.randn(3, 5))
 
 
@@ -360,3 +361,47 @@ def test_a_router_that_learns_more_than_its_facts_say_is_refused_when_it_is_buil
     monkeypatch.setitem(ROUTERS._values, kind, LearnsMore)
     with pytest.raises(ConfigError, match=r"expected 32 parameters .*'learns_more'.* got 40"):
         build_router(RouterConfig(kind=kind, num_experts=4, top_k=2), 8)
+
+
+@pytest.mark.parametrize("kind", ["softmax_topk", "seq_topk", "hash"])
+def test_a_batch_of_sequences_is_routed_as_its_tokens(kind):
+    config = RouterConfig(
+        kind=kind, num_experts=4, top_k=2, vocab_size=50 if kind == "hash" else None
+    )
+    router = build_router(config, 6)
+    x_BSD, ids = torch.randn(3, 5, 6), torch.randint(50, (3, 5))
+    valid = torch.arange(15).view(3, 5) % 4 != 3
+    batch = router(x_BSD, RouterContext(token_ids=ids, valid=valid))
+    flat = router(
+        x_BSD.flatten(0, 1),
+        RouterContext(token_ids=ids.flatten(), valid=valid.flatten(), sequence_length=5),
+    )
+    assert torch.equal(batch.indices, flat.indices)
+    assert torch.equal(batch.weights, flat.weights)
+    assert torch.equal(batch.valid, valid.flatten())
+
+
+def test_a_controller_takes_one_routing_or_several():
+    config = RouterConfig(
+        kind="deepseek_v3",
+        num_experts=4,
+        top_k=1,
+        controller=ControllerConfig(kind=ControllerKind.SIGN),
+    )
+    one, several = build_router(config, 6), build_router(config, 6)
+    several.load_state_dict(one.state_dict())
+    routing = one(torch.randn(20, 6))
+    one.update(routing)
+    several.update([routing])
+    assert torch.equal(one.selection_bias(), several.selection_bias())
+    assert one.selection_bias().any()
+
+
+def test_a_nested_field_is_replaced_by_its_path():
+    layer = MoEConfig(8, 4, RouterConfig(num_experts=4, top_k=2))
+    assert layer.replace(router__top_k=3, d_expert=2) == MoEConfig(
+        8, 2, RouterConfig(num_experts=4, top_k=3)
+    )
+    for wrong in ({"router__top": 3}, {"d_model__x": 1}, {"routr": None}):
+        with pytest.raises(ConfigError):
+            layer.replace(**wrong)

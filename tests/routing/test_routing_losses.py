@@ -429,3 +429,17 @@ def test_converting_there_and_back_changes_nothing():
         ConfigError, match=r"expected a code base among deepspeed, .*, got 'fastmoe'"
     ):
         losses.convert_coefficient(0.01, "fastmoe", num_experts=8, top_k=2)
+
+
+def test_a_loss_of_plain_tensors_is_that_of_the_routing():
+    routing = random_routing()
+    plain = Routing.from_scores(routing.scores, routing.indices)
+    assert losses.load_balancing_loss(plain) == losses.load_balancing_loss(routing)
+    assert torch.equal(plain.weights, routing.scores.gather(1, routing.indices))
+    for scores, indices in (
+        (routing.scores, routing.indices + 1),
+        (routing.scores, routing.indices[1:]),
+        (routing.scores[0], routing.indices[0]),
+    ):
+        with pytest.raises(ConfigError):
+            Routing.from_scores(scores, indices)
