@@ -1,8 +1,10 @@
 """What every configuration has in common: it is a frozen dataclass that round-trips through JSON
 and has a content hash.
 
-A configuration checks itself in ``__post_init__`` with ``require``; nested configurations are
-rebuilt from their field types.
+A field's type states what it accepts: a StrEnum takes the text of a member, and
+``Annotated[float, above(0)]`` a number in that range. ``__post_init__`` checks the fields; a class
+that extends it adds what holds between several of them, with ``require``. Nested configurations
+are rebuilt from their field types.
 """
 
 import dataclasses
@@ -15,29 +17,49 @@ from reprlib import repr as short
 from textwrap import indent
 from typing import Any, Self, TypeVar
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.files import content_hash
-
-
-def require(condition: bool, what: str, got: object, hint: str = "") -> None:
-    """Raise ``ConfigError("expected <what>, got <got>; try <hint>")`` unless ``condition``."""
-    if not condition:
-        raise ConfigError(expected(what, got, hint))
-
 
 E = TypeVar("E", bound=enum.StrEnum)
 
 
-def choice(options: type[E], value: str, what: str) -> E:
+def choice(options: type[E], value: str, what: str, field: str = "") -> E:
     """The member of ``options`` that ``value`` names, so that configurations take plain strings.
 
     Raises ``ConfigError`` for another.
     """
-    try:
-        return options(value)
-    except ValueError:
-        names = ", ".join(item.value for item in options)
-        raise ConfigError(expected(f"{what} {names}", repr(value))) from None
+    names = [item.value for item in options]
+    require(value in names, f"{what} {', '.join(names)}", repr(value), field=field)
+    return options(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What the number in a field must fulfil, for ``Annotated``: a condition and its words."""
+
+    fits: Callable[[Any], bool]
+    words: str
+
+
+def at_least(low: float) -> Range:
+    return Range(lambda value: value >= low, f"of at least {low}")
+
+
+def above(low: float) -> Range:
+    return Range(lambda value: value > low, f"above {low}")
+
+
+def below(high: float) -> Range:
+    return Range(lambda value: value < high, f"below {high}")
+
+
+def at_most(high: float) -> Range:
+    return Range(lambda value: value <= high, f"of at most {high}")
+
+
+def between(low: float, high: float) -> Range:
+    """``low`` and ``high`` are allowed."""
+    return Range(lambda value: low <= value <= high, f"between {low} and {high}")
 
 
 class Config:
@@ -64,6 +86,21 @@ class Config:
         fields = indent("\n".join(line.rstrip() for line in lines if line), "  ")
         return f"{type(self).__name__}(\n{fields}\n)"
 
+    def __post_init__(self) -> None:
+        """Replace texts by the members of their StrEnum.
+
+        Raises ``ConfigError`` with the name of the ``field`` whose value does not fit its type.
+        """
+        for name, optional, options, ranges in _checked(type(self)):
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if options is not None:
+                object.__setattr__(self, name, choice(options, value, f"{name} among", name))
+            for range in ranges:
+                fits = value is not None and range.fits(value)
+                require(fits, f"{name} {range.words}", value, field=name)
+
     def written(self) -> tuple[str, ...]:
         """Names of the fields that ``to_dict`` and ``hash`` have: all, unless a class leaves one
         out where it means nothing.
@@ -84,12 +121,8 @@ class Config:
         hints = typing.get_type_hints(cls)
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(
-                expected(
-                    f"fields of {cls.__name__} ({', '.join(sorted(known))})", ", ".join(unknown)
-                )
-            )
+        what = f"fields of {cls.__name__} ({', '.join(sorted(known))})"
+        require(not unknown, what, ", ".join(unknown), field=unknown[0] if unknown else "")
         try:
             return cls(
                 **{name: _rebuild(name, hints[name], value) for name, value in values.items()}
@@ -113,11 +146,15 @@ class Config:
         for outer, inside in nested.items():
             held = changes.get(outer, getattr(self, outer, None))
             if not isinstance(held, Config):
-                raise ConfigError(expected(f"{outer} as a configuration", short(held)))
+                raise ConfigError(expected(f"{outer} as a configuration", short(held)), outer)
             changes[outer] = held.replace(**inside)
         unknown = sorted(set(changes) - set(_names(type(self))))
-        fields = ", ".join(_names(type(self)))
-        require(not unknown, f"fields of {type(self).__name__} ({fields})", ", ".join(unknown))
+        require(
+            not unknown,
+            f"fields of {type(self).__name__} ({', '.join(_names(type(self)))})",
+            ", ".join(unknown),
+            field=unknown[0] if unknown else "",
+        )
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
@@ -134,6 +171,24 @@ def _shown(value: Any) -> str:
 
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+Check = tuple[str, bool, type[enum.StrEnum] | None, tuple[Range, ...]]
+
+
+@lru_cache
+def _checked(kind: type) -> tuple[Check, ...]:
+    """(name, whether None is allowed, StrEnum, ranges) of each field that states one of them."""
+    checks: list[Check] = []
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        hint = hint.__origin__ if marks else hint
+        kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+        enums = [one for one in kinds if isinstance(one, type) and issubclass(one, enum.StrEnum)]
+        ranges = tuple(mark for mark in marks if isinstance(mark, Range))
+        if enums or ranges:
+            checks.append((name, type(None) in kinds, enums[0] if enums else None, ranges))
+    return tuple(checks)
 
 
 @lru_cache
@@ -164,15 +219,15 @@ def _rebuild(name: str, hint: Any, value: Any) -> Any:
         return value
     hint = next(option for option in options if option is not type(None))
     if typing.get_origin(hint) is tuple:
-        require(isinstance(value, list | tuple), f"{name} as a list", short(value))
+        require(isinstance(value, list | tuple), f"{name} as a list", short(value), field=name)
         return tuple(_rebuild(name, typing.get_args(hint)[0], item) for item in value)
     if isinstance(hint, type) and issubclass(hint, Config):
         return value if isinstance(value, hint) else hint.from_dict(value)
     if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
-        return choice(hint, value, f"{name} among")
+        return choice(hint, value, f"{name} among", name)
     fits = [_LEAVES[option](value) for option in options if option in _LEAVES]
     kinds = " or ".join(_SPELT[option] for option in options if option in _LEAVES)
-    require(not fits or any(fits), f"{name} as {kinds}", short(value))
+    require(not fits or any(fits), f"{name} as {kinds}", short(value), field=name)
     return value
 
 

@@ -4,9 +4,20 @@ The command line prints such an error as one line and exits with code 2; anythin
 shows its traceback.
 """
 
+from collections.abc import Callable
+
 
 class MoELabError(Exception):
-    """Base class of errors caused by user input."""
+    """Base class of errors caused by user input.
+
+    Attributes:
+        field: name of the field, option, column or entry that does not fit; "" if the message is
+            about more than one.
+    """
+
+    def __init__(self, message: str = "", field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ConfigError(MoELabError, ValueError):
@@ -57,6 +68,23 @@ class BusyError(RunError):
 
 class AnalysisError(MoELabError):
     """Data from which the asked statistic cannot be computed."""
+
+
+def require(
+    condition: object,
+    what: str,
+    got: object,
+    hint: str = "",
+    error: Callable[[str, str], MoELabError] = ConfigError,
+    where: object = "",
+    field: str = "",
+) -> None:
+    """Raise ``error("<where>: expected <what>, got <got>; try <hint>")`` unless ``condition``.
+
+    ``field`` becomes the error's attribute of that name. All arguments are evaluated each time.
+    """
+    if not condition:
+        raise error((f"{where}: " if where else "") + expected(what, got, hint), field)
 
 
 def expected(what: str, got: object, hint: str = "") -> str:

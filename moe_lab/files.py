@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.errors import RunError, StorageError, expected
+from moe_lab.errors import RunError, StorageError, expected, require
 
 if TYPE_CHECKING:
     import polars as pl
@@ -72,10 +72,15 @@ def private_folder(folder: Path) -> Path:
     status = folder.lstat()
     if not hasattr(os, "geteuid"):  # Windows: folders are a user's own by its own rules
         return folder
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        got = f"mode {stat.filemode(status.st_mode)} of user {status.st_uid}"
-        hint = "removing it, or another TMPDIR"
-        raise RunError(expected(f"a folder of this user alone at {folder}", got, hint))
+    require(
+        stat.S_ISDIR(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and not (status.st_mode & 0o077),
+        f"a folder of this user alone at {folder}",
+        f"mode {stat.filemode(status.st_mode)} of user {status.st_uid}",
+        "removing it, or another TMPDIR",
+        error=RunError,
+    )
     return folder
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.files import read_regular
 
 Schema = Callable[[Any, str], Any]
@@ -33,9 +33,12 @@ def parse_json(data: bytes, where: str, unique_keys: bool = True) -> Any:
         ConfigError: no JSON, an object that names a key twice (if ``unique_keys``), a number of
             more than ``MAX_DIGITS`` digits, more than ``MAX_BYTES``, values nested too deep.
     """
-    if len(data) > MAX_BYTES:
-        what = f"at most {MAX_BYTES >> 20} MiB of JSON in {where}"
-        raise ConfigError(expected(what, f"{len(data) >> 20} MiB", "several smaller files"))
+    require(
+        len(data) <= MAX_BYTES,
+        f"at most {MAX_BYTES >> 20} MiB of JSON in {where}",
+        f"{len(data) >> 20} MiB",
+        "several smaller files",
+    )
     hook = _object if unique_keys else None
     try:
         return json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=hook)
@@ -62,9 +65,11 @@ def read_json_file(path: Path, what: str = "file", unique_keys: bool = True) -> 
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        what = f"whole numbers of at most {MAX_DIGITS} digits"
-        raise ConfigError(expected(what, f"one of {len(digits)}"))
+    require(
+        len(digits) <= MAX_DIGITS,
+        f"whole numbers of at most {MAX_DIGITS} digits",
+        f"one of {len(digits)}",
+    )
     return int(digits)
 
 
@@ -83,7 +88,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def wrong(where: str, what: str, value: Any) -> ConfigError:
     """The error for a value that does not fit."""
-    return ConfigError(expected(f"{where} as {what}", short(value)))
+    return ConfigError(expected(f"{where} as {what}", short(value)), where)
 
 
 def whole(least: int = 0, most: int = 2**53) -> Schema:

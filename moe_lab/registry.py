@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.plugins import load_named
 
 T = TypeVar("T")
@@ -46,10 +46,13 @@ class Registry(Mapping[str, Any]):
         """
         origin = _origin(value if defined_by is None else defined_by)
         taken = self._origins.get(name, origin) != origin
-        if taken or self._modules.get(name, origin[0]) != origin[0]:
-            raise ConfigError(
-                expected(f"{self.what} that is not taken", repr(name), "another name")
-            )
+        require(
+            not taken and self._modules.get(name, origin[0]) == origin[0],
+            f"{self.what} that is not taken",
+            repr(name),
+            "another name",
+            field=self.what,
+        )
         self._values[name], self._origins[name] = value, origin
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -71,7 +74,9 @@ class Registry(Mapping[str, Any]):
         if name not in self:
             near = get_close_matches(str(name), list(self), n=3, cutoff=0.6)
             hint = " or ".join([*near, "the --plugin that adds it"])
-            raise ConfigError(expected(f"{self.what} among {', '.join(self)}", repr(name), hint))
+            raise ConfigError(
+                expected(f"{self.what} among {', '.join(self)}", repr(name), hint), field=self.what
+            )
         return self[name]
 
     def __getitem__(self, name: str) -> Any:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 
 import moe_lab
 from moe_lab.config import Config
-from moe_lab.errors import ConfigError, RunError, expected
+from moe_lab.errors import RunError, expected
 from moe_lab.files import atomic_path, content_hash, private_folder, write_text
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
@@ -96,11 +97,9 @@ def test_the_hash_changes_with_any_field_however_deep() -> None:
 
 
 def test_an_unknown_field_or_choice_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"expected fields of RouterConfig .*, got experts"):
+    with refused("experts"):
         RouterConfig.from_dict({"experts": 4})
-    with pytest.raises(
-        ConfigError, match=r"expected a controller kind among fixed, .*, got 'warp'"
-    ):
+    with refused("a controller kind"):
         ControllerConfig.from_dict({"kind": "warp"})
 
 

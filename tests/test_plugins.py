@@ -19,6 +19,7 @@ from commands.test_cli import moe_lab
 
 from moe_lab import plugins
 from moe_lab.errors import ConfigError
+from moe_lab.model import MoEConfig
 from moe_lab.routing import RouterConfig, register
 from moe_lab.routing.routers.top_p import TopP
 from moe_lab.training import RunConfig
@@ -166,16 +167,100 @@ def test_a_sweep_plans_runs_it_in_worker_processes_and_shoots_it_out(
     assert table["seeds"].to_list() == [3, 3]
 
 
+ONE_RUN = """
+from moe_lab.model import DecoderConfig, MoEConfig
+from moe_lab.routing import RouterConfig
+from moe_lab.sweeps import SweepConfig
+from moe_lab.text import TextConfig
+from moe_lab.training import RunConfig
+
+PRESETS = {{"one": None}}
+
+def sweep(preset, *, seed, device):
+    router = RouterConfig(kind="near_best", num_experts=4, top_k=2)
+    model = DecoderConfig(
+        vocab_size=257, num_layers=1, d_model=16, num_heads=2, context_length=64,
+        moe=MoEConfig(d_model=16, d_expert=8, router=router),
+    )
+    text = TextConfig(corpus={corpus!r}, tokenizer="byte")
+    run = RunConfig(
+        model, text=text, seq_length=64, train_tokens=2048, eval_tokens=2048,
+        eval_excerpt_tokens=64,
+    )
+    return SweepConfig(name="one", question="?", preset=preset, runs=(run,))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "launcher"),
+    [("ray", ["ray"]), ("submitit", ["slurm", "--launcher-option", "cluster=local"])],
+    ids=["ray", "slurm"],
+)
+def test_workers_of_a_cluster_have_the_plugins_of_the_driver(
+    package: str, launcher: list[str], plugin: Path, corpus: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(package)
+    recipe, out = tmp_path / "recipe.py", tmp_path / "sweep"
+    recipe.write_text(ONE_RUN.format(corpus=str(corpus)))
+    does("sweep", "run", recipe, "--plugin", plugin, "--out", out, "--launcher", *launcher)
+    assert [path.parent.parent for path in out.glob("*/done")] == [out]
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    """What a fresh Python prints."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=True,
+    ).stdout
+
+
+BUILD = """
+from moe_lab.routing import RouterConfig
+print(type(RouterConfig(kind="near_best", num_experts=4, top_k=2).build(8)).__name__)
+"""
+
+
+def test_an_installed_package_names_its_plugins_by_entry_points(
+    plugin: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "installed_plugin.py").write_bytes(plugin.read_bytes())
+    described = tmp_path / "installed_plugin-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: x\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[moe_lab.plugins]\nany = installed_plugin\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    assert in_a_process(BUILD, PYTHONPATH=path, **{plugins.VARIABLE: ""}) == "NearBest\n"
+
+
+def test_a_dispatch_backend_from_outside_is_run_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "backend.py"
+    path.write_text(
+        "from moe_lab.model.dispatch import BACKENDS\n\n"
+        "calls = []\n\n"
+        '@BACKENDS.register("counted_for_a_test")\n'
+        "def counted(x_TD, routing, bank):\n"
+        "    calls.append(len(x_TD))\n"
+        '    return BACKENDS["oracle"](x_TD, routing, bank)\n'
+    )
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    module = plugins.load(path)
+    assert module is not None
+    config = MoEConfig(8, 4, RouterConfig(num_experts=4, top_k=2), dispatch="counted_for_a_test")
+    layer, x = config.build(), torch.randn(5, 8)
+    oracle = config.replace(dispatch="oracle").build()
+    oracle.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), oracle(x))
+    assert module.calls == [5]
+
+
 def test_another_process_finds_a_plugin_that_the_environment_names(plugin: Path) -> None:
-    code = (
-        "from moe_lab.routing import RouterConfig\n"
-        "print(type(RouterConfig(kind='near_best', num_experts=4, top_k=2).build(8)).__name__)"
-    )
-    environment = os.environ | {plugins.VARIABLE: str(plugin)}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
-    assert ended.stdout == "NearBest\n"
+    assert in_a_process(BUILD, **{plugins.VARIABLE: str(plugin)}) == "NearBest\n"
 
 
 def test_a_plugin_that_does_not_load_is_one_line(tmp_path: Path) -> None:
@@ -203,7 +288,6 @@ def test_a_name_that_is_taken_is_refused() -> None:
 
 def test_a_plain_router_needs_no_facts() -> None:
     from moe_lab.accounting import count
-    from moe_lab.model import MoEConfig
     from moe_lab.routing import Router
 
     @register("plain_for_a_test")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from moe_lab.cost import attention_cost, layer_cost, recurrence_cost
 from moe_lab.cost.parts import Attend, ExpertsRun, Part, Piece, Pieces, linear, norm, times, vector
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.hf import architectures
 from moe_lab.hf.fields import Fields
 
@@ -33,9 +33,12 @@ def head_dim(f: Fields, heads: int) -> int:
     if f.find("head_dim") is not None or "head_dim" in f.defaults:
         return f.size("head_dim")
     d = width(f)
-    if d % heads:
-        what = f"hidden_size divisible by num_attention_heads = {heads} where head_dim is absent"
-        raise ConfigError(expected(what, f"hidden_size = {d}", "head_dim="))
+    require(
+        not (d % heads),
+        f"hidden_size divisible by num_attention_heads = {heads} where head_dim is absent",
+        f"hidden_size = {d}",
+        "head_dim=",
+    )
     f.assume("head_dim", d // heads, "hidden_size / num_attention_heads")
     return d // heads
 
@@ -43,13 +46,11 @@ def head_dim(f: Fields, heads: int) -> int:
 def heads_of(f: Fields) -> tuple[int, int, int]:
     """(query heads, key-value heads, channels of a head)."""
     heads, kv = f.size("num_attention_heads"), f.size("num_key_value_heads")
-    if heads % kv:
-        raise ConfigError(
-            expected(
-                f"num_attention_heads divisible by num_key_value_heads = {kv}",
-                f"num_attention_heads = {heads}",
-            )
-        )
+    require(
+        not (heads % kv),
+        f"num_attention_heads divisible by num_key_value_heads = {kv}",
+        f"num_attention_heads = {heads}",
+    )
     return heads, kv, head_dim(f, heads)
 
 
@@ -197,13 +198,11 @@ def by_type(kinds: Mapping[str, Block]) -> Block:
 
     def block(f: Fields) -> Pieces:
         kind = layer_type(f)
-        if kind not in kinds:
-            raise ConfigError(
-                expected(
-                    f"layer_types of {', '.join(sorted(kinds))} in the {f.family} configuration",
-                    repr(kind),
-                )
-            )
+        require(
+            kind in kinds,
+            f"layer_types of {', '.join(sorted(kinds))} in the {f.family} configuration",
+            repr(kind),
+        )
         return kinds[kind](f)
 
     return block

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moe_lab.accounting.parameter_count import At, ParameterCount, count
 from moe_lab.cost.parts import LOOKUP, Attend, Index, Kernel, Part, Piece
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 
 if TYPE_CHECKING:
     import polars as pl
@@ -149,8 +149,7 @@ def flops(
         ConfigError: as ``count``; an unknown phase; a load that does not fit the experts.
     """
     counted = config if isinstance(config, ParameterCount) else count(config)
-    if phase not in PHASES:
-        raise ConfigError(expected(f"a phase among {', '.join(PHASES)}", repr(phase)))
+    require(phase in PHASES, f"a phase among {', '.join(PHASES)}", repr(phase), field="phase")
     assumed = counted.assumed
     if context is None:
         context = counted.context_length or CONTEXT
@@ -159,7 +158,7 @@ def flops(
         )
     for name, value in (("context", context), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(expected(f"{name} of at least 1 token", repr(value)))
+            raise ConfigError(expected(f"{name} of at least 1 token", repr(value)), field="batch")
     tables: dict[At, dict[str, float]] = {
         at: _by_part(counted, context, phase, causal, at) for at in ("least", "mean", "most")
     }
@@ -292,7 +291,10 @@ def _load_of(load: Load | None, layer: int | None) -> Sequence[float] | None:
         return load
     if layer is None or layer not in load:
         raise ConfigError(
-            expected(f"a load for MoE layer {layer}", f"layers {', '.join(map(str, sorted(load)))}")
+            expected(
+                f"a load for MoE layer {layer}", f"layers {', '.join(map(str, sorted(load)))}"
+            ),
+            field="load",
         )
     return load[layer]
 
@@ -309,18 +311,17 @@ def distinct_experts(piece: Piece, batch: int, load: Sequence[float] | None) -> 
         return piece.copies * (1 - (1 - min(per_token / piece.copies, 1)) ** batch)
     values = [float(value) for value in load]
     total = sum(values)
-    if len(values) != piece.copies or min(values, default=-1.0) < 0 or not total > 0:
-        raise ConfigError(
-            expected(
-                f"a load of {piece.copies} numbers of at least 0 that are not all 0",
-                f"{len(values)} numbers",
-            )
-        )
+    require(
+        len(values) == piece.copies and min(values, default=-1.0) >= 0 and total > 0,
+        f"a load of {piece.copies} numbers of at least 0 that are not all 0",
+        f"{len(values)} numbers",
+        field="load",
+    )
     shares = [per_token * value / total for value in values]
     if max(shares) > 1 + 1e-6:
         what = (
             f"a load in which no expert has more than 1/{per_token:g} of the total (a token "
             f"chooses an expert once)"
         )
-        raise ConfigError(expected(what, f"a share of {max(values) / total:.4f}"))
+        raise ConfigError(expected(what, f"a share of {max(values) / total:.4f}"), field="load")
     return sum(1 - (1 - min(share, 1.0)) ** batch for share in shares)

@@ -70,7 +70,8 @@ def active_distribution(
     tokens = {values.shape for values in measured.values()}
     if len(tokens) != 1 or len(shape := next(iter(tokens))) != 1 or shape[0] == 0:
         raise ConfigError(
-            expected("ffn_counts of the same tokens in every layer", f"shapes {sorted(tokens)}")
+            expected("ffn_counts of the same tokens in every layer", f"shapes {sorted(tokens)}"),
+            field="ffn_counts",
         )
     total = np.full(shape, float(base))
     for layer, piece in layers.items():
@@ -81,7 +82,8 @@ def active_distribution(
                 expected(
                     f"ffn_counts of 0 to {piece.copies} in layer {layer}",
                     f"{values.min()} to {values.max()}",
-                )
+                ),
+                field="ffn_counts",
             )
         total += piece.size * values.astype(np.float64)
     return ActiveDistribution(
@@ -108,7 +110,8 @@ def _match(moe_layers: dict[int, Piece], measured: list[int]) -> dict[int, Piece
     if len(measured) == len(moe_layers) and not set(measured) & set(moe_layers):
         return dict(zip(measured, moe_layers.values(), strict=True))
     raise ConfigError(
-        expected(f"ffn_counts for MoE layers {_brief(sorted(moe_layers))}", _brief(measured))
+        expected(f"ffn_counts for MoE layers {_brief(sorted(moe_layers))}", _brief(measured)),
+        field="ffn_counts",
     )
 
 

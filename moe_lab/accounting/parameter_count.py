@@ -20,7 +20,7 @@ from moe_lab.accounting.model_names import named_config
 from moe_lab.accounting.own_models import count_own, own_config
 from moe_lab.accounting.read_config import resolve
 from moe_lab.cost.parts import Part, Piece, Pieces
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.hf.configuration import plain
 from moe_lab.hf.fields import canonical
 
@@ -117,8 +117,7 @@ class ParameterCount:
         """Parameters that one token uses in a convention, ``at`` the least, mean or most experts
         that it may run; a layer that runs several times counts once.
         """
-        if convention not in CONVENTIONS:
-            raise ConfigError(expected("a convention A, B or C", repr(convention)))
+        require(convention in CONVENTIONS, "a convention A, B or C", repr(convention))
         left_out = _LEFT_OUT[convention, self.tied]
         used = (
             times * piece.active(at)

@@ -4,7 +4,7 @@ original.
 
 from moe_lab.accounting.parameter_count import ParameterCount
 from moe_lab.cost.parts import LOOKUP, Part
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 
 
 def ratios(counted: ParameterCount) -> dict[str, float]:
@@ -18,8 +18,7 @@ def ratios(counted: ParameterCount) -> dict[str, float]:
     but embedding and head), embedding_share (embedding and head over all parameters).
     """
     layers = counted.moe_layers
-    if not layers:
-        raise ConfigError(expected("a model with MoE layers", counted.model_type))
+    require(layers, "a model with MoE layers", counted.model_type, field="model")
     parts = counted.by_part
     ends = parts[Part.EMBEDDING] + parts[Part.HEAD]
     body = counted.total - ends - parts[Part.NGRAM_TABLE]

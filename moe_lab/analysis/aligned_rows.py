@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.errors import AnalysisError, TraceError, expected
+from moe_lab.errors import AnalysisError, TraceError, expected, require
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.reader import document_runs
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
@@ -133,12 +133,14 @@ class _Lookup:
     def rows(self, frame: pl.DataFrame) -> pl.DataFrame:
         keys = token_keys(frame)
         places = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
-        if len(keys) and not (len(self._keys) and np.array_equal(self._keys[places], keys)):
-            raise TraceError(
-                expected(
-                    f"every routed (doc, pos) in {self._what}", "others", "open_trace(...).check()"
-                )
-            )
+        require(
+            not len(keys) or (len(self._keys) and np.array_equal(self._keys[places], keys)),
+            f"every routed (doc, pos) in {self._what}",
+            "others",
+            "open_trace(...).check()",
+            error=TraceError,
+            field="tokens",
+        )
         return self._frame[places]
 
 
@@ -174,7 +176,7 @@ def chosen_layers(trace: Trace, layers: Sequence[int] | None) -> list[LayerMeta]
     """
     known = [layer.layer for layer in by_layer(trace)]
     if layers is not None and (missing := sorted(set(layers) - set(known))):
-        raise AnalysisError(expected(f"layers among {known}", missing))
+        raise AnalysisError(expected(f"layers among {known}", missing), field="layers")
     return [layer for layer in by_layer(trace) if layers is None or layer.layer in layers]
 
 

@@ -24,7 +24,7 @@ from moe_lab.analysis.document_sums import (
 )
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.analysis.saturation import difference, overlap_rows
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import LayerMeta, Trace
 
 
@@ -107,12 +107,14 @@ def _sides(first: Trace, second: Trace) -> tuple[list[tuple[Trace, Documents]], 
         [(layer.layer, layer.num_experts, layer.num_zero_experts) for layer in by_layer(trace)]
         for trace in (first, second)
     ]
-    if shapes[0] != shapes[1]:
-        raise AnalysisError(
-            expected(
-                "two traces of the same layers and experts", "others", "traces of one architecture"
-            )
-        )
+    require(
+        shapes[0] == shapes[1],
+        "two traces of the same layers and experts",
+        "others",
+        "traces of one architecture",
+        error=AnalysisError,
+        field="layers",
+    )
     cells = max(layer.num_choices for layer in first.meta.layers)
     return [(trace, documents(trace, cells)) for trace in (first, second)], not difference(
         first, second

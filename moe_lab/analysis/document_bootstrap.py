@@ -36,7 +36,7 @@ class Resampling:
     level: float = 0.95
 
     def __post_init__(self) -> None:
-        require(0 < self.level < 1, "a level between 0 and 1", self.level)
+        require(0 < self.level < 1, "a level between 0 and 1", self.level, field="level")
         require(self.resamples >= 1, "at least 1 resample", self.resamples)
 
     def interval(

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import Trace
 
 P = ParamSpec("P")
@@ -22,14 +22,14 @@ def of_tokens(analysis: Analysis[P, R]) -> Analysis[P, R]:
     @functools.wraps(analysis)
     def checked(trace: Trace, *args: P.args, **kwargs: P.kwargs) -> R:
         for one in (trace, *_traces(args)):
-            if not one.meta.per_token:
-                raise AnalysisError(
-                    expected(
-                        f"a trace of tokens for {_name(analysis)}",
-                        "one that holds only counts",
-                        "expert_load",
-                    )
-                )
+            require(
+                one.meta.per_token,
+                f"a trace of tokens for {_name(analysis)}",
+                "one that holds only counts",
+                "expert_load",
+                error=AnalysisError,
+                field="per_token",
+            )
         return analysis(trace, *args, **kwargs)
 
     return checked
@@ -43,15 +43,14 @@ def of_zero_experts(analysis: Analysis[P, R]) -> Analysis[P, R]:
     @functools.wraps(analysis)
     def checked(trace: Trace, *args: P.args, **kwargs: P.kwargs) -> R:
         for one in (trace, *_traces(args)):
-            if not one.meta.zero_experts_known:
-                got = f"an import ({one.meta.created_from}) that writes them as real ones"
-                raise AnalysisError(
-                    expected(
-                        f"a trace that tells zero-compute experts for {_name(analysis)}",
-                        got,
-                        "capture()",
-                    )
-                )
+            require(
+                one.meta.zero_experts_known,
+                f"a trace that tells zero-compute experts for {_name(analysis)}",
+                f"an import ({one.meta.created_from}) that writes them as real ones",
+                "capture()",
+                error=AnalysisError,
+                field="zero_experts_known",
+            )
         return analysis(trace, *args, **kwargs)
 
     return checked

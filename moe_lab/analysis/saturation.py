@@ -21,7 +21,7 @@ from moe_lab.analysis.document_sums import (
     ratio_interval,
     unit_sums,
 )
-from moe_lab.errors import AnalysisError, TraceError, expected
+from moe_lab.errors import AnalysisError, TraceError, expected, require
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
@@ -61,14 +61,14 @@ def saturation(
         else {str(number): trace for number, trace in enumerate(traces)}
     )
     if last is None:
-        if len(named) < 2:
-            raise AnalysisError(
-                expected(
-                    "at least two checkpoints of one model",
-                    len(named),
-                    "tracing an earlier checkpoint as well",
-                )
-            )
+        require(
+            len(named) >= 2,
+            "at least two checkpoints of one model",
+            len(named),
+            "tracing an earlier checkpoint as well",
+            error=AnalysisError,
+            field="traces",
+        )
         last = named.pop(list(named)[-1])
     resampling, docs, rows = Resampling(resamples, seed, level), documents(last, 3), []
     for place, (name, trace) in enumerate(named.items()):
@@ -104,7 +104,8 @@ def require_same_tokens(first: Trace, second: Trace) -> None:
                 "traces of the same text through the same layers",
                 problem,
                 "tracing both checkpoints on one text",
-            )
+            ),
+            field="tokens",
         )
 
 

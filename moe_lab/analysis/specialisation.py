@@ -24,7 +24,7 @@ from moe_lab.analysis.document_sums import (
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.analysis.token_groups import Grouping, group_counts, grouping
 from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError
 from moe_lab.measures import jensen_shannon_bits
 from moe_lab.trace import LayerMeta, Trace
 
@@ -237,14 +237,14 @@ def vocabulary_shares(highest: ArrayLike, tokens: ArrayLike) -> tuple[float, flo
 
 def _domains(trace: Trace, column: str) -> Grouping:
     groups = grouping(trace, column, "domain")
-    if len(groups) > MAX_DOMAINS:
-        raise AnalysisError(
-            expected(
-                f"a column of at most {MAX_DOMAINS} domains",
-                f"{len(groups)} values of {column!r}",
-                "another column",
-            )
-        )
+    require(
+        len(groups) <= MAX_DOMAINS,
+        f"a column of at most {MAX_DOMAINS} domains",
+        f"{len(groups)} values of {column!r}",
+        "another column",
+        error=AnalysisError,
+        field="column",
+    )
     return groups
 
 

@@ -26,7 +26,7 @@ from moe_lab.analysis.aligned_rows import (
     in_document_order,
     token_keys,
 )
-from moe_lab.errors import AnalysisError, TraceError, expected
+from moe_lab.errors import AnalysisError, TraceError, expected, require
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
@@ -67,14 +67,14 @@ def grouping(trace: Trace, column: str, name: str | None = None, min_size: int =
     Raises:
         AnalysisError: there is no such column.
     """
-    if trace.num_tokens and not any(name.startswith("tokens/") for name in trace.parts):
-        raise AnalysisError(
-            expected(
-                "a trace with a token table",
-                "one without",
-                "capturing the model again with its text",
-            )
-        )
+    require(
+        not trace.num_tokens or any(name.startswith("tokens/") for name in trace.parts),
+        "a trace with a token table",
+        "one without",
+        "capturing the model again with its text",
+        error=AnalysisError,
+        field="tokens",
+    )
     values = partial(_values, trace, column)
     found = pl.concat(
         [_sizes(frame) for frame in values()]
@@ -187,7 +187,9 @@ def _values(trace: Trace, column: str) -> Frames:
     elif column == TRUE_ID:
         yield from _following(trace)
     else:
-        raise AnalysisError(expected(f"a token column among {', '.join(names)}", repr(column)))
+        raise AnalysisError(
+            expected(f"a token column among {', '.join(names)}", repr(column)), field="column"
+        )
 
 
 def _following(trace: Trace) -> Frames:
@@ -235,8 +237,13 @@ def token_column(trace: Trace, column: str, name: str) -> pl.LazyFrame:
     Raises ``AnalysisError`` where the trace has no such column.
     """
     columns = trace.tokens.collect_schema().names()
-    if column not in columns:
-        raise AnalysisError(expected(f"a token column among {', '.join(columns)}", repr(column)))
+    require(
+        column in columns,
+        f"a token column among {', '.join(columns)}",
+        repr(column),
+        error=AnalysisError,
+        field="column",
+    )
     return trace.tokens.select(*KEY, pl.col(column).alias(name))
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moe_lab.analysis.aligned_rows import KEY, aligned, by_layer, chosen_layers, chunks
 from moe_lab.analysis.document_sums import nulls, over
 from moe_lab.analysis.requirements import of_tokens
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
@@ -57,8 +57,13 @@ def transitions(
     Raises:
         AnalysisError: a layer was not traced, or an unknown pairing.
     """
-    if pairing not in list(Pairing):
-        raise AnalysisError(expected(f"a pairing among {', '.join(Pairing)}", repr(pairing)))
+    require(
+        pairing in list(Pairing),
+        f"a pairing among {', '.join(Pairing)}",
+        repr(pairing),
+        error=AnalysisError,
+        field="pairing",
+    )
     if pairs is None:
         pairs = [(a.layer, b.layer) for a, b in pairwise(by_layer(trace))]
     frames = []

@@ -13,7 +13,7 @@ from moe_lab.accounting.measured import ActiveDistribution, active_distribution
 from moe_lab.accounting.model_names import facts, find_model
 from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
 from moe_lab.accounting.ratios import ratios
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.model.minis import MINIS, find_mini
 
 _CONVENTION_TEXT = {"A": "everything", "B": "without lookups", "C": "without lookups and head"}
@@ -53,10 +53,8 @@ def main(args: argparse.Namespace) -> int:
     names = list(args.models)
     if len(names) == 1 and names[0] in MINIS and not args.trace:
         names.append(find_mini(names[0]).original)
-    if len(names) > 2:
-        raise ConfigError(expected("one model, or two to compare", f"{len(names)} of them"))
-    if args.trace and len(names) > 1:
-        raise ConfigError(expected("one model with --trace", "two of them"))
+    require(len(names) <= 2, "one model, or two to compare", f"{len(names)} of them")
+    require(not args.trace or len(names) <= 1, "one model with --trace", "two of them")
     edits = dict(_edit(text) for text in args.set)
     # What if is asked of what was named, not of the original that stands beside a mini.
     counted = [
@@ -76,8 +74,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _edit(text: str) -> tuple[str, Any]:
     field, mark, value = text.partition("=")
-    if not mark or not field:
-        raise ConfigError(expected("--set FIELD=VALUE", repr(text)))
+    require(mark and field, "--set FIELD=VALUE", repr(text))
     try:
         return field, json.loads(value)
     except json.JSONDecodeError:

@@ -106,13 +106,12 @@ def _of_run(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
     from moe_lab.analysis.difficulty import gain_association, marginal_gain, reallocation_regret
     from moe_lab.analysis.difficulty.gain import can_shift
     from moe_lab.analysis.difficulty.study import NGRAM, difficulty_study
-    from moe_lab.errors import ConfigError, expected
+    from moe_lab.errors import require
     from moe_lab.training import load_run
 
     torch.set_num_threads(1)
     run = load_run(args.source, args.device)
-    if not run.config.model.moe_layers:
-        raise ConfigError(expected("a run with MoE layers", f"the dense run {args.source}"))
+    require(run.config.model.moe_layers, "a run with MoE layers", f"the dense run {args.source}")
     frame, ids, numbers = _unseen(run, args)
     tables = difficulty_study(frame, NGRAM, args.seed, resamples=args.resamples)
     if not args.no_gain and all(

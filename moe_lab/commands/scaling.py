@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.commands.options import add_json, add_out, amount, print_json
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.number_format import magnitude
 
 if TYPE_CHECKING:
@@ -161,10 +161,12 @@ def step(args: argparse.Namespace) -> int:
     after = args.total if args.included else args.total + args.add
     before = after - args.add
     routed = before if args.routed is None else args.routed
-    if before < args.active:
-        raise AnalysisError(
-            expected("a total before the step of at least the active parameters", f"{before:g}")
-        )
+    require(
+        before >= args.active,
+        "a total before the step of at least the active parameters",
+        f"{before:g}",
+        error=AnalysisError,
+    )
     options = {"routed": routed, "granularity": args.granularity, "noise_sd": args.noise}
     table = expected_gain(before, args.active, args.add, args.tokens, **options)
     if args.json:

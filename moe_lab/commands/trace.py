@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.commands.options import add_device, add_json, add_out, print_json, whole_amount
-from moe_lab.errors import ConfigError, TraceExistsError, expected
+from moe_lab.errors import ConfigError, TraceExistsError, expected, require
 
 if TYPE_CHECKING:
     import polars as pl
@@ -122,9 +122,11 @@ _READ_BY = {
 
 def main(args: argparse.Namespace) -> int:
     given = [args.hf is not None, args.kind is not None, args.run is not None and args.kind is None]
-    if sum(given) != 1:
-        what = "one of RUN, --hf ID_OR_PATH or --import KIND SRC"
-        raise ConfigError(expected(what, "several" if any(given) else "none"))
+    require(
+        sum(given) == 1,
+        "one of RUN, --hf ID_OR_PATH or --import KIND SRC",
+        "several" if any(given) else "none",
+    )
     mode = "--hf" if args.hf is not None else "--import" if args.kind is not None else "RUN"
     _refuse_ignored(args, mode)
     if mode != "--import" and args.text is None:
@@ -235,8 +237,9 @@ def _run(args: argparse.Namespace) -> int:
     from moe_lab.training.record import trace_meta
 
     run = load_run(args.run, args.device)
-    if not run.config.model.moe_layers:
-        raise ConfigError(expected("a run with MoE layers to trace", f"the dense run {args.run}"))
+    require(
+        run.config.model.moe_layers, "a run with MoE layers to trace", f"the dense run {args.run}"
+    )
     corpus = load_corpus(args.text, args.text_column)
     out = args.out or args.run / f"trace-{Path(args.text).stem}"
     documents = tokenize_documents(corpus.documents, run.tokenizer)

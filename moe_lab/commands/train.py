@@ -19,7 +19,7 @@ from moe_lab.commands.options import (
     text_config,
     whole_amount,
 )
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.files import parse_json, read_regular
 
 if TYPE_CHECKING:
@@ -283,14 +283,12 @@ def _assign(values: dict[str, Any], item: str) -> None:
     paths = [name for name in _paths(values) if name.endswith(f".{leaf}")]
     for parent in parents:
         values = values.get(parent) if isinstance(values.get(parent), dict) else {}  # type: ignore[assignment]
-    if not equals or leaf not in values:
-        raise ConfigError(
-            expected(
-                "--set FIELD=VALUE with a field of the run's config.json",
-                repr(item),
-                " or ".join(f"--set {name}=VALUE" for name in paths) or "--set model.num_layers=6",
-            )
-        )
+    require(
+        equals and leaf in values,
+        "--set FIELD=VALUE with a field of the run's config.json",
+        repr(item),
+        " or ".join(f"--set {name}=VALUE" for name in paths) or "--set model.num_layers=6",
+    )
     try:
         values[leaf] = json.loads(raw)
     except ValueError:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.hf.architectures import (
     ARCHITECTURES,
     NOT_COUNTED,
@@ -72,8 +72,7 @@ def router_sizes(config: Any) -> RouterSizes:
     f = text_fields(config)
     marks = sparse(f)
     chosen = tuple(layer for layer, mark in enumerate(marks) if mark)
-    if not chosen:
-        raise ConfigError(expected("a model with sparse layers", f"a dense {f.family}"))
+    require(chosen, "a model with sparse layers", f"a dense {f.family}")
     row, view = find(f.family), f.at(chosen[0])
     assert row is not None
     experts, slots = experts_and_slots(view)
@@ -141,9 +140,11 @@ def _expand(value: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         runs = []
     length = value["len"]
-    if type(length) is not int or sum(count for _, count in runs) != length or length > MOST:
-        what = 'a run-length encoded list {"len": n, "rle": [[value, times], ...]} of n entries'
-        raise ConfigError(expected(what, repr(value)[:60]))
+    require(
+        type(length) is int and sum(count for _, count in runs) == length and length <= MOST,
+        'a run-length encoded list {"len": n, "rle": [[value, times], ...]} of n entries',
+        repr(value)[:60],
+    )
     return [item for item, count in runs for _ in range(count)]
 
 
@@ -189,9 +190,7 @@ def model_type(values: Mapping[str, Any]) -> tuple[str, str]:
         note = f"{by_class}, by architectures = {classes[0]} (model_type = {given} is not known)"
         return by_class, note if given else ""
     name = given or next((name for field, name in RECOGNISED_BY.items() if field in values), "")
-    if not name:
-        what = "a field model_type in the configuration"
-        raise ConfigError(expected(what, "none", "adding it, such as qwen3_moe"))
+    require(name, "a field model_type in the configuration", "none", "adding it, such as qwen3_moe")
     return name, ""
 
 

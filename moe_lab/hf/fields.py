@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("d_model", "n_embd"),
@@ -137,14 +137,12 @@ class Fields:
             return None
         if any(value != found[0][1] for _, value in found[1:]):
             both = ", ".join(f"{alias}={value}" for alias, value in found)
-            if name not in _FIRST_WINS:
-                raise ConfigError(
-                    expected(
-                        f"one value of {name} in the {self.family} configuration",
-                        both,
-                        "removing one of them",
-                    )
-                )
+            require(
+                name in _FIRST_WINS,
+                f"one value of {name} in the {self.family} configuration",
+                both,
+                "removing one of them",
+            )
             self.note(name, f"{found[0][0]} = {found[0][1]} (the configuration has {both})")
         value = found[0][1]
         return list(value) if isinstance(value, tuple) else value
@@ -156,13 +154,11 @@ class Fields:
         """
         if self.layer is None or not isinstance(value, list):
             return value
-        if self.layer >= len(value):
-            raise ConfigError(
-                expected(
-                    f"{name} with one entry for each layer (at least {self.layer + 1})",
-                    f"{len(value)} entries",
-                )
-            )
+        require(
+            self.layer < len(value),
+            f"{name} with one entry for each layer (at least {self.layer + 1})",
+            f"{len(value)} entries",
+        )
         self.conditions.append((name, value[self.layer]))
         return value[self.layer]
 
@@ -210,9 +206,8 @@ class Fields:
     def missing(self, name: str) -> ConfigError:
         others = ALIASES.get(name, ())
         hint = f"adding it (also read as {', '.join(others)})" if others else "adding it"
-        return ConfigError(
-            expected(f"a field {name} in the {self.family} configuration", "none", hint)
-        )
+        what = f"a field {name} in the {self.family} configuration"
+        return ConfigError(expected(what, "none", hint), name)
 
     def nullable(self, name: str) -> Any:
         """A field whose null means "none of it"; absent takes the default, or raises."""
@@ -236,11 +231,9 @@ class Fields:
         if type(value) is float and value.is_integer():
             value = int(value)
         if type(value) is not int or value < least:
-            raise ConfigError(
-                expected(f"{name} as a whole number of at least {least}", short(value))
-            )
-        if value > most:
-            raise ConfigError(expected(f"{name} of at most {most:,}", short(value)))
+            what = f"{name} as a whole number of at least {least}"
+            raise ConfigError(expected(what, short(value)), field=name)
+        require(value <= most, f"{name} of at most {most:,}", short(value))
         return value
 
     def size_or(self, name: str, otherwise: int, least: int = 0, most: int = LARGEST) -> int:
@@ -362,12 +355,11 @@ def _overrides(config: Any) -> dict[int, dict[str, Any]]:
     except (AttributeError, TypeError, ValueError):
         raise ConfigError(expected("per_layer_config as layer -> fields", short(config))) from None
     for layer, fields in read.items():
-        if fields.get("skip"):
-            raise ConfigError(
-                expected(
-                    "per_layer_config without skip", f"skip = {fields['skip']} in layer {layer}"
-                )
-            )
+        require(
+            not fields.get("skip"),
+            "per_layer_config without skip",
+            f"skip = {fields.get('skip')} in layer {layer}",
+        )
     return read
 
 

@@ -7,7 +7,7 @@ after the encoder's.
 
 from collections.abc import Callable
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.hf.fields import MOST, Fields
 
 Rule = Callable[[Fields], list[bool]]
@@ -37,10 +37,7 @@ def leading_dense(field: str | None = "first_k_dense_replace") -> Rule:
         if f.find("mlp_layer_types") is not None:
             kinds = f.per_layer("mlp_layer_types")
             unknown = sorted({str(kind) for kind in kinds} - {"sparse", "dense"})
-            if unknown:
-                raise ConfigError(
-                    expected("mlp_layer_types of dense and sparse", ", ".join(unknown))
-                )
+            require(not unknown, "mlp_layer_types of dense and sparse", ", ".join(unknown))
             return [kind == "sparse" for kind in kinds]
         if isinstance(f.find("moe_layer_freq"), list):
             return [bool(mark) for mark in f.per_layer("moe_layer_freq")]
@@ -97,10 +94,11 @@ def step3(f: Fields) -> list[bool]:
     if f.find("mlp_layer_types") is not None or f.find("moe_layers_enum") is None:
         return leading_dense()(f)
     names = [name.strip() for name in f.text("moe_layers_enum").split(",") if name.strip()]
-    if not all(name.isdecimal() for name in names):
-        raise ConfigError(
-            expected('moe_layers_enum as "3,4,5,..."', repr(f.text("moe_layers_enum")))
-        )
+    require(
+        all(name.isdecimal() for name in names),
+        'moe_layers_enum as "3,4,5,..."',
+        repr(f.text("moe_layers_enum")),
+    )
     listed = {int(name) for name in names}
     return [layer in listed for layer in range(f.num_layers)]
 

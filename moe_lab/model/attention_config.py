@@ -5,8 +5,9 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, above, at_least, require
 from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import Pieces
 
@@ -36,20 +37,22 @@ class LatentAttentionConfig(Config):
             whatever the model has (LongCat-Flash: 1e-5).
     """
 
-    kv_rank: int
-    q_rank: int | None = None
-    nope_dim: int = 16
-    rope_dim: int = 8
-    value_dim: int = 16
+    kv_rank: Annotated[int, at_least(1)]
+    q_rank: Annotated[int | None, at_least(1)] = None
+    nope_dim: Annotated[int, at_least(1)] = 16
+    rope_dim: Annotated[int, at_least(1)] = 8
+    value_dim: Annotated[int, at_least(1)] = 16
     scale_latents: bool = False
-    norm_eps: float | None = None
+    norm_eps: Annotated[float | None, above(0)] = None
 
     def __post_init__(self) -> None:
-        for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
-            require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
-        require(self.q_rank is None or self.q_rank >= 1, "q_rank of at least 1", self.q_rank)
-        require(self.rope_dim % 2 == 0, "an even rope_dim (rotary pairs)", self.rope_dim)
-        require(self.norm_eps is None or self.norm_eps > 0, "norm_eps above 0", self.norm_eps)
+        super().__post_init__()
+        require(
+            self.rope_dim % 2 == 0,
+            "an even rope_dim (rotary pairs)",
+            self.rope_dim,
+            field="rope_dim",
+        )
 
     def pieces(self, d_model: int, num_heads: int) -> Pieces:
         """One attention block over all positions (``cost.attention_cost.mla``)."""
@@ -73,28 +76,22 @@ class SparseAttentionConfig(Config):
             positions; nothing else trains the indexer.
     """
 
-    top_k: int = 32
-    num_heads: int = 2
-    head_dim: int = 16
-    initial: int = 0
-    local: int = 1
-    share: int = 1
-    loss_coef: float = 1.0
+    top_k: Annotated[int, at_least(1)] = 32
+    num_heads: Annotated[int, at_least(1)] = 2
+    head_dim: Annotated[int, at_least(1)] = 16
+    initial: Annotated[int, at_least(0)] = 0
+    local: Annotated[int, at_least(0)] = 1
+    share: Annotated[int, at_least(1)] = 1
+    loss_coef: Annotated[float, at_least(0)] = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "num_heads", "head_dim", "share"):
-            require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
-        require(
-            self.initial >= 0 and self.local >= 0,
-            "initial and local of at least 0",
-            f"{self.initial} and {self.local}",
-        )
+        super().__post_init__()
         require(
             self.initial + self.local <= self.top_k,
             f"initial + local of at most top_k {self.top_k}",
             self.initial + self.local,
+            field="top_k",
         )
-        require(self.loss_coef >= 0, "loss_coef of at least 0", self.loss_coef)
 
     def pieces(self, d_model: int, query_width: int) -> Pieces:
         """One lightning indexer, whose queries are made of ``query_width`` channels."""

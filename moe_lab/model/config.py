@@ -8,9 +8,9 @@ The parts that some architectures add have files of their own: ``attention_confi
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from moe_lab.config import Config, choice, require
+from moe_lab.config import Config, above, at_least, require
 from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     ExpertsRun,
@@ -47,24 +47,12 @@ class MoEConfig(Config):
         dispatch: a name in ``dispatch.BACKENDS``, or "auto".
     """
 
-    d_model: int = 256
-    d_expert: int = 128
+    d_model: Annotated[int, at_least(1)] = 256
+    d_expert: Annotated[int, at_least(1)] = 128
     router: RouterConfig = field(default_factory=RouterConfig)
-    num_shared_experts: int = 0
-    d_latent: int | None = None
+    num_shared_experts: Annotated[int, at_least(0)] = 0
+    d_latent: Annotated[int | None, at_least(1)] = None
     dispatch: str = "auto"
-
-    def __post_init__(self) -> None:
-        require(self.d_model >= 1, "d_model of at least 1", self.d_model)
-        require(self.d_expert >= 1, "d_expert of at least 1", self.d_expert)
-        require(
-            self.num_shared_experts >= 0,
-            "num_shared_experts of at least 0",
-            self.num_shared_experts,
-        )
-        require(
-            self.d_latent is None or self.d_latent >= 1, "d_latent of at least 1", self.d_latent
-        )
 
     @property
     def expert_input_width(self) -> int:
@@ -151,16 +139,9 @@ class MTPConfig(Config):
         loss_coef: of the mean loss over modules.
     """
 
-    num_modules: int = 1
-    d_hidden: int | None = None
-    loss_coef: float = 0.3
-
-    def __post_init__(self) -> None:
-        require(self.num_modules >= 1, "num_modules of at least 1", self.num_modules)
-        require(
-            self.d_hidden is None or self.d_hidden >= 1, "d_hidden of at least 1", self.d_hidden
-        )
-        require(self.loss_coef >= 0, "loss_coef of at least 0", self.loss_coef)
+    num_modules: Annotated[int, at_least(1)] = 1
+    d_hidden: Annotated[int | None, at_least(1)] = None
+    loss_coef: Annotated[float, at_least(0)] = 0.3
 
 
 @dataclass(frozen=True)
@@ -193,16 +174,16 @@ class DecoderConfig(Config):
             DeepSeek-V3's 0.006 at its width of 7168.
     """
 
-    vocab_size: int = 2048
-    num_layers: int = 4
-    d_model: int = 128
-    num_heads: int = 4
+    vocab_size: Annotated[int, at_least(1)] = 2048
+    num_layers: Annotated[int, at_least(1)] = 4
+    d_model: Annotated[int, at_least(1)] = 128
+    num_heads: Annotated[int, at_least(1)] = 4
     num_kv_heads: int | None = None
     head_dim: int | None = None
-    context_length: int = 256
+    context_length: Annotated[int, at_least(1)] = 256
     moe: MoEConfig | None = None
     num_dense_layers: int = 0
-    d_dense: int | None = None
+    d_dense: Annotated[int | None, at_least(1)] = None
     wiring: Wiring = Wiring.PLAIN
     num_hash_layers: int = 0
     qk_norm: QKNorm = QKNorm.NONE
@@ -211,58 +192,50 @@ class DecoderConfig(Config):
     ngram: NgramConfig | None = None
     mtp: MTPConfig | None = None
     amplification: Amplification = Amplification.NONE
-    hidden_z_loss_coef: float = 0.0
+    hidden_z_loss_coef: Annotated[float, at_least(0)] = 0.0
     tie_embeddings: bool = True
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    init_std: float | None = None
+    rope_theta: Annotated[float, above(0)] = 10000.0
+    norm_eps: Annotated[float, above(0)] = 1e-6
+    init_std: Annotated[float | None, above(0)] = None
 
     def __post_init__(self) -> None:
-        for name, options in _CHOICES.items():
-            object.__setattr__(self, name, choice(options, getattr(self, name), f"{name} among"))
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "context_length"):
-            require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
+        super().__post_init__()
         if self.head_dim is None and self.latent_attention is None:
             require(
                 self.d_model % self.num_heads == 0,
                 f"d_model divisible by num_heads {self.num_heads}",
                 self.d_model,
                 "head_dim=",
+                field="d_model",
             )
         require(
             self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
             "an even head_dim (rotary pairs)",
             self.rotary_dim,
+            field="head_dim",
         )
         require(
             self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
             f"num_kv_heads dividing num_heads {self.num_heads}",
             self.kv_heads,
+            field="num_kv_heads",
         )
         require(
             0 <= self.num_dense_layers <= self.num_layers,
             f"num_dense_layers of 0 to {self.num_layers}",
             self.num_dense_layers,
+            field="num_dense_layers",
         )
         if self.moe is not None:
             require(
                 self.moe.d_model == self.d_model,
                 f"moe.d_model equal to d_model {self.d_model}",
                 self.moe.d_model,
+                field="moe.d_model",
             )
-        elif self.d_dense is None:
-            require(False, "d_dense in a decoder without moe", "None")
-        require(self.d_dense is None or self.d_dense >= 1, "d_dense of at least 1", self.d_dense)
-        require(
-            self.hidden_z_loss_coef >= 0,
-            "hidden_z_loss_coef of at least 0",
-            self.hidden_z_loss_coef,
-        )
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            value = getattr(self, name)
-            require(
-                value > 0 if value is not None else name == "init_std", f"{name} above 0", value
-            )
+        else:
+            given = self.d_dense is not None
+            require(given, "d_dense in a decoder without moe", "None", field="d_dense")
         self._check_hash_layers()
         self._check_attention()
         self._check_ngram()
@@ -272,6 +245,7 @@ class DecoderConfig(Config):
                 self.mtp.num_modules <= most,
                 f"mtp.num_modules of at most context_length - 2 = {most}",
                 self.mtp.num_modules,
+                field="mtp.num_modules",
             )
 
     def _check_hash_layers(self) -> None:
@@ -280,6 +254,7 @@ class DecoderConfig(Config):
             0 <= self.num_hash_layers <= sparse,
             f"num_hash_layers of 0 to {sparse}",
             self.num_hash_layers,
+            field="num_hash_layers",
         )
         if self.num_hash_layers and self.moe is not None:
             hash_twin(self.moe.router, self.vocab_size)
@@ -295,6 +270,7 @@ class DecoderConfig(Config):
                 not given,
                 "no num_kv_heads, head_dim or qk_norm beside latent_attention",
                 "one of them",
+                field="latent_attention",
             )
         if self.sparse_attention is not None:
             dim = self.sparse_attention.head_dim
@@ -302,6 +278,7 @@ class DecoderConfig(Config):
                 dim >= self.rotary_dim,
                 f"sparse_attention.head_dim of at least the {self.rotary_dim} rotary channels",
                 dim,
+                field="sparse_attention.head_dim",
             )
 
     def _check_ngram(self) -> None:
@@ -312,16 +289,19 @@ class DecoderConfig(Config):
             self.d_model % tables == 0,
             f"d_model divisible by the {tables} n-gram tables of a place",
             self.d_model,
+            field="d_model",
         )
         require(
             all(0 <= layer < self.num_layers for layer in layers),
             f"ngram.layers below {self.num_layers}",
             layers,
+            field="ngram.layers",
         )
         require(
             start is None or 0 <= start < self.vocab_size,
             f"ngram.document_start below vocab_size {self.vocab_size}",
             start,
+            field="ngram.document_start",
         )
 
     @property
@@ -479,7 +459,3 @@ class DecoderConfig(Config):
         assert self.ngram is not None
         tables = self.ngram.pieces(self.vocab_size, self.d_model)
         return (*tables, *self.ngram.gate_pieces(self.d_model))
-
-
-_CHOICES = {"wiring": Wiring, "qk_norm": QKNorm, "amplification": Amplification}
-"""Fields of ``DecoderConfig`` that take one of a few values, which a plain string may name."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.document_pass import IGNORE
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.model.blocks import build_block
 from moe_lab.model.config import Amplification, DecoderConfig
 from moe_lab.model.layer import MoELayer
@@ -101,10 +101,12 @@ class Decoder(nn.Module):
         padding, which is never counted).
         """
         length = ids_BS.shape[1]
-        if length > self.config.context_length:
-            raise ConfigError(
-                expected(f"at most {self.config.context_length} tokens (context_length)", length)
-            )
+        require(
+            length <= self.config.context_length,
+            f"at most {self.config.context_length} tokens (context_length)",
+            length,
+            field="context_length",
+        )
         context = RouterContext(
             token_ids=ids_BS.reshape(-1),
             sequence_length=length,

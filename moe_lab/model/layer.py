@@ -4,7 +4,7 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.config import MoEConfig
 from moe_lab.model.dispatch import backend, choose, native, under_autocast
 from moe_lab.model.experts import ExpertBank, SwiGLU
@@ -73,10 +73,12 @@ class MoELayer(nn.Module):
         self, x: Tensor, context: RouterContext | None = None, *, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
         """[..., D] -> [..., D], on request with the ``Routing`` of the flattened tokens."""
-        if x.shape[-1] != self.config.d_model:
-            raise ConfigError(
-                expected(f"a last axis of d_model {self.config.d_model}", list(x.shape))
-            )
+        require(
+            x.shape[-1] == self.config.d_model,
+            f"a last axis of d_model {self.config.d_model}",
+            list(x.shape),
+            field="d_model",
+        )
         x_TD = x.reshape(-1, x.shape[-1])
         # What padding holds must not reach a product with the gradient of a weight.
         x_TD = x_TD if context is None else valid_rows(x_TD, context.valid)
@@ -106,6 +108,7 @@ class MoELayer(nn.Module):
                 expected(
                     f"num_shared_experts equal to the router's {gates_TS.shape[1]} shared gates",
                     self.config.num_shared_experts,
-                )
+                ),
+                field="num_shared_experts",
             )
         return gates_TS.repeat_interleave(self.config.d_expert, dim=1)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.model.config import DecoderConfig
 
 
@@ -240,8 +240,7 @@ MINIS: dict[str, Mini] = {
 
 def find_mini(name: str) -> Mini:
     """Raises ``ConfigError`` for an unknown name."""
-    if name not in MINIS:
-        raise ConfigError(expected(f"a mini among {', '.join(MINIS)}", repr(name)))
+    require(name in MINIS, f"a mini among {', '.join(MINIS)}", repr(name), field="mini")
     return MINIS[name]
 
 

@@ -1,8 +1,9 @@
 """``NgramConfig``: n-gram embedding tables and what they cost. The module is in ``ngram.py``."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, above, at_least, require
 from moe_lab.cost import layer_cost
 from moe_lab.cost.parts import Part, Pieces, linear, norm
 
@@ -25,25 +26,23 @@ class NgramConfig(Config):
             takes the vocabulary's last id, as `moe_lab.text` has it.
     """
 
-    max_n: int = 3
-    num_splits: int = 2
-    table_ratio: float = 4.37
+    max_n: Annotated[int, at_least(2)] = 3
+    num_splits: Annotated[int, at_least(1)] = 2
+    table_ratio: Annotated[float, above(0)] = 4.37
     layers: tuple[int, ...] = ()
     document_start: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.max_n >= 2, "max_n of at least 2", self.max_n)
-        require(self.num_splits >= 1, "num_splits of at least 1", self.num_splits)
-        require(self.table_ratio > 0, "table_ratio above 0", self.table_ratio)
-        distance = abs(self.table_ratio - round(self.table_ratio))
-        hint = f"{int(self.table_ratio) + 0.37:.2f}"
+        super().__post_init__()
         require(
-            self.table_ratio < 1 or distance >= 0.05,
+            self.table_ratio < 1 or abs(self.table_ratio - round(self.table_ratio)) >= 0.05,
             "a table_ratio .05 or more from a whole number",
             self.table_ratio,
-            hint,
+            f"{int(self.table_ratio) + 0.37:.2f}",
+            field="table_ratio",
         )
-        require(list(self.layers) == sorted(set(self.layers)), "ascending layers", self.layers)
+        ascending = list(self.layers) == sorted(set(self.layers))
+        require(ascending, "ascending layers", self.layers, field="layers")
 
     @property
     def num_tables(self) -> int:

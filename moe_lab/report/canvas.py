@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.report.theme import template
 
 if TYPE_CHECKING:
@@ -176,13 +176,13 @@ def drawn(draw: Callable[P, Canvas]) -> Drawn[P]:
 def need(frame: pl.DataFrame, *columns: str) -> None:
     """Raise ``AnalysisError`` unless the frame has rows and these columns."""
     missing = [column for column in columns if column not in frame.columns]
-    if missing or not frame.height:
-        raise AnalysisError(
-            expected(
-                f"a frame with rows and columns {', '.join(columns)}",
-                f"{frame.height} rows without {missing or 'none'}",
-            )
-        )
+    require(
+        not missing and frame.height,
+        f"a frame with rows and columns {', '.join(columns)}",
+        f"{frame.height} rows without {missing or 'none'}",
+        error=AnalysisError,
+        field=missing[0] if missing else "rows",
+    )
 
 
 def error_bars(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.report.canvas import Canvas, drawn, need
 from moe_lab.report.map_figures import cell_gaps, layer_axis, layer_table, log2_scale
 from moe_lab.report.theme import DEAD
@@ -28,8 +28,7 @@ def expert_load(frame: pl.DataFrame, *, order: str = "id") -> Canvas:
             where there are hundreds.
     """
     need(frame, "layer", "expert", "is_zero", "load")
-    if order not in ("id", "load"):
-        raise AnalysisError(expected("order to be 'id' or 'load'", repr(order)))
+    require(order in ("id", "load"), "order to be 'id' or 'load'", repr(order), error=AnalysisError)
     layers = frame["layer"].unique().sort().to_list()
     panels = [
         panel for zero in (False, True) if (panel := frame.filter(pl.col("is_zero") == zero)).height

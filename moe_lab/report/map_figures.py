@@ -38,7 +38,7 @@ def domain_specialisation(frame: pl.DataFrame, *, domain: object = None) -> Canv
     rows = frame.filter(pl.col("domain") == wanted)
     if not rows.height:
         domains = frame["domain"].unique().sort().to_list()
-        raise AnalysisError(expected(f"a domain among {domains}", repr(domain)))
+        raise AnalysisError(expected(f"a domain among {domains}", repr(domain)), field="domain")
     ratio = rows["specialisation"] / rows["at_random"]
     return _layer_map(rows, ratio, "domain's share ÷ overall share")
 

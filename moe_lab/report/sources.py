@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import polars as pl
 
-from moe_lab.errors import RunError, expected
+from moe_lab.errors import RunError, expected, require
 from moe_lab.report.canvas import evenly
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run, read_runs
 from moe_lab.runs.layout import CONFIG, METRICS, PLAN, TRACE_META
@@ -219,25 +219,26 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
     """The runs of a run folder or a sweep folder, planned ones that never began among them, and the
     questions of the sweep.
     """
-    if not folder.exists():
-        raise RunError(
-            expected(
-                "a sweep folder, a run folder or a trace",
-                f"no such folder: {folder}",
-                "`moe-lab demo` to make one",
-            )
-        )
+    require(
+        folder.exists(),
+        "a sweep folder, a run folder or a trace",
+        f"no such folder: {folder}",
+        "`moe-lab demo` to make one",
+        error=RunError,
+    )
     if (folder / CONFIG).is_file():
         return [_judged(read_run(folder))], []
     plan = RunStore(folder).plan() if (folder / PLAN).is_file() else {}
     names = {run: entry["name"] for run, entry in plan.get("runs", {}).items()}
     records = read_runs(folder, names) if folder.is_dir() else {}
     waiting = [run for run in names if run not in records]
-    if not records and not waiting:
-        hint = "the folder that `moe-lab sweep run` was given with --out"
-        raise RunError(
-            expected("a folder with finished runs or a trace", f"{folder} without any", hint)
-        )
+    require(
+        records or waiting,
+        "a folder with finished runs or a trace",
+        f"{folder} without any",
+        "the folder that `moe-lab sweep run` was given with --out",
+        error=RunError,
+    )
     pending = [
         RunRecord(folder / run, RunState.PENDING, {}, "not started", names[run], begun=False)
         for run in waiting

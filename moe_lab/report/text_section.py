@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, require
 from moe_lab.number_format import decimal, whole
 from moe_lab.plain_text import plain
 from moe_lab.report.frames import Frames
@@ -92,15 +92,13 @@ def coloured_text(named: NamedTrace, frames: Frames, *, fixed: bool) -> Coloured
         return None
     routing = frames(_routing_of, named, tokens)
     layers = routing["layer"].unique().sort().to_list()
-    if routing.height != tokens.height * len(layers):
-        got = f"{routing.height} rows for {tokens.height} tokens in {len(layers)} layers"
-        raise TraceError(
-            expected(
-                f"every token of {named.label} in every layer",
-                got,
-                "opening the trace and its check()",
-            )
-        )
+    require(
+        routing.height == tokens.height * len(layers),
+        f"every token of {named.label} in every layer",
+        f"{routing.height} rows for {tokens.height} tokens in {len(layers)} layers",
+        "opening the trace and its check()",
+        error=TraceError,
+    )
     column, words = ("entropy", "router entropy in nats") if fixed else ("ffn_count", "ffn_count")
     values = routing[column].cast(pl.Float64).to_numpy().reshape(tokens.height, len(layers))
     modes = [

@@ -7,11 +7,10 @@ not read is an error, so nothing is ever silently ignored. Nothing here imports 
 import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from moe_lab.config import Config, choice, require
+from moe_lab.config import Config, above, at_least, at_most, between, choice, require
 from moe_lab.cost.parts import ExpertsRun, Pieces
-from moe_lab.errors import ConfigError, expected
 from moe_lab.lazy import load_name
 from moe_lab.routing.choices import (
     BudgetShift,
@@ -83,84 +82,65 @@ class RouterConfig(Config):
     """
 
     kind: str = "softmax_topk"
-    num_experts: int = 64
-    top_k: int = 8
-    num_zero_experts: int = 0
+    num_experts: Annotated[int, at_least(1)] = 64
+    top_k: Annotated[int, at_least(1)] = 8
+    num_zero_experts: Annotated[int, at_least(0)] = 0
     norm_topk_prob: bool = False
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: Annotated[float, above(0)] = 1.0
     controller: ControllerConfig | None = None
     score_func: ScoreFunc | None = None
     select_on: SelectOn | None = None
     weighting: Weighting | None = None
-    norm_p: float | None = None
-    norm_eps: float | None = None
-    norm_min: float | None = None
+    norm_p: Annotated[float | None, above(0)] = None
+    norm_eps: Annotated[float | None, at_least(0)] = None
+    norm_min: Annotated[float | None, at_least(0)] = None
     router_bias: bool = False
-    logit_scale: float | None = None
-    logit_softcap: float | None = None
-    num_groups: int | None = None
-    topk_groups: int | None = None
+    logit_scale: Annotated[float | None, above(0)] = None
+    logit_softcap: Annotated[float | None, above(0)] = None
+    num_groups: Annotated[int | None, at_least(1)] = None
+    topk_groups: Annotated[int | None, at_least(1)] = None
     group_score: GroupScore | None = None
     group_fill: GroupFill | None = None
-    jitter_eps: float | None = None
-    sparsemixer_eps: float | None = None
-    capacity_factor: float | None = None
-    eval_capacity_fraction: float | None = None
-    expert_capacity: int | None = None
+    jitter_eps: Annotated[float | None, at_least(0)] = None
+    sparsemixer_eps: Annotated[float | None, at_least(0)] = None
+    capacity_factor: Annotated[float | None, above(0)] = None
+    eval_capacity_fraction: Annotated[float | None, above(0)] = None
+    expert_capacity: Annotated[int | None, at_least(1)] = None
     capacity_scope: CapacityScope | None = None
     batch_prioritized: bool = False
     norm_before_drop: bool = False
     second_expert_policy: SecondPolicy | None = None
     zero_expert_kinds: tuple[ZeroExpertKind, ...] | None = None
     zero_expert_scaling: bool | None = None
-    device_groups: int | None = None
-    ffn_share: float | None = None
-    d_router: int | None = None
-    rms_norm_eps: float | None = None
-    num_shared_gates: int | None = None
-    top_p: float | None = None
-    threshold: float | None = None
-    min_slots: int | None = None
-    max_slots: int | None = None
-    vocab_size: int | None = None
+    device_groups: Annotated[int | None, at_least(1)] = None
+    ffn_share: Annotated[float | None, above(0)] = None
+    d_router: Annotated[int | None, at_least(1)] = None
+    rms_norm_eps: Annotated[float | None, above(0)] = None
+    num_shared_gates: Annotated[int | None, at_least(1)] = None
+    top_p: Annotated[float | None, above(0), at_most(1)] = None
+    threshold: Annotated[float | None, between(0, 1)] = None
+    min_slots: Annotated[int | None, at_least(0)] = None
+    max_slots: Annotated[int | None, at_least(1)] = None
+    vocab_size: Annotated[int | None, at_least(1)] = None
     hash_table: HashTable | None = None
     hash_seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in FACTS:
             ROUTERS.find(self.kind)
-        for name, options in _CHOICES.items():
-            if getattr(self, name) is not None:
-                object.__setattr__(
-                    self, name, choice(options, getattr(self, name), f"{name} among")
-                )
+        super().__post_init__()
         if self.zero_expert_kinds is not None:
             kinds = tuple(
                 choice(ZeroExpertKind, kind, "zero_expert_kinds among")
                 for kind in self.zero_expert_kinds
             )
             object.__setattr__(self, "zero_expert_kinds", kinds)
-        require(self.num_experts >= 1, "num_experts of at least 1", self.num_experts)
-        require(self.num_zero_experts >= 0, "num_zero_experts of at least 0", self.num_zero_experts)
-        require(self.top_k >= 1, "top_k of at least 1", self.top_k)
         require(
             self.top_k <= self.num_choices,
             f"top_k of at most {self.num_choices} (num_experts + num_zero_experts)",
             self.top_k,
             "a smaller top_k or more experts",
-        )
-        require(
-            self.routed_scaling_factor > 0,
-            "routed_scaling_factor above 0",
-            self.routed_scaling_factor,
-        )
-        for name, low, strict in _RANGES:
-            value = getattr(self, name)
-            fits = value is None or (value > low if strict else value >= low)
-            require(fits, f"{name} {'above' if strict else 'of at least'} {low}", value)
-        require(self.top_p is None or self.top_p <= 1, "top_p of at most 1", self.top_p)
-        require(
-            self.threshold is None or self.threshold <= 1, "threshold of at most 1", self.threshold
+            field="top_k",
         )
         self._check_slots()
         self._check_groups()
@@ -185,6 +165,7 @@ class RouterConfig(Config):
             f"one entry of zero_expert_kinds for each of {self.num_zero_experts} "
             "zero-compute experts",
             "none" if kinds is None else len(kinds),
+            field="zero_expert_kinds",
         )
 
     def _check_groups(self) -> None:
@@ -192,6 +173,7 @@ class RouterConfig(Config):
             (self.num_groups is None) == (self.topk_groups is None),
             "num_groups and topk_groups together",
             "only one of them",
+            field="topk_groups" if self.topk_groups is None else "num_groups",
         )
         if self.num_groups is None or self.topk_groups is None:
             return
@@ -200,21 +182,25 @@ class RouterConfig(Config):
             f"num_groups dividing {self.num_choices} experts",
             self.num_groups,
             "one of " + ", ".join(str(n) for n in range(1, 65) if self.num_choices % n == 0),
+            field="num_groups",
         )
         require(
             self.topk_groups <= self.num_groups,
             f"topk_groups of at most num_groups {self.num_groups}",
             self.topk_groups,
+            field="topk_groups",
         )
         if self.setting("group_score") is GroupScore.BEST_TWO:
             size = self.num_choices // self.num_groups
             hint = "fewer num_groups"
-            require(size >= 2, "groups of at least 2 experts, whose best two are added", size, hint)
+            what = "groups of at least 2 experts, whose best two are added"
+            require(size >= 2, what, size, hint, field="num_groups")
         reachable = self.topk_groups * (self.num_choices // self.num_groups)
         require(
             self.top_k <= reachable,
             f"top_k of at most {reachable}, the experts of topk_groups {self.topk_groups} groups",
             self.top_k,
+            field="top_k",
         )
 
     def _check_read_fields(self) -> None:
@@ -227,12 +213,12 @@ class RouterConfig(Config):
             ):
                 continue
             readers = sorted(kind for kind, facts in FACTS.items() if field.name in facts.options)
-            raise ConfigError(
-                expected(
-                    f"{field.name} left unset for kind {self.kind!r}",
-                    repr(value.value) if isinstance(value, StrEnum) else value,
-                    f"a kind that reads it ({', '.join(readers)})" if readers else "removing it",
-                )
+            require(
+                False,
+                f"{field.name} left unset for kind {self.kind!r}",
+                repr(value.value) if isinstance(value, StrEnum) else value,
+                f"a kind that reads it ({', '.join(readers)})" if readers else "removing it",
+                field=field.name,
             )
 
     def _check_controller(self) -> None:
@@ -246,6 +232,7 @@ class RouterConfig(Config):
             self.controller is None or self.controller.kind in known,
             f"a controller among {', '.join(known)} for kind {self.kind!r}",
             repr(str(self.controller and self.controller.kind)),
+            field="controller",
         )
 
     @property
@@ -321,6 +308,7 @@ class RouterConfig(Config):
             f"{stated} parameters in the router {self.kind!r}, as its facts say",
             learned,
             "stating all that it learns in RouterFacts(learns=...)",
+            field="learns",
         )
         return router
 
@@ -338,43 +326,6 @@ class RouterConfig(Config):
         """
         return load_name("moe_lab.routing.hf_config:router_config")(config, layer)
 
-
-_CHOICES: dict[str, type[StrEnum]] = {
-    "score_func": ScoreFunc,
-    "select_on": SelectOn,
-    "weighting": Weighting,
-    "group_score": GroupScore,
-    "group_fill": GroupFill,
-    "capacity_scope": CapacityScope,
-    "second_expert_policy": SecondPolicy,
-    "hash_table": HashTable,
-}
-
-_RANGES: tuple[tuple[str, float, bool], ...] = (
-    ("norm_p", 0, True),
-    ("norm_eps", 0, False),
-    ("norm_min", 0, False),
-    ("logit_scale", 0, True),
-    ("logit_softcap", 0, True),
-    ("num_groups", 1, False),
-    ("topk_groups", 1, False),
-    ("jitter_eps", 0, False),
-    ("sparsemixer_eps", 0, False),
-    ("capacity_factor", 0, True),
-    ("eval_capacity_fraction", 0, True),
-    ("expert_capacity", 1, False),
-    ("device_groups", 1, False),
-    ("ffn_share", 0, True),
-    ("d_router", 1, False),
-    ("rms_norm_eps", 0, True),
-    ("num_shared_gates", 1, False),
-    ("top_p", 0, True),
-    ("threshold", 0, False),
-    ("min_slots", 0, False),
-    ("max_slots", 1, False),
-    ("vocab_size", 1, False),
-)
-"""Field, lower bound, whether the bound itself is excluded."""
 
 ALWAYS_READ = frozenset({"kind", "num_experts", "top_k"})
 

@@ -23,16 +23,23 @@ def hash_twin(router: RouterConfig, vocab_size: int, seed: int = 0) -> RouterCon
         router.num_zero_experts == 0,
         "no zero-compute experts in hash layers",
         router.num_zero_experts,
+        field="num_zero_experts",
     )
     require(
         router.facts.has_hash_twin,
         f"a router among {', '.join(with_hash_twin())} beside hash layers",
         repr(router.kind),
+        field="kind",
     )
     for name in UNLIKE_ITS_TWIN:
-        require(not getattr(router, name), f"no {name} beside hash layers", getattr(router, name))
+        require(
+            not getattr(router, name),
+            f"no {name} beside hash layers",
+            getattr(router, name),
+            field=name,
+        )
     p = router.setting("norm_p")
-    require(p in (None, 1.0), "norm_p of 1 beside hash layers", p)
+    require(p in (None, 1.0), "norm_p of 1 beside hash layers", p, field="norm_p")
     # The softmax of the selected logits is the softmax of all of them, renormalised.
     selected = router.setting("weighting") == Weighting.SELECTED_SOFTMAX
     normalised = selected or p is not None

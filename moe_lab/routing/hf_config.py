@@ -12,7 +12,7 @@ factor after the experts, outside it.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.hf.architectures import find, row_name
 from moe_lab.hf.configuration import text_fields
 from moe_lab.hf.fields import Fields
@@ -71,15 +71,15 @@ class Source:
             return value
         if self.layer is None and any(item != value[0] for item in value):
             raise ConfigError(
-                expected(f"the layer whose {name} is wanted", None, "from_hf(config, layer=0)")
+                expected(f"the layer whose {name} is wanted", None, "from_hf(config, layer=0)"),
+                field=name,
             )
         return self.fields.entry(name, value) if self.layer is not None else value[0]
 
 
 def _choice(source: Source, name: str, choices: Sequence[str]) -> str:
     value = source.get(name)
-    if value not in choices:
-        raise ConfigError(expected(f"{name} among {', '.join(choices)}", repr(value)[:80]))
+    require(value in choices, f"{name} among {', '.join(choices)}", repr(value)[:80])
     return value
 
 

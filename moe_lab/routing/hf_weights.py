@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from moe_lab.errors import CheckpointError, expected
+from moe_lab.errors import CheckpointError, require
 from moe_lab.routing.router import Router
 
 WEIGHTS = ("weight", "gate.weight", "proj.weight", "wg.weight", "layer.weight", "classifier.weight")
@@ -60,11 +60,14 @@ def _refuse_loss(router: Router, copied: dict[str, Tensor]) -> None:
     for name, at_home in homes.items():
         if name not in copied or at_home:
             continue
-        if name not in router.facts.hf_ignored and bool(copied[name].any()):
-            hint = "router_bias=True" if name == "bias" else "controller=ControllerConfig()"
-            raise CheckpointError(
-                expected(f"a router without {name}", "one that is not zero", hint)
-            )
+        require(
+            name in router.facts.hf_ignored or not bool(copied[name].any()),
+            f"a router without {name}",
+            "one that is not zero",
+            "router_bias=True" if name == "bias" else "controller=ControllerConfig()",
+            error=CheckpointError,
+            field=name,
+        )
         del copied[name]
 
 
@@ -81,25 +84,24 @@ def _assign(router: Router, copied: Mapping[str, Tensor], module: str) -> None:
     own = {**dict(router.named_parameters()), **dict(router.named_buffers())}
     parameters = {name for name, _ in router.named_parameters()}
     missing = sorted(parameters - copied.keys() - router.facts.hf_optional)
-    if missing:
-        raise CheckpointError(
-            expected(
-                f"a router with {', '.join(missing)}",
-                f"{module}, which has none",
-                "another kind or module",
-            )
-        )
+    require(
+        not missing,
+        f"a router with {', '.join(missing)}",
+        f"{module}, which has none",
+        "another kind or module",
+        error=CheckpointError,
+    )
     for name, tensor in copied.items():
         target = own.get(name)
         if target is None:
             continue
-        if target.shape != tensor.shape:
-            raise CheckpointError(
-                expected(
-                    f"{name} of shape {list(target.shape)} in {module}",
-                    list(tensor.shape),
-                    "RouterConfig.from_hf",
-                )
-            )
+        require(
+            target.shape == tensor.shape,
+            f"{name} of shape {list(target.shape)} in {module}",
+            list(tensor.shape),
+            "RouterConfig.from_hf",
+            error=CheckpointError,
+            field=name,
+        )
         with torch.no_grad():
             target.copy_(tensor)

@@ -199,6 +199,7 @@ def a_vocabulary(config: RouterConfig) -> None:
         f"vocab_size for {config.kind}",
         None,
         "the tokenizer's vocab_size",
+        field="vocab_size",
     )
 
 
@@ -216,14 +217,21 @@ def device_groups(config: RouterConfig) -> None:
         config.num_experts % groups == 0,
         f"device_groups dividing {config.num_experts} experts",
         groups,
+        field="device_groups",
     )
-    require(config.num_zero_experts > 0, "zero-compute experts for device_groups", 0)
+    require(
+        config.num_zero_experts > 0,
+        "zero-compute experts for device_groups",
+        0,
+        field="num_zero_experts",
+    )
     target = None if config.controller is None else config.controller.target_ffn_count
     require(
         target is None or target < config.top_k,
         f"target_ffn_count below top_k {config.top_k} for device_groups, whose last is all "
         "zero-compute experts",
         target,
+        field="target_ffn_count",
     )
 
 

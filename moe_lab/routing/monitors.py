@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.measures import load_cv, max_violation
 from moe_lab.routing.routing import Routing
 
@@ -33,12 +33,13 @@ def gradient_ratio(balance_loss: Tensor, language_loss: Tensor, routing: Routing
     Raises:
         ConfigError: the routing has no graph (made under ``no_grad``, or detached).
     """
-    if not routing.scores.requires_grad:
-        raise ConfigError(
-            expected(
-                "a routing with a gradient graph", "detached scores", "calling it before backward()"
-            )
-        )
+    require(
+        routing.scores.requires_grad,
+        "a routing with a gradient graph",
+        "detached scores",
+        "calling it before backward()",
+        field="routing",
+    )
     balance, language = (_on_mean(loss, routing.scores) for loss in (balance_loss, language_loss))
     return torch.where(balance > 0, balance / language, balance)
 

@@ -51,7 +51,9 @@ class RouterContext:
         if self.token_ids is None or self.token_ids.shape != (tokens,):
             got = None if self.token_ids is None else list(self.token_ids.shape)
             what = f"token_ids of shape [{tokens}] for {kind}"
-            raise ConfigError(expected(what, got, "RouterContext(token_ids=...)"))
+            raise ConfigError(
+                expected(what, got, "RouterContext(token_ids=...)"), field="token_ids"
+            )
         return self.token_ids
 
     def of_batch(self, length: int) -> "RouterContext":
@@ -82,10 +84,12 @@ class RouterContext:
         Raises ``ConfigError`` if it does not divide the tokens.
         """
         length = self.sequence_length or num_tokens
-        if num_tokens % max(length, 1):
-            raise ConfigError(
-                expected(f"a number of tokens that sequence_length {length} divides", num_tokens)
-            )
+        require(
+            not (num_tokens % max(length, 1)),
+            f"a number of tokens that sequence_length {length} divides",
+            num_tokens,
+            field="sequence_length",
+        )
         return length
 
 
@@ -147,7 +151,7 @@ class Router(nn.Module):
         if x_TD.dim() not in (2, 3) or x_TD.shape[-1] != self.d_model:
             d = self.d_model
             what = f"tokens of shape [T, {d}] or [B, S, {d}]"
-            raise ConfigError(expected(what, list(x_TD.shape)))
+            raise ConfigError(expected(what, list(x_TD.shape)), "x")
         context = context or RouterContext()
         if x_TD.dim() == 3:
             context, x_TD = context.of_batch(x_TD.shape[1]), x_TD.flatten(0, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import require
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError
 from moe_lab.measures import router_entropy, score_margin
 
 UNUSED = -1
@@ -215,15 +215,25 @@ class Routing:
         if self.indices.numel() == 0:
             return self
         low, high = int(self.indices.min()), int(self.indices.max())
-        if low < UNUSED or high >= total:
-            raise TraceError(expected(f"expert ids between -1 and {total - 1}", f"{low}..{high}"))
+        require(
+            low >= UNUSED and high < total,
+            f"expert ids between -1 and {total - 1}",
+            f"{low}..{high}",
+            error=TraceError,
+        )
         ordered = self.indices.sort(dim=1).values
-        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-            raise TraceError(
-                "expected each token to name an expert at most once, got a repeated id"
-            )
-        if not bool(torch.isfinite(self.weights).all()):
-            raise TraceError(
-                "expected finite gate weights, got NaN or infinity; try lowering the learning rate"
-            )
+        require(
+            not bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()),
+            "each token to name an expert at most once",
+            "a repeated id",
+            error=TraceError,
+        )
+        require(
+            bool(torch.isfinite(self.weights).all()),
+            "finite gate weights",
+            "NaN or infinity",
+            "lowering the learning rate",
+            error=TraceError,
+            field="weights",
+        )
         return self

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_lab.errors import RunError, StorageError, expected
+from moe_lab.errors import RunError, StorageError, require
 from moe_lab.files import cannot_write, read_regular
 from moe_lab.runs.owners import Owner, living, owner_of_this_process
 
@@ -143,8 +143,13 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
     ``on_lost`` is called from a thread if another host took the claim over because this process
     stayed silent for too long.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(expected(f"a folder at {folder}", "a file", "removing it"))
+    require(
+        not folder.exists() or folder.is_dir(),
+        f"a folder at {folder}",
+        "a file",
+        "removing it",
+        error=RunError,
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         numbers = _numbers(os.listdir(folder))

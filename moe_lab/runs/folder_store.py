@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moe_lab.errors import RunError, expected
+from moe_lab.errors import RunError, expected, require
 from moe_lab.files import parse_json, read_regular, write_json, write_text
 from moe_lab.runs.failures import Failure, read_failure, write_failure
 from moe_lab.runs.folder_claims import Claim, acquire, holder
@@ -65,9 +65,13 @@ class RunStore:
 
     def plan(self) -> dict[str, Any]:
         path = self.folder / PLAN
-        if not path.exists():
-            got = f"{self.folder} without one"
-            raise RunError(expected(f"a sweep folder with {PLAN}", got, "moe-lab sweep run first"))
+        require(
+            path.exists(),
+            f"a sweep folder with {PLAN}",
+            f"{self.folder} without one",
+            "moe-lab sweep run first",
+            error=RunError,
+        )
         try:
             plan = parse_json(read_regular(path))
         except (OSError, ValueError) as error:

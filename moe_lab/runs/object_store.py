@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe_lab.errors import RunError, expected
+from moe_lab.errors import RunError, require
 from moe_lab.files import below, content_hash
 from moe_lab.runs import failures
 from moe_lab.runs.bucket import Bucket
@@ -133,10 +133,13 @@ class ObjectStore:
 
     def plan(self) -> dict[str, Any]:
         contents = self.bucket.read_many(self.bucket.names(SWEEPS))
-        if not contents:
-            got = f"{self.folder} without one"
-            hint = "moe-lab sweep run first"
-            raise RunError(expected(f"a sweep's store with {SWEEPS}/", got, hint))
+        require(
+            contents,
+            f"a sweep's store with {SWEEPS}/",
+            f"{self.folder} without one",
+            "moe-lab sweep run first",
+            error=RunError,
+        )
         plans = [
             check_plan(_as_plan(read_object(content)), f"{self.folder}/{name}")
             for name, content in contents.items()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_lab.errors import RunError, expected
+from moe_lab.errors import RunError, expected, require
 from moe_lab.files import content_hash
 
 SCHEMA_VERSION = 1
@@ -55,9 +55,14 @@ def check_plan(plan: Any, source: Path | str) -> dict[str, Any]:
     Raises ``RunError`` that names the first fault; ``source`` is what it calls the plan's place.
     """
     version = plan.get("schema_version") if isinstance(plan, dict) else None
-    if version != SCHEMA_VERSION:
-        got = f"{ascii(version)[:100]} in {source}"
-        raise RunError(expected(f"a plan of version {SCHEMA_VERSION}", got, "another folder"))
+    require(
+        version == SCHEMA_VERSION,
+        f"a plan of version {SCHEMA_VERSION}",
+        f"{ascii(version)[:100]} in {source}",
+        "another folder",
+        error=RunError,
+        field="schema_version",
+    )
     _check_fields("the plan", plan, {"sweeps": list, "runs": dict}, source)
     for run, entry in plan["runs"].items():
         check_run_name(run, source)
@@ -65,10 +70,13 @@ def check_plan(plan: Any, source: Path | str) -> dict[str, Any]:
     for sweep in plan["sweeps"]:
         _check_fields("a sweep", sweep, _SWEEP_FIELDS, source)
         for run in sweep["runs"]:
-            if check_run_name(run, source) not in plan["runs"]:
-                raise RunError(
-                    expected("an entry of every run", f"none of {run} in {source}", _HINT)
-                )
+            require(
+                check_run_name(run, source) in plan["runs"],
+                "an entry of every run",
+                f"none of {run} in {source}",
+                _HINT,
+                error=RunError,
+            )
     return plan
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from moe_lab.errors import RunError, expected
+from moe_lab.errors import RunError, require
 from moe_lab.files import digest_of, read_regular
 from moe_lab.runs.layout import CONFIG, DONE, METRICS, RESULT, TRACE, TRACE_META
 
@@ -49,7 +49,10 @@ def check_seal(
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         why = str(error).splitlines()[0]
         raise RunError(f"cannot read {record.name} in {folder}: {why}") from error
-    if changed:
-        got = f"another in {folder}"
-        hint = "restoring it, or removing the folder and running it again"
-        raise RunError(expected(f"the {changed} that the run ended with", got, hint))
+    require(
+        not changed,
+        f"the {changed} that the run ended with",
+        f"another in {folder}",
+        "restoring it, or removing the folder and running it again",
+        error=RunError,
+    )

@@ -9,7 +9,7 @@ import math
 
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.scaling.compute_slope import law_slope
 from moe_lab.scaling.laws import LAWS
 
@@ -47,15 +47,22 @@ def expected_gain(
         "granularity": granularity,
     }
     for name, value in numbers.items():
-        if not (math.isfinite(value) and value > 0):
-            raise AnalysisError(expected(f"{name} above 0", value))
+        require(
+            math.isfinite(value) and value > 0,
+            f"{name} above 0",
+            value,
+            error=AnalysisError,
+            field=name,
+        )
     routed = total if routed is None else routed
     ratio = total / active if ratio is None else ratio
-    if total < active or not 0 < routed <= total or ratio < 1:
-        got = f"total {total:g}, active {active:g}, routed {routed:g}, ratio {ratio:g}"
-        raise AnalysisError(
-            expected("active <= total, routed <= total and a ratio of at least 1", got)
-        )
+    require(
+        total >= active and 0 < routed <= total and ratio >= 1,
+        "active <= total, routed <= total and a ratio of at least 1",
+        f"total {total:g}, active {active:g}, routed {routed:g}, ratio {ratio:g}",
+        error=AnalysisError,
+        field="total",
+    )
     growth = (routed + add) / routed
     before = {
         "active_params": active,

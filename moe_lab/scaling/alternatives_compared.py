@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.scaling.compute_slope import MARGIN
 from moe_lab.scaling.run_files import main_arm
 from moe_lab.scaling.seed_intervals import mean_interval
@@ -80,12 +80,13 @@ def against_experts(
         for name in ("arm", "ratio", "seed", "loss", "total_params")
         if name not in runs.columns
     ]
-    if missing:
-        raise AnalysisError(
-            expected(
-                "columns arm, ratio, seed, loss, total_params", f"none called {', '.join(missing)}"
-            )
-        )
+    require(
+        not missing,
+        "columns arm, ratio, seed, loss, total_params",
+        f"none called {', '.join(missing)}",
+        error=AnalysisError,
+        field=missing[0] if missing else "",
+    )
     alternatives = pl.col("arm").is_in(
         [kind.value for kind in Alternative if kind is not Alternative.EXPERTS]
     )
@@ -149,7 +150,8 @@ def _pairs(others: pl.DataFrame, experts: pl.DataFrame) -> pl.DataFrame:
                 what,
                 f"none for {lone} of {others.height} runs",
                 "running the sweep with --alternative to its end",
-            )
+            ),
+            field="arm",
         )
     return found.sort("arm", "ratio_experts", "seed")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.sweep_losses import COLUMNS
 
@@ -65,12 +65,12 @@ def measured_slope(frame: pl.DataFrame) -> ComputeSlope:
     1.5.
     """
     missing = [name for name in COLUMNS if name not in frame.columns]
-    if missing:
-        raise AnalysisError(
-            expected(
-                f"columns {', '.join(COLUMNS)} in budgets", f"none called {', '.join(missing)}"
-            )
-        )
+    require(
+        not missing,
+        f"columns {', '.join(COLUMNS)} in budgets",
+        f"none called {', '.join(missing)}",
+        error=AnalysisError,
+    )
     runs = frame.select(
         "ratio", "loss", lnc=(6 * pl.col("active_params").cast(pl.Float64) * pl.col("tokens")).log()
     )
@@ -80,25 +80,24 @@ def measured_slope(frame: pl.DataFrame) -> ComputeSlope:
     )
     x, y = runs["lnc"].to_numpy(), runs["loss"].cast(pl.Float64).to_numpy()
     span = float(np.exp(x.max() - x.min()))
-    if not np.isfinite(y).all() or span < SMALLEST_RANGE:
-        raise AnalysisError(
-            expected(
-                "finite losses of shared ratios at budgets 1.5x apart or more",
-                f"a range of {span:.2f}x",
-                "4x the tokens",
-            )
-        )
+    require(
+        np.isfinite(y).all() and span >= SMALLEST_RANGE,
+        "finite losses of shared ratios at budgets 1.5x apart or more",
+        f"a range of {span:.2f}x",
+        "4x the tokens",
+        error=AnalysisError,
+        field="budgets",
+    )
     slope = float(-(x @ y) / (x @ x))
     df = runs.height - runs["ratio"].n_unique() - 1
     error = float(np.sqrt(((y + slope * x) ** 2).sum() / df / (x @ x))) if df > 0 else None
-    if slope <= 0:
-        raise AnalysisError(
-            expected(
-                "losses that fall with compute",
-                f"dL/dlnC = {-slope:+z.4f}",
-                "checking the budgets' learning rates",
-            )
-        )
+    require(
+        slope > 0,
+        "losses that fall with compute",
+        f"dL/dlnC = {-slope:+z.4f}",
+        "checking the budgets' learning rates",
+        error=AnalysisError,
+    )
     spent = "tokens" if _one_size(frame) else "active parameters and tokens as these runs do"
     interval = "" if error is None else f" (standard error {error:.4f})"
     return ComputeSlope(

@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.scaling.compute_slope import MARGIN, law_slope
 from moe_lab.scaling.seed_intervals import mean_interval
 from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT
@@ -130,22 +130,26 @@ def confounds(
     missing = [
         name for name in ("ratio", "loss", "active_params", "tokens") if name not in frame.columns
     ]
-    if missing:
-        raise AnalysisError(
-            expected(
-                "columns ratio, loss, active_params, tokens", f"none called {', '.join(missing)}"
-            )
-        )
+    require(
+        not missing,
+        "columns ratio, loss, active_params, tokens",
+        f"none called {', '.join(missing)}",
+        error=AnalysisError,
+        field=missing[0] if missing else "",
+    )
     runs = tuning = frame.filter(pl.col("loss").is_finite())
     if arm is not None:
         runs, tuning = (
             runs.filter(pl.col("arm").cast(pl.String).is_in(names))
             for names in ((arm, arm + SHORT), (arm, arm + SHORT, TUNING))
         )
-    if runs["ratio"].n_unique() < 2:
-        raise AnalysisError(
-            expected("two or more ratios with finite losses", runs["ratio"].n_unique())
-        )
+    require(
+        runs["ratio"].n_unique() >= 2,
+        "two or more ratios with finite losses",
+        runs["ratio"].n_unique(),
+        error=AnalysisError,
+        field="ratio",
+    )
     if margin is None:
         ratios = runs["ratio"].cast(pl.Float64)
         middle = math.sqrt(cast(float, ratios.min()) * cast(float, ratios.max()))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 
 ENVIRONMENT = "MOE_LAB_DATA"
 CLARK_TOKENS_PER_STEP = 256 * 2048  # 250,000 steps make the paper's 130B
@@ -290,8 +290,13 @@ def published(
 
     Raises ``AnalysisError`` for an unknown name, a file that is missing or not the one expected.
     """
-    if name not in DATASETS:
-        raise AnalysisError(expected(f"a data set of {', '.join(DATASETS)}", name))
+    require(
+        name in DATASETS,
+        f"a data set of {', '.join(DATASETS)}",
+        name,
+        error=AnalysisError,
+        field="name",
+    )
     data = DATASETS[name]
     path = Path(file) if file is not None else _find(data, data_dir)
     try:
@@ -304,9 +309,14 @@ def published(
             )
         ) from error
     found = hashlib.sha256(content).hexdigest()
-    if check and found != data.sha256:
-        what = f"{data.file} with sha256 {data.sha256[:12]}"
-        raise AnalysisError(expected(what, found[:12], "check=False if you mean this version"))
+    require(
+        not check or found == data.sha256,
+        f"{data.file} with sha256 {data.sha256[:12]}",
+        found[:12],
+        "check=False if you mean this version",
+        error=AnalysisError,
+        field="sha256",
+    )
     try:
         return data.read(pl.read_csv(io.BytesIO(content), infer_schema_length=None))
     except pl.exceptions.PolarsError as error:
@@ -322,13 +332,8 @@ def published(
 def _find(data: Dataset, data_dir: Path | str | None) -> Path:
     folder = data_dir or os.environ.get(ENVIRONMENT)
     if not folder:
-        raise AnalysisError(
-            expected(
-                f"a folder of published data in {ENVIRONMENT} or data_dir=",
-                "none",
-                f"a copy of {data.source}",
-            )
-        )
+        what = f"a folder of published data in {ENVIRONMENT} or data_dir="
+        raise AnalysisError(expected(what, "none", f"a copy of {data.source}"), field="data_dir")
     for path in (Path(folder) / "scaling" / data.file, Path(folder) / data.file):
         if path.is_file():
             return path
@@ -337,7 +342,8 @@ def _find(data: Dataset, data_dir: Path | str | None) -> Path:
             f"{data.file} in {folder} or its folder scaling",
             "no such file",
             f"a copy from {data.source}",
-        )
+        ),
+        field="file",
     )
 
 

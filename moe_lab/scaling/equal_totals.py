@@ -35,9 +35,14 @@ def at_total(
         ConfigError: ``model`` is larger than ``total`` already, has no MoE layers, or cannot be
             brought within ``tolerance`` of it.
     """
-    require(model.moe is not None, "a model with MoE layers", "a dense one")
+    require(model.moe is not None, "a model with MoE layers", "a dense one", field="moe")
     size = count(model).total
-    require(size <= total, f"a total of at least the model's own {size:,} parameters", f"{total:,}")
+    require(
+        size <= total,
+        f"a total of at least the model's own {size:,} parameters",
+        f"{total:,}",
+        field="total",
+    )
     found = min(
         _CANDIDATES[Alternative(alternative)](model, total),
         key=lambda one: abs(count(one).total - total),
@@ -123,7 +128,8 @@ def _width(model: DecoderConfig, total: int) -> Iterable[DecoderConfig]:
     assert model.moe is not None
     if model.latent_attention is not None:
         raise ConfigError(
-            expected("grouped-query attention to widen a model", "latent attention", "depth")
+            expected("grouped-query attention to widen a model", "latent attention", "depth"),
+            field="latent_attention",
         )
     groups = model.num_heads // model.kv_heads
     for d in range(model.d_model, 16 * model.d_model, 4):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unknowns
 from moe_lab.scaling.fit_starts import starting_points
 from moe_lab.scaling.frontier_forms import FORMS, START, fit_form
@@ -76,7 +76,9 @@ class Fit:
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Percentile interval of a coefficient over the bootstrap draws."""
         if self.draws is None:
-            raise AnalysisError(expected("a fit with bootstrap draws", "none", "bootstrap(fit)"))
+            raise AnalysisError(
+                expected("a fit with bootstrap draws", "none", "bootstrap(fit)"), field="draws"
+            )
         tail = (1 - confidence) / 2
         values = self.draws[name].to_numpy()
         return float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))
@@ -90,23 +92,23 @@ def columns(frame: Values | pl.DataFrame, law: Law) -> dict[str, Any]:
     if not isinstance(frame, pl.DataFrame):
         return dict(frame)
     missing = [name for name in law.variables if name not in frame.columns]
-    if missing:
-        raise AnalysisError(
-            expected(
-                f"columns {', '.join(law.variables)} for the law {law.name}",
-                f"none called {', '.join(missing)}",
-            )
-        )
+    require(
+        not missing,
+        f"columns {', '.join(law.variables)} for the law {law.name}",
+        f"none called {', '.join(missing)}",
+        error=AnalysisError,
+        field=missing[0] if missing else "",
+    )
     point = {name: frame[name].cast(pl.Float64).to_numpy() for name in law.variables}
     for name, values in point.items():
-        if not (np.isfinite(values) & (values > 0)).all():
-            raise AnalysisError(
-                expected(
-                    f"{name} above 0 in every run",
-                    f"{values[~(values > 0)][:1]}",
-                    "dropping those runs",
-                )
-            )
+        require(
+            (np.isfinite(values) & (values > 0)).all(),
+            f"{name} above 0 in every run",
+            f"{values[~(values > 0)][:1]}",
+            "dropping those runs",
+            error=AnalysisError,
+            field=name,
+        )
     return point
 
 
@@ -144,14 +146,13 @@ def fit(
     finalists = first[np.argsort(value)[:FINALISTS]]
     theta, value, _ = minimise(problem.objective, problem.curved, finalists, floor=floor)
     best = int(np.nanargmin(value))
-    if not np.isfinite(value[best]):
-        raise AnalysisError(
-            expected(
-                "a fit with a finite objective",
-                f"none from {len(points)} starts",
-                "another law or more runs",
-            )
-        )
+    require(
+        np.isfinite(value[best]),
+        "a fit with a finite objective",
+        f"none from {len(points)} starts",
+        "another law or more runs",
+        error=AnalysisError,
+    )
     agreed = float(np.mean(value <= value[best] * (1 + AGREE) + floor))
     return _report(problem, frame, theta[best], float(value[best]), agreed, weight)
 
@@ -159,8 +160,7 @@ def fit(
 def find_law(law: str | Law) -> Law:
     if isinstance(law, Law):
         return law
-    if law not in LAWS:
-        raise AnalysisError(expected(f"a law of {', '.join(LAWS)}", law))
+    require(law in LAWS, f"a law of {', '.join(LAWS)}", law, error=AnalysisError, field="law")
     return LAWS[law]
 
 
@@ -182,25 +182,38 @@ def make_problem(
 
 
 def check_losses(frame: pl.DataFrame, coefficients: int) -> np.ndarray:
-    if "loss" not in frame.columns:
-        raise AnalysisError(
-            expected("a column loss", f"columns {', '.join(frame.columns)}", "renaming yours")
-        )
-    if not frame["loss"].dtype.is_numeric():
-        raise AnalysisError(expected("numbers in loss", frame["loss"].dtype, "casting the column"))
+    require(
+        "loss" in frame.columns,
+        "a column loss",
+        f"columns {', '.join(frame.columns)}",
+        "renaming yours",
+        error=AnalysisError,
+        field="loss",
+    )
+    require(
+        frame["loss"].dtype.is_numeric(),
+        "numbers in loss",
+        frame["loss"].dtype,
+        "casting the column",
+        error=AnalysisError,
+    )
     loss = frame["loss"].cast(pl.Float64).to_numpy()
-    if not (np.isfinite(loss) & (loss > 0)).all():
-        raise AnalysisError(
-            expected(
-                "finite losses above 0",
-                f"{loss[~(loss > 0)][:1]}",
-                "dropping the runs that diverged",
-            )
-        )
-    if len(loss) <= coefficients:
-        raise AnalysisError(
-            expected(f"more runs than coefficients ({coefficients})", len(loss), "a simpler law")
-        )
+    require(
+        (np.isfinite(loss) & (loss > 0)).all(),
+        "finite losses above 0",
+        f"{loss[~(loss > 0)][:1]}",
+        "dropping the runs that diverged",
+        error=AnalysisError,
+        field="loss",
+    )
+    require(
+        len(loss) > coefficients,
+        f"more runs than coefficients ({coefficients})",
+        len(loss),
+        "a simpler law",
+        error=AnalysisError,
+        field="law",
+    )
     return loss
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.scaling.frontier_forms import effective_ratio
 
 Values = Mapping[str, Any]
@@ -121,7 +121,8 @@ class Law:
                         f"published coefficients of {self.name} ({', '.join(names) or 'none'})",
                         which,
                         "your own fit",
-                    )
+                    ),
+                    field="name",
                 )
             return self.published[which or names[0]]
         return which
@@ -146,10 +147,13 @@ class Law:
         """Letter -> natural logarithm of its variable."""
         needed = self.variables
         missing = [name for name in needed if name not in point]
-        if missing:
-            raise AnalysisError(
-                expected(f"{', '.join(needed)} for the law {self.name}", f"no {', '.join(missing)}")
-            )
+        require(
+            not missing,
+            f"{', '.join(needed)} for the law {self.name}",
+            f"no {', '.join(missing)}",
+            error=AnalysisError,
+            field=missing[0] if missing else "",
+        )
         logs = {letter: np.log(point[name]) for letter, name in LETTERS.items() if name in needed}
         if self.effective is not None:
             logs["e"] = self.effective(point, *shape)
@@ -178,10 +182,13 @@ class Law:
         grows = [
             name for name in ("active_params", "total_params", "tokens") if name in self.variables
         ]
-        if not grows:
-            raise AnalysisError(
-                expected("a law of parameters or tokens", f"{self.name}, a law of the ratio alone")
-            )
+        require(
+            grows,
+            "a law of parameters or tokens",
+            f"{self.name}, a law of the ratio alone",
+            error=AnalysisError,
+            field="law",
+        )
         target = float(self.predict(end, coefficients))
 
         def gap(log_multiplier: float) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 from scipy.optimize import minimize_scalar
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.scaling.fit import find_law
 from moe_lab.scaling.law import Law, Values
 
@@ -99,14 +99,14 @@ def isoflop(frame: pl.DataFrame, *, span: float = math.inf) -> Isoflop:
                 "runs": int(near.sum()),
             }
         )
-    if len(rows) < 2:
-        raise AnalysisError(
-            expected(
-                "two or more budgets with a minimum inside their runs",
-                len(rows),
-                "more sizes per budget",
-            )
-        )
+    require(
+        len(rows) >= 2,
+        "two or more budgets with a minimum inside their runs",
+        len(rows),
+        "more sizes per budget",
+        error=AnalysisError,
+        field="budgets",
+    )
     optima = pl.DataFrame(rows)
     log_compute = np.log(optima["compute"].to_numpy())
     active = np.polyfit(log_compute, np.log(optima["active_params"].to_numpy()), 1)
@@ -139,20 +139,29 @@ def constrained_optimum(
     redraws the noise between runs of a ratio (one run per ratio leaves it a point).
     """
     for name in ("ratio", "seed", "loss"):
-        if name not in frame.columns:
-            raise AnalysisError(expected("columns ratio, seed, loss", f"none called {name}"))
-    if frame["ratio"].n_unique() < 3:
-        raise AnalysisError(expected("three or more ratios", frame["ratio"].n_unique()))
+        require(
+            name in frame.columns,
+            "columns ratio, seed, loss",
+            f"none called {name}",
+            error=AnalysisError,
+        )
+    require(
+        frame["ratio"].n_unique() >= 3,
+        "three or more ratios",
+        frame["ratio"].n_unique(),
+        error=AnalysisError,
+        field="ratio",
+    )
     if constraint in frame.columns:
         low, high = float(frame[constraint].min()), float(frame[constraint].max())  # type: ignore[arg-type]
-        if high > SAME * low:
-            raise AnalysisError(
-                expected(
-                    f"one value of {constraint} (within 5 %)",
-                    f"{low:g} to {high:g}",
-                    "constraint= another column",
-                )
-            )
+        require(
+            high <= SAME * low,
+            f"one value of {constraint} (within 5 %)",
+            f"{low:g} to {high:g}",
+            "constraint= another column",
+            error=AnalysisError,
+            field=constraint,
+        )
     ratios = frame["ratio"].unique().sort().to_numpy().astype(float)
     losses = [frame.filter(pl.col("ratio") == ratio)["loss"].to_numpy() for ratio in ratios]
     rng = np.random.default_rng(seed)

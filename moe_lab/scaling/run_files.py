@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from moe_lab.errors import AnalysisError, RunError, expected
+from moe_lab.errors import AnalysisError, RunError, expected, require
 from moe_lab.files import read_regular
 from moe_lab.runs.layout import DONE, RESULT
 from moe_lab.runs.record import parse_object
@@ -126,23 +126,27 @@ def _unit_needed(got: str, first: str = "") -> AnalysisError:
 
 def _in_nats(frame: pl.DataFrame, unit: LossUnit, bytes_per_token: float | None) -> pl.DataFrame:
     per_byte = unit is LossUnit.BITS_PER_BYTE
-    if per_byte and not (bytes_per_token and 0 < bytes_per_token < math.inf):
-        raise AnalysisError(
-            expected(
-                "bytes per token above 0 of the text that the losses are of, to make nats per "
-                "token of bits per byte",
-                bytes_per_token,
-                "--bytes-per-token N (bytes of the text over its tokens)",
-            )
-        )
+    require(
+        not per_byte or (bytes_per_token and 0 < bytes_per_token < math.inf),
+        "bytes per token above 0 of the text that the losses are of, to make nats per "
+        "token of bits per byte",
+        bytes_per_token,
+        "--bytes-per-token N (bytes of the text over its tokens)",
+        error=AnalysisError,
+    )
     if not per_byte and bytes_per_token is not None:
         raise AnalysisError(
             expected("bytes per token with bits per byte alone", f"the unit {unit}", "--unit bpb")
         )
     if unit is LossUnit.NATS:
         return frame
-    if not frame["loss"].dtype.is_numeric():
-        raise AnalysisError(expected("numbers in loss", frame["loss"].dtype, "casting the column"))
+    require(
+        frame["loss"].dtype.is_numeric(),
+        "numbers in loss",
+        frame["loss"].dtype,
+        "casting the column",
+        error=AnalysisError,
+    )
     return frame.with_columns(pl.col("loss") * (math.log(2) * (bytes_per_token or 1.0)))
 
 
@@ -264,10 +268,11 @@ def _folder(folder: Path) -> pl.DataFrame:
         rows.append(
             {name: value for name, value in result.items() if isinstance(value, int | float | str)}
         )
-    if not rows:
-        raise AnalysisError(
-            expected(
-                "a sweep's folder with finished runs", f"{folder} without any", "moe-lab sweep run"
-            )
-        )
+    require(
+        rows,
+        "a sweep's folder with finished runs",
+        f"{folder} without any",
+        "moe-lab sweep run",
+        error=AnalysisError,
+    )
     return pl.DataFrame(rows, infer_schema_length=None)

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 from scipy.special import stdtrit  # scipy.stats takes a second to import
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 
 CONFIDENCE = 0.95
 
@@ -36,8 +36,7 @@ def seed_intervals(
         Columns arm, ratio, n (runs), mean, sd, lo, hi. With one run sd, lo and hi are null: one
         seed says nothing about the spread.
     """
-    if not 0 < level < 1:
-        raise AnalysisError(expected("a level between 0 and 1", level, "0.95"))
+    require(0 < level < 1, "a level between 0 and 1", level, "0.95", error=AnalysisError)
     groups = frame.group_by("arm", "ratio", maintain_order=True).agg(
         n=pl.len(),
         mean=pl.col(value).mean(),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.scaling.two_way import Estimate, Layout, estimate
 
 COLUMNS = ("ratio", "seed", "loss", "active_params", "tokens")
@@ -121,46 +121,50 @@ def _check_columns(frame: pl.DataFrame) -> None:
     missing = tuple(name for name in COLUMNS if name not in frame.columns)
     if missing:
         raise MissingColumnsError(missing, frame.columns)
-    if frame.is_empty():
-        raise AnalysisError(
-            expected("one row per run", "an empty frame", "pointing at a sweep with finished runs")
-        )
+    require(
+        not frame.is_empty(),
+        "one row per run",
+        "an empty frame",
+        "pointing at a sweep with finished runs",
+        error=AnalysisError,
+    )
     for name in COLUMNS:
         bad = frame[name].null_count()
-        if bad:
-            raise AnalysisError(
-                expected(f"a value of {name} in every run", f"{bad} empty", "dropping those runs")
-            )
-        if name != "seed" and not frame[name].dtype.is_numeric():
-            raise AnalysisError(
-                expected(f"numbers in {name}", f"{frame[name].dtype}", "casting the column")
-            )
+        require(
+            not bad,
+            f"a value of {name} in every run",
+            f"{bad} empty",
+            "dropping those runs",
+            error=AnalysisError,
+        )
+        require(
+            name == "seed" or frame[name].dtype.is_numeric(),
+            f"numbers in {name}",
+            f"{frame[name].dtype}",
+            "casting the column",
+            error=AnalysisError,
+        )
 
 
 def _check_losses(frame: pl.DataFrame, vocab_size: int | None) -> None:
     loss = frame["loss"].cast(pl.Float64)
-    if (
-        "bits_per_byte" in frame.columns
-        and frame["bits_per_byte"].null_count() == 0
-        and (loss - frame["bits_per_byte"]).abs().max() == 0
-    ):
-        raise AnalysisError(
-            expected(
-                "losses in nats per token",
-                "the column bits_per_byte again",
-                "the cross-entropy itself",
-            )
-        )
+    require(
+        "bits_per_byte" not in frame.columns
+        or frame["bits_per_byte"].null_count() != 0
+        or (loss - frame["bits_per_byte"]).abs().max() != 0,
+        "losses in nats per token",
+        "the column bits_per_byte again",
+        "the cross-entropy itself",
+        error=AnalysisError,
+    )
     lowest, highest = float(loss.min()), float(loss.max())  # type: ignore[arg-type]
-    if lowest <= 0 or highest > HIGHEST_PLAUSIBLE_NATS:
-        got = f"{lowest if lowest <= 0 else highest:g}"
-        raise AnalysisError(
-            expected(
-                f"losses in nats per token, between 0 and {HIGHEST_PLAUSIBLE_NATS:g}",
-                got,
-                "ln of a perplexity",
-            )
-        )
+    require(
+        lowest > 0 and highest <= HIGHEST_PLAUSIBLE_NATS,
+        f"losses in nats per token, between 0 and {HIGHEST_PLAUSIBLE_NATS:g}",
+        f"{lowest if lowest <= 0 else highest:g}",
+        "ln of a perplexity",
+        error=AnalysisError,
+    )
     if vocab_size is None and "vocab_size" in frame.columns:
         vocab_size = int(frame["vocab_size"].max())  # type: ignore[arg-type]
     if vocab_size and lowest > math.log(vocab_size):
@@ -177,10 +181,13 @@ def _check_losses(frame: pl.DataFrame, vocab_size: int | None) -> None:
 
 def _check_design(frame: pl.DataFrame) -> None:
     ratios = frame["ratio"].n_unique()
-    if ratios < 3:
-        raise AnalysisError(
-            expected("three or more ratios", f"{ratios}", "a sweep with eight, each twice the last")
-        )
+    require(
+        ratios >= 3,
+        "three or more ratios",
+        f"{ratios}",
+        "a sweep with eight, each twice the last",
+        error=AnalysisError,
+    )
     if float(frame["ratio"].min()) < 1:  # type: ignore[arg-type]
         raise AnalysisError(
             expected(
@@ -202,12 +209,10 @@ def _check_design(frame: pl.DataFrame) -> None:
         )
         raise AnalysisError(expected("one run per ratio and seed", got, hint))
     low, high = float(frame["active_params"].min()), float(frame["active_params"].max())  # type: ignore[arg-type]
-    if low <= 0 or high / low > ACTIVE_TOLERANCE:
-        got = f"{low:g} to {high:g}"
-        raise AnalysisError(
-            expected(
-                "one active size (within 50 %)",
-                got,
-                "constrained_optimum for an arm of fixed total",
-            )
-        )
+    require(
+        low > 0 and high / low <= ACTIVE_TOLERANCE,
+        "one active size (within 50 %)",
+        f"{low:g} to {high:g}",
+        "constrained_optimum for an arm of fixed total",
+        error=AnalysisError,
+    )

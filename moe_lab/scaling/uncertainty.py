@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from scipy.special import chdtri, fdtrc
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.scaling.fit import Fit, fit, make_problem
 from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unknowns
 from moe_lab.scaling.minimise import minimise
@@ -56,14 +56,14 @@ def bootstrap(
     wrong with that size); with few groups its intervals are too narrow still. All repetitions are
     minimised together.
     """
-    if not result.law.terms:
-        raise AnalysisError(
-            expected(
-                "a fit of a law of terms",
-                result.law.name,
-                "wall_verdict, which compares the forms of the ratio",
-            )
-        )
+    require(
+        result.law.terms,
+        "a fit of a law of terms",
+        result.law.name,
+        "wall_verdict, which compares the forms of the ratio",
+        error=AnalysisError,
+        field="law",
+    )
     base = make_problem(result.law, result.frame, result.delta, result.weight, result.log)
     rng = np.random.default_rng(seed)
     problem = _RESAMPLERS[Resample(kind)](base, result, repetitions, cluster, rng)
@@ -137,15 +137,17 @@ def _redraw_clusters(
 ) -> Problem:
     if cluster is None or cluster not in result.frame.columns:
         raise AnalysisError(
-            expected("the column of the groups as cluster=", cluster, "active_params")
+            expected("the column of the groups as cluster=", cluster, "active_params"),
+            field="cluster",
         )
     groups, index = np.unique(result.frame[cluster].to_numpy(), return_inverse=True)
-    if len(groups) < 3:
-        raise AnalysisError(
-            expected(
-                "three or more groups to resample", f"{len(groups)} in {cluster}", "kind='runs'"
-            )
-        )
+    require(
+        len(groups) >= 3,
+        "three or more groups to resample",
+        f"{len(groups)} in {cluster}",
+        "kind='runs'",
+        error=AnalysisError,
+    )
     counts = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), repetitions)
     return replace(base, weights=counts[:, index] * base.weights)
 
@@ -175,10 +177,13 @@ def profile(result: Fit, name: str, values: np.ndarray | None = None) -> pl.Data
     """
     problem = make_problem(result.law, result.frame, result.delta, result.weight, result.log)
     names = unknowns(result.law)
-    if name not in names:
-        raise AnalysisError(
-            expected(f"a coefficient of {result.law.name} ({', '.join(names)})", name)
-        )
+    require(
+        name in names,
+        f"a coefficient of {result.law.name} ({', '.join(names)})",
+        name,
+        error=AnalysisError,
+        field="name",
+    )
     if values is not None:
         return _profile_at(problem, result, name, np.asarray(values, float))
     low, high = (0.1, 1000.0) if name in result.law.shape else (0.5, 2.0)
@@ -275,12 +280,14 @@ def saturation(result: Fit, repetitions: int = 400) -> Saturation:
     bounds are less than a factor of four apart: on Clark's S-BASE runs up to 512 experts the bounds
     100 and 754 meet the first and say little.
     """
-    if "Emax" not in result.law.shape or not result.law.terms:
-        raise AnalysisError(
-            expected(
-                "a fitted law that saturates in the ratio", result.law.name, "clark or ludziejewski"
-            )
-        )
+    require(
+        "Emax" in result.law.shape and result.law.terms,
+        "a fitted law that saturates in the ratio",
+        result.law.name,
+        "clark or ludziejewski",
+        error=AnalysisError,
+        field="law",
+    )
     edge = float(result.frame["ratio"].max())  # type: ignore[arg-type]
     drawn = result if result.draws is not None else bootstrap(result, repetitions)
     bounds = (profile_interval(profile(result, "Emax")), drawn.interval("Emax"))
@@ -316,8 +323,13 @@ def leave_largest_out(result: Fit, by: str, count: int = 1) -> pl.DataFrame:
     """Refit without the ``count`` largest values of ``by`` and predict them: [held_out, runs, bias,
     rmse], nats (predicted - measured).
     """
-    if by not in result.frame.columns:
-        raise AnalysisError(expected(f"a column of {', '.join(result.frame.columns)}", by))
+    require(
+        by in result.frame.columns,
+        f"a column of {', '.join(result.frame.columns)}",
+        by,
+        error=AnalysisError,
+        field="by",
+    )
     held = result.frame[by].unique().sort(descending=True)[:count]
     rest, out = (
         result.frame.filter(~pl.col(by).is_in(held.implode())),

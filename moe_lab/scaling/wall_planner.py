@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.number_format import magnitude
 from moe_lab.scaling.frontier_forms import FORMS, curve, fit_form
 from moe_lab.scaling.laws import LAWS
@@ -227,12 +227,13 @@ def _larger(start: Design) -> list[Design]:
 def parse_truth(text: str) -> Truth:
     """``line``, ``line:1.2``, ``saturation:300``, ``wall:32`` or ``law:ludziejewski``."""
     kind, _, value = text.partition(":")
-    if kind not in TRUTHS:
-        raise AnalysisError(
-            expected(
-                "a truth such as line, saturation:300, wall:32 or law:ludziejewski", repr(text)
-            )
-        )
+    require(
+        kind in TRUTHS,
+        "a truth such as line, saturation:300, wall:32 or law:ludziejewski",
+        repr(text),
+        error=AnalysisError,
+        field="truth",
+    )
     return TRUTHS[kind](value)
 
 
@@ -287,10 +288,14 @@ def _number(value: str) -> tuple[float, ...]:
         number = float(value)
     except ValueError:
         number = math.nan
-    if not number > 1:
-        raise AnalysisError(
-            expected("a number above 1 after the colon of a truth", repr(value), "wall:32")
-        )
+    require(
+        number > 1,
+        "a number above 1 after the colon of a truth",
+        repr(value),
+        "wall:32",
+        error=AnalysisError,
+        field="truth",
+    )
     return (number,)
 
 
@@ -300,8 +305,11 @@ def _law(value: str) -> str:
         for name, law in LAWS.items()
         if law.output == "loss" and "ratio" in law.variables and law.published
     ]
-    if value and value not in known:
-        raise AnalysisError(
-            expected(f"a law of losses with a ratio ({', '.join(known)})", repr(value))
-        )
+    require(
+        not value or value in known,
+        f"a law of losses with a ratio ({', '.join(known)})",
+        repr(value),
+        error=AnalysisError,
+        field="truth",
+    )
     return value or "ludziejewski"

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.config import Config, require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError
 from moe_lab.scaling.compute_slope import MARGIN, law_slope
 from moe_lab.scaling.frontier_forms import effective_ratio
 from moe_lab.scaling.laws import LAWS
@@ -45,11 +45,12 @@ class Design(Config):
     compute_slope: float | None = None
 
     def __post_init__(self) -> None:
-        require(len(self.ratios) >= 3, "three or more ratios", len(self.ratios))
+        require(len(self.ratios) >= 3, "three or more ratios", len(self.ratios), field="ratios")
         require(
             list(self.ratios) == sorted(set(self.ratios)) and self.ratios[0] >= 1,
             "ascending ratios from 1",
             self.ratios,
+            field="ratios",
         )
         require(min(self.counts) >= 1, "one seed or more", self.seeds_at or self.seeds)
         require(
@@ -234,13 +235,13 @@ def power(
     .004-.008 at 3-11M parameters, .0005-.0007 above 100M). ``known_noise`` lets one seed be judged.
     """
     plans = [planned] if isinstance(planned, Design) else list(planned)
-    if not plans or draws < 1 or not noise_sd > 0:
-        raise AnalysisError(
-            expected(
-                "a design, one draw or more and noise above 0",
-                f"{len(plans)} designs, {draws} draws, noise {noise_sd}",
-            )
-        )
+    require(
+        plans and draws >= 1 and noise_sd > 0,
+        "a design, one draw or more and noise above 0",
+        f"{len(plans)} designs, {draws} draws, noise {noise_sd}",
+        error=AnalysisError,
+        field="plans",
+    )
     rows = []
     chosen = truths if truths is not None else default_truths()
     for number, design in enumerate(plans):

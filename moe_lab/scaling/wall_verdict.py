@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.scaling.compute_slope import MARGIN, ComputeSlope, law_slope, measured_slope
 from moe_lab.scaling.sweep_losses import Sweep, read_sweep
 from moe_lab.scaling.wall_rule import Judgement, Outcome, Price, doublings, judge
@@ -127,10 +127,12 @@ def wall_verdict(
     ``vocab_size`` lets losses in bits be recognised. Raises ``AnalysisError`` on a frame that is no
     such sweep.
     """
-    if margin <= 1 or not 0.5 < confidence < 1:
-        raise AnalysisError(
-            expected("a margin above 1 and a confidence in (0.5, 1)", f"{margin} and {confidence}")
-        )
+    require(
+        margin > 1 and 0.5 < confidence < 1,
+        "a margin above 1 and a confidence in (0.5, 1)",
+        f"{margin} and {confidence}",
+        error=AnalysisError,
+    )
     if noise_sd is not None and not noise_sd > 0:
         raise AnalysisError(expected("a noise_sd above 0 nats", noise_sd))
     sweep = read_sweep(frame, vocab_size=vocab_size)
@@ -189,8 +191,12 @@ def verdict_by_budget(frame: pl.DataFrame | pl.LazyFrame, **options: Any) -> dic
     `wall_verdict`'s.
     """
     frame = frame.lazy().collect()
-    if "tokens" not in frame.columns:
-        raise AnalysisError(expected("a column tokens", f"columns {', '.join(frame.columns)}"))
+    require(
+        "tokens" in frame.columns,
+        "a column tokens",
+        f"columns {', '.join(frame.columns)}",
+        error=AnalysisError,
+    )
     budgets = sorted(frame["tokens"].unique().to_list())
     if len(budgets) > 1 and not options.keys() & {"budgets", "compute_slope"}:
         options = {**options, "budgets": frame}
@@ -202,10 +208,12 @@ def verdict_by_budget(frame: pl.DataFrame | pl.LazyFrame, **options: Any) -> dic
 
 def _slope(sweep: Sweep, budgets: pl.DataFrame | None, stated: float | None) -> ComputeSlope:
     if stated is not None:
-        if not stated > 0:
-            raise AnalysisError(
-                expected("a compute_slope above 0 nats per e-fold of compute", stated)
-            )
+        require(
+            stated > 0,
+            "a compute_slope above 0 nats per e-fold of compute",
+            stated,
+            error=AnalysisError,
+        )
         return ComputeSlope(stated, None, f"the margin's dL/dlnC = {stated:.4f} was given")
     if budgets is not None:
         return measured_slope(budgets)

@@ -37,7 +37,12 @@ class Admission:
     _overtaken: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        require(self.flops is None or self.flops >= 0, "max_flops of at least 0", self.flops)
+        require(
+            self.flops is None or self.flops >= 0,
+            "max_flops of at least 0",
+            self.flops,
+            field="max_flops",
+        )
 
     def next(self, line: Iterable[Job], active: Iterable[Job]) -> Job | None:
         """The run to start now, already charged; None where none may start, now or ever."""

@@ -32,8 +32,14 @@ class SweepConfig(Config):
             bool(_FOLDER_NAME.fullmatch(self.name)),
             "a sweep name of letters, digits, '.', '_' and '-'",
             repr(self.name),
+            field="name",
         )
-        require(len(self.runs) > 0, "a sweep of at least one run", f"none in {self.name!r}")
+        require(
+            len(self.runs) > 0,
+            "a sweep of at least one run",
+            f"none in {self.name!r}",
+            field="runs",
+        )
         # Equal configurations have equal hashes, and comparing them takes a fraction of the time.
         if len(set(self.runs)) < len(self.runs):
             run, times = Counter(self.runs).most_common(1)[0]
@@ -42,6 +48,7 @@ class SweepConfig(Config):
                 f"every run of {self.name!r} once",
                 f"{run.name!r} ({run.hash()}) {times} times",
                 "another seed or ratio",
+                field="runs",
             )
 
     @cached_property

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moe_lab.errors import MoELabError, RunError, expected
+from moe_lab.errors import MoELabError, RunError, expected, require
 from moe_lab.sweeps.config import SweepConfig
 
 DEFAULT_PRESET = "demo"
@@ -45,15 +45,21 @@ def load_recipe(
         )
     if preset is None:
         preset = DEFAULT_PRESET if DEFAULT_PRESET in presets else str(next(iter(presets), ""))
-    if preset not in presets:
-        raise RunError(expected(f"a preset of {path.name} ({', '.join(presets)})", repr(preset)))
+    require(
+        preset in presets,
+        f"a preset of {path.name} ({', '.join(presets)})",
+        repr(preset),
+        error=RunError,
+        field="preset",
+    )
     known = tuple(getattr(module, "ALTERNATIVES", ()))
     if alternative is not None and alternative not in known:
         raise RunError(
             expected(
                 f"an alternative of {path.name} ({', '.join(known) or 'it has none'})",
                 repr(alternative),
-            )
+            ),
+            field="alternative",
         )
     chosen = {} if alternative is None else {"alternative": alternative}
     sweep = _within(path, lambda: make(preset, seed=seed, device=device, **chosen))
@@ -63,14 +69,13 @@ def load_recipe(
 
 
 def _import(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise RunError(
-            expected(
-                "a recipe file",
-                f"{path}, which is {'a folder' if path.is_dir() else 'missing'}",
-                "experiments/*.py",
-            )
-        )
+    require(
+        path.is_file(),
+        "a recipe file",
+        f"{path}, which is {'a folder' if path.is_dir() else 'missing'}",
+        "experiments/*.py",
+        error=RunError,
+    )
     name = f"moe_lab_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -111,7 +111,9 @@ def run(
     ``RunError`` where the folder cannot be written, also when its disk fills up on the way, or
     where no worker starts; ``CorpusError`` where the text is unfit.
     """
-    require(max_hours is None or max_hours >= 0, "max_hours of at least 0", max_hours)
+    require(
+        max_hours is None or max_hours >= 0, "max_hours of at least 0", max_hours, field="max_hours"
+    )
     began = time.monotonic()
     admission = Admission(None if max_hours is None else began + 3600 * max_hours, max_flops)
     store = open_store(out)
@@ -170,6 +172,7 @@ def _pool(
         "a store that worker processes see",
         store.folder,
         "a folder or s3://...",
+        field="store",
     )
     return mirror.MirrorLauncher(
         build_launcher(launcher, jobs, workers, mirror.TRAINER, options), store, trainer

@@ -18,7 +18,7 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
-from moe_lab.errors import CorpusError, expected
+from moe_lab.errors import CorpusError, expected, require
 from moe_lab.files import content_hash, read_regular
 from moe_lab.sandbox import read_parquet
 
@@ -112,14 +112,14 @@ class Corpus:
         place. Raises ``CorpusError`` for fewer than three documents.
         """
         total = len(self.documents)
-        if total < len(Split):
-            raise CorpusError(
-                expected(
-                    "at least 3 documents to split into train, validation and reference",
-                    f"{total} in {self.source}",
-                    "a folder of several files, or a .jsonl with one text a line",
-                )
-            )
+        require(
+            total >= len(Split),
+            "at least 3 documents to split into train, validation and reference",
+            f"{total} in {self.source}",
+            "a folder of several files, or a .jsonl with one text a line",
+            error=CorpusError,
+            field="documents",
+        )
         num_validation, num_reference = (
             max(1, round(VALIDATION_SHARE * total)),
             max(1, round(REFERENCE_SHARE * total)),
@@ -168,14 +168,14 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
     path = Path(source)
     if path.is_dir():
         return _corpus(_read_folder(_folder_files(path)), source)
-    if not path.exists():
-        raise CorpusError(
-            expected(
-                '"stdlib", "packages" or the path of a text',
-                f"{source}, which does not exist",
-                OWN_TEXT,
-            )
-        )
+    require(
+        path.exists(),
+        '"stdlib", "packages" or the path of a text',
+        f"{source}, which does not exist",
+        OWN_TEXT,
+        error=CorpusError,
+        field="corpus",
+    )
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise CorpusError(
@@ -194,8 +194,7 @@ def _corpus(documents: Iterator[Document], source: str) -> Corpus:
     for document in documents:
         if document.text.strip():
             repeated += kept.setdefault(document.hash, document) is not document
-    if not kept:
-        raise CorpusError(expected("text", f"none in {source}", OWN_TEXT))
+    require(kept, "text", f"none in {source}", OWN_TEXT, error=CorpusError, field="documents")
     return Corpus(documents=tuple(kept.values()), source=source, num_repeated=repeated)
 
 
@@ -210,10 +209,14 @@ def _stdlib_files() -> list[tuple[str, str]]:
         if name.endswith(".py")
         and name.partition("/")[0].removesuffix(".py") in sys.stdlib_module_names
     ]
-    if not files:
-        raise CorpusError(
-            expected(f"the standard library's Python sources in {root}", "none", OWN_TEXT)
-        )
+    require(
+        files,
+        f"the standard library's Python sources in {root}",
+        "none",
+        OWN_TEXT,
+        error=CorpusError,
+        field="corpus",
+    )
     return files
 
 
@@ -269,8 +272,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise CorpusError(expected("a readable file", f"{path}: {error.strerror}")) from error
     hint = "converting it to UTF-8 or moving it out of the corpus"
-    if b"\0" in data:
-        raise CorpusError(expected("text", f"a binary file: {path}", hint))
+    require(b"\0" not in data, "text", f"a binary file: {path}", hint, error=CorpusError)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -314,14 +316,20 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
     frame = read_parquet(path, CorpusError)
-    if text_column not in frame.columns:
-        found = f"{path} with the columns {', '.join(frame.columns) or '(none)'}"
-        raise CorpusError(expected(f'a column "{text_column}"', found, "another text_column"))
+    require(
+        text_column in frame.columns,
+        f'a column "{text_column}"',
+        f"{path} with the columns {', '.join(frame.columns) or '(none)'}",
+        "another text_column",
+        error=CorpusError,
+        field="text_column",
+    )
     if (dtype := str(frame.schema[text_column])) != "String":
         raise CorpusError(
             expected(
                 f'text in column "{text_column}"', f"{path} with {dtype}", "another text_column"
-            )
+            ),
+            field="text_column",
         )
     for number, value in enumerate(frame[text_column], start=1):
         yield _row(path, number, value)
@@ -343,8 +351,7 @@ def _row(path: Path, number: int, value: object) -> Document:
                 "UTF-8 text", f"{path}:{number} with a lone surrogate at character {error.start}"
             )
         ) from error
-    if "\0" in value:
-        raise CorpusError(expected("text", f"{path}:{number} with a NUL character"))
+    require("\0" not in value, "text", f"{path}:{number} with a NUL character", error=CorpusError)
     return Document(name=name, text=value)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_lab.errors import CorpusError, expected
+from moe_lab.errors import CorpusError, expected, require
 from moe_lab.number_format import count_of
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ class NgramModel:
         """
         size = vocab_size + 1
         padded, places = _padded(documents, vocab_size)
-        if not len(places):
-            raise CorpusError(
-                expected(
-                    "a document of at least two tokens to count n-grams in",
-                    f"{len(documents)} documents without",
-                )
-            )
+        require(
+            len(places),
+            "a document of at least two tokens to count n-grams in",
+            f"{len(documents)} documents without",
+            error=CorpusError,
+            field="documents",
+        )
         pairs, pair = np.unique(padded[places - 2] * size + padded[places - 1], return_inverse=True)
         triples, triple_counts = np.unique(pair * size + padded[places], return_counts=True)
         doubles, double_counts = np.unique(
@@ -242,10 +242,14 @@ def fold_of_each(documents: int, folds: int, seed: int) -> np.ndarray:
 
     Raises ``CorpusError`` for fewer than two folds, and for fewer documents than folds.
     """
-    if not 2 <= folds <= documents:
-        given = f"{count_of(folds, 'fold')} of {count_of(documents, 'document')}"
-        what = "at least 2 folds, and a document for each"
-        raise CorpusError(expected(what, given, "more documents" if folds > 1 else "2 folds"))
+    require(
+        2 <= folds <= documents,
+        "at least 2 folds, and a document for each",
+        f"{count_of(folds, 'fold')} of {count_of(documents, 'document')}",
+        "more documents" if folds > 1 else "2 folds",
+        error=CorpusError,
+        field="folds",
+    )
     return np.random.default_rng(seed).permutation(documents) % folds
 
 
@@ -288,7 +292,8 @@ def _padded(documents: Documents, vocab_size: int) -> tuple[np.ndarray, np.ndarr
                     f"token ids in 0..{vocab_size - 1}",
                     f"{ids.min()}..{ids.max()}",
                     "the vocab_size of the tokenizer",
-                )
+                ),
+                field="token_ids",
             )
         padded[is_token] = ids
     is_predicted = is_token.copy()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_lab.errors import CorpusError, expected
+from moe_lab.errors import CorpusError, require
 from moe_lab.text.code_lexer import code_classes, lexer_for
 from moe_lab.text.function_words import RIGHT_QUOTE, is_function_word
 from moe_lab.text.python_lexer import PYTHON_CLASSES, python_classes
@@ -165,14 +165,14 @@ def frequency_bands(counts: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     The ids seen at least 30 times, most frequent first, are cut where each fifth of their
     occurrences ends; an id that lies across a cut goes where its middle lies.
     """
-    if counts.shape != (tokenizer.vocab_size,):
-        raise CorpusError(
-            expected(
-                f"reference counts of {tokenizer.vocab_size} ids",
-                f"shape {counts.shape}",
-                "TokenizedText.counts()",
-            )
-        )
+    require(
+        counts.shape == (tokenizer.vocab_size,),
+        f"reference counts of {tokenizer.vocab_size} ids",
+        f"shape {counts.shape}",
+        "TokenizedText.counts()",
+        error=CorpusError,
+        field="reference_counts",
+    )
     bands = np.full(len(counts), CODES["freq_band"]["rare"], dtype=np.uint8)
     common = np.flatnonzero(counts >= RARE_BELOW)
     bands[common] = equal_mass_bands(counts[common], NUM_BANDS)

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from moe_lab.config import Config, require
-from moe_lab.errors import ConfigError, CorpusError, expected
+from moe_lab.config import Config, at_least, require
+from moe_lab.errors import CorpusError
 from moe_lab.files import atomic_path, content_hash, default_cache_dir
 from moe_lab.text.corpus import STDLIB, Corpus, Document, Split, load_corpus
 from moe_lab.text.tokenizer import BYTE_VOCAB_SIZE, Tokenizer, TokenizerKind, train_tokenizer
@@ -42,25 +43,16 @@ class TextConfig(Config):
     corpus: str = STDLIB
     text_column: str = "text"
     tokenizer: TokenizerKind = TokenizerKind.BPE
-    vocab_size: int = 2048
+    vocab_size: Annotated[int, at_least(BYTE_VOCAB_SIZE)] = 2048
     corpus_hash: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(bool(self.corpus), '"stdlib" or a path as corpus', repr(self.corpus))
-        if self.tokenizer not in list(TokenizerKind):
-            raise ConfigError(
-                expected(f"a tokenizer among {', '.join(TokenizerKind)}", self.tokenizer)
-            )
+        require(self.corpus, '"stdlib" or a path as corpus', repr(self.corpus), field="corpus")
         # One way to write one thing, so that equal settings have equal hashes.
-        object.__setattr__(self, "tokenizer", TokenizerKind(self.tokenizer))
-        if self.tokenizer is TokenizerKind.BYTE:
+        if self.tokenizer == TokenizerKind.BYTE:
             object.__setattr__(self, "vocab_size", BYTE_VOCAB_SIZE)
-        require(
-            self.vocab_size >= BYTE_VOCAB_SIZE,
-            f"a vocab_size of at least {BYTE_VOCAB_SIZE}",
-            self.vocab_size,
-        )
+        super().__post_init__()
 
     def resolve(self) -> "TextConfig":
         """The same configuration with the hash of the corpus as it is now.
@@ -75,15 +67,14 @@ class TextConfig(Config):
         Raises ``CorpusError`` where ``corpus_hash`` is set and the text found is not that text.
         """
         corpus = load_corpus(self.corpus, self.text_column)
-        if self.corpus_hash not in (None, corpus.hash):
-            hint = "the text and Python version of this configuration, or corpus_hash=None"
-            raise CorpusError(
-                expected(
-                    f"the corpus with content hash {self.corpus_hash}",
-                    f"{corpus.hash} in {self.corpus}",
-                    hint,
-                )
-            )
+        require(
+            self.corpus_hash in (None, corpus.hash),
+            f"the corpus with content hash {self.corpus_hash}",
+            f"{corpus.hash} in {self.corpus}",
+            "the text and Python version of this configuration, or corpus_hash=None",
+            error=CorpusError,
+            field="corpus_hash",
+        )
         return corpus
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lab.errors import CorpusError, expected
+from moe_lab.errors import CorpusError, expected, require
 from moe_lab.files import content_hash, read_regular, write_json
 from moe_lab.text.corpus import Document
 
@@ -54,12 +54,12 @@ class Tokenizer:
         tokens = {bytes([value]): value for value in range(NUM_BYTES)}
         spelled = list(tokens)
         for left, right in self.merges:
-            if not (0 <= left < len(spelled) and 0 <= right < len(spelled)):
-                raise CorpusError(
-                    expected(
-                        "merges of ids already made", f"({left}, {right}) with {len(spelled)} ids"
-                    )
-                )
+            require(
+                0 <= left < len(spelled) and 0 <= right < len(spelled),
+                "merges of ids already made",
+                f"({left}, {right}) with {len(spelled)} ids",
+                error=CorpusError,
+            )
             merged = spelled[left] + spelled[right]
             if merged not in tokens:
                 tokens[merged] = len(spelled)
@@ -108,13 +108,13 @@ class Tokenizer:
         # The character that each byte belongs to: a byte 10xxxxxx continues the character before
         # it.
         character = np.cumsum((data & 0xC0) != 0x80, dtype=np.int32) - 1
-        if lengths.sum() != len(data):
-            raise CorpusError(
-                expected(
-                    "ids that spell the text",
-                    f"{lengths.sum()} bytes of tokens for {len(data)} bytes of text",
-                )
-            )
+        require(
+            lengths.sum() == len(data),
+            "ids that spell the text",
+            f"{lengths.sum()} bytes of tokens for {len(data)} bytes of text",
+            error=CorpusError,
+            field="ids",
+        )
         character = np.append(character, np.int32(len(text)))
         starts = character[last_byte - lengths]
         ends = np.where(lengths > 0, character[last_byte - 1] + 1, starts)
@@ -144,14 +144,14 @@ class Tokenizer:
         return self.tokens[token_id]
 
     def _check(self, token_id: int) -> None:
-        if not 0 <= token_id < self.vocab_size:
-            raise CorpusError(
-                expected(
-                    f"token ids in 0..{self.vocab_size - 1}",
-                    token_id,
-                    "the tokenizer that made these ids",
-                )
-            )
+        require(
+            0 <= token_id < self.vocab_size,
+            f"token ids in 0..{self.vocab_size - 1}",
+            token_id,
+            "the tokenizer that made these ids",
+            error=CorpusError,
+            field="ids",
+        )
 
     def save(self, path: Path | str) -> None:
         write_json(path, {"format": FORMAT, "hash": self.hash, "merges": self.merges})
@@ -172,14 +172,13 @@ class Tokenizer:
             raise CorpusError(
                 expected("a saved tokenizer", f"{path}, which is damaged", "training it again")
             ) from error
-        if not intact:
-            raise CorpusError(
-                expected(
-                    f"a saved tokenizer of format {FORMAT}",
-                    f"{path}, whose hash or format differs",
-                    "training it again",
-                )
-            )
+        require(
+            intact,
+            f"a saved tokenizer of format {FORMAT}",
+            f"{path}, whose hash or format differs",
+            "training it again",
+            error=CorpusError,
+        )
         return tokenizer
 
     @cached_property
@@ -215,13 +214,13 @@ def train_tokenizer(
     """
     if TokenizerKind(kind) is TokenizerKind.BYTE:
         return Tokenizer()
-    if vocab_size < BYTE_VOCAB_SIZE:
-        raise CorpusError(
-            expected(
-                f"a vocabulary of at least {BYTE_VOCAB_SIZE} (bytes and end of document)",
-                vocab_size,
-            )
-        )
+    require(
+        vocab_size >= BYTE_VOCAB_SIZE,
+        f"a vocabulary of at least {BYTE_VOCAB_SIZE} (bytes and end of document)",
+        vocab_size,
+        error=CorpusError,
+        field="vocab_size",
+    )
     if cache_dir is None:
         return _train(documents, vocab_size)
     texts = hashlib.sha256("".join(document.hash for document in documents).encode()).hexdigest()
@@ -252,14 +251,14 @@ def _train(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
     )
     bpe.train_from_iterator((document.text for document in documents), trainer=trainer)
     tokenizer = Tokenizer(_merges_of(json.loads(bpe.to_str())["model"]["merges"]))
-    if tokenizer.vocab_size < vocab_size:
-        raise CorpusError(
-            expected(
-                f"text that supports a vocabulary of {vocab_size}",
-                f"text that ends at {tokenizer.vocab_size}",
-                "a smaller vocab_size",
-            )
-        )
+    require(
+        tokenizer.vocab_size >= vocab_size,
+        f"text that supports a vocabulary of {vocab_size}",
+        f"text that ends at {tokenizer.vocab_size}",
+        "a smaller vocab_size",
+        error=CorpusError,
+        field="vocab_size",
+    )
     return tokenizer
 
 
@@ -278,7 +277,8 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise CorpusError(
-            expected("text that UTF-8 can write", f"a lone surrogate at character {error.start}")
+            expected("text that UTF-8 can write", f"a lone surrogate at character {error.start}"),
+            field="text",
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import ConfigError, TraceError, expected
+from moe_lab.errors import ConfigError, TraceError, expected, require
 from moe_lab.files import read_regular
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 from moe_lab.trace.schema import (
@@ -33,10 +33,12 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
     Raises ``TraceError`` where it is no JSON of the documented shape or names impossible files.
     """
     try:
-        if path.stat().st_size > MAX_META_BYTES:
-            raise TraceError(
-                expected(f"{META_FILE} of at most {MAX_META_BYTES} bytes", path.stat().st_size)
-            )
+        require(
+            path.stat().st_size <= MAX_META_BYTES,
+            f"{META_FILE} of at most {MAX_META_BYTES} bytes",
+            path.stat().st_size,
+            error=TraceError,
+        )
         values: Any = json.loads(read_regular(path))
         json.dumps(
             values, ensure_ascii=False
@@ -48,14 +50,13 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
     if not isinstance(values, dict):
         raise TraceError(f"expected {path} to hold an object, got {type(values).__name__}")
     version = values.get("schema_version")
-    if version not in READABLE_VERSIONS:
-        raise TraceError(
-            expected(
-                f"trace schema version {' or '.join(map(str, READABLE_VERSIONS))}",
-                repr(version)[:40],
-                "another version of moe_lab",
-            )
-        )
+    require(
+        version in READABLE_VERSIONS,
+        f"trace schema version {' or '.join(map(str, READABLE_VERSIONS))}",
+        repr(version)[:40],
+        "another version of moe_lab",
+        error=TraceError,
+    )
     complete, parts = values.pop("complete", None), values.pop("parts", None)
     layers = values.get("layers")
     if not (
@@ -76,9 +77,13 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
         raise TraceError(f"{META_FILE}: " + expected(wanted, repr(wrong[0][:60])))
     traced = {int(match[1]) for match in matches.values() if match and match[1]}
     named = {layer.layer for layer in meta.layers}
-    if traced - named or (complete and named - traced):
-        got = f"files for {sorted(traced)[:20]}"
-        raise TraceError(f"{META_FILE}: " + expected(f"files for layers {sorted(named)[:20]}", got))
+    require(
+        not (traced - named) and (not complete or not (named - traced)),
+        f"files for layers {sorted(named)[:20]}",
+        f"files for {sorted(traced)[:20]}",
+        error=TraceError,
+        where=META_FILE,
+    )
     return meta, files, complete
 
 
@@ -87,18 +92,23 @@ def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
     ``meta.has_token_ids`` says there are none), or losses that are NaN or infinite.
     """
     ids_missing = frame["token_id"].null_count()
-    if frame.select(pl.sum_horizontal(pl.col("doc", "pos").null_count())).item() or (
-        ids_missing != (0 if meta.has_token_ids else frame.height)
-    ):
-        some = "doc, pos and token_id without nulls" if meta.has_token_ids else "no token ids"
-        raise TraceError(expected(some, "nulls" if meta.has_token_ids else "some"))
+    require(
+        not frame.select(pl.sum_horizontal(pl.col("doc", "pos").null_count())).item()
+        and ids_missing == (0 if meta.has_token_ids else frame.height),
+        "doc, pos and token_id without nulls" if meta.has_token_ids else "no token ids",
+        "nulls" if meta.has_token_ids else "some",
+        error=TraceError,
+    )
     highest = frame["token_id"].max()
     if meta.vocab_size is not None and isinstance(highest, int) and highest >= meta.vocab_size:
         raise TraceError(expected(f"token ids below vocab_size {meta.vocab_size}", highest))
-    if not frame["loss"].is_finite().all():
-        raise TraceError(
-            "expected finite losses, got NaN or infinity; try null where a token has no loss"
-        )
+    require(
+        frame["loss"].is_finite().all(),
+        "finite losses",
+        "NaN or infinity",
+        "null where a token has no loss",
+        error=TraceError,
+    )
 
 
 def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.sandbox import check_text_bytes, output_limit
 from moe_lab.trace.checks import read_meta
 from moe_lab.trace.parts import file_checksums, part_of, write_meta, write_part
@@ -83,10 +83,14 @@ def _decoded(path: Path, name: str, part: PartMeta, meta: TraceMeta) -> pl.DataF
         raise TraceError(f"{name}: " + expected("readable Parquet", first, REWRITE)) from error
     match = PART_PATH.fullmatch(name)
     layer = meta.layer(int(match[1])) if match and match[1] else None
-    if frame.height != part.rows or frame.height > MAX_ROWS_PER_PART:
-        raise TraceError(
-            f"{name}: " + expected(f"{part.rows} rows as recorded", frame.height, REWRITE)
-        )
+    require(
+        frame.height == part.rows and frame.height <= MAX_ROWS_PER_PART,
+        f"{part.rows} rows as recorded",
+        frame.height,
+        REWRITE,
+        error=TraceError,
+        where=name,
+    )
     wanted = TOKEN_COLUMNS if tokens else meta.routing_schema()
     if (
         {column: schema.get(column) for column in wanted} != wanted
@@ -96,8 +100,12 @@ def _decoded(path: Path, name: str, part: PartMeta, meta: TraceMeta) -> pl.DataF
     ):
         columns = f"columns {', '.join(wanted)} of the documented types"
         raise TraceError(f"{name}: " + expected(columns, ", ".join(schema)[:200]))
-    if version not in [str(number) for number in READABLE_VERSIONS]:
-        wanted_version = f"trace schema version {' or '.join(map(str, READABLE_VERSIONS))}"
-        hint = "another version of moe_lab"
-        raise TraceError(f"{name}: " + expected(wanted_version, repr(version)[:40], hint))
+    require(
+        version in [str(number) for number in READABLE_VERSIONS],
+        f"trace schema version {' or '.join(map(str, READABLE_VERSIONS))}",
+        repr(version)[:40],
+        "another version of moe_lab",
+        error=TraceError,
+        where=name,
+    )
     return frame

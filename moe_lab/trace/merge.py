@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.trace.reader import Trace, open_trace
 from moe_lab.trace.rows import rows_of
 from moe_lab.trace.writer import TraceWriter
@@ -45,8 +45,7 @@ def merge_traces(
             missing.
     """
     traces = [open_trace(source) for source in sources]
-    if not traces:
-        raise TraceError(expected("at least one trace to merge", "none"))
+    require(traces, "at least one trace to merge", "none", error=TraceError)
     first = traces[0].meta
     for trace in traces[1:]:
         for name in SAME:
@@ -79,14 +78,18 @@ def merge_traces(
             # With ``tokens``, the writer compares the keys of every layer with theirs.
             if not renumber and tokens is None and not seen.isdisjoint(documents):
                 raise TraceError(
-                    expected("each document in one trace", "a document in two", "renumber=True")
+                    expected("each document in one trace", "a document in two", "renumber=True"),
+                    field="doc",
                 )
             seen.update(documents)
             last = offset + max(documents, default=0)
-            if last > MAX_DOCUMENT:
-                raise TraceError(
-                    expected(f"document numbers of at most {MAX_DOCUMENT}", last, "fewer traces")
-                )
+            require(
+                last <= MAX_DOCUMENT,
+                f"document numbers of at most {MAX_DOCUMENT}",
+                last,
+                "fewer traces",
+                error=TraceError,
+            )
             _append(writer, trace, offset)
             offset += max(documents, default=-1) + 1 if renumber else 0
         if tokens is not None:

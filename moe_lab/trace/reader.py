@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.files import default_cache_dir
 from moe_lab.sandbox import call, regular_size
 from moe_lab.trace.checks import check_rows, check_tokens, read_meta
@@ -211,11 +211,13 @@ class Trace:
                 keys + key_checksum(batch["doc"].to_numpy(), batch["pos"].to_numpy()),
             )
         recorded = sum(self.parts[name].slots for name in self._names(self._prefix(layer)))
-        if slots != recorded:
-            raise TraceError(
-                f"layer {layer.layer}: "
-                + expected(f"{recorded} used slots as recorded", f"counts that sum to {slots}")
-            )
+        require(
+            slots == recorded,
+            f"{recorded} used slots as recorded",
+            f"counts that sum to {slots}",
+            error=TraceError,
+            where=f"layer {layer.layer}",
+        )
         return rows, keys % 2**64
 
     def _check_unique_keys(self) -> None:
@@ -232,14 +234,13 @@ class Trace:
             .collect(engine="streaming")
             .row(0)
         )
-        if rows != unique:
-            raise TraceError(
-                expected(
-                    "each (doc, pos) once",
-                    f"{rows - unique} repeated",
-                    "giving each sequence its own doc or pos range",
-                )
-            )
+        require(
+            rows == unique,
+            "each (doc, pos) once",
+            f"{rows - unique} repeated",
+            "giving each sequence its own doc or pos range",
+            error=TraceError,
+        )
 
     def _names(self, prefix: str) -> list[str]:
         return sorted(name for name in self.parts if name.startswith(prefix))
@@ -279,10 +280,13 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
         got = "a folder without meta.json" if folder.is_dir() else "nothing"
         raise TraceError(expected(f"a trace at {folder}", got, hint))
     trace = _sealed(folder, verify) or _cleaned(folder, verify)
-    if not trace.complete and not allow_incomplete:
-        hint = "allow_incomplete=True to look at it"
-        got = "one whose writing was interrupted"
-        raise TraceError(expected(f"a complete trace at {folder}", got, hint))
+    require(
+        trace.complete or allow_incomplete,
+        f"a complete trace at {folder}",
+        "one whose writing was interrupted",
+        "allow_incomplete=True to look at it",
+        error=TraceError,
+    )
     return trace
 
 

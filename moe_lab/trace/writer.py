@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import MoELabError, TraceError, TraceStorageError, expected
+from moe_lab.errors import MoELabError, TraceError, TraceStorageError, expected, require
 from moe_lab.files import write_json
 from moe_lab.trace.background import Background
 from moe_lab.trace.checks import check_tokens
@@ -133,16 +133,16 @@ class TraceWriter:
         }
 
     def __enter__(self) -> Self:
-        if self.folder.exists() and not (
-            self.folder.is_dir() and (_is_trace(self.folder) or not any(self.folder.iterdir()))
-        ):
-            raise TraceError(
-                expected(
-                    f"a new folder or an older trace at {self.folder}",
-                    "something else",
-                    "another path",
-                )
-            )
+        require(
+            not self.folder.exists()
+            or (
+                self.folder.is_dir() and (_is_trace(self.folder) or not any(self.folder.iterdir()))
+            ),
+            f"a new folder or an older trace at {self.folder}",
+            "something else",
+            "another path",
+            error=TraceError,
+        )
         if not self.overwrite:
             refuse_finished(self.folder, self.meta.to_dict())
         try:
@@ -282,20 +282,18 @@ class TraceWriter:
             for name in others
             if frame.schema[name].is_nested() or frame.schema[name] in (pl.Object, pl.Null)
         ]
-        if missing:
-            raise TraceError(
-                expected("token columns doc, pos and token_id", f"no {', '.join(missing)}")
-            )
-        if clashing or nested:
-            wanted = (
-                "further token columns of plain types that are not named as routing columns are"
-            )
-            raise TraceError(
-                expected(
-                    wanted,
-                    ", ".join(f"{name} {frame.schema[name]}" for name in [*clashing, *nested]),
-                )
-            )
+        require(
+            not missing,
+            "token columns doc, pos and token_id",
+            f"no {', '.join(missing)}",
+            error=TraceError,
+        )
+        require(
+            not clashing and not nested,
+            "further token columns of plain types that are not named as routing columns are",
+            ", ".join(f"{name} {frame.schema[name]}" for name in [*clashing, *nested]),
+            error=TraceError,
+        )
         if "loss" not in frame.columns:
             frame = frame.with_columns(loss=pl.lit(None, dtype=pl.Float32))
         try:
@@ -310,13 +308,13 @@ class TraceWriter:
         frame = frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
         if self._token_schema is None:
             self._token_schema = frame.schema
-        if frame.schema != self._token_schema:
-            raise TraceError(
-                expected(
-                    f"token columns as in the first call, {_columns(self._token_schema)}",
-                    _columns(frame.schema),
-                )
-            )
+        require(
+            frame.schema == self._token_schema,
+            f"token columns as in the first call, {_columns(self._token_schema)}",
+            _columns(frame.schema),
+            error=TraceError,
+            field="columns",
+        )
         check_tokens(frame, self.meta)
         return frame
 
@@ -407,11 +405,13 @@ class TraceWriter:
                         f"{table.written.sum()} (first difference at expert {off})",
                     )
                 )
-            if table.rows != reference.rows:
-                raise TraceError(
-                    f"layer {number}: "
-                    + expected(f"{reference.rows} tokens as in {reference.name}", table.rows)
-                )
+            require(
+                table.rows == reference.rows,
+                f"{reference.rows} tokens as in {reference.name}",
+                table.rows,
+                error=TraceError,
+                where=f"layer {number}",
+            )
             if table.keys != reference.keys:
                 raise TraceError(
                     f"layer {number}: expected the same (doc, pos) pairs as in {reference.name}, "

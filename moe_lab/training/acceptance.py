@@ -81,10 +81,9 @@ def acceptance_rate(
                 valid = torch.ones_like(inputs, dtype=torch.bool)
             docs = [documents[int(row[0])].index for row in batch.doc[whole.numpy()]]
             rows += _verified(model, inputs, valid, docs, first)
-    if not rows:
-        raise CorpusError(
-            expected(f"a window of at least {length} tokens", "none", "longer documents")
-        )
+    require(
+        rows, f"a window of at least {length} tokens", "none", "longer documents", error=CorpusError
+    )
     return pl.DataFrame(rows).group_by("doc", "module", maintain_order=True).sum()
 
 

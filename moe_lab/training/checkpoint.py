@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moe_lab.errors import CheckpointError, expected
+from moe_lab.errors import CheckpointError, require
 from moe_lab.files import atomic_path, open_regular
 
 if TYPE_CHECKING:
@@ -182,9 +182,12 @@ def load_checkpoint(
     Raises ``CheckpointError`` for damage or another configuration.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("config") != config_hash:
-        got = f"{metadata.get('config')} in {path}"
-        raise CheckpointError(expected(f"a checkpoint of configuration {config_hash}", got))
+    require(
+        metadata.get("config") == config_hash,
+        f"a checkpoint of configuration {config_hash}",
+        f"{metadata.get('config')} in {path}",
+        error=CheckpointError,
+    )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = model.state_dict()
     state: dict[int, dict[str, Tensor]] = {}

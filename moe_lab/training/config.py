@@ -5,8 +5,9 @@ Its hash names the run's folder.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, above, at_least, between, require
 from moe_lab.model import DecoderConfig
 from moe_lab.text import TextConfig
 
@@ -28,28 +29,21 @@ class OptimizerConfig(Config):
         clip_norm: largest gradient norm.
     """
 
-    lr: float = 3e-3
-    final_lr_ratio: float = 0.1
-    warmup_fraction: float = 0.05
-    decay_fraction: float = 0.2
+    lr: Annotated[float, above(0)] = 3e-3
+    final_lr_ratio: Annotated[float, between(0, 1)] = 0.1
+    warmup_fraction: Annotated[float, at_least(0)] = 0.05
+    decay_fraction: Annotated[float, at_least(0)] = 0.2
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, above(0)] = 1.0
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "lr above 0", self.lr)
-        require(
-            0 <= self.final_lr_ratio <= 1, "final_lr_ratio between 0 and 1", self.final_lr_ratio
-        )
+        super().__post_init__()
         shares = self.warmup_fraction + self.decay_fraction
-        require(
-            min(self.warmup_fraction, self.decay_fraction) >= 0 and shares <= 1,
-            "warmup_fraction and decay_fraction of at least 0 that sum to at most 1",
-            shares,
-        )
-        require(self.clip_norm > 0, "clip_norm above 0", self.clip_norm)
+        what = "warmup_fraction and decay_fraction that sum to at most 1"
+        require(shares <= 1, what, shares, field="decay_fraction")
 
 
 @dataclass(frozen=True)
@@ -94,61 +88,45 @@ class RunConfig(Config):
     seed: int = 0
     text: TextConfig = field(default_factory=TextConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    batch_size: int = 16
-    seq_length: int = 128
-    grad_accumulation: int = 1
-    train_tokens: int = 200_000
+    batch_size: Annotated[int, at_least(1)] = 16
+    seq_length: Annotated[int, at_least(1)] = 128
+    grad_accumulation: Annotated[int, at_least(1)] = 1
+    train_tokens: Annotated[int, at_least(1)] = 200_000
     budgets: tuple[int, ...] = ()
-    router_aux_loss_coef: float = 1e-2
-    router_z_loss_coef: float = 1e-3
-    router_own_loss_coef: float = 1.0
+    router_aux_loss_coef: Annotated[float, at_least(0)] = 1e-2
+    router_z_loss_coef: Annotated[float, at_least(0)] = 1e-3
+    router_own_loss_coef: Annotated[float, at_least(0)] = 1.0
     losses: tuple[LossTerm, ...] = ()
-    eval_tokens: int | None = 60_000
-    eval_excerpt_tokens: int = 256
-    checkpoint_every: int = 50
-    log_every: int = 5
+    eval_tokens: Annotated[int | None, at_least(2)] = 60_000
+    eval_excerpt_tokens: Annotated[int, at_least(2)] = 256
+    checkpoint_every: Annotated[int, at_least(1)] = 50
+    log_every: Annotated[int, at_least(1)] = 5
     device: str = "cpu"
     dtype: Dtype = Dtype.FLOAT32
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "seq_length",
-            "grad_accumulation",
-            "train_tokens",
-            "checkpoint_every",
-            "log_every",
-        ):
-            require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
-        require(
-            self.eval_excerpt_tokens >= 2,
-            "eval_excerpt_tokens of at least 2",
-            self.eval_excerpt_tokens,
-        )
-        require(
-            self.eval_tokens is None or self.eval_tokens >= 2,
-            "eval_tokens of at least 2",
-            self.eval_tokens,
-        )
+        super().__post_init__()
         require(
             self.batch_size % self.grad_accumulation == 0,
             f"grad_accumulation dividing batch_size {self.batch_size}",
             self.grad_accumulation,
+            field="grad_accumulation",
         )
         require(
             self.seq_length <= self.model.context_length,
             f"seq_length of at most the model's context_length {self.model.context_length}",
             self.seq_length,
+            field="seq_length",
         )
-        require(list(self.budgets) == sorted(set(self.budgets)), "ascending budgets", self.budgets)
+        ascending = list(self.budgets) == sorted(set(self.budgets))
+        require(ascending, "ascending budgets", self.budgets, field="budgets")
         require(
             not self.budgets or self.train_tokens in self.budgets,
             f"train_tokens among the budgets {self.budgets}",
             self.train_tokens,
+            field="train_tokens",
         )
         _ = self.schedule  # a warm-up and a decay that fit into these steps
-        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_own_loss_coef"):
-            require(getattr(self, name) >= 0, f"{name} of at least 0", getattr(self, name))
         if self.losses:
             from moe_lab.routing.losses import LOSSES  # imports torch
 

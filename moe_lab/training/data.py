@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_lab.errors import CorpusError, expected
+from moe_lab.errors import CorpusError, require
 
 
 class Batches:
@@ -22,14 +22,13 @@ class Batches:
             seed,
         )
         self.num_windows = (len(stream) - 1) // seq_length
-        if self.num_windows < 1:
-            raise CorpusError(
-                expected(
-                    f"at least {seq_length + 1} training tokens",
-                    len(stream),
-                    "more text or a shorter seq_length",
-                )
-            )
+        require(
+            self.num_windows >= 1,
+            f"at least {seq_length + 1} training tokens",
+            len(stream),
+            "more text or a shorter seq_length",
+            error=CorpusError,
+        )
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __call__(self, step: int) -> Tensor:

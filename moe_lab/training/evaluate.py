@@ -26,7 +26,7 @@ from moe_lab.document_pass import (
     token_losses,
     windows,
 )
-from moe_lab.errors import CorpusError, expected
+from moe_lab.errors import CorpusError, require
 from moe_lab.model import Decoder
 from moe_lab.text import TokenizedDocument, Tokenizer, token_classes
 from moe_lab.trace import TraceMeta, TraceWriter, merge_traces
@@ -109,12 +109,13 @@ def evaluate_together(
     device = next(model.parameters()).device
     ids = [document.ids for document in documents]
     excerpts = excerpts_of([len(sequence) for sequence in ids]) if excerpts is None else excerpts
-    if not excerpts:
-        raise CorpusError(
-            expected(
-                "validation text of at least two tokens in a document", "none", "longer documents"
-            )
-        )
+    require(
+        excerpts,
+        "validation text of at least two tokens in a document",
+        "none",
+        "longer documents",
+        error=CorpusError,
+    )
     losses = [np.full(len(sequence), np.nan) for sequence in ids]
     numbers = np.array([document.index for document in documents])
     if trace is not None and not overwrite:

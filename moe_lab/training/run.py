@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_lab.accounting import count
 from moe_lab.document_pass import excerpts_of
-from moe_lab.errors import ConfigError, MoELabError, RunError, StorageError, expected
+from moe_lab.errors import ConfigError, MoELabError, RunError, StorageError, expected, require
 from moe_lab.files import (
     cannot_write,
     read_regular,
@@ -135,9 +135,13 @@ def _claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     """
     if (folder / CONFIG).exists():
         other = read_config(folder).hash()
-        if other != config.hash():
-            got = f"run {other} in {folder}"
-            raise RunError(expected(f"a folder of run {config.hash()}", got, "another folder"))
+        require(
+            other == config.hash(),
+            f"a folder of run {config.hash()}",
+            f"run {other} in {folder}",
+            "another folder",
+            error=RunError,
+        )
     else:
         write_json(folder / CONFIG, config.to_dict())
     if (folder / DONE).exists():
@@ -328,12 +332,13 @@ class _Run:
         if not logged:
             return None
         loss, auxiliary_loss = self.ranks.mean(torch.stack([language, auxiliary])).tolist()
-        if not math.isfinite(loss):
-            raise RunError(
-                expected(
-                    "a finite loss", loss, f"a lower learning rate than {config.optimizer.lr:g}"
-                )
-            )
+        require(
+            math.isfinite(loss),
+            "a finite loss",
+            loss,
+            f"a lower learning rate than {config.optimizer.lr:g}",
+            error=RunError,
+        )
         row = {
             "step": self.step + 1,
             "tokens": (self.step + 1) * config.tokens_per_step,
@@ -391,14 +396,13 @@ class _Run:
             self._note_continuation()
         else:
             self.step, self.rows = take_up(self.config, self.folder, self.model, self.optimizer)
-        if int(self.ranks.total(torch.tensor(self.step))) != self.step * self.ranks.size:
-            raise RunError(
-                expected(
-                    "the same checkpoint on all ranks",
-                    f"others than step {self.step}",
-                    "a folder that all ranks share",
-                )
-            )
+        require(
+            int(self.ranks.total(torch.tensor(self.step))) == self.step * self.ranks.size,
+            "the same checkpoint on all ranks",
+            f"others than step {self.step}",
+            "a folder that all ranks share",
+            error=RunError,
+        )
         if self.ranks.first:
             write_text(log, "".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -491,9 +495,11 @@ def _parse(line: str) -> dict[str, Any] | None:
 def check_text(config: RunConfig, text: TokenizedText) -> None:
     """Raise ``ConfigError`` or ``CorpusError`` if ``config`` cannot be trained on ``text``."""
     vocab_size = text.tokenizer.vocab_size
-    if vocab_size != config.model.vocab_size:
-        what = f"model.vocab_size equal to the tokenizer's {vocab_size}"
-        raise ConfigError(expected(what, config.model.vocab_size))
+    require(
+        vocab_size == config.model.vocab_size,
+        f"model.vocab_size equal to the tokenizer's {vocab_size}",
+        config.model.vocab_size,
+    )
     Batches(text.train, config.batch_size, config.seq_length, config.seed)
 
 
@@ -504,10 +510,12 @@ def check_device(name: str) -> None:
         return
     devices = torch.cuda.device_count()
     index = name.removeprefix("cuda").removeprefix(":") or "0"
-    if not index.isdecimal() or int(index) >= devices:
-        raise ConfigError(
-            expected("a device that torch can use", f"{name!r}, {devices} CUDA devices", "cpu")
-        )
+    require(
+        index.isdecimal() and int(index) < devices,
+        "a device that torch can use",
+        f"{name!r}, {devices} CUDA devices",
+        "cpu",
+    )
 
 
 def _device(name: str) -> torch.device:

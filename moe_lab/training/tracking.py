@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.training.config import RunConfig
 
 TRACK_VARIABLE = "MOE_LAB_TRACK"
@@ -177,8 +177,7 @@ def chosen(loggers: Sequence[Logger | str]) -> list[Logger | str]:
     ]
     for name in wanted:
         if isinstance(name, str):
-            if name not in TRACKERS:
-                raise ConfigError(expected(f"a tracker among {', '.join(TRACKERS)}", repr(name)))
+            require(name in TRACKERS, f"a tracker among {', '.join(TRACKERS)}", repr(name))
             if importlib.util.find_spec(name) is None:
                 raise ConfigError(
                     expected(

@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+from refusals import refused
 
 from moe_lab.accounting import count
 from moe_lab.errors import ConfigError
@@ -203,7 +204,7 @@ def test_every_router_kind_is_counted(kind: str) -> None:
 def test_an_unknown_router_kind_is_named() -> None:
     config = MoEConfig().to_dict()
     config["router"]["kind"] = "oracle"
-    with pytest.raises(ConfigError, match=r"expected a router kind among .*, got 'oracle'"):
+    with refused("a router kind"):
         count(config)
 
 

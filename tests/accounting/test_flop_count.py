@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_lab.accounting import count, find_model, flops
@@ -357,13 +358,13 @@ def test_load_may_differ_from_layer_to_layer() -> None:
     by_layer = {0: [1.0] * 8, 1: [1.0] * 4 + [0.0] * 4}
     work = flops(mixtral, 100, "decode", batch=10**6, load=by_layer)
     assert work.distinct_experts == pytest.approx((8 + 4) / 2)
-    with pytest.raises(ConfigError, match="expected a load for MoE layer 1, got layers 0"):
+    with refused("load"):
         flops(mixtral, 100, "decode", load={0: [1.0] * 8})
 
 
 @pytest.mark.parametrize("load", [[1.0] * 7, [0.0] * 8, [-1.0] + [1.0] * 7, [1.0] + [0.0] * 7])
 def test_impossible_loads_are_refused(load: list[float]) -> None:
-    with pytest.raises(ConfigError, match="expected a load"):
+    with refused("load"):
         flops(config_of("Mixtral-8x7B"), 100, "decode", load=load)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from refusals import refused
 
 from moe_lab.accounting import count
 from moe_lab.accounting.model_names import find_model, named_config
@@ -91,7 +92,7 @@ def test_ratios_by_hand() -> None:
             "embedding_share": ends / counted.total,
         }
     )
-    with pytest.raises(ConfigError, match="expected a model with MoE layers, got moe_lab"):
+    with refused("model"):
         ratios(count({**config, "moe": None, "d_dense": 16}))
 
 
@@ -116,9 +117,7 @@ def test_the_command_shows_a_mini_beside_its_original_without_torch() -> None:
 
 
 def test_an_unknown_mini_is_named() -> None:
-    with pytest.raises(
-        ConfigError, match=r"expected a mini among longcat_flash_mini, .*, got 'gpt_mini'"
-    ):
+    with refused("mini"):
         find_mini("gpt_mini")
     with pytest.raises(
         ConfigError, match=r"got 'LongCat_Flash_Mini'; try one of longcat_flash_mini, "

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from refusals import refused
 
 from moe_lab.analysis import (
     domain_divergence,
@@ -148,10 +149,7 @@ def test_many_documents_are_drawn_in_bundles(make_trace, draw, monkeypatch):
 
 
 def test_a_column_of_many_values_is_no_domain(make_trace):
-    with pytest.raises(
-        AnalysisError,
-        match="expected a column of at most 256 domains, got 300 values of 'token_id'",
-    ):
+    with refused("column", AnalysisError):
         domain_specialisation(
             make_trace(np.zeros((300, 1), int), 2, token_id=np.arange(300)), "token_id"
         )

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
-from moe_lab.errors import ConfigError
 from moe_lab.model import IGNORE, Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 
@@ -153,11 +153,11 @@ def test_a_config_of_any_shape_builds_runs_and_survives_json(
 
 
 def test_contradictory_configs_say_what_was_expected() -> None:
-    with pytest.raises(ConfigError, match=r"expected moe\.d_model equal to d_model 32, got 16"):
+    with refused("moe.d_model"):
         SMALL.replace(d_model=32)
-    with pytest.raises(ConfigError, match="expected d_model divisible by num_heads 3, got 16"):
+    with refused("d_model"):
         SMALL.replace(num_heads=3)
-    with pytest.raises(ConfigError, match="expected at most 12 tokens"):
+    with refused("context_length"):
         Decoder(SMALL)(torch.zeros(1, 13, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="expected d_dense in a decoder without moe"):
+    with refused("d_dense"):
         DecoderConfig(moe=None)

@@ -11,6 +11,7 @@ from decoder_options import LATENT, OPTIONS, PLAIN, SPARSE, V4
 from hf_copied import largest, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from moe_lab.errors import ConfigError
 from moe_lab.model import (
@@ -290,21 +291,19 @@ def test_contradictions_say_what_was_expected(changes: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "field"),
     [
-        ({"kv_rank": 0}, "expected kv_rank of at least 1, got 0"),
-        ({"q_rank": 0}, "expected q_rank of at least 1, got 0"),
-        ({"nope_dim": 0}, "expected nope_dim of at least 1, got 0"),
-        ({"rope_dim": 3}, r"expected an even rope_dim \(rotary pairs\), got 3"),
-        ({"value_dim": 0}, "expected value_dim of at least 1, got 0"),
-        ({"norm_eps": 0.0}, r"expected norm_eps above 0, got 0\.0"),
+        ({"kv_rank": 0}, "kv_rank"),
+        ({"q_rank": 0}, "q_rank"),
+        ({"nope_dim": 0}, "nope_dim"),
+        ({"rope_dim": 3}, "rope_dim"),
+        ({"value_dim": 0}, "value_dim"),
+        ({"norm_eps": 0.0}, "norm_eps"),
     ],
 )
-def test_latents_that_cannot_be_say_what_was_expected(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_latents_that_cannot_be_say_what_was_expected(changes: dict[str, Any], field: str) -> None:
     values: dict[str, Any] = {"kv_rank": 8} | changes
-    with pytest.raises(ConfigError, match=message):
+    with refused(field):
         LatentAttentionConfig(**values)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from hf_copied import copy_moe, largest, randomise
+from refusals import refused
 from torch import Tensor
 
-from moe_lab.errors import ConfigError
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, RouterConfig, RouterContext, hash_twin
 
@@ -131,9 +131,9 @@ def test_the_tables_are_saved_with_the_model() -> None:
 
 
 def test_a_number_of_hash_layers_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected num_hash_layers of 0 to 4, got 5"):
+    with refused("num_hash_layers"):
         HASHED.replace(num_hash_layers=5)
-    with pytest.raises(ConfigError, match="expected no zero-compute experts in hash layers, got 2"):
+    with refused("num_zero_experts"):
         HASHED.replace(
             moe=MoEConfig(
                 24, 12, RouterConfig(kind="longcat", num_experts=4, num_zero_experts=2, top_k=2)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
-from moe_lab.errors import ConfigError
 from moe_lab.model import DecoderConfig, MoEConfig, MoELayer
 from moe_lab.routing import (
     ROUTERS,
@@ -89,9 +89,7 @@ def test_gates_of_shared_experts_scale_each_of_them() -> None:
             hidden @ layer.shared.down[:, rows].T
         )
     torch.testing.assert_close(y, wanted)
-    with pytest.raises(
-        ConfigError, match="expected num_shared_experts equal to the router's 2 shared gates, got 1"
-    ):
+    with refused("num_shared_experts"):
         MoELayer(MoEConfig(8, 4, config, num_shared_experts=1))(x.float())
 
 
@@ -154,7 +152,7 @@ def test_the_layer_keeps_the_shape_and_returns_the_routing_on_request() -> None:
 
 def test_a_wrong_width_names_both_widths() -> None:
     layer = MoELayer(MoEConfig(8, 4, RouterConfig(num_experts=4, top_k=2)))
-    with pytest.raises(ConfigError, match=r"expected a last axis of d_model 8, got \[2, 7\]"):
+    with refused("d_model"):
         layer(torch.randn(2, 7))
 
 

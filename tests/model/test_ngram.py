@@ -10,6 +10,7 @@ import torch
 from hf_copied import largest, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from torch import Tensor
 
 from moe_lab.errors import ConfigError
@@ -244,10 +245,7 @@ def test_tables_near_a_whole_multiple_of_the_vocabulary_collide_more() -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0, 4.04, 78.0, 100.97])
 def test_a_ratio_near_a_whole_number_is_refused(ratio: float) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=rf"table_ratio .* got {ratio}; try {int(ratio)}\.37",
-    ):
+    with refused("table_ratio"):
         NgramConfig(table_ratio=ratio)
     assert NgramConfig(table_ratio=0.01).table_rows(50)[0] == 1
 
@@ -315,21 +313,17 @@ def test_a_later_token_changes_no_earlier_logit_with_tables(layers: tuple[int, .
 
 
 def test_tables_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="expected d_model divisible by the 6 n-gram tables of a place, got 40"
-    ):
+    with refused("d_model"):
         DECODER.replace(d_model=40, ngram=NGRAM)
-    with pytest.raises(ConfigError, match=r"expected ngram\.layers below 3, got \(1, 3\)"):
+    with refused("ngram.layers"):
         DECODER.replace(ngram=NGRAM.replace(layers=(1, 3)))
-    with pytest.raises(ConfigError, match=r"expected ascending layers, got \(2, 1\)"):
+    with refused("layers"):
         NGRAM.replace(layers=(2, 1))
-    with pytest.raises(
-        ConfigError, match=r"expected ngram\.document_start below vocab_size 29, got 29"
-    ):
+    with refused("ngram.document_start"):
         DECODER.replace(ngram=NGRAM.replace(document_start=29))
-    with pytest.raises(ConfigError, match="expected max_n of at least 2, got 1"):
+    with refused("max_n"):
         NGRAM.replace(max_n=1)
-    with pytest.raises(ConfigError, match="expected num_splits of at least 1, got 0"):
+    with refused("num_splits"):
         NGRAM.replace(num_splits=0)
-    with pytest.raises(ConfigError, match=r"expected table_ratio above 0, got 0\.0"):
+    with refused("table_ratio"):
         NGRAM.replace(table_ratio=0.0)

@@ -9,6 +9,7 @@ import torch
 from hf_copied import causal, copy_decoder, copy_latent, doubled, largest, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from torch import Tensor
 
 from moe_lab.errors import ConfigError
@@ -477,11 +478,11 @@ def test_attention_sparsity_is_the_share_of_visible_pairs_left_out(
 
 
 def test_choices_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="expected initial \\+ local of at most top_k 5, got 7"):
+    with refused("top_k"):
         SPARSE.replace(initial=4, local=3)
-    with pytest.raises(ConfigError, match="expected share of at least 1, got 0"):
+    with refused("share"):
         SPARSE.replace(share=0)
-    with pytest.raises(ConfigError, match="expected initial and local of at least 0, got -1 and 1"):
+    with refused("initial"):
         SPARSE.replace(initial=-1)
     with pytest.raises(ConfigError, match=r"expected loss_coef of at least 0, got -0\.5"):
         SPARSE.replace(loss_coef=-0.5)

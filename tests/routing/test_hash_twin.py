@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
-from moe_lab.errors import ConfigError
 from moe_lab.routing import ControllerConfig, RouterConfig, RouterContext, hash_twin
 from moe_lab.routing.config import ScoreFunc, Weighting
 from moe_lab.routing.hash_twin import with_hash_twin
@@ -69,49 +69,49 @@ def test_every_kind_that_has_a_twin_is_above() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
         (
             {"kind": "longcat", "num_zero_experts": 2},
-            "expected no zero-compute experts in hash layers, got 2",
+            "num_zero_experts",
         ),
         (
             {"kind": "expert_choice"},
-            r"expected a router among deepseek_v2, .* beside hash layers, got 'expert_choice'",
+            "kind",
         ),
-        ({"kind": "gemma"}, "beside hash layers, got 'gemma'"),
-        ({"kind": "llama4", "top_k": 1}, "beside hash layers, got 'llama4'"),
-        ({"kind": "inkling", "num_shared_gates": 1}, "beside hash layers, got 'inkling'"),
-        ({"kind": "switch", "top_k": 1}, "beside hash layers, got 'switch'"),
+        ({"kind": "gemma"}, "kind"),
+        ({"kind": "llama4", "top_k": 1}, "kind"),
+        ({"kind": "inkling", "num_shared_gates": 1}, "kind"),
+        ({"kind": "switch", "top_k": 1}, "kind"),
         (
             {"kind": "pnorm_topk", "norm_p": 2.0},
-            r"expected norm_p of 1 beside hash layers, got 2\.0",
+            "norm_p",
         ),
         (
             {"kind": "topk_softmax", "router_bias": True},
-            "expected no router_bias beside hash layers, got True",
+            "router_bias",
         ),
         (
             {"kind": "softmax_topk", "norm_topk_prob": True, "norm_min": 0.6},
-            r"expected no norm_min beside hash layers, got 0\.6",
+            "norm_min",
         ),
         (
             {"kind": "softmax_topk", "logit_softcap": 0.8},
-            r"expected no logit_softcap beside hash layers, got 0\.8",
+            "logit_softcap",
         ),
         (
             {"kind": "sigmoid_topk", "logit_scale": 0.2},
-            r"expected no logit_scale beside hash layers, got 0\.2",
+            "logit_scale",
         ),
         (
             {"kind": "pnorm_topk", "jitter_eps": 0.1},
-            r"expected no jitter_eps beside hash layers, got 0\.1",
+            "jitter_eps",
         ),
     ],
 )
-def test_a_router_without_a_twin_is_refused(options: dict[str, Any], message: str) -> None:
+def test_a_router_without_a_twin_is_refused(options: dict[str, Any], field: str) -> None:
     values: dict[str, Any] = {"num_experts": 8, "top_k": 3} | options
-    with pytest.raises(ConfigError, match=message):
+    with refused(field):
         hash_twin(RouterConfig(**values), 50)
 
 

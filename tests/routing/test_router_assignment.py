@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
-from moe_lab.errors import ConfigError
 from moe_lab.routing import UNUSED, HashTable, RouterConfig, RouterContext, build_router
 from moe_lab.routing.routers.base import balanced_assignment
 from moe_lab.routing.routers.hash import balanced_table
@@ -145,22 +145,16 @@ def test_a_hash_router_can_be_balanced_for_the_corpus_it_will_see():
     )
     router.balance(torch.tensor([10.0, 6.0, 4.0]))  # type: ignore[operator]
     assert router.state_dict()["table"].flatten().tolist() == [0, 1, 1]
-    with pytest.raises(ConfigError, match=r"expected frequencies of shape \[3\], got \[2\]"):
+    with refused("frequencies"):
         router.balance(torch.ones(2))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("kind", ["hash", "scored_hash", "token_lookup"])
 def test_routers_of_token_ids_ask_for_them(kind):
     router = build_router(RouterConfig(kind=kind, num_experts=4, top_k=1, vocab_size=9), D)
-    with pytest.raises(
-        ConfigError,
-        match=rf"expected token_ids of shape \[5\] for {kind}, got None",
-    ):
+    with refused("token_ids"):
         router(torch.randn(5, D))
-    with pytest.raises(
-        ConfigError,
-        match=f"expected vocab_size for {kind}, got None; try the tokenizer's vocab_size",
-    ):
+    with refused("vocab_size"):
         RouterConfig(kind=kind, num_experts=4, top_k=1)
 
 
@@ -241,5 +235,5 @@ def test_the_token_lookup_leaves_padding_out_of_its_table():
 def test_the_token_lookup_refuses_ids_outside_its_vocabulary():
     table = build_router(RouterConfig(kind="token_lookup", num_experts=4, top_k=1, vocab_size=3), D)
     routing = build_router(RouterConfig(num_experts=4, top_k=1), D)(torch.randn(2, D)).detach()
-    with pytest.raises(ConfigError, match=r"expected token ids below vocab_size 3, got 1\.\.7"):
+    with refused("token_ids"):
         table.fit(torch.tensor([1, 7]), routing)  # type: ignore[operator]

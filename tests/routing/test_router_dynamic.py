@@ -306,8 +306,8 @@ def test_the_predictors_loss_does_not_move_the_model():
     [
         ({"kind": "top_p", "top_p": 0.0}, "expected top_p above 0, got 0.0"),
         ({"kind": "top_p", "top_p": 1.5}, "expected top_p of at most 1, got 1.5"),
-        ({"kind": "xmoe", "threshold": -0.1}, "expected threshold of at least 0, got -0.1"),
-        ({"kind": "d2dmoe", "threshold": 2.0}, "expected threshold of at most 1, got 2.0"),
+        ({"kind": "xmoe", "threshold": -0.1}, "expected threshold between 0 and 1, got -0.1"),
+        ({"kind": "d2dmoe", "threshold": 2.0}, "expected threshold between 0 and 1, got 2.0"),
         ({"kind": "remoe", "max_slots": 99}, "expected min_slots <= max_slots <= 8, got 0 and 99"),
         (
             {"kind": "expert_threshold", "min_slots": 4, "max_slots": 2},

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from hf_routers import CLASSES, NOT_REPRODUCED, PAIRS, hf_config, randomise_parameters, randomised
+from refusals import refused
 from torch import nn
 
 from moe_lab.errors import CheckpointError, ConfigError
@@ -74,37 +75,25 @@ def test_an_unknown_model_type_is_refused_by_name():
 
 
 def test_a_missing_value_is_named():
-    with pytest.raises(ConfigError, match="num_experts in the mixtral configuration"):
+    with refused("num_experts"):
         RouterConfig.from_hf({"model_type": "mixtral", "num_experts_per_tok": 2})
 
 
 def test_lists_per_layer_need_a_layer():
     values = {"model_type": "hunyuan_v1_moe", "num_experts": [8, 16], "moe_topk": [1, 2]}
     assert RouterConfig.from_hf(values, layer=1).num_experts == 16
-    with pytest.raises(
-        ConfigError,
-        match=r"expected the layer whose num_experts is wanted, got None; try "
-        r"from_hf\(config, layer=0\)",
-    ):
+    with refused("num_experts"):
         RouterConfig.from_hf(values)
 
 
 def test_weights_of_another_shape_are_refused():
-    with pytest.raises(
-        CheckpointError,
-        match=r"expected weight of shape \[4, 6\] in Linear, got \[5, 6\]; try "
-        r"RouterConfig.from_hf",
-    ):
+    with refused("weight", CheckpointError):
         build_router(RouterConfig(num_experts=4, top_k=1), 6).load_hf(nn.Linear(6, 5, bias=False))
 
 
 def test_a_correction_bias_without_a_place_is_refused_not_dropped():
     router = build_router(RouterConfig(num_experts=4, top_k=1), 6)
-    with pytest.raises(
-        CheckpointError,
-        match=r"expected a router without controller.bias, got one that is not zero; try "
-        r"controller=",
-    ):
+    with refused("controller.bias", CheckpointError):
         router.load_hf(nn.Linear(6, 4, bias=False), selection_bias=torch.ones(4))
     held = build_router(RouterConfig(num_experts=4, top_k=1, controller=ControllerConfig()), 6)
     held.load_hf(nn.Linear(6, 4, bias=False), selection_bias=torch.ones(4))

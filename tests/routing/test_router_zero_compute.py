@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
 from moe_lab.errors import ConfigError
 from moe_lab.routing import (
@@ -213,10 +214,7 @@ def test_a_mean_of_real_experts_that_cannot_be_reached_is_refused():
         top_k=6,
         controller=ControllerConfig(kind="proportional", target_ffn_count=3),  # type: ignore[arg-type]
     )
-    with pytest.raises(
-        ConfigError,
-        match=r"expected target_ffn_count from 4 to 6 .*, got 3",
-    ):
+    with refused("target_ffn_count"):
         build_router(config, D)
 
 
@@ -241,11 +239,9 @@ def test_the_longcat_router_makes_the_device_level_loss_of_its_groups_in_trainin
     by_hand = by_hand + slots[6:].sum() / ((4 - 3.0) * 40) * mean[6:].sum()
     assert routing.losses["device"].item() == pytest.approx(float(by_hand), rel=1e-5)
     assert not router.eval()(x).losses
-    with pytest.raises(ConfigError, match="expected device_groups dividing 6 experts, got 4"):
+    with refused("device_groups"):
         config.replace(device_groups=4)
-    with pytest.raises(ConfigError, match="expected zero-compute experts for device_groups, got 0"):
+    with refused("num_zero_experts"):
         config.replace(num_zero_experts=0, controller=None)
-    with pytest.raises(
-        ConfigError, match=r"expected target_ffn_count below top_k 4 for device_groups, .*, got 4"
-    ):
+    with refused("target_ffn_count"):
         config.replace(controller=controller.replace(target_ffn_count=4.0))

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
-from moe_lab.errors import ConfigError
 from moe_lab.routing import (
     ControllerConfig,
     ControllerKind,
@@ -179,10 +179,7 @@ def test_warm_up_routes_by_the_batch_in_training_and_by_the_mean_in_evaluation()
 
 
 def test_score_rules_do_not_take_counts():
-    with pytest.raises(
-        ConfigError,
-        match=r"expected routings for controller 'quantile', got counts",
-    ):
+    with refused("routings"):
         QuantileBias(config(Kind.QUANTILE), 4, 0, 1).update(torch.ones(4))
 
 
@@ -236,7 +233,7 @@ def test_rules_on_the_count_per_token_ask_for_the_tokens(kind):
         RouterConfig(kind=router_kind, num_experts=4, top_k=1, controller=config(kind)), 5
     )
     assert router.controller is not None
-    with pytest.raises(ConfigError, match="expected num_tokens for"):
+    with refused("num_tokens"):
         router.controller.update(torch.ones(4))
 
 
@@ -245,7 +242,7 @@ def test_counts_of_another_number_of_experts_are_refused(kind):
     from moe_lab.routing.controllers import CONTROLLERS
 
     controller = CONTROLLERS[kind](config(kind), 4, 0, 2)
-    with pytest.raises(ConfigError, match=r"expected counts of shape \[4\], got \[5\]"):
+    with refused("counts"):
         controller.update(torch.ones(5), num_tokens=3)
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from moe_lab.errors import ConfigError
 from moe_lab.routing import RouterConfig, RouterContext, Routing, build_router, losses
@@ -247,16 +248,13 @@ def test_the_longcat_loss_is_one_at_its_target_and_counts_slots():
 
 def test_groups_must_hold_every_expert_once():
     routing = random_routing()
-    with pytest.raises(ConfigError, match="expected a number of groups dividing 8 experts, got 3"):
+    with refused("groups"):
         losses.device_loss(routing, 3)
-    with pytest.raises(ConfigError, match="expected groups that hold each of 8 experts once"):
+    with refused("groups"):
         losses.device_loss(routing, [[0, 1], [1, 2]])
-    with pytest.raises(
-        ConfigError,
-        match="expected zero-compute experts for longcat_device_loss, got 0; try device_loss",
-    ):
+    with refused("num_zero_experts"):
         losses.longcat_device_loss(routing, 2, 1)
-    with pytest.raises(ConfigError, match=r"expected target_ffn_count between 0 and 3, got 3"):
+    with refused("target_ffn_count"):
         losses.longcat_device_loss(random_routing(zero=4, top_k=3), 2, 3)
 
 
@@ -425,9 +423,7 @@ def test_converting_there_and_back_changes_nothing():
     assert losses.convert_coefficient(
         there, "gshard", num_experts=64, top_k=8, target="transformers"
     ) == pytest.approx(0.01)
-    with pytest.raises(
-        ConfigError, match=r"expected a code base among deepspeed, .*, got 'fastmoe'"
-    ):
+    with refused("code_base"):
         losses.convert_coefficient(0.01, "fastmoe", num_experts=8, top_k=2)
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from refusals import refused
 
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
@@ -124,9 +125,7 @@ def test_check_says_what_is_wrong(indices, message):
 def test_check_refuses_weights_that_are_not_finite():
     routing = make()
     routing.weights[0, 0] = math.nan
-    with pytest.raises(
-        TraceError, match=r"^expected finite gate weights, got NaN or infinity; try"
-    ):
+    with refused("weights", TraceError):
         routing.check()
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+from refusals import refused
 from scipy import stats
 
 from moe_lab.errors import AnalysisError
@@ -134,13 +135,7 @@ def test_a_sweep_without_alternatives_has_no_rows_and_a_half_finished_one_says_s
     lone = pl.concat(
         [runs, pl.DataFrame([run("depth", 2.0, 9, 3.0, 4_000_000)])], how="vertical_relaxed"
     )
-    with pytest.raises(
-        AnalysisError,
-        match=r"expected a run with experts of the same seed .* got none for 1 of 1 runs",
-    ):
+    with refused("arm", AnalysisError):
         against_experts(lone)
-    with pytest.raises(
-        AnalysisError,
-        match=r"expected columns arm, ratio, seed, loss, total_params, got none called seed",
-    ):
+    with refused("seed", AnalysisError):
         against_experts(runs.drop("seed"))

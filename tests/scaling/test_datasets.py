@@ -4,6 +4,7 @@ import gzip
 
 import polars as pl
 import pytest
+from refusals import refused
 
 from moe_lab.errors import AnalysisError
 from moe_lab.scaling import DATASETS, datasets, published
@@ -64,16 +65,14 @@ def test_every_source_states_its_licence():
 
 def test_a_missing_or_other_file_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("MOE_LAB_DATA", raising=False)
-    with pytest.raises(AnalysisError, match="MOE_LAB_DATA or data_dir=, got none"):
+    with refused("data_dir", AnalysisError):
         published("clark")
-    with pytest.raises(
-        AnalysisError, match=r"expected clark_final\.csv in .* got no such file; try a copy from"
-    ):
+    with refused("file", AnalysisError):
         published("clark", tmp_path)
-    with pytest.raises(AnalysisError, match="expected a data set of clark, "):
+    with refused("name", AnalysisError):
         published("clarke", tmp_path)
     (tmp_path / "marin_grug_isoflop_optima.csv").write_text("budget_flops,paloma_macro\n1e18,3.5\n")
-    with pytest.raises(AnalysisError, match="with sha256 db23c15b524a, got"):
+    with refused("sha256", AnalysisError):
         published("marin", tmp_path)
     assert published("marin", tmp_path, check=False)["loss"].to_list() == [3.5]
     (tmp_path / "marin_grug_isoflop_optima.csv").write_text("budget,loss\n1e18,3.5\n")

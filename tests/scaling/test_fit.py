@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 from plain_fit import plain_fit
+from refusals import refused
 from scipy.optimize import rosen, rosen_der
 
 from moe_lab.errors import AnalysisError
@@ -210,7 +211,7 @@ def test_forms_of_the_ratio_are_fitted_on_the_loss():
         found = fit(name, frame)
         assert found.coefficients == pytest.approx(k, rel=0.02)
         assert found.predict(frame) == pytest.approx(frame["loss"].to_numpy(), abs=1e-3)
-        with pytest.raises(AnalysisError, match="wall_verdict"):
+        with refused("law", AnalysisError):
             bootstrap(found)
 
 
@@ -232,31 +233,31 @@ def test_the_minimiser_solves_many_rosenbrock_valleys_at_once():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "field"),
     [
-        (lambda f: ("chinchila", f), "expected a law of clark, "),
+        (lambda f: ("chinchila", f), "law"),
         (
             lambda f: ("clark", f.drop("ratio")),
-            "expected columns active_params, ratio for the law clark, got none called ratio",
+            "ratio",
         ),
-        (lambda f: ("clark", f.drop("loss")), "expected a column loss"),
+        (lambda f: ("clark", f.drop("loss")), "loss"),
         (
             lambda f: ("clark", f.head(6)),
-            r"expected more runs than coefficients \(6\), got 6; try a simpler law",
+            "law",
         ),
         (
             lambda f: ("clark", f.with_columns(loss=-pl.col("loss"))),
-            "expected finite losses above 0",
+            "loss",
         ),
         (
             lambda f: ("clark", f.with_columns(ratio=0 * pl.col("ratio"))),
-            "expected ratio above 0 in every run",
+            "ratio",
         ),
     ],
 )
-def test_bad_input_to_a_fit_is_told_in_one_line(change, message):
+def test_bad_input_to_a_fit_is_told_in_one_line(change, field):
     law, frame = change(grid(law="clark"))
-    with pytest.raises(AnalysisError, match=message):
+    with refused(field, AnalysisError):
         fit(law, frame)
 
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from moe_lab.errors import AnalysisError
 from moe_lab.scaling import LAWS
@@ -175,7 +176,7 @@ def test_a_loss_below_the_floor_of_a_law_is_worth_infinite_compute():
     below = {**law.coefficients("epoch"), "E": 1.8}
     multiplier = law.compute_equivalent({"active_params": 1e8, "tokens": 1e10}, floor, below)
     assert multiplier > 1e15
-    with pytest.raises(AnalysisError, match="parameters or tokens"):
+    with refused("law", AnalysisError):
         LAWS["power"].compute_equivalent({"ratio": 2.0}, {"ratio": 4.0}, UNPUBLISHED)
 
 
@@ -223,11 +224,7 @@ def test_limits_of_validity_are_told():
 
 
 def test_asking_for_what_is_not_there_names_what_is():
-    with pytest.raises(
-        AnalysisError, match=r"published coefficients of clark \(S-BASE, RL-R, HASH\), got TOPK"
-    ):
+    with refused("name", AnalysisError):
         LAWS["clark"].predict(point(), "TOPK")
-    with pytest.raises(
-        AnalysisError, match="active_params, tokens, ratio for the law ludziejewski, got no tokens"
-    ):
+    with refused("tokens", AnalysisError):
         LAWS["ludziejewski"].predict({"active_params": 1e8, "ratio": 2.0})

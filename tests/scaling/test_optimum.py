@@ -5,6 +5,7 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+from refusals import refused
 
 from moe_lab.errors import AnalysisError
 from moe_lab.scaling import LAWS, compute_optimal, constrained_optimum, fixed_total_optima, isoflop
@@ -50,7 +51,7 @@ def test_budgets_without_a_minimum_inside_are_refused():
             "loss": -np.log(size),
         }
     )
-    with pytest.raises(AnalysisError, match="two or more budgets"):
+    with refused("budgets", AnalysisError):
         isoflop(falling)
 
 
@@ -88,9 +89,9 @@ def test_an_optimum_at_the_edge_of_the_grid_is_not_claimed():
 
 
 def test_an_arm_of_changing_size_is_refused():
-    with pytest.raises(AnalysisError, match="one value of total_params"):
+    with refused("total_params", AnalysisError):
         constrained_optimum(arm().with_columns(total_params=pl.col("ratio") * 1e6))
-    with pytest.raises(AnalysisError, match="three or more ratios"):
+    with refused("ratio", AnalysisError):
         constrained_optimum(arm().filter(pl.col("ratio") < 4))
 
 

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+from refusals import refused
 
-from moe_lab.errors import AnalysisError, ConfigError
+from moe_lab.errors import AnalysisError
 from moe_lab.scaling import (
     LAWS,
     Design,
@@ -180,11 +181,11 @@ def test_the_same_runs_placed_at_the_end_tell_more():
 
 
 def test_a_plan_that_is_none_is_told_in_one_line():
-    with pytest.raises(ConfigError, match="expected three or more ratios, got 2"):
+    with refused("ratios"):
         Design((1.0, 2.0), 3, 1e7, 1e9)
-    with pytest.raises(ConfigError, match="ascending ratios from 1"):
+    with refused("ratios"):
         Design((4.0, 2.0, 1.0), 3, 1e7, 1e9)
-    with pytest.raises(AnalysisError, match="0 designs"):
+    with refused("plans", AnalysisError):
         power([], noise_sd=0.01)
 
 
@@ -224,7 +225,7 @@ def test_seeds_to_see_a_gain_are_those_that_would():
 
 
 def test_a_step_that_makes_no_sense_is_told_in_one_line():
-    with pytest.raises(AnalysisError, match="expected add above 0, got -1"):
+    with refused("add", AnalysisError):
         expected_gain(1e9, 1e8, -1, 1e10)
-    with pytest.raises(AnalysisError, match="active <= total"):
+    with refused("total", AnalysisError):
         expected_gain(1e8, 1e9, 1e8, 1e10)

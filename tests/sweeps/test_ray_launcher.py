@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from fake_launcher import Times
+from refusals import refused
 from stub_trainer import HOLD, STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
-from moe_lab.errors import ConfigError, RunError
+from moe_lab.errors import RunError
 from moe_lab.sweeps import run, status
 from moe_lab.sweeps.launchers import ray as ray_launcher
 from moe_lab.sweeps.launchers.local import available_cores
@@ -111,13 +112,13 @@ def test_a_port_that_takes_connections_and_says_nothing_is_given_up(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
-        ({"cpus": "0"}, "expected cpus above 0, got 0"),
-        ({"gpus": "half"}, "expected the launcher option gpus as a number, got 'half'"),
-        ({"head": "x"}, "expected fields of RayOptions"),
+        ({"cpus": "0"}, "cpus"),
+        ({"gpus": "half"}, "gpus"),
+        ({"head": "x"}, "head"),
     ],
 )
-def test_bad_options_are_one_line(options: dict[str, str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_bad_options_are_one_line(options: dict[str, str], field: str, tmp_path: Path) -> None:
+    with refused(field):
         go(tmp_path, StubRun(), options=options)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from moe_lab.errors import CorpusError
 from moe_lab.text import NgramModel, ngram_surprisal, unigram_surprisal
@@ -154,22 +155,14 @@ def test_unigram_surprisal_is_the_share_in_the_other_documents():
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_ids_outside_the_vocabulary_are_told(bad):
     rows = arrays([[0, 1], [1, bad]])
-    low, high = min(0, bad), max(1, bad)
-    with pytest.raises(
-        CorpusError,
-        match=rf"expected token ids in 0..4, got {low}..{high}",
-    ):
+    with refused("token_ids", CorpusError):
         NgramModel.fit(rows, VOCAB)
-    with pytest.raises(CorpusError, match=r"expected token ids in 0..4"):
+    with refused("token_ids", CorpusError):
         NgramModel.fit(arrays([[0, 1]]), VOCAB).surprisal(np.array([0, bad]))
 
 
 def test_documents_without_pairs_are_told():
-    with pytest.raises(
-        CorpusError,
-        match="expected a document of at least two tokens to count n-grams in, "
-        "got 2 documents without",
-    ):
+    with refused("documents", CorpusError):
         NgramModel.fit(arrays([[], [1]]), VOCAB)
 
 

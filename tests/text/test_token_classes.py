@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from moe_lab.errors import CorpusError
 from moe_lab.text import (
@@ -415,10 +416,7 @@ def test_frequency_band_follows_the_reference_counts_given():
 
 def test_counts_of_another_vocabulary_are_told():
     document, tokenizer = cut("a", "b")
-    with pytest.raises(
-        CorpusError,
-        match=r"expected reference counts of 257 ids, got shape \(5,\)",
-    ):
+    with refused("reference_counts", CorpusError):
         token_classes(document, tokenizer, np.zeros(5, dtype=np.int64))
 
 

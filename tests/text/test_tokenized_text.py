@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refused
 
-from moe_lab.errors import ConfigError, CorpusError, RunError
+from moe_lab.errors import CorpusError, RunError
 from moe_lab.text import (
     Split,
     TextConfig,
@@ -106,7 +107,7 @@ def test_warm_cache_with_a_corpus_hash_does_not_read_the_corpus(config, cache, c
     assert [d.text for d in loaded.documents("validation")] == [
         d.text for d in built.documents("validation")
     ]
-    with pytest.raises(CorpusError, match="expected text, got none in"):
+    with refused("documents", CorpusError):
         load_tokens(config, cache)
 
 
@@ -117,10 +118,9 @@ def test_changed_corpus_is_told_where_the_hash_is_set_and_built_anew_where_not(
     old = load_tokens(config, cache)
     (corpus / "00.py").write_text("changed = True\n")
     assert load_tokens(config, cache).config.corpus_hash != old.config.corpus_hash
-    message = rf"expected the corpus with content hash {resolved.corpus_hash}, got \w{{12}} in .*"
-    with pytest.raises(CorpusError, match=message):
+    with refused("corpus_hash", CorpusError):
         load_tokens(resolved, tmp_path / "other cache")
-    with pytest.raises(CorpusError, match=message):
+    with refused("corpus_hash", CorpusError):
         resolved.resolve()
 
 
@@ -209,10 +209,7 @@ def test_unwritable_cache_is_told(config, tmp_path):
 
 def test_one_document_is_told_that_it_cannot_be_split(tmp_path, cache):
     (tmp_path / "one.txt").write_text("alpha " * 100)
-    with pytest.raises(
-        CorpusError,
-        match=r"expected at least 3 documents to split .*, got 1 in .*one.txt",
-    ):
+    with refused("documents", CorpusError):
         load_tokens(TextConfig(corpus=str(tmp_path / "one.txt")), cache)
 
 
@@ -226,13 +223,13 @@ def test_config_round_trips_and_equal_settings_have_equal_hashes(config):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "field"),
     [
-        ({"tokenizer": "words"}, "expected a tokenizer among bpe, byte, got words"),
-        ({"vocab_size": 256}, "expected a vocab_size of at least 257, got 256"),
-        ({"corpus": ""}, "expected \"stdlib\" or a path as corpus, got ''"),
+        ({"tokenizer": "words"}, "tokenizer"),
+        ({"vocab_size": 256}, "vocab_size"),
+        ({"corpus": ""}, "corpus"),
     ],
 )
-def test_impossible_config_is_told(changes, message):
-    with pytest.raises(ConfigError, match=message):
+def test_impossible_config_is_told(changes, field):
+    with refused(field):
         TextConfig(**changes)

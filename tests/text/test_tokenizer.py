@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from moe_lab.errors import CorpusError
 from moe_lab.text import Document, Tokenizer, TokenizerKind, train_tokenizer
@@ -116,43 +117,29 @@ def test_no_text_spells_the_end_of_document(bpe):
 
 @pytest.mark.parametrize("bad", [-1, 320, 10**9])
 def test_ids_out_of_range_are_refused(bpe, bad):
-    message = re.escape(
-        f"expected token ids in 0..319, got {bad}; try the tokenizer that made these ids"
-    )
-    with pytest.raises(CorpusError, match=message):
+    with refused("ids", CorpusError):
         bpe.decode([65, bad])
-    with pytest.raises(CorpusError, match=message):
+    with refused("ids", CorpusError):
         bpe.token_bytes(bad)
 
 
 def test_lone_surrogate_is_told(tokenizer):
-    with pytest.raises(
-        CorpusError, match="expected text that UTF-8 can write, got a lone surrogate at character 2"
-    ):
+    with refused("text", CorpusError):
         tokenizer.encode("ab\ud800")
 
 
 def test_spans_refuse_ids_of_another_text(bpe):
-    with pytest.raises(
-        CorpusError,
-        match=r"expected ids that spell the text, got 3 bytes of tokens for 4 bytes of text",
-    ):
+    with refused("ids", CorpusError):
         bpe.spans("abcd", bpe.encode("abc"))
 
 
 def test_vocabulary_beyond_the_text_is_told():
-    with pytest.raises(
-        CorpusError,
-        match=r"expected text that supports a vocabulary of 400, got text that ends at 2\d\d",
-    ):
+    with refused("vocab_size", CorpusError):
         train_tokenizer([Document("a", "abcd abcd")], vocab_size=400)
 
 
 def test_vocabulary_below_the_bytes_is_told():
-    with pytest.raises(
-        CorpusError,
-        match=r"expected a vocabulary of at least 257 \(bytes and end of document\), got 256",
-    ):
+    with refused("vocab_size", CorpusError):
         train_tokenizer(SAMPLE, vocab_size=256)
 
 

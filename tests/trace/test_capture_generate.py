@@ -5,6 +5,7 @@ cache: the same decisions.
 import polars as pl
 import pytest
 import torch
+from refusals import refused
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -163,16 +164,9 @@ def test_losses_go_on_from_prefill_to_decode(model, tmp_path):
 
 
 def test_searches_that_move_texts_between_rows_are_refused(model, tmp_path):
-    with pytest.raises(
-        TraceError,
-        match=r"expected generate\(\) with num_beams=1 under capture\(\), got num_beams=3",
-    ):
+    with refused("num_beams", TraceError):
         search(model, tmp_path / "t", num_beams=3)
-    with pytest.raises(
-        TraceError,
-        match=r"expected generate\(\) without drafts under capture\(\), got "
-        r"prompt_lookup_num_tokens",
-    ):
+    with refused("prompt_lookup_num_tokens", TraceError):
         search(model, tmp_path / "t", prompt_lookup_num_tokens=2)
     assert "generate" not in model.__dict__
 
@@ -193,10 +187,7 @@ def test_an_encoder_decoder_is_traced_one_stack_at_a_time(tmp_path):
         for built in (build("switch_transformers", seed) for seed in range(20))
         if stacks(built[1]) == 2
     )
-    with pytest.raises(
-        TraceError,
-        match=r"expected the routers of one stack, .* got .*encoder and .*decoder; try only=",
-    ):
+    with refused("only", TraceError):
         capture(model, tmp_path / "t")
     ids, mask = torch.randint(3, 90, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[1, 6:] = 0

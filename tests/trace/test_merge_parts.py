@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from refusals import refused
 
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
@@ -81,7 +82,7 @@ def test_a_part_that_is_missing_or_there_twice_is_refused(tmp_path: Path) -> Non
     shifted = write(tmp_path / "c", slice(4, 11))
     with pytest.raises(TraceError, match=r"expected the same \(doc, pos\) pairs"):
         merge_traces([first, shifted], tmp_path / "merged", renumber=False, tokens=TOKENS)
-    with pytest.raises(TraceError, match="expected each document in one trace"):
+    with refused("doc", TraceError):
         merge_traces([first, second], tmp_path / "merged", renumber=False)
     assert not (tmp_path / "merged").exists()
 

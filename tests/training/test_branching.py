@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from refusals import refused
 
-from moe_lab.errors import ConfigError
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 from moe_lab.text import TextConfig
@@ -181,9 +181,9 @@ def test_a_run_that_is_alone_keeps_its_hash_and_a_branch_round_trips(long: RunCo
 
 
 def test_budgets_that_make_no_sense_are_one_line(long: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="expected train_tokens among the budgets"):
+    with refused("train_tokens"):
         long.replace(train_tokens=5)
-    with pytest.raises(ConfigError, match="expected ascending budgets"):
+    with refused("budgets"):
         long.replace(budgets=(LONG, SHORT))
-    with pytest.raises(ConfigError, match="sum to at most 1"):
+    with refused("decay_fraction"):
         long.replace(train_tokens=128, budgets=(128, 128 * 1000))

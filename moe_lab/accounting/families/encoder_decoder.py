@@ -21,7 +21,7 @@ from moe_lab.cost.parts import (
     times,
     vector,
 )
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.hf.architectures import sparse
 from moe_lab.hf.fields import Fields
 
@@ -110,8 +110,7 @@ def nllb(f: Fields) -> list[Layer]:
 
     def layer(side: str, crossed: bool) -> Callable[[int, bool], Pieces]:
         heads, ff = f.size(f"{side}_attention_heads"), f.size(f"{side}_ffn_dim")
-        if d % heads:
-            raise ConfigError(expected(f"d_model divisible by {side}_attention_heads = {heads}", d))
+        require(not (d % heads), f"d_model divisible by {side}_attention_heads = {heads}", d)
         dim = d // heads
 
         def pieces(index: int, has_experts: bool) -> Pieces:

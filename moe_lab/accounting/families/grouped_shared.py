@@ -38,7 +38,7 @@ from moe_lab.cost.parts import (
     times,
     vector,
 )
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.hf.fields import Fields
 
 glm4_moe = Architecture(
@@ -99,12 +99,11 @@ def ernie_vl_moe(f: Fields) -> Pieces:
     text experts.
     """
     sizes = f.numbers("moe_intermediate_size")
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise ConfigError(
-            expected(
-                "moe_intermediate_size as two widths, of text and of vision experts", list(sizes)
-            )
-        )
+    require(
+        len(sizes) == 2 and min(sizes) >= 1,
+        "moe_intermediate_size as two widths, of text and of vision experts",
+        list(sizes),
+    )
     text, vision = sizes
     d, (experts, run) = width(f), used(f)
     pieces: Pieces = ()

@@ -19,7 +19,7 @@ from moe_lab.accounting.families.deepseek import BASE, deepseek_v3, deepseek_v32
 from moe_lab.accounting.families.linear import kimi_delta
 from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import Part, Pieces, linear, norm, vector
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.hf.fields import Fields
 
 
@@ -42,12 +42,11 @@ def pooled_indexer(f: Fields) -> Pieces:
 def borrows_latent(f: Fields) -> list[bool]:
     """Which layers read the key-value latent of an earlier one (``kv_source_layers``)."""
     sources = f.numbers("kv_source_layers", range(f.num_layers))
-    if len(sources) != f.num_layers:
-        raise ConfigError(
-            expected(
-                f"kv_source_layers with num_hidden_layers = {f.num_layers} entries", len(sources)
-            )
-        )
+    require(
+        len(sources) == f.num_layers,
+        f"kv_source_layers with num_hidden_layers = {f.num_layers} entries",
+        len(sources),
+    )
     return [source != layer for layer, source in enumerate(sources)]
 
 

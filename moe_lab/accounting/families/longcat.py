@@ -9,7 +9,7 @@ from moe_lab.accounting.architecture import Architecture, mtp_module
 from moe_lab.accounting.blocks import Block, dense, join, mla, norms, top, width
 from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import ExpertsRun, Part, Piece, Pieces, linear, norm, prefixed, times
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.hf.fields import MOST, Fields
 
 K_E = "expected_ffn_experts_K_e"
@@ -29,9 +29,11 @@ def real_experts(f: Fields) -> tuple[int, int, ExpertsRun]:
         f.size_or("zero_expert_num", 0),
         f.size("num_experts_per_tok"),
     )
-    if k > real + zero:
-        what = f"num_experts_per_tok of at most num_experts + zero_expert_num = {real + zero}"
-        raise ConfigError(expected(what, f"num_experts_per_tok = {k}"))
+    require(
+        k <= real + zero,
+        f"num_experts_per_tok of at most num_experts + zero_expert_num = {real + zero}",
+        f"num_experts_per_tok = {k}",
+    )
     least, most = max(k - zero, 0), min(k, real)
     if f.find(K_E) is None:
         mean = k * real / (real + zero)
@@ -43,8 +45,7 @@ def real_experts(f: Fields) -> tuple[int, int, ExpertsRun]:
             )
     else:
         mean = f.number(K_E)
-    if not least <= mean <= most:
-        raise ConfigError(expected(f"{K_E} between {least} and {most}", mean))
+    require(least <= mean <= most, f"{K_E} between {least} and {most}", mean)
     return real, zero, ExpertsRun(least, mean, most)
 
 
@@ -114,13 +115,11 @@ def ngram(neighbours: str, splits: str, ratio: str) -> Block:
     def block(f: Fields) -> Pieces:
         d, vocab, factor = width(f), f.size("vocab_size"), f.number(ratio)
         count = (f.size(neighbours, 2, MOST) - 1) * f.size(splits, most=MOST)
-        if count > MOST or d % count:
-            raise ConfigError(
-                expected(
-                    f"hidden_size divisible by the {count} n-gram tables ({neighbours}, {splits})",
-                    d,
-                )
-            )
+        require(
+            count <= MOST and not (d % count),
+            f"hidden_size divisible by the {count} n-gram tables ({neighbours}, {splits})",
+            d,
+        )
         rows = [int(factor * vocab + 2 * table + 1) for table in range(count)]
         return layer_cost.ngram_tables(rows, d)
 

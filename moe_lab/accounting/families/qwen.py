@@ -22,7 +22,7 @@ from moe_lab.accounting.blocks import (
 )
 from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import Index, Part, Piece, Pieces, conv, linear, norm
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 from moe_lab.hf.fields import Fields
 
 UNTIED = {"tie_word_embeddings": False}
@@ -166,8 +166,7 @@ def _heads(f: Fields) -> int:
 
 def _channels_each(f: Fields, channels: int) -> int:
     heads = _heads(f)
-    if channels < heads:
-        raise ConfigError(expected(f"ple_embed_dim of at least the {heads} n-gram heads", channels))
+    require(channels >= heads, f"ple_embed_dim of at least the {heads} n-gram heads", channels)
     return channels // heads
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.difficulty.within_groups import joint_code
 from moe_lab.analysis.document_bootstrap import Floats
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.text.token_classes import equal_mass_bands
 
 Ints = NDArray[np.int64]
@@ -130,26 +130,30 @@ def layers_of(
     schema = lazy.collect_schema()
     needed = [*KEYS, compute, difficulty]
     missing = [name for name in needed if name not in schema]
-    if missing:
-        raise AnalysisError(
-            expected(
-                f"a frame with columns {', '.join(['layer', *needed])}",
-                f"none named {', '.join(missing)}",
-            )
-        )
+    require(
+        not missing,
+        f"a frame with columns {', '.join(['layer', *needed])}",
+        f"none named {', '.join(missing)}",
+        error=AnalysisError,
+        field=missing[0] if missing else "",
+    )
     numbers = [
         name
         for name in (compute, difficulty)
         if not (schema[name].is_numeric() or schema[name] == pl.Null)
     ]
     if numbers:
-        raise AnalysisError(expected("numbers", f"{schema[numbers[0]]} in column {numbers[0]!r}"))
+        raise AnalysisError(
+            expected("numbers", f"{schema[numbers[0]]} in column {numbers[0]!r}"), field=numbers[0]
+        )
     classes = [name for name in STRATA if name in schema] if strata is None else list(strata)
     unknown = [name for name in classes if name not in schema]
-    if unknown:
-        raise AnalysisError(
-            expected(f"strata among {', '.join(schema.names())}", ", ".join(unknown))
-        )
+    require(
+        not unknown,
+        f"strata among {', '.join(schema.names())}",
+        ", ".join(unknown),
+        error=AnalysisError,
+    )
     if "layer" not in schema:
         lazy = lazy.with_columns(layer=pl.lit(0, pl.UInt32))
     layers = lazy.select(pl.col("layer").unique().sort()).collect()["layer"].drop_nulls().to_list()
@@ -241,11 +245,15 @@ def _order(layer: int, doc: Ints, pos: Ints) -> Ints | None:
         return None
     order = np.lexsort((pos, doc))
     doc, pos = doc[order], pos[order]
-    if ((doc[1:] == doc[:-1]) & (pos[1:] == pos[:-1])).any():
-        hint = "one phase at a time, and a doc for each sequence"
-        raise AnalysisError(
-            f"layer {layer}: " + expected("each (doc, pos) once", "repeated ones", hint)
-        )
+    require(
+        not ((doc[1:] == doc[:-1]) & (pos[1:] == pos[:-1])).any(),
+        "each (doc, pos) once",
+        "repeated ones",
+        "one phase at a time, and a doc for each sequence",
+        error=AnalysisError,
+        where=f"layer {layer}",
+        field="pos",
+    )
     return order
 
 

@@ -121,7 +121,7 @@ def difficulty_association(
         AnalysisError: columns are missing or a (doc, pos) comes twice in a layer.
     """
     require(0 < level < 1, "a level between 0 and 1", level)
-    require(resamples >= 100, "at least 100 resamples", resamples)
+    require(resamples >= 100, "at least 100 resamples", resamples, field="resamples")
     require(0 < margin < 1, "a margin between 0 and 1", margin)
     drawn: dict[int, Bootstrap] = {}
     measured = []

@@ -19,7 +19,7 @@ from moe_lab.analysis.difficulty.association import standard_level_ranks
 from moe_lab.analysis.difficulty.rank_statistics import Order, standard_ranks
 from moe_lab.analysis.difficulty.within_groups import Ints, Within, joint_code
 from moe_lab.analysis.document_bootstrap import Floats
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 
 
 def compute_budget(
@@ -162,10 +162,13 @@ def compute_variance(
     lazy = frame.lazy()
     schema = lazy.collect_schema()
     unknown = [name for name in taxonomies if name not in schema]
-    if unknown:
-        raise AnalysisError(
-            expected(f"taxonomies among {', '.join(schema.names())}", ", ".join(unknown))
-        )
+    require(
+        not unknown,
+        f"taxonomies among {', '.join(schema.names())}",
+        ", ".join(unknown),
+        error=AnalysisError,
+        field="taxonomies",
+    )
     rows: list[dict[str, object]] = []
     for tokens in layers_of(lazy, difficulty, compute, None, 0):
         pairs = align(tokens, Align.INPUT)

@@ -21,7 +21,7 @@ from moe_lab.analysis.difficulty.association import difficulty_association
 from moe_lab.analysis.difficulty.compute_budget import held_out_mean
 from moe_lab.analysis.difficulty.scored_documents import Scored, score
 from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError
 from moe_lab.model import Decoder
 from moe_lab.routing import BudgetShift, Router, RouterContext, Routing
 
@@ -60,11 +60,14 @@ def marginal_gain(
     """
     require(step > 0, "a step above 0", step)
     routers = [layer.router for layer in model.moe_layers().values()]
-    if not routers or not all(can_shift(router) for router in routers):
-        kinds = ", ".join(sorted({router.config.kind for router in routers})) or "no MoE layer"
-        raise AnalysisError(
-            expected("routers with zero-compute experts or a free count", kinds, "a longcat run")
-        )
+    require(
+        routers and all(can_shift(router) for router in routers),
+        "routers with zero-compute experts or a free count",
+        ", ".join(sorted({router.config.kind for router in routers})) or "no MoE layer",
+        "a longcat run",
+        error=AnalysisError,
+        field="routers",
+    )
     long_enough = [ids[:SEARCH_TOKENS] for ids in documents if len(ids) > 1]
     sample = long_enough[:: max(1, len(long_enough) // SEARCH_DOCUMENTS)]
     base = score(model, documents, numbers, seq_length=seq_length, batch_size=batch_size)
@@ -83,14 +86,13 @@ def _gains(base: Scored, less: Scored, more: Scored) -> pl.DataFrame:
     scored = np.flatnonzero(np.isfinite(base.loss))
     before = scored - 1  # the place that predicts; a document's first token has no loss
     moved = float(more.ffn_count.mean() - less.ffn_count.mean())
-    if not moved > 0:
-        raise AnalysisError(
-            expected(
-                "a shift that changes how many experts run",
-                f"a difference of {moved:g}",
-                "a larger step",
-            )
-        )
+    require(
+        moved > 0,
+        "a shift that changes how many experts run",
+        f"a difference of {moved:g}",
+        "a larger step",
+        error=AnalysisError,
+    )
     gain = (less.loss[scored] - more.loss[scored]) / moved
     return pl.DataFrame(
         {

@@ -21,7 +21,7 @@ from moe_lab.document_pass import (
     token_losses_and_entropies,
     windows,
 )
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
 
@@ -88,10 +88,12 @@ def score(
     """
     numbers = range(len(documents)) if numbers is None else numbers
     lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
-    if not len(lengths) or lengths.max() < 2:
-        raise AnalysisError(
-            expected("a document of at least two tokens", f"{len(documents)} documents without")
-        )
+    require(
+        len(lengths) and lengths.max() >= 2,
+        "a document of at least two tokens",
+        f"{len(documents)} documents without",
+        error=AnalysisError,
+    )
     offsets = np.cumsum(lengths) - lengths
     total, layers = int(lengths.sum()), tuple(model.config.moe_layers)
     scores = np.full((2, total), np.nan, dtype=np.float32)

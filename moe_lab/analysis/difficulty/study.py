@@ -16,7 +16,7 @@ from moe_lab.analysis.difficulty.curves import difficulty_curves, difficulty_inf
 from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS
 from moe_lab.analysis.difficulty.nulls import baseline_association, difficulty_nulls
 from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError
 from moe_lab.text import ngram_surprisal
 from moe_lab.trace import Trace
 
@@ -75,14 +75,13 @@ def difficulty_frame(
         AnalysisError: the trace has no token table.
     """
     schema = trace.tokens.collect_schema()
-    if "token_id" not in schema or trace.tokens.select(pl.len()).collect().item() == 0:
-        raise AnalysisError(
-            expected(
-                "a trace with a token table",
-                f"none in {trace.folder}",
-                "tracing again with token ids",
-            )
-        )
+    require(
+        "token_id" in schema and trace.tokens.select(pl.len()).collect().item() != 0,
+        "a trace with a token table",
+        f"none in {trace.folder}",
+        "tracing again with token ids",
+        error=AnalysisError,
+    )
     marks = [column for column, _ in PLACES.values()]
     classes = [name for name in dict.fromkeys([*STRATA, *marks]) if name in schema]
     tokens = trace.tokens.select("doc", "pos", "token_id", *classes)
@@ -122,6 +121,7 @@ def learnability(losses: NDArray, fall: float = FALL) -> NDArray[np.uint8]:
         losses.ndim == 2 and losses.shape[1] >= 2,
         "losses of shape [tokens, at least 2 checkpoints]",
         list(losses.shape),
+        field="losses",
     )
     steps = np.linspace(-0.5, 0.5, losses.shape[1])
     change = losses @ steps / (steps @ steps)  # fitted end less fitted start

@@ -47,7 +47,8 @@ def experts(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
                 "float32 or float64 tokens on the CPU",
                 f"{x_TD.dtype} on {x_TD.device}",
                 "dispatch='auto'",
-            )
+            ),
+            field="dispatch",
         )
     if not available():
         raise ConfigError(expected("a compiled expert library", problem(), "dispatch='cpu'"))

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_lab.config import require
-from moe_lab.errors import ConfigError, expected
 from moe_lab.routing.controllers.config import (
     CONTROLLER_FACTS,
     CONTROLLERS,
@@ -59,10 +58,12 @@ class Controller(nn.Module):
             ConfigError: the counts have another shape, or the rule needs ``num_tokens`` and got
                 none.
         """
-        if counts_E.shape != self.bias.shape:
-            raise ConfigError(
-                expected(f"counts of shape {list(self.bias.shape)}", list(counts_E.shape))
-            )
+        require(
+            counts_E.shape == self.bias.shape,
+            f"counts of shape {list(self.bias.shape)}",
+            list(counts_E.shape),
+            field="counts",
+        )
         rate = self.config.rate / (1 + self.config.decay * self.steps)
         any_counted = counts_E.sum() > 0
         self.bias += torch.where(any_counted, rate * self.step(counts_E.to(self.bias.dtype)), 0.0)
@@ -106,6 +107,7 @@ class Controller(nn.Module):
             target is not None and 0 < target <= high and target >= low,
             f"target_ffn_count {span} ({setup})",
             target,
+            field="target_ffn_count",
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

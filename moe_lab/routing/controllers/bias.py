@@ -11,7 +11,7 @@ e'), with limits and conditional integration | the full form of what LongCat nam
 import torch
 from torch import Tensor
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.routing.controllers.base import (
     Controller,
     ControllerConfig,
@@ -103,10 +103,12 @@ class PIDBias(_ShareRule):
 
     @torch.no_grad()
     def update(self, counts_E: Tensor, num_tokens: Tensor | int | None = None) -> None:
-        if counts_E.shape != self.bias.shape:
-            raise ConfigError(
-                expected(f"counts of shape {list(self.bias.shape)}", list(counts_E.shape))
-            )
+        require(
+            counts_E.shape == self.bias.shape,
+            f"counts of shape {list(self.bias.shape)}",
+            list(counts_E.shape),
+            field="counts",
+        )
         config, any_counted = self.config, counts_E.sum() > 0
         gap = self.step(counts_E.to(self.bias.dtype))
         limit = float("inf") if config.limit is None else config.limit
@@ -139,11 +141,15 @@ class BudgetSignBias(Controller):
     @torch.no_grad()
     def update(self, counts_E: Tensor, num_tokens: Tensor | int | None = None) -> None:
         if num_tokens is None:
-            raise ConfigError(expected("num_tokens for the budget_sign controller", None))
-        if counts_E.shape != self.bias.shape:
             raise ConfigError(
-                expected(f"counts of shape {list(self.bias.shape)}", list(counts_E.shape))
+                expected("num_tokens for the budget_sign controller", None), field="num_tokens"
             )
+        require(
+            counts_E.shape == self.bias.shape,
+            f"counts of shape {list(self.bias.shape)}",
+            list(counts_E.shape),
+            field="counts",
+        )
         counts = counts_E.to(self.bias.dtype)
         tokens = torch.as_tensor(num_tokens, device=counts.device)
         sign = torch.sign(counts.mean() - counts)

@@ -3,8 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, above, at_least, below, require
 from moe_lab.registry import Registry
 
 
@@ -101,38 +102,26 @@ class ControllerConfig(Config):
     """
 
     kind: str = ControllerKind.FIXED
-    rate: float = 1e-3
+    rate: Annotated[float, at_least(0)] = 1e-3
     target_ffn_count: float | None = None
-    decay: float = 0.0
-    proportional_gain: float | None = None
-    derivative_gain: float | None = None
-    limit: float | None = None
-    momentum: float | None = None
-    warmup: int | None = None
-    factor: float | None = None
-    initial: float | None = None
+    decay: Annotated[float, at_least(0)] = 0.0
+    proportional_gain: Annotated[float | None, at_least(0)] = None
+    derivative_gain: Annotated[float | None, at_least(0)] = None
+    limit: Annotated[float | None, above(0)] = None
+    momentum: Annotated[float | None, at_least(0), below(1)] = None
+    warmup: Annotated[int | None, at_least(1)] = None
+    factor: Annotated[float | None, above(1)] = None
+    initial: Annotated[float | None, above(0)] = None
 
     def __post_init__(self) -> None:
         if self.kind not in CONTROLLER_FACTS:
             CONTROLLERS.find(self.kind)
         if self.kind in _BUILT_IN:
             object.__setattr__(self, "kind", ControllerKind(self.kind))
-        require(self.rate >= 0, "a controller rate of at least 0", self.rate)
-        require(self.decay >= 0, "a rate decay of at least 0", self.decay)
-        for name in ("proportional_gain", "derivative_gain"):
-            require((getattr(self, name) or 0) >= 0, f"{name} of at least 0", getattr(self, name))
-        for name in ("limit", "initial"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} above 0", value)
-        require(
-            self.momentum is None or 0 <= self.momentum < 1,
-            "momentum from 0 to below 1",
-            self.momentum,
-        )
-        require(self.warmup is None or self.warmup >= 1, "warmup of at least 1", self.warmup)
-        require(self.factor is None or self.factor > 1, "factor above 1", self.factor)
+        super().__post_init__()
         readable = {"kind", "rate", "decay", *CONTROLLER_FACTS[self.kind].options}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             unread = field.name not in readable and value != field.default
-            require(not unread, f"{field.name} left unset for controller {str(self.kind)!r}", value)
+            what = f"{field.name} left unset for controller {str(self.kind)!r}"
+            require(not unread, what, value, field=field.name)

@@ -47,7 +47,8 @@ class _ScoreRule(Controller):
                 f"routings for controller {str(self.config.kind)!r}",
                 "counts",
                 "update_from(routings)",
-            )
+            ),
+            field="routings",
         )
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ The selection bias stays zero.
 import torch
 from torch import Tensor
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.routing.controllers.base import (
     Controller,
     ControllerConfig,
@@ -33,8 +33,7 @@ class TopPController(Controller):
     ) -> None:
         super().__init__(config, num_experts, num_zero_experts, top_k)
         self.initial = 0.4 if config.initial is None else config.initial
-        if self.initial > 1:
-            raise ConfigError(expected("initial (p) of at most 1", self.initial))
+        require(self.initial <= 1, "initial (p) of at most 1", self.initial)
         self.register_buffer("p", torch.tensor(self.initial))
         self.register_buffer("integral", torch.zeros(()))
 
@@ -86,6 +85,9 @@ class ReluLambda(Controller):
 def _tokens(num_tokens: Tensor | int | None, counts_E: Tensor, kind: str) -> Tensor:
     if num_tokens is None:
         raise ConfigError(
-            expected(f"num_tokens for controller {str(kind)!r}", None, "update(counts, num_tokens)")
+            expected(
+                f"num_tokens for controller {str(kind)!r}", None, "update(counts, num_tokens)"
+            ),
+            field="num_tokens",
         )
     return torch.as_tensor(num_tokens, device=counts_E.device)

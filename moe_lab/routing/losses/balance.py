@@ -227,11 +227,13 @@ def longcat_device_loss(
         "zero-compute experts for longcat_device_loss",
         0,
         "device_loss",
+        field="num_zero_experts",
     )
     require(
         0 < target_ffn_count < routing.top_k,
         f"target_ffn_count between 0 and {routing.top_k}",
         target_ffn_count,
+        field="target_ffn_count",
     )
     members_DE = membership(num_devices, real, routing.scores)
     found = shares(routing, scope, counts=counts, tokens=tokens, sequence_length=sequence_length)
@@ -252,6 +254,7 @@ def membership(groups: int | Sequence[Sequence[int]], experts: int, like: Tensor
             groups >= 1 and experts % groups == 0,
             f"a number of groups dividing {experts} experts",
             groups,
+            field="groups",
         )
         size = experts // groups
         groups = [range(start, start + size) for start in range(0, experts, size)]
@@ -260,6 +263,7 @@ def membership(groups: int | Sequence[Sequence[int]], experts: int, like: Tensor
         flat == list(range(experts)),
         f"groups that hold each of {experts} experts once",
         [list(group) for group in groups],
+        field="groups",
     )
     members = torch.zeros(len(groups), experts, dtype=like.dtype, device=like.device)
     for row, group in enumerate(groups):

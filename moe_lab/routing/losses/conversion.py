@@ -4,7 +4,7 @@ same effect here.
 
 from collections.abc import Callable
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import require
 
 CODE_BASES: dict[str, Callable[[int, int], float]] = {
     "moe_lab": lambda experts, top_k: 1.0,
@@ -33,10 +33,12 @@ def convert_coefficient(
     unknown code base.
     """
     for name in (source, target):
-        if name not in CODE_BASES:
-            raise ConfigError(
-                expected(f"a code base among {', '.join(sorted(CODE_BASES))}", repr(name))
-            )
+        require(
+            name in CODE_BASES,
+            f"a code base among {', '.join(sorted(CODE_BASES))}",
+            repr(name),
+            field="code_base",
+        )
     return (
         coefficient
         * CODE_BASES[source](num_experts, top_k)

@@ -35,7 +35,8 @@ class TableRouter(Router):
         """Rebuild the table so that loads are even under token ``frequencies`` [V]."""
         if frequencies.shape != self.table.shape[:1]:
             raise ConfigError(
-                expected(f"frequencies of shape [{self.table.shape[0]}]", list(frequencies.shape))
+                expected(f"frequencies of shape [{self.table.shape[0]}]", list(frequencies.shape)),
+                field="frequencies",
             )
         self.table.copy_(balanced_table(frequencies, self.config.num_experts, self.config.top_k))
 

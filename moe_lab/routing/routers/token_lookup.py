@@ -10,7 +10,7 @@ from this one, which cannot know anything but the id.
 import torch
 from torch import Tensor
 
-from moe_lab.errors import ConfigError, expected
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routers.hash import equal_weights
@@ -38,13 +38,11 @@ class TokenLookup(Router):
             ConfigError: another number of tokens or experts, or an id outside the vocabulary.
         """
         size, choices = self.table.shape[0], self.config.num_choices
-        if token_ids.shape != routing.indices.shape[:1] or routing.scores.shape[1] != choices:
-            raise ConfigError(
-                expected(
-                    f"ids and a routing over {choices} experts of the same tokens",
-                    list(token_ids.shape),
-                )
-            )
+        require(
+            token_ids.shape == routing.indices.shape[:1] and routing.scores.shape[1] == choices,
+            f"ids and a routing over {choices} experts of the same tokens",
+            list(token_ids.shape),
+        )
         valid = (
             torch.ones_like(token_ids, dtype=torch.bool) if routing.valid is None else routing.valid
         )
@@ -57,7 +55,8 @@ class TokenLookup(Router):
             raise ConfigError(
                 expected(
                     f"token ids below vocab_size {size}", f"{int(ids.min())}..{int(ids.max())}"
-                )
+                ),
+                field="token_ids",
             )
         used_TK = indices_TK >= 0
         pair = (ids.unsqueeze(1) * choices + indices_TK)[used_TK]

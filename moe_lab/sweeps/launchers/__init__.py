@@ -7,7 +7,7 @@ own. To add one: a class in a file here, and a row in ``LAUNCHERS``.
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 
-from moe_lab.errors import RunError, expected
+from moe_lab.errors import RunError, require
 from moe_lab.sweeps.launchers.protocol import Ending, Job, Launcher, Result
 from moe_lab.sweeps.launchers.trainer import TRAIN, train_run
 
@@ -54,6 +54,11 @@ def build_launcher(
     options: Mapping[str, str] | None = None,
 ) -> Launcher:
     """The launcher ``name``. Raises ``RunError`` for an unknown name or a missing package."""
-    if name not in LAUNCHERS:
-        raise RunError(expected(f"a launcher ({', '.join(LAUNCHERS)})", repr(name)))
+    require(
+        name in LAUNCHERS,
+        f"a launcher ({', '.join(LAUNCHERS)})",
+        repr(name),
+        error=RunError,
+        field="launcher",
+    )
     return LAUNCHERS[name](jobs, workers, trainer, options or {})

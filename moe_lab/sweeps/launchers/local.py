@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import IO
+from typing import IO, Annotated
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, at_least, require
 from moe_lab.errors import RunError, expected
 from moe_lab.runs.failures import FailureKind
 from moe_lab.runs.layout import STATUS
@@ -48,10 +48,7 @@ class LocalOptions(Config):
             evaluated, so this must be longer than either.
     """
 
-    stall_minutes: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(self.stall_minutes >= 0, "stall_minutes of at least 0", self.stall_minutes)
+    stall_minutes: Annotated[float, at_least(0)] = 0.0
 
 
 def available_cores() -> int:
@@ -176,13 +173,14 @@ class LocalLauncher:
         self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
     ) -> None:
         if workers is not None and workers < 1:
-            raise RunError(expected("at least 1 worker", workers))
+            raise RunError(expected("at least 1 worker", workers), field="workers")
         self._options = read_options(LocalOptions, options)
         seen = not self._options.stall_minutes or all(job.shared for job in jobs)
         require(
             seen,
             "a folder as the store for stall_minutes",
             "an object store, where a run's status is elsewhere",
+            field="stall_minutes",
         )
         devices = {job.device for job in jobs}
         self._gpus = (

@@ -33,7 +33,8 @@ def read_options(kind: type[Options], options: Mapping[str, str]) -> Options:
                 values[key] = type(defaults[key])(options[key])
             except ValueError:
                 raise ConfigError(
-                    expected(f"the launcher option {key} as a number", repr(options[key]))
+                    expected(f"the launcher option {key} as a number", repr(options[key])),
+                    field=key,
                 ) from None
     return kind.from_dict(values)
 

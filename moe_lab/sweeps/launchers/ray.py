@@ -18,9 +18,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, above, at_least
 from moe_lab.errors import RunError, expected
 from moe_lab.sweeps.launchers import worker
 from moe_lab.sweeps.launchers.local import ONE_THREAD
@@ -52,14 +52,9 @@ class RayOptions(Config):
     """
 
     address: str = ""
-    cpus: float = 1.0
-    gpus: float = 1.0
-    memory_gb: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(self.cpus > 0, "cpus above 0", self.cpus)
-        require(self.gpus > 0, "gpus above 0", self.gpus)
-        require(self.memory_gb >= 0, "memory_gb of at least 0", self.memory_gb)
+    cpus: Annotated[float, above(0)] = 1.0
+    gpus: Annotated[float, above(0)] = 1.0
+    memory_gb: Annotated[float, at_least(0)] = 0.0
 
 
 class RayLauncher:

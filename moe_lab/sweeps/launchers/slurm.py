@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, at_least, require
 from moe_lab.errors import RunError, expected
 from moe_lab.sweeps.launchers import worker
 from moe_lab.sweeps.launchers.local import ONE_THREAD, available_cores
@@ -62,21 +62,19 @@ class SlurmOptions(Config):
     """
 
     cluster: str = "slurm"
-    minutes: int = 240
-    cpus: int = 1
-    gpus: int = 1
-    memory_gb: float = 0.0
+    minutes: Annotated[int, at_least(1)] = 240
+    cpus: Annotated[int, at_least(1)] = 1
+    gpus: Annotated[int, at_least(1)] = 1
+    memory_gb: Annotated[float, at_least(0)] = 0.0
     partition: str = ""
     account: str = ""
     qos: str = ""
-    requeues: int = 20
+    requeues: Annotated[int, at_least(0)] = 20
 
     def __post_init__(self) -> None:
-        require(self.cluster in LOOK_SECONDS, "cluster=slurm or cluster=local", self.cluster)
-        for name in ("minutes", "cpus", "gpus"):
-            require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
-        require(self.memory_gb >= 0, "memory_gb of at least 0", self.memory_gb)
-        require(self.requeues >= 0, "requeues of at least 0", self.requeues)
+        super().__post_init__()
+        known = self.cluster in LOOK_SECONDS
+        require(known, "cluster=slurm or cluster=local", self.cluster, field="cluster")
 
 
 class Requeued(RemoteRun):
@@ -288,7 +286,8 @@ def _executor(options: SlurmOptions, jobs: Sequence[Job], workers: int | None) -
                 "SLURM on this machine (sbatch)",
                 last_line(error),
                 "the launcher option cluster=local",
-            )
+            ),
+            field="cluster",
         ) from error
     named = {name: getattr(options, name) for name in ("partition", "account", "qos")}
     memory = {"mem": f"{round(options.memory_gb * 1024)}MB"} if options.memory_gb else {}

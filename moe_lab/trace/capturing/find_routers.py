@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_lab.errors import ConfigError, MoELabError, TraceError, expected
+from moe_lab.errors import ConfigError, MoELabError, TraceError, expected, require
 from moe_lab.hf import architectures
 from moe_lab.hf.configuration import text_fields
 from moe_lab.hf.fields import Fields, names_of
@@ -63,9 +63,14 @@ def find_sites(
     kept = [
         sites[name] for name in outermost if name not in left_out and re.search(only or "", name)
     ]
-    if not kept:
-        got = f"{type(model).__name__} without any that is known"
-        raise TraceError(expected("a model with routers", got, _hint(named)))
+    require(
+        kept,
+        "a model with routers",
+        f"{type(model).__name__} without any that is known",
+        _hint(named),
+        error=TraceError,
+        field="readers",
+    )
     _check_banks(named, [*left_out, *(site.name for site in kept)], only)
     _check_stacks(kept)
     _number(kept, _visits(config))
@@ -90,7 +95,8 @@ def _matched(named: Modules, readers: Mapping[str, Reader]) -> Iterator[tuple[st
         if not names:
             some = ", ".join(repr(name) for name in list(named)[1:4])
             raise TraceError(
-                expected(f"a module named {pattern!r}", "none", f"a name among {some}, ...")
+                expected(f"a module named {pattern!r}", "none", f"a name among {some}, ..."),
+                field="readers",
             )
         yield from ((name, read) for name in names)
 
@@ -193,10 +199,14 @@ def _check_banks(named: Modules, covered: Sequence[str], only: str | None) -> No
             continue
         block = name.rpartition(".")[0]
         inside = block + "." if block else ""
-        if not any(router == block or router.startswith(inside) for router in covered):
-            got = f"none that is known beside {name!r} ({type(module).__name__})"
-            hint = f"readers={{'{block}.<router>': reader}}"
-            raise TraceError(expected("a router for each bank of experts", got, hint))
+        require(
+            any(router == block or router.startswith(inside) for router in covered),
+            "a router for each bank of experts",
+            f"none that is known beside {name!r} ({type(module).__name__})",
+            f"readers={{'{block}.<router>': reader}}",
+            error=TraceError,
+            field="readers",
+        )
 
 
 def _is_bank(name: str, module: nn.Module) -> bool:
@@ -208,9 +218,14 @@ def _is_bank(name: str, module: nn.Module) -> bool:
 
 def _check_stacks(sites: Sequence[Site]) -> None:
     parts = [part for site in sites for part in site.name.split(".")]
-    if "encoder" in parts and "decoder" in parts:
-        what = "the routers of one stack, whose tokens are the same"
-        raise TraceError(expected(what, "encoder and decoder", "only='decoder' or 'encoder'"))
+    require(
+        "encoder" not in parts or "decoder" not in parts,
+        "the routers of one stack, whose tokens are the same",
+        "encoder and decoder",
+        "only='decoder' or 'encoder'",
+        error=TraceError,
+        field="only",
+    )
 
 
 def _number(sites: Sequence[Site], visits: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.trace.capturing.numbering import Numbering
 
 
@@ -68,18 +68,19 @@ def _ends(model: nn.Module, kwargs: dict[str, Any]) -> frozenset[int]:
 def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise ``TraceError`` for searches in which a row is not one text from beginning to end."""
     beams = _setting(model, kwargs, "num_beams") or 1
-    if beams > 1:
-        raise TraceError(
-            expected(
-                "generate() with num_beams=1 under capture()",
-                f"num_beams={beams}, which moves texts between rows",
-            )
-        )
+    require(
+        beams <= 1,
+        "generate() with num_beams=1 under capture()",
+        f"num_beams={beams}, which moves texts between rows",
+        error=TraceError,
+        field="num_beams",
+    )
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
         if _setting(model, kwargs, name) is not None:
             raise TraceError(
                 expected(
                     "generate() without drafts under capture()",
                     f"{name}, whose rejected tokens are routed too",
-                )
+                ),
+                field=name,
             )

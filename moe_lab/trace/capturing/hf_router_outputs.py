@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lab.errors import TraceError
+from moe_lab.errors import TraceError, require
 from moe_lab.trace.capturing.router_output import Reader, Reading, Seen, triple
 from moe_lab.trace.score_spread import Spread
 
@@ -41,8 +41,12 @@ def llama4(module: nn.Module, seen: Seen) -> Reading:
     scores_TE, logits_TE = seen["output"]
     indices_TK = logits_TE.topk(module.top_k, dim=1).indices  # type: ignore[arg-type]
     weights_TK = scores_TE.gather(1, indices_TK)
-    if int((scores_TE > 0).sum()) > int((weights_TK > 0).sum()):
-        raise TraceError("expected scores of 0 outside the top k of the logits, got others")
+    require(
+        int((scores_TE > 0).sum()) <= int((weights_TK > 0).sum()),
+        "scores of 0 outside the top k of the logits",
+        "others",
+        error=TraceError,
+    )
     return Reading(indices_TK, weights_TK.detach(), logits_TE.detach())
 
 
@@ -56,10 +60,12 @@ def switch(module: nn.Module, seen: Seen) -> Reading:
     probabilities = logits_TE.softmax(dim=-1, dtype=module.dtype).to(weight_T1.dtype)  # type: ignore[arg-type]
     selected_T1 = probabilities.argmax(dim=1, keepdim=True)
     ran_T1 = mask_TE.gather(1, selected_T1) > 0
-    if bool((mask_TE.sum(dim=1, keepdim=True) != ran_T1).any()):
-        raise TraceError(
-            "expected a dispatch mask that marks the most probable expert or none, got others"
-        )
+    require(
+        not bool((mask_TE.sum(dim=1, keepdim=True) != ran_T1).any()),
+        "a dispatch mask that marks the most probable expert or none",
+        "others",
+        error=TraceError,
+    )
     return Reading(
         torch.where(ran_T1, selected_T1, -1),
         torch.where(ran_T1, weight_T1, torch.zeros_like(weight_T1)),
@@ -81,8 +87,12 @@ def nllb(module: nn.Module, seen: Seen) -> Reading:
         probabilities.argmax(dim=1, keepdim=True),
     )
     others_TE = weights_TE.scatter(1, first_T1, 0.0)
-    if int((others_TE > 0).sum(dim=1).max()) > 1:
-        raise TraceError("expected combining weights of at most two experts, got more")
+    require(
+        int((others_TE > 0).sum(dim=1).max()) <= 1,
+        "combining weights of at most two experts",
+        "more",
+        error=TraceError,
+    )
     second_ran_T1 = (others_TE > 0).any(dim=1, keepdim=True)
     wanted_T1 = logits_TE.scatter(1, first_T1, -torch.inf).argmax(dim=1, keepdim=True)
     second_T1 = torch.where(second_ran_T1, others_TE.argmax(dim=1, keepdim=True), wanted_T1)
@@ -115,10 +125,12 @@ def zaya(module: Any, seen: Seen) -> Reading:
     probabilities = logits_TE.softmax(dim=-1)
     chosen_TK = (probabilities.float() + module.balancing_biases).topk(module.top_k, dim=-1).indices
     skipped_TK = chosen_TK == module.num_experts
-    if not torch.equal(chosen_TK.masked_fill(skipped_TK, 0), indices_TK):
-        raise TraceError(
-            "expected the returned ids to be the top k of the biased probabilities, got others"
-        )
+    require(
+        torch.equal(chosen_TK.masked_fill(skipped_TK, 0), indices_TK),
+        "the returned ids to be the top k of the biased probabilities",
+        "others",
+        error=TraceError,
+    )
     return Reading(chosen_TK, weights_TK, logits_TE)
 
 

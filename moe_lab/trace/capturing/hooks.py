@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.trace.capturing.find_routers import paths_above
 from moe_lab.trace.capturing.model_inputs import Inputs
 from moe_lab.trace.capturing.site import Site
@@ -177,13 +177,13 @@ def unchanged(running: Pass, sites: Sequence[Site]) -> None:
     """Raise ``TraceError`` where the model wrote into what a router returned during the pass."""
     for tensor, version, place in running.versions:
         with suppress(RuntimeError):
-            if tensor._version != version:
-                raise TraceError(
-                    expected(
-                        f"the outputs of {sites[place].name!r} to stay as they were returned",
-                        "outputs changed in place",
-                    )
-                )
+            require(
+                tensor._version == version,
+                f"the outputs of {sites[place].name!r} to stay as they were returned",
+                "outputs changed in place",
+                error=TraceError,
+                field="outputs",
+            )
 
 
 def _around(names: Sequence[str]) -> list[str]:

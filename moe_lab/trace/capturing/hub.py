@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moe_lab.document_pass import length_batches, pad_right
-from moe_lab.errors import CorpusError, TraceError, expected
+from moe_lab.errors import CorpusError, TraceError, expected, require
 from moe_lab.text import Corpus, TokenizedDocument, token_classes
 from moe_lab.trace.capturing.fingerprints import corpus_hash, rank_folder
 from moe_lab.trace.capturing.long_documents import cache_that_joins, parts, run_part
@@ -98,9 +98,13 @@ def trace_pretrained(
     model, tokenizer = load_pretrained(model_id, loading)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     documents, notes = tokenized(corpus, tokenizer, max_tokens, positions)
-    if not documents:
-        what = "a document of at least two tokens"
-        raise CorpusError(expected(what, "none", "longer text, or a larger --max-tokens"))
+    require(
+        documents,
+        "a document of at least two tokens",
+        "none",
+        "longer text, or a larger --max-tokens",
+        error=CorpusError,
+    )
     if corpus.num_repeated:
         notes.append(f"Left out for repeating another document's text: {corpus.num_repeated}.")
     causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
@@ -197,10 +201,13 @@ def load_pretrained(model_id: str | Path, loading: Loading) -> tuple[Any, Any]:
     source = {"local_files_only": local, "trust_remote_code": loading.trust_remote_code}
     dtype = loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype)
     try:
-        if not loading.trust_remote_code and _needs_code(model_id, local):
-            got = f"{model_id}, which needs Python code that came with it (auto_map)"
-            hint = "--trust-remote-code if you trust that code"
-            raise TraceError(expected("a model that transformers knows", got, hint))
+        require(
+            loading.trust_remote_code or not _needs_code(model_id, local),
+            "a model that transformers knows",
+            f"{model_id}, which needs Python code that came with it (auto_map)",
+            "--trust-remote-code if you trust that code",
+            error=TraceError,
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         config = AutoConfig.from_pretrained(name, **source)
         remote = getattr(config, "auto_map", None) or {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, require
 from moe_lab.trace.capturing.model_inputs import Inputs
 
 
@@ -90,10 +90,13 @@ class Numbering:
         if self.given is not None:  # numbered by the caller, perhaps the next part of the same
             same = np.array_equal(self.given[0], rows.doc) and inputs.past == rows.fed
             return rows if same else None
-        if inputs.past and inputs.past < rows.fed:
-            got = f"one cut back to {inputs.past}"
-            hint = "num_beams=1 and no assistant model: otherwise rows change places"
-            raise TraceError(expected(f"a cache of the {rows.fed} tokens that were fed", got, hint))
+        require(
+            not inputs.past or inputs.past >= rows.fed,
+            f"a cache of the {rows.fed} tokens that were fed",
+            f"one cut back to {inputs.past}",
+            "num_beams=1 and no assistant model: otherwise rows change places",
+            error=TraceError,
+        )
         return rows
 
     def _is_replay(self, rows: Rows, ids: np.ndarray | None, length: int) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.trace.background import Background
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.fingerprints import (
@@ -135,7 +135,7 @@ class Capture:
                 self._background.drain()
                 if self._writer is None or not self._phases:
                     what = "a forward pass of the model inside capture()"
-                    raise TraceError(expected(what, "none"))
+                    raise TraceError(expected(what, "none"), field="model")
         except BaseException as failure:
             self._close(type(failure), failure, failure.__traceback__)
             raise
@@ -189,7 +189,8 @@ class Capture:
                     "a decision from every router in a forward pass",
                     f"none from {missing[0]!r}{more}",
                     "only='<pattern of names>' to trace a part",
-                )
+                ),
+                field=missing[0],
             )
         unchanged(running, self.sites)
         if running.inputs.shape is None:
@@ -410,7 +411,10 @@ def capture(
 
 def _array(values: Any) -> np.ndarray:
     array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        got = f"{array.dtype} of shape {list(array.shape)}"
-        raise TraceError(expected("integers [batch] or [batch, sequence]", got))
+    require(
+        array.dtype.kind in "iu" and array.ndim in (1, 2),
+        "integers [batch] or [batch, sequence]",
+        f"{array.dtype} of shape {list(array.shape)}",
+        error=TraceError,
+    )
     return array

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.routing.config import ScoreFunc
 from moe_lab.trace.capturing.router_output import (
     Reader,
@@ -107,10 +107,18 @@ class Site:
                 what = "the number of experts from the configuration or from logits"
                 raise TraceError(expected(what, "neither"))
             self.num_experts = width - self.num_zero_experts
-        if width not in (None, self.num_choices):
-            raise TraceError(expected(f"logits of {self.num_choices} experts as configured", width))
-        if slots > (self.top_k or slots):
-            raise TraceError(expected(f"at most top_k = {self.top_k} slots as configured", slots))
+        require(
+            width in (None, self.num_choices),
+            f"logits of {self.num_choices} experts as configured",
+            width,
+            error=TraceError,
+        )
+        require(
+            slots <= (self.top_k or slots),
+            f"at most top_k = {self.top_k} slots as configured",
+            slots,
+            error=TraceError,
+        )
         self._infer_score_func(reading)
 
     def _infer_score_func(self, reading: Reading) -> None:

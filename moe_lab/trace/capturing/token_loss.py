@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lab.document_pass import IGNORE, token_losses
 from moe_lab.errors import TraceError, expected
 from moe_lab.trace.capturing.model_inputs import Inputs
 from moe_lab.trace.capturing.numbering import Labels
@@ -52,34 +52,23 @@ class TokenLoss:
             )
         batch, length = ids_BS.shape
         known = length - logits_BSV.shape[1]  # position of the first logits
-        real_BS = (
-            torch.ones_like(ids_BS, dtype=torch.bool)
-            if labels.keep is None
-            else torch.from_numpy(labels.keep).view(batch, length)
+        real_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        if labels.keep is not None:
+            real_BS = torch.from_numpy(labels.keep).view(batch, length).to(ids_BS.device)
+        targets_BS = ids_BS.masked_fill(~real_BS, IGNORE)
+        losses = np.full((batch, length), np.nan, np.float32)
+        losses[:, known + 1 :] = token_losses(
+            logits_BSV[:, :-1],
+            targets_BS[:, known + 1 :].masked_fill(~real_BS[:, known:-1], IGNORE),
         )
-        real_BS = real_BS.to(ids_BS.device)
-        losses = torch.full((batch, length), float("nan"), device=ids_BS.device)
-        with torch.no_grad():
-            # One row at a time: the log-softmaxes of a batch can be larger than the model.
-            for row in range(batch):
-                nats = F.cross_entropy(
-                    logits_BSV[row, :-1].float(), ids_BS[row, known + 1 :], reduction="none"
-                )
-                losses[row, known + 1 :] = torch.where(
-                    real_BS[row, known + 1 :] & real_BS[row, known:-1], nats, torch.nan
-                )
-            if labels.continues and self._last_BV is not None and len(self._last_BV) == batch:
-                first = F.cross_entropy(self._last_BV.float(), ids_BS[:, 0], reduction="none")
-                losses[:, 0] = (
-                    torch.where(real_BS[:, 0], first, torch.nan)
-                    if length == 1 or bool(real_BS[:, 0].all())
-                    else losses[:, 0]
-                )
-            last = (torch.arange(length, device=ids_BS.device) * real_BS).amax(dim=1)
-            self._last_BV = logits_BSV[
-                torch.arange(batch, device=ids_BS.device), (last - known).clamp_min(0)
-            ].clone()
-        return losses.cpu().numpy()
+        last_BV = self._last_BV if length == 1 or bool(real_BS[:, 0].all()) else None
+        if labels.continues and last_BV is not None and len(last_BV) == batch:
+            losses[:, :1] = token_losses(last_BV[:, None], targets_BS[:, :1])
+        last_B = (torch.arange(length, device=ids_BS.device) * real_BS).amax(dim=1)
+        self._last_BV = logits_BSV[
+            torch.arange(batch, device=ids_BS.device), (last_B - known).clamp_min(0)
+        ].detach()
+        return losses
 
     def _in_chunks(self, head: Head, output: Any, inputs: Inputs, labels: Labels) -> np.ndarray:
         """The same from hidden states: logits of a few positions at a time, whatever the length."""
@@ -92,9 +81,7 @@ class TokenLoss:
             real_BS = labels.keep.reshape(batch, length)
         last_BV, self._last_BV = self._last_BV, None
         if labels.continues and last_BV is not None and bool(real_BS[:, 0].all()):
-            first_B = ids_BS[:, 0].to(last_BV.device)
-            nats = F.cross_entropy(last_BV.float(), first_B, reduction="none")
-            losses[:, 0] = nats.cpu().numpy()
+            losses[:, :1] = token_losses(last_BV[:, None], ids_BS[:, :1])
         ends = [int(row.nonzero()[0].max(initial=0)) for row in real_BS]
         if inputs.past is not None:  # a cache was given: another part may follow
             last = [head(output, row, slice(end, end + 1)) for row, end in enumerate(ends)]
@@ -106,9 +93,8 @@ class TokenLoss:
                 chosen = slice(start, min(start + step, end))
                 logits_NV = head(output, row, chosen)
                 step = max(1, CHUNK_LOGITS // logits_NV.shape[-1])
-                following = ids_BS[row, chosen.start + 1 : chosen.stop + 1].to(logits_NV.device)
-                nats = F.cross_entropy(logits_NV.float(), following, reduction="none")
-                losses[row, chosen.start + 1 : chosen.stop + 1] = nats.cpu().numpy()
+                following = slice(chosen.start + 1, chosen.stop + 1)
+                losses[row, following] = token_losses(logits_NV[None], ids_BS[[row], following])[0]
                 start = chosen.stop
         both = real_BS[:, 1:] & real_BS[:, :-1]
         losses[:, 1:][~both] = np.nan

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import ConfigError, TraceError, expected
+from moe_lab.errors import ConfigError, TraceError, expected, require
 from moe_lab.hf.configuration import router_sizes
 from moe_lab.json_input import list_of, whole
 from moe_lab.trace.importing.expert_counts import counts
@@ -119,8 +119,7 @@ def import_trace(
     except ValueError:
         raise TraceError(expected(f"a source among {', '.join(ImportKind)}", repr(kind))) from None
     src = Path(src)
-    if not src.exists():
-        raise TraceError(expected(f"a file or folder at {src}", "none"))
+    require(src.exists(), f"a file or folder at {src}", "none", error=TraceError)
     given = {
         "num_experts": num_experts,
         "num_zero_experts": num_zero_experts,
@@ -160,8 +159,12 @@ def _sizes(config: Any, given: dict[str, Any], model: str) -> Sizes:
     }
     if "layers" in checked:
         numbers = tuple(checked["layers"])
-        if not numbers or len(set(numbers)) < len(numbers):
-            raise TraceError(expected("layers that are different numbers", list(numbers)[:20]))
+        require(
+            numbers and len(set(numbers)) >= len(numbers),
+            "layers that are different numbers",
+            list(numbers)[:20],
+            error=TraceError,
+        )
         checked["layers"] = numbers
     return replace(known, model=model, **checked)
 
@@ -276,15 +279,20 @@ def _layers(
     if experts is None:
         what = "the number of experts, which this source does not hold"
         raise TraceError(expected(what, "none", "config= or num_experts="))
-    if source.num_experts and sizes.num_experts and source.num_experts != sizes.num_experts:
-        what = f"{sizes.num_experts} experts as configured"
-        raise TraceError(expected(what, f"a source of {source.num_experts}"))
+    require(
+        not source.num_experts or not sizes.num_experts or source.num_experts == sizes.num_experts,
+        f"{sizes.num_experts} experts as configured",
+        f"a source of {source.num_experts}",
+        error=TraceError,
+    )
     top_k = source.top_k or sizes.top_k or slots
-    if slots > top_k:
-        what = f"at most top_k = {top_k} slots as configured"
-        raise TraceError(expected(what, f"a source of {slots}"))
-    if not 0 < rows <= MAX_LAYERS:
-        raise TraceError(expected(f"routes of 1 to {MAX_LAYERS} layers", rows))
+    require(
+        slots <= top_k,
+        f"at most top_k = {top_k} slots as configured",
+        f"a source of {slots}",
+        error=TraceError,
+    )
+    require(0 < rows <= MAX_LAYERS, f"routes of 1 to {MAX_LAYERS} layers", rows, error=TraceError)
     looped = sizes.visits if rows == len(sizes.visits) and not source.layers else ()
     numbers = source.layers or (None if looped else sizes.layers) or tuple(range(rows))
     places = list(range(rows)) if len(numbers) == rows else sizes.places(rows)

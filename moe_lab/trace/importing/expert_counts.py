@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.json_input import mapping, optional, whole, wrong
 from moe_lab.trace.importing.read_files import (
     check_expansion,
@@ -88,8 +88,7 @@ def source_of_counts(
         what = "the number of slots behind the counts"
         raise TraceError(expected(what, "none", "config= or top_k="))
     shapes = {table.shape for table in tables.values()}
-    if len(shapes) != 1:
-        raise TraceError(expected("tables of one size", sorted(shapes)))
+    require(len(shapes) == 1, "tables of one size", sorted(shapes), error=TraceError)
     (rows, experts) = next(iter(shapes))
     places = sizes.places(rows) if layers is None else None
     named = layers or (tuple(sizes.layers) if sizes.layers and len(sizes.layers) == rows else None)
@@ -101,9 +100,13 @@ def source_of_counts(
         for name, table in tables.items()
     }
     total = sum(numbers.values()) * len(next(iter(tables.values())))
-    if total > MAX_ROWS:
-        what = f"counts of at most {MAX_ROWS:,} rows (tokens x layers)"
-        raise TraceError(expected(what, f"{total:,}", "counts of fewer tokens"))
+    require(
+        total <= MAX_ROWS,
+        f"counts of at most {MAX_ROWS:,} rows (tokens x layers)",
+        f"{total:,}",
+        "counts of fewer tokens",
+        error=TraceError,
+    )
     return Source(
         _made_up(tables, numbers, slots),
         experts - sizes.num_zero_experts,
@@ -118,9 +121,12 @@ def source_of_counts(
 def _without_dense(domain: str, table: np.ndarray, places: list[int]) -> np.ndarray:
     """The rows of the sparse layers; the dense layers' must be zeros."""
     dense = np.delete(table, places, axis=0)
-    if dense.any():
-        got = f"counts in {int(dense.any(axis=1).sum())} dense layers of {domain or 'the table'}"
-        raise TraceError(expected("rows of zeros outside the MoE layers", got))
+    require(
+        not dense.any(),
+        "rows of zeros outside the MoE layers",
+        f"counts in {int(dense.any(axis=1).sum())} dense layers of {domain or 'the table'}",
+        error=TraceError,
+    )
     return table[places]
 
 
@@ -217,9 +223,12 @@ def _of_arrays(src: Path, sizes: Sizes) -> Counts:
     arrays = read_arrays(src)
     tables = [array for name, array in arrays.items() if name not in ("layers", "tokens", "step")]
     fitting = [array for array in tables if array.dtype.kind in "iuf" and 1 <= array.ndim <= 3]
-    if not fitting:
-        what = f"integer counts [layers, experts] or [domains, layers, experts] in {src.name}"
-        raise TraceError(expected(what, "none"))
+    require(
+        fitting,
+        f"integer counts [layers, experts] or [domains, layers, experts] in {src.name}",
+        "none",
+        error=TraceError,
+    )
     widest = max(fitting, key=lambda array: array.ndim)
     table = np.atleast_2d(integers(src.name, widest, 1, 2, 3))
     layers = _numbers(src.name, arrays.get("layers"), table.shape[-2])
@@ -238,8 +247,12 @@ def _numbers(where: str, array: np.ndarray | None, rows: int) -> tuple[int, ...]
     if array is None:
         return None
     numbers = tuple(int(number) for number in integers(f"{where}: layers", array, 1))
-    if len(set(numbers)) != rows or len(numbers) != rows:
-        raise TraceError(expected(f"{rows} different layers in {where}", len(set(numbers))))
+    require(
+        len(set(numbers)) == rows and len(numbers) == rows,
+        f"{rows} different layers in {where}",
+        len(set(numbers)),
+        error=TraceError,
+    )
     return numbers
 
 
@@ -250,17 +263,22 @@ def _of_csv(src: Path, sizes: Sizes) -> Counts:
         where = f"{src.name}, line {number}"
         values = [_cell(where, row, name) for name in ("layer", "expert", "count")]
         key = (str(row.get("domain") or ""), values[0], values[1])
-        if key in entries:
-            raise TraceError(f"{where}: " + expected("each layer and expert once", "a repetition"))
+        require(
+            key not in entries,
+            "each layer and expert once",
+            "a repetition",
+            error=TraceError,
+            where=where,
+        )
         entries[key] = values[2]
-    if not entries:
-        raise TraceError(expected(f"a line with counts in {src.name}", "none"))
+    require(entries, f"a line with counts in {src.name}", "none", error=TraceError)
     layers = tuple(sorted({layer for _, layer, _ in entries}))
     listed = max(expert for _, _, expert in entries) + 1
     known = None if sizes.num_experts is None else sizes.num_experts + sizes.num_zero_experts
     experts = known or listed
-    if listed > experts:
-        raise TraceError(expected(f"experts below {experts} in {src.name}", listed - 1))
+    require(
+        listed <= experts, f"experts below {experts} in {src.name}", listed - 1, error=TraceError
+    )
     names = dict.fromkeys(domain for domain, _, _ in entries)
     tables = {name: np.zeros((len(layers), experts), np.int64) for name in names}
     place = {layer: number for number, layer in enumerate(layers)}
@@ -274,11 +292,21 @@ def _of_csv(src: Path, sizes: Sizes) -> Counts:
 
 def _cell(where: str, row: Mapping[str, str], name: str) -> int:
     value = (row.get(name) or "").strip()
-    if not re.fullmatch(r"\d{1,15}(\.0*)?", value):
-        raise TraceError(f"{where}: " + expected(f"a whole number as {name}", repr(value[:40])))
+    require(
+        re.fullmatch(r"\d{1,15}(\.0*)?", value),
+        f"a whole number as {name}",
+        repr(value[:40]),
+        error=TraceError,
+        where=where,
+    )
     number = int(float(value))
-    if name != "count" and number > 99_999:
-        raise TraceError(f"{where}: " + expected(f"{name} of at most 99,999", number))
+    require(
+        name == "count" or number <= 99_999,
+        f"{name} of at most 99,999",
+        number,
+        error=TraceError,
+        where=where,
+    )
     return number
 
 
@@ -317,9 +345,12 @@ def _by_domain(where: str, values: Mapping[str, Any], model: str) -> Counts:
     if values and all(isinstance(item, dict) and _is_table(item) for item in values.values()):
         tables = {name: _layered(f"{where}: {name}", table) for name, table in values.items()}
         numbers = {layers for layers, _ in tables.values()}
-        if len(numbers) > 1:
-            what = f"the same layers in every domain of {where}"
-            raise TraceError(expected(what, f"{len(numbers)} sets of layers"))
+        require(
+            len(numbers) <= 1,
+            f"the same layers in every domain of {where}",
+            f"{len(numbers)} sets of layers",
+            error=TraceError,
+        )
         return Counts({name: table for name, (_, table) in tables.items()}, numbers.pop())
     if not isinstance(values.get(model), dict):
         names = ", ".join(map(str, values))[:200]
@@ -372,8 +403,11 @@ def _row(where: str, values: Any) -> Any:
         return values
     number = whole()
     experts = {str(place) for place in range(len(values))}
-    if set(values) != experts:
-        raise TraceError(
-            f"{where}: " + expected(f"each expert from 0 to {len(values) - 1}", "other names")
-        )
+    require(
+        set(values) == experts,
+        f"each expert from 0 to {len(values) - 1}",
+        "other names",
+        error=TraceError,
+        where=where,
+    )
     return [number(values[str(place)], f"{where}: {place}") for place in range(len(values))]

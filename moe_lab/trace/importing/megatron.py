@@ -14,7 +14,7 @@ from reprlib import repr as short
 
 import numpy as np
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.json_input import anything, record, whole
 from moe_lab.trace.importing.read_files import ids, read_lines
 from moe_lab.trace.importing.records import Document, Sizes, Source
@@ -52,12 +52,14 @@ def _documents(files: list[Path]) -> Iterator[Document]:
         if (first := next(_steps(path), None)) is not None:
             stages.setdefault(tuple(sorted(first[1])), []).append(path)
     layers = [layer for stage in stages for layer in stage]
-    if len(set(layers)) < len(layers) or len({len(ranks) for ranks in stages.values()}) > 1:
-        what = "ranks with the same layers, or as many for each stage of a pipeline"
-        got = ", ".join(
+    require(
+        len(set(layers)) >= len(layers) and len({len(ranks) for ranks in stages.values()}) <= 1,
+        "ranks with the same layers, or as many for each stage of a pipeline",
+        ", ".join(
             f"{len(ranks)} ranks of layers {short(stage)}" for stage, ranks in stages.items()
-        )
-        raise TraceError(expected(what, got))
+        ),
+        error=TraceError,
+    )
     seen: set[bytes] = set()
     for ranks in zip(*stages.values(), strict=True):
         for steps in zip_longest(*(_steps(path) for path in ranks)):
@@ -75,14 +77,22 @@ def _one_step(names: list[str], stages: list[tuple[int, ...]], steps: tuple) -> 
         raise TraceError(expected(f"the same steps in {', '.join(names)}", "others"))
     merged: dict[int, np.ndarray] = {}
     for name, stage, (step, layers) in zip(names, stages, steps, strict=True):
-        if tuple(sorted(layers)) != stage:
-            what = f"layers {short(stage)} as in the first step"
-            raise TraceError(f"{name}, step {step}: " + expected(what, short(sorted(layers))))
+        require(
+            tuple(sorted(layers)) == stage,
+            f"layers {short(stage)} as in the first step",
+            short(sorted(layers)),
+            error=TraceError,
+            where=f"{name}, step {step}",
+        )
         merged |= layers
     shapes = {layer: array.shape for layer, array in merged.items()}
-    if len(set(shapes.values())) > 1:
-        what = "the same tokens and slots in every layer"
-        raise TraceError(f"{names[0]}, step {steps[0][0]}: " + expected(what, short(shapes)))
+    require(
+        len(set(shapes.values())) <= 1,
+        "the same tokens and slots in every layer",
+        short(shapes),
+        error=TraceError,
+        where=f"{names[0]}, step {steps[0][0]}",
+    )
     return np.stack([merged[layer] for layer in sorted(merged)], axis=1)
 
 
@@ -96,9 +106,13 @@ def _steps(path: Path) -> Iterator[Step]:
         shape = (values["num_tokens"], values["topk"])
         rows = values["top_indices"] if shape[0] else np.zeros((0, shape[1]), np.int64)
         chosen = ids(where, rows, 2)
-        if chosen.shape != shape:
-            what = f"top_indices of shape {list(shape)}"
-            raise TraceError(f"{where}: " + expected(what, list(chosen.shape)))
+        require(
+            chosen.shape == shape,
+            f"top_indices of shape {list(shape)}",
+            list(chosen.shape),
+            error=TraceError,
+            where=where,
+        )
         if values["step"] != current and current is not None:
             yield current, _concatenated(layers)
             layers = {}

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.json_input import Schema, mapping, parse_json, read_json_file
 
 MAX_LINE_BYTES = 2**27
@@ -129,10 +129,13 @@ def integers(where: str, value: Any, *dimensions: int) -> np.ndarray:
         raise TraceError(f"{where}: " + expected("rows of one length", _line(error))) from None
     if array.dtype.kind == "f" and array.size and bool((array == np.floor(array)).all()):
         array = array.astype(np.int64) if np.abs(array).max() < 2**53 else array
-    if array.dtype.kind not in "iu" or array.ndim not in dimensions:
-        what = f"integers of {' or '.join(map(str, dimensions))} dimensions"
-        got = f"{array.dtype} of shape {list(array.shape)}"
-        raise TraceError(f"{where}: " + expected(what, got))
+    require(
+        array.dtype.kind in "iu" and array.ndim in dimensions,
+        f"integers of {' or '.join(map(str, dimensions))} dimensions",
+        f"{array.dtype} of shape {list(array.shape)}",
+        error=TraceError,
+        where=where,
+    )
     return array
 
 
@@ -147,8 +150,7 @@ def ids(where: str, value: Any, *dimensions: int) -> np.ndarray:
 
 def check_file(path: Path) -> int:
     """Its size; raises ``TraceError`` for what is no regular file or too large."""
-    if not path.is_file():
-        raise TraceError(expected(f"a file at {path}", "none"))
+    require(path.is_file(), f"a file at {path}", "none", error=TraceError)
     if (size := path.stat().st_size) > MAX_BYTES:
         what = f"{path.name} of at most {MAX_BYTES} bytes"
         raise TraceError(expected(what, size, "several smaller files"))
@@ -160,14 +162,16 @@ def _check_header(where: str, file: BinaryIO | Any, size: int) -> None:
     old = np.lib.format.read_magic(file) == (1, 0)
     read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
-    if dtype.hasobject:
-        raise TraceError(expected(f"plain numbers in {where}", "pickled objects"))
+    require(not dtype.hasobject, f"plain numbers in {where}", "pickled objects", error=TraceError)
     promised = dtype.itemsize
     for length in shape:
         promised *= int(length)
-    if promised > size or min(shape, default=0) < 0:
-        what = f"{promised} bytes of data in {where} as its header says"
-        raise TraceError(expected(what, f"a file of {size}"))
+    require(
+        promised <= size and min(shape, default=0) >= 0,
+        f"{promised} bytes of data in {where} as its header says",
+        f"a file of {size}",
+        error=TraceError,
+    )
 
 
 def _unreadable(what: str, where: str, error: Exception) -> TraceError:

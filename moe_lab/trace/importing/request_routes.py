@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.json_input import anything, list_of, mapping, one_of, optional, record, text, whole
 from moe_lab.trace.importing import read_files
 from moe_lab.trace.importing.expert_counts import source_of_counts, sum_of_recorded_counts
@@ -89,8 +89,7 @@ def find_files(src: Path, suffixes: tuple[str, ...], missing: bool = True) -> li
     """``src``, or the files in it, of these types, rank2 before rank10."""
     files = [src] if src.is_file() else [path for path in src.iterdir() if path.is_file()]
     files = [path for path in files if path.suffix in suffixes]
-    if not files and missing:
-        raise TraceError(expected(f"{' or '.join(suffixes)} at {src}", "none"))
+    require(files or not missing, f"{' or '.join(suffixes)} at {src}", "none", error=TraceError)
     return sorted(files, key=lambda path: _natural(path.name))
 
 
@@ -109,14 +108,17 @@ def _document(number: int, where: str, routes: list, token_ids: Any, sizes: Size
     parts = [_routes(where, part, count, sizes) for part in routes]
     start = next((part["start"] for part in routes if isinstance(part, dict)), 0)
     shapes = {part.shape[1:] for part in parts}
-    if len(shapes) > 1:
-        raise TraceError(f"{where}: " + expected("routes of one size", sorted(shapes)))
+    require(len(shapes) <= 1, "routes of one size", sorted(shapes), error=TraceError, where=where)
     ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if tokens is not None:
         tokens = tokens[start:]
-        if len(tokens) - len(ids) not in (0, 1):
-            what = f"routes of {len(tokens)} tokens, or of all but the last"
-            raise TraceError(f"{where}: " + expected(what, len(ids)))
+        require(
+            len(tokens) - len(ids) in (0, 1),
+            f"routes of {len(tokens)} tokens, or of all but the last",
+            len(ids),
+            error=TraceError,
+            where=where,
+        )
     return Document(number, start, ids, token_ids=tokens, where=where)
 
 
@@ -192,10 +194,8 @@ def _routes(where: str, routes: Any, tokens: int | None, sizes: Sizes) -> np.nda
         raise TraceError(f"{where}: " + expected(what, "none", "config= or top_k="))
     layers = _layers_of(len(flat), tokens, sizes)
     if not layers or len(flat) % (layers * sizes.top_k):
-        what = f"routes [tokens, layers, {sizes.top_k}]"
-        raise TraceError(
-            f"{where}: " + expected(what, f"{len(flat)} numbers", "config= or layers=")
-        )
+        what, got = f"routes [tokens, layers, {sizes.top_k}]", f"{len(flat)} numbers"
+        raise TraceError(f"{where}: " + expected(what, got, "config= or layers="))
     return read_files.ids(where, flat.reshape(-1, layers, sizes.top_k), 3)
 
 
@@ -209,8 +209,13 @@ def _decoded(where: str, encoded: str) -> bytes:
 
 def _raw(where: str, data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
     """Numbers without a header."""
-    if not re.fullmatch(r"u?int(8|16|32|64)", dtype):
-        raise TraceError(f"{where}: " + expected("dtype of integers, such as int32", repr(dtype)))
+    require(
+        re.fullmatch(r"u?int(8|16|32|64)", dtype),
+        "dtype of integers, such as int32",
+        repr(dtype),
+        error=TraceError,
+        where=where,
+    )
     try:
         return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)
     except ValueError:
@@ -250,8 +255,7 @@ def _route_log(path: Path, sizes: Sizes) -> Source:
         for where, values in read_lines(path)
         if values.get("type", "route") == "route"
     ]
-    if not routes:
-        raise TraceError(expected(f"a route in {path.name}", "none"))
+    require(routes, f"a route in {path.name}", "none", error=TraceError)
     layers = tuple(sorted({route["layer"] for _, route in routes}))
     slots = header.get("top_k") or sizes.top_k or max(len(route["topk_ids"]) for _, route in routes)
     weighted = all(route["topk_weights"] is not None for _, route in routes)
@@ -288,9 +292,13 @@ def _logged(
         for where, route in lines:
             place = (route["token_idx"] - first, layers.index(route["layer"]))
             chosen = route["topk_ids"]
-            if filled[place] or len(chosen) > slots:
-                what = f"each token and layer once, with at most {slots} slots"
-                raise TraceError(f"{where}: " + expected(what, "another line"))
+            require(
+                not filled[place] and len(chosen) <= slots,
+                f"each token and layer once, with at most {slots} slots",
+                "another line",
+                error=TraceError,
+                where=where,
+            )
             filled[place], ids[place][: len(chosen)] = True, chosen
             if weights is not None:
                 weights[place][: len(chosen)] = _weights(where, route, len(chosen))
@@ -302,8 +310,9 @@ def _weights(where: str, route: dict[str, Any], count: int) -> np.ndarray:
         values = np.asarray(route["topk_weights"], np.float32)
     except (TypeError, ValueError):
         values = np.zeros(0)
-    if values.shape != (count,):
-        raise TraceError(f"{where}: " + expected(f"{count} topk_weights", "others"))
+    require(
+        values.shape == (count,), f"{count} topk_weights", "others", error=TraceError, where=where
+    )
     return values
 
 

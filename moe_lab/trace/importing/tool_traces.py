@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.json_input import anything, list_of, mapping, optional, record, text, whole
 from moe_lab.trace.importing.read_files import ids, read_json, read_lines
 from moe_lab.trace.importing.records import Document, Sizes, Source
@@ -56,9 +56,12 @@ def moe_atlas(src: Path, sizes: Sizes) -> Source:
         what = f"layers below {number} and tokens below {tokens} in {src.name}"
         raise TraceError(expected(what, f"{layer.max()} and {token.max()}"))
     row = np.searchsorted(layers, layer) * tokens + token
-    if (np.bincount(row, minlength=len(layers) * tokens) != slots).any():
-        what = f"{slots} activations for each token and layer in {src.name}"
-        raise TraceError(expected(what, "other numbers"))
+    require(
+        not (np.bincount(row, minlength=len(layers) * tokens) != slots).any(),
+        f"{slots} activations for each token and layer in {src.name}",
+        "other numbers",
+        error=TraceError,
+    )
     order, shape = np.lexsort((-weight, token, layer)), (len(layers), tokens, slots)
     chosen, weights = (
         values[order].reshape(shape).transpose(1, 0, 2) for values in (expert, weight)
@@ -85,10 +88,12 @@ def _columns(name: str, activations: list[dict[str, Any]]) -> list[np.ndarray]:
         if field != "gate_weight":
             columns.append(ids(where, values, 1))
             continue
-        if not all(type(value) in (int, float) for value in values):
-            raise TraceError(
-                expected(f"a number as gate_weight of each activation in {name}", "others")
-            )
+        require(
+            all(type(value) in (int, float) for value in values),
+            f"a number as gate_weight of each activation in {name}",
+            "others",
+            error=TraceError,
+        )
         columns.append(np.array(values, np.float64).astype(np.float32))
     return columns
 
@@ -99,18 +104,23 @@ def stratamoe(src: Path, sizes: Sizes) -> Source:
     """
     path = src / "router-trace.v2.json" if src.is_dir() else src
     raw = mapping(read_json(path), path.name)
-    if raw.get("version") != 2:
-        raise TraceError(
-            expected(f"a router trace of version 2 in {path.name}", repr(raw.get("version"))[:40])
-        )
+    require(
+        raw.get("version") == 2,
+        f"a router trace of version 2 in {path.name}",
+        repr(raw.get("version"))[:40],
+        error=TraceError,
+    )
     values = _STRATAMOE(raw, path.name)
     selections = ids(f"{path.name}: selections", values["selections"], 3)
     experts, slots, layers, tokens = (
         values[name] for name in ("expertsPerLayer", "topK", "layers", "tokens")
     )
-    if selections.shape != (tokens, layers, slots):
-        what = f"selections of shape {[tokens, layers, slots]} in {path.name}"
-        raise TraceError(expected(what, list(selections.shape)))
+    require(
+        selections.shape == (tokens, layers, slots),
+        f"selections of shape {[tokens, layers, slots]} in {path.name}",
+        list(selections.shape),
+        error=TraceError,
+    )
     source = values["source"] or {"model": {}, "workload": {}, "software": {}, "tokenizer": {}}
     model, scenario, seed = source["model"], values.get("scenario"), values.get("seed")
     return Source(

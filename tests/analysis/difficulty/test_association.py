@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from refusals import refused
 from scipy import stats
 from simulated_routers import (
     Corpus,
@@ -19,7 +20,7 @@ from single_cue_routers import cue_corpus, cue_verdicts, false_verdicts
 from moe_lab.analysis import difficulty_association
 from moe_lab.analysis.difficulty.alignment import since
 from moe_lab.analysis.difficulty.context import copied_suffix
-from moe_lab.errors import AnalysisError, ConfigError
+from moe_lab.errors import AnalysisError
 
 COLUMNS = [
     "layer",
@@ -372,22 +373,15 @@ def test_other_notions_of_compute_are_columns(routed):
 
 
 def test_what_cannot_be_computed_is_refused_in_one_sentence(routed):
-    with pytest.raises(
-        AnalysisError,
-        match=r"expected a frame with columns layer, doc, pos, token_id, ffn_count, hard, "
-        r"got none named hard",
-    ):
+    with refused("hard", AnalysisError):
         difficulty_association(routed, "hard")
-    with pytest.raises(
-        AnalysisError,
-        match=r"layer 2: expected each \(doc, pos\) once, got repeated ones",
-    ):
+    with refused("pos", AnalysisError):
         difficulty_association(pl.concat([routed, routed]), "difficulty")
-    with pytest.raises(AnalysisError, match=r"expected numbers, got String in column 'difficulty'"):
+    with refused("difficulty", AnalysisError):
         difficulty_association(
             routed.with_columns(pl.col("difficulty").cast(pl.String)), "difficulty"
         )
-    with pytest.raises(ConfigError, match=r"expected at least 100 resamples, got 10"):
+    with refused("resamples"):
         difficulty_association(routed, "difficulty", resamples=10)
 
 

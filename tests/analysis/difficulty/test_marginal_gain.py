@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
 from moe_lab.analysis import marginal_gain
 from moe_lab.analysis.difficulty import (
@@ -15,7 +16,7 @@ from moe_lab.analysis.difficulty import (
 )
 from moe_lab.analysis.difficulty.gain import shifted
 from moe_lab.analysis.difficulty.scored_documents import score
-from moe_lab.errors import AnalysisError, ConfigError
+from moe_lab.errors import AnalysisError
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 
@@ -105,10 +106,7 @@ def test_gain_is_loss_with_less_minus_loss_with_more_per_expert(documents):
 
 
 def test_a_fixed_k_has_no_marginal_gain(documents):
-    with pytest.raises(
-        AnalysisError,
-        match="expected routers with zero-compute experts or a free count, got softmax_topk",
-    ):
+    with refused("routers", AnalysisError):
         marginal_gain(model_of("softmax_topk"), documents)
 
 
@@ -173,8 +171,5 @@ def test_learnability_classes_by_hand():
         "L->L",
     ]
     assert learnability(np.array(losses))[4] == 255
-    with pytest.raises(
-        ConfigError,
-        match=r"expected losses of shape \[tokens, at least 2 checkpoints\], got \[3, 1\]",
-    ):
+    with refused("losses"):
         learnability(np.zeros((3, 1)))
