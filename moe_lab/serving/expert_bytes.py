@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lab.accounting import count
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import LayerMeta
 
 Bytes = float | Mapping[int, float]
@@ -43,8 +43,11 @@ def bytes_by_layer(
     else:
         table = {layer.layer: float(layer.expert_bytes) for layer in layers if layer.expert_bytes}
     missing = [layer.layer for layer in layers if not table.get(layer.layer, 0) > 0]
-    if missing:
-        got = f"none of layers {missing[:5]}"
-        hint = "--config with the model's config.json, or --expert-bytes"
-        raise AnalysisError(expected("the bytes of one expert of each layer", got, hint))
+    require(
+        not missing,
+        "the bytes of one expert of each layer",
+        f"none of layers {missing[:5]}",
+        "--config with the model's config.json, or --expert-bytes",
+        error=AnalysisError,
+    )
     return np.array([round(table[layer.layer]) for layer in layers], np.int64)

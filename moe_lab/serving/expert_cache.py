@@ -209,8 +209,9 @@ class _Replay:
                 fold_R * self._uses.shape[1] + block.items, minlength=self._uses.size
             )
             self._uses += flat.reshape(self._uses.shape)
-        if not self.requests.sum():
-            raise AnalysisError(expected("a trace in which a real expert ran", "none"))
+        require(
+            self.requests.sum(), "a trace in which a real expert ran", "none", error=AnalysisError
+        )
 
     def _add(self, table: Ints, block: Requests, values_S: Ints) -> None:
         cell = block.unit * 2 + block.decode

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import KEY, aligned, by_layer, token_keys
 from moe_lab.analysis.token_groups import token_batches
-from moe_lab.errors import AnalysisError, TraceError, expected
+from moe_lab.errors import AnalysisError, TraceError, expected, require
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.reader import document_runs
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
@@ -173,18 +173,25 @@ def expert_sets(trace: Trace) -> ExpertSets:
 
 def require_tokens(trace: Trace, what: str) -> None:
     """Raise ``AnalysisError`` where the trace has no order of tokens or aliases experts."""
-    if not trace.meta.per_token:
-        got = "one made up from counts, which have no order of tokens"
-        raise AnalysisError(expected(f"a trace of tokens for {what}", got, "moe-lab place"))
+    require(
+        trace.meta.per_token,
+        f"a trace of tokens for {what}",
+        "one made up from counts, which have no order of tokens",
+        "moe-lab place",
+        error=AnalysisError,
+    )
     require_real_experts(trace, what)
 
 
 def require_real_experts(trace: Trace, what: str) -> None:
     """Raise ``AnalysisError`` where zero-compute experts were recorded as real ones."""
-    if not trace.meta.zero_experts_known:
-        got = f"an import ({trace.meta.created_from}) that writes them as expert 0"
-        want = f"a trace that tells zero-compute experts for {what}"
-        raise AnalysisError(expected(want, got, "capture()"))
+    require(
+        trace.meta.zero_experts_known,
+        f"a trace that tells zero-compute experts for {what}",
+        f"an import ({trace.meta.created_from}) that writes them as expert 0",
+        "capture()",
+        error=AnalysisError,
+    )
 
 
 class _Rows:

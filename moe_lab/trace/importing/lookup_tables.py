@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.json_input import whole
 from moe_lab.trace.importing.read_files import check_expansion, check_file
 from moe_lab.trace.importing.records import Document, Sizes, Source
@@ -55,13 +55,20 @@ def route_trace(src: Path, sizes: Sizes) -> Source:
     with.
     """
     first, comments, body = _opened(src)
-    if first != ROUTE_TRACE:
-        raise TraceError(expected(f"{src.name} to begin with {ROUTE_TRACE!r}", repr(first)[:60]))
+    require(
+        first == ROUTE_TRACE,
+        f"{src.name} to begin with {ROUTE_TRACE!r}",
+        repr(first)[:60],
+        error=TraceError,
+    )
     header, bytes_of = _header(src.name, comments)
     slots = header.get("n_expert_used") or sizes.top_k
-    if not slots or not bytes_of:
-        what = f"n_expert_used and a line for each layer in the comments of {src.name}"
-        raise TraceError(expected(what, "neither" if not slots and not bytes_of else "one of them"))
+    require(
+        slots and bytes_of,
+        f"n_expert_used and a line for each layer in the comments of {src.name}",
+        "neither" if not slots and not bytes_of else "one of them",
+        error=TraceError,
+    )
     layers = np.array(sorted(bytes_of))
     return Source(
         _turns(src.name, _frames(src.name, body, _ROUTE), layers, slots),
@@ -90,15 +97,18 @@ def llama_cpp(src: Path, sizes: Sizes) -> Source:
     headed = first.replace(" ", "") == "layer,expert"
     frames = list(_frames(src.name, body, _PAIR, None if headed else first))
     table = pl.concat(frames) if frames else pl.DataFrame(schema=_PAIR)
-    if not table.height:
-        raise TraceError(expected(f"lines of layer and expert in {src.name}", "none"))
+    require(table.height, f"lines of layer and expert in {src.name}", "none", error=TraceError)
     layer, expert, slots = table["layer"].to_numpy(), table["expert"].to_numpy(), sizes.top_k
     layers, place = np.unique(layer, return_inverse=True)
     begins = np.flatnonzero(np.append(True, layer[1:] != layer[:-1]))
     lengths = np.diff(np.append(begins, len(layer)))
-    if (lengths % slots).any() or layers[0] < 0 or layers[-1] > 99_999:
-        what = f"layers from 0 to 99999 and {slots} lines for each token and layer in {src.name}"
-        raise TraceError(expected(what, "others", "another --top-k"))
+    require(
+        not (lengths % slots).any() and layers[0] >= 0 and layers[-1] <= 99_999,
+        f"layers from 0 to 99999 and {slots} lines for each token and layer in {src.name}",
+        "others",
+        "another --top-k",
+        error=TraceError,
+    )
     run_layer = layer[begins]
     passes = np.cumsum(np.append(False, run_layer[1:] <= run_layer[:-1]))
     tokens = np.zeros(int(passes[-1]) + 1, np.int64)
@@ -130,8 +140,12 @@ def _opened(src: Path) -> tuple[str, list[str], Iterator[bytes]]:
     line = _line(file, src.name)
     while line.startswith("#"):
         comments.append(line)
-        if len(comments) > MAX_LAYERS + 64:
-            raise TraceError(expected(f"at most {MAX_LAYERS} layers in {src.name}", "more"))
+        require(
+            len(comments) <= MAX_LAYERS + 64,
+            f"at most {MAX_LAYERS} layers in {src.name}",
+            "more",
+            error=TraceError,
+        )
         line = _line(file, src.name)
     return first, comments, _blocks_of(file, line.encode() + b"\n", size, src.name)
 
@@ -174,17 +188,24 @@ def _frames(
         if names is None:
             head, _, block = block.partition(b"\n")
             names = [name.strip() for name in head.decode("utf-8", "replace").split(",")]
-            if not set(schema) <= set(names) or len(set(names)) < len(names):
-                what = f"the columns {', '.join(schema)} in {where}"
-                raise TraceError(expected(what, ", ".join(names)[:120]))
+            require(
+                set(schema) <= set(names) and len(set(names)) >= len(names),
+                f"the columns {', '.join(schema)} in {where}",
+                ", ".join(names)[:120],
+                error=TraceError,
+            )
         types = {name: schema.get(name, pl.String) for name in names}
         try:
             frame = pl.read_csv(before + block, has_header=False, schema=types).select(*schema)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             got = (str(error).splitlines() or [""])[0][:120]
             raise TraceError(expected(f"numbers in the table of {where}", got)) from None
-        if sum(frame.null_count().row(0)):
-            raise TraceError(expected(f"a number in each field of {where}", "an empty one"))
+        require(
+            not sum(frame.null_count().row(0)),
+            f"a number in each field of {where}",
+            "an empty one",
+            error=TraceError,
+        )
         before = b""
         yield frame
 
@@ -214,8 +235,12 @@ def _turns(
     for frame in frames:
         held = pl.concat([held, frame])
         turn = held["turn"].to_numpy()
-        if (turn[1:] < turn[:-1]).any():
-            raise TraceError(expected(f"turns in rising order in {where}", "another order"))
+        require(
+            not (turn[1:] < turn[:-1]).any(),
+            f"turns in rising order in {where}",
+            "another order",
+            error=TraceError,
+        )
         cuts = np.flatnonzero(turn[1:] != turn[:-1]) + 1
         for start, end in zip(np.append(0, cuts[:-1]), cuts, strict=False):
             yield _turn(where, number, held[int(start) : int(end)], layers, slots)
@@ -234,9 +259,13 @@ def _turn(where: str, number: int, lines: pl.DataFrame, layers: np.ndarray, slot
     layer = lines["layer"].to_numpy()
     place = np.minimum(np.searchsorted(layers, layer), len(layers) - 1)
     first, tokens = int(step.min()), int(step.max()) - int(step.min()) + 1
-    if (layers[place] != layer).any() or slot.max() >= slots or phase.max() > 1:
-        what = f"layers of the comments, slots below {slots} and phases 0 and 1"
-        raise TraceError(f"{where}: " + expected(what, "others"))
+    require(
+        not (layers[place] != layer).any() and slot.max() < slots and phase.max() <= 1,
+        f"layers of the comments, slots below {slots} and phases 0 and 1",
+        "others",
+        error=TraceError,
+        where=where,
+    )
     shape = (tokens, len(layers), slots)
     check_expansion(where, 8 * int(np.prod(shape)), LINE_BYTES * len(step))
     ids, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
@@ -244,15 +273,26 @@ def _turn(where: str, number: int, lines: pl.DataFrame, layers: np.ndarray, slot
     ids[at], weights[at] = expert, lines["weight"].to_numpy()
     phases = np.full(tokens, -1)
     phases[step - first] = phase
-    if (ids >= 0).sum() != len(step) or (phases[step - first] != phase).any() or phases.min() < 0:
-        what = "each step, layer and slot once, steps without gaps, and one phase for each step"
-        raise TraceError(f"{where}: " + expected(what, "others"))
+    require(
+        (ids >= 0).sum() == len(step)
+        and not (phases[step - first] != phase).any()
+        and phases.min() >= 0,
+        "each step, layer and slot once, steps without gaps, and one phase for each step",
+        "others",
+        error=TraceError,
+        where=where,
+    )
     return Document(
         number, first, ids, weights, columns={"phase": PHASES[phases].tolist()}, where=where
     )
 
 
 def _bounded(where: str, name: str, values: np.ndarray) -> np.ndarray:
-    if len(values) and not 0 <= values.min() <= values.max() < 2**31:
-        raise TraceError(f"{where}: " + expected(f"{name} from 0 to {2**31 - 1}", "others"))
+    require(
+        not len(values) or 0 <= values.min() <= values.max() < 2**31,
+        f"{name} from 0 to {2**31 - 1}",
+        "others",
+        error=TraceError,
+        where=where,
+    )
     return values
