@@ -23,7 +23,7 @@ from moe_lab.files import content_hash
 E = TypeVar("E", bound=enum.StrEnum)
 
 
-def choice(options: type[E], value: str, what: str, field: str = "") -> E:
+def choice(options: type[E], value: Any, what: str, field: str = "") -> E:
     """The member of ``options`` that ``value`` names, so that configurations take plain strings.
 
     Raises ``ConfigError`` for another.
