@@ -7,10 +7,12 @@ drawn from known truths.
 The first command does everything, in about five minutes on two cores; the second needs no data.
 
 Prints one table per section (what, published, found, within) and exits 1 where a number is not
-reproduced.
+reproduced. With ``--write`` each section, as it ends, replaces its text in
+``published_laws/results.md``, with its date and options.
 """
 
 import argparse
+import datetime
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -19,9 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from scipy.special import chdtri
 
 from moe_lab.errors import MoELabError
+from moe_lab.files import write_text
 from moe_lab.scaling import (
+    HUBER,
     LAWS,
     SQUARES,
     Design,
@@ -34,6 +39,7 @@ from moe_lab.scaling import (
     fit,
     isoflop,
     leave_largest_out,
+    profile,
     published,
     saturation,
     wall_verdict,
@@ -42,6 +48,8 @@ from moe_lab.scaling.wall_power import draw, law_truth, saturation_truth
 from moe_lab.scaling.wall_verdict import wall_at
 
 ROUTERS = {"S-BASE": "S-Base", "RL-R": "RL-R", "HASH": "Hash"}
+RESULTS = Path(__file__).parent / "published_laws" / "results.md"
+WRONG_NO_WALL = 0.06
 CLARK_NOISE = 0.00067  # nats between the three dense 130M runs
 
 
@@ -297,9 +305,9 @@ GRID: tuple[tuple[Truth, int, float, int, float | None], ...] = (
 
 def verdicts(options: Options) -> Iterator[Row]:
     """Sweeps drawn at 10M active and 1B tokens: the right form as often as docs/scaling.md, the
-    noise known as there, and the
-    verdicts. Within: the right form not below the notes by three standard errors, no wall on smooth
-    truths beyond 2 %.
+    noise known as there, and the verdicts. Within: the right form not below the notes by three
+    standard errors, "wall" on at most 2 % of smooth truths, "no wall" on at most 6 % of walls (by
+    three standard errors: a wall in the last doubling alone is the hardest case, docs/scaling.md).
     """
     for number, (truth, largest, sd, seeds, share) in enumerate(GRID):
         design = Design(
@@ -308,20 +316,18 @@ def verdicts(options: Options) -> Iterator[Row]:
         judged = draw(truth, design, sd, options.draws, np.random.default_rng(number), known=True)
         right = float(np.isin(judged.best_form(), truth.forms).mean())
         outcomes = judged.outcomes()
-        wall, none = (
-            float((outcomes == outcome).mean()) for outcome in (Outcome.WALL, Outcome.NO_WALL)
-        )
-        false = none if truth.wall else wall
+        false = float((outcomes == (Outcome.NO_WALL if truth.wall else Outcome.WALL)).mean())
         error = (
             0.0 if share is None else 3 * math.sqrt(max(share * (1 - share), 0.01) / options.draws)
         )
-        rates = f"wall {wall:.2f}, no wall {none:.2f}, cannot tell {1 - wall - none:.2f}"
+        rates = _shares(outcomes, 2)
         what = f"{truth.name}, 1-{largest}, sd {sd} x {seeds}"
         yield Row(
             what,
             "" if share is None else f"form {share:.2f}",
             f"form {right:.2f}; {rates}",
-            false <= 0.02 and (share is None or right >= share - error),
+            false <= (WRONG_NO_WALL + 3 * math.sqrt(0.06 / options.draws) if truth.wall else 0.02)
+            and (share is None or right >= share - error),
         )
 
 
@@ -406,19 +412,52 @@ def unseen(options: Options) -> Iterator[Row]:
                     ]
                     away += [abs(math.log2(at / truth.wall)) for at in found]
             every = np.concatenate(outcomes)
-            wall, none = (
-                float((every == outcome).mean()) for outcome in (Outcome.WALL, Outcome.NO_WALL)
-            )
-            found = f"wall {wall:.3f}, no wall {none:.3f}, cannot tell {1 - wall - none:.3f}"
+            found = _shares(every, 3)
             if away:
                 found += f"; placed within {np.quantile(away, 0.95):.2f} doublings (95 %)"
-            wrong = none if make is random_wall else wall
+            wrong = Outcome.NO_WALL if make is random_wall else Outcome.WALL
             close = not away or float(np.quantile(away, 0.95)) < 0.5
             yield Row(
                 f"{name}, noise {low:g}-{high:g} of a gain",
                 "wrong <= .02",
                 found,
-                wrong <= 0.02 and close,
+                float((every == wrong).mean()) <= 0.02 and close,
+            )
+
+
+def _shares(outcomes: np.ndarray, digits: int) -> str:
+    """Share of each outcome, in words."""
+    return ", ".join(f"{name} {(outcomes == name).mean():.{digits}f}" for name in Outcome)
+
+
+def profile_coverage(options: Options) -> Iterator[Row]:
+    """Share of data sets whose 95 % `profile_interval` holds the true coefficient (the deviance
+    there is below the limit at which the interval ends): Hoffmann's law, 50 runs of 30M to 10B
+    parameters, noise .003 of ln loss. Within: .95 by three standard errors.
+    """
+    truth = LAWS["hoffmann"].coefficients()
+    sets = max(20, options.draws // 2)
+    error, limit = 3 * math.sqrt(0.95 * 0.05 / sets), float(chdtri(1, 0.05))
+    for how, delta in (("Huber 1e-3", HUBER), ("squares", SQUARES)):
+        held = dict.fromkeys(truth, 0)
+        for number in range(sets):
+            rng = np.random.default_rng([25, number])
+            point = {
+                "active_params": 10 ** rng.uniform(7.5, 10, 50),
+                "tokens": 10 ** rng.uniform(8.5, 11.5, 50),
+            }
+            noise = np.exp(rng.normal(0, 0.003, 50))
+            loss = LAWS["hoffmann"].predict(point) * noise
+            result = fit(
+                "hoffmann", pl.DataFrame(point).with_columns(loss=loss), delta=delta, starts=20
+            )
+            for name in held:
+                there = profile(result, name, np.array([truth[name]]))
+                held[name] += there["deviance"][0] <= limit
+        for name, count in held.items():
+            share = count / sets
+            yield Row(
+                f"{name}, {how}", "0.95", f"{share:.3f} of {sets}", abs(share - 0.95) <= error
             )
 
 
@@ -433,6 +472,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "misfit": misfit,
     "verdicts": verdicts,
     "unseen": unseen,
+    "profile-coverage": profile_coverage,
 }
 
 
@@ -448,28 +488,41 @@ def main() -> int:
         "--draws", type=int, default=500, help="simulated sweeps per truth and design"
     )
     parser.add_argument("--repetitions", type=int, default=1000, help="bootstrap repetitions")
+    parser.add_argument("--write", action="store_true", help="sections into results.md")
     arguments = parser.parse_args()
     options = Options(arguments.data, arguments.draws, arguments.repetitions)
     missed = 0
     for name in arguments.only or SECTIONS:
         section = SECTIONS[name]
-        print(
-            f"\n### {name}\n\n{(section.__doc__ or '').strip()}\n\n| what | published | found | "
-            "within |\n|---|---|---|---|",
-            flush=True,
-        )
+        what = " ".join((section.__doc__ or "").split())
+        lines = [what, "", "| what | published | found | within |", "|---|---|---|---|"]
+        print(f"\n## {name}\n", *lines, sep="\n", flush=True)
         try:
             for row in section(options):
                 missed += row.within is False
-                print(
-                    f"| {row.what} | {row.published} | {row.found} | {_MARKS[row.within]} |",
-                    flush=True,
+                lines.append(
+                    f"| {row.what} | {row.published} | {row.found} | {_MARKS[row.within]} |"
                 )
+                print(lines[-1], flush=True)
         except MoELabError as error:
             print(error, file=sys.stderr)
             return 2
+        if arguments.write:
+            today = datetime.date.today().isoformat()
+            command = f"--only {name} --draws {options.draws} --repetitions {options.repetitions}"
+            _replace(name, "\n".join([f"`{command}`, {today}.", "", *lines]))
     print(f"\n{'everything reproduced' if not missed else f'{missed} numbers not reproduced'}")
     return 1 if missed else 0
+
+
+def _replace(name: str, text: str) -> None:
+    """Put ``text`` under the heading ``name`` of the results, at the end where there is none."""
+    title, *sections = RESULTS.read_text(encoding="utf-8").split("\n## ")
+    parts = {one.partition("\n")[0]: one.partition("\n")[2].strip() for one in sections}
+    parts[name] = text
+    ordered = (name for name in SECTIONS if name in parts)
+    body = (f"\n## {name}\n\n{parts[name]}\n" for name in ordered)
+    write_text(RESULTS, title.rstrip() + "\n" + "".join(body))
 
 
 _MARKS = {True: "yes", False: "NO", None: ""}

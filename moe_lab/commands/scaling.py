@@ -109,6 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit_parser.add_argument(
         "--squares", action="store_true", help="least squares instead of Huber's loss of 1e-3"
     )
+    add_out(
+        fit_parser,
+        None,
+        "a folder for the coefficients and the law beside your runs, as Parquet and a figure",
+    )
     add_json(fit_parser)
 
 
@@ -396,6 +401,8 @@ def fit(args: argparse.Namespace) -> int:
     if result.law.terms and result.law.shape and not result.unidentified:
         limit = scaling.saturation(result).sentence if result.law.output == "loss" else ""
     found = scaling.quality(result)
+    if args.out is not None:
+        _write_fit(args.out, result)
     if args.json:
         print_json(_finite(_fit_json(result, found, limit)))
         return 0
@@ -427,6 +434,29 @@ def fit(args: argparse.Namespace) -> int:
     caution = _cautions([result.law.name]) if result.law.name in scaling.LAWS else ""
     print("\n".join(text for text in (limit, caution) if text))
     return 0
+
+
+def _write_fit(folder: Path, result: "Fit") -> None:
+    import polars as pl
+
+    from moe_lab.files import atomic_path
+    from moe_lab.report import figures
+    from moe_lab.scaling import law_curves
+
+    law = law_curves(result)
+    rows = [_coefficient(result, name, value) for name, value in result.coefficients.items()]
+    names = ["coefficient", "value", "interval"]
+    frames = {
+        "coefficients": pl.DataFrame(rows, schema=names, orient="row"),
+        "points": law.points.rename({"x": law.variable}),
+        "curves": law.curves.rename({"x": law.variable}),
+    }
+    for name, frame in frames.items():
+        with atomic_path(folder / f"{name}.parquet") as path:
+            frame.write_parquet(path)
+    figure = figures.law_fit(law.points, law.curves, law.variable)
+    with atomic_path(folder / "law.html") as path:
+        figure.write_html(path)
 
 
 def _coefficient(result: "Fit", name: str, value: float) -> tuple[str, str, str]:

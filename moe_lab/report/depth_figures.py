@@ -129,6 +129,21 @@ def compare(frame: pl.DataFrame) -> Canvas:
 
 
 @drawn
+def load_interval(frame: pl.DataFrame) -> Canvas:
+    """Load CV per layer with its interval over documents, a series per run; the dotted line is what
+    a router without any preference shows in as many tokens (of the first run).
+
+    Args:
+        frame: as ``analysis.load_interval``; with a column ``run``, a series for each.
+    """
+    need(frame, "layer", "load_cv", "lo", "hi", "even")
+    group = "run" if "run" in frame.columns else None
+    first = frame if group is None else frame.filter(pl.col("run") == frame["run"][0])
+    even = first, {"even": "a router without preference"}
+    return _depth(frame, "load CV", "load_cv", "lo", "hi", group=group, lines=even)
+
+
+@drawn
 def load_over_windows(frame: pl.DataFrame) -> Canvas:
     """Balancedness (mean / max load) of consecutive windows, a series per layer (evenly spaced
     layers where there are many).

@@ -83,6 +83,11 @@ def _plugin_block(analysis: Analysis, named: NamedTrace, frames: Frames) -> Bloc
 
 def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
     from moe_lab.analysis import domain_specialisation
+    from moe_lab.analysis.largest_by_chance import (
+        LEAST_EXPECTED,
+        largest_of_deals,
+        largest_ratio,
+    )
 
     if (kinds := frames(_domain_column, named)) is None:
         return None
@@ -99,35 +104,43 @@ def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
         )
         for domain in domains
     ]
-    ratio = data.filter(pl.col("at_random") > 0, pl.col("domain").is_in(domains)).with_columns(
+    often = pl.col("at_random") * pl.col("tokens") >= LEAST_EXPECTED
+    ratio = data.filter(often, pl.col("domain").is_in(domains)).with_columns(
         ratio=pl.col("specialisation") / pl.col("at_random")
     )
     top = ratio.sort("ratio", "tokens", descending=True, nulls_last=True).head(TABLE_ROWS)
+    dealt = frames(largest_of_deals, named.trace, column, domains) if resamples else None
+    cells = ratio["at_random"] * ratio["tokens"]
+    chance, how = (
+        (largest_ratio(cells.to_numpy()), "tokens drawn blindly")
+        if dealt is None
+        else (dealt.ratio, "documents dealt to the kinds at random")
+    )
     summary = "Share of each kind's tokens that each expert runs, over its share of all tokens."
-    summary += _largest(top, "ratio", "expert {expert} of layer {layer} for {domain}")
+    summary += _largest(top, "ratio", "expert {expert} of layer {layer} for {domain}", chance, how)
     caption = (
         f"{_tokens(named)}, by {column}. Colour: share "
         "of the kind's tokens that the expert runs ÷ its share of all tokens (1 where the kind "
         "plays no part), zero-compute experts last. A share is a count of these tokens; "
         "intervals from resampling documents are in the "
         f"data{'' if resamples else ' of smaller models'}. The table lists the largest "
-        "ratios; among many experts some are large by chance."
+        "ratios, where at least 5 tokens were expected; among many experts some are large by "
+        "chance."
     )
     if len(layers) < len(named.layers):
         caption += f" Drawn are {len(layers)} of {len(named.layers)} layers, evenly spaced."
     return one_plot("domain_specialisation", caption, summary, variants, data, table_of(top))
 
 
-def _null_words(point: float | None) -> str:
-    return "" if point is None else f" (95 % point of shuffled documents: {decimal(point)})"
-
-
 def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
     from moe_lab.analysis import domain_divergence
+    from moe_lab.analysis.largest_by_chance import largest_of_deals
 
     if (kinds := frames(_domain_column, named)) is None:
         return None
-    data = frames(domain_divergence, named.trace, kinds[0], resamples=_resamples(named))
+    resamples = _resamples(named)
+    data = frames(domain_divergence, named.trace, kinds[0], resamples=resamples)
+    dealt = frames(largest_of_deals, named.trace, *kinds) if resamples else None
     widest = data.drop_nulls("bits").sort("bits", descending=True).head(1).to_dicts()
     if not widest:
         return None
@@ -135,8 +148,13 @@ def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
         "Jensen-Shannon divergence of the expert loads of every two kinds of text, over depth. "
         "The widest is {domain_a} and {domain_b} in layer {layer} with "
         f"{decimal(widest[0]['bits'])} bits"
-        f"{_null_words(widest[0]['shuffled_95'])}."
     ).format(**widest[0])
+    point = widest[0]["shuffled_95"]
+    told = [] if point is None else [f"95 % point of shuffled documents: {decimal(point)}"]
+    told += (
+        [] if dealt is None else [f"of the widest of all pairs and layers: {decimal(dealt.bits)}"]
+    )
+    summary += f" ({'; '.join(told)})." if told else "."
     caption = (
         f"n = {whole(named.trace.num_tokens)} tokens, by {kinds[0]}: 0 bits where two kinds load "
         f"the experts alike, 1 where they share none; at most {MAX_SERIES} pairs are drawn. Bars, "
@@ -166,9 +184,10 @@ def _coactivation_block(named: NamedTrace, frames: Frames) -> Block | None:
         for layer in layers
     ]
     top = _lifts(data)
+    which = "experts {expert_a} and {expert_b} of layer {layer}"
     summary = (
         "Pairs of experts that run together on a token, over what their loads alone would give."
-        + _largest(top, "lift", "experts {expert_a} and {expert_b} of layer {layer}")
+        + _largest(top, "lift", which, _by_chance(data))
     )
     caption = (
         f"{_tokens(named)}: all pairs of experts of a "
@@ -197,7 +216,7 @@ def _transitions_block(named: NamedTrace, frames: Frames) -> Block | None:
     which = "expert {expert_from} of layer {from_layer} and {expert_to} of layer {to_layer}"
     summary = (
         "Pairs of an expert in one layer and one in the next that run on the same token, over what "
-        f"independent layers would give.{_largest(top, 'lift', which)}"
+        f"independent layers would give.{_largest(top, 'lift', which, _by_chance(data))}"
     )
     caption = (
         f"{_tokens(named)}: every expert of one traced "
@@ -284,14 +303,30 @@ def _resamples(named: NamedTrace) -> int:
 
 def _lifts(data: pl.DataFrame) -> pl.DataFrame:
     """The pairs with the largest lift, of those that are expected often enough to judge."""
-    expected = data.filter(pl.col("expected") >= 5)
+    expected = data.filter(pl.col("expected") >= 5)  # LEAST_EXPECTED of the null
     return expected.sort("lift", descending=True, nulls_last=True).head(TABLE_ROWS)
 
 
-def _largest(rows: pl.DataFrame, column: str, words: str) -> str:
-    """A sentence on the first of ``rows``, whose values fill ``words``; "" without rows."""
+def _by_chance(pairs: pl.DataFrame) -> float | None:
+    """The largest lift of independent tokens, 95 %."""
+    from moe_lab.analysis.largest_by_chance import largest_ratio
+
+    return largest_ratio(pairs["expected"].drop_nulls().to_numpy())
+
+
+def _largest(
+    rows: pl.DataFrame,
+    column: str,
+    words: str,
+    chance: float | None,
+    how: str = "independent tokens",
+) -> str:
+    """A sentence on the first of ``rows``, whose values fill ``words``, beside the largest by
+    chance; "" without rows.
+    """
+    beside = "" if chance is None else f" ({how}: up to {decimal(chance, 2)} among all cells, 95 %)"
     return "".join(
-        f" The largest is {decimal(row[column], 2)} times, {words.format(**row)}."
+        f" The largest is {decimal(row[column], 2)} times, {words.format(**row)}{beside}."
         for row in rows.head(1).to_dicts()
     )
 

@@ -11,6 +11,7 @@ from moe_lab.report.compute_figures import class_profile, ffn_spread
 from moe_lab.report.depth_figures import (
     compare,
     domain_divergence,
+    load_interval,
     load_over_windows,
     repetition,
     router_entropy,
@@ -24,6 +25,7 @@ from moe_lab.report.map_figures import coactivation, domain_specialisation, load
 from moe_lab.report.run_figures import frontier, training_curves
 from moe_lab.report.wall_figures import (
     against_experts,
+    law_fit,
     wall_compute,
     wall_elasticity,
     wall_frontier,
@@ -44,6 +46,8 @@ __all__ = [
     "expert_load",
     "ffn_spread",
     "frontier",
+    "law_fit",
+    "load_interval",
     "load_over_windows",
     "load_shift",
     "marginal_gain",

@@ -1,4 +1,6 @@
-"""The section on load: one heatmap per arm and ratio, within a budget of cells."""
+"""The section on load: one heatmap per arm and ratio, within a budget of cells, and the unevenness
+of each layer with its interval over documents.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from moe_lab.number_format import count_of, listing, whole
+from moe_lab.number_format import count_of, decimal, listing, whole
 from moe_lab.report import figures
-from moe_lab.report.blocks import Block, Plot, Variant, representatives, table_of
+from moe_lab.report.blocks import Block, Plot, Variant, one_plot, representatives, table_of
+from moe_lab.report.depth_figures import MAX_SERIES
 from moe_lab.report.frames import Frames
 from moe_lab.report.load_figures import MAX_LOG2_LOAD
 from moe_lab.report.sources import Material, NamedTrace
@@ -66,6 +69,39 @@ def load_block(material: Material, frames: Frames) -> Block | None:
     return Block("expert_load", caption, (Plot(_summary(data), tuple(variants)),), data, table)
 
 
+def load_interval_block(material: Material, frames: Frames) -> Block | None:
+    """Load CV over depth of one trace per arm and ratio; None without traces by token."""
+    from moe_lab.analysis import load_interval
+
+    shown = [named for named in representatives(material.traces) if named.trace.meta.per_token]
+    shown = [named for named in shown if named.trace.num_tokens][:MAX_SERIES]
+    if not shown:
+        return None
+    parts = [
+        frames(load_interval, named.trace).select(pl.lit(named.label).alias("run"), pl.all())
+        for named in shown
+    ]
+    data = pl.concat(parts)
+    worst = data.drop_nulls("load_cv").sort("load_cv", descending=True).head(1).to_dicts()
+    summary = "Coefficient of variation of the load over the real experts of each layer."
+    for row in worst:
+        ends = "" if row["lo"] is None else f" ({decimal(row['lo'])} to {decimal(row['hi'])})"
+        summary += (
+            f" The most uneven is layer {row['layer']} of {row['run']} with "
+            f"{decimal(row['load_cv'])}{ends}; a router without preference shows "
+            f"{decimal(row['even'])}."
+        )
+    numbers = sorted({int(number) for number in data["n_docs"].to_list()})
+    count = " to ".join(whole(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
+    caption = (
+        f"n = {count} documents. Bars are 95 % intervals from resampling documents, none below "
+        "five. Dotted: the CV that as many tokens give by chance, with no preference among experts "
+        "(the first run)."
+    )
+    variant = [Variant("", figures.load_interval.canvas(data))]
+    return one_plot("load_interval", caption, summary, variant, data)
+
+
 def _variants(named: NamedTrace, frame: pl.DataFrame, room: int) -> list[Variant]:
     """By expert id, and sorted where there are many experts and ``room`` for a second map."""
     width = max(_width(named, layer.layer) for layer in named.trace.meta.layers)
@@ -109,21 +145,32 @@ def _caption(data: pl.DataFrame, shown: Sequence[NamedTrace]) -> str:
     )
     return (
         "Slots that went to each expert ÷ the mean over the real experts of its layer (fair "
-        f"share = 1), in n = {n} validation tokens: a count of all of them, so without interval. "
+        f"share = 1), in n = {n} validation tokens: a count of all of them (below: the interval of "
+        "its unevenness over documents). "
         f"The scale is symmetric in log₂ around 1 and ends at {2**MAX_LOG2_LOAD} times at most; "
         f"experts that no token reached are magenta: {_deaths(data)}.{zero}"
     )
 
 
 def _summary(data: pl.DataFrame) -> str:
+    from moe_lab.analysis.largest_by_chance import largest_ratio
+
     alive = data.filter(pl.col("load").is_not_null())
     if not alive.height:
         return "Load of each expert in each layer. No real expert ran."
     worst = alive.sort("load", descending=True).row(0, named=True)
+    real = data.filter(~pl.col("is_zero"))
+    fair = real.select(pl.col("count").mean().over("run", "layer"))["count"]
+    by_chance = largest_ratio(fair.to_numpy())
+    chance = (
+        ""
+        if by_chance is None
+        else (f" (an even router: up to {by_chance:.2f} among {whole(real.height)} experts, 95 %)")
+    )
     return (
         f"Load of each expert in each layer. The most loaded is expert {worst['expert']} of layer "
-        f"{worst['layer']} in {worst['run']} with {worst['load']:.2f} times the fair share; "
-        f"{_deaths(data)}."
+        f"{worst['layer']} in {worst['run']} with {worst['load']:.2f} times the fair share"
+        f"{chance}; {_deaths(data)}."
     )
 
 

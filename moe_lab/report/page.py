@@ -30,7 +30,7 @@ from moe_lab.report.compute_section import compute_section
 from moe_lab.report.difficulty_section import difficulty_section
 from moe_lab.report.experts_section import experts_section
 from moe_lab.report.frames import Frames
-from moe_lab.report.load_section import load_block
+from moe_lab.report.load_section import load_block, load_interval_block
 from moe_lab.report.provenance_section import provenance
 from moe_lab.report.run_tables import failed_runs, later_token_note, results_table, unfinished_table
 from moe_lab.report.runs_section import frontier_block, training_block
@@ -142,6 +142,7 @@ def _shown(value: Any) -> Any:
 def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]:
     study = frames(judged_material, material)
     frontier, load = frontier_block(material, frames), load_block(material, frames)
+    load_interval = load_interval_block(material, frames)
     training = training_block(material, frames)
     of_tokens = tuple(named for named in material.traces if named.trace.meta.per_token)
     of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
@@ -155,7 +156,16 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
     experts_blocks = [block for _, block in experts]
     blocks: list[Block] = [
         block
-        for block in (frontier, *evidence, load, *compute.blocks, *experts_blocks, *hard, training)
+        for block in (
+            frontier,
+            *evidence,
+            load,
+            load_interval,
+            *compute.blocks,
+            *experts_blocks,
+            *hard,
+            training,
+        )
         if block is not None
     ]
     runs = [("runs", material.all_runs)] if material.runs else []
@@ -174,6 +184,7 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
         "frontier": frontier,
         "wall": wall,
         "load": load,
+        "load_interval": load_interval,
         "compute": compute,
         "experts": experts,
         "coloured": coloured,

@@ -53,6 +53,40 @@ def wall_frontier(curve: pl.DataFrame, means: pl.DataFrame) -> Canvas:
 
 
 @drawn
+def law_fit(points: pl.DataFrame, curves: pl.DataFrame, variable: str) -> Canvas:
+    """A fitted law beside the runs it was fitted to, a colour for each size and budget.
+
+    Args:
+        points, curves: columns x, loss, group, as ``scaling.law_curves``.
+        variable: what x is.
+    """
+    for frame in (points, curves):
+        need(frame, "x", "loss", "group")
+    figure = Canvas().update_layout(hovermode="closest")
+    for index, name in enumerate(points["group"].unique(maintain_order=True)):
+        runs, curve = (frame.filter(pl.col("group") == name) for frame in (points, curves))
+        label = plain(name) or "law"
+        _line(figure, curve["x"], curve["loss"], index, label)
+        figure.add_scatter(
+            x=runs["x"].to_list(),
+            y=runs["loss"].to_list(),
+            mode="markers",
+            marker={
+                "color": SERIES[index % len(SERIES)],
+                "symbol": SYMBOLS[index % len(SYMBOLS)],
+                "size": 8,
+            },
+            name=f"{label}, runs",
+            hovertemplate=f"{plain(variable)} %{{x:.4~g}}: %{{y:.4f}} nats<extra></extra>",
+        )
+    figure.update_yaxes(title_text="loss, nats/token")
+    if variable == "ratio":
+        return _log2_axis(figure, points["x"]).update_layout(height=400)
+    figure.update_xaxes(type="log", title_text=f"{plain(variable)} (log scale)")
+    return figure.update_layout(height=400)
+
+
+@drawn
 def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
     """Compute saved against ratio, with published frontiers under it.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CANNOT_TELL = "cannot tell"
 TITLES = {
     "wall_frontier": "The frontier with its band",
+    "law_fit": "The law that follows these runs best",
     "wall_gain": "Gain per doubling, against the margin",
     "wall_elasticity": "Elasticity",
     "wall_power": "What this grid could tell",
@@ -37,6 +38,12 @@ FRONTIER_CAPTION = (
     "Kimi K2's slope (8-48); the column beyond of the data says where a law leaves the runs it was "
     "fitted on. Marin's frontier is of other text, tokens and sizes: compare its slope, not its "
     "level."
+)
+LAW_CAPTION = (
+    "Every run of the largest budget and, of {count} laws of the ratio alone, the one with the "
+    "smallest AICc. R2 {r2:.3f}; rmse {rmse:.4f} nats{seeds}; {held}. AICc above it: {rivals}. "
+    "Drawn without interval: moe-lab scaling fit gives those of the coefficients. A law that fits "
+    "says nothing of ratios that were not run."
 )
 GAIN_CAPTION = (
     "Bars are {level:g} % intervals. Grey: gains worth less than 5 % of compute. W1 asks for every "
@@ -130,7 +137,7 @@ def verdict_text(study: WallStudy | MoELabError | None) -> VerdictText:
 
 def wall_section(study: WallStudy) -> WallSection:
     """The figures and tables of ``study``."""
-    blocks = (_frontier(study), _gain(study), _elasticity(study), _power(study))
+    blocks = (_frontier(study), _law(study), _gain(study), _elasticity(study), _power(study))
     alternatives = _alternatives(study)
     confounds = tuple(study.confounds.rows())
     return WallSection(
@@ -180,6 +187,34 @@ def _frontier(study: WallStudy) -> Block:
     data = pl.concat([saved, study.published], how="diagonal")
     plot = Plot(summary, variants)
     return Block("wall_frontier", caption, (plot,), data, table_of(band.means, 4))
+
+
+def _law(study: WallStudy) -> Block:
+    from moe_lab.scaling import law_curves
+
+    found, worth = study.law
+    drawn = law_curves(found)
+    sd = worth.seed_sd
+    seeds = f", {worth.rmse / sd:.1f} times the noise between seeds" if sd else ""
+    held = (
+        f"without ratio {worth.held_out['held_out'][0]:g} it misses that ratio by "
+        f"{abs(worth.held_out['bias'][0]):.4f} nats"
+        if worth.held_out.height
+        else "nothing was held out"
+    )
+    rivals = [f"{law} {delta:.1f}" for law, delta in worth.rivals.select("law", "delta").rows()]
+    law_caption = LAW_CAPTION.format(
+        count=worth.rivals.height,
+        r2=worth.r2,
+        rmse=worth.rmse,
+        seeds=seeds,
+        held=held,
+        rivals=", ".join(rivals[1:]) or "none could be fitted",
+    )
+    caption = f"n = {count_of(found.runs, 'run')}. {found.law.title}. {law_caption}"
+    canvas = draw.law_fit.canvas(drawn.points, drawn.curves, drawn.variable)
+    summary = f"{found.law.title} beside its runs; rmse {worth.rmse:.4f} nats."
+    return _block("law_fit", caption, summary, canvas, drawn.points, 4)
 
 
 def _gain(study: WallStudy) -> Block:

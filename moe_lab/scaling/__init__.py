@@ -7,7 +7,7 @@ from moe_lab.scaling.alternatives_compared import Alternative, against_experts, 
 from moe_lab.scaling.confounds import SHORT, TUNING, confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
 from moe_lab.scaling.fit import HUBER, SQUARES, Fit, fit
-from moe_lab.scaling.fit_quality import Quality, quality
+from moe_lab.scaling.fit_quality import LawCurves, Quality, law_curves, quality
 from moe_lab.scaling.frontier_band import Band, frontier_band
 from moe_lab.scaling.law import Law
 from moe_lab.scaling.laws import LAWS
@@ -51,6 +51,7 @@ __all__ = [
     "Gain",
     "Isoflop",
     "Law",
+    "LawCurves",
     "LossUnit",
     "MissingColumnsError",
     "Optimum",
@@ -77,6 +78,7 @@ __all__ = [
     "fixed_total_optima",
     "frontier_band",
     "isoflop",
+    "law_curves",
     "leave_largest_out",
     "main_arm",
     "parse_truth",

@@ -1,17 +1,19 @@
-"""What a fit is worth: which coefficients the runs can fix at all, how well the law follows them,
-what
-it misses on runs held out, and how rival laws do on the same runs.
+"""What a fit is worth: how well the law follows the runs, what it misses on runs held out, how
+rival laws do on the same runs, and the law beside the runs for a figure.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError
+from moe_lab.number_format import magnitude
 from moe_lab.scaling.fit import SQUARES, Fit, aicc, fit
 from moe_lab.scaling.fit_problem import unknowns
+from moe_lab.scaling.law import LETTERS
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.uncertainty import leave_largest_out
 
@@ -29,6 +31,8 @@ RIVALS = (
     "saturation",
     "plateau",
 )
+MOST_CURVES = 6
+CURVE_POINTS = 60
 FEWEST_VALUES = 4
 """Values of a variable from which the largest can be held out."""
 
@@ -50,13 +54,56 @@ class Quality:
     rivals: pl.DataFrame
 
 
-def quality(result: Fit, *, rivals: bool = True) -> Quality:
-    """Of a fit; ``rivals`` fits the other laws whose variables the runs have (seconds each)."""
+@dataclass(frozen=True)
+class LawCurves:
+    """The law beside its runs, against ``variable``: ``points`` [x, loss, group], a row per run;
+    ``curves`` [x, loss, group] the law at each group's medians of the other variables. A group is
+    the runs of one budget and size (within half a doubling), at most six: those with most runs.
+    """
+
+    variable: str
+    points: pl.DataFrame
+    curves: pl.DataFrame
+
+
+def law_curves(result: Fit) -> LawCurves:
+    """What a figure of a fit needs."""
+    frame = result.frame.select("loss", *result.law.variables).cast(pl.Float64)
+    variable = _most_varied(result)
+    others = [name for name in result.law.variables if name != variable]
+    half_doublings = [(2 * pl.col(name).log(2)).round().alias(f"{name}, binned") for name in others]
+    groups = frame.with_columns(*half_doublings, pl.lit(0).alias("all")).group_by(
+        "all", *(f"{name}, binned" for name in others), maintain_order=True
+    )
+    parts = sorted((part for _, part in groups), key=lambda part: -part.height)[:MOST_CURVES]
+    points, curves = [], []
+    for part in parts:
+        middle = {name: float(part[name].median()) for name in others}  # type: ignore[arg-type]
+        group = pl.lit(", ".join(f"{name} {magnitude(value)}" for name, value in middle.items()))
+        low, high = part[variable].min(), part[variable].max()
+        x = np.geomspace(float(low), float(high), CURVE_POINTS)  # type: ignore[arg-type]
+        loss = result.predict({**middle, variable: x})
+        points.append(part.select(pl.col(variable).alias("x"), "loss", group=group))
+        curves.append(pl.DataFrame({"x": x, "loss": loss}).with_columns(group=group))
+    return LawCurves(variable, pl.concat(points), pl.concat(curves))
+
+
+def _most_varied(result: Fit) -> str:
+    """The variable with most values; of two such the ratio, then the size."""
+    order = ("ratio", *LETTERS.values())
+    names = sorted(result.law.variables, key=order.index)
+    return max(names, key=lambda name: result.frame[name].n_unique())
+
+
+def quality(result: Fit, *, rivals: Sequence[str] = RIVALS) -> Quality:
+    """Of a fit; ``rivals`` are fitted too where the runs have their variables (up to seconds
+    each).
+    """
     frame, variables = result.frame, result.law.variables
     loss = frame["loss"].cast(pl.Float64).to_numpy()
     error = result.predict(frame) - loss
     table = frame.with_columns(error=pl.Series(error))
-    variable = max(variables, key=lambda name: frame[name].n_unique())
+    variable = _most_varied(result)
     first = next((name for name in variables if frame[name].n_unique() > 1), variable)
     by_size = table.group_by(first).agg(
         runs=pl.len(), bias=pl.col("error").mean(), rmse=(pl.col("error") ** 2).mean().sqrt()
@@ -75,7 +122,7 @@ def quality(result: Fit, *, rivals: bool = True) -> Quality:
         variable=variable,
         by_size=by_size.sort(first),
         held_out=held,
-        rivals=_rivals(result) if rivals else pl.DataFrame(),
+        rivals=_rivals(result, rivals) if rivals else pl.DataFrame(),
     )
 
 
@@ -86,9 +133,9 @@ def _seed_sd(frame: pl.DataFrame, variables: tuple[str, ...]) -> float | None:
     return math.sqrt(float((within**2).sum()) / df) if df else None
 
 
-def _rivals(result: Fit) -> pl.DataFrame:
+def _rivals(result: Fit, names: Sequence[str]) -> pl.DataFrame:
     rows = []
-    for name in dict.fromkeys((result.law.name, *RIVALS)):
+    for name in dict.fromkeys((result.law.name, *names)):
         law = LAWS.get(name, result.law)
         if not set(law.variables) <= set(result.frame.columns):
             continue

@@ -222,16 +222,21 @@ def _deviance(problem: Problem, result: Fit, rise: np.ndarray) -> np.ndarray:
 
     2 rise E[psi'] / E[psi^2] for the derivative psi of Huber's loss (Huber & Ronchetti 2009, 13.2),
     with Student's degrees of freedom: for squares the ratio is one over the variance. E[psi'] of a
-    small ``delta`` is twice ``delta`` times the density of the residuals at zero, smoothed.
+    small ``delta`` is twice ``delta`` times the density of the residuals around zero. A robust fit
+    passes almost through as many runs as it has coefficients; these tell nothing of the density and
+    are left out (with them the 95 % interval of Hoffmann's alpha covers .86).
     """
     theta = to_theta(result.law, result.coefficients)
     residual = (problem.response(theta[None])[0] - problem.target)[0]
     weights, df = problem.weights[0], max(1, len(residual) - len(problem.names))
     psi = np.clip(residual, -problem.delta, problem.delta)
     spread = float((weights * psi**2).sum() / df)
-    width = max(problem.delta, 1.5 * np.median(np.abs(residual)) * len(residual) ** -0.2)
-    share = np.average(np.abs(residual) <= width, weights=weights)
-    slope = 1.0 if math.isinf(problem.delta) else share * min(1.0, problem.delta / width)
+    slope = 1.0
+    if not math.isinf(problem.delta):
+        order = np.argsort(np.abs(residual))[len(problem.names) :]
+        rest, kept = np.abs(residual)[order], weights[order]
+        width = max(problem.delta, 1.5 * float(np.median(rest)))
+        slope = float(np.average(rest <= width, weights=kept)) * min(1.0, problem.delta / width)
     statistic = 2 * np.maximum(rise, 0) * slope / max(spread, 1e-300)
     tail = fdtrc(1, df, statistic)
     return np.where(tail > 1e-300, chdtri(1, np.maximum(tail, 1e-300)), statistic)

@@ -18,6 +18,8 @@ from moe_lab.errors import AnalysisError, MoELabError
 from moe_lab.number_format import magnitude
 from moe_lab.scaling.alternatives_compared import against_experts
 from moe_lab.scaling.confounds import SHORT, TUNING, Status, caveats, confounds
+from moe_lab.scaling.fit import Fit, fit
+from moe_lab.scaling.fit_quality import Quality, quality
 from moe_lab.scaling.frontier_band import Band, frontier_band
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.optimum import Optimum, fixed_total_optima
@@ -40,6 +42,7 @@ PUBLISHED_HERE = {
     "Kimi K2": ("kimi", {}),
 }
 """Name of a published frontier -> its law, and the variables that differ from the sweep's own."""
+OF_RATIO = ("line", "power", "saturation", "hinge", "plateau")
 COMPARED = ("Ludziejewski, at this size", "Ling, at this compute", "Kimi K2")
 """Published frontiers whose elasticity stands beside the sweep's."""
 
@@ -102,6 +105,16 @@ class WallStudy:
     def band(self) -> Band:
         """The frontier of the judged runs, fitted without its largest ratio."""
         return frontier_band(self.judged)
+
+    @cached_property
+    def law(self) -> tuple[Fit, Quality]:
+        """Of the laws of the ratio alone (`OF_RATIO`) the one with the smallest AICc on the judged
+        runs of the largest budget, and what it is worth.
+        """
+        runs = self.judged.filter(pl.col("tokens") == pl.col("tokens").max())
+        first = quality(fit(OF_RATIO[0], runs), rivals=OF_RATIO)
+        best = fit(str(first.rivals["law"][0]), runs)
+        return best, quality(best, rivals=OF_RATIO)
 
     @cached_property
     def compute_saved(self) -> pl.DataFrame:

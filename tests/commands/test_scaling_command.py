@@ -400,3 +400,14 @@ def test_options_are_spelt_out(file) -> None:
     assert "unrecognized arguments: --boot" in fails(
         "scaling", "fit", "line", file(runs()), "--boot", 5
     )
+
+
+def test_a_fit_leaves_the_law_beside_the_runs(file: Any, tmp_path: Path) -> None:
+    out = tmp_path / "law"
+    prints("scaling", "fit", "line", file(runs()), "--out", out)
+    assert pl.read_parquet(out / "points.parquet").columns == ["ratio", "loss", "group"]
+    assert pl.read_parquet(out / "curves.parquet")["ratio"].max() == runs()["ratio"].max()
+    assert pl.read_parquet(out / "coefficients.parquet").height == 2
+    page = (out / "law.html").read_text(encoding="utf-8")
+    assert "loss, nats" in page
+    assert 'src="http' not in page

@@ -184,7 +184,7 @@ def test_each_figure_has_its_data_its_command_and_its_numbers(
     page: str, sweep_page: Path, sweep: Path
 ) -> None:
     names = re.findall(r'<figure id="figure-(\w+)"', page)
-    evidence = ["wall_frontier", "wall_gain", "wall_elasticity", "wall_power"]
+    evidence = ["wall_frontier", "law_fit", "wall_gain", "wall_elasticity", "wall_power"]
     whose = [
         "domain_specialisation",
         "domain_divergence",
@@ -196,6 +196,7 @@ def test_each_figure_has_its_data_its_command_and_its_numbers(
         "frontier",
         *evidence,
         "expert_load",
+        "load_interval",
         "ffn_spread",
         "class_profile",
         *whose,

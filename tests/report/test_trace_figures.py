@@ -77,6 +77,7 @@ def test_every_measure_over_depth_has_a_point_a_layer(trace):
         figures.repetition: analysis.repetition(trace, resamples=9),
         figures.saturation: analysis.saturation([trace, trace], resamples=9),
         figures.vocabulary_specialisation: analysis.vocabulary_specialisation(trace),
+        figures.load_interval: analysis.load_interval(trace, resamples=9),
         figures.domain_divergence: analysis.domain_divergence(trace, "lexer", resamples=9),
         figures.compare: analysis.compare(trace, trace, resamples=9),
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -97,16 +98,26 @@ def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
     assert any("Marin" in str(trace.name) for trace in frontier.plots[0].variants[2].figure.data)
 
 
+def test_the_law_is_drawn_beside_its_runs_with_what_it_is_worth(sweep):
+    block = wall.wall_section(judged(sweep)).blocks[1]
+    assert block.name == "law_fit"
+    assert re.search(r"R2 [01]\.\d{3}; rmse 0\.\d{4} nats", block.caption)
+    assert "AICc above it: " in block.caption
+    names = [trace.name for trace in block.plots[0].variants[0].figure.data]
+    assert len(names) == 2
+    assert names[1].endswith(", runs")
+
+
 def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
     section = wall.wall_section(judged(sweep))
-    figure = section.blocks[1].plots[0].variants[0].figure
-    margin = section.blocks[1].data["margin"][0]
+    figure = section.blocks[2].plots[0].variants[0].figure
+    margin = section.blocks[2].data["margin"][0]
     assert {figure.layout.shapes[0].y0, figure.layout.shapes[0].y1} == {-margin, margin}
     assert np.allclose(figure.data[0].y, 0.04, atol=0.01)
 
 
 def test_elasticity_has_a_row_per_budget_and_published_laws_without_intervals(sweep: Path) -> None:
-    frame = wall.wall_section(judged(sweep)).blocks[2].data
+    frame = wall.wall_section(judged(sweep)).blocks[3].data
     ours = frame.filter(~pl.col("published"))
     assert ours["what"].to_list() == ["topk, 1.2B tokens", "topk-short, 300M tokens"]
     assert ours["lo"][0] > 0.07 > ours["hi"][1]

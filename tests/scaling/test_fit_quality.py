@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moe_lab.scaling import LAWS, SQUARES, fit, profile, profile_interval, quality
+from moe_lab.scaling import LAWS, SQUARES, fit, law_curves, profile, profile_interval, quality
 
 RATIOS = 2.0 ** np.arange(9)
 
@@ -87,7 +87,29 @@ def test_quality_tells_the_right_law_from_its_rivals():
 
 
 def test_the_misfit_is_set_beside_the_noise_between_repeated_runs():
-    found = quality(fit("line", one_size()), rivals=False)
+    found = quality(fit("line", one_size()), rivals=())
     assert found.seed_sd == pytest.approx(0.003, rel=0.4)
     assert found.seed_sd is not None
     assert found.rmse > found.seed_sd
+
+
+def test_the_law_is_drawn_beside_its_runs_with_a_curve_for_each_size_and_budget():
+    size, tokens = (axis.ravel() for axis in np.meshgrid([1e8, 4e8], 10 ** np.linspace(9, 11, 5)))
+    point = {"active_params": size, "tokens": tokens}
+    frame = pl.DataFrame(point).with_columns(loss=LAWS["hoffmann"].predict(point))
+    found = fit("hoffmann", frame, delta=SQUARES)
+    drawn = law_curves(found)
+    assert drawn.variable == "tokens", "it has most values"
+    assert drawn.points["group"].unique(maintain_order=True).to_list() == [
+        "active_params 100M",
+        "active_params 400M",
+    ]
+    for name, one in (("active_params 100M", 1e8), ("active_params 400M", 4e8)):
+        curve = drawn.curves.filter(group=name)
+        there = {"active_params": one, "tokens": curve["x"].to_numpy()}
+        assert curve["loss"].to_numpy() == pytest.approx(found.predict(there))
+        assert (curve["x"].min(), curve["x"].max()) == pytest.approx((1e9, 1e11))
+    of_ratio = law_curves(fit("line", one_size()))
+    assert of_ratio.variable == "ratio"
+    assert of_ratio.points.height == len(RATIOS) * 3
+    assert of_ratio.curves["group"].unique().to_list() == [""]
