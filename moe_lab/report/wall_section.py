@@ -211,9 +211,10 @@ def _law(study: WallStudy) -> Block:
         held=held,
         rivals=", ".join(rivals[1:]) or "none could be fitted",
     )
-    caption = f"n = {count_of(found.runs, 'run')}. {found.law.title}. {law_caption}"
+    title = found.law.title[:1].upper() + found.law.title[1:]
+    caption = f"n = {count_of(found.runs, 'run')}. {title}. {law_caption}"
     canvas = draw.law_fit.canvas(drawn.points, drawn.curves, drawn.variable)
-    summary = f"{found.law.title} beside its runs; rmse {worth.rmse:.4f} nats."
+    summary = f"{title} beside its runs; rmse {worth.rmse:.4f} nats."
     return _block("law_fit", caption, summary, canvas, drawn.points, 4)
 
 
