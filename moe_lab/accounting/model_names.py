@@ -52,4 +52,6 @@ def named_config(name: str) -> Any:
     wanted = name.partition("/")[2].lower() or name.lower()
     near = [short[match] for match in get_close_matches(wanted, short, n=4, cutoff=0.4)]
     hint = f"one of {', '.join(near)}" if near else "moe-lab count, which lists the known models"
-    raise ConfigError(expected("a published model or a path to a config.json", repr(name), hint))
+    raise ConfigError(
+        expected("a published model or a path to a config.json", repr(name), hint), field="name"
+    )

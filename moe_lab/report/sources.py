@@ -225,6 +225,7 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
         f"no such folder: {folder}",
         "`moe-lab demo` to make one",
         error=RunError,
+        field="source",
     )
     if (folder / CONFIG).is_file():
         return [_judged(read_run(folder))], []
@@ -238,6 +239,7 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
         f"{folder} without any",
         "the folder that `moe-lab sweep run` was given with --out",
         error=RunError,
+        field="source",
     )
     pending = [
         RunRecord(folder / run, RunState.PENDING, {}, "not started", names[run], begun=False)

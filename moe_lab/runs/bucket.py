@@ -146,7 +146,7 @@ def _open(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ImportError as error:
         raise RunError(
-            expected("the package fsspec", "none", "pip install 'moe_lab[store]'")
+            expected("the package fsspec", "none", "pip install 'moe_lab[store]'"), field="fsspec"
         ) from error
     try:
         files, root = url_to_fs(url, use_listings_cache=False)
@@ -156,7 +156,8 @@ def _open(url: str) -> tuple[Any, str]:
                 f"the package that opens {protocol}://",
                 _cause(error),
                 f"pip install it beside fsspec for {url}",
-            )
+            ),
+            field="store",
         ) from error
     except ValueError as error:
         known = ", ".join(
@@ -167,7 +168,8 @@ def _open(url: str) -> tuple[Any, str]:
         raise RunError(
             expected(
                 f"a folder or a URL that fsspec knows ({known}, ...)", f"{url} ({_cause(error)})"
-            )
+            ),
+            field="store",
         ) from error
     except Exception as error:
         raise RunError(f"cannot open {url}: {_cause(error)}; {_advice(error)}") from error

@@ -149,6 +149,7 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
         "a file",
         "removing it",
         error=RunError,
+        field="folder",
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def check_run_name(run: object, source: Path | str) -> str:
     """
     if not (isinstance(run, str) and _RUN_NAME.fullmatch(run)):
         got = f"{ascii(run)[:100]} in {source}"
-        raise RunError(expected("runs named by 12 hexadecimal digits", got, _HINT))
+        raise RunError(expected("runs named by 12 hexadecimal digits", got, _HINT), field="runs")
     return run
 
 

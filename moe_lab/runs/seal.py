@@ -55,4 +55,5 @@ def check_seal(
         f"another in {folder}",
         "restoring it, or removing the folder and running it again",
         error=RunError,
+        field=changed or "",
     )

@@ -306,7 +306,8 @@ def published(
         raise AnalysisError(
             expected(
                 f"a readable copy of {data.file}", f"{path}: {error}", f"a copy from {data.source}"
-            )
+            ),
+            field="file",
         ) from error
     found = hashlib.sha256(content).hexdigest()
     require(
@@ -325,7 +326,8 @@ def published(
                 f"the columns of {data.file}",
                 str(error).splitlines()[0],
                 f"a copy from {data.source}",
-            )
+            ),
+            field="columns",
         ) from error
 
 

@@ -49,5 +49,6 @@ def bytes_by_layer(
         f"none of layers {missing[:5]}",
         "--config with the model's config.json, or --expert-bytes",
         error=AnalysisError,
+        field="expert_bytes",
     )
     return np.array([round(table[layer.layer]) for layer in layers], np.int64)

@@ -117,8 +117,15 @@ def expert_cache(
     """
     sets = expert_sets(trace)
     if unknown := [policy for policy in policies if policy not in POLICIES]:
-        raise AnalysisError(expected(f"policies among {', '.join(POLICIES)}", unknown))
-    require((bandwidth is None) == (compute is None), "bandwidth and compute together", "one")
+        raise AnalysisError(
+            expected(f"policies among {', '.join(POLICIES)}", unknown), field="policies"
+        )
+    require(
+        (bandwidth is None) == (compute is None),
+        "bandwidth and compute together",
+        "one",
+        field="bandwidth",
+    )
     layer_bytes = bytes_by_layer(sets.layers, config, bytes_per_parameter, expert_bytes)
     replay = _Replay(sets, layer_bytes, documents(trace), seed)
     sizes = _budgets(budgets, replay.total_bytes)

@@ -179,6 +179,7 @@ def require_tokens(trace: Trace, what: str) -> None:
         "one made up from counts, which have no order of tokens",
         "moe-lab place",
         error=AnalysisError,
+        field="per_token",
     )
     require_real_experts(trace, what)
 
@@ -191,6 +192,7 @@ def require_real_experts(trace: Trace, what: str) -> None:
         f"an import ({trace.meta.created_from}) that writes them as expert 0",
         "capture()",
         error=AnalysisError,
+        field="zero_experts_known",
     )
 
 

@@ -75,11 +75,12 @@ def _import(path: Path) -> ModuleType:
         f"{path}, which is {'a folder' if path.is_dir() else 'missing'}",
         "experiments/*.py",
         error=RunError,
+        field="recipe",
     )
     name = f"moe_lab_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise RunError(expected("a recipe file ending in .py", path))
+        raise RunError(expected("a recipe file ending in .py", path), field="recipe")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles inside a recipe look their module up
     loader = spec.loader

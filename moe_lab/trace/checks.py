@@ -56,6 +56,7 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
         repr(version)[:40],
         "another version of moe_lab",
         error=TraceError,
+        field="schema_version",
     )
     complete, parts = values.pop("complete", None), values.pop("parts", None)
     layers = values.get("layers")
@@ -113,32 +114,44 @@ def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
 
 def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:
     """Check one batch of a layer's rows; returns its used slots."""
-    where = f"layer {layer.layer}: "
+    where = f"layer {layer.layer}"
     absent = [
         "margin",
         *([] if meta.has_weights else ["weights", "gate_mass_ffn"]),
         *([] if meta.has_scores else ["entropy"]),
     ]
-    if batch.select(pl.sum_horizontal(pl.exclude(absent).null_count())).item():
-        raise TraceError(where + "expected no nulls, got nulls")
-    if not batch.select(
-        pl.all_horizontal(pl.col(name).is_null().all() for name in absent[1:])
-        if absent[1:]
-        else pl.lit(True)
-    ).item():
-        raise TraceError(
-            where
-            + f"expected only nulls in {', '.join(absent[1:])} as {META_FILE} says, got values"
-        )
+    require(
+        not batch.select(pl.sum_horizontal(pl.exclude(absent).null_count())).item(),
+        "no nulls",
+        "nulls",
+        error=TraceError,
+        where=where,
+        field="routing",
+    )
+    require(
+        all(batch[name].is_null().all() for name in absent[1:]),
+        f"only nulls in {', '.join(absent[1:])} as {META_FILE} says",
+        "values",
+        error=TraceError,
+        where=where,
+        field="routing",
+    )
     ids_TK = expert_slots(layer, batch["experts"])
     used_TK = ids_TK != EMPTY_SLOT
     used_T = used_TK.sum(axis=1)
     weights = batch["weights"].explode().drop_nulls()
-    if meta.has_weights and (
-        not np.array_equal(batch["weights"].list.len().to_numpy(), used_T)
-        or len(weights) != used_T.sum()
-    ):
-        raise TraceError(where + "expected one weight for each expert id, got other numbers")
+    require(
+        not meta.has_weights
+        or (
+            np.array_equal(batch["weights"].list.len().to_numpy(), used_T)
+            and len(weights) == used_T.sum()
+        ),
+        "one weight for each expert id",
+        "other numbers",
+        error=TraceError,
+        where=where,
+        field="weights",
+    )
     ranges = [
         ("entropy", 0.0, math.log(layer.num_choices)),
         ("margin", 0.0, math.inf),
@@ -148,26 +161,46 @@ def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:
         column = batch[name].fill_null(0).to_numpy()
         if ((column < low - TOLERANCE) | (column > high + TOLERANCE)).any():
             top = layer.top_k if name == "dropped" else f"{high:.4g}"
-            raise TraceError(where + expected(f"{name} from 0 to {top}", "others"))
+            raise TraceError(
+                f"{where}: " + expected(f"{name} from 0 to {top}", "others"), field=name
+            )
     floats = [
         batch[name].drop_nulls()
         for name in ("entropy", "gate_mass_ffn", OUTPUT_RATIO)
         if name in batch.columns
     ]
-    if not weights.is_finite().all() or not all(column.is_finite().all() for column in floats):
-        raise TraceError(where + "expected finite gate weights and entropies, got NaN or infinity")
+    require(
+        weights.is_finite().all() and all(column.is_finite().all() for column in floats),
+        "finite gate weights and entropies",
+        "NaN or infinity",
+        error=TraceError,
+        where=where,
+        field="weights",
+    )
     ordered = np.sort(ids_TK, axis=1)
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY_SLOT)).any():
-        raise TraceError(
-            where + "expected each token to name an expert at most once, got a repeated id"
-        )
+    require(
+        not ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY_SLOT)).any(),
+        "each token to name an expert at most once",
+        "a repeated id",
+        error=TraceError,
+        where=where,
+        field="experts",
+    )
     ffn_count = (ids_TK < layer.num_experts).sum(axis=1)
-    if not np.array_equal(ffn_count, batch["ffn_count"].to_numpy()):
-        raise TraceError(
-            where + "expected ffn_count to be the number of real expert ids, got others"
-        )
-    if not np.array_equal(used_T - ffn_count, batch["zero_count"].to_numpy()):
-        raise TraceError(
-            where + "expected zero_count to be the number of zero-compute expert ids, got others"
-        )
+    require(
+        np.array_equal(ffn_count, batch["ffn_count"].to_numpy()),
+        "ffn_count to be the number of real expert ids",
+        "others",
+        error=TraceError,
+        where=where,
+        field="ffn_count",
+    )
+    require(
+        np.array_equal(used_T - ffn_count, batch["zero_count"].to_numpy()),
+        "zero_count to be the number of zero-compute expert ids",
+        "others",
+        error=TraceError,
+        where=where,
+        field="zero_count",
+    )
     return int(used_T.sum())

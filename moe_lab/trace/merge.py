@@ -51,7 +51,7 @@ def merge_traces(
         for name in SAME:
             if getattr(trace.meta, name) != getattr(first, name):
                 what = f"traces of the same {name} as {traces[0].folder.name}"
-                raise TraceError(expected(what, f"another in {trace.folder.name}"))
+                raise TraceError(expected(what, f"another in {trace.folder.name}"), name)
         if trace.meta.routing_schema() != first.routing_schema():
             what = f"the routing columns of {traces[0].folder.name}"
             raise TraceError(expected(what, f"others in {trace.folder.name}"))
@@ -89,6 +89,7 @@ def merge_traces(
                 last,
                 "fewer traces",
                 error=TraceError,
+                field="doc",
             )
             _append(writer, trace, offset)
             offset += max(documents, default=-1) + 1 if renumber else 0

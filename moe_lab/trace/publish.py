@@ -35,7 +35,8 @@ def lock(folder: Path) -> int | None:
         raise TraceError(
             expected(
                 f"no other writer of {folder}", got, "another folder, or waiting until it ends"
-            )
+            ),
+            field="folder",
         ) from error
     return descriptor
 

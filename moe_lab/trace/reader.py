@@ -278,7 +278,7 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
             else "the folder that holds meta.json"
         )
         got = "a folder without meta.json" if folder.is_dir() else "nothing"
-        raise TraceError(expected(f"a trace at {folder}", got, hint))
+        raise TraceError(expected(f"a trace at {folder}", got, hint), field="path")
     trace = _sealed(folder, verify) or _cleaned(folder, verify)
     require(
         trace.complete or allow_incomplete,
@@ -286,6 +286,7 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
         "one whose writing was interrupted",
         "allow_incomplete=True to look at it",
         error=TraceError,
+        field="complete",
     )
     return trace
 

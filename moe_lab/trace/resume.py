@@ -70,7 +70,7 @@ def recover(folder: Path, meta: TraceMeta) -> InterruptedTrace:
     trace = open_trace(folder, allow_incomplete=True)
     if differing := _differences(trace.meta.to_dict(), meta.to_dict()):
         what = f"an interrupted trace of the same {', '.join(differing)} at {folder}"
-        raise TraceError(expected(what, "another", "removing it, or another folder"))
+        raise TraceError(expected(what, "another", "removing it, or another folder"), differing[0])
     if trace.data is not None:  # written by another user or version: go on with the clean copy
         for name in trace.parts:
             shutil.copyfile(trace.data / name, folder / name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.trace.schema import OUTPUT_RATIO, ROUTING_COLUMNS, LayerMeta
 
 if TYPE_CHECKING:  # readers of traces need no torch, which takes two seconds to import
@@ -46,7 +46,7 @@ def routing_rows(
     """
     from moe_lab.trace.score_spread import spread_of_scores
 
-    where = f"layer {layer.layer}: "
+    where = f"layer {layer.layer}"
     if (routing.num_experts, routing.num_zero_experts) != (
         layer.num_experts,
         layer.num_zero_experts,
@@ -55,7 +55,9 @@ def routing_rows(
             f"{layer.num_experts} + {layer.num_zero_experts}",
             f"{routing.num_experts} + {routing.num_zero_experts}",
         )
-        raise TraceError(where + expected(f"{want} real + zero-compute experts", got))
+        raise TraceError(
+            f"{where}: " + expected(f"{want} real + zero-compute experts", got), field="num_experts"
+        )
     valid = slice(None) if routing.valid is None else routing.valid
     keep = slice(None) if routing.valid is None else _numpy(routing.valid)
     indices_TK = routing.indices[valid]
@@ -94,7 +96,7 @@ def slot_rows(
         TraceError: ids out of range or repeated in a token, weights or statistics that are not
             finite.
     """
-    where = f"layer {layer.layer}: "
+    where = f"layer {layer.layer}"
     used = ids >= 0
     check_slots(layer, ids, weights, used)
     real = used & (ids < layer.num_experts)
@@ -112,11 +114,15 @@ def slot_rows(
         )
     if spread is not None:
         rows["entropy"], rows["margin"] = (_numpy(column).astype(np.float32) for column in spread())
-        if not np.isfinite(rows["entropy"]).all() or np.isnan(rows["margin"]).any():
-            raise TraceError(
-                where + "expected finite router scores, "
-                "got NaN or infinity; try lowering the learning rate"
-            )
+        require(
+            np.isfinite(rows["entropy"]).all() and not np.isnan(rows["margin"]).any(),
+            "finite router scores",
+            "NaN or infinity",
+            "lowering the learning rate",
+            error=TraceError,
+            where=where,
+            field="scores",
+        )
     rows["experts"], compact_weights = _compact(layer, ids, weights, used)
     if compact_weights is not None:
         rows["weights"] = compact_weights
@@ -180,19 +186,28 @@ def expert_slots(layer: LayerMeta, experts: pl.Series) -> np.ndarray:
     Raises ``TraceError`` for null ids, ids out of range, or more than ``top_k`` of them for a
     token.
     """
-    where = f"layer {layer.layer}: "
+    where = f"layer {layer.layer}"
     lengths = experts.list.len().to_numpy()
     flat = experts.explode().drop_nulls().to_numpy()
-    if len(flat) != lengths.sum():
-        raise TraceError(where + "expected no null expert ids, got nulls")
+    require(
+        len(flat) == lengths.sum(),
+        "no null expert ids",
+        "nulls",
+        error=TraceError,
+        where=where,
+        field="experts",
+    )
     if len(flat) and flat.max() >= layer.num_choices:
         raise TraceError(
-            where + expected(f"expert ids between 0 and {layer.num_choices - 1}", int(flat.max()))
+            f"{where}: "
+            + expected(f"expert ids between 0 and {layer.num_choices - 1}", int(flat.max())),
+            field="experts",
         )
     if len(lengths) and lengths.max() > layer.top_k:
         raise TraceError(
-            where
-            + expected(f"at most top_k = {layer.top_k} experts for a token", int(lengths.max()))
+            f"{where}: "
+            + expected(f"at most top_k = {layer.top_k} experts for a token", int(lengths.max())),
+            field="experts",
         )
     if len(flat) == len(lengths) * layer.top_k:
         return flat.reshape(-1, layer.top_k)
@@ -218,30 +233,35 @@ def check_slots(
     """Raise ``TraceError`` unless ids are in range and not repeated in a token, at most ``top_k``
     are used, and their weights fit f16.
     """
-    where = f"layer {layer.layer}: "
+    where = f"layer {layer.layer}"
     if ids.size == 0:
         return
     if ids.min() < -1 or ids.max() >= layer.num_choices:
         raise TraceError(
-            where
+            f"{where}: "
             + expected(
                 f"expert ids between -1 and {layer.num_choices - 1}", f"{ids.min()}..{ids.max()}"
-            )
+            ),
+            field="experts",
         )
     if (most := int(used.sum(axis=1).max())) > layer.top_k:
         raise TraceError(
-            where + expected(f"at most top_k = {layer.top_k} experts for a token", most)
+            f"{where}: " + expected(f"at most top_k = {layer.top_k} experts for a token", most),
+            field="experts",
         )
     # Sorting two-byte integers is several times faster; 65,535 is no expert and stands for -1.
     ordered = np.sort(ids.astype(np.uint16), axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY_SLOT)).any():
         raise TraceError(
-            where + "expected each token to name an expert at most once, got a repeated id"
+            f"{where}: " + expected("each token to name an expert at most once", "a repeated id"),
+            field="experts",
         )
     limit = float(np.finfo(np.float16).max)
     if weights is not None and not (np.abs(weights) <= limit)[used].all():
         raise TraceError(
-            where + expected(f"finite gate weights of at most {limit:.0f}", "NaN, infinity or more")
+            f"{where}: "
+            + expected(f"finite gate weights of at most {limit:.0f}", "NaN, infinity or more"),
+            field="weights",
         )
 
 
@@ -282,15 +302,18 @@ def _numbers(where: str, name: str, values: np.ndarray | Tensor, count: int) -> 
     array = values if isinstance(values, np.ndarray) else _numpy(values)
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise TraceError(
-            where
+            f"{where}: "
             + expected(
                 f"{name} to hold one integer for each of {count} tokens",
                 f"{array.dtype} of shape {list(array.shape)}",
-            )
+            ),
+            field=name,
         )
     if array.size and (array.min() < 0 or array.max() >= 2**32):
         raise TraceError(
-            where + expected(f"{name} between 0 and {2**32 - 1}", f"{array.min()}..{array.max()}")
+            f"{where}: "
+            + expected(f"{name} between 0 and {2**32 - 1}", f"{array.min()}..{array.max()}"),
+            field=name,
         )
     return array.astype(np.uint32)
 

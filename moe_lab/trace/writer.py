@@ -219,7 +219,8 @@ class TraceWriter:
                     f"a layer among {[item.layer for item in self.meta.layers]}",
                     layer,
                     "naming it in TraceMeta.layers",
-                )
+                ),
+                field="layer",
             )
         self.write_rows(
             layer, routing_rows(layer_meta, doc, pos, routing), routing.counts().cpu().numpy()
@@ -287,12 +288,14 @@ class TraceWriter:
             "token columns doc, pos and token_id",
             f"no {', '.join(missing)}",
             error=TraceError,
+            field="columns",
         )
         require(
             not clashing and not nested,
             "further token columns of plain types that are not named as routing columns are",
             ", ".join(f"{name} {frame.schema[name]}" for name in [*clashing, *nested]),
             error=TraceError,
+            field="columns",
         )
         if "loss" not in frame.columns:
             frame = frame.with_columns(loss=pl.lit(None, dtype=pl.Float32))
@@ -411,11 +414,13 @@ class TraceWriter:
                 table.rows,
                 error=TraceError,
                 where=f"layer {number}",
+                field="tokens",
             )
             if table.keys != reference.keys:
                 raise TraceError(
                     f"layer {number}: expected the same (doc, pos) pairs as in {reference.name}, "
-                    "got others"
+                    "got others",
+                    field="pos",
                 )
 
     def _write_meta(self, complete: bool) -> None:

@@ -53,7 +53,8 @@ def acceptance_rate(
                 "a model with multi-token-prediction modules",
                 "mtp None",
                 "DecoderConfig(mtp=MTPConfig())",
-            )
+            ),
+            field="mtp",
         )
     length = seq_length if prompt_tokens is None else prompt_tokens
     longest = model.config.context_length
@@ -61,6 +62,7 @@ def acceptance_rate(
         2 <= length <= seq_length <= longest,
         f"prompt_tokens <= seq_length of 2 to {longest} tokens",
         f"{length} and {seq_length}",
+        field="prompt_tokens",
     )
     ids = [document.ids for document in documents]
     excerpts = excerpts_of([len(row) for row in ids]) if excerpts is None else excerpts
@@ -82,7 +84,12 @@ def acceptance_rate(
             docs = [documents[int(row[0])].index for row in batch.doc[whole.numpy()]]
             rows += _verified(model, inputs, valid, docs, first)
     require(
-        rows, f"a window of at least {length} tokens", "none", "longer documents", error=CorpusError
+        rows,
+        f"a window of at least {length} tokens",
+        "none",
+        "longer documents",
+        error=CorpusError,
+        field="documents",
     )
     return pl.DataFrame(rows).group_by("doc", "module", maintain_order=True).sum()
 

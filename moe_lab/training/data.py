@@ -28,6 +28,7 @@ class Batches:
             len(stream),
             "more text or a shorter seq_length",
             error=CorpusError,
+            field="text",
         )
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 

@@ -93,6 +93,7 @@ def check_shareable(config: RunConfig, ranks: Ranks) -> None:
         what,
         config.grad_accumulation,
         f"grad_accumulation {ranks.size}",
+        field="grad_accumulation",
     )
 
 
@@ -113,6 +114,7 @@ def spread(objective: Objective, ranks: Ranks) -> nn.Module:
             "parameters with an axis to shard for parallel 'fsdp'",
             ", ".join(scalars),
             "parallel 'ddp'",
+            field="parallel",
         )
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

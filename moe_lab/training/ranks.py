@@ -161,7 +161,9 @@ def join(
         RankError: another rank ended or does not answer.
     """
     if parallel is not None and parallel not in list(Parallel):
-        raise ConfigError(expected(f"parallel among {', '.join(Parallel)}", repr(parallel)))
+        raise ConfigError(
+            expected(f"parallel among {', '.join(Parallel)}", repr(parallel)), field="parallel"
+        )
     joined = _join_group(device)
     try:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -221,7 +223,9 @@ def _spread(config: RunConfig, parallel: Parallel, device: torch.device) -> Rank
         ]
         batch = f"batch_size {config.batch_size}, grad_accumulation {micro_batches}"
         what = f"ranks that share the batch evenly ({batch})"
-        raise ConfigError(expected(what, size, f"{sizes[0]} ranks, or another batch_size"))
+        raise ConfigError(
+            expected(what, size, f"{sizes[0]} ranks, or another batch_size"), "batch_size"
+        )
     group = None
     if groups > 1 and parts > 1:
         members = [

@@ -151,7 +151,9 @@ def load_run(folder: Path | str, device: str | torch.device = "cpu") -> LoadedRu
     if not (folder / DONE).exists():
         begun = (folder / CONFIG).exists()
         hint = "moe-lab sweep run again" if begun else "the folder of one run, runs/<sweep>/<hash>"
-        raise RunError(expected(f"a finished run in {folder}", f"no file {DONE!r}", hint))
+        raise RunError(
+            expected(f"a finished run in {folder}", f"no file {DONE!r}", hint), field="run"
+        )
     config = read_config(folder)
     result = finished_record(folder, config)
     model = Decoder(config.model)
@@ -160,7 +162,9 @@ def load_run(folder: Path | str, device: str | torch.device = "cpu") -> LoadedRu
     for name, value in recorded.items():
         if value not in (None, metadata.get(name)):
             got = f"{metadata.get(name)} in {folder / MODEL}"
-            raise CheckpointError(expected(f"weights of this run ({name} {value})", got))
+            raise CheckpointError(
+                expected(f"weights of this run ({name} {value})", got), field="weights"
+            )
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -141,6 +141,7 @@ def _claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
             f"run {other} in {folder}",
             "another folder",
             error=RunError,
+            field="run",
         )
     else:
         write_json(folder / CONFIG, config.to_dict())
@@ -499,6 +500,7 @@ def check_text(config: RunConfig, text: TokenizedText) -> None:
         vocab_size == config.model.vocab_size,
         f"model.vocab_size equal to the tokenizer's {vocab_size}",
         config.model.vocab_size,
+        field="model.vocab_size",
     )
     Batches(text.train, config.batch_size, config.seq_length, config.seed)
 
@@ -515,6 +517,7 @@ def check_device(name: str) -> None:
         "a device that torch can use",
         f"{name!r}, {devices} CUDA devices",
         "cpu",
+        field="device",
     )
 
 
@@ -524,7 +527,9 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         got = f"{name!r} ({str(error).splitlines()[0]})"
-        raise ConfigError(expected("a device that torch can use", got, "cpu")) from error
+        raise ConfigError(
+            expected("a device that torch can use", got, "cpu"), field="device"
+        ) from error
     return device
 
 

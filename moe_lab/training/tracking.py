@@ -177,11 +177,17 @@ def chosen(loggers: Sequence[Logger | str]) -> list[Logger | str]:
     ]
     for name in wanted:
         if isinstance(name, str):
-            require(name in TRACKERS, f"a tracker among {', '.join(TRACKERS)}", repr(name))
+            require(
+                name in TRACKERS,
+                f"a tracker among {', '.join(TRACKERS)}",
+                repr(name),
+                field="tracker",
+            )
             if importlib.util.find_spec(name) is None:
                 raise ConfigError(
                     expected(
                         f"the package {name} for tracking", "none", "pip install 'moe-lab[track]'"
-                    )
+                    ),
+                    field=name,
                 )
     return wanted

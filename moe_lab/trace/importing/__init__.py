@@ -117,7 +117,9 @@ def import_trace(
     try:
         chosen = ImportKind(kind)
     except ValueError:
-        raise TraceError(expected(f"a source among {', '.join(ImportKind)}", repr(kind))) from None
+        raise TraceError(
+            expected(f"a source among {', '.join(ImportKind)}", repr(kind)), field="kind"
+        ) from None
     src = Path(src)
     require(src.exists(), f"a file or folder at {src}", "none", error=TraceError)
     given = {
@@ -278,7 +280,7 @@ def _layers(
     experts = source.num_experts or sizes.num_experts
     if experts is None:
         what = "the number of experts, which this source does not hold"
-        raise TraceError(expected(what, "none", "config= or num_experts="))
+        raise TraceError(expected(what, "none", "config= or num_experts="), "num_experts")
     require(
         not source.num_experts or not sizes.num_experts or source.num_experts == sizes.num_experts,
         f"{sizes.num_experts} experts as configured",

@@ -7,6 +7,7 @@ Shape letters: T tokens, L layers, K slots, E experts, D domains.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def source_of_counts(
     slots, tokens = top_k or sizes.top_k, sizes.tokens or tokens
     if slots is None:
         what = "the number of slots behind the counts"
-        raise TraceError(expected(what, "none", "config= or top_k="))
+        raise TraceError(expected(what, "none", "config= or top_k="), "top_k")
     shapes = {table.shape for table in tables.values()}
     require(len(shapes) == 1, "tables of one size", sorted(shapes), error=TraceError)
     (rows, experts) = next(iter(shapes))
@@ -95,10 +96,7 @@ def source_of_counts(
     if places is not None and len(places) < rows:
         tables = {name: _without_dense(name, table, places) for name, table in tables.items()}
         named = tuple(places)
-    numbers = {
-        name: _tokens_of(f"{name}: " if name else "", table, slots, tokens)
-        for name, table in tables.items()
-    }
+    numbers = {name: _tokens_of(name, table, slots, tokens) for name, table in tables.items()}
     total = sum(numbers.values()) * len(next(iter(tables.values())))
     require(
         total <= MAX_ROWS,
@@ -132,36 +130,32 @@ def _without_dense(domain: str, table: np.ndarray, places: list[int]) -> np.ndar
 
 def _tokens_of(where: str, table: np.ndarray, slots: int, tokens: int | None) -> int:
     """How many tokens a table was counted over; raises for a table that no tokens can have."""
-    if table.size == 0 or table.min() < 0:
-        got = "an empty table" if table.size == 0 else table.min()
-        raise TraceError(where + expected("counts of at least 0", got))
-    if int(table.max()) > 2**53:
-        raise TraceError(where + expected(f"counts of at most {2**53}", table.max()))
+    expect = partial(require, error=TraceError, where=where, field="counts")
+    expect(table.size, "counts of at least 0", "an empty table")
+    lowest, highest = table.min(), int(table.max())
+    expect(lowest >= 0, "counts of at least 0", lowest)
+    expect(highest <= 2**53, f"counts of at most {2**53}", highest)
     table = table.astype(np.int64)
-    if _are_ranks(table):
-        raise TraceError(where + expected("counts", "the ranks 0 to E - 1 once in every layer"))
+    expect(not _are_ranks(table), "counts", "the ranks 0 to E - 1 once in every layer")
     sums = table.sum(axis=1)
     if tokens is None:
         tokens = int(sums[0]) // slots
-        if (sums != sums[0]).any() or sums[0] % slots:
-            usual = int(np.median(sums)) // slots
-            off = int((sums != usual * slots).sum())
-            spread = f"{int(sums.min())}..{int(sums.max())} in {len(sums)} layers"
-            hint = "the integer counts before rounding, or tokens="
-            if not sums.all():
-                hint = "config= or layers= if layers without counts are dense"
-            what = f"the same sum of {slots} x tokens in every layer"
-            raise TraceError(
-                where + expected(what, f"{spread} ({off} off {slots} x {usual})", hint)
-            )
-    if int(sums.max()) > slots * tokens:
-        what = f"at most {slots} slots of each of {tokens} tokens in a layer"
-        raise TraceError(where + expected(what, int(sums.max())))
-    if int(table.max()) > tokens:
-        what = f"at most one slot of each token on an expert ({tokens} tokens)"
-        raise TraceError(where + expected(what, int(table.max())))
-    if tokens == 0:
-        raise TraceError(where + expected("counts of at least one token", "zeros alone"))
+        usual = int(np.median(sums)) // slots
+        off = int((sums != usual * slots).sum())
+        expect(
+            (sums == sums[0]).all() and sums[0] % slots == 0,
+            f"the same sum of {slots} x tokens in every layer",
+            f"{int(sums.min())}..{int(sums.max())} in {len(sums)} layers "
+            f"({off} off {slots} x {usual})",
+            "the integer counts before rounding, or tokens="
+            if sums.all()
+            else "config= or layers= if layers without counts are dense",
+        )
+    what = f"at most {slots} slots of each of {tokens} tokens in a layer"
+    expect(int(sums.max()) <= slots * tokens, what, int(sums.max()))
+    what = f"at most one slot of each token on an expert ({tokens} tokens)"
+    expect(highest <= tokens, what, highest)
+    expect(tokens > 0, "counts of at least one token", "zeros alone")
     return tokens
 
 
@@ -354,7 +348,7 @@ def _by_domain(where: str, values: Mapping[str, Any], model: str) -> Counts:
         return Counts({name: table for name, (_, table) in tables.items()}, numbers.pop())
     if not isinstance(values.get(model), dict):
         names = ", ".join(map(str, values))[:200]
-        raise TraceError(expected(f"model= one of {names} in {where}", repr(model)))
+        raise TraceError(expected(f"model= one of {names} in {where}", repr(model)), "model")
     return _by_domain(where, values[model], model)
 
 

@@ -63,10 +63,12 @@ def route_trace(src: Path, sizes: Sizes) -> Source:
     )
     header, bytes_of = _header(src.name, comments)
     slots = header.get("n_expert_used") or sizes.top_k
-    if not slots or not bytes_of:
-        what = f"n_expert_used and a line for each layer in the comments of {src.name}"
-        got = "neither" if not slots and not bytes_of else "one of them"
-        raise TraceError(expected(what, got))
+    require(
+        slots and bytes_of,
+        f"n_expert_used and a line for each layer in the comments of {src.name}",
+        "neither" if not slots and not bytes_of else "one of them",
+        error=TraceError,
+    )
     layers = np.array(sorted(bytes_of))
     return Source(
         _turns(src.name, _frames(src.name, body, _ROUTE), layers, slots),

@@ -92,6 +92,7 @@ def _one_step(names: list[str], stages: list[tuple[int, ...]], steps: tuple) -> 
         short(shapes),
         error=TraceError,
         where=f"{names[0]}, step {steps[0][0]}",
+        field="layers",
     )
     return np.stack([merged[layer] for layer in sorted(merged)], axis=1)
 
@@ -112,6 +113,7 @@ def _steps(path: Path) -> Iterator[Step]:
             list(chosen.shape),
             error=TraceError,
             where=where,
+            field="top_indices",
         )
         if values["step"] != current and current is not None:
             yield current, _concatenated(layers)

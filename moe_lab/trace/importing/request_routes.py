@@ -204,7 +204,9 @@ def _decoded(where: str, encoded: str) -> bytes:
         return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         got = repr(encoded[:40])
-        raise TraceError(f"{where}: " + expected("base64 of int32 routes", got)) from None
+        raise TraceError(
+            f"{where}: " + expected("base64 of int32 routes", got), field="dtype"
+        ) from None
 
 
 def _raw(where: str, data: bytes, dtype: str, shape: list[int]) -> np.ndarray:

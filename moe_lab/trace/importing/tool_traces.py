@@ -51,7 +51,10 @@ def moe_atlas(src: Path, sizes: Sizes) -> Source:
     wanted = tokens * slots * len(layers)
     if len(layer) != wanted or not len(layer):
         sums = f"{tokens} tokens x {slots} slots x {len(layers)} layers"
-        raise TraceError(expected(f"{wanted} activations ({sums}) in {src.name}", len(layer)))
+        raise TraceError(
+            expected(f"{wanted} activations ({sums}) in {src.name}", len(layer)),
+            field="activations",
+        )
     if min(layers) < 0 or max(layers) >= number or token.min() < 0 or token.max() >= tokens:
         what = f"layers below {number} and tokens below {tokens} in {src.name}"
         raise TraceError(expected(what, f"{layer.max()} and {token.max()}"))
