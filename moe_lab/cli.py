@@ -1,7 +1,7 @@
 """``moe-lab``: one module per command in ``moe_lab.commands``, imported when it is called, so that
 ``--help`` stays instant.
 
-A ``MoELabError`` is the user's to mend: it is printed as one line and the exit code is 2. Anything
+A ``MoELabError`` is caused by input: it is printed as one line and the exit code is 2. Anything
 else is a bug and keeps its traceback.
 """
 

@@ -138,8 +138,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> np.ndarray:
-    """[B, S] nats of each target, NaN where there is none; one row at a time, since the float32
-    logits of a whole batch can be larger than the model.
+    """[B, S] nats of each target, NaN for positions without a target; one row at a time, since the
+    float32 logits of a whole batch can be larger than the model.
     """
     return np.stack([_scores(*row)[0] for row in zip(logits_BSV, targets_BS, strict=True)])
 

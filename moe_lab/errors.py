@@ -48,7 +48,7 @@ class StorageError(RunError):
 
 
 class TraceExistsError(TraceError):
-    """A finished trace at the place of a new one, without leave to replace it.
+    """A finished trace stands where a new one would be written, and replacing it was not asked for.
 
     ``got`` describes the trace, so that a caller can name its own option.
     """

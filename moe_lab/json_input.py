@@ -6,7 +6,7 @@ here make them, and can be nested:
     answer = record(token_ids=optional(list_of(whole())), text=optional(text()))
     answer(json_value, "dump.json, record 3")
 
-Every error is a ``ConfigError`` of one line; whoever reads another kind of file converts it.
+Every error is a ``ConfigError`` of one line; callers with an error type of their own convert it.
 """
 
 import json

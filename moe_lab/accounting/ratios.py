@@ -9,7 +9,7 @@ from moe_lab.errors import require
 
 def ratios(counted: ParameterCount) -> dict[str, float]:
     """What makes two models of different size the same architecture; embeddings, head and lookup
-    tables told apart.
+    tables listed apart.
 
     Keys: experts_per_active (E / mean of real experts run), zero_share (zero-compute experts over
     all choices), shared_share (of the expert parameters that a token runs), layer_active (share of

@@ -1,7 +1,7 @@
 """Sums over the tokens of each document of a trace: what ``document_bootstrap`` draws from.
 
 Where there are more than ``MAX_UNITS`` documents (or the table of sums would be too large), each
-unit that is drawn is a bundle of documents, dealt out in turn: still independent units, only fewer,
+unit that is drawn is a bundle of documents, filled in turn: still independent units, only fewer,
 and memory stays bounded.
 """
 

@@ -30,7 +30,7 @@ from moe_lab.trace import LayerMeta, Trace
 
 MAX_DOMAINS = 256
 """A column with more values than this is no domain."""
-MAX_DEALS = 200
+MAX_PERMUTATIONS = 200
 
 
 def domain_specialisation(
@@ -99,7 +99,7 @@ def domain_divergence(
         [layer, domain_a, domain_b, bits, lo, hi, shuffled, shuffled_95]: ``bits`` is 0 where the
         two domains load the experts alike, 1 where they share none, null where a domain used no
         slot. Samples differ even where domains do not: ``shuffled`` is the mean over up to
-        ``MAX_DEALS``
+        ``MAX_PERMUTATIONS``
         permutations of the two names over the documents of both, ``shuffled_95`` their 95 % point,
         which ``bits`` must exceed to say that domains differ. Finite samples push the
         resampled values up as they push ``bits``, so the interval is the reflected one, ``2 bits -
@@ -314,7 +314,7 @@ def _shuffled(
         deals = np.stack(
             [
                 generator.permutation(here_UG[kept, a])
-                for _ in range(min(resampling.resamples, MAX_DEALS))
+                for _ in range(min(resampling.resamples, MAX_PERMUTATIONS))
             ]
         ).astype(np.float64)
         load = load_UE[kept].astype(np.float64)

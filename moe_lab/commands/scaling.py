@@ -206,8 +206,8 @@ def step(args: argparse.Namespace) -> int:
         f"be seen nine times in ten at a noise of"
     )
     print(
-        f"{args.noise:g} nats between seeds; - where none is expected. The range that a law "
-        f"was fitted on is told where this leaves it."
+        f"{args.noise:g} nats between seeds; - where none is expected. A note names the "
+        f"range that a law was fitted on if this step leaves it."
     )
     print(_cautions([str(name) for name in table["law"]]))
     return 0

@@ -221,10 +221,10 @@ def _report(args: argparse.Namespace, summary: dict, out: Path) -> int:
         print_json(summary | {"trace": out, "layers": layers.to_dicts()})
         return 0
     print(layers)
-    told = [f"{value:,} {name}" for name, value in summary.items() if isinstance(value, int)]
+    parts = [f"{value:,} {name}" for name, value in summary.items() if isinstance(value, int)]
     if isinstance(summary.get("loss"), float):
-        told.append(f"{summary['loss']:.4f} nats/token")
-    print(", ".join(told))
+        parts.append(f"{summary['loss']:.4f} nats/token")
+    print(", ".join(parts))
     for note in summary["notes"]:
         print(f"note: {note}")
     print(f"trace: {out}")

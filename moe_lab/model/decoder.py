@@ -97,8 +97,8 @@ class Decoder(nn.Module):
     def forward(
         self, ids_BS: Tensor, targets_BS: Tensor | None = None, valid_BS: Tensor | None = None
     ) -> DecoderOutput:
-        """Args are int64 [B, S] (``targets`` -100 where there is none) and bool [B, S] (False for
-        padding, which is never counted).
+        """Args are int64 [B, S] (``targets`` -100 for tokens without a target) and bool [B, S]
+        (False for padding, which is never counted).
         """
         length = ids_BS.shape[1]
         require(

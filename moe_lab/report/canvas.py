@@ -3,7 +3,7 @@ page or for a plotly figure.
 
 plotly's own ``add_scatter`` and ``update_layout`` check each value, copy each trace and look up
 each axis at every call: a page of sixty figures took four seconds in them. A page takes the plain
-values as they are; whoever calls a function of ``figures`` gets them checked.
+values as they are; a function of ``figures`` checks them.
 """
 
 from __future__ import annotations

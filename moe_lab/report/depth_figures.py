@@ -8,7 +8,7 @@ from moe_lab.report.canvas import Canvas, drawn, error_bars, evenly, need, plain
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
 MAX_SERIES = 8
-"""More series than colours cannot be told apart; the first ones are drawn."""
+"""More series than colours cannot be distinguished; the first ones are drawn."""
 CHANCE = {"chance": "chance, even", "chance_by_load": "chance, by load"}
 
 

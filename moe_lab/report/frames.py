@@ -13,7 +13,7 @@ T = TypeVar("T")
 class Frames:
     """``frames(analysis, *subjects, **options)`` is ``analysis(*subjects, **options)``, kept.
 
-    Subjects that cannot be hashed (traces, frames) are told apart by identity and kept alive.
+    Subjects that cannot be hashed (traces, frames) are distinguished by identity and kept alive.
     """
 
     def __init__(self) -> None:

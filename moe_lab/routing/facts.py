@@ -41,7 +41,7 @@ def fixed_count(config: Settings) -> ExpertsRun:
 
 
 def equal_load(config: Settings) -> str:
-    """The assumption behind the mean of ``fixed_count``; "" where there is none."""
+    """The assumption behind the mean of ``fixed_count``; "" for no assumption."""
     target = None if config.controller is None else config.controller.target_ffn_count
     if not config.num_zero_experts or target is not None:
         return ""

@@ -44,7 +44,7 @@ class Source:
         self.fields, self.layer = fields if layer is None else fields.at(layer), layer
 
     def get(self, name: str) -> Any:
-        """A value under any of its names; ``ConfigError`` where there is none."""
+        """A value under any of its names; ``ConfigError`` if it has none."""
         return self._of_layer(name, self.fields.get(name))
 
     def optional(self, name: str, otherwise: Any = None) -> Any:

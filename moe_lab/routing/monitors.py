@@ -58,7 +58,7 @@ def _on_mean(loss: Tensor, scores_TE: Tensor) -> Tensor:
 @torch.no_grad()
 def row_cosine(weight_ED: Tensor) -> Tensor:
     """Mean cosine similarity of different rows: near 0 for a random router, near 1 where experts
-    cannot be told apart.
+    cannot be distinguished.
     """
     rows = F.normalize(weight_ED.float(), dim=1)
     experts = rows.shape[0]

@@ -175,8 +175,8 @@ class Routing:
         return (self.indices >= self.num_experts).sum(dim=1)
 
     def dropped(self) -> Tensor:
-        """[T, K] bool: slots that selected an expert and lost it to its capacity (told from slots
-        never used).
+        """[T, K] bool: slots that selected an expert and lost it to its capacity (distinguished
+        from slots never used).
         """
         if self.selected is None:
             return torch.zeros_like(self.indices, dtype=torch.bool)

@@ -67,7 +67,8 @@ def within_capacity(
     valid: Tensor | None = None,
     priority_T: Tensor | None = None,
 ) -> Tensor:
-    """[T, K] bool: the slots that fit into their expert's capacity, counted anew in each sequence.
+    """[T, K] bool: the slots that fit into their expert's capacity, counted from zero in each
+    sequence.
 
     All first choices are placed before any second choice (GShard, arXiv 2006.16668), each in order
     of position, or of descending ``priority`` (batch-prioritised routing, arXiv 2106.05974). Unused

@@ -103,7 +103,7 @@ def _clean(line: str) -> str:
 
 
 def _read(path: Path, end: bool = True) -> str:
-    """The last ``TAIL_BYTES`` of a file, or its first; empty where there is none."""
+    """The last ``TAIL_BYTES`` of a file, or its first; empty if there is no such file."""
     try:
         with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)

@@ -1,4 +1,5 @@
-"""Who trains a run whose store is an object store: a lease, renewed while its owner lives.
+"""The lease of a run whose store is an object store: it names the process that trains it and is
+renewed while its owner lives.
 
 A lease is an object with its owner's name. Object stores need not have an exclusive create, so the
 guarantee is weaker than that of ``folder_claims``: a worker that finds no living lease writes its

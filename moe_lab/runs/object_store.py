@@ -88,7 +88,7 @@ class ObjectStore:
         return names
 
     def progress(self, run: str) -> Progress:
-        """At most ``PROGRESS_SECONDS`` old: whoever watches asks several times a second."""
+        """At most ``PROGRESS_SECONDS`` old: a progress display asks several times a second."""
         read_at, known = self._progress.get(run, (-PROGRESS_SECONDS, Progress()))
         if time.monotonic() - read_at >= PROGRESS_SECONDS:
             known = Progress.of(read_object(self.bucket.read(f"{STATE}/{run}/{STATUS}")))

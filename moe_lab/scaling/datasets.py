@@ -3,8 +3,8 @@ read into our column names.
 
 Nothing is downloaded and nothing is shipped: files lie in ``$MOE_LAB_DATA/scaling`` (or
 ``$MOE_LAB_DATA``), in ``data_dir``, or where ``file`` says. Every frame keeps its original columns
-and gains those of the house that it can fill: loss (nats/token), active_params, total_params,
-tokens, ratio, compute (FLOPs), learning_rate, seed.
+and gains those of moe_lab's columns that it can fill: loss (nats/token), active_params,
+total_params, tokens, ratio, compute (FLOPs), learning_rate, seed.
 """
 
 import gzip
@@ -29,7 +29,7 @@ MISFIT_LOSS = "eval/ppl//fsx-onellm/data/corpora/text_only/text_eval/c4.jsonl"
 @dataclass(frozen=True)
 class Dataset:
     """``sha256`` is of the decompressed file; ``redistributable`` with attribution; ``read`` adds
-    the columns of the house.
+    moe_lab's columns.
     """
 
     name: str

@@ -91,8 +91,8 @@ class Verdict:
         """The verdict whose sentence ends in what was not excluded."""
         if not caveats:
             return self
-        told = f"{self.sentence} Not excluded: {'; '.join(caveats)}."
-        return replace(self, caveats=caveats, sentence=told)
+        sentence = f"{self.sentence} Not excluded: {'; '.join(caveats)}."
+        return replace(self, caveats=caveats, sentence=sentence)
 
     def gain_table(self) -> pl.DataFrame:
         """[ratio_from, ratio_to, gain, lo, hi, compute, compute_lo, compute_hi, margin]: nats, and

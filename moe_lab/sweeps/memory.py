@@ -99,7 +99,7 @@ def _activations(model: "DecoderConfig", seq_length: int, cuda: bool) -> int:
 
 def free_memory(device: str) -> int | None:
     """Bytes that runs on ``device`` may share, ``SHARE`` of what is free now; None where that
-    cannot be told.
+    is unknown.
     """
     free = (
         _free_on_gpus()

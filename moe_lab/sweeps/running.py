@@ -55,7 +55,7 @@ class SweepOutcome:
     Attributes:
         finished: whole runs, those found finished included.
         failed: with the reason of each in one line.
-        interrupted: neither, because the sweep was told to stop; the same command continues them.
+        interrupted: neither, because the sweep was asked to stop; the same command continues them.
         seconds: wall time of this call.
         stopped: why it left runs to a later call, in one line; empty where it did not.
     """

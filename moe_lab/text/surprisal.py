@@ -155,7 +155,7 @@ def ngram_surprisal(
 
     Args:
         documents: [n] arrays of ids, as ``TokenizedDocument.ids``.
-        folds: the documents are dealt at random into so many parts; each is scored by the n-grams
+        folds: the documents are divided at random into so many parts; each is scored by the n-grams
             of all the others.
         groups: one number for each entry of ``documents``; entries with the same number (excerpts
             of one document) stay in one part.

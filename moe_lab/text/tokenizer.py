@@ -207,7 +207,7 @@ def train_tokenizer(
         vocab_size: number of ids, the 256 bytes and the end of document included. A byte tokenizer
             always has 257.
         cache_dir: folder to keep and look for trained tokenizers, by the hash of the text and the
-            settings; None trains anew.
+            settings; None always trains.
 
     The same documents give the same tokenizer. Raises ``CorpusError`` where the text has too few
     distinct pairs for ``vocab_size``.

@@ -224,7 +224,7 @@ class Trace:
         """One table is enough: the others have the same multiset of keys."""
         first = self.meta.layers[0].layer
         if document_runs(self.batches(None if self._names("tokens/") else first, ["doc", "pos"])):
-            return  # rising positions in documents that do not return: told in bounded memory
+            return  # rising positions in documents that do not return: no set of keys is needed
         frame = (
             self.tokens if self._names("tokens/") else self.routing.filter(pl.col("layer") == first)
         )

@@ -2,9 +2,9 @@
 they speak.
 
 ``torchrun`` (or a process group that the caller initialised) describes them; without either there
-is one. A run's numbers are those of one process: a step's micro-batches are first dealt to groups
-of ranks, and where there are fewer micro-batches than ranks the ranks of a group share one, so that
-its tokens, its counts and its losses are the same whatever the number of ranks.
+is one. A run's numbers are those of one process: a step's micro-batches are first assigned to
+groups of ranks, and where there are fewer micro-batches than ranks the ranks of a group share one,
+so that its tokens, its counts and its losses are the same whatever the number of ranks.
 """
 
 import os

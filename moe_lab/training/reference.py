@@ -1,9 +1,9 @@
 """Dense twins: how hard a token is for a plain model that has nothing to do with the one that is
 studied.
 
-The documents are dealt into folds; one dense decoder is trained on each fold and scores the others,
-so that no token is judged by a model that has read it. Losses at several points of the training
-tell what was learnt when.
+The documents are divided into folds; one dense decoder is trained on each fold and scores the
+others, so that no token is judged by a model that has read it. Losses at several points of the
+training tell what was learnt when.
 """
 
 from collections.abc import Sequence

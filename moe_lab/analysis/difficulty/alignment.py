@@ -48,7 +48,7 @@ class LayerTokens:
 
     Attributes:
         doc, pos, token_id: [T]; ``doc`` and ``token_id`` as codes from 0.
-        compute, difficulty: [T]; difficulty is NaN where there is none.
+        compute, difficulty: [T]; difficulty is NaN for tokens without one.
         strata: [T] one code for each combination of the class columns, or None where the frame has
             none.
         lexer: [T] codes of the column ``lexer`` alone, or None.

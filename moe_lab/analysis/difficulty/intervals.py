@@ -123,7 +123,7 @@ MISSING = Interval.missing()
 class Bootstrap:
     """The same samples of documents for every statistic that is asked of it.
 
-    More than ``MAX_CLUSTERS`` documents are first dealt at random into as many bundles, which are
+    More than ``MAX_CLUSTERS`` documents are first divided at random into as many bundles, which are
     independent too: memory stays bounded.
     """
 

@@ -4,13 +4,15 @@ Every backend computes ``y_t = sum_k w_tk * E_{i_tk}(x_t)`` over the slots whose
 expert; zero-compute experts are the layer's business and cost nothing here. They differ in speed
 alone:
 
-| name | what it does | where | |---|---|---| | ``oracle`` | the definition, token by token |
-anywhere, slowly: what the others are tested against | | ``cpu`` | one autograd function, a few
-tensor calls per expert on rows in cache | any device and dtype | | ``native`` | the same in C++,
-compiled once per machine | CPU, float32 and float64 | | ``grouped`` | one grouped product for all
-experts (``torch.nn.functional.grouped_mm``), no host synchronisation | CUDA; right on a CPU |
+| name | what it does | where |
+|---|---|---|
+| ``oracle`` | the definition, token by token; the others are tested against it | anywhere, slowly |
+| ``cpu`` | one autograd function, a few tensor calls per expert on rows in cache | anywhere |
+| ``native`` | the same in C++, compiled once per machine | CPU, float32 and float64 |
+| ``grouped`` | one ``grouped_mm`` for all experts, no host synchronisation | CUDA; right on a CPU |
 
-``auto`` takes the fastest that can run what it is given, anew at each call; ``choose`` tells which.
+``auto`` takes the fastest that can run what it is given, anew at each call; ``choose`` returns its
+name.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Random routing: k different experts for every token, drawn anew each time, each with weight 1/k.
+"""Random routing: k different experts for every token, drawn at each call, each with weight 1/k.
 The floor of any comparison.
 
 Draws from torch's global generator, which activation checkpointing restores, so a recomputation

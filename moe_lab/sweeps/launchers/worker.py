@@ -83,7 +83,7 @@ def _train(trainer: Trainer, job: Job) -> Ending:
         if isinstance(error, SystemExit) and preempted.is_set():
             raise
         failure = failure_of(error, job.folder)
-        with suppress(RunError):  # a full disk: the reason still reaches whoever started the run
+        with suppress(RunError):  # a full disk: the reason still reaches the driver
             write_failure(job.folder, failure, traceback.format_exc())
         return Ending(job.run, Result.FAILED, failure.reason, failure.kind)
 

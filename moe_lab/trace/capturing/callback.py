@@ -95,7 +95,8 @@ class RoutingCallback(_Base):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Add the scalars to what is logged, write the counts since the last time, and begin anew.
+        """Add the scalars to what is logged, write the counts since the last time, and start again
+        from zero.
 
         All ranks are added up.
         """

@@ -168,7 +168,7 @@ def _are_ranks(table: np.ndarray) -> bool:
 def _made_up(
     tables: Mapping[str, np.ndarray], tokens: Mapping[str, int], slots: int
 ) -> Iterator[Document]:
-    """Slots sorted by expert and dealt to the tokens in turn, in blocks: token t has the slots t, t
+    """Slots sorted by expert and given to the tokens in turn, in blocks: token t has the slots t, t
     + T, ... of the order, and no expert twice, because none has more slots than tokens.
     """
     for number, (domain, table) in enumerate(tables.items()):
