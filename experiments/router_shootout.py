@@ -26,7 +26,7 @@ from moe_lab.files import atomic_path
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.plugins import load
 from moe_lab.routing import FACTS, RouterConfig
-from moe_lab.routing.kinds import KINDS
+from moe_lab.routing.built_in_routers import KINDS
 from moe_lab.sweeps import RunStore, SweepConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import Dtype, OptimizerConfig, RunConfig

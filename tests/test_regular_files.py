@@ -15,10 +15,10 @@ from moe_lab.errors import MoELabError
 from moe_lab.files import digest_of, open_regular, read_regular
 from moe_lab.hf.configuration import plain
 from moe_lab.runs import read_run
+from moe_lab.runs.done_file import check_seal
 from moe_lab.runs.folder_claims import holder
 from moe_lab.runs.folder_store import RunStore
 from moe_lab.runs.record import parse_object
-from moe_lab.runs.seal import check_seal
 from moe_lab.scaling import read_runs
 from moe_lab.scaling.run_files import READERS as TABLES
 from moe_lab.text import Tokenizer, load_corpus

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from moe_lab.accounting.blocks import Block, join, top
+from moe_lab.accounting.block_factories import Block, join, top
 from moe_lab.cost import layer_cost
 from moe_lab.cost.parts import Pieces
 from moe_lab.hf.fields import MOST, Condition, Fields

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from moe_lab.analysis.difficulty.difficulty_verdict import study_verdict
     from moe_lab.files import write_json, write_parquet
-    from moe_lab.runs.seal import digests_of
+    from moe_lab.runs.done_file import digests_of
 
     is_trace = (args.source / "meta.json").is_file()
     out = args.out or (

@@ -234,7 +234,7 @@ def _report(args: argparse.Namespace, summary: dict, out: Path) -> int:
 def _run(args: argparse.Namespace) -> int:
     from moe_lab.text import load_corpus, tokenize_documents
     from moe_lab.training import Excerpt, evaluate, load_run
-    from moe_lab.training.record import trace_meta
+    from moe_lab.training.finished_run import trace_meta
 
     run = load_run(args.run, args.device)
     require(

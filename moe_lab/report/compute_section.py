@@ -10,7 +10,7 @@ import polars as pl
 
 from moe_lab.number_format import decimal, listing, whole
 from moe_lab.report import figures
-from moe_lab.report.blocks import Block, Plot, Variant, representatives, table_of
+from moe_lab.report.figure_blocks import Block, Plot, Variant, representatives, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
 

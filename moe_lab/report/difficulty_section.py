@@ -15,10 +15,10 @@ import polars as pl
 from moe_lab.errors import RunError
 from moe_lab.number_format import decimal, whole
 from moe_lab.report import difficulty_figures as figures
-from moe_lab.report.blocks import Block, Plot, Variant, table_of
+from moe_lab.report.figure_blocks import Block, Plot, Variant, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
-from moe_lab.runs.seal import check_seal
+from moe_lab.runs.done_file import check_seal
 from moe_lab.sandbox import read_parquet
 
 RESAMPLES = 1000

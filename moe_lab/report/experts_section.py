@@ -15,7 +15,9 @@ import polars as pl
 from moe_lab.analysis.registry import ANALYSES, Analysis
 from moe_lab.number_format import count_of, decimal, listing, whole
 from moe_lab.report import figures
-from moe_lab.report.blocks import (
+from moe_lab.report.canvas import evenly
+from moe_lab.report.depth_figures import MAX_SERIES
+from moe_lab.report.figure_blocks import (
     Block,
     Variant,
     one_plot,
@@ -23,10 +25,8 @@ from moe_lab.report.blocks import (
     scrolling_width,
     table_of,
 )
-from moe_lab.report.canvas import evenly
-from moe_lab.report.depth_figures import MAX_SERIES
 from moe_lab.report.frames import Frames
-from moe_lab.report.map_figures import BINS
+from moe_lab.report.heatmap_figures import BINS
 from moe_lab.report.sources import Material, NamedTrace
 
 DOMAINS = ("domain", "source", "language", "lexer", "subword", "freq_band", "position_band")

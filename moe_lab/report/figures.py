@@ -20,8 +20,13 @@ from moe_lab.report.depth_figures import (
     zero_compute,
 )
 from moe_lab.report.difficulty_figures import difficulty_curves, difficulty_map, marginal_gain
+from moe_lab.report.heatmap_figures import (
+    coactivation,
+    domain_specialisation,
+    load_shift,
+    transitions,
+)
 from moe_lab.report.load_figures import expert_load
-from moe_lab.report.map_figures import coactivation, domain_specialisation, load_shift, transitions
 from moe_lab.report.run_figures import frontier, training_curves
 from moe_lab.report.wall_figures import (
     against_experts,

@@ -7,7 +7,7 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, require
 from moe_lab.report.canvas import Canvas, drawn, need
-from moe_lab.report.map_figures import cell_gaps, layer_axis, layer_table, log2_scale
+from moe_lab.report.heatmap_figures import cell_gaps, layer_axis, layer_table, log2_scale
 from moe_lab.report.theme import DEAD
 
 MAX_LOG2_LOAD = 4

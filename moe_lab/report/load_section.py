@@ -11,8 +11,8 @@ import polars as pl
 
 from moe_lab.number_format import count_of, decimal, listing, whole
 from moe_lab.report import figures
-from moe_lab.report.blocks import Block, Plot, Variant, one_plot, representatives, table_of
 from moe_lab.report.depth_figures import MAX_SERIES
+from moe_lab.report.figure_blocks import Block, Plot, Variant, one_plot, representatives, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.load_figures import MAX_LOG2_LOAD
 from moe_lab.report.sources import Material, NamedTrace

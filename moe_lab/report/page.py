@@ -25,10 +25,10 @@ from moe_lab.files import write_parquet, write_text
 from moe_lab.number_format import count_of, short_path
 from moe_lab.plain_text import on_page
 from moe_lab.report import theme
-from moe_lab.report.blocks import Block, representatives
 from moe_lab.report.compute_section import compute_section
 from moe_lab.report.difficulty_section import difficulty_section
 from moe_lab.report.experts_section import experts_section
+from moe_lab.report.figure_blocks import Block, representatives
 from moe_lab.report.frames import Frames
 from moe_lab.report.load_section import load_block, load_interval_block
 from moe_lab.report.provenance_section import provenance

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moe_lab.errors import MoELabError
 from moe_lab.number_format import NOTHING, decimal, listing, magnitude
-from moe_lab.report.blocks import MAX_TABLE_ROWS, Table
+from moe_lab.report.figure_blocks import MAX_TABLE_ROWS, Table
 from moe_lab.report.sources import Material, RunState
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.facts import LATER_TOKENS

@@ -4,7 +4,7 @@ import polars as pl
 
 from moe_lab.number_format import count_of, listing
 from moe_lab.report import figures
-from moe_lab.report.blocks import Block, Legend, Plot, Variant, one_plot, table_of
+from moe_lab.report.figure_blocks import Block, Legend, Plot, Variant, one_plot, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.run_figures import MAX_POINTS, arms, line_style
 from moe_lab.report.run_tables import later_token_note

@@ -19,9 +19,9 @@ import polars as pl
 from moe_lab.errors import RunError, expected, require
 from moe_lab.report.canvas import evenly
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run, read_runs
+from moe_lab.runs.done_file import TRACE_META_NAME, check_seal
 from moe_lab.runs.layout import CONFIG, METRICS, PLAN, TRACE_META
 from moe_lab.runs.record import group_name, number
-from moe_lab.runs.seal import TRACE_META_NAME, check_seal
 from moe_lab.sandbox import read_parquet
 
 if TYPE_CHECKING:

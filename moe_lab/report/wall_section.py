@@ -14,8 +14,8 @@ import polars as pl
 from moe_lab.errors import MoELabError
 from moe_lab.number_format import NOTHING, count_of, decimal, magnitude
 from moe_lab.report import wall_figures as draw
-from moe_lab.report.blocks import Block, Plot, Table, Variant, table_of
 from moe_lab.report.canvas import Canvas
+from moe_lab.report.figure_blocks import Block, Plot, Table, Variant, table_of
 from moe_lab.report.sources import Material
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """Which experts, with which weights: ``RouterConfig`` -> ``Router`` -> ``Routing``, with losses,
 controllers and monitors.
 
-Configurations and the facts of every kind import without torch; the rest on first use. A router
-is a file in ``routers/`` and a row in ``kinds.py``; CONTRIBUTING.md says how to add one, inside
-the package or outside.
+Configurations and the facts of every kind import without torch; the rest on first use. A router is
+a file in ``routers/`` and a row in ``built_in_routers.py``; CONTRIBUTING.md says how to add one,
+inside the package or outside.
 
 Shape letters of this package: T tokens, K slots, E experts (real ones first, then zero-compute
 ones), D d_model, S sequence, V vocabulary. Tensors carry them as suffix: ``scores_TE``.
@@ -12,7 +12,7 @@ ones), D d_model, S sequence, V vocabulary. Tensors carry them as suffix: ``scor
 from typing import TYPE_CHECKING
 
 from moe_lab.lazy import on_first_use
-from moe_lab.routing import kinds  # noqa: F401  (fills FACTS and ROUTERS)
+from moe_lab.routing import built_in_routers  # noqa: F401  (fills FACTS and ROUTERS)
 from moe_lab.routing.choices import (
     BudgetShift,
     CapacityScope,

@@ -2,10 +2,10 @@
 name, readable without torch.
 
 Accounting asks what a router learns and how many experts a token runs; training, which tokens it
-looks at together; traces, its score function; the difficulty analysis, how its budget is moved.
-The facts of the built-in kinds are the rows of ``kinds.py``; a router from outside the package
-passes its own to ``register``, or none: the defaults describe a plain token-choice top-k with one
-weight matrix. Every callable takes the ``RouterConfig`` in question.
+looks at together; traces, its score function; the difficulty analysis, how its budget is moved. The
+facts of the built-in kinds are the rows of ``built_in_routers.py``; a router from outside the
+package passes its own to ``register``, or none: the defaults describe a plain token-choice top-k
+with one weight matrix. Every callable takes the ``RouterConfig`` in question.
 """
 
 from collections.abc import Callable, Mapping
@@ -108,7 +108,7 @@ LATER_TOKENS = (
 """What is said wherever the validation loss of a router that ``sees_later_tokens`` is shown."""
 
 FACTS: dict[str, RouterFacts] = {}
-"""``RouterConfig.kind`` -> its facts: the rows of ``kinds.py`` and those of plugins."""
+"""``RouterConfig.kind`` -> its facts: the rows of ``built_in_routers.py`` and those of plugins."""
 
 ROUTERS: Registry = Registry("a router kind")
 """``RouterConfig.kind`` -> class. The built-in class of a kind is the one of

@@ -286,8 +286,9 @@ def register(kind: str, facts: RouterFacts | None = None) -> Callable[[R], R]:
     """Class decorator: file a router, and the facts of its kind, under ``RouterConfig.kind``.
 
     Args:
-        facts: None takes the row of ``kinds.py`` for a built-in kind and the facts of the class
-            above for others; those of ``Router`` are a plain top-k with one weight matrix.
+        facts: None takes the row of ``built_in_routers.py`` for a built-in kind and the facts of
+            the class above for others; those of ``Router`` are a plain top-k with one weight
+            matrix.
 
     Raises:
         ConfigError: another router has the name.

@@ -15,9 +15,9 @@ from typing import Any
 from moe_lab.errors import RunError, expected
 from moe_lab.files import parse_json, read_regular
 from moe_lab.runs import failures
+from moe_lab.runs.done_file import check_seal
 from moe_lab.runs.folder_claims import claimed, holder
 from moe_lab.runs.layout import CONFIG, DONE, ERROR, RESULT, STATUS, TRACE, TRACE_META, RunState
-from moe_lab.runs.seal import check_seal
 
 _REASON_CHARACTERS = 300
 

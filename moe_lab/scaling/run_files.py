@@ -17,9 +17,9 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, RunError, expected, require
 from moe_lab.files import read_regular
+from moe_lab.runs.done_file import check_seal
 from moe_lab.runs.layout import DONE, RESULT
 from moe_lab.runs.record import parse_object
-from moe_lab.runs.seal import check_seal
 from moe_lab.sandbox import read_parquet
 from moe_lab.scaling.compute_slope import measured_slope
 from moe_lab.scaling.confounds import SHORT

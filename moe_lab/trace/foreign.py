@@ -12,7 +12,7 @@ import polars as pl
 from moe_lab.errors import TraceError, expected, require
 from moe_lab.sandbox import check_text_bytes, output_limit
 from moe_lab.trace.checks import read_meta
-from moe_lab.trace.parts import file_checksums, part_of, write_meta, write_part
+from moe_lab.trace.part_files import file_checksums, part_of, write_meta, write_part
 from moe_lab.trace.reader import Trace, files_on_disk
 from moe_lab.trace.schema import (
     MAX_ROWS_PER_PART,

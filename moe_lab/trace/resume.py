@@ -15,7 +15,7 @@ import polars as pl
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.files import TEMPORARY_PREFIX, read_regular
-from moe_lab.trace.parts import count_slots, part_of, write_meta, write_part
+from moe_lab.trace.part_files import count_slots, part_of, write_meta, write_part
 from moe_lab.trace.reader import open_trace
 from moe_lab.trace.rows import key_checksum
 from moe_lab.trace.schema import ROUTED, PartMeta, TraceMeta

@@ -26,7 +26,7 @@ from moe_lab.files import write_json
 from moe_lab.trace.background import Background
 from moe_lab.trace.checks import check_tokens
 from moe_lab.trace.existing import refuse_finished
-from moe_lab.trace.parts import count_slots, part_of, write_meta, write_part
+from moe_lab.trace.part_files import count_slots, part_of, write_meta, write_part
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
 from moe_lab.trace.resume import DOCUMENTS_FILE, InterruptedTrace, ranges, recover
 from moe_lab.trace.rows import Rows, key_checksum, routing_frame, routing_rows

@@ -11,7 +11,7 @@ from moe_lab.config import require
 from moe_lab.model import Decoder
 from moe_lab.routing import DecidesOver, Routing
 from moe_lab.routing.losses import LOSSES, load_balancing_loss, z_loss
-from moe_lab.routing.losses.parts import shared_by
+from moe_lab.routing.losses.across_ranks import shared_by
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.ranks import Parallel, Ranks
 

@@ -33,6 +33,7 @@ from moe_lab.files import (
 )
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
+from moe_lab.runs.done_file import seal
 from moe_lab.runs.layout import (
     CHECKPOINT,
     CONFIG,
@@ -46,7 +47,6 @@ from moe_lab.runs.layout import (
     TOKENIZER,
     TRACE,
 )
-from moe_lab.runs.seal import seal
 from moe_lab.text import Split, TokenizedText, load_tokens
 from moe_lab.training.branching import branch_steps, forget, leave, take_up
 from moe_lab.training.checkpoint import (
@@ -59,11 +59,11 @@ from moe_lab.training.checkpoint import (
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
 from moe_lab.training.evaluate import Evaluation, evaluate_together
+from moe_lab.training.finished_run import finished_record, read_config, run_record, trace_meta
 from moe_lab.training.metrics import gradient_ratios, routing_metrics
 from moe_lab.training.objective import Objective, average_gradients, check_shareable, spread
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
 from moe_lab.training.ranks import Parallel, Ranks, join, local_device
-from moe_lab.training.record import finished_record, read_config, run_record, trace_meta
 from moe_lab.training.tracking import Logger, Tracking, chosen
 from moe_lab.versions import versions
 

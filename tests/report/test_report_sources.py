@@ -21,8 +21,8 @@ from moe_lab.errors import RunError, TraceError
 from moe_lab.files import write_json, write_parquet
 from moe_lab.report import write_report
 from moe_lab.report.sources import RunState, gather, run_table, training_metrics
+from moe_lab.runs.done_file import check_seal, digests_of, seal
 from moe_lab.runs.layout import DONE, METRICS, TRACE
-from moe_lab.runs.seal import check_seal, digests_of, seal
 from moe_lab.trace import open_trace
 
 SMALL = Shape(layers=1, experts=4, documents=2, tokens=30)

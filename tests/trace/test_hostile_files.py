@@ -16,7 +16,7 @@ import pytest
 from moe_lab.analysis import class_profile
 from moe_lab.errors import TraceError
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
-from moe_lab.trace.parts import file_checksums, write_part
+from moe_lab.trace.part_files import file_checksums, write_part
 from moe_lab.trace.seal import SEAL_FILE
 
 pytestmark = pytest.mark.data

@@ -13,7 +13,7 @@ import torch
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
-from moe_lab.trace.parts import file_checksums
+from moe_lab.trace.part_files import file_checksums
 from moe_lab.trace.schema import VERSION_KEY
 
 ROUTING = "routing/layer=1/part-00000.parquet"

@@ -49,9 +49,9 @@ from moe_lab.training import ranks as ranks_module
 from moe_lab.training import run as run_module
 from moe_lab.training.checkpoint import load_tensors
 from moe_lab.training.evaluate import evaluate, evaluate_together
+from moe_lab.training.finished_run import trace_meta
 from moe_lab.training.objective import Objective, check_shareable, spread
 from moe_lab.training.ranks import Ranks, join
-from moe_lab.training.record import trace_meta
 
 STEPS = 200
 CPU = torch.device("cpu")

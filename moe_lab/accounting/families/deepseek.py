@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     Block,
     choose,
     dense,

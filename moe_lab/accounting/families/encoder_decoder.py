@@ -8,7 +8,7 @@ token: flops are those of the pair.
 from collections.abc import Callable
 
 from moe_lab.accounting.architecture import Architecture, Layer
-from moe_lab.accounting.blocks import used
+from moe_lab.accounting.block_factories import used
 from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     Attend,

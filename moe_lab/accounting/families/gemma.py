@@ -5,7 +5,7 @@ from typing import Any
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     choose,
     layer_type,
     moe,
@@ -14,7 +14,7 @@ from moe_lab.accounting.blocks import (
     used,
     width,
 )
-from moe_lab.accounting.blocks import window as sliding
+from moe_lab.accounting.block_factories import window as sliding
 from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     Attend,

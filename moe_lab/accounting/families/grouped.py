@@ -2,7 +2,7 @@
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     choose,
     dense,
     gate,
@@ -16,7 +16,7 @@ from moe_lab.accounting.blocks import (
     top,
     width,
 )
-from moe_lab.accounting.blocks import window as sliding
+from moe_lab.accounting.block_factories import window as sliding
 from moe_lab.cost import attention_cost
 from moe_lab.cost.parts import Attend, Part, Pieces, norm, vector
 from moe_lab.hf.fields import Fields

@@ -5,7 +5,7 @@ from typing import Any
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture, mtp_module
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     Block,
     choose,
     dense,

@@ -3,7 +3,7 @@
 import math
 
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     choose,
     dense,
     gqa,

@@ -1,7 +1,7 @@
 """Multi-head latent attention outside DeepSeek: GLM-4.7-Flash, GLM-5 and Mistral Large 4."""
 
 from moe_lab.accounting import layer_types
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     by_type,
     choose,
     dense,

@@ -2,7 +2,7 @@
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     by_type,
     choose,
     dense,

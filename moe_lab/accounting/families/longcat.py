@@ -6,7 +6,7 @@ tables: arXiv 2601.21204 section 3.
 """
 
 from moe_lab.accounting.architecture import Architecture, mtp_module
-from moe_lab.accounting.blocks import Block, dense, join, mla, norms, top, width
+from moe_lab.accounting.block_factories import Block, dense, join, mla, norms, top, width
 from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import ExpertsRun, Part, Piece, Pieces, linear, norm, prefixed, times
 from moe_lab.errors import require

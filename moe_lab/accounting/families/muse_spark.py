@@ -1,7 +1,7 @@
 """Muse Spark: experts in a narrower stream than the model's."""
 
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     choose,
     dense,
     gate,

@@ -6,7 +6,7 @@ import math
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture, mtp_module
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     by_type,
     choose,
     dense,

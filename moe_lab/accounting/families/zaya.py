@@ -4,14 +4,14 @@ class that skips the experts.
 
 from moe_lab.accounting import layer_types
 from moe_lab.accounting.architecture import Architecture
-from moe_lab.accounting.blocks import (
+from moe_lab.accounting.block_factories import (
     heads_of,
     norms,
     top,
     used,
     width,
 )
-from moe_lab.accounting.blocks import window as sliding
+from moe_lab.accounting.block_factories import window as sliding
 from moe_lab.cost import attention_cost, layer_cost
 from moe_lab.cost.parts import (
     Attend,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.measures import router_entropy
-from moe_lab.routing.losses.parts import summed
+from moe_lab.routing.losses.across_ranks import summed
 from moe_lab.routing.routing import Routing, valid_rows
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.losses import dynmoe_loss
-from moe_lab.routing.losses.parts import summed
+from moe_lab.routing.losses.across_ranks import summed
 from moe_lab.routing.router import (
     Router,
     RouterContext,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.routing.controllers import ReluLambda
-from moe_lab.routing.losses.parts import summed
+from moe_lab.routing.losses.across_ranks import summed
 from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
 from moe_lab.routing.select import slots_from_mask, take

@@ -19,7 +19,7 @@ from moe_lab.files import atomic_path
 from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.hooks import Hooks, Pass
-from moe_lab.trace.capturing.site import Site
+from moe_lab.trace.capturing.traced_router import TracedRouter
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as _Base
@@ -56,7 +56,7 @@ class RoutingCallback(_Base):
         self.folder, self._overwrite = Path(folder), overwrite
         self._readers, self._only = readers, only
         self._hooks: Hooks | None = None
-        self._sites: list[Site] = []
+        self._sites: list[TracedRouter] = []
         self._begin()
 
     def _begin(self) -> None:

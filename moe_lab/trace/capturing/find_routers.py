@@ -20,7 +20,7 @@ from moe_lab.routing import Router, RouterConfig
 from moe_lab.routing.config import ScoreFunc
 from moe_lab.trace.capturing.hf_router_outputs import HF_ROUTERS, HFRouter
 from moe_lab.trace.capturing.router_output import Reader, triple
-from moe_lab.trace.capturing.site import Site
+from moe_lab.trace.capturing.traced_router import TracedRouter
 
 ROUTER_CLASS = re.compile(r"(Router|Gate|Gating)$")
 BANK_CLASS = re.compile(r"(?<!Shared)(Experts|ExpertBank)$")
@@ -32,7 +32,7 @@ Modules = Mapping[str, nn.Module]
 
 def find_sites(
     model: nn.Module, readers: Mapping[str, Reader] | None, only: str | None
-) -> tuple[list[Site], list[str]]:
+) -> tuple[list[TracedRouter], list[str]]:
     """The routers of ``model`` in the order of its modules, and the names of those left out because
     they do not see the text.
 
@@ -101,7 +101,7 @@ def _matched(named: Modules, readers: Mapping[str, Reader]) -> Iterator[tuple[st
         yield from ((name, read) for name in names)
 
 
-def _custom(name: str, named: Modules, read: Reader) -> Site:
+def _custom(name: str, named: Modules, read: Reader) -> TracedRouter:
     """A module of the user's: the experts beside it are seen too, and sizes are read where it has
     them.
     """
@@ -109,13 +109,13 @@ def _custom(name: str, named: Modules, read: Reader) -> Site:
     taps = {} if experts is None else {"experts": experts}
     module = named[name]
     experts_and_k = _size("num_experts", module), _size("num_experts_per_tok", module)
-    return Site(name, module, read, 0, taps, *experts_and_k)
+    return TracedRouter(name, module, read, 0, taps, *experts_and_k)
 
 
-def _own(name: str, module: Router) -> Site:
+def _own(name: str, module: Router) -> TracedRouter:
     config = module.config
     kinds = tuple(kind.value for kind in config.zero_kinds) if config.num_zero_experts else ()
-    return Site(
+    return TracedRouter(
         name,
         module,
         lambda module, seen: seen["output"],
@@ -136,7 +136,7 @@ def _hf_row(name: str, module: nn.Module, named: Modules, recorded: set[type]) -
     return row or (HFRouter() if type(module) in recorded or by_name else None)
 
 
-def _hf(name: str, module: nn.Module, row: HFRouter, named: Modules, config: Any) -> Site:
+def _hf(name: str, module: nn.Module, row: HFRouter, named: Modules, config: Any) -> TracedRouter:
     block = module if row.block else named.get(name.rpartition(".")[0], module)
     wanted = row.taps or (("experts",) if row.read is triple else ())
     children = dict(block.named_children())
@@ -145,7 +145,7 @@ def _hf(name: str, module: nn.Module, row: HFRouter, named: Modules, config: Any
     facts = None if fields is None else architectures.find(fields.family)
     slots = facts.top_k if facts is not None else None
     idle = 0 if facts is None or fields is None else facts.idle(fields)
-    return Site(
+    return TracedRouter(
         name,
         module,
         row.read,
@@ -216,7 +216,7 @@ def _is_bank(name: str, module: nn.Module) -> bool:
     )
 
 
-def _check_stacks(sites: Sequence[Site]) -> None:
+def _check_stacks(sites: Sequence[TracedRouter]) -> None:
     parts = [part for site in sites for part in site.name.split(".")]
     require(
         "encoder" not in parts or "decoder" not in parts,
@@ -228,7 +228,7 @@ def _check_stacks(sites: Sequence[Site]) -> None:
     )
 
 
-def _number(sites: Sequence[Site], visits: Sequence[int]) -> None:
+def _number(sites: Sequence[TracedRouter], visits: Sequence[int]) -> None:
     """By the layer in the module's name, or, where two routers share one, by their order.
 
     ``visits``: the layers of the model in the order in which a token goes through them.

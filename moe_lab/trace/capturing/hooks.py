@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_lab.errors import TraceError, expected, require
 from moe_lab.trace.capturing.find_routers import paths_above
 from moe_lab.trace.capturing.model_inputs import Inputs
-from moe_lab.trace.capturing.site import Site
+from moe_lab.trace.capturing.traced_router import TracedRouter
 
 Call = dict[str, Any]
 
@@ -50,7 +50,7 @@ class Hooks:
     def __init__(
         self,
         model: nn.Module,
-        sites: Sequence[Site],
+        sites: Sequence[TracedRouter],
         done: Callable[[Pass, Any], None],
         ratio: bool,
     ) -> None:
@@ -164,7 +164,7 @@ class Hooks:
         return hook
 
     @staticmethod
-    def _bank(site: Site, named: dict[str, nn.Module]) -> nn.Module:
+    def _bank(site: TracedRouter, named: dict[str, nn.Module]) -> nn.Module:
         """The experts beside a router where they map [T, D] to [T, D], else the block that holds
         both.
         """
@@ -173,7 +173,7 @@ class Hooks:
         return experts if experts is not None and site.taps.get("experts") is experts else block
 
 
-def unchanged(running: Pass, sites: Sequence[Site]) -> None:
+def unchanged(running: Pass, sites: Sequence[TracedRouter]) -> None:
     """Raise ``TraceError`` where the model wrote into what a router returned during the pass."""
     for tensor, version, place in running.versions:
         with suppress(RuntimeError):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.trace.capturing.router_output import Reading, joined
-from moe_lab.trace.capturing.site import Site, Visit
 from moe_lab.trace.capturing.token_text import TokenText
+from moe_lab.trace.capturing.traced_router import TracedRouter, Visit
 from moe_lab.trace.rows import slot_rows
 from moe_lab.trace.schema import OUTPUT_RATIO
 from moe_lab.trace.writer import TraceWriter
@@ -96,7 +96,7 @@ class PassRows:
 
     def _write_router(
         self,
-        site: Site,
+        site: TracedRouter,
         visit: int,
         doc: np.ndarray,
         pos: np.ndarray,

@@ -34,9 +34,9 @@ from moe_lab.trace.capturing.hooks import Hooks, Pass, unchanged
 from moe_lab.trace.capturing.numbering import Labels, Numbering
 from moe_lab.trace.capturing.pass_rows import PassRows, RecordedPass
 from moe_lab.trace.capturing.router_output import Reader, Reading
-from moe_lab.trace.capturing.site import Visit
 from moe_lab.trace.capturing.token_loss import Head, TokenLoss
 from moe_lab.trace.capturing.token_text import TokenText
+from moe_lab.trace.capturing.traced_router import Visit
 from moe_lab.trace.existing import refuse_finished
 from moe_lab.trace.schema import LayerMeta, TraceMeta
 from moe_lab.trace.writer import BUFFER_BYTES, TraceWriter

@@ -11,9 +11,9 @@ from moe_lab.accounting import count, flops
 from moe_lab.errors import CheckpointError, MoELabError, RunError, expected
 from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.model import Decoder
+from moe_lab.runs.done_file import check_seal
 from moe_lab.runs.layout import CONFIG, DONE, MODEL, RESULT, TOKENIZER, TRACE
 from moe_lab.runs.record import parse_object
-from moe_lab.runs.seal import check_seal
 from moe_lab.text import TokenizedText, Tokenizer
 from moe_lab.trace import LayerMeta, TraceMeta, open_trace
 from moe_lab.training.checkpoint import load_tensors

@@ -1,4 +1,4 @@
-"""``Site``: one router of a model, how its calls are read, and whether a reading fits it."""
+"""``TracedRouter``: one router of a model, how its calls are read, and whether a reading fits it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Site:
+class TracedRouter:
     """One router of a model.
 
     Attributes:
@@ -132,5 +132,5 @@ class Site:
             self.score_func = fitting or ScoreFunc.SOFTMAX
 
 
-Visit: TypeAlias = tuple[Site, int, int]
+Visit: TypeAlias = tuple[TracedRouter, int, int]
 """One run of a layer: its router, which of its runs it is (from 0), its number in the trace."""
