@@ -1,4 +1,4 @@
-"""``TracedRouter``: one router of a model, how its calls are read, and whether a reading fits it."""
+"""``TracedRouter``: one router of a model, how its calls are read, whether a reading fits it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
