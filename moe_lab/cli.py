@@ -38,6 +38,10 @@ COMMANDS = {
         "moe_lab.commands.count",
         "exact parameters and FLOPs of a published model or a configuration",
     ),
+    "list": (
+        "moe_lab.commands.list",
+        "the names of routers, losses, controllers, backends, laws, models or minis",
+    ),
     "doctor": (
         "moe_lab.commands.doctor",
         "versions, device, extras and default corpus of this machine",
@@ -45,7 +49,9 @@ COMMANDS = {
 }
 
 
-WITH_PLUGINS = frozenset({"demo", "sweep", "train", "trace", "difficulty", "report", "count"})
+WITH_PLUGINS = frozenset(
+    {"demo", "sweep", "train", "trace", "difficulty", "report", "count", "list"}
+)
 """Commands that build or read models."""
 
 
