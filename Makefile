@@ -6,10 +6,10 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast lint format types bench fuzz clean
+.PHONY: help setup demo test test-lowest test-newest fast lint format types bench fuzz clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 setup: $(STAMP)  ## make the virtual environment in this clone
 
@@ -30,6 +30,10 @@ demo: $(STAMP)  ## train a small grid on this machine's own Python sources and w
 test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest -n auto
 
+test-lowest test-newest: test-%: $(STAMP)  ## the tests of Hugging Face models on the lowest, the newest versions that are admitted
+	$(BIN)/python tests/ends.py $* $(VENV)-$*
+	$(VENV)-$*/bin/python -m pytest -n auto -m hf
+
 fast: $(STAMP)  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
@@ -49,4 +53,4 @@ fuzz: $(STAMP)  ## ten minutes of mutated files against every reader
 	$(BIN)/python experiments/fuzz.py --minutes 10
 
 clean:  ## remove the environment and caches (never runs/)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .pytest_cache .ruff_cache .hypothesis

@@ -10,6 +10,20 @@ from pathlib import Path
 from moe_lab import __version__
 
 PACKAGES = ("torch", "numpy", "polars", "tokenizers")
+TESTED = {
+    "python": ("3.11", "3.11"),
+    "torch": ("2.13.0", "2.13.0"),
+    "numpy": ("2.0.0", "2.4.6"),
+    "scipy": ("1.15.0", "1.17.1"),
+    "polars": ("2.0.0", "2.1.0"),
+    "plotly": ("7.0.0", "7.1.0"),
+    "tokenizers": ("0.23.1", "0.23.3"),
+    "safetensors": ("0.8.0", "0.8.0"),
+    "transformers": ("5.23.0", "5.24.0"),
+}
+"""Lowest and newest version that the tests ran with (``make test-lowest``, ``make test-newest``).
+Of torch and Python only one was there: the lower bounds of ``pyproject.toml`` are not tried.
+"""
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_lab import __version__
 from moe_lab.commands.options import add_json, print_json
+from moe_lab.versions import TESTED
 
 EXTRAS = {
     "hf": ("transformers",),
@@ -48,6 +49,13 @@ def main(args: argparse.Namespace) -> int:
             f"{name} {version or 'MISSING'}" for name, version in findings["packages"].items()
         )
     )
+    print(
+        "tested     "
+        + "  ".join(
+            f"{name} {low}" + (f" to {high}" if high != low else "")
+            for name, (low, high) in findings["tested"].items()
+        )
+    )
     for extra, present in findings["extras"].items():
         found = "  ".join(
             f"{name} {version}" if version else f"{name} missing"
@@ -72,6 +80,7 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "packages": {name: _version(name) for name in BASE},
+        "tested": TESTED,
         "extras": {
             extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()
         },

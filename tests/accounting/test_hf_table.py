@@ -2,6 +2,9 @@
 slots and sparse layers of every model type that is counted, or ``NO_ROUTER`` says why not.
 """
 
+import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +85,68 @@ def test_every_counted_model_type_has_a_row_and_a_router_or_a_reason() -> None:
 @pytest.mark.parametrize("entry", facts(), ids=lambda entry: entry["name"])
 def test_a_published_model_has_one_size_everywhere(entry: dict[str, Any]) -> None:
     compare(entry["config"])
+
+
+MOE_CLASS = re.compile(r"^class \w*(Experts|Router)\w*\(|^class \w*(MoE|Moe|Gating)\w*\(nn\.", re.M)
+MOE_FIELD = re.compile(r"num_(local_|routed_)?experts|n_routed_experts")
+NOT_MOE = {
+    "kyutai_speech_to_text": "its gating MLP has no experts",
+    "moshi": "its gating MLP has no experts",
+}
+"""Directories with a class or field that is named like those of experts, and why it is not one."""
+TEXT_ELSEWHERE = {"nemotron3_5_transcribe": "nemotron_h"}
+"""A directory whose text part is a model of another directory."""
+
+
+def moe_directories() -> list[str]:
+    """Directories of the installed transformers with experts in a class or in a configuration."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    found = []
+    for folder in sorted(Path(transformers.__file__).parent.joinpath("models").iterdir()):
+        texts = {
+            kind: "".join(path.read_text("utf-8") for path in folder.glob(f"{kind}_*.py"))
+            for kind in ("modeling", "configuration")
+        }
+        if MOE_CLASS.search(texts["modeling"]) or MOE_FIELD.search("".join(texts.values())):
+            found.append(folder.name)
+    return found
+
+
+@pytest.mark.hf
+def test_every_moe_directory_of_the_installed_transformers_is_known_or_refused_by_name() -> None:
+    """What a new version brings fails here by its name: it needs a row for counting, one for
+    routing, and a tiny model (``hf_tiny_families``) by which both and capturing are tested.
+    """
+    from hf_tiny_families import FAMILIES as TINY
+    from hf_tiny_families import NOT_COVERED
+
+    directories = moe_directories()
+    assert len(directories) > 70
+    refused = {*NOT_MOE, *NOT_COVERED}
+    unknown = [name for name in directories if not known(name, {*TINY}) and name not in refused]
+    assert unknown == []
+
+
+def known(directory: str, tiny: set[str]) -> bool:
+    """Is there a tiny model of the directory, and do its model types count and route?"""
+    module = importlib.import_module(f"transformers.models.{directory}")
+    text = Path(module.__file__ or "").parent.joinpath(f"configuration_{directory}.py").read_text()
+    types = {row_name(name) for name in re.findall(r'model_type = "([\w-]+)"', text)}
+    types |= {TEXT_ELSEWHERE.get(directory, "")}
+    rows = types & set(COUNTED)
+    routed = rows & ({*FAMILIES} | {*NO_ROUTER})
+    return bool(routed) and rows == routed and (directory in tiny or directory in TEXT_ELSEWHERE)
+
+
+def test_a_directory_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    from hf_tiny_families import FAMILIES as TINY
+
+    assert known("mixtral", {*TINY})
+    assert not known("mixtral", {*TINY} - {"mixtral"})
+    monkeypatch.delitem(FAMILIES, "mixtral")
+    assert not known("mixtral", {*TINY})
+    assert not known("llama", {*TINY})
 
 
 @pytest.mark.hf

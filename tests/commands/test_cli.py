@@ -133,6 +133,7 @@ def test_doctor_speaks_json() -> None:
     found = json.loads(result.stdout)
     assert found["packages"]["torch"]
     assert found["corpus"].startswith("stdlib:")
+    assert found["tested"]["transformers"][0] <= found["tested"]["transformers"][1]
     assert set(found["extras"]) == {"hf", "ray", "slurm", "figures", "lexers", "track", "notebooks"}
 
 
