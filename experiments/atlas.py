@@ -16,7 +16,12 @@ import polars as pl
 
 from moe_lab.accounting import models
 from moe_lab.files import atomic_path, write_text
-from moe_lab.report.parameter_figures import MARKED, atlas, sparsity_over_time
+from moe_lab.report.parameter_figures import (
+    MARKED,
+    atlas,
+    sparsity_by_half_year,
+    sparsity_over_time,
+)
 
 RESULTS = Path(__file__).parent / "atlas"
 SHOWN = [
@@ -100,7 +105,17 @@ def sentences(frame: pl.DataFrame) -> list[str]:
         f"{row['sparsity']:.1%} at the mean of {row['top_k']:g}"
         for row in varying
     )
-    return [*(sentence(frame, level) for level in MARKED), *ranges]
+    return [*(sentence(frame, level) for level in MARKED), *trend(frame), *ranges]
+
+
+def trend(frame: pl.DataFrame) -> list[str]:
+    """Sparsity by parameters, half-year after half-year."""
+    return [
+        f"{row['half_year']:%Y-%m} and the five months after: {row['models']} models, median "
+        f"{row['median']:.1%}, highest {row['highest']:.1%}; {row['share_94']:.0%} of them at 94 % "
+        f"or more, {row['share_97']:.0%} at 97 % or more"
+        for row in sparsity_by_half_year(frame).iter_rows(named=True)
+    ]
 
 
 def sentence(frame: pl.DataFrame, level: float) -> str:

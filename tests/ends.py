@@ -53,6 +53,8 @@ def make(end: str, folder: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
         options = ["--quiet", "--upgrade", "--upgrade-strategy", "eager", "-c", file.name]
         subprocess.run([*pip, "install", *options, *names], check=True)
+    project = ["--quiet", "--no-deps", "--editable", str(PROJECT.parent)]
+    subprocess.run([*pip, "install", *project], check=True)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ class FlopCount:
             mean, the least, the most.
         mtp: forward operations of the multi-token-prediction modules with the head each applies, in
             no other number here.
-        weight_bytes: bytes of weights that one decoding step of ``batch`` sequences reads; None in
-            other phases.
-        distinct_experts: mean over MoE layers of the experts that such a step reads; None in other
-            phases.
+        weight_bytes: bytes of weights that one decoding step of ``batch`` sequences reads, or the
+            prefill of ``batch`` sequences of ``context`` tokens; None in training.
+        distinct_experts: mean over MoE layers of the experts that such a step reads; None in
+            training.
     """
 
     model_type: str
@@ -79,7 +79,8 @@ class FlopCount:
 
     @property
     def weight_bytes_per_token(self) -> float | None:
-        return None if self.weight_bytes is None else self.weight_bytes / self.batch
+        tokens = self.batch * (self.context if self.phase == "prefill" else 1)
+        return None if self.weight_bytes is None else self.weight_bytes / tokens
 
     def frame(self) -> "pl.DataFrame":
         """One row per part: part, forward, share, total (operations per token)."""
@@ -133,7 +134,8 @@ def flops(
         context: tokens of the sequence (train, prefill), or tokens that the new one sees, itself
             included (decode). None takes the ``context_length`` of our own configurations, and 4096
             for others, which ``assumed`` then says.
-        phase: "train", "prefill" or "decode". The head is applied to every token in all of them.
+        phase: "train", "prefill" or "decode". The head is applied to every token in all of them,
+            but in the prefill of a model whose prompts do not reach it.
         batch: sequences that decode together (they share the weights that a step reads).
         load: measured tokens (or shares) per real expert, for all layers or by layer, for the
             distinct experts of a decoding step; None takes them as equally loaded. Tokens of a step
@@ -165,7 +167,8 @@ def flops(
     head = sum(2 * piece.macs for _, piece in counted.pieces() if piece.part is Part.HEAD)
     modules = len({layer for layer, piece in counted.pieces() if piece.part is Part.MTP})
     mtp = [table.pop(Part.MTP.value, 0.0) for table in tables.values()][1] + modules * head
-    read, distinct = _read(counted, batch, load) if phase == "decode" else (None, None)
+    tokens = batch * (context if phase == "prefill" else 1)
+    read, distinct = (None, None) if phase == "train" else _read(counted, tokens, load, phase)
     if phase == "decode" and batch > 1 and load is None and distinct:
         assumed += (
             f"the tokens of a batch of {batch} choose all experts equally often; measured routing "
@@ -194,6 +197,8 @@ def _by_part(
     costs: dict[Kernel, float] = {}
     for times, pieces in counted.kinds:
         for piece in pieces:
+            if piece.decode_only and phase == "prefill":
+                continue
             if piece.macs:
                 runs = piece.copies if piece.used is None else getattr(piece.used, at)
                 runs *= piece.passes
@@ -263,14 +268,17 @@ def capped_sum(length: int, stride: int, cap: int | None) -> int:
 # decoding
 
 
-def _read(counted: ParameterCount, batch: int, load: Load | None) -> tuple[float, float]:
-    """(parameters that a decoding step reads, distinct experts per MoE layer and pass).
+def _read(
+    counted: ParameterCount, batch: int, load: Load | None, phase: Phase
+) -> tuple[float, float]:
+    """(parameters that ``batch`` tokens at once read, distinct experts per MoE layer and pass).
 
     Rows of lookup tables are too few to count. A layer that runs several times is read each time.
     """
     parameters, experts = 0.0, {}
     for layer, piece in counted.pieces():
-        if piece.part in LOOKUP or piece.part is Part.MTP:
+        skipped = piece.decode_only and phase == "prefill"
+        if piece.part in LOOKUP or piece.part is Part.MTP or skipped:
             continue
         if piece.part is Part.HEAD:
             parameters += piece.macs

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Convention = Literal["A", "B", "C"]
 At = Literal["least", "mean", "most"]
+ActivePhase = Literal["prefill", "decode"]
 
 CONVENTIONS: tuple[Convention, ...] = ("A", "B", "C")
 
@@ -113,17 +114,26 @@ class ParameterCount:
             piece.part is Part.HEAD and piece.macs and not piece.size for _, piece in self.pieces()
         )
 
-    def active(self, convention: Convention = "B", at: At = "mean") -> int:
+    @property
+    def has_phases(self) -> bool:
+        """Does a token of a prompt run fewer parameters than one that is generated?"""
+        return any(piece.decode_only for _, pieces in self.kinds for piece in pieces)
+
+    def active(
+        self, convention: Convention = "B", at: At = "mean", phase: ActivePhase = "decode"
+    ) -> int:
         """Parameters that one token uses in a convention, ``at`` the least, mean or most experts
-        that it may run; a layer that runs several times counts once.
+        that it may run; a layer that runs several times counts once. ``phase`` "prefill": what a
+        token of a prompt uses, where that is less than what a generated one does.
         """
         require(convention in CONVENTIONS, "a convention A, B or C", repr(convention))
+        require(phase in ("prefill", "decode"), "a phase among prefill, decode", repr(phase))
         left_out = _LEFT_OUT[convention, self.tied]
         used = (
             times * piece.active(at)
             for times, pieces in self.kinds
             for piece in pieces
-            if piece.part not in left_out
+            if piece.part not in left_out and not (piece.decode_only and phase == "prefill")
         )
         return round(sum(used))
 
@@ -210,6 +220,12 @@ class ParameterCount:
             for name in CONVENTIONS
         }
         numbers = {"total": self.total, "active": active, "mtp": self.mtp, "phantom": self.phantom}
+        if self.has_phases:
+            numbers["active_prefill"] = {
+                name: self.active(name, phase="prefill") for name in CONVENTIONS
+            }
+        if tables := self.by_part[Part.NGRAM_TABLE]:
+            numbers["read_by_row"] = {"parameters": tables, "without": self.total - tables}
         return {
             "model_type": self.model_type,
             **numbers,

@@ -21,12 +21,12 @@ def models() -> "pl.DataFrame":
 
     Columns: name, family, model_type, date (first of the month), num_layers, num_experts, top_k
     (mean of real experts per token where there are zero-computation ones), slots (K),
-    num_zero_experts, num_shared_experts; total, mtp; active_a, active_b, active_c (means),
-    active_min, active_max (convention B); published_total, published_active, published_min,
-    published_max, convention (of the published active figure) and fits (every convention that
-    rounds to it); active (mean in that convention); ratio_experts = E / k, ratio_parameters = total
-    / active; sparsity = 1 - active / total, expert_sparsity = 1 - k / E; source, config_source,
-    status, note.
+    num_zero_experts, num_shared_experts; total, tables (n-gram tables in it), mtp; active_a,
+    active_b, active_c (means), active_min, active_max (convention B), active_prefill (in the named
+    convention); published_total, published_active, published_min, published_max, convention (of
+    the published active figure) and fits (every convention that rounds to it); active (mean in that
+    convention); ratio_experts = E / k, ratio_parameters = total / active; sparsity = 1 - active /
+    total, expert_sparsity = 1 - k / E; source, config_source, status, note.
     """
     import polars as pl
 
@@ -60,10 +60,12 @@ def _row(entry: dict[str, Any], counted: ParameterCount) -> dict[str, Any]:
         "num_zero_experts": 0 if idle is None else idle.copies,
         "num_shared_experts": _shared(entry["config"], counted),
         "total": counted.total,
+        "tables": counted.by_part[Part.NGRAM_TABLE],
         "mtp": counted.mtp,
         **{f"active_{name.lower()}": value for name, value in active.items()},
         "active_min": counted.active_min,
         "active_max": counted.active_max,
+        "active_prefill": counted.active(convention, phase="prefill"),
         "published_total": figure(published.get("total")),
         "published_active": figure(published.get("active")),
         "published_min": figure(published.get("active_min")),

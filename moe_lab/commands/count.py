@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moe_lab.accounting.flop_count import FlopCount, flops
+from moe_lab.accounting.flop_count import PHASES, FlopCount, flops
 from moe_lab.accounting.measured import ActiveDistribution, active_distribution
 from moe_lab.accounting.model_names import facts, find_model
 from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
+from moe_lab.accounting.published import models
 from moe_lab.accounting.ratios import ratios
-from moe_lab.errors import require
+from moe_lab.cost.parts import Part
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.minis import MINIS, find_mini
 
 _CONVENTION_TEXT = {"A": "everything", "B": "without lookups", "C": "without lookups and head"}
@@ -43,10 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a trace of the model: active parameters as measured, token by token",
     )
+    parser.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="list the published models of which a condition holds, such as 'sparsity > .95 and "
+        "total < 1e12'; columns as in moe_lab.accounting.models()",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON (a list for two models)")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.where is not None:
+        if args.models or args.set or args.trace:
+            raise ConfigError(expected("--where alone or with --json", "a model beside it"))
+        return _list_where(args.where, args.json)
     if not args.models:
         print("\n".join((*(entry["name"] for entry in facts()), *MINIS)))
         return 0
@@ -61,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         count(name, edits if number < len(args.models) else {}) for number, name in enumerate(names)
     ]
     work = [
-        {phase: flops(one, args.context, phase, batch=args.batch) for phase in ("train", "decode")}
+        {phase: flops(one, args.context, phase, batch=args.batch) for phase in PHASES}
         for one in counted
     ]
     measured = _measure(args.trace, counted[0]) if args.trace else None
@@ -70,6 +82,34 @@ def main(args: argparse.Namespace) -> int:
     else:
         print("\n".join(_table(names, counted, work, measured, bool(edits))))
     return 0
+
+
+def _list_where(condition: str, as_json: bool) -> int:
+    """Print the published models of which ``condition`` holds, the newest last."""
+    import polars as pl
+
+    frame = models()
+    try:
+        # Of SQL, polars takes one expression here: no statement, no file.
+        found = frame.filter(pl.sql_expr(condition))
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        first = (str(error).splitlines() or ["an error"])[0][:100]
+        what = f"a condition on columns such as {', '.join(LISTED[1:])}"
+        raise ConfigError(expected(what, f"{condition[:60]!r} ({first})")) from error
+    if as_json:
+        print(found.with_columns(pl.col("date").cast(pl.String)).write_json())
+        return 0
+    for name, *values in [LISTED, *found.select(LISTED).iter_rows()]:
+        print(f"{name:44}" + "".join(f"{_listed(value):>28}" for value in values))
+    print(f"{len(found)} of {len(frame)} published models")
+    return 0
+
+
+LISTED = ("name", "date", "total", "active", "sparsity", "expert_sparsity")
+
+
+def _listed(value: Any) -> str:
+    return _number(value) if isinstance(value, int | float) else str(value)
 
 
 def _edit(text: str) -> tuple[str, Any]:
@@ -172,11 +212,11 @@ def _published_lines(name: str) -> list[str]:
     if entry is None:
         return []
     published = entry["published"]
-    active = (
-        published.get("active") or f"{published.get('active_min')} to {published.get('active_max')}"
-    )
-    figures = (
-        f"{published.get('total')} total, {active} active in convention {published['convention']}"
+    active = published.get("active")
+    if active is None and "active_min" in published:
+        active = f"{published['active_min']} to {published['active_max']}"
+    figures = f"{published['total']} total, " + (
+        f"{active} active in convention {published['convention']}" if active else "no active figure"
     )
     note = f"; {entry['note']}" if "note" in entry else ""
     return [f"\n{name}: published as {figures} ({published['source']}){note}"]
@@ -193,6 +233,9 @@ def _heading(names: list[str]) -> list[str]:
 def _parameter_rows(counted: list[ParameterCount]) -> Iterable[Row]:
     yield "total", [one.total for one in counted]
     parts = [one.by_part for one in counted]
+    if any(table[Part.NGRAM_TABLE] for table in parts):
+        apart: list[float | None] = [one.total - one.by_part[Part.NGRAM_TABLE] for one in counted]
+        yield "  without tables that are read by row", apart
     for part in parts[0]:
         if part != "mtp" and any(table[part] for table in parts):
             yield f"  {part.replace('_', ' ')}", [table[part] for table in parts]
@@ -209,6 +252,10 @@ def _active_rows(counted: list[ParameterCount]) -> Iterable[Row]:
         if any(one.active_min != one.active_max for one in counted):
             yield "  least", [one.active(convention, "least") for one in counted]
             yield "  most", [one.active(convention, "most") for one in counted]
+        if any(one.has_phases for one in counted):
+            yield "  in prefill", [one.active(convention, phase="prefill") for one in counted]
+        if convention == "A" and any(one.by_part[Part.NGRAM_TABLE] for one in counted):
+            yield "  without tables read by row", [one.active_without_tables() for one in counted]
     yield "sparsity (1 - B / total)", [1 - one.active("B") / one.total for one in counted]
 
 
@@ -238,11 +285,17 @@ def _work_rows(work: list[dict[str, FlopCount]]) -> Iterable[Row]:
             [phases["train"].by_part.get(part, 0.0) for phases in work],
         )
     yield "training (forward and backward)", [phases["train"].training for phases in work]
+    if any(phases["prefill"].forward != phases["train"].forward for phases in work):
+        yield "prefill", [phases["prefill"].forward for phases in work]
     yield "decoding the next token", [phases["decode"].forward for phases in work]
     batch = work[0]["decode"].batch
     yield (
         f"weight bytes per token, batch {batch}",
         [phases["decode"].weight_bytes_per_token for phases in work],
+    )
+    yield (
+        "weight bytes of a prefill, in all",
+        [phases["prefill"].weight_bytes for phases in work],
     )
     if batch > 1:
         yield "  distinct experts per layer", [phases["decode"].distinct_experts for phases in work]

@@ -104,6 +104,8 @@ class Piece(NamedTuple):
         kernel: work that depends on the context.
         passes: how often a token goes through it (layers of a looped model run several times): it
             is stored and active once, and its work is done ``passes`` times.
+        decode_only: a token of a prompt does not go through it, though what is generated does (the
+            decoder of a causal encoder-decoder).
     """
 
     part: Part
@@ -115,6 +117,7 @@ class Piece(NamedTuple):
     phantom: int = 0
     kernel: Kernel | None = None
     passes: int = 1
+    decode_only: bool = False
 
     @property
     def params(self) -> int:

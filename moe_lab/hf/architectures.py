@@ -209,6 +209,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
             "aria_text",
             "dbrx_ffn",
             "deepseek_v4",
+            "deepseek_v41_text",
             "flex_olmo",
             "gpt_oss",
             "granitemoe",
@@ -315,6 +316,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
 SAME_AS: dict[str, str] = {
     "bailing_moe_v2": "bailing_moe",
     "deepseek_ocr2": "deepseek_ocr2_text",
+    "deepseek_v41": "deepseek_v41_text",
     "deepseek_vl_v2": "deepseek_v2",
     "diffusion_gemma": "diffusion_gemma_text",
     "dots3_note": "dots3_note_text",

@@ -128,13 +128,45 @@ def atlas(frame: "pl.DataFrame") -> "go.Figure":
     return figure
 
 
+def sparsity_by_half_year(frame: "pl.DataFrame") -> "pl.DataFrame":
+    """[half_year (its first day), models, median, highest, share_94, share_97]: sparsity by
+    parameters of the models of each half-year, and the share of them at or above 94 % and 97 %.
+    """
+    import polars as pl
+
+    half = pl.datetime(
+        pl.col("date").dt.year(), pl.when(pl.col("date").dt.month() > 6).then(7).otherwise(1), 1
+    ).cast(pl.Date)
+    return (
+        frame.group_by(half.alias("half_year"))
+        .agg(
+            pl.len().alias("models"),
+            pl.col("sparsity").median().alias("median"),
+            pl.col("sparsity").max().alias("highest"),
+            *(
+                (pl.col("sparsity") >= level).mean().alias(f"share_{100 * level:.0f}")
+                for level in MARKED
+            ),
+        )
+        .sort("half_year")
+    )
+
+
 def sparsity_over_time(frame: "pl.DataFrame") -> "go.Figure":
-    """1 - active / total against date, with 94 % and 97 % marked; 1 - k / E of the same model as an
-    open marker.
+    """1 - active / total against date, with 94 % and 97 % marked, and its median in each half-year;
+    1 - k / E of the same model as an open marker.
     """
     import plotly.graph_objects as go
 
     figure = go.Figure()
+    medians = sparsity_by_half_year(frame)
+    figure.add_scatter(
+        x=medians["half_year"],
+        y=medians["median"],
+        mode="lines",
+        name="median of a half-year (parameters)",
+        line={"shape": "hv", "width": 2},
+    )
     for name, column, symbol in (
         ("1 - active / total (parameters)", "sparsity", "circle"),
         ("1 - k / E (experts)", "expert_sparsity", "circle-open"),

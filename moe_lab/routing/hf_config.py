@@ -351,7 +351,7 @@ FAMILIES: dict[str, Family] = {
     **_family(_deepseek_v2, "deepseek_v2", "deepseek_ocr2_text", "unlimited_ocr_text"),
     **_family(_mistral(always_norm=False), "mistral4"),
     **_family(_mistral(always_norm=True), "mistral_large4_text"),
-    **_family(_scored, "deepseek_v4", "inkling2_text", "inkling2_loop_text"),
+    **_family(_scored, "deepseek_v4", "deepseek_v41_text", "inkling2_text", "inkling2_loop_text"),
     **_family(_sigmoid(norm=True, eps=1e-20), "afmoe", "hy_v3"),
     **_family(_sigmoid(norm=True, scale=False), "minimax_m2", "minimax_m3_vl_text", "step3p5"),
     **_family(_sigmoid(norm=None, scale=False, bias=False), "flint"),

@@ -162,3 +162,15 @@ def test_the_atlas_is_one_offline_page(
     )
     committed = Path(__file__).resolve().parents[2] / "experiments" / "atlas" / "models.csv"
     assert (tmp_path / "atlas" / "models.csv").read_text() == committed.read_text()
+
+
+def test_published_models_are_listed_by_a_condition(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["count", "--where", "sparsity > .97 and total < 1e12"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["name", "date", "total", "active", "sparsity", "expert_sparsity"]
+    assert "deepseek-ai/DeepSeek-V4.1-Flash" in lines[1] + lines[2]
+    assert lines[-1] == f"{len(lines) - 2} of 86 published models"
+    assert main(["count", "--where", "sparsty > .97"]) == 2
+    assert "a condition on columns such as date, total" in capsys.readouterr().err
+    assert main(["count", "--where", "read_csv('models.csv') is not null"]) == 2
+    assert main(["count", "--where", "total > 1", "DeepSeek-V3"]) == 2

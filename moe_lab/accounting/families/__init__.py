@@ -5,6 +5,7 @@ model.
 from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.families import (
     deepseek,
+    deepseek_v41,
     encoder_decoder,
     gemma,
     grouped,
@@ -22,6 +23,7 @@ from moe_lab.accounting.families import (
 
 ARCHITECTURES: dict[str, Architecture] = {
     **deepseek.ROWS,
+    **deepseek_v41.ROWS,
     **encoder_decoder.ROWS,
     **gemma.ROWS,
     **grouped.ROWS,

@@ -105,9 +105,9 @@ def v4_types(f: Fields) -> list[str]:
     return layer_types.usual_types(f, types, f"{HCA} and {CSA} in turn after two of the former")
 
 
-def v4_attention(f: Fields) -> Pieces:
+def v4_core(f: Fields) -> Pieces:
     """Queries from a latent, one key-value head of which keys are values, grouped low-rank output
-    (arXiv 2606.19348).
+    (arXiv 2606.19348), and a sliding window.
     """
     d, heads, dim, rank = (
         width(f),
@@ -115,7 +115,7 @@ def v4_attention(f: Fields) -> Pieces:
         f.size("head_dim"),
         f.size("q_lora_rank"),
     )
-    groups, rank_out, kind = f.size("o_groups"), f.size("o_lora_rank"), layer_type(f)
+    groups, rank_out = f.size("o_groups"), f.size("o_lora_rank")
     a = Part.ATTENTION
     return (
         linear(a, "q_a_proj", d, rank),
@@ -127,8 +127,13 @@ def v4_attention(f: Fields) -> Pieces:
         linear(a, "o_b_proj", groups * rank_out, d),
         vector(a, "sinks", heads),
         attention_cost.scores(Attend(heads, dim, dim, window=f.size("sliding_window"))),
-        *({CSA: v4_sparse, HCA: v4_heavy}[kind](f) if kind != "sliding_attention" else ()),
     )
+
+
+def v4_attention(f: Fields) -> Pieces:
+    kind = layer_type(f)
+    compressed = {CSA: v4_sparse, HCA: v4_heavy}[kind](f) if kind != "sliding_attention" else ()
+    return (*v4_core(f), *compressed)
 
 
 def _compressor(name: str, d: int, dim: int, rate: int, doubled: int) -> Pieces:
