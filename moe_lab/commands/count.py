@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     if args.where is not None:
-        if args.models or args.set or args.trace:
-            raise ConfigError(expected("--where alone or with --json", "a model beside it"))
+        alone = not (args.models or args.set or args.trace)
+        require(alone, "--where alone or with --json", "a model beside it")
         return _list_where(args.where, args.json)
     if not args.models:
         print("\n".join((*(entry["name"] for entry in facts()), *MINIS)))
