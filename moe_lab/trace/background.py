@@ -5,20 +5,25 @@ either: ``submit`` waits while too much is queued. An error in a job is raised i
 thread, by the next ``submit`` or ``drain``; jobs after it are not done.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
+
+from moe_lab.errors import TraceError, expected
 
 
 class Background:
     """Jobs in order, at most ``limit_bytes`` of them waiting (one job may be larger by itself).
 
     The thread starts with the first job and is a daemon: a process that is interrupted ends without
-    waiting for it.
+    waiting for it. A forked child has no such thread: ``submit`` and ``drain`` raise ``TraceError``
+    there, ``stop`` does nothing.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self._owner = os.getpid()
         self._jobs: deque[tuple[Callable[[], object], int]] = deque()
         self._waiting_bytes = 0
         self._busy = False
@@ -32,6 +37,7 @@ class Background:
 
         Waits while the queue is full; raises what an earlier job raised.
         """
+        self.check_process()
         with self._changed:
             while (
                 self._error is None
@@ -49,6 +55,7 @@ class Background:
 
     def drain(self) -> None:
         """Wait until every job is done; raises what one of them raised."""
+        self.check_process()
         with self._changed:
             while self._error is None and (self._jobs or self._busy):
                 self._changed.wait()
@@ -56,6 +63,8 @@ class Background:
 
     def stop(self) -> None:
         """Wait for the running job, forget the others, end the thread. Raises nothing."""
+        if self.forked:
+            return
         with self._changed:
             self._jobs.clear()
             self._waiting_bytes = 0
@@ -69,6 +78,18 @@ class Background:
     def forget_error(self) -> None:
         """Let jobs be done again after one failed."""
         self._error = None
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that made the object."""
+        return os.getpid() != self._owner
+
+    def check_process(self) -> None:
+        """Raise ``TraceError`` in a forked child."""
+        if self.forked:
+            got = f"a forked child, process {os.getpid()}"
+            hint = "a trace of its own in the child"
+            raise TraceError(expected(f"a trace written by process {self._owner}", got, hint))
 
     def _raise(self) -> None:
         if self._error is not None:

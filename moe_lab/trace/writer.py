@@ -173,6 +173,8 @@ class TraceWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._background.forked:  # the trace is the parent's
+            return
         if kind is not None:
             self._leave_incomplete()
             return

@@ -2,6 +2,10 @@
 and what raises.
 """
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import polars as pl
 import pytest
@@ -454,3 +458,44 @@ def test_the_fast_margin_is_the_sorted_one():
 def test_routers_of_ours_are_found_by_type():
     names = [name for name, module in decoder().named_modules() if isinstance(module, Router)]
     assert names == [f"blocks.{layer}.ffn.router" for layer in range(3)]
+
+
+FORKING = """
+import os, sys, torch
+from moe_lab.errors import TraceError
+from moe_lab.trace import capture, open_trace
+from moe_lab.model import MoEConfig, MoELayer
+from moe_lab.routing import RouterConfig
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.moe = MoELayer(MoEConfig(16, 8, router=RouterConfig(num_experts=8, top_k=2)))
+    def forward(self, hidden):
+        return self.moe(hidden)
+
+model, x, ended = Model().eval(), torch.zeros(2, 5, 16), 3
+with torch.no_grad(), capture(model, sys.argv[1]) as recorded:
+    model(x)
+    if (child := os.fork()) == 0:
+        try:
+            model(x)
+        except TraceError as error:
+            ended = 7 if "got a forked child" in str(error) else 4
+if child == 0:
+    os._exit(ended)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+print(open_trace(sys.argv[1]).check().num_tokens)
+"""
+
+
+def test_a_forked_child_leaves_capture_without_touching_the_trace(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, str(tmp_path / "t")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MOE_LAB_NATIVE": "0"},
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "10"), done.stderr[-1500:]

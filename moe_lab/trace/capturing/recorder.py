@@ -129,6 +129,8 @@ class Capture:
         traceback: TracebackType | None,
     ) -> None:
         self._unhook()
+        if self._background.forked:  # the trace is the parent's
+            return
         try:
             if kind is None:
                 self._submit()
@@ -163,6 +165,7 @@ class Capture:
 
     def _pass_ended(self, running: Pass, output: Any) -> None:
         """At the end of a pass: read, check what costs nothing, label, queue."""
+        self._background.check_process()
         self._check_pass(running)
         assert running.inputs.shape is not None
         tokens = running.inputs.shape[0] * running.inputs.shape[1]
