@@ -10,6 +10,7 @@ than one line of error or a command without end is a failure: its input stays in
 """
 
 import argparse
+import base64
 import io
 import json
 import random
@@ -32,6 +33,9 @@ FAILURES = Path("fuzz-failures")
 LONGEST_CASE = 120
 """Seconds on the clock after which a case counts as one without end."""
 MOST_MESSAGE = 2200
+PAGE = "page of a sweep"
+CHEAP = 8
+"""Inputs of each other kind for each ``PAGE``, which takes seconds."""
 BYTES = (0, 1, 10, 34, 44, 91, 123, 127, 128, 192, 254, 255)
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 1e308, -1e-300, float("nan"), float("inf"),
@@ -73,11 +77,17 @@ def pristine(place: Path) -> dict[str, tuple[Path, list[str]]]:
     pl.DataFrame(rows).write_csv(place / "runs.csv")
     pl.DataFrame(rows).write_parquet(place / "runs.parquet")
     _write_trace(place / "trace", ids)
-    shutil.copytree(FIXTURES / "sweep", place / "sweep")
-    routes = ["trace", "--out", "{out}", "--num-experts", "8", "--import"]
+    _write_engine_records(place, ids)
+    _write_run_files(place)
+    routes = ["trace", "--out", "{out}", "--num-experts", "8", "--top-k", "2", "--import"]
     commands = {
         "routes.npy": [*routes, "vllm", "{}"],
         "routes.npz": [*routes, "vllm", "{}"],
+        "sglang.jsonl": [*routes, "sglang", "{}"],
+        "megatron.jsonl": [*routes, "megatron", "{}"],
+        "atlas.json": [*routes[:3], "--import", "moe-atlas", "{}"],
+        "strata.json": [*routes[:3], "--import", "stratamoe", "{}"],
+        "counts.pt": [*routes, "sglang", "{}"],
         "counts.json": ["trace", "--out", "{out}", "--import", "counts", "{}"],
         "config.json": ["count", "{}"],
         "corpus.parquet": ["corpus", "{}"],
@@ -86,9 +96,69 @@ def pristine(place: Path) -> dict[str, tuple[Path, list[str]]]:
         "runs.parquet": ["scaling", "verdict", "{}"],
         "trace": ["open", "{}"],
         "sweep": ["sweep", "status", "{}"],
+        "plan": ["sweep", "status", "{}"],
+        "store": ["store", "{}"],
+        "run": ["run", "{}"],
+        "checkpoint.safetensors": ["checkpoint", "{}"],
+        "tokenizer.json": ["tokenizer", "{}"],
     }
     kinds = {name: (place / name, command) for name, command in commands.items()}
-    return kinds | {"page of a sweep": (place / "sweep", ["report", "{}", "--out", "{out}.html"])}
+    return kinds | {PAGE: (place / "sweep", ["report", "{}", "--out", "{out}.html"])}
+
+
+def _write_engine_records(place: Path, ids: Any) -> None:
+    """What SGLang, Megatron-LM and two tools write of the same routes."""
+    import numpy as np
+    import torch
+
+    encoded = base64.b64encode(np.stack([ids, ids], axis=1).astype(np.int32).tobytes()).decode()
+    answer = {"output_ids": list(range(65)), "meta_info": {"routed_experts": encoded}}
+    (place / "sglang.jsonl").write_text(json.dumps(answer))
+    steps = [
+        {"step": step, "layer": layer, "num_tokens": 64, "topk": 2, "top_indices": ids.tolist()}
+        for step in (0, 1)
+        for layer in (0, 1)
+    ]
+    (place / "megatron.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    chosen = [
+        {"layer": layer, "token_idx": token, "expert_idx": int(expert), "gate_weight": 0.5}
+        for layer in (0, 1)
+        for token in range(64)
+        for expert in ids[token]
+    ]
+    sizes = {"model_id": "m", "num_layers": 2, "num_experts": 8, "top_k": 2}
+    (place / "atlas.json").write_text(json.dumps({**sizes, "activations": chosen}))
+    sizes = {"version": 2, "expertsPerLayer": 8, "topK": 2, "layers": 2, "tokens": 64}
+    selections = np.stack([ids, ids], axis=1).tolist()
+    (place / "strata.json").write_text(json.dumps({**sizes, "selections": selections}))
+    counts = torch.from_numpy(np.bincount(ids.ravel(), minlength=8)).repeat(2, 1)
+    torch.save({"logical_count": counts}, place / "counts.pt")
+
+
+def _write_run_files(place: Path) -> None:
+    """A sweep of finished, failed and interrupted runs; its plan, a store of it, and its files."""
+    sweep = place / "sweep"
+    shutil.copytree(FIXTURES / "sweep", sweep)
+    finished = next(path.parent for path in sorted(sweep.glob("*/done")))
+    shutil.copytree(finished, place / "run")
+    shutil.copy(finished / "tokenizer.json", place)
+    shutil.copy(next(sweep.glob("*/checkpoint.safetensors")), place)
+    (place / "plan").mkdir()
+    shutil.copy(sweep / "sweep.json", place / "plan")
+    plan = json.loads((sweep / "sweep.json").read_text())
+    head = {"schema_version": plan["schema_version"], "added": 0.0, "entries": plan["runs"]}
+    store = place / "store"
+    (store / "sweeps").mkdir(parents=True)
+    (store / "sweeps" / "0.json").write_text(json.dumps(head | plan["sweeps"][0]))
+    for run in plan["runs"]:
+        for path in (sweep / run).iterdir() if (sweep / run).is_dir() else ():
+            kind = "files" if path.name.startswith(("metrics.p", "trace")) else "state"
+            target = store / kind / run / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, target)
+            elif not path.name.startswith(("checkpoint", "model", ".", "metrics.j")):
+                shutil.copy(path, target)
 
 
 def _write_trace(folder: Path, ids: Any) -> None:
@@ -235,7 +305,46 @@ def _corpus(path: str) -> int:
     return 0
 
 
-DIRECT: dict[str, Callable[[str], int]] = {"open": _open, "corpus": _corpus}
+def _store(path: str) -> int:
+    from moe_lab.report.sources import gather, training_metrics
+    from moe_lab.runs.object_store import ObjectStore
+
+    store = ObjectStore(f"file://{path}")
+    list(store.records(list(store.plan()["runs"])))
+    with store.readable() as folder:
+        training_metrics(gather(folder).finished)
+    return 0
+
+
+def _run(path: str) -> int:
+    from moe_lab.training.record import load_run
+
+    load_run(path)
+    return 0
+
+
+def _checkpoint(path: str) -> int:
+    from moe_lab.training.checkpoint import load_tensors
+
+    load_tensors(Path(path))
+    return 0
+
+
+def _tokenizer(path: str) -> int:
+    from moe_lab.text import Tokenizer
+
+    Tokenizer.load(path).decode([0, 1])
+    return 0
+
+
+DIRECT: dict[str, Callable[[str], int]] = {
+    "open": _open,
+    "corpus": _corpus,
+    "store": _store,
+    "run": _run,
+    "checkpoint": _checkpoint,
+    "tokenizer": _tokenizer,
+}
 
 
 def run_case(command: list[str]) -> dict[str, Any]:
@@ -309,8 +418,13 @@ class Worker:
             return {"code": 1, "wrong": f"the process ended with {self.process.wait()}"}
 
 
-def fuzz(minutes: float, seed: int, only: str | None = None) -> int:
-    """Mutate and run until the time is over; returns the number of failures."""
+def fuzz(
+    minutes: float, seed: int, only: str | None = None, most: int | None = None
+) -> tuple[Counter[tuple[str, int]], int]:
+    """Mutate and run until the time is over, or for ``most`` inputs.
+
+    Returns how often each (kind, exit code) came, and the number of failures.
+    """
     ends, outcomes, failures = time.monotonic() + 60 * minutes, Counter[tuple[str, int]](), 0
     asked = Worker()
     with tempfile.TemporaryDirectory(prefix="moe_lab-fuzz-") as folder:
@@ -318,17 +432,15 @@ def fuzz(minutes: float, seed: int, only: str | None = None) -> int:
         if only is not None:
             kinds = {only: kinds[only]}
         for kind, (source, command) in kinds.items():  # each must be read before it is mutated
-            out = str(Path(folder) / f"out of {kind}")
-            found = asked.ask(
-                [part.replace("{out}", out).replace("{}", str(source)) for part in command]
-            )
+            found = asked.ask(filled(command, source, Path(folder) / f"out of {kind}"))
             if found["code"] != 0:
                 print(f"{kind}: the input without mutation ends in {found}")
                 failures += 1
+        order = [kind for kind in kinds for _ in range(1 if kind == PAGE else CHEAP)]
         number = 0
-        while time.monotonic() < ends:
+        while time.monotonic() < ends and number != most:
             draw = random.Random(f"{seed} {number}")
-            kind = list(kinds)[number % len(kinds)]
+            kind = order[number % len(order)]
             source, command = kinds[kind]
             case = Path(folder) / "case"
             shutil.rmtree(case, ignore_errors=True)
@@ -336,12 +448,7 @@ def fuzz(minutes: float, seed: int, only: str | None = None) -> int:
             path = case / source.name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
             done = mutate(path, draw)
-            found = asked.ask(
-                [
-                    part.replace("{out}", str(case / "out")).replace("{}", str(path))
-                    for part in command
-                ]
-            )
+            found = asked.ask(filled(command, path, case / "out"))
             outcomes[kind, found["code"]] += 1
             if found["wrong"]:
                 failures += 1
@@ -349,12 +456,28 @@ def fuzz(minutes: float, seed: int, only: str | None = None) -> int:
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.copytree(case, kept)
                 (kept / "wrong.txt").write_text(f"{kind}: {done}\n{command}\n{found['wrong']}\n")
-                print(f"{kept}: {kind}: {done}: {found['wrong'].strip().splitlines()[-1][:200]}")
+                last = found["wrong"].strip().splitlines()[-1][:200]
+                print(f"{kept}: {kind}: {done}: {last}", flush=True)
             number += 1
-    for (kind, code), count in sorted(outcomes.items()):
-        print(f"{kind:16} exit code {code}: {count}")
-    print(f"{number} inputs, {failures} failures")
-    return failures
+    return outcomes, failures
+
+
+def filled(command: list[str], path: Path, out: Path) -> list[str]:
+    """A command for the input at ``path``."""
+    return [part.replace("{out}", str(out)).replace("{}", str(path)) for part in command]
+
+
+def table(outcomes: Counter[tuple[str, int]], failures: int) -> str:
+    """Kinds of input and how they ended, as Markdown."""
+    codes = sorted({code for _, code in outcomes})
+    lines = ["| input | " + " | ".join(f"exit code {code}" for code in codes) + " |"]
+    lines.append("|---" * (len(codes) + 1) + "|")
+    kinds = dict.fromkeys(kind for kind, _ in sorted(outcomes))
+    lines += (
+        f"| {kind} | " + " | ".join(str(outcomes[kind, code]) for code in codes) + " |"
+        for kind in kinds
+    )
+    return "\n".join([*lines, "", f"{outcomes.total()} inputs, {failures} failures"])
 
 
 def main() -> int:
@@ -362,6 +485,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--inputs", type=int, default=None, help="end after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=None, help="one kind of input, such as trace")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -369,7 +493,9 @@ def main() -> int:
     if args.worker:
         worker()
         return 0
-    return 1 if fuzz(args.minutes, args.seed, args.only) else 0
+    outcomes, failures = fuzz(args.minutes, args.seed, args.only, args.inputs)
+    print(table(outcomes, failures))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
