@@ -84,8 +84,11 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def remove_temporaries(folder: Path, pattern: str = _ANY_TEMPORARY) -> None:
-    """Remove what a killed process left half-written in ``folder``."""
+def remove_temporaries(folder: Path, target: str | None = None) -> None:
+    """Remove what a killed process left half-written in ``folder``: of any file, or of those whose
+    names match ``target``. For who is the only writer of these.
+    """
+    pattern = _ANY_TEMPORARY if target is None else f"{TEMPORARY_PREFIX}????????-{target}"
     for leftover in folder.glob(pattern):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ leaving.
 from __future__ import annotations
 
 import base64
+import glob
 import hashlib
 import json
 import shlex
@@ -21,7 +22,7 @@ from typing import Any
 from markupsafe import Markup
 
 from moe_lab.errors import MoELabError
-from moe_lab.files import write_parquet, write_text
+from moe_lab.files import remove_temporaries, write_parquet, write_text
 from moe_lab.number_format import count_of, short_path
 from moe_lab.plain_text import on_page
 from moe_lab.report import theme
@@ -81,6 +82,8 @@ def draw_page(material: Material, frames: Frames, path: Path, *, title: str, com
     """Write the page and its data; what ``frames`` holds already is not computed again."""
     folder = _data_folder(path)
     content = _content(material, frames, command)
+    remove_temporaries(path.parent, glob.escape(path.name))
+    remove_temporaries(folder)
     for name, frame in content.pop("data"):
         write_parquet(folder / f"{name}.parquet", frame)
     write_text(path, render(title=title, command=command, data_folder=folder.name, **content))

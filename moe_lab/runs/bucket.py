@@ -86,6 +86,11 @@ class Bucket:
             for path in paths
         ]
 
+    def rename(self, name: str, new: str) -> None:
+        """Within the store. Renaming a missing object is not an error."""
+        with suppress(FileNotFoundError), self._one_line("rename in"):
+            self._files.mv(self._path(name), self._path(new))
+
     def delete(self, names: Iterable[str]) -> None:
         """Deleting a missing object is not an error."""
         for name in names:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import RunError, expected, require
-from moe_lab.files import parse_json, read_regular, write_json, write_text
+from moe_lab.files import parse_json, read_regular, remove_temporaries, write_json, write_text
 from moe_lab.runs.failures import Failure, read_failure, write_failure
 from moe_lab.runs.folder_claims import Claim, acquire, holder
 from moe_lab.runs.layout import CHECKPOINT, DAMAGED_CHECKPOINT, DONE, PLAN, STATUS, RunState
@@ -85,6 +85,7 @@ class RunStore:
         if self._has(entry["hash"]):
             return
         with self._claim_plan():
+            remove_temporaries(self.folder, PLAN)
             plan = {"schema_version": SCHEMA_VERSION, "sweeps": [], "runs": {}}
             if (self.folder / PLAN).exists():
                 plan = self.plan()

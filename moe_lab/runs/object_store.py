@@ -26,6 +26,7 @@ from moe_lab.runs.failures import Failure
 from moe_lab.runs.layout import (
     CHECKPOINT,
     CONFIG,
+    DAMAGED_CHECKPOINT,
     DONE,
     ERROR,
     FAILURE,
@@ -83,8 +84,9 @@ class ObjectStore:
         """Run -> names of its state."""
         names: dict[str, set[str]] = {}
         for path in self.bucket.names(f"{STATE}/{run}".rstrip("/")):
-            _, owner, name = path.split("/", 2)
-            names.setdefault(owner, set()).add(name)
+            parts = path.split("/", 2)
+            if len(parts) == 3:  # else an object beside the runs, which is none of ours
+                names.setdefault(parts[1], set()).add(parts[2])
         return names
 
     def progress(self, run: str) -> Progress:
@@ -105,7 +107,8 @@ class ObjectStore:
             write_failure(self.bucket, run, failure)
 
     def set_checkpoint_aside(self, run: str) -> None:
-        self.bucket.delete([f"{FILES}/{run}/{CHECKPOINT}"])
+        names = (f"{FILES}/{run}/{name}" for name in (CHECKPOINT, DAMAGED_CHECKPOINT))
+        self.bucket.rename(*names)
 
     def records(self, runs: Sequence[str]) -> Iterator[RunRecord]:
         names = self._names()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_lab.errors import CorpusError, expected, require
-from moe_lab.files import content_hash, read_regular, write_json
+from moe_lab.files import content_hash, parse_json, read_regular, write_json
 from moe_lab.text.corpus import Document
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Tokenizer:
         Raises ``CorpusError`` for a file that is missing, damaged or of another format.
         """
         try:
-            values = json.loads(read_regular(path))
+            values = parse_json(read_regular(path))
             tokenizer = cls(values["merges"])
             intact = values["format"] == FORMAT and values["hash"] == tokenizer.hash
         except OSError as error:

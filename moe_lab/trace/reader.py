@@ -9,9 +9,11 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,9 @@ LAYER_TYPE = pl.UInt32()
 READ_AHEAD = 2
 """Files that are read at once: decoding is most of the work, and more would only hold more memory.
 """
+
+COPY_DAYS, COPY_BYTES = 30, 20 * 10**9
+"""How long clean copies of traces from outside are kept, and how many bytes of them."""
 
 R = TypeVar("R")
 
@@ -336,7 +341,10 @@ def _cleaned(folder: Path, verify: bool) -> Trace:
                 largest=max(parquet, default=0),
             )
             put_in_place(written, copy)
+        _prune(place)
         trace = _sealed(copy, verify=False) or Trace(copy, *read_meta(copy / META_FILE))
+    with suppress(OSError):
+        os.utime(copy)  # when it was opened last
     return replace(trace, folder=folder, data=copy)
 
 
@@ -350,6 +358,19 @@ def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
             )
         except OSError as error:
             raise TraceError(f"cannot read {folder}: {error.strerror or error}") from error
+
+
+def _prune(place: Path) -> None:
+    """Remove the copies that nobody opened for ``COPY_DAYS``, and the oldest ones while all take
+    more than ``COPY_BYTES``; none that was opened within a day, which may be in use.
+    """
+    now, total = time.time(), 0
+    with suppress(OSError):
+        ages = {path: (now - path.stat().st_mtime) / 86400 for path in place.iterdir()}
+        for path in sorted(ages, key=lambda path: ages[path]):
+            total += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            if ages[path] > COPY_DAYS or (total > COPY_BYTES and ages[path] > 1):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _place_of_copies() -> Path:

@@ -17,7 +17,13 @@ import torch
 from torch import nn
 
 from moe_lab.errors import CheckpointError
-from moe_lab.files import content_hash, parse_json, read_regular, write_text
+from moe_lab.files import (
+    content_hash,
+    parse_json,
+    read_regular,
+    remove_temporaries,
+    write_text,
+)
 from moe_lab.runs.layout import TRUNKS
 from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_lab.training.config import RunConfig
@@ -63,6 +69,12 @@ def leave(
     save_checkpoint(path, model, optimizer, step, trunk_hash(config), write=write)
 
 
+def tidy(config: RunConfig, folder: Path) -> None:
+    """Remove what a killed attempt of the longest run left half-written among the trunks."""
+    if branch_steps(config):
+        remove_temporaries(folder.parent / TRUNKS, f"{trunk_hash(config)}-*")
+
+
 def take_up(
     config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict[str, Any]]]:
@@ -73,8 +85,8 @@ def take_up(
         return 0, []
     path = _path(config, folder, config.decay_step(config.train_tokens))
     if path.exists():
-        with suppress(CheckpointError, OSError, ValueError):
-            rows = parse_json(read_regular(path.with_suffix(".json")))
+        with suppress(CheckpointError, OSError, ValueError, TypeError):
+            rows = [dict(row) for row in parse_json(read_regular(path.with_suffix(".json")))]
             return load_checkpoint(path, model, optimizer, trunk_hash(config)), rows
     return 0, []
 

@@ -48,7 +48,7 @@ from moe_lab.runs.layout import (
     TRACE,
 )
 from moe_lab.text import Split, TokenizedText, load_tokens
-from moe_lab.training.branching import branch_steps, forget, leave, take_up
+from moe_lab.training.branching import branch_steps, forget, leave, take_up, tidy
 from moe_lab.training.checkpoint import (
     load_checkpoint,
     read_metadata,
@@ -148,6 +148,7 @@ def _claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     if (folder / DONE).exists():
         return finished_record(folder, config)
     remove_temporaries(folder)
+    tidy(config, folder)
     return None
 
 

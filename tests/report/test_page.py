@@ -1,9 +1,11 @@
 """The page as a file: what it says, what it escapes, what lies beside it, and how it fails."""
 
 import base64
+import errno
 import hashlib
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from report_fixtures import (
     write_plan,
 )
 
-from moe_lab.errors import RunError
+from moe_lab.errors import RunError, StorageError
 from moe_lab.plain_text import LONGEST_ON_PAGE, on_page
 from moe_lab.report import figures, write_report
 from moe_lab.report.figure_blocks import MAX_TABLE_ROWS
@@ -349,3 +351,30 @@ def test_last_lines_are_counted_beyond_those_shown(tmp_path: Path) -> None:
     ]
     assert found.left_out == 3
     assert failed_runs(Material(tuple(runs[:1]), ())) is None, "it left nothing to read"
+
+
+@pytest.mark.parametrize("full", ["runs.parquet", "report.html"])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", "topk", 2, 0, None, [])
+    out = tmp_path / "out"
+    written = Path.write_bytes, Path.write_text
+
+    def fill(path: Path, content: Any, *args: Any, **options: Any) -> int:
+        if path.name.endswith(full):
+            path.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written[isinstance(content, str)](path, content, *args, **options)
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(StorageError, match=rf"cannot write .*{full}: No space left"):
+        write_report(tmp_path / "run", out / "report.html")
+    assert not list(out.rglob(".tmp*"))
+    assert not (out / "report.html").exists()
+    monkeypatch.undo()
+    (out / ".tmp-0badcafe-report.html").touch()  # what kill -9 left
+    (out / "report_data" / ".tmp-0badcafe-load.parquet").touch()
+    write_report(tmp_path / "run", out / "report.html")
+    assert not list(out.rglob(".tmp*"))

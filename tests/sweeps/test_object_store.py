@@ -24,9 +24,9 @@ from moe_lab.cli import main
 from moe_lab.errors import RunError
 from moe_lab.runs import object_leases
 from moe_lab.runs.bucket import Bucket
-from moe_lab.runs.failures import Failure
+from moe_lab.runs.failures import Failure, FailureKind
 from moe_lab.runs.object_leases import living_owner, take
-from moe_lab.runs.object_store import ObjectStore
+from moe_lab.runs.object_store import ObjectStore, write_failure
 from moe_lab.runs.owners import Owner, this_host
 from moe_lab.sweeps import (
     RunState,
@@ -37,6 +37,7 @@ from moe_lab.sweeps import (
     run,
     status,
 )
+from moe_lab.sweeps.launchers.mirror import _Copies
 
 TRAINER = "bucket_files:train"
 GRID = stub_grid(3, steps=8, step_seconds=0.0)
@@ -415,3 +416,28 @@ def test_a_plan_names_runs_by_their_hash_alone(tmp_path: Path, run: str):
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     with pytest.raises(RunError, match="expected runs named by 12 hexadecimal digits"):
         status(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_set_aside_in_the_store(root: Path, tmp_path: Path):
+    victim = StubRun(name="victim")
+    store = ObjectStore("bucket://b/sweep")
+    place = root / "b/sweep/files" / victim.hash()
+    place.mkdir(parents=True)
+    (place / "checkpoint.safetensors").write_bytes(b"damaged")
+    write_failure(store.bucket, victim.hash(), Failure("damaged", FailureKind.CHECKPOINT))
+    assert not go("bucket://b/sweep", victim).complete
+    assert (place / "checkpoint.safetensors").exists()
+    store.set_checkpoint_aside(victim.hash())
+    assert [path.name for path in place.iterdir()] == ["checkpoint.damaged"]
+    store.set_checkpoint_aside(victim.hash())  # once more: nothing to do
+    scratch = tmp_path / "copies"
+    _Copies(store.bucket, victim.hash(), scratch, scratch / "log.txt").fetch()
+    assert not list(scratch.iterdir())  # nobody reads the damaged one
+    write_failure(store.bucket, victim.hash(), Failure("damaged", FailureKind.CHECKPOINT))
+    assert go("bucket://b/sweep", victim, retry_failed=True).complete
+
+
+def test_an_object_beside_the_runs_is_no_run(root: Path):
+    (root / "b/sweep/state").mkdir(parents=True)
+    (root / "b/sweep/state/stray").write_text("x")
+    assert go("bucket://b/sweep").complete

@@ -170,6 +170,7 @@ def change(**values):
 DAMAGE = {
     "cut": (lambda text: text[: len(text) // 2], "which is damaged; try training it again"),
     "empty": (lambda text: "", "which is damaged"),
+    "nested deep": (lambda text: "[" * 5000, "which is damaged"),
     "a list": (lambda text: "[]", "which is damaged"),
     "no merges": (lambda text: "{}", "which is damaged"),
     "a merge of unmade ids": (change(merges=[[0, 5000]]), "which is damaged"),

@@ -15,7 +15,7 @@ import pytest
 
 from moe_lab.analysis import class_profile
 from moe_lab.errors import TraceError
-from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
+from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace, reader
 from moe_lab.trace.part_files import file_checksums, write_part
 from moe_lab.trace.seal import SEAL_FILE
 
@@ -161,3 +161,21 @@ def test_a_seal_of_another_user_opens_nothing(tmp_path: Path, monkeypatch) -> No
     (tmp_path / "cache" / "trace.key").chmod(0o644)
     third = open_trace(folder)  # a key that others can read is no key
     assert third.data is not None
+
+
+def test_clean_copies_that_nobody_opens_are_removed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
+    folders = [small_trace(tmp_path / f"t{rows}", rows) for rows in (10, 20, 30, 40)]
+    for folder in folders:
+        (folder / SEAL_FILE).unlink()
+    copies = [open_trace(folder).data for folder in folders]
+    assert [copy.exists() for copy in copies] == [True] * 4
+    for copy, days in zip(copies, (40, 2, 0.5, 0), strict=True):
+        os.utime(copy, (time.time() - 86400 * days,) * 2)
+    reader._prune(copies[0].parent)
+    assert [copy.exists() for copy in copies] == [False, True, True, True]
+    monkeypatch.setattr(reader, "COPY_BYTES", 1)
+    reader._prune(copies[0].parent)
+    assert [copy.exists() for copy in copies] == [False, False, True, True]
+    open_trace(tmp_path / "t30")  # opening it makes it the newest
+    assert time.time() - copies[2].stat().st_mtime < 60

@@ -15,6 +15,7 @@ from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 from moe_lab.text import TextConfig
 from moe_lab.training import OptimizerConfig, RunConfig, train
+from moe_lab.training.branching import trunk_hash
 from moe_lab.training.checkpoint import load_tensors
 from moe_lab.training.optimizer import lr_factor
 
@@ -187,3 +188,24 @@ def test_budgets_that_make_no_sense_are_one_line(long: RunConfig) -> None:
         long.replace(budgets=(LONG, SHORT))
     with refused("decay_fraction"):
         long.replace(train_tokens=128, budgets=(128, 128 * 1000))
+
+
+def test_half_written_trunks_of_a_killed_run_are_tidied(long: RunConfig, tmp_path: Path) -> None:
+    trunks = tmp_path / "sweep" / "trunks"
+    trunks.mkdir(parents=True)
+    (trunks / f".tmp-0badcafe-{trunk_hash(long)}-8.safetensors").touch()
+    (trunks / ".tmp-0badcafe-aaaaaaaaaaaa-8.safetensors").touch()  # another run writes it now
+    train(long, tmp_path / "sweep" / "long", cache_dir=tmp_path)
+    left = [path.name for path in trunks.iterdir() if path.name.startswith(".")]
+    assert left == [".tmp-0badcafe-aaaaaaaaaaaa-8.safetensors"]
+
+
+@pytest.mark.parametrize("rows", ["5", "[5]", "null", "[" * 5000, '{"a": 1}'])
+def test_a_trunk_with_other_metrics_is_trained_again(
+    rows: str, long: RunConfig, tmp_path: Path
+) -> None:
+    short = long.replace(train_tokens=SHORT)
+    train(long, tmp_path / "sweep" / "long", cache_dir=tmp_path)
+    next((tmp_path / "sweep" / "trunks").glob("*.json")).write_text(rows)
+    run = train(short, tmp_path / "sweep" / "short", cache_dir=tmp_path)
+    assert metrics(run.folder)["step"].to_list() == list(range(1, 21))

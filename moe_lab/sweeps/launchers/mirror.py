@@ -20,7 +20,7 @@ from moe_lab.errors import BusyError, RunError
 from moe_lab.files import below, private_folder
 from moe_lab.runs.bucket import Bucket
 from moe_lab.runs.failures import Failure
-from moe_lab.runs.layout import DONE, ERROR, FAILURE, LOG
+from moe_lab.runs.layout import DAMAGED_CHECKPOINT, DONE, ERROR, FAILURE, LOG
 from moe_lab.runs.object_leases import take
 from moe_lab.runs.object_store import FILES, LEASE, STATE, STATE_FILES, scratch_name, write_failure
 from moe_lab.runs.plan import check_run_name
@@ -125,6 +125,8 @@ class _Copies:
         self._scratch.mkdir(parents=True)
         prefix = f"{FILES}/{self._run}/"
         for name in self._bucket.names(prefix.rstrip("/")):
+            if name == prefix + DAMAGED_CHECKPOINT:
+                continue
             self._bucket.download(
                 name, below(self._scratch, name.removeprefix(prefix), self._bucket.url)
             )
