@@ -171,7 +171,8 @@ def test_clean_copies_that_nobody_opens_are_removed(tmp_path: Path, monkeypatch)
     copies = [open_trace(folder).data for folder in folders]
     assert [copy.exists() for copy in copies] == [True] * 4
     for copy, days in zip(copies, (40, 2, 0.5, 0), strict=True):
-        os.utime(copy, (time.time() - 86400 * days,) * 2)
+        opened = time.time() - 86400 * days
+        os.utime(copy, (opened, opened))
     reader._prune(copies[0].parent)
     assert [copy.exists() for copy in copies] == [False, True, True, True]
     monkeypatch.setattr(reader, "COPY_BYTES", 1)
