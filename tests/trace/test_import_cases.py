@@ -377,3 +377,22 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2**20  # kB
     assert open_trace(tmp_path / "t").meta.layers[3].num_experts == 8
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        torch.zeros(3, 2, 0, dtype=torch.int64),
+        torch.zeros(0, 4, dtype=torch.int64),
+        torch.eye(4, dtype=torch.int64).to_sparse(),
+        torch.ones(2, 4, dtype=torch.bfloat16),
+        torch.ones(2, 4, dtype=torch.complex64),
+        torch.ones(2, 4, dtype=torch.int64, device="meta"),
+    ],
+    ids=["no experts", "no layers", "sparse", "bfloat16", "complex", "meta"],
+)
+def test_recorded_counts_of_other_shapes_and_types_are_refused(tmp_path, counts):
+    torch.save({"logical_count": counts}, tmp_path / "counts.pt")
+    with pytest.raises(TraceError, match=r"expected .* in|counts.pt: expected integers"):
+        import_trace("sglang", tmp_path / "counts.pt", tmp_path / "t", top_k=2)
+    assert not (tmp_path / "t").exists()

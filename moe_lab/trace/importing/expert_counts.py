@@ -200,9 +200,19 @@ def sum_of_recorded_counts(files: Sequence[Path]) -> np.ndarray:
         tensor = values.get("logical_count") if isinstance(values, dict) else None
         if tensor is None or not hasattr(tensor, "untyped_storage") or tensor.dim() < 2:
             raise TraceError(expected(f"logical_count in {path.name}", type(values).__name__))
-        claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-        check_expansion(f"logical_count of {path.name}", claimed, held)
-        passes = integers(path.name, tensor.reshape(-1, *tensor.shape[-2:]).numpy(), 3)
+        try:  # tensors without storage or of types that numpy lacks raise one or the other
+            claimed, held = (
+                tensor.numel() * tensor.element_size(),
+                tensor.untyped_storage().nbytes(),
+            )
+            check_expansion(f"logical_count of {path.name}", claimed, held)
+            array = tensor.detach().numpy()
+        except (RuntimeError, TypeError, NotImplementedError):
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise TraceError(expected(f"integers in {path.name}", got)) from None
+        if not array.size:
+            raise TraceError(expected(f"counts in {path.name}", f"shape {list(array.shape)}"))
+        passes = integers(path.name, array.reshape(-1, *array.shape[-2:]), 3)
         table = passes.sum(axis=0, dtype=np.int64)
         if total is not None and total.shape != table.shape:
             what = f"counts of shape {list(total.shape)} in {path.name}"
