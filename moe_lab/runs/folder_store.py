@@ -16,7 +16,15 @@ from moe_lab.errors import RunError, expected, require
 from moe_lab.files import parse_json, read_regular, remove_temporaries, write_json, write_text
 from moe_lab.runs.failures import Failure, read_failure, write_failure
 from moe_lab.runs.folder_claims import Claim, acquire, holder
-from moe_lab.runs.layout import CHECKPOINT, DAMAGED_CHECKPOINT, DONE, PLAN, STATUS, RunState
+from moe_lab.runs.layout import (
+    CHECKPOINT,
+    DAMAGED_CHECKPOINT,
+    DONE,
+    PLAN,
+    RESUMED_FROM,
+    STATUS,
+    RunState,
+)
 from moe_lab.runs.plan import SCHEMA_VERSION, PlannedSweep, check_plan, plan_entry
 from moe_lab.runs.record import Progress, RunRecord, read_object, read_run, state_of
 
@@ -62,6 +70,11 @@ class RunStore:
     def set_checkpoint_aside(self, run: str) -> None:
         with suppress(FileNotFoundError):
             os.replace(self.path(run) / CHECKPOINT, self.path(run) / DAMAGED_CHECKPOINT)
+
+    def tidy(self, finished: Iterable[str]) -> None:
+        for run in finished:
+            for name in RESUMED_FROM:
+                (self.path(run) / name).unlink(missing_ok=True)
 
     def plan(self) -> dict[str, Any]:
         path = self.folder / PLAN

@@ -14,6 +14,8 @@ CHECKPOINT = "checkpoint.safetensors"
 """What the run resumes from; removed when it is done."""
 DAMAGED_CHECKPOINT = "checkpoint.damaged"
 """A checkpoint that could not be read, set aside by ``--retry-failed``; removed with the other."""
+RESUMED_FROM = (CHECKPOINT, DAMAGED_CHECKPOINT)
+"""What a finished run has no more use for."""
 MODEL = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 TRACE = "trace"

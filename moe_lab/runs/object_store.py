@@ -34,6 +34,7 @@ from moe_lab.runs.layout import (
     METRICS,
     PLAN,
     RESULT,
+    RESUMED_FROM,
     STATUS,
     TRACE,
     RunState,
@@ -109,6 +110,15 @@ class ObjectStore:
     def set_checkpoint_aside(self, run: str) -> None:
         names = (f"{FILES}/{run}/{name}" for name in (CHECKPOINT, DAMAGED_CHECKPOINT))
         self.bucket.rename(*names)
+
+    def tidy(self, finished: Iterable[str]) -> None:
+        """A worker that ends gives its lease back after it has removed the checkpoint: no other run
+        is asked for.
+        """
+        leased = [run for run, names in self._names().items() if LEASE in names]
+        for run in set(leased) & set(finished):
+            self.bucket.delete(f"{FILES}/{run}/{name}" for name in RESUMED_FROM)
+            self.bucket.delete([f"{STATE}/{run}/{LEASE}"])
 
     def records(self, runs: Sequence[str]) -> Iterator[RunRecord]:
         names = self._names()

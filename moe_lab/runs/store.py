@@ -52,6 +52,10 @@ class Store(Protocol):
         """Let ``run`` begin again although it left a checkpoint, which is damaged."""
         ...
 
+    def tidy(self, finished: Iterable[str]) -> None:
+        """Remove what finished runs would have resumed from, of which a kill left some."""
+        ...
+
     def check_writable(self) -> None:
         """Raise ``RunError`` if the store takes no file of 64 KiB."""
         ...

@@ -227,6 +227,7 @@ class _Driver:
                 self.queue.append(self.jobs[run])
                 if state is not RunState.PENDING:
                     left[run] = 1 - _share_kept(self.jobs[run], self.store.progress(run))
+        self.store.tidy(self.finished)
         self.admission.left = left
         view.opened(
             [self.jobs[run] for run in self.finished], [self.jobs[run] for run in self.failed]

@@ -33,11 +33,11 @@ from moe_lab.files import (
 )
 from moe_lab.model import Decoder
 from moe_lab.routing import Routing
+from moe_lab.runs import RunStore
 from moe_lab.runs.done_file import seal
 from moe_lab.runs.layout import (
     CHECKPOINT,
     CONFIG,
-    DAMAGED_CHECKPOINT,
     DONE,
     METRICS,
     METRICS_LOG,
@@ -146,6 +146,7 @@ def _claim(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     else:
         write_json(folder / CONFIG, config.to_dict())
     if (folder / DONE).exists():
+        RunStore(folder.parent).tidy([folder.name])
         return finished_record(folder, config)
     remove_temporaries(folder)
     tidy(config, folder)
@@ -248,8 +249,7 @@ class _Run:
         write_json(self.folder / RESULT, record)
         self._write_status("finished")
         write_text(self.folder / DONE, seal(self.folder))
-        for checkpoint in (self._checkpoint, self.folder / DAMAGED_CHECKPOINT):
-            checkpoint.unlink(missing_ok=True)
+        RunStore(self.folder.parent).tidy([self.folder.name])
         forget(self.config, self.folder)
         return record
 

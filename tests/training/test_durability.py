@@ -195,3 +195,15 @@ def test_a_vocabulary_that_fits_no_run_is_refused_before_the_first(
     with pytest.raises(ConfigError, match=r"expected model\.vocab_size equal to the tokenizer's"):
         run_sweep(SweepConfig("s", "q", (wrong,)), tmp_path / "out", progress=False)
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+
+
+def test_a_kill_after_done_leaves_no_checkpoint_for_ever(config: RunConfig, tmp_path: Path) -> None:
+    sweep = SweepConfig("s", "q", (config,))
+    run_sweep(sweep, tmp_path / "out", progress=False, workers=1)
+    folder = tmp_path / "out" / config.hash()
+    left = [folder / name for name in ("checkpoint.safetensors", "checkpoint.damaged")]
+    for again in (lambda: train(config, folder), lambda: run_sweep(sweep, tmp_path / "out")):
+        for path in left:
+            path.write_bytes(b"left")
+        again()
+        assert not [path for path in left if path.exists()]
