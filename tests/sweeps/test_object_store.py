@@ -447,8 +447,8 @@ def test_a_worker_killed_after_done_leaves_no_checkpoint_for_ever(root: Path):
     assert go("bucket://b/sweep").complete
     first, second = (one.hash() for one in GRID[:2])
     place = root / "b/sweep"
-    for run in (first, second):
-        (place / "files" / run / "checkpoint.safetensors").write_bytes(b"left")
+    for name in (first, second):
+        (place / "files" / name / "checkpoint.safetensors").write_bytes(b"left")
     (place / "state" / first / "lease.json").write_text("{}")  # a worker that ends gives it back
     assert go("bucket://b/sweep").complete
     assert not (place / "files" / first / "checkpoint.safetensors").exists()
