@@ -6,6 +6,7 @@ that is on every machine. It differs between interpreter versions, so every corp
 of what it holds. Nothing here touches the network.
 """
 
+import codecs
 import hashlib
 import importlib.util
 import json
@@ -13,13 +14,15 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import IO, TypeAlias
 
 from moe_lab.errors import CorpusError, expected, require
-from moe_lab.files import content_hash, read_regular
+from moe_lab.files import content_hash, open_regular
 from moe_lab.sandbox import read_parquet
 
 STDLIB = "stdlib"
@@ -57,6 +60,10 @@ STDLIB_SKIPPED = frozenset(
 OWN_TEXT = "a folder of your own text, a .txt, a .jsonl or a .parquet file"
 
 
+Text: TypeAlias = "tuple[Document, Callable[[], str]]"
+"""A document and how to read its text again."""
+
+
 class Split(StrEnum):
     """The three parts of a corpus.
 
@@ -72,12 +79,12 @@ VALIDATION_SHARE = 0.2
 REFERENCE_SHARE = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Document:
     """One text.
 
     ``name`` is its path in the corpus (``json/decoder.py``) or its row (``data.jsonl:7``); ``hash``
-    is of the text.
+    is of the text. Documents of one name and text are equal.
     """
 
     name: str
@@ -86,6 +93,30 @@ class Document:
     @cached_property
     def hash(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Document) and (self.name, self.hash) == (other.name, other.hash)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.hash))
+
+
+class _StoredDocument(Document):
+    """A text that stays where it lies and is read at each use: a corpus may be larger than memory.
+
+    Raises ``CorpusError`` where it was changed since.
+    """
+
+    def __init__(self, document: Document, read: Callable[[], str]) -> None:
+        self.__dict__.update(name=document.name, hash=document.hash, _read=read)
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        found = Document(self.name, self.__dict__["_read"]())
+        if found.hash != self.hash:
+            what = f"the text of {self.name} that the corpus was loaded with"
+            raise CorpusError(expected(what, "another", "starting again"))
+        return found.text
 
 
 @dataclass(frozen=True)
@@ -188,12 +219,13 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
     return _corpus(reader(path, text_column), source)
 
 
-def _corpus(documents: Iterator[Document], source: str) -> Corpus:
+def _corpus(texts: Iterator[Text], source: str) -> Corpus:
     kept: dict[str, Document] = {}
     repeated = 0
-    for document in documents:
+    for document, read in texts:
         if document.text.strip():
-            repeated += kept.setdefault(document.hash, document) is not document
+            stored = _StoredDocument(document, read)
+            repeated += kept.setdefault(document.hash, stored) is not stored
     require(kept, "text", f"none in {source}", OWN_TEXT, error=CorpusError, field="documents")
     return Corpus(documents=tuple(kept.values()), source=source, num_repeated=repeated)
 
@@ -262,59 +294,79 @@ def _name(path: str) -> str:
     return os.fsencode(Path(path).as_posix()).decode("utf-8", errors="replace")
 
 
-def _read_folder(files: list[tuple[str, str]]) -> Iterator[Document]:
-    return (Document(name=name, text=_read_text(Path(path))) for name, path in files)
+def _read_folder(files: list[tuple[str, str]]) -> Iterator[Text]:
+    for name, path in files:
+        read = partial(_read_text, Path(path))
+        yield Document(name, read()), read
 
 
 def _read_text(path: Path) -> str:
+    with _opened(path) as file:
+        data = file.read()
+    return _decoded(data.removeprefix(codecs.BOM_UTF8), path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
-        data = read_regular(path)
+        with open_regular(path) as file:
+            yield file
     except OSError as error:
         raise CorpusError(expected("a readable file", f"{path}: {error.strerror}")) from error
+
+
+def _decoded(data: bytes, path: Path, start: int = 0) -> str:
+    """Text of a part of a file that begins at byte ``start``."""
     hint = "converting it to UTF-8 or moving it out of the corpus"
     require(b"\0" not in data, "text", f"a binary file: {path}", hint, error=CorpusError)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise CorpusError(
-            expected("UTF-8 text", f"{path}, which is not at byte {error.start}", hint)
-        ) from error
+        got = f"{path}, which is not at byte {start + error.start}"
+        raise CorpusError(expected("UTF-8 text", got, hint)) from error
 
 
-def _read_txt(path: Path, text_column: str) -> Iterator[Document]:
-    return iter([Document(name=path.name, text=_read_text(path))])
+def _read_txt(path: Path, text_column: str) -> Iterator[Text]:
+    return _read_folder([(path.name, str(path))])
 
 
-def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, text_column: str) -> Iterator[Text]:
     # Split at line feeds alone: JSON strings may hold the other line separators of Unicode.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise CorpusError(
-                expected(
-                    "one JSON object a line", f"{path}:{number}, which does not parse: {error}"
-                )
-            ) from error
-        if not isinstance(row, dict) or text_column not in row:
-            found = (
-                f"with the fields {', '.join(row) or '(none)'}"
-                if isinstance(row, dict)
-                else f"of type {type(row).__name__}"
-            )
-            raise CorpusError(
-                expected(
-                    f'an object with the field "{text_column}"',
-                    f"{path}:{number} {found}",
-                    "another text_column",
-                )
-            )
-        yield _row(path, number, row[text_column])
+    with _opened(path) as file:
+        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(start)
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                document = _of_line(path, number, _decoded(line, path, start), text_column)
+                yield document, partial(_read_line, path, number, start, len(line), text_column)
+            start += len(line)
 
 
-def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
+def _read_line(path: Path, number: int, start: int, length: int, text_column: str) -> str:
+    with _opened(path) as file:
+        file.seek(start)
+        line = file.read(length)
+    return _of_line(path, number, _decoded(line, path, start), text_column).text
+
+
+def _of_line(path: Path, number: int, line: str, text_column: str) -> Document:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        got = f"{path}:{number}, which does not parse: {error}"
+        raise CorpusError(expected("one JSON object a line", got)) from error
+    if not isinstance(row, dict) or text_column not in row:
+        found = (
+            f"with the fields {', '.join(row) or '(none)'}"
+            if isinstance(row, dict)
+            else f"of type {type(row).__name__}"
+        )
+        what, hint = f'an object with the field "{text_column}"', "another text_column"
+        raise CorpusError(expected(what, f"{path}:{number} {found}", hint))
+    return _row(path, number, row[text_column])
+
+
+def _read_parquet(path: Path, text_column: str) -> Iterator[Text]:
     frame = read_parquet(path, CorpusError)
     require(
         text_column in frame.columns,
@@ -331,8 +383,9 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
             ),
             field="text_column",
         )
-    for number, value in enumerate(frame[text_column], start=1):
-        yield _row(path, number, value)
+    column = frame[text_column]  # compact, and made into Python's text row by row
+    for place, value in enumerate(column):
+        yield _row(path, place + 1, value), partial(column.item, place)
 
 
 def _row(path: Path, number: int, value: object) -> Document:
@@ -355,7 +408,7 @@ def _row(path: Path, number: int, value: object) -> Document:
     return Document(name=name, text=value)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[Text]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

@@ -24,6 +24,8 @@ from moe_lab.text.tokenizer import BYTE_VOCAB_SIZE, Tokenizer, TokenizerKind, tr
 
 FORMAT = "moe_lab.tokens/1"
 SPLITS = tuple(Split)
+COUNTED = 2**22
+"""Ids that are counted at a time."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,29 @@ class TokenizedDocument:
     ends: np.ndarray
 
 
+class _SpeltDocument(TokenizedDocument):
+    """One whose text and spans are spelt out on first use: of many documents few are shown."""
+
+    def __init__(self, index: int, name: str, ids: np.ndarray, tokenizer: Tokenizer) -> None:
+        self.__dict__.update(index=index, name=name, ids=ids, tokenizer=tokenizer)
+
+    @cached_property
+    def text(self) -> str:  # type: ignore[override]
+        return self.__dict__["tokenizer"].decode(self.ids)
+
+    @cached_property
+    def _spans(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.__dict__["tokenizer"].spans(self.text, self.ids)
+
+    @property
+    def starts(self) -> np.ndarray:  # type: ignore[override]
+        return self._spans[0]
+
+    @property
+    def ends(self) -> np.ndarray:  # type: ignore[override]
+        return self._spans[1]
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedText:
     """A corpus as ids, its documents one after another, each opened by ``tokenizer.eos_id``.
@@ -118,7 +143,7 @@ class TokenizedText:
 
     @cached_property
     def train(self) -> np.ndarray:
-        """[n] int32: the stream to train on."""
+        """[n] of the type of ``ids``: the stream to train on."""
         return self.stream(Split.TRAIN)
 
     @cached_property
@@ -128,14 +153,20 @@ class TokenizedText:
         return np.cumsum(lengths) - lengths
 
     def stream(self, split: Split | str) -> np.ndarray:
-        """[n] int32: all ids of a split in one row, every document opened by ``eos_id``."""
-        member = np.zeros(len(self.names), dtype=bool)
-        member[self._members(split)] = True
-        return self.ids[np.repeat(member, np.diff(self.offsets))].astype(np.int32)
+        """[n] of the type of ``ids``: all ids of a split in one row, every document opened by
+        ``eos_id``.
+        """
+        bounds = zip(self.offsets[:-1], self.offsets[1:], strict=True)
+        parts = [self.ids[start:end] for start, end in bounds]
+        return np.concatenate([parts[index] for index in self._members(split)])
 
     def counts(self, split: Split | str = Split.REFERENCE) -> np.ndarray:
         """[V] int64: how often each id occurs in a split."""
-        return np.bincount(self.stream(split), minlength=self.tokenizer.vocab_size)
+        ids, size = self.stream(split), self.tokenizer.vocab_size
+        blocks = range(0, len(ids), COUNTED)  # counting makes 64-bit numbers of them
+        return np.sum(
+            [np.bincount(ids[at : at + COUNTED], minlength=size) for at in blocks], axis=0
+        )
 
     def documents(self, split: Split | str) -> list[TokenizedDocument]:
         """The documents of a split in corpus order, with their texts and the character span of each
@@ -148,11 +179,7 @@ class TokenizedText:
 
     def _document(self, index: int) -> TokenizedDocument:
         ids = self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int32)
-        text = self.tokenizer.decode(ids)
-        starts, ends = self.tokenizer.spans(text, ids)
-        return TokenizedDocument(
-            index=index, name=self.names[index], text=text, ids=ids, starts=starts, ends=ends
-        )
+        return _SpeltDocument(index, self.names[index], ids, self.tokenizer)
 
 
 def tokenize_documents(
@@ -224,16 +251,16 @@ def _build(config: TextConfig, corpus: Corpus, cache: Path) -> TokenizedText:
         parts[Split.TRAIN], config.vocab_size, config.tokenizer, cache_dir=cache
     )
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    opened = np.array([tokenizer.eos_id], dtype=dtype)
-    encoded = [
-        np.concatenate([opened, tokenizer.encode(document.text).astype(dtype)])
-        for document in corpus.documents
-    ]
+    opened = np.array([tokenizer.eos_id], dtype=dtype).tobytes()
+    ids, offsets = bytearray(), [0]  # grows in place: the texts themselves are never all in memory
+    for document in corpus.documents:
+        ids += opened + tokenizer.encode(document.text).astype(dtype).tobytes()
+        offsets.append(len(ids) // dtype().itemsize)
     return TokenizedText(
         config=config,
         tokenizer=tokenizer,
-        ids=np.concatenate(encoded),
-        offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        ids=np.frombuffer(ids, dtype),
+        offsets=np.array(offsets, dtype=np.int64),
         split_codes=np.array(
             [code[document.hash] for document in corpus.documents], dtype=np.uint8
         ),

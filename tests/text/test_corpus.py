@@ -239,7 +239,7 @@ def test_unreadable_file_and_folder_are_told(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("moe_lab.text.corpus.read_regular", refuse)
+        patch.setattr("moe_lab.text.corpus.open_regular", refuse)
         with pytest.raises(
             CorpusError, match=re.escape(f"expected a readable file, got {path}: Permission denied")
         ):

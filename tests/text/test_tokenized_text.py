@@ -56,7 +56,7 @@ def test_documents_come_back_with_text_and_spans(config, cache, kind):
 
 def test_train_stream_is_the_train_documents_each_opened_by_the_end_id(config, cache):
     text = load_tokens(config, cache)
-    assert text.train.dtype == np.int32
+    assert text.train.dtype == text.ids.dtype == np.uint16
     assert text.train.tolist() == [
         token for document in text.documents("train") for token in document.ids
     ]
