@@ -1,5 +1,5 @@
 """How much memory a run will need: parameters with their gradients and Adam moments, activations of
-a micro-batch, logits, the interpreter.
+a micro-batch, logits, the ids of its text, the interpreter.
 
 The constants are measured (docs/scale.md): peaks of resident memory of fresh worker processes,
 float32 on a CPU with the compiled experts of `moe_lab.model`. They are upper sides of a fit,
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from moe_lab.training import RunConfig
 
 INTERPRETER_BYTES = 480 * 2**20
-"""Python, torch, polars, the corpus' token ids, the tokenizer: a worker before its first step, and
-what the first step adds for good.
+"""Python, torch, polars, the tokenizer: a worker before its first step, and what this adds for
+good.
 """
 CUDA_CONTEXT_BYTES = 600 * 2**20
 PARAMETER_BYTES = 21
@@ -31,6 +31,10 @@ LOGIT_COPIES = 5
 """Logits, log-probabilities, and the gradients of both and of the loss."""
 EVALUATED_TOKEN_BYTES = 2000
 """A row of the trace's token frame while it is made: text, classes, offsets, loss."""
+TEXT_COPIES = 2.6
+"""The ids of a corpus as stored, those to train on, those of the validation text in 32 bits, and
+what checking them takes.
+"""
 EVALUATION_BATCH = 16
 SHARE = 0.9
 """Of the memory that is free when a sweep begins, this much is given to runs."""
@@ -43,6 +47,8 @@ def run_memory(run: "RunConfig") -> int:
     A configuration of another trainer may say it itself in ``memory_bytes``; 0, unknown, where it
     does not.
     """
+    from moe_lab.text.tokenized_text import stored_bytes
+
     if not hasattr(run, "grad_accumulation"):
         return int(getattr(run, "memory_bytes", 0))
     return _run_memory(
@@ -52,7 +58,7 @@ def run_memory(run: "RunConfig") -> int:
         run.eval_tokens or 0,
         run.dtype.value == "bfloat16",
         run.device.startswith("cuda"),
-    )
+    ) + int(TEXT_COPIES * stored_bytes(run.text) * (not run.device.startswith("cuda")))
 
 
 @lru_cache(maxsize=4096)

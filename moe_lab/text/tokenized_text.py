@@ -215,18 +215,32 @@ def load_tokens(config: TextConfig, cache_dir: Path | str | None = None) -> Toke
     file is built again. Raises ``CorpusError`` for a corpus that is missing, unfit, or not the one
     with ``corpus_hash``.
     """
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     corpus = None
     if config.corpus_hash is None:
         corpus = config.load()
         config = config.replace(corpus_hash=corpus.hash)
-    path = cache / "tokens" / f"{_cache_key(config)}.npz"
+    path = _path(config, cache_dir)
     cached = _read(path, config)
     if cached is not None:
         return cached
-    built = _build(config, corpus or config.load(), cache)
+    built = _build(config, corpus or config.load(), path.parent.parent)
     _write(path, built)
     return built
+
+
+def stored_bytes(config: TextConfig, cache_dir: Path | str | None = None) -> int:
+    """Size of the cache file of ``config``, nearly all of it ids; 0 where it is not known."""
+    if config.corpus_hash is None:
+        return 0
+    try:
+        return _path(config, cache_dir).stat().st_size
+    except OSError:
+        return 0
+
+
+def _path(config: TextConfig, cache_dir: Path | str | None) -> Path:
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    return cache / "tokens" / f"{_cache_key(config)}.npz"
 
 
 def _cache_key(config: TextConfig) -> str:

@@ -17,7 +17,7 @@ from moe_lab.routing import RouterConfig
 from moe_lab.sweeps import Job, memory, run
 from moe_lab.sweeps.admission import PATIENCE, Admission
 from moe_lab.sweeps.memory import run_memory, too_large
-from moe_lab.text import TextConfig
+from moe_lab.text import TextConfig, load_tokens
 from moe_lab.training import RunConfig
 
 PEAK = """
@@ -79,6 +79,22 @@ def test_a_real_run_peaks_near_its_estimate_and_not_above(
     command = [sys.executable, "-c", PEAK, json.dumps(tiny.to_dict()), str(tmp_path / "run")]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert peak / 1.1 < run_memory(tiny) < 1.5 * peak, most
+
+
+def test_the_ids_of_a_text_are_part_of_the_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    for index in range(4):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"{index} " + "some text " * 100_000)
+    run = make(str(tmp_path / "text"))
+    run = run.replace(text=run.text.resolve())
+    unknown = run_memory(run)  # nobody has made its ids yet
+    ids = load_tokens(run.text).ids
+    assert 2 < (run_memory(run) - unknown) / ids.nbytes < 3
+    cuda = run.replace(device="cuda")
+    assert run_memory(cuda) == run_memory(cuda.replace(text=run.text.replace(corpus_hash=None)))
 
 
 def test_a_parameter_costs_weight_gradient_and_two_moments():
