@@ -24,6 +24,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import TraceError, expected, require
+from moe_lab import __version__
 from moe_lab.files import default_cache_dir
 from moe_lab.sandbox import call, regular_size
 from moe_lab.trace.checks import check_rows, check_tokens, read_meta
@@ -33,6 +34,7 @@ from moe_lab.trace.schema import (
     META_FILE,
     ROUTED,
     ROUTING_COLUMNS,
+    SCHEMA_VERSION,
     TOKEN_COLUMNS,
     LayerMeta,
     PartMeta,
@@ -323,6 +325,7 @@ def _cleaned(folder: Path, verify: bool) -> Trace:
     names = sorted(files_on_disk(folder) | {META_FILE})
     sizes = [regular_size(folder / name, TraceError) for name in names]
     key = new_digest()
+    key.update(f"{__version__} {SCHEMA_VERSION} ".encode())  # other versions check by other rules
     for name, value in sorted(_digests(folder, names).items()):
         key.update(f"{name} {value} ".encode())
     place = _place_of_copies()
