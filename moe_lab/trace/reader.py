@@ -23,8 +23,8 @@ from typing import TypeVar
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import TraceError, expected, require
 from moe_lab import __version__
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.files import default_cache_dir
 from moe_lab.sandbox import call, regular_size
 from moe_lab.trace.checks import check_rows, check_tokens, read_meta
