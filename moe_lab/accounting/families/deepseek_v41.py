@@ -10,7 +10,7 @@ else takes over keys and selection of the last such layer.
 """
 
 from moe_lab.accounting.architecture import Architecture, mtp_module
-from moe_lab.accounting.blocks import Block, join, moe, norms, top, width
+from moe_lab.accounting.block_factories import Block, join, moe, norms, top, width
 from moe_lab.accounting.families.deepseek import (
     BASE,
     deepseek_v4,
