@@ -124,7 +124,9 @@ def call(
         got = "one that takes more memory or time than its size allows, or that ends its reader"
         raise error(f"{name}: " + expected("a readable file", got))
     if "error" in answer:
-        raise getattr(errors, answer["error"], error)(one_line(answer["message"]))
+        raised = getattr(errors, answer["error"], error)(one_line(answer["message"]))
+        raised.field = one_line(answer["field"])
+        raise raised
     if "reason" in answer:
         raise error(f"{name}: " + expected("a readable file", one_line(answer["reason"])))
     return answer["result"]
@@ -214,7 +216,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"result": target(*request["arguments"])}
     except MoELabError as error:
-        return {"error": type(error).__name__, "message": str(error)}
+        return {"error": type(error).__name__, "message": str(error), "field": error.field}
     except MemoryError:
         return {"reason": "one that needs more memory than its size allows"}
     except BaseException as error:  # polars' panics are not Exceptions

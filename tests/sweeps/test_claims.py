@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from moe_lab.errors import RunError
 from moe_lab.runs import folder_claims
@@ -130,9 +131,7 @@ def test_odd_names_and_a_folder_are_no_claims(tmp_path: Path):
 
 def test_a_file_where_the_folder_should_be_is_one_line(tmp_path: Path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(
-        RunError, match=r"^expected a folder at .*run, got a file; try removing it$"
-    ):
+    with refused("folder", RunError):
         acquire(tmp_path / "run")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from refusals import refused
 
 from moe_lab.errors import TraceError
 from moe_lab.trace import import_trace
@@ -68,10 +69,7 @@ def test_one_array_without_token_ids_is_one_document(tmp_path):
 
 def test_the_expert_axis_is_never_guessed_from_the_ids(tmp_path):
     np.save(tmp_path / "one.npy", routes(6))
-    with pytest.raises(
-        TraceError,
-        match=r"expected the number of experts, which this source does not hold, got none; try",
-    ):
+    with refused("num_experts", TraceError):
         import_trace("vllm", tmp_path / "one.npy", tmp_path / "t")
     trace = import_trace("vllm", tmp_path / "one.npy", tmp_path / "t", num_experts=20)
     assert trace.counts()["expert"].max() == 19
@@ -145,7 +143,7 @@ def test_sglang_responses_are_decoded_and_cover_all_but_the_last_token(tmp_path)
 def test_damaged_base64_and_routes_that_do_not_divide_are_refused(tmp_path):
     record = {"prompt_token_ids": [1, 2], "output_ids": [3], "meta_info": {"routed_experts": "!!!"}}
     (tmp_path / "r.json").write_text(json.dumps(record))
-    with pytest.raises(TraceError, match=r"r.json, record 1: expected base64 of int32 routes"):
+    with refused("dtype", TraceError):
         import_trace("sglang", tmp_path / "r.json", tmp_path / "t", num_experts=8, top_k=2)
     record["meta_info"] = {
         "routed_experts": base64.b64encode(np.zeros(7, "<i4").tobytes()).decode()
@@ -248,11 +246,7 @@ def test_megatron_pipeline_stages_are_joined_to_one_model(tmp_path):
     trace = import_trace("megatron", tmp_path / "m", tmp_path / "t", num_experts=EXPERTS).check()
     assert experts_of(trace, 1, 0) == array[:, 1].tolist()
     megatron(tmp_path / "m", 1, {0: {1: array[:3, 1]}})
-    with pytest.raises(
-        TraceError,
-        match=r"router_trace_rank0.jsonl, step 0: expected the same tokens and slots in "
-        r"every layer",
-    ):
+    with refused("layers", TraceError):
         import_trace("megatron", tmp_path / "m", tmp_path / "t", num_experts=EXPERTS)
 
 
@@ -260,9 +254,7 @@ def test_a_record_that_lost_tokens_is_refused(tmp_path):
     megatron(tmp_path / "m", 0, {0: {0: routes(5)[:, 0]}})
     path = tmp_path / "m" / "router_trace_rank0.jsonl"
     path.write_text(path.read_text().replace('"num_tokens": 5', '"num_tokens": 6'))
-    with pytest.raises(
-        TraceError, match=r"line 1: expected top_indices of shape \[6, 2\], got \[5, 2\]"
-    ):
+    with refused("top_indices", TraceError):
         import_trace("megatron", path, tmp_path / "t", num_experts=EXPERTS)
     path.write_text("{broken\n")
     with pytest.raises(
@@ -278,8 +270,5 @@ def test_ids_out_of_range_name_the_layer(tmp_path):
         TraceError, match=r"layer 0: expected expert ids between -1 and 7, got 5\.\.12"
     ):
         import_trace("trtllm", tmp_path / "one.npy", tmp_path / "t", num_experts=EXPERTS)
-    with pytest.raises(
-        TraceError,
-        match=r"expected a source among vllm, sglang, trtllm, .*, counts, got 'hf'",
-    ):
+    with refused("kind", TraceError):
         import_trace("hf", tmp_path / "one.npy", tmp_path / "t")

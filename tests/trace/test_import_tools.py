@@ -5,6 +5,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+from refusals import refused
 
 from moe_lab.errors import TraceError
 from moe_lab.trace import import_trace
@@ -40,11 +41,7 @@ def test_published_counts_of_olmoe_and_mixtral_conserve(
 @pytest.mark.data
 def test_counts_that_were_summed_in_bf16_are_refused(data_dir, tmp_path):
     source = data_dir / "traces" / "qwen3_mgsm" / "qwen3_30b_a3b_mgsm_counts.npz"
-    message = (
-        r"^bn: expected the same sum of 8 x tokens in every layer, got \d+\.\.\d+ in 48 "
-        r"layers \(\d+ off 8 x \d+\)"
-    )
-    with pytest.raises(TraceError, match=message):
+    with refused("counts", TraceError):
         import_trace("counts", source, tmp_path / "t", top_k=8)
     assert not (tmp_path / "t").exists()
 
@@ -112,10 +109,7 @@ def test_moe_atlas_keeps_weights_and_orders_slots_by_them(tmp_path):
 
 def test_a_moe_atlas_trace_that_was_cut_is_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(atlas(activations=atlas()["activations"][:-1])))
-    with pytest.raises(
-        TraceError,
-        match=r"expected 12 activations \(3 tokens x 2 slots x 2 layers\) in a.json, got 11",
-    ):
+    with refused("activations", TraceError):
         import_trace("moe-atlas", tmp_path / "a.json", tmp_path / "t")
     broken = [{**item, "gate_weight": float("nan")} for item in atlas()["activations"]]
     (tmp_path / "a.json").write_text(json.dumps(atlas(activations=broken)))
@@ -147,13 +141,10 @@ def test_counts_that_no_tokens_can_have_are_refused(tmp_path, table, message):
 
 def test_counts_without_k_or_without_a_model_say_what_to_give(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps([[2, 2, 2, 2]]))
-    with pytest.raises(
-        TraceError,
-        match="expected the number of slots behind the counts, got none; try config= or top_k=",
-    ):
+    with refused("top_k", TraceError):
         import_trace("counts", tmp_path / "c.json", tmp_path / "t")
     (tmp_path / "c.json").write_text(
         json.dumps({"a": {"expert_counts": {}}, "b": {"expert_counts": {}}})
     )
-    with pytest.raises(TraceError, match=r"expected model= one of a, b in c.json, got ''"):
+    with refused("model", TraceError):
         import_trace("counts", tmp_path / "c.json", tmp_path / "t", top_k=2)

@@ -77,10 +77,10 @@ def test_parts_that_share_a_document_or_are_empty_become_the_trace_of_one(
 
 def test_a_part_that_is_missing_or_there_twice_is_refused(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a", slice(0, 5)), write(tmp_path / "b", slice(5, 12))
-    with pytest.raises(TraceError, match="expected 12 tokens as in tokens, got 5"):
+    with refused("tokens", TraceError):
         merge_traces([first], tmp_path / "merged", renumber=False, tokens=TOKENS)
     shifted = write(tmp_path / "c", slice(4, 11))
-    with pytest.raises(TraceError, match=r"expected the same \(doc, pos\) pairs"):
+    with refused("pos", TraceError):
         merge_traces([first, shifted], tmp_path / "merged", renumber=False, tokens=TOKENS)
     with refused("doc", TraceError):
         merge_traces([first, second], tmp_path / "merged", renumber=False)
@@ -96,7 +96,7 @@ def test_document_numbers_that_would_wrap_are_refused(tmp_path: Path) -> None:
                 docs = np.full(4, doc, dtype=np.uint32)
                 writer.write_routing(layer, docs, np.arange(4), rows_of(routing(layer), rows))
         parts.append(tmp_path / str(number))
-    with pytest.raises(TraceError, match="expected document numbers of at most 4294967295"):
+    with refused("doc", TraceError):
         merge_traces(parts, tmp_path / "merged")
 
 

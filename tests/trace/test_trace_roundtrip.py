@@ -243,16 +243,11 @@ def test_an_error_leaves_a_readable_incomplete_trace_and_no_complete_one(tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         write_by(tmp_path / "t", [(0, 4, 0, 2), (1, 4, 0, 2)], route(9), interrupt)
-    with pytest.raises(
-        TraceError,
-        match=r"expected a trace at .*t, got nothing",
-    ):
+    with refused("path", TraceError):
         open_trace(tmp_path / "t")
     rest = tmp_path / ("t" + INCOMPLETE_SUFFIX)
     assert json.loads((rest / "meta.json").read_text())["complete"] is False
-    with pytest.raises(
-        TraceError, match=r"expected a complete trace at .*, got one whose writing was interrupted"
-    ):
+    with refused("complete", TraceError):
         open_trace(rest)
     trace = open_trace(rest, allow_incomplete=True).check()
     assert not trace.complete
@@ -305,34 +300,34 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "field"),
     [
         (
             {"indices": torch.tensor([[0, 4]])},
-            "layer 0: expected expert ids between -1 and 3, got 0..4",
+            "experts",
         ),
         (
             {"indices": torch.tensor([[0, -2]])},
-            "layer 0: expected expert ids between -1 and 3, got -2..0",
+            "experts",
         ),
         (
             {"indices": torch.tensor([[1, 1]])},
-            "layer 0: expected each token to name an expert at most once, got a repeated id",
+            "experts",
         ),
-        ({"weights": torch.tensor([[0.5, float("nan")]])}, "layer 0: expected finite gate weights"),
+        ({"weights": torch.tensor([[0.5, float("nan")]])}, "weights"),
         (
             {"weights": torch.tensor([[0.5, 1e6]])},
-            "layer 0: expected finite gate weights of at most 65504",
+            "weights",
         ),
-        ({"scores": torch.full((1, 4), float("nan"))}, "layer 0: expected finite router scores"),
-        ({"num_experts": 5}, r"layer 0: expected 4 \+ 0 real \+ zero-compute experts, got 5 \+ 0"),
+        ({"scores": torch.full((1, 4), float("nan"))}, "scores"),
+        ({"num_experts": 5}, "num_experts"),
         (
             {"indices": torch.tensor([[0, 1, 2]]), "weights": torch.ones(1, 3)},
-            "layer 0: expected at most top_k = 2 experts for a token, got 3",
+            "experts",
         ),
     ],
 )
-def test_a_routing_that_does_not_fit_is_refused(tmp_path, change, message):
+def test_a_routing_that_does_not_fit_is_refused(tmp_path, change, field):
     good = {
         "indices": torch.tensor([[0, 1]]),
         "weights": torch.ones(1, 2),
@@ -340,7 +335,7 @@ def test_a_routing_that_does_not_fit_is_refused(tmp_path, change, message):
         "scores": torch.ones(1, 4),
     }
     writer = TraceWriter(tmp_path / "t", meta((0, 4, 0, 2)))
-    with pytest.raises(TraceError, match=message), writer:
+    with refused(field, TraceError), writer:
         writer.write_routing(
             0, np.zeros(1, int), np.zeros(1, int), Routing(**{**good, "num_experts": 4, **change})
         )
@@ -358,33 +353,31 @@ def test_padding_may_hold_anything(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("doc", "message"),
+    ("doc", "field"),
     [
-        (np.zeros(3, int), "layer 0: expected doc to hold one integer for each of 2 tokens"),
+        (np.zeros(3, int), "doc"),
         (
             np.zeros(2),
-            "layer 0: expected doc to hold one integer for each of 2 tokens, got float64",
+            "doc",
         ),
-        (np.array([0, -1]), "layer 0: expected doc between 0 and 4294967295, got -1..0"),
+        (np.array([0, -1]), "doc"),
     ],
 )
-def test_keys_that_are_not_integers_for_each_token_are_refused(tmp_path, doc, message):
+def test_keys_that_are_not_integers_for_each_token_are_refused(tmp_path, doc, field):
     with (
-        pytest.raises(TraceError, match=message),
+        refused(field, TraceError),
         TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))) as writer,
     ):
         writer.write_routing(0, doc, np.arange(2), draw_routing(2, 4, 0, 2))
 
 
 def test_layers_that_saw_different_numbers_of_tokens_are_refused(tmp_path):
-    with pytest.raises(TraceError, match="layer 1: expected 9 tokens as in routing/layer=0, got 8"):
+    with refused("tokens", TraceError):
         write_by(tmp_path / "t", [(0, 4, 0, 2), (1, 4, 0, 2)], route(9), route(8, layer=1))
 
 
 def test_layers_that_saw_other_tokens_are_refused(tmp_path):
-    with pytest.raises(
-        TraceError, match=r"layer 0: expected the same \(doc, pos\) pairs as in tokens, got others"
-    ):
+    with refused("pos", TraceError):
         write_by(
             tmp_path / "t",
             [(0, 4, 0, 2)],
@@ -395,7 +388,7 @@ def test_layers_that_saw_other_tokens_are_refused(tmp_path):
 
 def test_a_replayed_forward_pass_is_refused(tmp_path):
     """Activation checkpointing runs the forward pass twice: every count would double."""
-    with pytest.raises(TraceError, match="layer 0: expected 2 tokens as in tokens, got 4"):
+    with refused("tokens", TraceError):
         write_by(
             tmp_path / "t",
             [(0, 4, 0, 2)],
@@ -458,7 +451,7 @@ def test_a_token_table_that_changes_its_columns_is_refused(tmp_path):
 
 def test_a_layer_that_was_not_named_is_refused(tmp_path):
     with (
-        pytest.raises(TraceError, match=r"expected a layer among \[0\], got 7"),
+        refused("layer", TraceError),
         TraceWriter(tmp_path / "t", meta((0, 4, 0, 2))) as writer,
     ):
         writer.write_routing(7, np.zeros(2, int), np.arange(2), draw_routing(2, 4, 0, 2))
