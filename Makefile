@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest test-newest fast lint format types bench fuzz clean
+.PHONY: help setup demo test test-lowest test-newest fast docs lint format types bench fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -42,6 +42,10 @@ lint: $(STAMP)  ## ruff check and format check
 
 format: $(STAMP)  ## let ruff format and sort
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(STAMP)  ## build the pages of docs/ and the reference into site/, without a warning
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --group docs
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 types: $(STAMP)  ## pyright
 	$(BIN)/pyright

@@ -2,7 +2,7 @@
 
     python .ci/lock.py
 
-pip resolves everything that ``pyproject.toml`` names (extras, group dev, build requirements) under
+pip resolves everything that ``pyproject.toml`` names (extras, groups, build requirements) under
 the constraints and says which files it would take on this machine; a line ``name==version`` for
 each package that ``constraints.txt`` lacks yet is added there. The hashes are those of the files
 for this Python and processor. torch is left out: which of its builds fits depends on the machine.
@@ -41,13 +41,15 @@ def pinned() -> dict[str, str]:
 
 def resolved() -> list[dict]:
     """What pip would install for every name of ``pyproject.toml``."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = ",".join(project["project"]["optional-dependencies"])
-    wanted = [*project["build-system"]["requires"], *BESIDE, f"{ROOT}[{extras}]"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = settings["project"]
+    groups = [word for name in settings["dependency-groups"] for word in ("--group", name)]
+    extras = ",".join(project["optional-dependencies"])
+    wanted = [*settings["build-system"]["requires"], *BESIDE, f"{ROOT}[{extras}]"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
-        command += ["--quiet", "--report", str(report), "-c", str(CONSTRAINTS), "--group", "dev"]
+        command += ["--quiet", "--report", str(report), "-c", str(CONSTRAINTS), *groups]
         subprocess.run([*command, *wanted], check=True, cwd=ROOT)
         return json.loads(report.read_text())["install"]
 
