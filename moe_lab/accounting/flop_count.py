@@ -125,6 +125,7 @@ def flops(
     *,
     batch: int = 1,
     load: Load | None = None,
+    distinct: float | Mapping[int, float] | None = None,
     causal: bool = False,
     bytes_per_parameter: float = 2.0,
 ) -> FlopCount:
@@ -139,7 +140,9 @@ def flops(
         batch: sequences that decode together (they share the weights that a step reads).
         load: measured tokens (or shares) per real expert, for all layers or by layer, for the
             distinct experts of a decoding step; None takes them as equally loaded. Tokens of a step
-            are taken to choose independently.
+            are taken to choose independently, which ``assumed`` then says.
+        distinct: measured distinct experts of a step (decode, prefill), for all layers or by layer, as
+            ``serving.distinct_experts`` counts them; goes before ``load`` and assumes nothing.
         causal: in training and prefill, the exact mean over the positions of a causal sequence,
             about half the scores: what a kernel executes that skips masked keys. By default every
             position is charged as the last one, which is the custom of the field (12 L h q T of
@@ -168,11 +171,14 @@ def flops(
     modules = len({layer for layer, piece in counted.pieces() if piece.part is Part.MTP})
     mtp = [table.pop(Part.MTP.value, 0.0) for table in tables.values()][1] + modules * head
     tokens = batch * (context if phase == "prefill" else 1)
-    read, distinct = (None, None) if phase == "train" else _read(counted, tokens, load, phase)
-    if phase == "decode" and batch > 1 and load is None and distinct:
+    read, experts = (
+        (None, None) if phase == "train" else _read(counted, tokens, load, distinct, phase)
+    )
+    if phase == "decode" and batch > 1 and distinct is None and experts:
+        how = "all experts equally often" if load is None else "on their own by the load given"
         assumed += (
-            f"the tokens of a batch of {batch} choose all experts equally often; measured routing "
-            "is less even and reads fewer (load=)",
+            f"the tokens of a batch of {batch} choose {how}; measured routing repeats experts more "
+            "and reads fewer (distinct=)",
         )
     return FlopCount(
         model_type=counted.model_type,
@@ -186,7 +192,7 @@ def flops(
         mtp=mtp,
         assumed=assumed,
         weight_bytes=None if read is None else read * bytes_per_parameter,
-        distinct_experts=distinct,
+        distinct_experts=experts,
     )
 
 
@@ -269,7 +275,11 @@ def capped_sum(length: int, stride: int, cap: int | None) -> int:
 
 
 def _read(
-    counted: ParameterCount, batch: int, load: Load | None, phase: Phase
+    counted: ParameterCount,
+    batch: int,
+    load: Load | None,
+    measured: float | Mapping[int, float] | None,
+    phase: Phase,
 ) -> tuple[float, float]:
     """(parameters that ``batch`` tokens at once read, distinct experts per MoE layer and pass).
 
@@ -285,13 +295,23 @@ def _read(
         elif piece.used is None:
             parameters += piece.size * piece.passes
         else:
-            distinct = distinct_experts(
-                piece, batch, _load_of(load, layer) if piece.part is Part.ROUTED else None
-            )
+            routed = piece.part is Part.ROUTED
+            if routed and measured is not None:
+                distinct = _measured_of(measured, layer, piece)
+            else:
+                distinct = distinct_experts(piece, batch, _load_of(load, layer) if routed else None)
             parameters += piece.size * distinct * piece.passes
-            if piece.part is Part.ROUTED:
+            if routed:
                 experts[layer] = distinct
     return parameters, sum(experts.values()) / len(experts) if experts else 0.0
+
+
+def _measured_of(measured: float | Mapping[int, float], layer: int | None, piece: Piece) -> float:
+    value = measured.get(layer, -1.0) if isinstance(measured, Mapping) else measured  # type: ignore[arg-type]
+    if not 0 <= value <= piece.copies:
+        what = f"from 0 to {piece.copies} distinct experts in MoE layer {layer}"
+        raise ConfigError(expected(what, "none" if value == -1 else f"{value:g}"))
+    return float(value)
 
 
 def _load_of(load: Load | None, layer: int | None) -> Sequence[float] | None:

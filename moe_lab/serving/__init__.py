@@ -5,7 +5,52 @@ Every function takes an opened ``Trace``, returns a frame with documented column
 nothing; ``docs/serving.md`` says what each number may and may not claim.
 """
 
+from moe_lab.serving.distinct_experts import distinct_experts
 from moe_lab.serving.expert_cache import expert_cache
 from moe_lab.serving.expert_sets import ExpertSets, expert_sets
+from moe_lab.serving.placement import (
+    METHODS,
+    Placement,
+    place,
+    placement_bound,
+    placement_load,
+)
+from moe_lab.serving.placement_export import (
+    read_sglang_locations,
+    read_vllm_expert_map,
+    write_sglang_locations,
+    write_vllm_expert_map,
+)
+from moe_lab.serving.placement_transfer import (
+    nodes_touched,
+    placement_sentence,
+    placement_transfer,
+    tokens_needed,
+)
+from moe_lab.serving.prefetch import prefetch
+from moe_lab.serving.roofline import Roofline, fit_roofline
+from moe_lab.serving.speculation import speculation
 
-__all__ = ["ExpertSets", "expert_cache", "expert_sets"]
+__all__ = [
+    "METHODS",
+    "ExpertSets",
+    "Placement",
+    "Roofline",
+    "distinct_experts",
+    "expert_cache",
+    "expert_sets",
+    "fit_roofline",
+    "nodes_touched",
+    "place",
+    "placement_bound",
+    "placement_load",
+    "placement_sentence",
+    "placement_transfer",
+    "prefetch",
+    "read_sglang_locations",
+    "read_vllm_expert_map",
+    "speculation",
+    "tokens_needed",
+    "write_sglang_locations",
+    "write_vllm_expert_map",
+]

@@ -1,0 +1,230 @@
+"""``distinct_experts``: how many experts of a layer a batch of requests, or a window of consecutive
+tokens of one request, touches: what one decoding step reads.
+
+Measured on the trace, beside the two formulas of capacity plans: tokens that choose on their own by
+the measured load (``sum_e 1 - (1 - q_e)^n``), and by equal load (``E (1 - (1 - k/E)^n)``), q_e the
+share of tokens that run expert e and k the experts a token runs in the mean.
+
+A batch is one token of each of B documents, drawn without regard to position; a window is n tokens
+of one document in a row (speculative decoding verifies such a window at once).
+Shape letters: D documents, T tokens, L layers, E experts, K slots.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from moe_lab.analysis.document_bootstrap import (
+    MIN_DOCUMENTS,
+    RESAMPLES,
+    Floats,
+    Resampling,
+    expanded_interval,
+)
+from moe_lab.analysis.document_sums import Documents, documents, nulls
+from moe_lab.config import require
+from moe_lab.errors import AnalysisError, expected
+from moe_lab.serving.expert_sets import ExpertSets, expert_sets
+from moe_lab.trace import Trace
+from moe_lab.trace.rows import EMPTY_SLOT
+
+SIZES = (1, 2, 4, 8, 16, 32)
+DRAWS = 200
+"""Batches that are drawn of each size."""
+KEPT_TOKENS = 256
+"""Tokens of each document that batches are drawn from, evenly spaced."""
+MAX_KEPT = 2**26
+SCHEMA = {
+    "layer": pl.UInt32,
+    "kind": pl.String,
+    "size": pl.Int64,
+    **dict.fromkeys(("measured", "lo", "hi", "by_load", "by_equal_load"), pl.Float64),
+    "n": pl.Int64,
+    "n_docs": pl.Int64,
+    "note": pl.String,
+}
+
+
+def distinct_experts(
+    trace: Trace,
+    batch: Sequence[int] = (),
+    window: Sequence[int] = (),
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pl.DataFrame:
+    """Distinct experts of batches and windows of decoded tokens, per layer and over all layers.
+
+    Args:
+        trace: of tokens in their order.
+        batch: numbers of documents that decode together.
+        window: numbers of consecutive tokens of one document; windows are disjoint, what is left
+            over at the end of a document is not used. ``SIZES`` where neither is given.
+        resamples, seed, level: of the interval over documents; ``seed`` also draws the batches.
+
+    Returns:
+        [layer (null: mean over layers), kind ("batch", "window"), size, measured, lo, hi, by_load,
+        by_equal_load, n, n_docs, note]: ``n`` batches or windows. Null where the trace has fewer
+        documents than a batch, or no document as long as a window; ``note`` says so.
+
+    Raises:
+        AnalysisError: as ``expert_sets``; no decoded token.
+
+    Example:
+        >>> distinct_experts(open_trace("traces/x"), batch=[8], window=[4, 16])
+    """
+    sets = expert_sets(trace)
+    if not batch and not window:
+        batch = window = SIZES
+    require(all(size >= 1 for size in (*batch, *window)), "sizes of at least 1", [*batch, *window])
+    table = _Decoded(sets, sorted(set(window)))
+    resampling = Resampling(resamples, seed, level)
+    rows = []
+    for size in sorted(set(window)):
+        measured, low, high = table.windows(size, resampling)
+        number = int(table.window_count[size].sum())
+        note = "" if number else f"No document has {size} decoded tokens."
+        rows += table.rows("window", size, measured, low, high, number, note)
+    for size in sorted(set(batch)):
+        measured, low, high = table.batches(size, resampling)
+        enough = len(table.kept) >= size
+        note = "" if enough else f"A batch of {size} needs {size} documents."
+        rows += table.rows("batch", size, measured, low, high, DRAWS if enough else 0, note)
+    return nulls(pl.DataFrame(rows, schema=SCHEMA, orient="row"))
+
+
+class _Decoded:
+    """Sums over the decoded tokens of a trace, by document."""
+
+    def __init__(self, sets: ExpertSets, sizes: list[int]) -> None:
+        self.layers = sets.layers
+        self.experts = np.array([layer.num_experts for layer in self.layers])
+        docs = documents(sets.trace, sum(self.experts))
+        self.units, count = docs.units, len(self.layers)
+        self.load_LE = np.zeros((count, int(self.experts.max())))
+        self.tokens = 0
+        self.window_sum = {size: np.zeros((self.units, count)) for size in sizes}
+        self.window_count = {size: np.zeros(self.units) for size in sizes}
+        self.kept: list[NDArray[np.uint16]] = []
+        held: list[NDArray[np.uint16]] = []
+        current = -1
+        for key_T, decode_T, ids_TLK in sets.tokens():
+            doc_T = (key_T >> np.uint64(32)).astype(np.int64)
+            cuts = np.flatnonzero(np.append(True, doc_T[1:] != doc_T[:-1]))
+            for start, end in zip(cuts, np.append(cuts[1:], len(doc_T)), strict=True):
+                if doc_T[start] != current:
+                    self._finish(held, current, docs)
+                    held, current = [], int(doc_T[start])
+                held.append(ids_TLK[start:end][decode_T[start:end]])
+        self._finish(held, current, docs)
+        if not self.tokens:
+            raise AnalysisError(expected("a trace with decoded tokens", "prompts alone"))
+
+    def _finish(self, held: list[NDArray[np.uint16]], doc: int, docs: Documents) -> None:
+        if not held or not (ids_TLK := np.concatenate(held)).size:
+            return
+        unit = int(docs.unit(np.array([doc]))[0])
+        self.tokens += len(ids_TLK)
+        for place in range(len(self.layers)):
+            used = ids_TLK[:, place][ids_TLK[:, place] != EMPTY_SLOT]
+            self.load_LE[place] += np.bincount(used, minlength=self.load_LE.shape[1])
+        for size in self.window_sum:
+            whole = len(ids_TLK) // size
+            if whole:
+                self.window_sum[size][unit] += _distinct(ids_TLK[: whole * size], size).sum(axis=0)
+                self.window_count[size][unit] += whole
+        step = max(1, len(ids_TLK) // KEPT_TOKENS)
+        if sum(kept.size for kept in self.kept) < MAX_KEPT:
+            self.kept.append(ids_TLK[::step][:KEPT_TOKENS])
+
+    def windows(self, size: int, resampling: Resampling) -> tuple[Floats, Floats, Floats]:
+        """[L + 1] measured, lower and upper end; the mean over layers last."""
+        sums, count = self.window_sum[size], self.window_count[size]
+
+        def mean(weights: Floats) -> Floats:
+            number = (weights @ count)[:, None]
+            values = np.divide(
+                weights @ sums, number, out=np.full((len(weights), sums.shape[1]), np.nan),
+                where=number > 0,
+            )  # fmt: skip
+            return np.hstack([values, values.mean(axis=1, keepdims=True)])
+
+        low, high = resampling.interval(mean, self.units, int((count > 0).sum()))
+        return mean(np.ones((1, self.units)))[0], low, high
+
+    def batches(self, size: int, resampling: Resampling) -> tuple[Floats, Floats, Floats]:
+        """The same of batches of one token each of ``size`` documents: every resample of documents
+        draws its batches anew, so the interval covers documents and draws.
+        """
+        generator = np.random.default_rng(resampling.seed)
+        number = len(self.kept)
+        if number < size:
+            nothing = np.full(len(self.layers) + 1, np.nan)
+            return nothing, nothing, nothing
+        measured = self._draw(generator, np.arange(number), size, DRAWS)
+        if number < MIN_DOCUMENTS:
+            return measured, np.full_like(measured, np.nan), np.full_like(measured, np.nan)
+        drawn = np.stack(
+            [
+                self._draw(generator, generator.integers(number, size=number), size, DRAWS // 10)
+                for _ in range(resampling.resamples)
+            ]
+        )
+        return measured, *expanded_interval(drawn, resampling.level, number)
+
+    def _draw(
+        self, generator: np.random.Generator, pool: NDArray[np.int64], size: int, draws: int
+    ) -> Floats:
+        ids = np.stack(
+            [
+                self.kept[doc][generator.integers(len(self.kept[doc]))]
+                for _ in range(draws)
+                for doc in _some(generator, pool, size)
+            ]
+        )
+        values = _distinct(ids, size).mean(axis=0)
+        return np.append(values, values.mean())
+
+    def rows(
+        self,
+        kind: str,
+        size: int,
+        measured: Floats,
+        low: Floats,
+        high: Floats,
+        number: int,
+        note: str,
+    ) -> list[list]:
+        """Rows of every layer and of their mean."""
+        share_LE = self.load_LE / self.tokens
+        by_load = (1 - (1 - share_LE.clip(max=1)) ** size).sum(axis=1)
+        equal = self.experts * (1 - (1 - share_LE.sum(axis=1) / self.experts).clip(min=0) ** size)
+        formulas = [np.append(values, values.mean()) for values in (by_load, equal)]
+        documents_used = len(self.kept) if kind == "batch" else int(self.units)
+        if not note and documents_used < MIN_DOCUMENTS:
+            note = f"No interval: fewer than {MIN_DOCUMENTS} documents."
+        names = [*(layer.layer for layer in self.layers), None]
+        return [
+            [name, kind, size, measured[at], low[at], high[at], formulas[0][at], formulas[1][at],
+             number, documents_used, note]
+            for at, name in enumerate(names)
+        ]  # fmt: skip
+
+
+def _some(generator: np.random.Generator, pool: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Different documents of a resample, as far as it has enough."""
+    different = np.unique(pool)
+    return generator.choice(different, size, replace=len(different) < size)
+
+
+def _distinct(ids_TLK: NDArray[np.uint16], size: int) -> NDArray[np.int64]:
+    """[W, L] different experts of each run of ``size`` tokens."""
+    tokens, layers, slots = ids_TLK.shape
+    ids = ids_TLK.reshape(tokens // size, size, layers, slots).transpose(0, 2, 1, 3)
+    ordered = np.sort(ids.reshape(tokens // size, layers, size * slots), axis=2)
+    first = np.ones_like(ordered, bool)
+    first[:, :, 1:] = ordered[:, :, 1:] != ordered[:, :, :-1]
+    return (first & (ordered != EMPTY_SLOT)).sum(axis=2)
