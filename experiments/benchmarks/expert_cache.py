@@ -24,6 +24,7 @@ from measure import save
 
 from moe_lab.commands.options import whole_amount
 from moe_lab.serving import expert_cache, expert_sets
+from moe_lab.serving.replay import library
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
 from moe_lab.trace.rows import slot_rows
 
@@ -59,7 +60,8 @@ def run(folder: str, what: str) -> dict[str, float]:
     """Seconds and peak memory of one measurement in this process."""
     trace = open_trace(folder, verify=False)
     total = LAYERS * EXPERTS * BYTES
-    began = time.perf_counter()
+    library()  # compiled once per machine
+    began, started = time.perf_counter(), time.process_time()
     if what == "sets":
         requests = sum(len(block.experts) for block in expert_sets(trace).blocks())
     elif what == "plain python lru, one budget":
@@ -68,8 +70,9 @@ def run(folder: str, what: str) -> dict[str, float]:
         frame = expert_cache(trace, (SHARES * total).tolist(), [what])
         requests = int(frame["requests"][0])
     seconds = time.perf_counter() - began
+    processor = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "peak_gib": peak, "requests": requests}
+    return {"seconds": seconds, "processor": processor, "peak_gib": peak, "requests": requests}
 
 
 def plain_lru(trace, budget: int) -> int:
@@ -114,8 +117,10 @@ def main() -> None:
             rows.append({"what": what, "rows": args.rows, **json.loads(done.stdout)})
             print(rows[-1], flush=True)
     frame = pl.DataFrame(rows)
-    lru, plain = (frame.filter(what=w)["seconds"][0] for w in ("lru", whats[-1]))
-    print(f"ten budgets of LRU: {10 * plain / lru:.0f} times as fast as plain Python")
+    lru, plain = (frame.filter(what=w)["processor"][0] for w in ("lru", whats[-1]))
+    print(
+        f"ten budgets of LRU: {10 * plain / lru:.0f} times as fast as plain Python (processor time)"
+    )
     save(frame, "expert_cache")
 
 

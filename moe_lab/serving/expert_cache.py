@@ -47,6 +47,7 @@ ORDERS = {
 }
 FOLDS = 5
 WORKERS = 2
+MAX_HELD = 2**26
 
 Ints = NDArray[np.int64]
 
@@ -63,11 +64,11 @@ class Requests:
 
     starts: Ints
     items: NDArray[np.int32]
-    place: Ints
-    unit: Ints
+    place: NDArray[np.int32]
+    unit: NDArray[np.int32]
     decode: NDArray[np.bool_]
-    fold: Ints
-    tokens: Ints
+    fold: NDArray[np.int32]
+    tokens: NDArray[np.int32]
 
 
 def expert_cache(
@@ -86,8 +87,9 @@ def expert_cache(
 ) -> pl.DataFrame:
     """Replay a trace through caches of experts.
 
-    Memory is that of ``expert_sets``; ``clairvoyant`` and ``bound`` hold 9 bytes a request as well,
-    because they must know the future.
+    Up to ``MAX_HELD`` requests are kept in memory, 9 bytes each; the sets of a longer trace are
+    read again for each replay, in the memory of ``expert_sets``, but for ``clairvoyant`` and
+    ``bound``, which must know the future and hold all requests.
 
     Args:
         trace: of tokens in their order.
@@ -185,37 +187,42 @@ class _Replay:
         self.requests = np.zeros((docs.units, 2), np.int64)
         self.request_bytes = np.zeros((docs.units, 2), np.int64)
         self.tokens = np.zeros((docs.units, 2), np.int64)
+        self._held: list[Requests] | None = None
         self._uses = np.zeros((int(self.folds.max(initial=0)) + 1, self.first[-1]), np.int64)
 
     def blocks(self) -> Iterator[Requests]:
+        return self._read() if self._held is None else iter(self._held)
+
+    def _read(self) -> Iterator[Requests]:
         for block in self.sets.blocks():
             size_S = np.diff(block.starts)
             shift_R = np.repeat(self.first[block.place], size_S).astype(np.int32)
             at = np.searchsorted(self.docs.docs, block.doc)
-            unit_S = self.docs.unit(block.doc)
+            small = (block.place, self.docs.unit(block.doc), self.folds[at], block.tokens)
+            place, unit, fold, tokens = (values.astype(np.int32) for values in small)
             items = block.experts.astype(np.int32) + shift_R
-            yield Requests(
-                block.starts,
-                items,
-                block.place,
-                unit_S,
-                block.decode,
-                self.folds[at],
-                block.tokens,
-            )
+            yield Requests(block.starts, items, place, unit, block.decode, fold, tokens)
 
     def count(self) -> None:
         """What is asked for: by unit and phase, and by fold and item."""
-        for block in self.blocks():
+        held: list[Requests] = []
+        requests = 0
+        for block in self._read():
+            requests += len(block.items)
+            if requests <= MAX_HELD:
+                held.append(block)
+            else:
+                held.clear()
             size_S = np.diff(block.starts)
             self._add(self.requests, block, size_S)
             self._add(self.request_bytes, block, size_S * self.layer_bytes[block.place])
             self._add(self.tokens, block, np.where(block.place == 0, block.tokens, 0))
-            fold_R = np.repeat(block.fold, size_S)
+            fold_R = np.repeat(block.fold.astype(np.int64), size_S)
             flat = np.bincount(
                 fold_R * self._uses.shape[1] + block.items, minlength=self._uses.size
             )
             self._uses += flat.reshape(self._uses.shape)
+        self._held = held if requests <= MAX_HELD else None
         require(
             self.requests.sum(), "a trace in which a real expert ran", "none", error=AnalysisError
         )
@@ -234,7 +241,8 @@ class _Replay:
             return self._lru(policy, budgets)
         if policy == "static" and len(self.docs.docs) < 2:
             return {}
-        held = list(self.blocks()) if policy in ("clairvoyant", "bound") else None
+        future = policy in ("clairvoyant", "bound")
+        held = list(self.blocks()) if future else None
         following = None if held is None else self._future(held)
         with ThreadPoolExecutor(WORKERS) as pool:
             replayed = pool.map(partial(self._keyed, policy, held, following), budgets)
