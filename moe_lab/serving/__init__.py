@@ -5,6 +5,7 @@ Every function takes an opened ``Trace``, returns a frame with documented column
 nothing; ``docs/serving.md`` says what each number may and may not claim.
 """
 
+from moe_lab.serving.coverage import calibration_tokens, coverage, write_expert_lists
 from moe_lab.serving.distinct_experts import distinct_experts
 from moe_lab.serving.expert_cache import expert_cache
 from moe_lab.serving.expert_sets import ExpertSets, expert_sets
@@ -30,16 +31,21 @@ from moe_lab.serving.placement_transfer import (
 from moe_lab.serving.prefetch import prefetch
 from moe_lab.serving.roofline import Roofline, fit_roofline
 from moe_lab.serving.speculation import speculation
+from moe_lab.serving.workload import Workload, fit_workload, workload_agreement
 
 __all__ = [
     "METHODS",
     "ExpertSets",
     "Placement",
     "Roofline",
+    "Workload",
+    "calibration_tokens",
+    "coverage",
     "distinct_experts",
     "expert_cache",
     "expert_sets",
     "fit_roofline",
+    "fit_workload",
     "nodes_touched",
     "place",
     "placement_bound",
@@ -51,6 +57,8 @@ __all__ = [
     "read_vllm_expert_map",
     "speculation",
     "tokens_needed",
+    "workload_agreement",
+    "write_expert_lists",
     "write_sglang_locations",
     "write_vllm_expert_map",
 ]
