@@ -33,6 +33,18 @@ COMMANDS = {
         "moe_lab.commands.difficulty",
         "does compute follow difficulty, once the token's identity is held fixed?",
     ),
+    "cache": (
+        "moe_lab.commands.cache",
+        "what a cache of experts finds within a budget of memory, beside the bound",
+    ),
+    "place": (
+        "moe_lab.commands.place",
+        "which device holds which experts, judged on text it was not chosen on",
+    ),
+    "decode": (
+        "moe_lab.commands.decode",
+        "how many experts a batch or a window touches, and when speculation pays",
+    ),
     "report": ("moe_lab.commands.report", "one offline HTML page from a sweep or from runs"),
     "count": (
         "moe_lab.commands.count",

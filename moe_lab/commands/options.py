@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from moe_lab.errors import expected
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from moe_lab.text import TextConfig
 
 
@@ -37,6 +39,68 @@ def whole_amount(text: str) -> int:
             expected("a whole number, with k, M, B or T", repr(text), "200k")
         )
     return int(value)
+
+
+BYTE_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{mark}": (1024 if mark == "ib" else 1000) ** power
+    for power, letter in enumerate("kmgt", 1)
+    for mark in ("", "b", "ib")
+}
+
+
+def byte_amount(text: str) -> float:
+    """4GiB, 500MB, 2e9: bytes."""
+    digits = text.rstrip("kmgtibKMGTIB")
+    try:
+        value = float(digits) * BYTE_UNITS[text[len(digits) :].lower()]
+    except (ValueError, KeyError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(
+            expected("bytes above 0, with kB, MB, GB, KiB, MiB or GiB", repr(text), "4GiB")
+        )
+    return value
+
+
+def add_expert_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        default=None,
+        metavar="ID_OR_PATH",
+        help="the model: a published one, a mini, or a config.json; sizes of experts, and the rest",
+    )
+    parser.add_argument(
+        "--bytes-per-parameter", type=float, default=2.0, help="of the weights, with --config"
+    )
+    parser.add_argument(
+        "--expert-bytes", type=byte_amount, default=None, metavar="SIZE", help="of one expert"
+    )
+
+
+def expert_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``add_expert_sizes`` as arguments of the functions of ``serving``."""
+    from moe_lab.commands.count import read
+
+    return {
+        "config": None if args.config is None else read(args.config),
+        "bytes_per_parameter": args.bytes_per_parameter,
+        "expert_bytes": args.expert_bytes,
+    }
+
+
+def print_frame(frame: "pl.DataFrame") -> None:
+    """A whole table, without types."""
+    import polars as pl
+
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=200,
+        float_precision=3,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+    ):
+        print(frame)
 
 
 def add_out(parser: argparse.ArgumentParser, default: str | None, what: str) -> None:

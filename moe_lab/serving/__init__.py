@@ -10,7 +10,6 @@ from moe_lab.serving.distinct_experts import distinct_experts
 from moe_lab.serving.expert_cache import expert_cache
 from moe_lab.serving.expert_sets import ExpertSets, expert_sets
 from moe_lab.serving.placement import (
-    METHODS,
     Placement,
     place,
     placement_bound,
@@ -28,6 +27,7 @@ from moe_lab.serving.placement_transfer import (
     placement_transfer,
     tokens_needed,
 )
+from moe_lab.serving.policies import METHODS, POLICIES
 from moe_lab.serving.prefetch import prefetch
 from moe_lab.serving.roofline import Roofline, fit_roofline
 from moe_lab.serving.speculation import speculation
@@ -35,6 +35,7 @@ from moe_lab.serving.workload import Workload, fit_workload, workload_agreement
 
 __all__ = [
     "METHODS",
+    "POLICIES",
     "ExpertSets",
     "Placement",
     "Roofline",

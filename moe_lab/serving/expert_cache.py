@@ -32,10 +32,10 @@ from moe_lab.config import require
 from moe_lab.errors import AnalysisError, expected
 from moe_lab.serving.expert_bytes import Bytes, bytes_by_layer
 from moe_lab.serving.expert_sets import ExpertSets, expert_sets
+from moe_lab.serving.policies import POLICIES
 from moe_lab.serving.replay import FIRST_USE, KeyedCache, LruStack, Order, next_uses
 from moe_lab.trace import Trace
 
-POLICIES = ("lru", "lru_per_layer", "lfu", "static", "clairvoyant", "bound")
 PHASES = ("all", "decode")
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 """Of the bytes of all experts: the budgets where none are given."""

@@ -26,8 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.serving.policies import METHODS
 
-METHODS = ("contiguous", "greedy", "eplb", "eplb_global")
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 

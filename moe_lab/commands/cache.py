@@ -1,0 +1,81 @@
+"""``moe-lab cache TRACE``: what a cache of experts finds within a budget of memory, and reads."""
+
+import argparse
+from pathlib import Path
+
+from moe_lab.commands.options import (
+    add_expert_sizes,
+    add_json,
+    add_seed,
+    byte_amount,
+    expert_sizes,
+    print_frame,
+    print_json,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from moe_lab.serving.policies import POLICIES
+
+    parser.add_argument("trace", type=Path, help="a trace of tokens in their order")
+    parser.add_argument(
+        "--budget",
+        type=byte_amount,
+        action="append",
+        metavar="SIZE",
+        help="memory for experts, such as 4GiB (repeatable; default: ten shares of all experts)",
+    )
+    parser.add_argument(
+        "--policy", action="append", choices=POLICIES, help="repeatable; default: all"
+    )
+    add_expert_sizes(parser)
+    parser.add_argument(
+        "--bandwidth", type=byte_amount, default=None, help="bytes a second of reading an expert"
+    )
+    parser.add_argument(
+        "--compute", type=float, default=None, help="seconds of a decoded token without reads"
+    )
+    parser.add_argument(
+        "--prefetch", action="store_true", help="also which experts predictors name beforehand"
+    )
+    add_seed(parser)
+    add_json(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    import polars as pl
+
+    from moe_lab.serving import expert_cache, prefetch
+    from moe_lab.serving.policies import POLICIES
+    from moe_lab.serving.sentences import cache_sentences
+    from moe_lab.trace import open_trace
+
+    trace = open_trace(args.trace)
+    frame = expert_cache(
+        trace,
+        args.budget,
+        args.policy or POLICIES,
+        **expert_sizes(args),
+        bandwidth=args.bandwidth,
+        compute=args.compute,
+        seed=args.seed,
+    )
+    sentences = cache_sentences(frame)
+    named = prefetch(trace, seed=args.seed) if args.prefetch else None
+    if args.json:
+        tables = {"cache": frame} | ({} if named is None else {"prefetch": named})
+        print_json(
+            {"sentences": sentences, **{name: one.to_dicts() for name, one in tables.items()}}
+        )
+        return 0
+    speed = [] if args.bandwidth is None else [pl.col("^tokens_per_second.*$")]
+    shown = frame.filter(pl.col("requests") > 0).select(
+        "budget", "policy", "phase", pl.col("^hit_rate.*$"), "bytes_per_token", *speed
+    )
+    print_frame(shown)
+    if named is not None:
+        print_frame(named.filter(pl.col("layer").is_null()).drop("layer", "note"))
+    print("\n".join(sentences))
+    for note in frame["note"].unique().sort().to_list():
+        print(*([f"note: {note}"] if note else []), end="\n" if note else "")
+    return 0

@@ -1,0 +1,102 @@
+"""``moe-lab place TRACE``: which device holds which experts, judged on text that the placement was
+not chosen on.
+"""
+
+import argparse
+from pathlib import Path
+
+from moe_lab.commands.options import add_json, add_seed, print_frame, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from moe_lab.serving.policies import METHODS
+
+    parser.add_argument("trace", type=Path, help="a trace, also one of counts")
+    parser.add_argument("--devices", type=int, required=True, help="in all")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=None,
+        help="experts of a layer on all devices with replicas (default: no replica)",
+    )
+    parser.add_argument("--method", choices=METHODS, default="eplb", help="how they are placed")
+    parser.add_argument("--nodes", type=int, default=1, help="groups of devices")
+    parser.add_argument("--groups", type=int, default=1, help="groups of experts (n_group)")
+    parser.add_argument(
+        "--by",
+        default="documents",
+        help="documents (one half, the other), time (first half, second), or a token column",
+    )
+    parser.add_argument(
+        "--tokens-needed", action="store_true", help="also how many tokens a placement needs"
+    )
+    parser.add_argument(
+        "--vllm", type=Path, default=None, metavar="PATH", help="write vLLM's expert map"
+    )
+    parser.add_argument(
+        "--sglang", type=Path, default=None, metavar="PATH", help="write SGLang's locations"
+    )
+    add_seed(parser)
+    add_json(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    from moe_lab.serving import (
+        place,
+        placement_sentence,
+        placement_transfer,
+        tokens_needed,
+        write_sglang_locations,
+        write_vllm_expert_map,
+    )
+    from moe_lab.trace import open_trace
+
+    trace = open_trace(args.trace)
+    machine = {"nodes": args.nodes, "groups": args.groups}
+    options = (args.devices, args.slots, args.method)
+    frame = placement_transfer(trace, *options, by=args.by, seed=args.seed, **machine)
+    sentence = placement_sentence(frame)
+    needed = (
+        tokens_needed(trace, *options, seed=args.seed, **machine) if args.tokens_needed else None
+    )
+    whole = place(trace.counts(), *options, **machine)
+    written = {
+        str(path): write
+        for path, write in (
+            (args.vllm, write_vllm_expert_map),
+            (args.sglang, write_sglang_locations),
+        )
+        if path is not None
+    }
+    for path, write in written.items():
+        write(whole, path)
+    if args.json:
+        tables = {"transfer": frame} | ({} if needed is None else {"tokens_needed": needed})
+        print_json(
+            {
+                "sentence": sentence,
+                "written": list(written),
+                **{name: one.to_dicts() for name, one in tables.items()},
+            }
+        )
+        return 0
+    print_frame(
+        frame.select(
+            "chosen_on",
+            "judged_on",
+            "imbalance",
+            "lo",
+            "hi",
+            "in_sample",
+            "contiguous",
+            "bound",
+            "beats",
+            "n_docs",
+        )  # fmt: skip
+    )
+    if needed is not None:
+        print_frame(needed)
+    print(sentence)
+    for path in written:
+        print(f"placement of the whole trace: {path}")
+    return 0
