@@ -141,8 +141,8 @@ def flops(
         load: measured tokens (or shares) per real expert, for all layers or by layer, for the
             distinct experts of a decoding step; None takes them as equally loaded. Tokens of a step
             are taken to choose independently, which ``assumed`` then says.
-        distinct: measured distinct experts of a step (decode, prefill), for all layers or by layer, as
-            ``serving.distinct_experts`` counts them; goes before ``load`` and assumes nothing.
+        distinct: measured distinct experts of a step (decode, prefill), for all layers or by layer,
+            as ``serving.distinct_experts`` counts them; goes before ``load`` and assumes nothing.
         causal: in training and prefill, the exact mean over the positions of a causal sequence,
             about half the scores: what a kernel executes that skips masked keys. By default every
             position is charged as the last one, which is the custom of the field (12 L h q T of

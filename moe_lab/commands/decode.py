@@ -1,5 +1,5 @@
-"""``moe-lab decode TRACE``: how many experts a batch or a window of tokens touches, and from how many
-accepted tokens on speculation pays.
+"""``moe-lab decode TRACE``: how many experts a batch or a window of tokens touches, and from how
+many accepted tokens on speculation pays.
 """
 
 import argparse
@@ -60,8 +60,9 @@ def main(args: argparse.Namespace) -> int:
         sentences.append(speculation_sentence(tables["speculation"]))
     except AnalysisError as error:  # the size of an expert is not known
         sentences.append(f"What speculation costs is left out: {error}.")
-    roofline = None if args.times is None else fit_roofline(args.times)
-    if roofline is not None:
+    roofline = None
+    if args.times is not None:
+        roofline = fit_roofline(args.times)
         sentences.append(
             f"The roofline of {args.times.name} errs by {100 * roofline.error:.1f} % in the median "
             f"and {100 * roofline.error_90:.1f} % at the 90 % point on layer shapes held out: "

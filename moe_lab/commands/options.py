@@ -79,10 +79,10 @@ def add_expert_sizes(parser: argparse.ArgumentParser) -> None:
 
 def expert_sizes(args: argparse.Namespace) -> dict[str, Any]:
     """The options of ``add_expert_sizes`` as arguments of the functions of ``serving``."""
-    from moe_lab.commands.count import read
+    from moe_lab.accounting.model_names import named_config
 
     return {
-        "config": None if args.config is None else read(args.config),
+        "config": None if args.config is None else named_config(args.config),
         "bytes_per_parameter": args.bytes_per_parameter,
         "expert_bytes": args.expert_bytes,
     }

@@ -80,20 +80,8 @@ def main(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    print_frame(
-        frame.select(
-            "chosen_on",
-            "judged_on",
-            "imbalance",
-            "lo",
-            "hi",
-            "in_sample",
-            "contiguous",
-            "bound",
-            "beats",
-            "n_docs",
-        )  # fmt: skip
-    )
+    shown = ("chosen_on", "judged_on", "imbalance", "lo", "hi", "in_sample", "contiguous", "bound")
+    print_frame(frame.select(*shown, "beats", "n_docs"))
     if needed is not None:
         print_frame(needed)
     print(sentence)

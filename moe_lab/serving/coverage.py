@@ -17,8 +17,7 @@ from moe_lab.analysis.aligned_rows import by_layer
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import Documents, documents, nulls, unit_counts
 from moe_lab.analysis.token_groups import Grouping, coded_batches, grouping
-from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.files import write_json
 from moe_lab.serving.expert_sets import require_real_experts, require_tokens
 from moe_lab.trace import LayerMeta, Trace

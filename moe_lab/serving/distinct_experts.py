@@ -24,8 +24,7 @@ from moe_lab.analysis.document_bootstrap import (
     expanded_interval,
 )
 from moe_lab.analysis.document_sums import Documents, documents, nulls
-from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_sets import ExpertSets, expert_sets
 from moe_lab.trace import Trace
 from moe_lab.trace.rows import EMPTY_SLOT

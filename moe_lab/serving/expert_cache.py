@@ -28,12 +28,11 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Resampling
 from moe_lab.analysis.document_sums import Documents, documents, nulls
-from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_bytes import Bytes, bytes_by_layer
 from moe_lab.serving.expert_sets import ExpertSets, expert_sets
 from moe_lab.serving.policies import POLICIES
-from moe_lab.serving.replay import FIRST_USE, KeyedCache, LruStack, Order, next_uses
+from moe_lab.serving.replay import KeyedCache, LruStack, Order, next_uses, tally
 from moe_lab.trace import Trace
 
 PHASES = ("all", "decode")
@@ -253,17 +252,18 @@ class _Replay:
         group = self.item_place if alone else np.zeros_like(self.item_place)
         stack = LruStack(self.item_bytes, group.astype(np.int32))
         share_L = np.diff(self.first) * self.layer_bytes / self.total_bytes
-        sums = {(policy, budget): self._nothing() for budget in budgets}
+        limits = np.outer(share_L if alone else np.ones_like(share_L), budgets).astype(np.int64)
+        hits = np.zeros((2 * self.docs.units, len(budgets)), np.int64)
+        found = np.zeros_like(hits)
         for block in self.blocks():
             distance = stack.feed(block.starts, block.items)
-            for budget in budgets:
-                limit = budget
-                if alone:
-                    limit_S = np.floor(budget * share_L)[block.place]
-                    limit = np.repeat(limit_S, np.diff(block.starts))
-                hit = (distance > FIRST_USE) & (distance <= limit)
-                self._collect(sums[policy, budget], block, hit)
-        return sums
+            cell = (block.unit * 2 + block.decode).astype(np.int32)
+            tally(block.starts, distance, cell, block.place, limits, self.layer_bytes, hits, found)
+        sums = [np.cumsum(table, axis=1).reshape(-1, 2, len(budgets)) for table in (hits, found)]
+        return {
+            (policy, budget): (sums[0][:, :, at], sums[1][:, :, at])
+            for at, budget in enumerate(budgets)
+        }
 
     def _keyed(
         self, policy: str, held: list[Requests] | None, following: Any, budget: int

@@ -24,8 +24,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.policies import METHODS
 
 Floats = NDArray[np.float64]

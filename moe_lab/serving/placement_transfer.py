@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import Documents, documents, nulls, unit_counts
 from moe_lab.analysis.token_groups import grouping
-from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_sets import expert_sets, require_real_experts
 from moe_lab.serving.placement import Placement, load_table, place, placement_bound
 from moe_lab.trace import Trace

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import documents, nulls
-from moe_lab.config import require
+from moe_lab.errors import require
 from moe_lab.serving.expert_sets import expert_sets
 from moe_lab.trace import Trace
 from moe_lab.trace.rows import EMPTY_SLOT

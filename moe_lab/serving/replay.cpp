@@ -7,18 +7,31 @@ namespace {
 
 constexpr int64_t NOT_HELD = std::numeric_limits<int64_t>::max();
 
-// Bytes of the items of one stack by the time of their last use, newest last (a Fenwick tree).
+// Bytes of the items of one stack by the time of their last use, newest last, with sums of 16 and of
+// 256 slots.
 struct Stack {
-    std::vector<int64_t> tree;
+    std::vector<int64_t> slots, sixteens, pages;
     std::vector<int32_t> owner;  // slot -> item whose last use it is, or -1
-    int64_t top = 0, total = 0;
+    int64_t top = 0;
 
-    void add(int64_t slot, int64_t bytes) {
-        for (int64_t i = slot + 1; i < (int64_t)tree.size(); i += i & -i) tree[i] += bytes;
+    void resize(int64_t size) {
+        size = (size + 255) & ~int64_t(255);
+        slots.assign(size, 0);
+        sixteens.assign(size >> 4, 0);
+        pages.assign(size >> 8, 0);
+        owner.assign(size, -1);
     }
-    int64_t up_to(int64_t slot) const {
+    void add(int64_t slot, int64_t bytes) {
+        slots[slot] += bytes;
+        sixteens[slot >> 4] += bytes;
+        pages[slot >> 8] += bytes;
+    }
+    int64_t above(int64_t slot) const {
         int64_t sum = 0;
-        for (int64_t i = slot + 1; i > 0; i -= i & -i) sum += tree[i];
+        for (int64_t i = slot + 1, end = (slot | 15) + 1; i < end; ++i) sum += slots[i];
+        const int64_t sixteen = slot >> 4;
+        for (int64_t i = sixteen + 1, end = (sixteen | 15) + 1; i < end; ++i) sum += sixteens[i];
+        for (int64_t i = (slot >> 8) + 1, end = (top + 255) >> 8; i < end; ++i) sum += pages[i];
         return sum;
     }
 };
@@ -32,18 +45,12 @@ struct Lru {
         std::vector<int32_t> kept;
         for (int64_t i = 0; i < stack.top; ++i)
             if (stack.owner[i] >= 0) kept.push_back(stack.owner[i]);
-        const int64_t size = 2 * (int64_t)kept.size() + 2 * room + 64;
-        stack.tree.assign(size + 1, 0);
-        stack.owner.assign(size, -1);
+        stack.resize(2 * (int64_t)kept.size() + 2 * room + 256);
         stack.top = (int64_t)kept.size();
         for (int64_t i = 0; i < stack.top; ++i) {
             stack.owner[i] = kept[i];
             slot[kept[i]] = i;
-            stack.tree[i + 1] = bytes[kept[i]];
-        }
-        for (int64_t i = 1; i <= size; ++i) {
-            const int64_t parent = i + (i & -i);
-            if (parent <= size) stack.tree[parent] += stack.tree[i];
+            stack.add(i, bytes[kept[i]]);
         }
     }
 };
@@ -107,7 +114,7 @@ void lru_feed(void *state, int64_t sets, const int64_t *starts, const int32_t *i
             if (lru.slot[item] < 0)
                 distance[r] = -1;
             else
-                distance[r] = stack.total - stack.up_to(lru.slot[item]) + lru.bytes[item];
+                distance[r] = stack.above(lru.slot[item]) + lru.bytes[item];
         }
         if (stack.top + (to - from) > (int64_t)stack.owner.size()) lru.compact(stack, to - from);
         for (int64_t r = from; r < to; ++r) {
@@ -116,12 +123,28 @@ void lru_feed(void *state, int64_t sets, const int64_t *starts, const int32_t *i
             if (lru.slot[item] >= 0) {
                 stack.add(lru.slot[item], -bytes);
                 stack.owner[lru.slot[item]] = -1;
-            } else {
-                stack.total += bytes;
             }
             lru.slot[item] = stack.top;
             stack.owner[stack.top] = item;
             stack.add(stack.top++, bytes);
+        }
+    }
+}
+
+// Hits of requests by the first of ``budgets`` limits of their place that reaches their distance.
+void tally(int64_t sets, int64_t budgets, const int64_t *starts, const int64_t *distance,
+           const int32_t *cell, const int32_t *place, const int64_t *limits, int64_t *hits,
+           const int64_t *place_bytes, int64_t *bytes) {
+    for (int64_t s = 0; s < sets; ++s) {
+        const int64_t *limit = limits + place[s] * budgets;
+        int64_t *hit = hits + cell[s] * budgets, *found = bytes + cell[s] * budgets;
+        for (int64_t r = starts[s]; r < starts[s + 1]; ++r) {
+            if (distance[r] < 0) continue;
+            int64_t b = 0;
+            while (b < budgets && limit[b] < distance[r]) ++b;
+            if (b == budgets) continue;
+            ++hit[b];
+            found[b] += place_bytes[place[s]];
         }
     }
 }

@@ -133,6 +133,38 @@ class LruStack:
         return distance
 
 
+def tally(
+    starts: Ints,
+    distance_R: Ints,
+    cell_S: Items,
+    place_S: Items,
+    limits_PB: Ints,
+    bytes_P: Ints,
+    hits_CB: Ints,
+    found_CB: Ints,
+) -> None:
+    """Add up hits, and bytes of hits, of distances within budgets.
+
+    Args:
+        starts, distance_R: as ``LruStack.feed``.
+        cell_S: row of the sums that a set belongs to. place_S: row of its limits.
+        limits_PB: rising budgets of each place. bytes_P: of an item of each place.
+        hits_CB, found_CB: hits and bytes of hits that the budget b serves and b - 1 does not.
+    """
+    loaded, budgets = library(), limits_PB.shape[1]
+    if not isinstance(loaded, str):
+        sizes = ctypes.c_int64(len(starts) - 1), ctypes.c_int64(budgets)
+        arrays = starts, distance_R, cell_S, place_S, limits_PB, hits_CB, bytes_P, found_CB
+        loaded.tally(*sizes, *map(_pointer, arrays))
+        return
+    set_R = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    rank_R = (limits_PB[place_S[set_R]] < distance_R[:, None]).sum(axis=1)
+    kept = (distance_R != FIRST_USE) & (rank_R < budgets)
+    cells = cell_S[set_R[kept]], rank_R[kept]
+    np.add.at(hits_CB, cells, 1)
+    np.add.at(found_CB, cells, bytes_P[place_S[set_R[kept]]])
+
+
 class KeyedCache:
     """One cache of one budget that drops experts in the order of a key.
 

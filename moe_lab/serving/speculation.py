@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.accounting import flops
-from moe_lab.config import require
+from moe_lab.errors import require
 from moe_lab.serving.distinct_experts import distinct_experts
 from moe_lab.serving.expert_bytes import Bytes, bytes_by_layer
 from moe_lab.serving.expert_sets import expert_sets

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import by_layer
 from moe_lab.analysis.document_sums import documents, unit_counts
-from moe_lab.config import require
-from moe_lab.errors import AnalysisError, expected
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.distinct_experts import distinct_experts
 from moe_lab.serving.expert_cache import expert_cache
 from moe_lab.serving.expert_sets import expert_sets

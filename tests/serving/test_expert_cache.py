@@ -10,7 +10,7 @@ import pytest
 from refusals import refused
 
 from moe_lab.errors import AnalysisError
-from moe_lab.serving import expert_cache, expert_sets
+from moe_lab.serving import expert_cache, expert_sets, replay
 from moe_lab.serving.expert_cache import POLICIES
 
 MIB = 2**20
@@ -57,7 +57,17 @@ def test_a_cycle_longer_than_the_budget_gives_lru_nothing(write_trace):
     assert rate(frame, "clairvoyant", 9) > 0.8
 
 
-def test_a_whole_trace_is_its_plain_simulation(write_trace, random_ids):
+@pytest.fixture(params=["compiled", "plain"])
+def way(request, monkeypatch):
+    """With the compiled replays, and without."""
+    replay.library.cache_clear()
+    if request.param == "plain":
+        monkeypatch.setenv(replay.SWITCH, "0")
+    yield request.param
+    replay.library.cache_clear()
+
+
+def test_a_whole_trace_is_its_plain_simulation(way, write_trace, random_ids):
     ids, doc = random_ids(60, 2, 2, 5, seed=3), np.repeat(np.arange(6), 10)
     decode = np.tile(np.arange(10) >= 3, 6)
     trace = write_trace(ids, doc, 5, decode=decode, expert_bytes=[3, 2])
