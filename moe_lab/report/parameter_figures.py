@@ -1,80 +1,18 @@
-"""Pictures of what a model is made of and of where the published ones stand. plotly is imported
-when a figure is made.
-"""
+"""Pictures of where the published models stand. plotly is imported when a figure is made."""
 
 import math
-from collections import defaultdict
 from typing import TYPE_CHECKING
-
-from moe_lab.accounting.parameter_count import ParameterCount
-from moe_lab.cost.parts import Part
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     import polars as pl
 
-COLOURS = {
-    Part.ROUTED: "#cf5d22",
-    Part.SHARED: "#e3a063",
-    Part.DENSE: "#a35bb5",
-    Part.ATTENTION: "#2f79c4",
-    Part.EMBEDDING: "#1f9268",
-    Part.HEAD: "#7fbf9f",
-    Part.NGRAM_TABLE: "#8a7a1c",
-    Part.MTP: "#7d7f88",
-}
 SPARSITIES = (0.5, 0.75, 0.9, 0.94, 0.97, 0.99)
 MARKED = (0.94, 0.97)
 """1 - active / total at the two ends of LongCat-Flash: 94.4 % for a token that runs 12 real
 experts, 96.7 % for one that runs none. The mean of LongCat-2.0 is 97.0 %, DeepSeek-V4-Pro 96.9 %.
 """
 SYMBOLS = ("circle", "diamond", "square", "x")
-
-
-def parts_treemap(counted: ParameterCount, title: str = "") -> "go.Figure":
-    """Areas are stored parameters: parts, and inside each of them its pieces summed over layers.
-
-    Expert areas tell what a token runs.
-    """
-    import plotly.graph_objects as go
-
-    sizes: dict[tuple[Part, str], int] = defaultdict(int)
-    active: dict[tuple[Part, str], float] = defaultdict(float)
-    for _, piece in counted.pieces():
-        sizes[piece.part, piece.name] += piece.params
-        active[piece.part, piece.name] += piece.active()
-    shown = {key: size for key, size in sizes.items() if size}
-    parts = list(dict.fromkeys(part for part, _ in shown))
-    totals = {
-        part: sum(size for (owner, _), size in shown.items() if owner is part) for part in parts
-    }
-    used = {
-        part: sum(value for (owner, _), value in active.items() if owner is part) for part in parts
-    }
-    leaves = list(shown)
-    return go.Figure(
-        go.Treemap(
-            ids=[part.value for part in parts] + [f"{part.value}/{name}" for part, name in leaves],
-            labels=[part.value.replace("_", " ") for part in parts] + [name for _, name in leaves],
-            parents=[""] * len(parts) + [part.value for part, _ in leaves],
-            values=[totals[part] for part in parts] + [shown[leaf] for leaf in leaves],
-            customdata=[used[part] for part in parts] + [active[leaf] for leaf in leaves],
-            marker={
-                "colors": [
-                    COLOURS.get(part, "#a6acb4") for part in (*parts, *(part for part, _ in leaves))
-                ]
-            },
-            branchvalues="total",
-            hovertemplate="%{label}<br>%{value:,} stored<br>%{customdata:,.0f} used by a "
-            "token<extra></extra>",
-        ),
-        layout={
-            "title": {
-                "text": title or f"{counted.model_type}: {counted.total / 1e9:,.2f}B parameters"
-            },
-            "margin": {"l": 8, "r": 8, "b": 8},
-        },
-    )
 
 
 def atlas(frame: "pl.DataFrame") -> "go.Figure":

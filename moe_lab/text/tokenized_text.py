@@ -146,12 +146,6 @@ class TokenizedText:
         """[n] of the type of ``ids``: the stream to train on."""
         return self.stream(Split.TRAIN)
 
-    @cached_property
-    def train_starts(self) -> np.ndarray:
-        """[train documents] int64: where each document begins in ``train``."""
-        lengths = np.diff(self.offsets)[self._members(Split.TRAIN)]
-        return np.cumsum(lengths) - lengths
-
     def stream(self, split: Split | str) -> np.ndarray:
         """[n] of the type of ``ids``: all ids of a split in one row, every document opened by
         ``eos_id``.

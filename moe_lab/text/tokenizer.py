@@ -88,19 +88,12 @@ class Tokenizer:
             self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32
         )
 
-    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """([n] ids, [n] starts, [n] ends), int32; token i covers ``text[starts[i]:ends[i]]``, in
-        characters.
+    def spans(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([n] starts, [n] ends), int32, of ids that spell ``text``: token i covers
+        ``text[starts[i]:ends[i]]``, in characters; an end of document covers nothing.
 
         Tokens that share a character, each holding some of its bytes, all get the span of that
         character.
-        """
-        ids = self.encode(text)
-        return ids, *self.spans(text, ids)
-
-    def spans(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The (starts, ends) of ``encode_with_spans`` for ids that spell ``text``; an end of
-        document covers nothing.
         """
         lengths = self.token_lengths[ids]
         last_byte = np.cumsum(lengths)

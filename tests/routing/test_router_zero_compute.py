@@ -16,7 +16,6 @@ from moe_lab.routing import (
     ZeroExpertKind,
     build_router,
 )
-from moe_lab.routing.routers.adamoe import null_experts
 from moe_lab.routing.routers.moepp import capacities
 
 IDENTITY, ZERO, CONSTANT = ZeroExpertKind.IDENTITY, ZeroExpertKind.ZERO, ZeroExpertKind.CONSTANT
@@ -152,14 +151,6 @@ def test_null_experts_leave_their_weight_to_the_real_ones():
     assert routing.weights[0].tolist() == [0.0, 0.0, 1.0]
     assert routing.weights[1].tolist() == pytest.approx([0.0, share, 1 - share])
     assert routing.weights[2].tolist() == [0.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize(("experts", "rho", "nulls"), [(64, 0.5, 64), (64, 0.25, 192), (8, 1.0, 0)])
-def test_data_sparsity_gives_the_number_of_nulls(experts, rho, nulls):
-    assert null_experts(experts, rho) == nulls
-    if nulls:
-        top_k, expected_real = 4, 4 * rho
-        assert top_k * experts / (experts + nulls) == pytest.approx(expected_real)
 
 
 def test_zaya_skips_only_where_its_bias_lets_it_and_with_weight_zero():

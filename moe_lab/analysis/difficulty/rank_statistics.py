@@ -64,12 +64,6 @@ def standard_ranks(order: Order) -> Floats:
     return ranks / scale if scale > 0 else np.zeros(len(ranks))
 
 
-def correlation(x: Floats, y: Floats) -> float:
-    """Pearson's, without subtracting means; NaN where one of them is all 0."""
-    scale = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale > 0 else float("nan")
-
-
 def xi(x: Order, y_group: Ints) -> float:
     """Chatterjee's coefficient of y as a function of x, in [-1/2, 1]; ties of x in order of place.
     NaN for a constant y.

@@ -188,25 +188,9 @@ def _experts_backward(
 
 
 @_experts_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    act: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    place: Tensor,
-    on_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x),
-        torch.empty_like(weights),
-        torch.empty_like(gate_up),
-        torch.empty_like(down),
-    )
+def _(grad: Tensor, x: Tensor, indices: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    weights, gate_up, down, *_ = tensors
+    return tuple(torch.empty_like(value) for value in (x, weights, gate_up, down))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -12,7 +12,6 @@ slots on nulls gives its one real expert the weight 1. A token whose slots are a
 import torch
 from torch import Tensor
 
-from moe_lab.config import require
 from moe_lab.routing.router import register
 from moe_lab.routing.routers.token_choice import TokenChoice
 
@@ -29,9 +28,3 @@ class AdaMoE(TokenChoice):
             / total.clamp_min(torch.finfo(total.dtype).tiny)
             * self.config.routed_scaling_factor
         )
-
-
-def null_experts(num_experts: int, data_sparsity: float) -> int:
-    """M = N (1 - rho) / rho, rounded: k slots then hold rho k real experts on average."""
-    require(0 < data_sparsity <= 1, "data_sparsity above 0 and at most 1", data_sparsity)
-    return round(num_experts * (1 - data_sparsity) / data_sparsity)

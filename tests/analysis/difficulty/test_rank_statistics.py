@@ -11,7 +11,6 @@ from moe_lab.analysis.difficulty.intervals import (
 )
 from moe_lab.analysis.difficulty.rank_statistics import (
     Order,
-    correlation,
     somers_d,
     standard_ranks,
     xi,
@@ -21,7 +20,9 @@ from moe_lab.analysis.document_bootstrap import expanded_quantiles
 
 
 def spearman(x, y):
-    return correlation(standard_ranks(Order.of(x)), standard_ranks(Order.of(y)))
+    ranks_x, ranks_y = standard_ranks(Order.of(x)), standard_ranks(Order.of(y))
+    scale = np.sqrt((ranks_x @ ranks_x) * (ranks_y @ ranks_y))
+    return ranks_x @ ranks_y / scale if scale > 0 else float("nan")
 
 
 @pytest.fixture(params=[0, 1, 2])
