@@ -17,7 +17,7 @@ from reprlib import repr as short
 from textwrap import indent
 from typing import Any, Self, TypeVar
 
-from moe_lab.errors import ConfigError, expected, require
+from moe_lab.errors import ConfigError, FieldError, expected, require
 from moe_lab.files import content_hash
 
 E = TypeVar("E", bound=enum.StrEnum)
@@ -227,7 +227,8 @@ def _rebuild(name: str, hint: Any, value: Any) -> Any:
         return choice(hint, value, f"{name} among", name)
     fits = [_LEAVES[option](value) for option in options if option in _LEAVES]
     kinds = " or ".join(_SPELT[option] for option in options if option in _LEAVES)
-    require(not fits or any(fits), f"{name} as {kinds}", short(value), field=name)
+    if fits and not any(fits):
+        raise FieldError(name, kinds, short(value), _EXAMPLES[options[0]])
     return value
 
 
@@ -247,3 +248,4 @@ _LEAVES: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: isinstance(value, str),
 }
 _SPELT = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_EXAMPLES = {int: "2", float: "0.1", bool: "true", str: "name"}

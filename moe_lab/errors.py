@@ -4,6 +4,7 @@ The command line prints such an error as one line and exits with code 2; anythin
 shows its traceback.
 """
 
+import re
 from collections.abc import Callable
 
 
@@ -60,6 +61,40 @@ class TraceExistsError(TraceError):
 
 class TraceStorageError(StorageError, TraceError):
     """A trace that a full disk or a read-only folder does not take."""
+
+
+class ArgumentError(TraceError):
+    """A value that a source lacks or contradicts and the caller can give.
+
+    Args:
+        what, got: of the message.
+        hint: its last part, with the arguments that help in braces: ``"{config} or {top_k}"``.
+        where: the file or record, before the sentence.
+        field: what does not fit; the last of the arguments where it is not given.
+    """
+
+    def __init__(
+        self, what: str, got: object, hint: str, where: object = "", field: str = ""
+    ) -> None:
+        self.what, self.got, self.hint, self.where = what, got, hint, where
+        arguments = re.findall(r"\{(\w+)\}", hint)
+        super().__init__(self.message("{}=".format), field or arguments[-1])
+
+    def message(self, spell: Callable[[str], str]) -> str:
+        """The sentence with each argument's name as ``spell`` writes it."""
+        hint = re.sub(r"\{(\w+)\}", lambda match: spell(match[1]), self.hint)
+        return (f"{self.where}: " if self.where else "") + expected(self.what, self.got, hint)
+
+
+class FieldError(ConfigError):
+    """A field of a configuration with a value of another type.
+
+    ``what`` is its type in words, ``example`` a value that fits.
+    """
+
+    def __init__(self, field: str, what: str, got: str, example: str) -> None:
+        self.what, self.got, self.example = what, got, example
+        super().__init__(expected(f"{field} as {what}", got, f"{field}={example}"), field)
 
 
 class BusyError(RunError):

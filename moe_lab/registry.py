@@ -74,9 +74,8 @@ class Registry(Mapping[str, Any]):
         if name not in self:
             near = get_close_matches(str(name), list(self), n=3, cutoff=0.6)
             hint = " or ".join([*near, "the --plugin that adds it"])
-            raise ConfigError(
-                expected(f"{self.what} among {', '.join(self)}", repr(name), hint), field=self.what
-            )
+            hint += f"; there are {', '.join(self)}"
+            raise ConfigError(expected(self.what, repr(name), hint), field=self.what)
         return self[name]
 
     def __getitem__(self, name: str) -> Any:

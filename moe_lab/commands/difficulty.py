@@ -13,6 +13,7 @@ from moe_lab.commands.options import (
     add_json,
     add_out,
     add_seed,
+    print_frame,
     print_json,
     whole_amount,
 )
@@ -170,8 +171,6 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
 
 
 def _print(tables: "dict[str, pl.DataFrame]") -> None:
-    import polars as pl
-
     shown = tables["association"].select(
         "layer",
         "align",
@@ -185,18 +184,11 @@ def _print(tables: "dict[str, pl.DataFrame]") -> None:
         "n_tokens",
         "n_docs",
     )
-    with pl.Config(
-        tbl_rows=-1,
-        tbl_cols=-1,
-        float_precision=3,
-        tbl_hide_dataframe_shape=True,
-        tbl_hide_column_data_types=True,
-    ):
-        print(shown)
-        if "gain" in tables:
-            row = tables["gain"].row(0, named=True)
-            print(
-                "marginal gain: rank correlation with ffn_count within ids "
-                f"{row['rho_token'] or 0:+z.3f} ({row['verdict']})"
-            )
-            print(tables["regret"])
+    print_frame(shown)
+    if "gain" in tables:
+        row = tables["gain"].row(0, named=True)
+        print(
+            "marginal gain: rank correlation with ffn_count within ids "
+            f"{row['rho_token'] or 0:+z.3f} ({row['verdict']})"
+        )
+        print_frame(tables["regret"])

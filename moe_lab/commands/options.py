@@ -13,6 +13,21 @@ if TYPE_CHECKING:
 
     from moe_lab.text import TextConfig
 
+TERMS = {
+    "load_cv": "standard deviation of the experts' loads over their mean, 0 when even",
+    "max_violation": "MaxVio, load of the busiest expert over the mean, less 1; 0 when even",
+    "effective_experts": "how many evenly loaded experts would be as uneven",
+    "dead": "experts that never ran",
+    "mean": "real experts run for a token, on average",
+    "mean_ffn_count": "real experts run for a token, on average",
+    "sd": "standard deviation of that over tokens",
+    "zero_share": "slots that went to zero-computation experts, over all slots",
+    "rho_raw": "rank correlation of ffn_count (real experts run for a token) with difficulty",
+    "rho_strata": "the same within token classes",
+    "rho_token": "the same within token ids, with the ends of its 95 % interval",
+    "q": "false discovery rate of rho_token over the rows",
+}
+"""What columns of printed tables mean (``moe_lab.measures`` defines them)."""
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
@@ -163,6 +178,33 @@ def text_config(args: argparse.Namespace, default: "TextConfig") -> "TextConfig"
         .from_dict(default.to_dict() | {"corpus_hash": None} | text_changes(args))
         .resolve()
     )
+
+
+def terms(*names: str) -> str:
+    """One line that defines the names in ``TERMS`` among those given."""
+    return "; ".join(f"{name}: {TERMS[name]}" for name in names if name in TERMS)
+
+
+def print_frame(frame: "pl.DataFrame", digits: int = 3) -> None:
+    """Print all rows and the columns that hold a value, and what their names mean; what rounds to
+    zero has no sign.
+    """
+    import polars as pl
+    import polars.selectors as cs
+
+    shown = frame.select(column for column in frame if column.null_count() < frame.height)
+    shown = shown.with_columns(cs.float().round(digits) + 0.0)
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=160,
+        float_precision=digits,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+    ):
+        print(shown)
+    if line := terms(*shown.columns):
+        print(line)
 
 
 def print_json(value: Any) -> None:

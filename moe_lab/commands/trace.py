@@ -7,8 +7,22 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lab.commands.options import add_device, add_json, add_out, print_json, whole_amount
-from moe_lab.errors import ConfigError, TraceExistsError, expected, require
+from moe_lab.commands.options import (
+    add_device,
+    add_json,
+    add_out,
+    print_frame,
+    print_json,
+    whole_amount,
+)
+from moe_lab.errors import (
+    ArgumentError,
+    ConfigError,
+    TraceError,
+    TraceExistsError,
+    expected,
+    require,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -109,6 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+SHOWN = (
+    *("layer", "n_tokens", "n_docs", "mean", "sd", "sd_lo", "sd_hi", "zero_share"),
+    *("load_cv", "max_violation", "effective_experts", "dead"),
+)
+"""Columns of the printed table; ``--json`` has all."""
 _SHARED = {"run", "out", "overwrite", "json", "device"}
 _TEXT = {"text", "text_column", "max_tokens"}
 _READ_BY = {
@@ -135,6 +154,9 @@ def main(args: argparse.Namespace) -> int:
         return {"RUN": _run, "--hf": _pretrained, "--import": _import}[mode](args)
     except TraceExistsError as error:
         raise TraceExistsError(error.got, "--overwrite") from error
+    except ArgumentError as error:
+        message = error.message(lambda name: "--" + name.replace("_", "-"))
+        raise TraceError(message, error.field) from error
 
 
 def _refuse_ignored(args: argparse.Namespace, mode: str) -> None:
@@ -220,7 +242,7 @@ def _report(args: argparse.Namespace, summary: dict, out: Path) -> int:
     if args.json:
         print_json(summary | {"trace": out, "layers": layers.to_dicts()})
         return 0
-    print(layers)
+    print_frame(layers.select(name for name in SHOWN if name in layers.columns))
     parts = [f"{value:,} {name}" for name, value in summary.items() if isinstance(value, int)]
     if isinstance(summary.get("loss"), float):
         parts.append(f"{summary['loss']:.4f} nats/token")
@@ -269,7 +291,7 @@ def _run(args: argparse.Namespace) -> int:
             | {"documents": evaluation.num_documents, "trace": out, "layers": layers.to_dicts()}
         )
         return 0
-    print(layers)
+    print_frame(layers.select(name for name in SHOWN if name in layers.columns))
     print(
         f"{evaluation.num_documents} documents, {evaluation.num_tokens:,} predicted tokens, "
         f"{evaluation.loss:.4f} nats/token, "

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,18 @@ from moe_lab.commands.options import (
     add_seed,
     add_text,
     print_json,
+    terms,
     text_config,
     whole_amount,
 )
-from moe_lab.errors import ConfigError, expected, require
+from moe_lab.errors import ConfigError, FieldError, expected, require
 from moe_lab.files import parse_json, read_regular
 
 if TYPE_CHECKING:
     from moe_lab.training import RunConfig
+
+SHOWN = ("load_cv", "max_violation", "mean_ffn_count")
+"""Means over layers that each printed step has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +135,7 @@ def main(args: argparse.Namespace) -> int:
         record = result.record
         loss = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
         print(f"validation loss {loss}, {record['eval_tokens']:,} tokens")
+        print(terms(*SHOWN))
         print(f"{record['total_params']:,} parameters, {record['active_params']:,.0f} active")
         if record.get("sees_later_tokens"):
             print(f"note: {LATER_TOKENS}")
@@ -188,7 +194,10 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
         _assign(values, item)
     router = values["model"]["moe"]["router"] if values["model"].get("moe") else None
     if router is not None and (args.router or router["kind"] != kind):
+        given = {item.partition("=")[0].rpartition(".")[2] for item in args.set}
         for name in drop_unread(router):
+            if args.config is None and args.mini is None and name not in given:
+                continue  # a default of this command, which nobody asked for
             note = f"kind {router['kind']!r} does not read {name}, which falls back"
             print(f"moe-lab train: {note}", file=sys.stderr)
     if args.loss:
@@ -196,7 +205,15 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     by_token_id = router is not None and reads(router["kind"], "vocab_size")
     if router is not None and by_token_id and router.get("vocab_size") is None:
         router["vocab_size"] = values["model"]["vocab_size"]
-    config = RunConfig.from_dict(values)
+    try:
+        config = RunConfig.from_dict(values)
+    except FieldError as error:
+        for item in args.set:  # in the words of the option that set the field
+            path = item.partition("=")[0]
+            if path.rpartition(".")[2] == error.field:
+                what, hint = f"--set {path} as {error.what}", f"--set {path}={error.example}"
+                raise ConfigError(expected(what, error.got, hint), error.field) from error
+        raise
     text = text_config(args, config.text)
     model = config.model.replace(vocab_size=text.vocab_size)
     if by_token_id and model.moe is not None:
@@ -280,7 +297,10 @@ def _assign(values: dict[str, Any], item: str) -> None:
     """``a.b=1`` into nested dictionaries; the value is JSON if it parses as such, else a string."""
     path, equals, raw = item.partition("=")
     *parents, leaf = path.split(".")
-    paths = [name for name in _paths(values) if name.endswith(f".{leaf}")]
+    fields = _paths(values)
+    paths = [name for name in fields if name.endswith(f".{leaf}")] or get_close_matches(
+        path, fields
+    )
     for parent in parents:
         values = values.get(parent) if isinstance(values.get(parent), dict) else {}  # type: ignore[assignment]
     require(
@@ -297,9 +317,5 @@ def _assign(values: dict[str, Any], item: str) -> None:
 
 def _print_row(row: dict[str, Any]) -> None:
     parts = [f"step {row['step']:6d}", f"loss {row['loss']:.4f}"]
-    parts += [
-        f"{name} {row[name]:.3f}"
-        for name in ("load_cv", "max_violation", "mean_ffn_count")
-        if name in row
-    ]
+    parts += [f"{name} {row[name]:.3f}" for name in SHOWN if name in row]
     print("  ".join([*parts, f"{row['tokens_per_second']:,.0f} tok/s"]), flush=True)

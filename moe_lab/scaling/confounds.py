@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, require
+from moe_lab.routing.facts import LATER_TOKENS
 from moe_lab.scaling.compute_slope import MARGIN, law_slope
 from moe_lab.scaling.seed_intervals import mean_interval
 from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT
@@ -26,6 +27,7 @@ DEAD = 0.01
 TUNING = "lr"  # the arm of a sweep's runs at other learning rates
 SHORT = "-short"  # ends the name of an arm's runs at a smaller token budget
 SURE = 1.645  # standard errors by which a difference is taken to be one
+SEES_LATER = "sees_later_tokens"
 UNEVEN = 1.5  # growth of load_cv over the grid that asks for a look
 
 
@@ -51,6 +53,7 @@ MAKES: dict[str, tuple[frozenset[Outcome], frozenset[Outcome]]] = {
     "load": (END, NONE),
     "hash-routing control": (ANY, END),
     "held-out text": (ANY, NONE),
+    "causal loss": (ANY, NONE),
 }
 """Confound -> the outcomes that it could have made where it is suspect, and where it was not
 measured. What is not here (seeds, active size) is in the intervals or charged already.
@@ -121,10 +124,10 @@ def confounds(
 ) -> pl.DataFrame:
     """[confound, status ("clear", "suspect", "not measured"), detail] for runs of [ratio, loss,
     active_params, tokens] and whatever else they have: seed, learning_rate, drop_rate, dead_experts
-    (share), load_cv, arm, bits_per_byte. Several token budgets and learning rates are welcome.
-    ``margin`` in nats per doubling; by default 5 % of compute from the published law. ``arm``: the
-    arm that is judged; ``arm``-short holds its runs at a smaller token budget and "lr" those at
-    other learning rates; an arm whose name holds "hash" is the control of the router.
+    (share), load_cv, arm, bits_per_byte, sees_later_tokens. Several token budgets and learning
+    rates are welcome. ``margin`` in nats per doubling; by default 5 % of compute from the published
+    law. ``arm``: the arm that is judged; ``arm``-short holds its runs at a smaller token budget and
+    "lr" those at other learning rates; an arm whose name holds "hash" is the control of the router.
     """
     frame = frame.lazy().collect()
     missing = [
@@ -420,6 +423,16 @@ def _held_out(s: Sweeps) -> Finding:
     ), f"loss and held-out bits per byte correlate at {order:.2f}"
 
 
+def _causal(s: Sweeps) -> Finding:
+    """Routers that choose among the tokens of a batch or sequence look ahead in evaluation too."""
+    if not s.has(SEES_LATER):
+        return Status.NOT_MEASURED, f"no column {SEES_LATER}"
+    looks = s.frame[SEES_LATER].cast(pl.String).str.to_lowercase().is_in(["true", "1", "1.0"])
+    if looks.any():
+        return Status.SUSPECT, LATER_TOKENS
+    return Status.CLEAR, "no router looks at later tokens"
+
+
 CHECKS: dict[str, Callable[[Sweeps], Finding]] = {
     "seeds": _seeds,
     "learning rate bracketed": _learning_rate_bracket,
@@ -434,4 +447,5 @@ CHECKS: dict[str, Callable[[Sweeps], Finding]] = {
     "load": _load,
     "hash-routing control": _control,
     "held-out text": _held_out,
+    "causal loss": _causal,
 }

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_lab.number_format import listing
+from moe_lab.routing.facts import LATER_TOKENS
 from moe_lab.runs.layout import RunState
 from moe_lab.runs.plan import planned_runs
 from moe_lab.runs.record import number
@@ -32,6 +34,7 @@ _COLUMNS = {
     "tokens_per_second": "Float64",
     "error": "String",
     "last_lines": "String",
+    "sees_later_tokens": "Boolean",
 }
 """Of ``status``, with the names of their polars types."""
 _ATTENTION = (RunState.FAILED, RunState.RUNNING, RunState.INTERRUPTED)
@@ -44,9 +47,11 @@ def status(folder: Path | str) -> "pl.DataFrame":
 
     Returns:
         [run, name, arm, ratio, seed, state, step, steps, progress (0 to 1), loss,
-            tokens_per_second, error, last_lines]: ``loss`` is the validation loss (nats per token)
-            of a finished run, else the last training loss; ``error`` the failed run's one line,
-            ``last_lines`` the end of what it printed and of its traceback.
+            tokens_per_second, error, last_lines, sees_later_tokens]: ``loss`` is the validation
+            loss (nats per token) of a finished run, else the last training loss; ``error`` the
+            failed run's one line, ``last_lines`` the end of what it printed and of its traceback;
+            ``sees_later_tokens`` whether the loss is not that of a causal model, null where that
+            was not recorded.
 
     Raises:
         RunError: the folder is no sweep.
@@ -73,6 +78,7 @@ def status(folder: Path | str) -> "pl.DataFrame":
                 "tokens_per_second": number(result.get("tokens_per_second", speed)),
                 "error": record.error if record.state is RunState.FAILED else "",
                 "last_lines": record.last_lines,
+                "sees_later_tokens": result.get("sees_later_tokens"),
             }
         )
     schema = {name: getattr(pl, kind) for name, kind in _COLUMNS.items()}
@@ -83,7 +89,7 @@ def status_lines(frame: "pl.DataFrame") -> Iterator[str]:
     """The lines of ``sweep status`` from the frame of ``status``."""
     import polars as pl
 
-    shown = frame.drop("last_lines")
+    shown = frame.drop("last_lines", "sees_later_tokens")
     if frame.height > MAX_ROWS:
         rank = pl.col("state").replace_strict(
             {state.value: place for place, state in enumerate(_ATTENTION)}, default=None
@@ -104,6 +110,9 @@ def status_lines(frame: "pl.DataFrame") -> Iterator[str]:
     ]
     hidden = "" if shown.height == frame.height else "; rows of the others: --json"
     yield f"{frame.height:,} runs: {', '.join(parts)}{hidden}"
+    looking = frame.filter("sees_later_tokens")["arm"].unique(maintain_order=True)
+    if looking.len():
+        yield f"note: {listing(looking.to_list())}: {LATER_TOKENS}"
     failed = frame.filter(state=RunState.FAILED.value)
     for row in failed.head(MAX_FAILURES).iter_rows(named=True):
         yield f"\n{row['name']} ({row['run']}) failed: {row['error']}"

@@ -151,9 +151,8 @@ def load_run(folder: Path | str, device: str | torch.device = "cpu") -> LoadedRu
     if not (folder / DONE).exists():
         begun = (folder / CONFIG).exists()
         hint = "moe-lab sweep run again" if begun else "the folder of one run, runs/<sweep>/<hash>"
-        raise RunError(
-            expected(f"a finished run in {folder}", f"no file {DONE!r}", hint), field="run"
-        )
+        got = f"no file {DONE!r}" if folder.is_dir() else "no such folder"
+        raise RunError(expected(f"a finished run in {folder}", got, hint), field="run")
     config = read_config(folder)
     result = finished_record(folder, config)
     model = Decoder(config.model)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+from moe_lab.runs.seal import digests_of
 
 from moe_lab.analysis.difficulty.difficulty_verdict import study_verdict
 from moe_lab.cli import main
@@ -107,10 +108,15 @@ def test_with_enough_documents_the_section_is_drawn_in_order(studied, tmp_path, 
         verdict=pl.lit("no material association"), note=pl.lit("within the band"), n_docs=200
     )
     judged.write_parquet(studied / "association.parquet")
+    ended = (studied / "verdict.json").read_text()
+    sealed = json.loads(ended)
+    sealed["digests"] = digests_of(studied, sealed["digests"])
+    (studied / "verdict.json").write_text(json.dumps(sealed))
     try:
         page = write_report(studied.parent, tmp_path / "page.html").read_text()
     finally:
         association.write_parquet(studied / "association.parquet")
+        (studied / "verdict.json").write_text(ended)
     places = [
         page.index(f'id="figure-{name}"')
         for name in ("difficulty_map", "difficulty_curves", "marginal_gain")
@@ -146,7 +152,7 @@ def test_a_fixed_k_is_said_in_words(corpus, tmp_path, capsys):
     assert main(["difficulty", str(tmp_path / "fixed"), "--resamples", "200"]) == 0
     text = capsys.readouterr().out
     assert "verdict: static layer" in text
-    assert "nothing can follow difficulty" in text
+    assert "compute cannot follow difficulty. Which experts a token runs" in text
     assert (
         "Does compute follow difficulty?"
         not in write_report(tmp_path / "fixed", tmp_path / "page.html").read_text()

@@ -47,13 +47,25 @@ def test_any_kind_of_router_can_be_set(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--set", "model.num_layers=abc"), "expected num_layers as a whole number, got 'abc'"),
-        (("--set", "model.moe.router.top_k=1.5"), "expected top_k as a whole number, got 1.5"),
-        (("--set", "device=3"), "expected device as text, got 3"),
+        (
+            ("--set", "model.num_layers=abc"),
+            "a whole number, got 'abc'; try --set model.num_layers=2",
+        ),
+        (
+            ("--set", "model.moe.router.top_k=1.5"),
+            "expected --set model.moe.router.top_k as a whole ",
+        ),
+        (("--set", "device=3"), "as text, got 3; try --set device=name"),
         (("--set", "no_such=1"), "no_such=1"),
-        (("--router", "warp"), "expected a router kind among "),
+        (
+            ("--router", "warp"),
+            "got 'warp'; try the --plugin that adds it; there are adamoe, ",
+        ),
         (("--loss", "confidence"), "expected --loss NAME=COEFFICIENT"),
-        (("--loss", "warp=1"), "expected a loss among load_balancing"),
+        (
+            ("--loss", "warp=1"),
+            "expected a loss, got 'warp'; try the --plugin that adds",
+        ),
         (("--tokens", "1.0001k"), "a whole number, with k, M, B or T"),
     ],
 )
@@ -74,9 +86,11 @@ def test_a_note_names_what_falls_back(
     ended = moe_lab(
         *("train", "--router", "noisy_topk", "--corpus", corpus, "--tokenizer", "byte"),
         *("--tokens", 1024, "--set", "eval_tokens=2000", "--out", tmp_path / "r"),
+        *("--set", "model.moe.router.score_func=sigmoid"),
         cache=cache,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "kind 'noisy_topk' does not read norm_topk_prob" in ended.stderr
+    assert "kind 'noisy_topk' does not read score_func" in ended.stderr
+    assert "norm_topk_prob" not in ended.stderr  # a default of the command: nobody asked for it
     written = json.loads((tmp_path / "r" / "config.json").read_text())
     assert written["model"]["moe"]["router"]["norm_topk_prob"] is False

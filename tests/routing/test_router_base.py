@@ -248,14 +248,17 @@ def test_update_over_micro_batches_equals_one_update_over_the_whole_batch():
             lambda: RouterConfig(routed_scaling_factor=0.0),
             "expected routed_scaling_factor above 0, got 0.0",
         ),
-        (lambda: build_router(RouterConfig(kind="nope"), 4), "expected a router kind among "),
+        (
+            lambda: build_router(RouterConfig(kind="nope"), 4),
+            "expected a router kind, got 'nope'; try ",
+        ),
         (lambda: build_router(RouterConfig(num_zero_experts=2), 4), "num_zero_experts"),
         (
             lambda: build_router(RouterConfig(kind="longcat", norm_topk_prob=True), 4),
             "norm_topk_prob",
         ),
-        (lambda: RouterConfig(kind="nope"), "expected a router kind among "),
-        (lambda: ControllerConfig(kind="nope"), "expected a controller kind among fixed, sign, "),  # type: ignore[arg-type]
+        (lambda: RouterConfig(kind="nope"), "expected a router kind, got 'nope'; try "),
+        (lambda: ControllerConfig(kind="nope"), "expected a controller kind, got 'nope'; try "),  # type: ignore[arg-type]
         (
             lambda: RouterConfig(controller=ControllerConfig(kind=ControllerKind.RELU_LAMBDA)),
             "for kind 'softmax_topk', got 'relu_lambda'",

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import polars as pl
+import pytest
 from refusals import refused
 
 from moe_lab.errors import AnalysisError
@@ -95,6 +96,20 @@ def test_a_gain_that_grows_with_tokens_is_data_not_sparsity():
     starved = runs(tokens=(1e9, 4e9), gain=lambda tokens: 0.005 if tokens < 2e9 else 0.03)
     assert status(starved, "break moves with tokens") == "suspect"
     assert status(runs(tokens=(1e9, 4e9)), "break moves with tokens") == "clear"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([False, True], "suspect"), (["0", "1"], "suspect"), ([0.0], "clear")]
+)
+def test_a_loss_that_no_causal_model_has_is_said(values, expected):
+    frame = runs()
+    assert status(frame, "causal loss") == "not measured"
+    looks = pl.Series(values * frame.height).head(frame.height)
+    frame = frame.with_columns(sees_later_tokens=looks)
+    assert status(frame, "causal loss") == expected
+    table = confounds(frame)
+    said = any("not that of a causal model" in detail for detail in table["detail"])
+    assert said == (expected == "suspect")
 
 
 def test_few_tokens_per_expert_dropped_tokens_dead_experts_and_load_are_seen():

@@ -103,6 +103,8 @@ def test_a_large_sweep_shows_the_rows_that_need_attention():
             "state": states,
             "error": "why",
             "last_lines": "deep\nsaid",
+            "arm": ["topk", "expert_choice"] * (number // 2),
+            "sees_later_tokens": [False, True] * (number // 2),
         }
     )
     lines = "\n".join(status_lines(frame))
@@ -110,4 +112,7 @@ def test_a_large_sweep_shows_the_rows_that_need_attention():
     assert lines.count("why") == 10 + 20 + status_table.MAX_FAILURES
     assert "1,000 runs: 10 running, 970 finished, 20 failed; rows of the others: --json" in lines
     assert "h0 " not in lines
+    assert "note: expert_choice: later tokens of a text change how earlier ones" in lines
+    causal = frame.with_columns(sees_later_tokens=pl.lit(None, pl.Boolean))
+    assert "later tokens" not in "\n".join(status_lines(causal))
     assert "and 10 more" in lines

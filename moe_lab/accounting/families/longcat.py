@@ -40,8 +40,8 @@ def real_experts(f: Fields) -> tuple[int, int, ExpertsRun]:
         if zero:
             f.note(
                 K_E,
-                f"{mean:g} real experts per token on average (all {real + zero} experts equally "
-                f"loaded; set {K_E})",
+                f"{mean:g} real experts a token on average, as if all {real + zero} experts were "
+                f"equally loaded (a field {K_E} gives the mean that was trained for)",
             )
     else:
         mean = f.number(K_E)

@@ -243,8 +243,9 @@ def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
     if not moving.height:
         return (
             static,
-            "Every token of every layer runs the same number of real experts, so nothing can "
-            "follow difficulty.",
+            "Every token of every layer runs the same number of real experts, so compute cannot "
+            "follow difficulty. Which experts a token runs, and how even their load is, can be "
+            "asked of such a router (moe-lab report), not how much compute it gets.",
         )
     found = Counter(moving["verdict"].to_list())
     verdict = next(iter(found)) if len(found) == 1 else "mixed"

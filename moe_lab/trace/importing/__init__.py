@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.errors import ConfigError, TraceError, expected, require
+from moe_lab.errors import ArgumentError, ConfigError, TraceError, expected, require
 from moe_lab.hf.configuration import router_sizes
 from moe_lab.json_input import list_of, whole
 from moe_lab.trace.importing.expert_counts import counts
@@ -280,7 +280,7 @@ def _layers(
     experts = source.num_experts or sizes.num_experts
     if experts is None:
         what = "the number of experts, which this source does not hold"
-        raise TraceError(expected(what, "none", "config= or num_experts="), "num_experts")
+        raise ArgumentError(what, "none", "{config} or {num_experts}")
     require(
         not source.num_experts or not sizes.num_experts or source.num_experts == sizes.num_experts,
         f"{sizes.num_experts} experts as configured",

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_lab.errors import TraceError, expected, require
+from moe_lab.errors import ArgumentError, TraceError, expected, require
 from moe_lab.json_input import mapping, optional, whole, wrong
+from moe_lab.number_format import listing
 from moe_lab.trace.importing.read_files import (
     check_expansion,
     integers,
@@ -87,7 +88,7 @@ def source_of_counts(
     slots, tokens = top_k or sizes.top_k, sizes.tokens or tokens
     if slots is None:
         what = "the number of slots behind the counts"
-        raise TraceError(expected(what, "none", "config= or top_k="), "top_k")
+        raise ArgumentError(what, "none", "{config} or {top_k}")
     shapes = {table.shape for table in tables.values()}
     require(len(shapes) == 1, "tables of one size", sorted(shapes), error=TraceError)
     (rows, experts) = next(iter(shapes))
@@ -140,17 +141,16 @@ def _tokens_of(where: str, table: np.ndarray, slots: int, tokens: int | None) ->
     sums = table.sum(axis=1)
     if tokens is None:
         tokens = int(sums[0]) // slots
-        usual = int(np.median(sums)) // slots
-        off = int((sums != usual * slots).sum())
-        expect(
-            (sums == sums[0]).all() and sums[0] % slots == 0,
-            f"the same sum of {slots} x tokens in every layer",
-            f"{int(sums.min())}..{int(sums.max())} in {len(sums)} layers "
-            f"({off} off {slots} x {usual})",
-            "the integer counts before rounding, or tokens="
-            if sums.all()
-            else "config= or layers= if layers without counts are dense",
-        )
+        if (sums != sums[0]).any() or sums[0] % slots:
+            usual = int(np.median(sums)) // slots
+            off = int((sums != usual * slots).sum())
+            spread = f"{int(sums.min())}..{int(sums.max())} in {len(sums)} layers"
+            hint = "the integer counts before rounding, or {tokens}"
+            if not sums.all():
+                hint = "{config} or {layers} if layers without counts are dense"
+            what = f"the same sum of {slots} x tokens in every layer"
+            got = f"{spread} ({off} off {slots} x {usual})"
+            raise ArgumentError(what, got, hint, where, field="counts")
     what = f"at most {slots} slots of each of {tokens} tokens in a layer"
     expect(int(sums.max()) <= slots * tokens, what, int(sums.max()))
     what = f"at most one slot of each token on an expert ({tokens} tokens)"
@@ -357,8 +357,8 @@ def _by_domain(where: str, values: Mapping[str, Any], model: str) -> Counts:
         )
         return Counts({name: table for name, (_, table) in tables.items()}, numbers.pop())
     if not isinstance(values.get(model), dict):
-        names = ", ".join(map(str, values))[:200]
-        raise TraceError(expected(f"model= one of {names} in {where}", repr(model)), "model")
+        what = f"one of the models {listing(list(map(str, values)))} in {where}"
+        raise ArgumentError(what, repr(model) if model else "no name", "{model}")
     return _by_domain(where, values[model], model)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_lab.errors import TraceError, expected, require
+from moe_lab.errors import ArgumentError, TraceError, expected, require
 from moe_lab.json_input import anything, list_of, mapping, one_of, optional, record, text, whole
 from moe_lab.trace.importing import read_files
 from moe_lab.trace.importing.expert_counts import source_of_counts, sum_of_recorded_counts
@@ -191,11 +191,11 @@ def _routes(where: str, routes: Any, tokens: int | None, sizes: Sizes) -> np.nda
     flat = _raw(where, data, "int32", [-1])
     if sizes.top_k is None:
         what = "the number of slots of encoded routes"
-        raise TraceError(f"{where}: " + expected(what, "none", "config= or top_k="))
+        raise ArgumentError(what, "none", "{config} or {top_k}", where)
     layers = _layers_of(len(flat), tokens, sizes)
     if not layers or len(flat) % (layers * sizes.top_k):
         what, got = f"routes [tokens, layers, {sizes.top_k}]", f"{len(flat)} numbers"
-        raise TraceError(f"{where}: " + expected(what, got, "config= or layers="))
+        raise ArgumentError(what, got, "{config} or {layers}", where)
     return read_files.ids(where, flat.reshape(-1, layers, sizes.top_k), 3)
 
 
