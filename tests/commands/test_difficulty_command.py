@@ -5,13 +5,13 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from moe_lab.runs.seal import digests_of
 
 from moe_lab.analysis.difficulty.difficulty_verdict import study_verdict
 from moe_lab.cli import main
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.report import write_report
 from moe_lab.routing import RouterConfig
+from moe_lab.runs.done_file import digests_of
 from moe_lab.text import TextConfig, tokenize_documents
 from moe_lab.training import RunConfig, train
 from moe_lab.training.reference import dense_twins
