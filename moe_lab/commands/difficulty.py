@@ -184,7 +184,7 @@ def _print(tables: "dict[str, pl.DataFrame]") -> None:
         "n_tokens",
         "n_docs",
     )
-    print_frame(shown)
+    print_frame(shown, explain=True)
     if "gain" in tables:
         row = tables["gain"].row(0, named=True)
         print(

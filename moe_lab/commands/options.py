@@ -103,21 +103,6 @@ def expert_sizes(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def print_frame(frame: "pl.DataFrame") -> None:
-    """A whole table, without types."""
-    import polars as pl
-
-    with pl.Config(
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_width_chars=200,
-        float_precision=3,
-        tbl_hide_dataframe_shape=True,
-        tbl_hide_column_data_types=True,
-    ):
-        print(frame)
-
-
 def add_out(parser: argparse.ArgumentParser, default: str | None, what: str) -> None:
     parser.add_argument(
         "--out",
@@ -185,25 +170,26 @@ def terms(*names: str) -> str:
     return "; ".join(f"{name}: {TERMS[name]}" for name in names if name in TERMS)
 
 
-def print_frame(frame: "pl.DataFrame", digits: int = 3) -> None:
-    """Print all rows and the columns that hold a value, and what their names mean; what rounds to
-    zero has no sign.
+def print_frame(frame: "pl.DataFrame", *, explain: bool = False) -> None:
+    """Print all rows and the columns that hold a value; what rounds to zero has no sign.
+
+    With ``explain`` also what their names mean, where they are in ``TERMS``.
     """
     import polars as pl
     import polars.selectors as cs
 
     shown = frame.select(column for column in frame if column.null_count() < frame.height)
-    shown = shown.with_columns(cs.float().round(digits) + 0.0)
+    shown = shown.with_columns(cs.float().round(3) + 0.0)
     with pl.Config(
         tbl_rows=-1,
         tbl_cols=-1,
-        tbl_width_chars=160,
-        float_precision=digits,
+        tbl_width_chars=200,
+        float_precision=3,
         tbl_hide_dataframe_shape=True,
         tbl_hide_column_data_types=True,
     ):
         print(shown)
-    if line := terms(*shown.columns):
+    if explain and (line := terms(*shown.columns)):
         print(line)
 
 

@@ -242,7 +242,7 @@ def _report(args: argparse.Namespace, summary: dict, out: Path) -> int:
     if args.json:
         print_json(summary | {"trace": out, "layers": layers.to_dicts()})
         return 0
-    print_frame(layers.select(name for name in SHOWN if name in layers.columns))
+    print_frame(layers.select(name for name in SHOWN if name in layers.columns), explain=True)
     parts = [f"{value:,} {name}" for name, value in summary.items() if isinstance(value, int)]
     if isinstance(summary.get("loss"), float):
         parts.append(f"{summary['loss']:.4f} nats/token")
@@ -291,7 +291,7 @@ def _run(args: argparse.Namespace) -> int:
             | {"documents": evaluation.num_documents, "trace": out, "layers": layers.to_dicts()}
         )
         return 0
-    print_frame(layers.select(name for name in SHOWN if name in layers.columns))
+    print_frame(layers.select(name for name in SHOWN if name in layers.columns), explain=True)
     print(
         f"{evaluation.num_documents} documents, {evaluation.num_tokens:,} predicted tokens, "
         f"{evaluation.loss:.4f} nats/token, "
