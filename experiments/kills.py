@@ -27,6 +27,7 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,7 @@ def check(place: Path, number: int, where: str, at: int, cut: bool) -> str:
     """Kill or cut once, start again, compare; what is wrong, "" if nothing."""
     folder = place / f"{number}"
     kind = PLACES[where][0]
-    while (killed := in_child(lambda: write(place, folder, where, at, cut))) is not None:
+    while (killed := in_child(partial(write, place, folder, where, at, cut))) is not None:
         if not at or "error" in killed:
             return f"not ended at event {at}: {killed}"
         shutil.rmtree(folder)  # a slower process logs more often, so this one had fewer events

@@ -219,6 +219,11 @@ def megatron(folder: Path, rank: int, steps: dict[int, dict[int, np.ndarray]]) -
                 )
 
 
+def test_a_name_of_thousands_of_digits_is_a_name(tmp_path):
+    np.savez(tmp_path / "dump.npz", **{f"routed_experts_{'9' * 5000}": routes(5)})
+    assert import_trace("vllm", tmp_path / "dump.npz", tmp_path / "t", num_experts=EXPERTS)
+
+
 def test_megatron_ranks_of_other_tokens_are_merged_and_equal_ones_counted_once(tmp_path):
     arrays = [routes(5, seed, layers=2) for seed in range(4)]
     for rank, (first, second) in enumerate(

@@ -325,6 +325,6 @@ def _request(line: tuple[str, dict[str, Any]]) -> Any:
 def _natural(name: str) -> list[Any]:
     """rank2 before rank10."""
     return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        (0, int(part), "") if part.isdecimal() and len(part) < 19 else (1, 0, part)
         for part in re.split(r"(\d+)", name)
     ]
