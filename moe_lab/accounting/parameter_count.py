@@ -250,16 +250,21 @@ _LEFT_OUT = {
 }
 
 
-def count(config: Any, edits: Mapping[str, Any] | None = None) -> ParameterCount:
+def count(
+    config: Any, edits: Mapping[str, Any] | None = None, *, defaults: str | None = None
+) -> ParameterCount:
     """Count a model from its configuration.
 
     Args:
         config: the name of a published model or a mini (``"deepseek-ai/DeepSeek-V3"``); a Hugging
             Face configuration (dictionary, path to ``config.json`` or its folder,
-            ``PretrainedConfig``), multimodal ones by their text part; or a ``DecoderConfig``,
+            ``PretrainedConfig``), multimodal ones by their text part; Mistral's ``params.json``,
+            DeepSeek's own names, a ``.gguf`` file or its metadata; or a ``DecoderConfig``,
             ``MoEConfig`` or ``RunConfig`` of this library.
         edits: "what if": field -> value, in place of what the configuration says under any of the
             field's names.
+        defaults: "hf": what the configuration leaves out comes from transformers' class of its
+            ``model_type`` (the extra ``hf``), and stands in ``assumed``; by default it is an error.
 
     Raises:
         ConfigError: an architecture that is not in the table, a field that is missing, fields that
@@ -273,6 +278,12 @@ def count(config: Any, edits: Mapping[str, Any] | None = None) -> ParameterCount
         own = own_config(config)
     if own is not None:
         return ParameterCount(*count_own(own, edits))
+    filled: dict[str, str] = {}
+    require(defaults in (None, "hf"), "defaults among hf, None", repr(defaults))
+    if defaults == "hf":
+        from moe_lab.hf.library_defaults import with_library_defaults
+
+        config, filled = with_library_defaults(config)
     architecture, fields = resolve(config, edits)
     layers = tuple(architecture.build(fields))
     if unread := sorted(name for name in edits if canonical(name) not in fields.read):
@@ -280,6 +291,7 @@ def count(config: Any, edits: Mapping[str, Any] | None = None) -> ParameterCount
         raise ConfigError(
             expected(f"a field that the count of {fields.family} reads", unread[0], ", ".join(near))
         )
+    taken = (sentence for field, sentence in filled.items() if field in fields.read)
     return ParameterCount(
-        fields.family, layers, tuple(fields.assumed.values()), frozenset(fields.read)
+        fields.family, layers, (*fields.assumed.values(), *taken), frozenset(fields.read)
     )

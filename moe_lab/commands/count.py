@@ -14,6 +14,7 @@ from moe_lab.accounting.model_names import facts, find_model
 from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
 from moe_lab.accounting.published import models
 from moe_lab.accounting.ratios import ratios
+from moe_lab.accounting.stored import StoredSize, stored_size
 from moe_lab.cost.parts import Part
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.minis import MINIS, find_mini
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list the published models of which a condition holds, such as 'sparsity > .95 and "
         "total < 1e12'; columns as in moe_lab.accounting.models()",
     )
+    parser.add_argument(
+        "--defaults",
+        choices=["hf"],
+        help="fill what a configuration leaves out from transformers' class, and say so",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON (a list for two models)")
 
 
@@ -70,7 +76,8 @@ def main(args: argparse.Namespace) -> int:
     edits = dict(_edit(text) for text in args.set)
     # What if is asked of what was named, not of the original that stands beside a mini.
     counted = [
-        count(name, edits if number < len(args.models) else {}) for number, name in enumerate(names)
+        count(name, edits if number < len(args.models) else {}, defaults=args.defaults)
+        for number, name in enumerate(names)
     ]
     work = [
         {phase: flops(one, args.context, phase, batch=args.batch) for phase in PHASES}
@@ -155,6 +162,9 @@ def _as_json(
         }
         for name, one, phases in zip(names, counted, work, strict=True)
     ]
+    for row, name in zip(rows, names, strict=True):
+        if (size := _stored(name)) is not None:
+            row["stored"] = vars(size)
     if measured is not None:
         rows[0]["measured"] = measured.to_dict()
     return json.dumps(rows[0] if len(rows) == 1 else rows, indent=1)
@@ -202,8 +212,14 @@ def _table(
         lines += (
             [f"\n{name}: assumed", *(f"  {sentence}" for sentence in assumed)] if assumed else []
         )
+        if (size := _stored(name)) is not None and not edited:
+            notes = [*notes, size.sentence(one.total, one.mtp)]
         lines += [f"\n{name}: {note}" for note in notes]
     return lines
+
+
+def _stored(name: str) -> StoredSize | None:
+    return stored_size(name) if Path(name).exists() else None
 
 
 def _published_lines(name: str) -> list[str]:

@@ -138,37 +138,6 @@ def ernie_vl(values: Values) -> Values:
     return found
 
 
-_NATIVE = {
-    "hidden_size": "dim",
-    "intermediate_size": "inter_dim",
-    "moe_intermediate_size": "moe_inter_dim",
-    "num_hidden_layers": "n_layers",
-    "first_k_dense_replace": "n_dense_layers",
-    "num_attention_heads": "n_heads",
-    "num_experts_per_tok": "n_activated_experts",
-    "n_group": "n_expert_groups",
-    "topk_group": "n_limited_groups",
-    "routed_scaling_factor": "route_scale",
-    "scoring_func": "score_func",
-}
-
-
-def native_deepseek(values: Values) -> Values:
-    """The configuration that DeepSeek's own inference code reads, under Hugging Face's names.
-
-    Raises:
-        ConfigError: a model after V3.2, whose code has further fields.
-    """
-    if "model_type" in values or not {"dim", "n_activated_experts", "kv_lora_rank"} <= set(values):
-        return values
-    if newer := {"compress_ratios", "o_groups", "hc_mult"} & set(values):
-        got = f"DeepSeek's own field names with {', '.join(sorted(newer))}"
-        raise ConfigError(expected("a config.json of Hugging Face, or of DeepSeek-V3", got))
-    kind = "deepseek_v32" if "index_topk" in values else "deepseek_v3"
-    kept = {name: value for name, value in values.items() if name not in _NATIVE.values()}
-    return {"model_type": kind, "norm_topk_prob": True, **_moved(kept, values, _NATIVE)}
-
-
 def sarvam(values: Values) -> Values:
     """``use_qkv_bias`` is what other configurations call ``attention_bias``."""
     return _moved(values, values, {"attention_bias": "use_qkv_bias"})
@@ -213,6 +182,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
             "flex_olmo",
             "gpt_oss",
             "granitemoe",
+            "grok1",
             "granitemoe_swa",
             "granitemoeshared",
             "hunyuan",
@@ -236,6 +206,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
     **dict.fromkeys(
         [
             "bailing_moe",
+            "bailing_moe_linear",
             "deepseek_v2",
             "deepseek_v3",
             "deepseek_v32",
@@ -265,6 +236,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
     **dict.fromkeys(("deepseek_ocr2_text", "unlimited_ocr_text"), _dense(1, prepare=no_head_dim)),
     **dict.fromkeys(
         [
+            "klear",
             "qwen2_moe",
             "qwen3_moe",
             "qwen3_next",
@@ -303,6 +275,7 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
     "minimax_m3_vl_text": HFArchitecture(layers.leading_dense(None), prepare=minimax_m3),
     "nemotron_h": HFArchitecture(layers.nemotron, _NEMOTRON),
     "nllb-moe": HFArchitecture(layers.nllb, top_k=2),
+    "nomic_bert": HFArchitecture(layers.every_nth, {"moe_every_n_layers": 0}),
     "phimoe": HFArchitecture(top_k=2),
     "sarvam_mla": HFArchitecture(layers.leading_dense(), _SARVAM),
     "sarvam_moe": HFArchitecture(layers.leading_dense(), _SARVAM, prepare=sarvam),
@@ -314,7 +287,11 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
 }
 
 SAME_AS: dict[str, str] = {
+    "Klear": "klear",
+    "aria": "aria_text",
+    "aria_moe_lm": "aria_text",
     "bailing_moe_v2": "bailing_moe",
+    "grok": "grok1",
     "deepseek_ocr2": "deepseek_ocr2_text",
     "deepseek_v41": "deepseek_v41_text",
     "deepseek_vl_v2": "deepseek_v2",

@@ -15,12 +15,13 @@ from moe_lab.hf.architectures import (
     SAME_AS,
     experts_and_slots,
     find,
-    native_deepseek,
     row_name,
     sparse,
     visits,
 )
 from moe_lab.hf.fields import MOST, Fields, canonical, names_of
+from moe_lab.hf.gguf import gguf_config, read_gguf
+from moe_lab.hf.native_names import from_native
 from moe_lab.json_input import list_of, one_of, optional, read_json_file, record, text
 
 TEXT_PARTS = (
@@ -118,22 +119,38 @@ def plain(config: Any) -> dict[str, Any]:
     Raises ``ConfigError`` for anything unreadable.
     """
     if isinstance(config, str | Path):
-        path = Path(config)
-        path = path / "config.json" if path.is_dir() else path
-        config = read_json_file(path, "config.json", unique_keys=False)
+        config = _read(Path(config))
     elif not isinstance(config, Mapping) and callable(getattr(config, "to_dict", None)):
         config = config.to_dict()
     if not isinstance(config, Mapping):
         what = "a configuration as a dictionary, a path to config.json, or an object with to_dict()"
         raise ConfigError(expected(what, type(config).__name__))
-    values = native_deepseek({str(key): value for key, value in config.items()})
+    values = {str(key): value for key, value in config.items()}
+    if "general.architecture" in values:
+        values = gguf_config(values)
+    values = dict(from_native(values))
     _NAMES(values, "config")
     return {key: _expand(value) for key, value in values.items()}
 
 
+def _read(path: Path) -> Any:
+    """A configuration from a file (JSON, or the header of a GGUF file), or from the ``config.json``
+    (else ``params.json``) of a folder.
+    """
+    if path.is_dir():
+        own = path / "params.json"
+        path = (
+            own if own.is_file() and not (path / "config.json").exists() else path / "config.json"
+        )
+    if path.suffix == ".gguf":
+        found = read_gguf(path)
+        return gguf_config(found.metadata, found.tensors)
+    return read_json_file(path, "config.json", unique_keys=False)
+
+
 def _expand(value: Any) -> Any:
     """``{"len": 3, "rle": [["a", 2], ["b", 1]]}`` is the list a, a, b."""
-    if not isinstance(value, Mapping) or set(value) != {"len", "rle"}:
+    if not isinstance(value, Mapping) or len(value) != 2 or set(value) != {"len", "rle"}:
         return value
     try:
         runs = [(item, int(count)) for item, count in value["rle"]]

@@ -57,6 +57,12 @@ def sparse_step(f: Fields) -> list[bool]:
     ]
 
 
+def every_nth(f: Fields) -> list[bool]:
+    """Every ``moe_every_n_layers``-th layer, the second one first (Nomic): of 2, layers 1, 3, 5."""
+    step = f.size("moe_every_n_layers", 0)
+    return [step > 0 and layer % step == 1 % step for layer in range(f.num_layers)]
+
+
 def some_experts(f: Fields) -> list[bool]:
     """All layers if there is an expert (Granite 4)."""
     return [f.size("num_experts", 0) > 0] * f.num_layers

@@ -103,7 +103,10 @@ def test_hostile_configurations_are_one_line(data_dir: Path, name: str, capsys: 
         ('{"model_type": "mixtral", "layer_types": {"len": "x", "rle": []}}', "run-length"),
         ("[1]", "dictionary"),
         ("", "JSON"),
-        ('{"dim": 1, "n_activated_experts": 1, "kv_lora_rank": 1, "o_groups": 2}', "own field"),
+        (
+            '{"dim": 1, "n_activated_experts": 1, "kv_lora_rank": 1, "o_groups": 2}',
+            "num_hidden_layers",
+        ),
     ],
 )
 def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
