@@ -9,7 +9,9 @@ same tokens; its interval is a 95 % t interval over seeds. It says "no differenc
 the whole interval lies within .02 nats (the effect that LongCat-Flash-Lite reports of
 amplification), and "cannot tell" where the interval holds 0 and more than that. Compute: a
 difference is worth ``exp(-difference / s)`` times the base's compute, with s the fall of the base's
-loss per e-fold of tokens, from its own runs at half the tokens.
+loss per e-fold of tokens, from its own runs at half the tokens. ``q`` is the false discovery rate
+among all comparisons; over the ratios the tables' mean loss and its trend are tested once each.
+Without a folder the saved runs are judged again.
 """
 
 import argparse
@@ -19,7 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
+from scipy.stats import t
 
+from moe_lab.analysis.difficulty.intervals import false_discovery
 from moe_lab.files import atomic_path, write_text
 from moe_lab.scaling import SHORT, crossing
 from moe_lab.scaling.alternatives_compared import Result, result_of
@@ -164,6 +168,31 @@ def comparisons(runs: pl.DataFrame, base: int) -> pl.DataFrame:
     return pl.DataFrame(rows).sort("question", "ratio", maintain_order=True)
 
 
+def over_ratios(runs: pl.DataFrame) -> dict[str, tuple[float, float, float]]:
+    """(mean, low, high), 95 % t intervals over seeds, of what the tables lose: their mean over the
+    ratios, and its change per doubling of the ratio (each seed's slope).
+    """
+    both = runs.filter(arm="ngram").join(
+        runs.filter(arm="topk"), on=["ratio", "seed"], suffix="_topk"
+    )
+    both = both.with_columns(x=pl.col("ratio").log(2), lost=pl.col("loss") - pl.col("loss_topk"))
+    seeds = [part for _, part in both.group_by("seed", maintain_order=True)]
+    slopes = [np.polyfit(part["x"].to_numpy(), part["lost"].to_numpy(), 1)[0] for part in seeds]
+    means = [part["lost"].mean() for part in seeds]
+    return {
+        "mean": interval(np.array(means, dtype=float)),
+        "per doubling": interval(np.array(slopes)),
+    }
+
+
+def false_discoveries(table: pl.DataFrame) -> np.ndarray:
+    """[rows] q of each difference among all of ``comparisons`` (Benjamini and Hochberg)."""
+    df = table["seeds"].to_numpy() - 1
+    half = ((table["high"] - table["low"]) / 2).to_numpy()
+    statistic = np.abs(table["difference"].to_numpy()) / half * t.ppf(0.975, df)
+    return false_discovery(2 * t.sf(statistic, df))
+
+
 def acceptance(folder: Path, runs: pl.DataFrame) -> pl.DataFrame:
     """Per seed, of the mtp runs on their validation excerpts: seed, count ("text" or "generated"),
     drafts, accepted, rate.
@@ -215,20 +244,31 @@ def page(runs: pl.DataFrame, table: pl.DataFrame, drafts: pl.DataFrame, base: in
         "interval over seeds. Compute: what the difference is worth in tokens of the base (its "
         f"loss falls {slope(runs, base):.3f} nats per e-fold between half of the tokens and all).",
         "",
-        "| question | ratio | difference, nats | worth in compute | verdict |",
-        "|---|---|---|---|---|",
+        "| question | ratio | difference, nats | worth in compute | verdict | q |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in table.iter_rows(named=True):
+    for row, q in zip(table.iter_rows(named=True), false_discoveries(table), strict=True):
         change = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
         compute = f"x{row['compute']:.2f} ({row['compute_low']:.2f} to {row['compute_high']:.2f})"
         lines.append(
             f"| {row['question']}. {row['text']} | {row['ratio']} | {change} | {compute} | "
-            f"{row['verdict']} |"
+            f"{row['verdict']} | {q:.3f} |"
         )
     tables = table.filter(question=3).select("ratio", result="verdict")
+    over = [
+        f"{words}: {mean:+.4f} nats ({low:+.4f} to {high:+.4f})."
+        for words, (mean, low, high) in zip(
+            ("What tables lose, mean over the ratios", "Its change per doubling of the ratio"),
+            over_ratios(runs).values(),
+            strict=True,
+        )
+    ]
     lines += [
         "",
+        "q: false discovery rate among these rows; above .05 a row is no finding alone.",
+        "",
         f"N-gram tables over ratios: {crossing(tables)}.",
+        *over,
         "",
         "Losses:",
         "",
@@ -251,11 +291,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="the finished sweep")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        help="the finished sweep (default: judge the saved runs again)",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent, help="where the results go"
     )
     args = parser.parse_args()
+    if args.folder is None:
+        runs, drafts = (
+            pl.read_parquet(args.out / f"{name}.parquet") for name in ("runs", "acceptance")
+        )
+        base = int(runs.filter(arm="zero")["ratio"][0])
+        write_text(args.out / "verdict.md", page(runs, comparisons(runs, base), drafts, base))
+        return
     runs = read(args.folder)
     base = int(runs.filter(arm="zero")["ratio"][0])
     table, drafts = comparisons(runs, base), acceptance(args.folder, runs)

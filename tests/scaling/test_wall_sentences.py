@@ -1,7 +1,10 @@
 """Every sentence and reason of the verdict, with the condition under which it is true."""
 
+import ast
 import math
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,6 +13,7 @@ from simulated_sweeps import DOUBLINGS_512, line, sweep, wall_at_32
 
 from moe_lab.scaling import Outcome, wall_study, wall_verdict
 from moe_lab.scaling import wall_sentences as words
+from moe_lab.scaling.frontier_forms import effective_ratio
 
 
 def spiked(frame, ratio, seed, nats):
@@ -38,6 +42,33 @@ def four_flat_and_a_spike():
 def resumes_in_the_last_step():
     """Nothing from 16 to 128, and then a last doubling that pays."""
     return sweep(lambda x: 3 - 0.03 * min(x, 4) - 0.03 * max(0, x - 7))
+
+
+def saturating(x):
+    """Clark's effective ratio, far from its maximum."""
+    return 3 - 0.05 * math.log2(
+        float(effective_ratio(np.array(2.0**x), np.array(2.0), np.array(1e4)))
+    )
+
+
+def louder_at_the_end(truth, draw, seeds=5, sd=0.002):
+    """A noise that grows with the ratio, by 3 over 32."""
+    rng = np.random.default_rng(draw)
+    frame = sweep(truth, sd=0.0, seeds=seeds)
+    noise = sd * 3 ** np.log2(frame["ratio"].to_numpy() ** 0.2) * rng.normal(size=frame.height)
+    return frame.with_columns(pl.col("loss") + pl.Series(noise))
+
+
+def unequal_seeds():
+    frame = sweep(lambda x: 3 - 0.0116 * x, sd=0.003)
+    return frame.filter((pl.col("ratio") > 1) | (pl.col("seed") < 2))
+
+
+def two_budgets():
+    return pl.concat(
+        sweep(lambda x, at=at: at - 0.03 * min(x, 3), tokens=tokens)
+        for tokens, at in ((1e9, 3.0), (4e9, 2.8))
+    )
 
 
 # the frame, the outcome, what the sentence says, and what it must not say
@@ -85,6 +116,17 @@ SENTENCES = {
         r"put the last gain at .* and the average of the last two doublings at .*, neither on one "
         r"side of the 0\.011\d margin",
     ),
+    "average holds 0": (
+        sweep(line, DOUBLINGS_512, seeds=2, sd=0.02, draw=3),
+        "cannot tell",
+        "put the last gain above the margin, but W3's interval holds 0",
+    ),
+    "only by the gains before": (
+        louder_at_the_end(lambda x: 3 - 0.03 * min(x, 7), 1),
+        "cannot tell",
+        r"only by the gains before it: measured alone it is 0\.00\d+ \[.*\] nats, not above "
+        r"0\.011\d, and the noise grows with the ratio",
+    ),
     "not the best": (
         resumes_in_the_last_step(),
         "cannot tell",
@@ -129,6 +171,11 @@ REASONS = {
     "W1 too short": (sweep(wall_at_32, 2.0 ** np.arange(8)), "a wall needs it over 3 doublings"),
     "W1 above": (sweep(line), "W1: the last gain, .* is above"),
     "W1 below": (sweep(rising), "W1: the last gain, .* is below"),
+    "W1 overlaps": (sweep(lambda x: 3 - 0.0116 * x, sd=0.003), "W1: the last gain, .* overlaps"),
+    "break anywhere": (
+        sweep(saturating, DOUBLINGS_512),
+        r"W2: saturation leads .* its break not identified \(a wall needs it below 64\)",
+    ),
     "paid": (sweep(wall_at_32), "up to ratio 32 a doubling was still worth more than 5 %"),
     "crossing": (
         sweep(wall_at_32, DOUBLINGS_512),
@@ -166,13 +213,16 @@ def test_each_reason_under_its_condition(name):
 
 def test_a_given_noise_and_a_measured_slope_are_named():
     assert "was given, not measured here" in wall_verdict(sweep(line), noise_sd=0.01).reasons[0]
-    budgets = pl.concat(
-        sweep(lambda x, at=at: at - 0.03 * min(x, 3), tokens=tokens)
-        for tokens, at in ((1e9, 3.0), (4e9, 2.8))
-    )
+    budgets = two_budgets()
     verdict = wall_verdict(budgets.filter(pl.col("tokens") == 4e9), budgets=budgets)
     assert any("compute spent on tokens, and averaged over" in reason for reason in verdict.reasons)
     assert any("compare the verdicts of the other budgets" in reason for reason in verdict.reasons)
+
+
+def test_seeds_that_differ_over_the_ratios_are_told():
+    assert wall_verdict(unequal_seeds()).sentence.startswith(
+        "Cannot tell: 2 to 3 seeds on 9 ratios"
+    )
 
 
 def test_noise_that_grows_is_named_with_both_ends():
@@ -195,6 +245,41 @@ def test_every_function_that_makes_a_sentence_is_reached():
     assert {name for name in made if getattr(words, name).__module__ == words.__name__} == (
         known | helpers
     )
+
+
+def test_every_return_that_makes_a_sentence_is_reached():
+    """By a frame of the tables above, so that each text has a row that says when it is true."""
+    reached = set()
+
+    def watch(frame, event, arg):
+        if frame.f_code.co_filename != words.__file__:
+            return None
+        reached.add(frame.f_lineno)
+        return watch
+
+    budgets = two_budgets()
+    cases = [(frame, {}) for frame, *_ in (*SENTENCES.values(), *REASONS.values())]
+    cases += [
+        (sweep(line), {"noise_sd": 0.01}),
+        (budgets.filter(pl.col("tokens") == 4e9), {"budgets": budgets}),
+        (louder_at_the_end(line, 1), {}),
+        (unequal_seeds(), {}),
+    ]
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        for frame, options in cases:
+            wall_verdict(frame, **options)
+    finally:
+        sys.settrace(before)
+    tree = ast.parse(Path(words.__file__).read_text(encoding="utf-8"))
+    returns = [node for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    missed = [
+        ast.unparse(node)
+        for node in returns
+        if not reached & set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    ]
+    assert not missed, missed
 
 
 def test_what_is_not_excluded_stands_in_the_sentence_of_a_study():
