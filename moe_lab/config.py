@@ -35,7 +35,7 @@ def choice(options: type[E], value: Any, what: str, field: str = "") -> E:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What the number in a field must fulfil, for ``Annotated``: a condition and its words."""
+    """What the value of a field must fulfil, for ``Annotated``: a condition and its words."""
 
     fits: Callable[[Any], bool]
     words: str
@@ -98,8 +98,8 @@ class Config:
             if options is not None:
                 object.__setattr__(self, name, choice(options, value, f"{name} among", name))
             for range in ranges:
-                fits = value is not None and range.fits(value)
-                require(fits, f"{name} {range.words}", value, field=name)
+                if value is None or not range.fits(value):
+                    raise ConfigError(expected(f"{name} {range.words}", short(value)), name)
 
     def written(self) -> tuple[str, ...]:
         """Names of the fields that ``to_dict`` and ``hash`` have: all, unless a class leaves one

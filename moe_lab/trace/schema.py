@@ -18,11 +18,11 @@ source recorded no weights or no scores, the routing column ``output_ratio``, th
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
 
-from moe_lab.config import Config, require
+from moe_lab.config import Config, Range, require
 from moe_lab.versions import versions as library_versions
 
 SCHEMA_VERSION = 2
@@ -86,6 +86,26 @@ no layer has a row for it.
 """
 
 
+def _whole(low: int, high: int) -> Range:
+    return Range(
+        lambda value: type(value) is int and low <= value <= high,
+        f"to be an integer from {low} to {high}",
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return all(isinstance(item, str) for item in value)
+
+
+_TEXT = Range(lambda value: isinstance(value, str), "to be text")
+_TEXTS = Range(lambda value: isinstance(value, tuple) and _is_texts(value), "to be texts")
+_NAMED_TEXTS = Range(
+    lambda value: isinstance(value, dict) and _is_texts(value) and _is_texts(value.values()),
+    "to map names to texts",
+)
+_FLAG = Range(lambda value: isinstance(value, bool), "to be true or false")
+
+
 @dataclass(frozen=True)
 class LayerMeta(Config):
     """One traced layer, or one run of a layer that runs several times.
@@ -107,47 +127,36 @@ class LayerMeta(Config):
         pass_number: which run of that layer this is, from 0.
     """
 
-    layer: int
-    num_experts: int
-    num_zero_experts: int = 0
-    top_k: int = 1
-    module: str = ""
-    score_func: str = ""
-    zero_kinds: tuple[str, ...] = ()
-    expert_bytes: int = 0
-    model_layer: int | None = None
-    pass_number: int = 0
+    layer: Annotated[int, _whole(0, 99_999)]
+    num_experts: Annotated[int, _whole(1, MAX_CHOICES)]
+    num_zero_experts: Annotated[int, _whole(0, MAX_CHOICES)] = 0
+    top_k: Annotated[int, _whole(1, MAX_TOP_K)] = 1
+    module: Annotated[str, _TEXT] = ""
+    score_func: Annotated[str, _TEXT] = ""
+    zero_kinds: Annotated[tuple[str, ...], _TEXTS] = ()
+    expert_bytes: Annotated[int, _whole(0, 2**50)] = 0
+    model_layer: Annotated[int | None, _whole(0, 99_999)] = None
+    pass_number: Annotated[int, _whole(0, MAX_LAYERS)] = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("layer", 0, 99_999),
-            *([] if self.model_layer is None else [("model_layer", 0, 99_999)]),
-            ("pass_number", 0, MAX_LAYERS),
-            ("num_experts", 1, MAX_CHOICES),
-            ("num_zero_experts", 0, MAX_CHOICES),
-            ("top_k", 1, MAX_TOP_K),
-            ("expert_bytes", 0, 2**50),
-        ):
-            value = getattr(self, name)
-            require(
-                _is_int(value) and low <= value <= high,
-                f"{name} to be an integer from {low} to {high}",
-                _short(value),
-            )
-        require(self.num_choices <= MAX_CHOICES, f"at most {MAX_CHOICES} experts", self.num_choices)
-        texts = isinstance(self.zero_kinds, tuple) and all(
-            isinstance(item, str) for item in (self.module, self.score_func, *self.zero_kinds)
+        super().__post_init__()
+        require(
+            self.num_choices <= MAX_CHOICES,
+            f"at most {MAX_CHOICES} experts",
+            self.num_choices,
+            field="num_experts",
         )
-        require(texts, "module, score_func and zero_kinds to be text", _short(texts))
         require(
             len(self.zero_kinds) in (0, self.num_zero_experts),
             "one kind for each zero-compute expert, or none",
             len(self.zero_kinds),
+            field="zero_kinds",
         )
         require(
             self.top_k <= self.num_choices,
             f"top_k of at most {self.num_choices} (all experts of layer {self.layer})",
             self.top_k,
+            field="top_k",
         )
 
     @property
@@ -192,23 +201,23 @@ class TraceMeta(Config):
     """
 
     layers: tuple[LayerMeta, ...]
-    model: str = ""
-    model_hash: str = ""
-    tokenizer_hash: str = ""
-    corpus_hash: str = ""
-    seed: int | None = None
-    phase: str = "eval"
-    vocab_size: int | None = None
-    versions: dict[str, str] = field(default_factory=library_versions)
-    created_from: str = ""
-    has_weights: bool = True
-    has_scores: bool = True
-    has_output_ratio: bool = False
-    zero_experts_known: bool = True
-    has_token_ids: bool = True
-    per_token: bool = True
-    max_tokens: int | None = None
-    notes: tuple[str, ...] = ()
+    model: Annotated[str, _TEXT] = ""
+    model_hash: Annotated[str, _TEXT] = ""
+    tokenizer_hash: Annotated[str, _TEXT] = ""
+    corpus_hash: Annotated[str, _TEXT] = ""
+    seed: Annotated[int | None, _whole(0, 2**63)] = None
+    phase: Annotated[str, _TEXT] = "eval"
+    vocab_size: Annotated[int | None, _whole(0, 2**63)] = None
+    versions: Annotated[dict[str, str], _NAMED_TEXTS] = field(default_factory=library_versions)
+    created_from: Annotated[str, _TEXT] = ""
+    has_weights: Annotated[bool, _FLAG] = True
+    has_scores: Annotated[bool, _FLAG] = True
+    has_output_ratio: Annotated[bool, _FLAG] = False
+    zero_experts_known: Annotated[bool, _FLAG] = True
+    has_token_ids: Annotated[bool, _FLAG] = True
+    per_token: Annotated[bool, _FLAG] = True
+    max_tokens: Annotated[int | None, _whole(0, 2**63)] = None
+    notes: Annotated[tuple[str, ...], _TEXTS] = ()
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -216,55 +225,22 @@ class TraceMeta(Config):
             self.schema_version == SCHEMA_VERSION,
             f"trace schema version {SCHEMA_VERSION}",
             _short(self.schema_version),
+            field="schema_version",
         )
+        super().__post_init__()
         require(
-            1 <= len(self.layers) <= MAX_LAYERS, f"from 1 to {MAX_LAYERS} layers", len(self.layers)
+            1 <= len(self.layers) <= MAX_LAYERS,
+            f"from 1 to {MAX_LAYERS} layers",
+            len(self.layers),
+            field="layers",
         )
         numbers = [layer.layer for layer in self.layers]
-        require(len(set(numbers)) == len(numbers), "each layer once", _short(numbers))
-        runs = [(layer.in_model, layer.pass_number) for layer in self.layers]
-        require(len(set(runs)) == len(runs), "each pass of a layer once", _short(runs))
-        for name in (
-            "model",
-            "model_hash",
-            "tokenizer_hash",
-            "corpus_hash",
-            "phase",
-            "created_from",
-        ):
-            require(
-                isinstance(getattr(self, name), str),
-                f"{name} to be text",
-                _short(getattr(self, name)),
-            )
-        for name in ("seed", "vocab_size", "max_tokens"):
-            value = getattr(self, name)
-            require(
-                value is None or (_is_int(value) and value >= 0),
-                f"{name} to be an integer of at least 0, or null",
-                _short(value),
-            )
-        texts = isinstance(self.versions, dict) and all(
-            isinstance(item, str) for pair in self.versions.items() for item in pair
-        )
-        require(texts, "versions to map names to texts", _short(self.versions))
-        for name in (
-            "has_weights",
-            "has_scores",
-            "has_output_ratio",
-            "zero_experts_known",
-            "has_token_ids",
-            "per_token",
-        ):
-            require(
-                isinstance(getattr(self, name), bool),
-                f"{name} to be true or false",
-                _short(getattr(self, name)),
-            )
         require(
-            isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes),
-            "notes to be texts",
-            _short(self.notes),
+            len(set(numbers)) == len(numbers), "each layer once", _short(numbers), field="layers"
+        )
+        runs = [(layer.in_model, layer.pass_number) for layer in self.layers]
+        require(
+            len(set(runs)) == len(runs), "each pass of a layer once", _short(runs), field="layers"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -327,33 +303,15 @@ class PartMeta(Config):
             is not known.
     """
 
-    rows: int
-    slots: int
-    bytes: int
-    crc32: int
+    rows: Annotated[int, _whole(0, MAX_ROWS_PER_PART)]
+    slots: Annotated[int, _whole(0, MAX_ROWS_PER_PART * MAX_TOP_K)]
+    bytes: Annotated[int, _whole(0, 2**50)]
+    crc32: Annotated[int, _whole(0, 2**32 - 1)]
     digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in ``meta.json``."""
         return {name: value for name, value in super().to_dict().items() if name != "digest"}
-
-    def __post_init__(self) -> None:
-        for name, high in (
-            ("rows", MAX_ROWS_PER_PART),
-            ("slots", MAX_ROWS_PER_PART * MAX_TOP_K),
-            ("bytes", 2**50),
-            ("crc32", 2**32 - 1),
-        ):
-            value = getattr(self, name)
-            require(
-                _is_int(value) and 0 <= value <= high,
-                f"{name} to be an integer from 0 to {high}",
-                _short(value),
-            )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _short(value: object) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from moe_lab.errors import ConfigError, TraceError
+from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX
@@ -458,17 +458,17 @@ def test_a_layer_that_was_not_named_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"),
+    ("layers", "field"),
     [
-        ([(0, 0, 0, 1)], "expected num_experts to be an integer from 1 to 65535, got 0"),
-        ([(0, 65_000, 65_000, 1)], "expected at most 65535 experts, got 130000"),
-        ([(0, 4, 0, 5)], "expected top_k of at most 4"),
-        ([(0, 4, 0, 1), (0, 4, 0, 1)], r"expected each layer once, got \[0, 0\]"),
-        ([], "expected from 1 to 4096 layers, got 0"),
+        ([(0, 0, 0, 1)], "num_experts"),
+        ([(0, 65_000, 65_000, 1)], "num_experts"),
+        ([(0, 4, 0, 5)], "top_k"),
+        ([(0, 4, 0, 1), (0, 4, 0, 1)], "layers"),
+        ([], "layers"),
     ],
 )
-def test_absurd_layers_are_refused(layers, message):
-    with pytest.raises(ConfigError, match=message):
+def test_absurd_layers_are_refused(layers, field):
+    with refused(field):
         meta(*layers)
 
 
