@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.config import MoEConfig
-from moe_lab.model.dispatch import backend, choose, native, under_autocast
+from moe_lab.model.dispatch import auto, backend, choose, native, under_autocast
 from moe_lab.model.experts import ExpertBank, SwiGLU
 from moe_lab.model.zero_experts import ZeroExperts
 from moe_lab.routing import RouterContext, Routing, build_router
@@ -86,7 +86,9 @@ class MoELayer(nn.Module):
         tokens_TD, bank = under_autocast(
             x_TD if self.latent_down is None else self.latent_down(x_TD), self.experts
         )
-        y_TD = self.dispatch(tokens_TD, routing, bank)
+        # On the meta device only shapes are asked for, which ``auto`` gives without values.
+        dispatch = auto if tokens_TD.is_meta else self.dispatch
+        y_TD = dispatch(tokens_TD, routing, bank)
         if self.latent_up is not None and self.latent_norm is not None:
             y_TD = self.latent_up(self.latent_norm(y_TD))
         if self.zero_experts is not None:

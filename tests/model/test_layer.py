@@ -8,6 +8,7 @@ from refusals import refused
 from torch import nn
 
 from moe_lab.model import DecoderConfig, MoEConfig, MoELayer
+from moe_lab.model.dispatch import BACKENDS
 from moe_lab.routing import (
     ROUTERS,
     ControllerConfig,
@@ -259,9 +260,13 @@ def test_every_parameter_of_a_first_layer_has_a_gradient(kind: str) -> None:
     assert without == []
 
 
+@pytest.mark.parametrize("dispatch", ["auto", *BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_layer_runs_on_the_meta_device_forward_and_backward(dtype: torch.dtype) -> None:
-    config = MoEConfig(16, 16, RouterConfig(num_experts=4, top_k=2), num_shared_experts=1)
+def test_a_layer_runs_on_the_meta_device_forward_and_backward(
+    dtype: torch.dtype, dispatch: str
+) -> None:
+    router = RouterConfig(num_experts=4, top_k=2)
+    config = MoEConfig(16, 16, router, num_shared_experts=1, dispatch=dispatch)
     with torch.device("meta"):
         layer = config.build().to(dtype)
         x = torch.randn(12, 16, dtype=dtype, requires_grad=True)

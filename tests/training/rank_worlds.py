@@ -211,6 +211,59 @@ def router_run(corpus: Path, kind: str, micro_batches: int) -> RunConfig:
 EXPERTS = RouterConfig(kind="longcat", num_experts=8, num_zero_experts=2, top_k=3)
 
 
+PLAIN_KINDS = sorted(set(ROUTERS) - {"d2dmoe"})
+"""All but D2DMoE, whose router is trained afterwards, by ``norm_regression_loss`` alone."""
+
+
+class Trained(torch.nn.Module):
+    """A model with its language loss and the routers' own losses, by which alone the predictor of
+    mixture of depths learns.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
+        output = self.model(ids_BS, targets_BS)
+        return output.loss + sum(sum(routing.losses.values()) for routing in output.routings)
+
+
+def plain_model(kind: str) -> tuple[Trained, list[torch.Tensor]]:
+    """A decoder of two MoE layers of a kind, and the tokens of each of two ranks."""
+    torch.manual_seed(0)
+    moe = MoEConfig(16, 8, router_of(kind))
+    model = DecoderConfig(
+        vocab_size=257, num_layers=2, d_model=16, num_heads=2, context_length=16, moe=moe
+    ).build()
+    return Trained(model), list(torch.randint(0, 257, (2, 2, 17)))
+
+
+def plain_steps(model: torch.nn.Module, called: torch.nn.Module, ids: list[torch.Tensor]) -> None:
+    """Two steps of plain descent; the gradients of the second, a mean over ``ids``, stay."""
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+        model.zero_grad()
+        for rows in ids:
+            (called(rows[:, :-1], rows[:, 1:]) / len(ids)).backward()
+
+
+def plain_ddp(rank: int, target: Path) -> None:
+    """Two steps of every kind of router in DistributedDataParallel with its defaults, which stops
+    at the second where the first left a parameter without gradient.
+    """
+    found = {}
+    for kind in PLAIN_KINDS:
+        model, ids = plain_model(kind)
+        plain_steps(model, DistributedDataParallel(model), [ids[rank]])
+        found |= {f"{kind} {name}": p.grad for name, p in model.named_parameters()}
+    if rank == 0:
+        save_file(found, target)
+
+
 def expert_layer(dispatch: str) -> tuple[MoELayer, torch.Tensor]:
     """A layer and the tokens [20, 16] of all ranks."""
     torch.manual_seed(4)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 from rank_worlds import (
+    PLAIN_KINDS,
     capture_on,
     captured_model,
     everything,
@@ -28,6 +29,9 @@ from rank_worlds import (
     in_group,
     on_ranks,
     one_step,
+    plain_ddp,
+    plain_model,
+    plain_steps,
     router_of,
     router_run,
     run_config,
@@ -170,6 +174,7 @@ def _make_worlds(root: Path, config: RunConfig) -> None:
             (step_of_every_router, (corpus, root / "ddp-1.safetensors", "ddp", 1)),
             (step_of_every_router, (corpus, root / "ddp-2.safetensors", "ddp", 2)),
             (step_of_every_router, (corpus, root / "fsdp-1.safetensors", "fsdp", 1)),
+            (plain_ddp, (root / "plain-ddp.safetensors",)),
             (expert_parallel_example, (root / "expert-parallel",)),
             (capture_on, (root / "captured",)),
             (step_of_everything, (corpus, root / "everything-ddp.safetensors", "ddp")),
@@ -365,6 +370,20 @@ def test_gradients_and_controllers_of_every_router_are_those_of_one_rank(
         if not all(same):
             differing.add(kind)
     assert differing == others
+
+
+@pytest.mark.slow
+def test_every_router_trains_in_plain_ddp_with_the_mean_gradient_of_the_ranks(
+    worlds: SimpleNamespace,
+) -> None:
+    found = load_file(worlds.root / "plain-ddp.safetensors")
+    for kind in sorted(set(PLAIN_KINDS) - NOISY):
+        model, ids = plain_model(kind)
+        plain_steps(model, model, ids)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, (kind, name)
+            label = f"{kind} {name}"
+            torch.testing.assert_close(found[label], parameter.grad, msg=label)
 
 
 @pytest.mark.slow
