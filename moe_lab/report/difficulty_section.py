@@ -45,7 +45,9 @@ def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Difficulty
 
     With fewer documents than the analysis needs there are no figures, and the sentence says why.
     """
-    if varying is None or "token_id" not in varying.trace.tokens.collect_schema():
+    if varying is None or not varying.trace.meta.has_token_ids:
+        return None
+    if "token_id" not in varying.trace.tokens.collect_schema():
         return None
     from moe_lab.analysis.difficulty.difficulty_verdict import MIN_EFFECTIVE, study_verdict
 

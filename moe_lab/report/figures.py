@@ -28,6 +28,7 @@ from moe_lab.report.heatmap_figures import (
 )
 from moe_lab.report.load_figures import expert_load
 from moe_lab.report.run_figures import frontier, training_curves
+from moe_lab.report.serving_figures import distinct_experts, expert_cache, placement_load
 from moe_lab.report.wall_figures import (
     against_experts,
     law_fit,
@@ -46,8 +47,10 @@ __all__ = [
     "compare",
     "difficulty_curves",
     "difficulty_map",
+    "distinct_experts",
     "domain_divergence",
     "domain_specialisation",
+    "expert_cache",
     "expert_load",
     "ffn_spread",
     "frontier",
@@ -56,6 +59,7 @@ __all__ = [
     "load_over_windows",
     "load_shift",
     "marginal_gain",
+    "placement_load",
     "plain",
     "repetition",
     "router_entropy",

@@ -35,6 +35,7 @@ from moe_lab.report.load_section import load_block, load_interval_block
 from moe_lab.report.provenance_section import provenance
 from moe_lab.report.run_tables import failed_runs, later_token_note, results_table, unfinished_table
 from moe_lab.report.runs_section import frontier_block, training_block
+from moe_lab.report.serving_section import serving_section
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.text_section import ColouredText, coloured_text
 from moe_lab.report.wall_section import judged_material, verdict_text, wall_section
@@ -151,12 +152,13 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
     of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
     compute = compute_section(of_compute, frames)
     experts = experts_section(replace(material, traces=of_tokens), frames)
+    serving = serving_section(replace(material, traces=of_compute), frames)
     coloured = _coloured(of_compute, compute.first, frames)
     wall = None if study is None or isinstance(study, MoELabError) else wall_section(study)
     difficulty = difficulty_section(compute.first, frames)
     evidence = wall.blocks if wall else ()
     hard = difficulty.blocks if difficulty else ()
-    experts_blocks = [block for _, block in experts]
+    experts_blocks = [block for _, block in (*experts, *serving)]
     blocks: list[Block] = [
         block
         for block in (
@@ -190,6 +192,7 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
         "load_interval": load_interval,
         "compute": compute,
         "experts": experts,
+        "serving": serving,
         "coloured": coloured,
         "difficulty": difficulty,
         "training": training,

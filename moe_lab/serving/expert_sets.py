@@ -116,7 +116,9 @@ class ExpertSets:
     def _phases(self, ordered: bool) -> Callable[[int], NDArray[np.bool_]]:
         """A function that says of the next T tokens whether they were decoded."""
         whole = self.trace.meta.phase != PREFILL
-        if PHASE not in self.trace.tokens.collect_schema().names():
+        # A text that was passed through a model whole is marked prefill, and was not a prompt.
+        generated = self.trace.meta.phase == "generate"
+        if not generated or PHASE not in self.trace.tokens.collect_schema().names():
             return lambda count: np.full(count, whole)
         layer = self.layers[0]
         frames = (

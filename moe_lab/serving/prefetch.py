@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import documents, nulls
-from moe_lab.errors import require
+from moe_lab.errors import AnalysisError, require
 from moe_lab.serving.expert_sets import expert_sets
 from moe_lab.trace import Trace
 from moe_lab.trace.rows import EMPTY_SLOT
@@ -66,6 +66,7 @@ def prefetch(
             break
     key_T = np.concatenate(keys)[:max_tokens]
     ids_TLK = np.concatenate(ids)[:max_tokens]
+    require(len(key_T), "a trace with decoded tokens", "prompts alone", error=AnalysisError)
     docs = documents(trace)
     doc_T = (key_T >> np.uint64(32)).astype(np.uint32)
     unit_T = docs.unit(doc_T)

@@ -71,7 +71,7 @@ def decode_sentence(frame: pl.DataFrame) -> str:
     rows = frame.filter(pl.col("layer").is_null()).drop_nulls("measured")
     if not rows.height:
         return "No batch or window of these sizes fits the trace."
-    row = rows.sort("size").row(-1, named=True)
+    row = rows.sort("size", "kind").row(-1, named=True)
     kind = "tokens in a row" if row["kind"] == "window" else "requests together"
     ends = "" if row["lo"] is None else f"{row['lo']:.1f} to {row['hi']:.1f} {PERCENT}, "
     return (

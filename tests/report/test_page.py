@@ -77,7 +77,7 @@ def test_verdict_and_runs_come_first(page: str) -> None:
     plain = [re.sub(r"<[^>]*>", "", heading) for heading in headings]
     assert plain[0] == "Verdict: cannot tell"
     assert plain[1] == "Runs"
-    assert len(plain) == 10
+    assert len(plain) == 11
 
 
 def test_failed_and_unfinished_runs_are_listed_with_their_reason(page: str) -> None:
@@ -202,6 +202,9 @@ def test_each_figure_has_its_data_its_command_and_its_numbers(
         "ffn_spread",
         "class_profile",
         *whose,
+        "expert_cache",
+        "placement_load",
+        "distinct_experts",
         "training_curves",
     ]
     folder = sweep_page.with_name("a page_data")

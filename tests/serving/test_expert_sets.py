@@ -61,8 +61,11 @@ def test_sets_are_those_of_a_plain_loop(write_trace, random_ids, monkeypatch, bl
 
 def test_a_text_that_was_not_generated_is_read_as_decoded(write_trace, random_ids):
     ids = random_ids(6, 2, 2, 5)
-    found = read(expert_sets(write_trace(ids, None, 5)))
-    assert found == plain_sets(ids, np.zeros(6, int), np.ones(6, bool), 5)
+    decoded = plain_sets(ids, np.zeros(6, int), np.ones(6, bool), 5)
+    assert read(expert_sets(write_trace(ids, None, 5))) == decoded
+    # capture() marks a whole text "prefill"
+    marked = write_trace(ids, None, 5, columns={"phase": ["prefill"] * 6})
+    assert read(expert_sets(marked)) == decoded
 
 
 def test_traces_without_order_or_with_aliased_experts_are_refused(write_trace, random_ids):

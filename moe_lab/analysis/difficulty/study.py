@@ -76,7 +76,9 @@ def difficulty_frame(
     """
     schema = trace.tokens.collect_schema()
     require(
-        "token_id" in schema and trace.tokens.select(pl.len()).collect().item() != 0,
+        trace.meta.has_token_ids
+        and "token_id" in schema
+        and trace.tokens.select(pl.len()).collect().item() != 0,
         "a trace with a token table",
         f"none in {trace.folder}",
         "tracing again with token ids",

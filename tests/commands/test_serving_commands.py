@@ -1,0 +1,80 @@
+"""``moe-lab cache``, ``place`` and ``decode`` on a trace with several documents."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_lab.cli import main
+from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter
+from moe_lab.trace.rows import slot_rows
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    generator = np.random.default_rng(0)
+    meta = TraceMeta(
+        tuple(LayerMeta(n, 8, top_k=2, expert_bytes=2**20) for n in range(2)),
+        has_weights=False,
+        has_scores=False,
+    )
+    doc, pos = np.divmod(np.arange(240, dtype=np.uint32), np.uint32(20))
+    folder = tmp_path_factory.mktemp("serving") / "trace"
+    with TraceWriter(folder, meta) as writer:
+        for layer in meta.layers:
+            keys = generator.gumbel(size=(240, 8)) + generator.normal(size=8)
+            ids = np.argsort(-keys, axis=1)[:, :2]
+            rows = slot_rows(layer, doc, pos, ids, None, None, None)
+            writer.write_rows(layer.layer, rows, np.bincount(ids.ravel(), minlength=8))
+    return folder
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_cache_prints_a_table_and_the_interval_first(trace, capsys):
+    code, out, _ = run(capsys, "cache", trace, "--budget", "8MiB", "--policy", "lru", "--prefetch")
+    assert code == 0
+    assert "A cache of 8.39 MB under lru finds" in out
+    assert "(95 %)" in out
+    assert "last_token" in out
+    code, out, _ = run(capsys, "cache", trace, "--budget", "1MiB", "--budget", "8MiB", "--json",
+                       "--bandwidth", "1GB", "--compute", "0.01")  # fmt: skip
+    values = json.loads(out)
+    assert len(values["cache"]) == 2 * 6 * 2
+    assert any("cliff" in sentence for sentence in values["sentences"])
+    assert any("tokens a second" in sentence for sentence in values["sentences"])
+
+
+def test_place_judges_elsewhere_and_writes_engine_files(trace, capsys, tmp_path):
+    vllm, sglang = tmp_path / "vllm.json", tmp_path / "sglang.json"
+    code, out, _ = run(capsys, "place", trace, "--devices", 4, "--slots", 12, "--tokens-needed",
+                       "--vllm", vllm, "--sglang", sglang)  # fmt: skip
+    assert code == 0
+    assert "On text that it was not chosen on" in out
+    assert json.loads(vllm.read_text())["moe_layer_count"] == 2
+    assert len(json.loads(sglang.read_text())["physical_to_logical_map"][0]) == 12
+    code, out, _ = run(capsys, "place", trace, "--devices", 4, "--by", "time", "--json")
+    assert json.loads(out)["transfer"][0]["chosen_on"] == "first half"
+    code, _, err = run(capsys, "place", trace, "--devices", 3)
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_decode_says_what_a_window_touches_and_when_speculation_pays(trace, capsys):
+    code, out, _ = run(capsys, "decode", trace, "--window", 4, 8, "--batch", 4)
+    assert code == 0
+    assert "8 tokens in a row touch" in out
+    assert "accepted drafts" in out
+    code, out, _ = run(capsys, "decode", trace, "--window", 4, "--json")
+    values = json.loads(out)
+    assert {row["size"] for row in values["distinct"]} == {4}
+    assert values["roofline"] is None
+
+
+def test_a_size_that_is_no_amount_of_bytes_is_refused(trace, capsys):
+    with pytest.raises(SystemExit):
+        main(["cache", str(trace), "--budget", "four"])
+    assert "bytes above 0" in capsys.readouterr().err
