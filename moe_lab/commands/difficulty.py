@@ -171,20 +171,9 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
 
 
 def _print(tables: "dict[str, pl.DataFrame]") -> None:
-    shown = tables["association"].select(
-        "layer",
-        "align",
-        "rho_raw",
-        "rho_strata",
-        "rho_token",
-        "rho_token_lo",
-        "rho_token_hi",
-        "q",
-        "verdict",
-        "n_tokens",
-        "n_docs",
-    )
-    print_frame(shown, explain=True)
+    from moe_lab.analysis.difficulty.association import SHOWN
+
+    print_frame(tables["association"].select(SHOWN), explain=True)
     if "gain" in tables:
         row = tables["gain"].row(0, named=True)
         print(

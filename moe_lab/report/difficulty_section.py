@@ -107,6 +107,8 @@ def _tables(named: NamedTrace) -> dict[str, pl.DataFrame] | None:
 
 
 def _map_block(association: pl.DataFrame) -> Block:
+    from moe_lab.analysis.difficulty.association import SHOWN
+
     top = association.filter(pl.col("rho_token").is_not_null())
     lowest, highest = (
         top.select(end("rho_token")).item() if top.height else None for end in (pl.min, pl.max)
@@ -121,19 +123,7 @@ def _map_block(association: pl.DataFrame) -> Block:
         "against the token that goes in for shallow layers, and against the one to be predicted "
         "for deep ones. The raw correlation, driven by identity and frequency, is in the table."
     )
-    shown = association.select(
-        "layer",
-        "align",
-        "rho_raw",
-        "rho_strata",
-        "rho_token",
-        "rho_token_lo",
-        "rho_token_hi",
-        "q",
-        "verdict",
-        "n_tokens",
-        "n_docs",
-    )
+    shown = association.select(SHOWN)
     summary = (
         f"Correlation of compute with difficulty within token ids by layer and alignment: {reach}."
     )

@@ -179,7 +179,8 @@ def exactly(name: str, value: int, hint: str = "", why: str = "") -> Callable[..
 
     def check(config: RouterConfig) -> None:
         got = getattr(config, name)
-        require(got == value, f"{name} of {value} for {config.kind}{why}", got, hint)
+        what = f"{name} of {value} for {config.kind}{why}"
+        require(got == value, what, got, hint, field=name)
 
     return check
 
@@ -190,6 +191,7 @@ def some_zero_experts(config: RouterConfig) -> None:
         f"num_zero_experts of at least 1 for {config.kind}",
         config.num_zero_experts,
         'kind="softmax_topk"',
+        field="num_zero_experts",
     )
 
 

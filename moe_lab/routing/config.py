@@ -158,6 +158,7 @@ class RouterConfig(Config):
             low <= high <= self.num_choices,
             f"min_slots <= max_slots <= {self.num_choices}",
             f"{low} and {high}",
+            field="max_slots",
         )
         kinds = self.zero_expert_kinds
         require(

@@ -232,94 +232,95 @@ def test_update_over_micro_batches_equals_one_update_over_the_whole_batch():
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("build", "field"),
     [
         (
             lambda: RouterConfig(num_experts=4, top_k=5),
-            "expected top_k of at most 4 (num_experts + num_zero_experts), got 5; try ",
+            "top_k",
         ),
-        (lambda: RouterConfig(num_experts=0), "expected num_experts of at least 1, got 0"),
-        (lambda: RouterConfig(top_k=0), "expected top_k of at least 1, got 0"),
+        (lambda: RouterConfig(num_experts=0), "num_experts"),
+        (lambda: RouterConfig(top_k=0), "top_k"),
         (
             lambda: RouterConfig(num_zero_experts=-1, kind="longcat"),
-            "expected num_zero_experts of at least 0, got -1",
+            "num_zero_experts",
         ),
         (
             lambda: RouterConfig(routed_scaling_factor=0.0),
-            "expected routed_scaling_factor above 0, got 0.0",
+            "routed_scaling_factor",
         ),
         (
             lambda: build_router(RouterConfig(kind="nope"), 4),
-            "expected a router kind, got 'nope'; try ",
+            "a router kind",
         ),
         (lambda: build_router(RouterConfig(num_zero_experts=2), 4), "num_zero_experts"),
         (
             lambda: build_router(RouterConfig(kind="longcat", norm_topk_prob=True), 4),
             "norm_topk_prob",
         ),
-        (lambda: RouterConfig(kind="nope"), "expected a router kind, got 'nope'; try "),
-        (lambda: ControllerConfig(kind="nope"), "expected a controller kind, got 'nope'; try "),  # type: ignore[arg-type]
+        (lambda: RouterConfig(kind="nope"), "a router kind"),
+        (lambda: ControllerConfig(kind="nope"), "a controller kind"),  # type: ignore[arg-type]
         (
             lambda: RouterConfig(controller=ControllerConfig(kind=ControllerKind.RELU_LAMBDA)),
-            "for kind 'softmax_topk', got 'relu_lambda'",
+            "controller",
         ),
         (
             lambda: RouterConfig(num_groups=4, topk_groups=2),
-            "expected num_groups left unset for kind 'softmax_topk', got 4; try a kind ",
+            "num_groups",
         ),
         (
             lambda: RouterConfig(
                 kind="deepseek_v3", num_experts=10, top_k=2, num_groups=4, topk_groups=2
             ),
-            "expected num_groups dividing 10 experts, got 4; try one of 1, 2, 5, 10",
+            "num_groups",
         ),
         (
             lambda: RouterConfig(
                 kind="deepseek_v3", num_experts=8, top_k=5, num_groups=4, topk_groups=2
             ),
-            "expected top_k of at most 4, the experts of topk_groups 2 groups, got 5",
+            "top_k",
         ),
         (
             lambda: RouterConfig(
                 kind="deepseek_v3", num_experts=8, top_k=2, num_groups=8, topk_groups=4
             ),
-            "expected groups of at least 2 experts, whose best two are added, got 1",
+            "num_groups",
         ),
         (
             lambda: RouterConfig(kind="deepseek_v3", num_experts=8, top_k=2, num_groups=4),
-            "expected num_groups and topk_groups together, got only one of them",
+            "topk_groups",
         ),
         (
             lambda: RouterConfig(kind="token_choice", score_func="tanh"),  # type: ignore[arg-type]
-            "expected score_func among softmax, sigmoid, sqrt_softplus, got 'tanh'",
+            "score_func",
         ),
         (
             lambda: RouterConfig(
                 kind="longcat", num_zero_experts=2, zero_expert_kinds=(ZeroExpertKind.ZERO,)
             ),
-            "expected one entry of zero_expert_kinds for each of 2 zero-compute experts, got 1",
+            "zero_expert_kinds",
         ),
         (
             lambda: ControllerConfig(kind=ControllerKind.SIGN, momentum=0.5),
-            "expected momentum left unset for controller 'sign', got 0.5",
+            "momentum",
         ),
-        (lambda: ControllerConfig(rate=-1), "expected rate of at least 0, got -1"),
+        (lambda: ControllerConfig(rate=-1), "rate"),
         (
             lambda: ProportionalBias(
                 ControllerConfig(kind=ControllerKind.PROPORTIONAL, target_ffn_count=9.0), 16, 4, 8
             ),
-            "expected target_ffn_count from 4 to 8 ",
+            "target_ffn_count",
         ),
         (
             lambda: ProportionalBias(ControllerConfig(kind=ControllerKind.PROPORTIONAL), 16, 4, 8),
-            "expected target_ffn_count from 4 to 8 ",
+            "target_ffn_count",
         ),
     ],
 )
-def test_a_bad_configuration_is_one_line_that_says_expected_and_got(build, message):
+def test_a_bad_configuration_is_one_line_that_names_its_field(build, field):
     with pytest.raises(ConfigError) as caught:
         build()
-    assert message in str(caught.value)
+    assert caught.value.field == field
+    assert "expected " in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

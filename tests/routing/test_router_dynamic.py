@@ -302,28 +302,28 @@ def test_the_predictors_loss_does_not_move_the_model():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "field"),
     [
-        ({"kind": "top_p", "top_p": 0.0}, "expected top_p above 0, got 0.0"),
-        ({"kind": "top_p", "top_p": 1.5}, "expected top_p of at most 1, got 1.5"),
-        ({"kind": "xmoe", "threshold": -0.1}, "expected threshold between 0 and 1, got -0.1"),
-        ({"kind": "d2dmoe", "threshold": 2.0}, "expected threshold between 0 and 1, got 2.0"),
-        ({"kind": "remoe", "max_slots": 99}, "expected min_slots <= max_slots <= 8, got 0 and 99"),
+        ({"kind": "top_p", "top_p": 0.0}, "top_p"),
+        ({"kind": "top_p", "top_p": 1.5}, "top_p"),
+        ({"kind": "xmoe", "threshold": -0.1}, "threshold"),
+        ({"kind": "d2dmoe", "threshold": 2.0}, "threshold"),
+        ({"kind": "remoe", "max_slots": 99}, "max_slots"),
         (
             {"kind": "expert_threshold", "min_slots": 4, "max_slots": 2},
-            "expected min_slots <= max_slots <= 8, got 4 and 2",
+            "max_slots",
         ),
         (
             {"kind": "mixture_of_depths"},
-            "expected num_experts of 1 for mixture_of_depths (the block), got 8",
+            "num_experts",
         ),
         (
             {"kind": "dtop_p", "controller": ControllerConfig()},
-            "expected a controller among top_p for kind 'dtop_p', got 'fixed'",
+            "controller",
         ),
     ],
 )
-def test_bad_budgets_are_refused_in_one_line(fields, message):
+def test_bad_budgets_are_refused_in_one_line(fields, field):
     with pytest.raises(ConfigError) as caught:
         RouterConfig(num_experts=8, top_k=2, **fields)
-    assert message in str(caught.value)
+    assert caught.value.field == field

@@ -184,17 +184,17 @@ def test_zaya_reads_the_state_and_not_the_logits_of_the_layer_before():
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "field"),
     [
-        ("adamoe", "expected num_zero_experts of at least 1 for adamoe, got 0"),
-        ("moepp", "expected num_zero_experts of at least 1 for moepp, got 0"),
-        ("zaya", "expected num_zero_experts of 1 for zaya (the skip), got 0"),
+        ("adamoe", "num_zero_experts"),
+        ("moepp", "num_zero_experts"),
+        ("zaya", "num_zero_experts"),
     ],
 )
-def test_kinds_that_need_zero_compute_experts_say_so(kind, message):
+def test_kinds_that_need_zero_compute_experts_say_so(kind, field):
     with pytest.raises(ConfigError) as caught:
         RouterConfig(kind=kind, num_experts=4, top_k=1)
-    assert message in str(caught.value)
+    assert caught.value.field == field
 
 
 def test_a_mean_of_real_experts_that_cannot_be_reached_is_refused():

@@ -259,32 +259,32 @@ def test_groups_must_hold_every_expert_once():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "field"),
     [
         (
             {"scope": "sequence"},
-            "expected a sequence_length that divides 60 tokens for scope 'sequence', got None",
+            "sequence_length",
         ),
         (
             {"scope": "sequence", "sequence_length": 7},
-            "expected a sequence_length that divides 60 tokens for scope 'sequence', got 7",
+            "sequence_length",
         ),
         (
             {"scope": "global"},
-            "expected counts of shape [8] for scope 'global', got None",
+            "counts",
         ),
         (
             {"scope": "global", "counts": torch.ones(7)},
-            "expected counts of shape [8] for scope 'global', got [7]",
+            "counts",
         ),
-        ({"scope": "world"}, "expected scope among batch, sequence, global, got 'world'"),
-        ({"scale": "two"}, "expected scale among one, top_k, got 'two'"),
+        ({"scope": "world"}, "scope"),
+        ({"scale": "two"}, "scale"),
     ],
 )
-def test_a_scope_without_its_argument_is_refused(arguments, message):
+def test_a_scope_without_its_argument_is_refused(arguments, field):
     with pytest.raises(ConfigError) as caught:
         losses.load_balancing_loss(random_routing(), **arguments)
-    assert message in str(caught.value)
+    assert caught.value.field == field
 
 
 # Spread, stability, geometry

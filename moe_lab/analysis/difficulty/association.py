@@ -52,6 +52,11 @@ from moe_lab.analysis.difficulty.within_groups import Ints, Within, joint_code
 from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.config import require
 
+SHOWN = (
+    *("layer", "align", "rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi"),
+    *("q", "verdict", "n_tokens", "n_docs"),
+)
+"""Columns of the association that the command line and the page show."""
 NEGLIGIBLE = 1e-9
 """Share of a row's variance below which its residual is rounding error."""
 ZERO = Interval.missing(0.0, 1.0)

@@ -49,7 +49,7 @@ class Shares(NamedTuple):
 
     def mean(self, values_N: Tensor, scale: Scale) -> Tensor:
         """Mean over the groups that have tokens, times kbar for ``scale="top_k"``."""
-        require(scale in ("one", "top_k"), "scale among one, top_k", repr(scale))
+        require(scale in ("one", "top_k"), "scale among one, top_k", repr(scale), field="scale")
         values_N = values_N * self.slots if scale == "top_k" else values_N
         return torch.where(self.present, values_N, 0.0).sum() / self.present.sum().clamp_min(1)
 
@@ -79,11 +79,14 @@ def shares(
                 expected(
                     f"a sequence_length that divides {length} tokens for scope 'sequence'",
                     sequence_length,
-                )
+                ),
+                field="sequence_length",
             )
         length, groups = sequence_length, length // sequence_length
     elif scope not in ("batch", "global"):
-        raise ConfigError(expected("scope among batch, sequence, global", repr(scope)))
+        raise ConfigError(
+            expected("scope among batch, sequence, global", repr(scope)), field="scope"
+        )
     tokens_N = valid_T.view(groups, length).sum(dim=1)
     counts_NE = routing.grouped_counts(groups).to(scores_TE.dtype)
     slots_N = counts_NE.sum(dim=1) / tokens_N.clamp_min(1)
@@ -95,7 +98,8 @@ def shares(
                     f"counts of shape [{experts}] for scope 'global'",
                     got,
                     "summing Routing.selected_counts()",
-                )
+                ),
+                field="counts",
             )
         counts_NE = counts.to(scores_TE.dtype).unsqueeze(0)
         if tokens is not None:
