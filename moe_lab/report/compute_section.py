@@ -13,6 +13,7 @@ from moe_lab.report import figures
 from moe_lab.report.figure_blocks import Block, Plot, Variant, representatives, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
+from moe_lab.runs.record import number
 
 CLASS_COLUMNS = {
     "lexer": "lexer class",
@@ -87,9 +88,8 @@ def _spread_block(traces: list[NamedTrace], frames: Frames) -> Block:
 
     spreads = []
     for named in traces:
-        target = pl.lit(
-            named.run.result.get("target_ffn_count") if named.run else None, dtype=pl.Float64
-        )
+        aim = named.run.result.get("target_ffn_count") if named.run else None
+        target = pl.lit(number(aim), dtype=pl.Float64)
         spread = frames(ffn_spread, named.trace, resamples=RESAMPLES)
         spreads.append(spread.with_columns(target=target))
     data = pl.concat(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from moe_lab.errors import RunError
+from moe_lab.errors import RunError, expected
 from moe_lab.number_format import decimal, whole
 from moe_lab.report import difficulty_figures as figures
 from moe_lab.report.figure_blocks import Block, Plot, Variant, table_of
@@ -49,11 +49,26 @@ def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Difficulty
         return None
     if "token_id" not in varying.trace.tokens.collect_schema():
         return None
-    from moe_lab.analysis.difficulty.difficulty_verdict import MIN_EFFECTIVE, study_verdict
-
     tables = frames(_tables, varying)
     if tables is None:
         return None
+    try:
+        return _drawn(varying, tables, frames)
+    except (pl.exceptions.PolarsError, KeyError, TypeError, ValueError) as error:
+        if (folder := _folder(varying)) is None:
+            raise
+        first = (str(error).splitlines() or [""])[0][:100]
+        got = f"others in {folder} ({type(error).__name__}: {first})"
+        raise RunError(
+            expected("the tables of moe-lab difficulty", got, "running it again")
+        ) from None
+
+
+def _drawn(
+    varying: NamedTrace, tables: dict[str, pl.DataFrame], frames: Frames
+) -> DifficultySection:
+    from moe_lab.analysis.difficulty.difficulty_verdict import MIN_EFFECTIVE, study_verdict
+
     association = tables["association"]
     verdict, sentence = study_verdict(association)
     enough = int(association["n_docs"].max() or 0) >= MIN_EFFECTIVE  # type: ignore[call-overload]

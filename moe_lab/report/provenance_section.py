@@ -30,7 +30,8 @@ def provenance(material: Material, command: str) -> Provenance:
     versions = _distinct(
         f"{name} {version}"
         for record in records
-        for name, version in (record.get("versions") or {}).items()
+        if isinstance(recorded := record.get("versions"), dict)  # a result may hold anything
+        for name, version in recorded.items()
     )
     facts = {
         "Command of this page": [command],

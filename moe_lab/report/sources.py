@@ -7,7 +7,6 @@ Nothing is trusted: a run counts as finished only when its ``done`` file lies th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
     from moe_lab.trace import Trace
 
 Source: TypeAlias = "str | Path | Trace"
+
+LARGEST_NUMBER = 1e100
+"""No result of a training; figures cannot place more."""
 
 RESULT_COLUMNS: dict[str, pl.DataType] = {
     "run": pl.String(),
@@ -279,13 +281,18 @@ def _text(value: Any) -> str | None:
 
 def _whole(value: Any) -> int | None:
     real = number(value)
-    return None if real is None or not math.isfinite(real) else int(real)
+    return None if real is None or not abs(real) < 2**63 else int(real)
+
+
+def _real(value: Any) -> float | None:
+    real = number(value)
+    return None if real is None or abs(real) > LARGEST_NUMBER else real
 
 
 _CASTS: dict[type[pl.DataType], Callable[[Any], Any]] = {
     pl.String: _text,
     pl.Int64: _whole,
-    pl.Float64: number,
+    pl.Float64: _real,
 }
 
 

@@ -31,6 +31,7 @@ READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".tsv": lambda path: _text(path),
     ".jsonl": lambda path: pl.read_ndjson(read_regular(path)),
 }
+MAX_COLUMNS = 4096
 SEPARATORS = (",", ";", "\t")
 GROUPED = r"^[+-]?\d{{1,3}}({0}\d{{3}}){{2,}}$"
 """A whole number with two or more thousands separators."""
@@ -225,6 +226,9 @@ def _text(path: Path) -> pl.DataFrame:
     text = data.decode("utf-16" if wide else "utf-8-sig")
     header = text.partition("\n")[0]
     separator = max(SEPARATORS, key=header.count)
+    if header.count(separator) >= MAX_COLUMNS:
+        got = f"{header.count(separator) + 1}"
+        raise AnalysisError(expected(f"at most {MAX_COLUMNS} columns in {path.name}", got))
     frame = pl.read_csv(
         text.encode(),
         separator=separator,

@@ -198,7 +198,9 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
         return _corpus(_read_folder(sorted([*_stdlib_files(), *files])), source)
     path = Path(source)
     if path.is_dir():
-        return _corpus(_read_folder(_folder_files(path)), source)
+        files = _folder_files(path)
+        _refuse_links_out(path, files)
+        return _corpus(_read_folder(files), source)
     require(
         path.exists(),
         '"stdlib", "packages" or the path of a text',
@@ -287,6 +289,15 @@ def _folder_files(root: Path, skipped: frozenset[str] = frozenset()) -> list[tup
             (_name(os.path.relpath(path, root)), path) for path in paths if os.path.isfile(path)
         ]
     return sorted(found)
+
+
+def _refuse_links_out(root: Path, files: list[tuple[str, str]]) -> None:
+    """A folder from elsewhere must not put another file of this machine into a model or a page."""
+    inside = root.resolve()
+    for name, path in files:
+        if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
+            got = f"{name}, a link out of {root}"
+            raise CorpusError(expected("files of the folder itself", got, "a copy of that file"))
 
 
 def _name(path: str) -> str:

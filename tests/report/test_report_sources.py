@@ -79,6 +79,15 @@ def test_results_with_missing_or_odd_values_are_null(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("value", ["x", 5, [1], {"a": [1]}, [[]], None, True, 1e308])
+def test_a_page_is_made_of_results_of_any_types(tmp_path: Path, value: object) -> None:
+    run = make_run(tmp_path / "a", "topk", 2, 0, SMALL)
+    result = json.loads((run / "result.json").read_text())
+    # The state of a run and what decides it are checked elsewhere; every other value may be forged.
+    (run / "result.json").write_text(json.dumps(dict.fromkeys(result, value)))
+    write_report(run, tmp_path / "page.html")
+
+
 def test_metrics_of_all_runs_are_one_frame(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "topk", 2, 0, SMALL)
     make_run(tmp_path / "b", "dense", 1, 0, None)
@@ -158,3 +167,18 @@ def test_tables_of_another_study_are_refused(tmp_path: Path) -> None:
     write_parquet(folder / "gain.parquet", pl.DataFrame({"gain": [9.0]}))
     with refused("gain.parquet", RunError):
         check_seal(folder, ["gain.parquet"], folder / "verdict.json")
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [{}, {"association": {"x": [1]}}, {"association": {"verdict": ["x"]}, "curves": {"x": [1]}}],
+    ids=["none", "other columns", "other types"],
+)
+def test_tables_of_no_study_of_ours_are_one_line(tmp_path: Path, tables: dict) -> None:
+    shape = Shape(layers=1, experts=4, zero_experts=2, documents=2, tokens=30)
+    run = make_run(tmp_path / "run", "zero", 2, 0, shape)
+    for name, columns in tables.items():
+        write_parquet(run / "difficulty" / f"{name}.parquet", pl.DataFrame(columns))
+    write_json(run / "difficulty" / "verdict.json", {"verdict": 5})
+    with pytest.raises(RunError, match="expected the tables of moe-lab difficulty, got others"):
+        write_report(run, tmp_path / "page.html")

@@ -6,7 +6,15 @@ import pytest
 from refusals import refused
 
 from moe_lab.errors import AnalysisError
-from moe_lab.scaling import Design, main_arm, parse_truth, plan_power, read_runs, typical_noise
+from moe_lab.scaling import (
+    Design,
+    main_arm,
+    parse_truth,
+    plan_power,
+    read_runs,
+    typical_noise,
+    wall_verdict,
+)
 
 GRID = tuple(2.0**e for e in range(8))
 
@@ -68,3 +76,17 @@ def test_a_csv_with_diverged_runs_keeps_them_for_the_verdict_to_refuse(tmp_path)
     assert frame.columns == ["ratio", "seed", "loss", "active_params", "tokens"]
     assert frame["loss"].is_nan().sum() == 1
     assert frame["loss"].null_count() == 1
+
+
+@pytest.mark.parametrize("name", ["wide.csv", "deep.jsonl", "mixed.jsonl", "quotes.csv"])
+def test_a_table_of_another_make_is_one_line(tmp_path, name):
+    texts = {
+        "wide.csv": ",".join(f"c{number}" for number in range(200_000)) + "\n1",
+        "deep.jsonl": "[" * 100_000,
+        "mixed.jsonl": '{"ratio": 1}\n5\nnull\n',
+        "quotes.csv": '"' * 100_001,
+    }
+    (tmp_path / name).write_text(texts[name])
+    with pytest.raises(AnalysisError) as caught:
+        wall_verdict(read_runs(tmp_path / name))
+    assert "\n" not in str(caught.value)

@@ -310,3 +310,35 @@ def test_the_corpus_packages_holds_the_sources_of_what_is_required_and_imports_n
     count, *facts = done.stdout.split()
     assert int(count) > 3000
     assert facts == ["True", "True", "False", "False"]
+
+
+def test_a_link_out_of_the_folder_is_refused_and_one_within_is_read(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write(folder / "a.txt", "alpha")
+    (folder / "b.txt").symlink_to(folder / "a.txt")
+    assert load_corpus(folder).num_repeated == 1
+    write(tmp_path / "secret.txt", "secret")
+    (folder / "c.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(
+        CorpusError, match=r"expected files of the folder itself, got c\.txt, a link"
+    ):
+        load_corpus(folder)
+
+
+def test_a_text_that_was_changed_since_is_told(tmp_path):
+    path = write(tmp_path / "rows.jsonl", '{"text": "alpha"}\n{"text": "beta"}\n')
+    first, second = load_corpus(path).documents
+    assert (first.text, second.text) == ("alpha", "beta")
+    write(path, '{"text": "alpha"}\n{"text": "BETA"}\n')
+    assert first.text == "alpha"
+    with pytest.raises(
+        CorpusError, match=r"expected the text of rows\.jsonl:2 that the corpus was"
+    ):
+        _ = second.text
+
+
+def test_a_number_of_thousands_of_digits_is_told(tmp_path):
+    path = write(tmp_path / "rows.jsonl", '{"text": ' + "9" * 5000 + "}\n")
+    with pytest.raises(CorpusError, match=r"rows\.jsonl:1, which does not parse"):
+        load_corpus(path)

@@ -264,7 +264,8 @@ def study_verdict(association: pl.DataFrame) -> tuple[str, str]:
         f"Of {moving.height} pairs of layer and alignment: {counts}. The strongest rank "
         "correlation of ffn_count with difficulty within "
         f"token ids is {row['rho_token']:+z.3f}{ends}, at {where}, where the raw one is "
-        f"{row['rho_raw']:+z.3f}; within ±{MARGIN:g} is "
+        f"{'not defined' if row['rho_raw'] is None else format(row['rho_raw'], '+z.3f')}; "
+        f"within ±{MARGIN:g} is "
         f"immaterial. {_percent_words(row)}{row['n_tokens']:,} tokens of {row['n_docs']} "
         f"documents; {row['note']}."
     )
