@@ -75,9 +75,10 @@ def decode_sentence(frame: pl.DataFrame) -> str:
     kind = "tokens in a row" if row["kind"] == "window" else "requests together"
     ends = "" if row["lo"] is None else f"{row['lo']:.1f} to {row['hi']:.1f} {PERCENT}, "
     return (
-        f"{row['size']} {kind} touch {ends}{row['measured']:.1f} experts of a layer in the mean; "
-        f"independent tokens of the same load would touch {row['by_load']:.1f}, and of equal load "
-        f"{row['by_equal_load']:.1f}, {row['by_equal_load'] / row['measured']:.2f} times as many."
+        f"Steps of {row['size']} {kind} touch {ends}{row['measured']:.1f} experts of a layer in "
+        f"the mean; independent tokens of the same load would touch {row['by_load']:.1f}, and of "
+        f"equal load {row['by_equal_load']:.1f}, "
+        f"{row['by_equal_load'] / row['measured']:.2f} times as many."
     )
 
 
