@@ -296,7 +296,14 @@ def _report_calibration(draws: int, corpora: int, seed: int) -> None:
     from simulated_routers import (  # beside this file, when it is run as a script
         calibrate,
         coverage,
+        coverage_by_documents,
     )
+
+    cells = coverage_by_documents(corpora, seed)
+    _save(cells, "coverage_documents")
+    print(cells)
+    if not draws:
+        return
 
     spread = coverage(corpora, seed)
     _save(spread, "coverage")
@@ -344,7 +351,9 @@ def main() -> None:
         help="judge the runs of these vocabularies only",
     )
     calibrating = verbs.add_parser("calibrate", help="simulated routers of known answer")
-    calibrating.add_argument("--draws", type=int, default=100)
+    calibrating.add_argument(
+        "--draws", type=int, default=100, help="0: only coverage by effective documents"
+    )
     calibrating.add_argument("--corpora", type=int, default=200)
     calibrating.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -232,6 +232,75 @@ def coverage(corpora: int, seed: int, resamples: int = 1000) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
+def effective_corpus(documents: int, layout: str, seed: int) -> pl.DataFrame:
+    """[doc, pos, token_id, difficulty, layer, ffn_count] of about ``documents`` effective ones.
+
+    Args:
+        layout: ``equal``; ``giant``, twice as many and one so long that they weigh like
+            ``documents``; ``repeated``, each document three times.
+
+    Documents differ in how strongly compute follows difficulty, and in its level.
+    """
+    generator = np.random.default_rng([documents, len(layout), seed])
+    number = 2 * documents if layout == "giant" else documents
+    corpus = Corpus(documents=number, tokens=100, vocabulary=200, ties=True)
+    tokens = simulate_corpus(corpus, int(generator.integers(2**31)))
+    if layout == "giant":
+        # (D + g)^2 = n (D + g^2) for D documents beside one of g times their length
+        length = (
+            2 * number + np.sqrt(4 * number**2 + 4 * (documents - 1) * number * documents)
+        ) / (2 * (documents - 1))
+        long = simulate_corpus(
+            replace(corpus, documents=1, tokens=round(100 * length)), int(generator.integers(2**31))
+        )
+        tokens = pl.concat([tokens, long.with_columns(doc=pl.lit(number, pl.Int64))])
+    doc = tokens["doc"].to_numpy()
+    slope = 0.15 + 0.12 * generator.normal(size=doc.max() + 1)
+    level = 0.3 * generator.normal(size=doc.max() + 1)
+    hard = beyond_identity(tokens["token_id"].to_numpy(), tokens["difficulty"].to_numpy())
+    spent = generator.binomial(SLOTS, expit(slope[doc] * hard + level[doc]))
+    tokens = tokens.with_columns(layer=pl.lit(0), ffn_count=spent)
+    copies = 3 if layout == "repeated" else 1
+    return pl.concat([tokens.with_columns(doc=pl.col("doc") + 10_000 * k) for k in range(copies)])
+
+
+def coverage_by_documents(
+    draws: int, seed: int, sizes: tuple[int, ...] = (5, 10, 20, 50, 200)
+) -> pl.DataFrame:
+    """[documents, layout, draws, n_effective, sd, covered]: how often the 95 % interval of
+    ``rho_token`` holds the mean of its cell's draws.
+    """
+    rows = []
+    for documents in sizes:
+        for layout in ("equal", "giant", "repeated"):
+            found = pl.concat(
+                difficulty_association(
+                    effective_corpus(documents, layout, seed + draw),
+                    "difficulty",
+                    seed=draw,
+                    resamples=400,
+                    min_documents=2,
+                    details=True,
+                ).filter(pl.col("align") == "input")
+                for draw in range(draws)
+            )
+            true = found["rho_token"].mean()
+            covered = found.select(
+                (pl.col("rho_token_lo") <= true) & (true <= pl.col("rho_token_hi"))
+            ).to_series()
+            rows.append(
+                {
+                    "documents": documents,
+                    "layout": layout,
+                    "draws": draws,
+                    "n_effective": found["n_effective"].mean(),
+                    "sd": found["rho_token"].std(),
+                    "covered": covered.mean(),
+                }
+            )
+    return pl.DataFrame(rows)
+
+
 def _beyond(tokens: pl.DataFrame, means: pl.DataFrame) -> pl.Series:
     joined = tokens.join(means, on="token_id", how="left", maintain_order="left")
     return (joined["difficulty"] - joined["expected"]).fill_null(0.0)

@@ -131,14 +131,18 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
     """The frame to judge, and the ids and numbers of its documents: those of ``--text``, or the
     validation and reference documents of the run's own corpus.
     """
+    import numpy as np
     import polars as pl
 
+    from moe_lab.analysis.difficulty.alignment import HALVES
     from moe_lab.analysis.difficulty.scored_documents import score
+    from moe_lab.analysis.difficulty.study import NGRAM
     from moe_lab.text import (
         Split,
         difficulty_columns,
         load_corpus,
         load_tokens,
+        ngram_halves,
         token_classes,
         tokenize_documents,
     )
@@ -153,7 +157,13 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
         judged = [*text.documents(Split.VALIDATION), *text.documents(Split.REFERENCE)]
         others, counts = text.documents(Split.TRAIN), text.counts()
     judged = [document for document in judged if len(document.ids) > 1]
-    columns = difficulty_columns([*judged, *others], run.tokenizer.vocab_size, seed=args.seed)
+    every, vocabulary = [*judged, *others], run.tokenizer.vocab_size
+    columns = difficulty_columns(every, vocabulary, seed=args.seed)
+    halves = ngram_halves([document.ids for document in every], vocabulary, seed=args.seed)
+    columns = columns.with_columns(
+        pl.Series(NGRAM + end, np.concatenate(half).astype(np.float32)).fill_nan(None)
+        for end, half in zip(HALVES, halves, strict=True)
+    )
     classes = pl.concat([token_classes(document, run.tokenizer, counts) for document in judged])
     ids = [document.ids[: args.max_tokens] for document in judged]
     numbers = [document.index for document in judged]

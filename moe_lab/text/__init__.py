@@ -4,6 +4,7 @@ from moe_lab.text.corpus import Corpus, Document, Split, load_corpus
 from moe_lab.text.surprisal import (
     NgramModel,
     difficulty_columns,
+    ngram_halves,
     ngram_surprisal,
     unigram_surprisal,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "difficulty_columns",
     "load_corpus",
     "load_tokens",
+    "ngram_halves",
     "ngram_surprisal",
     "token_classes",
     "tokenize_documents",

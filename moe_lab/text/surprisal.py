@@ -168,6 +168,31 @@ def ngram_surprisal(
     )
 
 
+def ngram_halves(
+    documents: Documents,
+    vocab_size: int,
+    folds: int = 2,
+    seed: int = 0,
+    groups: Sequence[int] | np.ndarray | None = None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Two measurements of ``ngram_surprisal`` with independent errors: each by one half of the
+    documents whose n-grams score a token. Their correlation tells how reliable it is.
+
+    Arguments as of ``ngram_surprisal``; where only one document scores, it is both halves.
+    """
+
+    def half(first: int) -> list[np.ndarray]:
+        return _cross_fit(
+            documents,
+            folds,
+            seed,
+            lambda others: NgramModel.fit(others[first::2] or others, vocab_size).surprisals,
+            groups,
+        )
+
+    return half(0), half(1)
+
+
 def unigram_surprisal(
     documents: Documents, vocab_size: int, folds: int = 2, seed: int = 0
 ) -> list[np.ndarray]:

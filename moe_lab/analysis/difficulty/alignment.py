@@ -32,6 +32,10 @@ PLACES = {
 """Name -> the class column and the class of a token with which a line or a word begins: where a
 frame has the column, the tokens since then are known.
 """
+HALVES = ("_half_a", "_half_b")
+"""Endings of the columns of two measurements of a difficulty with independent errors, from which
+its reliability comes where a frame has them.
+"""
 MIN_DOCUMENT_TOKENS = 64
 NUM_BANDS = 20
 LARGEST_CODE = 2**22
@@ -52,6 +56,7 @@ class LayerTokens:
         strata: [T] one code for each combination of the class columns, or None where the frame has
             none.
         lexer: [T] codes of the column ``lexer`` alone, or None.
+        halves: two [T] measurements of the difficulty with independent errors, or None.
         places: name in ``PLACES`` -> [T] tokens since the line or the word began, where the frame
             has the column.
         all_documents: documents of the layer, short ones included.
@@ -65,6 +70,7 @@ class LayerTokens:
     difficulty: Floats
     strata: Ints | None
     lexer: Ints | None
+    halves: tuple[Floats, Floats] | None
     places: dict[str, Ints]
     all_documents: int
 
@@ -158,7 +164,8 @@ def layers_of(
         lazy = lazy.with_columns(layer=pl.lit(0, pl.UInt32))
     layers = lazy.select(pl.col("layer").unique().sort()).collect()["layer"].drop_nulls().to_list()
     marks = [column for column, _ in PLACES.values() if column in schema]
-    wanted = dict.fromkeys([*needed, *classes, *marks])
+    halves = [difficulty + end for end in HALVES if difficulty + end in schema]
+    wanted = dict.fromkeys([*needed, *classes, *marks, *halves])
     last: LayerTokens | None = None
     for layer in layers:
         rows = lazy.filter(pl.col("layer") == layer).select(*wanted).collect(engine="streaming")
@@ -197,7 +204,14 @@ def _layer_tokens(
         (rows[column] == value).fill_null(False).to_numpy() if column in rows.columns else None
         for column, value in PLACES.values()
     ]
-    columns = [doc, pos, token_id, *values, strata, lexer, *begins]
+    names = [difficulty + end for end in HALVES]
+    halves = [
+        rows[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+        if set(names) <= set(rows.columns)
+        else None
+        for name in names
+    ]
+    columns = [doc, pos, token_id, *values, strata, lexer, *halves, *begins]
     documents = len(np.unique(doc))
     keep = _long_enough(doc, min_document_tokens) & (np.isfinite(values[0]))
     if order is not None:
@@ -205,8 +219,10 @@ def _layer_tokens(
         columns = [None if column is None else column[order] for column in columns]
     if not keep.all():
         columns = [None if column is None else column[keep] for column in columns]
-    arrays, begins = columns[: -len(PLACES)], columns[-len(PLACES) :]
-    tokens = LayerTokens(layer, *arrays, {}, documents)  # type: ignore[arg-type]
+    *arrays, first, second = columns[: -len(PLACES)]
+    begins = columns[-len(PLACES) :]
+    both = None if first is None or second is None else (first, second)
+    tokens = LayerTokens(layer, *arrays, both, {}, documents)  # type: ignore[arg-type]
     places = {
         name: since(begin, tokens.doc)
         for name, begin in zip(PLACES, begins, strict=True)

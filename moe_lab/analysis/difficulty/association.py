@@ -30,6 +30,7 @@ from moe_lab.analysis.difficulty.difficulty_verdict import (
     MARGIN,
     MIN_DOCUMENTS,
     Evidence,
+    attenuation,
     judge,
 )
 from moe_lab.analysis.difficulty.intervals import (
@@ -119,6 +120,9 @@ def difficulty_association(
         fixed beside the id; null where ``rho_token`` is not beyond the margin or the frame does not
         have it), ``rho_bend`` (of compute with the squared rank of difficulty within
         ids), ``compute_percent`` (compute of the hardest tenth within ids over the easiest),
+        ``reliability`` (of the difficulty within ids, where the frame has the columns
+        ``<difficulty>_half_a`` and ``_half_b``: two measurements with independent errors, each
+        from half of what the difficulty is measured by),
         ``n_effective`` (documents of equal length that would weigh as much, repeated ones counted
         once), ``n_alone`` (tokens whose id occurs once) and ``n_missing`` (without a difficulty).
 
@@ -158,11 +162,13 @@ class Measured:
     identity_share: float = float("nan")
     somers_d: float = float("nan")
     xi: float = float("nan")
+    reliability: float = float("nan")
 
     def row(self, q: float, margin: float, min_documents: int) -> dict[str, object]:
         """The row of ``difficulty_association``, details included."""
         evidence, token = self.evidence, self.evidence.token
         verdict, note = judge(evidence, q, margin, min_documents)
+        note += attenuation(token.value, self.reliability)
         naive = naive_interval(token.value, evidence.tokens)
         intervals = {
             "raw": evidence.raw,
@@ -197,6 +203,7 @@ class Measured:
             },
             "rho_bend": evidence.bend.value,
             "compute_percent": self.compute_percent,
+            "reliability": self.reliability,
             "n_effective": evidence.effective,
             "n_alone": evidence.pairs - evidence.tokens,
             "n_missing": self.aligned.num_missing,
@@ -248,6 +255,25 @@ class Pairing:
             name: group.residual(self.ranks) for name, group in groups.items() if group is not None
         }
         return left | {"raw": self.ranks, "document": self.within_documents(left["token"])}
+
+    @cached_property
+    def reliability(self) -> float:
+        """Of the difficulty within token ids: the correlation r of two measurements of half its
+        length, stepped up to its own by 2 r / (1 + r) (Spearman 1910, Brown 1910). NaN without
+        them; 0 where they do not agree at all.
+        """
+        if self.tokens.halves is None:
+            return float("nan")
+        halves = [half[self.aligned.judged] for half in self.tokens.halves]
+        known = np.isfinite(halves[0]) & np.isfinite(halves[1])
+        left = []
+        for half in halves:
+            ranks = np.zeros(len(half))
+            ranks[known] = standard_ranks(Order.of(half[known]))
+            left.append(self.by_token.residual(ranks))
+        scale = float(np.sqrt((left[0] @ left[0]) * (left[1] @ left[1])))
+        agreed = max(float(left[0] @ left[1]) / scale, 0.0) if scale else 0.0
+        return 2 * agreed / (1 + agreed)
 
     @cached_property
     def order_left(self) -> Order:
@@ -382,6 +408,7 @@ def measure(
         aligned,
         evidence,
         compute_percent=_percent(compute, pairing),
+        reliability=pairing.reliability,
         strata=interval("strata", pairing.by_strata.residual(y)),
         identity_share=identity_share,
         somers_d=somers_d(pairing.order, levels) if levels.max() < MAX_LEVELS else float("nan"),
@@ -471,6 +498,6 @@ _DETAILS: dict[str, Any] = (
         pl.Float64(),
     )
     | {f"rho_{name.replace(' ', '_')}": pl.Float64() for name in GATES}
-    | dict.fromkeys(("rho_bend", "compute_percent", "n_effective"), pl.Float64())
+    | dict.fromkeys(("rho_bend", "compute_percent", "reliability", "n_effective"), pl.Float64())
     | {"n_alone": pl.Int64(), "n_missing": pl.Int64()}
 )

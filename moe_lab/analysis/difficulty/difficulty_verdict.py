@@ -6,6 +6,7 @@ correlation shows beyond that is the work of identity, and of frequency where fr
 most of what identity does.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ GATES = {
 """What is held fixed beside the token id before a layer is called aligned or inverted."""
 BEND_MARGIN = 0.05
 MIN_EFFECTIVE = 30
+LEAST_RELIABLE = 0.1
 
 
 class DifficultyVerdict(StrEnum):
@@ -123,6 +125,25 @@ def judge(
     return (
         DifficultyVerdict.INCONCLUSIVE,
         f"the interval within token ids crosses ±{margin:g}: more tokens or documents would decide",
+    )
+
+
+def attenuation(value: float, reliability: float) -> str:
+    """What errors of the difficulty take of the correlation, for the end of a note; "" where the
+    reliability is unknown.
+
+    Independent errors multiply a correlation by the square root of the reliability.
+    """
+    if not (math.isfinite(value) and math.isfinite(reliability)):
+        return ""
+    if reliability < LEAST_RELIABLE:
+        return (
+            f"; the difficulty is hardly measured (reliability within ids {reliability:.2f}), so "
+            "nothing follows for the true one"
+        )
+    return (
+        f"; the difficulty has a reliability of {reliability:.2f} within ids: measured without "
+        f"error the correlation would be about {value / math.sqrt(reliability):+.3f}"
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.difficulty.alignment import PLACES, STRATA
+from moe_lab.analysis.difficulty.alignment import HALVES, PLACES, STRATA
 from moe_lab.analysis.difficulty.association import difficulty_association
 from moe_lab.analysis.difficulty.compute_budget import compute_budget, compute_variance
 from moe_lab.analysis.difficulty.curves import difficulty_curves, difficulty_information
@@ -17,7 +17,7 @@ from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS
 from moe_lab.analysis.difficulty.nulls import baseline_association, difficulty_nulls
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError
-from moe_lab.text import ngram_surprisal
+from moe_lab.text import ngram_halves, ngram_surprisal
 from moe_lab.trace import Trace
 
 NGRAM = "ngram_loss"
@@ -94,7 +94,9 @@ def difficulty_frame(
 
 
 def trace_surprisal(trace: Trace, seed: int = 0, folds: int = 2) -> pl.DataFrame:
-    """[doc, pos, ngram_loss] from the tokens of the trace alone; null where no token stands before.
+    """[doc, pos, ngram_loss, ngram_loss_half_a, ngram_loss_half_b] from the tokens of the trace
+    alone; null where no token stands before. The halves tell how reliable it is.
+
     A document is whole in its fold, and runs of positions with a gap between are scored apart.
     """
     rows = trace.tokens.select("doc", "pos", "token_id").collect().sort("doc", "pos")
@@ -102,9 +104,14 @@ def trace_surprisal(trace: Trace, seed: int = 0, folds: int = 2) -> pl.DataFrame
     breaks = np.flatnonzero((doc[1:] != doc[:-1]) | (pos[1:] != pos[:-1] + 1)) + 1
     starts = np.append(0, breaks)
     vocabulary = trace.meta.vocab_size or int(ids.max(initial=0)) + 1
-    found = ngram_surprisal(np.split(ids, breaks), vocabulary, folds, seed, groups=doc[starts])
-    column = pl.Series(NGRAM, np.concatenate(found).astype(np.float32))
-    return rows.select("doc", "pos").with_columns(column.fill_nan(None))
+    pieces, groups = np.split(ids, breaks), doc[starts]
+    found = ngram_surprisal(pieces, vocabulary, folds, seed, groups=groups)
+    halves = ngram_halves(pieces, vocabulary, folds, seed, groups=groups)
+    columns = zip((NGRAM, *(NGRAM + end for end in HALVES)), (found, *halves), strict=True)
+    return rows.select("doc", "pos").with_columns(
+        pl.Series(name, np.concatenate(values).astype(np.float32)).fill_nan(None)
+        for name, values in columns
+    )
 
 
 def learnability(losses: NDArray, fall: float = FALL) -> NDArray[np.uint8]:

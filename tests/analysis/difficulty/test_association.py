@@ -439,6 +439,35 @@ def test_a_router_that_sees_the_place_in_a_line_or_word_is_driven_by_context(col
     assert f"its place in the {what}" in row["note"]
 
 
+def test_the_reliability_of_a_difficulty_is_that_of_two_halves_stepped_up():
+    """True difficulty of variance 1 within ids and an error of variance 1: a reliability of 1/2,
+    which takes 1 - sqrt(1/2) of the correlation.
+    """
+    generator = np.random.default_rng(6)
+    corpus = simulate_corpus(Corpus(documents=220, tokens=200, vocabulary=50, by_document=0.0), 6)
+    exact = simulate_router(corpus, World(difficulty=0.3), "difficulty", 7).with_columns(
+        layer=pl.lit(0)
+    )
+    errors = generator.normal(0, np.sqrt(2), (2, corpus.height))
+    noisy = exact.with_columns(
+        difficulty=pl.col("difficulty") + pl.Series(errors.mean(axis=0)),
+        difficulty_half_a=pl.col("difficulty") + pl.Series(errors[0]),
+        difficulty_half_b=pl.col("difficulty") + pl.Series(errors[1]),
+    )
+    true = row_of(difficulty_association(exact, "difficulty", details=True, **FEW))
+    row = row_of(difficulty_association(noisy, "difficulty", details=True, **FEW))
+    assert true["reliability"] is None
+    assert "reliability" not in true["note"]
+    assert row["reliability"] == pytest.approx(0.5, abs=0.05)
+    corrected = row["rho_token"] / np.sqrt(row["reliability"])
+    assert corrected == pytest.approx(true["rho_token"], rel=0.1)
+    assert f"without error the correlation would be about {corrected:+.3f}" in row["note"]
+    deaf = noisy.with_columns(
+        difficulty_half_a=pl.Series(errors[0]), difficulty_half_b=pl.Series(errors[1])
+    )
+    assert "hardly measured" in row_of(difficulty_association(deaf, "difficulty", **FEW))["note"]
+
+
 def test_the_place_is_counted_from_the_last_beginning_or_from_the_document():
     begins = np.array([False, False, True, False, False, False, True])
     doc = np.array([0, 0, 0, 0, 1, 1, 1])
