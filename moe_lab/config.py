@@ -204,7 +204,8 @@ def _plain(value: Any) -> Any:
     if kind in _PLAIN:
         return value
     if dataclasses.is_dataclass(kind):
-        return {name: _plain(getattr(value, name)) for name in _names(kind)}
+        names = value.written() if isinstance(value, Config) else _names(kind)
+        return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -45,6 +45,9 @@ class MoEConfig(Config):
             Nemotron 3, Kimi K3), None on the stream itself; router, zero-compute and shared experts
             see the stream.
         dispatch: a name in ``dispatch.BACKENDS``, or "auto".
+        swiglu_limit, swiglu_alpha, swiglu_offset: hidden units of routed and shared experts are ``g
+            sigmoid(alpha g) (u + offset)`` of gate and up that are cut at the limit
+            (``dispatch.bank.Gating``): 7, 1.702 and 1 in gpt-oss, a limit in DeepSeek-V4.
     """
 
     d_model: Annotated[int, at_least(1)] = 256
@@ -53,6 +56,15 @@ class MoEConfig(Config):
     num_shared_experts: Annotated[int, at_least(0)] = 0
     d_latent: Annotated[int | None, at_least(1)] = None
     dispatch: str = "auto"
+    swiglu_limit: Annotated[float | None, at_least(0)] = None
+    swiglu_alpha: float = 1.0
+    swiglu_offset: float = 0.0
+
+    def written(self) -> tuple[str, ...]:
+        """A plain SwiGLU is not written: its configurations keep their hash."""
+        plain = (self.swiglu_limit, self.swiglu_alpha, self.swiglu_offset) == (None, 1.0, 0.0)
+        names = super().written()
+        return tuple(name for name in names if not (plain and name.startswith("swiglu_")))
 
     @property
     def expert_input_width(self) -> int:

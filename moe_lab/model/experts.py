@@ -8,26 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lab.model.dispatch.bank import SWIGLU, Gating
 
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None = None) -> Tensor:
+
+def swiglu(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    scale: Tensor | None = None,
+    gating: Gating = SWIGLU,
+) -> Tensor:
     """[..., D] -> [..., D] with ``gate_up`` [2F, D] (gate first), ``down`` [D, F]; ``scale`` [...,
     F] multiplies hidden units.
     """
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    hidden = F.silu(gate) * up
+    hidden = gating.hidden(F.linear(x, gate_up))
     return F.linear(hidden if scale is None else hidden * scale.to(hidden.dtype), down)
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, d_model: int, d_hidden: int) -> None:
+    def __init__(self, d_model: int, d_hidden: int, gating: Gating = SWIGLU) -> None:
         super().__init__()
+        self.gating = gating
         self.gate_up = nn.Parameter(torch.empty(2 * d_hidden, d_model))
         self.down = nn.Parameter(torch.empty(d_model, d_hidden))
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return swiglu(x, self.gate_up, self.down, scale)
+        return swiglu(x, self.gate_up, self.down, scale, self.gating)
 
 
 class ExpertBank(nn.Module):
@@ -36,8 +44,11 @@ class ExpertBank(nn.Module):
     Dispatch backends read the two tensors.
     """
 
-    def __init__(self, num_experts: int, d_model: int, d_expert: int) -> None:
+    def __init__(
+        self, num_experts: int, d_model: int, d_expert: int, gating: Gating = SWIGLU
+    ) -> None:
         super().__init__()
+        self.gating = gating
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * d_expert, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
         for weight in (self.gate_up, self.down):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.config import MoEConfig
 from moe_lab.model.dispatch import auto, backend, choose, native, under_autocast
+from moe_lab.model.dispatch.bank import Gating
 from moe_lab.model.experts import ExpertBank, SwiGLU
 from moe_lab.model.zero_experts import ZeroExperts
 from moe_lab.routing import RouterContext, Routing, build_router
@@ -25,8 +26,10 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.router = build_router(config.router, config.d_model)
+        limit = float("inf") if config.swiglu_limit is None else config.swiglu_limit
+        gating = Gating(limit, config.swiglu_alpha, config.swiglu_offset)
         self.experts = ExpertBank(
-            config.router.num_experts, config.expert_input_width, config.d_expert
+            config.router.num_experts, config.expert_input_width, config.d_expert, gating
         )
         latent = config.d_latent
         self.latent_down = None if latent is None else nn.Linear(config.d_model, latent, bias=False)
@@ -38,7 +41,7 @@ class MoELayer(nn.Module):
             else None
         )
         self.shared = (
-            SwiGLU(config.d_model, config.num_shared_experts * config.d_expert)
+            SwiGLU(config.d_model, config.num_shared_experts * config.d_expert, gating)
             if config.num_shared_experts
             else None
         )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.model.dispatch import native
-from moe_lab.model.dispatch.bank import Bank
+from moe_lab.model.dispatch.bank import Bank, Gating, gating_of
 from moe_lab.model.dispatch.grouped import can_group, grouped
 from moe_lab.model.dispatch.loop import loop
 from moe_lab.model.dispatch.oracle import oracle
@@ -70,6 +70,7 @@ def backend(name: str) -> Backend:
 class _Weights(NamedTuple):
     gate_up: Tensor
     down: Tensor
+    gating: Gating
 
 
 def under_autocast(x_TD: Tensor, bank: Bank) -> tuple[Tensor, Bank]:
@@ -80,4 +81,4 @@ def under_autocast(x_TD: Tensor, bank: Bank) -> tuple[Tensor, Bank]:
     if kind == "meta" or x_TD.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x_TD, bank
     dtype = torch.get_autocast_dtype(kind)
-    return x_TD.to(dtype), _Weights(bank.gate_up.to(dtype), bank.down.to(dtype))
+    return x_TD.to(dtype), _Weights(bank.gate_up.to(dtype), bank.down.to(dtype), gating_of(bank))

@@ -37,6 +37,7 @@ struct Layer {
   Gemm<S> blas;
   int64_t threads, T, K, E, D, F;
   bool on_input;  // the weight multiplies the expert's input, not its output
+  double limit, alpha, offset;  // hidden = g sigmoid(alpha g) (u + offset), g = min(gate, limit), u = up within -limit and limit
   const S *x, *weights, *gate_up, *down;
   const int32_t *order, *starts, *place;
 
@@ -75,31 +76,49 @@ inline float sigmoid(float v) {
 
 inline double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
 
-// hidden[n, F] = silu(gate) * up * weight, from act[n, 2F] with the gate first.
+// NaN stays NaN.
 template <typename S>
-void swiglu(int64_t threads, const S* act, const S* weight, int64_t n, int64_t F, S* hidden) {
-  parallel_for(threads, n, F, [&](int64_t r) {
+inline S below(S v, S limit) {
+  return v > limit ? limit : v;
+}
+template <typename S>
+inline S within(S v, S limit) {
+  return v > limit ? limit : (v < -limit ? -limit : v);
+}
+
+// hidden[n, F] = g sigmoid(alpha g) (u + offset) * weight, from act[n, 2F] with the gate first.
+template <typename S>
+void swiglu(const Layer<S>& z, const S* act, const S* weight, int64_t n, S* hidden) {
+  const int64_t F = z.F;
+  const S limit = z.limit, alpha = z.alpha, offset = z.offset;
+  parallel_for(z.threads, n, F, [&](int64_t r) {
     const S *gate = act + r * 2 * F, *up = gate + F, w = weight[r];
     S* out = hidden + r * F;
 #pragma omp simd
-    for (int64_t f = 0; f < F; ++f) out[f] = gate[f] * sigmoid(gate[f]) * up[f] * w;
+    for (int64_t f = 0; f < F; ++f) {
+      const S g = below(gate[f], limit);
+      out[f] = g * sigmoid(alpha * g) * (within(up[f], limit) + offset) * w;
+    }
   });
 }
 
 // From act[n, 2F] and the gradient `grad`[n, F] of the unweighted hidden units: hidden * weight, the gradient of act, and <grad, hidden>.
 template <typename S>
-void swiglu_backward(int64_t threads, const S* act, const S* weight, const S* grad, int64_t n, int64_t F, S* hidden, S* grad_act,
+void swiglu_backward(const Layer<S>& z, const S* act, const S* weight, const S* grad, int64_t n, S* hidden, S* grad_act,
                      S* grad_weight) {
-  parallel_for(threads, n, F, [&](int64_t r) {
+  const int64_t F = z.F;
+  const S limit = z.limit, alpha = z.alpha, offset = z.offset;
+  parallel_for(z.threads, n, F, [&](int64_t r) {
     const S *gate = act + r * 2 * F, *up = gate + F, *g = grad + r * F, w = weight[r];
     S *h = hidden + r * F, *grad_gate = grad_act + r * 2 * F, *grad_up = grad_gate + F, dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (int64_t f = 0; f < F; ++f) {
-      const S s = sigmoid(gate[f]), silu = gate[f] * s, product = silu * up[f], weighted = g[f] * w;
+      const S b = below(gate[f], limit), u = within(up[f], limit) + offset;
+      const S s = sigmoid(alpha * b), silu = b * s, product = silu * u, weighted = g[f] * w;
       dot += g[f] * product;
       h[f] = product * w;
-      grad_gate[f] = weighted * up[f] * (s + silu * (S(1) - s));
-      grad_up[f] = weighted * silu;
+      grad_gate[f] = gate[f] > limit ? S(0) : weighted * u * (s + alpha * silu * (S(1) - s));
+      grad_up[f] = up[f] > limit || up[f] < -limit ? S(0) : weighted * silu;
     }
     grad_weight[r] = dot;
   });
@@ -213,7 +232,7 @@ void forward(const Layer<S>& z, S* act, S* y) {
       S* a = act == nullptr ? own : act + first * 2 * F;
       gather<S>(z, z.x, order, n, z.on_input ? weight : nullptr, input);
       z.product(false, true, n, 2 * F, D, input, z.gate_up + e * 2 * F * D, 0, a);
-      swiglu<S>(z.threads, a, z.on_input ? ones : weight, n, F, hidden);
+      swiglu<S>(z, a, z.on_input ? ones : weight, n, hidden);
       z.product(false, true, n, D, F, hidden, z.down + e * D * F, 0, rows + (first - z.starts[e]) * D);
     }
   });
@@ -241,7 +260,7 @@ void backward(const Layer<S>& z, const S* grad, const S* act, S* grad_x, S* grad
       gather<S>(z, grad, order, n, nullptr, g);
       gather<S>(z, z.x, order, n, z.on_input ? weight : nullptr, input);
       z.product(false, false, n, F, D, g, z.down + e * D * F, 0, grad_hidden);
-      swiglu_backward<S>(z.threads, act + first * 2 * F, z.on_input ? ones : weight, grad_hidden, n, F, hidden, grad_act, dot);
+      swiglu_backward<S>(z, act + first * 2 * F, z.on_input ? ones : weight, grad_hidden, n, hidden, grad_act, dot);
       z.product(true, false, D, F, n, g, hidden, beta, grad_down + e * D * F);
       z.product(true, false, 2 * F, D, n, grad_act, input, beta, grad_gate_up + e * 2 * F * D);
       S* out = rows + (first - z.starts[e]) * D;
@@ -272,9 +291,9 @@ void moe_plan(const int64_t* ids, int64_t N, int64_t E, int32_t* order, int32_t*
 }
 
 #define MOE_LAYER(S)                                                                                                                  \
-  const Layer<S> z { blas, threads, T, K, E, D, F, on_input, x, weights, gate_up, down, order, starts, place }
+  const Layer<S> z { blas, threads, T, K, E, D, F, on_input, limit, alpha, offset, x, weights, gate_up, down, order, starts, place }
 #define MOE_ARGUMENTS(S)                                                                                                              \
-  Gemm<S> blas, int64_t threads, int64_t T, int64_t K, int64_t E, int64_t D, int64_t F, bool on_input, const S *x, const S *weights,    \
+  Gemm<S> blas, int64_t threads, int64_t T, int64_t K, int64_t E, int64_t D, int64_t F, bool on_input, double limit, double alpha, double offset, const S *x, const S *weights,    \
       const S *gate_up, const S *down, const int32_t *order, const int32_t *starts, const int32_t *place
 #define MOE_FACE(S, name)                                                                                                             \
   void moe_forward_##name(MOE_ARGUMENTS(S), S* act, S* y) {                                                                             \

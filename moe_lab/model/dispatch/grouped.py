@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.model.dispatch.bank import Bank
+from moe_lab.model.dispatch.bank import Bank, gating_of
 from moe_lab.model.dispatch.order import SlotOrder, slot_order
 from moe_lab.routing import Routing
 
@@ -43,8 +43,7 @@ def grouped(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     scale = _InOrder.apply(routing.weights.to(x_TD.dtype), slots).unsqueeze(1)
     if routing.weights_on_input:
         rows = rows * scale
-    gate, up = product(rows, bank.gate_up.transpose(1, 2), offs=slots.ends).chunk(2, dim=1)
-    hidden = F.silu(gate) * up
+    hidden = gating_of(bank).hidden(product(rows, bank.gate_up.transpose(1, 2), offs=slots.ends))
     if not routing.weights_on_input:
         hidden = hidden * scale
     return _PutBack.apply(product(hidden, bank.down.transpose(1, 2), offs=slots.ends), slots)

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_lab import compiled
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.model.dispatch.bank import Bank
+from moe_lab.model.dispatch.bank import Bank, gating_of
 from moe_lab.routing import Routing
 
 DTYPES = {torch.float32: ("f32", "sgemm_"), torch.float64: ("f64", "dgemm_")}
@@ -58,7 +59,7 @@ def experts(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     )
     on_input = routing.weights_on_input
     return torch.ops.moe_lab.experts(
-        x_TD, routing.indices, weights, bank.gate_up, bank.down, on_input, save
+        x_TD, routing.indices, weights, bank.gate_up, bank.down, on_input, [*gating_of(bank)], save
     )[0]
 
 
@@ -115,6 +116,7 @@ def _experts(
     gate_up: Tensor,
     down: Tensor,
     on_input: bool,
+    gating: list[float],
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [T, D]; and for the backward pass act [N, 2F] in expert order (empty unless ``save``),
@@ -135,7 +137,9 @@ def _experts(
     x, weights, gate_up, down = (value.contiguous() for value in (x, weights, gate_up, down))
     # Pages that nothing is written to are never touched: unused slots cost no memory.
     y, act = torch.empty_like(x), x.new_empty(num_slots if save else 0, gate_up.shape[1])
-    layer = _layer(library, x, indices, weights, gate_up, down, order, starts, place, on_input)
+    layer = _layer(
+        library, x, indices, weights, gate_up, down, order, starts, place, on_input, gating
+    )
     getattr(library, f"moe_forward_{DTYPES[x.dtype][0]}")(
         *layer, *_pointers(act if save else None, y)
     )
@@ -150,6 +154,7 @@ def _(
     gate_up: Tensor,
     down: Tensor,
     on_input: bool,
+    gating: list[float],
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_slots = indices.shape[0] * indices.shape[1]
@@ -173,6 +178,7 @@ def _experts_backward(
     starts: Tensor,
     place: Tensor,
     on_input: bool,
+    gating: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate_up and down."""
     library = _loaded()
@@ -180,7 +186,9 @@ def _experts_backward(
         value.contiguous() for value in (grad, x, weights, gate_up, down)
     )
     gradients = [torch.empty_like(value) for value in (x, weights, gate_up, down)]
-    layer = _layer(library, x, indices, weights, gate_up, down, order, starts, place, on_input)
+    layer = _layer(
+        library, x, indices, weights, gate_up, down, order, starts, place, on_input, gating
+    )
     getattr(library, f"moe_backward_{DTYPES[x.dtype][0]}")(
         *layer, *_pointers(grad, act, *gradients)
     )
@@ -194,16 +202,16 @@ def _(grad: Tensor, x: Tensor, indices: Tensor, *tensors: Any) -> tuple[Tensor, 
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.on_input, _ = inputs
+    *tensors, ctx.on_input, ctx.gating, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[2:])
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.moe_lab.experts_backward(
-        grad, *ctx.saved_tensors, ctx.on_input
+        grad, *ctx.saved_tensors, ctx.on_input, ctx.gating
     )
-    return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None
+    return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None, None
 
 
 @register_flop_formula(torch.ops.moe_lab.experts)
@@ -247,6 +255,7 @@ def _layer(
     starts: Tensor,
     place: Tensor,
     on_input: bool,
+    gating: Sequence[float],
 ) -> list[Any]:
     """The arguments that both directions begin with."""
     blas = getattr(library, DTYPES[x.dtype][1])
@@ -255,6 +264,7 @@ def _layer(
         blas,
         *sizes,
         ctypes.c_bool(on_input),
+        *map(ctypes.c_double, gating),
         *_pointers(x, weights, gate_up, down, order, starts, place),
     ]
 
