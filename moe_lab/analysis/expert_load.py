@@ -133,7 +133,7 @@ def load_over_windows(
     would see.
 
     Args:
-        trace: a trace with a token table.
+        trace: a trace with a token table; one without raises ``AnalysisError``.
         window: tokens in a window, in order of (doc, pos); the last one may be shorter.
         column: a token column that names the windows instead, such as the training or serving step;
             in order of its values.

@@ -67,14 +67,7 @@ def grouping(trace: Trace, column: str, name: str | None = None, min_size: int =
     Raises:
         AnalysisError: there is no such column.
     """
-    require(
-        not trace.num_tokens or any(name.startswith("tokens/") for name in trace.parts),
-        "a trace with a token table",
-        "one without",
-        "capturing the model again with its text",
-        error=AnalysisError,
-        field="tokens",
-    )
+    _need_tokens(trace)
     values = partial(_values, trace, column)
     found = pl.concat(
         [_sizes(frame) for frame in values()]
@@ -97,10 +90,22 @@ def grouping(trace: Trace, column: str, name: str | None = None, min_size: int =
     )
 
 
+def _need_tokens(trace: Trace) -> None:
+    require(
+        not trace.num_tokens or any(name.startswith("tokens/") for name in trace.parts),
+        "a trace with a token table",
+        "one without",
+        "capturing the model again with its text",
+        error=AnalysisError,
+        field="tokens",
+    )
+
+
 def windows(trace: Trace, window: int) -> Grouping:
     """Consecutive windows of ``window`` tokens in order of (doc, pos); codes are the windows'
-    numbers.
+    numbers. Raises ``AnalysisError`` for a trace without a token table.
     """
+    _need_tokens(trace)
 
     def codes() -> Frames:
         row = 0

@@ -7,6 +7,7 @@ from refusals import refused
 
 from moe_lab.analysis import expert_load, load_interval, load_over_windows, load_summary
 from moe_lab.errors import AnalysisError
+from moe_lab.trace import import_trace
 
 
 def test_load_is_in_fair_shares_of_the_real_experts(make_trace):
@@ -85,6 +86,13 @@ def test_a_balance_that_holds_over_the_whole_can_fail_in_each_window(make_trace)
     windows = load_over_windows(trace, window=40)
     assert windows["tokens"].to_list() == [40, 40, 20]
     assert windows["balancedness"].to_list() == pytest.approx([1 / 2, 20 / 30, 1 / 2])
+
+
+def test_windows_need_a_token_table(tmp_path):
+    np.save(tmp_path / "routes.npy", np.zeros((20, 2, 1), np.int32))
+    trace = import_trace("vllm", tmp_path / "routes.npy", tmp_path / "t", num_experts=4)
+    with refused("tokens", AnalysisError):
+        load_over_windows(trace, window=10)
 
 
 def test_an_empty_trace_has_no_load(make_trace):

@@ -150,7 +150,8 @@ def ids(where: str, value: Any, *dimensions: int) -> np.ndarray:
 
 def check_file(path: Path) -> int:
     """Its size; raises ``TraceError`` for what is no regular file or too large."""
-    require(path.is_file(), f"a file at {path}", "none", error=TraceError)
+    got = "a folder" if path.is_dir() else "none"
+    require(path.is_file(), f"a file at {path}", got, error=TraceError)
     if (size := path.stat().st_size) > MAX_BYTES:
         what = f"{path.name} of at most {MAX_BYTES} bytes"
         raise TraceError(expected(what, size, "several smaller files"))
