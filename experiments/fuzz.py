@@ -317,7 +317,7 @@ def _store(path: str) -> int:
 
 
 def _run(path: str) -> int:
-    from moe_lab.training.record import load_run
+    from moe_lab.training import load_run
 
     load_run(path)
     return 0
