@@ -35,31 +35,34 @@ def choice(options: type[E], value: Any, what: str, field: str = "") -> E:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What the value of a field must fulfil, for ``Annotated``: a condition and its words."""
+    """What the value of a field must fulfil, for ``Annotated``: a condition, its words, and of
+    numbers one that fits, which an error proposes where the field has no default.
+    """
 
     fits: Callable[[Any], bool]
     words: str
+    example: float | None = None
 
 
 def at_least(low: float) -> Range:
-    return Range(lambda value: value >= low, f"of at least {low}")
+    return Range(lambda value: value >= low, f"of at least {low}", low)
 
 
 def above(low: float) -> Range:
-    return Range(lambda value: value > low, f"above {low}")
+    return Range(lambda value: value > low, f"above {low}", low + 1)
 
 
 def below(high: float) -> Range:
-    return Range(lambda value: value < high, f"below {high}")
+    return Range(lambda value: value < high, f"below {high}", high - 1)
 
 
 def at_most(high: float) -> Range:
-    return Range(lambda value: value <= high, f"of at most {high}")
+    return Range(lambda value: value <= high, f"of at most {high}", high)
 
 
 def between(low: float, high: float) -> Range:
     """``low`` and ``high`` are allowed."""
-    return Range(lambda value: low <= value <= high, f"between {low} and {high}")
+    return Range(lambda value: low <= value <= high, f"between {low} and {high}", high)
 
 
 class Config:
@@ -98,8 +101,12 @@ class Config:
             if options is not None:
                 object.__setattr__(self, name, choice(options, value, f"{name} among", name))
             for range in ranges:
-                if value is None or not range.fits(value):
+                if value is not None and range.fits(value):
+                    continue
+                if range.example is None:
                     raise ConfigError(expected(f"{name} {range.words}", short(value)), name)
+                example = _example(getattr(type(self), name, None), ranges)
+                raise FieldError(name, f"a number {range.words}", short(value), example)
 
     def written(self) -> tuple[str, ...]:
         """Names of the fields that ``to_dict`` and ``hash`` have: all, unless a class leaves one
@@ -171,6 +178,16 @@ def _shown(value: Any) -> str:
 
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+def _example(default: Any, ranges: tuple[Range, ...]) -> str:
+    """A number within ``ranges``: the default if it is one."""
+    numbers = (default, *(one.example for one in ranges))
+    return next(
+        f"{number:g}"
+        for number in numbers
+        if isinstance(number, int | float) and all(one.fits(number) for one in ranges)
+    )
 
 
 Check = tuple[str, bool, type[enum.StrEnum] | None, tuple[Range, ...]]

@@ -181,6 +181,8 @@ def parse_json(text: bytes) -> Any:
     Integers of 19 digits and more, which no 64-bit column holds, become floats. Raises
     ``ValueError`` for everything that is no JSON, is nested too deep, or holds a lone surrogate.
     """
+    if not text.strip():
+        raise ValueError("it is empty")
     try:
         value = json.loads(text, parse_int=_parse_int)
     except RecursionError:

@@ -30,8 +30,9 @@ def parse_json(data: bytes, where: str, unique_keys: bool = True) -> Any:
     """The value of a JSON document (a byte-order mark is allowed).
 
     Raises:
-        ConfigError: no JSON, an object that names a key twice (if ``unique_keys``), a number of
-            more than ``MAX_DIGITS`` digits, more than ``MAX_BYTES``, values nested too deep.
+        ConfigError: no JSON (as in an empty file), an object that names a key twice (if
+            ``unique_keys``), a number of more than ``MAX_DIGITS`` digits, more than ``MAX_BYTES``,
+            values nested too deep.
     """
     require(
         len(data) <= MAX_BYTES,
@@ -39,6 +40,7 @@ def parse_json(data: bytes, where: str, unique_keys: bool = True) -> Any:
         f"{len(data) >> 20} MiB",
         "several smaller files",
     )
+    require(data.strip(), f"JSON in {where}", "nothing: it is empty", "the file written again")
     hook = _object if unique_keys else None
     try:
         return json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=hook)

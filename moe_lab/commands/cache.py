@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from moe_lab.commands.options import (
+    BYTE_UNITS,
     add_expert_sizes,
     add_json,
+    add_number,
     add_seed,
-    byte_amount,
     expert_sizes,
     print_frame,
     print_json,
@@ -18,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from moe_lab.serving.policies import POLICIES
 
     parser.add_argument("trace", type=Path, help="a trace of tokens in their order")
-    parser.add_argument(
+    add_number(
+        parser,
         "--budget",
-        type=byte_amount,
+        "4GiB",
+        units=BYTE_UNITS,
         action="append",
         metavar="SIZE",
         help="memory for experts, such as 4GiB (repeatable; default: ten shares of all experts)",
@@ -29,11 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", action="append", choices=POLICIES, help="repeatable; default: all"
     )
     add_expert_sizes(parser)
-    parser.add_argument(
-        "--bandwidth", type=byte_amount, default=None, help="bytes a second of reading an expert"
+    add_number(
+        parser,
+        "--bandwidth",
+        "50GB",
+        units=BYTE_UNITS,
+        default=None,
+        help="bytes a second of reading an expert",
     )
-    parser.add_argument(
-        "--compute", type=float, default=None, help="seconds of a decoded token without reads"
+    add_number(
+        parser,
+        "--compute",
+        0.01,
+        least=0,
+        default=None,
+        help="seconds of a decoded token without reads",
     )
     parser.add_argument(
         "--prefetch", action="store_true", help="also which experts predictors name beforehand"

@@ -15,6 +15,7 @@ from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, coun
 from moe_lab.accounting.published import models
 from moe_lab.accounting.ratios import ratios
 from moe_lab.accounting.stored import StoredSize, stored_size
+from moe_lab.commands.options import add_number
 from moe_lab.cost.parts import Part
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.minis import MINIS, find_mini
@@ -37,10 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="what if: another value of a field (repeatable)",
     )
-    parser.add_argument(
-        "--context", type=int, default=4096, help="tokens of context for the operations per token"
+    add_number(
+        parser,
+        "--context",
+        4096,
+        whole=True,
+        default=4096,
+        help="tokens of context for the operations per token",
     )
-    parser.add_argument("--batch", type=int, default=1, help="sequences that decode together")
+    add_number(parser, "--batch", 1, whole=True, default=1, help="sequences that decode together")
     parser.add_argument(
         "--trace",
         metavar="FOLDER",

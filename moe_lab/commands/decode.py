@@ -8,6 +8,7 @@ from pathlib import Path
 from moe_lab.commands.options import (
     add_expert_sizes,
     add_json,
+    add_number,
     add_seed,
     expert_sizes,
     print_frame,
@@ -18,14 +19,31 @@ from moe_lab.errors import AnalysisError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", type=Path, help="a trace of tokens in their order")
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[], help="requests that decode together"
+    add_number(
+        parser,
+        "--batch",
+        8,
+        whole=True,
+        nargs="+",
+        default=[],
+        help="requests that decode together",
     )
-    parser.add_argument(
-        "--window", type=int, nargs="+", default=[], help="tokens of one request in a row"
+    add_number(
+        parser,
+        "--window",
+        4,
+        whole=True,
+        nargs="+",
+        default=[],
+        help="tokens of one request in a row",
     )
-    parser.add_argument(
-        "--draft-cost", type=float, default=0.0, help="time of a draft over that of a token"
+    add_number(
+        parser,
+        "--draft-cost",
+        0.1,
+        least=0,
+        default=0.0,
+        help="time of a draft over that of a token",
     )
     parser.add_argument(
         "--times",

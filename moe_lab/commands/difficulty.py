@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.commands.options import (
+    UNITS,
     add_device,
     add_json,
+    add_number,
     add_out,
     add_seed,
     print_frame,
     print_json,
-    whole_amount,
 )
 
 if TYPE_CHECKING:
@@ -39,14 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="documents to judge a run on (default: those of its corpus that it never saw)",
     )
     parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
-    parser.add_argument(
+    add_number(
+        parser,
         "--max-tokens",
-        type=whole_amount,
+        1000,
+        whole=True,
+        units=UNITS,
         default=1000,
         help="leading tokens of each unseen document of a run",
     )
-    parser.add_argument(
-        "--resamples", type=int, default=2000, help="of whole documents, for intervals"
+    add_number(
+        parser,
+        "--resamples",
+        2000,
+        whole=True,
+        default=2000,
+        help="of whole documents, for intervals",
     )
     parser.add_argument(
         "--no-gain",

@@ -3,10 +3,11 @@
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_lab.errors import expected
+from moe_lab.errors import MoELabError, expected
 
 if TYPE_CHECKING:
     import polars as pl
@@ -29,52 +30,77 @@ TERMS = {
 }
 """What columns of printed tables mean (``moe_lab.measures`` defines them)."""
 
-UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+class Units(NamedTuple):
+    """Suffixes of a number: in words, and in lower case -> factor."""
+
+    words: str
+    factors: Mapping[str, int]
 
 
-def amount(text: str) -> float:
-    """1.6T, 48B, 135e9, 300M, 5k."""
-    digits = text.rstrip("kmbgtKMBGT")
+NO_UNITS = Units("", {"": 1})
+UNITS = Units(
+    ", with k, M, B or T",
+    {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12},
+)
+BYTE_UNITS = Units(
+    ", with kB, MB, GB, KiB, MiB or GiB",
+    {"": 1, "b": 1}
+    | {
+        f"{letter}{mark}": (1024 if mark == "ib" else 1000) ** power
+        for power, letter in enumerate("kmgt", 1)
+        for mark in ("", "b", "ib")
+    },
+)
+
+
+def add_number(
+    parser: argparse._ActionsContainer,
+    option: str,
+    example: object,
+    *,
+    whole: bool = False,
+    least: int | None = None,
+    most: int | None = None,
+    units: Units = NO_UNITS,
+    **settings: Any,
+) -> None:
+    """Add an option that takes a number.
+
+    Args:
+        example: what an error proposes.
+        whole: no fraction.
+        least, most: the range; without ``least`` the number is above 0.
+        units: what may stand behind it: ``UNITS``, ``BYTE_UNITS``.
+        settings: of ``add_argument``.
+
+    The parser raises ``MoELabError`` with the option as its ``field`` for another value.
+    """
+    what = f"{option} as a {'whole ' * whole}number"
+    what += " above 0" if least is None else f" of at least {least}"
+    what += ("" if most is None else f" and at most {most}") + units.words
+    letters = "".join(units.factors) + "".join(units.factors).upper()
+
+    def read(text: str) -> float:
+        digits = text.rstrip(letters)
+        try:
+            value = _digits(digits) * units.factors[text[len(digits) :].lower()]
+        except (ValueError, KeyError):
+            value = math.nan
+        fits = math.isfinite(value) and (value > 0 if least is None else value >= least)
+        if not fits or (most is not None and value > most) or (whole and value != int(value)):
+            raise MoELabError(expected(what, repr(text), f"{option} {example}"), option)
+        return int(value) if whole else float(value)
+
+    parser.add_argument(option, type=read, **settings)
+
+
+def _digits(text: str) -> float:
+    """In full where the number is whole."""
     try:
-        value = float(digits) * UNITS[text[len(digits) :].lower()]
-    except (ValueError, KeyError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(
-            expected("a number above 0, with k, M, B or T", repr(text), "1.6T")
-        )
-    return value
-
-
-def whole_amount(text: str) -> int:
-    """The same, of things that are counted: 200k tokens."""
-    value = amount(text)
-    if value != int(value):
-        raise argparse.ArgumentTypeError(
-            expected("a whole number, with k, M, B or T", repr(text), "200k")
-        )
-    return int(value)
-
-
-BYTE_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{mark}": (1024 if mark == "ib" else 1000) ** power
-    for power, letter in enumerate("kmgt", 1)
-    for mark in ("", "b", "ib")
-}
-
-
-def byte_amount(text: str) -> float:
-    """4GiB, 500MB, 2e9: bytes."""
-    digits = text.rstrip("kmgtibKMGTIB")
-    try:
-        value = float(digits) * BYTE_UNITS[text[len(digits) :].lower()]
-    except (ValueError, KeyError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(
-            expected("bytes above 0, with kB, MB, GB, KiB, MiB or GiB", repr(text), "4GiB")
-        )
-    return value
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def add_expert_sizes(parser: argparse.ArgumentParser) -> None:
@@ -84,11 +110,17 @@ def add_expert_sizes(parser: argparse.ArgumentParser) -> None:
         metavar="ID_OR_PATH",
         help="the model: a published one, a mini, or a config.json; sizes of experts, and the rest",
     )
-    parser.add_argument(
-        "--bytes-per-parameter", type=float, default=2.0, help="of the weights, with --config"
+    add_number(
+        parser, "--bytes-per-parameter", 2, default=2.0, help="of the weights, with --config"
     )
-    parser.add_argument(
-        "--expert-bytes", type=byte_amount, default=None, metavar="SIZE", help="of one expert"
+    add_number(
+        parser,
+        "--expert-bytes",
+        "18MiB",
+        units=BYTE_UNITS,
+        default=None,
+        metavar="SIZE",
+        help="of one expert",
     )
 
 
@@ -119,7 +151,7 @@ def place(text: str) -> "Path | str":
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="first seed")
+    add_number(parser, "--seed", 0, whole=True, least=0, default=0, help="first seed")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +174,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         help='a folder, .txt, .jsonl or .parquet; "stdlib" is this Python\'s own sources',
     )
     parser.add_argument("--text-column", default=None, help="column of a .jsonl or .parquet corpus")
-    parser.add_argument("--vocab-size", type=int, default=None, help="of the BPE tokenizer")
+    add_number(parser, "--vocab-size", 4096, whole=True, default=None, help="of the BPE tokenizer")
     parser.add_argument(
         "--tokenizer", choices=("bpe", "byte"), default=None, help="what a token is"
     )

@@ -5,23 +5,25 @@ not chosen on.
 import argparse
 from pathlib import Path
 
-from moe_lab.commands.options import add_json, add_seed, print_frame, print_json
+from moe_lab.commands.options import add_json, add_number, add_seed, print_frame, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from moe_lab.serving.policies import METHODS
 
     parser.add_argument("trace", type=Path, help="a trace, also one of counts")
-    parser.add_argument("--devices", type=int, required=True, help="in all")
-    parser.add_argument(
+    add_number(parser, "--devices", 8, whole=True, required=True, help="in all")
+    add_number(
+        parser,
         "--slots",
-        type=int,
+        288,
+        whole=True,
         default=None,
         help="experts of a layer on all devices with replicas (default: no replica)",
     )
     parser.add_argument("--method", choices=METHODS, default="eplb", help="how they are placed")
-    parser.add_argument("--nodes", type=int, default=1, help="groups of devices")
-    parser.add_argument("--groups", type=int, default=1, help="groups of experts (n_group)")
+    add_number(parser, "--nodes", 1, whole=True, default=1, help="groups of devices")
+    add_number(parser, "--groups", 1, whole=True, default=1, help="groups of experts (n_group)")
     parser.add_argument(
         "--by",
         default="documents",

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.commands.options import add_json, add_out, amount, print_json
-from moe_lab.errors import AnalysisError, expected, require
+from moe_lab.commands.options import UNITS, add_json, add_number, add_out, print_json
+from moe_lab.errors import AnalysisError, MoELabError, expected, require
 from moe_lab.number_format import magnitude
 
 if TYPE_CHECKING:
@@ -33,25 +33,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("active", "per token"),
         ("add", "expert parameters to add"),
     ):
-        step_parser.add_argument(f"--{name}", type=amount, required=True, metavar="N", help=what)
-    step_parser.add_argument(
-        "--tokens", type=amount, required=True, metavar="N", help="training tokens"
+        add_number(
+            step_parser, f"--{name}", "48B", units=UNITS, required=True, metavar="N", help=what
+        )
+    add_number(
+        step_parser,
+        "--tokens",
+        "35T",
+        units=UNITS,
+        required=True,
+        metavar="N",
+        help="training tokens",
     )
     step_parser.add_argument(
         "--included", action="store_true", help="the total is the one after the step"
     )
-    step_parser.add_argument(
+    add_number(
+        step_parser,
         "--routed",
-        type=amount,
+        "1.5T",
+        units=UNITS,
         default=None,
         metavar="N",
         help="of the total, in routed experts (default: all)",
     )
-    step_parser.add_argument(
-        "--granularity", type=amount, default=12.0, metavar="G", help="for laws that know it"
+    add_number(
+        step_parser,
+        "--granularity",
+        12,
+        units=UNITS,
+        default=12.0,
+        metavar="G",
+        help="for laws that know it",
     )
-    step_parser.add_argument(
-        "--noise", type=amount, default=0.0005, metavar="NATS", help="between seeds"
+    add_number(
+        step_parser,
+        "--noise",
+        0.0005,
+        units=UNITS,
+        default=0.0005,
+        metavar="NATS",
+        help="between seeds",
     )
     add_json(step_parser)
     verdict_parser = verbs.add_parser(
@@ -70,15 +92,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verdict_parser.add_argument(
         "--by-budget", action="store_true", help="one verdict per token budget"
     )
-    verdict_parser.add_argument(
+    add_number(
+        verdict_parser,
         "--noise",
-        type=amount,
+        0.0005,
+        units=UNITS,
         default=None,
         metavar="NATS",
         help="between seeds, known from elsewhere",
     )
-    verdict_parser.add_argument(
-        "--vocab-size", type=int, default=None, help="lets losses in bits be recognised"
+    add_number(
+        verdict_parser,
+        "--vocab-size",
+        50257,
+        whole=True,
+        default=None,
+        help="lets losses in bits be recognised",
     )
     add_out(
         verdict_parser,
@@ -100,8 +129,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arm", default=None, help="which arm (default: the one with most ratios)"
     )
     _add_column(fit_parser)
-    fit_parser.add_argument(
-        "--bootstrap", type=int, default=1000, metavar="N", help="repetitions; 0 for none"
+    add_number(
+        fit_parser,
+        "--bootstrap",
+        1000,
+        whole=True,
+        least=0,
+        default=1000,
+        metavar="N",
+        help="repetitions; 0 for none",
     )
     fit_parser.add_argument(
         "--cluster", default=None, metavar="COLUMN", help="redraw whole groups of runs"
@@ -133,9 +169,11 @@ def _add_column(parser: argparse.ArgumentParser) -> None:
         help="of the losses: nats or bits per token, or bits per byte (with --bytes-per-token); "
         "nats unless the column's name says bits",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--bytes-per-token",
-        type=amount,
+        4.5,
+        units=UNITS,
         default=None,
         metavar="N",
         help="of the text that losses in bits per byte are of",
@@ -152,7 +190,8 @@ def _runs(args: argparse.Namespace) -> "pl.DataFrame":
 def _renamed(text: str) -> tuple[str, str]:
     ours, _, theirs = text.partition("=")
     if not (ours.strip() and theirs.strip()):
-        raise argparse.ArgumentTypeError(expected("OURS=YOURS", repr(text), "loss=val_bpb"))
+        what, hint = "--column OURS=YOURS", "--column loss=val_bpb"
+        raise MoELabError(expected(what, repr(text), hint), "--column")
     return ours.strip(), theirs.strip()
 
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from moe_lab.commands.options import (
     add_device,
     add_json,
+    add_number,
     add_seed,
     add_text,
     place,
     print_json,
     text_changes,
 )
-from moe_lab.config import require
+from moe_lab.errors import MoELabError, expected, require
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,8 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "plan", help="the table of runs, their cost and a time estimate", formatter_class=formatter
     )
     _add_recipe(plan_parser)
-    plan_parser.add_argument(
-        "--workers", type=int, default=None, help="processes to plan for (default: one a core)"
+    add_number(
+        plan_parser,
+        "--workers",
+        4,
+        whole=True,
+        default=None,
+        help="processes to plan for (default: one a core)",
     )
     plan_parser.add_argument("--no-calibration", action="store_true", help="no time estimate")
     _add_power(plan_parser)
@@ -85,9 +91,10 @@ def _add_power(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the chance of each verdict instead of the table of runs",
     )
-    group.add_argument(
+    add_number(
+        group,
         "--noise",
-        type=float,
+        0.006,
         default=None,
         metavar="NATS",
         help="between seeds (default: typical of the size)",
@@ -99,8 +106,8 @@ def _add_power(parser: argparse.ArgumentParser) -> None:
         metavar="1,2,4,...",
         help="another grid than the recipe's",
     )
-    group.add_argument(
-        "--seeds", type=int, default=None, metavar="N", help="other than the recipe's"
+    add_number(
+        group, "--seeds", 2, whole=True, default=None, metavar="N", help="other than the recipe's"
     )
     group.add_argument(
         "--truth",
@@ -109,12 +116,14 @@ def _add_power(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="line, saturation:300, wall:32, law:ludziejewski; repeatable",
     )
-    group.add_argument(
-        "--draws", type=int, default=500, help="simulated sweeps per truth and design"
+    add_number(
+        group, "--draws", 500, whole=True, default=500, help="simulated sweeps per truth and design"
     )
-    group.add_argument(
+    add_number(
+        group,
         "--target",
-        type=float,
+        0.9,
+        most=1,
         default=0.9,
         help="probability with which every truth is to be settled",
     )
@@ -124,7 +133,8 @@ def _ratios(text: str) -> tuple[float, ...]:
     try:
         return tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected ratios such as 1,2,4,8, got {text!r}") from None
+        what, hint = "--ratios as numbers with commas between", "--ratios 1,2,4,8"
+        raise MoELabError(expected(what, repr(text), hint), "--ratios") from None
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
@@ -137,8 +147,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         help="the sweep's folder, or a URL such as s3://bucket/sweep (extra store)"
         + ("" if out else " (default: runs/<sweep name>)"),
     )
-    parser.add_argument(
-        "--workers", type=int, default=None, help="processes (default: one a core, or one a GPU)"
+    add_number(
+        parser,
+        "--workers",
+        4,
+        whole=True,
+        default=None,
+        help="processes (default: one a core, or one a GPU)",
     )
     parser.add_argument(
         "--launcher",
@@ -154,12 +169,14 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         help="local: stall_minutes; ray: address, cpus, gpus, memory_gb; "
         "slurm: cluster, minutes, cpus, gpus, memory_gb, partition, account, qos, requeues",
     )
-    parser.add_argument(
-        "--max-hours", type=float, default=None, help="start no further run after so long"
+    add_number(
+        parser, "--max-hours", 12, least=0, default=None, help="start no further run after so long"
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--max-flops",
-        type=float,
+        "1e18",
+        least=0,
         default=None,
         metavar="N",
         help="start no run that would take this call past N training FLOPs "

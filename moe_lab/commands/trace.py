@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.commands.options import (
+    UNITS,
     add_device,
     add_json,
+    add_number,
     add_out,
     print_frame,
     print_json,
-    whole_amount,
 )
 from moe_lab.errors import (
     ArgumentError,
@@ -66,8 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, .txt, .jsonl or .parquet of documents",
     )
     parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
-    parser.add_argument(
-        "--max-tokens", type=whole_amount, default=None, help="leading tokens of each document"
+    add_number(
+        parser,
+        "--max-tokens",
+        1000,
+        whole=True,
+        units=UNITS,
+        default=None,
+        help="leading tokens of each document",
     )
     add_out(
         parser,
@@ -87,8 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pretrained.add_argument(
         "--device-map", default=None, metavar="MAP", help="auto, balanced, ... (needs accelerate)"
     )
-    pretrained.add_argument(
-        "--batch-tokens", type=whole_amount, default=4096, help="tokens of one forward pass"
+    add_number(
+        pretrained,
+        "--batch-tokens",
+        4096,
+        whole=True,
+        units=UNITS,
+        default=4096,
+        help="tokens of one forward pass",
     )
     pretrained.add_argument(
         "--trust-remote-code",
@@ -102,21 +115,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="config.json of the model, or its folder: experts, slots, layers",
     )
-    imported.add_argument(
-        "--num-experts", type=int, default=None, help="where neither the source nor --config tells"
+    add_number(
+        imported,
+        "--num-experts",
+        64,
+        whole=True,
+        default=None,
+        help="where neither the source nor --config tells",
     )
-    imported.add_argument(
-        "--num-zero-experts", type=int, default=None, help="zero-compute experts of the model"
+    add_number(
+        imported,
+        "--num-zero-experts",
+        0,
+        whole=True,
+        least=0,
+        default=None,
+        help="zero-compute experts of the model",
     )
-    imported.add_argument("--top-k", type=int, default=None, help="slots of each token")
+    add_number(imported, "--top-k", 8, whole=True, default=None, help="slots of each token")
     imported.add_argument(
         "--layers",
         default=None,
         metavar="LIST",
         help="numbers of its MoE layers, such as 1-60 or 3,7",
     )
-    imported.add_argument(
-        "--tokens", type=whole_amount, default=None, help="of counts whose layers left slots unused"
+    add_number(
+        imported,
+        "--tokens",
+        "200k",
+        whole=True,
+        units=UNITS,
+        default=None,
+        help="of counts whose layers left slots unused",
     )
     imported.add_argument("--model", default="", help="its name, or which of several models in SRC")
     add_device(parser)

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.commands.options import (
+    UNITS,
     add_device,
     add_json,
+    add_number,
     add_out,
     add_seed,
     add_text,
     print_json,
     terms,
     text_config,
-    whole_amount,
 )
 from moe_lab.errors import ConfigError, FieldError, expected, require
 from moe_lab.files import parse_json, read_regular
@@ -45,15 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a published architecture in small, such as longcat_flash_mini",
     )
-    parser.add_argument(
-        "--experts", type=int, default=None, help="real experts of a layer (without --config: 16)"
+    add_number(
+        parser,
+        "--experts",
+        16,
+        whole=True,
+        default=None,
+        help="real experts of a layer (without --config: 16)",
     )
-    parser.add_argument(
-        "--top-k", type=int, default=None, help="slots per token (without --config: 2)"
+    add_number(
+        parser, "--top-k", 2, whole=True, default=None, help="slots per token (without --config: 2)"
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--zero-experts",
-        type=int,
+        8,
+        whole=True,
+        least=0,
         default=None,
         help="zero-computation experts; any at all makes the router LongCat's",
     )
@@ -70,14 +79,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=COEFFICIENT",
         help="a further loss on the routing of each MoE layer; may be repeated",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--tokens",
-        type=whole_amount,
+        "200k",
+        whole=True,
+        units=UNITS,
         default=None,
         metavar="N",
         help="training tokens (without --config: 200k)",
     )
-    parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
+    add_number(parser, "--lr", 0.003, default=None, help="peak learning rate")
     parser.add_argument(
         "--set",
         action="append",

@@ -85,7 +85,7 @@ class RunConfig(Config):
     model: DecoderConfig
     name: str = "run"
     arm: str = "topk"
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     text: TextConfig = field(default_factory=TextConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: Annotated[int, at_least(1)] = 16

@@ -208,7 +208,7 @@ def test_train_takes_flags_and_writes_a_run(corpus: Path, cache: Path, tmp_path:
     assert "expected top_k of at most 4" in fails(
         "train", "--corpus", corpus, "--experts", 4, "--top-k", 5, cache=cache
     )
-    assert "expected top_k of at least 1, got 0" in fails(
+    assert "expected --top-k as a whole number above 0, got '0'; try --top-k 2" in fails(
         "train", "--corpus", corpus, "--top-k", 0, cache=cache
     )
     assert "expected a folder of run" in fails(

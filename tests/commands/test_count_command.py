@@ -139,7 +139,9 @@ def test_mistakes_are_one_line(capsys: Printed) -> None:
         capsys, "dbrx", "dbrx", "--trace", "nowhere"
     )
     assert "expected a trace at" in refused(capsys, "dbrx", "--trace", "nowhere")
-    assert "expected context of at least 1 token" in refused(capsys, "dbrx", "--context", "0")
+    assert "expected --context as a whole number above 0" in refused(
+        capsys, "dbrx", "--context", "0"
+    )
 
 
 def test_the_atlas_is_one_offline_page(

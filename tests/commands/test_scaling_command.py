@@ -94,8 +94,9 @@ def test_the_step_of_longcat_is_an_eighth_of_a_doubling_and_small_under_every_la
 
 
 def test_a_bad_amount_is_one_line() -> None:
-    assert "expected a number above 0, with k, M, B or T, got 'many'" in fails(
-        *STEP[:3], "many", *STEP[4:]
+    assert (
+        "expected --total as a number above 0, with k, M, B or T, got 'many'; try --total 48B"
+        in fails(*STEP[:3], "many", *STEP[4:])
     )
     assert "total before the step" in fails(
         "scaling", "step", "--total", "1B", "--active", "48B", "--add", "1B", "--tokens", "1T"

@@ -75,6 +75,5 @@ def test_decode_says_what_a_window_touches_and_when_speculation_pays(trace, caps
 
 
 def test_a_size_that_is_no_amount_of_bytes_is_refused(trace, capsys):
-    with pytest.raises(SystemExit):
-        main(["cache", str(trace), "--budget", "four"])
-    assert "bytes above 0" in capsys.readouterr().err
+    assert main(["cache", str(trace), "--budget", "four"]) == 2
+    assert "expected --budget as a number above 0, with kB" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_any_kind_of_router_can_be_set(
             ("--loss", "warp=1"),
             "expected a loss, got 'warp'; try the --plugin that adds",
         ),
-        (("--tokens", "1.0001k"), "a whole number, with k, M, B or T"),
+        (("--tokens", "1.0001k"), "a whole number above 0, with k, M, B or T"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_says_what_was_expected(

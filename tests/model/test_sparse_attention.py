@@ -484,7 +484,9 @@ def test_choices_that_do_not_fit_are_refused() -> None:
         SPARSE.replace(share=0)
     with refused("initial"):
         SPARSE.replace(initial=-1)
-    with pytest.raises(ConfigError, match=r"expected loss_coef of at least 0, got -0\.5"):
+    with pytest.raises(
+        ConfigError, match=r"expected loss_coef as a number of at least 0, got -0\.5"
+    ):
         SPARSE.replace(loss_coef=-0.5)
     with pytest.raises(
         ConfigError,

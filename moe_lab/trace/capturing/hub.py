@@ -208,8 +208,16 @@ def load_pretrained(model_id: str | Path, loading: Loading) -> tuple[Any, Any]:
             "--trust-remote-code if you trust that code",
             error=TraceError,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
         config = AutoConfig.from_pretrained(name, **source)
+        require(
+            not config.is_encoder_decoder,
+            "a model with one stream of tokens",
+            f"{model_id}, an encoder-decoder",
+            "moe_lab.trace.capture(model, folder, only='decoder') around passes of your own",
+            error=TraceError,
+            field="model_id",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
         remote = getattr(config, "auto_map", None) or {}
         causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote
         kind: Any = AutoModelForCausalLM if causal else AutoModel
