@@ -6,6 +6,7 @@ folder counts when its ``done`` file lies there; ``train_tokens`` is called toke
 """
 
 import codecs
+import csv
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -33,8 +34,15 @@ READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
 }
 MAX_COLUMNS = 4096
 SEPARATORS = (",", ";", "\t")
-GROUPED = r"^[+-]?\d{{1,3}}({0}\d{{3}}){{2,}}$"
-"""A whole number with two or more thousands separators."""
+MARKS = ((".", ","), (",", "."))
+"""Decimal mark and the thousands separator beside it."""
+GROUPED = r"^[+-]?\d{{1,3}}({g}\d{{3}})+({d}\d*)?$"
+"""A number with thousands separators."""
+DECIMAL = (
+    r"^[+-]?(\d*{d}(\d{{1,2}}|\d{{4,}})|(0*|\d{{4,}}){d}\d{{3}}"
+    r"|\d+{d}\d+e[+-]?\d+|\d{{1,3}}({g}\d{{3}})+{d}\d+|\d{{1,3}}({g}\d{{3}}){{2,}})(e[+-]?\d+)?$"
+)
+"""A number in which ``d`` cannot stand before thousands, or ``g`` only there."""
 NAMES = {
     "train_tokens": "tokens",
     "tokens_trained": "tokens",
@@ -90,6 +98,7 @@ def read_runs(
         except (
             pl.exceptions.PolarsError,
             pl.exceptions.PanicException,
+            csv.Error,
             OSError,
             ValueError,
         ) as error:
@@ -218,44 +227,73 @@ def _plain(name: str) -> str:
 
 def _text(path: Path) -> pl.DataFrame:
     """A table as text: any of comma, semicolon and tab between columns, UTF-8 or UTF-16, a decimal
-    comma where the columns are not parted by one, thousands separators. Columns of numbers become
-    numbers, also where a run that diverged is written as nan, NaN or inf.
+    comma (where a number of the column, else of the file, can only be read so), thousands
+    separators. Columns of numbers become numbers, also where a run that diverged is written as nan,
+    NaN or inf.
     """
     data = read_regular(path)
     wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     text = data.decode("utf-16" if wide else "utf-8-sig")
-    header = text.partition("\n")[0]
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    what = f"text of UTF-8, or of UTF-16 with its mark, in {path.name}"
+    require("\0" not in text, what, "zero bytes", "saving it as UTF-8", error=AnalysisError)
+    first = text.partition("\n")[0]
+    header = re.sub(r'"[^"]*"', "", first)
     separator = max(SEPARATORS, key=header.count)
     if header.count(separator) >= MAX_COLUMNS:
         got = f"{header.count(separator) + 1}"
         raise AnalysisError(expected(f"at most {MAX_COLUMNS} columns in {path.name}", got))
+    titles = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
+    twice = [name for name in titles if name and titles.count(name) > 1]
+    what = f"columns of different names in {path.name}"
+    require(not twice, what, f"{twice[:1]} twice", "renaming one", error=AnalysisError)
     frame = pl.read_csv(
         text.encode(),
         separator=separator,
         infer_schema=False,
         null_values=["", "null", "None", "NA"],
     ).rename(str.strip)
-    return frame.with_columns(
-        number
-        for name in frame.columns
-        if (number := _numbers(frame[name], decimal_comma=separator != ",")) is not None
-    )
+    plain = [
+        column.str.strip_chars().str.to_lowercase().str.replace_all(r"[\s_'\u00a0\u202f]", "")
+        for column in frame
+    ]
+    mark = _decimal_mark(plain)
+    if mark is None and separator == ",":
+        mark = "."
+    elif mark is None and any(
+        column.str.contains(r"^[+-]?\d{1,3},\d{3}$").any() for column in plain
+    ):
+        mark = ","  # usual where columns are not parted by one
+    read = [_numbers(column, _decimal_mark([column]) or mark) for column in plain]
+    return frame.with_columns(number for number in read if number is not None)
 
 
-def _numbers(column: pl.Series, *, decimal_comma: bool) -> pl.Series | None:
+def _decimal_mark(columns: Sequence[pl.Series]) -> str | None:
+    """The mark that only decimals can have here, such as the comma of 2,5 or 0,512 or 1.024,5; None
+    where no number tells (1,024), or two contradict each other.
+    """
+    told = [
+        decimal
+        for decimal, grouping in MARKS
+        if any(
+            text.str.contains(DECIMAL.format(d=re.escape(decimal), g=re.escape(grouping))).any()
+            for text in columns
+        )
+    ]
+    return told[0] if len(told) == 1 else None
+
+
+def _numbers(text: pl.Series, decimal: str | None) -> pl.Series | None:
     """The column as numbers, in the first reading that fits all of it; None where none does."""
-    text = column.str.strip_chars().str.to_lowercase().str.replace_all(r"[\s_'\u00a0\u202f]", "")
-    readings = [text]
-    grouped, decimal = (",", ".") if not decimal_comma else (".", ",")
-    if text.drop_nulls().str.contains(GROUPED.format(re.escape(grouped))).any():
-        readings = []  # 1.000.000 is no number with a point
-    readings.append(
-        text.str.replace_all(grouped, "", literal=True).str.replace(decimal, ".", literal=True)
-    )
-    for reading in readings:
-        number = reading.cast(pl.Float64, strict=False)
-        if number.null_count() == column.null_count():
-            return number.alias(column.name)
+    for mark, grouping in MARKS:
+        grouped = GROUPED.format(d=re.escape(mark), g=re.escape(grouping))
+        held = text.filter(text.str.contains(grouping, literal=True))
+        alone = decimal is None and held.is_empty()
+        if alone or (decimal == mark and held.str.contains(grouped).all()):
+            plain = text.str.replace_all(grouping, "", literal=True)
+            number = plain.str.replace(mark, ".", literal=True).cast(pl.Float64, strict=False)
+            if number.null_count() == text.null_count():
+                return number
     return None
 
 

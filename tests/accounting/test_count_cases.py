@@ -40,6 +40,41 @@ def test_the_count_is_right(cases: Path, name: str, total: int) -> None:
     assert count(cases / f"{name}.json").total == total
 
 
+SMALL = {
+    "model_type": "mixtral",
+    "vocab_size": 10,
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+LAYER = (
+    (8 * 8 + 2 * 8 * 4 + 8 * 8) + 2 * 8 + 3 * 8 + 3 * 3 * 8 * 4
+)  # attention, norms, router, MLPs
+TOTAL = 2 * 10 * 8 + 8 + 2 * LAYER
+
+
+@pytest.mark.parametrize(
+    ("changes", "total"),
+    [
+        ({}, TOTAL),
+        ({"hidden_size": 8.0}, TOTAL),
+        ({"num_key_value_heads": None}, TOTAL + 2 * 2 * 8 * 4),
+        ({"tie_word_embeddings": True}, TOTAL - 80),
+    ],
+)
+def test_a_small_configuration_has_the_count_by_hand(tmp_path, changes, total) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("\ufeff" + json.dumps(SMALL | changes))
+    assert count(path).total == total
+    path.write_text(json.dumps({"model_type": "mixtral", "text_config": SMALL | changes}))
+    assert count(path).total == total
+
+
 @pytest.mark.data
 def test_active_parameters_of_text_tokens(cases: Path) -> None:
     assert count(cases / "deepseek_ocr.json").active_mean == 574_127_360

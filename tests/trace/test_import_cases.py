@@ -1,5 +1,7 @@
 """Inputs of the kinds that people have, and hostile ones: a right result, or one line."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -99,6 +101,59 @@ def written(folder: Path, name: str, value: Any) -> Path:
     path = folder / name
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
+
+
+ROUTES = np.array([[[0, 3], [1, 2]], [[3, 1], [0, 2]], [[2, 1], [3, 0]]])
+TABLE = [[1, 2, 1, 2], [2, 1, 2, 1]]
+
+
+def as_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def response(routes: Any) -> str:
+    return json.dumps([{"routed_experts": routes}])
+
+
+CSV = "layer,expert,count\n" + "".join(
+    f"{layer},{expert},{TABLE[layer][expert]}\n" for layer in (0, 1) for expert in range(4)
+)
+SAME_ROUTES = {
+    "byte-order mark.json": "\ufeff" + response(ROUTES.tolist()),
+    "empty lines.jsonl": "\r\n".join(
+        [*(json.dumps({"routed_experts": [row]}) for row in ROUTES.tolist()), "", ""]
+    ),
+    "big-endian.npy": as_npy(ROUTES.astype(">i2")),
+    "fortran.npy": as_npy(np.asfortranarray(ROUTES)),
+    "npy in base64.json": response(
+        base64.b64encode(as_npy(np.asfortranarray(ROUTES.astype(">u2")))).decode()
+    ),
+    "lines of base64.json": response(base64.encodebytes(as_npy(ROUTES)).decode()),
+    "object.json": response(
+        {
+            "data": base64.b64encode(ROUTES.astype("<i2").tobytes()).decode(),
+            "shape": [3, 2, 2],
+            "dtype": "int16",
+        }
+    ),
+    "counts.csv": CSV,
+    "windows.csv": "\ufeff" + CSV.replace("\n", "\r\n"),
+    "semicolon.csv": CSV.replace(",", ";"),
+    "wide.csv": CSV.encode("utf-16"),
+    "header.csv": CSV.replace("layer,expert,count", '"Layer", "Expert", "Count"'),
+}
+
+
+@pytest.mark.parametrize("name", SAME_ROUTES)
+def test_the_same_routes_in_every_form_have_the_same_counts(tmp_path, name):
+    content = SAME_ROUTES[name]
+    src = tmp_path / name
+    src.write_bytes(content if isinstance(content, bytes) else content.encode())
+    kind, sizes = ("counts", {"top_k": 2}) if src.suffix == ".csv" else ("vllm", {"num_experts": 4})
+    trace = import_trace(kind, src, tmp_path / "t", **sizes).check()
+    assert [trace.layer_counts(layer).tolist() for layer in trace.meta.layers] == TABLE
 
 
 def test_layer_keys_keep_their_numbers(tmp_path):
@@ -311,7 +366,7 @@ HUGE = 10**9
         ("c.json", "[" * 100_000, "nested too deep"),
         ("c.json", f"[[{'9' * 5000}, 1]]", "digits"),
         ("c.csv", "layer,expert,count\n0,0,2\n0,0,2\n", "line 3"),
-        ("c.csv", "layer;expert;count\n0;0;2\n", "line 2"),
+        ("c.csv", "layer|expert|count\n0|0|2\n", "line 2"),
         ("c.csv", "layer,expert,count\n0,99999999,2\n", "line 2"),
         ("c.json", [[0, 0], [0, 0]], "at least one token"),
     ],

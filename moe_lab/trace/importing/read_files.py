@@ -5,6 +5,7 @@ An array or a tensor may be larger than its file (compression, repeated strides)
 ``MAX_RATIO`` times; plain .npy files are mapped, not loaded. Numbers keep their type.
 """
 
+import codecs
 import csv
 import zipfile
 from collections.abc import Iterator
@@ -44,11 +45,19 @@ def read_lines(path: Path, schema: Schema = mapping) -> Iterator[tuple[str, dict
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a .csv file by the names of its first line."""
+    """The rows of a .csv file by the names of its first line in lower case; comma, semicolon or
+    tab between columns, UTF-8 or UTF-16.
+    """
     check_file(path)
+    with open(path, "rb") as file:
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return [row for row in csv.DictReader(file, restkey="") if any(row.values())]
+        with open(path, encoding="utf-16" if wide else "utf-8-sig", newline="") as file:
+            header = file.readline(MAX_LINE_BYTES)
+            form = {"delimiter": max(",;\t", key=header.count), "skipinitialspace": True}
+            names = [name.strip().lower() for name in next(csv.reader([header], **form), [])]
+            rows = csv.DictReader(file, names, restkey="", **form)
+            return [row for row in rows if any(row.values())]
     except (UnicodeDecodeError, csv.Error) as error:
         raise TraceError(expected(f"a table in {path.name}", _line(error))) from None
 

@@ -201,7 +201,7 @@ def _routes(where: str, routes: Any, tokens: int | None, sizes: Sizes) -> np.nda
 
 def _decoded(where: str, encoded: str) -> bytes:
     try:
-        return base64.b64decode(encoded, validate=True)
+        return base64.b64decode("".join(encoded.split()), validate=True)  # in lines as well
     except (binascii.Error, ValueError):
         got = repr(encoded[:40])
         raise TraceError(
