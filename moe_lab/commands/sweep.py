@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -131,10 +132,13 @@ def _add_power(parser: argparse.ArgumentParser) -> None:
 
 def _ratios(text: str) -> tuple[float, ...]:
     try:
-        return tuple(sorted({float(part) for part in text.split(",")}))
+        ratios = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        what, hint = "--ratios as numbers with commas between", "--ratios 1,2,4,8"
-        raise MoELabError(expected(what, repr(text), hint), "--ratios") from None
+        ratios = []
+    if len(ratios) < 3 or not all(1 <= ratio < math.inf for ratio in ratios):
+        what = "--ratios as three or more numbers of at least 1 with commas between"
+        raise MoELabError(expected(what, repr(text), "--ratios 1,2,4,8"), "--ratios")
+    return tuple(ratios)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:

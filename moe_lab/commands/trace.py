@@ -120,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-experts",
         64,
         whole=True,
+        most=65_535,
         default=None,
         help="where neither the source nor --config tells",
     )
@@ -128,11 +129,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-zero-experts",
         0,
         whole=True,
+        most=65_535,
         least=0,
         default=None,
         help="zero-compute experts of the model",
     )
-    add_number(imported, "--top-k", 8, whole=True, default=None, help="slots of each token")
+    add_number(
+        imported, "--top-k", 8, whole=True, most=255, default=None, help="slots of each token"
+    )
     imported.add_argument(
         "--layers",
         default=None,
@@ -179,7 +183,7 @@ def main(args: argparse.Namespace) -> int:
     mode = "--hf" if args.hf is not None else "--import" if args.kind is not None else "RUN"
     _refuse_ignored(args, mode)
     if mode != "--import" and args.text is None:
-        raise ConfigError(expected("--text PATH", "none"))
+        raise ConfigError(expected("a text to trace", "none", "--text PATH"))
     try:
         return {"RUN": _run, "--hf": _pretrained, "--import": _import}[mode](args)
     except TraceExistsError as error:
@@ -206,7 +210,9 @@ def _layer_numbers(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
         if match is None:
-            raise ConfigError(expected("--layers such as 1-60 or 3,7", repr(text)))
+            raise ConfigError(
+                expected("--layers as numbers and ranges", repr(text), "--layers 1-60,63")
+            )
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return numbers
 
@@ -242,7 +248,7 @@ def _pretrained(args: argparse.Namespace) -> int:
     from moe_lab.trace.capturing.hub import Loading, trace_pretrained
 
     if args.out is None:
-        raise ConfigError(expected("--out FOLDER with --hf", "none"))
+        raise ConfigError(expected("a folder for the trace", "none", "--out FOLDER"))
     trace = trace_pretrained(
         args.hf,
         load_corpus(args.text, args.text_column),

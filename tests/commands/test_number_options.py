@@ -66,7 +66,17 @@ def test_a_number_is_read_in_full(settings, text, value) -> None:
         ("sweep plan r.py --seeds 0", "--seeds as a whole number above 0, got '0'; try --seeds 2"),
         (
             "sweep plan r.py --ratios 1,x",
-            "--ratios as numbers with commas between, got '1,x'; try --ratios 1,2,4,8",
+            "--ratios as three or more numbers of at least 1 with commas between, got '1,x'; "
+            "try --ratios 1,2,4,8",
+        ),
+        (
+            "sweep plan r.py --ratios 1,nan,4",
+            "--ratios as three or more numbers of at least 1 with commas between, got '1,nan,4'; "
+            "try --ratios 1,2,4,8",
+        ),
+        (
+            "trace --import vllm a --top-k 256",
+            "--top-k as a whole number above 0 and at most 255, got '256'; try --top-k 8",
         ),
         ("scaling verdict r --column x", "--column OURS=YOURS, got 'x'; try --column loss=val_bpb"),
     ],

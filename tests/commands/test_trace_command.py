@@ -198,7 +198,7 @@ def test_records_of_an_engine_become_a_trace(tmp_path, capsys):
     [
         ([], "expected one of RUN, --hf ID_OR_PATH or --import KIND SRC, got none"),
         (["run", "--hf", "x"], "expected one of RUN, --hf ID_OR_PATH or --import KIND SRC"),
-        (["run"], "expected --text PATH, got none"),
+        (["run"], "expected a text to trace, got none; try --text PATH"),
         (["--import", "vllm"], "expected --import KIND SRC --out FOLDER, got no SRC"),
         (
             ["--import", "vllm", "nowhere.npz", "--out", "t"],
