@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 from measure import save
 
-from moe_lab.commands.options import whole_amount
+from moe_lab.commands.options import UNITS, add_number
 from moe_lab.serving import expert_cache, expert_sets
 from moe_lab.serving.replay import library
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
@@ -100,7 +100,7 @@ def plain_lru(trace, budget: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=whole_amount, default=20_000_000)
+    add_number(parser, "--rows", "20M", whole=True, units=UNITS, default=20_000_000)
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "WHAT"))
     args = parser.parse_args()
     if args.one:
