@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self
 
 import numpy as np
 import polars as pl
+from markupsafe import Markup
 
 from moe_lab.errors import AnalysisError, require
 from moe_lab.report.theme import template
@@ -216,7 +217,7 @@ def _packed(value: Any) -> Any:
     numbers = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
     return {
         "dtype": value.dtype.str[1:],
-        "bdata": base64.b64encode(numbers.tobytes()).decode("ascii"),
+        "bdata": Markup(base64.b64encode(numbers.tobytes()).decode("ascii")),  # kept whole
         **shape,
     }
 

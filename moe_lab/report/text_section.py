@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from markupsafe import Markup
 
 from moe_lab.errors import TraceError, require
 from moe_lab.number_format import decimal, whole
@@ -297,4 +298,4 @@ def _padded(lists: pl.Series, width: int, fill: float) -> np.ndarray:
 
 
 def _base64(values: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(values.round().astype(dtype).tobytes()).decode("ascii")
+    return Markup(base64.b64encode(values.round().astype(dtype).tobytes()).decode("ascii"))  # kept

@@ -142,7 +142,14 @@ def wall_verdict(
     charge = slope.value * growth
     share = margin - 1
     price = Price(share * slope.value, share * (slope.error or 0.0), charge)
-    judged = judge(sweep.layout, sweep.losses[None], price, known=noise_sd, confidence=confidence)
+    try:
+        judged = judge(
+            sweep.layout, sweep.losses[None], price, known=noise_sd, confidence=confidence
+        )
+    except np.linalg.LinAlgError:
+        got = f"ratios {sweep.log2.min():.3g} to {sweep.log2.max():.3g} doublings"
+        what = "ratios and losses that a fit can tell apart"
+        raise AnalysisError(expected(what, got, "leaving the odd run out")) from None
     assert judged.without is not None
     case = Case(
         sweep,

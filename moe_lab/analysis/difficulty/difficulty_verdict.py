@@ -143,7 +143,7 @@ def attenuation(value: float, reliability: float) -> str:
         )
     return (
         f"; the difficulty has a reliability of {reliability:.2f} within ids: measured without "
-        f"error the correlation would be about {value / math.sqrt(reliability):+.3f}"
+        f"error the correlation would be about {value / math.sqrt(reliability):+z.3f}"
     )
 
 
