@@ -31,7 +31,7 @@ def expert_cache(frame: pl.DataFrame) -> Canvas:
             marker={"symbol": SYMBOLS[place % len(SYMBOLS)]},
             error_y=None if bound else error_bars(rows, "hit_rate", "hit_rate_lo", "hit_rate_hi"),
         )
-    canvas.update_xaxes(title_text="budget, share of all experts' bytes", tickformat=".0%")
+    canvas.update_xaxes(title_text="budget, share of all bytes", tickformat=".0%")
     return canvas.update_yaxes(title_text="hit rate", tickformat=".0%", rangemode="tozero")
 
 
