@@ -286,7 +286,7 @@ def coverage_by_documents(
             )
             true = found["rho_token"].mean()
             covered = found.select(
-                (pl.col("rho_token_lo") <= true) & (true <= pl.col("rho_token_hi"))
+                (pl.col("rho_token_lo") <= true) & (true <= pl.col("rho_token_hi"))  # type: ignore
             ).to_series()
             rows.append(
                 {

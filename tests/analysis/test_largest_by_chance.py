@@ -46,10 +46,10 @@ def test_a_blind_router_stays_below_the_largest_of_deals_and_one_with_a_taste_do
     }
     blind_only = largest_of_deals(make_trace(blind, 8, **columns), "domain", ["a", "b"])
     assert blind_only is not None
-    assert 1 < largest[0] < blind_only.ratio < 1.5
+    assert 1 < largest[0] < blind_only.ratio < 1.5  # type: ignore
     both = largest_of_deals(trace, "domain", ["a", "b"])
     assert both is not None
-    assert largest[1] > both.ratio
+    assert largest[1] > both.ratio  # type: ignore
     assert 0 < blind_only.bits < 0.05
 
 

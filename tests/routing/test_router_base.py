@@ -398,7 +398,7 @@ def test_a_controller_takes_one_routing_or_several():
     routing = one(torch.randn(20, 6))
     one.update(routing)
     several.update([routing])
-    assert torch.equal(one.selection_bias(), several.selection_bias())
+    assert torch.equal(one.selection_bias(), several.selection_bias())  # type: ignore
     assert one.selection_bias().any()
 
 

@@ -37,7 +37,7 @@ def test_lists_chosen_on_other_documents_hold_less_than_on_their_own(write_trace
 
 def test_gate_mass_and_domains_have_lists_of_their_own(write_trace, tmp_path):
     ids = np.tile([0, 1], 60).reshape(60, 2, 1).transpose(0, 2, 1)[:, :, :]
-    weights = np.broadcast_to(np.float32([0.9, 0.1]), ids.shape)
+    weights = np.broadcast_to(np.float32([0.9, 0.1]), ids.shape)  # type: ignore
     kind = {"kind": np.repeat(["a", "b"], 30)}
     trace = write_trace(ids, np.repeat(np.arange(12), 5), 4, weights=weights, columns=kind)
     frame = coverage(trace, [0.8], of="gate_mass", by="kind", resamples=20)
@@ -92,7 +92,7 @@ def dependent_trace(write_trace):
             worth = generator.normal(size=(2, 16))
         row = []
         for layer in range(2):
-            keys = worth[layer] + generator.gumbel(size=16)
+            keys = worth[layer] + generator.gumbel(size=16)  # type: ignore
             if not fresh:
                 kept = ids[-1][layer][generator.random(3) < 0.5]
                 keys[kept] = np.inf

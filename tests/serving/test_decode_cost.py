@@ -96,7 +96,7 @@ def test_accounting_takes_the_measured_number_and_says_its_assumption_without():
     assert any("on their own by the load" in text for text in loaded.assumed)
     expert = 3 * 16 * 8 * 2
     none = flops(CONFIG, 10, "decode", batch=4, distinct=0.0)
-    assert measured.weight_bytes - none.weight_bytes == 8 * expert
+    assert measured.weight_bytes - none.weight_bytes == 8 * expert  # type: ignore
     for wrong in (9.0, {0: 3.0}, -1.0):
         with pytest.raises(ConfigError, match="distinct experts"):
             flops(CONFIG, 10, "decode", distinct=wrong)

@@ -23,7 +23,7 @@ def plain_sets(ids, doc, decode, num_experts):
             used = [e for e in ids[row:end, layer].ravel().tolist() if 0 <= e < num_experts]
             last = {expert: place for place, expert in enumerate(used)}
             found.append(
-                (doc[row], bool(decode[row]), layer, end - row, sorted(last, key=last.get))
+                (doc[row], bool(decode[row]), layer, end - row, sorted(last, key=last.get))  # type: ignore
             )
         row = end
     return found

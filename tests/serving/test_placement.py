@@ -139,7 +139,7 @@ def test_numbers_that_do_not_fit_are_refused():
     for options in ({"devices": 3}, {"devices": 4, "slots": 4}, {"devices": 4, "nodes": 3},
                     {"devices": 4, "groups": 3}, {"devices": 4, "method": "best"}):  # fmt: skip
         with pytest.raises(ConfigError):
-            place(load, **options)
+            place(load, **options)  # type: ignore
     with pytest.raises(AnalysisError):
         place(-load, 4)
 

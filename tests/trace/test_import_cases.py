@@ -152,7 +152,7 @@ def test_the_same_routes_in_every_form_have_the_same_counts(tmp_path, name):
     src = tmp_path / name
     src.write_bytes(content if isinstance(content, bytes) else content.encode())
     kind, sizes = ("counts", {"top_k": 2}) if src.suffix == ".csv" else ("vllm", {"num_experts": 4})
-    trace = import_trace(kind, src, tmp_path / "t", **sizes).check()
+    trace = import_trace(kind, src, tmp_path / "t", **sizes).check()  # type: ignore
     assert [trace.layer_counts(layer).tolist() for layer in trace.meta.layers] == TABLE
 
 

@@ -220,7 +220,7 @@ def megatron(folder: Path, rank: int, steps: dict[int, dict[int, np.ndarray]]) -
 
 
 def test_a_name_of_thousands_of_digits_is_a_name(tmp_path):
-    np.savez(tmp_path / "dump.npz", **{f"routed_experts_{'9' * 5000}": routes(5)})
+    np.savez(tmp_path / "dump.npz", **{f"routed_experts_{'9' * 5000}": routes(5)})  # type: ignore
     assert import_trace("vllm", tmp_path / "dump.npz", tmp_path / "t", num_experts=EXPERTS)
 
 

@@ -71,7 +71,7 @@ def route_trace(src: Path, sizes: Sizes) -> Source:
     )
     layers = np.array(sorted(bytes_of))
     return Source(
-        _turns(src.name, _frames(src.name, body, _ROUTE), layers, slots),
+        _turns(src.name, _frames(src.name, body, _ROUTE), layers, slots),  # type: ignore
         header.get("n_expert"),
         slots,
         tuple(layers.tolist()),
