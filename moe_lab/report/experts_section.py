@@ -109,12 +109,12 @@ def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
         ratio=pl.col("specialisation") / pl.col("at_random")
     )
     top = ratio.sort("ratio", "tokens", descending=True, nulls_last=True).head(TABLE_ROWS)
-    dealt = frames(largest_of_deals, named.trace, column, domains) if resamples else None
+    shuffled = frames(largest_of_deals, named.trace, column, domains) if resamples else None
     cells = ratio["at_random"] * ratio["tokens"]
     chance, how = (
         (largest_ratio(cells.to_numpy()), "tokens drawn blindly")
-        if dealt is None
-        else (dealt.ratio, "documents dealt to the kinds at random")
+        if shuffled is None
+        else (shuffled.ratio, "documents assigned to the kinds at random")
     )
     summary = "Share of each kind's tokens that each expert runs, over its share of all tokens."
     summary += _largest(top, "ratio", "expert {expert} of layer {layer} for {domain}", chance, how)
@@ -140,7 +140,7 @@ def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
         return None
     resamples = _resamples(named)
     data = frames(domain_divergence, named.trace, kinds[0], resamples=resamples)
-    dealt = frames(largest_of_deals, named.trace, *kinds) if resamples else None
+    shuffled = frames(largest_of_deals, named.trace, *kinds) if resamples else None
     widest = data.drop_nulls("bits").sort("bits", descending=True).head(1).to_dicts()
     if not widest:
         return None
@@ -152,7 +152,9 @@ def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
     point = widest[0]["shuffled_95"]
     told = [] if point is None else [f"95 % point of shuffled documents: {decimal(point)}"]
     told += (
-        [] if dealt is None else [f"of the widest of all pairs and layers: {decimal(dealt.bits)}"]
+        []
+        if shuffled is None
+        else [f"of the widest of all pairs and layers: {decimal(shuffled.bits)}"]
     )
     summary += f" ({'; '.join(told)})." if told else "."
     caption = (

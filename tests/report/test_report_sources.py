@@ -85,7 +85,8 @@ def test_a_page_is_made_of_results_of_any_types(tmp_path: Path, value: object) -
     result = json.loads((run / "result.json").read_text())
     # The state of a run and what decides it are checked elsewhere; every other value may be forged.
     (run / "result.json").write_text(json.dumps(dict.fromkeys(result, value)))
-    write_report(run, tmp_path / "page.html")
+    page = write_report(run, tmp_path / "page.html").read_text()
+    assert page.rstrip().endswith("</html>")
 
 
 def test_metrics_of_all_runs_are_one_frame(tmp_path: Path) -> None:

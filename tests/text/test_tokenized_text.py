@@ -123,10 +123,11 @@ def test_changed_corpus_is_told_where_the_hash_is_set_and_built_anew_where_not(
 
 
 def test_same_text_in_another_folder_shares_the_cache(config, cache, corpus, tmp_path, monkeypatch):
-    load_tokens(config, cache)
+    first = load_tokens(config, cache)
     corpus.rename(tmp_path / "moved")
     monkeypatch.setattr(tokenized_text, "_build", lambda *_: pytest.fail("built again"))
-    load_tokens(config.replace(corpus=str(tmp_path / "moved")), cache)
+    moved = load_tokens(config.replace(corpus=str(tmp_path / "moved")), cache)
+    assert moved.tokenizer.hash == first.tokenizer.hash
 
 
 def test_every_setting_that_changes_tokens_changes_the_file(config, cache):

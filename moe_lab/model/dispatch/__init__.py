@@ -11,7 +11,7 @@ alone:
 | ``native`` | the same in C++, compiled once per machine | CPU, float32 and float64 |
 | ``grouped`` | one ``grouped_mm`` for all experts, no host synchronisation | CUDA; right on a CPU |
 
-``auto`` takes the fastest that can run what it is given, anew at each call; ``choose`` returns its
+``auto`` takes the fastest that can run what it is given, again at each call; ``choose`` returns its
 name.
 """
 
