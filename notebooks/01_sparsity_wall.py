@@ -35,11 +35,11 @@ from moe_lab.scaling import (
     confounds,
     default_truths,
     expected_gain,
-    frontier_band,
     main_arm,
     plan_power,
     power,
     read_runs,
+    wall_study,
     wall_verdict,
     with_budgets,
 )
@@ -158,6 +158,7 @@ committed = next(
 def drawn() -> pl.DataFrame:
     rows = [
         {
+            "arm": "topk",
             "ratio": 2.0**e,
             "seed": seed,
             "loss": 3 - 0.03 * min(e, 5) + rng.normal(0, 0.002),
@@ -189,9 +190,9 @@ print(
 figures.wall_gain(verdict.gain_table())
 
 # %%
-band = frontier_band(mine)
-print(band.forms)
-figures.wall_frontier(band.curve, band.means)
+study = wall_study(runs, arm=arm)
+print(study.band.forms)
+figures.frontier(study.judged, means=study.means, curve=study.band.curve)
 
 # %% [markdown]
 # Before a wall is believed: what else could have made it, or hidden it? Learning rates a factor of

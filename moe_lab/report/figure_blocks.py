@@ -66,7 +66,7 @@ class Legend:
 @dataclass(frozen=True)
 class Block:
     """One figure of the page; ``name`` is also that of its function in ``figures`` and of its
-    Parquet file.
+    Parquet file. Without ``plots`` the page shows the caption alone, as a sentence.
     """
 
     name: str
@@ -89,6 +89,11 @@ def one_plot(
     if isinstance(variants, Canvas):
         variants = (Variant("", variants),)
     return Block(name, caption, (Plot(summary, tuple(variants)),), data, table or table_of(data))
+
+
+def in_words(name: str, sentence: str, data: pl.DataFrame) -> Block:
+    """A block whose figure would say nothing: ``sentence`` says what is so."""
+    return Block(name, sentence, (), data, table_of(data))
 
 
 def scrolling_width(experts: int) -> int:

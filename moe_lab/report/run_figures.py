@@ -6,9 +6,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.report.canvas import Canvas, drawn, evenly, need, plain
+from moe_lab.number_format import count_of
+from moe_lab.report.canvas import Canvas, drawn, error_bars, evenly, need, plain
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
+BAND = (
+    "rgba(47,121,196,0.20)"  # the first series colour, thin enough to read through in both themes
+)
+MAX_TICKS = 9
 MAX_POINTS = 400
 """A training curve is thinned to this many points by default: about as many as a plot has pixels.
 """
@@ -16,7 +21,11 @@ MAX_POINTS = 400
 
 @drawn
 def frontier(
-    frame: pl.DataFrame, *, level: float = 0.95, means: pl.DataFrame | None = None
+    frame: pl.DataFrame,
+    *,
+    level: float = 0.95,
+    means: pl.DataFrame | None = None,
+    curve: pl.DataFrame | None = None,
 ) -> Canvas:
     """Validation loss against the total:active ratio, one series per arm.
 
@@ -25,15 +34,23 @@ def frontier(
             seed, loss in nats/token.
         level: coverage of the t-intervals over seeds, drawn where a ratio has at least two seeds.
         means: columns arm, ratio, n, mean, lo, hi as ``scaling.seed_intervals``, which makes them
-            by default.
+            by default, or held_out too, as ``WallStudy.means``.
+        curve: columns ratio, loss, lo, hi of the form fitted to the first arm of ``means``, as
+            ``scaling.frontier_band``; drawn with its band, and the ratios held out of it as open
+            marks.
     """
     need(frame, "arm", "ratio", "seed", "loss")
     figure = Canvas()
+    names = arms(frame)
     if means is None:
         from moe_lab.scaling import seed_intervals
 
         means = seed_intervals(frame, level=level)
-    for index, arm in enumerate(arms(frame)):
+    fitted = None if curve is None else means["arm"][0]
+    if curve is not None:
+        names.sort(key=lambda name: name != fitted)
+        _band(figure, curve)
+    for index, arm in enumerate(names):
         colour, symbol = SERIES[index % len(SERIES)], SYMBOLS[index % len(SYMBOLS)]
         marker = {"color": colour, "symbol": symbol}
         line = {"color": colour, "width": 1.5, "dash": DASHES[index % len(DASHES)]}
@@ -43,41 +60,68 @@ def frontier(
             line["dash"] = "dash"
             figure.add_hline(y=points["mean"][0], line=line, annotation_text=plain(arm))
             continue
+        aside = 2 ** (0.05 * index)  # arms beside each other, where one would hide another
         figure.add_scatter(
-            x=runs["ratio"].to_list(),
+            x=(runs["ratio"] * aside).to_list(),
             y=runs["loss"].to_list(),
             mode="markers",
             marker=marker | {"size": 6, "opacity": 0.55},
-            customdata=runs["seed"].to_list(),
-            hovertemplate="ratio %{x:.4~g}, seed %{customdata}<br>loss %{y:.4f} nats/token",
+            customdata=runs.select("ratio", "seed").rows(),
+            hovertemplate="ratio %{customdata[0]:.4~g}, seed %{customdata[1]}<br>"
+            "loss %{y:.4f} nats/token",
             name=plain(arm),
             legendgroup=arm,
             showlegend=False,
         )
-        bars = (points["hi"] - points["mean"]).to_list()
+        held = points["held_out"].to_list() if "held_out" in points.columns else []
+        symbols = [symbol + "-open" * out for out in held] if any(held) else symbol
         figure.add_scatter(
-            x=points["ratio"].to_list(),
+            x=(points["ratio"] * aside).to_list(),
             y=points["mean"].to_list(),
-            mode="lines+markers",
-            marker=marker | {"size": 9},
+            mode="markers" if arm == fitted else "lines+markers",
+            marker=marker | {"size": 9, "symbol": symbols},
             line=line,
-            error_y={"type": "data", "array": bars, "thickness": 1.5, "width": 5, "color": colour},
-            customdata=points.select("n", "lo", "hi").rows(),
-            hovertemplate="ratio %{x:.4~g}, %{customdata[0]} seeds<br>mean %{y:.4f}<br>"
-            "%{customdata[1]:.4f} to %{customdata[2]:.4f}",
+            error_y=error_bars(points, "mean", "lo", "hi", thickness=1.5, width=5, color=colour),
+            customdata=[
+                (ratio, count_of(n, "seed"), _interval(low, high))
+                for ratio, n, low, high in points.select("ratio", "n", "lo", "hi").rows()
+            ],
+            hovertemplate="ratio %{customdata[0]:.4~g}, %{customdata[1]}<br>mean %{y:.4f}<br>"
+            "%{customdata[2]}",
             name=plain(arm),
             legendgroup=arm,
         )
-    ticks = _powers_of_two(frame["ratio"].drop_nulls())
-    figure.update_xaxes(
-        type="log",
-        tickmode="array",
-        tickvals=ticks,
-        ticktext=[f"{tick:g}" for tick in ticks],
-        title_text="total : active experts (log scale)",
-    )
     figure.update_yaxes(title_text="validation loss, nats/token")
-    return figure.update_layout(height=420, hovermode="closest")
+    return ratio_axis(figure, frame["ratio"]).update_layout(height=420, hovermode="closest")
+
+
+def _band(figure: Canvas, curve: pl.DataFrame) -> None:
+    """The fitted curve over its band."""
+    need(curve, "ratio", "loss", "lo", "hi")
+    ratios = curve["ratio"].to_list()
+    figure.add_scatter(
+        x=ratios + ratios[::-1],
+        y=curve["hi"].to_list() + curve["lo"].to_list()[::-1],
+        fill="toself",
+        fillcolor=BAND,
+        line={"width": 0},
+        hoverinfo="skip",
+        name="90 % band",
+    )
+    add_line(figure, curve["ratio"], curve["loss"], 0, "fitted")
+
+
+def add_line(figure: Canvas, x: pl.Series, y: pl.Series, index: int, name: str) -> None:
+    """A line without marks in the style of series ``index``."""
+    colour, dash = SERIES[index % len(SERIES)], DASHES[index % len(DASHES)]
+    style = {"color": colour, "dash": dash, "width": 1.5}
+    figure.add_scatter(
+        x=x.to_list(), y=y.to_list(), mode="lines", line=style, name=name, hoverinfo="skip"
+    )
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "no interval" if low is None or high is None else f"{low:.4f} to {high:.4f}"
 
 
 @drawn
@@ -139,6 +183,15 @@ def arms(frame: pl.DataFrame) -> list[str]:
     return counts.sort("n", descending=True, maintain_order=True)["arm"].to_list()
 
 
-def _powers_of_two(ratios: pl.Series) -> list[float]:
-    powers = [math.log2(ratio) for ratio in ratios if ratio > 0] or [0, 1]
-    return [2.0**power for power in range(math.floor(min(powers)), math.ceil(max(powers)) + 1)]
+def ratio_axis(figure: Canvas, ratios: pl.Series) -> Canvas:
+    """A log axis of the total:active ratio, labelled at powers of two (at most ``MAX_TICKS``)."""
+    powers = [math.log2(ratio) for ratio in ratios.drop_nulls() if ratio > 0] or [0, 1]
+    low, high = math.floor(min(powers)), math.ceil(max(powers))
+    ticks = [2.0**power for power in range(low, high + 1, (high - low) // MAX_TICKS + 1)]
+    return figure.update_xaxes(
+        type="log",
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+        title_text="total : active experts (log scale)",
+    )

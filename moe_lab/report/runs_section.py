@@ -1,5 +1,9 @@
 """The figures made from the records of runs: the frontier of losses, and the training curves."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import polars as pl
 
 from moe_lab.number_format import count_of, listing
@@ -9,6 +13,10 @@ from moe_lab.report.frames import Frames
 from moe_lab.report.run_figures import MAX_POINTS, arms, line_style
 from moe_lab.report.run_tables import later_token_note
 from moe_lab.report.sources import Material, training_metrics
+from moe_lab.report.wall_section import judged_material
+
+if TYPE_CHECKING:
+    from moe_lab.scaling import WallStudy
 
 CURVES = {
     "loss": "training loss, nats/token",
@@ -26,26 +34,34 @@ MAX_CURVES = 120
 
 
 def frontier_block(material: Material, frames: Frames) -> Block | None:
-    """Loss against ratio, from the finished runs that have a loss; None without any."""
-    from moe_lab.scaling import TUNING, seed_intervals
+    """Loss against ratio, from the finished runs that have a loss; with the fitted form and its
+    band where the runs can be judged. None without any.
+    """
+    from moe_lab.scaling import TUNING, WallStudy, seed_intervals
 
     # A mean over learning rates is no point of a frontier.
     runs = material.table.drop_nulls("loss").filter(pl.col("arm").ne_missing(TUNING))
     if not runs.height:
         return None
+    study = frames(judged_material, material)
+    judged = study if isinstance(study, WallStudy) else None
     means = seed_intervals(runs)
-    names = arms(runs)
-    ends = means.filter(pl.col("arm") == names[0]).sort("ratio")
+    if judged:  # and the arms without a ratio, which have no part in the study
+        rest = means.filter(~pl.col("arm").is_in(judged.means["arm"].implode()))
+        means = pl.concat([judged.means, rest], how="diagonal_relaxed")
+    name = judged.arm if judged else arms(runs)[0]
+    ends = means.filter(pl.col("arm") == name).sort("ratio")
     low, high = ends.row(0, named=True), ends.row(-1, named=True)
-    summary = f"Validation loss against the total to active ratio for {listing(names)}. " + (
-        f"{names[0]} goes from {low['mean']:.4f} nats per token at ratio {low['ratio']:g} to "
+    summary = f"Validation loss against the total to active ratio for {listing(arms(runs))}. " + (
+        f"{name} goes from {low['mean']:.4f} nats per token at ratio {low['ratio']:g} to "
         f"{high['mean']:.4f} at {high['ratio']:g}."
         if ends.height > 1 and ends["ratio"].null_count() == 0
-        else f"{names[0]} has {low['mean']:.4f} nats per token."
+        else f"{name} has {low['mean']:.4f} nats per token."
     )
+    bars = _intervals(means["n"].to_list()) if judged is None else _fitted(judged)
     caption = (
         f"n = {count_of(runs.height, 'run')}. Small marks are single runs, large ones means over "
-        f"seeds; {_intervals(means['n'].to_list())}."
+        f"seeds; {bars}."
     )
     if meanings := runs["ratio_meaning"].drop_nulls().unique(maintain_order=True).to_list():
         caption += f" The ratio is: {listing(meanings)}."
@@ -53,7 +69,8 @@ def frontier_block(material: Material, frames: Frames) -> Block | None:
         caption += f" {note}"
     columns = "label arm ratio ratio_meaning seed loss total_params active_params train_tokens"
     data = runs.select(columns.split())
-    canvas = figures.frontier.canvas(runs, means=means)
+    curve = judged.band.curve if judged else None
+    canvas = figures.frontier.canvas(runs, means=means, curve=curve)
     return one_plot("frontier", caption, summary, canvas, data, table_of(means, 4))
 
 
@@ -99,6 +116,22 @@ def training_block(material: Material, frames: Frames) -> Block | None:
         metrics.select("run", "group", "tokens", *names),
         table_of(final),
         tuple(Legend(group, style["color"], style["dash"]) for group, style in legend),
+    )
+
+
+def _fitted(study: WallStudy) -> str:
+    """What the bars and the line of a frontier with its band mean."""
+    held = study.band.means.filter("held_out")["ratio"].to_list()
+    without = f" without ratio {listing([f'{ratio:g}' for ratio in held])}" if held else ""
+    bars = (
+        f"bars are 90 % intervals from the noise between the runs of {study.arm}, pooled over its "
+        "ratios and taken for the other arms too"
+        if study.means["hi"].drop_nulls().len()
+        else _intervals(study.means["n"].to_list())
+    )
+    return (
+        f"{bars}. The line is the {study.band.form} form, which has the smallest AICc, fitted to "
+        f"{study.arm}{without} (open marks: not fitted); its 90 % band redraws the noise"
     )
 
 

@@ -1,4 +1,5 @@
-"""The figures of the verdict: frontier with band, gain per doubling, elasticity, power.
+"""The figures of the verdict: laws beside their runs, compute saved, gain per doubling, elasticity,
+power.
 
 Frames in, plotly figures out, as in `figures`.
 """
@@ -6,50 +7,14 @@ Frames in, plotly figures out, as in `figures`.
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import polars as pl
 
-from moe_lab.report.canvas import Canvas, drawn, need, plain
+from moe_lab.report.canvas import Canvas, drawn, error_bars, need, plain
+from moe_lab.report.run_figures import add_line, ratio_axis
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
-BAND = (
-    "rgba(47,121,196,0.20)"  # the first series colour, thin enough to read through in both themes
-)
 MARGIN = "rgba(125,127,136,0.22)"
-
-
-@drawn
-def wall_frontier(curve: pl.DataFrame, means: pl.DataFrame) -> Canvas:
-    """Loss against ratio: the fitted curve with its band, the means it was fitted to and those it
-    was not shown.
-
-    Args:
-        curve: columns ratio, loss, lo, hi, as ``scaling.frontier_band``'s curve.
-        means: columns ratio, loss, lo, hi, held_out, as its means.
-    """
-    need(curve, "ratio", "loss", "lo", "hi")
-    need(means, "ratio", "loss", "lo", "hi", "held_out")
-    figure = Canvas().update_layout(hovermode="closest")
-    _band(figure, curve, "90 % band")
-    _line(figure, curve["ratio"], curve["loss"], 0, "fitted")
-    for held, name, symbol in (
-        (False, "measured", "circle"),
-        (True, "measured, held out of the fit", "diamond-open"),
-    ):
-        rows = means.filter(pl.col("held_out") == held)
-        if rows.height:
-            _points(
-                figure,
-                rows,
-                "loss",
-                0 if not held else 1,
-                name,
-                symbol,
-                "ratio %{x:.4~g}: %{y:.4f} nats",
-            )
-    figure.update_yaxes(title_text="validation loss, nats/token")
-    return _log2_axis(figure, means["ratio"]).update_layout(height=400)
 
 
 @drawn
@@ -65,8 +30,7 @@ def law_fit(points: pl.DataFrame, curves: pl.DataFrame, variable: str) -> Canvas
     figure = Canvas().update_layout(hovermode="closest")
     for index, name in enumerate(points["group"].unique(maintain_order=True)):
         runs, curve = (frame.filter(pl.col("group") == name) for frame in (points, curves))
-        label = plain(name) or "law"
-        _line(figure, curve["x"], curve["loss"], index, label)
+        add_line(figure, curve["x"], curve["loss"], index, plain(name) or "fitted law")
         figure.add_scatter(
             x=runs["x"].to_list(),
             y=runs["loss"].to_list(),
@@ -76,12 +40,12 @@ def law_fit(points: pl.DataFrame, curves: pl.DataFrame, variable: str) -> Canvas
                 "symbol": SYMBOLS[index % len(SYMBOLS)],
                 "size": 8,
             },
-            name=f"{label}, runs",
+            name=f"{plain(name)}, runs" if name else "runs",
             hovertemplate=f"{plain(variable)} %{{x:.4~g}}: %{{y:.4f}} nats<extra></extra>",
         )
     figure.update_yaxes(title_text="loss, nats/token")
     if variable == "ratio":
-        return _log2_axis(figure, points["x"]).update_layout(height=400)
+        return ratio_axis(figure, points["x"]).update_layout(height=400)
     figure.update_xaxes(type="log", title_text=f"{plain(variable)} (log scale)")
     return figure.update_layout(height=400)
 
@@ -123,7 +87,7 @@ def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
         lines=True,
     )
     figure.update_yaxes(title_text="compute of ratio 1 at equal loss", type="log")
-    return _log2_axis(figure, measured["ratio"]).update_layout(height=420)
+    return ratio_axis(figure, measured["ratio"]).update_layout(height=420)
 
 
 @drawn
@@ -140,7 +104,7 @@ def wall_loss(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
     for index, (name, rows) in enumerate(
         published.group_by("frontier", maintain_order=True), start=1
     ):
-        _line(figure, rows["compute"], rows["loss"], index, plain(name[0]))
+        add_line(figure, rows["compute"], rows["loss"], index, plain(name[0]))
     figure.add_scatter(
         x=measured["compute"].to_list(),
         y=measured["loss"].to_list(),
@@ -190,7 +154,8 @@ def wall_gain(gains: pl.DataFrame) -> Canvas:
     )
     figure.update_yaxes(title_text="nats per doubling of the ratio")
     ends = pl.concat([gains["ratio_from"], gains["ratio_to"]])
-    return _log2_axis(figure, ends).update_layout(height=360)
+    edges = [math.log10(ends.min()), math.log10(ends.max())]  # type: ignore[arg-type]
+    return ratio_axis(figure, ends).update_xaxes(range=edges).update_layout(height=360)
 
 
 @drawn
@@ -313,31 +278,7 @@ def against_experts(frame: pl.DataFrame) -> Canvas:
             name=plain(name[0]),
         )
     figure.update_yaxes(title_text="loss less that of more experts, nats/token")
-    return _log2_axis(figure, frame["ratio"]).update_layout(height=400)
-
-
-def _band(figure: Canvas, curve: pl.DataFrame, name: str) -> None:
-    ratios = curve["ratio"].to_list()
-    figure.add_scatter(
-        x=ratios + ratios[::-1],
-        y=curve["hi"].to_list() + curve["lo"].to_list()[::-1],
-        fill="toself",
-        fillcolor=BAND,
-        line={"width": 0},
-        hoverinfo="skip",
-        name=name,
-    )
-
-
-def _line(figure: Canvas, x: pl.Series, y: pl.Series, index: int, name: str) -> None:
-    style = {
-        "color": SERIES[index % len(SERIES)],
-        "dash": DASHES[index % len(DASHES)],
-        "width": 1.5,
-    }
-    figure.add_scatter(
-        x=x.to_list(), y=y.to_list(), mode="lines", line=style, name=name, hoverinfo="skip"
-    )
+    return ratio_axis(figure, frame["ratio"]).update_layout(height=400)
 
 
 def _points(
@@ -352,35 +293,14 @@ def _points(
     lines: bool = False,
     custom: list[str] | None = None,
 ) -> None:
-    bars = {
-        "array": (rows["hi"] - rows[column]).to_list(),
-        "arrayminus": (rows[column] - rows["lo"]).to_list(),
-    }
-    known = all(value is not None and math.isfinite(value) for value in bars["array"])
     figure.add_scatter(
         x=rows["ratio"].to_list(),
         y=rows[column].to_list(),
         mode="lines+markers" if lines else "markers",
         line={"color": SERIES[series], "width": 2},
         marker={"color": SERIES[series], "symbol": symbol, "size": 9},
-        error_y={"type": "data", "symmetric": False, "thickness": 1.5, "width": 5, **bars}
-        if known
-        else None,
+        error_y=error_bars(rows, column, "lo", "hi", thickness=1.5, width=5),
         customdata=custom,
         hovertemplate=hover + "<extra></extra>",
         name=name,
-    )
-
-
-def _log2_axis(figure: Canvas, ratios: pl.Series) -> Canvas:
-    low = math.floor(math.log2(cast(float, ratios.min())))
-    high = math.ceil(math.log2(cast(float, ratios.max())))
-    ticks = [2.0**power for power in range(low, high + 1)]
-    labels = [f"{tick:g}" for tick in ticks]
-    return figure.update_xaxes(
-        type="log",
-        tickmode="array",
-        tickvals=ticks,
-        ticktext=labels,
-        title_text="total : active experts (log scale)",
     )

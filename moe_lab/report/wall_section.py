@@ -12,32 +12,32 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from moe_lab.errors import MoELabError
-from moe_lab.number_format import NOTHING, count_of, decimal, magnitude
+from moe_lab.number_format import NOTHING, count_of, decimal, listing, magnitude
 from moe_lab.report import wall_figures as draw
 from moe_lab.report.canvas import Canvas
-from moe_lab.report.figure_blocks import Block, Plot, Table, Variant, table_of
+from moe_lab.report.figure_blocks import Block, Plot, Table, Variant, in_words, table_of
 from moe_lab.report.sources import Material
 
 if TYPE_CHECKING:
     from moe_lab.scaling import WallStudy
 
 CANNOT_TELL = "cannot tell"
+ALMOST = 0.03
+"""A share of simulated sweeps this near to 0 or 1 counts as never or always: its interval."""
 TITLES = {
-    "wall_frontier": "The frontier with its band",
+    "wall_compute": "Compute saved, beside published frontiers",
     "law_fit": "The law that follows these runs best",
     "wall_gain": "Gain per doubling, against the margin",
     "wall_elasticity": "Elasticity",
     "wall_power": "What this grid could tell",
     "against_experts": "Instead of more experts",
 }
-FRONTIER_CAPTION = (
-    "Means over seeds with 90 % intervals (noise pooled over ratios; none where it is unknown). "
-    "The {form} form has the smallest AICc{without}; its band redraws the noise. Compute saved is "
-    "exp(gain / (dL/dlnC)) with dL/dlnC = {slope:z.3f}. Published: the laws of Ludziejewski and "
-    "Ling at this size and budget, Clark's S-BASE at 15M and 1.3B (there compute is parameters), "
-    "Kimi K2's slope (8-48); the column beyond of the data says where a law leaves the runs it was "
-    "fitted on. Marin's frontier is of other text, tokens and sizes: compare its slope, not its "
-    "level."
+COMPUTE_CAPTION = (
+    "Compute saved is exp(gain / (dL/dlnC)) with dL/dlnC = {slope:z.3f}; bars are 90 % intervals. "
+    "Published: the laws of Ludziejewski and Ling at this size and budget, Clark's S-BASE at 15M "
+    "and 1.3B (there compute is parameters), Kimi K2's slope (8-48); the column beyond of the data "
+    "says where a law leaves the runs it was fitted on. Marin's frontier is of other text, tokens "
+    "and sizes: compare its slope, not its level."
 )
 LAW_CAPTION = (
     "Every run of the largest budget and, of {count} laws of the ratio alone, the one with the "
@@ -137,7 +137,7 @@ def verdict_text(study: WallStudy | MoELabError | None) -> VerdictText:
 
 def wall_section(study: WallStudy) -> WallSection:
     """The figures and tables of ``study``."""
-    blocks = (_frontier(study), _law(study), _gain(study), _elasticity(study), _power(study))
+    blocks = (_compute(study), _law(study), _gain(study), _elasticity(study), _power(study))
     alternatives = _alternatives(study)
     confounds = tuple(study.confounds.rows())
     return WallSection(
@@ -156,37 +156,30 @@ def _block(
     return Block(name, caption, (plot,), data, table_of(data, digits))
 
 
-def _frontier(study: WallStudy) -> Block:
-    band, best = study.band, study.best_of_budgets
-    held = band.means.filter("held_out")["ratio"].to_list()
+def _compute(study: WallStudy) -> Block:
     variants = (
-        Variant("loss", draw.wall_frontier.canvas(band.curve, band.means)),
         Variant(
             "compute saved, with published frontiers",
             draw.wall_compute.canvas(study.compute_saved, study.published),
         ),
         Variant(
             "loss against compute, with Marin's frontier",
-            draw.wall_loss.canvas(best, study.marin),
+            draw.wall_loss.canvas(study.best_of_budgets, study.marin),
         ),
     )
-    low, high = band.means.row(0, named=True), band.means.row(-1, named=True)
+    last = study.compute_saved.row(-1, named=True)
     summary = (
-        f"Loss falls from {low['loss']:.4f} at ratio {low['ratio']:g} to {high['loss']:.4f} at "
-        f"{high['ratio']:g}; the {band.form} form is drawn with its 90 % band."
+        f"At equal loss, ratio {last['ratio']:g} saves a factor of {last['compute']:.2f} of the "
+        "compute of the smallest ratio; published frontiers are drawn beside it."
     )
     caption = (
         f"n = {count_of(study.judged.height, 'run')} of arm {study.arm or 'without a name'}. "
-        + FRONTIER_CAPTION.format(
-            form=band.form,
-            without=f" without ratio {held[0]:g}" if held else "",
-            slope=study.verdict.compute_slope,
-        )
+        + COMPUTE_CAPTION.format(slope=study.verdict.compute_slope)
     )
     saved = study.compute_saved.with_columns(frontier=pl.lit("this sweep"))
     data = pl.concat([saved, study.published], how="diagonal")
     plot = Plot(summary, variants)
-    return Block("wall_frontier", caption, (plot,), data, table_of(band.means, 4))
+    return Block("wall_compute", caption, (plot,), data, table_of(study.compute_saved))
 
 
 def _law(study: WallStudy) -> Block:
@@ -253,8 +246,25 @@ def _power(study: WallStudy) -> Block:
         how="as measured here" if known else "typical of the size",
     )
     caption = f"n = {study.power['draws'][0]} {caption}"
+    if table["settled"].is_between(ALMOST, 1 - ALMOST).not_().all():
+        return in_words("wall_power", f"{_settled_or_not(table)} {caption}", table)
     summary = f"The chance of the right verdict at {noise:.4f} nats of noise, by seeds."
     return _block("wall_power", caption, summary, draw.wall_power.canvas(table), table, 2)
+
+
+def _settled_or_not(table: pl.DataFrame) -> str:
+    """From how many seeds each candidate truth is settled, where it always or never is."""
+    least = table.filter(pl.col("settled") > 0.5).group_by("truth").agg(pl.col("seeds").min())
+    truths = table["truth"].unique(maintain_order=True).to_list()
+    seeds = dict(least.rows())
+    settled = [
+        f"{truth} from {count_of(seeds[truth], 'seed')}" for truth in truths if truth in seeds
+    ]
+    never = [truth for truth in truths if truth not in seeds]
+    high = f"{table['seeds'].max()} seeds at each ratio"
+    parts = [f"settles {listing(settled)}"] if settled else []
+    parts += [f"never settles {listing(never)}"] if never else []
+    return f"With up to {high}, this grid {' and '.join(parts)}."
 
 
 def _alternatives(study: WallStudy) -> Block | None:

@@ -107,6 +107,32 @@ class WallStudy:
         return frontier_band(self.judged)
 
     @cached_property
+    def means(self) -> pl.DataFrame:
+        """[arm, ratio, n, mean, lo, hi, held_out]: mean loss of every arm and ratio, the judged arm
+        first, with one kind of interval.
+
+        Those of the judged arm are the means of `band`. The other arms take the noise of its
+        nearest ratio. lo and hi are null where the noise is unknown or the arm has no ratio.
+        """
+        noise = self.band.means.join(_means_over_seeds(self.judged), on="ratio").sort("ratio")
+        noise = noise.with_columns(half=(pl.col("hi") - pl.col("loss")) * pl.col("n").sqrt())
+        judged = noise.select(
+            pl.lit(self.arm).alias("arm"), "ratio", "n", "lo", "hi", "held_out", mean="loss"
+        )
+        arms = self.runs["arm"].unique(maintain_order=True).drop_nulls() if self.arm else ()
+        parts = [judged]
+        for arm in arms:
+            if arm not in (self.arm, TUNING):
+                part = _means_over_seeds(self.runs.filter(pl.col("arm") == arm))
+                near = part.join_asof(noise.select("ratio", "half"), on="ratio", strategy="nearest")
+                half = pl.col("half") / pl.col("n").sqrt()
+                ends = {"lo": pl.col("mean") - half, "hi": pl.col("mean") + half}
+                parts.append(near.with_columns(**ends, arm=pl.lit(arm), held_out=False))
+        columns = ["arm", "ratio", "n", "mean", "lo", "hi", "held_out"]
+        table = pl.concat([part.select(columns) for part in parts], how="vertical_relaxed")
+        return table.with_columns(pl.col("lo", "hi").fill_nan(None))
+
+    @cached_property
     def law(self) -> tuple[Fit, Quality]:
         """Of the laws of the ratio alone (`OF_RATIO`) the one with the smallest AICc on the judged
         runs of the largest budget, and what it is worth.
@@ -223,6 +249,12 @@ class WallStudy:
             pl.col("active_params", "tokens").cast(pl.Float64).median()
         ).row(0)
         return float(medians[0]), float(medians[1])
+
+
+def _means_over_seeds(runs: pl.DataFrame) -> pl.DataFrame:
+    """[ratio, n, mean] of the finite losses, by rising ratio."""
+    finite = runs.filter(pl.col("loss").is_finite()).with_columns(pl.col("ratio").cast(pl.Float64))
+    return finite.group_by("ratio").agg(n=pl.len(), mean=pl.col("loss").mean()).sort("ratio")
 
 
 def wall_study(

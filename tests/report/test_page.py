@@ -186,7 +186,7 @@ def test_each_figure_has_its_data_its_command_and_its_numbers(
     page: str, sweep_page: Path, sweep: Path
 ) -> None:
     names = re.findall(r'<figure id="figure-(\w+)"', page)
-    evidence = ["wall_frontier", "law_fit", "wall_gain", "wall_elasticity", "wall_power"]
+    evidence = ["wall_compute", "law_fit", "wall_gain", "wall_elasticity"]
     whose = [
         "domain_specialisation",
         "domain_divergence",
@@ -209,7 +209,7 @@ def test_each_figure_has_its_data_its_command_and_its_numbers(
     ]
     folder = sweep_page.with_name("a page_data")
     assert sorted(path.stem for path in folder.iterdir()) == sorted(
-        [*names, "coloured_text", "runs"]
+        [*names, "coloured_text", "runs", "wall_power"]
     )
     for name, figure in zip(
         names, re.findall(r"<figure.*?</figure>", page, flags=re.S), strict=True

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -13,6 +14,8 @@ from refusals import refused
 from moe_lab.errors import AnalysisError
 from moe_lab.report import figures, write_report
 from moe_lab.report import wall_section as wall
+from moe_lab.report.frames import Frames
+from moe_lab.report.runs_section import frontier_block
 from moe_lab.report.sources import gather
 from moe_lab.scaling import WallStudy, wall_study
 
@@ -88,14 +91,49 @@ def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
     assert section.forms.rows[0][0] == "line"
 
 
+def test_the_one_frontier_has_one_kind_of_bars_for_every_arm(sweep: Path) -> None:
+    material, frames = gather(sweep), Frames()
+    block = frontier_block(material, frames)
+    study = frames(wall.judged_material, material)
+    means = study.means
+    widths = means.with_columns(unit=(pl.col("hi") - pl.col("mean")) * pl.col("n").sqrt())
+    assert widths["unit"].to_numpy() == pytest.approx(widths["unit"][0], rel=1e-6)
+    figure = block.plots[0].variants[0].figure
+    bars = {trace.name: trace for trace in figure.data if trace.error_y.array is not None}
+    assert set(bars) == {"topk", "topk-short", "hash"}
+    assert list(bars["topk"].y) == pytest.approx(study.band.means["loss"].to_list())
+    assert bars["topk"].marker.symbol == ("circle",) * 9 + ("circle-open",)
+    assert [trace.name for trace in figure.data[:2]] == ["90 % band", "fitted"]
+    assert "without ratio 512" in block.caption
+    assert "wall_frontier" not in {block.name for block in wall.wall_section(study).blocks}
+
+
+@pytest.mark.parametrize(
+    ("settled", "words"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], "With up to 3 seeds at each ratio, this grid never settles a and b"),
+        ([0.0, 1.0, 0.02, 0.0], "this grid settles a from 3 seeds and never settles b."),
+        ([1.0, 1.0, 1.0, 0.98], "this grid settles a from 2 seeds and b from 2 seeds."),
+        ([0.0, 1.0, 0.5, 0.0], None),
+    ],
+)
+def test_a_power_of_zeros_and_ones_is_a_sentence(settled, words) -> None:
+    rows = {"truth": ["a", "a", "b", "b"], "seeds": [2, 3, 2, 3], "settled": settled}
+    others = dict.fromkeys(("wall", "below_margin", "no_wall", "cannot_tell"), 0.0)
+    power = pl.DataFrame(rows | others | {"tokens": 1e9, "draws": 200})
+    block = wall._power(SimpleNamespace(noise=(0.002, True), power=power))
+    assert (block.plots == ()) == (words is not None)
+    assert words is None or words in block.caption
+
+
 def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
     section = wall.wall_section(judged(sweep))
-    frontier = section.blocks[0]
-    names = [trace.name for trace in frontier.plots[0].variants[1].figure.data]
+    saved = section.blocks[0]
+    names = [trace.name for trace in saved.plots[0].variants[0].figure.data]
     assert {"Clark S-BASE, 15M", "Kimi K2", "this sweep"} <= set(names)
-    data = frontier.data.filter((pl.col("frontier") == "Kimi K2") & (pl.col("ratio") > 511))
+    data = saved.data.filter((pl.col("frontier") == "Kimi K2") & (pl.col("ratio") > 511))
     assert data["compute"][0] == pytest.approx(512**0.289, rel=0.01), "multiplied 1.21 per doubling"
-    assert any("Marin" in str(trace.name) for trace in frontier.plots[0].variants[2].figure.data)
+    assert any("Marin" in str(trace.name) for trace in saved.plots[0].variants[1].figure.data)
 
 
 def test_the_law_is_drawn_beside_its_runs_with_what_it_is_worth(sweep):
@@ -104,8 +142,7 @@ def test_the_law_is_drawn_beside_its_runs_with_what_it_is_worth(sweep):
     assert re.search(r"R2 [01]\.\d{3}; rmse 0\.\d{4} nats", block.caption)
     assert "AICc above it: " in block.caption
     names = [trace.name for trace in block.plots[0].variants[0].figure.data]
-    assert len(names) == 2
-    assert names[1].endswith(", runs")
+    assert names == ["fitted law", "runs"]
 
 
 def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
