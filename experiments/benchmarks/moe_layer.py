@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from moe_lab.model import MoEConfig, MoELayer, SwiGLU
 from moe_lab.model.dispatch import BACKENDS, choose
+from moe_lab.model.dispatch.liger import kernels
 from moe_lab.routing import RouterConfig, Routing
 from moe_lab.training.metrics import routing_metrics
 
@@ -133,8 +134,9 @@ def step_of(
 
 def contest(shape: Shape, rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
     names = ["dense", *OURS, *HF_EXPERTS]
-    if device == "cuda":
-        names.remove("native")
+    names.remove("native" if device == "cuda" else "liger")
+    if device == "cuda" and kernels() is None:
+        names.remove("liger")
     steps = {name: step_of(module_of(name, shape), shape, device, dtype) for name in names}
     wanted = steps["cpu"]()
     for name, step in steps.items():
@@ -310,7 +312,7 @@ def main() -> None:
             x = torch.empty(1, shape.d_model, device=arguments.device, dtype=dtype)
             frames.append(
                 table.with_columns(
-                    auto=pl.lit(choose(x, layer.experts.to(arguments.device, dtype)))
+                    auto=pl.lit(choose(x, layer.experts.to(arguments.device, dtype)).name)
                 )
             )
             show(frames[-1])

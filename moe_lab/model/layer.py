@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.config import MoEConfig
-from moe_lab.model.dispatch import auto, backend, choose, native, under_autocast
+from moe_lab.model.dispatch import Choice, auto, backend, choose, native, under_autocast
 from moe_lab.model.dispatch.bank import Gating
 from moe_lab.model.experts import ExpertBank, SwiGLU
 from moe_lab.model.zero_experts import ZeroExperts
@@ -51,14 +51,14 @@ class MoELayer(nn.Module):
             native.available()
 
     def backend_name(self, x: Tensor) -> str:
-        """The dispatch backend that runs tokens of this device and dtype: the configured one, or
-        what "auto" picks.
-        """
-        return (
-            choose(*under_autocast(x, self.experts))
-            if self.config.dispatch == "auto"
-            else self.config.dispatch
-        )
+        """The dispatch backend that runs tokens of this device and dtype."""
+        return self.backend_choice(x).name
+
+    def backend_choice(self, x: Tensor) -> Choice:
+        """``backend_name`` with the reason: the configuration's, or that of "auto"."""
+        if self.config.dispatch != "auto":
+            return Choice(self.config.dispatch, "it is configured")
+        return choose(*under_autocast(x, self.experts))
 
     @overload
     def forward(

@@ -20,7 +20,7 @@ class Weights(NamedTuple):
     down: Tensor
 
 
-FAST = sorted(set(BACKENDS) - {"oracle"})
+FAST = sorted(set(BACKENDS) - {"oracle", "liger"})  # liger: test_liger.py
 
 
 def random_routing(

@@ -10,9 +10,10 @@ alone:
 | ``cpu`` | one autograd function, a few tensor calls per expert on rows in cache | anywhere |
 | ``native`` | the same in C++, compiled once per machine | CPU, float32 and float64 |
 | ``grouped`` | one ``grouped_mm`` for all experts, no host synchronisation | CUDA; right on a CPU |
+| ``liger`` | liger-kernel's fused Triton kernels (extra ``gpu``), SwiGLU without a limit | CUDA |
 
 ``auto`` takes the fastest that can run what it is given, again at each call; ``choose`` returns its
-name.
+name and why.
 """
 
 from collections.abc import Callable
@@ -24,12 +25,13 @@ from torch import Tensor
 from moe_lab.model.dispatch import native
 from moe_lab.model.dispatch.bank import Bank, Gating, gating_of
 from moe_lab.model.dispatch.grouped import can_group, grouped
+from moe_lab.model.dispatch.liger import liger, obstacle
 from moe_lab.model.dispatch.loop import loop
 from moe_lab.model.dispatch.oracle import oracle
 from moe_lab.registry import Registry
 from moe_lab.routing import Routing
 
-__all__ = ["BACKENDS", "Backend", "Bank", "backend", "choose", "under_autocast"]
+__all__ = ["BACKENDS", "Backend", "Bank", "Choice", "backend", "choose", "under_autocast"]
 
 
 Backend = Callable[[Tensor, Routing, Bank], Tensor]
@@ -42,24 +44,41 @@ _BUILT_IN: dict[str, Backend] = {
     "cpu": loop,
     "native": native.experts,
     "grouped": grouped,
+    "liger": liger,
 }
 for _name, _backend in _BUILT_IN.items():
     BACKENDS.add(_name, _backend)
 
 
-def choose(x_TD: Tensor, bank: Bank) -> str:
-    """The name of the backend that ``auto`` runs for these tensors: their device, dtype and shape
-    decide.
+class Choice(NamedTuple):
+    """The backend that ``auto`` runs, and why in words."""
+
+    name: str
+    reason: str
+
+
+def choose(x_TD: Tensor, bank: Bank) -> Choice:
+    """What ``auto`` runs for these tensors: their device, dtype and shape decide, and on CUDA
+    whether the extra ``gpu`` is installed.
     """
     if x_TD.device.type == "cpu":
-        return "native" if x_TD.dtype in native.DTYPES and native.available() else "cpu"
-    # On the meta device nothing may wait for a value.
-    whole = x_TD.device.type == "meta" or can_group(x_TD, bank.down)
-    return "grouped" if whole else "cpu"
+        if x_TD.dtype not in native.DTYPES:
+            return Choice("cpu", "the compiled backend takes float32 and float64")
+        if not native.available():
+            return Choice("cpu", native.problem() or "there is no compiled backend")
+        return Choice("native", "it is compiled for this processor")
+    if x_TD.device.type == "meta":  # nothing may wait for a value
+        return Choice("grouped", "on the meta device nothing is computed")
+    why = obstacle(x_TD, bank)
+    if not why:
+        return Choice("liger", "its fused kernels take this device, dtype and gating")
+    if can_group(x_TD, bank.down):
+        return Choice("grouped", "liger does not run: " + why)
+    return Choice("cpu", "grouped_mm does not take this dtype or these widths")
 
 
 def auto(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
-    return _BUILT_IN[choose(x_TD, bank)](x_TD, routing, bank)
+    return _BUILT_IN[choose(x_TD, bank).name](x_TD, routing, bank)
 
 
 def backend(name: str) -> Backend:

@@ -7,14 +7,13 @@ and where a row's weight gets its gradient.
 """
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.model.dispatch.bank import Bank, gating_of
-from moe_lab.model.dispatch.order import SlotOrder, slot_order
+from moe_lab.model.dispatch.order import InOrder, PutBack, TakeRows, slot_order
 from moe_lab.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,14 +38,14 @@ def grouped(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     if x_TD.device.type == "meta":
         product = _shapes
     slots = slot_order(routing)
-    rows = _Take.apply(x_TD, slots)
-    scale = _InOrder.apply(routing.weights.to(x_TD.dtype), slots).unsqueeze(1)
+    rows = TakeRows.apply(x_TD, slots)
+    scale = InOrder.apply(routing.weights.to(x_TD.dtype), slots).unsqueeze(1)
     if routing.weights_on_input:
         rows = rows * scale
     hidden = gating_of(bank).hidden(product(rows, bank.gate_up.transpose(1, 2), offs=slots.ends))
     if not routing.weights_on_input:
         hidden = hidden * scale
-    return _PutBack.apply(product(hidden, bank.down.transpose(1, 2), offs=slots.ends), slots)
+    return PutBack.apply(product(hidden, bank.down.transpose(1, 2), offs=slots.ends), slots)
 
 
 def _products(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
@@ -60,62 +59,3 @@ def _products(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
 def _shapes(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
     """On the meta device, where ``grouped_mm`` has no float32: its shapes and its FLOPs."""
     return rows_ND @ bank_EDF.sum(dim=0)
-
-
-# Each of these linear maps has another one as its backward pass, so that gradients of gradients
-# are right.
-
-
-class _Take(torch.autograd.Function):
-    """[T, D] -> [N, D], the token of each row.
-
-    (The backward of ``index_select`` itself would be an ``index_add_``.)
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, slots: SlotOrder) -> Tensor:
-        ctx.slots = slots
-        return x_TD.index_select(0, slots.tokens)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _PutBack.apply(grad, ctx.slots), None
-
-
-class _PutBack(torch.autograd.Function):
-    """[N, D] -> [T, D], each token's slots added up."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, slots: SlotOrder) -> Tensor:
-        ctx.slots = slots
-        return slots.put_back(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _Take.apply(grad, ctx.slots), None
-
-
-class _InOrder(torch.autograd.Function):
-    """[T, K] -> [N] in the order of the rows; rows of slots that run nothing give no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, weights_TK: Tensor, slots: SlotOrder) -> Tensor:
-        ctx.slots = slots
-        return weights_TK.reshape(-1).index_select(0, slots.order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _ToSlots.apply(grad, ctx.slots), None
-
-
-class _ToSlots(torch.autograd.Function):
-    """[N] in the order of the rows -> [T, K]; 0 in slots that run nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, values_N: Tensor, slots: SlotOrder) -> Tensor:
-        ctx.slots = slots
-        return values_N[slots.place].masked_fill(~slots.runs, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _InOrder.apply(grad, ctx.slots), None

@@ -4,7 +4,7 @@ Rows are put back by the inverse permutation and added over a token's slots: unl
 this is fast on a CPU and deterministic on CUDA. Shape letters: N = T * K slots.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,3 +49,62 @@ def slot_order(routing: Routing) -> SlotOrder:
     bounds = torch.arange(routing.num_experts, device=flat.device)
     ends = torch.searchsorted(key[order], bounds, right=True).to(torch.int32)
     return SlotOrder(order, ends, place, runs.view(routing.indices.shape))
+
+
+# Each of these linear maps has another one as its backward pass, so that gradients of gradients
+# are right.
+
+
+class TakeRows(torch.autograd.Function):
+    """[T, D] -> [N, D], the token of each row.
+
+    (The backward of ``index_select`` itself would be an ``index_add_``.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, slots: SlotOrder) -> Tensor:
+        ctx.slots = slots
+        return x_TD.index_select(0, slots.tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return PutBack.apply(grad, ctx.slots), None
+
+
+class PutBack(torch.autograd.Function):
+    """[N, D] -> [T, D], each token's slots added up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, slots: SlotOrder) -> Tensor:
+        ctx.slots = slots
+        return slots.put_back(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return TakeRows.apply(grad, ctx.slots), None
+
+
+class InOrder(torch.autograd.Function):
+    """[T, K] -> [N] in the order of the rows; rows of slots that run nothing give no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_TK: Tensor, slots: SlotOrder) -> Tensor:
+        ctx.slots = slots
+        return weights_TK.reshape(-1).index_select(0, slots.order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _ToSlots.apply(grad, ctx.slots), None
+
+
+class _ToSlots(torch.autograd.Function):
+    """[N] in the order of the rows -> [T, K]; 0 in slots that run nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, slots: SlotOrder) -> Tensor:
+        ctx.slots = slots
+        return values_N[slots.place].masked_fill(~slots.runs, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return InOrder.apply(grad, ctx.slots), None

@@ -1,0 +1,160 @@
+"""Backend ``liger`` around its kernels: what goes in and how it comes back, with a plain function
+in place of the Triton kernels; and the kernels themselves in Triton's interpreter, where
+liger-kernel and Triton are installed.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusals import refused
+from test_dispatch import random_routing, run
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moe_lab.model import ExpertBank, MoEConfig, MoELayer
+from moe_lab.model.dispatch import BACKENDS, choose, liger, oracle
+from moe_lab.model.dispatch.bank import Gating
+from moe_lab.model.experts import swiglu
+from moe_lab.routing import RouterConfig
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "liger_on_cpu.py"
+
+
+def plain_kernels(
+    x_TD: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, w: Tensor
+) -> Tensor:
+    """liger-kernel's contract: [T, K] int32 ids of real experts, one weight each."""
+    assert (experts.dtype, experts.shape) == (torch.int32, w.shape)
+    assert (len(experts), w.dtype) == (len(x_TD), x_TD.dtype)
+    assert len(x_TD)
+    assert set(experts.flatten().tolist()) <= set(range(len(gate_up)))
+    rows = [
+        sum(
+            w[t, k] * swiglu(x_TD[t], gate_up[int(e)], down[int(e)])
+            for k, e in enumerate(experts[t])
+        )
+        for t in range(len(x_TD))
+    ]
+    return torch.stack(rows)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys.modules["moe_lab.model.dispatch.liger"], "kernels", lambda: plain_kernels
+    )
+    monkeypatch.setattr(
+        sys.modules["moe_lab.model.dispatch.liger"], "obstacle", lambda x_TD, bank: ""
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(0, 9),
+    experts=st.integers(1, 6),
+    zero=st.integers(0, 3),
+    slots=st.integers(1, 4),
+    unused=st.sampled_from([0.0, 0.3, 1.0]),
+    on_input=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_liger_equals_the_oracle_with_all_gradients(
+    tokens: int, experts: int, zero: int, slots: int, unused: float, on_input: bool, seed: int
+) -> None:
+    slots = min(slots, experts + zero)
+    routing = random_routing(tokens, slots, experts, zero, unused, seed, on_input)
+    torch.manual_seed(seed)
+    bank = ExpertBank(experts, d_model=6, d_expert=5).double()
+    x_TD = torch.randn(tokens, 6, dtype=torch.float64)
+    for got, wanted in zip(
+        run("liger", x_TD, routing, bank), run("oracle", x_TD, routing, bank), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_tokens_need_not_be_contiguous() -> None:
+    routing = random_routing(12, 2, 4, 0, 0.0, seed=1)
+    bank = ExpertBank(4, 6, 5).double()
+    x_TD = torch.randn(6, 12, dtype=torch.float64).T
+    torch.testing.assert_close(liger(x_TD, routing, bank), oracle(x_TD, routing, bank))
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_checkpointing_and_autocast_change_no_gradient_beyond_rounding(zero: int) -> None:
+    router = RouterConfig(kind="longcat" if zero else "softmax_topk", num_experts=4, top_k=2)
+    router = router.replace(num_zero_experts=zero)
+    torch.manual_seed(0)
+    layer = MoELayer(MoEConfig(8, 4, router, dispatch="liger"))
+    x = torch.randn(6, 8, requires_grad=True)
+
+    def gradient(whole: bool, half: bool) -> Tensor:
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = layer(x) if whole else checkpoint(layer, x, use_reentrant=False)
+            assert isinstance(y, Tensor)
+            y.float().square().sum().backward()
+        assert layer.experts.gate_up.grad is not None
+        return layer.experts.gate_up.grad.clone()
+
+    exact = gradient(whole=True, half=False)
+    torch.testing.assert_close(gradient(whole=False, half=False), exact)
+    half = gradient(whole=True, half=True)
+    assert half.dtype == torch.float32
+    assert float((half - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("real")
+def test_what_liger_cannot_run_is_named() -> None:
+    routing = random_routing(3, 1, 2, 0, 0.0, seed=1)
+    x_TD = torch.randn(3, 6)
+    clamped = ExpertBank(2, 6, 5, Gating(limit=7.0))
+    plain = ExpertBank(2, 6, 5)
+    for x, bank, why in (
+        (x_TD, clamped, "without a limit"),
+        (x_TD.double(), ExpertBank(2, 6, 5).double(), "bfloat16"),
+        (x_TD, plain, "CUDA"),
+    ):
+        with refused("dispatch") as error:
+            BACKENDS["liger"](x, routing, bank)
+        assert why in str(error.value)
+
+
+@pytest.mark.usefixtures("real")
+def test_auto_says_what_it_picked_and_why() -> None:
+    bank = ExpertBank(2, 16, 8)
+    assert choose(torch.zeros(1, 16, dtype=torch.bfloat16), bank) == (
+        "cpu",
+        "the compiled backend takes float32 and float64",
+    )
+    on_meta = choose(torch.zeros(1, 16, device="meta"), bank)
+    assert on_meta == ("grouped", "on the meta device nothing is computed")
+    layer = MoELayer(MoEConfig(16, 8, RouterConfig(num_experts=2, top_k=1), dispatch="grouped"))
+    assert layer.backend_choice(torch.zeros(1, 16)) == ("grouped", "it is configured")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("liger_kernel") is None or find_spec("triton") is None,
+    reason="liger-kernel and Triton are not installed (extra gpu)",
+)
+def test_the_triton_kernels_equal_the_oracle_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--cases", "1"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
