@@ -38,11 +38,16 @@ class Canvas:
         shares: of the panels, from the left or from above, adding up to one.
         stacked: the panels are one column.
         gap: between panels, as a share of the whole.
+
+    Attributes:
+        in_words: what is so, where the figure would show one colour or nothing; a page writes this
+            sentence in place of the figure.
     """
 
     def __init__(
         self, shares: Sequence[float] = (1.0,), *, stacked: bool = False, gap: float = 0.0
     ) -> None:
+        self.in_words = ""
         self._traces: list[dict[str, Any]] = []
         self._layout: dict[str, Any] = {}
         self._panels = len(shares)
@@ -74,7 +79,8 @@ class Canvas:
         return self._add("scatter", panel, values)
 
     def add_heatmap(self, *, panel: int = 1, **values: Any) -> Self:
-        return self._add("heatmap", panel, values)
+        """Cells without a value show nothing at hover."""
+        return self._add("heatmap", panel, {"hoverongaps": False} | values)
 
     def add_hline(self, y: float, *, annotation_text: str | None = None, **values: Any) -> Self:
         """Across the whole width; its text stands above its right end."""
@@ -197,6 +203,13 @@ def error_bars(
         "arrayminus": (frame[value] - frame[low]).to_list(),
     }
     return {"type": "data", "symmetric": False, **ends, **style}
+
+
+def interval_text(low: float | None, high: float | None, digits: int) -> str:
+    """For hover texts, in which plotly writes a missing number as 0 or NaN."""
+    if low is None or high is None:
+        return "no interval"
+    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def evenly(size: int, most: int) -> list[int]:

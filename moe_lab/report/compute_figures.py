@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moe_lab.report.canvas import Canvas, drawn, error_bars, need, plain
+from moe_lab.report.canvas import Canvas, drawn, error_bars, interval_text, need, plain
 from moe_lab.report.theme import SERIES, SYMBOLS
 
 
@@ -46,9 +46,13 @@ def class_profile(frame: pl.DataFrame) -> Canvas:
             mode="markers",
             marker={"size": 9, "color": SERIES[index], "symbol": SYMBOLS[index]},
             error_x=error_bars(total, mean, lo, hi, thickness=2, width=4),
-            customdata=total.select("n_tokens", "n_docs", lo, hi, pl.Series("class", kinds)).rows(),
-            hovertemplate=f"%{{customdata[4]}}, {name}: %{{x:.3f}} "
-            "(%{customdata[2]:.3f} to %{customdata[3]:.3f})<br>"
+            customdata=[
+                (tokens, docs, interval_text(low, high, 3), kind)
+                for kind, (tokens, docs, low, high) in zip(
+                    kinds, total.select("n_tokens", "n_docs", lo, hi).rows(), strict=True
+                )
+            ],
+            hovertemplate=f"%{{customdata[3]}}, {name}: %{{x:.3f}} (%{{customdata[2]}})<br>"
             "%{customdata[0]:,} tokens, %{customdata[1]} documents<extra></extra>",
             name=name,
         )

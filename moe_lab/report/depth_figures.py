@@ -2,6 +2,8 @@
 beside it.
 """
 
+from collections import Counter
+
 import polars as pl
 
 from moe_lab.report.canvas import Canvas, drawn, error_bars, evenly, need, plain
@@ -9,6 +11,10 @@ from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
 MAX_SERIES = 8
 """More series than colours cannot be distinguished; the first ones are drawn."""
+ASIDE = 0.06
+"""Layers between two series, so that their intervals stand beside each other."""
+MAX_PAIRS = 2
+"""Pairs with one domain: eight pairs of one rare domain and another say one thing eight times."""
 CHANCE = {"chance": "chance, even", "chance_by_load": "chance, by load"}
 
 
@@ -91,23 +97,41 @@ def vocabulary_specialisation(frame: pl.DataFrame) -> Canvas:
 
 @drawn
 def domain_divergence(frame: pl.DataFrame) -> Canvas:
-    """Jensen-Shannon divergence of every two domains over depth (the widest pairs, where there are
-    many).
+    """Jensen-Shannon divergence of two domains over depth: the widest pairs, where there are many,
+    and of these at most ``MAX_PAIRS`` with the same domain.
 
     Args:
         frame: as ``analysis.domain_divergence``.
     """
     need(frame, "domain_a", "domain_b", "bits", "shuffled_95")
-    domains = pl.col("domain_a", "domain_b").cast(pl.String)
-    named = frame.with_columns(pair=pl.concat_str(domains, separator=" | "))
-    means = named.group_by("pair").agg(pl.col("bits").mean()).sort("bits", descending=True)
-    widest = means["pair"].head(MAX_SERIES).to_list()
+    named = frame.with_columns(pair=pair_names())
+    widest = widest_pairs(frame)
     rows = named.filter(pl.col("pair").is_in(widest)).sort(
         pl.col("pair").replace_strict(widest, range(len(widest)), default=None), "layer"
     )
     shuffled = named.group_by("layer", maintain_order=True).agg(pl.col("shuffled_95").mean())
     mean = shuffled, {"shuffled_95": "95 % point of shuffled documents, mean of pairs"}
     return _depth(rows, "JSD, bits", "bits", "lo", "hi", group="pair", lines=mean)
+
+
+def pair_names() -> pl.Expr:
+    """The name of each pair of domains."""
+    return pl.concat_str(pl.col("domain_a", "domain_b").cast(pl.String), separator=" | ")
+
+
+def widest_pairs(frame: pl.DataFrame) -> list[str]:
+    """The pairs that are drawn, the widest mean over layers first: all where there are few."""
+    means = frame.group_by("domain_a", "domain_b").agg(pl.col("bits").mean())
+    means = means.with_columns(pair=pair_names()).sort("bits", "pair", descending=[True, False])
+    if means.height <= MAX_SERIES:
+        return means["pair"].to_list()
+    drawn_of: Counter[object] = Counter()
+    pairs = []
+    for *domains, pair in means.select("domain_a", "domain_b", "pair").rows():
+        if max(drawn_of[domain] for domain in domains) < MAX_PAIRS:
+            drawn_of.update(domains)
+            pairs.append(pair)
+    return pairs[:MAX_SERIES]
 
 
 @drawn
@@ -190,11 +214,12 @@ def _depth(
     """
     need(frame, x, value, *filter(None, (lo, hi)))
     figure = Canvas()
-    parts = frame.group_by(group or pl.lit("measured"), maintain_order=True)
-    for index, ((name,), part) in enumerate(list(parts)[:MAX_SERIES]):
+    parts = list(frame.group_by(group or pl.lit("measured"), maintain_order=True))[:MAX_SERIES]
+    step = (frame[x].unique().sort().diff().min() or 1) * ASIDE if lo and len(parts) > 1 else 0
+    for index, ((name,), part) in enumerate(parts):
         colour = SERIES[index % len(SERIES)]
         figure.add_scatter(
-            x=part[x].to_list(),
+            x=(part[x] + step * (index - (len(parts) - 1) / 2)).to_list(),
             y=part[value].to_list(),
             error_y=error_bars(part, value, lo, hi, thickness=1.5, color=colour)
             if lo and part[lo].null_count() < part.height
@@ -203,7 +228,8 @@ def _depth(
             line={"color": colour, "width": 1.5, "dash": DASHES[index % len(DASHES)]},
             marker={"color": colour, "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 7},
             name=plain(name),
-            hovertemplate=f"{x} %{{x}}: %{{y:.4f}}",
+            customdata=part[x].to_list(),
+            hovertemplate=f"{x} %{{customdata}}: %{{y:.4f}}",
         )
     places = frame[x].drop_nulls().to_list()
     figure.update_xaxes(title_text=x, dtick=1 if max(places) - min(places) <= 16 else None)

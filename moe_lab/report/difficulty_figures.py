@@ -5,50 +5,45 @@ from __future__ import annotations
 import polars as pl
 
 from moe_lab.report.canvas import Canvas, drawn, error_bars
-from moe_lab.report.theme import SERIES, SYMBOLS
+from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
 ALIGN_LABELS = {"input": "token that goes in", "target": "token to be predicted"}
 
 
 @drawn
 def difficulty_map(frame: pl.DataFrame) -> Canvas:
-    """Layer x alignment: rank correlation of ffn_count with difficulty within token ids.
+    """Rank correlation of ffn_count with difficulty within token ids over depth, with its interval,
+    a series per alignment.
 
     Args:
         frame: columns layer, align, rho_token, rho_token_lo, rho_token_hi, rho_raw, verdict, as
             ``difficulty_association``.
     """
-    layers = frame["layer"].unique().sort().to_list()
-    aligns = [align for align in ALIGN_LABELS if align in frame["align"].to_list()]
-    rows = {(row["layer"], row["align"]): row for row in frame.to_dicts()}
-    table = [[rows[layer, align] for align in aligns] for layer in layers]
-    reach = max([0.05, *(abs(value) for value in frame["rho_token"].drop_nulls())])
-    figure = Canvas()
-    figure.add_heatmap(
-        x=[ALIGN_LABELS[align] for align in aligns],
-        y=[str(layer) for layer in layers],
-        z=[[row["rho_token"] for row in cells] for cells in table],
-        text=[[_cell(row) for row in cells] for cells in table],
-        texttemplate="%{text}",
-        customdata=[
-            [f"{row['verdict']}; raw {_number(row['rho_raw'])}" for row in cells] for cells in table
-        ],
-        hovertemplate="layer %{y}, %{x}: %{z:.3f}<br>%{customdata}<extra></extra>",
-        coloraxis="coloraxis",
-    )
-    figure.update_yaxes(type="category", autorange="reversed", title_text="layer", showgrid=False)
-    figure.update_xaxes(showgrid=False, side="top")
-    return figure.update_layout(
-        height=150 + 44 * len(layers),
-        coloraxis={"cmin": -reach, "cmax": reach, "colorbar": {"title": {"text": "correlation"}}},
-    )
-
-
-def _cell(row: dict) -> str:
-    if row["rho_token"] is None:
-        return str(row["verdict"])
-    rho, low, high = (_number(row[name]) for name in ("rho_token", "rho_token_lo", "rho_token_hi"))
-    return rho if row["rho_token_lo"] is None else f"{rho} ({low} to {high})"
+    figure = Canvas().add_hline(y=0, line={"color": SERIES[-1], "width": 1})
+    for index, (align, name) in enumerate(ALIGN_LABELS.items()):
+        rows = frame.filter(align=align).sort("layer")
+        if not rows.height:
+            continue
+        hidden = [
+            (layer, verdict, _number(raw))
+            for layer, verdict, raw in rows.select("layer", "verdict", "rho_raw").rows()
+        ]
+        figure.add_scatter(
+            x=(rows["layer"] + 0.12 * (index - 0.5)).to_list(),  # intervals beside each other
+            y=rows["rho_token"].to_list(),
+            error_y=error_bars(rows, "rho_token", "rho_token_lo", "rho_token_hi", thickness=1.5),
+            mode="lines+markers",
+            line={"color": SERIES[index], "width": 1.5, "dash": DASHES[index]},
+            marker={"color": SERIES[index], "symbol": SYMBOLS[index], "size": 8},
+            name=name,
+            customdata=hidden,
+            hovertemplate="layer %{customdata[0]}: %{y:.3f}<br>%{customdata[1]}; "
+            "raw %{customdata[2]}",
+        )
+    deep = int(frame["layer"].max() - frame["layer"].min())  # type: ignore[operator]
+    figure.update_xaxes(title_text="layer", dtick=1 if deep <= 16 else None)
+    figure.update_yaxes(title_text="correlation within token ids")
+    return figure.update_layout(height=360, hovermode="closest")
 
 
 def _number(value: float | None) -> str:

@@ -16,7 +16,7 @@ from moe_lab.analysis.registry import ANALYSES, Analysis
 from moe_lab.number_format import count_of, decimal, listing, whole
 from moe_lab.report import figures
 from moe_lab.report.canvas import evenly
-from moe_lab.report.depth_figures import MAX_SERIES
+from moe_lab.report.depth_figures import MAX_PAIRS, MAX_SERIES
 from moe_lab.report.figure_blocks import (
     Block,
     Variant,
@@ -159,9 +159,10 @@ def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
     summary += f" ({'; '.join(told)})." if told else "."
     caption = (
         f"n = {whole(named.trace.num_tokens)} tokens, by {kinds[0]}: 0 bits where two kinds load "
-        f"the experts alike, 1 where they share none; at most {MAX_SERIES} pairs are drawn. Bars, "
-        f"where drawn, are 95 % intervals from resampling documents {RESAMPLES} times; finite "
-        "samples diverge a little even where kinds do not: the dotted line is the 95 % point "
+        f"the experts alike, 1 where they share none; at most {MAX_SERIES} pairs are drawn, the "
+        f"widest of which at most {MAX_PAIRS} share a kind. Bars are 95 % intervals "
+        f"from resampling documents {RESAMPLES} times; finite samples diverge a little even where "
+        "kinds do not: the dotted line is the 95 % point "
         "of documents shuffled between the kinds."
     )
     canvas = figures.domain_divergence.canvas(data)

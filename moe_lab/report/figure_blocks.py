@@ -85,10 +85,22 @@ def one_plot(
     data: pl.DataFrame,
     table: Table | None = None,
 ) -> Block:
-    """A block with one plot of several variants or one canvas; its table is ``data`` by default."""
+    """A block with one plot of several variants or one canvas; its table is ``data`` by default.
+
+    Variants that would show one colour are left out: the caption says what is so in their place.
+    """
     if isinstance(variants, Canvas):
         variants = (Variant("", variants),)
-    return Block(name, caption, (Plot(summary, tuple(variants)),), data, table or table_of(data))
+    shown = tuple(variant for variant in variants if not variant.canvas.in_words)
+    flat = [
+        f"{variant.name}: {variant.canvas.in_words}" if variant.name else variant.canvas.in_words
+        for variant in variants
+        if variant.canvas.in_words
+    ]
+    if flat:
+        caption = f"Not drawn: {'; '.join(flat)}. {caption}"
+    plots = (Plot(summary, shown),) if shown else ()
+    return Block(name, caption, plots, data, table_of(data) if table is None else table)
 
 
 def in_words(name: str, sentence: str, data: pl.DataFrame) -> Block:

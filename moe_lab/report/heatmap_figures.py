@@ -5,7 +5,6 @@ With hundreds of experts a map of pairs is binned: neighbours in the order of th
 the id) share a cell, whose value is the sum of their counts over the sum of what was expected.
 """
 
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.errors import AnalysisError, expected
+from moe_lab.number_format import decimal
 from moe_lab.report.canvas import Canvas, drawn, evenly, need
 
 BINS = 128
@@ -21,6 +21,14 @@ BINS = 128
 REACH = 3
 """The scale ends at 8 times the even value and at an 8th of it; what lies beyond takes the colour
 of the end.
+"""
+EVEN = 0.03
+"""A map whose values all lie this near to 1 is of one colour: a sentence says so in its place."""
+MAX_TICKS = 12
+"""Labelled experts of an axis: more overlap on a narrow page."""
+MAX_LAYER_TICKS = 24
+ABOVE, BELOW, TITLE = 66, 50, 20
+"""Pixels above a map (title and colour bar) and below it (axis title), and of the title of its bar.
 """
 
 
@@ -51,7 +59,9 @@ def load_shift(frame: pl.DataFrame) -> Canvas:
         frame: columns layer, expert, share_a, share_b as ``analysis.load_shift``.
     """
     need(frame, "layer", "expert", "share_a", "share_b")
-    return _layer_map(frame, frame["share_b"] / frame["share_a"], "share after ÷ share before")
+    shares = [frame["share_a"], frame["share_b"]]
+    hover = "%{customdata[0]:.4f} before, %{customdata[1]:.4f} after"
+    return _layer_map(frame, shares[1] / shares[0], "share after ÷ share before", hover, shares)
 
 
 @drawn
@@ -136,12 +146,15 @@ def _pair_map(
     rows, columns = map(_names, experts, edges)
     hover = "from %{y} to %{x}: %{customdata:.2f} \u00d7 even<extra></extra>"
     binned = ", neighbours binned" if max(map(len, experts)) > bins else ""
-    return (
-        _map(lift, columns, rows, hover)
-        .update_xaxes(title_text=f"{titles[1]}{binned}", showticklabels=len(columns) <= 32)
-        .update_yaxes(title_text=titles[0], showticklabels=len(rows) <= 32)
-        .update_layout(height=560)
-    )
+    made = _map(lift, columns, rows, hover, "times the even value", BINS * 4)
+    made.update_xaxes(title_text=f"{titles[1]}{binned}", **_expert_ticks(columns))
+    return made.update_yaxes(title_text=titles[0], **_expert_ticks(rows))
+
+
+def _expert_ticks(names: list[str]) -> dict[str, Any]:
+    """Every cell of a short axis, else evenly spaced ones; of a bin its first expert."""
+    shown = names[:: -(-len(names) // MAX_TICKS)]
+    return {"tickvals": shown, "ticktext": [name.partition(" ")[0] for name in shown]}
 
 
 def _names(order: NDArray, edges: list[int]) -> list[str]:
@@ -152,11 +165,23 @@ def _names(order: NDArray, edges: list[int]) -> list[str]:
     ]
 
 
-def _layer_map(rows: pl.DataFrame, ratio: pl.Series, title: str) -> Canvas:
+def _layer_map(
+    rows: pl.DataFrame,
+    ratio: pl.Series,
+    title: str,
+    words: str = "%{customdata:.2f} \u00d7",
+    shown: list[pl.Series] | None = None,
+) -> Canvas:
+    """A map of ``ratio``; ``words`` show it at hover, or the values of ``shown``."""
     layers = rows["layer"].unique().sort().to_list()
     table = layer_table(rows, ratio, layers)
-    hover = "layer %{y}, expert %{x}: %{customdata:.2f} \u00d7<extra></extra>"
-    made = _map(table, list(range(table.shape[1])), list(map(str, layers)), hover, title)
+    tables = [layer_table(rows, values, layers) for values in shown or ()]
+    hover = f"layer %{{y}}, expert %{{x}}: {words}<extra></extra>"
+    names = list(map(str, layers))
+    custom = np.stack(tables, axis=-1) if tables else table
+    made = _map(
+        table, list(range(table.shape[1])), names, hover, title, layer_height(layers), custom
+    )
     return layer_axis(made, layers).update_xaxes(title_text="expert")
 
 
@@ -177,47 +202,75 @@ def layer_table(
 
 
 def layer_axis(figure: Canvas, layers: list[int]) -> Canvas:
-    """The height of a map with a row per layer, and at most 24 ticks beside them."""
-    ticks = [str(layers[row]) for row in evenly(len(layers), 24)]
+    """The axis of a map with a row per layer, from above, with evenly spaced ticks."""
+    ticks = [str(layer) for layer in layers[:: -(-len(layers) // MAX_LAYER_TICKS)]]
     figure.update_yaxes(type="category", autorange="reversed", tickvals=ticks, showgrid=False)
-    figure.update_yaxes(title_text="layer", panel=1)
-    return figure.update_layout(height=190 + int(np.clip(len(layers) * 26, 90, 760)))
+    return figure.update_yaxes(title_text="layer", panel=1)
+
+
+def layer_height(layers: list[int]) -> int:
+    """Of the cells of a map with a row per layer, in pixels."""
+    return int(np.clip(len(layers) * 26, 90, 760))
 
 
 def _map(
-    ratio: NDArray, x: list[Any], y: list[Any], hover: str, title: str = "times the even value"
+    ratio: NDArray,
+    x: list[Any],
+    y: list[Any],
+    hover: str,
+    title: str,
+    height: int,
+    custom: NDArray | None = None,
 ) -> Canvas:
     with np.errstate(divide="ignore", invalid="ignore"):
         shade = np.clip(np.log2(ratio), -REACH - 1, REACH + 1).astype(np.float32)
-    values = {"z": shade, "customdata": ratio.astype(np.float32), "x": x, "y": y}
-    return (
-        Canvas()
-        .add_heatmap(**values, **cell_gaps(ratio), coloraxis="coloraxis", hovertemplate=hover)
-        .update_xaxes(showgrid=False, type="category" if isinstance(x[0], str) else None)
-        .update_yaxes(showgrid=False, autorange="reversed", type="category")
-        .update_layout(coloraxis=log2_scale(REACH, range(-REACH, REACH + 1), title, 300))
+    customdata = (ratio if custom is None else custom).astype(np.float32)
+    canvas = Canvas().add_heatmap(
+        z=shade, customdata=customdata, x=x, y=y, hovertemplate=hover, coloraxis="coloraxis",
+        **cell_gaps(ratio),
+    )  # fmt: skip
+    canvas.update_xaxes(showgrid=False, type="category" if isinstance(x[0], str) else None)
+    canvas.update_yaxes(showgrid=False, autorange="reversed", type="category")
+    return map_layout(canvas, ratio, REACH, title, height)
+
+
+def map_layout(figure: Canvas, ratio: NDArray, reach: int, title: str, height: int) -> Canvas:
+    """Place a map of ``ratio`` in log2 below its colour bar; where it is of one colour, the canvas
+    says so in words.
+
+    Margins are fixed: plotly's own put the axis title over the cells in some sizes.
+
+    Args:
+        reach: the power of two at both ends of the scale.
+        title: of the scale.
+        height: of the cells, in pixels.
+    """
+    known = ratio[~np.isnan(ratio)]
+    if not known.size:
+        figure.in_words = "no expert ran"
+    elif (away := float(np.abs(known - 1).max())) <= EVEN:
+        figure.in_words = f"every value lies within {decimal(100 * away, 1)} % of 1"
+    ticks = range(-reach, reach + 1, 2 if reach > REACH else 1)
+    whole = ABOVE + height + BELOW
+    bar = {
+        "tickvals": list(ticks),
+        "ticktext": [f"{2**tick}\u00d7" if tick >= 0 else f"1/{2**-tick}" for tick in ticks],
+        **{"orientation": "h", "x": 0, "xanchor": "left", "xpad": 0, "ypad": 0},
+        **{"yref": "container", "y": 1 - TITLE / whole, "yanchor": "top"},
+        **{"len": 280, "lenmode": "pixels"},
+    }
+    # A title of the bar itself would stand on the bar in low maps.
+    place = {"xref": "paper", "x": 0, "xanchor": "left", "yref": "paper", "y": 1}
+    place |= {"yanchor": "bottom", "yshift": ABOVE - TITLE + 2, "font": {"size": 13}}
+    figure.update_xaxes(automargin=False)
+    return figure.update_layout(
+        height=whole,
+        margin={"t": ABOVE, "b": BELOW},
+        coloraxis={"cmin": -reach, "cmax": reach, "colorbar": bar},
+        annotations=[{"text": title, "showarrow": False, **place}],
     )
 
 
 def cell_gaps(table: NDArray) -> dict[str, int]:
     """A pixel between the cells of a map that is not large."""
     return dict.fromkeys(("xgap", "ygap"), 1 if table.size <= 2000 else 0)
-
-
-def log2_scale(reach: int, ticks: Iterable[int], title: str, length: int) -> dict[str, Any]:
-    """The colour axis of a ratio in log2, with its bar above the map.
-
-    Args:
-        reach: the power of two at both ends.
-        ticks: powers of two that are labelled.
-        title: above the bar.
-        length: of the bar, in pixels.
-    """
-    bar = {
-        "title": {"text": title, "side": "top"},
-        "tickvals": list(ticks),
-        "ticktext": [f"{2**tick}\u00d7" if tick >= 0 else f"1/{2**-tick}" for tick in ticks],
-        **{"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"},
-        **{"len": length, "lenmode": "pixels"},
-    }
-    return {"cmin": -reach, "cmax": reach, "colorbar": bar}

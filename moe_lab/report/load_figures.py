@@ -7,7 +7,13 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, require
 from moe_lab.report.canvas import Canvas, drawn, need
-from moe_lab.report.heatmap_figures import cell_gaps, layer_axis, layer_table, log2_scale
+from moe_lab.report.heatmap_figures import (
+    cell_gaps,
+    layer_axis,
+    layer_height,
+    layer_table,
+    map_layout,
+)
 from moe_lab.report.theme import DEAD
 
 MAX_LOG2_LOAD = 4
@@ -40,11 +46,10 @@ def expert_load(frame: pl.DataFrame, *, order: str = "id") -> Canvas:
         _load_panel(figure, panel, layers, order, column)
     extreme = float(frame["load"].filter(frame["load"] > 0).log(2.0).abs().max() or 0)  # type: ignore[arg-type]
     reach = int(np.clip(math.ceil(extreme), 1, MAX_LOG2_LOAD))
-    ticks = range(-reach, reach + 1, 2 if reach == MAX_LOG2_LOAD else 1)
     figure.update_xaxes(showgrid=False)
-    return layer_axis(figure, layers).update_layout(
-        coloraxis=log2_scale(reach, ticks, "load ÷ fair share", 260)
-    )
+    loads = frame["load"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+    map_layout(figure, loads, reach, "load ÷ fair share", layer_height(layers))
+    return layer_axis(figure, layers)
 
 
 def _load_panel(
@@ -68,12 +73,12 @@ def _load_panel(
     figure.add_heatmap(z=shade, customdata=load, coloraxis="coloraxis", hovertemplate=hover, **axes)
     if (load == 0).any():
         figure.add_heatmap(
-            z=(load == 0).astype(np.uint8),
+            z=np.where(load == 0, 1, np.nan).astype(np.float32),
             zmin=0,
             zmax=1,
-            colorscale=[[0, "rgba(0,0,0,0)"], [1, DEAD]],
+            colorscale=[[0, DEAD], [1, DEAD]],
             showscale=False,
-            hoverinfo="skip",
+            hovertemplate=f"layer %{{y}}, {kind} {place}<br>no token<extra></extra>",
             **axes,
         )
     ordered = ", sorted by load" if order == "load" and not zero else ""

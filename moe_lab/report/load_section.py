@@ -12,7 +12,7 @@ import polars as pl
 from moe_lab.number_format import count_of, decimal, listing, whole
 from moe_lab.report import figures
 from moe_lab.report.depth_figures import MAX_SERIES
-from moe_lab.report.figure_blocks import Block, Plot, Variant, one_plot, representatives, table_of
+from moe_lab.report.figure_blocks import Block, Variant, one_plot, representatives, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.load_figures import MAX_LOG2_LOAD
 from moe_lab.report.sources import Material, NamedTrace
@@ -66,7 +66,7 @@ def load_block(material: Material, frames: Frames) -> Block | None:
     if skipped:
         caption += f" Not drawn, to keep the page small: {listing(skipped)}."
     table = table_of(pl.concat(summaries, how="diagonal_relaxed"))
-    return Block("expert_load", caption, (Plot(_summary(data), tuple(variants)),), data, table)
+    return one_plot("expert_load", caption, _summary(data), variants, data, table)
 
 
 def load_interval_block(material: Material, frames: Frames) -> Block | None:

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.number_format import count_of
-from moe_lab.report.canvas import Canvas, drawn, error_bars, evenly, need, plain
+from moe_lab.report.canvas import Canvas, drawn, error_bars, evenly, interval_text, need, plain
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
 BAND = (
@@ -83,7 +83,7 @@ def frontier(
             line=line,
             error_y=error_bars(points, "mean", "lo", "hi", thickness=1.5, width=5, color=colour),
             customdata=[
-                (ratio, count_of(n, "seed"), _interval(low, high))
+                (ratio, count_of(n, "seed"), interval_text(low, high, 4))
                 for ratio, n, low, high in points.select("ratio", "n", "lo", "hi").rows()
             ],
             hovertemplate="ratio %{customdata[0]:.4~g}, %{customdata[1]}<br>mean %{y:.4f}<br>"
@@ -118,10 +118,6 @@ def add_line(figure: Canvas, x: pl.Series, y: pl.Series, index: int, name: str) 
     figure.add_scatter(
         x=x.to_list(), y=y.to_list(), mode="lines", line=style, name=name, hoverinfo="skip"
     )
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "no interval" if low is None or high is None else f"{low:.4f} to {high:.4f}"
 
 
 @drawn

@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.report.canvas import Canvas, drawn, error_bars, need, plain
+from moe_lab.report.heatmap_figures import cell_gaps, layer_axis, layer_height, map_layout
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 
 BOUNDS = ("clairvoyant", "bound")
@@ -46,21 +47,21 @@ def placement_load(frame: pl.DataFrame) -> Canvas:
     layers = frame["layer"].unique().sort().to_list()
     devices = frame["device"].unique().sort().to_list()
     table = frame.sort("layer", "device")["load"].to_numpy().reshape(len(layers), len(devices))
+    with np.errstate(divide="ignore"):
+        shade = np.log2(table).astype(np.float32)
     canvas = Canvas()
     canvas.add_heatmap(
-        z=table.astype(np.float32),
-        x=devices,
+        z=shade,
+        customdata=table.astype(np.float32),
+        x=[str(device) for device in devices],
         y=[str(layer) for layer in layers],
-        zmin=0,
-        zmid=1,
-        zmax=2,
-        colorscale="RdBu",
-        reversescale=True,
-        colorbar={"title": {"text": "load ÷ mean"}},
-        hovertemplate="layer %{y}, device %{x}: %{z:.3f}<extra></extra>",
+        coloraxis="coloraxis",
+        hovertemplate="layer %{y}, device %{x}: %{customdata:.3f} \u00d7 mean<extra></extra>",
+        **cell_gaps(table),
     )
-    canvas.update_xaxes(title_text="device", showgrid=False)
-    return canvas.update_yaxes(title_text="layer", type="category", showgrid=False)
+    canvas.update_xaxes(title_text="device", type="category", showgrid=False)
+    map_layout(canvas, table, 1, "load ÷ mean of the layer", layer_height(layers))
+    return layer_axis(canvas, layers)
 
 
 @drawn
@@ -98,5 +99,7 @@ def distinct_experts(frame: pl.DataFrame) -> Canvas:
             mode="lines",
             line={"color": SERIES[7], "dash": dash},
         )
-    canvas.update_xaxes(title_text="tokens of a step", type="log")
+    sizes = formulas["size"].to_list()
+    canvas.update_xaxes(title_text="tokens of a step (log scale)", type="log")
+    canvas.update_xaxes(tickvals=sizes, ticktext=[f"{size:,}" for size in sizes])
     return canvas.update_yaxes(title_text="distinct experts of a layer", rangemode="tozero")

@@ -101,8 +101,10 @@ def test_dead_experts_are_outside_the_scale() -> None:
     shade, dead = (values(trace.z) for trace in figure.data)
     assert np.isnan(shade[0, 0])
     assert np.argwhere(dead == 1).tolist() == [[0, 0]]
+    assert np.isnan(dead).sum() == 3, "the others show their own hover"
     assert figure.data[1].coloraxis is None
-    assert [colour for _, colour in figure.data[1].colorscale] == ["rgba(0,0,0,0)", DEAD]
+    assert {colour for _, colour in figure.data[1].colorscale} == {DEAD}
+    assert "no token" in figure.data[1].hovertemplate
 
 
 def test_zero_experts_have_their_own_panel() -> None:
