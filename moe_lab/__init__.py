@@ -1,4 +1,4 @@
-"""moe_lab: a microscope and a test bench for sparse experts (see docs/design.md)."""
+"""moe_lab: train, trace and judge Mixture-of-Experts models (see docs/design.md)."""
 
 from moe_lab.lazy import on_first_use
 

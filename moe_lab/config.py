@@ -35,8 +35,8 @@ def choice(options: type[E], value: Any, what: str, field: str = "") -> E:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What the value of a field must fulfil, for ``Annotated``: a condition, its words, and of
-    numbers one that fits, which an error proposes where the field has no default.
+    """A condition on the value of a field, for ``Annotated``: the test, its words in a message, and
+    for numbers a value that fits, which an error proposes if the field has no default.
     """
 
     fits: Callable[[Any], bool]
@@ -61,7 +61,7 @@ def at_most(high: float) -> Range:
 
 
 def between(low: float, high: float) -> Range:
-    """``low`` and ``high`` are allowed."""
+    """A number from ``low`` to ``high``, both included."""
     return Range(lambda value: low <= value <= high, f"between {low} and {high}", high)
 
 
@@ -109,8 +109,8 @@ class Config:
                 raise FieldError(name, f"a number {range.words}", short(value), example)
 
     def written(self) -> tuple[str, ...]:
-        """Names of the fields that ``to_dict`` and ``hash`` have: all, unless a class leaves one
-        out where it means nothing.
+        """Names of the fields that ``to_dict`` and ``hash`` include: all, unless a class leaves out
+        fields that have no effect.
         """
         return _names(type(self))
 

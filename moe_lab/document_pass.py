@@ -127,7 +127,7 @@ def pad_right(documents: Sequence[Document], pad: int | None) -> tuple[Tensor, T
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards the mode that the model came in."""
+    """Put a model into evaluation mode within the block, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message says what was expected, what came, and what to try.
+"""The errors a user can meet. Each message says what was expected, what was given, and what to try.
 
 The command line prints such an error as one line and exits with code 2; anything else is a bug and
 shows its traceback.
@@ -29,7 +29,7 @@ class ConfigError(MoELabError, ValueError):
 
 
 class CorpusError(MoELabError):
-    """Text that is missing, empty, binary, or too small for what was asked of it."""
+    """Text that is missing, empty, binary, or too short for the request."""
 
 
 class TraceError(MoELabError):
@@ -45,11 +45,11 @@ class RunError(MoELabError):
 
 
 class StorageError(RunError):
-    """A disk or a store that takes or gives no more: the run did nothing wrong and can continue."""
+    """A disk or a store cannot be read or written. The run itself did not fail and can continue."""
 
 
 class TraceExistsError(TraceError):
-    """A finished trace stands where a new one would be written, and replacing it was not asked for.
+    """A finished trace is in the folder of a new one, and replacing it was not requested.
 
     ``got`` describes the trace, so that a caller can name its own option.
     """
@@ -60,11 +60,11 @@ class TraceExistsError(TraceError):
 
 
 class TraceStorageError(StorageError, TraceError):
-    """A trace that a full disk or a read-only folder does not take."""
+    """A trace cannot be written: the disk is full, or the folder is read-only."""
 
 
 class ArgumentError(TraceError):
-    """A value that a source lacks or contradicts and the caller can give.
+    """A value that the caller can give is missing from a source, or contradicts it.
 
     Args:
         what, got: of the message.
@@ -87,7 +87,7 @@ class ArgumentError(TraceError):
 
 
 class FieldError(ConfigError):
-    """A field of a configuration with a value of another type.
+    """A field of a configuration has a value of the wrong type.
 
     ``what`` is its type in words, ``example`` a value that fits.
     """
@@ -98,11 +98,11 @@ class FieldError(ConfigError):
 
 
 class BusyError(RunError):
-    """A run that another living process trains."""
+    """Another process is training this run."""
 
 
 class AnalysisError(MoELabError):
-    """Data from which the asked statistic cannot be computed."""
+    """The requested statistic cannot be computed from the data."""
 
 
 def require(

@@ -60,8 +60,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def private_folder(folder: Path) -> Path:
-    """``folder`` itself, made for this user alone. Raises ``RunError`` if it is another user's, a
-    link, or open to others: its name can be guessed, so its content would be anyone's.
+    """Make ``folder`` for this user alone and return it. Raises ``RunError`` if it belongs to
+    another user, is a link, or is open to others: its name can be guessed, so anyone could have put
+    files there.
     """
     try:
         folder.mkdir(mode=0o700)
@@ -85,8 +86,8 @@ def private_folder(folder: Path) -> Path:
 
 
 def remove_temporaries(folder: Path, target: str | None = None) -> None:
-    """Remove what a killed process left half-written in ``folder``: of any file, or of those whose
-    names match ``target``. For who is the only writer of these.
+    """Remove the unfinished files that a killed process left in ``folder``: all of them, or those
+    of the name ``target``. Only the one process that writes these files may call it.
     """
     pattern = _ANY_TEMPORARY if target is None else f"{TEMPORARY_PREFIX}????????-{target}"
     for leftover in folder.glob(pattern):
@@ -94,7 +95,7 @@ def remove_temporaries(folder: Path, target: str | None = None) -> None:
 
 
 def cannot_write(target: Path | str, error: OSError) -> str:
-    """The message of every file that could not be written."""
+    """The message for a file that could not be written."""
     return (
         f"cannot write {target}: {error.strerror or error}; try another folder or free some space"
     )
@@ -136,7 +137,9 @@ def write_text(target: Path | str, text: str) -> None:
 
 
 def write_parquet(target: Path | str, frame: "pl.DataFrame") -> None:
-    """Write a small frame; polars gives a full disk no type of its own, a Python file does."""
+    """Write a small frame through a Python file, because polars has no error type for a full
+    disk.
+    """
     content = io.BytesIO()
     frame.write_parquet(content)
     with atomic_path(target) as path:
@@ -144,8 +147,8 @@ def write_parquet(target: Path | str, frame: "pl.DataFrame") -> None:
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:
-    """A file to read. Raises ``OSError`` at once for what is no regular file: opening a FIFO would
-    wait for its writer, and a device may have no end.
+    """Open a regular file for reading. Raises ``OSError`` at once for any other kind: opening a
+    FIFO would wait for a writer, and a device may have no end.
     """
     found = os.stat(path)
     descriptor = -1
@@ -176,7 +179,7 @@ def write_json(target: Path | str, value: Any) -> None:
 
 
 def parse_json(text: bytes) -> Any:
-    """The value of a JSON file whose content nobody vouches for.
+    """The value of a JSON file whose content is not trusted.
 
     Integers of 19 digits and more, which no 64-bit column holds, become floats. Raises
     ``ValueError`` for everything that is no JSON, is nested too deep, or holds a lone surrogate.

@@ -11,7 +11,8 @@ from typing import Any
 
 
 def on_first_use(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``: submodule -> names that it gives.
+    """The ``__getattr__`` of ``package`` that imports names when they are first used, from a map of
+    submodule -> names.
 
     The submodules themselves can be reached as if imported.
     """

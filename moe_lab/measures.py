@@ -34,7 +34,7 @@ def load_cv(counts: "ArrayLike | Tensor") -> Any:
 
 
 def max_over_mean(counts: "ArrayLike | Tensor") -> Any:
-    """Load of the busiest expert in fair shares: what a synchronous layer waits for.
+    """Load of the busiest expert over the mean load; a synchronous layer waits for this expert.
 
     1 when even, E when one expert takes all.
     """
@@ -71,7 +71,7 @@ def load_entropy(counts: "ArrayLike | Tensor") -> Any:
 
 
 def effective_experts(counts: "ArrayLike | Tensor") -> Any:
-    """exp(entropy): how many evenly loaded experts would be as uneven.
+    """exp(entropy): the number of evenly loaded experts with the same entropy.
 
     E when even, 1 when one expert takes all.
     """

@@ -12,7 +12,9 @@ _LETTERS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """``digits`` decimals, thousands grouped; what rounds to zero has no sign."""
+    """A number with ``digits`` decimals and grouped thousands; a value that rounds to zero has no
+    sign.
+    """
     return (
         NOTHING
         if value is None or not math.isfinite(value)
@@ -21,7 +23,7 @@ def decimal(value: float | None, digits: int = 3) -> str:
 
 
 def whole(value: float | None) -> str:
-    """No decimals, thousands grouped."""
+    """A number without decimals, thousands grouped."""
     return (
         NOTHING
         if value is None or not math.isfinite(value)

@@ -45,7 +45,9 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 class PlainStream:
-    """A text stream that writes ``plain`` text to another; everything else is the other's."""
+    """A text stream that writes ``plain`` text to another stream; other attributes are those of
+    that stream.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

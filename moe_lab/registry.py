@@ -1,5 +1,5 @@
-"""``Registry``: name -> thing, for everything that a file outside the package may add to by name
-(routers, controllers, losses, dispatch backends, analyses).
+"""``Registry``: named objects that a file outside the package may add (routers, controllers,
+losses, dispatch backends, analyses).
 
 What the package itself has is imported on first use, so a registry can be listed and checked
 without its dependencies. Adding is a decorator:
@@ -37,8 +37,8 @@ class Registry(Mapping[str, Any]):
         self._modules.update(modules)
 
     def add(self, name: str, value: Any, defined_by: Any = None) -> None:
-        """File ``value`` under ``name``; ``defined_by`` is the class or function that it is made
-        of, if it is not one itself.
+        """Add ``value`` as ``name``; ``defined_by`` is the class or function that it is made of, if
+        it is not one itself.
 
         Raises:
             ConfigError: something else has the name. (The same definition may come again, as when
@@ -56,7 +56,7 @@ class Registry(Mapping[str, Any]):
         self._values[name], self._origins[name] = value, origin
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: ``add`` what it decorates."""
+        """Decorator that adds a class or function as ``name``."""
 
         def file(value: T) -> T:
             self.add(name, value)
@@ -65,7 +65,7 @@ class Registry(Mapping[str, Any]):
         return file
 
     def find(self, name: str) -> Any:
-        """The value of a name; one that is not known makes the plugins load first.
+        """The value of a name. If the name is unknown, plugins are loaded first.
 
         Raises ``ConfigError`` naming those there are.
         """

@@ -96,7 +96,7 @@ def call(
     size: int,
     largest: int | None = None,
 ) -> Any:
-    """What ``module:function`` of this package returns in the child.
+    """Call ``module:function`` of this package in the child process, and return its result.
 
     Args:
         target: the function; its arguments and its result are JSON values.
@@ -135,7 +135,7 @@ def call(
 def read_parquet(
     path: Path | str, error: type[MoELabError], columns: Sequence[str] | None = None
 ) -> "pl.DataFrame":
-    """A Parquet file that is not known, read through the child.
+    """Read a Parquet file from outside through the child process.
 
     Raises:
         MoELabError: ``error``, in one line that names the file, where it cannot be read.
@@ -152,7 +152,9 @@ def read_parquet(
 
 
 def copy_parquet(source: str, target: str, columns: list[str] | None, most: int) -> None:
-    """In the child: a Parquet file as uncompressed Arrow of at most ``most`` bytes of text."""
+    """Called in the child: write a Parquet file as uncompressed Arrow with at most ``most`` bytes
+    of text.
+    """
     import polars as pl
 
     frame = pl.read_parquet(
@@ -163,7 +165,7 @@ def copy_parquet(source: str, target: str, columns: list[str] | None, most: int)
 
 
 def check_text_bytes(frame: "pl.DataFrame", most: int) -> None:
-    """Raise ``ValueError`` where the texts of a frame are longer than ``most`` bytes together.
+    """Raise ``ValueError`` if the texts of a frame have more than ``most`` bytes together.
 
     Many rows may refer to one long text, which takes its space only once until it is read.
     """
@@ -184,7 +186,9 @@ def output_limit(size: int) -> int:
 
 
 def regular_size(path: Path | str, error: type[MoELabError]) -> int:
-    """Bytes of a file; raises ``error`` for what is no regular file (a FIFO would block)."""
+    """Size of a regular file in bytes; raises ``error`` for any other kind of file (a FIFO would
+    block).
+    """
     try:
         found = os.stat(path)
     except OSError as failure:

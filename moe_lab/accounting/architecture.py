@@ -97,6 +97,6 @@ class Architecture:
         return known[-1][1]
 
     def variant(self, **changes: Any) -> "Architecture":
-        """The same row with other blocks; ``defaults`` are added to, not replaced."""
+        """The same row with other blocks; ``defaults`` are added to those of the row."""
         changes["defaults"] = {**self.defaults, **changes.get("defaults", {})}
         return replace(self, **changes)

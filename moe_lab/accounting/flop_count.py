@@ -67,8 +67,8 @@ class FlopCount:
 
     @property
     def training_with_mtp(self) -> float:
-        """The same with the multi-token-prediction modules: what a training step of all parts
-        costs.
+        """As ``training``, with the multi-token-prediction modules: the cost of a training step of
+        all parts.
         """
         return 3 * (self.forward + self.mtp)
 

@@ -11,7 +11,7 @@ Types = Callable[[Fields], list[str]]
 
 
 def usual_types(f: Fields, types: list[str], what: str) -> list[str]:
-    """A pattern that no field says: noted as an assumption."""
+    """A pattern of layer types that no field states; noted as an assumption."""
     f.note(
         "layer_types",
         f"layer_types: {what} (not in the configuration; the usual pattern of {f.family})",
@@ -101,7 +101,7 @@ def lara_types(f: Fields) -> list[str]:
 
 
 def first_only(f: Fields) -> list[bool]:
-    """The first layer."""
+    """Mark the first layer alone."""
     return [layer == 0 for layer in range(f.num_layers)]
 
 
@@ -110,7 +110,9 @@ def first_only(f: Fields) -> list[bool]:
 
 
 def kv_is_heads(f: Fields) -> int:
-    """No ``num_key_value_heads``: multi-head attention."""
+    """As many key-value heads as query heads; an assumption where the configuration does not state
+    the number.
+    """
     heads = f.size("num_attention_heads")
     if not f.given("num_key_value_heads"):
         f.assume("num_key_value_heads", heads, "as many as num_attention_heads")

@@ -16,7 +16,7 @@ from moe_lab.model.minis import MINIS, mini_config
 
 @cache
 def facts() -> tuple[dict[str, Any], ...]:
-    """The entries of ``models.json``, as they stand there."""
+    """The entries of ``models.json``, unchanged."""
     text = files("moe_lab.accounting").joinpath("models.json").read_text(encoding="utf-8")
     return tuple(json.loads(text))
 

@@ -104,5 +104,5 @@ def over(numerator: NDArray, denominator: NDArray) -> Floats:
 
 
 def nulls(frame: pl.DataFrame) -> pl.DataFrame:
-    """NaN, which says that a number is not defined, as null."""
+    """The values with NaN, which means that a number is not defined, replaced by null."""
     return frame.with_columns(pl.col(pl.Float64).fill_nan(None))

@@ -1,4 +1,4 @@
-"""The largest of many cells, by chance: what a headline that names the largest is compared with.
+"""The largest of many cells by chance, for comparison with a headline that names the largest.
 
 Among thousands of cells some ratio of count to expectation is large although nothing is behind it.
 Where cells count tokens, the null is independent Poisson counts, in closed form; where whole

@@ -1,5 +1,5 @@
-"""Do neighbouring tokens run the same experts: the repetition rates of Mixtral (arXiv 2401.04088,
-section 5, table 5).
+"""Whether neighbouring tokens run the same experts: the repetition rates of Mixtral (arXiv
+2401.04088, section 5, table 5).
 
 ``first`` is the share of tokens whose first choice is that of the token before it in the document;
 ``either`` the share whose chosen set has an expert in common with it (for top-2: first or second

@@ -1,5 +1,5 @@
-"""What a trace must have recorded for an analysis to mean something. Imports keep what their source
-does not say as missing; a measure of it would be a number about nothing.
+"""Requirements of analyses: what a trace must have recorded. An import keeps what its source does
+not record as missing, and no measure is taken of it.
 """
 
 import functools
@@ -15,8 +15,8 @@ Analysis = Callable[Concatenate[Trace, P], R]
 
 
 def of_tokens(analysis: Analysis[P, R]) -> Analysis[P, R]:
-    """For measures of tokens, of pairs of experts or of the order of tokens: rows that were made up
-    to have given counts hold none.
+    """Refuse measures of tokens, of pairs of experts or of the order of tokens where rows were made
+    up to have given counts.
     """
 
     @functools.wraps(analysis)
@@ -36,8 +36,8 @@ def of_tokens(analysis: Analysis[P, R]) -> Analysis[P, R]:
 
 
 def of_zero_experts(analysis: Analysis[P, R]) -> Analysis[P, R]:
-    """For measures of ``ffn_count`` and ``zero_count``: some engines write zero-compute experts as
-    expert 0.
+    """Refuse measures of ``ffn_count`` and ``zero_count`` where an engine wrote zero-compute
+    experts as expert 0.
     """
 
     @functools.wraps(analysis)
@@ -45,7 +45,7 @@ def of_zero_experts(analysis: Analysis[P, R]) -> Analysis[P, R]:
         for one in (trace, *_traces(args)):
             require(
                 one.meta.zero_experts_known,
-                f"a trace that tells zero-compute experts for {_name(analysis)}",
+                f"a trace that records zero-compute experts for {_name(analysis)}",
                 f"an import ({one.meta.created_from}) that writes them as real ones",
                 "capture()",
                 error=AnalysisError,

@@ -1,5 +1,5 @@
-"""Whose experts are they: how far routing differs between domains of text, and how far it is a
-lookup of the token id.
+"""Specialisation of experts: how far routing differs between domains of text, and how far it
+follows from the token id alone.
 
 Definitions of OLMoE (arXiv 2409.02060, section 5): with N_D tokens of domain D of which N_{i,D} ran
 expert i, the domain specialisation of i is N_{i,D} / N_D (at random K / E); with N_x tokens of id x

@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         whole=True,
         most=65_535,
         default=None,
-        help="where neither the source nor --config tells",
+        help="real experts of a layer, if neither the source nor --config has the number",
     )
     add_number(
         imported,

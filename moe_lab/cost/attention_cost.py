@@ -55,7 +55,9 @@ def scores(kernel: Attend) -> Piece:
 
 
 def sparse(piece: Piece, top: int) -> Piece:
-    """The same piece; if it is softmax attention, over the ``top`` keys that an indexer selects."""
+    """Softmax attention over the ``top`` keys that an indexer selects; other pieces are returned
+    unchanged.
+    """
     return (
         piece._replace(kernel=piece.kernel._replace(top=top))
         if isinstance(piece.kernel, Attend)
@@ -108,7 +110,9 @@ def mla_kv(
     bias: bool = False,
     latent: bool = True,
 ) -> Pieces:
-    """Everything after the query; without ``latent`` the layer reads that of an earlier one."""
+    """Keys, values and output of latent attention; without ``latent`` the layer reads the latent of
+    an earlier layer.
+    """
     down = (
         (linear(A, "kv_a_proj", d, rank_kv + rope, bias), norm("kv_a_norm", rank_kv))
         if latent

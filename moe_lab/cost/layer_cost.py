@@ -38,7 +38,9 @@ def norms(d: int, count: int, bias: bool = False) -> Pieces:
 
 
 def embedding_and_head(vocab: int, d: int, tied: bool) -> Pieces:
-    """Input embedding, final norm and output head; a tied head is the embedding, multiplied."""
+    """Input embedding, final norm and output head; a tied head multiplies by the embedding's
+    matrix.
+    """
     return (
         Piece(Part.EMBEDDING, "embed_tokens", vocab * d),
         norm("norm", d),

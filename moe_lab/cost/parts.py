@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Part(StrEnum):
-    """What a piece belongs to: the columns of every table here.
+    """The part of a model that a piece belongs to. Tables of costs have a column or a row for each.
 
     ``HEAD`` is the output matrix without its bias. ``NORM`` holds every normalisation weight,
     inside attention too. ``NGRAM_TABLE`` holds the lookup tables beside the input embedding (n-gram
@@ -156,7 +156,7 @@ def times(pieces: Pieces, copies: int, used: ExpertsRun, part: Part = Part.ROUTE
 
 
 def prefixed(prefix: str, pieces: Pieces, part: Part | None = None) -> Pieces:
-    """The same pieces under ``prefix.``, as another part if ``part`` is given."""
+    """The pieces with ``prefix.`` before their names, assigned to ``part`` if it is given."""
     return tuple(
         piece._replace(name=f"{prefix}.{piece.name}", part=part or piece.part) for piece in pieces
     )

@@ -118,15 +118,17 @@ def inkling_loop(values: Values) -> Values:
 
 
 def longcat(values: Values) -> Values:
-    """``num_layers`` counts; transformers saves twice as many as ``num_hidden_layers`` beside it,
-    one for each attention block.
+    """``num_layers`` is the number of layers; transformers also saves ``num_hidden_layers``, twice
+    as many: one for each attention block.
     """
     layers_field = values.get("num_layers")
     return values if layers_field is None else {**values, "num_hidden_layers": layers_field}
 
 
 def ernie_vl(values: Values) -> Values:
-    """Lists are [of text, of vision]: text tokens see the first; the widths stay a list."""
+    """A field that is a list holds [text, vision]; the value for text is taken, but the widths stay
+    a list.
+    """
     names = ("moe_num_experts", "moe_k", "moe_layer_start_index", "moe_layer_end_index")
     found = dict(values)
     for name in (*names, "moe_layer_interval"):
@@ -368,14 +370,14 @@ def sparse(f: Fields) -> list[bool]:
 
 
 def visits(f: Fields) -> list[int]:
-    """The layers that a token goes through, in order, of a model that runs some several times; of
-    any other, none.
+    """The layers that a token goes through, in order, if the model runs some layers several times;
+    else an empty list.
     """
     rule = (find(f.family) or _EVERY).visits
     return [] if rule is None else rule(f)
 
 
 def passes(f: Fields) -> list[int]:
-    """How often each layer of such a model runs."""
+    """How often each layer runs, in a model that runs some layers several times."""
     order = f.once(visits)
     return [order.count(layer) for layer in range(f.num_layers)]

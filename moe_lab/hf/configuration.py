@@ -1,5 +1,5 @@
-"""From whatever names a model to ``Fields``: a dictionary, a ``config.json``, a folder with one, or
-an object with ``to_dict``; multimodal models by their text part.
+"""Read a model's configuration as ``Fields``: from a dictionary, a ``config.json``, a folder with
+one, or an object with ``to_dict``; of multimodal models the text part.
 """
 
 import re
@@ -102,7 +102,7 @@ def text_fields(config: Any, edits: Mapping[str, Any] | None = None) -> Fields:
 
 
 def unknown_type(name: str) -> ConfigError:
-    """The error for a model type without a row: the reason where there is one, else the nearest
+    """The error for a model type that has no row: the reason if one is known, else the nearest
     names.
     """
     if reason := NOT_COUNTED.get(name.removesuffix("_text")):
@@ -186,7 +186,7 @@ def language_model(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def edited(values: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with each edit in the place of every name that its field has."""
+    """``values`` with each edit applied under every name of its field."""
     replaced = {name for field in edits for name in names_of(canonical(field))}
     return {**{name: value for name, value in values.items() if name not in replaced}, **edits}
 

@@ -148,7 +148,7 @@ class Fields:
         return list(value) if isinstance(value, tuple) else value
 
     def entry(self, name: str, value: Any) -> Any:
-        """A list has one value for each layer: this layer's.
+        """This layer's entry of ``value`` if it is a list with one value for each layer.
 
         Anything else is the same in all layers.
         """
@@ -163,7 +163,7 @@ class Fields:
         return value[self.layer]
 
     def given(self, name: str) -> bool:
-        """Is the field in the configuration, be it as null?"""
+        """Whether the configuration has the field, null included."""
         return any(alias in self.values for alias in names_of(name))
 
     def get(self, name: str) -> Any:
@@ -210,7 +210,9 @@ class Fields:
         return ConfigError(expected(what, "none", hint), name)
 
     def nullable(self, name: str) -> Any:
-        """A field whose null means "none of it"; absent takes the default, or raises."""
+        """A field that may be null, which means that there is none. An absent field takes the
+        default, or raises.
+        """
         value = self.find(name)
         if value is None and not self.given(name):
             value = self.default(name)
@@ -219,7 +221,7 @@ class Fields:
         return value
 
     def optional(self, name: str, otherwise: Any = None) -> Any:
-        """A field whose absence is normal and means ``otherwise``."""
+        """The value of a field that may be absent; then ``otherwise``."""
         value = self.find(name)
         return otherwise if value is None else value
 
@@ -237,7 +239,7 @@ class Fields:
         return value
 
     def size_or(self, name: str, otherwise: int, least: int = 0, most: int = LARGEST) -> int:
-        """A whole number whose absence is normal and means ``otherwise``."""
+        """A whole number that may be absent; then ``otherwise``."""
         value = self.find(name)
         return (
             otherwise
@@ -246,7 +248,7 @@ class Fields:
         )
 
     def truth(self, name: str, otherwise: bool = False) -> bool:
-        """A boolean whose absence is normal and means ``otherwise``."""
+        """A boolean that may be absent; then ``otherwise``."""
         return otherwise if self.find(name) is None else self.flag(name)
 
     def table(self, name: str) -> Mapping[str, Any]:
@@ -314,7 +316,7 @@ class Fields:
         return list(value[:layers])
 
     def once(self, rule: Callable[["Fields"], Any]) -> Any:
-        """``rule`` of the whole configuration, computed once for all layers."""
+        """The result of ``rule`` for the whole configuration, computed once for all layers."""
         if rule not in self._derived:
             self._derived[rule] = rule(self.root)
         return self._derived[rule]
@@ -327,7 +329,7 @@ class Fields:
         return value
 
     def holds(self, layer: int, conditions: Sequence[Condition]) -> bool:
-        """Would the view of ``layer`` see the same values as the one that met ``conditions``?"""
+        """Whether ``layer`` has the values that ``conditions`` recorded of another layer."""
         return all(self._seen(layer, key) == value for key, value in conditions)
 
     def _seen(self, layer: int, key: str | Callable[["Fields"], Sequence[Any]]) -> Any:

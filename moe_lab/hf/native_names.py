@@ -1,4 +1,4 @@
-"""Configurations under the names of a laboratory's own code, brought under those of Hugging Face:
+"""Translate configurations in a laboratory's own names to those of Hugging Face:
 ``inference/config.json`` of DeepSeek, ``params.json`` of Mistral.
 """
 
@@ -57,7 +57,9 @@ def renamed(values: Values, inner: Values, names: Mapping[str, str]) -> dict[str
 
 
 def from_native(values: Values) -> Values:
-    """The configuration under Hugging Face's names, where it is one of these; else as it is."""
+    """The configuration under Hugging Face's names if it uses one of these laboratories' names;
+    else unchanged.
+    """
     if "model_type" in values or "dim" not in values:
         return values
     if "n_activated_experts" in values:

@@ -124,7 +124,7 @@ def nemotron_types(f: Fields) -> list[str]:
 
 
 def nemotron_layers(f: Fields) -> int:
-    """The pattern has one mark for each layer."""
+    """The number of layers: the pattern has one mark for each."""
     listed = f.find("layer_types")
     return len(listed) if isinstance(listed, list) else len(f.text("hybrid_override_pattern"))
 

@@ -16,7 +16,8 @@ from moe_lab.model.sparse_attention import Indexer, Selection, attend, indexer_l
 
 
 class CausalAttention(nn.Module):
-    """Shape letters: B sequences, S positions, H heads, G key-value heads.
+    """Causal grouped-query attention with rotary positions. Shape letters: B sequences, S
+    positions, H heads, G key-value heads.
 
     Args:
         number: of this block among the decoder's attention blocks, which decides whether it has an

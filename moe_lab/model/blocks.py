@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     @property
     def moe_norm(self) -> nn.RMSNorm:
-        """What the MoE reads through."""
+        """Norm applied before the MoE layer."""
         return self.ffn_norm
 
     def forward(
@@ -74,7 +74,7 @@ class DoubleBlock(nn.Module):
 
     @property
     def moe_norm(self) -> nn.Module:
-        """What the MoE reads through."""
+        """Norm applied before the MoE layer."""
         return self.ffn_norms[0]
 
     def forward(

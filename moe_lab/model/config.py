@@ -61,7 +61,9 @@ class MoEConfig(Config):
     swiglu_offset: float = 0.0
 
     def written(self) -> tuple[str, ...]:
-        """A plain SwiGLU is not written: its configurations keep their hash."""
+        """As ``Config.written``; the fields of a plain SwiGLU are left out, so that its
+        configurations keep their hash.
+        """
         plain = (self.swiglu_limit, self.swiglu_alpha, self.swiglu_offset) == (None, 1.0, 0.0)
         names = super().written()
         return tuple(name for name in names if not (plain and name.startswith("swiglu_")))

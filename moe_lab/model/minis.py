@@ -239,7 +239,7 @@ MINIS: dict[str, Mini] = {
 
 
 def find_mini(name: str) -> Mini:
-    """Raises ``ConfigError`` for an unknown name."""
+    """The mini of that name. Raises ``ConfigError`` for an unknown name."""
     require(name in MINIS, f"a mini among {', '.join(MINIS)}", repr(name), field="mini")
     return MINIS[name]
 

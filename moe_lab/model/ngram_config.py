@@ -46,7 +46,7 @@ class NgramConfig(Config):
 
     @property
     def num_tables(self) -> int:
-        """At one place."""
+        """Number of tables in one position of the decoder."""
         return (self.max_n - 1) * self.num_splits
 
     def table_rows(self, vocab_size: int) -> tuple[int, ...]:

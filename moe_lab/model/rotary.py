@@ -13,7 +13,7 @@ class Rotary(NamedTuple):
     sin: Tensor
 
     def head(self, length: int) -> "Rotary":
-        """Those of the first ``length`` positions."""
+        """cos and sin of the first ``length`` positions."""
         return Rotary(self.cos[:length], self.sin[:length])
 
 

@@ -22,7 +22,7 @@ from moe_lab.model.rotary import Rotary, rotate
 
 @dataclass(frozen=True)
 class Selection:
-    """Where each query attends to.
+    """The positions that each query attends to.
 
     Attributes:
         indices: [B, S, K] int64 positions, all different.

@@ -119,11 +119,11 @@ class Canvas:
         return self
 
     def update_xaxes(self, *, panel: int | None = None, **values: Any) -> Self:
-        """Of one panel, or of all."""
+        """Change the axes of one panel, or of all."""
         return self._update_axes("x", panel, values)
 
     def update_yaxes(self, *, panel: int | None = None, **values: Any) -> Self:
-        """Of one panel, or of all."""
+        """Change the axes of one panel, or of all."""
         return self._update_axes("y", panel, values)
 
     def _update_axes(self, axis: str, panel: int | None, values: dict[str, Any]) -> Self:

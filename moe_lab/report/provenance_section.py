@@ -23,7 +23,7 @@ class Provenance:
 
 def provenance(material: Material, command: str) -> Provenance:
     """Versions, corpus and tokenizer hashes, seeds and devices over all runs and traces; a fact
-    nobody recorded is left out.
+    that was not recorded is left out.
     """
     metas = [named.trace.meta.to_dict() for named in material.traces]
     records: list[dict[str, Any]] = [*(run.result for run in material.runs), *metas]

@@ -1,5 +1,5 @@
 """The section on serving: cache, placement and decode cost of one trace, in whole experts where
-nobody says how large they are.
+their size is not known.
 """
 
 import polars as pl

@@ -121,7 +121,7 @@ class Material:
 
     @property
     def table(self) -> pl.DataFrame:
-        """That of the finished runs."""
+        """``run_table`` of the finished runs."""
         return self.all_runs.filter(state=RunState.FINISHED.value)
 
 

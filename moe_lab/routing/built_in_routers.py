@@ -48,7 +48,7 @@ def no_parameters(config: RouterConfig, d_model: int) -> Pieces:
 
 
 def matrix_and(*sizes: Callable[[RouterConfig, int], int]) -> Callable[..., Pieces]:
-    """The matrix and a learned vector of each of these sizes."""
+    """The pieces of the router's matrix and of a learned vector of each of these sizes."""
 
     def learns(config: RouterConfig, d_model: int) -> Pieces:
         scales = (vector(Part.ROUTER, "scale", size(config, d_model)) for size in sizes)
@@ -110,7 +110,7 @@ def small_mlp(config: RouterConfig, d_model: int) -> Pieces:
 
 
 def up_to(least: int) -> Callable[[RouterConfig], ExpertsRun]:
-    """Each token is cut on its own, at K at the latest; the mean depends on the data."""
+    """From ``least`` to K experts, decided for each token alone; the mean depends on the data."""
     return lambda config: ExpertsRun(least, fixed_count(config).most, fixed_count(config).most)
 
 
@@ -122,7 +122,7 @@ def depends_on_data(config: RouterConfig) -> str:
 
 
 def mean_of_top_k(config: RouterConfig) -> ExpertsRun:
-    """A mean of K, between ``min_slots`` and ``max_slots``."""
+    """K experts in the mean, between ``min_slots`` and ``max_slots`` for one token."""
     most = config.num_experts if config.max_slots is None else config.max_slots
     return ExpertsRun(config.min_slots or 0, fixed_count(config).mean, most)
 
@@ -175,7 +175,7 @@ def queue_is_not_causal(config: RouterConfig) -> bool:
 
 
 def exactly(name: str, value: int, hint: str = "", why: str = "") -> Callable[..., None]:
-    """The field must have this value."""
+    """A check that the field has this value."""
 
     def check(config: RouterConfig) -> None:
         got = getattr(config, name)

@@ -285,7 +285,7 @@ class RouterConfig(Config):
 
     @property
     def budget_shift(self) -> BudgetShift:
-        """What moves the number of real experts of every token."""
+        """The quantity that changes the number of real experts of every token."""
         shift = self.facts.budget_shift
         moved = shift is BudgetShift.NONE and self.num_zero_experts > 0
         return BudgetShift.BIAS if moved else shift
@@ -339,8 +339,8 @@ def reads(kind: str, name: str) -> bool:
 
 
 def drop_unread(values: dict[str, Any]) -> list[str]:
-    """Take out of plain ``RouterConfig`` values the fields that their kind does not read, for who
-    changes the kind and keeps what can be kept.
+    """Remove from plain ``RouterConfig`` values the fields that their kind does not read. Used when
+    the kind changes and the other fields are kept.
 
     Returns:
         The names of those that were set.

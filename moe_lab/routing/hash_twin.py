@@ -57,7 +57,7 @@ def hash_twin(router: RouterConfig, vocab_size: int, seed: int = 0) -> RouterCon
 
 
 def with_hash_twin() -> list[str]:
-    """The kinds that have one."""
+    """The kinds of routers that have a hash twin."""
     return sorted(kind for kind, facts in FACTS.items() if facts.has_hash_twin)
 
 

@@ -27,7 +27,7 @@ from moe_lab.routing.routing import Routing, valid_rows
 
 @dataclass(frozen=True)
 class RouterContext:
-    """What some routers need besides the tokens: absent for most.
+    """Inputs that some routers need besides the tokens.
 
     Attributes:
         token_ids: [T] int64 (hash routers, token lookup).
@@ -44,7 +44,7 @@ class RouterContext:
     valid: Tensor | None = None
 
     def ids_of(self, tokens: int, kind: str) -> Tensor:
-        """``token_ids``, which a router of this ``kind`` needs.
+        """``token_ids``; raises if a router of this ``kind`` needs them and there are none.
 
         Raises ``ConfigError`` where they are absent or of another number.
         """
@@ -57,7 +57,9 @@ class RouterContext:
         return self.token_ids
 
     def of_batch(self, length: int) -> "RouterContext":
-        """The same for [B, S] tokens as one axis: sequences of ``length`` unless it says others."""
+        """This context for [B, S] tokens as one axis, in sequences of ``length`` unless it states
+        another length.
+        """
         ids, valid = (
             None if one is None else one.flatten() for one in (self.token_ids, self.valid)
         )
@@ -65,13 +67,17 @@ class RouterContext:
         return replace(self, token_ids=ids, valid=valid, sequence_length=length)
 
     def without_padding(self) -> "RouterContext":
-        """The same with token id 0 in padding, whose own may be outside of any vocabulary."""
+        """This context with token id 0 in padding, because the ids of padding may lie outside the
+        vocabulary.
+        """
         if self.valid is None or self.token_ids is None:
             return self
         return replace(self, token_ids=valid_rows(self.token_ids, self.valid, 0))
 
     def num_valid(self, tokens: Tensor, sequence_length: int | None = None) -> Tensor | int:
-        """Tokens that are not padding: of the whole [T, ...] batch, or [N, 1] of each sequence."""
+        """Number of tokens that are not padding: of the whole [T, ...] batch, or [N, 1] of each
+        sequence.
+        """
         if sequence_length is None:
             return tokens.shape[0] if self.valid is None else self.valid.sum()
         if self.valid is None:
@@ -181,7 +187,7 @@ class Router(nn.Module):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype), bias)
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
-        """From logits to decisions; the one method that a router must write."""
+        """From logits to decisions; the one method that a router must define."""
         raise TypeError(f"{type(self).__name__} does not define route()")
 
     def routing(
@@ -238,7 +244,7 @@ class Router(nn.Module):
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off: routing in half precision turns near scores into ties.
+    """Switch autocast off: half precision turns close scores into ties.
 
     (The meta device has no autocast to turn off.)
     """
@@ -283,7 +289,8 @@ R = TypeVar("R", bound=type[Router])
 
 
 def register(kind: str, facts: RouterFacts | None = None) -> Callable[[R], R]:
-    """Class decorator: file a router, and the facts of its kind, under ``RouterConfig.kind``.
+    """Class decorator that registers a router, and the facts of its kind, as a
+    ``RouterConfig.kind``.
 
     Args:
         facts: None takes the row of ``built_in_routers.py`` for a built-in kind and the facts of

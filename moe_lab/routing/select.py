@@ -1,4 +1,4 @@
-"""The pieces that routers select with: top k, group limits, free counts as slots, and capacity.
+"""The pieces that routers select with: top k, group limits, variable counts as slots, and capacity.
 
 None of them waits for the device.
 """

@@ -32,8 +32,8 @@ _NETWORK = ("connect", "timeout", "timed out", "resolve", "unreachable", "endpoi
 
 
 class Bucket:
-    """Raises ``RunError`` for an unknown protocol, a missing package, wrong credentials, an
-    unreachable or full store.
+    """A folder of an object store. Its methods raise ``RunError`` for an unknown protocol, a
+    missing package, wrong credentials, an unreachable or full store.
     """
 
     def __init__(self, url: str) -> None:
@@ -42,13 +42,15 @@ class Bucket:
         self._clock: tuple[float, float] | None = None  # this process's clock, the store's
 
     def read(self, name: str) -> bytes | None:
-        """None where there is no such object."""
+        """The bytes of an object; None if there is no such object."""
         with suppress(FileNotFoundError), self._one_line("read"):
             return self._files.cat_file(self._path(name))
         return None
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Those that exist, as many at once as the store's client can."""
+        """The bytes of the objects that exist, read in parallel as far as the store's client
+        can.
+        """
         paths = {self._path(name): name for name in names}
         if not paths:
             return {}
@@ -61,7 +63,7 @@ class Bucket:
             self._files.pipe_file(self._path(name), content)
 
     def upload(self, source: Path, name: str) -> None:
-        """Raises ``FileNotFoundError`` where ``source`` is gone."""
+        """Copy the file ``source`` into the store. Raises ``FileNotFoundError`` if it is gone."""
         if not source.exists():
             raise FileNotFoundError(source)
         with self._one_line("write"):
@@ -87,7 +89,7 @@ class Bucket:
         ]
 
     def rename(self, name: str, new: str) -> None:
-        """Within the store. Renaming a missing object is not an error."""
+        """Rename an object within the store. Renaming a missing object is not an error."""
         with suppress(FileNotFoundError), self._one_line("rename in"):
             self._files.mv(self._path(name), self._path(new))
 
@@ -119,7 +121,7 @@ class Bucket:
         return store + time.monotonic() - began
 
     def check_writable(self) -> None:
-        """Raise ``RunError`` where the store takes no object of 64 KiB."""
+        """Raise ``RunError`` if an object of 64 KiB cannot be written."""
         name = f"clock/{uuid.uuid4().hex}"
         self.write(name, b" " * 65536)
         self.delete([name])

@@ -1,4 +1,4 @@
-"""What ``done`` says of the files that a finished run left: a digest of each, so that an edited run
+"""The file ``done`` of a finished run: a digest of each of its files, so that a run that was edited
 is noticed when it is loaded, judged, drawn or continued.
 
 ``done`` of an older version is empty, or lacks some of the files; what it lacks is taken as it is.

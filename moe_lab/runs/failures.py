@@ -37,13 +37,15 @@ class FailureKind(StrEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run failed, in one line; an empty ``reason``: it did not, or left no reason."""
+    """Why a run failed, in one line. An empty ``reason`` means that the run did not fail, or left
+    no reason.
+    """
 
     reason: str = ""
     kind: FailureKind = FailureKind.RUN
 
     def files(self, traceback: str = "") -> dict[str, str]:
-        """The files of a failed run that hold this, by name, in the order to write them."""
+        """The files that record this failure, by name, in the order to write them."""
         return {
             FAILURE: json.dumps({"kind": self.kind.value, "reason": self.reason}),
             ERROR: f"{self.reason}\n" + (traceback and f"\n{traceback}"),
@@ -65,12 +67,12 @@ def write_failure(folder: Path, failure: Failure, traceback: str = "") -> None:
 
 
 def read_failure(folder: Path) -> Failure:
-    """The failure that the folder of a run tells of."""
+    """The failure that is recorded in the folder of a run."""
     return Failure.of(_read(folder / ERROR, end=False), _read(folder / FAILURE, end=False))
 
 
 def last_lines(folder: Path) -> str:
-    """What the run said last: the end of ``log.txt``, then of the traceback.
+    """The last lines that a run left: the end of ``log.txt``, then of the traceback.
 
     Empty where it said nothing.
     """

@@ -1,5 +1,5 @@
-"""Who may write into a folder: a claim that survives ``kill -9`` and is taken over without two
-winners.
+"""Claims on a folder: which process may write into it. A claim survives ``kill -9``, and only one
+process can take it over.
 
 A claim is a small file ``.claim-N`` holding the owner's host, process id and start time. Only the
 highest N counts, and it comes into being by an exclusive create, so of all who see claim N
@@ -45,7 +45,8 @@ def claimed(names: Iterable[str]) -> bool:
 
 
 def holder(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """A living owner in words ("process 12 on host"), or None where the folder is free.
+    """The process that holds the folder, in words ("process 12 on host"); None if the folder is
+    free.
 
     ``names`` saves listing the folder.
     """
@@ -116,7 +117,7 @@ class Claim:
                 return
 
     def release(self, *, forget: bool = False) -> None:
-        """Give the folder back.
+        """Release the folder.
 
         ``forget`` removes every trace, which is safe only where a ``done`` file tells newcomers to
         stay out.

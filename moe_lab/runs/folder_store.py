@@ -35,7 +35,7 @@ part of a second to write.
 
 
 class RunStore:
-    """See ``store.Store``."""
+    """The runs of one sweep in a folder; the methods are those of ``store.Store``."""
 
     is_folder = True
 

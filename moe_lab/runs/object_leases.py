@@ -1,5 +1,5 @@
-"""The lease of a run whose store is an object store: it names the process that trains it and is
-renewed while its owner lives.
+"""The lease of a run in an object store: it names the process that trains the run, and that process
+renews it.
 
 A lease is an object with its owner's name. Object stores need not have an exclusive create, so the
 guarantee is weaker than that of ``folder_claims``: a worker that finds no living lease writes its
@@ -32,7 +32,7 @@ SETTLE_SECONDS = 0.5
 
 
 def living_owner(bucket: Bucket, name: str) -> str | None:
-    """The owner of a living lease in words, or None."""
+    """The process that holds a valid lease, in words; None if there is none."""
     try:
         owner = Owner(**read_object(bucket.read(name))["where"])
     except (KeyError, TypeError):
@@ -50,7 +50,9 @@ def _key(bucket: Bucket, name: str) -> object:
 
 
 class Lease:
-    """Held until ``release``, the end of the ``with`` block, or the end of the process."""
+    """The right to train one run, held until ``release``, the end of the ``with`` block, or the end
+    of the process.
+    """
 
     def __init__(self, bucket: Bucket, name: str, key: str, on_lost: Callable[[], None]) -> None:
         self._bucket, self._name, self._key, self._on_lost = bucket, name, key, on_lost
@@ -83,7 +85,7 @@ class Lease:
 
 
 def take(bucket: Bucket, name: str, on_lost: Callable[[], None] = lambda: None) -> Lease | None:
-    """The lease ``name``, or None while someone living holds it.
+    """Take the lease ``name``; None while another process holds it.
 
     ``on_lost`` is called from a thread when another took it over.
     """

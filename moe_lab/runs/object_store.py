@@ -51,7 +51,7 @@ PROGRESS_SECONDS = 2.0
 
 
 class ObjectStore:
-    """See ``store.Store``."""
+    """The runs of one sweep in an object store; the methods are those of ``store.Store``."""
 
     is_folder = False
 
@@ -62,7 +62,9 @@ class ObjectStore:
         self._progress: dict[str, tuple[float, Progress]] = {}
 
     def path(self, run: str) -> Path:
-        """Where a worker keeps claim and log of this call's attempt, on its own machine."""
+        """The folder on a worker's own machine that holds the claim and the log of this call's
+        attempt.
+        """
         return Path(tempfile.gettempdir()) / f"{scratch_name(self.folder)}-{run}-{self.token}"
 
     def states(self, runs: Iterable[str]) -> dict[str, RunState]:
@@ -91,7 +93,9 @@ class ObjectStore:
         return names
 
     def progress(self, run: str) -> Progress:
-        """At most ``PROGRESS_SECONDS`` old: a progress display asks several times a second."""
+        """The progress of runs, at most ``PROGRESS_SECONDS`` old: a display asks several times a
+        second.
+        """
         read_at, known = self._progress.get(run, (-PROGRESS_SECONDS, Progress()))
         if time.monotonic() - read_at >= PROGRESS_SECONDS:
             known = Progress.of(read_object(self.bucket.read(f"{STATE}/{run}/{STATUS}")))
@@ -112,8 +116,8 @@ class ObjectStore:
         self.bucket.rename(*names)
 
     def tidy(self, finished: Iterable[str]) -> None:
-        """A worker that ends gives its lease back after it has removed the checkpoint: no other run
-        is asked for.
+        """Remove checkpoints of finished runs that still have a lease. A worker removes its
+        checkpoint before it releases its lease, so no other run can have one.
         """
         leased = [run for run, names in self._names().items() if LEASE in names]
         for run in set(leased) & set(finished):
@@ -165,7 +169,7 @@ class ObjectStore:
         }
 
     def add(self, sweep: PlannedSweep) -> None:
-        """Write the plan under its own hash; where it lies already, nothing changes."""
+        """Write the plan under its own hash. A plan that is there already stays as it is."""
         entry, runs = plan_entry(sweep)
         name = f"{SWEEPS}/{entry['hash']}.json"
         if self.bucket.read(name) is None:

@@ -1,4 +1,4 @@
-"""Which process holds a claim or a lease, and whether it lives.
+"""Which process holds a claim or a lease, and whether that process still runs.
 
 A process on this host is looked up; one of another host lives while it keeps renewing what it holds
 (``folder_claims``, ``object_leases``).
@@ -68,8 +68,8 @@ def owner_of_this_process() -> Owner:
 
 
 def living(owner: Owner, renewed: Callable[[], bool]) -> str | None:
-    """A living owner in words ("process 12 on host"), else None. ``renewed`` tells of an owner on
-    another host whether it renewed its claim lately.
+    """The owner in words ("process 12 on host") if its process runs, else None. For an owner on
+    another host, ``renewed`` says whether it renewed its claim lately.
     """
     alive = owner_alive(owner) if owner.host == this_host() else renewed()
     return f"process {owner.pid} on {owner.host.split('/')[0]}" if alive else None

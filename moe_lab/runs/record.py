@@ -1,4 +1,4 @@
-"""What the files of one run say, and of many.
+"""The records of one run or of many, read from their folders.
 
 ``read_run`` never raises for what a run's folder holds: a file that cannot be read makes an empty
 value, and for the result an ``error``.
@@ -81,7 +81,7 @@ class RunRecord:
 
     @property
     def group(self) -> str:
-        """What the seeds of one arm and ratio share; the run's name if it has no arm."""
+        """The name that all seeds of one arm and ratio share; the run's name if it has no arm."""
         arm = self.result.get("arm")
         return self.name if arm is None else group_name(str(arm), number(self.result.get("ratio")))
 
@@ -98,7 +98,7 @@ class RunRecord:
 
 
 def group_name(arm: str, ratio: float | None) -> str:
-    """What the seeds of one arm and ratio are called together."""
+    """The name that all seeds of one arm and ratio share."""
     return arm if ratio is None else f"{arm} {ratio:g}:1"
 
 
@@ -143,7 +143,9 @@ def read_runs(
 
 
 def state_of(folder: Path, names: Collection[str] | None = None) -> RunState:
-    """The state of the run in ``folder``, from the names of its files and a claim that lives."""
+    """The state of the run in ``folder``, from the names of its files and whether a running process
+    claims it.
+    """
     names = file_names(folder) if names is None else names
     if DONE in names:
         return RunState.FINISHED
@@ -155,7 +157,7 @@ def state_of(folder: Path, names: Collection[str] | None = None) -> RunState:
 
 
 def file_names(folder: Path) -> frozenset[str]:
-    """Names in ``folder``; none where there is no such folder."""
+    """Names of the files in ``folder``; empty if there is no such folder."""
     try:
         return frozenset(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -176,7 +178,9 @@ def parse_object(source: Path | bytes, name: str = "") -> dict[str, Any]:
 
 
 def read_object(source: Path | bytes | None) -> dict[str, Any]:
-    """``parse_object``, and empty where it would raise: the file is not there yet, or was cut."""
+    """As ``parse_object``, but an empty object in place of an error: the file may be missing or cut
+    off.
+    """
     try:
         return {} if source is None else parse_object(source)
     except RunError:

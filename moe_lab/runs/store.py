@@ -1,4 +1,4 @@
-"""Where the runs of a sweep lie: a folder, or an object store, behind one protocol."""
+"""Stores of the runs of a sweep, a folder or an object store, with one interface."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -49,15 +49,15 @@ class Store(Protocol):
         ...
 
     def set_checkpoint_aside(self, run: str) -> None:
-        """Let ``run`` begin again although it left a checkpoint, which is damaged."""
+        """Move the damaged checkpoint of ``run`` away, so that the run begins again."""
         ...
 
     def tidy(self, finished: Iterable[str]) -> None:
-        """Remove what finished runs would have resumed from, of which a kill left some."""
+        """Remove checkpoints of finished runs, which a killed process can leave."""
         ...
 
     def check_writable(self) -> None:
-        """Raise ``RunError`` if the store takes no file of 64 KiB."""
+        """Raise ``RunError`` if a file of 64 KiB cannot be written to the store."""
         ...
 
     def readable(self) -> AbstractContextManager[Path]:

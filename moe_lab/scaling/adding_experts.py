@@ -1,5 +1,5 @@
 """The "+X experts" calculator: what each published law expects of adding expert parameters, and how
-many seeds would see it.
+many seeds would measure it.
 
 LongCat-2.0's +135B on 1.6T is a ninth of a doubling; smooth laws expect .0004-.004 nats of it, so
 seeing almost nothing is what diminishing returns look like, not a wall.

@@ -31,8 +31,8 @@ class Alternative(StrEnum):
 
 
 class Result(StrEnum):
-    """Of an alternative: the interval of its difference lies below 0, above 0, within the margin,
-    or it holds 0 and more than that.
+    """The result of an alternative: the interval of its difference lies below 0, above 0, within
+    the margin, or holds 0 and more than the margin.
     """
 
     BETTER = "better"

@@ -34,7 +34,8 @@ class ComputeSlope:
 def law_slope(
     active: float, tokens: float, ratio: float, law: str = "ludziejewski"
 ) -> ComputeSlope:
-    """From a published law, at fixed ``ratio``: ``active`` and ``tokens`` each grow as C^1/2.
+    """The slope from a published law, at fixed ``ratio``: ``active`` and ``tokens`` each grow as
+    C^1/2.
 
     Says when this extrapolates.
     """
@@ -58,8 +59,8 @@ def law_slope(
 
 
 def measured_slope(frame: pl.DataFrame) -> ComputeSlope:
-    """From runs of the same ratios at two or more compute budgets (6 x active x tokens), one slope
-    shared by the ratios.
+    """The slope from runs of the same ratios at two or more compute budgets (6 x active x tokens),
+    one slope shared by the ratios.
 
     Raises ``AnalysisError`` where the budgets do not share a ratio or span less than a factor of
     1.5.

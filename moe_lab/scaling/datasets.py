@@ -28,8 +28,8 @@ MISFIT_LOSS = "eval/ppl//fsx-onellm/data/corpora/text_only/text_eval/c4.jsonl"
 
 @dataclass(frozen=True)
 class Dataset:
-    """``sha256`` is of the decompressed file; ``redistributable`` with attribution; ``read`` adds
-    moe_lab's columns.
+    """One published data set. ``sha256`` is of the decompressed file; ``redistributable`` with
+    attribution; ``read`` adds moe_lab's columns.
     """
 
     name: str

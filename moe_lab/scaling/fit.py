@@ -1,5 +1,5 @@
-"""Fitting a law to runs: sum of Huber's loss on log loss, many starts, no early end; and what the
-fit says about itself.
+"""Fitting a law to runs: the sum of Huber's loss on the log loss, many starts, descent to the end;
+and measures of the fit.
 
 Conventions (docs/scaling.md): Huber 1e-3 on ln L, summed; tolerance 1e-14; 80 starts chosen from
 thousands of random points with the amplitudes solved; AICc from the squared log residuals.
@@ -38,12 +38,11 @@ AGREE = 1e-6  # relative: starts that end this close to the best objective found
 
 @dataclass(frozen=True)
 class Fit:
-    """``coefficients`` as the paper writes them; ``objective`` the weighted sum of Huber losses;
-    ``rmse`` and ``aicc`` of its residuals (ln loss, or the loss where ``log`` is False); ``agreed``
-    the share of the best sixteen starts that ended at that objective; ``draws`` a row of
-    coefficients per repetition once `bootstrap` has run; ``unidentified`` the coefficients that
-    these
-    runs cannot fix (`unidentified`); ``frame`` the runs.
+    """A law fitted to runs. ``coefficients`` as the paper writes them; ``objective`` the weighted
+    sum of Huber losses; ``rmse`` and ``aicc`` of its residuals (ln loss, or the loss where ``log``
+    is False); ``agreed`` the share of the best sixteen starts that ended at that objective;
+    ``draws`` a row of coefficients per repetition once `bootstrap` has run; ``unidentified`` the
+    coefficients that these runs cannot fix (`unidentified`); ``frame`` the runs.
     """
 
     law: Law

@@ -18,9 +18,9 @@ CLIP = 60.0  # bound on the logarithm of a shape coefficient: exp(60) experts is
 
 @dataclass(frozen=True)
 class Problem:
-    """``target`` (ln loss, or the loss itself where ``log`` is False) and ``weights``: one row [1,
-    n] shared by all draws or one row per draw [B, n]; ``delta`` of Huber's loss (inf: squares);
-    ``names`` of the unknowns in order.
+    """The data and the law of a fit. ``target`` (ln loss, or the loss itself where ``log`` is
+    False) and ``weights``: one row [1, n] shared by all draws or one row per draw [B, n]; ``delta``
+    of Huber's loss (inf: squares); ``names`` of the unknowns in order.
     """
 
     law: Law

@@ -1,5 +1,5 @@
-"""What a fit is worth: how well the law follows the runs, what it misses on runs held out, how
-rival laws do on the same runs, and the law beside the runs for a figure.
+"""The quality of a fit: how well the law follows the runs, its error on runs held out, rival laws
+on the same runs, and the law beside the runs for a figure.
 """
 
 import math
@@ -39,10 +39,10 @@ FEWEST_VALUES = 4
 
 @dataclass(frozen=True)
 class Quality:
-    """``r2`` of the loss; ``rmse`` and ``seed_sd`` (nats; None without repeated runs); ``by_size``
-    [<variable>, runs, bias, rmse] (nats, predicted less measured); ``held_out`` [held_out, runs,
-    bias, rmse] without the largest value of ``variable``; ``rivals`` [law, coefficients, aicc,
-    delta] by least squares on ln loss, the best first.
+    """How well a law fits its runs. ``r2`` of the loss; ``rmse`` and ``seed_sd`` (nats; None
+    without repeated runs); ``by_size`` [<variable>, runs, bias, rmse] (nats, predicted less
+    measured); ``held_out`` [held_out, runs, bias, rmse] without the largest value of ``variable``;
+    ``rivals`` [law, coefficients, aicc, delta] by least squares on ln loss, the best first.
     """
 
     r2: float
@@ -67,7 +67,7 @@ class LawCurves:
 
 
 def law_curves(result: Fit) -> LawCurves:
-    """What a figure of a fit needs."""
+    """The law and its runs as the frames that a figure draws."""
     frame = result.frame.select("loss", *result.law.variables).cast(pl.Float64)
     variable = _most_varied(result)
     others = [name for name in result.law.variables if name != variable]
@@ -96,8 +96,8 @@ def _most_varied(result: Fit) -> str:
 
 
 def quality(result: Fit, *, rivals: Sequence[str] = RIVALS) -> Quality:
-    """Of a fit; ``rivals`` are fitted too where the runs have their variables (up to seconds
-    each).
+    """The quality of a fit; ``rivals`` are fitted too if the runs have their variables (up to
+    seconds each).
     """
     frame, variables = result.frame, result.law.variables
     loss = frame["loss"].cast(pl.Float64).to_numpy()

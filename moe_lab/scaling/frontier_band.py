@@ -21,10 +21,11 @@ FEWEST_FITTED = 4
 
 @dataclass(frozen=True)
 class Band:
-    """``form`` is the best by AICc on the fitted ratios; ``curve`` [ratio, loss, lo, hi]; ``means``
-    [ratio, loss, lo, hi, held_out] with intervals of the means (NaN where the noise is unknown);
-    ``forms`` [form, delta_aicc, error, rmse]: misses at the ratios held out, measured less
-    expected, at the largest and root mean square (null where none was held out).
+    """The frontier, fitted without its largest ratios. ``form`` is the best by AICc on the fitted
+    ratios; ``curve`` [ratio, loss, lo, hi]; ``means`` [ratio, loss, lo, hi, held_out] with
+    intervals of the means (NaN where the noise is unknown); ``forms`` [form, delta_aicc, error,
+    rmse]: misses at the ratios held out, measured less expected, at the largest and root mean
+    square (null where none was held out).
     """
 
     form: str

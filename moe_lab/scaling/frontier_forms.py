@@ -36,8 +36,8 @@ def effective_ratio(ratio: np.ndarray, start: np.ndarray, maximum: np.ndarray) -
 
 @dataclass(frozen=True)
 class Form:
-    """``shapes(x [R]) -> [P, q]`` candidate shapes; ``columns(x [R], shapes [P, q]) -> [P, p, R]``
-    falls or rises with x.
+    """One shape that the frontier can have. ``shapes(x [R]) -> [P, q]`` candidate shapes;
+    ``columns(x [R], shapes [P, q]) -> [P, p, R]`` falls or rises with x.
 
     ``parameters`` counts coefficients and shapes. ``breaks(shapes) -> [P]`` is log2 of the ratio
     where the form bends, None if nowhere.

@@ -1,4 +1,4 @@
-"""How sure the data are that the last doubling pays: the gain per doubling as a Gaussian process.
+"""The probability that the last doubling pays: the gain per doubling as a Gaussian process.
 
     loss(x) = c - s0 x - integral of g,   g ~ Matern-3/2 over x = log2 ratio, flat c and s0
 
@@ -28,8 +28,9 @@ STEP = 1 / 16
 
 @dataclass(frozen=True)
 class Posterior:
-    """Of one contrast of the noiseless losses, [B] each: ``mean`` and ``sd`` (nats), and the
-    probability ``above`` a threshold. NaN, and 0, where the noise is unknown.
+    """The posterior of one contrast of the noiseless losses, [B] each: ``mean`` and
+    ``sd`` (nats), and the probability ``above`` a threshold. NaN, and 0, where the noise is
+    unknown.
     """
 
     mean: np.ndarray

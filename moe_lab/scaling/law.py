@@ -78,9 +78,9 @@ def ling_activation(variables: Values, start: Any, maximum: Any) -> Any:
 
 @dataclass(frozen=True)
 class Law:
-    """``published`` maps a name (router, arm) to coefficients, the first being the default;
-    ``limits`` maps a variable to the range of the runs behind them; ``shape`` names the two
-    coefficients of ``effective``; ``output`` is "loss" or "leverage" (a compute multiplier);
+    """A scaling law. ``published`` maps a name (router, arm) to coefficients, the first being the
+    default; ``limits`` maps a variable to the range of the runs behind them; ``shape`` names the
+    two coefficients of ``effective``; ``output`` is "loss" or "leverage" (a compute multiplier);
     ``formula`` replaces ``terms`` where a law is no sum of terms.
     """
 

@@ -51,8 +51,8 @@ def compute_optimal(
 
 @dataclass(frozen=True)
 class Isoflop:
-    """``optima`` [compute, active_params, tokens, loss, runs]; N* = ``active_amplitude``
-    C^``active_exponent``, likewise tokens.
+    """The best sizes of several compute budgets. ``optima`` [compute, active_params, tokens, loss,
+    runs]; N* = ``active_amplitude`` C^``active_exponent``, likewise tokens.
     """
 
     optima: pl.DataFrame

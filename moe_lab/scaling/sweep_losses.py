@@ -75,7 +75,7 @@ class Sweep:
         return estimate(self.layout, self.losses[None], known)
 
     def run(self, index: int) -> str:
-        """``ratio 8 seed 1``."""
+        """The name of a run in a sentence: ``ratio 8 seed 1``."""
         ratio = self.ratios[self.layout.ratio[index]]
         return f"ratio {ratio:g} seed {self.seeds[self.layout.seed[index]]}"
 

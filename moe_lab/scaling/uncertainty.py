@@ -279,7 +279,7 @@ class Saturation:
 
 def saturation(result: Fit, repetitions: int = 400) -> Saturation:
     """E_max with the wider of its profile and bootstrap 95 % bounds (drawn here where the fit has
-    no draws), and whether it was found.
+    no draws), and whether the runs identify it.
 
     Found means that the upper bound stays within twice the largest ratio measured, and that the
     bounds are less than a factor of four apart: on Clark's S-BASE runs up to 512 experts the bounds

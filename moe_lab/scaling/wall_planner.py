@@ -1,5 +1,5 @@
-"""What a sweep could tell before it is run, and the cheapest one that could: `power` around one
-planned design.
+"""Planning a sweep: the probability of each verdict for one design and its variations, and the
+cheapest that suffices.
 
 In: the design of a recipe, the noise between seeds and candidate truths. Out: the chance of each
 verdict, and of every variation of the design (larger grids, more seeds, enough tokens for the
@@ -63,10 +63,10 @@ a wall, the name of a law.
 
 @dataclass(frozen=True)
 class Plan:
-    """``own`` and ``others``: `power`'s table for the design itself and for its variations by
-    rising FLOPs, up to the first that
-    settles every truth with probability ``target``: that is ``best`` (None where none does).
-    ``noise`` its assumed nats and ``noise_source``.
+    """A planned sweep beside its variations. ``own`` and ``others``: `power`'s table for the design
+    itself and for its variations by rising FLOPs, up to the first that settles every truth with
+    probability ``target``: that is ``best`` (None where none does). ``noise`` its assumed nats and
+    ``noise_source``.
     """
 
     design: Design
@@ -133,8 +133,9 @@ def plan_power(
 
 
 def what_would_settle(sweep: Sweep, verdict: Verdict, *, draws: int = 80, seed: int = 0) -> str:
-    """The least sweep that would settle one that cannot tell, by simulation from the forms that fit
-    it (Akaike weights) under its own noise: more seeds, even or at the end, and larger ratios.
+    """The smallest sweep that would give a verdict where one cannot tell, by simulation from the
+    forms that fit it (Akaike weights) under its own noise: more seeds, even or at the end, and
+    larger ratios.
 
     Empty where nothing can be simulated: an unknown noise, or experts short of data.
     """

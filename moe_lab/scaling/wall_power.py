@@ -1,5 +1,5 @@
-"""What a planned sweep could tell: the probability of each verdict under candidate truths, its
-cost, and the cheapest that suffices.
+"""The power of a planned sweep: the probability of each verdict under candidate truths, its cost,
+and the cheapest that suffices.
 
 A design is a grid of ratios, seeds at each, an active size that may grow with the router, and a
 token budget. Each truth is a
@@ -105,9 +105,9 @@ class Design(Config):
 
 @dataclass(frozen=True)
 class Truth:
-    """``loss(ratios [R], design) -> [R]`` nats up to a constant; ``wall`` the ratio past which
-    nothing is gained, None if nowhere; ``forms`` the names of `FORMS` that count as having
-    recognised it.
+    """One candidate truth of a simulation. ``loss(ratios [R], design) -> [R]`` nats up to a
+    constant; ``wall`` the ratio past which nothing is gained, None if nowhere; ``forms`` the names
+    of `FORMS` that count as having recognised it.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Truth:
 
 
 def line_truth(worth: float = DOUBLING_WORTH) -> Truth:
-    """Every doubling worth the same compute, for ever."""
+    """Every doubling is worth the same compute, without end."""
     return Truth("line", lambda r, d: -d.slope * math.log(worth) * np.log2(r), ("line",))
 
 
@@ -135,7 +135,7 @@ def saturation_truth(maximum: float = 300.0, worth: float = 1.2, start: float = 
 
 
 def wall_truth(at: float = 32.0, worth: float = DOUBLING_WORTH) -> Truth:
-    """A straight line up to ``at`` and nothing after."""
+    """Equal gains up to ratio ``at``, and no gain after it."""
     return Truth(
         f"wall at {at:g}",
         lambda r, d: -d.slope * math.log(worth) * np.log2(np.minimum(r, at)),

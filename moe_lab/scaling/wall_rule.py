@@ -69,18 +69,17 @@ class Price:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Arrays over B draws. ``steps`` [P, 2] are the ratios compared; ``gains`` and ``half`` [B, P]:
-    nats per doubling of the ratio and the half-width of their interval; ``aicc`` form -> [B];
-    ``wall_from`` [B] index of the ratio W1 starts at (-1 where it holds nowhere); ``break_form``
-    [B], the best form with a break; ``break_at``, ``break_lower``, ``break_upper`` [B] log2 ratio;
-    ``sharpness`` [B] deviance by which it beats a bend over three doublings (NaN where it leads no
-    smooth form); ``slope``, ``slope_half`` [B] W3, nats per doubling; ``last`` what `gain_process`
-    says of the last
-    gain, of those draws alone for which "no wall" needs it (of one draw always); ``best_last`` [B]
-    whether the last ratio is
-    better than all that are two doublings smaller or more by the margin per doubling; ``paid_to``,
-    ``ended_by`` [B] index of the ratio up to which a doubling
-    still paid and past which none did (-1: not found); ``growing`` [B] whether returns grow.
+    """The judgement of B sweeps. Arrays over B draws. ``steps`` [P, 2] are the ratios compared;
+    ``gains`` and ``half`` [B, P]: nats per doubling of the ratio and the half-width of their
+    interval; ``aicc`` form -> [B]; ``wall_from`` [B] index of the ratio W1 starts at (-1 where it
+    holds nowhere); ``break_form`` [B], the best form with a break; ``break_at``, ``break_lower``,
+    ``break_upper`` [B] log2 ratio; ``sharpness`` [B] deviance by which it beats a bend over three
+    doublings (NaN where it leads no smooth form); ``slope``, ``slope_half`` [B] W3, nats per
+    doubling; ``last`` what `gain_process` says of the last gain, of those draws alone for which "no
+    wall" needs it (of one draw always); ``best_last`` [B] whether the last ratio is better than all
+    that are two doublings smaller or more by the margin per doubling; ``paid_to``, ``ended_by`` [B]
+    index of the ratio up to which a doubling still paid and past which none did (-1: not found);
+    ``growing`` [B] whether returns grow.
     """
 
     found: Estimate

@@ -103,12 +103,14 @@ class Case:
 
     @property
     def fades(self) -> bool:
-        """Whether all that a break lacks is that it be one."""
+        """Whether a form with a break fits best, but the end of returns is not sharp enough to be a
+        wall.
+        """
         return bool(not math.isnan(self.judged.sharpness[0]) and not self.judged.w2[0])
 
 
 def reasons(case: Case) -> list[str]:
-    """What the outcome rests on, one line each."""
+    """The reasons for the outcome, one line each."""
     parts = (
         _noise,
         _diverged,
@@ -442,5 +444,5 @@ _SENTENCES: dict[Outcome, Callable[[Case, float | None], str]] = {
 
 
 def sentence(case: Case, at: float | None) -> str:
-    """What a report prints first."""
+    """The verdict in one sentence, which a report prints first."""
     return _SENTENCES[case.outcome](case, at)

@@ -49,8 +49,9 @@ COMPARED = ("Ludziejewski, at this size", "Ling, at this compute", "Kimi K2")
 
 @dataclass(frozen=True)
 class WallStudy:
-    """``runs`` all runs; ``judged`` those of ``arm``; ``verdicts`` one per token budget (None where
-    there is one verdict). The frames are computed on first use and kept.
+    """All that is computed about one set of runs. ``runs`` all runs; ``judged`` those of ``arm``;
+    ``verdicts`` one per token budget (None where there is one verdict). The frames are computed on
+    first use and kept.
     """
 
     runs: pl.DataFrame
@@ -87,7 +88,8 @@ class WallStudy:
 
     @cached_property
     def alternatives(self) -> pl.DataFrame:
-        """As `against_experts`; empty where no arm is an alternative, or the runs lack the columns.
+        """The table of `against_experts`; empty if no arm is an alternative, or the runs lack the
+        columns.
 
         Raises ``AnalysisError`` where an alternative has no run with experts of its total.
         """
@@ -134,8 +136,8 @@ class WallStudy:
 
     @cached_property
     def law(self) -> tuple[Fit, Quality]:
-        """Of the laws of the ratio alone (`OF_RATIO`) the one with the smallest AICc on the judged
-        runs of the largest budget, and what it is worth.
+        """The law of the ratio alone (`OF_RATIO`) with the smallest AICc on the judged runs of the
+        largest budget, and its quality.
         """
         runs = self.judged.filter(pl.col("tokens") == pl.col("tokens").max())
         first = quality(fit(OF_RATIO[0], runs), rivals=OF_RATIO)
@@ -236,7 +238,7 @@ class WallStudy:
 
     @cached_property
     def power(self) -> pl.DataFrame:
-        """As `power`, for this grid with `SEEDS`, at `noise`."""
+        """The table of `power` for this grid with `SEEDS`, at `noise`."""
         ratios = tuple(sorted(float(ratio) for ratio in self.judged["ratio"].unique()))
         slope = self.verdict.compute_slope
         plans = [Design(ratios, seeds, *self._size, compute_slope=slope) for seeds in SEEDS]

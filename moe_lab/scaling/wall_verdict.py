@@ -24,7 +24,7 @@ NEAR = 0.25  # doublings
 
 @dataclass(frozen=True)
 class Gain:
-    """What one step of the ratio bought: nats per doubling, its interval, and the interval as
+    """The gain of one step of the ratio: nats per doubling, its interval, and the interval as
     compute multipliers per doubling.
     """
 
@@ -52,17 +52,15 @@ class FormScore:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``at``: the ratio the wall stands at, or the ratio up to which there is none, or None.
-    ``r_star``: the ratio up to which a doubling still paid and the one past which none did, at
-    ``confidence``, each None where not found; it needs returns that do not grow with the ratio.
-    ``pays``: probability that the last gain is above the margin. ``outlier``: the run that does not
-    fit the others, in words, and ``without`` what the outcome would be without it. ``caveats``:
-    what
-    was not excluded and could make this outcome. ``elasticity``: d ln C_equivalent / d ln ratio
-    over the last two doublings (0.07 is 5 % of
-    compute per doubling) with its ``interval``. ``sentence`` is what a report
-    prints first. ``margin``: nats per doubling; ``compute_slope``: -dL/dlnC; ``noise_sd``: nats
-    between runs of one ratio (NaN: unknown).
+    """The verdict on one sweep. ``at``: the ratio the wall stands at, or the ratio up to which
+    there is none, or None. ``r_star``: the ratio up to which a doubling still paid and the one past
+    which none did, at ``confidence``, each None where not found; it needs returns that do not grow
+    with the ratio. ``pays``: probability that the last gain is above the margin. ``outlier``: the
+    run that does not fit the others, in words, and ``without`` what the outcome would be without
+    it. ``caveats``: what was not excluded and could make this outcome. ``elasticity``: d ln
+    C_equivalent / d ln ratio over the last two doublings (0.07 is 5 % of compute per doubling) with
+    its ``interval``. ``sentence`` is what a report prints first. ``margin``: nats per doubling;
+    ``compute_slope``: -dL/dlnC; ``noise_sd``: nats between runs of one ratio (NaN: unknown).
     """
 
     outcome: Outcome

@@ -70,8 +70,8 @@ class ExpertSets:
 
     @property
     def first_item(self) -> Ints:
-        """[L + 1] where the experts of each layer begin when those of all layers are numbered
-        through.
+        """[L + 1] number of the first expert of each layer when the experts of all layers are
+        numbered consecutively.
         """
         return np.cumsum([0, *(layer.num_experts for layer in self.layers)])
 
@@ -190,7 +190,7 @@ def require_real_experts(trace: Trace, what: str) -> None:
     """Raise ``AnalysisError`` where zero-compute experts were recorded as real ones."""
     require(
         trace.meta.zero_experts_known,
-        f"a trace that tells zero-compute experts for {what}",
+        f"a trace that records zero-compute experts for {what}",
         f"an import ({trace.meta.created_from}) that writes them as expert 0",
         "capture()",
         error=AnalysisError,

@@ -54,7 +54,7 @@ class Order(IntEnum):
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The compiled source, or the reason why it cannot be had."""
+    """The compiled source, or the reason why there is none."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     try:
@@ -97,8 +97,8 @@ class LruStack:
         )
 
     def feed(self, starts: Ints, items: Items) -> Ints:
-        """[R] bytes: the request is found where the budget is at least that; ``FIRST_USE`` where no
-        budget helps.
+        """[R] bytes: a request is a hit if the budget is at least that; ``FIRST_USE`` if no budget
+        helps.
 
         Args:
             starts: [S + 1] where each set begins in ``items``.
@@ -194,7 +194,7 @@ class KeyedCache:
         )
 
     def rank(self, rank_I: Ints) -> None:
-        """Set the rank of every item, held ones too."""
+        """Set the rank of every item, also of those in the cache."""
         rank_I = np.ascontiguousarray(rank_I, np.int64)
         if not isinstance(self._library, str):
             self._library.cache_rank(self._state.pointer, _pointer(rank_I))
@@ -203,7 +203,9 @@ class KeyedCache:
         self._keys = {item: (self._rank[item], item) for item in self._keys}
 
     def feed(self, starts: Ints, items: Items, next_R: Items | None = None) -> NDArray[np.uint8]:
-        """[R] 1 where the item was held; ``next_R`` as ``next_uses``, for the last two orders."""
+        """[R] 1 where the item was in the cache; ``next_R`` as ``next_uses``, for the last two
+        orders.
+        """
         hit = np.zeros(len(items), np.uint8)
         if isinstance(self._library, str):
             self._feed_plain(starts.tolist(), items.tolist(), next_R, hit)

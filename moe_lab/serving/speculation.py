@@ -1,5 +1,5 @@
-"""``speculation``: from how many accepted tokens on speculative decoding pays, where decoding waits
-for weights.
+"""``speculation``: from how many accepted tokens speculative decoding is faster, where decoding
+waits for weights.
 
 A step that verifies n tokens (n - 1 drafts and the token before) reads more experts than a step of
 one. With C(n) the bytes of such a step it pays where it yields more tokens than C(n) / C(1), the

@@ -83,6 +83,6 @@ class Admission:
             self.flops -= self._charged[job.run]
 
     def give_back(self, job: Job) -> None:
-        """Someone else trains the run."""
+        """Undo the charge for a run that another process trains."""
         if self.flops is not None:
             self.flops += self._charged.pop(job.run, 0.0)

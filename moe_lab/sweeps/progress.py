@@ -1,4 +1,4 @@
-"""Watching a sweep: a live bar per run on a terminal, plain lines elsewhere.
+"""The display of a running sweep: a live bar per run on a terminal, plain lines elsewhere.
 
 What a run is doing is read from its ``status.json``.
 """
@@ -32,7 +32,7 @@ class View(Protocol):
     def started(self, job: Job) -> None: ...
     def ended(self, job: Job, ending: Ending) -> None: ...
     def refresh(self, active: Sequence[Job]) -> None:
-        """Called several times a second."""
+        """Update the display; called several times a second."""
         ...
 
     def close(self) -> None: ...
@@ -81,7 +81,7 @@ class Forecast:
         return None if done <= 0 else left * elapsed / done
 
     def run_seconds_left(self, job: Job, progress: Progress) -> float | None:
-        """Of one run's training; None until it has been seen to move."""
+        """Seconds until one run's training ends; None until it has made progress."""
         began, begun_with = self._first_seen.setdefault(
             job.run, (time.monotonic(), progress.fraction)
         )

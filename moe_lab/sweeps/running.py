@@ -1,4 +1,4 @@
-"""Driving a sweep: long runs first, each done once, whatever dies on the way.
+"""The driver of a sweep: long runs first, each run done once, also when workers die.
 
 The same call on the same folder continues what an earlier one left: finished runs are kept,
 interrupted ones resume from their checkpoints, failed ones stay failed unless ``retry_failed``

@@ -156,8 +156,8 @@ def _lexemes(text: str) -> tuple[list[int], list[str], list[int], tuple[int, int
 
 
 def whole_strings(lexemes: Lexemes) -> Lexemes:
-    """From Python 3.12 f-strings (3.14: t-strings) come in pieces; give each as one STRING, as
-    before.
+    """Join the pieces of f-strings (Python 3.12) and t-strings (3.14) to one STRING each, as older
+    versions give them.
     """
     opens = {getattr(tokenize, f"{letter}STRING_START", None) for letter in "FT"} - {None}
     closes = {getattr(tokenize, f"{letter}STRING_END", None) for letter in "FT"} - {None}

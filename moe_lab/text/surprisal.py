@@ -1,5 +1,5 @@
-"""Difficulty of a token that no studied model has a hand in: its surprisal under n-grams counted in
-other documents.
+"""Difficulty of a token without any studied model: its surprisal under n-grams counted in other
+documents.
 
 ``NgramModel`` is an interpolated trigram with Kneser-Ney discounting (Kneser and Ney 1995;
 interpolated as in Chen and Goodman 1998): each order keeps its counts less a discount and hands
@@ -176,7 +176,7 @@ def ngram_halves(
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Two measurements of ``ngram_surprisal`` with independent errors: each by one half of the
-    documents whose n-grams score a token. Their correlation tells how reliable it is.
+    documents whose n-grams score a token. Their correlation shows how reliable it is.
 
     Arguments as of ``ngram_surprisal``; where only one document scores, it is both halves.
     """

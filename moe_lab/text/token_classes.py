@@ -1,5 +1,4 @@
-"""What kind of token each token is: orthogonal class columns over a document's tokens, none of
-which asks a model.
+"""Classes of tokens: orthogonal columns over a document's tokens, none of which needs a model.
 
 Several columns and never one flat list, since the classes overlap and are confounded: a keyword is
 also frequent, whole and often copied. Every rule is a function from a ``TokenView`` to one code a

@@ -117,12 +117,12 @@ class TokenView:
 
     @cached_property
     def ink(self) -> np.ndarray:
-        """Places of the characters that are not blank, and n after them."""
+        """Positions of the characters that are not blank, and n after them."""
         return np.append(np.flatnonzero(~self.is_blank), len(self.codes) - 1)
 
     @cached_property
     def ink_range(self) -> tuple[np.ndarray, np.ndarray]:
-        """([T], [T]) bounds in ``ink`` of each token's own."""
+        """([T], [T]) begin and end in ``ink`` of each token's characters that are not blank."""
         before = prefix_sum(~self.is_blank)
         return before[self.starts], before[self.ends]
 
@@ -143,7 +143,9 @@ class TokenView:
         return total[self.ends] - total[self.starts]
 
     def is_mixed(self, values: np.ndarray) -> np.ndarray:
-        """[T] bool: whether an [n + 1] array takes more than one value over the token's ink."""
+        """[T] bool: whether an [n + 1] array has more than one value over the token's characters
+        that are not blank.
+        """
         inked = values[self.ink]
         changes = prefix_sum(inked[1:] != inked[:-1])
         begin, end = self.ink_range

@@ -1,4 +1,4 @@
-"""What happened: every routing decision as Parquet.
+"""Traces: every routing decision of a model on a text, as Parquet.
 
 ``capture`` and ``import_trace`` write a trace, ``open_trace`` reads one.
 """

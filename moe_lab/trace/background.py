@@ -62,7 +62,7 @@ class Background:
             self._raise()
 
     def stop(self) -> None:
-        """Wait for the running job, forget the others, end the thread. Raises nothing."""
+        """Wait for the running job, drop the others, end the thread. Raises nothing."""
         if self.forked:
             return
         with self._changed:

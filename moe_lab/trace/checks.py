@@ -1,4 +1,4 @@
-"""What a trace must hold to be believed: the shape of ``meta.json``, and rules for every row."""
+"""Checks of a trace that is not trusted: the form of ``meta.json``, and rules for every row."""
 
 import json
 import math

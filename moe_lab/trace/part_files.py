@@ -13,7 +13,7 @@ from moe_lab.trace.seal import new_digest, write_seal
 
 
 def write_part(path: Path, frame: pl.DataFrame) -> None:
-    """One Parquet file of one row group, under its name only when it is whole."""
+    """Write one Parquet file of one row group; it takes its name only when it is complete."""
     with atomic_path(path) as temporary:
         frame.write_parquet(
             temporary,

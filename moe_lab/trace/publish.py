@@ -1,5 +1,5 @@
-"""Where a trace lies while it is written, and how it gets its name: one writer at a time, and never
-half a trace under the final name.
+"""The folder of a trace while it is written, and its renaming: one writer at a time, and never an
+incomplete trace under the final name.
 """
 
 import ctypes
@@ -19,7 +19,8 @@ LOCK_FILE = "writer.lock"
 
 
 def lock(folder: Path) -> int | None:
-    """Hold ``folder`` for this writer; the system lets go when the process ends, however it ends.
+    """Lock ``folder`` for this writer; the system releases the lock when the process ends for any
+    reason.
 
     Raises ``TraceError`` where another writer holds it. Returns the descriptor to close, or None
     where the system has no such locks.

@@ -27,8 +27,8 @@ MAY_DIFFER = ("versions", "created_from", "notes", "phase", "has_weights", "has_
 
 @dataclass
 class TableTotals:
-    """Of one table on disk: rows that take part in conservation, their key checksum, slots per
-    expert, and the next part's number.
+    """Totals of one table on disk: rows that take part in conservation, their key checksum, slots
+    per expert, and the next part's number.
     """
 
     rows: int = 0

@@ -1,5 +1,4 @@
-"""Entropy and margin of router scores, for many tokens at a time and as cheaply as an instrument
-must be.
+"""Entropy and margin of router scores, for many tokens at a time and at low cost.
 
 Shape letters: T tokens, K slots, E experts.
 """
@@ -23,12 +22,12 @@ class Spread(NamedTuple):
 
 
 def spread_of_scores(scores_TE: Tensor, indices_TK: Tensor) -> Spread:
-    """From scores that are given (probabilities, or what one of our routers returns)."""
+    """Entropy and margin from scores (probabilities, or the scores of a router of moe_lab)."""
     return Spread(router_entropy(scores_TE), margin(scores_TE, indices_TK))
 
 
 def spread_of_logits(logits_TE: Tensor, indices_TK: Tensor, score_func: ScoreFunc) -> Spread:
-    """From logits and the function that makes scores of them.
+    """Entropy and margin from logits and the function that makes scores of them.
 
     Softmax needs one exponential and no logarithm per expert.
     """

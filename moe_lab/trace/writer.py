@@ -249,8 +249,8 @@ class TraceWriter:
         )
 
     def finish_documents(self, documents: Iterable[int]) -> None:
-        """Say that all rows of these documents were given: an interrupted trace can then be resumed
-        behind them.
+        """Declare that all rows of these documents were written; an interrupted trace can then
+        resume after them.
         """
         self._marks.append(
             (list(documents), {table.name: table.received for table in self._all_tables()})

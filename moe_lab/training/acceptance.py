@@ -1,5 +1,5 @@
-"""How many tokens a multi-token-prediction module drafts right: acceptance under greedy
-verification, as speculative decoding has it.
+"""How many drafted tokens of a multi-token-prediction module are accepted under greedy
+verification, as in speculative decoding.
 
 Module k drafts the token k places after the next one. A draft is accepted where it is the token
 that the decoder itself would take there (its largest logit), and every draft before it was accepted

@@ -60,8 +60,8 @@ def leave(
     *,
     write: bool = True,
 ) -> None:
-    """Keep the state after ``step`` steps, and the metrics so far, for the budget that branches off
-    here. Of several ranks one writes.
+    """Save the state after ``step`` steps, and the metrics so far, for the shorter budget that
+    branches off here. One of several ranks writes.
     """
     path = _path(config, folder, step)
     if write:
@@ -70,7 +70,7 @@ def leave(
 
 
 def tidy(config: RunConfig, folder: Path) -> None:
-    """Remove what a killed attempt of the longest run left half-written among the trunks."""
+    """Remove unfinished files that a killed attempt of the longest run left among the trunks."""
     if branch_steps(config):
         remove_temporaries(folder.parent / TRUNKS, f"{trunk_hash(config)}-*")
 
@@ -78,8 +78,8 @@ def tidy(config: RunConfig, folder: Path) -> None:
 def take_up(
     config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Steps done and metrics rows of the trunk that a shorter run begins from; (0, []) where there
-    is none that is whole.
+    """Steps done and metrics rows of the trunk that a shorter run begins from; (0, []) if there is
+    no complete trunk.
     """
     if not config.budgets or config.train_tokens == config.budgets[-1]:
         return 0, []

@@ -1,5 +1,5 @@
-"""Checkpoints: one safetensors file with model, optimiser and random state, and a digest that tells
-a damaged file from a whole one.
+"""Checkpoints: one safetensors file with model, optimiser and random state, and a digest that shows
+whether a file is damaged.
 
 No pickle is read. The file is written under a temporary name and renamed, so ``kill -9`` leaves the
 previous checkpoint in place. The file holds whole tensors however many ranks trained them: any
@@ -119,8 +119,8 @@ def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that ranks hold shards of, put together on each of them (all must call this); any
-    other one as it is.
+    """The whole tensor, put together on each rank from the shards that ranks hold (all must call
+    this); other tensors unchanged.
     """
     return tensor.full_tensor() if _is_sharded(tensor) else tensor
 

@@ -160,8 +160,8 @@ class RunConfig(Config):
         return steps - round(self.optimizer.decay_fraction * steps)
 
     def written(self) -> tuple[str, ...]:
-        """``budgets`` and ``losses`` only where there are any, so that runs of before they existed
-        keep their hash.
+        """As ``Config.written``, with ``budgets`` and ``losses`` only if they are set, so that
+        older runs keep their hash.
         """
         absent = {name for name in ("budgets", "losses") if not getattr(self, name)}
         return tuple(name for name in super().written() if name not in absent)

@@ -1,4 +1,4 @@
-"""The validation pass: every document by itself, loss per token, and where each token went.
+"""The validation pass: each document separately, with the loss and the experts of every token.
 
 A corpus is sampled in excerpts, evenly spaced over all its tokens: the openings of documents alone
 (licences, imports) are another text than the one a model was trained on, and its router would be

@@ -46,7 +46,7 @@ def routing_metrics(layers: Sequence[Sequence[Routing]], ranks: Ranks = ALONE) -
 
 
 def gradient_ratios(model: Decoder, config: RunConfig, batch: Tensor) -> list[float]:
-    """R_g of each MoE layer: how hard the balance losses pull, against the language loss.
+    """R_g of each MoE layer: the gradient of the balance losses over that of the language loss.
 
     ``R_g = ||d balance / dP||_2 / ||d language / dP||_2`` on the batch-mean expert probabilities P
     (LongCat-Flash, arXiv 2509.01322, section 3); above 0.1 balance begins to decide what the router

@@ -1,4 +1,4 @@
-"""What a step minimises, and the model spread over the ranks that minimise it together."""
+"""The training objective of a step, and the model spread over the ranks that compute it."""
 
 import inspect
 from typing import TYPE_CHECKING, Any, cast

@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their total norm is at most ``max_norm``; returns the norm
-    before. [] float32. Shards count as the wholes that they are of.
+    before. [] float32. Sharded gradients count as whole ones.
 
     On a CPU, gradients within the norm are left alone: multiplying them by one would read and write
     the whole bank.

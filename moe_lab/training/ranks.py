@@ -1,5 +1,5 @@
-"""The processes that train one run together: who they are, what part of a step is whose, and how
-they speak.
+"""The ranks that train one run together: which part of a step each takes, and how they exchange
+values.
 
 ``torchrun`` (or a process group that the caller initialised) describes them; without either there
 is one. A run's numbers are those of one process: a step's micro-batches are first assigned to
@@ -131,7 +131,7 @@ class Ranks:
         return answer[0]
 
     def wait(self) -> None:
-        """Until every rank has come here."""
+        """Wait until every rank calls this."""
         if self.size > 1:
             self.total(torch.zeros(1))
 

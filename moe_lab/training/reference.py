@@ -1,5 +1,4 @@
-"""Dense twins: how hard a token is for a plain model that has nothing to do with the one that is
-studied.
+"""Dense twins: the difficulty of tokens for dense models that are independent of the studied one.
 
 The documents are divided into folds; one dense decoder is trained on each fold and scores the
 others, so that no token is judged by a model that has read it. Losses at several points of the

@@ -1,4 +1,4 @@
-"""Mirrors of a run's metrics in the trackers that people already watch.
+"""Copies of a run's metrics in experiment trackers: TensorBoard, Weights & Biases, Trackio.
 
 The run's own record is ``metrics.jsonl`` and ``metrics.parquet`` in its folder, whatever is tracked
 beside it. A logger receives the same scalars; one that fails is left out with a warning, and the
@@ -29,7 +29,7 @@ TRACK_VARIABLE = "MOE_LAB_TRACK"
 
 
 class Logger(Protocol):
-    """What mirrors a run's metrics."""
+    """What receives a copy of a run's metrics."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Take the scalars of a logged step (1-based): ``loss``, ``lr``, ``load_cv``, ...; and
@@ -126,7 +126,7 @@ def _project(folder: Path) -> str:
 
 
 class Tracking:
-    """The loggers of one run. None of them can end it."""
+    """The loggers of one run. An error in one of them does not end the run."""
 
     def __init__(
         self, loggers: Sequence[Logger | str], config: RunConfig, folder: Path, step: int

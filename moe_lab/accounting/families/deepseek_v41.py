@@ -114,7 +114,7 @@ def staged(*blocks: Block) -> Block:
 
 
 def ends(f: Fields) -> Pieces:
-    """Embedding, norm and head: a prompt stops before the latter two."""
+    """Embedding, norm and head; a prompt runs the embedding alone."""
     f.note(
         "prefill",
         "a prompt runs the layers before the last of kv_source_layer_ids and makes the keys of "

@@ -29,8 +29,8 @@ A = Part.ATTENTION
 
 
 def jet_attention(f: Fields) -> Pieces:
-    """Query and output projections are experts with a router; keys and values are shared by all of
-    them.
+    """Attention whose query and output projections are experts with a router; all of them share
+    keys and values.
     """
     d, kv, dim = width(f), f.size("num_key_value_heads"), f.size("head_dim")
     experts, run = used(f)

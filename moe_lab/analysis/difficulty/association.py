@@ -212,7 +212,7 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Pairing:
-    """The side of difficulty: what all layers with the same tokens share."""
+    """The difficulty of a pairing, which all layers with the same tokens share."""
 
     tokens: LayerTokens
     aligned: Aligned
@@ -258,9 +258,9 @@ class Pairing:
 
     @cached_property
     def reliability(self) -> float:
-        """Of the difficulty within token ids: the correlation r of two measurements of half its
-        length, stepped up to its own by 2 r / (1 + r) (Spearman 1910, Brown 1910). NaN without
-        them; 0 where they do not agree at all.
+        """Reliability of the difficulty within token ids: the correlation r of two measurements of
+        half its length, stepped up to its own by 2 r / (1 + r) (Spearman 1910, Brown 1910). NaN
+        without them; 0 where they do not agree at all.
         """
         if self.tokens.halves is None:
             return float("nan")
@@ -277,7 +277,7 @@ class Pairing:
 
     @cached_property
     def order_left(self) -> Order:
-        """Of the ranks of difficulty within token ids."""
+        """The order of the ranks of difficulty within token ids."""
         return Order.of(self.left["token"])
 
     @cached_property
@@ -291,8 +291,8 @@ class Pairing:
 
     @cached_property
     def shifted_squares(self) -> dict[str, Floats]:
-        """[D] twice what each document does through the ranks to the sum of squares of a row of
-        ``left``.
+        """[D] twice the effect of each document, through the ranks, on the sum of squares of a row
+        of ``left``.
         """
         return {
             name: 2 * self.shift.per_document(row)

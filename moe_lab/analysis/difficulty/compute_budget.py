@@ -1,4 +1,4 @@
-"""Where compute goes before difficulty is asked for: a budget sheet per layer, and how much of its
+"""How compute is spread, before any question of difficulty: one row per layer, and how much of its
 variance each description explains.
 """
 

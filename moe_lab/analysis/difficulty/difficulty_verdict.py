@@ -1,4 +1,4 @@
-"""The words in which an association is judged, and the rule that chooses one.
+"""The verdicts on an association, and the rule that chooses one.
 
 Three answers by two one-sided tests (Schuirmann 1987) on the correlation within token ids: its 90 %
 interval lies beyond the band of immaterial values, within it, or across its edge. What a raw
@@ -59,7 +59,7 @@ class DifficultyVerdict(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the rule reads of one layer and alignment.
+    """The statistics of one layer and alignment that the rule reads.
 
     Attributes:
         raw, token, document: rank correlations of compute with difficulty: as it is, within token
@@ -129,8 +129,8 @@ def judge(
 
 
 def attenuation(value: float, reliability: float) -> str:
-    """What errors of the difficulty take of the correlation, for the end of a note; "" where the
-    reliability is unknown.
+    """By how much errors of the difficulty lower the correlation, as the end of a note; "" where
+    the reliability is unknown.
 
     Independent errors multiply a correlation by the square root of the reliability.
     """

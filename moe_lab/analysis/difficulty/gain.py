@@ -1,5 +1,5 @@
-"""What one more expert is worth, token by token: the same model with a little less and a little
-more compute for everybody.
+"""The worth of one more expert for each token: the loss of the same model with a little less and a
+little more compute for all tokens.
 
 The only causal arm of the analysis. A bias is added to the real experts of every layer before
 selection, so that the mean ``ffn_count`` of a layer moves by ``step`` either way; nothing else
@@ -191,7 +191,8 @@ def can_shift(router: Router) -> bool:
 
 @contextmanager
 def shifted(model: Decoder, shift: float) -> Iterator[None]:
-    """The model with ``shift`` in favour of real experts in every MoE layer; as it was, afterwards.
+    """Shift every MoE layer by ``shift`` in favour of real experts within the block, and restore it
+    afterwards.
 
     Where the router selects with a bias, the bias moves and gate weights do not. Where it has none,
     logits move and weights with them; in a top-p router the mass p moves, in odds.

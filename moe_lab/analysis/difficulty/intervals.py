@@ -121,7 +121,7 @@ MISSING = Interval.missing()
 
 
 class Bootstrap:
-    """The same samples of documents for every statistic that is asked of it.
+    """Samples of documents, the same for every statistic.
 
     More than ``MAX_CLUSTERS`` documents are first divided at random into as many bundles, which are
     independent too: memory stays bounded.

@@ -1,4 +1,4 @@
-"""What chance would show, and what routers would show that know nothing of difficulty.
+"""Null models of the association: chance, and routers that do not depend on difficulty.
 
 Two nulls: compute reshuffled inside documents, and compute shifted along its document.
 They take the headline statistic, the sum of products of the two rank rows within token ids. The

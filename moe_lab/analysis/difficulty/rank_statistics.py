@@ -131,7 +131,9 @@ class RankShift:
         return cls(order, documents[order.by_value], number, 1 / spread if spread > 0 else 0.0)
 
     def per_document(self, values: Floats) -> Floats:
-        """[D] what each document does to ``sum_j r_j values_j`` through the ranks; sums to 0."""
+        """[D] the effect of each document on ``sum_j r_j values_j`` through the ranks; sums to
+        0.
+        """
         total = np.cumsum(values[self.order.by_value])
         bounds = self.order.bounds
         if len(bounds) - 1 == len(values):

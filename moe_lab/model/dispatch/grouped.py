@@ -31,8 +31,8 @@ def can_group(x_TD: Tensor, down_EDF: Tensor) -> bool:
 
 
 def grouped(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
-    """Float64, and widths that ``can_group`` refuses, take one product per expert and a host
-    synchronisation: right, not fast.
+    """Run all experts in grouped matrix products. Float64, and widths that ``can_group`` refuses,
+    take one product per expert and a host synchronisation: correct, but slow.
     """
     product = F.grouped_mm if can_group(x_TD, bank.down) else _products
     if x_TD.device.type == "meta":

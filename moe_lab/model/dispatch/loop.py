@@ -20,7 +20,9 @@ from moe_lab.routing import Routing
 
 
 def loop(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
-    """One host synchronisation (where each expert's rows end)."""
+    """Run one expert after another, with one host synchronisation (to learn where each expert's
+    rows end).
+    """
     return _Loop.apply(
         x_TD,
         routing.weights.to(x_TD.dtype),

@@ -41,7 +41,9 @@ MAX_SLOTS = 2**31 - 1
 
 
 def experts(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
-    """Raises ``ConfigError`` for another device or dtype, or where the library cannot be had."""
+    """Run the routed experts in C++ on a CPU. Raises ``ConfigError`` for another device or dtype,
+    or if there is no library.
+    """
     if x_TD.device.type != "cpu" or x_TD.dtype not in DTYPES:
         raise ConfigError(
             expected(

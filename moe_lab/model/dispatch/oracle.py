@@ -1,4 +1,6 @@
-"""The definition, token by token and slot by slot."""
+"""``oracle``: the definition of a layer's experts, computed token by token and slot by slot. Other
+backends are tested against it.
+"""
 
 import torch
 import torch.nn.functional as F

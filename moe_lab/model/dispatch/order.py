@@ -1,4 +1,4 @@
-"""``SlotOrder``: the slots of a batch sorted by expert, and the way back.
+"""``SlotOrder``: the slots of a batch sorted by expert, and the inverse of that order.
 
 Rows are put back by the inverse permutation and added over a token's slots: unlike ``index_add_``
 this is fast on a CPU and deterministic on CUDA. Shape letters: N = T * K slots.
@@ -39,7 +39,7 @@ class SlotOrder(NamedTuple):
 
 
 def slot_order(routing: Routing) -> SlotOrder:
-    """Without host synchronisation."""
+    """Sort the slots of a routing by expert, without host synchronisation."""
     flat = routing.indices.reshape(-1)
     runs = (flat >= 0) & (flat < routing.num_experts)
     key = torch.where(runs, flat, routing.num_experts)

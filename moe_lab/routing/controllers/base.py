@@ -126,7 +126,7 @@ class Controller(nn.Module):
 
 
 def all_reduced(values: Tensor) -> Tensor:
-    """The sum over data-parallel ranks, where there are any."""
+    """The sum over data-parallel ranks; unchanged without ranks."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -134,8 +134,8 @@ def all_reduced(values: Tensor) -> Tensor:
 
 
 def all_gathered(rows: Tensor, fill: float) -> Tensor:
-    """[T, E] of each data-parallel rank, where there are any, as one; those with fewer rows than
-    the largest are filled up.
+    """[T, E] values of all data-parallel ranks joined; ranks with fewer rows than the largest are
+    filled up.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return rows
@@ -153,7 +153,7 @@ C = TypeVar("C", bound=type[Controller])
 def register_controller(
     kind: str, *, moves: Moves = Moves.BIAS, options: tuple[str, ...] = ()
 ) -> Callable[[C], C]:
-    """Class decorator: file a controller under ``ControllerConfig.kind``.
+    """Class decorator that registers a controller as a ``ControllerConfig.kind``.
 
     Args:
         moves: what it moves; routers that accept this can follow it.

@@ -1,4 +1,4 @@
-"""Losses that are no means over tokens, where several ranks share a micro-batch: CV^2 of its
+"""Losses that are not means over tokens, where several ranks share a micro-batch: CV^2 of its
 importance, products of two of its sums.
 
 Inside ``shared_by`` such a loss takes the sums of the whole micro-batch from ``summed``, so that
@@ -20,8 +20,8 @@ _SHARED: ContextVar[tuple[int, Any] | None] = ContextVar("micro-batch shared by"
 
 @contextmanager
 def shared_by(ranks: int, group: Any = None) -> Iterator[None]:
-    """Within the block, a micro-batch is what ``ranks`` ranks of a process group (None: all there
-    are) hold together.
+    """Within the block, ``ranks`` ranks of a process group (None: all of them) hold a micro-batch
+    together.
     """
     token = _SHARED.set((ranks, group) if ranks > 1 else None)
     try:
@@ -31,9 +31,7 @@ def shared_by(ranks: int, group: Any = None) -> Iterator[None]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of a sum over the ranks that share the micro-batch; the values as they are where it
-    is not shared.
-    """
+    """Values summed over the ranks that share the micro-batch; unchanged if it is not shared."""
     shared = _SHARED.get()
     if shared is None:
         return values

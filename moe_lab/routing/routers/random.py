@@ -1,5 +1,5 @@
 """Random routing: k different experts for every token, drawn at each call, each with weight 1/k.
-The floor of any comparison.
+The baseline of any comparison.
 
 Draws from torch's global generator, which activation checkpointing restores, so a recomputation
 decides the same.

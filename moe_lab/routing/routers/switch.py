@@ -38,8 +38,8 @@ class Switch(TokenChoice):
         context: RouterContext,
         sequence_length: int | None = None,
     ) -> Tensor:
-        """[T, K] bool: the slots that fit where every expert has this many, in the batch or [N, 1]
-        in each sequence.
+        """[T, K] bool: the slots that fit if every expert has ``slots`` of them, in the batch or
+        [N, 1] in each sequence.
         """
         slots = torch.as_tensor(slots, device=indices_TK.device)
         return within_capacity(

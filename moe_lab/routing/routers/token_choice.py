@@ -36,8 +36,8 @@ SCORES = {
 
 @register("token_choice")
 class TokenChoice(Router):
-    """Every step open: the subclasses below and in the sibling files are this router with some
-    steps fixed.
+    """The general token-choice router: every step can be configured. Most other routers are this
+    one with some steps fixed.
     """
 
     def __init__(self, config: RouterConfig, d_model: int) -> None:

@@ -44,8 +44,8 @@ class LocalOptions(Config):
     """
     Attributes:
         stall_minutes: a worker is killed whose run's ``status.json`` was not written for so long,
-            and counts as died; 0 waits for ever. The status stands still while a run is set up and
-            evaluated, so this must be longer than either.
+            and counts as died; 0 waits without end. The status stands still while a run is set up
+            and evaluated, so this must be longer than either.
     """
 
     stall_minutes: Annotated[float, at_least(0)] = 0.0
@@ -163,7 +163,8 @@ class _Worker:
 
 
 class LocalLauncher:
-    """See ``protocol.Launcher``.
+    """Runs jobs as worker processes on this machine; the methods are those of
+    ``protocol.Launcher``.
 
     ``workers`` None takes one per GPU if any job wants one, else one per core; never more than
     jobs.
@@ -268,7 +269,7 @@ class LocalLauncher:
         return f"the last one said: {lines[-1]}" if lines else "the last one said nothing"
 
     def withdraw(self) -> None:
-        """Nothing waits here: a run begins when it is submitted."""
+        """Do nothing: a run begins when it is submitted, so none waits."""
 
     def close(self) -> None:
         workers = [worker for worker in self._workers if worker is not None]

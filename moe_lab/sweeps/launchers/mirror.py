@@ -39,7 +39,9 @@ LOG_BYTES = 65536
 
 
 class MirrorLauncher:
-    """See ``protocol.Launcher``: ``inner`` with every run's files in ``store``."""
+    """Runs jobs through ``inner`` with every run's files in ``store``; the methods are those of
+    ``protocol.Launcher``.
+    """
 
     def __init__(self, inner: Launcher, store: Store, trainer: str) -> None:
         self._inner, self._store, self._trainer = inner, store, trainer

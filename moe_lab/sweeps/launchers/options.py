@@ -52,7 +52,7 @@ def extra(module: str, name: str) -> Any:
 
 
 def last_line(error: BaseException | str) -> str:
-    """Cluster libraries put the cause last."""
+    """The last line of an error's text: cluster libraries put the cause there."""
     name = error if isinstance(error, str) else type(error).__name__
     return next(
         (line.strip() for line in reversed(str(error).strip().splitlines()) if line.strip()), name

@@ -58,7 +58,7 @@ class RayOptions(Config):
 
 
 class RayLauncher:
-    """See ``protocol.Launcher``.
+    """Runs each job as a Ray task; the methods are those of ``protocol.Launcher``.
 
     All runs are submitted at once, or ``workers`` at a time: what waits tells Ray how far to scale.
     """

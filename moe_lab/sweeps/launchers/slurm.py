@@ -81,13 +81,17 @@ class Requeued(RemoteRun):
     """A run that submitit puts back in the queue when SLURM takes its node away."""
 
     def checkpoint(self) -> Any:
-        """Called in the signal's handler; submitit then leaves the process by ``SystemExit``."""
+        """Prepare to be requeued. submitit calls this in the signal's handler and then ends the
+        process by ``SystemExit``.
+        """
         worker.preempted.set()
         return extra("submitit.helpers", "slurm").DelayedSubmission(self)
 
 
 class SlurmLauncher:
-    """See ``protocol.Launcher``. ``workers`` limits how many runs of an array run at once."""
+    """Runs jobs as job arrays; the methods are those of ``protocol.Launcher``. ``workers`` limits
+    how many runs of an array run at once.
+    """
 
     def __init__(
         self, jobs: Sequence[Job], workers: int | None, trainer: str, options: Mapping[str, str]
@@ -113,7 +117,9 @@ class SlurmLauncher:
         self._waiting.append(job)
 
     def withdraw(self) -> None:
-        """Runs that come back to the queue later are cancelled when they are seen there."""
+        """Take back runs that have not begun. Runs that come back to the queue later are cancelled
+        when they are seen there.
+        """
         self._withdrawing = True
 
     def poll(self, timeout: float) -> list[Ending]:

@@ -102,7 +102,7 @@ def _abandon() -> None:
 
 
 def failure_of(error: BaseException, folder: Path) -> Failure:
-    """What an exception says of a run in ``folder``."""
+    """The failure of the run in ``folder`` that an exception describes."""
     kind = FailureKind.RUN
     if isinstance(error, StorageError) or getattr(error, "errno", None) in STORAGE_ERRORS:
         kind = FailureKind.STORAGE

@@ -1,5 +1,5 @@
-"""Who made a trace: names and hashes of the model, the tokenizer and the text, and the rank that
-writes.
+"""Names and hashes that say how a trace was made: of the model, the tokenizer and the text, and the
+rank that writes.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of a tokenizer of ours, of transformers, or of the tokenizers library; "" for None.
+    """Hash of a tokenizer of moe_lab, of transformers, or of the tokenizers library; "" for None.
 
     Truncation and padding are settings of a call, not of the tokenizer, and take no part.
     """
@@ -60,7 +60,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def corpus_hash(text: str | Iterable[str] | None) -> str:
-    """Of the documents, in order; "" for None."""
+    """Hash of the documents, in order; "" for None."""
     if text is None:
         return ""
     digest = hashlib.sha256()

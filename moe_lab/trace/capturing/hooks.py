@@ -174,7 +174,7 @@ class Hooks:
 
 
 def unchanged(running: Pass, sites: Sequence[TracedRouter]) -> None:
-    """Raise ``TraceError`` where the model wrote into what a router returned during the pass."""
+    """Raise ``TraceError`` if the model changed the output of a router in place during the pass."""
     for tensor, version, place in running.versions:
         with suppress(RuntimeError):
             require(

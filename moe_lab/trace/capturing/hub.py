@@ -346,7 +346,7 @@ class Described:
 
 
 class Meter:
-    """Tokens done, share and time left, on one line at most once a second."""
+    """Prints tokens done, their share and the time left, on one line at most once a second."""
 
     def __init__(self, total: int, stream: TextIO | None) -> None:
         self.total, self.stream, self.done = max(total, 1), stream, 0

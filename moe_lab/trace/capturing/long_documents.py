@@ -38,8 +38,8 @@ def parts(length: int, batch_tokens: int, cached: bool) -> Iterator[slice]:
 
 @torch.no_grad()
 def cache_that_joins(model: Any, body: Any, ids_1S: Tensor) -> NewCache | None:
-    """What makes an empty cache with which parts give what a single pass gives; None where no cache
-    of transformers does.
+    """A function that makes an empty cache with which parts of a document give what a single pass
+    gives; None if no cache of transformers does.
 
     Tried on the first tokens of a document, since classes of models differ in what they keep: some
     refuse a cache, some ignore the state of the part before. Equal scores in an indexer of sparse

@@ -39,7 +39,9 @@ class Inputs:
     past: int | None = None
 
     def see(self, module: nn.Module, args: tuple, kwargs: Given) -> None:
-        """Take what the call of one module holds; later calls are further inside."""
+        """Read the arguments of the call of one module; later calls are of modules further
+        inside.
+        """
         given = _arguments(module, args, kwargs)
         if (ids := _token_ids(given)) is not None:
             self._take(ids if ids.dim() == 2 else ids.unsqueeze(0))

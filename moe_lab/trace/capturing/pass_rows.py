@@ -54,7 +54,7 @@ class RecordedPass:
         return sum(reading.num_bytes for reading in self.readings)
 
     def kept(self, values: Any) -> Any:
-        """The entries of [B, S] or [T] numbers that count."""
+        """The entries of [B, S] or [T] numbers that belong to counted tokens."""
         flat = values.reshape(-1)
         return flat if self.keep is None else flat[self.keep]
 

@@ -100,7 +100,7 @@ class Capture:
 
     @property
     def visits(self) -> list[Visit]:
-        """Each router as often as a token goes through it."""
+        """Each router, as many times as a token goes through it."""
         return [
             (site, number, visit) for site in self.sites for number, visit in enumerate(site.visits)
         ]

@@ -86,7 +86,7 @@ Reader: TypeAlias = Callable[[nn.Module, Seen], Reading | Routing | tuple]
 
 
 def joined(readings: Sequence[Reading]) -> Reading:
-    """The tokens of several readings; what one of them lacks is missing."""
+    """The tokens of several readings as one; a field that one of them lacks is missing."""
     if len(readings) == 1:
         return readings[0]
     names = [field.name for field in fields(Reading)]

@@ -1,4 +1,5 @@
-"""``TokenText``: the bytes that each token of a tokenizer writes, whatever it spells them with.
+"""``TokenText``: the bytes that each token of a tokenizer stands for, however the tokenizer spells
+them.
 
 ``decode([id])`` alone is wrong in two ways: it drops the space that a SentencePiece token begins
 with, and it has no bytes for a token that is part of a character. The bytes are therefore read from
@@ -31,7 +32,7 @@ class TokenText:
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What the token writes inside a text; nothing for a special token."""
+        """The bytes of the token inside a text; empty for a special token."""
         if token_id not in self._known:
             self._known[token_id] = self._spelled(token_id)
         return self._known[token_id]

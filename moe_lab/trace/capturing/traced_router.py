@@ -58,8 +58,8 @@ class TracedRouter:
         return f"{self.name} ({type(self.module).__name__})"
 
     def readings(self, calls: list[dict[str, Any]], tokens: int) -> list[Reading]:
-        """What the calls of one forward pass of the model say of its ``tokens`` tokens: one reading
-        for each of ``visits``, of equal shares of the calls.
+        """The readings of one forward pass over ``tokens`` tokens: one for each of ``visits``, each
+        of an equal share of the calls.
 
         Raises:
             TraceError: naming the module, where its outputs do not fit.
@@ -96,7 +96,7 @@ class TracedRouter:
         return reading
 
     def read_call(self, call: Mapping[str, Any]) -> Reading:
-        """What one call says."""
+        """The ``Reading`` of one call."""
         return as_reading(self.read(call["module"], call), self.num_choices, self.top_k)
 
     def _settle(self, reading: Reading) -> None:

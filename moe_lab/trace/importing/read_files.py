@@ -119,8 +119,8 @@ def read_torch(path: Path) -> Any:
 
 
 def check_expansion(where: str, claimed: int, size: int) -> None:
-    """Refuse ``claimed`` bytes in memory from a source of ``size`` bytes where that is no honest
-    compression.
+    """Refuse ``claimed`` bytes in memory from a source of ``size`` bytes if no compression explains
+    that ratio.
     """
     if claimed > max(FREE_BYTES, MAX_RATIO * size) or claimed > MAX_BYTES:
         limit = min(max(FREE_BYTES, MAX_RATIO * size), MAX_BYTES)
@@ -158,7 +158,7 @@ def ids(where: str, value: Any, *dimensions: int) -> np.ndarray:
 
 
 def check_file(path: Path) -> int:
-    """Its size; raises ``TraceError`` for what is no regular file or too large."""
+    """Size of a file; raises ``TraceError`` if the file is not regular or is too large."""
     got = "a folder" if path.is_dir() else "none"
     require(path.is_file(), f"a file at {path}", got, error=TraceError)
     if (size := path.stat().st_size) > MAX_BYTES:

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the caller or a configuration says of the model; None where nobody does.
+    """What the caller or a configuration says of the model; None where neither does.
 
     Attributes:
         num_experts, num_zero_experts, top_k: of each layer.
@@ -32,7 +32,9 @@ class Sizes:
     model: str = ""
 
     def places(self, rows: int) -> list[int] | None:
-        """Where the MoE layers stand among ``rows`` that dense layers have a part in, or None."""
+        """Positions of the MoE layers among ``rows`` layers if dense layers have rows too, else
+        None.
+        """
         all_layers = rows == self.num_layers or (self.num_layers is None and bool(self.layers))
         if not self.layers or not all_layers or max(self.layers) >= rows:
             return None

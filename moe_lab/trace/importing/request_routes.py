@@ -71,7 +71,9 @@ def vllm(src: Path, sizes: Sizes) -> Source:
 
 
 def trtllm(src: Path, sizes: Sizes) -> Source:
-    """[tokens - 1, MoE layers, slots] for each request, in the same files."""
+    """Routes of TensorRT-LLM: [tokens - 1, MoE layers, slots] for each request, in files as for
+    ``vllm``.
+    """
     return _source(find_files(src, SUFFIXES), sizes)
 
 
@@ -86,7 +88,7 @@ def sglang(src: Path, sizes: Sizes) -> Source:
 
 
 def find_files(src: Path, suffixes: tuple[str, ...], missing: bool = True) -> list[Path]:
-    """``src``, or the files in it, of these types, rank2 before rank10."""
+    """``src``, or the files in it that have one of these suffixes, rank2 before rank10."""
     files = [src] if src.is_file() else [path for path in src.iterdir() if path.is_file()]
     files = [path for path in files if path.suffix in suffixes]
     require(files or not missing, f"{' or '.join(suffixes)} at {src}", "none", error=TraceError)
