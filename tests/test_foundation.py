@@ -31,7 +31,7 @@ FLOORS = {
     "accounting": 3,
     "trace": 4,
     "training": 5, "analysis": 5, "scaling": 5,
-    "serving": 6, "sweeps": 6,
+    "serving": 6, "sweeps": 6, "worth": 6,
     "report": 7,
     "commands": 8, "cli": 8,
     "__main__": 9,

@@ -83,18 +83,19 @@ class Hooks:
         self._handles.clear()
 
     @property
-    def _running(self) -> Pass | None:
+    def running(self) -> Pass | None:
+        """The pass that is running in this thread."""
         return getattr(self._local, "running", None)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._running is None:
+        if self.running is None:
             self._local.running = Pass()
         running = self._local.running
         running.depth += 1
         running.inputs.see(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        running = self._running
+        running = self.running
         if running is None:
             return
         running.depth -= 1
@@ -106,7 +107,7 @@ class Hooks:
 
     def _seen(self, place: int) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            running = self._running
+            running = self.running
             if running is None:
                 return
             call = running.waiting.pop(place, {})
@@ -124,7 +125,7 @@ class Hooks:
         """
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            running = self._running
+            running = self.running
             if running is None:
                 return
             seen = {f"{label} input": (*args, *kwargs.values()), f"{label} output": output}
@@ -138,7 +139,7 @@ class Hooks:
 
     def _ratio(self, place: int) -> Callable[[nn.Module, tuple, dict, Any], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            running = self._running
+            running = self.running
             if running is None:
                 return
             given = next(

@@ -142,25 +142,55 @@ def as_reading(value: Any, experts: int | None, slots: int | None) -> Reading:
 
 def _of_triple(value: Any, experts: int | None, slots: int | None) -> Reading:
     parts = value if isinstance(value, tuple | list) else (value,)
-    tensors = [item for item in parts if isinstance(item, Tensor) and item.dim() >= 2]
-    integers = [item for item in tensors if _is_indices(item)]
-    indices = next((item for item in integers if slots in (None, item.shape[-1])), None)
+    indices, weights, logits = triple_places(parts, experts, slots)
+    logits_TE = None if logits is None else _flat(parts[logits])
+    return Reading(_flat(parts[indices]), _flat(parts[weights]), logits_TE)
+
+
+def triple_places(
+    parts: Sequence[Any], experts: int | None, slots: int | None
+) -> tuple[int, int, int | None]:
+    """Where indices, weights and logits (None: absent) stand among a router's outputs.
+
+    Args:
+        experts, slots: as for ``as_reading``.
+
+    Raises:
+        TraceError: no integers [.., K], or no weights of their shape.
+    """
+    tensors = {
+        place: item
+        for place, item in enumerate(parts)
+        if isinstance(item, Tensor) and item.dim() >= 2
+    }
+    indices = next(
+        (
+            place
+            for place, item in tensors.items()
+            if _is_indices(item) and slots in (None, item.shape[-1])
+        ),
+        None,
+    )
     if indices is None:
         what = f"integer indices [tokens, {slots or 'top_k'}] among its outputs"
-        raise TraceError(expected(what, describe(value)))
-    indices_TK = _flat(indices)
-    floats = [_flat(item) for item in tensors if item.is_floating_point()]
-    floats = [item for item in floats if len(item) == len(indices_TK)]
-    narrow = [item for item in floats if item.shape == indices_TK.shape]
-    wide = [item for item in floats if experts in (None, item.shape[1])]
+        raise TraceError(expected(what, describe(parts)))
+    rows, width = _flat(tensors[indices]).shape
+    widths = {
+        place: item.shape[-1]
+        for place, item in tensors.items()
+        if item.is_floating_point() and len(_flat(item)) == rows
+    }
+    narrow = [place for place, columns in widths.items() if columns == width]
     # With K = E two candidates have one shape: logits come first in every known order.
     either = narrow[0] if len(narrow) > 1 else None
-    logits = next((item for item in wide if item.shape != indices_TK.shape), either)
-    weights = next((item for item in narrow if item is not logits), None)
+    wide = [place for place, columns in widths.items() if experts in (None, columns)]
+    logits = next((place for place in wide if widths[place] != width), either)
+    weights = next((place for place in narrow if place != logits), None)
     if weights is None:
-        what = f"gate weights of the shape {list(indices.shape)} of the indices among its outputs"
-        raise TraceError(expected(what, describe(value)))
-    return Reading(indices_TK, weights, logits)
+        shape = list(tensors[indices].shape)
+        what = f"gate weights of the shape {shape} of the indices among its outputs"
+        raise TraceError(expected(what, describe(parts)))
+    return indices, weights, logits
 
 
 def triple(module: nn.Module, seen: Seen) -> tuple[Any, ...]:

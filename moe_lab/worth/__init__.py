@@ -1,0 +1,16 @@
+"""What an expert is worth: the routing of a model changed on purpose, and what that costs.
+
+``docs/worth.md`` says what each number may and may not claim.
+"""
+
+from moe_lab.worth.interventions import (
+    Edit,
+    Exchange,
+    Forbid,
+    Replay,
+    Silence,
+    TopK,
+    intervene,
+)
+
+__all__ = ["Edit", "Exchange", "Forbid", "Replay", "Silence", "TopK", "intervene"]

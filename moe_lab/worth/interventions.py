@@ -1,0 +1,427 @@
+"""``intervene``: the routing of a model changed for the time of a block, on any model whose routers
+``moe_lab.trace.capture`` supports.
+
+What an edit does: ``Silence`` sets the gate weight of an expert's slots to 0 and renormalises
+nothing. ``Forbid`` takes an expert out of the choice: the family's own code selects and weighs
+among the others, as if the expert's rows were deleted. ``Exchange`` sends the tokens of one expert
+to another, and back. ``TopK`` changes the number of slots. ``Replay`` selects what a trace
+recorded. Forbidding, top k and replay act inside the router's own forward pass; silencing and
+exchanging act on what it returns, in the order in which they are given. Every call is checked:
+an edit that did not take place raises. Parameters, buffers and hooks of the model are as before on
+leaving, also after an exception.
+
+Shape letters: T tokens, K slots, E experts (real and zero-compute).
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.errors import MoELabError, TraceError, expected, require
+from moe_lab.routing import Router
+from moe_lab.trace import Trace
+from moe_lab.trace.capturing.find_routers import find_sites
+from moe_lab.trace.capturing.hooks import Hooks, Pass
+from moe_lab.trace.capturing.router_output import Reader
+from moe_lab.trace.capturing.traced_router import TracedRouter
+from moe_lab.worth.decisions import (
+    FIXED_SLOTS,
+    Decisions,
+    Triple,
+    dense,
+    find_form,
+    scope_of,
+)
+from moe_lab.worth.replayed_trace import ReplayedTrace
+from moe_lab.worth.selection import Selection
+
+
+@dataclass(frozen=True)
+class Silence:
+    """The expert's contribution is zero: its gate weight is 0, and nothing is renormalised."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Forbid:
+    """The expert cannot be chosen; the router chooses and renormalises among the others."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Tokens that choose ``first`` go to ``second``, and those of ``second`` to ``first``."""
+
+    layer: int
+    first: int
+    second: int
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Every token has ``k`` slots in ``layer`` (None: in all layers)."""
+
+    layer: int | None
+    k: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The selection of a trace, for all its layers that the model has.
+
+    The passes in the block must be those of the recording, in the same order: a token is found by
+    its document and position, and its id is compared. Padding selects for itself.
+
+    Attributes:
+        trace: the recording.
+        recorded_weights: use the gate weights of the trace (float16) instead of those that the
+            router computes for the replayed ids. Only the latter carry a gradient.
+    """
+
+    trace: Trace
+    recorded_weights: bool = False
+
+
+Edit: TypeAlias = Silence | Forbid | Exchange | TopK | Replay
+
+
+@contextmanager
+def intervene(
+    model: nn.Module,
+    *edits: Edit,
+    readers: Mapping[str, Reader] | None = None,
+    only: str | None = None,
+) -> Iterator[None]:
+    """Change the routing of ``model`` for the time of a block.
+
+    Args:
+        edits: layers are numbered as ``capture`` numbers them (where some layers run several
+            times, by the layer of the model; an edit holds for each of its runs).
+        readers, only: as for ``capture``.
+
+    Raises:
+        TraceError: naming the router, where an edit cannot be made or did not take place; a layer
+            or expert that is not there; no call of an edited router within the block.
+
+    Example:
+        >>> with intervene(model, Forbid(layer=3, expert=17)), torch.no_grad():
+        ...     loss = model(ids, labels=ids).loss
+    """
+    sites, _ = find_sites(model, readers, only)
+    changed = [
+        editor for site in sites if (editor := _editor(model, site, sites, edits)) is not None
+    ]
+    _check_layers(sites, edits)
+    hooks = Hooks(model, [editor.site for editor in changed], _all_ran(changed), ratio=False)
+    with ExitStack() as stack:
+        stack.callback(hooks.remove)
+        for place, editor in enumerate(changed):
+            editor.enter(stack, lambda place=place: _calls(hooks, place))
+        yield
+        for editor in changed:
+            require(
+                editor.calls,
+                f"a forward pass through {editor.site} while its routing is edited",
+                "none",
+                error=TraceError,
+                field="edits",
+            )
+
+
+Running: TypeAlias = Callable[[], tuple[Pass | None, int]]
+"""The pass that runs, and how many calls of the router it has seen."""
+
+
+def _calls(hooks: Hooks, place: int) -> tuple[Pass | None, int]:
+    running = hooks.running
+    return running, 0 if running is None else len(running.calls.get(place, []))
+
+
+def _all_ran(changed: Sequence["Editor"]) -> Callable[[Pass, Any], None]:
+    def done(running: Pass, output: Any) -> None:
+        for place, editor in enumerate(changed):
+            require(
+                running.calls.get(place),
+                f"a call of {editor.site} in each forward pass",
+                "a pass without one",
+                error=TraceError,
+                field="edits",
+            )
+
+    return done
+
+
+def _check_layers(sites: Sequence[TracedRouter], edits: Sequence[Edit]) -> None:
+    require(edits, "at least one edit", "none", error=TraceError, field="edits")
+    layers = {site.layer for site in sites}
+    for edit in edits:
+        layer = None if isinstance(edit, Replay) else edit.layer
+        require(
+            layer is None or layer in layers,
+            f"a layer among {sorted(layers)}",
+            layer,
+            error=TraceError,
+            field="layer",
+        )
+
+
+@dataclass
+class Editor:
+    """The edits of one router.
+
+    Attributes:
+        experts: E.
+        calls: how many were edited and checked.
+    """
+
+    model: nn.Module
+    site: TracedRouter
+    experts: int
+    forbidden: list[int] = field(default_factory=list)
+    outputs: list[Silence | Exchange] = field(default_factory=list)
+    top_k: int | None = None
+    replay: ReplayedTrace | None = None
+    calls: int = 0
+
+    def enter(self, stack: ExitStack, running: Running) -> None:
+        """Wrap the forward pass until ``stack`` closes."""
+        slots = self.top_k or self.site.top_k
+        self.form = find_form(self.site, slots)
+        self.running = running
+        scope = scope_of(self.site, self.model)
+        if self.top_k is not None:
+            self._change_top_k(stack, scope)
+        if scope is self.site.module:
+            _wrap(stack, scope, "forward", self._router)
+        else:
+            experts = self.site.taps.get("experts")
+            if experts is None:
+                raise self._error("experts that are a module beside the router", "none")
+            self.form = Triple(None, slots)
+            _wrap(stack, scope, "forward", self._block)
+            _wrap(stack, experts, "forward", self._experts)
+        if isinstance(scope, Router) and self.forbidden:
+            _wrap(stack, scope, "route", self._route)
+
+    def _change_top_k(self, stack: ExitStack, scope: Any) -> None:
+        """Give the router another ``top_k``, or a copy of its configuration with another."""
+        k, config = self.top_k, getattr(scope, "config", None)
+        require(
+            k is not None and 1 <= k <= self.experts,
+            f"k between 1 and {self.experts}",
+            k,
+            error=TraceError,
+            where=self.site,
+            field="k",
+        )
+        block = self.model.get_submodule(self.site.name.rpartition(".")[0])
+        if type(block).__name__ in FIXED_SLOTS:
+            raise self._error("a router whose k is no size of its block", type(block).__name__, "k")
+        names = [name for name in ("top_k", "num_experts_per_tok") if name in vars(scope)]
+        if isinstance(scope, Router):
+            try:
+                _set(stack, scope, "config", replace(scope.config, top_k=k))
+            except MoELabError as error:
+                raise TraceError(f"{self.site}: {error}", field="k") from error
+        elif names:
+            _set(stack, scope, names[0], k)
+        elif hasattr(config, "top_k_experts"):
+            changed = copy.copy(config)
+            changed.top_k_experts = k  # type: ignore[union-attr]
+            _set(stack, scope, "config", changed)
+        else:
+            raise self._error("a router with its number of slots as top_k", "none", "k")
+
+    # --------------------------------------------------------------------------------------------
+    # one call
+
+    def _router(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A router that returns its decisions."""
+        with self._selection() as selection:
+            output = forward(*args, **kwargs)
+        before = self._read(output, selection)
+        after = self._edited(before)
+        output = self.form.put(output, *after)
+        self._check(before, self.form.take(output))
+        return output
+
+    def _block(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A block that selects from its router's logits."""
+        calls = self.calls
+        with self._selection() as self._open:
+            output = forward(*args, **kwargs)
+        if self.calls == calls:
+            raise self._error("a call of the experts beside it", "none")
+        return output
+
+    def _experts(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The experts in such a block."""
+        self._open.running = False
+        given = (*args, *kwargs.values())
+        before = self._read(given, self._open)
+        given = self.form.put(given, *self._edited(before))
+        self._check(before, self.form.take(given))
+        values = dict(zip(kwargs, given[len(args) :], strict=True))
+        return forward(*given[: len(args)], **values)
+
+    def _route(self, route: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The method of this library's routers from logits to decisions."""
+        logits_TE, *others = args
+        self._open.masked = True
+        return route(self._open.without_forbidden(logits_TE), *others, **kwargs)
+
+    def _selection(self) -> Selection:
+        weight = getattr(self.site.module, "weight", None)
+        rows = weight.shape[0] if isinstance(weight, Tensor) else 0
+        own = isinstance(self.site.module, Router)
+        self._replayed = None if self.replay is None else self.replay.of_call(*self.running())
+        self._open = Selection(
+            self.experts,
+            max(rows, self.experts),
+            self.forbidden,
+            self._replayed,
+            masks_logits=not own,
+        )
+        return self._open
+
+    def _read(self, output: Any, selection: Selection) -> Decisions:
+        """What was selected; raises where an edit of the selection did not take place."""
+        try:
+            ids_TK, weights_TK = self.form.take(output)
+        except TraceError as error:
+            raise TraceError(f"{self.site}: {error}", field=self.site.name) from error
+        if not selection.masked:
+            raise self._error("logits of each expert before the selection", "none")
+        if not selection.selected:
+            raise self._error("a top k over all experts, which is replayed", "none")
+        for expert in self.forbidden:
+            if bool((ids_TK == expert).any()):
+                raise self._error(f"no slot of the forbidden expert {expert}", "some")
+        if not bool(torch.isfinite(weights_TK).all()):
+            raise self._error("finite gate weights under the edit", "others")
+        module = self.site.module
+        slots = module.config.num_slots if isinstance(module, Router) else self.top_k
+        if self.top_k is not None and ids_TK.shape[1] != slots:
+            raise self._error(f"{slots} slots", ids_TK.shape[1], "k")
+        if self._replayed is not None:
+            known_T, want_TK = self._replayed.known, self._replayed.ids
+            if not torch.equal(ids_TK.cpu().long()[known_T], want_TK[known_T]):
+                raise self._error("the replayed ids", "others")
+        return ids_TK, weights_TK
+
+    def _edited(self, before: Decisions) -> Decisions:
+        ids_TK, weights_TK = before
+        if self.replay is not None:
+            weights_TK = self.replay.weights_of_call(weights_TK)
+        for edit in self.outputs:
+            if isinstance(edit, Silence):
+                weights_TK = weights_TK.masked_fill(ids_TK == edit.expert, 0)
+            else:
+                first_TK, second_TK = ids_TK == edit.first, ids_TK == edit.second
+                ids_TK = ids_TK.masked_fill(first_TK, edit.second)
+                ids_TK = ids_TK.masked_fill(second_TK, edit.first)
+        return ids_TK, weights_TK
+
+    def _check(self, before: Decisions, after: Decisions) -> None:
+        """Compare columns of weights [T, E] before and after: those named changed as they should,
+        all others are equal to the bit.
+        """
+        ids_TK, weights_TK = before
+        if self.replay is not None:
+            weights_TK = self.replay.weights_of_call(weights_TK)
+        want_TE = dense(ids_TK, weights_TK, self.experts)
+        for edit in self.outputs:
+            if isinstance(edit, Silence):
+                want_TE[:, edit.expert] = 0
+            else:
+                pair = [edit.first, edit.second]
+                want_TE[:, pair] = want_TE[:, pair[::-1]]
+        if not torch.equal(dense(*after, self.experts), want_TE):
+            raise self._error("the edited experts alone to change", "others")
+        self.calls += 1
+
+    def _error(self, what: str, got: object, field: str = "edits") -> TraceError:
+        return TraceError(f"{self.site}: {expected(what, got)}", field=field)
+
+
+def _editor(
+    model: nn.Module, site: TracedRouter, sites: Sequence[TracedRouter], edits: Sequence[Edit]
+) -> Editor | None:
+    """The edits of one router; None: it has none."""
+    chosen = [
+        edit
+        for edit in edits
+        if isinstance(edit, Replay) or edit.layer is None or edit.layer == site.layer
+    ]
+    if not chosen:
+        return None
+    experts = site.num_choices
+    if experts is None:
+        what = "a router whose number of experts is configured"
+        raise TraceError(f"{site}: {expected(what, 'none')}", field=site.name)
+    find_form(site, None)  # raises where nothing can be edited
+    editor = Editor(model, site, experts)
+    for edit in chosen:
+        named = (
+            (edit.first, edit.second)
+            if isinstance(edit, Exchange)
+            else (edit.expert,)
+            if isinstance(edit, Silence | Forbid)
+            else ()
+        )
+        for expert in named:
+            require(
+                0 <= expert < experts,
+                f"an expert between 0 and {experts - 1}",
+                expert,
+                error=TraceError,
+                where=site,
+                field="expert",
+            )
+        if isinstance(edit, Forbid):
+            editor.forbidden.append(edit.expert)
+        elif isinstance(edit, Silence | Exchange):
+            editor.outputs.append(edit)
+        elif isinstance(edit, TopK):
+            editor.top_k = edit.k
+        else:
+            editor.replay = ReplayedTrace(edit.trace, site, edit.recorded_weights)
+    return editor
+
+
+def _wrap(stack: ExitStack, module: Any, name: str, around: Callable[..., Any]) -> None:
+    """Put ``around(method, args, kwargs)`` in the place of a method until ``stack`` closes."""
+    method = getattr(module, name)
+
+    @wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(method, args, kwargs)
+
+    _set(stack, module, name, wrapped)
+
+
+def _set(stack: ExitStack, module: Any, name: str, value: Any) -> None:
+    """Set an attribute until ``stack`` closes; a method of the class comes back by deletion."""
+    before = vars(module).get(name, _MISSING)
+
+    def restore() -> None:
+        if before is _MISSING:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+    setattr(module, name, value)
+    stack.callback(restore)
+
+
+_MISSING = object()
