@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest test-newest fast docs lint format types bench fuzz clean
+.PHONY: help setup demo test test-lowest test-newest fast docs lint format types bench gpu fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -52,6 +52,9 @@ types: $(STAMP)  ## pyright
 
 bench: $(STAMP)  ## run the benchmarks of experiments/benchmarks
 	for file in experiments/benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+gpu: $(STAMP)  ## everything that needs a GPU, in 8 minutes: experiments/gpu/<device>/*.parquet (docs/gpu.md)
+	$(BIN)/python experiments/gpu.py
 
 fuzz: $(STAMP)  ## ten minutes of mutated files against every reader
 	$(BIN)/python experiments/fuzz.py --minutes 10

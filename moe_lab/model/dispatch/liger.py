@@ -10,6 +10,7 @@ afterwards. Each call waits once or twice for the device: the kernels need the n
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -37,9 +38,7 @@ def kernels() -> FusedExperts | None:
     """liger-kernel's function, or None where the package or Triton is missing."""
     if find_spec("liger_kernel") is None or find_spec("triton") is None:
         return None
-    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
-
-    return LigerFusedMoEFunction.apply
+    return import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction.apply
 
 
 def obstacle(x_TD: Tensor, bank: Bank) -> str:
