@@ -176,7 +176,7 @@ class _Replay:
 
     def __init__(self, sets: ExpertSets, layer_bytes: Ints, docs: Documents, seed: int) -> None:
         self.sets, self.layer_bytes, self.docs = sets, layer_bytes, docs
-        self.first = sets.first_item
+        self.first = sets.first_item.astype(np.int32)
         experts = np.diff(self.first)
         self.item_place = np.repeat(np.arange(len(experts)), experts)
         self.item_bytes = layer_bytes[self.item_place]
@@ -187,7 +187,7 @@ class _Replay:
         self.request_bytes = np.zeros((docs.units, 2), np.int64)
         self.tokens = np.zeros((docs.units, 2), np.int64)
         self._held: list[Requests] | None = None
-        self._uses = np.zeros((int(self.folds.max(initial=0)) + 1, self.first[-1]), np.int64)
+        self._uses = np.zeros((0, 0), np.int64)
 
     def blocks(self) -> Iterator[Requests]:
         return self._read() if self._held is None else iter(self._held)
@@ -195,15 +195,15 @@ class _Replay:
     def _read(self) -> Iterator[Requests]:
         for block in self.sets.blocks():
             size_S = np.diff(block.starts)
-            shift_R = np.repeat(self.first[block.place], size_S).astype(np.int32)
+            shift_R = np.repeat(self.first[block.place], size_S)
             at = np.searchsorted(self.docs.docs, block.doc)
             small = (block.place, self.docs.unit(block.doc), self.folds[at], block.tokens)
             place, unit, fold, tokens = (values.astype(np.int32) for values in small)
-            items = block.experts.astype(np.int32) + shift_R
+            items = np.add(block.experts, shift_R, dtype=np.int32)
             yield Requests(block.starts, items, place, unit, block.decode, fold, tokens)
 
     def count(self) -> None:
-        """What is asked for: by unit and phase, and by fold and item."""
+        """What is asked for, by unit and phase."""
         held: list[Requests] = []
         requests = 0
         for block in self._read():
@@ -216,15 +216,20 @@ class _Replay:
             self._add(self.requests, block, size_S)
             self._add(self.request_bytes, block, size_S * self.layer_bytes[block.place])
             self._add(self.tokens, block, np.where(block.place == 0, block.tokens, 0))
-            fold_R = np.repeat(block.fold.astype(np.int64), size_S)
-            flat = np.bincount(
-                fold_R * self._uses.shape[1] + block.items, minlength=self._uses.size
-            )
-            self._uses += flat.reshape(self._uses.shape)
         self._held = held if requests <= MAX_HELD else None
         require(
             self.requests.sum(), "a trace in which a real expert ran", "none", error=AnalysisError
         )
+
+    def _count_uses(self) -> None:
+        """How often each fold asks for each item."""
+        self._uses = np.zeros((int(self.folds.max()) + 1, self.first[-1]), np.int64)
+        for block in self.blocks():
+            fold_R = np.repeat(block.fold.astype(np.int64), np.diff(block.starts))
+            flat = np.bincount(
+                fold_R * self._uses.shape[1] + block.items, minlength=self._uses.size
+            )
+            self._uses += flat.reshape(self._uses.shape)
 
     def _add(self, table: Ints, block: Requests, values_S: Ints) -> None:
         cell = block.unit * 2 + block.decode
@@ -238,8 +243,10 @@ class _Replay:
         """(policy, budget) -> hits and bytes of hits, [units, 2] each."""
         if policy in ("lru", "lru_per_layer"):
             return self._lru(policy, budgets)
-        if policy == "static" and len(self.docs.docs) < 2:
-            return {}
+        if policy == "static":
+            if len(self.docs.docs) < 2:
+                return {}
+            self._count_uses()
         future = policy in ("clairvoyant", "bound")
         held = list(self.blocks()) if future else None
         following = None if held is None else self._future(held)

@@ -1,4 +1,5 @@
 // Replays of expert requests (replay.py says what each function does, and has the same in Python).
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -7,51 +8,65 @@ namespace {
 
 constexpr int64_t NOT_HELD = std::numeric_limits<int64_t>::max();
 
-// Bytes of the items of one stack by the time of their last use, newest last, with sums of 16 and of
-// 256 slots.
+// The items of one stack by the time of their last use, newest last: for each size of an item, which
+// slots hold one of that size (bits of a word), and how many are in the pages after each page. Loops
+// have fixed lengths, so that no branch depends on where an item is.
 struct Stack {
-    std::vector<int64_t> slots, sixteens, pages;
-    std::vector<int32_t> owner;  // slot -> item whose last use it is, or -1
-    int64_t top = 0;
+    static constexpr int64_t WORD = 64, WORDS = 8, PAGE = WORD * WORDS;  // slots; words of a page
+    std::vector<int64_t> sizes;                                          // bytes of its items
+    std::vector<uint64_t> bits;                                          // [sizes, pages, WORDS]
+    std::vector<int32_t> after;                                          // [sizes, pages]
+    int32_t top = 0, pages = 0;
 
-    void resize(int64_t size) {
-        size = (size + 255) & ~int64_t(255);
-        slots.assign(size, 0);
-        sixteens.assign(size >> 4, 0);
-        pages.assign(size >> 8, 0);
-        owner.assign(size, -1);
+    void clear(int64_t slots) {
+        pages = (int32_t)((slots + 8 * PAGE - 1) / (8 * PAGE)) * 8;
+        bits.assign(pages * WORDS * sizes.size(), 0);
+        after.assign(pages * sizes.size(), 0);
+        top = 0;
     }
-    void add(int64_t slot, int64_t bytes) {
-        slots[slot] += bytes;
-        sixteens[slot >> 4] += bytes;
-        pages[slot >> 8] += bytes;
+    // Put an item of a size on top, which was in slot ``old`` or, where that is negative, in none.
+    int32_t raise(int64_t old, int64_t size) {
+        uint64_t *bit = &bits[size * pages * WORDS];
+        const int32_t first = old < 0 ? 0 : (int32_t)(old / PAGE), last = top / PAGE, end = pages;
+        if (old >= 0) bit[old / WORD] ^= uint64_t(1) << (old % WORD);
+        bit[top / WORD] ^= uint64_t(1) << (top % WORD);
+        int32_t *count = &after[size * end];
+        for (int32_t i = 0; i < end; ++i) count[i] += i >= first && i < last;
+        return top++;
     }
     int64_t above(int64_t slot) const {
         int64_t sum = 0;
-        for (int64_t i = slot + 1, end = (slot | 15) + 1; i < end; ++i) sum += slots[i];
-        const int64_t sixteen = slot >> 4;
-        for (int64_t i = sixteen + 1, end = (sixteen | 15) + 1; i < end; ++i) sum += sixteens[i];
-        for (int64_t i = (slot >> 8) + 1, end = (top + 255) >> 8; i < end; ++i) sum += pages[i];
+        const int64_t page = slot / PAGE, word = slot / WORD % WORDS;
+        for (size_t size = 0; size < sizes.size(); ++size) {
+            const uint64_t *bit = &bits[(size * pages + page) * WORDS];
+            int64_t found = after[size * pages + page];
+            for (int64_t i = 0; i < WORDS; ++i) {
+                const uint64_t later = ~uint64_t(1) << (slot % WORD);
+                const uint64_t mask = i > word ? ~uint64_t(0) : i == word ? later : 0;
+                found += __builtin_popcountll(bit[i] & mask);
+            }
+            sum += found * sizes[size];
+        }
         return sum;
     }
 };
 
 struct Lru {
-    std::vector<int64_t> bytes, slot;
-    std::vector<int32_t> group;
+    std::vector<int32_t> slot, size, group;  // of each item; size: its place in its stack's sizes
     std::vector<Stack> stacks;
 
-    void compact(Stack &stack, int64_t room) {
-        std::vector<int32_t> kept;
-        for (int64_t i = 0; i < stack.top; ++i)
-            if (stack.owner[i] >= 0) kept.push_back(stack.owner[i]);
-        stack.resize(2 * (int64_t)kept.size() + 2 * room + 256);
-        stack.top = (int64_t)kept.size();
-        for (int64_t i = 0; i < stack.top; ++i) {
-            stack.owner[i] = kept[i];
-            slot[kept[i]] = i;
-            stack.add(i, bytes[kept[i]]);
+    void compact(int32_t number, int64_t room) {
+        Stack &stack = stacks[number];
+        std::vector<int32_t> owner(stack.top, -1);
+        int64_t held = 0;
+        for (size_t item = 0; item < slot.size(); ++item) {
+            if (group[item] != number) continue;
+            ++held;
+            if (slot[item] >= 0) owner[slot[item]] = (int32_t)item;
         }
+        stack.clear(2 * (held + room));
+        for (int32_t item : owner)
+            if (item >= 0) slot[item] = stack.raise(-1, size[item]);
     }
 };
 
@@ -92,11 +107,16 @@ extern "C" {
 
 void *lru_new(int64_t items, const int64_t *bytes, const int32_t *group, int64_t groups) {
     auto *lru = new Lru;
-    lru->bytes.assign(bytes, bytes + items);
     lru->group.assign(group, group + items);
     lru->slot.assign(items, -1);
     lru->stacks.resize(groups);
-    for (auto &stack : lru->stacks) lru->compact(stack, 0);
+    for (int64_t i = 0; i < items; ++i) {
+        auto &sizes = lru->stacks[group[i]].sizes;
+        const auto at = std::find(sizes.begin(), sizes.end(), bytes[i]);
+        lru->size.push_back((int32_t)(at - sizes.begin()));
+        if (at == sizes.end()) sizes.push_back(bytes[i]);
+    }
+    for (int64_t i = 0; i < groups; ++i) lru->compact((int32_t)i, 0);
     return lru;
 }
 
@@ -108,25 +128,16 @@ void lru_feed(void *state, int64_t sets, const int64_t *starts, const int32_t *i
     for (int64_t s = 0; s < sets; ++s) {
         const int64_t from = starts[s], to = starts[s + 1];
         if (from == to) continue;
-        Stack &stack = lru.stacks[lru.group[items[from]]];
+        const int32_t group = lru.group[items[from]];
+        Stack &stack = lru.stacks[group];
         for (int64_t r = from; r < to; ++r) {
-            const int32_t item = items[r];
-            if (lru.slot[item] < 0)
-                distance[r] = -1;
-            else
-                distance[r] = stack.above(lru.slot[item]) + lru.bytes[item];
+            const int64_t slot = lru.slot[items[r]];
+            distance[r] = slot < 0 ? -1 : stack.above(slot) + stack.sizes[lru.size[items[r]]];
         }
-        if (stack.top + (to - from) > (int64_t)stack.owner.size()) lru.compact(stack, to - from);
+        if (stack.top + (to - from) > stack.pages * Stack::PAGE) lru.compact(group, to - from);
         for (int64_t r = from; r < to; ++r) {
-            const int32_t item = items[r];
-            const int64_t bytes = lru.bytes[item];
-            if (lru.slot[item] >= 0) {
-                stack.add(lru.slot[item], -bytes);
-                stack.owner[lru.slot[item]] = -1;
-            }
-            lru.slot[item] = stack.top;
-            stack.owner[stack.top] = item;
-            stack.add(stack.top++, bytes);
+            int32_t &slot = lru.slot[items[r]];
+            slot = stack.raise(slot, lru.size[items[r]]);
         }
     }
 }
@@ -141,7 +152,7 @@ void tally(int64_t sets, int64_t budgets, const int64_t *starts, const int64_t *
         for (int64_t r = starts[s]; r < starts[s + 1]; ++r) {
             if (distance[r] < 0) continue;
             int64_t b = 0;
-            while (b < budgets && limit[b] < distance[r]) ++b;
+            for (int64_t i = 0; i < budgets; ++i) b += limit[i] < distance[r];
             if (b == budgets) continue;
             ++hit[b];
             found[b] += place_bytes[place[s]];

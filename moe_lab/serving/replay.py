@@ -28,7 +28,7 @@ from moe_lab import compiled
 from moe_lab.errors import RunError
 
 SOURCE = Path(__file__).with_name("replay.cpp")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-shared")
 SWITCH = "MOE_LAB_NATIVE"
 FIRST_USE = -1
 """Distance of a request that no budget serves."""
