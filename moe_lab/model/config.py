@@ -48,6 +48,7 @@ class MoEConfig(Config):
         swiglu_limit, swiglu_alpha, swiglu_offset: hidden units of routed and shared experts are ``g
             sigmoid(alpha g) (u + offset)`` of gate and up that are cut at the limit
             (``dispatch.bank.Gating``): 7, 1.702 and 1 in gpt-oss, a limit in DeepSeek-V4.
+        expert_bias: routed experts add learned biases to gate, up and output (gpt-oss).
     """
 
     d_model: Annotated[int, at_least(1)] = 256
@@ -59,14 +60,20 @@ class MoEConfig(Config):
     swiglu_limit: Annotated[float | None, at_least(0)] = None
     swiglu_alpha: float = 1.0
     swiglu_offset: float = 0.0
+    expert_bias: bool = False
 
     def written(self) -> tuple[str, ...]:
-        """As ``Config.written``; the fields of a plain SwiGLU are left out, so that its
-        configurations keep their hash.
+        """As ``Config.written``; the fields of a plain SwiGLU without biases are left out, so that
+        its configurations keep their hash.
         """
         plain = (self.swiglu_limit, self.swiglu_alpha, self.swiglu_offset) == (None, 1.0, 0.0)
         names = super().written()
-        return tuple(name for name in names if not (plain and name.startswith("swiglu_")))
+        return tuple(
+            name
+            for name in names
+            if not (plain and name.startswith("swiglu_"))
+            and (self.expert_bias or name != "expert_bias")
+        )
 
     @property
     def expert_input_width(self) -> int:
@@ -82,7 +89,8 @@ class MoEConfig(Config):
         experts.
         """
         d, latent, shared = self.d_model, self.d_latent, self.num_shared_experts * self.d_expert
-        expert = layer_cost.gated_ffn(Part.ROUTED, self.expert_input_width, self.d_expert)
+        width, bias = self.expert_input_width, self.expert_bias
+        expert = layer_cost.gated_ffn(Part.ROUTED, width, self.d_expert, bias)
         around: Pieces = ()
         if latent is not None:
             around = (

@@ -1,14 +1,14 @@
 """Feed-forwards: ``SwiGLU`` (dense, shared experts) and ``ExpertBank`` (all routed experts of a
 layer, stacked).
 
-``E_i(x) = (silu(x W_gate^T) * (x W_up^T)) W_down^T`` without biases (arXiv 2002.05202, SwiGLU).
+``E_i(x) = (silu(x W_gate^T) * (x W_up^T)) W_down^T`` (arXiv 2002.05202, SwiGLU).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.model.dispatch.bank import SWIGLU, Gating
+from moe_lab.model.dispatch.bank import SWIGLU, Biases, Gating
 
 
 def swiglu(
@@ -39,13 +39,20 @@ class SwiGLU(nn.Module):
 
 
 class ExpertBank(nn.Module):
-    """E experts of width F on D channels: ``gate_up`` [E, 2F, D] and ``down`` [E, D, F].
+    """E experts of width F on D channels: ``gate_up`` [E, 2F, D] and ``down`` [E, D, F]; with
+    ``bias`` also ``gate_up_bias`` [E, 2F] and ``down_bias`` [E, D] (gpt-oss).
 
-    Dispatch backends read the two tensors.
+    Dispatch backends read the tensors.
     """
 
     def __init__(
-        self, num_experts: int, d_model: int, d_expert: int, gating: Gating = SWIGLU
+        self,
+        num_experts: int,
+        d_model: int,
+        d_expert: int,
+        gating: Gating = SWIGLU,
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.gating = gating
@@ -53,10 +60,17 @@ class ExpertBank(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
+        for name, width in (("gate_up_bias", 2 * d_expert), ("down_bias", d_model)):
+            zeros = nn.Parameter(torch.zeros(num_experts, width)) if bias else None
+            self.register_parameter(name, zeros)
 
     def extra_repr(self) -> str:
         num_experts, d_model, d_expert = self.down.shape
         return f"{num_experts} experts, d_model={d_model}, d_expert={d_expert}"
+
+    @property
+    def biases(self) -> Biases | None:
+        return None if self.down_bias is None else Biases(self.gate_up_bias, self.down_bias)
 
     @property
     def num_experts(self) -> int:

@@ -29,7 +29,11 @@ class MoELayer(nn.Module):
         limit = float("inf") if config.swiglu_limit is None else config.swiglu_limit
         gating = Gating(limit, config.swiglu_alpha, config.swiglu_offset)
         self.experts = ExpertBank(
-            config.router.num_experts, config.expert_input_width, config.d_expert, gating
+            config.router.num_experts,
+            config.expert_input_width,
+            config.d_expert,
+            gating,
+            bias=config.expert_bias,
         )
         latent = config.d_latent
         self.latent_down = None if latent is None else nn.Linear(config.d_model, latent, bias=False)

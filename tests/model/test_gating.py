@@ -1,9 +1,9 @@
-"""Clamped SwiGLU: every dispatch backend equals the oracle with its gradients, and a layer with the
-weights of DeepSeek-V4's or gpt-oss's experts equals transformers' module.
+"""Clamped SwiGLU and biases: every dispatch backend equals the oracle with its gradients, and
+equals transformers' modules with the weights of DeepSeek-V4's or gpt-oss's experts.
 """
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lab.model import ExpertBank, MoEConfig
 from moe_lab.model.dispatch import BACKENDS, native
-from moe_lab.model.dispatch.bank import SWIGLU, Gating
+from moe_lab.model.dispatch.bank import SWIGLU, Biases, Gating, Weights
 from moe_lab.model.layer import MoELayer
 from moe_lab.routing import RouterConfig
 
@@ -50,11 +50,6 @@ def test_gradients_are_right(name: str) -> None:
     x_TD = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     bank = ExpertBank(3, 3, 4, GPT_OSS).double()
 
-    class Weights(NamedTuple):
-        gate_up: Tensor
-        down: Tensor
-        gating: Gating
-
     def layer(x_TD: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         return BACKENDS[name](x_TD, routing, Weights(gate_up, down, GPT_OSS))
 
@@ -82,7 +77,7 @@ def routed(ids: Tensor, weights: Tensor, experts: int) -> Routing:
 @pytest.mark.parametrize("name", ["oracle", *FAST])
 @pytest.mark.parametrize("family", ["deepseek_v4", "gpt_oss"])
 def test_experts_equal_those_of_transformers(family: str, name: str) -> None:
-    """gpt-oss's biases are zero here: ``ExpertBank`` has none."""
+    """Outputs and every gradient, biases included."""
     pytest.importorskip("transformers", reason="needs the extra hf")
     package = f"transformers.models.{family}"
     configurations = importlib.import_module(f"{package}.configuration_{family}")
@@ -96,24 +91,80 @@ def test_experts_equal_those_of_transformers(family: str, name: str) -> None:
     theirs: Any = getattr(classes, f"{stem}Experts")(config).double()
     torch.manual_seed(0)
     with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
-            drawn = torch.randn_like(parameter) / 3
-            parameter.copy_(torch.zeros_like(drawn) if "bias" in key else drawn)
-    bank = ExpertBank(4, 16, 8, GPT_OSS if family == "gpt_oss" else V4).double()
-    with torch.no_grad():
-        gate_up, down = theirs.gate_up_proj, theirs.down_proj
-        if family == "gpt_oss":  # [E, D, 2F] with gate and up in turn, and [E, F, D]
-            turned = gate_up.transpose(1, 2)
-            gate_up = torch.cat([turned[:, ::2], turned[:, 1::2]], dim=1)
-            down = down.transpose(1, 2)
-        bank.gate_up.copy_(gate_up)
-        bank.down.copy_(down)
-    x_TD = torch.randn(9, 16, dtype=torch.float64)
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 3)
+    gate_up, down, gating, biases = theirs.gate_up_proj, theirs.down_proj, V4, None
+    if family == "gpt_oss":  # [E, D, 2F] with gate and up in turn, and [E, F, D]
+        gating = GPT_OSS
+        turned, bias = gate_up.transpose(1, 2), theirs.gate_up_proj_bias
+        gate_up = torch.cat([turned[:, ::2], turned[:, 1::2]], dim=1)
+        down = down.transpose(1, 2)
+        biases = Biases(torch.cat([bias[:, ::2], bias[:, 1::2]], dim=1), theirs.down_proj_bias)
+    x_TD = torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
     ids = torch.rand(9, 4).argsort(dim=1)[:, :2]
-    weights = torch.rand(9, 2, dtype=torch.float64)
+    weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
+    inputs = [x_TD, weights, *theirs.parameters()]
+    bank = Weights(gate_up, down, gating, biases)
+    outputs = BACKENDS[name](x_TD, routed(ids, weights, 4), bank), theirs(x_TD, ids, weights)
+    both = [[y, *torch.autograd.grad(y.square().sum(), inputs)] for y in outputs]
+    for got, wanted in zip(*both, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_backend_with_biases_equals_the_plain_sum(name: str) -> None:
+    """Unused and zero-compute slots add no bias."""
+    routing = random_routing(23, 3, 5, 2, 0.2, seed=4)
+    torch.manual_seed(2)
+    bank = ExpertBank(5, 6, 7, GPT_OSS, bias=True).double()
     with torch.no_grad():
-        got = BACKENDS[name](x_TD, routed(ids, weights, 4), bank)
-        torch.testing.assert_close(got, theirs(x_TD, ids, weights), rtol=1e-10, atol=1e-12)
+        for bias in bank.biases or ():
+            bias.normal_()
+    x_TD = torch.randn(23, 6, dtype=torch.float64)
+    wanted = torch.zeros_like(x_TD)
+    for token, (ids, weights) in enumerate(zip(routing.indices, routing.weights, strict=True)):
+        for expert, weight in zip(ids.tolist(), weights, strict=True):
+            if 0 <= expert < 5:
+                act = bank.gate_up[expert] @ x_TD[token] + bank.gate_up_bias[expert]
+                out = bank.down[expert] @ GPT_OSS.hidden(act) + bank.down_bias[expert]
+                wanted[token] += weight.detach() * out.detach()
+    torch.testing.assert_close(BACKENDS[name](x_TD, routing, bank), wanted)
+    with refused("expert_bias"):
+        BACKENDS[name](x_TD, random_routing(23, 3, 5, 2, 0.2, seed=4, on_input=True), bank)
+
+
+@pytest.mark.hf
+def test_a_layer_equals_that_of_gpt_oss() -> None:
+    """Router with its bias, softmax over the chosen ones, clamped experts with biases."""
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+    config = GptOssConfig(hidden_size=16, intermediate_size=8, num_local_experts=4,
+                          num_experts_per_tok=2)  # fmt: skip
+    config._experts_implementation = "eager"
+    theirs = GptOssMLP(config).double()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_()
+    ours = MoELayer(MoEConfig(16, 8, RouterConfig.from_hf(config), swiglu_limit=7.0,
+                              swiglu_alpha=1.702, swiglu_offset=1.0,
+                              expert_bias=True)).double()  # fmt: skip
+    with torch.no_grad():
+        ours.router.load_hf(theirs.router)
+        experts = theirs.experts
+        for mine, parameter in (("gate_up", experts.gate_up_proj.transpose(1, 2)),
+                                ("gate_up_bias", experts.gate_up_proj_bias)):  # fmt: skip
+            parts = torch.cat([parameter[:, ::2], parameter[:, 1::2]], dim=1)
+            getattr(ours.experts, mine).copy_(parts)
+        ours.experts.down.copy_(experts.down_proj.transpose(1, 2))
+        ours.experts.down_bias.copy_(experts.down_proj_bias)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x)[0], rtol=1e-8, atol=1e-10)
+    assert sum(p.numel() for p in ours.parameters()) == sum(
+        piece.params for piece in ours.config.pieces()
+    )
 
 
 def test_a_layer_takes_the_option_and_a_plain_one_keeps_its_hash() -> None:
@@ -130,5 +181,10 @@ def test_a_layer_takes_the_option_and_a_plain_one_keeps_its_hash() -> None:
     assert layer(torch.randn(3, 8)).isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(3, 8)).isfinite().all()
+    assert "expert_bias" not in clamped.to_dict()
+    biased = plain.replace(expert_bias=True)
+    assert MoEConfig.from_dict(biased.to_dict()) == biased
+    with torch.autocast("cpu", torch.bfloat16):
+        assert biased.build()(torch.randn(3, 8)).isfinite().all()
     with refused("swiglu_limit"):
         plain.replace(swiglu_limit=-1.0)

@@ -16,14 +16,19 @@ alone:
 name and why.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from moe_lab.model.dispatch import native
-from moe_lab.model.dispatch.bank import Bank, Gating, gating_of
+from moe_lab.model.dispatch.bank import (
+    Bank,
+    Biases,
+    Dispatch,
+    Weights,
+    biases_of,
+    gating_of,
+    takes_biases,
+)
 from moe_lab.model.dispatch.grouped import can_group, grouped
 from moe_lab.model.dispatch.liger import liger, obstacle
 from moe_lab.model.dispatch.loop import loop
@@ -34,7 +39,7 @@ from moe_lab.routing import Routing
 __all__ = ["BACKENDS", "Backend", "Bank", "Choice", "backend", "choose", "under_autocast"]
 
 
-Backend = Callable[[Tensor, Routing, Bank], Tensor]
+Backend = Dispatch
 
 BACKENDS = Registry("a dispatch backend")
 """Name -> backend. Another one is added by ``@BACKENDS.register("name")``."""
@@ -83,13 +88,7 @@ def auto(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
 
 def backend(name: str) -> Backend:
     """The backend of that name, or "auto". Raises ``ConfigError`` for another name."""
-    return auto if name == "auto" else BACKENDS.find(name)
-
-
-class _Weights(NamedTuple):
-    gate_up: Tensor
-    down: Tensor
-    gating: Gating
+    return auto if name == "auto" else takes_biases(BACKENDS.find(name))
 
 
 def under_autocast(x_TD: Tensor, bank: Bank) -> tuple[Tensor, Bank]:
@@ -100,4 +99,7 @@ def under_autocast(x_TD: Tensor, bank: Bank) -> tuple[Tensor, Bank]:
     if kind == "meta" or x_TD.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x_TD, bank
     dtype = torch.get_autocast_dtype(kind)
-    return x_TD.to(dtype), _Weights(bank.gate_up.to(dtype), bank.down.to(dtype), gating_of(bank))
+    biases = biases_of(bank)
+    cast = None if biases is None else Biases(*(bias.to(dtype) for bias in biases))
+    weights = bank.gate_up.to(dtype), bank.down.to(dtype)
+    return x_TD.to(dtype), Weights(*weights, gating_of(bank), cast)

@@ -1,10 +1,17 @@
 """``Bank``: the expert weights that a dispatch backend reads; ``Gating``: what makes hidden units
-of the two halves that they give.
+of the two halves that they give; ``takes_biases``: experts with biases in every backend.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from moe_lab.errors import require
+from moe_lab.routing import Routing
 
 
 class Gating(NamedTuple):
@@ -47,13 +54,79 @@ def gating_of(bank: Any) -> Gating:
     return getattr(bank, "gating", SWIGLU)
 
 
+class Biases(NamedTuple):
+    """``gate_up`` [E, 2F] is added before the gating, ``down`` [E, D] to the expert's output."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
 class Bank(Protocol):
     """What a backend reads: ``gate_up`` [E, 2F, D] (gate first) and ``down`` [E, D, F].
 
-    One whose hidden units are not SwiGLU's has a ``gating`` beside them.
+    One whose hidden units are not SwiGLU's has a ``gating`` beside them, one with biases has
+    ``biases``.
     """
 
     @property
     def gate_up(self) -> Tensor: ...
     @property
     def down(self) -> Tensor: ...
+
+
+class Weights(NamedTuple):
+    """A bank of plain tensors."""
+
+    gate_up: Tensor
+    down: Tensor
+    gating: Gating = SWIGLU
+    biases: Biases | None = None
+
+
+Dispatch = Callable[[Tensor, Routing, Bank], Tensor]
+PAD = 8
+"""Channels that carry a bias: rows stay multiples of the 16 bytes that ``grouped_mm`` needs."""
+
+
+def biases_of(bank: Any) -> Biases | None:
+    """The biases of a bank, None where it has none."""
+    return getattr(bank, "biases", None)
+
+
+def takes_biases(dispatch: Dispatch) -> Dispatch:
+    """The backend for banks with biases too.
+
+    The backend's own products add the bias of gate and up, as the weights of a channel that is 1 in
+    every token. The biases of the outputs are one product with the gate weights, [T, E] @ [E, D].
+
+    Raises:
+        ConfigError: gate weights on the input of experts with biases.
+    """
+
+    @functools.wraps(dispatch)
+    def run(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
+        biases = biases_of(bank)
+        if biases is None:
+            return dispatch(x_TD, routing, bank)
+        require(
+            not routing.weights_on_input,
+            "gate weights on the output of experts with biases",
+            "a router that puts them on the input",
+            field="expert_bias",
+        )
+        width = x_TD.shape[1]
+        ones = F.pad(x_TD.new_ones(len(x_TD), 1), (0, PAD - 1))
+        into = F.pad(biases.gate_up.unsqueeze(2), (0, PAD - 1))
+        wide = Weights(
+            torch.cat([bank.gate_up, into], dim=2), F.pad(bank.down, (0, 0, 0, PAD)),
+            gating_of(bank),
+        )  # fmt: skip
+        y_TD = dispatch(torch.cat([x_TD, ones], dim=1), routing, wide)[:, :width]
+        real_TK = (routing.indices >= 0) & (routing.indices < routing.num_experts)
+        weights_TK = routing.weights.to(x_TD.dtype).masked_fill(~real_TK, 0.0)
+        weights_TE = x_TD.new_zeros(len(x_TD), len(biases.down)).scatter_add(
+            1, routing.indices.masked_fill(~real_TK, 0), weights_TK
+        )
+        return y_TD + weights_TE @ biases.down
+
+    return run

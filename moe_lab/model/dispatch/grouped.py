@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.model.dispatch.bank import Bank, gating_of
+from moe_lab.model.dispatch.bank import Bank, gating_of, takes_biases
 from moe_lab.model.dispatch.order import InOrder, PutBack, TakeRows, slot_order
 from moe_lab.routing import Routing
 
@@ -30,6 +30,7 @@ def can_group(x_TD: Tensor, down_EDF: Tensor) -> bool:
     )
 
 
+@takes_biases
 def grouped(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """Run all experts in grouped matrix products. Float64, and widths that ``can_group`` refuses,
     take one product per expert and a host synchronisation: correct, but slow.

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.model.dispatch.bank import Bank, Gating, gating_of
+from moe_lab.model.dispatch.bank import Bank, Gating, gating_of, takes_biases
 from moe_lab.model.dispatch.order import SlotOrder, slot_order
 from moe_lab.routing import Routing
 
 
+@takes_biases
 def loop(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """Run one expert after another, with one host synchronisation (to learn where each expert's
     rows end).

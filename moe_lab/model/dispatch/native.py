@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_lab import compiled
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.model.dispatch.bank import Bank, gating_of
+from moe_lab.model.dispatch.bank import Bank, gating_of, takes_biases
 from moe_lab.routing import Routing
 
 DTYPES = {torch.float32: ("f32", "sgemm_"), torch.float64: ("f64", "dgemm_")}
@@ -40,6 +40,7 @@ SWITCH = "MOE_LAB_NATIVE"
 MAX_SLOTS = 2**31 - 1
 
 
+@takes_biases
 def experts(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """Run the routed experts in C++ on a CPU. Raises ``ConfigError`` for another device or dtype,
     or if there is no library.

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.model.dispatch.bank import Bank, gating_of
+from moe_lab.model.dispatch.bank import Bank, gating_of, takes_biases
 from moe_lab.routing import Routing
 
 
+@takes_biases
 def oracle(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     gate_up, down, gating = bank.gate_up.unbind(), bank.down.unbind(), gating_of(bank)
     rows = []
