@@ -16,6 +16,8 @@ alone:
 name and why.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 

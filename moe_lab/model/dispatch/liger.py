@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.errors import require
-from moe_lab.model.dispatch.bank import SWIGLU, Bank, gating_of
+from moe_lab.model.dispatch.bank import SWIGLU, Bank, gating_of, takes_biases
 from moe_lab.model.dispatch.grouped import grouped
 from moe_lab.model.dispatch.order import InOrder, PutBack, TakeRows, slot_order
 from moe_lab.routing import Routing
@@ -65,6 +65,7 @@ def obstacle(x_TD: Tensor, bank: Bank) -> str:
     return ""
 
 
+@takes_biases
 def liger(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """Raises ``ConfigError`` where ``obstacle`` names one."""
     why = obstacle(x_TD, bank)
