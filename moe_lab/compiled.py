@@ -58,7 +58,9 @@ def reason(error: Exception) -> str:
 
 
 def processor() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by different machines."""
+    """The properties of the processor that ``-march=native`` depends on: different machines may
+    share a home folder.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,5 +1,5 @@
-"""What every configuration has in common: it is a frozen dataclass that round-trips through JSON
-and has a content hash.
+"""The base of every configuration: a frozen dataclass that round-trips through JSON and has a
+content hash.
 
 A field's type states what it accepts: a StrEnum takes the text of a member, and
 ``Annotated[float, above(0)]`` a number in that range. ``__post_init__`` checks the fields; a class

@@ -91,7 +91,7 @@ def windows(
 
 
 class Document(Protocol):
-    """What ``length_batches`` reads of a document: its [n] token ids."""
+    """The part of a document that ``length_batches`` reads: its [n] token ids."""
 
     @property
     def ids(self) -> np.ndarray: ...

@@ -80,7 +80,7 @@ def effective_experts(counts: "ArrayLike | Tensor") -> Any:
 
 
 def dead_experts(counts: "ArrayLike | Tensor") -> Any:
-    """How many experts never ran (int64)."""
+    """Number of experts that never ran (int64)."""
     load = cast(Any, counts if _is_tensor(counts) else np.asarray(counts))
     return (load == 0).sum(axis=-1)
 

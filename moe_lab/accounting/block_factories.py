@@ -174,7 +174,7 @@ def indexer(f: Fields) -> Pieces:
 
 
 def shares_selection(f: Fields) -> bool:
-    """Does this layer take over the tokens that an earlier layer selected?"""
+    """Whether this layer uses the tokens that an earlier layer selected."""
     return "indexer_types" in f.defaults and f.mark(_indexer_types) == "shared"
 
 

@@ -1,4 +1,4 @@
-"""Which mixer each layer has: rules that read a pattern of layer types from a configuration.
+"""The mixer of each layer: rules that read a pattern of layer types from a configuration.
 
 Which layers are sparse is said in ``moe_lab.hf.sparse_layers``.
 """

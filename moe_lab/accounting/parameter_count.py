@@ -116,7 +116,7 @@ class ParameterCount:
 
     @property
     def has_phases(self) -> bool:
-        """Does a token of a prompt run fewer parameters than one that is generated?"""
+        """Whether a token of a prompt runs fewer parameters than a generated token."""
         return any(piece.decode_only for _, pieces in self.kinds for piece in pieces)
 
     def active(
@@ -214,7 +214,7 @@ class ParameterCount:
         return self.frame().group_by("layer", "part", maintain_order=True).agg(sums)
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``moe-lab count --json`` prints."""
+        """The values that ``moe-lab count --json`` prints."""
         active = {
             name: {at: self.active(name, at) for at in ("least", "mean", "most")}
             for name in CONVENTIONS

@@ -105,7 +105,7 @@ def figure(text: str | None) -> float | None:
 
 
 def rounds_to(value: float, text: str | None) -> bool:
-    """Does ``value`` become the published figure when rounded to its digits?
+    """Whether ``value`` equals the published figure when it is rounded to its digits.
 
     36.63e9 becomes "37B", 37.55e9 does not.
     """

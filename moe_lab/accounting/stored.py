@@ -33,7 +33,7 @@ class StoredSize:
     bytes: int | None = None
 
     def sentence(self, total: int, mtp: int) -> str:
-        """How the count compares."""
+        """A sentence that compares the count with the stored size."""
         if self.parameters is None:
             return (
                 f"{self.source} has {self.bytes:,} bytes, which do not tell the number of weights"

@@ -1,5 +1,5 @@
-"""Which experts run together on a token: all pairs of a layer, beside what their loads alone would
-give.
+"""Experts that run together on a token: all pairs of a layer, beside the counts that their loads
+alone would give.
 
 (OLMoE's published script counts only pairs that are neighbours in rank order; here all k (k - 1) /
 2 pairs of a token count once.)

@@ -1,4 +1,4 @@
-"""What changed between two traces of one architecture: two checkpoints, two prompts, before and
+"""Differences between two traces of one architecture: two checkpoints, two prompts, before and
 after fine-tuning.
 
 ``compare`` gives each layer in a row, ``load_shift`` each expert. Where the two traces hold the
@@ -67,7 +67,7 @@ def compare(
 def load_shift(
     first: Trace, second: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
 ) -> pl.DataFrame:
-    """How each expert's share of the slots changed.
+    """The change of each expert's share of the slots.
 
     Returns:
         [layer, expert, is_zero, share_a, share_b, shift, lo, hi]: ``shift = share_b - share_a``

@@ -26,7 +26,7 @@ BLOCK_CELLS = 2**23
 
 @dataclass(frozen=True)
 class Resampling:
-    """How an interval is made: ``resamples`` draws of documents and an interval of ``level``.
+    """The settings of an interval: ``resamples`` draws of documents and an interval of ``level``.
 
     The same ``seed`` gives the same draws.
     """

@@ -1,5 +1,5 @@
-"""How evenly the experts are loaded: per expert, per layer, per class of tokens, and over windows
-of the token stream.
+"""The load of experts: per expert, per layer, per class of tokens, and over windows of the token
+stream.
 
 Real and zero-compute experts are never mixed: means, CV, maximum, entropy and dead experts are
 those of the real ones. A zero-compute expert's count is given in the same unit (a real expert's

@@ -64,8 +64,8 @@ class LargestOfDeals:
 def largest_of_deals(
     trace: Trace, column: str, domains: list[object], *, deals: int = DEALS, seed: int = 0
 ) -> LargestOfDeals | None:
-    """What the largest cells of ``domain_specialisation`` and ``domain_divergence`` would be for a
-    router that is blind to the domain, over all layers, ``domains`` and experts.
+    """The largest cells of ``domain_specialisation`` and ``domain_divergence`` for a router that
+    ignores the domain, over all layers, ``domains`` and experts.
 
     None where a document mixes domains, or a domain has fewer than 5 documents.
     """

@@ -136,8 +136,8 @@ def domain_divergence(
 def vocabulary_specialisation(
     trace: Trace, column: str = "token_id", min_count: int = 1
 ) -> pl.DataFrame:
-    """How far each layer routes by token id alone: for each id, the largest share of its tokens
-    that one expert runs.
+    """The degree to which each layer routes by token id alone: for each id, the largest share of
+    its tokens that one expert runs.
 
     Args:
         trace: a trace with a token table.

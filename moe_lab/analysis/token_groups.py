@@ -1,5 +1,5 @@
-"""Which group each token belongs to: by a column of ``tokens`` or by one derived from it, as a
-stream of small codes.
+"""Groups of tokens: by a column of ``tokens`` or by one derived from it, as a stream of small
+codes.
 
 Two columns are derived where a trace does not hold them: ``position_band`` (0 for the first
 position of a document, then b for positions 2^(b-1) .. 2^b - 1) and ``true_id`` (the id of the

@@ -24,7 +24,7 @@ from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 
 class Pairing(StrEnum):
-    """Which slots of two layers make a pair."""
+    """The slots of two layers that make a pair."""
 
     ALL = "all"
     RANK_ALIGNED = "rank_aligned"

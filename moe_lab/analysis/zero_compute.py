@@ -32,7 +32,7 @@ from moe_lab.trace import LayerMeta, Trace
 def zero_compute(
     trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
 ) -> pl.DataFrame:
-    """How many slots go to zero-compute experts, and whether tokens are polarised between no real
+    """The share of slots of zero-compute experts, and whether tokens are polarised between no real
     expert and all K.
 
     Returns:

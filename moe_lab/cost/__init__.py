@@ -1,4 +1,4 @@
-"""What a part of a model costs: the pieces that parameters and FLOPs are summed from. No torch.
+"""The cost of parts of a model: the pieces that parameters and FLOPs are summed from. No torch.
 
 ``parts`` has the pieces (a matrix, a norm, a table) and how they add up; ``attention_cost``,
 ``recurrence_cost`` and ``layer_cost`` the closed forms of larger parts. A module of

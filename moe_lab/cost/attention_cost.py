@@ -1,4 +1,4 @@
-"""What attention costs, in closed form: sizes in, pieces out.
+"""The cost of attention in closed form: sizes in, pieces out.
 
 Grouped-query attention arXiv 2305.13245; multi-head latent attention arXiv 2405.04434 section 2.1;
 sparse attention with a lightning indexer arXiv 2512.02556. The work of the scores depends on the

@@ -1,4 +1,4 @@
-"""What the rest of a decoder costs, in closed form: feed-forwards (arXiv 2002.05202), norms,
+"""The cost of the other parts of a decoder in closed form: feed-forwards (arXiv 2002.05202), norms,
 embedding and head, n-gram tables, multi-token prediction, hyper-connections.
 """
 

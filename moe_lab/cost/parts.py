@@ -39,7 +39,7 @@ LOOKUP = frozenset({Part.EMBEDDING, Part.NGRAM_TABLE})
 
 
 class ExpertsRun(NamedTuple):
-    """How many copies (experts) a token runs."""
+    """The number of copies (experts) that a token runs."""
 
     least: float
     mean: float

@@ -1,4 +1,4 @@
-"""What linear attention and state spaces cost, in closed form: sizes in, pieces out.
+"""The cost of linear attention and state spaces in closed form: sizes in, pieces out.
 
 Mamba arXiv 2312.00752; Mamba-2 arXiv 2405.21060; gated delta rule arXiv 2412.06464; Kimi Delta
 Attention arXiv 2510.26692; lightning attention arXiv 2501.08313. The multiply-accumulates of a

@@ -365,7 +365,7 @@ def experts_and_slots(f: Fields) -> tuple[int, int]:
 
 
 def sparse(f: Fields) -> list[bool]:
-    """Which layers hold routed experts, by the rule of the model type."""
+    """The layers that hold routed experts, by the rule of the model type."""
     return (find(f.family) or _EVERY).sparse(f)
 
 

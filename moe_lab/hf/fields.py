@@ -179,7 +179,7 @@ class Fields:
         return default
 
     def default(self, name: str) -> Any:
-        """What the architecture takes where the configuration is silent.
+        """The value that the architecture takes where the configuration does not state one.
 
         A rule notes for itself what it had to assume.
         """

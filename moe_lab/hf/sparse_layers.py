@@ -1,5 +1,5 @@
-"""Which layers of a model hold routed experts: one rule for each way in which Hugging Face
-configurations say so.
+"""The layers of a model that hold routed experts: one rule for each way in which Hugging Face
+configurations state them.
 
 A rule maps ``Fields`` to one boolean per layer. Encoder-decoder models number the decoder's layers
 after the encoder's.

@@ -127,7 +127,7 @@ class MoEConfig(Config):
 
 
 class Wiring(StrEnum):
-    """How a layer's parts are connected.
+    """The connection of a layer's parts.
 
     ``PLAIN``: attention, then one feed-forward. ``SHORTCUT``: LongCat-Flash's shortcut-connected
     MoE, two attentions and two dense feed-forwards, with the MoE beside the second half of them.
@@ -141,8 +141,8 @@ class Wiring(StrEnum):
 
 
 class Amplification(StrEnum):
-    """What the embedding passes before it enters the stream: nothing, a factor sqrt(d_model), or a
-    LayerNorm (arXiv 2601.21204).
+    """The operation on the embedding before it enters the stream: none, a factor sqrt(d_model), or
+    a LayerNorm (arXiv 2601.21204).
     """
 
     NONE = "none"

@@ -62,7 +62,7 @@ class NgramConfig(Config):
         return layer_cost.ngram_tables(self.table_rows(vocab_size), d_model)
 
     def gate_pieces(self, d_model: int) -> Pieces:
-        """What reads the tables inside the decoder: a key projection and two norms."""
+        """The pieces that read the tables inside the decoder: a key projection and two norms."""
         return (
             linear(Part.NGRAM_PROJECTION, "ngram_key", d_model, d_model),
             norm("ngram_query_norm", d_model),

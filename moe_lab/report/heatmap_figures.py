@@ -209,7 +209,7 @@ def layer_axis(figure: Canvas, layers: list[int]) -> Canvas:
 
 
 def layer_height(layers: list[int]) -> int:
-    """Of the cells of a map with a row per layer, in pixels."""
+    """Height in pixels of the cells of a map with a row per layer."""
     return int(np.clip(len(layers) * 26, 90, 760))
 
 

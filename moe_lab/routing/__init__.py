@@ -1,4 +1,4 @@
-"""Which experts, with which weights: ``RouterConfig`` -> ``Router`` -> ``Routing``, with losses,
+"""Routing of tokens to experts: ``RouterConfig`` -> ``Router`` -> ``Routing``, with losses,
 controllers and monitors.
 
 Configurations and the facts of every kind import without torch; the rest on first use. A router is

@@ -14,14 +14,14 @@ class ScoreFunc(StrEnum):
 
 
 class SelectOn(StrEnum):
-    """What the selection bias is added to and the top k is taken of."""
+    """The values that the selection bias is added to, and of which the top k is taken."""
 
     SCORES = "scores"
     LOGITS = "logits"
 
 
 class Weighting(StrEnum):
-    """Where the weights of the selected experts come from: their scores, or a softmax over their
+    """The source of the weights of the selected experts: their scores, or a softmax over their
     logits alone.
     """
 
@@ -37,8 +37,8 @@ class GroupScore(StrEnum):
 
 
 class GroupFill(StrEnum):
-    """What stands for the scores of the groups left out: minus infinity, or zero (which a negative
-    biased score can lose to: A.X K2).
+    """The value of the scores of groups that are left out: minus infinity, or zero (a negative
+    biased score can be below it: A.X K2).
     """
 
     EXCLUDE = "exclude"
@@ -46,8 +46,8 @@ class GroupFill(StrEnum):
 
 
 class ZeroExpertKind(StrEnum):
-    """What a zero-compute expert returns: its input, nothing, or a learned mixture of its input and
-    a constant vector (MoE++).
+    """The output of a zero-compute expert: its input, nothing, or a learned mixture of its input
+    and a constant vector (MoE++).
     """
 
     IDENTITY = "identity"
@@ -63,7 +63,7 @@ class CapacityScope(StrEnum):
 
 
 class SecondPolicy(StrEnum):
-    """How GShard's second expert is chosen in training: always the runner-up, the runner-up with
+    """The choice of GShard's second expert in training: always the runner-up, the runner-up with
     probability min(1, 2 g_2), or sampled.
     """
 
@@ -73,7 +73,7 @@ class SecondPolicy(StrEnum):
 
 
 class HashTable(StrEnum):
-    """How a hash router's table is drawn: at random, or greedily so that expected loads are even
+    """The way to draw a hash router's table: at random, or greedily so that expected loads are even
     under given token frequencies.
     """
 
@@ -82,7 +82,7 @@ class HashTable(StrEnum):
 
 
 class DecidesOver(StrEnum):
-    """Which tokens a router looks at together when it decides for one of them."""
+    """The tokens that a router looks at together when it decides for one of them."""
 
     TOKEN = "token"
     SEQUENCE = "sequence"
@@ -90,7 +90,7 @@ class DecidesOver(StrEnum):
 
 
 class BudgetShift(StrEnum):
-    """What is moved to give every token a little more or less real compute
+    """The quantity that is moved to give every token a little more or less real compute
     (``analysis.difficulty.gain``).
 
     ``NONE``: the count is fixed. ``BIAS``: the selection bias or cut-off of the controller (the

@@ -31,8 +31,8 @@ from moe_lab.routing.facts import FACTS, ROUTERS, RouterFacts
 
 @dataclass(frozen=True)
 class RouterConfig(Config):
-    """What a router is made of. ``None`` means "the kind's own default"; ``docs/routing.md`` lists
-    which kind reads which field.
+    """The configuration of a router. ``None`` means "the kind's own default"; ``docs/routing.md``
+    lists which kind reads which field.
 
     Attributes:
         kind: a name in ``ROUTERS``.
@@ -238,7 +238,7 @@ class RouterConfig(Config):
 
     @property
     def facts(self) -> RouterFacts:
-        """What is true of routers of this kind."""
+        """The facts of routers of this kind."""
         return FACTS[self.kind]
 
     def setting(self, name: str, otherwise: Any = None) -> Any:
@@ -263,7 +263,7 @@ class RouterConfig(Config):
 
     @property
     def zero_kinds(self) -> tuple[ZeroExpertKind, ...]:
-        """What each zero-compute expert returns; entry z is that of expert ``num_experts + z``."""
+        """The output of each zero-compute expert; entry z is that of expert ``num_experts + z``."""
         if self.zero_expert_kinds is not None:
             return self.zero_expert_kinds
         return self.facts.zero_kinds(self)
@@ -275,7 +275,7 @@ class RouterConfig(Config):
 
     @property
     def decides_over(self) -> DecidesOver:
-        """Which tokens the router looks at together when it decides for one of them."""
+        """The tokens that the router looks at together when it decides for one of them."""
         return self.facts.decides_over(self)
 
     @property
@@ -292,7 +292,7 @@ class RouterConfig(Config):
 
     @property
     def experts_run(self) -> ExpertsRun:
-        """How many real experts a token runs: least, mean, most."""
+        """The number of real experts that a token runs: least, mean, most."""
         return self.facts.experts_run(self)
 
     def pieces(self, d_model: int) -> Pieces:

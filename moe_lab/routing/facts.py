@@ -53,7 +53,7 @@ def equal_load(config: Settings) -> str:
 
 @dataclass(frozen=True)
 class RouterFacts:
-    """What is true of a kind of router.
+    """The facts of one kind of router.
 
     Attributes:
         options: optional ``RouterConfig`` fields that the kind reads -> value where the

@@ -24,7 +24,7 @@ _HINT = "a plan that moe-lab sweep wrote"
 
 
 class PlannedSweep(Protocol):
-    """What a plan keeps of a sweep (``sweeps.SweepConfig``)."""
+    """The part of a sweep (``sweeps.SweepConfig``) that a plan keeps."""
 
     @property
     def name(self) -> str: ...

@@ -24,7 +24,7 @@ _REASON_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run came, from its live ``status.json``; 0 or None: not recorded yet.
+    """The progress of a run, from its live ``status.json``; 0 or None: not recorded yet.
 
     Attributes:
         step, steps: optimiser steps done, and of the whole run.

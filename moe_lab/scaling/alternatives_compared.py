@@ -22,7 +22,7 @@ TOLERANCE = 0.02
 
 
 class Alternative(StrEnum):
-    """What the parameters beyond a smaller model are spent on."""
+    """The use of the parameters beyond a smaller model."""
 
     EXPERTS = "experts"
     NGRAM = "ngram"
@@ -157,8 +157,8 @@ def _pairs(others: pl.DataFrame, experts: pl.DataFrame) -> pl.DataFrame:
 
 
 def result_of(low: float | None, high: float | None, margin: float) -> Result:
-    """What the interval of a difference says, where differences within ``margin`` (nats) count as
-    none.
+    """The result that the interval of a difference shows; differences within ``margin`` (nats)
+    count as none.
     """
     if low is None or high is None:
         return Result.CANNOT_TELL
@@ -170,8 +170,8 @@ def result_of(low: float | None, high: float | None, margin: float) -> Result:
 
 
 def crossing(table: pl.DataFrame) -> str:
-    """Where the alternative of ``table`` ([ratio, result], one row per ratio) begins to beat more
-    experts, if the intervals settle it.
+    """The ratios between which the alternative of ``table`` ([ratio, result], one row per ratio)
+    begins to beat more experts, if the intervals settle it.
     """
     won, lost = (
         sorted(table.filter(result=word.value)["ratio"].to_list())

@@ -1,4 +1,4 @@
-"""What a gain is worth in compute: dL/dlnC, and with it the margin (nats per doubling of the ratio)
+"""The worth of a gain in compute: dL/dlnC, and with it the margin (nats per doubling of the ratio)
 that W1 tests against.
 
 A margin in nats is not scale-free (5 % of compute is .015 nats at 3M x 300M tokens and .002 at 50B

@@ -1,5 +1,5 @@
-"""What else could have made, or hidden, a wall: one line per confound, from the columns a sweep has
-(docs/scaling.md).
+"""Confounds: other causes that could have made or hidden a wall, one line each, from the columns of
+a sweep (docs/scaling.md).
 
 A learning rate a factor of two off costs as much as a doubling of the experts: on the misfit runs
 the gain from 64 to 256 experts is .0013 nats per doubling at the best rate of the grid and
@@ -61,7 +61,9 @@ measured. What is not here (seeds, active size) is in the intervals or charged a
 
 
 def caveats(table: pl.DataFrame, outcome: Outcome) -> tuple[str, ...]:
-    """What ``table`` (as `confounds`) does not exclude as the cause of ``outcome``."""
+    """The confounds in ``table`` (as `confounds`) that are not excluded as the cause of
+    ``outcome``.
+    """
     found = []
     for name, status, _ in table.rows():
         suspect, unmeasured = MAKES.get(name, (NONE, NONE))

@@ -350,7 +350,9 @@ def _find(data: Dataset, data_dir: Path | str | None) -> Path:
 
 
 def datasets() -> pl.DataFrame:
-    """What `published` can read: [name, file, source, licence, redistributable, sha256]."""
+    """The data sets that `published` can read: [name, file, source, licence, redistributable,
+    sha256].
+    """
     fields = ("name", "file", "source", "licence", "redistributable", "sha256")
     return pl.DataFrame(
         [{field: getattr(data, field) for field in fields} for data in DATASETS.values()]

@@ -78,7 +78,7 @@ class Problem:
         return value, gradient, hessian
 
     def response(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What ``target`` is compared with, [b, n], and its Jacobian [b, n, p]."""
+        """The values that ``target`` is compared with, [b, n], and their Jacobian [b, n, p]."""
         predicted, jacobian = self.model(theta)
         if self.log:
             return predicted, jacobian

@@ -46,7 +46,8 @@ def posterior(
     margin: float,
     threshold_error: float = 0.0,
 ) -> Posterior:
-    """What the losses at ``x`` [R] say of ``contrast`` [R], such as the gain of the last doubling.
+    """The posterior of ``contrast`` [R] given the losses at ``x`` [R], such as the gain of the last
+    doubling.
 
     ``threshold`` (nats) has a standard error of its own; ``margin`` scales the process.
     """

@@ -1,5 +1,5 @@
-"""What a scaling law is: a formula with published coefficients, where it was fitted, derivatives,
-and what a change is worth in compute.
+"""Scaling laws: a formula with published coefficients, the range it was fitted on, derivatives, and
+the worth of a change in compute.
 
 A law is a sum of terms, each an amplitude times the exponential of a linear combination of products
 of log variables; that table is all a law is, and `fit` reads the same table. Letters in a table are
@@ -39,7 +39,9 @@ LN2, LN10 = math.log(2), math.log(10)
 
 
 class Base(StrEnum):
-    """How an amplitude's coefficient is written: as itself, as its logarithm, or as 1."""
+    """The form in which an amplitude's coefficient is written: as itself, as its logarithm, or as
+    1.
+    """
 
     VALUE = "value"
     LN = "ln"

@@ -27,8 +27,8 @@ GROWTHS = np.linspace(0.0, 1.0, 21)
 
 @dataclass(frozen=True)
 class Layout:
-    """Which ratio and which seed each of n runs has: ``x`` [R] log2 ratio ascending, ``ratio`` [n]
-    and ``seed`` [n] indices.
+    """The ratio and the seed of each of n runs: ``x`` [R] log2 ratio ascending, ``ratio`` [n] and
+    ``seed`` [n] indices.
     """
 
     x: np.ndarray

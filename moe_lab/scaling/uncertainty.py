@@ -35,7 +35,7 @@ EDGE_FACTOR, WIDEST = 2.0, 4.0
 
 
 class Resample(StrEnum):
-    """What is redrawn: runs, whole groups of runs, or noise around the fitted law."""
+    """The units that are redrawn: runs, whole groups of runs, or noise around the fitted law."""
 
     RUNS = "runs"
     CLUSTER = "cluster"

@@ -30,7 +30,7 @@ SILENT = 1e-9  # nats: no two runs that differ agree this well
 
 @dataclass(frozen=True)
 class Case:
-    """What the sentences say about one judged sweep.
+    """One judged sweep, as the sentences describe it.
 
     ``without`` is what the outcome would be without the outlying run.
     """

@@ -71,7 +71,9 @@ class WallStudy:
 
     @cached_property
     def settles(self) -> str:
-        """What would settle a verdict that cannot tell, as `what_would_settle`; else empty."""
+        """The sweep that would settle a verdict that cannot tell, as `what_would_settle`; else
+        empty.
+        """
         if self.verdict.outcome is not Outcome.CANNOT_TELL or len(self.verdicts) > 1:
             return ""
         return what_would_settle(read_sweep(self.judged), self.verdict)

@@ -159,7 +159,7 @@ def write_expert_lists(frame: pl.DataFrame, path: Path | str) -> None:
 def calibration_tokens(
     trace: Trace, least: int = 1, *, confidence: float = 0.95, seed: int = 0
 ) -> pl.DataFrame:
-    """How many tokens of calibration text give every expert at least ``least`` tokens.
+    """The number of tokens of calibration text that gives every expert at least ``least`` tokens.
 
     Returns:
         [layer, measured, bound, unreached]: ``measured`` tokens until the last expert had them,

@@ -33,7 +33,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the experts of each layer are.
+    """The placement of the experts of each layer on devices.
 
     Attributes:
         layers: [L] layer numbers.
@@ -288,7 +288,7 @@ def _packed(weight: Floats, packs: int) -> tuple[Ints, Ints]:
 
 
 def placement_load(placement: Placement, load: Any) -> pl.DataFrame:
-    """How even the devices are under a load.
+    """The evenness of the devices under a load.
 
     Returns:
         [layer, device, load (over the mean of the devices), experts (list of those it holds)].

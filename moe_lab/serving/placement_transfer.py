@@ -225,7 +225,8 @@ def tokens_needed(
     repeats: int = REPEATS,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """How many tokens a placement must be chosen on before it beats contiguous on unseen text.
+    """The number of tokens that a placement must be chosen on before it beats the contiguous one on
+    unseen text.
 
     Documents are halved at random, ``repeats`` times; placements are chosen on 1, 2, 4, ...
     documents of one half and judged on the whole other half.
@@ -277,7 +278,7 @@ def nodes_touched(
     seed: int = 0,
     level: float = 0.95,
 ) -> pl.DataFrame:
-    """How many nodes a token's experts are on: what crosses between nodes.
+    """The number of nodes that a token's experts are on, which is what crosses between nodes.
 
     An expert with replicas on several nodes is run on one that the token needs anyway, if any.
 

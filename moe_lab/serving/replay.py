@@ -40,7 +40,7 @@ Items = NDArray[np.int32]
 
 
 class Order(IntEnum):
-    """Which expert a ``KeyedCache`` drops first."""
+    """The rule by which a ``KeyedCache`` drops experts."""
 
     LFU = 0
     """The one used least often so far; of equal ones the one not used for longest."""

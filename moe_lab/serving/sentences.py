@@ -21,7 +21,8 @@ def _ends(row: dict, name: str, scale: float = 1.0, digits: int = 1) -> str:
 
 
 def cache_sentences(frame: pl.DataFrame) -> list[str]:
-    """What a cache of the middle budget finds, and where the cliff is.
+    """A sentence on the hit rate of a cache of the middle budget, and one on the budget below which
+    caching fails.
 
     Args:
         frame: as ``expert_cache``.
@@ -63,7 +64,7 @@ def cache_sentences(frame: pl.DataFrame) -> list[str]:
 
 
 def decode_sentence(frame: pl.DataFrame) -> str:
-    """What the largest window (or batch) reads, beside the formulas.
+    """A sentence on what the largest window (or batch) reads, beside the formulas.
 
     Args:
         frame: as ``distinct_experts``.
@@ -83,7 +84,7 @@ def decode_sentence(frame: pl.DataFrame) -> str:
 
 
 def speculation_sentence(frame: pl.DataFrame) -> str:
-    """From how many accepted drafts on the largest window pays.
+    """A sentence on the number of accepted drafts from which the largest window pays.
 
     Args:
         frame: as ``speculation``.

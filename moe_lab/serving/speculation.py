@@ -33,7 +33,7 @@ def speculation(
     resamples: int = 200,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """What verifying a window of tokens costs, in bytes of weights and in accepted drafts.
+    """The cost of verifying a window of tokens, in bytes of weights and in accepted drafts.
 
     Args:
         trace: as ``distinct_experts``.

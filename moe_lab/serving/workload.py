@@ -40,7 +40,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Workload:
-    """What was fitted.
+    """The fitted routing statistics of a trace.
 
     Attributes:
         layers: of the trace.

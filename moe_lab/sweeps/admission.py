@@ -1,4 +1,4 @@
-"""Which run may start next: the first in line that time, FLOPs and memory allow.
+"""Admission of runs: the first in line that time, FLOPs and memory allow starts next.
 
 The line is ordered by cost, the longest first. A run that would overshoot the FLOPs that are left
 is passed over for good; one that does not fit into the memory that is free is passed over until it

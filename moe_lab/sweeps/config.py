@@ -1,4 +1,4 @@
-"""What a sweep is: a named question and the runs that answer it."""
+"""The configuration of a sweep: a named question and the runs that answer it."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""How much memory a run will need: parameters with their gradients and Adam moments, activations of
+"""The memory that a run will need: parameters with their gradients and Adam moments, activations of
 a micro-batch, logits, the ids of its text, the interpreter.
 
 The constants are measured (docs/scale.md): peaks of resident memory of fresh worker processes,

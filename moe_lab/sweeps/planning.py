@@ -1,4 +1,4 @@
-"""What a sweep will cost before it is run: parameters and FLOPs in closed form, minutes from a few
+"""The cost of a sweep before it is run: parameters and FLOPs in closed form, minutes from a few
 timed training steps.
 """
 

@@ -20,7 +20,7 @@ REFRESH_SECONDS = 0.5
 
 
 class View(Protocol):
-    """What the driver reports while a sweep runs."""
+    """The interface of a display that the driver reports to while a sweep runs."""
 
     def opened(self, finished: Sequence[Job], failed: Sequence[Job]) -> None:
         """The sweep begins; these of its runs were finished before, and these failed and are left

@@ -50,7 +50,7 @@ class FailedRun:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How a sweep ended, by run hash.
+    """The outcome of a sweep, by run hash.
 
     Attributes:
         finished: whole runs, those found finished included.

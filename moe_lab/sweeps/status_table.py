@@ -1,4 +1,4 @@
-"""How far each run of a sweep is: as a frame, and as the lines of ``moe-lab sweep status``."""
+"""The state of each run of a sweep: as a frame, and as the lines of ``moe-lab sweep status``."""
 
 from collections.abc import Iterator
 from pathlib import Path

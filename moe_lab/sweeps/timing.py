@@ -1,5 +1,5 @@
-"""How long a run will take: a few timed steps of each distinct shape on one thread, extrapolated;
-timings are kept between plans.
+"""The time that a run will take: a few timed steps of each distinct shape on one thread,
+extrapolated; timings are kept between plans.
 """
 
 import platform

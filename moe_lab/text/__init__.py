@@ -1,4 +1,4 @@
-"""What a token is: corpora, tokenizers and the classes and model-free difficulty of tokens."""
+"""Text and tokens: corpora, tokenizers, and the classes and model-free difficulty of tokens."""
 
 from moe_lab.text.corpus import Corpus, Document, Split, load_corpus
 from moe_lab.text.surprisal import (

@@ -30,7 +30,7 @@ COUNTED = 2**22
 
 @dataclass(frozen=True)
 class TextConfig(Config):
-    """Which text, in which tokens.
+    """The text of a run and its tokenizer.
 
     Attributes:
         corpus: ``"stdlib"`` or a path (see ``load_corpus``).

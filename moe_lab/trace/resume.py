@@ -1,4 +1,4 @@
-"""What an interrupted trace holds: the documents that were finished.
+"""The finished documents of an interrupted trace, from which it can go on.
 
 Rows of the others are taken out, so that they can be done again.
 """
@@ -39,7 +39,7 @@ class TableTotals:
 
 @dataclass
 class InterruptedTrace:
-    """What is kept of an interrupted trace: finished documents, its files, totals by table name,
+    """The kept part of an interrupted trace: finished documents, its files, totals by table name,
     and the columns of ``tokens``.
     """
 

@@ -1,4 +1,4 @@
-"""What a trace looks like on disk: columns, metadata, and the limits that a reader holds untrusted
+"""The form of a trace on disk: columns, metadata, and the limits that a reader holds untrusted
 files to.
 
     meta.json                           TraceMeta, "complete", and one entry per Parquet file: rows,
@@ -267,7 +267,7 @@ class TraceMeta(Config):
 
     @property
     def loops(self) -> bool:
-        """Does the model run some of its layers several times?"""
+        """Whether the model runs some of its layers several times."""
         return any(layer.model_layer is not None for layer in self.layers)
 
 

@@ -40,7 +40,7 @@ def branch_steps(config: RunConfig) -> tuple[int, ...]:
 
 
 def trunk_hash(config: RunConfig) -> str:
-    """What all runs of one family share until they decay."""
+    """A hash of what all runs of one family share until they decay."""
     return content_hash(
         {name: value for name, value in config.to_dict().items() if name not in _NO_PART}
     )

@@ -1,4 +1,6 @@
-"""What a finished run leaves: ``result.json``, the provenance of its trace, the run as objects."""
+"""The files that a finished run leaves: ``result.json``, the provenance of its trace, the run as
+objects.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -36,8 +36,8 @@ T = TypeVar("T")
 
 
 class Parallel(StrEnum):
-    """How a model is spread: every rank holds all of it and gradients are averaged, or each holds a
-    shard (FSDP2).
+    """The way a model is spread over ranks: every rank holds all of it and gradients are averaged,
+    or each holds a shard (FSDP2).
     """
 
     DDP = "ddp"
@@ -114,7 +114,7 @@ class Ranks:
         return values
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on the first rank, on all of them; where it raises a
+        """The result of ``work`` on the first rank, given to all of them; if it raises a
         ``MoELabError``, all raise it.
         """
         if self.size == 1:

@@ -59,7 +59,9 @@ def table_rows(f: Fields) -> list[int]:
 
 
 def keys(f: Fields) -> Pieces:
-    """What a layer of ``kv_source_layer_ids`` makes for itself and the layers after it."""
+    """The compressed keys that a layer of ``kv_source_layer_ids`` makes for itself and the layers
+    after it.
+    """
     if not f.mark(makes_keys):
         return ()
     d, dim, pooled = width(f), f.size("head_dim"), f.mark(ratios) > 1

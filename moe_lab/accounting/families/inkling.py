@@ -190,7 +190,7 @@ def final_query(f: Fields) -> Pieces:
 
 
 def loop_width(f: Fields) -> int:
-    """How many layers the loop has."""
+    """Number of layers in the loop."""
     return f.size("loop_layer_index_end") - f.size("loop_layer_index_start")
 
 

@@ -40,7 +40,7 @@ def pooled_indexer(f: Fields) -> Pieces:
 
 
 def borrows_latent(f: Fields) -> list[bool]:
-    """Which layers read the key-value latent of an earlier one (``kv_source_layers``)."""
+    """The layers that read the key-value latent of an earlier one (``kv_source_layers``)."""
     sources = f.numbers("kv_source_layers", range(f.num_layers))
     require(
         len(sources) == f.num_layers,

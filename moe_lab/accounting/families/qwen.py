@@ -135,7 +135,7 @@ def gated_residual(name: str, *, inject: bool = True) -> Block:
 
 
 def memories(f: Fields) -> list[int | None]:
-    """Which n-gram memory each layer has: ``ple_layer_ids`` counts layers from 1."""
+    """The n-gram memory of each layer: ``ple_layer_ids`` counts layers from 1."""
     listed: list[int] = sorted(set(f.numbers("ple_layer_ids")))
     return [
         listed.index(layer) if layer in listed else None for layer in range(1, f.num_layers + 1)

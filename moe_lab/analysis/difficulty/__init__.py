@@ -1,4 +1,4 @@
-"""Does compute follow difficulty? Association within token ids, its nulls, and marginal gain.
+"""Whether compute follows difficulty: association within token ids, null models, and marginal gain.
 
 What needs a model (``marginal_gain``) is imported when it is first used.
 """

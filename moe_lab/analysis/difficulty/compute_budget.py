@@ -143,8 +143,8 @@ def compute_variance(
     compute: str = "ffn_count",
     taxonomies: Sequence[str] = (),
 ) -> pl.DataFrame:
-    """How much of the variance of compute ranks each description of the token explains, alone and
-    one after another.
+    """The share of the variance of compute ranks that each description of the token explains, alone
+    and one after another.
 
     Args:
         taxonomies: class columns of the frame to judge alone, beside token id and document.

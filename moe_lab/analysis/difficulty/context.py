@@ -1,4 +1,4 @@
-"""What a router may look at beside the token id: gates that an aligned verdict must pass.
+"""Cues beside the token id that a router may follow: gates that an aligned verdict must pass.
 
 A router that sees only the previous token, the position or the length of a copied suffix spends
 unevenly within ids too, and where difficulty depends on the same things its compute correlates with

@@ -105,8 +105,8 @@ def somers_d(x: Order, y_group: Ints) -> float:
 
 @dataclass(frozen=True, eq=False)
 class RankShift:
-    """How ranks move when a document is drawn more often: a token at x raises the rank of every
-    token above x.
+    """The change of ranks when a document is drawn more often: a token at x raises the rank of
+    every token above x.
 
     A sum ``sum_j r_j f_j`` over ranks r of x therefore changes, per token i drawn once more, by
     ``sum_j f_j (1[x_i <= x_j] - F(x_j)) / n`` beside its own term: the second half of the influence

@@ -39,7 +39,9 @@ class Gating(NamedTuple):
         return gate * (gate * self.alpha if self.alpha != 1.0 else gate).sigmoid() * up
 
     def inside(self, act: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Where gate and up are within the limit and so have a gradient; None: everywhere."""
+        """True where gate and up are within the limit and so have a gradient; None if they are
+        everywhere.
+        """
         if self.limit == float("inf"):
             return None
         gate, up = act.chunk(2, dim=-1)
@@ -50,7 +52,7 @@ SWIGLU = Gating()
 
 
 def gating_of(bank: Any) -> Gating:
-    """How a bank makes hidden units: plain SwiGLU where it does not say."""
+    """The gating of a bank: plain SwiGLU unless the bank states another."""
     return getattr(bank, "gating", SWIGLU)
 
 
@@ -62,7 +64,7 @@ class Biases(NamedTuple):
 
 
 class Bank(Protocol):
-    """What a backend reads: ``gate_up`` [E, 2F, D] (gate first) and ``down`` [E, D, F].
+    """The weights that a backend reads: ``gate_up`` [E, 2F, D] (gate first) and ``down`` [E, D, F].
 
     One whose hidden units are not SwiGLU's has a ``gating`` beside them, one with biases has
     ``biases``.

@@ -24,7 +24,7 @@ class ControllerKind(StrEnum):
 
 
 class Moves(StrEnum):
-    """What a controller moves, which decides the routers that can follow it."""
+    """The quantity that a controller moves; it decides which routers can follow the controller."""
 
     BIAS = "a selection bias"
     CUTOFF = "a cut-off"

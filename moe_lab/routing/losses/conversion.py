@@ -1,4 +1,4 @@
-"""What eight code bases' balance losses are worth at uniform load, and the coefficient that has the
+"""The value of eight code bases' balance losses at uniform load, and the coefficient that has the
 same effect here.
 """
 

@@ -1,4 +1,4 @@
-"""What every launcher is: it takes jobs, and returns how each ended.
+"""The interface of every launcher: it takes jobs, and returns how each ended.
 
 A launcher owns processes, a cluster's jobs, or whatever else runs ``worker.execute`` somewhere; it
 knows nothing of plans, order or retries (``sweeps.running``). Everything that must outlive it lies
@@ -40,7 +40,7 @@ class Result(StrEnum):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a submitted run ended, with one line of reason unless it finished."""
+    """The end of a submitted run, with one line of reason unless it finished."""
 
     run: str
     result: Result
@@ -53,7 +53,7 @@ class Launcher(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many runs may be submitted and not yet ended."""
+        """The number of runs that may be submitted and not yet ended."""
         ...
 
     def submit(self, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""What a worker calls for each run, named as an importable ``module:function``."""
+"""The trainer that a worker calls for each run, named as an importable ``module:function``."""
 
 import importlib
 from collections.abc import Callable

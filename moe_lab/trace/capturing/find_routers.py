@@ -1,4 +1,4 @@
-"""Where hooks are put: which modules of a model route, how each is read, and how many experts and
+"""The modules to hook: which modules of a model route, how each is read, and how many experts and
 slots it has by its configuration.
 
 Routers of this library are found by their type, those of transformers by what the library records

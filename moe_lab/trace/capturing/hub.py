@@ -47,7 +47,7 @@ CLASS_COLUMNS = (
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded: ``dtype`` (auto, float32, bfloat16, float16), ``device``, or a
+    """The way to load a model: ``dtype`` (auto, float32, bfloat16, float16), ``device``, or a
     ``device_map`` of accelerate.
 
     ``trust_remote_code`` lets Python files that came with the model run. False refuses such a model
@@ -156,7 +156,7 @@ def trace_pretrained(
 
 
 class ModelHead:
-    """What a causal model does after its last layer: head, scaling and softcap.
+    """The part of a causal model after its last layer: head, scaling and softcap.
 
     A batch of logits over a large vocabulary can take more memory than the model. The layers are
     therefore run alone (``base_model``), and this makes the logits of a few positions at a time, by

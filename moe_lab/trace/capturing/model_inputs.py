@@ -23,8 +23,8 @@ Given = Mapping[str, Any]
 
 @dataclass
 class Inputs:
-    """What one forward pass was given, from the innermost module around the routers that received
-    it.
+    """The inputs of one forward pass, from the innermost module around the routers that received
+    them.
 
     Attributes:
         ids: [B, S] token ids, or None.

@@ -1,4 +1,4 @@
-"""Which document and position each token of a forward pass is: padding, batches, prefill and
+"""The document and the position of each token of a forward pass: padding, batches, prefill and
 decode.
 
 Each row of a batch is a document, unless the caller numbers them; a pass that continues a cache

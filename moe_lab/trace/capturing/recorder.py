@@ -70,8 +70,8 @@ class CaptureOptions:
 
 
 class Capture:
-    """What ``capture`` gives: ``documents`` numbers the next pass, ``folder`` is where the trace
-    will be.
+    """The object that ``capture`` gives: ``documents`` numbers the next pass, ``folder`` is where
+    the trace will be.
 
     Attributes:
         sites: the routers of the model.

@@ -43,7 +43,7 @@ BLOCK_SLOTS = 2**22
 
 
 class ImportKind(StrEnum):
-    """Who wrote the source."""
+    """The engine or tool that wrote the source."""
 
     VLLM = "vllm"
     SGLANG = "sglang"

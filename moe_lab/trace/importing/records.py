@@ -1,4 +1,4 @@
-"""What a reader of another program's records returns: ``Source``, made of ``Document``s; and
+"""The result of a reader of another program's records: ``Source``, made of ``Document``s; and
 ``Sizes``, what is known beforehand.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the caller or a configuration says of the model; None where neither does.
+    """The sizes of the model, from the caller or a configuration; None where neither has them.
 
     Attributes:
         num_experts, num_zero_experts, top_k: of each layer.
