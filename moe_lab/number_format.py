@@ -31,14 +31,14 @@ def whole(value: float | None) -> str:
     )
 
 
-def magnitude(value: float | None) -> str:
-    """Three significant digits with k, M, B, T or P: 1234567 is 1.23M."""
+def magnitude(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits with k, M, B, T or P: 1234567 is 1.23M."""
     if value is None or not math.isfinite(value):
         return NOTHING
     for size, letter in _LETTERS:
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:z.3g}"
+        if abs(value) >= size * (1 - 0.5 * 10.0**-digits):
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:z.{digits}g}"
 
 
 def short_path(path: Path | str, most: int = 48) -> str:

@@ -45,15 +45,17 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 class PlainStream:
-    """A text stream that writes ``plain`` text to another stream; other attributes are those of
+    """A text stream that writes ``plain`` text to another, ``raw``; other attributes are those of
     that stream.
+
+    What moves the cursor itself (live bars) writes to ``raw``, and text from files ``on_page``.
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self.raw = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(plain(text))
+        self.raw.write(plain(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -61,7 +63,7 @@ class PlainStream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.raw, name)
 
 
 @contextmanager

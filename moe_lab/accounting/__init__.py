@@ -2,6 +2,7 @@
 operations, the published models.
 """
 
+from moe_lab.accounting.cache_size import CacheSize, cache_size
 from moe_lab.accounting.flop_count import FlopCount, flops
 from moe_lab.accounting.measured import ActiveDistribution, active_distribution
 from moe_lab.accounting.model_names import find_model
@@ -11,10 +12,12 @@ from moe_lab.cost.parts import Part
 
 __all__ = [
     "ActiveDistribution",
+    "CacheSize",
     "FlopCount",
     "ParameterCount",
     "Part",
     "active_distribution",
+    "cache_size",
     "count",
     "find_model",
     "flops",

@@ -1,6 +1,8 @@
-"""The configuration behind a name: a published model of ``models.json``, or one of the minis.
+"""The configuration behind a name: a published MoE model of ``models.json``, a dense one of
+``dense_models.json``, or one of the minis.
 
 ``models.json`` holds facts only: configuration, published figures, date, and where each comes from.
+The dense models are there to compare with.
 """
 
 import json
@@ -17,16 +19,26 @@ from moe_lab.model.minis import MINIS, mini_config
 @cache
 def facts() -> tuple[dict[str, Any], ...]:
     """The entries of ``models.json``, unchanged."""
-    text = files("moe_lab.accounting").joinpath("models.json").read_text(encoding="utf-8")
+    return _entries("models.json")
+
+
+@cache
+def dense_facts() -> tuple[dict[str, Any], ...]:
+    """The entries of ``dense_models.json``: name, config, published total, parameters, source."""
+    return _entries("dense_models.json")
+
+
+def _entries(name: str) -> tuple[dict[str, Any], ...]:
+    text = files("moe_lab.accounting").joinpath(name).read_text(encoding="utf-8")
     return tuple(json.loads(text))
 
 
 def find_model(name: str) -> dict[str, Any] | None:
-    """The entry of a model by its identifier, or by the part after the slash; letter case does not
-    matter.
+    """The entry of an MoE or dense model by its identifier, or by the part after the slash; letter
+    case does not matter.
     """
     wanted = name.lower()
-    for entry in facts():
+    for entry in (*facts(), *dense_facts()):
         known = entry["name"].lower()
         if wanted in (known, known.partition("/")[2]):
             return entry
@@ -46,9 +58,8 @@ def named_config(name: str) -> Any:
     entry = find_model(name)
     if entry is not None:
         return entry["config"]
-    short = {one["name"].partition("/")[2].lower(): one["name"] for one in facts()} | {
-        mini: mini for mini in MINIS
-    }
+    known = [one["name"] for one in (*facts(), *dense_facts())]
+    short = {one.partition("/")[2].lower(): one for one in known} | {mini: mini for mini in MINIS}
     wanted = name.partition("/")[2].lower() or name.lower()
     near = [short[match] for match in get_close_matches(wanted, short, n=4, cutoff=0.4)]
     hint = f"one of {', '.join(near)}" if near else "moe-lab count, which lists the known models"

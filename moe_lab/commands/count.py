@@ -1,26 +1,47 @@
-"""``moe-lab count``: parameters and work of one model, of two side by side, of a mini and its
-original, with edits, of a trace's tokens.
+"""``moe-lab count``: parameters, memory and work of models side by side, of a mini beside its
+original, of a model beside what ``--set`` makes of it, of a trace's tokens.
 """
 
 import argparse
+import csv
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from moe_lab.accounting.cache_size import CacheSize, cache_size
 from moe_lab.accounting.flop_count import PHASES, FlopCount, flops
 from moe_lab.accounting.measured import ActiveDistribution, active_distribution
-from moe_lab.accounting.model_names import facts, find_model
+from moe_lab.accounting.model_names import dense_facts, facts, find_model
 from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, count
 from moe_lab.accounting.published import models
 from moe_lab.accounting.ratios import ratios
 from moe_lab.accounting.stored import StoredSize, stored_size
-from moe_lab.commands.options import add_number
+from moe_lab.commands.options import UNITS, add_number
 from moe_lab.cost.parts import Part
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.minis import MINIS, find_mini
+from moe_lab.number_format import magnitude
+from moe_lab.terminal import print_table, say, window_width
 
 _CONVENTION_TEXT = {"A": "everything", "B": "without lookups", "C": "without lookups and head"}
+BYTES = {"bf16": 2.0, "fp8": 1.0, "4 bits": 0.5}
+"""Bytes of one number, scales of quantized weights left out."""
+
+
+class Model(NamedTuple):
+    """A column: what was typed, ``--set`` in words, and what is counted of it."""
+
+    name: str
+    edits: str
+    counted: ParameterCount
+    work: dict[str, FlopCount]
+    cache: CacheSize
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} with {self.edits}" if self.edits else self.name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,23 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="ID_OR_PATH",
-        help="a published model, a mini (shown beside its original), a config.json or its "
-        "folder; two are compared",
+        help="published models (moe-lab list models), minis (shown beside their originals), "
+        "config.json files or their folders; several stand side by side",
     )
     parser.add_argument(
         "--set",
         action="append",
         metavar="FIELD=VALUE",
         default=[],
-        help="what if: another value of a field (repeatable)",
+        help="what if: another value of a field, counted beside the original; may be repeated",
     )
     add_number(
         parser,
         "--context",
         4096,
         whole=True,
+        units=UNITS,
         default=4096,
-        help="tokens of context for the operations per token",
+        help="tokens that a sequence has: for the operations per token and the cache",
     )
     add_number(parser, "--batch", 1, whole=True, default=1, help="sequences that decode together")
     parser.add_argument(
@@ -63,41 +85,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["hf"],
         help="fill what a configuration leaves out from transformers' class, and say so",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON (a list for two models)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON (a list for several models)")
+    form.add_argument("--csv", action="store_true", help="print CSV: section, quantity, models")
 
 
 def main(args: argparse.Namespace) -> int:
     if args.where is not None:
         alone = not (args.models or args.set or args.trace)
-        require(alone, "--where alone or with --json", "a model beside it")
-        return _list_where(args.where, args.json)
+        require(alone, "--where alone, with --json or --csv", "a model beside it")
+        return _list_where(args.where, args)
     if not args.models:
-        print("\n".join((*(entry["name"] for entry in facts()), *MINIS)))
+        names = (*(entry["name"] for entry in (*facts(), *dense_facts())), *MINIS)
+        print("\n".join(names))
         return 0
-    names = list(args.models)
-    if len(names) == 1 and names[0] in MINIS and not args.trace:
-        names.append(find_mini(names[0]).original)
-    require(len(names) <= 2, "one model, or two to compare", f"{len(names)} of them")
-    require(not args.trace or len(names) <= 1, "one model with --trace", "two of them")
     edits = dict(_edit(text) for text in args.set)
-    # What if is asked of what was named, not of the original that stands beside a mini.
-    counted = [
-        count(name, edits if number < len(args.models) else {}, defaults=args.defaults)
-        for number, name in enumerate(names)
-    ]
-    work = [
-        {phase: flops(one, args.context, phase, batch=args.batch) for phase in PHASES}
-        for one in counted
-    ]
-    measured = _measure(args.trace, counted[0]) if args.trace else None
+    require(
+        not args.trace or (len(args.models) == 1 and not edits),
+        "one model, without --set, with --trace",
+        "several",
+    )
+    columns = [column for name in args.models for column in _columns(name, edits, args)]
+    if len(args.models) == 1 and args.models[0] in MINIS and not args.trace:
+        columns.append(_column(find_mini(args.models[0]).original, {}, args))
+    measured = _measure(args.trace, columns[0].counted) if args.trace else None
     if args.json:
-        print(_as_json(names, counted, work, measured))
+        print(_as_json(columns, measured))
+    elif args.csv:
+        print(_as_csv(columns, measured), end="")
     else:
-        print("\n".join(_table(names, counted, work, measured, bool(edits))))
+        _print(columns, measured)
     return 0
 
 
-def _list_where(condition: str, as_json: bool) -> int:
+def _columns(name: str, edits: Mapping[str, Any], args: argparse.Namespace) -> list[Model]:
+    """The model, and beside it what the edits make of it."""
+    return [_column(name, {}, args), *([_column(name, edits, args)] if edits else [])]
+
+
+def _column(name: str, edits: Mapping[str, Any], args: argparse.Namespace) -> Model:
+    counted = count(name, edits, defaults=args.defaults)
+    work = {phase: flops(counted, args.context, phase, batch=args.batch) for phase in PHASES}
+    text = ", ".join(f"{field}={value}" for field, value in edits.items())
+    return Model(name, text, counted, work, cache_size(counted, args.context))
+
+
+def _list_where(condition: str, args: argparse.Namespace) -> int:
     """Print the published models of which ``condition`` holds, the newest last."""
     import polars as pl
 
@@ -109,20 +142,24 @@ def _list_where(condition: str, as_json: bool) -> int:
         first = (str(error).splitlines() or ["an error"])[0][:100]
         what = f"a condition on columns such as {', '.join(LISTED[1:])}"
         raise ConfigError(expected(what, f"{condition[:60]!r} ({first})")) from error
-    if as_json:
+    if args.json:
         print(found.with_columns(pl.col("date").cast(pl.String)).write_json())
-        return 0
-    for name, *values in [LISTED, *found.select(LISTED).iter_rows()]:
-        print(f"{name:44}" + "".join(f"{_listed(value):>28}" for value in values))
-    print(f"{len(found)} of {len(frame)} published models")
+    elif args.csv:
+        print(found.write_csv(), end="")
+    else:
+        terminal = window_width() is not None
+        print_table(
+            LISTED,
+            [
+                [magnitude(cell) if terminal and isinstance(cell, int) else cell for cell in row]
+                for row in found.select(LISTED).iter_rows()
+            ],
+        )
+        say(f"{len(found)} of {len(frame)} published models")
     return 0
 
 
 LISTED = ("name", "date", "total", "active", "sparsity", "expert_sparsity")
-
-
-def _listed(value: Any) -> str:
-    return _number(value) if isinstance(value, int | float) else str(value)
 
 
 def _edit(text: str) -> tuple[str, Any]:
@@ -154,74 +191,202 @@ def _measure(folder: str, counted: ParameterCount) -> ActiveDistribution:
     return active_distribution(counted, counts)
 
 
-def _as_json(
-    names: list[str],
-    counted: list[ParameterCount],
-    work: list[dict[str, FlopCount]],
-    measured: ActiveDistribution | None,
-) -> str:
+def _as_json(columns: Sequence[Model], measured: ActiveDistribution | None) -> str:
     rows = [
         {
-            "name": name,
-            **one.to_dict(),
-            "flops": {phase: done.to_dict() for phase, done in phases.items()},
+            "name": one.name,
+            **({"edits": one.edits} if one.edits else {}),
+            **one.counted.to_dict(),
+            "weight_bytes": {form: size * one.counted.total for form, size in BYTES.items()},
+            "cache": one.cache.to_dict()
+            | {
+                f"bytes_{what}": {
+                    form: BYTES[form] * getattr(one.cache, what) for form in ("bf16", "fp8")
+                }
+                for what in ("per_token", "growth", "at_context", "state")
+            },
+            "flops": {phase: done.to_dict() for phase, done in one.work.items()},
         }
-        for name, one, phases in zip(names, counted, work, strict=True)
+        for one in columns
     ]
-    for row, name in zip(rows, names, strict=True):
-        if (size := _stored(name)) is not None:
+    for row, one in zip(rows, columns, strict=True):
+        if (size := _stored(one.name)) is not None:
             row["stored"] = vars(size)
     if measured is not None:
         rows[0]["measured"] = measured.to_dict()
     return json.dumps(rows[0] if len(rows) == 1 else rows, indent=1)
 
 
+def _as_csv(columns: Sequence[Model], measured: ActiveDistribution | None) -> str:
+    """A row for each quantity, numbers in full."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["section", "quantity", *(one.title for one in columns)])
+    for title, rows in _sections(columns, measured):
+        table.writerows([title, name.strip(), *values] for name, values in rows)
+    return out.getvalue()
+
+
 # --------------------------------------------------------------------------------------------------
 # text
 
 Row = tuple[str, list[float | None]]
+Sections = list[tuple[str, list[Row]]]
 
 
-def _table(
-    names: list[str],
-    counted: list[ParameterCount],
-    work: list[dict[str, FlopCount]],
-    measured: ActiveDistribution | None,
-    edited: bool,
-) -> list[str]:
-    blocks = [
+def _print(columns: Sequence[Model], measured: ActiveDistribution | None) -> None:
+    width, sections = window_width(), _sections(columns, measured)
+    if width is None:
+        head = ["section", "quantity", *(one.title for one in columns)]
+        print_table(
+            head,
+            [(title, name.strip(), *values) for title, rows in sections for name, values in rows],
+        )
+    else:
+        print("\n".join(_table(columns, sections, width)))
+    for note in _notes(columns):
+        say(note)
+
+
+def _sections(columns: Sequence[Model], measured: ActiveDistribution | None) -> Sections:
+    counted, work = [one.counted for one in columns], [one.work for one in columns]
+    context = columns[0].cache.context
+    batch = work[0]["decode"].batch
+    sections: Sections = [
         ("parameters", list(_parameter_rows(counted))),
+        ("active parameters per token", list(_active_rows(counted))),
         (
-            "active parameters per token (mean, and range where it varies)",
-            list(_active_rows(counted)),
+            "weights, GB",
+            [(form, [size * one.total / 1e9 for one in counted]) for form, size in BYTES.items()],
+        ),
+        ("cache of one sequence", list(_cache_rows([one.cache for one in columns]))),
+        (
+            f"bytes that decoding reads per token, batch {batch}, context {context:,}",
+            list(_read_rows(columns)),
         ),
         ("ratios, embeddings told apart", list(_ratio_rows(counted))),
-        (
-            f"operations per token at a context of {work[0]['train'].context:,}",
-            list(_work_rows(work)),
-        ),
+        (f"operations per token at a context of {context:,}", list(_work_rows(work))),
     ]
-    lines = ["  ".join(_heading(names))]
-    for title, rows in blocks:
-        lines += ["", title, *(_line(row) for row in rows)]
     if measured is not None:
-        lines += ["", *_measured_lines(measured)]
-    for name, one, phases in zip(names, counted, work, strict=True):
-        assumed = phases["decode"].assumed
-        lines += [] if edited else _published_lines(name)
-        lines += [f"\n{name}: {find_mini(name).left_out}"] if name in MINIS else []
-        notes = (
-            [f"{one.phantom:,} further rows are stored or allocated by transformers and never read"]
-            if one.phantom
-            else []
-        )
-        lines += (
-            [f"\n{name}: assumed", *(f"  {sentence}" for sentence in assumed)] if assumed else []
-        )
-        if (size := _stored(name)) is not None and not edited:
-            notes = [*notes, size.sentence(one.total, one.mtp)]
-        lines += [f"\n{name}: {note}" for note in notes]
-    return lines
+        title = f"measured over {measured.tokens:,} tokens (convention {measured.convention})"
+        sections.append((title, _measured_rows(measured)))
+    return [(title, rows) for title, rows in sections if rows]
+
+
+def _cache_rows(caches: Sequence[CacheSize]) -> Iterable[Row]:
+    context = caches[0].context
+    for form in ("bf16", "fp8"):
+        yield f"bytes per token, {form}", [BYTES[form] * one.per_token for one in caches]
+    if any(one.growth != one.per_token for one in caches):
+        grown = [BYTES["bf16"] * one.growth for one in caches]
+        yield "  once all windows are full, bf16", grown
+    if any(one.state for one in caches):
+        yield "bytes whatever the length, bf16", [BYTES["bf16"] * one.state for one in caches]
+    for form in ("bf16", "fp8"):
+        kept = [BYTES[form] * one.at_context / 1e9 for one in caches]
+        yield f"GB at {context:,} tokens, {form}", kept
+
+
+def _read_rows(columns: Sequence[Model]) -> Iterable[Row]:
+    weights = [one.work["decode"].weight_bytes_per_token for one in columns]
+    cache = [BYTES["bf16"] * one.cache.at_context for one in columns]
+    yield "weights, bf16", list(weights)
+    yield "cache, bf16, if all of it is read", list(cache)
+    if columns[0].work["decode"].batch > 1:
+        experts = [one.work["decode"].distinct_experts for one in columns]
+        yield "distinct experts of a layer", experts
+    yield (
+        "weights of a prefill, in all, bf16",
+        [one.work["prefill"].weight_bytes for one in columns],
+    )
+
+
+DECODING = (
+    "assumed of decoding: a step reads each weight once for its whole batch, and of the experts "
+    "those that the tokens choose, each on its own and all experts equally often; scales of "
+    "quantized numbers, looked-up rows and MTP modules are left out"
+)
+
+
+def _notes(columns: Sequence[Model]) -> Iterable[str]:
+    yield f"\n{DECODING}"
+    for one in columns:
+        if not one.edits:
+            yield from _published_lines(one.name)
+            if one.name in MINIS:
+                yield f"\n{one.name}: {find_mini(one.name).left_out}"
+        if assumed := one.work["train"].assumed:
+            yield f"\n{one.title}: assumed"
+            yield from (f"  {sentence}" for sentence in assumed)
+        if one.counted.phantom:
+            rows = f"{one.counted.phantom:,} further rows"
+            yield f"\n{one.title}: {rows} are stored or allocated by transformers and never read"
+        if not one.edits and (size := _stored(one.name)) is not None:
+            yield f"\n{one.name}: {size.sentence(one.counted.total, one.counted.mtp)}"
+
+
+def _table(columns: Sequence[Model], sections: Sections, width: int) -> list[str]:
+    """Columns as wide as they need; with short numbers, and then below each other, where the window
+    is narrow.
+    """
+    label = max(len(name) for _, rows in sections for name, _ in rows)
+    heads = [
+        one.title.replace("/", "/\n").replace(" with ", "\nwith ").split("\n") for one in columns
+    ]
+
+    def sizes(write: Any) -> list[int]:
+        return [
+            max(
+                *map(len, head),
+                *(len(write(values[place])) for _, rows in sections for _, values in rows),
+            )
+            for place, head in enumerate(heads)
+        ]
+
+    ratio = 10 if len(columns) == 2 else 0
+    room = width - label - ratio
+    write = next(
+        (form for form in (_number, _short) if sum(sizes(form)) + 2 * len(columns) <= room), _short
+    )
+    lines: list[str] = []
+    groups = _groups(sizes(write), room)
+    for group in groups:
+        tall = max(len(heads[place]) for place in group)
+        wide = {place: sizes(write)[place] for place in group}
+        paired = ratio and len(group) == 2
+        for level in range(tall):
+            cells = (
+                f"  {([''] * (tall - len(heads[place])) + heads[place])[level]:>{wide[place]}}"
+                for place in group
+            )
+            last = f"{'ratio':>{ratio}}" if paired and level == tall - 1 else ""
+            lines.append((" " * label + "".join(cells) + last).rstrip())
+        for title, rows in sections:
+            lines += ["", title]
+            for name, values in rows:
+                cells = (f"  {write(values[place]):>{wide[place]}}" for place in group)
+                last = _ratio(values, ratio) if paired else ""
+                lines.append((f"{name:{label}}" + "".join(cells) + last).rstrip())
+        lines.append("")
+    return lines[:-1]
+
+
+def _groups(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Which columns stand side by side in ``room`` characters."""
+    groups: list[list[int]] = []
+    left = 0
+    for place, size in enumerate(sizes):
+        if not groups or size + 2 > left:
+            groups.append([])
+            left = room
+        groups[-1].append(place)
+        left -= size + 2
+    return groups
+
+
+def _ratio(values: Sequence[float | None], width: int) -> str:
+    first, last = values
+    return f"{last / first:>{width}.3f}" if first and last is not None else ""
 
 
 def _stored(name: str) -> StoredSize | None:
@@ -237,19 +402,13 @@ def _published_lines(name: str) -> list[str]:
     active = published.get("active")
     if active is None and "active_min" in published:
         active = f"{published['active_min']} to {published['active_max']}"
-    figures = f"{published['total']} total, " + (
-        f"{active} active in convention {published['convention']}" if active else "no active figure"
-    )
+    figures = f"{published['total']} total"
+    if active:
+        figures += f", {active} active in convention {published['convention']}"
+    elif "convention" in published:
+        figures += ", no active figure"
     note = f"; {entry['note']}" if "note" in entry else ""
     return [f"\n{name}: published as {figures} ({published['source']}){note}"]
-
-
-def _heading(names: list[str]) -> list[str]:
-    return [
-        f"{'':34}",
-        *(f"{name[-34:]:>34}" for name in names),
-        *(["       ratio"] if len(names) == 2 else []),
-    ]
 
 
 def _parameter_rows(counted: list[ParameterCount]) -> Iterable[Row]:
@@ -299,7 +458,7 @@ _RATIOS = {
 }
 
 
-def _work_rows(work: list[dict[str, FlopCount]]) -> Iterable[Row]:
+def _work_rows(work: Sequence[Mapping[str, FlopCount]]) -> Iterable[Row]:
     yield "forward", [phases["train"].forward for phases in work]
     for part in dict.fromkeys(part for phases in work for part in phases["train"].by_part):
         yield (
@@ -310,51 +469,31 @@ def _work_rows(work: list[dict[str, FlopCount]]) -> Iterable[Row]:
     if any(phases["prefill"].forward != phases["train"].forward for phases in work):
         yield "prefill", [phases["prefill"].forward for phases in work]
     yield "decoding the next token", [phases["decode"].forward for phases in work]
-    batch = work[0]["decode"].batch
-    yield (
-        f"weight bytes per token, batch {batch}",
-        [phases["decode"].weight_bytes_per_token for phases in work],
-    )
-    yield (
-        "weight bytes of a prefill, in all",
-        [phases["prefill"].weight_bytes for phases in work],
-    )
-    if batch > 1:
-        yield "  distinct experts per layer", [phases["decode"].distinct_experts for phases in work]
-
-
-def _line(row: Row) -> str:
-    name, values = row
-    cells = [f"{_number(value):>34}" for value in values]
-    first, last = values[0], values[-1]
-    ratio = [f"{last / first:>12.3f}"] if len(values) == 2 and first and last is not None else []
-    return "  ".join([f"{name:34}", *cells, *ratio]).rstrip()
 
 
 def _number(value: float | None) -> str:
-    """Whole numbers in full with their short form beside, the rest with four digits."""
+    """Large numbers in full with their short form beside, the rest with four digits."""
+    large = value is not None and abs(value) >= 1e4
+    return f"{value:,.0f} ({_short(value)})" if large else _short(value)
+
+
+def _short(value: float | None) -> str:
+    """Four digits, from 10,000 on with a letter."""
     if value is None:
         return "-"
-    if abs(value) < 1e4:
-        return f"{value:.4g}"
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value:,.0f} ({value / unit:.4g}{letter})"
-    return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1e4 else magnitude(value, 4)
 
 
-def _measured_lines(measured: ActiveDistribution) -> list[str]:
+def _measured_rows(measured: ActiveDistribution) -> list[Row]:
     least, mean, most = measured.nominal
-    rows: list[Row] = [
+    return [
         ("mean", [measured.mean]),
         ("standard deviation", [measured.sd]),
-        ("lowest, highest token", [measured.lowest, measured.highest]),
-        ("5 %, 95 % of tokens", [measured.quantiles[0.05], measured.quantiles[0.95]]),
+        ("lowest token", [measured.lowest]),
+        ("highest token", [measured.highest]),
+        ("5 % of tokens", [measured.quantiles[0.05]]),
+        ("95 % of tokens", [measured.quantiles[0.95]]),
         ("nominal mean", [float(mean)]),
-        ("nominal range", [float(least), float(most)]),
+        ("nominal least", [float(least)]),
+        ("nominal most", [float(most)]),
     ]
-    cells = (
-        f"{name:34}  " + "  ".join(f"{_number(value):>34}" for value in values)
-        for name, values in rows
-    )
-    return [f"measured over {measured.tokens:,} tokens (convention {measured.convention})", *cells]

@@ -18,6 +18,8 @@ from moe_lab.commands.options import (
     print_frame,
     print_json,
 )
+from moe_lab.progress import shown
+from moe_lab.terminal import say
 
 if TYPE_CHECKING:
     import polars as pl
@@ -84,7 +86,8 @@ def main(args: argparse.Namespace) -> int:
         if is_trace
         else args.source / STUDY_FOLDER
     )
-    tables = _of_trace(args) if is_trace else _of_run(args)
+    with shown(not args.json):
+        tables = _of_trace(args) if is_trace else _of_run(args)
     for name, table in tables.items():
         write_parquet(out / f"{name}.parquet", table)
     verdict, sentence = study_verdict(tables["association"])
@@ -96,8 +99,9 @@ def main(args: argparse.Namespace) -> int:
         return 0
     _print(tables)
     print(f"verdict: {verdict}")
-    print(sentence)
-    print(f"tables: {out}; `moe-lab report {shlex.quote(str(args.source))}` draws them")
+    say(sentence)
+    print(f"tables: {out}")
+    print(f"next: moe-lab report {shlex.quote(str(args.source))}")
     return 0
 
 
@@ -192,10 +196,11 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
 def _print(tables: "dict[str, pl.DataFrame]") -> None:
     from moe_lab.analysis.difficulty.association import SHOWN
 
-    print_frame(tables["association"].select(SHOWN), explain=True)
+    optional = ("n_docs", "n_tokens", "rho_strata", "q")
+    print_frame(tables["association"].select(SHOWN), explain=True, optional=optional)
     if "gain" in tables:
         row = tables["gain"].row(0, named=True)
-        print(
+        say(
             "marginal gain: rank correlation with ffn_count within ids "
             f"{row['rho_token'] or 0:+z.3f} ({row['verdict']})"
         )

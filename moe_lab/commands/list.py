@@ -63,9 +63,10 @@ def _laws() -> Iterable[tuple[str, str]]:
 
 
 def _models() -> Iterable[tuple[str, str]]:
-    from moe_lab.accounting.model_names import facts
+    from moe_lab.accounting.model_names import dense_facts, facts
 
-    return ((entry["name"], entry["date"]) for entry in facts())
+    yield from ((entry["name"], entry["date"]) for entry in facts())
+    yield from ((entry["name"], "dense") for entry in dense_facts())
 
 
 def _minis() -> Iterable[tuple[str, str]]:

@@ -3,11 +3,13 @@
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_lab.errors import MoELabError, expected
+from moe_lab.number_format import count_of
+from moe_lab.terminal import fits, print_table, say, window_width
 
 if TYPE_CHECKING:
     import polars as pl
@@ -202,27 +204,48 @@ def terms(*names: str) -> str:
     return "; ".join(f"{name}: {TERMS[name]}" for name in names if name in TERMS)
 
 
-def print_frame(frame: "pl.DataFrame", *, explain: bool = False) -> None:
-    """Print all rows and the columns that hold a value; what rounds to zero has no sign.
+def print_frame(
+    frame: "pl.DataFrame", *, explain: bool = False, optional: Sequence[str] = ()
+) -> None:
+    """Print all rows and the columns that hold a value (``terminal.print_table``).
 
-    With ``explain`` also what their names mean, where they are in ``TERMS``.
+    With ``explain`` also what their names mean, where they are in ``TERMS``. Of the ``optional``
+    columns, in this order, those are left out that a narrow terminal has no room for.
     """
-    import polars as pl
-    import polars.selectors as cs
-
     shown = frame.select(column for column in frame if column.null_count() < frame.height)
-    shown = shown.with_columns(cs.float().round(3) + 0.0)
-    with pl.Config(
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_width_chars=200,
-        float_precision=3,
-        tbl_hide_dataframe_shape=True,
-        tbl_hide_column_data_types=True,
-    ):
-        print(shown)
+    width = window_width()
+    for name in optional:
+        if fits(shown.columns, shown.rows(), width):
+            break
+        shown = shown.drop(name, strict=False)
+    print_table(shown.columns, shown.rows())
     if explain and (line := terms(*shown.columns)):
-        print(line)
+        say(line)
+
+
+def layers_of(folder: Path) -> "pl.DataFrame":
+    """The load's unevenness, and mean and spread of ``ffn_count`` where the source recorded it, per
+    layer of the trace in a folder.
+    """
+    from moe_lab.analysis import ffn_spread, load_summary
+    from moe_lab.trace import open_trace
+
+    trace = open_trace(folder)
+    load = load_summary(trace)
+    recorded = trace.meta.per_token and trace.meta.zero_experts_known
+    return ffn_spread(trace).join(load, on="layer") if recorded else load
+
+
+def load_sentence(layers: "pl.DataFrame") -> str:
+    """The load of all layers in a sentence, from ``layers_of``."""
+    worst = layers.sort("load_cv", descending=True, nulls_last=True).row(0, named=True)
+    if worst["load_cv"] is None:
+        return "load: no real expert ran"
+    return (
+        f"load over {count_of(len(layers), 'MoE layer')}: mean CV {layers['load_cv'].mean():.2f} "
+        f"(0 is even), worst in layer {worst['layer']} with CV {worst['load_cv']:.2f} and MaxVio "
+        f"{worst['max_violation']:.2f}; {count_of(int(layers['dead'].sum()), 'dead expert')}"
+    )
 
 
 def print_json(value: Any) -> None:

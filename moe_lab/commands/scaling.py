@@ -4,7 +4,6 @@ of one's own, a law fitted to them.
 
 import argparse
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_lab.commands.options import UNITS, add_json, add_number, add_out, print_json
 from moe_lab.errors import AnalysisError, MoELabError, expected, require
 from moe_lab.number_format import magnitude
+from moe_lab.terminal import print_table, say
 
 if TYPE_CHECKING:
     import polars as pl
@@ -216,9 +216,9 @@ def step(args: argparse.Namespace) -> int:
     if args.json:
         print(table.write_json())
         return 0
-    print(f"+{magnitude(args.add)} on {magnitude(routed)} is {_growth(args.add, routed)}.")
+    say(f"+{magnitude(args.add)} on {magnitude(routed)} is {_growth(args.add, routed)}.")
     if not args.included and args.routed is None:
-        print(
+        say(
             f"If the {magnitude(args.total)} hold the {magnitude(args.add)} already "
             f"(--included), it is {_growth(args.add, routed - args.add)}."
         )
@@ -234,21 +234,20 @@ def step(args: argparse.Namespace) -> int:
         )
         for row in table.iter_rows(named=True)
     ]
-    _table(
+    print_table(
         ("law", "nats", "compute", "seeds to see it", "beyond the runs it was fitted on"),
         rows,
-        left=(0, 4),
     )
     least, most = table["gain"].min(), table["gain"].max()
-    print(
+    say(
         f"The laws expect {least:.4f} to {most:.4f} nats. Seeds: of each arm, for the gain to "
         f"be seen nine times in ten at a noise of"
     )
-    print(
+    say(
         f"{args.noise:g} nats between seeds; - where none is expected. A note names the "
         f"range that a law was fitted on if this step leaves it."
     )
-    print(_cautions([str(name) for name in table["law"]]))
+    say(_cautions([str(name) for name in table["law"]]))
     return 0
 
 
@@ -295,9 +294,9 @@ def verdict(args: argparse.Namespace) -> int:
 
 def _print(study: "WallStudy") -> None:
     verdicts = study.verdicts.items()
-    print("\n\n".join(_verdict_text(study, tokens, one) for tokens, one in verdicts))
+    say("\n\n".join(_verdict_text(study, tokens, one) for tokens, one in verdicts))
     for tokens, one in verdicts:
-        print(f"\nGains per doubling{_at(tokens)}")
+        say(f"\nGains per doubling{_at(tokens)}")
         rows = [
             (
                 f"{g.ratio_from:g}",
@@ -308,18 +307,18 @@ def _print(study: "WallStudy") -> None:
             )
             for g in one.gains
         ]
-        _table(("from", "to", "nats", "90 % interval", "compute"), rows)
+        print_table(("from", "to", "nats", "90 % interval", "compute"), rows)
     if study.alternatives.height:
-        print("\nInstead of more experts, at the same total: loss less that of the experts")
+        say("\nInstead of more experts, at the same total: loss less that of the experts")
         header = ("alternative", "ratio", "pairs", "nats", "95 % interval", "compute", "result")
         rows = [_alternative(row) for row in study.alternatives.iter_rows(named=True)]
-        _table(header, rows, left=(0, 6))
+        print_table(header, rows)
     if study.settles:
-        print(f"\nWhat would settle it: {study.settles}.")
+        say(f"\nWhat would settle it: {study.settles}.")
     for name, best in study.optima.items():
-        print(f"\nW4, apart from the verdict, arm {name}: {best.sentence}")
-    print("\nWhat else could have made or hidden a wall")
-    _table(("confound", "status", "detail"), study.confounds.rows(), left=(0, 1, 2))
+        say(f"\nW4, apart from the verdict, arm {name}: {best.sentence}")
+    say("\nWhat else could have made or hidden a wall")
+    print_table(("confound", "status", "detail"), study.confounds.rows())
 
 
 def _alternative(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -448,30 +447,28 @@ def fit(args: argparse.Namespace) -> int:
     unit = "ln loss" if result.log else "loss, nats"
     how = "squares" if args.squares or not result.log else "Huber 1e-3"
     arm = f" of arm {arm}" if arm else ""
-    print(
-        f"{result.law.title} ({result.law.source}) on {result.runs} runs{arm}, by {how} on {unit}"
-    )
-    _table(
+    say(f"{result.law.title} ({result.law.source}) on {result.runs} runs{arm}, by {how} on {unit}")
+    print_table(
         ("coefficient", "value", "95 % interval"),
         [_coefficient(result, name, value) for name, value in result.coefficients.items()],
     )
     if result.unidentified:
-        print(
+        say(
             f"not identified: {', '.join(result.unidentified)}; these runs do not vary what would "
             "tell them apart (one size, or tokens tied to it)"
         )
-    print(
+    say(
         f"objective {result.objective:.10g}, rmse of {unit} {result.rmse:.4g}, "
         f"AICc {result.aicc:.2f}"
     )
     if result.agreed < 0.25:
-        print(
+        say(
             f"only {result.agreed:.0%} of the best starts ended here: the runs hardly fix these "
             "coefficients"
         )
     _print_quality(found)
     caution = _cautions([result.law.name]) if result.law.name in scaling.LAWS else ""
-    print("\n".join(text for text in (limit, caution) if text))
+    say("\n".join(text for text in (limit, caution) if text))
     return 0
 
 
@@ -515,14 +512,14 @@ def _print_quality(found: "Quality") -> None:
         if found.seed_sd
         else "repeated runs agree to the bit"
     )
-    print(f"R2 of the loss {found.r2:.4f}; rmse {found.rmse:.4f} nats, {seeds}")
+    say(f"R2 of the loss {found.r2:.4f}; rmse {found.rmse:.4f} nats, {seeds}")
     rows = [
         (f"{size:.4g}", runs, f"{bias:+z.4f}", f"{rmse:.4f}")
         for size, runs, bias, rmse in found.by_size.rows()
     ]
-    _table((found.by_size.columns[0], "runs", "bias, nats", "rmse, nats"), rows)
+    print_table((found.by_size.columns[0], "runs", "bias, nats", "rmse, nats"), rows)
     for value, runs, bias, rmse in found.held_out.rows():
-        print(
+        say(
             f"held out, {found.variable} {value:.4g} ({runs} runs): predicted less measured "
             f"{bias:+z.4f} nats, rmse {rmse:.4f}"
         )
@@ -532,7 +529,7 @@ def _print_quality(found: "Quality") -> None:
             (row["law"], row["coefficients"], f"{row['delta']:.1f}")
             for row in found.rivals.iter_rows(named=True)
         ]
-        _table(header, rows)
+        print_table(header, rows)
 
 
 def _fit_json(result: "Fit", found: "Quality", limit: str) -> dict[str, Any]:
@@ -553,19 +550,3 @@ def _fit_json(result: "Fit", found: "Quality", limit: str) -> dict[str, Any]:
         **tables,
         "saturation": limit or None,
     }
-
-
-def _table(
-    header: tuple[str, ...], rows: list[tuple[Any, ...]], left: tuple[int, ...] = (0,)
-) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for number, title in enumerate(header):
-        table.add_column(title, justify="left" if number in left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)

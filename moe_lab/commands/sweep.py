@@ -21,6 +21,7 @@ from moe_lab.commands.options import (
     text_changes,
 )
 from moe_lab.errors import MoELabError, expected, require
+from moe_lab.terminal import dot_plot, print_table, say, window_width
 
 if TYPE_CHECKING:
     import polars as pl
@@ -219,14 +220,13 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         print(frame.write_json())
         return 0
-    from rich.console import Console
-
-    Console().print(sweeps.plan_table(frame))
+    print_table(sweeps.PLAN_COLUMNS, sweeps.plan_rows(frame))
+    print(sweeps.plan_totals(frame))
     device = sweep.runs[0].device
     if (room := sweeps.free_memory(device)) and (
         line := sweeps.too_large(dict(frame.select("name", "memory_bytes").rows()), room)
     ):
-        print(line)
+        say(line)
     if not args.no_calibration:
         print(f"about {sweeps.wall_minutes(frame, args.workers):.1f} minutes in all")
     return 0
@@ -236,8 +236,6 @@ def _power(args: argparse.Namespace, frame: "pl.DataFrame") -> int:
     """The chance of each verdict of the sweep's main arm, and the cheapest design that settles
     every truth.
     """
-    from rich.console import Console
-
     from moe_lab import sweeps
     from moe_lab.scaling import parse_truth, plan_power
 
@@ -269,9 +267,10 @@ def _power(args: argparse.Namespace, frame: "pl.DataFrame") -> int:
             }
         )
         return 0
-    print(sweeps.power_text(power, speed))
-    Console(width=None if sys.stdout.isatty() else 120).print(sweeps.power_table(power))
-    print(sweeps.cheapest_text(power, speed))
+    say(sweeps.power_text(power, speed))
+    names = [name.replace("_", " ") for name in sweeps.POWER_COLUMNS]
+    print_table(["were the truth", *names], sweeps.power_rows(power))
+    say(sweeps.cheapest_text(power, speed))
     return 0
 
 
@@ -294,7 +293,7 @@ def run(args: argparse.Namespace) -> int:
         max_flops=args.max_flops,
         retry_failed=args.retry_failed,
     )
-    page = None
+    page, judged = None, None
     if outcome.finished and not outcome.interrupted:
         from moe_lab.report import write_report
 
@@ -309,6 +308,7 @@ def run(args: argparse.Namespace) -> int:
                 title=f"moe_lab report: {folder.name if folder == out else out}",
                 command=_command(args),
             )
+            judged = _judged(folder)
     if args.json:
         failed = [
             {"run": run.run, "name": run.name, "reason": run.reason} for run in outcome.failed
@@ -319,7 +319,8 @@ def run(args: argparse.Namespace) -> int:
             "interrupted": outcome.interrupted,
             "stopped": outcome.stopped,
         }
-        print_json(ended | {"report": page, "out": out})
+        verdict = None if judged is None else {"verdict": judged[0], "sentence": judged[1]}
+        print_json(ended | {"verdict": verdict, "report": page, "out": out})
     else:
         minutes = f"{outcome.seconds / 60:.1f} minutes"
         print(f"{len(outcome.finished)} of {len(sweep.runs)} runs finished in {minutes}")
@@ -332,10 +333,31 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         if outcome.stopped:
-            print(outcome.stopped)
+            say(outcome.stopped)
+        if judged is not None:
+            print("\n".join(judged[2]))
+            say(f"verdict: {judged[1]}")
         if page is not None:
             print(f"report: {page}")
+            print(f"next: moe-lab scaling verdict {shlex.quote(str(out))}")
     return 130 if outcome.interrupted else 2 if outcome.failed else 0
+
+
+def _judged(folder: Path) -> tuple[str, str, list[str]]:
+    """The verdict on the finished runs, its sentence, and loss against ratio as lines of text."""
+    from moe_lab.scaling import read_runs, wall_study
+
+    try:
+        study = wall_study(read_runs(folder))
+    except MoELabError as error:
+        return "cannot tell", f"cannot tell: {error}", []
+    runs = study.judged.filter(study.judged["tokens"] == study.judged["tokens"].max())
+    losses = runs.group_by("ratio").agg("loss").sort("ratio")
+    rows = [(f"ratio {ratio:g}", values) for ratio, values in losses.rows()]
+    arm = f" of arm {study.arm}" if study.arm else ""
+    title = f"loss{arm} in nats/token at each ratio: mean (o) and range of its seeds"
+    lines = [title, *dot_plot(rows, window_width() or 100)]
+    return study.verdict.outcome.value, study.verdict.sentence, lines
 
 
 def _launcher_options(texts: list[str]) -> dict[str, str]:
@@ -352,8 +374,10 @@ def status(args: argparse.Namespace) -> int:
     if args.json:
         print(frame.write_json())
         return 0
+    shown = sweeps.status_rows(frame)
+    print_table(shown.columns, shown.rows())
     for line in sweeps.status_lines(frame):
-        print(line)
+        say(line)
     return 0
 
 

@@ -4,8 +4,10 @@ tokens of a text.
 
 import argparse
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moe_lab.commands.options import (
     UNITS,
@@ -13,6 +15,8 @@ from moe_lab.commands.options import (
     add_json,
     add_number,
     add_out,
+    layers_of,
+    load_sentence,
     print_frame,
     print_json,
 )
@@ -24,9 +28,8 @@ from moe_lab.errors import (
     expected,
     require,
 )
-
-if TYPE_CHECKING:
-    import polars as pl
+from moe_lab.progress import shown
+from moe_lab.terminal import say
 
 KINDS = (
     "vllm",
@@ -162,6 +165,8 @@ SHOWN = (
     *("load_cv", "max_violation", "effective_experts", "dead"),
 )
 """Columns of the printed table; ``--json`` has all."""
+OPTIONAL = ("n_tokens", "n_docs", "effective_experts", "sd_lo", "sd_hi")
+"""Those that a narrow terminal leaves out, the first of them first."""
 _SHARED = {"run", "out", "overwrite", "json", "device"}
 _TEXT = {"text", "text_column", "max_tokens"}
 _READ_BY = {
@@ -240,7 +245,7 @@ def _import(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         **sizes,
     )
-    return _report(args, {"tokens": trace.num_tokens, "notes": list(trace.meta.notes)}, args.out)
+    return _report(args, {"tokens": trace.num_tokens}, trace.meta.notes, args.out)
 
 
 def _pretrained(args: argparse.Namespace) -> int:
@@ -257,35 +262,34 @@ def _pretrained(args: argparse.Namespace) -> int:
         batch_tokens=args.batch_tokens,
         loading=Loading(args.dtype, args.device, args.device_map, args.trust_remote_code),
         created_from="moe-lab trace --hf",
+        progress=not args.json,
         overwrite=args.overwrite,
     )
     loss = trace.tokens.select("loss").collect()["loss"].mean()
     documents = trace.tokens.select("doc").collect()["doc"].n_unique()
-    return _report(
-        args,
-        {
-            "loss": loss,
-            "tokens": trace.num_tokens,
-            "documents": documents,
-            "notes": list(trace.meta.notes),
-        },
-        args.out,
-    )
+    summary = {"loss": loss, "tokens": trace.num_tokens, "documents": documents}
+    return _report(args, summary, trace.meta.notes, args.out)
 
 
-def _report(args: argparse.Namespace, summary: dict, out: Path) -> int:
-    layers = _layers(out)
+def _report(
+    args: argparse.Namespace, summary: dict[str, Any], notes: Sequence[str], out: Path
+) -> int:
+    """The layers, then the load, the loss and the next command."""
+    layers = layers_of(out)
     if args.json:
-        print_json(summary | {"trace": out, "layers": layers.to_dicts()})
+        print_json(summary | {"notes": notes, "trace": out, "layers": layers.to_dicts()})
         return 0
-    print_frame(layers.select(name for name in SHOWN if name in layers.columns), explain=True)
+    shown_columns = [name for name in SHOWN if name in layers.columns]
+    print_frame(layers.select(shown_columns), explain=True, optional=OPTIONAL)
+    for note in notes:
+        say(f"note: {note}")
+    say(load_sentence(layers))
     parts = [f"{value:,} {name}" for name, value in summary.items() if isinstance(value, int)]
-    if isinstance(summary.get("loss"), float):
-        parts.append(f"{summary['loss']:.4f} nats/token")
-    print(", ".join(parts))
-    for note in summary["notes"]:
-        print(f"note: {note}")
+    units = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
+    parts += [f"{summary[name]:.4f} {unit}" for name, unit in units.items() if summary.get(name)]
+    say(", ".join(parts))
     print(f"trace: {out}")
+    print(f"next: moe-lab report {shlex.quote(str(out))}")
     return 0
 
 
@@ -306,47 +310,23 @@ def _run(args: argparse.Namespace) -> int:
         for document in documents
     ]
     meta = trace_meta(run.config, run.tokenizer.hash, corpus.hash)
-    evaluation = evaluate(
-        run.model,
-        documents,
-        run.tokenizer,
-        seq_length=run.config.seq_length,
-        excerpts=[Excerpt(index, 0, length) for index, length in enumerate(lengths) if length > 1],
-        trace=(out, meta.replace(max_tokens=args.max_tokens)),
-        overwrite=args.overwrite,
-    )
-    layers = _layers(out)
-    if args.json:
-        summary = {
-            "loss": evaluation.loss,
-            "bits_per_byte": evaluation.bits_per_byte,
-            "tokens": evaluation.num_tokens,
-        }
-        print_json(
-            summary
-            | {"documents": evaluation.num_documents, "trace": out, "layers": layers.to_dicts()}
+    with shown(not args.json):
+        evaluation = evaluate(
+            run.model,
+            documents,
+            run.tokenizer,
+            seq_length=run.config.seq_length,
+            excerpts=[
+                Excerpt(index, 0, length) for index, length in enumerate(lengths) if length > 1
+            ],
+            trace=(out, meta.replace(max_tokens=args.max_tokens)),
+            overwrite=args.overwrite,
         )
-        return 0
-    print_frame(layers.select(name for name in SHOWN if name in layers.columns), explain=True)
-    print(
-        f"{evaluation.num_documents} documents, {evaluation.num_tokens:,} predicted tokens, "
-        f"{evaluation.loss:.4f} nats/token, "
-        f"{evaluation.bits_per_byte:.4f} bits/byte"
-    )
-    if corpus.num_repeated:
-        print(f"note: documents left out because they repeat another's text: {corpus.num_repeated}")
-    print(f"trace: {out}")
-    return 0
-
-
-def _layers(folder: Path) -> "pl.DataFrame":
-    """The load's unevenness, and mean and spread of ``ffn_count`` where the source recorded it, per
-    layer.
-    """
-    from moe_lab.analysis import ffn_spread, load_summary
-    from moe_lab.trace import open_trace
-
-    trace = open_trace(folder)
-    load = load_summary(trace)
-    recorded = trace.meta.per_token and trace.meta.zero_experts_known
-    return ffn_spread(trace).join(load, on="layer") if recorded else load
+    summary = {
+        "loss": evaluation.loss,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "tokens": evaluation.num_tokens,
+        "documents": evaluation.num_documents,
+    }
+    repeated = f"documents left out because they repeat another's text: {corpus.num_repeated}"
+    return _report(args, summary, [repeated] if corpus.num_repeated else [], out)

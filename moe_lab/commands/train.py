@@ -5,6 +5,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,14 +19,20 @@ from moe_lab.commands.options import (
     add_out,
     add_seed,
     add_text,
+    layers_of,
+    load_sentence,
     print_json,
     terms,
     text_config,
 )
 from moe_lab.errors import ConfigError, FieldError, expected, require
 from moe_lab.files import parse_json, read_regular
+from moe_lab.progress import shown, tell
+from moe_lab.runs.layout import TRACE
+from moe_lab.terminal import say
 
 if TYPE_CHECKING:
+    from moe_lab.progress import Meter
     from moe_lab.training import RunConfig
 
 SHOWN = ("load_cv", "max_violation", "mean_ffn_count")
@@ -126,15 +133,18 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     keep_freed_memory()
     config = run_config(args)
+    _refuse_too_large(config)
     folder = args.out or Path("runs") / "train" / config.hash()
     try:
-        result = train(
-            config,
-            folder,
-            on_step=None if args.json else _print_row,
-            parallel=args.parallel,
-            loggers=args.track,
-        )
+        with shown(not args.json) as meter:
+            tell("training", 0, config.steps)
+            result = train(
+                config,
+                folder,
+                on_step=None if args.json else lambda row: _print_row(row, config.steps, meter),
+                parallel=args.parallel,
+                loggers=args.track,
+            )
     except RankError as error:
         if error.reported:  # the rank that failed prints the one line
             return 2
@@ -146,12 +156,15 @@ def main(args: argparse.Namespace) -> int:
     else:
         record = result.record
         loss = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
-        print(f"validation loss {loss}, {record['eval_tokens']:,} tokens")
-        print(terms(*SHOWN))
+        say(terms(*SHOWN))
         print(f"{record['total_params']:,} parameters, {record['active_params']:,.0f} active")
         if record.get("sees_later_tokens"):
-            print(f"note: {LATER_TOKENS}")
+            say(f"note: {LATER_TOKENS}")
+        if (result.folder / TRACE).is_dir():
+            say(load_sentence(layers_of(result.folder / TRACE)))
+        say(f"validation loss {loss}, {record['eval_tokens']:,} tokens")
         print(f"run: {result.folder}")
+        print(f"next: moe-lab report {shlex.quote(str(result.folder))}")
     return 0
 
 
@@ -327,7 +340,24 @@ def _assign(values: dict[str, Any], item: str) -> None:
         values[leaf] = raw
 
 
-def _print_row(row: dict[str, Any]) -> None:
+def _refuse_too_large(config: "RunConfig") -> None:
+    """Refuse a run that is expected to need more memory than is free; ranks that share a model are
+    not checked.
+    """
+    from moe_lab.sweeps import free_memory, run_memory
+
+    need, room = run_memory(config), free_memory(config.device)
+    if room is not None and need > room and os.environ.get("WORLD_SIZE", "1") == "1":
+        what = f"a run within the {room / 1e9:,.1f} GB of memory that runs may take here"
+        hint = "fewer --experts, or --set model.num_layers=2"
+        raise ConfigError(expected(what, f"one that needs {need / 1e9:,.1f} GB", hint))
+
+
+def _print_row(row: dict[str, Any], steps: int, meter: "Meter | None") -> None:
+    """One logged step; on a terminal also how far the training is."""
+    if meter is not None:
+        meter.clear()
     parts = [f"step {row['step']:6d}", f"loss {row['loss']:.4f}"]
     parts += [f"{name} {row[name]:.3f}" for name in SHOWN if name in row]
     print("  ".join([*parts, f"{row['tokens_per_second']:,.0f} tok/s"]), flush=True)
+    tell("training", row["step"], steps)

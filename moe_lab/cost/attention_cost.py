@@ -38,7 +38,7 @@ def gqa(
     """Grouped-query attention: ``d*h*hd + 2*d*kv*hd + h*hd*d`` and biases.
 
     ``query_width`` 2 is a query projection that also yields an output gate; without ``values`` the
-    keys serve as values.
+    keys serve as values. Decoding keeps ``kv*(hd+v)`` numbers for each key.
     """
     v = dim if v_dim is None else v_dim
     projections = [
@@ -47,7 +47,9 @@ def gqa(
         *([linear(A, "v_proj", d, kv_heads * v, bias)] if values else []),
         linear(A, "o_proj", heads * v, d, out_bias),
     ]
-    return (*projections, scores(kernel or Attend(heads, dim, v)))
+    kernel = kernel or Attend(heads, dim, v)
+    kept = kernel._replace(cached=kv_heads * (dim + v)) if kernel.causal else kernel
+    return (*projections, scores(kept))
 
 
 def scores(kernel: Attend) -> Piece:
@@ -62,6 +64,17 @@ def sparse(piece: Piece, top: int) -> Piece:
         piece._replace(kernel=piece.kernel._replace(top=top))
         if isinstance(piece.kernel, Attend)
         else piece
+    )
+
+
+def borrowed(pieces: Pieces) -> Pieces:
+    """Grouped-query attention that reads the keys and values of an earlier layer."""
+    own = (piece for piece in pieces if piece.name not in ("k_proj", "v_proj"))
+    return tuple(
+        piece._replace(kernel=piece.kernel._replace(cached=0))
+        if isinstance(piece.kernel, Attend)
+        else piece
+        for piece in own
     )
 
 
@@ -133,9 +146,16 @@ def mla_scores(
     v: int,
     window: int | None = None,
     top: int | None = None,
+    *,
+    latent: bool = True,
 ) -> Piece:
+    """Decoding keeps the latent and the rotary key of each position (``rkv + rope`` numbers);
+    without ``latent`` the layer reads those of an earlier one.
+    """
+    wide = rank_kv + rope
+    absorbed, cached = (wide, rank_kv), wide if latent else 0
     return scores(
-        Attend(heads, nope + rope, v, window=window, top=top, absorbed=(rank_kv + rope, rank_kv))
+        Attend(heads, nope + rope, v, window=window, top=top, absorbed=absorbed, cached=cached)
     )
 
 
@@ -148,5 +168,5 @@ def indexer(d: int, rank_q: int, heads: int, dim: int, stride: int = 1) -> Piece
         linear(A, "indexer.wk", d, dim),
         norm("indexer.k_norm", dim, bias=True),
         linear(A, "indexer.weights_proj", d, heads),
-        Piece(A, "indexer.scores", kernel=Index(heads, dim, stride)),
+        Piece(A, "indexer.scores", kernel=Index(heads, dim, stride, cached=dim)),
     )

@@ -58,6 +58,8 @@ class Attend(NamedTuple):
         absorbed: (qk, v) in decoding, where MLA multiplies the key and value up-projections into
             query and output.
         causal: False for encoders and cross-attention.
+        cached: numbers that decoding keeps for each key; 0 where the layer reads the keys of an
+            earlier one, and in encoders.
     """
 
     heads: int
@@ -69,16 +71,18 @@ class Attend(NamedTuple):
     top: int | None = None
     absorbed: tuple[int, int] | None = None
     causal: bool = True
+    cached: int = 0
 
 
 class Index(NamedTuple):
     """The lightning indexer of sparse attention (arXiv 2512.02556): every visible key is scored in
-    ``heads`` heads of ``dim`` channels.
+    ``heads`` heads of ``dim`` channels. ``cached`` are the numbers that decoding keeps for each.
     """
 
     heads: int
     dim: int
     stride: int = 1
+    cached: int = 0
 
 
 class Recur(NamedTuple):
@@ -102,6 +106,8 @@ class Piece(NamedTuple):
         used: how many of the copies a token runs; None means all.
         phantom: rows that a known implementation allocates beside these and no token ever reads.
         kernel: work that depends on the context.
+        state: numbers that decoding keeps for each sequence, whatever its length (a recurrence, the
+            last inputs of a convolution).
         passes: how often a token goes through it (layers of a looped model run several times): it
             is stored and active once, and its work is done ``passes`` times.
         decode_only: a token of a prompt does not go through it, though what is generated does (the
@@ -118,6 +124,7 @@ class Piece(NamedTuple):
     kernel: Kernel | None = None
     passes: int = 1
     decode_only: bool = False
+    state: int = 0
 
     @property
     def params(self) -> int:
@@ -147,7 +154,8 @@ def norm(name: str, size: int, bias: bool = False) -> Piece:
 
 def conv(part: Part, name: str, channels: int, kernel: int, bias: bool = False) -> Piece:
     """A depthwise convolution over time."""
-    return Piece(part, name, channels * (kernel + bias), channels * kernel)
+    size, macs = channels * (kernel + bias), channels * kernel
+    return Piece(part, name, size, macs, state=channels * (kernel - 1))
 
 
 def times(pieces: Pieces, copies: int, used: ExpertsRun, part: Part = Part.ROUTED) -> Pieces:

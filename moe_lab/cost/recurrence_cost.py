@@ -3,12 +3,17 @@
 Mamba arXiv 2312.00752; Mamba-2 arXiv 2405.21060; gated delta rule arXiv 2412.06464; Kimi Delta
 Attention arXiv 2510.26692; lightning attention arXiv 2501.08313. The multiply-accumulates of a
 recurrence are those of its recurrent form: one for each state entry that is written, read or
-corrected.
+corrected. Decoding keeps the state, and the last inputs of a convolution.
 """
 
 from moe_lab.cost.parts import Part, Piece, Pieces, Recur, conv, linear, norm, vector
 
 A = Part.ATTENTION
+
+
+def _recurrence(macs: int, state: int) -> Piece:
+    """``macs`` multiply-accumulates for each of ``state`` entries."""
+    return Piece(A, "recurrence", kernel=Recur(macs * state), state=state)
 
 
 def mamba1(
@@ -27,7 +32,7 @@ def mamba1(
         norm("dt_norm", rank),
         norm("b_norm", state),
         norm("c_norm", state),
-        Piece(A, "recurrence", kernel=Recur(2 * inner * state)),
+        _recurrence(2, inner * state),
     )
 
 
@@ -51,7 +56,7 @@ def mamba2(
         vector(A, "D", heads),
         norm("gated_norm", inner),
         linear(A, "out_proj", inner, d, bias),
-        Piece(A, "recurrence", kernel=Recur(2 * inner * state)),
+        _recurrence(2, inner * state),
     )
 
 
@@ -71,7 +76,7 @@ def delta_net(
         vector(A, "A_log", value_heads),
         norm("gated_norm", value_dim),
         linear(A, "out_proj", values, d),
-        Piece(A, "recurrence", kernel=Recur(3 * value_heads * key_dim * value_dim)),
+        _recurrence(3, value_heads * key_dim * value_dim),
     )
 
 
@@ -104,7 +109,7 @@ def kda(
         *projection("gate", low_rank_gate),
         norm("o_norm", dim),
         linear(A, "o_proj", width, d),
-        Piece(A, "recurrence", kernel=Recur(3 * heads * dim * dim)),
+        _recurrence(3, heads * dim * dim),
     )
 
 
@@ -118,7 +123,7 @@ def lightning(d: int, heads: int, dim: int) -> Pieces:
         linear(A, "qkv_proj", d, 3 * width),
         linear(A, "output_gate", d, width),
         linear(A, "out_proj", width, d),
-        Piece(A, "recurrence", kernel=Recur(2 * heads * dim * dim)),
+        _recurrence(2, heads * dim * dim),
     )
 
 

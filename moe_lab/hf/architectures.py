@@ -253,7 +253,8 @@ ARCHITECTURES: dict[str, HFArchitecture] = {
     ),
     **dict.fromkeys(("longcat_flash", "longcat_flash_ngram", "longcat2"), _LONGCAT),
     **dict.fromkeys(
-        ("bamba", "granite_docling_text"), HFArchitecture(lambda f: [False] * f.num_layers)
+        ("bamba", "granite_docling_text", "llama", "mistral", "olmo2", "qwen2", "qwen3"),
+        HFArchitecture(lambda f: [False] * f.num_layers),
     ),
     **dict.fromkeys(
         ("gemma4_text", "gemma4_unified_text"),

@@ -205,6 +205,8 @@ def gguf_config(metadata: Mapping[str, Any], tensors: Mapping[str, Any] | None =
         if metadata.get(prefix + theirs) is not None
     }
     values["model_type"] = MODEL_TYPES[name]
+    if name == "llama" and not values.get("num_experts"):
+        values["model_type"] = "llama"  # dense
     tokens = metadata.get("tokenizer.ggml.tokens")
     if "vocab_size" not in values and tokens is not None:
         values["vocab_size"] = tokens["len"] if isinstance(tokens, Mapping) else len(tokens)

@@ -16,7 +16,6 @@ from moe_lab.sweeps.timing import run_minutes
 
 if TYPE_CHECKING:
     import polars as pl
-    from rich.table import Table
 
     from moe_lab.scaling import Design, Plan
     from moe_lab.training import RunConfig
@@ -110,36 +109,36 @@ def wall_minutes(frame: "pl.DataFrame", workers: int | None = None) -> float:
     return max(free)
 
 
-def plan_table(frame: "pl.DataFrame") -> "Table":
-    """The plan for a terminal, with its totals in the last line."""
-    from rich import box
-    from rich.table import Table
+PLAN_COLUMNS = (
+    *("run", "name", "arm", "ratio", "seed", "total", "active", "tokens", "FLOPs", "GB", "min"),
+)
 
-    left_out = (
-        f"\nThe other {len(frame) - MAX_ROWS:,} rows: --json" if len(frame) > MAX_ROWS else ""
-    )
-    tokens, flops = (float(frame[name].sum()) for name in ("tokens", "flops"))
-    totals = f"{len(frame)} runs, {_short(tokens)} tokens, {_power(flops)} FLOPs"
-    table = Table(caption=totals + left_out, caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for title in ("run", "name", "arm"):
-        table.add_column(title, no_wrap=True)
-    for title in ("ratio", "seed", "total", "active", "tokens", "FLOPs", "GB", "min"):
-        table.add_column(title, justify="right")
-    for row in frame.head(MAX_ROWS).iter_rows(named=True):
-        table.add_row(
+
+def plan_rows(frame: "pl.DataFrame") -> list[tuple[str, ...]]:
+    """The first ``MAX_ROWS`` rows of a plan as text, in the order of ``PLAN_COLUMNS``."""
+    return [
+        (
             row["run"],
             row["name"],
             row["arm"],
             f"{row['ratio']:g}",
             str(row["seed"]),
-            _short(row["total_params"]),
-            _short(row["active_params"]),
-            _short(row["tokens"]),
+            *map(_short, (row["total_params"], row["active_params"], row["tokens"])),
             _power(row["flops"]),
             f"{row['memory_bytes'] / 1e9:.2g}",
             "" if row["minutes"] is None else f"{row['minutes']:.1f}",
         )
-    return table
+        for row in frame.head(MAX_ROWS).iter_rows(named=True)
+    ]
+
+
+def plan_totals(frame: "pl.DataFrame") -> str:
+    """Runs, tokens and FLOPs of a plan, and how many rows ``plan_rows`` leaves out."""
+    hidden = len(frame) - MAX_ROWS
+    left_out = f"; the other {hidden:,} rows: --json" if hidden > 0 else ""
+    tokens, flops = (float(frame[name].sum()) for name in ("tokens", "flops"))
+    totals = f"{len(frame)} runs, {_short(tokens)} tokens, {_power(flops)} FLOPs"
+    return totals + left_out
 
 
 def design_of(
@@ -193,19 +192,15 @@ def power_text(power: "Plan", speed: float | None) -> str:
     return f"{_design_text(power.design, speed)}; {noise}"
 
 
-def power_table(power: "Plan") -> "Table":
-    """The chance of each verdict per truth, and of the right one."""
-    from rich import box
-    from rich.table import Table
+POWER_COLUMNS = ("wall", "below_margin", "no_wall", "cannot_tell", "settled", "wrong")
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    shares = ("wall", "below_margin", "no_wall", "cannot_tell", "settled", "wrong")
-    table.add_column("were the truth")
-    for name in shares:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in power.own.iter_rows(named=True):
-        table.add_row(row["truth"], *(f"{100 * row[name]:.0f} %" for name in shares))
-    return table
+
+def power_rows(power: "Plan") -> list[tuple[str, ...]]:
+    """A truth, then the chance of each of ``POWER_COLUMNS``."""
+    return [
+        (row["truth"], *(f"{100 * row[name]:.0f} %" for name in POWER_COLUMNS))
+        for row in power.own.iter_rows(named=True)
+    ]
 
 
 def cheapest_text(power: "Plan", speed: float | None) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from moe_lab.plain_text import on_page
 from moe_lab.runs.record import Progress
 from moe_lab.runs.store import Store
 from moe_lab.sweeps.launchers.protocol import Ending, Job, Result
@@ -184,18 +185,20 @@ class LiveView:
     """A bar for the sweep and one per running run; what ended scrolls up as a line."""
 
     def __init__(self, store: Store, jobs: Sequence[Job]) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bars
 
         self._store, self._jobs = store, jobs
         self._forecast = Forecast(jobs, ())
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", style="dim"),
         )
-        self._bars = Bars(*columns, refresh_per_second=2)
+        console = Console(file=getattr(sys.stdout, "raw", sys.stdout))
+        self._bars = Bars(*columns, console=console, refresh_per_second=2)
         self._sweep = self._bars.add_task("sweep", total=len(jobs), figures="")
         self._tasks: dict[str, TaskID] = {}
         self._drawn = 0.0
@@ -208,10 +211,12 @@ class LiveView:
             self.say(opening_line(self._store, self._jobs, finished, failed))
 
     def say(self, line: str) -> None:
-        self._bars.console.print(line, markup=False, highlight=False)
+        self._bars.console.print(on_page(line), markup=False, highlight=False)
 
     def started(self, job: Job) -> None:
-        self._tasks[job.run] = self._bars.add_task(job.name, total=None, figures="starting")
+        self._tasks[job.run] = self._bars.add_task(
+            on_page(job.name), total=None, figures="starting"
+        )
 
     def ended(self, job: Job, ending: Ending) -> None:
         if job.run in self._tasks:

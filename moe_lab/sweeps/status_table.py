@@ -85,30 +85,36 @@ def status(folder: Path | str) -> "pl.DataFrame":
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def status_lines(frame: "pl.DataFrame") -> Iterator[str]:
-    """The lines of ``sweep status`` from the frame of ``status``."""
+def status_rows(frame: "pl.DataFrame") -> "pl.DataFrame":
+    """[run, name, state, step, loss, tok/s, error]: what ``sweep status`` shows of the frame of
+    ``status``.
+    """
     import polars as pl
 
-    shown = frame.drop("last_lines", "sees_later_tokens")
+    shown = frame.select(
+        "run",
+        "name",
+        "state",
+        pl.format("{}/{}", "step", "steps").alias("step"),
+        "loss",
+        pl.col("tokens_per_second").round(0).cast(pl.Int64).alias("tok/s"),
+        "error",
+    )
     if frame.height > MAX_ROWS:
         rank = pl.col("state").replace_strict(
             {state.value: place for place, state in enumerate(_ATTENTION)}, default=None
         )
         shown = shown.filter(rank.is_not_null()).sort(rank, maintain_order=True).head(MAX_ROWS)
-    if shown.height:
-        with pl.Config(
-            tbl_rows=-1,
-            tbl_cols=-1,
-            tbl_hide_dataframe_shape=True,
-            tbl_hide_column_data_types=True,
-            fmt_str_lengths=80,
-        ):
-            yield str(shown)
+    return shown
+
+
+def status_lines(frame: "pl.DataFrame") -> Iterator[str]:
+    """The lines that ``sweep status`` prints below its table."""
     counts = dict(frame.group_by("state").len().rows())
     parts = [
         f"{counts[state.value]:,} {state.value}" for state in RunState if state.value in counts
     ]
-    hidden = "" if shown.height == frame.height else "; rows of the others: --json"
+    hidden = "" if frame.height <= MAX_ROWS else "; rows of the others: --json"
     yield f"{frame.height:,} runs: {', '.join(parts)}{hidden}"
     looking = frame.filter("sees_later_tokens")["arm"].unique(maintain_order=True)
     if looking.len():

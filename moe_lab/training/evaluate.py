@@ -28,6 +28,7 @@ from moe_lab.document_pass import (
 )
 from moe_lab.errors import CorpusError, require
 from moe_lab.model import Decoder
+from moe_lab.progress import tracked
 from moe_lab.text import TokenizedDocument, Tokenizer, token_classes
 from moe_lab.trace import TraceMeta, TraceWriter, merge_traces
 from moe_lab.trace.existing import refuse_finished
@@ -126,9 +127,8 @@ def evaluate_together(
         if trace is not None
         else nullcontext() as writer,
     ):
-        for batch, is_own in _own_batches(
-            list(windows(ids, excerpts, seq_length, batch_size)), ranks
-        ):
+        batches = list(windows(ids, excerpts, seq_length, batch_size))
+        for batch, is_own in tracked(list(_own_batches(batches, ranks)), "evaluating"):
             output = model(batch.ids.to(device), valid_BS=batch.valid.to(device))
             if not is_own:
                 continue

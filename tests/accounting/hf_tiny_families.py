@@ -156,6 +156,15 @@ WINDOWS = {"layer_types": ("sliding_attention full_attention",)}
 LINEAR = {"layer_types": ("linear_attention full_attention",)}
 HYBRID = {"layer_types": ("hybrid hybrid_sliding",)}
 
+DENSE: dict[str, Family] = {
+    "llama": causal("Llama"),
+    "mistral": causal("Mistral"),
+    "olmo2": causal("Olmo2"),
+    "qwen2": causal("Qwen2"),
+    "qwen3": causal("Qwen3"),
+}
+"""Directories without experts that are counted too."""
+
 FAMILIES: dict[str, Family] = {
     "afmoe": causal("Afmoe", choices=WINDOWS),
     "aria": Family("AriaTextConfig", "AriaTextForCausalLM"),

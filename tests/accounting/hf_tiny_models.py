@@ -9,7 +9,7 @@ import importlib
 import random
 from typing import Any
 
-from hf_tiny_families import FAMILIES, RAW, WRAPPERS, Family, equal_heads, no_rotation
+from hf_tiny_families import DENSE, FAMILIES, RAW, WRAPPERS, Family, equal_heads, no_rotation
 
 COMMON: dict[str, tuple[Any, ...]] = {
     "vocab_size": (96, 131),
@@ -164,7 +164,7 @@ def draw(name: str, seed: int) -> tuple[Any, Any]:
     """(configuration, model on the meta device) of one family at a random size."""
     import torch
 
-    family = FAMILIES[name]
+    family = (FAMILIES | DENSE)[name]
     package = f"transformers.models.{name}"
     config_class = getattr(
         importlib.import_module(f"{package}.configuration_{name}"), family.config
@@ -177,7 +177,7 @@ def draw(name: str, seed: int) -> tuple[Any, Any]:
 
 def model_classes(name: str) -> Any:
     """The module with the model classes of a family."""
-    directory = FAMILIES[name].directory or name
+    directory = (FAMILIES | DENSE)[name].directory or name
     return importlib.import_module(f"transformers.models.{directory}.modeling_{directory}")
 
 
@@ -209,7 +209,7 @@ def parameters(name: str, config: Any, model: Any) -> int:
     none, and what one version of transformers leaves out and another does not: padded rows of the
     head (5.24), a learned scale that is a buffer (5.23).
     """
-    head = FAMILIES[name].head and not getattr(config, "tie_word_embeddings", False)
+    head = (FAMILIES | DENSE)[name].head and not getattr(config, "tie_word_embeddings", False)
     rows = config.vocab_size if head else 0
     if name in ("inkling2", "inkling2_loop"):
         rows += config.vocab_size - model.lm_head.out_features
@@ -247,7 +247,7 @@ def raw(name: str) -> tuple[dict[str, Any], Any, Any]:
     """(raw configuration, the library's reading of it, model on the meta device)."""
     import torch
 
-    family = FAMILIES[name]
+    family = (FAMILIES | DENSE)[name]
     configurations = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
     classes = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     config_class = getattr(configurations, family.config)

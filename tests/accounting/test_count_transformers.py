@@ -12,7 +12,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
-from hf_tiny_families import FAMILIES, RAW, SINCE_5_24, WRAPPERS  # noqa: E402
+from hf_tiny_families import DENSE, FAMILIES, RAW, SINCE_5_24, WRAPPERS  # noqa: E402
 from hf_tiny_models import draw, fields_of, parameters, raw, wrapper_of  # noqa: E402
 
 from moe_lab.accounting import count  # noqa: E402
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | DENSE)
 def test_count_equals_num_parameters_less_phantom_rows(name: str) -> None:
     for seed in range(4):
         config, model = draw(name, seed)
@@ -33,7 +33,7 @@ def test_count_equals_num_parameters_less_phantom_rows(name: str) -> None:
         assert counted.total + counted.phantom == parameters(name, config, model), (seed, config)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | DENSE)
 def test_a_saved_configuration_counts_the_same(name: str, tmp_path: Path) -> None:
     config, _ = draw(name, 1)
     config.save_pretrained(tmp_path)

@@ -27,6 +27,7 @@ NO_ROUTER = {
     "bailing_moe_linear": "code of its own, which transformers does not have to compare with",
     "bailing_moe": "code of its own, which transformers does not have to compare with",
     "bamba": "no experts",
+    **dict.fromkeys(("llama", "mistral", "olmo2", "qwen2", "qwen3"), "no experts"),
     "doge": "an expert's choice depends on the other tokens of the batch",
     "gemma4_unified_text": "no class of its own in transformers records its router",
     "granite_docling_text": "no experts",

@@ -1,5 +1,6 @@
 """``moe-lab count`` as a user meets it."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -33,14 +34,8 @@ def config_of(name: str) -> dict[str, Any]:
 
 def test_the_table_shows_the_three_conventions_and_what_was_published(capsys: Printed) -> None:
     text = printed(capsys, "meituan-longcat/LongCat-Flash-Chat")
-    for number in (
-        "560,664,958,976",
-        "27,149,490,176",
-        "18,693,773,312",
-        "31,377,348,608",
-        "27,954,796,544",
-    ):
-        assert number in text
+    for number in (560664958976, 27149490176, 18693773312, 31377348608, 27954796544):
+        assert f"\t{number}\n" in text
     assert "published as 560B total, 27B active in convention B (arXiv 2509.01322" in text
     assert (
         "180,388,626,432 further rows are stored or allocated by transformers and never read"
@@ -67,10 +62,7 @@ def test_json_holds_the_count_and_the_work(capsys: Printed) -> None:
 
 def test_two_models_stand_side_by_side_with_their_ratio(capsys: Printed) -> None:
     text = printed(capsys, "DeepSeek-V3", "DeepSeek-V3.2")
-    line = next(line for line in text.splitlines() if line.startswith("total "))
-    assert "671,026,404,352" in line
-    assert "671,877,929,216" in line
-    assert line.split()[-1] == "1.001"
+    assert "parameters\ttotal\t671026404352\t671877929216" in text.splitlines()
     both = json.loads(printed(capsys, "DeepSeek-V3", "Mixtral-8x7B", "--json"))
     assert [one["total"] for one in both] == [671_026_404_352, 46_702_792_704]
 
@@ -87,13 +79,20 @@ def test_what_if_edits_are_counted(capsys: Printed) -> None:
             "--json",
         )
     )
+    assert [one.get("edits") for one in found] == [
+        None,
+        "num_experts=256, tie_word_embeddings=True",
+    ]
+    assert found[0]["total"] == count("Qwen3-30B-A3B").total
     assert (
-        found["total"]
+        found[1]["total"]
         == count(
             {**config_of("Qwen3-30B-A3B"), "num_experts": 256, "tie_word_embeddings": True}
         ).total
     )
-    assert "published as" not in printed(capsys, "Qwen3-30B-A3B", "--set", "num_experts=256")
+    text = printed(capsys, "Qwen3-30B-A3B", "--set", "num_experts=256")
+    assert "Qwen3-30B-A3B with num_experts=256" in text.splitlines()[0]
+    assert text.count("published as") == 1
 
 
 def test_a_file_or_a_folder_is_counted(capsys: Printed, tmp_path: Path) -> None:
@@ -132,10 +131,7 @@ def test_mistakes_are_one_line(capsys: Printed) -> None:
     assert "num_experts as a whole number" in refused(
         capsys, "Qwen3-30B-A3B", "--set", "num_experts=many"
     )
-    assert "expected one model, or two to compare, got 3 of them" in refused(
-        capsys, "dbrx", "dbrx", "dbrx"
-    )
-    assert "expected one model with --trace" in refused(
+    assert "expected one model, without --set, with --trace" in refused(
         capsys, "dbrx", "dbrx", "--trace", "nowhere"
     )
     assert "expected a trace at" in refused(capsys, "dbrx", "--trace", "nowhere")
@@ -169,10 +165,61 @@ def test_the_atlas_is_one_offline_page(
 def test_published_models_are_listed_by_a_condition(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["count", "--where", "sparsity > .97 and total < 1e12"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["name", "date", "total", "active", "sparsity", "expert_sparsity"]
+    assert lines[0].split("\t") == [
+        "name",
+        "date",
+        "total",
+        "active",
+        "sparsity",
+        "expert_sparsity",
+    ]
     assert "deepseek-ai/DeepSeek-V4.1-Flash" in lines[1] + lines[2]
     assert lines[-1] == f"{len(lines) - 2} of 86 published models"
     assert main(["count", "--where", "sparsty > .97"]) == 2
     assert "a condition on columns such as date, total" in capsys.readouterr().err
     assert main(["count", "--where", "read_csv('models.csv') is not null"]) == 2
     assert main(["count", "--where", "total > 1", "DeepSeek-V3"]) == 2
+
+
+MANY = ("DeepSeek-V3", "Qwen3-30B-A3B", "gpt-oss-20b", "Llama-3.1-8B", "Kimi-K2-Instruct")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_the_table_of_any_number_of_models_fits_the_terminal(
+    capsys: Printed, monkeypatch: pytest.MonkeyPatch, width: int, number: int
+) -> None:
+    monkeypatch.setattr("moe_lab.commands.count.window_width", lambda: width)
+    monkeypatch.setattr("moe_lab.terminal.window_width", lambda: width)
+    lines = printed(capsys, *MANY[:number]).splitlines()
+    assert max(map(len, lines)) <= width
+    heads = " ".join(lines[:2] if width == 200 else lines).split()
+    assert set(MANY[:number]) <= set(heads)
+    totals = [line for line in lines if line.startswith("total ")]
+    assert any("671B" in line for line in totals)
+
+
+def test_memory_for_serving_is_in_all_three_forms(capsys: Printed) -> None:
+    found = json.loads(printed(capsys, "DeepSeek-V3", "--json", "--context", "128k"))
+    assert found["weight_bytes"] == {
+        "bf16": 2 * found["total"],
+        "fp8": found["total"],
+        "4 bits": found["total"] / 2,
+    }
+    assert found["cache"]["bytes_per_token"] == {"bf16": 70_272, "fp8": 35_136}
+    assert found["cache"]["bytes_at_context"]["fp8"] == 35_136 * 128_000
+    rows = list(csv.reader(printed(capsys, *MANY, "--csv").splitlines()))
+    assert rows[0] == ["section", "quantity", *MANY]
+    cells = {(row[0], row[1]): row[2:] for row in rows[1:]}
+    assert cells["parameters", "total"][3] == "8030261248"
+    assert cells["cache of one sequence", "bytes per token, bf16"][0] == "70272.0"
+    assert float(cells["weights, GB", "fp8"][1]) == pytest.approx(30.532, abs=1e-3)
+    text = printed(capsys, "DeepSeek-V3", "--batch", "64")
+    assert "assumed of decoding: a step reads each weight once for its whole batch" in text
+    assert "weights, GB\t4 bits\t335.513" in text
+
+
+def test_one_form_at_a_time(capsys: Printed) -> None:
+    with pytest.raises(SystemExit):
+        main(["count", "DeepSeek-V3", "--json", "--csv"])
+    assert len(capsys.readouterr().err.splitlines()) == 1

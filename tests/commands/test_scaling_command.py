@@ -369,7 +369,7 @@ def test_the_verdict_as_json_knows_every_field_of_the_fourth_outcome(file) -> No
 
 def test_a_fit_of_one_size_says_what_it_cannot_fix_and_prints_no_interval_of_it(file) -> None:
     text = prints("scaling", "fit", "clark", file(runs()), "--bootstrap", 20)
-    assert re.search(r"a +\(.*\) +not identified", text)
+    assert re.search(r"a\s+\(.*\)\s+not identified", text)
     assert "not identified: d, a, b, c" in text
     (tokens_tied,) = [runs().with_columns(tokens=20 * pl.col("active_params"))]
     assert "not identified" in prints(

@@ -89,7 +89,7 @@ def test_a_pretrained_model_is_traced_over_documents(
     assert summary["documents"] == 3
     assert "".join(tokens.filter(pl.col("doc") == 1)["text"].to_list()) == TEXTS["b.txt"]
     assert tokens["unicode"].n_unique() > 2
-    assert re.search(r"100%, 0:00:00 left", printed.err)
+    assert not re.search(r"%|left", printed.err)
 
     from transformers import AutoModelForCausalLM
 

@@ -6,6 +6,7 @@ from moe_lab.accounting.architecture import Architecture
 from moe_lab.accounting.families import (
     deepseek,
     deepseek_v41,
+    dense,
     encoder_decoder,
     gemma,
     grouped,
@@ -25,6 +26,7 @@ from moe_lab.accounting.families import (
 ARCHITECTURES: dict[str, Architecture] = {
     **deepseek.ROWS,
     **deepseek_v41.ROWS,
+    **dense.ROWS,
     **encoder_decoder.ROWS,
     **gemma.ROWS,
     **grouped.ROWS,

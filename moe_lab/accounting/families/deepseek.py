@@ -126,7 +126,7 @@ def v4_core(f: Fields) -> Pieces:
         linear(a, "o_a_proj", heads * dim // groups, groups * rank_out),
         linear(a, "o_b_proj", groups * rank_out, d),
         vector(a, "sinks", heads),
-        attention_cost.scores(Attend(heads, dim, dim, window=f.size("sliding_window"))),
+        attention_cost.scores(Attend(heads, dim, dim, window=f.size("sliding_window"), cached=dim)),
     )
 
 
@@ -158,7 +158,7 @@ def v4_heavy(f: Fields) -> Pieces:
     heads, dim, rate = f.size("num_attention_heads"), f.size("head_dim"), _rate(f, HCA)
     return (
         *_compressor("compressor", width(f), dim, rate, 1),
-        attention_cost.scores(Attend(heads, dim, dim, stride=rate)),
+        attention_cost.scores(Attend(heads, dim, dim, stride=rate, cached=dim)),
     )
 
 
@@ -170,8 +170,14 @@ def v4_sparse(f: Fields) -> Pieces:
         *_compressor("indexer", d, index_dim, rate, 2),
         linear(Part.ATTENTION, "indexer.q_b_proj", f.size("q_lora_rank"), index_heads * index_dim),
         linear(Part.ATTENTION, "indexer.weights_proj", d, index_heads),
-        Piece(Part.ATTENTION, "indexer.scores", kernel=Index(index_heads, index_dim, rate)),
-        attention_cost.scores(Attend(heads, dim, dim, stride=rate, top=f.size("index_topk"))),
+        Piece(
+            Part.ATTENTION,
+            "indexer.scores",
+            kernel=Index(index_heads, index_dim, rate, cached=index_dim),
+        ),
+        attention_cost.scores(
+            Attend(heads, dim, dim, stride=rate, top=f.size("index_topk"), cached=dim)
+        ),
     )
 
 

@@ -86,7 +86,8 @@ def selection(f: Fields) -> Pieces:
         linear(A, "indexer.weights_proj", width(f), index_heads),
         Piece(A, "indexer.scores", kernel=Index(index_heads, index_dim, ratio)),
     )
-    chosen = Attend(heads, dim, dim, stride=ratio, top=f.size("index_topk"))
+    kept = dim + index_dim if f.mark(makes_keys) else 0
+    chosen = Attend(heads, dim, dim, stride=ratio, top=f.size("index_topk"), cached=kept)
     return (*(own if f.mark(selects) else ()), attention_cost.scores(chosen))
 
 

@@ -62,7 +62,9 @@ def switch(f: Fields) -> list[Layer]:
             attention = attention_cost.gqa(
                 d, heads, heads, dim, Attend(heads, dim, dim, causal=crossed)
             )
-            cross = attention_cost.gqa(d, heads, heads, dim, Attend(heads, dim, dim, causal=False))
+            cross = attention_cost.gqa(
+                d, heads, heads, dim, Attend(heads, dim, dim, causal=False, cached=2 * heads * dim)
+            )
             bias = (
                 (vector(Part.ATTENTION, "relative_attention_bias", buckets * heads),)
                 if index == 0
@@ -128,7 +130,7 @@ def nllb(f: Fields) -> list[Layer]:
                 heads,
                 heads,
                 dim,
-                Attend(heads, dim, dim, causal=False),
+                Attend(heads, dim, dim, causal=False, cached=2 * heads * dim),
                 bias=True,
                 out_bias=True,
             )

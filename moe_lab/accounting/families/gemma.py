@@ -73,7 +73,7 @@ def gemma_attention(f: Fields, may_borrow: bool = True) -> Pieces:
     )
     query, key = attention_cost.qk_norms("head", heads, kv, dim)
     if may_borrow and f.mark(borrows_cache):
-        return (*(piece for piece in pieces if piece.name not in ("k_proj", "v_proj")), query)
+        return (*attention_cost.borrowed(pieces), query)
     return (*pieces, query, key)
 
 

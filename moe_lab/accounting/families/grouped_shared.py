@@ -153,11 +153,7 @@ def cross_layer_attention(f: Fields) -> Pieces:
     """
     heads, kv, dim = heads_of(f)
     pieces = attention_cost.gqa(width(f), heads, kv, dim, Attend(heads, dim, dim))
-    return (
-        pieces
-        if f.mark(owns_keys)
-        else tuple(piece for piece in pieces if piece.name not in ("k_proj", "v_proj"))
-    )
+    return pieces if f.mark(owns_keys) else attention_cost.borrowed(pieces)
 
 
 def gated_per_layer(f: Fields) -> Pieces:
@@ -220,7 +216,7 @@ def m3_attention(f: Fields) -> Pieces:
         linear(a, "indexer.k_proj", width(f), dim),
         norm("indexer.q_norm", dim),
         norm("indexer.k_norm", dim),
-        Piece(a, "indexer.scores", kernel=Index(heads, dim)),
+        Piece(a, "indexer.scores", kernel=Index(heads, dim, cached=dim)),
     )
 
 

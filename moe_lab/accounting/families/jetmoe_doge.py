@@ -41,7 +41,7 @@ def jet_attention(f: Fields) -> Pieces:
         *times(expert, experts, run),
         vector(A, "attention_bias", d),
         linear(A, "kv_proj", d, 2 * kv * dim),
-        attention_cost.scores(Attend(heads, dim, dim)),
+        attention_cost.scores(Attend(heads, dim, dim, cached=2 * kv * dim)),
     )
 
 

@@ -73,6 +73,7 @@ def large4_attention(f: Fields) -> Pieces:
     nope, rope = f.size("qk_nope_head_dim", 0), f.size("qk_rope_head_dim", 0)
     rotary = f.mark(rotary_layers)
     split = (nope, rope) if rotary else (nope + rope, 0)
+    latent = not f.mark(borrows_latent)
     return (
         *attention_cost.mla_query(d, heads, None, nope + rope),
         *attention_cost.mla_kv(
@@ -82,7 +83,7 @@ def large4_attention(f: Fields) -> Pieces:
             *split,
             v,
             bias=f.flag("attention_bias"),
-            latent=not f.mark(borrows_latent),
+            latent=latent,
         ),
         vector(Part.ATTENTION, "softmax_scale", 2 * heads),
         *large4_indexer(f),
@@ -92,6 +93,7 @@ def large4_attention(f: Fields) -> Pieces:
             *split,
             v,
             top=f.size("index_topk") if layer_type(f) == "indexed_attention" else None,
+            latent=latent,
         ),
     )
 

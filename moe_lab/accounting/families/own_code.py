@@ -51,7 +51,7 @@ def ring_linear(f: Fields) -> Pieces:
         linear(a, "dense", whole, d, f.flag("use_bias")),
         norm("g_norm", whole),
         *attention_cost.qk_norms("head" if f.flag("use_qk_norm") else "none", heads, heads, dim),
-        Piece(a, "recurrence", kernel=Recur(2 * heads * dim * dim)),
+        Piece(a, "recurrence", kernel=Recur(2 * heads * dim * dim), state=heads * dim * dim),
     )
 
 

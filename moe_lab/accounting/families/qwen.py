@@ -108,7 +108,7 @@ def block_indexer(f: Fields) -> Pieces:
         Piece(
             Part.ATTENTION,
             "indexer.scores",
-            kernel=Index(heads, dim, f.size("indexer_compress_ratio")),
+            kernel=Index(heads, dim, f.size("indexer_compress_ratio"), cached=keys * dim),
         ),
     )
 

@@ -42,10 +42,16 @@ def zaya_attention(f: Fields) -> Pieces:
         linear(A, "v_proj_current", d, kv * dim // 2, bias),
         linear(A, "v_proj_delayed", d, kv * dim // 2, bias),
         conv(A, "conv_depthwise", channels, f.size("cca_time0"), True),
-        Piece(A, "conv_grouped", channels * dim * span + channels, channels * dim * span),
+        Piece(
+            A,
+            "conv_grouped",
+            channels * dim * span + channels,
+            channels * dim * span,
+            state=channels * (span - 1),
+        ),
         vector(A, "temperature", kv),
         linear(A, "o_proj", heads * dim, d, bias),
-        attention_cost.scores(Attend(heads, dim, dim, window=sliding(f))),
+        attention_cost.scores(Attend(heads, dim, dim, window=sliding(f), cached=2 * kv * dim)),
     )
 
 

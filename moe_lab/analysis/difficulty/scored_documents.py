@@ -23,6 +23,7 @@ from moe_lab.document_pass import (
 )
 from moe_lab.errors import AnalysisError, require
 from moe_lab.model import Decoder
+from moe_lab.progress import tracked
 from moe_lab.routing import Routing
 
 
@@ -101,7 +102,8 @@ def score(
     excerpts = [Excerpt(number, 0, length) for number, length in enumerate(lengths.tolist())]
     device = next(model.parameters()).device
     with evaluating(model), _NormRatios(model) as ratios:
-        for batch in windows(documents, excerpts, seq_length, batch_size):
+        batches = list(windows(documents, excerpts, seq_length, batch_size))
+        for batch in tracked(batches, "scoring documents"):
             valid = batch.valid.to(device)
             output = model(batch.ids.to(device), valid_BS=valid)
             rows_BS = offsets[batch.doc] + batch.pos

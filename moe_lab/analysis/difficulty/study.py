@@ -3,7 +3,7 @@
 The verdict over all tables is in ``difficulty_verdict``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import polars as pl
@@ -17,6 +17,7 @@ from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS
 from moe_lab.analysis.difficulty.nulls import baseline_association, difficulty_nulls
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError
+from moe_lab.progress import tracked
 from moe_lab.text import ngram_halves, ngram_surprisal
 from moe_lab.trace import Trace
 
@@ -43,21 +44,21 @@ def difficulty_study(
     """
     schema = frame.lazy().collect_schema()
     taxonomies: Sequence[str] = [name for name in STRATA if name in schema]
-    tables = {
-        "budget": compute_budget(frame, seed=seed),
-        "association": difficulty_association(
+    tables: dict[str, Callable[[], pl.DataFrame]] = {
+        "budget": lambda: compute_budget(frame, seed=seed),
+        "association": lambda: difficulty_association(
             frame, difficulty, seed, resamples=resamples, min_documents=min_documents, details=True
         ),
-        "variance": compute_variance(frame, difficulty, taxonomies=taxonomies),
-        "curves": difficulty_curves(frame, difficulty, seed, resamples=resamples),
-        "information": difficulty_information(frame, difficulty, seed),
-        "nulls": difficulty_nulls(frame, difficulty, seed),
+        "variance": lambda: compute_variance(frame, difficulty, taxonomies=taxonomies),
+        "curves": lambda: difficulty_curves(frame, difficulty, seed, resamples=resamples),
+        "information": lambda: difficulty_information(frame, difficulty, seed),
+        "nulls": lambda: difficulty_nulls(frame, difficulty, seed),
     }
     if baselines:
-        tables["baselines"] = baseline_association(
+        tables["baselines"] = lambda: baseline_association(
             frame, difficulty, seed, resamples=min(resamples, 1000)
         )
-    return tables
+    return {name: make() for name, make in tracked(list(tables.items()), "computing tables")}
 
 
 def difficulty_frame(

@@ -7,18 +7,17 @@ its place in the corpus. The loss of a token comes from the same pass, and the c
 letters: B batch, S sequence, V vocabulary.
 """
 
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 
 from moe_lab.document_pass import length_batches, pad_right
 from moe_lab.errors import CorpusError, TraceError, expected, require
+from moe_lab.progress import shown, tell
 from moe_lab.text import Corpus, TokenizedDocument, token_classes
 from moe_lab.trace.capturing.fingerprints import corpus_hash, rank_folder
 from moe_lab.trace.capturing.long_documents import cache_that_joins, parts, run_part
@@ -83,7 +82,7 @@ def trace_pretrained(
             that see the parts before through a cache; where the model goes on from none, in windows
             that do not see each other, which a note counts. Logits are made in chunks of a fixed
             size.
-        progress: tell tokens done and time left on the error stream.
+        progress: show tokens done and time left on the error stream, if it is a terminal.
         overwrite: replace a finished trace at ``folder``.
 
     Raises:
@@ -134,9 +133,9 @@ def trace_pretrained(
         notes=notes,
     )
     described = Described(tokenizer, model.config.get_text_config().vocab_size)
-    with torch.no_grad(), captured:
+    with torch.no_grad(), captured, shown(progress):
         left = [document for document in documents if document.index not in captured.finished]
-        meter = Meter(sum(len(document.ids) for document in left), sys.stderr if progress else None)
+        done, total = 0, sum(len(document.ids) for document in left)
         for batch in length_batches(left, batch_tokens):
             ids, mask = pad_right(batch, tokenizer.pad_token_id)
             numbers = np.array([document.index for document in batch])
@@ -151,7 +150,8 @@ def trace_pretrained(
                     **{name: values[:, part] for name, values in columns.items()},
                 )
                 run_part(run, ids, mask, part, cache)
-                meter.add(int(mask[:, part].sum()))
+                done += int(mask[:, part].sum())
+                tell("tracing tokens", done, total)
     return open_trace(target, verify=False)
 
 
@@ -343,27 +343,3 @@ class Described:
         frame = token_classes(document, self)  # type: ignore[arg-type]
         names = [name for name in CLASS_COLUMNS if name in frame.columns]
         return {name: frame[name].to_list() for name in names} | own
-
-
-class Meter:
-    """Prints tokens done, their share and the time left, on one line at most once a second."""
-
-    def __init__(self, total: int, stream: TextIO | None) -> None:
-        self.total, self.stream, self.done = max(total, 1), stream, 0
-        self.began = self.printed = time.monotonic()
-
-    def add(self, tokens: int) -> None:
-        self.done += tokens
-        now = time.monotonic()
-        if self.stream is None or (now - self.printed < 1 and self.done < self.total):
-            return
-        self.printed = now
-        seconds = round((now - self.began) * (self.total - self.done) / self.done)
-        left = f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
-        end = "\n" if self.done >= self.total else ""
-        print(
-            f"\r{self.done:,} of {self.total:,} tokens, {self.done / self.total:.0%}, {left} left ",
-            end=end,
-            file=self.stream,
-            flush=True,
-        )
