@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from reprlib import repr as short
 from textwrap import indent
@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 
 from moe_lab.errors import ConfigError, FieldError, expected, require
 from moe_lab.files import content_hash
+from moe_lab.html_table import html_table
 
 E = TypeVar("E", bound=enum.StrEnum)
 
@@ -88,6 +89,11 @@ class Config:
             lines[-1:] = [f"{lines[-1]}{item}, "] if fits else [lines[-1], f"{item}, "]
         fields = indent("\n".join(line.rstrip() for line in lines if line), "  ")
         return f"{type(self).__name__}(\n{fields}\n)"
+
+    def _repr_html_(self) -> str:
+        """Fields that differ from their defaults, those of nested configurations by dotted name."""
+        columns = ("field", "value", "default")
+        return html_table(columns, _differing(self, ""), type(self).__name__)
 
     def __post_init__(self) -> None:
         """Replace texts by the members of their StrEnum.
@@ -170,6 +176,17 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return field.default if made is dataclasses.MISSING else made()
 
 
+def _differing(config: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Name, value and default as text."""
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), _default(field)
+        if isinstance(value, Config):
+            yield from _differing(value, f"{prefix}{field.name}.")
+        elif value != default:
+            missing = default is dataclasses.MISSING
+            yield prefix + field.name, _shown(value), "" if missing else _shown(default)
+
+
 def _shown(value: Any) -> str:
     """A number of items in place of a long tuple of configurations (the runs of a sweep)."""
     if isinstance(value, tuple) and len(value) > 3 and isinstance(value[0], Config):
@@ -227,7 +244,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, enum.Enum):
+        return value.value
+    return int(value) if isinstance(value, int) else value
 
 
 def _rebuild(name: str, hint: Any, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """What an object shows in a terminal or a notebook: short enough to read, and enough to know it."""
 
 import importlib.util
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from refusals import refused
 
 import moe_lab
 from moe_lab.accounting import count
@@ -15,8 +17,9 @@ from moe_lab.accounting.model_names import facts
 from moe_lab.errors import ConfigError
 from moe_lab.model import DecoderConfig, MoEConfig, MoELayer
 from moe_lab.model.minis import MINIS, mini_config
-from moe_lab.routing import RouterConfig
+from moe_lab.routing import RouterConfig, Routing
 from moe_lab.scaling import fit, wall_verdict
+from moe_lab.trace import LayerMeta, Trace, TraceMeta
 
 RECIPE = Path(__file__).resolve().parents[1] / "experiments" / "sparsity_wall.py"
 
@@ -99,12 +102,85 @@ def test_fits_and_verdicts_show_their_answer() -> None:
     assert repr(verdict).startswith(f"Verdict({verdict.outcome.value})\n")
     assert verdict.sentence[:60] in repr(verdict)
     assert_fits_a_screen(verdict)
+    assert verdict.sentence in shown(verdict).texts
     line = fit("line", pl.DataFrame(rows))
     assert repr(line).startswith("Fit(line, 21 runs, rmse ")
     assert_fits_a_screen(line)
+    assert set(line.coefficients) <= set(shown(line).texts)
 
 
 def test_the_packages_are_there_after_importing_moe_lab() -> None:
     assert moe_lab.routing.RouterConfig is RouterConfig
     with pytest.raises(AttributeError):
         moe_lab.nothing_of_this_name  # noqa: B018
+
+
+class Page(HTMLParser):
+    """Tags and text of a piece of HTML."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def shown(value: Any) -> Page:
+    """What a notebook shows: at most 26 rows below the names, no tag but those of a table."""
+    page = Page(value._repr_html_())
+    assert page.tags.count("tr") <= 27
+    assert set(page.tags) <= {"div", "table", "tr", "th", "td", "br"}
+    return page
+
+
+def test_notebooks_show_the_fields_that_differ() -> None:
+    page = shown(RouterConfig(kind="longcat", num_experts=64, num_zero_experts=32, top_k=12))
+    assert "kind" in page.texts
+    assert "num_experts" not in page.texts  # 64 is the default
+    for name in MINIS:
+        assert "moe.d_expert" in shown(DecoderConfig.from_dict(mini_config(name))).texts
+
+
+def test_notebooks_show_the_parts_of_every_published_model() -> None:
+    for entry in facts():
+        counted = count(entry["name"])
+        page = shown(counted)
+        assert f"{counted.by_part['routed']:,}" in page.texts
+
+
+def test_notebooks_show_the_slots_of_experts_the_busiest_first() -> None:
+    scores = torch.rand(50, 300).softmax(-1)
+    page = shown(Routing.from_scores(scores, scores.topk(4).indices))
+    cells = page.texts[page.texts.index("of all slots") + 1 :]
+    slots = [int(cell) for cell in cells[1:60:3]]
+    assert slots == sorted(slots, reverse=True)
+    assert "and 275 more" in page.texts
+
+
+def test_notebooks_escape_what_files_say(tmp_path: Path) -> None:
+    meta = TraceMeta(
+        layers=(LayerMeta(layer=0, num_experts=2, num_zero_experts=0, top_k=1, module="<b>x"),),
+        model="<script>alert(1)</script>",
+        notes=("a <img src=x> note",),
+    )
+    page = shown(Trace(tmp_path, meta, {}))
+    assert "<b>x" in page.texts
+    assert any("<img src=x>" in text for text in page.texts)
+
+
+def test_widths_are_stated_once() -> None:
+    config = DecoderConfig(d_model=64, moe=MoEConfig(d_expert=32))
+    assert config.moe is not None
+    assert (config.moe.d_model, MoEConfig().d_model) == (64, 256)
+    stated = DecoderConfig(d_model=64, moe=MoEConfig(d_model=64, d_expert=32))
+    assert config == stated
+    assert config.hash() == stated.hash()
+    with refused("moe.d_model"):
+        DecoderConfig(d_model=64, moe=MoEConfig(d_model=256))
+    assert DecoderConfig().dense_width == 4 * 128

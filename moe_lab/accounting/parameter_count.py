@@ -23,6 +23,7 @@ from moe_lab.cost.parts import Part, Piece, Pieces
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.hf.configuration import plain
 from moe_lab.hf.fields import canonical
+from moe_lab.html_table import html_table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -63,6 +64,25 @@ class ParameterCount:
                 f"total {self.total:,}, active {active} (convention B))",
                 *(shorten(line, 110) for line in more[:20]),
             ]
+        )
+
+    def _repr_html_(self) -> str:
+        """Parameters of each part, its share, and what a token uses of it on average."""
+        active: dict[str, float] = {}
+        for _, piece in self.pieces():
+            active[piece.part.value] = active.get(piece.part.value, 0.0) + piece.active()
+        rows = [
+            (part.replace("_", " "), size, size / self.total, round(active[part]))
+            for part, size in self.by_part.items()
+            if size
+        ]
+        first, *_ = repr(self).split(":\n")
+        caption = f"{first}): total {self.total:,}, active {self.active_mean:,} (convention B)"
+        return html_table(
+            ("part", "parameters", "of the total", "used by a token"),
+            rows,
+            caption,
+            "\n".join(self.assumed),
         )
 
     def pieces(self) -> Iterator[tuple[int | None, Piece]]:

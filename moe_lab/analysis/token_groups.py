@@ -27,6 +27,7 @@ from moe_lab.analysis.aligned_rows import (
     token_keys,
 )
 from moe_lab.errors import AnalysisError, TraceError, expected, require
+from moe_lab.text import CLASSES
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
@@ -192,9 +193,14 @@ def _values(trace: Trace, column: str) -> Frames:
     elif column == TRUE_ID:
         yield from _following(trace)
     else:
-        raise AnalysisError(
-            expected(f"a token column among {', '.join(names)}", repr(column)), field="column"
-        )
+        raise _no_column(column, names)
+
+
+def _no_column(column: str, columns: list[str]) -> AnalysisError:
+    """The error for a token column that a trace lacks."""
+    hint = "capture(..., tokenizer=..., classes=True)" if column in CLASSES else ""
+    what = f"a token column among {', '.join(columns)}"
+    return AnalysisError(expected(what, repr(column), hint), field="column")
 
 
 def _following(trace: Trace) -> Frames:
@@ -242,13 +248,8 @@ def token_column(trace: Trace, column: str, name: str) -> pl.LazyFrame:
     Raises ``AnalysisError`` where the trace has no such column.
     """
     columns = trace.tokens.collect_schema().names()
-    require(
-        column in columns,
-        f"a token column among {', '.join(columns)}",
-        repr(column),
-        error=AnalysisError,
-        field="column",
-    )
+    if column not in columns:
+        raise _no_column(column, columns)
     return trace.tokens.select(*KEY, pl.col(column).alias(name))
 
 

@@ -31,12 +31,16 @@ from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.hash_twin import hash_twin
 
 
+class Unstated(int):
+    """The default of a width that whoever holds the configuration may replace by its own."""
+
+
 @dataclass(frozen=True)
 class MoEConfig(Config):
     """One Mixture-of-Experts feed-forward layer.
 
     Attributes:
-        d_model: width of the residual stream.
+        d_model: width of the residual stream; a decoder gives its own where it is not stated.
         d_expert: hidden width of one SwiGLU expert.
         router: which experts run, with which weights.
         num_shared_experts: experts that every token runs, fused into one feed-forward of
@@ -51,7 +55,7 @@ class MoEConfig(Config):
         expert_bias: routed experts add learned biases to gate, up and output (gpt-oss).
     """
 
-    d_model: Annotated[int, at_least(1)] = 256
+    d_model: Annotated[int, at_least(1)] = Unstated(256)
     d_expert: Annotated[int, at_least(1)] = 128
     router: RouterConfig = field(default_factory=RouterConfig)
     num_shared_experts: Annotated[int, at_least(0)] = 0
@@ -178,7 +182,7 @@ class DecoderConfig(Config):
         moe: the MoE layer of each sparse layer; None makes every layer dense.
         num_dense_layers: leading layers with a dense feed-forward.
         d_dense: hidden width of a dense feed-forward; None takes ``d_expert * (top_k +
-            num_shared_experts)``, the active width.
+            num_shared_experts)``, the active width, and ``4 * d_model`` in a decoder without MoE.
         wiring: how a layer's parts are connected.
         num_hash_layers: leading MoE layers in which a table of token ids selects the experts and
             the learned router weighs them (V4).
@@ -249,15 +253,14 @@ class DecoderConfig(Config):
             field="num_dense_layers",
         )
         if self.moe is not None:
+            if isinstance(self.moe.d_model, Unstated):
+                object.__setattr__(self, "moe", self.moe.replace(d_model=Unstated(self.d_model)))
             require(
                 self.moe.d_model == self.d_model,
                 f"moe.d_model equal to d_model {self.d_model}",
                 self.moe.d_model,
                 field="moe.d_model",
             )
-        else:
-            given = self.d_dense is not None
-            require(given, "d_dense in a decoder without moe", "None", field="d_dense")
         self._check_hash_layers()
         self._check_attention()
         self._check_ngram()
@@ -356,7 +359,8 @@ class DecoderConfig(Config):
     def dense_width(self) -> int:
         if self.d_dense is not None:
             return self.d_dense
-        assert self.moe is not None
+        if self.moe is None:
+            return 4 * self.d_model
         return self.moe.d_expert * (self.moe.router.top_k + self.moe.num_shared_experts)
 
     @property

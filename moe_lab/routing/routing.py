@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lab.config import require
 from moe_lab.errors import TraceError
+from moe_lab.html_table import html_table
 from moe_lab.measures import router_entropy, score_margin
 
 UNUSED = -1
@@ -107,6 +108,24 @@ class Routing:
             f" experts, {self.weights.dtype}, {self.weights.device}"
             + "".join(f", {name}" for name in [*given, *self.losses])
             + ")"
+        )
+
+    def _repr_html_(self) -> str:
+        """The slots of each expert, the busiest first."""
+        counts = self.counts().tolist()
+        order = sorted(range(len(counts)), key=lambda expert: -counts[expert])
+        used = max(sum(counts), 1)
+        rows = [
+            (
+                f"{expert}" + " (zero-compute)" * (expert >= self.num_experts),
+                counts[expert],
+                counts[expert] / used,
+            )
+            for expert in order
+        ]
+        dead = sum(count == 0 for count in counts)
+        return html_table(
+            ("expert", "slots", "of all slots"), rows, repr(self), f"experts that never ran: {dead}"
         )
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected, require
+from moe_lab.html_table import html_table
 from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unknowns
 from moe_lab.scaling.fit_starts import starting_points
 from moe_lab.scaling.frontier_forms import FORMS, START, fit_form
@@ -63,6 +64,17 @@ class Fit:
         values = ", ".join(f"{name}={value:.4g}" for name, value in self.coefficients.items())
         loose = f"; not identified: {', '.join(self.unidentified)}" if self.unidentified else ""
         return f"Fit({self.law.name}, {self.runs} runs, rmse {self.rmse:.3g}: {values}{loose})"
+
+    def _repr_html_(self) -> str:
+        """Coefficients, with 95 % intervals once `bootstrap` has run."""
+        drawn = () if self.draws is None else self.draws.columns
+        rows = [
+            (name, value, *(self.interval(name) if name in drawn else (None, None)))
+            for name, value in self.coefficients.items()
+        ]
+        caption = f"{self.law.title} ({self.law.source}) on {self.runs} runs, rmse {self.rmse:.3g}"
+        loose = f"not identified: {', '.join(self.unidentified)}" if self.unidentified else ""
+        return html_table(("coefficient", "value", "95 % from", "to"), rows, caption, loose)
 
     def predict(self, point: Values | pl.DataFrame) -> np.ndarray:
         """Loss in nats/token at each row of a frame, or at a mapping of variables."""

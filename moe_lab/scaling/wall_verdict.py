@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import AnalysisError, expected, require
+from moe_lab.html_table import html_table
 from moe_lab.scaling.compute_slope import MARGIN, ComputeSlope, law_slope, measured_slope
 from moe_lab.scaling.sweep_losses import Sweep, read_sweep
 from moe_lab.scaling.wall_rule import Judgement, Outcome, Price, doublings, judge
@@ -84,6 +85,12 @@ class Verdict:
     def __repr__(self) -> str:
         lines = [f"Verdict({self.outcome.value})", self.sentence, *self.reasons]
         return "\n  ".join(part for line in lines for part in wrap(line, 110)[:4])
+
+    def _repr_html_(self) -> str:
+        """The sentence, the gain of each doubling, and the reasons."""
+        names = ("from ratio", "to", "gain, nats", "from", "to", "compute")
+        rows = [(g.ratio_from, g.ratio_to, g.gain, g.lo, g.hi, g.compute) for g in self.gains]
+        return html_table(names, rows, self.sentence, "\n".join(self.reasons))
 
     def with_caveats(self, caveats: tuple[str, ...]) -> "Verdict":
         """The verdict whose sentence ends in what was not excluded."""

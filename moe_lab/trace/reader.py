@@ -26,6 +26,7 @@ import polars as pl
 from moe_lab import __version__
 from moe_lab.errors import TraceError, expected, require
 from moe_lab.files import default_cache_dir
+from moe_lab.html_table import html_table
 from moe_lab.sandbox import call, regular_size
 from moe_lab.trace.checks import check_rows, check_tokens, read_meta
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, put_in_place
@@ -83,6 +84,15 @@ class Trace:
             f"{self.num_tokens:,} tokens, {len(layers)} MoE layers, {each}"
             f"{'' if self.complete else ', interrupted'})"
         )
+
+    def _repr_html_(self) -> str:
+        """The layers."""
+        names = ("layer", "slots", "experts", "zero-compute experts", "module")
+        rows = [
+            (one.layer, one.top_k, one.num_experts, one.num_zero_experts, one.module)
+            for one in self.meta.layers
+        ]
+        return html_table(names, rows, repr(self), "\n".join(self.meta.notes))
 
     @property
     def tokens(self) -> pl.LazyFrame:

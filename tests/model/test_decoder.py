@@ -159,5 +159,5 @@ def test_contradictory_configs_say_what_was_expected() -> None:
         SMALL.replace(num_heads=3)
     with refused("context_length"):
         Decoder(SMALL)(torch.zeros(1, 13, dtype=torch.int64))
-    with refused("d_dense"):
-        DecoderConfig(moe=None)
+    with refused("num_dense_layers"):
+        DecoderConfig(num_dense_layers=5)

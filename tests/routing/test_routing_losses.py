@@ -439,3 +439,17 @@ def test_a_loss_of_plain_tensors_is_that_of_the_routing():
     ):
         with pytest.raises(ConfigError):
             Routing.from_scores(scores, indices)
+
+
+def test_plain_scores_and_indices_have_the_loss_of_their_routing() -> None:
+    scores = torch.rand(20, 8, requires_grad=True).softmax(-1)
+    indices = scores.topk(2).indices
+    plain = losses.load_balancing_loss(scores, indices, scale="top_k")
+    assert plain.item() == losses.load_balancing_loss(
+        Routing.from_scores(scores, indices), scale="top_k"
+    )
+    assert plain.requires_grad
+    with refused("indices"):
+        losses.load_balancing_loss(scores)
+    with refused("indices"):
+        losses.load_balancing_loss(Routing.from_scores(scores, indices), indices)

@@ -499,3 +499,43 @@ def test_a_forked_child_leaves_capture_without_touching_the_trace(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "MOE_LAB_NATIVE": "0"},
     )
     assert (done.returncode, done.stdout.strip()) == (0, "10"), done.stderr[-1500:]
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    alphabet = "abcdefghij 0123456789.\nABCDEFGHIJKLMNOP"
+
+    def __len__(self):
+        return len(self.alphabet)
+
+    def get_vocab(self):
+        return {letter: number for number, letter in enumerate(self.alphabet)}
+
+    def decode(self, ids):
+        return "".join(self.alphabet[number] for number in ids)
+
+
+def test_classes_of_tokens_are_recorded_on_request_and_the_error_says_so(tmp_path):
+    from moe_lab.analysis import class_profile
+    from moe_lab.errors import AnalysisError
+
+    model, letters = decoder(), Letters()
+    texts = ["abc 12", "cab\n9 "]
+    ids = torch.tensor([[letters.alphabet.index(letter) for letter in text] for text in texts])
+    for name, classes in (("with", True), ("without", False)):
+        options = {"tokenizer": letters, "classes": classes}
+        with torch.no_grad(), capture(model, tmp_path / name, **options):
+            model(ids)
+    tokens = open_trace(tmp_path / "with").tokens.sort("doc", "pos").collect()
+    assert "".join(tokens["text"]) == "".join(texts)
+    kinds = dict(zip(tokens["text"].to_list(), tokens["unicode"].to_list(), strict=True))
+    assert kinds["a"] == kinds["b"] != kinds["1"] == kinds["9"]
+    assert set(tokens["repeat"]) == {"first"}
+    profile = class_profile(open_trace(tmp_path / "with"), "unicode", include_first=True)
+    assert set(profile["class"]) == set(kinds.values())
+    with refused("column", AnalysisError) as caught:
+        class_profile(open_trace(tmp_path / "without"), "unicode")
+    assert "classes=True" in str(caught.value)
+    with refused("tokenizer"):
+        capture(model, tmp_path / "none", classes=True)

@@ -115,7 +115,8 @@ def shares(
 
 
 def load_balancing_loss(
-    routing: Routing,
+    routing: Routing | Tensor,
+    indices: Tensor | None = None,
     *,
     scale: Scale = "one",
     scope: Scope = "batch",
@@ -126,14 +127,25 @@ def load_balancing_loss(
     """Switch Transformer's loss (arXiv 2101.03961, eq. 4) over one layer, for any number of slots.
 
     Args:
-        routing: one layer's decisions; padding is left out by ``routing.valid``.
+        routing: one layer's decisions, whose padding is left out by ``routing.valid``; or of any
+            other router the scores [T, E], with ``indices``.
+        indices: [T, K], the expert of each slot, -1 where a slot is not used.
         scale: value at uniform load: 1, or the mean number of used slots per token (Hugging Face).
         scope: see the module. ``counts`` [E] and, on request, ``tokens`` [] go with "global",
             ``sequence_length`` with "sequence".
 
     Returns:
         Scalar; the gradient reaches the scores alone.
+
+    Example::
+
+        load_balancing_loss(logits.softmax(-1), logits.topk(8).indices)
     """
+    if not isinstance(routing, Routing):
+        require(indices is not None, "indices [T, K] beside scores", None, field="indices")
+        routing = Routing.from_scores(routing, indices)  # type: ignore[arg-type]
+    else:
+        require(indices is None, "a Routing without indices", "both", field="indices")
     found = shares(routing, scope, counts=counts, tokens=tokens, sequence_length=sequence_length)
     experts = routing.scores.shape[1]
     return found.mean(experts * (found.load * found.probability).sum(dim=1), scale)

@@ -7,7 +7,7 @@ its place in the corpus. The loss of a token comes from the same pass, and the c
 letters: B batch, S sequence, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,16 @@ import torch
 from moe_lab.document_pass import length_batches, pad_right
 from moe_lab.errors import CorpusError, TraceError, expected, require
 from moe_lab.progress import shown, tell
-from moe_lab.text import Corpus, TokenizedDocument, token_classes
+from moe_lab.text import Corpus, TokenizedDocument
+from moe_lab.trace.capturing.class_columns import Described
 from moe_lab.trace.capturing.fingerprints import corpus_hash, rank_folder
 from moe_lab.trace.capturing.long_documents import cache_that_joins, parts, run_part
 from moe_lab.trace.capturing.recorder import capture
-from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.existing import refuse_finished
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX
 from moe_lab.trace.reader import Trace, open_trace
 
 BATCH_TOKENS = 4096
-CLASS_COLUMNS = (
-    "start",
-    "end",
-    "n_bytes",
-    "lexer",
-    "subword",
-    "unicode",
-    "case",
-    "copy",
-    "repeat",
-    "position",
-    "boundary",
-    "function",
-)
 
 
 @dataclass(frozen=True)
@@ -298,48 +284,3 @@ def tokenized(
         return kept, []
     sentence = f"Documents cut at the model's {limit:,} positions: {cut}"
     return kept, [f"{sentence}; {lost:,} of {total:,} tokens were left out."]
-
-
-class Described:
-    """Class columns of a batch by the rules of ``moe_lab.text``, for tokenizers of transformers."""
-
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        self.text = TokenText(tokenizer)
-        self.fast = bool(getattr(tokenizer, "is_fast", False))
-        self.vocab_size = max(len(tokenizer), vocab_size)
-        pieces = [self.text.bytes_of(number) for number in range(len(tokenizer))]
-        pieces += [b""] * (self.vocab_size - len(tokenizer))
-        self.token_lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        self.is_fragment = np.array(
-            ["\ufffd" in piece.decode(errors="replace") for piece in pieces]
-        )
-        special = getattr(tokenizer, "bos_token_id", None)
-        self.eos_id = -1 if special is None else special
-
-    def columns(self, batch: Sequence[TokenizedDocument], width: int) -> dict[str, np.ndarray]:
-        """[B, S] of each column: name of the document, text and bytes of the token, and its classes
-        where the tokenizer gives spans.
-        """
-        rows = [self._of_document(document) for document in batch]
-        columns: dict[str, np.ndarray] = {}
-        for name in rows[0]:
-            values = [row[name] for row in rows]
-            text = any(isinstance(item, str) for row in values for item in row[:1])
-            filled = np.full((len(batch), width), "" if text else 0, dtype=object)
-            for place, row in enumerate(values):
-                filled[place, : len(row)] = row
-            columns[name] = filled if text else filled.astype(np.int64)
-        return columns
-
-    def _of_document(self, document: TokenizedDocument) -> dict[str, list[Any]]:
-        pieces = self.text.of_document(document.ids, document.text)
-        own: dict[str, list[Any]] = {
-            "document": [document.name] * len(pieces),
-            "text": [piece.decode(errors="replace") for piece in pieces],
-            "n_bytes": [len(piece) for piece in pieces],
-        }
-        if not self.fast:
-            return own
-        frame = token_classes(document, self)  # type: ignore[arg-type]
-        names = [name for name in CLASS_COLUMNS if name in frame.columns]
-        return {name: frame[name].to_list() for name in names} | own

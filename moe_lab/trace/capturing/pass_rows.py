@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import TraceError, expected
+from moe_lab.trace.capturing.class_columns import Described
 from moe_lab.trace.capturing.router_output import Reading, joined
 from moe_lab.trace.capturing.token_text import TokenText
 from moe_lab.trace.capturing.traced_router import TracedRouter, Visit
@@ -68,12 +69,17 @@ class PassRows:
     Args:
         visits: runs of the routers, in the order of the readings of a pass.
         pieces: the text of token ids, or None.
+        described: the class columns of documents, or None.
     """
 
     def __init__(
-        self, writer: TraceWriter, visits: Sequence[Visit], pieces: TokenText | None
+        self,
+        writer: TraceWriter,
+        visits: Sequence[Visit],
+        pieces: TokenText | None,
+        described: Described | None = None,
     ) -> None:
-        self.writer, self.visits, self.pieces = writer, visits, pieces
+        self.writer, self.visits, self.pieces, self.described = writer, visits, pieces, described
 
     def write(self, passes: Sequence[RecordedPass], event: Any) -> None:
         """Convert and write passes; ``event`` is a CUDA event to wait for, or None."""
@@ -130,6 +136,8 @@ class PassRows:
         text: dict[str, pl.Series] = {}
         if self.pieces is not None and "text" not in record.further:
             text["text"] = self.pieces.of(token_id)
+        if self.described is not None:
+            text |= self.described.of_rows(record.doc, record.pos, token_id)
         further = {name: pl.Series(record.kept(values)) for name, values in record.further.items()}
         self.writer.write_tokens(
             pl.DataFrame(numbers).with_columns(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_lab.errors import TraceError, expected, require
 from moe_lab.trace.background import Background
+from moe_lab.trace.capturing.class_columns import Described
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.fingerprints import (
     corpus_hash,
@@ -54,6 +55,7 @@ class CaptureOptions:
 
     tokenizer: Any
     text: str | Iterable[str] | None
+    classes: bool
     readers: Mapping[str, Reader] | None
     only: str | None
     losses: bool | Head
@@ -255,7 +257,8 @@ class Capture:
         self._writer = writer.__enter__()
         self._numbering.next_doc = max(self._writer.finished, default=-1) + 1
         pieces = None if options.tokenizer is None else TokenText(options.tokenizer)
-        self._rows = PassRows(self._writer, self.visits, pieces)
+        described = Described(options.tokenizer, meta.vocab_size or 0) if options.classes else None
+        self._rows = PassRows(self._writer, self.visits, pieces, described)
 
     def _queue(
         self, running: Pass, readings: list[Reading], labels: Labels, losses: np.ndarray | None
@@ -339,6 +342,7 @@ def capture(
     *,
     tokenizer: Any = None,
     text: str | Iterable[str] | None = None,
+    classes: bool = False,
     readers: Mapping[str, Reader] | None = None,
     only: str | None = None,
     losses: bool | Head = False,
@@ -367,6 +371,10 @@ def capture(
             ``<folder>.rank-<r>`` (see ``merge_traces``).
         tokenizer: its hash goes into the metadata, and each token's text into the column ``text``.
         text: the documents that will be run, for their hash.
+        classes: record the class columns of each token (``unicode``, ``subword``, ``copy``, ... of
+            ``text.token_classes``), for profiles by class; needs ``tokenizer``. They are those of
+            the text that the tokens of a document write in one pass, and null for tokens that go
+            on from a cache.
         readers: module name (or a pattern that matches it whole) -> function of (module, seen) that
             returns a ``Reading``, a ``Routing`` or a triple of logits, weights and indices in any
             order. ``seen`` holds "output" and "input" of it, and "experts input" of the module
@@ -387,14 +395,18 @@ def capture(
 
     Raises:
         TraceExistsError: a finished trace at ``folder`` without ``overwrite``.
+        ConfigError: ``classes`` without a tokenizer.
         TraceError: routers that are not found, do not run, or return what does not fit, by name;
             counts that do not add up.
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
+    known = not classes or tokenizer is not None
+    require(known, "a tokenizer for classes", None, "tokenizer=", field="tokenizer")
     options = CaptureOptions(
         tokenizer=tokenizer,
         text=text,
+        classes=classes,
         readers=readers,
         only=only,
         losses=losses,
