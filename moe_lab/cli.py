@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from moe_lab import __version__
+from moe_lab.commands.options import HelpFormatter
 from moe_lab.errors import MoELabError
 from moe_lab.plain_text import one_line, plain_output
 from moe_lab.plugins import load
@@ -73,7 +74,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **options})
+        usual = {"allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(*args, **{**usual, **options})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; try {self.prog} --help\n")
@@ -85,8 +87,7 @@ def _top_parser() -> Parser:
     parser = Parser(
         prog="moe-lab",
         description="Train, trace and judge Mixture-of-Experts models.",
-        epilog=f"commands:\n{listing}\n\nmoe-lab COMMAND --help tells the rest.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{listing}\n\nmoe-lab COMMAND --help has options and examples.",
     )
     parser.add_argument("--version", action="version", version=f"moe-lab {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS)
@@ -101,15 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if argv is None else argv))
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments:
-        _top_parser().print_help()
-        return 2
-    name = _top_parser().parse_args(arguments[:1]).command
-    if name == "sweep" and len(arguments) > 1 and arguments[1].endswith(".py"):
-        arguments.insert(1, "run")
+def command_parsers(name: str) -> tuple[Parser, Parser]:
+    """The parser of ``--plugin`` alone, and that of all that a command takes."""
     module = importlib.import_module(COMMANDS[name][0])
-    plugins = Parser(prog=f"moe-lab {name}", add_help=False, allow_abbrev=False)
+    plugins = Parser(prog=f"moe-lab {name}", add_help=False)
     if name in WITH_PLUGINS:
         plugins.add_argument(
             "--plugin",
@@ -118,13 +114,20 @@ def _run(arguments: list[str]) -> int:
             metavar="FILE_OR_MODULE",
             help="a Python file or module that adds routers, losses, ...; repeatable, at any place",
         )
-    parser = Parser(
-        prog=f"moe-lab {name}",
-        description=COMMANDS[name][1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        parents=[plugins],
-    )
+    parser = Parser(prog=f"moe-lab {name}", description=COMMANDS[name][1], parents=[plugins])
     module.add_arguments(parser)
+    return plugins, parser
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments:
+        _top_parser().print_help()
+        return 2
+    name = _top_parser().parse_args(arguments[:1]).command
+    if name == "sweep" and len(arguments) > 1 and arguments[1].endswith(".py"):
+        arguments[1:2] = ["run", "--ask", arguments[1]]
+    module = importlib.import_module(COMMANDS[name][0])
+    plugins, parser = command_parsers(name)
     try:
         # Before the command's own options, which may name what a plugin adds.
         known, remaining = plugins.parse_known_args(arguments[1:])

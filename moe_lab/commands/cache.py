@@ -9,6 +9,7 @@ from moe_lab.commands.options import (
     add_json,
     add_number,
     add_seed,
+    examples,
     expert_sizes,
     print_frame,
     print_json,
@@ -16,6 +17,10 @@ from moe_lab.commands.options import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab cache traces/x --budget 4GiB --config Qwen/Qwen3-30B-A3B",
+        "moe-lab cache traces/x --policy lru --expert-bytes 18MiB --prefetch",
+    )
     from moe_lab.serving.policies import POLICIES
 
     parser.add_argument("trace", type=Path, help="a trace of tokens in their order")

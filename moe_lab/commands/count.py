@@ -18,7 +18,7 @@ from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, coun
 from moe_lab.accounting.published import models
 from moe_lab.accounting.ratios import ratios
 from moe_lab.accounting.stored import StoredSize, stored_size
-from moe_lab.commands.options import UNITS, add_number
+from moe_lab.commands.options import UNITS, add_number, examples
 from moe_lab.cost.parts import Part
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.minis import MINIS, find_mini
@@ -45,6 +45,14 @@ class Model(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab count deepseek-ai/DeepSeek-V3",
+        "moe-lab count DeepSeek-V3 Qwen3-30B-A3B Llama-3.1-70B --context 128k --batch 64",
+        "moe-lab count Qwen3-30B-A3B --set num_experts=256 --csv",
+        "moe-lab count longcat_2_mini",
+        'moe-lab count --where "sparsity > .965"',
+        "moe-lab count runs/x/config.json --trace runs/x/trace",
+    )
     parser.add_argument(
         "models",
         nargs="*",

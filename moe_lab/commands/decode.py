@@ -10,6 +10,7 @@ from moe_lab.commands.options import (
     add_json,
     add_number,
     add_seed,
+    examples,
     expert_sizes,
     print_frame,
     print_json,
@@ -18,6 +19,10 @@ from moe_lab.errors import AnalysisError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab decode traces/x --window 4 16",
+        "moe-lab decode traces/x --batch 8 64 --draft-cost 0.1 --config Qwen/Qwen3-30B-A3B",
+    )
     parser.add_argument("trace", type=Path, help="a trace of tokens in their order")
     add_number(
         parser,

@@ -4,10 +4,15 @@ import argparse
 from pathlib import Path
 
 from moe_lab.commands import sweep
+from moe_lab.commands.options import examples
 from moe_lab.errors import RunError, expected
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab demo",
+        "moe-lab demo --workers 2 --out runs/demo",
+    )
     sweep.add_run_arguments(parser, out="runs/demo")
 
 

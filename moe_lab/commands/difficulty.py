@@ -15,6 +15,7 @@ from moe_lab.commands.options import (
     add_number,
     add_out,
     add_seed,
+    examples,
     print_frame,
     print_json,
 )
@@ -30,6 +31,11 @@ STUDY_FOLDER = "difficulty"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab difficulty runs/x",
+        "moe-lab difficulty traces/x --resamples 500",
+        "moe-lab difficulty runs/x --text my_texts/ --no-gain",
+    )
     parser.add_argument(
         "source", type=Path, help="the folder of a finished run, or a trace with a token table"
     )

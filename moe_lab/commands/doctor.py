@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from moe_lab import __version__
-from moe_lab.commands.options import add_json, print_json
+from moe_lab.commands.options import add_json, examples, print_json
 from moe_lab.versions import TESTED
 
 EXTRAS = {
@@ -34,6 +34,10 @@ BASE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab doctor",
+        "moe-lab doctor --json",
+    )
     add_json(parser)
 
 

@@ -3,23 +3,38 @@
 import argparse
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from moe_lab.commands.options import add_json, print_json
+from moe_lab.commands.options import add_json, examples, print_json
+from moe_lab.errors import require
+from moe_lab.number_format import count_of
+from moe_lab.terminal import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab list routers",
+        "moe-lab list laws --json",
+        "moe-lab list presets experiments/router_shootout.py",
+    )
     parser.add_argument("kind", choices=KINDS, help="what to list")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        type=Path,
+        help="of presets: the recipe that has them (default: that of moe-lab demo)",
+    )
     add_json(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    rows = dict(KINDS[args.kind]())
+    require(args.recipe is None or args.kind == "presets", "a recipe of presets", args.recipe)
+    rows = dict(_presets(args.recipe) if args.kind == "presets" else KINDS[args.kind]())
     if args.json:
         print_json(rows)
     else:
-        width = max(map(len, rows), default=0)
-        print("\n".join(f"{name:{width}}  {text}".rstrip() for name, text in rows.items()))
+        print_table((args.kind, "what it is"), rows.items())
     return 0
 
 
@@ -57,9 +72,10 @@ def _backends() -> Iterable[tuple[str, str]]:
 
 
 def _laws() -> Iterable[tuple[str, str]]:
-    from moe_lab.scaling import LAWS
+    from moe_lab.scaling.laws import LAW_ALIASES, LAWS
 
-    return ((name, f"{law.title} ({law.source})") for name, law in LAWS.items())
+    yield from ((name, f"{law.title} ({law.source})") for name, law in LAWS.items())
+    yield from ((alias, f"another name of {name}") for alias, name in LAW_ALIASES.items())
 
 
 def _models() -> Iterable[tuple[str, str]]:
@@ -75,6 +91,15 @@ def _minis() -> Iterable[tuple[str, str]]:
     return ((name, f"{find_mini(name).original} in small") for name in MINIS)
 
 
+def _presets(recipe: Path | None = None) -> Iterable[tuple[str, str]]:
+    from moe_lab.commands.demo import demo_recipe
+    from moe_lab.sweeps.recipe import load_recipe, presets
+
+    path = recipe or demo_recipe()
+    for name in presets(path):
+        yield name, count_of(len(load_recipe(path, name).runs), "run")
+
+
 KINDS: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "routers": _routers,
     "losses": _losses,
@@ -83,4 +108,5 @@ KINDS: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "laws": _laws,
     "models": _models,
     "minis": _minis,
+    "presets": _presets,
 }

@@ -5,10 +5,21 @@ not chosen on.
 import argparse
 from pathlib import Path
 
-from moe_lab.commands.options import add_json, add_number, add_seed, print_frame, print_json
+from moe_lab.commands.options import (
+    add_json,
+    add_number,
+    add_seed,
+    examples,
+    print_frame,
+    print_json,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab place traces/x --devices 8 --slots 72 --by domain",
+        "moe-lab place traces/x --devices 16 --nodes 2 --vllm map.json",
+    )
     from moe_lab.serving.policies import METHODS
 
     parser.add_argument("trace", type=Path, help="a trace, also one of counts")

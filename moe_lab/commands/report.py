@@ -5,10 +5,14 @@ import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
-from moe_lab.commands.options import add_json, add_out, place, print_json
+from moe_lab.commands.options import add_json, add_out, examples, place, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab report runs/small",
+        'moe-lab report runs/x traces/y --out page.html --title "Two models"',
+    )
     parser.add_argument(
         "source", nargs="+", type=place, help="a sweep's folder or URL, run folders, or a trace"
     )

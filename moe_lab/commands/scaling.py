@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.commands.options import UNITS, add_json, add_number, add_out, print_json
+from moe_lab.commands.options import (
+    UNITS,
+    add_json,
+    add_number,
+    add_out,
+    examples,
+    print_json,
+)
 from moe_lab.errors import AnalysisError, MoELabError, expected, require
 from moe_lab.number_format import magnitude
 from moe_lab.terminal import print_table, say
@@ -20,13 +27,19 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab scaling step --total 1.6T --active 48B --add 135B --tokens 35T",
+        "moe-lab scaling verdict runs/small",
+        "moe-lab scaling fit chinchilla runs.parquet",
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="{step,verdict,fit}", required=True)
-    plain = argparse.ArgumentDefaultsHelpFormatter
     step_parser = verbs.add_parser(
         "step",
         help="what each law expects of adding expert parameters",
-        formatter_class=plain,
-        allow_abbrev=False,
+        epilog=examples(
+            "moe-lab scaling step --total 1.6T --active 48B --add 135B --tokens 35T",
+            "moe-lab scaling step --total 48B --active 3B --add 48B --tokens 10T --granularity 8",
+        ),
     )
     for name, what in (
         ("total", "parameters before the step"),
@@ -79,8 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verdict_parser = verbs.add_parser(
         "verdict",
         help="wall, below margin, no wall or cannot tell, of runs of your own",
-        formatter_class=plain,
-        allow_abbrev=False,
+        epilog=examples(
+            "moe-lab scaling verdict runs/small",
+            "moe-lab scaling verdict runs.csv --column loss=val_loss --unit bits --by-budget",
+        ),
     )
     verdict_parser.add_argument(
         "runs", type=Path, help="Parquet, CSV or JSON lines with a row per run, or a sweep's folder"
@@ -118,10 +133,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit_parser = verbs.add_parser(
         "fit",
         help="a law's coefficients with bootstrap intervals",
-        formatter_class=plain,
-        allow_abbrev=False,
+        epilog=examples(
+            "moe-lab scaling fit chinchilla runs.parquet",
+            "moe-lab scaling fit saturation runs/small --bootstrap 200 --out fits/saturation",
+        ),
     )
-    fit_parser.add_argument("law", help="a name in moe_lab.scaling.LAWS")
+    fit_parser.add_argument(
+        "law",
+        help="clark, hoffmann (or chinchilla), ludziejewski, abnar, line, saturation, ...: "
+        "moe-lab list laws",
+    )
     fit_parser.add_argument(
         "runs", type=Path, help="as for verdict; columns loss and the law's variables"
     )

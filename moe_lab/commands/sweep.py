@@ -1,6 +1,6 @@
 """``moe-lab sweep {plan,run,status}``: designed grids.
 
-``moe-lab sweep RECIPE`` is ``moe-lab sweep run RECIPE``.
+``moe-lab sweep RECIPE`` shows the plan; on a terminal it asks whether to run it.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from moe_lab.commands.options import (
     add_number,
     add_seed,
     add_text,
+    examples,
     place,
     print_json,
     text_changes,
@@ -33,10 +34,19 @@ VERBS = ("plan", "run", "status")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab sweep plan experiments/sparsity_wall.py --preset small",
+        "moe-lab sweep run experiments/sparsity_wall.py --preset small --out runs/small",
+        "moe-lab sweep status runs/small",
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="{plan,run,status}", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     plan_parser = verbs.add_parser(
-        "plan", help="the table of runs, their cost and a time estimate", formatter_class=formatter
+        "plan",
+        help="the table of runs, their cost and a time estimate",
+        epilog=examples(
+            "moe-lab sweep plan experiments/sparsity_wall.py --preset small",
+            "moe-lab sweep plan experiments/sparsity_wall.py --preset small --power",
+        ),
     )
     _add_recipe(plan_parser)
     add_number(
@@ -56,12 +66,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_parser = verbs.add_parser(
         "run",
         help="do every run that is not finished, then write the report",
-        formatter_class=formatter,
+        epilog=examples(
+            "moe-lab sweep run experiments/sparsity_wall.py --preset small --out runs/small",
+            "moe-lab sweep run experiments/sparsity_wall.py --alternative ngram --max-hours 12",
+            "moe-lab sweep run experiments/sparsity_wall.py --preset gpu --device cuda "
+            "--launcher slurm --launcher-option partition=gpu",
+        ),
     )
     _add_recipe(run_parser)
+    run_parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)
     add_run_arguments(run_parser, out=None)
     status_parser = verbs.add_parser(
-        "status", help="how far each run of a folder is", formatter_class=formatter
+        "status",
+        help="how far each run of a folder is",
+        epilog=examples("moe-lab sweep status runs/small"),
     )
     status_parser.add_argument("folder", type=place, help="the sweep's folder or URL")
     add_json(status_parser)
@@ -74,7 +92,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default=None,
-        help="which of the recipe's presets (default: demo, else its first)",
+        help="which of the recipe's presets: moe-lab list presets RECIPE (default: demo, else its "
+        "first)",
     )
     parser.add_argument(
         "--alternative",
@@ -281,6 +300,8 @@ def run(args: argparse.Namespace) -> int:
     from moe_lab import sweeps
 
     sweep = _sweep(args)
+    if getattr(args, "ask", False) and not _confirmed(args, sweep):
+        return 0
     out = args.out or Path("runs") / sweep.name
     outcome = sweeps.run(
         sweep,
@@ -341,6 +362,22 @@ def run(args: argparse.Namespace) -> int:
             print(f"report: {page}")
             print(f"next: moe-lab scaling verdict {shlex.quote(str(out))}")
     return 130 if outcome.interrupted else 2 if outcome.failed else 0
+
+
+def _confirmed(args: argparse.Namespace, sweep: "SweepConfig") -> bool:
+    """Show the plan; on a terminal, ask whether to run it."""
+    from moe_lab import sweeps
+
+    frame = sweeps.plan(sweep, calibrate=False)
+    if args.json:
+        print(frame.write_json())
+        return False
+    print_table(sweeps.PLAN_COLUMNS, sweeps.plan_rows(frame))
+    print(sweeps.plan_totals(frame))
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print(f"next: moe-lab sweep run {shlex.quote(str(args.recipe))}, with the same options")
+        return False
+    return input(f"run these {frame.height} runs? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _judged(folder: Path) -> tuple[str, str, list[str]]:

@@ -15,6 +15,7 @@ from moe_lab.commands.options import (
     add_json,
     add_number,
     add_out,
+    examples,
     layers_of,
     load_sentence,
     print_frame,
@@ -45,6 +46,12 @@ KINDS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab trace runs/x --text my_texts/",
+        "moe-lab trace --hf path/or/id --text my_texts/ --out traces/x --max-tokens 1k",
+        "moe-lab trace --import vllm routes.npz --out traces/y --config config.json",
+        "moe-lab trace --import counts counts.csv --out traces/z --num-experts 64 --top-k 8",
+    )
     parser.add_argument(
         "run",
         type=Path,

@@ -19,6 +19,7 @@ from moe_lab.commands.options import (
     add_out,
     add_seed,
     add_text,
+    examples,
     layers_of,
     load_sentence,
     print_json,
@@ -27,6 +28,7 @@ from moe_lab.commands.options import (
 )
 from moe_lab.errors import ConfigError, FieldError, expected, require
 from moe_lab.files import parse_json, read_regular
+from moe_lab.model.minis import MINIS
 from moe_lab.progress import shown, tell
 from moe_lab.runs.layout import TRACE
 from moe_lab.terminal import say
@@ -40,6 +42,12 @@ SHOWN = ("load_cv", "max_violation", "mean_ffn_count")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab train --experts 32 --top-k 3 --zero-experts 16 --text my_texts/",
+        "moe-lab train --mini longcat_flash_mini",
+        "moe-lab train --router sigmoid_topk --loss load_balancing=0.01 --tokens 1M",
+        "moe-lab train --set model.num_layers=6 --set optimizer.lr=0.001",
+    )
     parser.add_argument(
         "--config",
         type=Path,
@@ -51,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mini",
         default=None,
         metavar="NAME",
-        help="a published architecture in small, such as longcat_flash_mini",
+        help=f"a published architecture in small: {', '.join(MINIS)}",
     )
     add_number(
         parser,
@@ -77,14 +85,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--router",
         default=None,
         metavar="KIND",
-        help="kind of router; fields that it does not read fall back, with a note",
+        help="kind of router (moe-lab list routers); fields that it does not read fall back, "
+        "with a note",
     )
     parser.add_argument(
         "--loss",
         action="append",
         default=[],
         metavar="NAME=COEFFICIENT",
-        help="a further loss on the routing of each MoE layer; may be repeated",
+        help="a further loss on the routing of each MoE layer (moe-lab list losses); may be "
+        "repeated",
     )
     add_number(
         parser,
@@ -96,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="training tokens (without --config: 200k)",
     )
-    add_number(parser, "--lr", 0.003, default=None, help="peak learning rate")
+    add_number(
+        parser, "--lr", 0.003, default=None, help="peak learning rate (without --config: 0.003)"
+    )
     parser.add_argument(
         "--set",
         action="append",

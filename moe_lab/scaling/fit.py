@@ -20,7 +20,7 @@ from moe_lab.scaling.fit_problem import Problem, to_coefficients, to_theta, unkn
 from moe_lab.scaling.fit_starts import starting_points
 from moe_lab.scaling.frontier_forms import FORMS, START, fit_form
 from moe_lab.scaling.law import LETTERS, Law, Values
-from moe_lab.scaling.laws import LAWS
+from moe_lab.scaling.laws import LAW_ALIASES, LAWS
 from moe_lab.scaling.minimise import minimise
 
 HUBER = 1e-3
@@ -171,8 +171,9 @@ def fit(
 def find_law(law: str | Law) -> Law:
     if isinstance(law, Law):
         return law
-    require(law in LAWS, f"a law of {', '.join(LAWS)}", law, error=AnalysisError, field="law")
-    return LAWS[law]
+    name = LAW_ALIASES.get(law.lower(), law)
+    require(name in LAWS, f"a law of {', '.join(LAWS)}", law, error=AnalysisError, field="law")
+    return LAWS[name]
 
 
 def make_problem(

@@ -273,3 +273,5 @@ _ALL = (
 )
 
 LAWS: dict[str, Law] = {law.name: law for law in _ALL}
+LAW_ALIASES = {"chinchilla": "hoffmann", "muennighoff": "tied", "gadre": "tied"}
+"""Names that people use -> names in ``LAWS``."""

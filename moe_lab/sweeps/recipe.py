@@ -36,18 +36,12 @@ def load_recipe(
     of the user's and runs as such.
     """
     path = Path(path)
-    module = _import(path)
-    make, presets = getattr(module, "sweep", None), getattr(module, "PRESETS", None)
-    if not callable(make) or presets is None:
-        missing = "sweep(preset, *, seed, device)" if not callable(make) else "PRESETS"
-        raise RunError(
-            expected(f"a recipe that defines sweep and PRESETS in {path}", f"no {missing}")
-        )
+    module, names = _defined(path)
     if preset is None:
-        preset = DEFAULT_PRESET if DEFAULT_PRESET in presets else str(next(iter(presets), ""))
+        preset = DEFAULT_PRESET if DEFAULT_PRESET in names else str(next(iter(names), ""))
     require(
-        preset in presets,
-        f"a preset of {path.name} ({', '.join(presets)})",
+        preset in names,
+        f"a preset of {path.name} ({', '.join(names)})",
         repr(preset),
         error=RunError,
         field="preset",
@@ -62,10 +56,27 @@ def load_recipe(
             field="alternative",
         )
     chosen = {} if alternative is None else {"alternative": alternative}
-    sweep = _within(path, lambda: make(preset, seed=seed, device=device, **chosen))
+    sweep = _within(path, lambda: module.sweep(preset, seed=seed, device=device, **chosen))
     if not isinstance(sweep, SweepConfig):
         raise RunError(expected(f"a SweepConfig from sweep() in {path}", type(sweep).__name__))
     return sweep
+
+
+def presets(path: Path | str) -> tuple[str, ...]:
+    """The presets of the recipe file at ``path``. Raises ``RunError`` as ``load_recipe``."""
+    return _defined(Path(path))[1]
+
+
+def _defined(path: Path) -> tuple[ModuleType, tuple[str, ...]]:
+    """The recipe's module and its presets."""
+    module = _import(path)
+    make, names = getattr(module, "sweep", None), getattr(module, "PRESETS", None)
+    if not callable(make) or names is None:
+        missing = "sweep(preset, *, seed, device)" if not callable(make) else "PRESETS"
+        raise RunError(
+            expected(f"a recipe that defines sweep and PRESETS in {path}", f"no {missing}")
+        )
+    return module, tuple(names)
 
 
 def _import(path: Path) -> ModuleType:

@@ -5,8 +5,11 @@ for machines.
 import argparse
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moe_lab.cli import main
+from moe_lab.cli import COMMANDS, command_parsers, main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "experiments" / "sparsity_wall.py"
@@ -123,6 +126,97 @@ def test_every_command_has_help_without_torch(command: str) -> None:
     assert f"moe-lab {command}" in result.stdout
 
 
+def parsers() -> Iterator[argparse.ArgumentParser]:
+    """That of every command, and of its subcommands."""
+    for name in COMMANDS:
+        _, parser = command_parsers(name)
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices.values()
+
+
+def example_lines(parser: argparse.ArgumentParser) -> list[str]:
+    head, *lines = (parser.epilog or "").splitlines()
+    assert head == "examples:", parser.prog
+    return [line.strip() for line in lines]
+
+
+def test_every_command_has_examples_that_parse() -> None:
+    for parser in parsers():
+        lines = example_lines(parser)
+        assert lines, parser.prog
+        for line in lines:
+            assert line.startswith(f"{parser.prog} "), line
+            _, command, *arguments = shlex.split(line)
+            command_parsers(command)[1].parse_args(arguments)
+        assert "\nexamples:\n  moe-lab" in parser.format_help()
+
+
+CHEAP = ("count", "list", "doctor", "scaling step")
+
+
+@pytest.mark.parametrize("command", CHEAP)
+def test_examples_that_need_no_files_run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    parser = next(one for one in parsers() if one.prog == f"moe-lab {command}")
+    for line in example_lines(parser):
+        if "runs/" not in line:
+            result = moe_lab(*shlex.split(line)[1:])
+            assert result.returncode == 0, (line, result.stderr)
+            assert result.stdout
+
+
+def test_help_says_each_default_once() -> None:
+    for parser in parsers():
+        text = " ".join(parser.format_help().split())
+        assert not re.search(r"default: (None|False|\[\])|\(default[^()]*\) \(default", text), text
+
+
+def test_a_recipe_alone_is_planned_and_not_run(
+    recipe: Path, corpus: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = [recipe, "--corpus", corpus, "--vocab-size", 280, "--out", out]
+    result = moe_lab("sweep", *arguments, cache=cache)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split("\t")[:3] == ["run", "name", "arm"]
+    assert "4 runs, " in lines[5]
+    assert lines[-1].startswith("next: moe-lab sweep run ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("answer", "runs"), [("y", True), ("", False), ("n", False)])
+def test_on_a_terminal_a_recipe_alone_asks(
+    answer: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_lab import sweeps
+    from moe_lab.commands import sweep
+
+    frame = pl.DataFrame({"name": ["a"]})
+    monkeypatch.setattr(sweeps, "plan", lambda *_, **__: frame)
+    monkeypatch.setattr(sweeps, "plan_rows", lambda _: [])
+    monkeypatch.setattr(sweeps, "plan_totals", lambda _: "1 run")
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr("builtins.input", lambda _: answer)
+    args = argparse.Namespace(json=False, recipe=RECIPE)
+    assert sweep._confirmed(args, None) is runs  # type: ignore[arg-type]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_run_that_does_not_fit_into_memory_is_one_line(corpus: Path, cache: Path) -> None:
+    line = fails(
+        "train", "--corpus", corpus, "--tokenizer", "byte", "--experts", 100_000_000, cache=cache
+    )
+    assert re.search(r"within the [\d,.]+ GB of memory .* one that needs [\d,.]+ GB", line)
+
+
 def test_an_unknown_command_or_option_is_one_line() -> None:
     assert "invalid choice: 'tran'" in fails("tran")
     assert "unrecognized arguments: --colour" in fails("doctor", "--colour")
@@ -143,6 +237,7 @@ def test_a_sweep_runs_reports_and_is_not_trained_twice(
 ) -> None:
     arguments = [
         "sweep",
+        "run",
         recipe,
         "--preset",
         "tiny",
@@ -158,6 +253,7 @@ def test_a_sweep_runs_reports_and_is_not_trained_twice(
     assert first.returncode == 0, first.stderr
     outcome = json.loads(first.stdout)
     assert len(outcome["finished"]) == 4
+    assert outcome["verdict"]["verdict"] == "cannot tell"
     page = Path(outcome["report"])
     assert page.exists()
     stamps = {

@@ -16,7 +16,7 @@ def test_every_kind_is_listed(kind: str, capsys: pytest.CaptureFixture[str]) -> 
     assert rows
     assert main(["list", kind]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(rows)
+    assert [line.split("\t")[0] for line in lines] == [kind, *rows]
 
 
 def test_every_router_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,4 +31,14 @@ def test_another_kind_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["list", "rooters"])
     assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_presets_of_a_recipe_are_listed_with_their_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["list", "presets", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["demo"] == "12 runs"
+    assert main(["list", "laws", "experiments/sparsity_wall.py"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
