@@ -147,7 +147,7 @@ def test_every_command_has_examples_that_parse() -> None:
         lines = example_lines(parser)
         assert lines, parser.prog
         for line in lines:
-            assert line.startswith(f"{parser.prog} "), line
+            assert line.startswith(parser.prog), line
             _, command, *arguments = shlex.split(line)
             command_parsers(command)[1].parse_args(arguments)
         assert "\nexamples:\n  moe-lab" in parser.format_help()
