@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from moe_lab import __version__
-from moe_lab.commands.options import HelpFormatter
 from moe_lab.errors import MoELabError
 from moe_lab.plain_text import one_line, plain_output
 from moe_lab.plugins import load
@@ -66,6 +65,17 @@ WITH_PLUGINS = frozenset(
     {"demo", "sweep", "train", "trace", "difficulty", "report", "count", "list"}
 )
 """Commands that build or read models."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Says a default once: where the help does not say it already, and never that there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
+        if silent or not action.option_strings or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,6 @@
-"""How far a long computation is: library code tells it, a command shows it on a terminal.
+"""How far a long computation is: library code reports it, a command shows it on a terminal.
 
-``tracked`` and ``tell`` cost nothing where nobody listens. ``shown`` listens with one line on the
+``tracked`` and ``tell`` cost nothing without a listener. ``shown`` listens with one line on the
 error stream that is rewritten in place; where that is no terminal, nothing is written.
 """
 
@@ -25,7 +25,7 @@ def tell(what: str, done: int, total: int) -> None:
 
 
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items in turn; who listens is told how many are done."""
+    """The items in turn, with a report of how many are done."""
     tell(what, 0, len(items))
     for number, item in enumerate(items, 1):
         yield item
@@ -74,7 +74,7 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def shown(wanted: bool = True) -> Iterator[Meter | None]:
-    """Show on the error stream what is told inside, if it is a terminal; yields the meter."""
+    """Show on the error stream what is reported inside, if it is a terminal; yields the meter."""
     if not wanted or not sys.stderr.isatty():
         yield None
         return

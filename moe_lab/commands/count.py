@@ -272,7 +272,7 @@ def _sections(columns: Sequence[Model], measured: ActiveDistribution | None) -> 
             f"bytes that decoding reads per token, batch {batch}, context {context:,}",
             list(_read_rows(columns)),
         ),
-        ("ratios, embeddings told apart", list(_ratio_rows(counted))),
+        ("ratios, without embeddings", list(_ratio_rows(counted))),
         (f"operations per token at a context of {context:,}", list(_work_rows(work))),
     ]
     if measured is not None:

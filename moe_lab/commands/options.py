@@ -33,17 +33,6 @@ TERMS = {
 """What columns of printed tables mean (``moe_lab.measures`` defines them)."""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Says a default once: where the help does not say it already, and never that there is none."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
-        if silent or not action.option_strings or "default" in text:
-            return text
-        return f"{text} (default: %(default)s)"
-
-
 def examples(*lines: str) -> str:
     """The epilog of a parser: command lines that its users type."""
     return "\n".join(["examples:", *(f"  {line}" for line in lines)])

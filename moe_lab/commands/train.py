@@ -234,7 +234,7 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
         given = {item.partition("=")[0].rpartition(".")[2] for item in args.set}
         for name in drop_unread(router):
             if args.config is None and args.mini is None and name not in given:
-                continue  # a default of this command, which nobody asked for
+                continue  # a default of this command, that was not asked for
             note = f"kind {router['kind']!r} does not read {name}, which falls back"
             print(f"moe-lab train: {note}", file=sys.stderr)
     if args.loss:

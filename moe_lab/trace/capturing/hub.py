@@ -7,7 +7,10 @@ its place in the corpus. The loss of a token comes from the same pass, and the c
 letters: B batch, S sequence, V vocabulary.
 """
 
-from collections.abc import Mapping
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +83,8 @@ def trace_pretrained(
     new = {"model": str(model_id), "corpus_hash": corpus_hash(texts), "max_tokens": max_tokens}
     if not overwrite:  # before the model is loaded
         refuse_finished(rank_folder(target), new)
-    model, tokenizer = load_pretrained(model_id, loading)
+    with nullcontext() if progress and sys.stderr.isatty() else _no_bars():
+        model, tokenizer = load_pretrained(model_id, loading)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     documents, notes = tokenized(corpus, tokenizer, max_tokens, positions)
     require(
@@ -233,6 +237,23 @@ def _check_weights(name: str, report: Mapping[str, Any]) -> None:
         some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
         what = f"all weights of the model in {name}"
         raise TraceError(expected(what, f"none that fit for {some}", "the complete checkpoint"))
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which it draws in pipes too."""
+    if importlib.util.find_spec("transformers") is None:  # loading says so
+        yield
+        return
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _needs_code(model_id: str | Path, local: bool) -> bool:
