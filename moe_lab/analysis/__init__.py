@@ -27,6 +27,7 @@ from moe_lab.analysis.specialisation import (
     expert_vocabulary,
     vocabulary_specialisation,
 )
+from moe_lab.analysis.token_loss import token_loss
 from moe_lab.analysis.transitions import transitions
 from moe_lab.analysis.zero_compute import ffn_spread, zero_compute
 from moe_lab.lazy import on_first_use
@@ -58,6 +59,7 @@ __all__ = [
     "router_entropy",
     "saturation",
     "specialisation",
+    "token_loss",
     "transitions",
     "vocabulary_specialisation",
     "zero_compute",

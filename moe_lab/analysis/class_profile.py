@@ -1,5 +1,5 @@
-"""Compute per class of tokens: the mean number of real experts each class gets, raw and adjusted,
-with intervals from documents.
+"""Compute or certainty per class of tokens: the mean number of real experts each class gets, or the
+mean entropy, margin or gate mass of its tokens, raw and adjusted, with intervals from documents.
 
 A raw class mean mixes what a class is with where and how often its tokens occur. The adjusted mean
 asks what the class would get if its tokens were spread over frequency bands and positions as all
@@ -17,9 +17,17 @@ from moe_lab.analysis.document_bootstrap import Floats, Resampling
 from moe_lab.analysis.document_sums import nulls
 from moe_lab.analysis.requirements import of_tokens, of_zero_experts
 from moe_lab.analysis.token_groups import KEY, collect, token_column
+from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import Trace
 
 BAND = "freq_band"
+VALUES: dict[str, type[pl.DataType]] = {
+    "ffn_count": pl.Int64,
+    "entropy": pl.Float64,
+    "margin": pl.Float64,
+    "gate_mass_ffn": pl.Float64,
+}
+"""Routing columns that a class can be profiled by, and what they are summed as."""
 
 
 @of_tokens
@@ -27,17 +35,20 @@ BAND = "freq_band"
 def class_profile(
     trace: Trace,
     column: str,
+    value: str = "ffn_count",
     *,
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
     include_first: bool = False,
 ) -> pl.DataFrame:
-    """Mean ``ffn_count`` of each class of tokens, per layer and over all layers.
+    """Mean ``ffn_count``, or another ``value``, of each class of tokens, per layer and over all.
 
     Args:
         trace: a trace with a token table.
         column: the token column that names the class; tokens where it is null are left out.
+        value: the routing column whose mean is taken, of ``VALUES``; entropy and gate mass say how
+            certain a router of fixed k is.
         resamples, seed, level: of the percentile interval; documents are drawn, with all their
             tokens.
         include_first: also use position 0 of every document, which holds the end-of-text token and
@@ -53,8 +64,15 @@ def class_profile(
         of intervals are null for a class that occurs in fewer than 5 documents.
 
     Raises:
-        AnalysisError: where the trace has no such column.
+        AnalysisError: where the trace has no such column, or tokens without ``value``.
     """
+    require(
+        value in VALUES,
+        f"a value among {', '.join(VALUES)}",
+        repr(value),
+        error=AnalysisError,
+        field="value",
+    )
     resampling = Resampling(resamples, seed, level)
     tokens = token_column(trace, column, "class").drop_nulls("class")
     if BAND in trace.tokens.collect_schema() and column != BAND:
@@ -64,7 +82,7 @@ def class_profile(
     if not include_first:
         tokens = tokens.filter(pl.col("pos") > 0)
     tokens = tokens.with_columns(bucket=(pl.col("pos") + 1).log(2).floor())
-    profiles = [cells.profile(layer, resampling) for layer, cells in _cells(trace, tokens)]
+    profiles = [cells.profile(layer, resampling) for layer, cells in _cells(trace, tokens, value)]
     nothing = pl.DataFrame(schema=_COLUMNS | {"class": tokens.collect_schema()["class"]})
     return pl.concat([nothing, *profiles]).sort("layer", "class", nulls_last=False)
 
@@ -78,7 +96,7 @@ class _Cells:
         class_of: [M] row of ``table``.
         weight: [M] share of all tokens that are in the cell's stratum.
         documents: D.
-        counts, sums: [D, M] number of tokens and sum of their ffn_count.
+        counts, sums: [D, M] number of tokens and sum of their values.
     """
 
     documents: int
@@ -129,20 +147,32 @@ class _Cells:
         )
 
 
-def _cells(trace: Trace, tokens: pl.LazyFrame) -> Iterator[tuple[int | None, _Cells]]:
+def _cells(trace: Trace, tokens: pl.LazyFrame, value: str) -> Iterator[tuple[int | None, _Cells]]:
     """The cells of each layer, then those of the mean over layers (layer None)."""
     layout = _layout(tokens)
     total: _Cells | None = None
     layers = sorted(layer.layer for layer in trace.meta.layers)
     for layer in layers:
-        rows = trace.routing.filter(pl.col("layer") == layer).select(*KEY, "ffn_count")
+        rows = trace.routing.filter(pl.col("layer") == layer).select(*KEY, value)
         found = collect(
             rows.join(tokens, on=list(KEY))
             .group_by("doc", *_CELL)
-            .agg(sum=pl.col("ffn_count").cast(pl.Int64).sum(), n=pl.len())
+            .agg(
+                sum=pl.col(value).cast(VALUES[value]).sum(),
+                n=pl.len(),
+                missing=pl.col(value).null_count(),
+            )
         )
         if not found.height:
             return
+        require(
+            not found["missing"].sum(),
+            f"{value} of every token",
+            f"{found['missing'].sum()} tokens of layer {layer} without",
+            "a value that the trace recorded in all its layers",
+            error=AnalysisError,
+            field="value",
+        )
         cells = layout.place(found)
         total = cells if total is None else replace(total, sums=total.sums + cells.sums)
         yield layer, cells

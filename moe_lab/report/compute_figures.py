@@ -12,13 +12,14 @@ from moe_lab.report.theme import SERIES, SYMBOLS
 
 
 @drawn
-def class_profile(frame: pl.DataFrame) -> Canvas:
+def class_profile(frame: pl.DataFrame, *, value: str = "ffn_count per token") -> Canvas:
     """Mean ffn_count per token class with its interval; the layers behind it as small dots.
 
     Args:
         frame: columns layer (null = mean over layers), class, n_tokens, n_docs, mean, lo, hi, as
             ``analysis.class_profile``; adjusted, adjusted_lo, adjusted_hi are drawn where they are
             there.
+        value: what the means are of: the title of the axis.
     """
     need(frame, "layer", "class", "n_tokens", "n_docs", "mean", "lo", "hi")
     figure = Canvas()
@@ -67,7 +68,7 @@ def class_profile(frame: pl.DataFrame) -> Canvas:
         ticks="",
         showgrid=False,
     )
-    figure.update_xaxes(title_text="ffn_count per token")
+    figure.update_xaxes(title_text=value)
     return figure.update_layout(height=130 + (42 if adjusted else 30) * max(total.height, 2))
 
 

@@ -1,5 +1,5 @@
-"""The section on ffn_count: where routers choose how many real experts a token gets, and a sentence
-where they cannot.
+"""The section on compute: ffn_count where routers choose how many real experts a token gets, and
+how certain they are of their choice where k is fixed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ import polars as pl
 
 from moe_lab.number_format import decimal, listing, whole
 from moe_lab.report import figures
-from moe_lab.report.figure_blocks import Block, Plot, Variant, representatives, table_of
+from moe_lab.report.difficulty_figures import ALIGN_LABELS
+from moe_lab.report.difficulty_figures import difficulty_curves as difficulty_figure
+from moe_lab.report.difficulty_section import trace_difficulty
+from moe_lab.report.figure_blocks import (
+    Block,
+    Plot,
+    Variant,
+    looked_into,
+    representatives,
+    table_of,
+)
 from moe_lab.report.frames import Frames
 from moe_lab.report.sources import NamedTrace
 from moe_lab.runs.record import number
@@ -23,41 +33,62 @@ CLASS_COLUMNS = {
 """Columns of the token table that classify tokens, with their names in words; those a trace lacks
 are skipped.
 """
+CERTAINTIES = {"entropy": "router entropy", "margin": "margin", "gate_mass_ffn": "gate mass"}
+"""Routing columns that say how certain a router is, with their names in words."""
+CERTAINTY_NOTE = (
+    "A certain router has a low entropy, a large margin and, where the weights are not normalised, "
+    "a large gate mass."
+)
+SMALLEST_RANGE = 0.002
+"""Weights are stored with 11 bits: what varies by less is one number."""
+CURVE_LAYERS = 3
+CURVE_RESAMPLES = 200
 MAX_TRACES = 4
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class ComputeSection:
-    """``fixed`` names the traces whose ffn_count is one number, in words; the blocks cover the
-    others, of which ``first`` is one.
+    """``fixed`` names the traces whose ffn_count is one number, in words; the blocks, under their
+    headings, cover the others, of which ``first`` is one, or the certainty of fixed ones.
     """
 
     fixed: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[tuple[str, Block], ...]
     first: NamedTrace | None
 
 
 def compute_section(traces: tuple[NamedTrace, ...], frames: Frames) -> ComputeSection:
-    """Spread and class profile of ffn_count for up to ``MAX_TRACES`` traces in which it varies."""
-    counts = [(named, frames(_distinct_counts, named)) for named in representatives(traces)]
+    """Spread and class profile of ffn_count for up to ``MAX_TRACES`` traces in which it varies;
+    where it varies in none, entropy, margin and gate mass by class and difficulty.
+    """
+    counts = [(named, frames(distinct_counts, named)) for named in representatives(traces)]
     varying = [named for named, values in counts if len(values) > 1]
     constant = [(named, values[0]) for named, values in counts if len(values) == 1]
-    blocks = (
-        (
-            _spread_block(varying[:MAX_TRACES], frames),
-            _profile_block(varying[:MAX_TRACES], frames),
+    if varying:
+        shown = varying[:MAX_TRACES]
+        blocks = (
+            ("Spread over tokens", _spread_block(shown, frames)),
+            ("By class of token", _profile_block(shown, frames)),
         )
-        if varying
-        else ()
-    )
-    shown = tuple(block for block in blocks if block is not None)
-    return ComputeSection(
-        _fixed_sentence(constant, bool(varying)), shown, varying[0] if varying else None
-    )
+    else:
+        shown = looked_into([named for named, _ in constant])
+        blocks = (
+            ("Certainty by class of token", _certainty_block(shown, frames)),
+            ("Certainty by tenth of difficulty", _certainty_curves(shown, frames)),
+        )
+    drawn = tuple((heading, block) for heading, block in blocks if block is not None)
+    fixed = _fixed_sentence(constant)
+    if constant and not varying and not drawn:
+        fixed += (
+            " How certain the router was, by class of token, needs a trace with scores and text: "
+            "this one has none."
+        )
+    return ComputeSection(fixed, drawn, varying[0] if varying else None)
 
 
-def _distinct_counts(named: NamedTrace) -> list[int]:
+def distinct_counts(named: NamedTrace) -> list[int]:
+    """The one ffn_count of all tokens of a trace, or the least and the largest."""
     frame = (
         named.trace.routing.group_by("layer")
         .agg(low=pl.col("ffn_count").min(), high=pl.col("ffn_count").max())
@@ -68,7 +99,7 @@ def _distinct_counts(named: NamedTrace) -> list[int]:
     return sorted(frame["low"].unique().to_list())[:1]
 
 
-def _fixed_sentence(constant: list[tuple[NamedTrace, int]], others: bool) -> str:
+def _fixed_sentence(constant: list[tuple[NamedTrace, int]]) -> str:
     if not constant:
         return ""
     values = sorted({value for _, value in constant})
@@ -76,10 +107,9 @@ def _fixed_sentence(constant: list[tuple[NamedTrace, int]], others: bool) -> str
         f"{value} in {listing([named.group for named, own in constant if own == value])}"
         for value in values
     ]
-    ending = "they have no spread to draw" if others else "so there is nothing to draw here"
     return (
         "With a fixed k every token runs the same number of real experts: ffn_count is "
-        f"{'; '.join(parts)}; {ending}."
+        f"{'; '.join(parts)}."
     )
 
 
@@ -126,50 +156,143 @@ def _spread_block(traces: list[NamedTrace], frames: Frames) -> Block:
 
 
 def _profile_block(traces: list[NamedTrace], frames: Frames) -> Block | None:
+    profiles = [
+        (named, column, "ffn_count") for named in traces for column in _class_columns(named)
+    ]
+    return _profiles(profiles, {"ffn_count": "ffn_count"}, frames)
+
+
+def _certainty_block(traces: list[NamedTrace], frames: Frames) -> Block | None:
+    """Entropy by every class column, margin and gate mass by the first."""
+    profiles = [
+        (named, column, value)
+        for named in traces
+        for value in _certainties(named, frames)
+        for column in _class_columns(named)[: None if value == "entropy" else 1]
+    ]
+    return _profiles(profiles, CERTAINTIES, frames)
+
+
+def _profiles(
+    wanted: list[tuple[NamedTrace, str, str]], values: dict[str, str], frames: Frames
+) -> Block | None:
     from moe_lab.analysis import class_profile
 
-    variants, profiles, summary = [], [], ""
-    for named in traces:
-        present = named.trace.tokens.collect_schema().names()
-        for column, words in CLASS_COLUMNS.items():
-            if column not in present:
-                continue
-            frame = frames(class_profile, named.trace, column, resamples=RESAMPLES).cast(
-                {"class": pl.String}
-            )
-            if frame["class"].n_unique() < 2:  # nothing to compare
-                continue
-            summary = summary or _extremes(frame, words, named.label)
-            variants.append(Variant(f"{words}, {named.label}", figures.class_profile.canvas(frame)))
-            profiles.append(
-                frame.select(
-                    pl.lit(named.label).alias("run"), pl.lit(column).alias("column"), pl.all()
-                )
-            )
+    variants, profiles, finding = [], [], ""
+    several = len({named.label for named, _, _ in wanted}) > 1
+    for named, column, value in wanted:
+        profile = frames(class_profile, named.trace, column, value, resamples=RESAMPLES)
+        frame = profile.cast({"class": pl.String})
+        if frame["class"].n_unique() < 2:  # nothing to compare
+            continue
+        words = CLASS_COLUMNS[column]
+        finding = finding or _extremes(frame, words, named.label, values[value])
+        name = words if len(values) == 1 else f"{values[value]}, by {words}"
+        canvas = figures.class_profile.canvas(frame, value=f"{values[value]} per token")
+        variants.append(Variant(name, canvas, group=named.label if several else ""))
+        names = {"run": named.label, "column": column, "value": value}
+        profiles.append(
+            frame.select(*(pl.lit(text).alias(key) for key, text in names.items()), pl.all())
+        )
     if not profiles:
         return None
     data = pl.concat(profiles, how="diagonal_relaxed")
     documents = data.filter(pl.col("layer").is_null())["n_docs"].max()
+    what = "ffn_count" if len(values) == 1 else "the chosen measure"
     caption = (
-        "Mean ffn_count of the tokens of each class (number of tokens in brackets); n = "
-        f"{documents} documents at most. Bars are 95 % intervals from resampling whole documents "
+        f"Mean {what} of the tokens of each class (number of tokens in brackets); n = {documents} "
+        "documents at most. Bars are 95 % intervals from resampling whole documents "
         f"{RESAMPLES:,} times; the dotted line is the mean over all, small dots are layers. "
         "Adjusted means ask what a class would get if its tokens were as frequent, and stood as "
         "late in their document, as all tokens; the first token of a document is left out. A "
         "class can still differ in the very tokens it holds."
     )
+    if len(values) > 1:
+        caption += f" {CERTAINTY_NOTE}"
     table = table_of(data.filter(pl.col("layer").is_null()).drop("layer"))
-    return Block("class_profile", caption, (Plot(summary, tuple(variants)),), data, table)
+    plots = (Plot(finding, tuple(variants)),)
+    return Block("class_profile", caption, plots, data, table, finding=finding)
 
 
-def _extremes(frame: pl.DataFrame, words: str, label: str) -> str:
+def _certainty_curves(traces: list[NamedTrace], frames: Frames) -> Block | None:
+    """Up to ``CURVE_LAYERS`` layers, against the token that goes in and the one to be predicted."""
+    from moe_lab.analysis.difficulty import difficulty_curves
+    from moe_lab.analysis.difficulty.study import NGRAM
+
+    variants, parts = [], []
+    for named in traces:
+        frame = frames(trace_difficulty, named)
+        if frame is None:
+            continue
+        layers = named.even_layers(CURVE_LAYERS)
+        rows = frames(_rows_of_layers, frame, layers)
+        for value in _certainties(named, frames):
+            curves = frames(
+                difficulty_curves, rows, NGRAM, compute=value, resamples=CURVE_RESAMPLES
+            )
+            for (layer, align), part in curves.group_by("layer", "align", maintain_order=True):
+                name = f"{CERTAINTIES[value]}, layer {layer}, {ALIGN_LABELS[str(align)]}"
+                canvas = difficulty_figure.canvas(part, value=f"{CERTAINTIES[value]} per token")
+                variants.append(Variant(name, canvas, group=named.label if traces[1:] else ""))
+            names = (pl.lit(named.label).alias("run"), pl.lit(value).alias("value"))
+            parts.append(curves.select(*names, pl.all()))
+    if not variants:
+        return None
+    data = pl.concat(parts)
+    most = whole(float(data["n_tokens"].to_numpy().max()))
+    caption = (
+        "Mean of the chosen measure by tenth of difficulty, and by tenth of how hard the token is "
+        f"for its own id. n = {most} tokens a tenth at most; bars are 95 % intervals from "
+        f"resampling documents {CURVE_RESAMPLES} times. Difficulty is the surprisal of each token "
+        f"under trigrams counted in the other half of the documents. {CERTAINTY_NOTE}"
+    )
+    summary = "The router's certainty by tenth of difficulty, raw and within token ids."
+    return Block(
+        "difficulty_curves", caption, (Plot(summary, tuple(variants)),), data, table_of(data)
+    )
+
+
+def _rows_of_layers(frame: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
+    return frame.filter(pl.col("layer").is_in(layers))
+
+
+def _class_columns(named: NamedTrace) -> list[str]:
+    present = named.trace.tokens.collect_schema().names()
+    return [column for column in CLASS_COLUMNS if column in present]
+
+
+def _certainties(named: NamedTrace, frames: Frames) -> list[str]:
+    """The measures of certainty that the trace recorded in all its layers and that vary."""
+    return frames(_varying_measures, named)
+
+
+def _varying_measures(named: NamedTrace) -> list[str]:
+    ends = [
+        expression
+        for name in CERTAINTIES
+        for expression in (
+            pl.col(name).null_count().alias(f"{name}_missing"),
+            (pl.col(name).max() - pl.col(name).min()).alias(f"{name}_range"),
+        )
+    ]
+    row = named.trace.routing.select(ends).collect().row(0, named=True)
+    return [
+        name
+        for name in CERTAINTIES
+        if not row[f"{name}_missing"] and (row[f"{name}_range"] or 0) > SMALLEST_RANGE
+    ]
+
+
+def _extremes(frame: pl.DataFrame, words: str, label: str, value: str) -> str:
     total = frame.filter(pl.col("layer").is_null()).sort("mean")
-    low, high = total.row(0, named=True), total.row(-1, named=True)
+    low, high = (
+        f"{row['class']} ({decimal(row['mean'])}"
+        + (")" if row["lo"] is None else f", {decimal(row['lo'])} to {decimal(row['hi'])})")
+        for row in (total.row(0, named=True), total.row(-1, named=True))
+    )
     return (
-        f"Mean ffn_count by {words} in {label}, {total.height} classes: lowest {low['class']} "
-        f"with {decimal(low['mean'])} ({decimal(low['lo'])} to {decimal(low['hi'])}), highest "
-        f"{high['class']} with {decimal(high['mean'])} ({decimal(high['lo'])} to "
-        f"{decimal(high['hi'])})."
+        f"In {label} the mean {value} is lowest for {low} and highest for {high}, of "
+        f"{total.height} classes by {words}; in brackets with 95 % intervals."
     )
 
 

@@ -51,11 +51,12 @@ def _number(value: float | None) -> str:
 
 
 @drawn
-def difficulty_curves(frame: pl.DataFrame) -> Canvas:
+def difficulty_curves(frame: pl.DataFrame, *, value: str = "ffn_count per token") -> Canvas:
     """Mean ffn_count by tenth of difficulty: raw, and within token ids.
 
     Args:
         frame: one layer and alignment of ``analysis.difficulty.difficulty_curves``.
+        value: what the means are of: the title of the axis.
     """
     figure = Canvas()
     frame = frame.sort("decile")
@@ -76,7 +77,7 @@ def difficulty_curves(frame: pl.DataFrame) -> Canvas:
             hovertemplate="tenth %{x}: %{y:.3f}<extra></extra>",
         )
     figure.update_xaxes(title_text="tenth, easiest to hardest", dtick=1)
-    figure.update_yaxes(title_text="ffn_count per token")
+    figure.update_yaxes(title_text=value)
     return figure.update_layout(height=360)
 
 

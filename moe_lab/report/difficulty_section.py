@@ -7,7 +7,6 @@ trace alone can answer is computed here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -17,6 +16,7 @@ from moe_lab.number_format import decimal, whole
 from moe_lab.report import difficulty_figures as figures
 from moe_lab.report.figure_blocks import Block, Plot, Variant, table_of
 from moe_lab.report.frames import Frames
+from moe_lab.report.sections import Section
 from moe_lab.report.sources import NamedTrace
 from moe_lab.runs.done_file import check_seal
 from moe_lab.sandbox import read_parquet
@@ -25,21 +25,14 @@ RESAMPLES = 1000
 STUDY_FOLDER, VERDICT = "difficulty", "verdict.json"
 
 
-@dataclass(frozen=True)
-class DifficultySection:
-    """``label`` names the model; ``sentence`` is the verdict with its interval; ``judged`` is False
-    where no picture may be drawn.
-    """
-
-    label: str
-    verdict: str
-    sentence: str
-    source: str
-    blocks: tuple[Block, ...]
-    regret: str = ""
+HEADINGS = {
+    "difficulty_map": "Within token ids, by layer and alignment",
+    "difficulty_curves": "By tenth of difficulty",
+    "marginal_gain": "What one more expert is worth",
+}
 
 
-def difficulty_section(varying: NamedTrace | None, frames: Frames) -> DifficultySection | None:
+def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Section | None:
     """The section for a trace in which ffn_count varies; None where there is none or its tokens are
     not known.
 
@@ -49,7 +42,7 @@ def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Difficulty
         return None
     if "token_id" not in varying.trace.tokens.collect_schema():
         return None
-    tables = frames(_tables, varying)
+    tables = frames(_tables, varying, frames)
     if tables is None:
         return None
     try:
@@ -64,9 +57,7 @@ def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Difficulty
         ) from None
 
 
-def _drawn(
-    varying: NamedTrace, tables: dict[str, pl.DataFrame], frames: Frames
-) -> DifficultySection:
+def _drawn(varying: NamedTrace, tables: dict[str, pl.DataFrame], frames: Frames) -> Section:
     from moe_lab.analysis.difficulty.difficulty_verdict import MIN_EFFECTIVE, study_verdict
 
     association = tables["association"]
@@ -83,8 +74,14 @@ def _drawn(
         if _folder(varying)
         else "this trace alone; moe-lab difficulty RUN adds the marginal gain"
     )
-    return DifficultySection(
-        varying.label, verdict, sentence, source, tuple(blocks) if enough else (), regret
+    return Section(
+        "difficulty",
+        "Difficulty",
+        "Does compute follow difficulty?",
+        tuple((HEADINGS[block.name], block) for block in blocks) if enough else (),
+        before=(f"Verdict: {verdict}. {sentence}",),
+        after=(*((regret,) if regret else ()), f"Model: {varying.label}; from {source}."),
+        sense="verdict",
     )
 
 
@@ -93,31 +90,38 @@ def _folder(named: NamedTrace) -> Path | None:
     return folder if folder is not None and (folder / VERDICT).is_file() else None
 
 
-def _tables(named: NamedTrace) -> dict[str, pl.DataFrame] | None:
+def _tables(named: NamedTrace, frames: Frames) -> dict[str, pl.DataFrame] | None:
     folder = _folder(named)
     if folder is not None:
         paths = sorted(folder.glob("*.parquet"))
         check_seal(folder, [path.name for path in paths], folder / VERDICT)
         return {path.stem: read_parquet(path, RunError) for path in paths}
-    from moe_lab.analysis.difficulty import (
-        difficulty_association,
-        difficulty_curves,
-        difficulty_frame,
-    )
+    from moe_lab.analysis.difficulty import difficulty_association, difficulty_curves
     from moe_lab.analysis.difficulty.study import NGRAM
+    from moe_lab.errors import AnalysisError
+
+    frame = frames(trace_difficulty, named)
+    if frame is None:
+        return None
+    try:
+        return {
+            "association": difficulty_association(frame, NGRAM, resamples=RESAMPLES, details=True),
+            "curves": difficulty_curves(frame, NGRAM, resamples=RESAMPLES),
+        }
+    except AnalysisError:
+        return None
+
+
+def trace_difficulty(named: NamedTrace) -> pl.DataFrame | None:
+    """``difficulty_frame`` of a trace; None for one of one document or without token ids: there is
+    no difficulty without a model then.
+    """
+    from moe_lab.analysis.difficulty import difficulty_frame
     from moe_lab.errors import AnalysisError, CorpusError
 
     try:
-        frame = difficulty_frame(named.trace).collect(engine="streaming")
-        association = difficulty_association(frame, NGRAM, resamples=RESAMPLES, details=True)
-        return {
-            "association": association,
-            "curves": difficulty_curves(frame, NGRAM, resamples=RESAMPLES),
-        }
-    except (
-        AnalysisError,
-        CorpusError,
-    ):  # a trace of one document, or without token ids: no difficulty without a model
+        return difficulty_frame(named.trace).collect(engine="streaming")
+    except (AnalysisError, CorpusError):
         return None
 
 

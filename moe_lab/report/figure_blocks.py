@@ -20,11 +20,14 @@ MAX_TABLE_ROWS = 240
 
 @dataclass(frozen=True)
 class Variant:
-    """One figure of a plot. Below ``min_width`` pixels it scrolls sideways instead of shrinking."""
+    """One figure of a plot. Below ``min_width`` pixels it scrolls sideways instead of shrinking;
+    ``group`` is what the choice lists it under.
+    """
 
     name: str
     canvas: Canvas
     min_width: int = 0
+    group: str = ""
 
     @property
     def figure(self) -> go.Figure:
@@ -35,23 +38,26 @@ class Variant:
 class Plot:
     """One drawing area.
 
-    ``summary`` says in words what it shows; several ``variants`` become a choice on the page.
+    ``summary`` says in words what it shows; several ``variants`` become a choice on the page;
+    ``title`` stands above it.
     """
 
     summary: str
     variants: tuple[Variant, ...]
+    title: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
     """Texts, already formatted; ``numeric`` says which columns are set to the right, ``left_out``
-    how many rows are not here.
+    how many rows are not here. ``anchors`` are the ids of the rows, where they have any.
     """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: tuple[bool, ...]
     left_out: int = 0
+    anchors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Legend:
 @dataclass(frozen=True)
 class Block:
     """One figure of the page; ``name`` is also that of its function in ``figures`` and of its
-    Parquet file. Without ``plots`` the page shows the caption alone, as a sentence.
+    Parquet file. ``finding`` is what it shows in one sentence. Without ``plots`` the page shows the
+    caption alone, as a sentence.
     """
 
     name: str
@@ -75,6 +82,14 @@ class Block:
     data: pl.DataFrame
     table: Table
     legend: tuple[Legend, ...] = ()
+    finding: str = ""
+
+    def choices(self) -> list[tuple[str, list[tuple[int, Variant]]]]:
+        """The numbered variants by the group that the choice lists them under."""
+        groups: dict[str, list[tuple[int, Variant]]] = {}
+        for index, variant in enumerate(self.plots[0].variants):
+            groups.setdefault(variant.group, []).append((index, variant))
+        return list(groups.items())
 
 
 def one_plot(
@@ -84,6 +99,7 @@ def one_plot(
     variants: Sequence[Variant] | Canvas,
     data: pl.DataFrame,
     table: Table | None = None,
+    finding: str = "",
 ) -> Block:
     """A block with one plot of several variants or one canvas; its table is ``data`` by default.
 
@@ -100,7 +116,8 @@ def one_plot(
     if flat:
         caption = f"Not drawn: {'; '.join(flat)}. {caption}"
     plots = (Plot(summary, shown),) if shown else ()
-    return Block(name, caption, plots, data, table_of(data) if table is None else table)
+    table = table_of(data) if table is None else table
+    return Block(name, caption, plots, data, table, finding=finding)
 
 
 def in_words(name: str, sentence: str, data: pl.DataFrame) -> Block:
@@ -143,6 +160,12 @@ def representatives(traces: Sequence[NamedTrace]) -> list[NamedTrace]:
         ),
         reverse=True,
     )
+
+
+def looked_into(traces: Sequence[NamedTrace]) -> list[NamedTrace]:
+    """The traces that a page looks into one by one: two bare ones, or the first representative."""
+    bare = [named for named in traces if named.run is None]
+    return bare[:2] if bare else representatives(traces)[:1]
 
 
 def _cell(value: object, digits: int) -> str:

@@ -66,7 +66,9 @@ def load_block(material: Material, frames: Frames) -> Block | None:
     if skipped:
         caption += f" Not drawn, to keep the page small: {listing(skipped)}."
     table = table_of(pl.concat(summaries, how="diagonal_relaxed"))
-    return one_plot("expert_load", caption, _summary(data), variants, data, table)
+    deaths = _deaths(data)
+    finding = f"{deaths[:1].upper()}{deaths[1:]}."
+    return one_plot("expert_load", caption, _summary(data), variants, data, table, finding)
 
 
 def load_interval_block(material: Material, frames: Frames) -> Block | None:
@@ -84,12 +86,14 @@ def load_interval_block(material: Material, frames: Frames) -> Block | None:
     data = pl.concat(parts)
     worst = data.drop_nulls("load_cv").sort("load_cv", descending=True).head(1).to_dicts()
     summary = "Coefficient of variation of the load over the real experts of each layer."
+    finding = ""
     for row in worst:
-        ends = "" if row["lo"] is None else f" ({decimal(row['lo'])} to {decimal(row['hi'])})"
-        summary += (
-            f" The most uneven is layer {row['layer']} of {row['run']} with "
-            f"{decimal(row['load_cv'])}{ends}; a router without preference shows "
-            f"{decimal(row['even'])}."
+        ends = decimal(row["load_cv"])
+        if row["lo"] is not None:
+            ends += f" (95 % interval {decimal(row['lo'])} to {decimal(row['hi'])})"
+        finding = (
+            f"The load is most uneven in layer {row['layer']} of {row['run']}: its CV is {ends}; a "
+            f"router without preference shows {decimal(row['even'])}."
         )
     numbers = sorted({int(number) for number in data["n_docs"].to_list()})
     count = " to ".join(whole(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
@@ -99,7 +103,8 @@ def load_interval_block(material: Material, frames: Frames) -> Block | None:
         "(the first run)."
     )
     variant = [Variant("", figures.load_interval.canvas(data))]
-    return one_plot("load_interval", caption, summary, variant, data)
+    summary = f"{summary} {finding}"
+    return one_plot("load_interval", caption, summary, variant, data, finding=finding)
 
 
 def _variants(named: NamedTrace, frame: pl.DataFrame, room: int) -> list[Variant]:

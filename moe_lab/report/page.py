@@ -14,32 +14,40 @@ import glob
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+import polars as pl
+from markupsafe import Markup, escape
 
 from moe_lab.errors import MoELabError
 from moe_lab.files import remove_temporaries, write_parquet, write_text
-from moe_lab.number_format import count_of, short_path
+from moe_lab.number_format import count_of, listing, magnitude, short_path
 from moe_lab.plain_text import on_page
 from moe_lab.report import theme
-from moe_lab.report.compute_section import compute_section
+from moe_lab.report.answer_section import answer
+from moe_lab.report.comparison_section import comparison_section
+from moe_lab.report.compute_section import compute_section, distinct_counts
 from moe_lab.report.difficulty_section import difficulty_section
 from moe_lab.report.experts_section import experts_section
-from moe_lab.report.figure_blocks import Block, representatives
+from moe_lab.report.figure_blocks import Block, looked_into
 from moe_lab.report.frames import Frames
+from moe_lab.report.glossary import Marker, glossary
 from moe_lab.report.load_section import load_block, load_interval_block
 from moe_lab.report.provenance_section import provenance
-from moe_lab.report.run_tables import failed_runs, later_token_note, results_table, unfinished_table
+from moe_lab.report.run_tables import run_rows, runs_section
 from moe_lab.report.runs_section import frontier_block, training_block
+from moe_lab.report.sections import Section, without
 from moe_lab.report.serving_section import serving_section
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.text_section import ColouredText, coloured_text
-from moe_lab.report.wall_section import judged_material, verdict_text, wall_section
+from moe_lab.report.wall_section import judged_material, wall_blocks, wall_folded
 
+MAX_BYTES = 15_000_000
+"""Of a page. What does not fit lies beside it, and the page says so."""
+DATA_PLACE = Markup("<!--data-->")
 JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
@@ -85,9 +93,34 @@ def draw_page(material: Material, frames: Frames, path: Path, *, title: str, com
     content = _content(material, frames, command)
     remove_temporaries(path.parent, glob.escape(path.name))
     remove_temporaries(folder)
-    for name, frame in content.pop("data"):
+    data = content.pop("data")
+    for name, frame in data:
         write_parquet(folder / f"{name}.parquet", frame)
-    write_text(path, render(title=title, command=command, data_folder=folder.name, **content))
+    page = render(title=title, command=command, data_folder=folder.name, **content)
+    sizes = {name: (folder / f"{name}.parquet").stat().st_size for name, _ in data}
+    write_text(path, page.replace(DATA_PLACE, _data_within(folder, sizes, len(page.encode()))))
+
+
+def _data_within(folder: Path, sizes: Mapping[str, int], taken: int) -> str:
+    """The data files that a page of ``taken`` bytes has room for, the smallest first, and a
+    sentence on the others.
+    """
+    held, beside = [], []
+    for name in sorted(sizes, key=lambda name: (sizes[name], name)):
+        taken += 4 * (sizes[name] + 2) // 3 + 120
+        (held if taken < MAX_BYTES else beside).append(name)
+    elements = [
+        f'<script type="application/octet-stream" id="data-{escape(name)}">'
+        f"{base64.b64encode((folder / f'{name}.parquet').read_bytes()).decode('ascii')}</script>"
+        for name in held
+    ]
+    where = "The data of all its figures are inside it, as Parquet."
+    if beside:
+        files = listing([f"{name}.parquet ({magnitude(sizes[name])} bytes)" for name in beside])
+        where = Markup("Beside it, in {}, lie {}: they would make it larger than {} bytes.").format(
+            on_page(folder.name), on_page(files), magnitude(MAX_BYTES)
+        )
+    return f"<p>{where}</p>" + "".join(elements)
 
 
 def render(**values: Any) -> str:
@@ -103,7 +136,9 @@ def render(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["script_json"] = script_json
+    rows = values.pop("rows")
+    marked, linked = Marker(glossary(), rows), Marker((), rows)
+    environment.filters |= {"script_json": script_json, "marked": marked, "linked": linked}
     variables = "".join(f"--{name}:{value};" for name, value in theme.css_variables().items())
     scripts = {name: _template_text(environment, f"{name}.js") for name in ("early", "page")} | {
         "plotly": get_plotlyjs()
@@ -115,6 +150,8 @@ def render(**values: Any) -> str:
         style=Markup(_template_text(environment, "page.css")),
         scripts={name: Markup(text) for name, text in scripts.items()},
         script_hashes=Markup(" ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values())),
+        terms=marked.used,
+        data_place=DATA_PLACE,
         themes={name: theme.template_values(name) for name in theme.PALETTES},
         **values,
     )
@@ -129,8 +166,8 @@ def script_json(value: Any) -> Markup:
     text = json.dumps(
         _shown(value), cls=PlotlyJSONEncoder, separators=(",", ":"), ensure_ascii=False
     )
-    for character, escape in JSON_ESCAPES.items():
-        text = text.replace(character, escape)
+    for character, escaped in JSON_ESCAPES.items():
+        text = text.replace(character, escaped)
     return Markup(text)
 
 
@@ -145,77 +182,98 @@ def _shown(value: Any) -> Any:
 
 def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]:
     study = frames(judged_material, material)
-    frontier, load = frontier_block(material, frames), load_block(material, frames)
-    load_interval = load_interval_block(material, frames)
-    training = training_block(material, frames)
+    evidence = None if isinstance(study, MoELabError) or material.about == "run" else study
     of_tokens = tuple(named for named in material.traces if named.trace.meta.per_token)
     of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
     compute = compute_section(of_compute, frames)
-    experts = experts_section(replace(material, traces=of_tokens), frames)
-    serving = serving_section(replace(material, traces=of_compute), frames)
     coloured = _coloured(of_compute, compute.first, frames)
-    wall = None if study is None or isinstance(study, MoELabError) else wall_section(study)
     difficulty = difficulty_section(compute.first, frames)
-    evidence = wall.blocks if wall else ()
-    hard = difficulty.blocks if difficulty else ()
-    experts_blocks = [block for _, block in (*experts, *serving)]
-    blocks: list[Block] = [
-        block
-        for block in (
-            frontier,
-            *evidence,
-            load,
-            load_interval,
-            *compute.blocks,
-            *experts_blocks,
-            *hard,
-            training,
-        )
-        if block is not None
+    sections = [
+        comparison_section(material.traces, frames),
+        Section(
+            "frontier",
+            "Loss and ratio",
+            "Loss against the total:active ratio",
+            (
+                *(
+                    ()
+                    if material.about == "run"
+                    else _drawn(("", frontier_block(material, frames)))
+                ),
+                *(wall_blocks(evidence) if evidence else ()),
+            ),
+            folded=wall_folded(evidence) if evidence else (),
+            sense="verdict",
+        ),
+        Section(
+            "load",
+            "Expert load",
+            "Load of every expert",
+            _drawn(
+                ("", load_block(material, frames)),
+                ("Unevenness over depth", load_interval_block(material, frames)),
+            ),
+        ),
+        Section(
+            "compute",
+            "Compute" if compute.first else "Certainty",
+            "ffn_count: real experts per token" if compute.first else "Certainty of the router",
+            compute.blocks,
+            (compute.fixed,) if compute.fixed else (),
+            sense="token",
+        ),
+        Section(
+            "whose",
+            "Whose experts",
+            "Whose experts",
+            tuple(experts_section(replace(material, traces=of_tokens), frames)),
+        ),
+        Section(
+            "serving",
+            "Serving",
+            "Serving",
+            tuple(serving_section(replace(material, traces=of_compute), frames)),
+        ),
+        Section("text", "Coloured text", "Validation text, coloured", coloured=coloured),
+        difficulty,
+        Section("training", "Training", "Training", _drawn(("", training_block(material, frames)))),
+        runs_section(material, command),
+        provenance(material, command),
     ]
+    kept = [section for section in sections if section is not None]
+    if material.about == "run":  # the curves of a single run come first
+        kept.sort(key=lambda section: section.anchor != "training")
+    blocks = {block.name: block for section in kept for _, block in section.blocks}
+    first = answer(material, study, blocks, frames)
     runs = [("runs", material.all_runs)] if material.runs else []
+    parts = [text.data.select(pl.lit(text.label).alias("run"), pl.all()) for text in coloured]
     data = (
         runs
-        + [(block.name, block.data) for block in blocks]
-        + ([("coloured_text", coloured.data)] if coloured else [])
+        + [(block.name, block.data) for block in blocks.values()]
+        + ([("coloured_text", pl.concat(parts, how="diagonal"))] if coloured else [])
     )
     return {
-        "questions": material.questions,
-        "verdict": verdict_text(study),
-        "results": results_table(material) if material.finished else None,
-        "unfinished": unfinished_table(material),
-        "failed": failed_runs(material),
-        "meanings": {name: _distinct(material, f"{name}_meaning") for name in ("ratio", "params")},
-        "frontier": frontier,
-        "wall": wall,
-        "load": load,
-        "load_interval": load_interval,
-        "compute": compute,
-        "experts": experts,
-        "serving": serving,
-        "coloured": coloured,
-        "difficulty": difficulty,
-        "training": training,
-        "later_tokens": later_token_note(material.finished),
-        "provenance": provenance(material, command),
+        "answer": first,
+        "sections": without(kept, first.lead),
         "data": data,
+        "rows": run_rows(material),
     }
+
+
+def _drawn(*pairs: tuple[str, Block | None]) -> tuple[tuple[str, Block], ...]:
+    return tuple((heading, block) for heading, block in pairs if block is not None)
 
 
 def _coloured(
     traces: Sequence[NamedTrace], varying: NamedTrace | None, frames: Frames
-) -> ColouredText | None:
-    """Of the first trace in which ffn_count varies, else of the first one."""
-    if varying is not None:
-        return coloured_text(varying, frames, fixed=False)
-    shown = representatives(traces)
-    return coloured_text(shown[0], frames, fixed=True) if shown else None
-
-
-def _distinct(material: Material, key: str) -> list[str]:
-    return list(
-        dict.fromkeys(str(run.result[key]) for run in material.finished if run.result.get(key))
-    )
+) -> tuple[ColouredText, ...]:
+    """Of the first run in which ffn_count varies, else of the traces that are looked into."""
+    of_run = varying is not None and varying.run is not None
+    texts = [
+        coloured_text(named, frames, fixed=len(frames(distinct_counts, named)) == 1)
+        for named in ([varying] if of_run and varying else looked_into(traces))
+    ]
+    return tuple(text for text in texts if text is not None)
 
 
 def _data_folder(path: Path) -> Path:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from moe_lab.number_format import listing
+from moe_lab.report.sections import Folded, Section
 from moe_lab.report.sources import Material
 
 MAX_CONFIGS = 120
 """Configurations on one page, about 2 kB each."""
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """``facts`` are (name, text) pairs; ``configs`` are (run, configuration as indented JSON)."""
-
-    facts: tuple[tuple[str, str], ...]
-    configs: tuple[tuple[str, str], ...]
-
-
-def provenance(material: Material, command: str) -> Provenance:
+def provenance(material: Material, command: str) -> Section:
     """Versions, corpus and tokenizer hashes, seeds and devices over all runs and traces; a fact
     that was not recorded is left out.
     """
@@ -53,11 +45,20 @@ def provenance(material: Material, command: str) -> Provenance:
             "folder"
         ]
     configs = tuple(
-        (run.label, json.dumps(run.config, indent=1, sort_keys=True))
+        Folded(
+            run.label,
+            lines=json.dumps(run.config, indent=1, sort_keys=True),
+            anchor=f"config-{material.anchors[run.folder]}",
+        )
         for run in with_config[:MAX_CONFIGS]
     )
-    return Provenance(
-        tuple((name, listing(values, most=24)) for name, values in facts.items() if values), configs
+    folded = Folded(f"Configuration of each run ({len(configs)})", inner=configs)
+    return Section(
+        "made",
+        "How it was made",
+        "How it was made",
+        facts=tuple((name, listing(values, most=24)) for name, values in facts.items() if values),
+        folded=(folded,) if configs else (),
     )
 
 

@@ -152,6 +152,7 @@ def training_curves(
             mode="lines",
             line=line_style(groups.index(group)),
             name=plain(run),
+            legendgroup=group,
             hovertemplate="%{x:.3s} tokens: %{y:.4g}",
             showlegend=False,
         )

@@ -1,13 +1,15 @@
-"""The tables of a sweep's runs: results, unfinished runs, and the last lines of failed runs."""
+"""The section on a sweep's runs: results, unfinished runs, and the last lines of failed runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_lab.errors import MoELabError
-from moe_lab.number_format import NOTHING, decimal, listing, magnitude
+from moe_lab.number_format import NOTHING, count_of, decimal, listing, magnitude
 from moe_lab.report.figure_blocks import MAX_TABLE_ROWS, Table
+from moe_lab.report.sections import Folded, Section
 from moe_lab.report.sources import Material, RunState
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.facts import LATER_TOKENS
@@ -23,7 +25,7 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("train_tokens", "training tokens", -1),
     ("loss", "loss, nats", 4),
     ("bits_per_byte", "bits /byte", 4),
-    ("load_cv", "load cv", 3),
+    ("load_cv", "load CV", 3),
     ("mean_ffn_count", "mean ffn_count", 3),
     ("target_ffn_count", "target", 3),
     ("tokens_per_second", "tokens/s", -1),
@@ -43,25 +45,62 @@ def results_table(material: Material) -> Table:
     """One row per finished run."""
     frame = material.table
     columns = COLUMNS + (SPARSE_COLUMNS if (frame["attention_sparsity"] > 0).any() else ())
-    rows = []
+    rows, anchors = [], []
     for row in frame.head(MAX_TABLE_ROWS).iter_rows(named=True):
         texts = [
             magnitude(row[name]) if digits < 0 else decimal(row[name], digits)
             for name, _, digits in columns
         ]
+        arm = row["arm"] or row["name"] or row["run"]
         ratio = NOTHING if row["ratio"] is None else f"{row['ratio']:.4g}"
-        rows.append(
-            (
-                row["arm"] or row["name"] or row["run"],
-                ratio,
-                NOTHING if row["seed"] is None else str(row["seed"]),
-                *texts,
+        seed = NOTHING if row["seed"] is None else str(row["seed"])
+        rows.append((arm, ratio, seed, *texts, Path(row["folder"]).name))
+        anchors.append(f"run-{material.anchors[Path(row['folder'])]}")
+    header = ("arm", "ratio", "seed", *(heading for _, heading, _ in columns), "run")
+    numeric = (False, *[True] * (len(header) - 2), False)
+    return Table(header, tuple(rows), numeric, frame.height - len(rows), tuple(anchors))
+
+
+def run_rows(material: Material) -> dict[str, str]:
+    """Label, or folder name, of each finished run in the table of results -> the id of its row."""
+    shown = material.finished[:MAX_TABLE_ROWS]
+    anchors = [f"run-{material.anchors[run.folder]}" for run in shown]
+    labels = dict(zip((run.label for run in shown), anchors, strict=True))
+    return labels | dict(zip((run.folder.name for run in shown), anchors, strict=True))
+
+
+def runs_section(material: Material, command: str) -> Section:
+    """The tables of all runs; empty without runs."""
+    folded = []
+    if material.finished:
+        meanings = {
+            words: dict.fromkeys(
+                str(run.result[key]) for run in material.finished if run.result.get(key)
             )
-        )
-    header = ("arm", "ratio", "seed", *(heading for _, heading, _ in columns))
-    return Table(
-        header, tuple(rows), (False, *[True] * (len(header) - 1)), frame.height - len(rows)
-    )
+            for words, key in (("Ratio", "ratio_meaning"), ("Parameters", "params_meaning"))
+        }
+        notes = [f"{words}: {'; '.join(texts)}." for words, texts in meanings.items() if texts]
+        notes += [RESULTS_NOTE, f"Remake with {command}."]
+        if later := later_token_note(material.finished):
+            notes.append(later)
+        table = results_table(material)
+        count = count_of(len(material.finished), "run")
+        folded.append(Folded(f"Finished: {count}", table, (" ".join(notes),)))
+    if (unfinished := unfinished_table(material)) is not None:
+        folded.append(Folded("Not finished", unfinished))
+    if (failed := failed_runs(material)) is not None:
+        folded += [
+            Folded(f"Last lines of {name}: {reason}", lines=lines)
+            for name, reason, lines in failed.shown
+        ]
+        if failed.left_out:
+            folded.append(
+                Folded(
+                    f"{count_of(failed.left_out, 'further run')} failed",
+                    notes=("Their last lines are in log.txt and error.txt of their folders.",),
+                )
+            )
+    return Section("runs", "Runs", "Runs", folded=tuple(folded))
 
 
 def sees_later_tokens(run: RunRecord) -> bool:
@@ -94,6 +133,12 @@ def unfinished_table(material: Material) -> Table | None:
     others.sort(key=lambda run: run.state is not RunState.FAILED)
     rows = tuple((run.name, run.state.value, run.error) for run in others[:MAX_TABLE_ROWS])
     return Table(("run", "state", "why"), rows, (False, False, False), len(others) - len(rows))
+
+
+RESULTS_NOTE = (
+    "FLOPs are those of training. Loss is the validation loss in nats per token; load CV is over "
+    "the real experts, per layer and then averaged."
+)
 
 
 @dataclass(frozen=True)

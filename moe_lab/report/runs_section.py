@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from moe_lab.number_format import count_of, listing
+from moe_lab.number_format import count_of, decimal, listing, magnitude
 from moe_lab.report import figures
 from moe_lab.report.figure_blocks import Block, Legend, Plot, Variant, one_plot, table_of
 from moe_lab.report.frames import Frames
@@ -52,11 +52,12 @@ def frontier_block(material: Material, frames: Frames) -> Block | None:
     name = judged.arm if judged else arms(runs)[0]
     ends = means.filter(pl.col("arm") == name).sort("ratio")
     low, high = ends.row(0, named=True), ends.row(-1, named=True)
-    summary = f"Validation loss against the total to active ratio for {listing(arms(runs))}. " + (
-        f"{name} goes from {low['mean']:.4f} nats per token at ratio {low['ratio']:g} to "
-        f"{high['mean']:.4f} at {high['ratio']:g}."
+    summary = f"Validation loss against the total to active ratio for {listing(arms(runs))}. "
+    finding = (
+        f"The loss of {name} goes from {low['mean']:.4f} nats per token at ratio "
+        f"{low['ratio']:g} to {high['mean']:.4f} at {high['ratio']:g}."
         if ends.height > 1 and ends["ratio"].null_count() == 0
-        else f"{name} has {low['mean']:.4f} nats per token."
+        else f"The loss of {name} is {low['mean']:.4f} nats per token."
     )
     bars = _intervals(means["n"].to_list()) if judged is None else _fitted(judged)
     caption = (
@@ -71,16 +72,19 @@ def frontier_block(material: Material, frames: Frames) -> Block | None:
     data = runs.select(columns.split())
     curve = judged.band.curve if judged else None
     canvas = figures.frontier.canvas(runs, means=means, curve=curve)
-    return one_plot("frontier", caption, summary, canvas, data, table_of(means, 4))
+    table = table_of(means, 4)
+    return one_plot("frontier", caption, summary + finding, canvas, data, table, finding)
 
 
 def training_block(material: Material, frames: Frames) -> Block | None:
-    """Small multiples of the training metrics of all finished runs; None where none logged any."""
-    finished = material.finished
-    step = -(-len(finished) // MAX_CURVES) or 1
-    metrics = frames(training_metrics, finished[::step])
+    """Small multiples of the training metrics of all runs that logged any, those that still run
+    among them; None where none did.
+    """
+    trained = material.trained
+    step = -(-len(trained) // MAX_CURVES) or 1
+    metrics = frames(training_metrics, trained[::step])
     names = [name for name in CURVES if name in metrics and metrics[name].drop_nulls().len()]
-    if not names:
+    if not names or "tokens" not in metrics:
         return None
     final = metrics.group_by("run", maintain_order=True).agg(pl.col("tokens", *names).last())
     runs = count_of(final.height, "run")
@@ -104,9 +108,16 @@ def training_block(material: Material, frames: Frames) -> Block | None:
     )
     if step > 1:
         caption += (
-            f" Drawn, to keep the page small, is one run in {step} of {len(finished)}, evenly "
+            f" Drawn, to keep the page small, is one run in {step} of {len(trained)}, evenly "
             "spaced over arms, ratios and seeds."
         )
+    ends = final[names[0]].drop_nulls()
+    low, high = (decimal(float(end)) for end in (ends.min(), ends.max()))  # type: ignore[arg-type]
+    where = low if low == high else f"between {low} and {high}"
+    far = magnitude(float(final["tokens"].max()))  # type: ignore[arg-type]
+    finding = (
+        f"{CURVES[names[0]].partition(',')[0].capitalize()} ends at {where}, after {far} tokens."
+    )
     styles = enumerate(metrics["group"].unique(maintain_order=True))
     legend = [(group, line_style(index)) for index, group in styles]
     return Block(
@@ -116,6 +127,7 @@ def training_block(material: Material, frames: Frames) -> Block | None:
         metrics.select("run", "group", "tokens", *names),
         table_of(final),
         tuple(Legend(group, style["color"], style["dash"]) for group, style in legend),
+        finding,
     )
 
 

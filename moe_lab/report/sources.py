@@ -7,6 +7,7 @@ Nothing is trusted: a run counts as finished only when its ``done`` file lies th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import polars as pl
 
 from moe_lab.errors import RunError, expected, require
+from moe_lab.files import parse_json, read_regular
 from moe_lab.report.canvas import evenly
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run, read_runs
 from moe_lab.runs.done_file import TRACE_META_NAME, check_seal
-from moe_lab.runs.layout import CONFIG, METRICS, PLAN, TRACE_META
+from moe_lab.runs.layout import CONFIG, METRICS, METRICS_LOG, PLAN, TRACE_META
 from moe_lab.runs.record import group_name, number
 from moe_lab.sandbox import read_parquet
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = "str | Path | Trace"
 
+MAX_LOG_BYTES = 64_000_000
+"""Of the log of a run that is not finished."""
 LARGEST_NUMBER = 1e100
 """No result of a training; figures cannot place more."""
 
@@ -110,6 +114,14 @@ class Material:
     traces: tuple[NamedTrace, ...]
     questions: tuple[str, ...] = ()
 
+    @property
+    def about(self) -> str:
+        """What the page is about: "sweep", "run", "trace" or "traces"."""
+        if self.runs:
+            alone = len(self.runs) == 1 and all(named.run for named in self.traces)
+            return "run" if alone else "sweep"
+        return "trace" if len(self.traces) == 1 else "traces"
+
     @cached_property
     def finished(self) -> tuple[RunRecord, ...]:
         return tuple(run for run in self.runs if run.state is RunState.FINISHED)
@@ -118,6 +130,22 @@ class Material:
     def all_runs(self) -> pl.DataFrame:
         """``run_table`` of all runs."""
         return run_table(self.runs)
+
+    @cached_property
+    def anchors(self) -> dict[Path, str]:
+        """Folder of each run -> what its elements on the page are called after."""
+        names: dict[str, int] = {}
+        found = {}
+        for run in self.runs:
+            name = re.sub(r"[^\w-]+", "-", run.folder.name)
+            names[name] = names.get(name, 0) + 1
+            found[run.folder] = name if names[name] == 1 else f"{name}-{names[name]}"
+        return found
+
+    @property
+    def trained(self) -> tuple[RunRecord, ...]:
+        """The runs that logged steps, those that run or stopped among them."""
+        return tuple(run for run in self.runs if run.state is RunState.FINISHED or logged(run))
 
     @property
     def table(self) -> pl.DataFrame:
@@ -133,7 +161,7 @@ def gather(sources: Source | Sequence[Source]) -> Material:
 
     Raises:
         RunError: a folder is missing, holds neither runs nor a trace, or none of the runs is
-            finished.
+            finished or has logged a step.
         TraceError: a trace is damaged.
     """
     runs: list[RunRecord] = []
@@ -150,7 +178,7 @@ def gather(sources: Source | Sequence[Source]) -> Material:
             questions |= dict.fromkeys(asked)
     runs.sort(key=_order)
     finished = [run for run in runs if run.state is RunState.FINISHED]
-    if runs and not finished and not traces:
+    if runs and not finished and not traces and not any(map(logged, runs)):
         raise RunError(_none_finished(runs))
     traces += _traces_of(finished)
     return Material(tuple(runs), tuple(traces), tuple(questions))
@@ -197,24 +225,46 @@ def run_table(runs: Iterable[RunRecord]) -> pl.DataFrame:
 
 def training_metrics(runs: Iterable[RunRecord]) -> pl.DataFrame:
     """The logged steps of all runs in one frame, with columns run (label) and group; empty where no
-    run has metrics.
+    run has metrics. Of a run that is not finished, the steps that it logged so far.
     """
     frames = []
     for run in runs:
         path = run.folder / METRICS
-        if not path.is_file():
+        if run.state is not RunState.FINISHED:
+            numbers = _logged_steps(run.folder / METRICS_LOG)
+        elif path.is_file():
+            check_seal(run.folder, (METRICS,))
+            frame = read_parquet(path, RunError)
+            numbers = frame.select(pl.selectors.numeric().cast(pl.Float64))
+        else:
             continue
-        check_seal(run.folder, (METRICS,))
-        frame = read_parquet(path, RunError)
-        numbers = frame.select(pl.selectors.numeric().cast(pl.Float64))
-        names = {
-            "run": run.label,
-            "group": group_name(str(run.result.get("arm", "")), number(run.result.get("ratio"))),
-        }
+        names = {"run": run.label, "group": run.group}
         frames.append(
             numbers.with_columns(*(pl.lit(value).alias(name) for name, value in names.items()))
         )
     return pl.concat(frames, how="diagonal") if frames else pl.DataFrame()
+
+
+def logged(run: RunRecord) -> bool:
+    """Whether a run that is not finished has logged a step."""
+    return run.begun and run.state is not RunState.FINISHED and (run.folder / METRICS_LOG).is_file()
+
+
+def _logged_steps(path: Path) -> pl.DataFrame:
+    """The numbers of each whole line; what a run that still writes has cut off is left out."""
+    rows: list[dict[str, float | None]] = []
+    for line in read_regular(path, MAX_LOG_BYTES).splitlines():
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append({str(name): number(value) for name, value in row.items()})
+    names = [name for name in (rows[0] if rows else ()) if name not in ("run", "group")]
+    return pl.DataFrame(
+        {name: [row.get(name) for row in rows] for name in names},
+        schema=dict.fromkeys(names, pl.Float64),
+    )
 
 
 def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
@@ -230,7 +280,7 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
         field="source",
     )
     if (folder / CONFIG).is_file():
-        return [_judged(read_run(folder))], []
+        return [_judged(read_run(folder))], _questions_about(folder)
     plan = RunStore(folder).plan() if (folder / PLAN).is_file() else {}
     names = {run: entry["name"] for run, entry in plan.get("runs", {}).items()}
     records = read_runs(folder, names) if folder.is_dir() else {}
@@ -249,6 +299,15 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
     ]
     questions = [sweep["question"] for sweep in plan.get("sweeps", ()) if sweep["question"]]
     return [*map(_judged, records.values()), *pending], questions
+
+
+def _questions_about(run: Path) -> list[str]:
+    """Of the sweeps that planned the run, where it lies in their folder."""
+    place = run.resolve()
+    if not (place.parent / PLAN).is_file():
+        return []
+    sweeps = RunStore(place.parent).plan().get("sweeps", ())
+    return [sweep["question"] for sweep in sweeps if place.name in sweep["runs"]]
 
 
 def _judged(run: RunRecord) -> RunRecord:

@@ -5,8 +5,6 @@ from a `scaling.WallStudy`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -16,12 +14,12 @@ from moe_lab.number_format import NOTHING, count_of, decimal, listing, magnitude
 from moe_lab.report import wall_figures as draw
 from moe_lab.report.canvas import Canvas
 from moe_lab.report.figure_blocks import Block, Plot, Table, Variant, in_words, table_of
+from moe_lab.report.sections import Folded
 from moe_lab.report.sources import Material
 
 if TYPE_CHECKING:
     from moe_lab.scaling import WallStudy
 
-CANNOT_TELL = "cannot tell"
 ALMOST = 0.03
 """A share of simulated sweeps this near to 0 or 1 counts as never or always: its interval."""
 TITLES = {
@@ -60,6 +58,12 @@ POWER_CAPTION = (
     'doublings; "cannot tell" never is one. Below 1M tokens per expert every sweep cannot tell. A '
     "share of .9 has a 90 % interval of ±.03."
 )
+FORMS_NOTE = (
+    "ΔAICc against the best form on all ratios; a break counts when it leads line and power law by "
+    "6 (W2). A form that fits is not yet a law: the miss is measured less expected at the largest "
+    "ratio, left out of the fit."
+)
+OPTIMA_NOTE = "This is apart from the verdict: such an optimum exists without any wall."
 ALTERNATIVES_CAPTION = (
     "pairs of runs per point: the same seed, the same total parameters (within 2 %), and no more "
     "training FLOPs than the runs with experts. Below 0 the alternative is better. Bars are 95 % "
@@ -67,34 +71,6 @@ ALTERNATIVES_CAPTION = (
     "Compute is exp(-difference / (dL/dlnC)) with dL/dlnC = {slope:z.3f}; differences worth less "
     "than 5 % of it count as none."
 )
-
-
-@dataclass(frozen=True)
-class VerdictText:
-    """The verdict as the page shows it; ``outcome`` is empty where there are no runs to judge."""
-
-    outcome: str
-    sentence: str
-    reasons: tuple[str, ...] = ()
-    details: str = ""
-
-
-@dataclass(frozen=True)
-class WallSection:
-    """``forms`` compares the shapes of the frontier, ``confounds`` what else could have made or
-    hidden a wall; ``optima`` says which ratio is best at fixed total parameters (W4), for the arms
-    that hold them fixed.
-    """
-
-    blocks: tuple[Block, ...]
-    forms: Table
-    confounds: Table
-    optima: tuple[str, ...] = ()
-
-    @property
-    def titles(self) -> Mapping[str, str]:
-        """Heading by name of the block."""
-        return {block.name: TITLES[block.name] for block in self.blocks}
 
 
 def judged_material(material: Material) -> WallStudy | MoELabError | None:
@@ -113,39 +89,34 @@ def judged_material(material: Material) -> WallStudy | MoELabError | None:
         return error
 
 
-def verdict_text(study: WallStudy | MoELabError | None) -> VerdictText:
-    """The outcome and its sentence; "cannot tell" and the reason where runs allow no verdict."""
-    if study is None:
-        return VerdictText(
-            "",
-            "This page shows where tokens went in a trace. A verdict on the sparsity wall needs "
-            "the runs of a sweep.",
-        )
-    if isinstance(study, MoELabError):
-        return VerdictText(CANNOT_TELL, f"Cannot tell whether there is a wall: {study}.")
-    verdict, runs = study.verdict, study.judged
-    low, high = verdict.interval
-    details = (
-        f"Judged on {count_of(runs.height, 'run')} of arm {study.arm}: "
-        f"{count_of(runs['ratio'].n_unique(), 'ratio')}, "
-        f"{count_of(runs['seed'].n_unique(), 'seed')}. Elasticity of equivalent compute in the "
-        f"ratio: {decimal(verdict.elasticity)} ({decimal(low)} to {decimal(high)})."
-    )
-    settles = (f"what would settle it: {study.settles}",) if study.settles else ()
-    return VerdictText(verdict.outcome, verdict.sentence, verdict.reasons + settles, details)
-
-
-def wall_section(study: WallStudy) -> WallSection:
-    """The figures and tables of ``study``."""
+def wall_blocks(study: WallStudy) -> tuple[tuple[str, Block], ...]:
+    """Headings and figures of ``study``."""
     blocks = (_compute(study), _law(study), _gain(study), _elasticity(study), _power(study))
     alternatives = _alternatives(study)
-    confounds = tuple(study.confounds.rows())
-    return WallSection(
-        (*blocks, alternatives) if alternatives else blocks,
-        _forms(study),
-        Table(("confound", "status", "detail"), confounds, (False, False, False)),
-        tuple(f"Arm {name}: {best.sentence}." for name, best in study.optima.items()),
+    shown = (*blocks, alternatives) if alternatives else blocks
+    return tuple((TITLES[block.name], block) for block in shown)
+
+
+def wall_folded(study: WallStudy) -> tuple[Folded, ...]:
+    """Reasons, shapes of the frontier, the best ratio under a constraint (W4) and confounds."""
+    verdict, runs = study.verdict, study.judged
+    judged = (
+        f"Judged on {count_of(runs.height, 'run')} of arm {study.arm or 'without a name'}: "
+        f"{count_of(runs['ratio'].n_unique(), 'ratio')}, "
+        f"{count_of(runs['seed'].n_unique(), 'seed')}."
     )
+    confounds = Table(
+        ("confound", "status", "detail"), tuple(study.confounds.rows()), (False, False, False)
+    )
+    best = tuple(f"Arm {name}: {optimum.sentence}." for name, optimum in study.optima.items())
+    parts = [
+        Folded("Reasons for the verdict", notes=(judged,), items=verdict.reasons),
+        Folded("What else could have made, or hidden, a wall", confounds),
+        Folded("Shapes of the frontier", _forms(study), (FORMS_NOTE,)),
+    ]
+    if best:
+        parts.append(Folded("The best ratio under a constraint", notes=(*best, OPTIMA_NOTE)))
+    return tuple(parts)
 
 
 def _block(

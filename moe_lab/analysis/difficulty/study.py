@@ -64,8 +64,8 @@ def difficulty_study(
 def difficulty_frame(
     trace: Trace, *, difficulty: pl.DataFrame | pl.LazyFrame | None = None, seed: int = 0
 ) -> pl.LazyFrame:
-    """[layer, doc, pos, token_id, ffn_count, gate_mass_ffn, <class columns>, <difficulty columns>]
-    of a trace with a token table.
+    """[layer, doc, pos, token_id, ffn_count, gate_mass_ffn, entropy, margin, <class columns>,
+    <difficulty columns>] of a trace with a token table.
 
     Args:
         difficulty: [doc, pos, <columns>] to join; by default ``ngram_loss``, the trigram surprisal
@@ -90,7 +90,8 @@ def difficulty_frame(
     tokens = trace.tokens.select("doc", "pos", "token_id", *classes)
     added = (trace_surprisal(trace, seed) if difficulty is None else difficulty).lazy()
     added = added.with_columns(pl.col("doc", "pos").cast(pl.UInt32))
-    routing = trace.routing.select("layer", "doc", "pos", "ffn_count", "gate_mass_ffn")
+    measures = ("ffn_count", "gate_mass_ffn", "entropy", "margin")
+    routing = trace.routing.select("layer", "doc", "pos", *measures)
     return routing.join(tokens.join(added, on=["doc", "pos"], how="left"), on=["doc", "pos"])
 
 

@@ -27,10 +27,75 @@
   for (const select of choices) {
     select.addEventListener("change", () => plots.filter((plot) => plot.dataset.figure === select.dataset.figure).forEach(draw));
   }
+  for (const button of all("button.series")) {
+    button.addEventListener("click", () => {
+      const shown = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", shown);
+      for (const plot of plots.filter((candidate) => candidate.dataset.figure === button.dataset.figure)) {
+        const lines = plot.data.flatMap((line, place) => line.legendgroup === button.dataset.series ? [place] : []);
+        if (lines.length) Plotly.restyle(plot, { visible: shown }, lines);
+      }
+    });
+  }
   for (const button of all("button.save")) {
     const plot = plots.find((candidate) => candidate.dataset.figure === button.dataset.figure);
     button.hidden = false;
     button.addEventListener("click", () => Plotly.downloadImage(plot, { format: "svg", filename: button.dataset.figure }));
+  }
+
+  // Tables: sorted by a column, filtered by a text; links into what is folded; data inside the page --------------------------------
+  const SIZES = { k: 1e3, M: 1e6, B: 1e9, T: 1e12, P: 1e15 };
+  function valueOf(text) {
+    const match = /^([\u2212-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)([kMBTP]?)$/.exec(text.trim());
+    return match ? Number(match[1].replace("\u2212", "-").replaceAll(",", "")) * (SIZES[match[2]] ?? 1) : null;
+  }
+  const before = (a, b) => {
+    const [first, second] = [valueOf(a), valueOf(b)];
+    if (first === null && second === null) return a.localeCompare(b, undefined, { numeric: true });
+    return first === null ? 1 : second === null ? -1 : first - second;  // what has no number stands last
+  };
+  for (const table of all("main table")) {
+    const body = table.tBodies[0], rows = [...body.rows];
+    if (rows.length < 2) continue;
+    for (const [column, cell] of [...table.tHead.rows[0].cells].entries()) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "sort";
+      button.append(...cell.childNodes);
+      cell.append(button);
+      button.addEventListener("click", () => {
+        const up = cell.getAttribute("aria-sort") !== "ascending";
+        for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+        cell.setAttribute("aria-sort", up ? "ascending" : "descending");
+        const text = (row) => row.cells[column].textContent;
+        body.append(...rows.toSorted((a, b) => up ? before(text(a), text(b)) : before(text(b), text(a))));
+      });
+    }
+    if (rows.length < 8) continue;
+    const label = document.createElement("label"), field = document.createElement("input");
+    field.type = "search";
+    label.className = "filter";
+    label.append("Rows with ", field);
+    table.parentElement.before(label);
+    field.addEventListener("input", () => {
+      const wanted = field.value.toLowerCase();
+      for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+    });
+  }
+  function reveal() {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    if (target.tagName === "DETAILS") target.open = true;
+    for (let part = target; (part = part.parentElement?.closest("details"));) part.open = true;
+    target.hidden = false;
+    target.scrollIntoView();
+  }
+  addEventListener("hashchange", reveal);
+  for (const link of all("a.data")) {
+    const held = document.getElementById(`data-${link.dataset.name}`);
+    if (!held) continue;
+    link.download = `${link.dataset.name}.parquet`;
+    link.addEventListener("click", () => { link.href = `data:application/vnd.apache.parquet;base64,${held.textContent}`; });
   }
 
   // Theme: system, light, dark --------------------------------------------------------------------------------------------------
@@ -52,13 +117,14 @@
   addEventListener("afterprint", () => retheme(theme()));
 
   // Coloured text ---------------------------------------------------------------------------------------------------------------
-  function colouredText() {
-    const { lookup, modes } = read("coloured-data");
+  function colouredText(root) {
+    const part = (name) => document.getElementById(name + root.dataset.end);
+    const { lookup, modes } = JSON.parse(part("coloured-data").textContent);
     const bytes = (text) => new DataView(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
     const experts = bytes(lookup.experts), weights = bytes(lookup.weights);
-    const tokens = all("[role=option]"), boxes = all("[role=listbox]");
+    const tokens = all("[role=option]", root), boxes = all("[role=listbox]", root);
     const index = new Map(tokens.map((token, place) => [token, place]));
-    const spoken = document.getElementById("spoken"), panel = document.getElementById("layers");
+    const spoken = part("spoken"), panel = part("layers");
     const element = (name, text) => { const made = document.createElement(name); made.textContent = text; return made; };
     let current = null;
 
@@ -143,7 +209,7 @@
       box.addEventListener("pointerover", (event) => { const token = event.target.closest("[role=option]"); if (token) show(token); });
     }
 
-    const mode = document.getElementById("mode"), legend = document.getElementById("legend"), heading = document.getElementById("legend-h");
+    const mode = part("mode"), legend = part("legend"), heading = part("legend-h");
     const recolour = () => {
       const [title, codes, entries] = [modes[mode.value].name, modes[mode.value].codes, modes[mode.value].legend];
       tokens.forEach((token, place) => { token.dataset.tint = codes[place]; });
@@ -160,6 +226,8 @@
     if (mode.value !== "0") recolour();
   }
 
-  if (document.getElementById("coloured-data")) colouredText();
-  drawAll();
+  const texts = all(".coloured"), textOf = document.getElementById("text-of");
+  texts.forEach(colouredText);
+  textOf?.addEventListener("change", () => texts.forEach((text, place) => { text.hidden = place !== Number(textOf.value); }));
+  drawAll().then(reveal);
 })();

@@ -1,0 +1,41 @@
+"""The mean loss of a trace's tokens, with its interval over documents."""
+
+import numpy as np
+import polars as pl
+
+from moe_lab.analysis.aligned_rows import KEY
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
+from moe_lab.analysis.document_sums import documents, nulls, ratio_interval, unit_sums
+from moe_lab.analysis.requirements import of_tokens
+from moe_lab.trace import Trace
+
+
+@of_tokens
+def token_loss(
+    trace: Trace, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> pl.DataFrame:
+    """Mean loss of the tokens whose loss the trace has.
+
+    Returns:
+        [n_tokens, n_docs, n_loss, loss, lo, hi], one row: tokens and documents of the trace, tokens
+        with a loss, their mean in nats per token with the interval from resampling documents (null
+        with fewer than 5). ``loss`` is null where no token has one.
+
+    Example:
+        >>> token_loss(open_trace("runs/demo/3f2a/trace"))  # doctest: +SKIP
+    """
+    docs = documents(trace, 2)
+    sums_U2 = np.zeros((docs.units, 2))
+    if any(name.startswith("tokens/") for name in trace.parts):
+        for batch in trace.batches(None, [*KEY, "loss"]):
+            known = batch.drop_nulls("loss")
+            loss = known["loss"].cast(pl.Float64).to_numpy()
+            values = np.stack([np.ones(len(loss)), loss], axis=1)
+            sums_U2 += unit_sums(docs, known["doc"].to_numpy(), values)
+    (loss,), (low,), (high,) = ratio_interval(sums_U2, Resampling(resamples, seed, level))
+    row = {
+        "n_tokens": trace.num_tokens,
+        "n_docs": len(docs.docs),
+        "n_loss": int(sums_U2[:, 0].sum()),
+    }
+    return nulls(pl.DataFrame([row | {"loss": float(loss), "lo": float(low), "hi": float(high)}]))
