@@ -77,6 +77,13 @@ class ColouredText:
     lookup: dict[str, Any]
     data: pl.DataFrame
 
+    @property
+    def introduction(self) -> str:
+        """What the colour is."""
+        if self.fixed:
+            return "ffn_count is constant here, so the colour is the router entropy."
+        return "The colour is ffn_count, the number of real experts that ran for the token."
+
     def for_script(self) -> dict[str, Any]:
         return {"lookup": self.lookup, "modes": [asdict(mode) for mode in self.modes]}
 

@@ -72,12 +72,81 @@ def test_the_page_stays_under_its_limit(sweep_page: Path) -> None:
     assert sweep_page.stat().st_size < MAX_BYTES
 
 
-def test_verdict_and_runs_come_first(page: str) -> None:
+def test_the_answer_comes_first_and_each_section_is_in_the_navigation(page: str) -> None:
     headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page, flags=re.S)
     plain = [re.sub(r"<[^>]*>", "", heading) for heading in headings]
     assert plain[0] == "Verdict: cannot tell"
-    assert plain[1] == "Runs"
-    assert len(plain) == 11
+    assert plain[1] == "Loss against the total:active ratio#"
+    anchors = re.findall(r'<section id="([^"]*)"', page)
+    assert len(anchors) == len(plain) == len(set(anchors)) == 12
+    nav = re.search(r"<nav.*?</nav>", page, flags=re.S)
+    assert nav is not None
+    assert re.findall(r'href="#([^"]*)"', nav[0]) == anchors
+
+
+def test_the_first_screen_is_question_answer_figure_and_three_cards(page: str) -> None:
+    first = page.partition('<section id="answer"')[2].partition("</section>")[0]
+    places = [first.index(mark) for mark in ("question", "lead", "figure-frontier", "cards")]
+    assert places == sorted(places)
+    cards = re.findall(r"<h3>(.*?)</h3><p>(.*?)</p><p><a href=\"#(.*?)\"", first, flags=re.S)
+    assert [(title, anchor) for title, _, anchor in cards] == [
+        ("Loss against ratio", "frontier"),
+        ("Evenness of the load", "load"),
+        ("By class of token", "compute"),
+    ]
+    assert all(f'<section id="{anchor}"' in page for _, _, anchor in cards)
+    assert re.search(r"lowered the loss of topk by .* \(90 % interval .* to ", words(first))
+
+
+def test_reasons_and_tables_are_folded(page: str) -> None:
+    open_parts = re.sub(r"<details.*?</details>", "", page, flags=re.S)
+    assert "<table" not in open_parts
+    assert "Reasons for the verdict" in page
+    assert "What else could have made, or hidden, a wall" in page
+
+
+def test_every_word_of_the_glossary_that_is_marked_is_in_the_glossary_of_the_page(
+    page: str,
+) -> None:
+    entries = dict(re.findall(r'<dt id="word-[^"]*">(.*?)</dt><dd>(.*?)</dd>', page))
+    marked = set(re.findall(r'<abbr title="([^"]*)">', page))
+    assert {html.unescape(meaning) for meaning in entries.values()} == {
+        html.unescape(meaning) for meaning in marked
+    }
+    assert len(marked) > 20
+
+
+def test_names_and_hashes_of_runs_lead_to_their_rows(page: str) -> None:
+    rows = set(re.findall(r'<tr id="(run-[^"]*)"', page))
+    assert "run-topk0161" in rows
+    links = re.findall(r'<a class="run" href="#([^"]*)">', page)
+    assert links
+    assert set(links) <= rows
+
+
+def test_the_data_of_the_figures_are_inside_the_page(page: str, sweep_page: Path) -> None:
+    held = dict(
+        re.findall(r'<script type="application/octet-stream" id="data-(\w+)">(.*?)</script>', page)
+    )
+    folder = sweep_page.with_name("a page_data")
+    assert set(held) == {path.stem for path in folder.iterdir()}
+    for name, text in held.items():
+        assert base64.b64decode(text) == (folder / f"{name}.parquet").read_bytes()
+
+
+def test_data_beyond_the_bound_lie_beside_the_page_and_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", "topk", 2, 0, None, [])
+    whole = write_report(run, tmp_path / "whole.html").stat().st_size
+    monkeypatch.setattr("moe_lab.report.page.MAX_BYTES", whole - 3000)
+    page = write_report(run, tmp_path / "less.html")
+    text = page.read_text(encoding="utf-8")
+    assert page.stat().st_size < whole
+    by_size = sorted(page.with_name("less_data").iterdir(), key=lambda path: path.stat().st_size)
+    held = [f'id="data-{path.stem}"' in text for path in by_size]
+    assert held == [True] * (len(held) - 1) + [False]
+    assert f"Beside it, in less_data, lie {by_size[-1].name} (" in words(text)
 
 
 def test_failed_and_unfinished_runs_are_listed_with_their_reason(page: str) -> None:
@@ -121,7 +190,7 @@ def test_numbers_of_the_runs_are_those_of_result_json(page: str, sweep: Path) ->
     result = json.loads((sweep / "topk0161" / "result.json").read_text())
     assert (
         f"topk 16 1 16M 1M 6M 1.23M {result['loss']:.4f} {result['bits_per_byte']:.4f} 0.310 2.020 "
-        "2.000 5.41k" in words(page)
+        "2.000 5.41k topk0161" in words(page)
     )
 
 
@@ -242,24 +311,39 @@ def test_variation_alone_is_said_to_prove_nothing(page: str) -> None:
 
 def test_fixed_k_is_said_in_words_and_the_text_is_coloured_by_entropy(fixed_page: Path) -> None:
     text = fixed_page.read_text(encoding="utf-8")
-    assert "every token runs the same number of real experts: ffn_count is 2 in fixed" in words(
+    assert "every token runs the same number of real experts : ffn_count is 2 in fixed" in words(
         text
     )
-    assert "ffn_count is constant here, so the colour is the router's entropy" in words(text)
+    assert "ffn_count is constant here, so the colour is the router entropy" in words(text)
     assert 'id="figure-ffn_spread"' not in text
+
+
+def test_fixed_k_is_profiled_by_certainty_by_class_and_by_difficulty(fixed_page: Path) -> None:
+    text = fixed_page.read_text(encoding="utf-8")
+    figures_of = re.findall(r'<section id="compute".*?</section>', text, flags=re.S)[0]
+    assert re.findall(r'<figure id="figure-(\w+)"', figures_of) == [
+        "class_profile",
+        "difficulty_curves",
+    ]
+    named = re.findall(r"<option[^>]*>(.*?)</option>", figures_of)
+    assert {"router entropy, by lexer class", "margin, by lexer class"} <= set(named)
+    assert any(name.startswith("gate mass, layer 1, ") for name in named)
 
 
 def test_a_bare_trace_makes_a_page_without_a_verdict(fixed_page: Path) -> None:
     text = words(fixed_page.read_text(encoding="utf-8"))
     assert "Verdict:" not in text
-    assert "needs the runs of a sweep" in text
+    assert "Which experts did the tokens of this trace go to?" in text
+    assert "Model made up" in text
+    assert "Documents 4" in text
+    assert re.search(r"Loss \d\.\d{3} nats per token", text)
 
 
 def test_runs_without_any_trace_make_a_page(tmp_path: Path) -> None:
     make_run(tmp_path / "dense", "dense", 1, 0, None)
     text = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Verdict: cannot tell" in words(text)
-    assert re.findall(r'<figure id="figure-(\w+)"', text) == ["frontier", "training_curves"]
+    assert "Verdict:" not in words(text), "one run has no wall"
+    assert re.findall(r'<figure id="figure-(\w+)"', text) == ["training_curves"]
 
 
 def test_a_sweep_of_one_seed_cannot_tell(tmp_path: Path) -> None:

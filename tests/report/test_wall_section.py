@@ -14,6 +14,8 @@ from refusals import refused
 from moe_lab.errors import AnalysisError
 from moe_lab.report import figures, write_report
 from moe_lab.report import wall_section as wall
+from moe_lab.report.answer_section import answer
+from moe_lab.report.figure_blocks import Block
 from moe_lab.report.frames import Frames
 from moe_lab.report.runs_section import frontier_block
 from moe_lab.report.sources import gather
@@ -68,10 +70,17 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_verdict_is_of_the_long_budget_with_the_slope_between_the_two(sweep: Path) -> None:
-    told = wall.verdict_text(wall.judged_material(gather(sweep)))
+    study = judged(sweep)
+    told = answer(gather(sweep), study, {}, Frames())
     assert told.outcome == "no wall"
-    assert any("measured over a 4x range of compute" in reason for reason in told.reasons)
-    assert "arm topk:" in told.details
+    assert re.match(
+        r"Doubling the ratio from 256 to 512 lowered the loss of topk by 0\.\d{4} nats per token "
+        r"\(90 % interval 0\.\d{4} to 0\.\d{4}\); a doubling pays above 0\.\d{4}\.$",
+        told.sentence,
+    )
+    reasons = wall.wall_folded(study)[0]
+    assert any("measured over a 4x range of compute" in reason for reason in reasons.items)
+    assert "arm topk:" in reasons.notes[0]
 
 
 def judged(sweep: Path) -> WallStudy:
@@ -80,15 +89,23 @@ def judged(sweep: Path) -> WallStudy:
     return study
 
 
+def blocks(study: WallStudy) -> list[Block]:
+    return [block for _, block in wall.wall_blocks(study)]
+
+
 def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
-    section = wall.wall_section(judged(sweep))
-    assert section is not None
-    assert [block.name for block in section.blocks] == list(section.titles)
-    assert all(hasattr(figures, block.name) for block in section.blocks)
-    confounds = {row[0]: row for row in section.confounds.rows}
+    study = judged(sweep)
+    assert [heading for heading, _ in wall.wall_blocks(study)] == [
+        wall.TITLES[block.name] for block in blocks(study)
+    ]
+    assert all(hasattr(figures, block.name) for block in blocks(study))
+    _, confounded, forms = wall.wall_folded(study)[:3]
+    assert confounded.table is not None
+    assert forms.table is not None
+    confounds = {row[0]: row for row in confounded.table.rows}
     assert confounds["break moves with tokens"][1] == "suspect"
     assert confounds["learning rate bracketed"][1] == "clear"
-    assert section.forms.rows[0][0] == "line"
+    assert forms.table.rows[0][0] == "line"
 
 
 def test_the_one_frontier_has_one_kind_of_bars_for_every_arm(sweep: Path) -> None:
@@ -105,7 +122,7 @@ def test_the_one_frontier_has_one_kind_of_bars_for_every_arm(sweep: Path) -> Non
     assert bars["topk"].marker.symbol == ("circle",) * 9 + ("circle-open",)
     assert [trace.name for trace in figure.data[:2]] == ["90 % band", "fitted"]
     assert "without ratio 512" in block.caption
-    assert "wall_frontier" not in {block.name for block in wall.wall_section(study).blocks}
+    assert "wall_frontier" not in {block.name for block in blocks(study)}
 
 
 @pytest.mark.parametrize(
@@ -127,8 +144,7 @@ def test_a_power_of_zeros_and_ones_is_a_sentence(settled, words) -> None:
 
 
 def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
-    section = wall.wall_section(judged(sweep))
-    saved = section.blocks[0]
+    saved = blocks(judged(sweep))[0]
     names = [trace.name for trace in saved.plots[0].variants[0].figure.data]
     assert {"Clark S-BASE, 15M", "Kimi K2", "this sweep"} <= set(names)
     data = saved.data.filter((pl.col("frontier") == "Kimi K2") & (pl.col("ratio") > 511))
@@ -137,7 +153,7 @@ def test_published_frontiers_lie_under_the_users_own(sweep: Path) -> None:
 
 
 def test_the_law_is_drawn_beside_its_runs_with_what_it_is_worth(sweep):
-    block = wall.wall_section(judged(sweep)).blocks[1]
+    block = blocks(judged(sweep))[1]
     assert block.name == "law_fit"
     assert re.search(r"R2 [01]\.\d{3}; rmse 0\.\d{4} nats", block.caption)
     assert "AICc above it: " in block.caption
@@ -146,15 +162,15 @@ def test_the_law_is_drawn_beside_its_runs_with_what_it_is_worth(sweep):
 
 
 def test_the_gain_is_drawn_against_the_margin(sweep: Path) -> None:
-    section = wall.wall_section(judged(sweep))
-    figure = section.blocks[2].plots[0].variants[0].figure
-    margin = section.blocks[2].data["margin"][0]
+    gain = blocks(judged(sweep))[2]
+    figure = gain.plots[0].variants[0].figure
+    margin = gain.data["margin"][0]
     assert {figure.layout.shapes[0].y0, figure.layout.shapes[0].y1} == {-margin, margin}
     assert np.allclose(figure.data[0].y, 0.04, atol=0.01)
 
 
 def test_elasticity_has_a_row_per_budget_and_published_laws_without_intervals(sweep: Path) -> None:
-    frame = wall.wall_section(judged(sweep)).blocks[3].data
+    frame = blocks(judged(sweep))[3].data
     ours = frame.filter(~pl.col("published"))
     assert ours["what"].to_list() == ["topk, 1.2B tokens", "topk-short, 300M tokens"]
     assert ours["lo"][0] > 0.07 > ours["hi"][1]
@@ -165,7 +181,7 @@ def test_runs_that_cannot_be_judged_have_no_section(tmp_path: Path) -> None:
     put(tmp_path / "sweep", "topk", 1.0, 0, 3.0, 1000)
     assert isinstance(wall.judged_material(gather(tmp_path / "sweep")), AnalysisError)
     page = write_report(tmp_path / "sweep", tmp_path / "page.html")
-    assert 'id="wall"' not in page.read_text()
+    assert 'id="figure-wall_compute"' not in page.read_text()
 
 
 def test_a_hostile_arm_name_stays_text(tmp_path: Path) -> None:
