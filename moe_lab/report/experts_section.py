@@ -20,8 +20,9 @@ from moe_lab.report.depth_figures import MAX_PAIRS, MAX_SERIES
 from moe_lab.report.figure_blocks import (
     Block,
     Variant,
+    by_heading,
+    looked_into,
     one_plot,
-    representatives,
     scrolling_width,
     table_of,
 )
@@ -42,20 +43,22 @@ TABLE_ROWS = 60
 
 
 def experts_section(material: Material, frames: Frames) -> list[tuple[str, Block]]:
-    """Headings and blocks of the first representative trace, and the analyses of plugins; the
+    """Headings and blocks of the traces that are looked into, and the analyses of plugins; the
     saturation where several bare traces hold the same text.
     """
-    blocks: list[tuple[str, Block | None]] = []
-    for named in representatives(material.traces)[:1]:
+    made: list[tuple[str, str, Block | None]] = []
+    for named in looked_into(material.traces):
         if named.trace.num_tokens:
-            blocks += [(heading, maker(named, frames)) for heading, maker in _MAKERS.items()]
-            blocks += [
-                (analysis.heading, _plugin_block(analysis, named, frames))
+            made += [
+                (heading, named.label, maker(named, frames)) for heading, maker in _MAKERS.items()
+            ]
+            made += [
+                (analysis.heading, named.label, _plugin_block(analysis, named, frames))
                 for analysis in ANALYSES.values()
             ]
     checkpoints = [named for named in material.traces if named.run is None]
-    blocks.append(("Saturation over checkpoints", _saturation_block(checkpoints, frames)))
-    return [(heading, block) for heading, block in blocks if block is not None]
+    made.append(("Saturation over checkpoints", "", _saturation_block(checkpoints, frames)))
+    return by_heading(made)
 
 
 def _domain_column(named: NamedTrace) -> tuple[str, list[object]] | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -123,6 +123,53 @@ def one_plot(
 def in_words(name: str, sentence: str, data: pl.DataFrame) -> Block:
     """A block whose figure would say nothing: ``sentence`` says what is so."""
     return Block(name, sentence, (), data, table_of(data))
+
+
+def merged(blocks: Sequence[tuple[str, Block]]) -> Block:
+    """One figure of several traces from (label, block) of each: the choice groups its variants by
+    trace, the caption adds what differs, and table and data say whose a row is.
+    """
+    (_, first), *others = blocks
+    if not others:
+        return first
+    sentences = [
+        sentence for _, block in blocks for sentence in block.caption.rstrip(".").split(". ")
+    ]
+    variants = tuple(
+        replace(variant, group=label)
+        for label, block in blocks
+        for plot in block.plots
+        for variant in plot.variants
+    )
+    summary = " ".join(
+        f"{label}: {plot.summary}" for label, block in blocks for plot in block.plots
+    )
+    table = replace(
+        first.table,
+        header=("trace", *first.table.header),
+        rows=tuple((label, *row) for label, block in blocks for row in block.table.rows),
+        numeric=(False, *first.table.numeric),
+        left_out=sum(block.table.left_out for _, block in blocks),
+    )
+    data = [block.data.with_columns(trace=pl.lit(label)) for label, block in blocks]
+    return replace(
+        first,
+        caption=". ".join(dict.fromkeys(sentences)) + ".",
+        plots=(Plot(summary, variants),) if variants else (),
+        data=pl.concat(data, how="diagonal_relaxed"),
+        table=table,
+    )
+
+
+def by_heading(
+    made: Iterable[tuple[str, str, Block | None]],
+) -> list[tuple[str, Block]]:
+    """Headings and figures of (heading, label of a trace, block), in the order of headings."""
+    found: dict[str, list[tuple[str, Block]]] = {}
+    for heading, label, block in made:
+        if block is not None:
+            found.setdefault(heading, []).append((label, block))
+    return [(heading, merged(blocks)) for heading, blocks in found.items()]
 
 
 def scrolling_width(experts: int) -> int:

@@ -5,6 +5,7 @@ of each layer with its interval over documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,14 @@ import polars as pl
 from moe_lab.number_format import count_of, decimal, listing, whole
 from moe_lab.report import figures
 from moe_lab.report.depth_figures import MAX_SERIES
-from moe_lab.report.figure_blocks import Block, Variant, one_plot, representatives, table_of
+from moe_lab.report.figure_blocks import (
+    Block,
+    Plot,
+    Variant,
+    one_plot,
+    representatives,
+    table_of,
+)
 from moe_lab.report.frames import Frames
 from moe_lab.report.load_figures import MAX_LOG2_LOAD
 from moe_lab.report.sources import Material, NamedTrace
@@ -68,7 +76,35 @@ def load_block(material: Material, frames: Frames) -> Block | None:
     table = table_of(pl.concat(summaries, how="diagonal_relaxed"))
     deaths = _deaths(data)
     finding = f"{deaths[:1].upper()}{deaths[1:]}."
-    return one_plot("expert_load", caption, _summary(data), variants, data, table, finding)
+    block = one_plot("expert_load", caption, _summary(data), variants, data, table, finding)
+    return _side_by_side(block, shown) if material.about == "traces" else block
+
+
+def _side_by_side(block: Block, traces: Sequence[NamedTrace]) -> Block:
+    """Two traces with as many maps each as two drawings with one choice; others as they are."""
+    drawn = block.plots[0].variants if block.plots else ()
+    own = [
+        tuple(
+            variant
+            for variant in drawn
+            if variant.name in (named.label, f"{named.label}, sorted by load")
+        )
+        for named in traces
+    ]
+    if len(traces) != 2 or not own[0] or len(own[0]) != len(own[1]):
+        return block
+    plots = tuple(
+        Plot(
+            block.plots[0].summary,
+            tuple(
+                replace(variant, name=variant.name.removeprefix(named.label)[2:] or "by expert")
+                for variant in variants
+            ),
+            named.label,
+        )
+        for named, variants in zip(traces, own, strict=True)
+    )
+    return replace(block, plots=plots)
 
 
 def load_interval_block(material: Material, frames: Frames) -> Block | None:

@@ -6,7 +6,7 @@ import polars as pl
 
 from moe_lab.number_format import whole
 from moe_lab.report import figures
-from moe_lab.report.figure_blocks import Block, Variant, one_plot, representatives, table_of
+from moe_lab.report.figure_blocks import Block, Variant, by_heading, looked_into, one_plot, table_of
 from moe_lab.report.frames import Frames
 from moe_lab.report.sources import Material, NamedTrace
 
@@ -20,17 +20,18 @@ WINDOWS = (1, 2, 4, 8, 16)
 
 
 def serving_section(material: Material, frames: Frames) -> list[tuple[str, Block]]:
-    """Headings and blocks of the first representative trace that a page can replay."""
-    usable = [named for named in representatives(material.traces) if _usable(named)]
+    """Headings and blocks of the traces that are looked into and that a page can replay."""
+    usable = [named for named in material.traces if _usable(named)]
     makers = {
         "What a cache of experts finds": _cache_block,
         "Load of devices": _placement_block,
         "Experts that a step touches": _distinct_block,
     }
-    blocks = [
-        (heading, maker(named, frames)) for named in usable[:1] for heading, maker in makers.items()
-    ]
-    return [(heading, block) for heading, block in blocks if block is not None]
+    return by_heading(
+        (heading, named.label, maker(named, frames))
+        for named in looked_into(usable)
+        for heading, maker in makers.items()
+    )
 
 
 def _usable(named: NamedTrace) -> bool:

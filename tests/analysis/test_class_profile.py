@@ -158,3 +158,16 @@ def test_an_unknown_column_or_level_is_refused(make_trace):
 
 def test_a_trace_without_usable_tokens_gives_an_empty_profile(make_trace):
     assert class_profile(make_trace([[0]], 2, kind="a"), "kind").height == 0
+
+
+def test_another_value_of_the_routing_is_profiled_where_every_token_has_it(make_trace):
+    trace = make_trace(
+        ids_with([4, 4, 4, 4]), 4, 4, doc=[0, 0, 1, 1], pos=[1, 2, 1, 2], kind=["a", "b", "a", "b"]
+    )
+    rows = trace.routing.select("pos", "gate_mass_ffn").collect()
+    means = class_profile(trace, "kind", "gate_mass_ffn").filter(pl.col("layer").is_null())
+    for kind, pos in (("a", 1), ("b", 2)):
+        want = rows.filter(pl.col("pos") == pos)["gate_mass_ffn"].mean()
+        assert means.filter(pl.col("class") == kind)["mean"].item() == pytest.approx(want)
+    with refused("value", AnalysisError):
+        class_profile(trace, "kind", "loss")

@@ -104,6 +104,79 @@ def test_every_plot_is_drawn_and_no_label_is_clipped(
     assert console(driver) == []
 
 
+def test_the_first_screen_holds_question_answer_and_figure(
+    driver: Chrome, sweep_page: Path
+) -> None:
+    resize(driver, 1400, 900)
+    open_page(driver, sweep_page)
+    ends = """return ['.question', '.lead', '#figure-frontier .plot', '.cards']
+      .map(name => document.querySelector(name).getBoundingClientRect())
+      .map(box => [box.top, box.bottom])"""
+    question, answer, figure, cards = script(driver, ends)
+    assert 0 < question[1] <= answer[0] < answer[1] <= figure[0] < figure[1] <= 900
+    assert cards[0] < 900
+    assert script(driver, EMPTY_PLOTS) == []
+
+
+def test_the_navigation_stays_in_sight_and_leads_past_itself(page: Chrome) -> None:
+    page.find_element(By.CSS_SELECTOR, "nav a[href='#load']").click()
+    place = "return arguments[0].getBoundingClientRect().toJSON()"
+    nav, heading = (
+        script(page, place, page.find_element(By.CSS_SELECTOR, name)) for name in ("nav", "#load-h")
+    )
+    assert nav["top"] == 0
+    assert nav["bottom"] <= heading["top"] < 900
+
+
+def test_a_table_sorts_by_numbers_and_filters_and_a_run_s_name_opens_its_row(page: Chrome) -> None:
+    link = page.find_element(By.CSS_SELECTOR, ".cards a.run")
+    link.click()
+    row = script(page, "return document.querySelector(':target')")
+    assert row.tag_name == "tr"
+    WebDriverWait(page, 10).until(lambda _: row.is_displayed())
+    table = row.find_element(By.XPATH, "ancestor::table")
+    numbers = "return [...arguments[0].tBodies[0].rows].map(row => row.cells[3].textContent)"
+    heading = table.find_elements(By.CSS_SELECTOR, "thead button")[3]
+    heading.click()
+    sizes = [float(text.removesuffix("M")) for text in script(page, numbers, table)]
+    assert sizes == sorted(sizes)
+    heading.click()
+    assert script(page, numbers, table)[0] == "16M"
+    field = table.find_element(By.XPATH, "preceding::input[1]")
+    field.send_keys("dense")
+    shown = [
+        item for item in table.find_elements(By.CSS_SELECTOR, "tbody tr") if item.is_displayed()
+    ]
+    assert [item.find_element(By.TAG_NAME, "th").text for item in shown] == ["dense", "dense"]
+    field.clear()
+    assert console(page) == []
+
+
+def test_an_entry_of_a_legend_hides_its_lines(page: Chrome) -> None:
+    button = page.find_element(By.CSS_SELECTOR, "button.series")
+    series = button.get_attribute("data-series")
+    visible = """return [...document.querySelectorAll(".plot[data-figure='training_curves']")]
+      .flatMap(plot => plot.data).filter(line => line.legendgroup === arguments[0])
+      .map(line => line.visible !== false)"""
+    assert all(script(page, visible, series))
+    script(page, "arguments[0].click()", button)
+    assert button.get_attribute("aria-pressed") == "false"
+    assert not any(script(page, visible, series))
+    script(page, "arguments[0].click()", button)
+    assert all(script(page, visible, series))
+
+
+def test_the_data_of_a_figure_come_from_inside_the_page(page: Chrome) -> None:
+    link = page.find_element(By.CSS_SELECTOR, "#figure-frontier a.data")
+    saved = """const link = arguments[0];
+      link.addEventListener('click', event => event.preventDefault());
+      link.click();
+      return [link.download, link.href.slice(0, 60)]"""
+    name, address = script(page, saved, link)
+    assert name == "frontier.parquet"
+    assert address.startswith("data:application/vnd.apache.parquet;base64,UEFSMR"), "PAR1"
+
+
 def test_no_request_leaves_the_page(driver: Chrome, sweep_page: Path) -> None:
     requests(driver)
     open_page(driver, sweep_page)

@@ -1,6 +1,7 @@
 """Reading folders: what counts as finished, what is listed, and what the errors say."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -183,3 +184,90 @@ def test_tables_of_no_study_of_ours_are_one_line(tmp_path: Path, tables: dict) -
     write_json(run / "difficulty" / "verdict.json", {"verdict": 5})
     with pytest.raises(RunError, match="expected the tables of moe-lab difficulty, got others"):
         write_report(run, tmp_path / "page.html")
+
+
+def log_steps(folder: Path, steps: int = 30) -> Path:
+    """What a run that still trains has written, its last line cut off."""
+    rows = [
+        json.dumps({"step": step, "tokens": 100 * step, "loss": 4 - step / 30, "note": "x"})
+        for step in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 31, "lo')
+    return folder
+
+
+def test_a_sweep_in_progress_shows_what_is_finished_and_the_curves_of_what_runs(
+    tmp_path: Path,
+) -> None:
+    make_run(tmp_path / run_name(0), "topk", 2, 0, None)
+    log_steps(make_unfinished_run(tmp_path / run_name(1)))
+    write_plan(tmp_path, ["topk-2", "topk-128", "later"], question="Is there a wall?")
+    material = gather(tmp_path)
+    assert material.about == "sweep"
+    assert [run.name for run in material.trained] == ["topk-2", "topk-128"]
+    curves = training_metrics(material.trained)
+    last = curves.filter(pl.col("run") == "topk-128").row(-1, named=True)
+    assert (last["step"], last["tokens"], last["loss"]) == (30, 3000, pytest.approx(3.0))
+    page = write_report(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Finished are 1 of 3 runs (1 interrupted and 1 pending)" in page
+    assert 'data-series="topk-128"' in page
+
+
+def test_a_run_that_has_only_begun_makes_a_page_of_its_curves(tmp_path: Path) -> None:
+    run = log_steps(make_unfinished_run(tmp_path / "run"))
+    material = gather(run)
+    assert material.about == "run"
+    page = write_report(run, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "This run is interrupted at step 40 of 600" in page
+    assert 'id="figure-training_curves"' in page
+
+
+def test_a_run_of_a_sweep_has_the_question_of_its_sweep_and_its_router_s_name(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / run_name(0), "topk", 2, 0, SMALL)
+    config = {"name": "x", "model": {"moe": {"router": {"kind": "expert_choice"}}}}
+    (run / "config.json").write_text(json.dumps(config))
+    write_plan(tmp_path, ["x"], question="Is there a <b>wall</b>?")
+    material = gather(run)
+    assert (material.about, material.questions) == ("run", ("Is there a <b>wall</b>?",))
+    page = write_report(run, tmp_path / "page.html").read_text(encoding="utf-8")
+    first = page.partition('<section id="answer"')[2].partition("</section>")[0]
+    assert "Is there a &lt;b&gt;wall&lt;/b&gt;?" in first
+    assert "<dd>expert_choice</dd>" in first
+    assert first.index("figure-training_curves") < page.index('<section id="load"')
+    assert 'id="frontier"' not in page
+
+
+def test_two_traces_are_compared_and_each_figure_lets_choose_between_them(tmp_path: Path) -> None:
+    shape = Shape(layers=2, experts=8, documents=6, tokens=60)
+    first = make_trace(tmp_path / "before", shape)
+    second = make_trace(tmp_path / "after", replace(shape, documents=5))
+    page = write_report([first, second], tmp_path / "page.html").read_text(encoding="utf-8")
+    answer, compared = (
+        page.partition(f'<section id="{name}"')[2].partition("</section>")[0]
+        for name in ("answer", "compare")
+    )
+    assert 'id="figure-compare"' in answer
+    assert "of its slots went to other experts" in answer
+    assert 'id="figure-load_shift"' in compared
+    for name in ("coactivation", "class_profile", "expert_cache"):
+        figure = page.partition(f'<figure id="figure-{name}"')[2].partition("</figure>")[0]
+        assert re.findall(r'<optgroup label="(.*?)">', figure) == ["before", "after"], name
+    load = page.partition('<figure id="figure-expert_load"')[2].partition("</figure>")[0]
+    assert re.findall(r'<p class="legend-title">(.*?)</p>', load) == ["before", "after"]
+    assert re.findall(r'data-end="(.*?)"', page) == ["", "-2"]
+
+
+def test_traces_of_other_experts_stand_beside_each_other_without_a_comparison(
+    tmp_path: Path,
+) -> None:
+    shape = Shape(layers=1, experts=4, documents=2, tokens=30)
+    traces = [
+        make_trace(tmp_path / "four", shape),
+        make_trace(tmp_path / "six", replace(shape, experts=6)),
+    ]
+    page = write_report(traces, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "six has other layers or numbers of " in page
+    assert 'id="figure-load_shift"' not in page
+    assert 'id="figure-load_interval"' in page
