@@ -12,5 +12,18 @@ from moe_lab.worth.interventions import (
     TopK,
     intervene,
 )
+from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
 
-__all__ = ["Edit", "Exchange", "Forbid", "Replay", "Silence", "TopK", "intervene"]
+__all__ = [
+    "Edit",
+    "EditKind",
+    "Exchange",
+    "Forbid",
+    "Replay",
+    "Silence",
+    "TopK",
+    "expert_losses",
+    "expert_minutes",
+    "expert_worth",
+    "intervene",
+]

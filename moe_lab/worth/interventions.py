@@ -17,7 +17,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from typing import Any, TypeAlias
 
 import torch
@@ -38,6 +37,7 @@ from moe_lab.worth.decisions import (
     find_form,
     scope_of,
 )
+from moe_lab.worth.patches import set_until, wrap_until
 from moe_lab.worth.replayed_trace import ReplayedTrace
 from moe_lab.worth.selection import Selection
 
@@ -202,16 +202,16 @@ class Editor:
         if self.top_k is not None:
             self._change_top_k(stack, scope)
         if scope is self.site.module:
-            _wrap(stack, scope, "forward", self._router)
+            wrap_until(stack, scope, "forward", self._router)
         else:
             experts = self.site.taps.get("experts")
             if experts is None:
                 raise self._error("experts that are a module beside the router", "none")
             self.form = Triple(None, slots)
-            _wrap(stack, scope, "forward", self._block)
-            _wrap(stack, experts, "forward", self._experts)
+            wrap_until(stack, scope, "forward", self._block)
+            wrap_until(stack, experts, "forward", self._experts)
         if isinstance(scope, Router) and self.forbidden:
-            _wrap(stack, scope, "route", self._route)
+            wrap_until(stack, scope, "route", self._route)
 
     def _change_top_k(self, stack: ExitStack, scope: Any) -> None:
         """Give the router another ``top_k``, or a copy of its configuration with another."""
@@ -230,15 +230,15 @@ class Editor:
         names = [name for name in ("top_k", "num_experts_per_tok") if name in vars(scope)]
         if isinstance(scope, Router):
             try:
-                _set(stack, scope, "config", replace(scope.config, top_k=k))
+                set_until(stack, scope, "config", replace(scope.config, top_k=k))
             except MoELabError as error:
                 raise TraceError(f"{self.site}: {error}", field="k") from error
         elif names:
-            _set(stack, scope, names[0], k)
+            set_until(stack, scope, names[0], k)
         elif hasattr(config, "top_k_experts"):
             changed = copy.copy(config)
             changed.top_k_experts = k  # type: ignore[union-attr]
-            _set(stack, scope, "config", changed)
+            set_until(stack, scope, "config", changed)
         else:
             raise self._error("a router with its number of slots as top_k", "none", "k")
 
@@ -397,31 +397,3 @@ def _editor(
         else:
             editor.replay = ReplayedTrace(edit.trace, site, edit.recorded_weights)
     return editor
-
-
-def _wrap(stack: ExitStack, module: Any, name: str, around: Callable[..., Any]) -> None:
-    """Put ``around(method, args, kwargs)`` in the place of a method until ``stack`` closes."""
-    method = getattr(module, name)
-
-    @wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(method, args, kwargs)
-
-    _set(stack, module, name, wrapped)
-
-
-def _set(stack: ExitStack, module: Any, name: str, value: Any) -> None:
-    """Set an attribute until ``stack`` closes; a method of the class comes back by deletion."""
-    before = vars(module).get(name, _MISSING)
-
-    def restore() -> None:
-        if before is _MISSING:
-            delattr(module, name)
-        else:
-            setattr(module, name, before)
-
-    setattr(module, name, value)
-    stack.callback(restore)
-
-
-_MISSING = object()

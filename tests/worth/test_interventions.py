@@ -28,12 +28,12 @@ KINDS = [
 ]
 
 
-def decoder(kind="softmax_topk", **options):
+def decoder(kind="softmax_topk", layers=2, **options):
     torch.manual_seed(0)
     router = RouterConfig(kind=kind, **{"num_experts": 6, "top_k": 2, **options})
     moe = MoEConfig(d_model=16, d_expert=8, router=router)
     config = DecoderConfig(
-        vocab_size=40, d_model=16, num_layers=2, num_heads=2, context_length=32, moe=moe
+        vocab_size=40, d_model=16, num_layers=layers, num_heads=2, context_length=32, moe=moe
     )
     return Decoder(config).double().eval()
 

@@ -1,0 +1,198 @@
+"""The measured worth of experts: against plain passes, in planted models, and resumed."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from refusals import refused
+from test_interventions import decoder, moe_layers
+
+from moe_lab.errors import AnalysisError, TraceError
+from moe_lab.trace.capturing.find_routers import find_sites
+from moe_lab.worth import (
+    EditKind,
+    Forbid,
+    Silence,
+    expert_losses,
+    expert_minutes,
+    expert_worth,
+    intervene,
+    measures,
+)
+from moe_lab.worth.shared_prefix import SharedPrefix
+
+
+def texts(number=7, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 40, int(length)) for length in generator.integers(5, 25, number)]
+
+
+def loss_sums(model, ids, edit=None):
+    """(loss of each predicted token, log-probabilities, routings) of one document alone."""
+    tokens = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        if edit is None:
+            output = model(tokens)
+        else:
+            with intervene(model, edit):
+                output = model(tokens)
+    log_p = output.logits[0, :-1].log_softmax(dim=1)
+    return -log_p.gather(1, tokens[0, 1:, None])[:, 0], log_p, output.routings
+
+
+@pytest.mark.parametrize(("edit", "kind"), [(Forbid, "forbid"), (Silence, "silence")])
+def test_sums_are_those_of_each_document_run_alone(edit, kind):
+    model, documents = decoder(), texts()
+    got = expert_losses(model, documents, experts=[(0, 2), (1, 4)], edit=EditKind(kind))
+    assert got.select("layer", "expert").unique().rows() != []
+    for row in got.iter_rows(named=True):
+        ids = documents[row["doc"]]
+        before, log_p, routings = loss_sums(model, ids)
+        after, log_q, _ = loss_sums(model, ids, edit(row["layer"], row["expert"]))
+        used = (routings[row["layer"]].indices == row["expert"]).any(dim=1)[:-1]
+        assert row["edit"] == kind
+        assert row["tokens"] == len(ids) - 1
+        assert row["used"] == int(used.sum())
+        assert row["d_loss"] == pytest.approx(float((after - before).sum()), abs=1e-5)
+        assert row["d_loss_used"] == pytest.approx(float((after - before)[used].sum()), abs=1e-5)
+        kl = (log_p.exp() * (log_p - log_q)).sum()
+        assert row["kl"] == pytest.approx(float(kl), abs=1e-5)
+
+
+def test_a_shared_prefix_gives_the_logits_of_the_whole_pass_to_the_bit():
+    model = decoder(layers=3)
+    ids = torch.from_numpy(texts()[0])[None]
+    sites, _ = find_sites(model, None, None)
+    calls: list[int] = []
+    for place, site in enumerate(sites):
+        prefix = SharedPrefix(model, site)
+        calls.clear()
+        with torch.no_grad():
+            with prefix.recorded():
+                untouched = model(ids).logits
+            with intervene(model, Forbid(site.layer, 1)):
+                whole = model(ids).logits
+            handles = [
+                layer.router.register_forward_hook(lambda *_: calls.append(1))
+                for layer in moe_layers(model)
+            ]
+            with intervene(model, Forbid(site.layer, 1)), prefix.reused():
+                assert torch.equal(model(ids).logits, whole)
+            assert len(calls) == len(sites) - place
+            with prefix.reused():
+                assert torch.equal(model(ids).logits, untouched)
+            for handle in handles:
+                handle.remove()
+        assert "forward" not in vars(model.blocks[0])
+
+
+def test_layers_that_run_twice_or_are_written_into_are_not_shared():
+    model = decoder()
+    site = find_sites(model, None, None)[0][1]
+    ids = torch.from_numpy(texts()[0])[None]
+    prefix = SharedPrefix(model, site)
+    with torch.no_grad(), prefix.recorded():
+        model(ids)
+        model(ids)
+    assert not prefix.usable
+
+    def write(module, args):
+        args[0].add_(1)
+
+    handle = model.blocks[1].register_forward_pre_hook(write)
+    with torch.no_grad(), prefix.recorded():
+        model(ids)
+    handle.remove()
+    assert not prefix.usable
+
+
+def test_means_are_over_tokens_and_intervals_from_documents():
+    losses = expert_losses(decoder(), texts(12), experts=2)
+    worth = expert_worth(losses)
+    assert worth.height == 4
+    for row in worth.iter_rows(named=True):
+        own = losses.filter(layer=row["layer"], expert=row["expert"])
+        sums = {name: float(own[name].to_numpy().sum()) for name in measures.SUMS}
+        assert row["d_loss"] == pytest.approx(sums["d_loss"] / sums["tokens"])
+        assert row["d_loss_used"] == pytest.approx(sums["d_loss_used"] / sums["used"])
+        assert row["lo"] < row["d_loss"] < row["hi"]
+        assert row["kl"] > 0
+        assert row["docs"] == 12
+    few = expert_worth(expert_losses(decoder(), texts(4), experts=1))
+    assert few["lo"].null_count() == few.height
+
+
+def test_a_dead_expert_is_worth_nothing_and_a_needed_one_something():
+    model = decoder("topk_softmax")
+    router = moe_layers(model)[1].router
+    with torch.no_grad():
+        router.bias = torch.nn.Parameter(torch.tensor([0.0, -1e3, 0, 0, 0, 1e3]).double())
+    worth = expert_worth(expert_losses(model, texts(), experts=[(1, 1), (1, 5)]))
+    dead, always = worth.sort("expert").iter_rows(named=True)
+    assert (dead["d_loss"], dead["kl"], dead["used"]) == (0, 0, 0)
+    assert dead["d_loss_used"] is None
+    assert always["used"] == always["tokens"]
+    assert always["kl"] > 0
+
+
+def test_a_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    model, documents, path = decoder(), texts(), tmp_path / "losses.parquet"
+    whole = expert_losses(model, documents, experts=3)
+    measured, original = [], measures._measure_layer
+
+    def stop_at_second(model, site, *rest):
+        measured.append(site.layer)
+        if measured == [0, 1]:
+            raise KeyboardInterrupt
+        return original(model, site, *rest)
+
+    monkeypatch.setattr(measures, "_measure_layer", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        expert_losses(model, documents, experts=3, path=path)
+    again = expert_losses(model, documents, experts=3, path=path)
+    assert measured == [0, 1, 1]
+    assert again.equals(whole)
+    with refused("path", AnalysisError):
+        expert_losses(model, documents, experts=3, path=path, edit=EditKind.SILENCE)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    with refused("path", AnalysisError):
+        expert_losses(model, documents, experts=3, path=path)
+
+
+def test_minutes_are_passes_times_their_seconds(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(measures, "perf_counter", lambda: 60.0 * next(clock))
+    documents = [np.arange(10)] * 6
+    # Each pass takes a minute: per layer and batch one untouched pass and one for each expert.
+    assert expert_minutes(decoder(), documents, experts=3, batch_tokens=20) == 2 * 3 * (1 + 3)
+
+
+def test_what_cannot_be_measured_is_refused():
+    with refused("documents", AnalysisError):
+        expert_losses(decoder(), [np.array([1])])
+    with refused("experts", TraceError):
+        expert_losses(decoder(), texts(), experts=[(0, 6)])
+    with refused("losses", AnalysisError):
+        expert_worth(pl.DataFrame(schema={**measures._SCHEMA}))
+
+
+@pytest.mark.hf
+def test_families_of_transformers_share_their_prefix_too(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    documents = texts(3)
+    got = expert_losses(model, documents, experts=[(1, 0)])
+    for row in got.iter_rows(named=True):
+        ids = torch.from_numpy(documents[row["doc"]])[None]
+        with torch.no_grad():
+            before = model(input_ids=ids, labels=ids).loss
+            with intervene(model, Forbid(1, 0)):
+                after = model(input_ids=ids, labels=ids).loss
+        assert row["d_loss"] == pytest.approx(float(after - before) * row["tokens"], abs=1e-4)
