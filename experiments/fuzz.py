@@ -85,6 +85,10 @@ def pristine(place: Path) -> dict[str, tuple[Path, list[str]]]:
         "routes.npz": [*routes, "vllm", "{}"],
         "sglang.jsonl": [*routes, "sglang", "{}"],
         "megatron.jsonl": [*routes, "megatron", "{}"],
+        "route_trace.csv": [*routes[:3], "--import", "route-trace", "{}"],
+        "route_trace.csv.gz": [*routes[:3], "--import", "route-trace", "{}"],
+        "llama_cpp.csv": [*routes, "llama-cpp", "{}"],
+        "expert_map.json": ["expert_map", "{}"],
         "atlas.json": [*routes[:3], "--import", "moe-atlas", "{}"],
         "strata.json": [*routes[:3], "--import", "stratamoe", "{}"],
         "counts.pt": [*routes, "sglang", "{}"],
@@ -107,7 +111,9 @@ def pristine(place: Path) -> dict[str, tuple[Path, list[str]]]:
 
 
 def _write_engine_records(place: Path, ids: Any) -> None:
-    """What SGLang, Megatron-LM and two tools write of the same routes."""
+    """What engines and two tools write of the same routes, and a placement."""
+    import gzip
+
     import numpy as np
     import torch
 
@@ -131,6 +137,28 @@ def _write_engine_records(place: Path, ids: Any) -> None:
     sizes = {"version": 2, "expertsPerLayer": 8, "topK": 2, "layers": 2, "tokens": 64}
     selections = np.stack([ids, ids], axis=1).tolist()
     (place / "strata.json").write_text(json.dumps({**sizes, "selections": selections}))
+    lines = [
+        "# route_trace v1",
+        "# model=m.gguf arch=x n_layer=2 n_expert=8 n_expert_used=2",
+        *(f"# layer={layer} expert_bytes=64 dense_bytes=1" for layer in (0, 1)),
+        "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes",
+    ]
+    lines += (
+        f"{token // 32},{token % 2},{token % 32},{layer},{slot},{expert},0.5,0,64"
+        for token in range(64)
+        for layer in (0, 1)
+        for slot, expert in enumerate(ids[token].tolist())
+    )
+    (place / "route_trace.csv").write_text("\n".join(lines))
+    (place / "route_trace.csv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    lines = [f"{layer},{e}" for token in ids.tolist() for layer in (0, 1) for e in token]
+    (place / "llama_cpp.csv").write_text("\n".join(lines))
+    held = [{"device_id": device, "device_expert": list(range(4 * device, 4 * device + 4))}
+            for device in (0, 1)]  # fmt: skip
+    layer = {"layer_id": 0, "device_count": 2, "device_list": held}
+    (place / "expert_map.json").write_text(
+        json.dumps({"moe_layer_count": 1, "layer_list": [layer]})
+    )
     counts = torch.from_numpy(np.bincount(ids.ravel(), minlength=8)).repeat(2, 1)
     torch.save({"logical_count": counts}, place / "counts.pt")
 
@@ -337,6 +365,13 @@ def _tokenizer(path: str) -> int:
     return 0
 
 
+def _expert_map(path: str) -> int:
+    from moe_lab.serving import read_vllm_expert_map
+
+    read_vllm_expert_map(path, 8)
+    return 0
+
+
 DIRECT: dict[str, Callable[[str], int]] = {
     "open": _open,
     "corpus": _corpus,
@@ -344,6 +379,7 @@ DIRECT: dict[str, Callable[[str], int]] = {
     "run": _run,
     "checkpoint": _checkpoint,
     "tokenizer": _tokenizer,
+    "expert_map": _expert_map,
 }
 
 

@@ -78,7 +78,9 @@ def distinct_experts(
     sets = expert_sets(trace)
     if not batch and not window:
         batch = window = SIZES
-    require(all(size >= 1 for size in (*batch, *window)), "sizes of at least 1", [*batch, *window])
+    sizes = [*batch, *window]
+    whole = all(isinstance(size, int | np.integer) and size >= 1 for size in sizes)
+    require(whole, "sizes as whole numbers of at least 1", sizes)
     table = _Decoded(sets, sorted(set(window)))
     resampling = Resampling(resamples, seed, level)
     rows = []

@@ -11,6 +11,8 @@ from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import LayerMeta
 
 Bytes = float | Mapping[int, float]
+MOST = 2**40
+"""Bytes of one expert: sums over experts and requests stay within 64 bits."""
 
 
 def bytes_by_layer(
@@ -29,7 +31,8 @@ def bytes_by_layer(
             and both go before what the trace recorded.
 
     Raises:
-        AnalysisError: nobody says how large an expert is, or not of every layer.
+        AnalysisError: nobody says how large an expert is, or not of every layer, or less than a
+            byte or more than ``MOST``.
     """
     if expert_bytes is not None:
         table = (
@@ -42,13 +45,13 @@ def bytes_by_layer(
         table = {number: piece.size * bytes_per_parameter for number, piece in pieces.items()}
     else:
         table = {layer.layer: float(layer.expert_bytes) for layer in layers if layer.expert_bytes}
-    missing = [layer.layer for layer in layers if not table.get(layer.layer, 0) > 0]
+    sizes = [table.get(layer.layer, 0.0) for layer in layers]
     require(
-        not missing,
-        "the bytes of one expert of each layer",
-        f"none of layers {missing[:5]}",
+        all(1 <= size <= MOST for size in sizes),  # not where one is NaN
+        f"the bytes of one expert of each layer, 1 to {MOST}",
+        dict(zip([layer.layer for layer in layers[:5]], sizes, strict=False)),
         "--config with the model's config.json, or --expert-bytes",
         error=AnalysisError,
         field="expert_bytes",
     )
-    return np.array([round(table[layer.layer]) for layer in layers], np.int64)
+    return np.array([round(size) for size in sizes], np.int64)

@@ -127,6 +127,11 @@ def expert_cache(
         "one",
         field="bandwidth",
     )
+    if bandwidth is not None and compute is not None:
+        finite = np.isfinite(bandwidth) and bandwidth > 0
+        require(finite, "a bandwidth above 0 bytes a second", bandwidth, field="bandwidth")
+        finite = np.isfinite(compute) and compute >= 0
+        require(finite, "at least 0 seconds of compute a token", compute, field="compute")
     layer_bytes = bytes_by_layer(sets.layers, config, bytes_per_parameter, expert_bytes)
     replay = _Replay(sets, layer_bytes, documents(trace), seed)
     sizes = _budgets(budgets, replay.total_bytes)
@@ -164,9 +169,10 @@ SCHEMA: dict[str, Any] = {
 def _budgets(budgets: Sequence[float] | None, total: int) -> list[int]:
     chosen = [share * total for share in SHARES] if budgets is None else list(budgets)
     require(
-        bool(chosen) and all(np.isfinite(size) and size > 0 for size in chosen),
-        "budgets above 0 bytes",
+        bool(chosen) and all(1 <= size < 2**62 for size in chosen),  # not where one is NaN
+        "budgets of at least 1 byte",
         chosen,
+        field="budgets",
     )
     return sorted({int(size) for size in chosen})
 

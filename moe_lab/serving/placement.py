@@ -65,8 +65,15 @@ class Placement:
         return table / self.replicas[:, :, None]
 
     def device_load(self, load: ArrayLike) -> Floats:
-        """[L, D] slots run by each device under ``load`` [L, E]."""
-        return np.einsum("le,led->ld", np.asarray(load, np.float64), self.shares)
+        """[L, D] slots run by each device under ``load`` [L, E]; raises ``AnalysisError`` for
+        a load of other layers or experts.
+        """
+        load_LE = np.asarray(load, np.float64)
+        shape = len(self.physical_to_logical), self.num_experts
+        require(
+            load_LE.shape == shape, f"a load of shape {shape}", load_LE.shape, error=AnalysisError
+        )
+        return np.einsum("le,led->ld", load_LE, self.shares)
 
     def imbalance(self, load: ArrayLike) -> Floats:
         """[L] load of the fullest device over the mean; 1 is even, NaN where nothing ran."""
@@ -105,13 +112,13 @@ def place(
     """
     layers, load_LE = load_table(load)
     experts = load_LE.shape[1]
-    slots = int(slots or experts)
-    require(method in METHODS, f"a method among {', '.join(METHODS)}", repr(method))
-    require(devices >= 1 and nodes >= 1 and groups >= 1, "counts of at least 1", devices)
-    require(slots >= experts, f"at least {experts} slots, one for each expert", slots)
-    require(slots % devices == 0, f"slots that are a multiple of {devices} devices", slots)
-    require(devices % nodes == 0, f"devices that are a multiple of {nodes} nodes", devices)
-    require(experts % groups == 0, f"groups that divide {experts} experts", groups)
+    slots = _slots(experts, devices, slots)
+    require(method in METHODS, f"a method among {', '.join(METHODS)}", repr(method), field="method")
+    _whole(nodes=nodes, groups=groups)
+    divides = devices % nodes == 0
+    require(divides, f"devices that are a multiple of {nodes} nodes", devices, field="nodes")
+    divides = experts % groups == 0
+    require(divides, f"groups that divide {experts} experts", groups, field="groups")
     if method == "contiguous":
         physical = np.tile(np.arange(slots) % experts, (len(load_LE), 1))
     elif method == "greedy":
@@ -122,10 +129,42 @@ def place(
     return Placement(layers, physical, experts, devices, nodes)
 
 
+def _whole(**numbers: object) -> None:
+    for name, number in numbers.items():
+        fits = isinstance(number, int | np.integer) and number >= 1
+        require(fits, f"{name} as a whole number of at least 1", number, field=name)
+
+
+def _slots(experts: int, devices: int, slots: int | None) -> int:
+    """The number of slots, ``experts`` where it is not given; checked."""
+    slots = experts if slots is None else slots
+    _whole(devices=devices, slots=slots)
+    require(
+        slots >= experts, f"at least {experts} slots, one for each expert", slots, field="slots"
+    )
+    require(
+        slots % devices == 0,
+        f"slots that are a multiple of {devices} devices",
+        slots,
+        f"{-(-slots // devices) * devices} slots, in which some experts have replicas",
+        field="slots",
+    )
+    return slots
+
+
 def load_table(load: "pl.DataFrame | ArrayLike") -> tuple[tuple[int, ...], Floats]:
     """(layer numbers, [L, E] load of the real experts); raises as ``place``."""
     if isinstance(load, pl.DataFrame):
+        missing = {"layer", "expert", "count"} - set(load.columns)
+        if missing:
+            raise AnalysisError(
+                expected("a frame with layer, expert and count", f"none of {sorted(missing)}")
+            )
         real = load.filter(~pl.col("is_zero")) if "is_zero" in load.columns else load
+        numbered = real.sort("layer", "expert").select(
+            (pl.int_range(pl.len()).over("layer") == pl.col("expert")).all()
+        )
+        require(numbered.item(), "experts 0, 1, ... in every layer", "others", error=AnalysisError)
         sizes = real.group_by("layer").len().sort("layer")
         if sizes["len"].n_unique() != 1:
             raise AnalysisError(expected("layers with one number of experts", "several"))
@@ -133,8 +172,11 @@ def load_table(load: "pl.DataFrame | ArrayLike") -> tuple[tuple[int, ...], Float
         table = real.sort("layer", "expert")["count"].to_numpy().astype(np.float64)
         table = table.reshape(len(layers), -1)
     else:
-        table = np.asarray(load, np.float64)
-        layers = tuple(range(len(table)))
+        try:
+            table = np.asarray(load, np.float64)
+        except (TypeError, ValueError):
+            table = np.zeros(0)
+        layers = tuple(range(len(table))) if table.ndim else ()
     if table.ndim != 2 or not table.size or not np.isfinite(table).all() or (table < 0).any():
         what = "a load [layers, experts] of numbers of at least 0"
         raise AnalysisError(expected(what, f"shape {list(table.shape)}"))
@@ -156,9 +198,7 @@ def placement_bound(
     """
     _, load_LE = load_table(load)
     experts = load_LE.shape[1]
-    slots = int(slots or experts)
-    require(slots >= experts, f"at least {experts} slots, one for each expert", slots)
-    require(slots % devices == 0, f"slots that are a multiple of {devices} devices", slots)
+    slots = _slots(experts, devices, slots)
     bounds = np.full(len(load_LE), np.nan)
     for place_, row in enumerate(load_LE):
         if row.sum() > 0:

@@ -294,12 +294,20 @@ def nodes_touched(
     if layers != placement.layers:
         raise AnalysisError(expected("a placement of the traced layers", list(placement.layers)))
     require(placement.nodes <= 62, "at most 62 nodes", placement.nodes)
+    experts = sorted({layer.num_experts for layer in sets.layers})
+    require(
+        experts == [placement.num_experts],
+        f"a placement of the traced {experts} experts of a layer",
+        placement.num_experts,
+        error=AnalysisError,
+    )
     mask_LE = np.zeros((len(layers), placement.num_experts + 1), np.int64)
     node_S = np.arange(placement.physical_to_logical.shape[1]) * placement.nodes
     node_S //= placement.physical_to_logical.shape[1]
     for place_, row in enumerate(placement.physical_to_logical):
         np.bitwise_or.at(mask_LE[place_], row, np.int64(1) << node_S)
     docs = documents(trace)
+    require(docs.units, "a trace with tokens", "none", error=AnalysisError)
     sums, counts = np.zeros((docs.units, len(layers))), np.zeros(docs.units)
     for key_T, _, ids_TLK in sets.tokens():
         unit_T = docs.unit((key_T >> np.uint64(32)).astype(np.uint32))

@@ -57,6 +57,7 @@ def prefetch(
         >>> prefetch(open_trace("traces/x")).filter(pl.col("layer").is_null())
     """
     require(set(predictors) <= set(PREDICTORS), f"predictors among {PREDICTORS}", list(predictors))
+    require(max_tokens >= 1, "at least 1 token", max_tokens, field="max_tokens")
     sets = expert_sets(trace)
     keys, ids = [], []
     for key_T, decode_T, ids_TLK in sets.tokens():
@@ -64,9 +65,9 @@ def prefetch(
         ids.append(ids_TLK[decode_T])
         if sum(map(len, keys)) >= max_tokens:
             break
+    require(any(map(len, keys)), "a trace with decoded tokens", "none of them", error=AnalysisError)
     key_T = np.concatenate(keys)[:max_tokens]
     ids_TLK = np.concatenate(ids)[:max_tokens]
-    require(len(key_T), "a trace with decoded tokens", "prompts alone", error=AnalysisError)
     docs = documents(trace)
     doc_T = (key_T >> np.uint64(32)).astype(np.uint32)
     unit_T = docs.unit(doc_T)

@@ -24,6 +24,19 @@ struct Stack {
         after.assign(pages * sizes.size(), 0);
         top = 0;
     }
+    // Put items of these sizes on top of an empty stack.
+    void fill(const std::vector<int32_t> &size_of) {
+        for (const int32_t size : size_of) {
+            bits[size * pages * WORDS + top / WORD] |= uint64_t(1) << (top % WORD);
+            ++top;
+        }
+        for (size_t size = 0; size < sizes.size(); ++size)
+            for (int32_t page = pages - 1, later = 0; page >= 0; --page) {
+                after[size * pages + page] = later;
+                const uint64_t *bit = &bits[(size * pages + page) * WORDS];
+                for (int64_t i = 0; i < WORDS; ++i) later += __builtin_popcountll(bit[i]);
+            }
+    }
     // Put an item of a size on top, which was in slot ``old`` or, where that is negative, in none.
     int32_t raise(int64_t old, int64_t size) {
         uint64_t *bit = &bits[size * pages * WORDS];
@@ -65,8 +78,13 @@ struct Lru {
             if (slot[item] >= 0) owner[slot[item]] = (int32_t)item;
         }
         stack.clear(2 * (held + room));
-        for (int32_t item : owner)
-            if (item >= 0) slot[item] = stack.raise(-1, size[item]);
+        std::vector<int32_t> size_of;
+        for (int32_t item : owner) {
+            if (item < 0) continue;
+            slot[item] = (int32_t)size_of.size();
+            size_of.push_back(size[item]);
+        }
+        stack.fill(size_of);
     }
 };
 

@@ -76,7 +76,8 @@ def fit_roofline(times: pl.DataFrame | Path | str) -> Roofline:
     Args:
         times: num_tokens, hidden_size, inter_size, topk, num_experts, latency (milliseconds) of
             whole layers on one device, and optionally moe_ep_size and distribution: of those only
-            rows of one device and of balanced load are used. A frame or a Parquet file.
+            rows of one device and of balanced load are used. Rows with a number that is missing or
+            not above 0 are left out. A frame or a Parquet file.
 
     Raises:
         AnalysisError: columns are missing, or fewer than 3 shapes or 30 rows.
@@ -86,7 +87,9 @@ def fit_roofline(times: pl.DataFrame | Path | str) -> Roofline:
         raise AnalysisError(expected(f"columns {', '.join(COLUMNS)}", f"none of {missing}"))
     for name, value in (("moe_ep_size", 1), ("distribution", "balanced")):
         frame = frame.filter(pl.col(name) == value) if name in frame.columns else frame
-    frame = frame.drop_nulls(list(COLUMNS)).filter(pl.col("latency") > 0)
+    numbers = pl.col(COLUMNS).cast(pl.Float64, strict=False)
+    measured = pl.all_horizontal((pl.col(COLUMNS) > 0) & pl.col(COLUMNS).is_finite())
+    frame = frame.with_columns(numbers).drop_nulls(list(COLUMNS)).filter(measured)
     shape_R = frame.select(pl.struct(*SHAPE).rank("dense")).to_series().to_numpy() - 1
     shapes = len(np.unique(shape_R))
     if shapes < 3 or frame.height < 30:

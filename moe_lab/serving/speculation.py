@@ -55,7 +55,9 @@ def speculation(
     Example:
         >>> speculation(open_trace("traces/x"), [4, 8], config="config.json")
     """
-    require(draft_cost >= 0, "a draft cost of at least 0", draft_cost)
+    require(
+        0 <= draft_cost < float("inf"), "a draft cost of at least 0", draft_cost, field="draft_cost"
+    )
     layers = expert_sets(trace).layers
     size_L = bytes_by_layer(layers, config, bytes_per_parameter, expert_bytes)
     weight_L = size_L / size_L.sum()

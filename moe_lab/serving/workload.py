@@ -18,6 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import by_layer
+from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS
 from moe_lab.analysis.document_sums import documents, unit_counts
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.distinct_experts import distinct_experts
@@ -35,6 +36,7 @@ PRIOR = 20.0
 """Pairs of experts that are taken to be as frequent as the loads say."""
 SMOOTH = 0.5
 """Slots added to each expert of a document's load: what was not seen may still happen."""
+LACKING = f"No interval: one of the two has fewer than {MIN_DOCUMENTS} documents."
 Floats = NDArray[np.float64]
 
 
@@ -130,7 +132,8 @@ def fit_workload(trace: Trace) -> Workload:
     dependences).
 
     Raises:
-        AnalysisError: as ``expert_sets``; layers with different numbers of experts.
+        AnalysisError: as ``expert_sets``; layers with different numbers of experts; fewer than two
+            documents, which have no drift between them.
     """
     sets = expert_sets(trace)
     layers = tuple(by_layer(trace))
@@ -139,6 +142,9 @@ def fit_workload(trace: Trace) -> Workload:
         raise AnalysisError(expected("layers with one number of experts", sorted(experts)))
     size, number = experts.pop(), len(layers)
     docs = documents(trace, size * number)
+    if docs.units < 2:
+        what = "at least 2 documents to fit how their loads differ"
+        raise AnalysisError(expected(what, docs.units))
     counts = np.stack([unit_counts(trace, one, docs)[:, 0, :size] for one in layers], axis=1)
     tokens = max(trace.num_tokens, 1)
     load = counts + SMOOTH
@@ -206,10 +212,11 @@ def workload_agreement(
     """Whether cache, distinct experts and placement come out alike on a sample and its original.
 
     Returns:
-        [question, original, lo, hi, sample, sample_lo, sample_hi, agrees]: LRU hit rates at .25 and
-        .5 of all experts, distinct experts of windows of 4 and 16, imbalance of a placement on
-        unseen documents. ``agrees`` where the two intervals overlap (null where one is missing).
+        [question, original, lo, hi, sample, sample_lo, sample_hi, agrees, note]: LRU hit rates at
+        .25 and .5 of all experts, distinct experts of windows of 4 and 16, imbalance of a placement
+        on unseen documents. ``agrees`` where the two intervals overlap (null where one is missing).
         The sample may stand for the original in the questions where it agrees, and in no other.
+        ``note`` says what a question that is not answered lacks.
 
     Raises:
         AnalysisError: as the three analyses; traces of other layers.
@@ -224,10 +231,12 @@ def workload_agreement(
         theirs = answers[1][question]
         ends = low, high, *theirs[1:]
         agrees = None if None in ends else max(ends[0], ends[2]) <= min(ends[1], ends[3])
-        rows.append([question, value, low, high, *theirs, agrees])
+        note = "" if agrees is not None else LACKING
+        rows.append([question, value, low, high, *theirs, agrees, note])
     names = ("original", "lo", "hi", "sample", "sample_lo", "sample_hi")
     schema = {
         "question": pl.String, **dict.fromkeys(names, pl.Float64), "agrees": pl.Boolean,
+        "note": pl.String,
     }  # fmt: skip
     return pl.DataFrame(rows, schema=schema, orient="row")
 
@@ -252,7 +261,10 @@ def _answers(
         answers[f"distinct experts of {row['size']} tokens in a row"] = tuple(
             row[name] for name in ("measured", "lo", "hi")
         )
-    moved = placement_transfer(trace, devices, resamples=resamples, seed=seed).row(0, named=True)
+    moved = dict.fromkeys(("imbalance", "lo", "hi"))
+    if documents(trace).units >= 2:
+        frame = placement_transfer(trace, devices, resamples=resamples, seed=seed)
+        moved = frame.row(0, named=True)
     answers[f"imbalance of {devices} devices on unseen documents"] = tuple(
         moved[name] for name in ("imbalance", "lo", "hi")
     )
