@@ -28,7 +28,7 @@ from report_browser import chromium, open_page, resize  # noqa: E402
 
 RUNS = REPOSITORY / "experiments" / "sparsity_wall" / "runs.parquet"
 QUESTION = "Does the loss still fall as experts are added at fixed active parameters?"
-WIDTH, HEIGHT = 800, 1200
+WIDTH, HEIGHT = 800, 860
 """CSS pixels: the width of the page, and the most of it that is shown."""
 LAST_BLOCK = """
 return Math.max(...[...document.querySelectorAll('main section > *, main figure > *')]
