@@ -46,6 +46,10 @@ class Snippet:
     def where(self) -> str:
         return f"{self.page.relative_to(REPOSITORY)}:{self.line}"
 
+    @property
+    def is_run(self) -> bool:
+        return self.language != "text" and not self.mark.startswith("not run: ")
+
     def commands(self) -> list[str]:
         """The lines of a shell block, those that end in a backslash joined with the next."""
         lines = self.code.replace("\\\n", " ").splitlines()
@@ -70,21 +74,18 @@ def words_of(command: str) -> list[str]:
     return shlex.split(command, comments=True)
 
 
-def run_page(page: Path) -> int:
-    """Run what a page says to run, in the current folder; the number of snippets that ran."""
+def run_page(page: Path) -> None:
+    """Run what a page says to run, in the current folder."""
     names: dict[str, Any] = {"__name__": "page"}
-    ran = 0
     for snippet in snippets(page):
-        if snippet.language == "text" or snippet.mark.startswith("not run: "):
+        if not snippet.is_run:
             continue
-        ran += 1
         if snippet.language == "python":
             lines = "\n" * snippet.line + snippet.code  # line numbers of the page
             exec(compile(lines, str(page), "exec"), names)
         else:
             for command in snippet.commands():
                 run_command(command, snippet.where)
-    return ran
 
 
 def run_command(command: str, where: str) -> None:

@@ -40,7 +40,7 @@ class Term:
 
     @property
     def anchor(self) -> str:
-        """Of its row in the glossary of a page."""
+        """The anchor of its row in the glossary of a page."""
         return "word-" + re.sub(r"\W+", "-", self.name).strip("-").lower()
 
 
