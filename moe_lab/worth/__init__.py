@@ -13,8 +13,10 @@ from moe_lab.worth.interventions import (
     intervene,
 )
 from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
+from moe_lab.worth.scores import SCORES, expert_scores, score_agreement
 
 __all__ = [
+    "SCORES",
     "Edit",
     "EditKind",
     "Exchange",
@@ -24,6 +26,8 @@ __all__ = [
     "TopK",
     "expert_losses",
     "expert_minutes",
+    "expert_scores",
     "expert_worth",
     "intervene",
+    "score_agreement",
 ]

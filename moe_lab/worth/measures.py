@@ -45,16 +45,18 @@ Experts = int | Sequence[tuple[int, int]] | None
 
 
 @dataclass(frozen=True)
-class _Document:
+class Document:
+    """Token ids [n] of the document at place ``number`` among those given."""
+
     number: int
     ids: np.ndarray
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Documents padded on the right: ids and mask [B, S]."""
 
-    documents: Sequence[_Document]
+    documents: Sequence[Document]
     ids: Tensor
     mask: Tensor
 
@@ -97,7 +99,7 @@ def expert_losses(
     """
     sites, _ = find_sites(model, readers, None)
     chosen = _chosen(sites, experts, seed)
-    batches = _batches(documents, batch_tokens)
+    batches = padded_batches(documents, batch_tokens)
     key = _key(model, documents, edit)
     done = _resumed(path, key)
     with evaluating(model), torch.no_grad():
@@ -200,7 +202,7 @@ def expert_minutes(
     """
     sites, _ = find_sites(model, readers, None)
     chosen = _chosen(sites, experts, seed)
-    batches = _batches(documents, batch_tokens)
+    batches = padded_batches(documents, batch_tokens)
     batch = batches[len(batches) // 2]
     share = sum(item.ids.numel() for item in batches) / batch.ids.numel()
     with evaluating(model), torch.no_grad():
@@ -223,7 +225,7 @@ def _measure_layer(
     site: TracedRouter,
     experts: Sequence[int],
     edit: EditKind,
-    batches: Sequence[_Batch],
+    batches: Sequence[Batch],
     documents: int,
     readers: Mapping[str, Reader] | None,
 ) -> pl.DataFrame:
@@ -252,14 +254,14 @@ class _Untouched:
     it.
     """
 
-    def __init__(self, model: nn.Module, site: TracedRouter, batch: _Batch) -> None:
+    def __init__(self, model: nn.Module, site: TracedRouter, batch: Batch) -> None:
         self.model, self.site, self.batch = model, site, batch
         self.prefix = SharedPrefix(model, site)
         self._chosen: list[Tensor] = []
         hooks = Hooks(model, [site], self._read, ratio=False)
         try:
             with self.prefix.recorded():
-                logits = _logits(model, batch)
+                logits = logits_of(model, batch)
         finally:
             hooks.remove()
         self.log_p = list(self._log_p(logits))
@@ -279,7 +281,7 @@ class _Untouched:
         """Numbers of the documents, and their sums [n, len(SUMS)]."""
         edited = intervene(self.model, _EDITS[edit](self.site.layer, expert), readers=readers)
         with edited, self.prefix.reused():
-            logits = _logits(self.model, self.batch)
+            logits = logits_of(self.model, self.batch)
         shape = self.batch.ids.shape
         used_BS = torch.stack(
             [(ids_TK == expert).any(dim=1).view(shape) for ids_TK in self._chosen]
@@ -302,7 +304,7 @@ def _pass_seconds(
     model: nn.Module,
     site: TracedRouter,
     edit: EditKind,
-    batch: _Batch,
+    batch: Batch,
     readers: Mapping[str, Reader] | None,
 ) -> tuple[float, float]:
     """Seconds of the untouched pass and of an edited one, the second time that each runs."""
@@ -315,7 +317,8 @@ def _pass_seconds(
     return middle - start, perf_counter() - middle
 
 
-def _logits(model: nn.Module, batch: _Batch) -> Tensor:
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """[B, S, V] of one batch."""
     parameter = next(model.parameters())
     ids, mask = batch.ids.to(parameter.device), batch.mask.to(parameter.device)
     if isinstance(model, Decoder):
@@ -362,15 +365,16 @@ def _chosen(sites: Sequence[TracedRouter], experts: Experts, seed: int) -> dict[
     return {layer: sorted(set(numbers)) for layer, numbers in chosen.items()}
 
 
-def _batches(documents: Sequence[np.ndarray], batch_tokens: int) -> list[_Batch]:
+def padded_batches(documents: Sequence[np.ndarray], batch_tokens: int) -> list[Batch]:
+    """Documents of at least two tokens in batches of about equal lengths."""
     whole = [
-        _Document(number, np.asarray(ids)) for number, ids in enumerate(documents) if len(ids) > 1
+        Document(number, np.asarray(ids)) for number, ids in enumerate(documents) if len(ids) > 1
     ]
     require(
         whole, "a document of at least two tokens", "none", error=AnalysisError, field="documents"
     )
     return [
-        _Batch(chosen, *pad_right(chosen, None)) for chosen in length_batches(whole, batch_tokens)
+        Batch(chosen, *pad_right(chosen, None)) for chosen in length_batches(whole, batch_tokens)
     ]
 
 
