@@ -1,9 +1,15 @@
 """Tables, sentences and progress: aligned or as records on a terminal, one line a row in a pipe."""
 
+import contextlib
 import io
+import os
+import struct
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from moe_lab import progress, terminal
@@ -60,8 +66,6 @@ def test_a_narrow_terminal_gets_records_of_whole_words(width: int) -> None:
 def test_a_frame_leaves_out_optional_columns_that_have_no_room(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import polars as pl
-
     from moe_lab.commands import options
 
     frame = pl.DataFrame({"layer": [0], "a_rather_long_name": [1], "another_long_name": [2]})
@@ -126,3 +130,64 @@ def test_live_bars_move_the_cursor_and_names_do_not(
     assert "a\\x1b]0;title\\x07b" in text
     assert "\x1b]0" not in text
     assert "said \\x1b[2J" in text
+
+
+def on_a_terminal(width: int, *arguments: str) -> str:
+    """What a command writes to a terminal of that width."""
+    pty, fcntl = pytest.importorskip("pty"), pytest.importorskip("fcntl")
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "moe_lab", *arguments],
+        stdout=follower,
+        stderr=follower,
+        env=environment | {"NO_COLOR": "1", "TERM": "xterm"},
+    ):
+        os.close(follower)
+        written = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(leader, 65536):
+                written += part
+    os.close(leader)
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_a_command_fits_the_terminal_it_runs_on_and_a_pipe_is_plain(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"ratio": [1.0, 2.0, 4.0] * 2, "seed": [0] * 3 + [1] * 3})
+    losses = [3.3, 3.2, 3.1, 3.31, 3.21, 3.11]
+    runs = frame.with_columns(loss=pl.Series(losses), active_params=1e6, tokens=1e9)
+    runs.write_parquet(tmp_path / "runs.parquet")
+    arguments = "scaling", "verdict", str(tmp_path / "runs.parquet")
+    shown = on_a_terminal(60, *arguments)
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "from  to" in shown
+    piped = subprocess.run(
+        [sys.executable, "-m", "moe_lab", *arguments], capture_output=True, text=True, check=True
+    ).stdout
+    assert "from\tto\tnats\t90 % interval\tcompute" in piped.splitlines()
+    assert " ".join(piped.split()).startswith(" ".join(shown.split())[:300])
+
+
+def test_a_sweep_ends_with_its_verdict_and_its_losses(tmp_path: Path) -> None:
+    from moe_lab.commands.sweep import _judged
+
+    ratios = [1.0, 2.0, 4.0, 8.0, 16.0]
+    rows = [
+        {"ratio": ratio, "seed": seed, "loss": 3.4 - 0.05 * number + 0.001 * seed}
+        for number, ratio in enumerate(ratios)
+        for seed in range(3)
+    ]
+    runs = pl.DataFrame(rows).with_columns(active_params=1e6, tokens=1e9)
+    runs.write_parquet(tmp_path / "runs.parquet")
+    outcome, sentence, lines = _judged(tmp_path / "runs.parquet")
+    assert sentence.lower().startswith(outcome)
+    assert "\n" not in sentence
+    drawn = [line.index("|") for line in lines[1:6]]
+    assert len(set(drawn)) == 1
+    places = [line.rindex("o") for line in lines[1:6]]
+    assert places == sorted(places, reverse=True)
+    assert [line.split()[1] for line in lines[1:6]] == ["1", "2", "4", "8", "16"]
+    runs.drop("loss").write_parquet(tmp_path / "none.parquet")
+    assert _judged(tmp_path / "none.parquet")[0] == "cannot tell"

@@ -14,6 +14,7 @@ from moe_lab.commands.options import (
     print_frame,
     print_json,
 )
+from moe_lab.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +94,8 @@ def main(args: argparse.Namespace) -> int:
     print_frame(shown)
     if named is not None:
         print_frame(named.filter(pl.col("layer").is_null()).drop("layer", "note"))
-    print("\n".join(sentences))
+    say("\n".join(sentences))
     for note in frame["note"].unique().sort().to_list():
-        print(*([f"note: {note}"] if note else []), end="\n" if note else "")
+        if note:
+            say(f"note: {note}")
     return 0

@@ -16,6 +16,7 @@ from moe_lab.commands.options import (
     print_json,
 )
 from moe_lab.errors import AnalysisError
+from moe_lab.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,5 +101,5 @@ def main(args: argparse.Namespace) -> int:
     print_frame(frame.filter(pl.col("layer").is_null()).drop("layer", "note"))
     if "speculation" in tables:
         print_frame(tables["speculation"].drop("note", "everything"))
-    print("\n".join(sentences))
+    say("\n".join(sentences))
     return 0

@@ -13,6 +13,7 @@ from moe_lab.commands.options import (
     print_frame,
     print_json,
 )
+from moe_lab.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,10 +95,11 @@ def main(args: argparse.Namespace) -> int:
         )
         return 0
     shown = ("chosen_on", "judged_on", "imbalance", "lo", "hi", "in_sample", "contiguous", "bound")
-    print_frame(frame.select(*shown, "beats", "n_docs"))
+    optional = ("n_docs", "in_sample", "contiguous", "bound")
+    print_frame(frame.select(*shown, "beats", "n_docs"), optional=optional)
     if needed is not None:
         print_frame(needed)
-    print(sentence)
+    say(sentence)
     for path in written:
         print(f"placement of the whole trace: {path}")
     return 0

@@ -2,10 +2,24 @@
 
 import argparse
 import shlex
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from moe_lab.commands.options import add_json, add_out, examples, place, print_json
+from moe_lab.commands.options import (
+    add_json,
+    add_out,
+    examples,
+    layers_of,
+    load_sentence,
+    place,
+    print_json,
+)
+from moe_lab.files import parse_object
+from moe_lab.number_format import count_of
+from moe_lab.progress import shown
+from moe_lab.runs.layout import PLAN, RESULT, TRACE, TRACE_META, RunState
+from moe_lab.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +55,39 @@ def main(args: argparse.Namespace) -> int:
                 for source in args.source
             ]
         title = args.title or (f"moe_lab report: {urls[0]}" if urls else None)
-        page = write_report(folders, out, title=title, command=command)
-    if args.json:
-        print_json({"report": page, "bytes": page.stat().st_size})
-    else:
-        print(f"report: {page}")
+        with shown(not args.json):
+            page = write_report(folders, out, title=title, command=command)
+        if args.json:
+            print_json({"report": page, "bytes": page.stat().st_size})
+            return 0
+        for source, folder in zip(args.source, folders, strict=True):
+            for line in _summary(Path(folder)):
+                say(f"{source}: {line}")
+    print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+    verb = "scaling verdict" if _is_sweep(first) else "difficulty"
+    print(f"next: moe-lab {verb} {shlex.quote(str(first))}")
     return 0
+
+
+def _is_sweep(source: Path | str) -> bool:
+    """Does a folder or URL hold a sweep?"""
+    return not isinstance(source, Path) or (source / PLAN).is_file()
+
+
+def _summary(folder: Path) -> Iterator[str]:
+    """The loss of a sweep's best run; of a run or a trace, loss and load."""
+    if _is_sweep(folder):
+        from moe_lab.sweeps import status
+
+        runs = status(folder).filter(state=RunState.FINISHED.value).sort("loss")
+        if runs.height:
+            best = runs.row(0, named=True)
+            number = count_of(runs.height, "finished run")
+            yield f"{number}, lowest loss {best['loss']:.4f} nats/token ({best['name']})"
+        return
+    if (folder / RESULT).is_file():
+        loss = parse_object(folder / RESULT).get("loss")
+        yield f"loss {loss:.4f} nats/token" if isinstance(loss, float) else "no loss"
+    trace = folder if (folder / TRACE_META).is_file() else folder / TRACE
+    if (trace / TRACE_META).is_file():
+        yield load_sentence(layers_of(trace))

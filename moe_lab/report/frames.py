@@ -7,7 +7,12 @@ the same `Frames` computes nothing, and drawing can be timed apart from computin
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from moe_lab.progress import tell
+from moe_lab.trace import Trace
+
 T = TypeVar("T")
+ANALYSES = 24
+"""Analyses that a page draws of one trace, roughly: from it the time left is estimated."""
 
 
 class Frames:
@@ -18,11 +23,16 @@ class Frames:
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[tuple[Any, ...], Any]] = {}
+        self._traces: set[Hashable] = set()
 
     def __call__(self, analysis: Callable[..., T], *subjects: Any, **options: Any) -> T:
         key = (analysis, *map(_key, subjects), _key(options))
         if key not in self._kept:
             self._kept[key] = subjects, analysis(*subjects, **options)
+            self._traces |= {_key(subject) for subject in subjects if isinstance(subject, Trace)}
+            done = len(self._kept)
+            total = max(ANALYSES * max(1, len(self._traces)), done + 1)
+            tell("computing figures", done, total)
         return self._kept[key][1]
 
 

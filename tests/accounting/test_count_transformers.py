@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 from hf_tiny_families import DENSE, FAMILIES, RAW, SINCE_5_24, WRAPPERS  # noqa: E402
 from hf_tiny_models import draw, fields_of, parameters, raw, wrapper_of  # noqa: E402
 
-from moe_lab.accounting import count  # noqa: E402
+from moe_lab.accounting import cache_size, count  # noqa: E402
 from moe_lab.accounting.families import ARCHITECTURES  # noqa: E402
 from moe_lab.hf.architectures import SAME_AS  # noqa: E402
 
@@ -173,3 +173,36 @@ def test_every_architecture_is_met_by_a_test_model_or_is_not_of_transformers() -
     newer = {*SINCE_5_24} - {*FAMILIES}  # without transformers 5.24
     elsewhere |= {SAME_AS.get(name, name) for name in newer} - {"hy_v4"}
     assert set(ARCHITECTURES) - {SAME_AS.get(name, name) for name in met} == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [("llama", 0), ("mixtral", 0), ("qwen3_next", 1), ("jamba", 0), ("lfm2_moe", 0)],
+)
+def test_a_cache_is_as_large_as_that_of_transformers(name: str, seed: int) -> None:
+    """transformers keeps all inputs of a convolution, of which the next token needs one less."""
+    import torch
+
+    config, model = draw(name, seed)
+    counted, length = count(config), 20
+    with torch.no_grad():
+        output = type(model)(config).eval()(torch.ones(1, length, dtype=torch.long), use_cache=True)
+    kept = sum(
+        tensor.numel()
+        for layer in output.past_key_values.layers
+        for tensor in tensors(list(vars(layer).values()))
+        if tensor.dim() > 1
+    )
+    convolutions = [piece for _, piece in counted.pieces() if piece.state and not piece.kernel]
+    more = sum(piece.macs - piece.state for piece in convolutions)
+    assert kept == cache_size(counted, length).at_context + more
+    assert bool(more) == (name not in ("llama", "mixtral"))
+
+
+def tensors(value: Any) -> list[Any]:
+    """All tensors in nested lists and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors(item)]
+    return [value] if hasattr(value, "numel") else []
