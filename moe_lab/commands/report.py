@@ -15,10 +15,10 @@ from moe_lab.commands.options import (
     place,
     print_json,
 )
-from moe_lab.files import parse_object
 from moe_lab.number_format import count_of
 from moe_lab.progress import shown
 from moe_lab.runs.layout import PLAN, RESULT, TRACE, TRACE_META, RunState
+from moe_lab.runs.record import parse_object
 from moe_lab.terminal import say
 
 

@@ -11,8 +11,10 @@ from moe_lab.progress import tell
 from moe_lab.trace import Trace
 
 T = TypeVar("T")
-ANALYSES = 24
-"""Analyses that a page draws of one trace, roughly: from it the time left is estimated."""
+ANALYSES, OF_EACH = 24, 4
+"""Analyses that a page draws of one trace and of each further one, roughly: the time left is
+estimated from them.
+"""
 
 
 class Frames:
@@ -31,8 +33,8 @@ class Frames:
             self._kept[key] = subjects, analysis(*subjects, **options)
             self._traces |= {_key(subject) for subject in subjects if isinstance(subject, Trace)}
             done = len(self._kept)
-            total = max(ANALYSES * max(1, len(self._traces)), done + 1)
-            tell("computing figures", done, total)
+            total = ANALYSES + OF_EACH * max(0, len(self._traces) - 1)
+            tell("computing figures", done, max(total, done + 1))
         return self._kept[key][1]
 
 
