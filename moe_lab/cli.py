@@ -35,7 +35,7 @@ COMMANDS = {
     ),
     "cache": (
         "moe_lab.commands.cache",
-        "what a cache of experts finds within a budget of memory, beside the bound",
+        "hit rate of a cache of experts within a budget of memory, beside the best possible",
     ),
     "place": (
         "moe_lab.commands.place",

@@ -1,4 +1,4 @@
-"""``moe-lab cache TRACE``: what a cache of experts finds within a budget of memory, and reads."""
+"""``moe-lab cache TRACE``: hit rate and reads of a cache of experts within a budget of memory."""
 
 import argparse
 from pathlib import Path
@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for experts, such as 4GiB (repeatable; default: ten shares of all experts)",
     )
     parser.add_argument(
-        "--policy", action="append", choices=POLICIES, help="repeatable; default: all"
+        "--policy",
+        action="append",
+        choices=POLICIES,
+        help="policy of the cache; repeatable (default: all)",
     )
     add_expert_sizes(parser)
     add_number(
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "50GB",
         units=BYTE_UNITS,
         default=None,
-        help="bytes a second of reading an expert",
+        help="bytes per second at which an expert is read",
     )
     add_number(
         parser,
@@ -52,10 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         0.01,
         least=0,
         default=None,
-        help="seconds of a decoded token without reads",
+        help="seconds that a decoded token takes without reads",
     )
     parser.add_argument(
-        "--prefetch", action="store_true", help="also which experts predictors name beforehand"
+        "--prefetch",
+        action="store_true",
+        help="also measure predictors that name experts before they are needed",
     )
     add_seed(parser)
     add_json(parser)

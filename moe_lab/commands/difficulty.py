@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         whole=True,
         units=UNITS,
         default=1000,
-        help="leading tokens of each unseen document of a run",
+        help="read only the first tokens of each unseen document of a run",
     )
     add_number(
         parser,
@@ -63,12 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         2000,
         whole=True,
         default=2000,
-        help="of whole documents, for intervals",
+        help="number of times that whole documents are drawn for the intervals",
     )
     parser.add_argument(
         "--no-gain",
         action="store_true",
-        help="without the marginal gain, which passes the text through the run three more times",
+        help="leave out the marginal gain, which passes the text through the run three more times",
     )
     add_out(
         parser,

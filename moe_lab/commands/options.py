@@ -118,7 +118,7 @@ def add_expert_sizes(parser: argparse.ArgumentParser) -> None:
         help="the model: a published one, a mini, or a config.json; sizes of experts, and the rest",
     )
     add_number(
-        parser, "--bytes-per-parameter", 2, default=2.0, help="of the weights, with --config"
+        parser, "--bytes-per-parameter", 2, default=2.0, help="bytes of a weight, with --config"
     )
     add_number(
         parser,
@@ -127,7 +127,7 @@ def add_expert_sizes(parser: argparse.ArgumentParser) -> None:
         units=BYTE_UNITS,
         default=None,
         metavar="SIZE",
-        help="of one expert",
+        help="size of one expert",
     )
 
 
@@ -181,9 +181,16 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         help='a folder, .txt, .jsonl or .parquet; "stdlib" is this Python\'s own sources',
     )
     parser.add_argument("--text-column", default=None, help="column of a .jsonl or .parquet corpus")
-    add_number(parser, "--vocab-size", 4096, whole=True, default=None, help="of the BPE tokenizer")
+    add_number(
+        parser,
+        "--vocab-size",
+        4096,
+        whole=True,
+        default=None,
+        help="size of the vocabulary of the BPE tokenizer",
+    )
     parser.add_argument(
-        "--tokenizer", choices=("bpe", "byte"), default=None, help="what a token is"
+        "--tokenizer", choices=("bpe", "byte"), default=None, help="kind of tokenizer"
     )
 
 

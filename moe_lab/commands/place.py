@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from moe_lab.serving.policies import METHODS
 
     parser.add_argument("trace", type=Path, help="a trace, also one of counts")
-    add_number(parser, "--devices", 8, whole=True, required=True, help="in all")
+    add_number(parser, "--devices", 8, whole=True, required=True, help="number of devices")
     add_number(
         parser,
         "--slots",
@@ -33,16 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="experts of a layer on all devices with replicas (default: no replica)",
     )
-    parser.add_argument("--method", choices=METHODS, default="eplb", help="how they are placed")
-    add_number(parser, "--nodes", 1, whole=True, default=1, help="groups of devices")
-    add_number(parser, "--groups", 1, whole=True, default=1, help="groups of experts (n_group)")
+    parser.add_argument("--method", choices=METHODS, default="eplb", help="method of placement")
+    add_number(
+        parser, "--nodes", 1, whole=True, default=1, help="number of nodes (groups of devices)"
+    )
+    add_number(
+        parser, "--groups", 1, whole=True, default=1, help="number of groups of experts (n_group)"
+    )
     parser.add_argument(
         "--by",
         default="documents",
         help="documents (one half, the other), time (first half, second), or a token column",
     )
     parser.add_argument(
-        "--tokens-needed", action="store_true", help="also how many tokens a placement needs"
+        "--tokens-needed", action="store_true", help="also say how many tokens a placement needs"
     )
     parser.add_argument(
         "--vllm", type=Path, default=None, metavar="PATH", help="write vLLM's expert map"

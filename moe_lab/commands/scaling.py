@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, what in (
         ("total", "parameters before the step"),
-        ("active", "per token"),
+        ("active", "active parameters per token"),
         ("add", "expert parameters to add"),
     ):
         add_number(
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         units=UNITS,
         default=None,
         metavar="N",
-        help="of the total, in routed experts (default: all)",
+        help="parameters of the total that are in routed experts (default: all)",
     )
     add_number(
         step_parser,
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         units=UNITS,
         default=12.0,
         metavar="G",
-        help="for laws that know it",
+        help="granularity of the experts, for laws that have it",
     )
     add_number(
         step_parser,
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         units=UNITS,
         default=0.0005,
         metavar="NATS",
-        help="between seeds",
+        help="noise between seeds, in nats",
     )
     add_json(step_parser)
     verdict_parser = verbs.add_parser(
@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         units=UNITS,
         default=None,
         metavar="NATS",
-        help="between seeds, known from elsewhere",
+        help="noise between seeds in nats, known from other runs",
     )
     add_number(
         verdict_parser,
@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         50257,
         whole=True,
         default=None,
-        help="lets losses in bits be recognised",
+        help="size of the vocabulary, by which losses in bits are recognised",
     )
     add_out(
         verdict_parser,
@@ -158,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         least=0,
         default=1000,
         metavar="N",
-        help="repetitions; 0 for none",
+        help="repetitions of the bootstrap; 0 for none",
     )
     fit_parser.add_argument(
         "--cluster", default=None, metavar="COLUMN", help="redraw whole groups of runs"
@@ -197,7 +197,7 @@ def _add_column(parser: argparse.ArgumentParser) -> None:
         units=UNITS,
         default=None,
         metavar="N",
-        help="of the text that losses in bits per byte are of",
+        help="bytes per token of the text, for losses in bits per byte",
     )
 
 

@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="processes to plan for (default: one a core)",
     )
-    plan_parser.add_argument("--no-calibration", action="store_true", help="no time estimate")
+    plan_parser.add_argument(
+        "--no-calibration", action="store_true", help="leave out the time estimate"
+    )
     _add_power(plan_parser)
     add_seed(plan_parser)
     add_device(plan_parser)
@@ -118,17 +120,23 @@ def _add_power(parser: argparse.ArgumentParser) -> None:
         0.006,
         default=None,
         metavar="NATS",
-        help="between seeds (default: typical of the size)",
+        help="noise between seeds, in nats (default: typical of the size)",
     )
     group.add_argument(
         "--ratios",
         type=_ratios,
         default=None,
         metavar="1,2,4,...",
-        help="another grid than the recipe's",
+        help="ratios in place of the recipe's",
     )
     add_number(
-        group, "--seeds", 2, whole=True, default=None, metavar="N", help="other than the recipe's"
+        group,
+        "--seeds",
+        2,
+        whole=True,
+        default=None,
+        metavar="N",
+        help="seeds per ratio in place of the recipe's",
     )
     group.add_argument(
         "--truth",
@@ -183,7 +191,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         "--launcher",
         choices=("local", "ray", "slurm"),
         default="local",
-        help="who runs the workers",
+        help="what runs the workers",
     )
     parser.add_argument(
         "--launcher-option",
@@ -194,7 +202,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         "slurm: cluster, minutes, cpus, gpus, memory_gb, partition, account, qos, requeues",
     )
     add_number(
-        parser, "--max-hours", 12, least=0, default=None, help="start no further run after so long"
+        parser,
+        "--max-hours",
+        12,
+        least=0,
+        default=None,
+        help="start no further run after this many hours",
     )
     add_number(
         parser,

@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         whole=True,
         units=UNITS,
         default=None,
-        help="leading tokens of each document",
+        help="read only the first tokens of each document",
     )
     add_out(
         parser,
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights",
+        help="number format of the weights",
     )
     pretrained.add_argument(
         "--device-map", default=None, metavar="MAP", help="auto, balanced, ... (needs accelerate)"
@@ -160,9 +160,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         whole=True,
         units=UNITS,
         default=None,
-        help="of counts whose layers left slots unused",
+        help="tokens of the text, for counts whose layers left slots unused",
     )
-    imported.add_argument("--model", default="", help="its name, or which of several models in SRC")
+    imported.add_argument(
+        "--model", default="", help="name of the model, or which of several models in the records"
+    )
     add_device(parser)
     add_json(parser)
 

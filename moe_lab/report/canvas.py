@@ -1,4 +1,4 @@
-"""What every figure is drawn on: a canvas that collects traces and layout as plain values, for a
+"""The canvas that every figure is drawn on: it collects traces and layout as plain values, for a
 page or for a plotly figure.
 
 plotly's own ``add_scatter`` and ``update_layout`` check each value, copy each trace and look up
@@ -83,7 +83,7 @@ class Canvas:
         return self._add("heatmap", panel, {"hoverongaps": False} | values)
 
     def add_hline(self, y: float, *, annotation_text: str | None = None, **values: Any) -> Self:
-        """Across the whole width; its text stands above its right end."""
+        """Add a horizontal line across the whole width; its text stands above its right end."""
         if annotation_text is not None:
             place = {
                 "x": 1,
@@ -137,11 +137,11 @@ class Canvas:
 
     @property
     def height(self) -> int:
-        """In pixels; 400 unless ``update_layout`` says otherwise."""
+        """Height in pixels; 400 unless ``update_layout`` sets another."""
         return self._layout.get("height", 400)
 
     def figure(self) -> go.Figure:
-        """In the light template.
+        """The plotly figure, in the light template.
 
         ``plotly`` is imported on the first call; it raises ``ValueError`` for what it does not
         know.
@@ -176,7 +176,7 @@ class Drawn(Generic[P]):
 
 
 def drawn(draw: Callable[P, Canvas]) -> Drawn[P]:
-    """See ``Drawn``."""
+    """Decorator that makes a function a ``Drawn``."""
     return Drawn(draw)
 
 

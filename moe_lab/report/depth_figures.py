@@ -36,7 +36,7 @@ def saturation(frame: pl.DataFrame, *, choice: str = "top-k") -> Canvas:
 
 @drawn
 def repetition(frame: pl.DataFrame, *, choice: str = "first") -> Canvas:
-    """How often a token repeats its predecessor's experts, with chance.
+    """The rate at which a token repeats its predecessor's experts, with chance.
 
     Args:
         frame: as ``analysis.repetition``.
@@ -80,8 +80,8 @@ def zero_compute(frame: pl.DataFrame) -> Canvas:
 
 @drawn
 def vocabulary_specialisation(frame: pl.DataFrame) -> Canvas:
-    """How far each layer is a lookup of the token id; the dotted line is what a layer blind to it
-    would show.
+    """The degree to which each layer follows the token id; the dotted line is that of a layer that
+    ignores it.
 
     Args:
         frame: as ``analysis.vocabulary_specialisation``; with a column ``ids_of`` naming the kind

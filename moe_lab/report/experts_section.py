@@ -1,5 +1,5 @@
-"""The section on whose experts they are: specialisation, co-activation, transitions and repetition
-of one trace, saturation of several.
+"""The section on specialisation: of experts of one trace, with co-activation, transitions and
+repetition; saturation of several traces.
 
 Everything keeps to a budget of cells, so that a model of 94 layers and 512 experts still makes a
 page that opens: layers are picked evenly, pairs of experts are binned, and the reader chooses the

@@ -1,4 +1,4 @@
-"""What a page draws: frames of analyses, each computed on first use and kept.
+"""The frames that a page draws: results of analyses, each computed on first use and kept.
 
 Sections ask for a frame by the function that makes it, so a page that is drawn a second time from
 the same `Frames` computes nothing, and drawing can be timed apart from computing.

@@ -1,4 +1,4 @@
-"""Pictures of where the published models stand. plotly is imported when a figure is made."""
+"""Figures of the published models. plotly is imported when a figure is made."""
 
 import math
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The last section: what a reader needs to make the page again."""
+"""The last section of a page: all that is needed to make the page again."""
 
 from __future__ import annotations
 

@@ -104,8 +104,8 @@ def runs_section(material: Material, command: str) -> Section:
 
 
 def sees_later_tokens(run: RunRecord) -> bool:
-    """Whether the run's router does in evaluation: by its result, or its configuration where the
-    result is from before it was recorded.
+    """Whether in evaluation the run's router looks at later tokens: by its result, or by its
+    configuration where the result does not record it.
     """
     recorded = run.result.get("sees_later_tokens")
     if isinstance(recorded, bool):
@@ -126,7 +126,7 @@ def later_token_note(runs: Sequence[RunRecord]) -> str:
 
 
 def unfinished_table(material: Material) -> Table | None:
-    """The runs that did not finish, with why; None where all did."""
+    """The runs that did not finish, with the reason; None if all finished."""
     others = [run for run in material.runs if run.state is not RunState.FINISHED]
     if not others:
         return None
@@ -143,7 +143,7 @@ RESULTS_NOTE = (
 
 @dataclass(frozen=True)
 class Failures:
-    """What failed runs said last, as (name, reason, lines); ``left_out`` how many further runs
+    """The last lines of failed runs, as (name, reason, lines); ``left_out`` how many further runs
     failed.
     """
 
@@ -152,7 +152,7 @@ class Failures:
 
 
 def failed_runs(material: Material) -> Failures | None:
-    """The failed runs that left something to read; None without any."""
+    """The failed runs that left lines to read; None without any."""
     failed = [run for run in material.runs if run.state is RunState.FAILED]
     shown: list[tuple[str, str, str]] = []
     for seen, run in enumerate(failed, start=1):

@@ -12,8 +12,8 @@ BOUNDS = ("clairvoyant", "bound")
 
 @drawn
 def expert_cache(frame: pl.DataFrame) -> Canvas:
-    """Hit rate over the share of all experts that the cache holds, a series per policy; what knows
-    the future is dotted.
+    """Hit rate over the share of all experts that the cache holds, a series per policy; policies
+    that know the future are dotted.
 
     Args:
         frame: columns share, policy, hit_rate, hit_rate_lo, hit_rate_hi.

@@ -1,4 +1,4 @@
-"""What a report is made from: folders in, records of runs and traces out.
+"""The sources of a report: folders in, records of runs and traces out.
 
 A source is a sweep folder (run folders inside), a run folder, a trace folder, or an open ``Trace``.
 Nothing is trusted: a run counts as finished only when its ``done`` file lies there and its
@@ -81,7 +81,7 @@ class NamedTrace:
 
     @property
     def group(self) -> str:
-        """What the seeds of one arm and ratio share; a bare trace is alone."""
+        """The name that all seeds of one arm and ratio share; a trace without a run is alone."""
         return self.run.group if self.run else self.label
 
     @property
@@ -105,7 +105,7 @@ class NamedTrace:
 
 @dataclass(frozen=True)
 class Material:
-    """Everything a page is made from.
+    """All that a page is made from.
 
     ``questions`` are those of the sweeps, in their authors' words.
     """
