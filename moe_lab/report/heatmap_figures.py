@@ -249,7 +249,8 @@ def map_layout(figure: Canvas, ratio: NDArray, reach: int, title: str, height: i
     if not known.size:
         figure.in_words = "no expert ran"
     elif (away := float(np.abs(known - 1).max())) <= EVEN:
-        figure.in_words = f"every value lies within {decimal(100 * away, 1)} % of 1"
+        near = decimal(100 * away, 1)
+        figure.in_words = f"every value is 1 (within {near} %)" if away else "every value is 1"
     ticks = range(-reach, reach + 1, 2 if reach > REACH else 1)
     whole = ABOVE + height + BELOW
     bar = {

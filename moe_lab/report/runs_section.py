@@ -142,7 +142,7 @@ def _fitted(study: WallStudy) -> str:
         else _intervals(study.means["n"].to_list())
     )
     return (
-        f"{bars}. The line is the {study.band.form} form, which has the smallest AICc, fitted to "
+        f"{bars}. The curve is the {study.band.form} form, which has the smallest AICc, fitted to "
         f"{study.arm}{without} (open marks: not fitted); its 90 % band redraws the noise"
     )
 

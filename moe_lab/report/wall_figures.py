@@ -86,7 +86,11 @@ def wall_compute(measured: pl.DataFrame, published: pl.DataFrame) -> Canvas:
         "ratio %{x:.4~g}: x%{y:.2f} compute",
         lines=True,
     )
-    figure.update_yaxes(title_text="compute of ratio 1 at equal loss", type="log")
+    ends = pl.concat([measured["compute"], published["compute"]])
+    powers = range(math.floor(math.log2(ends.min())), math.ceil(math.log2(ends.max())) + 1)  # type: ignore[arg-type]
+    ticks = [2.0**power for power in powers[:: len(powers) // 8 + 1]]
+    figure.update_yaxes(title_text="compute saved, factor", type="log", tickvals=ticks)
+    figure.update_yaxes(ticktext=[f"{tick:.4g}" for tick in ticks])
     return ratio_axis(figure, measured["ratio"]).update_layout(height=420)
 
 

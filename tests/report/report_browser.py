@@ -44,6 +44,7 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[webdriver.Chrome]
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver.command_executor.client_config.timeout = 600  # a busy machine makes a page slow
     try:
         resize(driver, width, height)
         yield driver
@@ -59,13 +60,9 @@ def resize(driver: webdriver.Chrome, width: int, height: int = 900) -> None:
 
 def open_page(driver: webdriver.Chrome, path: Path, theme: str = "light") -> None:
     """Open a page under a system theme and wait until every figure is drawn in it."""
-    features = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
-    media = [{"name": name, "value": value} for name, value in features.items()]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+    _emulate(driver, theme)
     driver.get(path.resolve().as_uri())
-    WebDriverWait(driver, 60).until(
-        lambda page: page.execute_script("return document.documentElement.dataset.ready") == theme
-    )
+    _wait_until_drawn(driver, theme)
 
 
 def console(driver: webdriver.Chrome) -> list[str]:
@@ -82,3 +79,29 @@ def requests(driver: webdriver.Chrome) -> list[str]:
         for message in messages
         if message["method"] == "Network.requestWillBeSent"
     ]
+
+
+def show(driver: webdriver.Chrome, theme: str = "light", media: str = "") -> None:
+    """Turn the open page to a theme, or to ``media`` "print", and wait for its figures."""
+    _emulate(driver, theme, media)
+    _wait_until_drawn(driver, theme)
+
+
+def _emulate(driver: webdriver.Chrome, theme: str, media: str = "") -> None:
+    features = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
+    values = [{"name": name, "value": value} for name, value in features.items()]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": values})
+
+
+def _wait_until_drawn(driver: webdriver.Chrome, theme: str) -> None:
+    ready = "return document.documentElement.dataset.ready"
+    WebDriverWait(driver, 180).until(lambda page: page.execute_script(ready) == theme)
+
+
+def refit(driver: webdriver.Chrome) -> None:
+    """Wait until every figure is drawn anew in the width that it has now."""
+    script = """const done = arguments[arguments.length - 1];
+      const shown = [...document.querySelectorAll('.plot')].filter(plot => plot.offsetParent);
+      Promise.all(shown.map(plot => Plotly.Plots.resize(plot))).then(() => done());"""
+    driver.set_script_timeout(180)
+    driver.execute_async_script(script)

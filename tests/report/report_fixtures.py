@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from moe_lab.routing import Routing
-from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter
+from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, import_trace
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -290,3 +290,43 @@ def make_sweep(
     )
     make_unfinished_run(folder / "unfinished")
     return folder
+
+
+def _demo(folder: Path) -> Path:
+    """A sweep of two arms and three seeds, with text enough to judge difficulty."""
+    for seed in range(3):
+        for ratio in (1, 2, 4, 8):
+            make_run(folder / f"topk{ratio}-{seed}", "topk", ratio, seed, Shape(experts=2 * ratio))
+        zero = Shape(experts=16, zero_experts=8, top_k=3, documents=36, tokens=60)
+        make_run(folder / f"zero{seed}", "zero", 8, seed, zero)
+    return folder
+
+
+def _imported(folder: Path) -> Path:
+    """Routes of an engine that recorded no tokens."""
+    folder.mkdir(parents=True)
+    routes = np.random.default_rng(0).random((300, 3, 8)).argsort(axis=2)[:, :, :2]
+    np.save(folder / "routes.npy", routes.astype(np.int32))
+    import_trace("vllm", folder / "routes.npy", folder / "t", num_experts=8, top_k=2)
+    return folder / "t"
+
+
+def _two(folder: Path) -> list[Path]:
+    """The same model shape on texts of different length."""
+    sizes = {"before": 240, "after": 200}
+    return [
+        make_trace(folder / name, Shape(layers=4, experts=48, top_k=4, tokens=tokens))
+        for name, tokens in sizes.items()
+    ]
+
+
+PAGES = {
+    "demo": _demo,
+    "run": lambda folder: make_run(folder / "run", "topk", 8, 0, Shape(experts=16)),
+    "olmoe": lambda folder: make_trace(
+        folder / "OLMoE", Shape(layers=16, experts=64, top_k=8), model="OLMoE"
+    ),
+    "imported": _imported,
+    "two traces": _two,
+}
+"""The kinds of pages that people make -> what makes their sources in a folder."""

@@ -166,8 +166,8 @@ def test_no_legend_has_two_equal_names() -> None:
 
 def test_a_map_of_one_colour_is_a_sentence() -> None:
     even = load_frame([[1.0, 1.01, 0.99]] * 2)
-    assert figures.expert_load.canvas(even).in_words == "every value lies within 1.0 % of 1"
-    assert figures.transitions.canvas(passages(8, lift=1.0)).in_words
+    assert figures.expert_load.canvas(even).in_words == "every value is 1 (within 1.0 %)"
+    assert figures.transitions.canvas(passages(8, lift=1.0)).in_words == "every value is 1"
     assert not figures.expert_load.canvas(load_frame([[1.0, 1.2, 0.8]])).in_words
     assert not figures.expert_load.canvas(load_frame([[1.0, 1.0, 0.0]])).in_words
     assert not figures.transitions.canvas(passages(8)).in_words
@@ -177,12 +177,12 @@ def test_a_map_of_one_colour_is_a_sentence() -> None:
 
 def test_variants_of_one_colour_are_named_and_left_out() -> None:
     flat, told = Canvas(), Canvas()
-    flat.in_words = "every value lies within 0.0 % of 1"
+    flat.in_words = "every value is 1"
     data = pl.DataFrame({"a": [1]})
     variants = [Variant("topk 1:1", flat), Variant("topk 8:1", told)]
     block = one_plot("expert_load", "n = 1 token.", "Load.", variants, data)
     assert [variant.name for variant in block.plots[0].variants] == ["topk 8:1"]
-    assert block.caption == "Not drawn: topk 1:1: every value lies within 0.0 % of 1. n = 1 token."
+    assert block.caption == "Not drawn: topk 1:1: every value is 1. n = 1 token."
     assert one_plot("expert_load", "n = 1 token.", "Load.", flat, data).plots == ()
 
 

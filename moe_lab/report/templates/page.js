@@ -113,8 +113,12 @@
     retheme(theme());
   });
   systemDark.addEventListener("change", () => retheme(theme()));
-  addEventListener("beforeprint", () => retheme("light"));
-  addEventListener("afterprint", () => retheme(theme()));
+  const PAPER = 680;  // CSS pixels between the margins of A4 and Letter: printing sends no resize event, and would cut wider figures
+  const unfolded = () => plots.filter((plot) => plot.clientWidth);
+  addEventListener("beforeprint", () => {
+    for (const plot of unfolded()) Plotly.relayout(plot, { template: themes.light, width: Math.min(plot.clientWidth, PAPER) });
+  });
+  addEventListener("afterprint", () => retheme(theme()).then(() => unfolded().forEach((plot) => Plotly.Plots.resize(plot))));
 
   // Coloured text ---------------------------------------------------------------------------------------------------------------
   function colouredText(root) {
