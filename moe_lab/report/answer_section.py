@@ -32,7 +32,6 @@ CARDS = {
     "frontier": ("Loss against ratio", "frontier"),
     "compare": ("Change over depth", "compare"),
     "load_shift": ("Change of the experts", "compare"),
-    "training_curves": ("Training", "training"),
     "load_interval": ("Evenness of the load", "load"),
     "expert_load": ("Expert load", "load"),
     "class_profile": ("By class of token", "compute"),
@@ -41,13 +40,13 @@ CARDS = {
 """Block -> title of its card, and the section that it jumps to."""
 CARDS_OF = {
     "sweep": ("frontier", "load_interval", "class_profile", "expert_load"),
-    "run": ("training_curves", "load_interval", "class_profile", "expert_load"),
+    "run": ("load_interval", "class_profile", "expert_load"),
     "trace": ("expert_load", "class_profile", "coactivation"),
     "traces": ("load_shift", "load_interval", "class_profile"),
 }
 LEADS = {
     "sweep": ("frontier", "training_curves"),
-    "run": ("training_curves", "frontier", "load_interval"),
+    "run": ("training_curves", "load_interval", "expert_load"),
     "trace": ("load_interval", "expert_load"),
     "traces": ("compare", "load_shift", "load_interval", "expert_load"),
 }

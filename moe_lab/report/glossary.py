@@ -77,6 +77,10 @@ class Marker:
         self._used |= seen
         return Markup("").join([*parts, escape(text[end:])])
 
+    def linked(self, text: str) -> str:
+        """``text`` as a link to its row where it is the name of a run, else as it is."""
+        return self._marked(shown, None) if (shown := on_page(text)) in self._rows else text
+
     def used(self) -> list[Term]:
         """The terms that were marked so far, in the order of the glossary."""
         return [term for term in self._terms if term in self._used]

@@ -137,8 +137,9 @@ def render(**values: Any) -> str:
         lstrip_blocks=True,
     )
     rows = values.pop("rows")
-    marked, linked = Marker(glossary(), rows), Marker((), rows)
-    environment.filters |= {"script_json": script_json, "marked": marked, "linked": linked}
+    marked = Marker(glossary(), rows)
+    filters = {"script_json": script_json, "marked": marked, "linked": marked.linked}
+    environment.filters |= filters
     variables = "".join(f"--{name}:{value};" for name, value in theme.css_variables().items())
     scripts = {name: _template_text(environment, f"{name}.js") for name in ("early", "page")} | {
         "plotly": get_plotlyjs()
@@ -182,7 +183,8 @@ def _shown(value: Any) -> Any:
 
 def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]:
     study = frames(judged_material, material)
-    evidence = None if isinstance(study, MoELabError) or material.about == "run" else study
+    of_runs = material.about == "sweep"
+    evidence = study if of_runs and not isinstance(study, MoELabError) else None
     of_tokens = tuple(named for named in material.traces if named.trace.meta.per_token)
     of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
     compute = compute_section(of_compute, frames)
@@ -195,11 +197,7 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
             "Loss and ratio",
             "Loss against the total:active ratio",
             (
-                *(
-                    ()
-                    if material.about == "run"
-                    else _drawn(("", frontier_block(material, frames)))
-                ),
+                *(_drawn(("", frontier_block(material, frames))) if of_runs else ()),
                 *(wall_blocks(evidence) if evidence else ()),
             ),
             folded=wall_folded(evidence) if evidence else (),
@@ -245,6 +243,7 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
         kept.sort(key=lambda section: section.anchor != "training")
     blocks = {block.name: block for section in kept for _, block in section.blocks}
     first = answer(material, study, blocks, frames)
+    shown = without(kept, first.lead)
     runs = [("runs", material.all_runs)] if material.runs else []
     parts = [text.data.select(pl.lit(text.label).alias("run"), pl.all()) for text in coloured]
     data = (
@@ -253,8 +252,8 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
         + ([("coloured_text", pl.concat(parts, how="diagonal"))] if coloured else [])
     )
     return {
-        "answer": first,
-        "sections": without(kept, first.lead),
+        "answer": first.leading_to(shown),
+        "sections": shown,
         "data": data,
         "rows": run_rows(material),
     }

@@ -87,6 +87,15 @@ class Answer:
     cards: tuple[Card, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
 
+    def leading_to(self, sections: Iterable[Section]) -> Answer:
+        """With cards that lead to ``sections``; one without a section leads to the first figure."""
+        known = {section.anchor for section in sections}
+        lead = f"figure-{self.lead.name}" if self.lead else "answer"
+        cards = (
+            card if card.anchor in known else replace(card, anchor=lead) for card in self.cards
+        )
+        return replace(self, cards=tuple(cards))
+
 
 def without(sections: Iterable[Section], lead: Block | None) -> tuple[Section, ...]:
     """The sections that hold anything, less the figure that stands on the first screen."""

@@ -65,3 +65,5 @@ def test_the_name_of_a_run_leads_to_its_row_before_any_term_in_it() -> None:
         '<a class="run" href="#run-b">load</a>'
     )
     assert not marked.used()
+    assert marked.linked("load") == '<a class="run" href="#run-b">load</a>'
+    assert marked.linked("load and more") == "load and more"

@@ -30,6 +30,7 @@ from moe_lab.errors import RunError, StorageError
 from moe_lab.plain_text import LONGEST_ON_PAGE, on_page
 from moe_lab.report import figures, write_report
 from moe_lab.report.figure_blocks import MAX_TABLE_ROWS
+from moe_lab.report.glossary import glossary
 from moe_lab.report.page import script_json
 from moe_lab.report.run_tables import MAX_FAILURES, failed_runs
 from moe_lab.report.sources import Material, RunRecord, RunState
@@ -96,6 +97,31 @@ def test_the_first_screen_is_question_answer_figure_and_three_cards(page: str) -
     ]
     assert all(f'<section id="{anchor}"' in page for _, _, anchor in cards)
     assert re.search(r"lowered the loss of topk by .* \(90 % interval .* to ", words(first))
+
+
+def test_every_link_within_the_page_leads_somewhere(
+    page: str, fixed_page: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", "topk", 2, 0, SMALL)
+    lone = make_run(tmp_path / "lone" / "run", "dense", 2, 0, None).parent
+    pages = [write_report(source, tmp_path / f"{source.name}.html") for source in (run, lone)]
+    texts = [page, *(path.read_text(encoding="utf-8") for path in (fixed_page, *pages))]
+    for text in map(without_scripts, texts):
+        ids = re.findall(r' id="([^"]*)"', text)
+        assert len(ids) == len(set(ids))
+        assert set(re.findall(r'href="#([^"]*)"', text)) <= set(ids)
+
+
+def test_names_in_the_prose_of_a_page_are_in_the_glossary(page: str, fixed_page: Path) -> None:
+    """A name with an underscore is no English: its definition has to be at hand."""
+    known = {spelling for term in glossary() for spelling in term.spellings}
+    for text in (page, fixed_page.read_text(encoding="utf-8")):
+        prose = without_scripts(text).partition("<main")[2].partition('<section id="made"')[0]
+        for part in ("code", "pre", "table", "option", "style", "a"):
+            prose = re.sub(rf"<{part}\b.*?</{part}>", " ", prose, flags=re.S)
+        prose = re.sub(r'<div class="documents".*?</aside>', " ", prose, flags=re.S)
+        names = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", words(prose)))
+        assert names <= known
 
 
 def test_reasons_and_tables_are_folded(page: str) -> None:
