@@ -193,7 +193,8 @@ def _trace_facts(
         "Layers": f"{len(meta.layers)} with experts ({_span(pl.Series(named.layers))})",
         "Experts": experts + ("" if zero == "0" else f", {zero} zero-computation experts"),
         "k": k,
-        "Text": ", ".join(filter(None, (meta.created_from, meta.phase))),
+        "Text": f"{meta.phase}, corpus {meta.corpus_hash}" if meta.corpus_hash else meta.phase,
+        "Made by": meta.created_from,
         "Tokens": whole(named.trace.num_tokens),
     }
     if meta.per_token:
