@@ -15,6 +15,8 @@ MAX_SLOTS = 20_000_000
 DEVICES = (8, 4, 2)
 """The first that divides the experts is placed on."""
 RESAMPLES = 200
+UNKNOWN_BYTES = 1000.0
+"""Of an expert whose size nobody says: a hundredth of a few experts is still some bytes."""
 POLICIES = ("lru", "static", "clairvoyant")
 WINDOWS = (1, 2, 4, 8, 16)
 
@@ -46,10 +48,12 @@ def _cache_block(named: NamedTrace, frames: Frames) -> Block:
     layers = named.trace.meta.layers
     known = all(layer.expert_bytes for layer in layers)
     data = frames(
-        expert_cache, named.trace, None, POLICIES, expert_bytes=None if known else 1.0,
+        expert_cache, named.trace, None, POLICIES, expert_bytes=None if known else UNKNOWN_BYTES,
         resamples=RESAMPLES,
     )  # fmt: skip
-    total = sum(layer.num_experts * (layer.expert_bytes if known else 1) for layer in layers)
+    total = sum(
+        layer.num_experts * (layer.expert_bytes if known else UNKNOWN_BYTES) for layer in layers
+    )
     phase = "decode" if data.filter(phase="decode")["requests"].sum() else "all"
     rows = data.filter(phase=phase).with_columns(share=pl.col("budget") / total)
     caption = (
@@ -58,7 +62,7 @@ def _cache_block(named: NamedTrace, frames: Frames) -> Block:
         "all layers together, is empty at the start and goes on from one document to the next. "
         "static: a list chosen on other documents. clairvoyant knows the future. Bars are 95 % "
         f"intervals from resampling documents {RESAMPLES} times."
-        + ("" if known else " Every expert is taken to have one size (1 byte in the table).")
+        + ("" if known else " Every expert is taken to have one size (1,000 bytes in the table).")
     )
     variant = Variant("hit rate", figures.expert_cache.canvas(rows))
     table = table_of(rows.select("policy", "share", "hit_rate", "bytes_per_token", "note"))
