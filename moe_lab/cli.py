@@ -45,6 +45,10 @@ COMMANDS = {
         "moe_lab.commands.decode",
         "how many experts a batch or a window touches, and when speculation pays",
     ),
+    "compare": (
+        "moe_lab.commands.compare",
+        "do two traces of one text hold the same routing, and if not, why",
+    ),
     "report": ("moe_lab.commands.report", "one offline HTML page from a sweep or from runs"),
     "count": (
         "moe_lab.commands.count",

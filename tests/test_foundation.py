@@ -170,7 +170,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["moe_lab.trace", "moe_lab.analysis", "moe_lab.analysis.difficulty"]
+    "package",
+    ["moe_lab.trace", "moe_lab.analysis", "moe_lab.analysis.difficulty", "moe_lab.worth"],
 )
 def test_names_imported_on_first_use_are_those_of_the_package(package: str) -> None:
     code = f"""

@@ -1,0 +1,38 @@
+"""``moe-lab compare A B``: do two traces of one text hold the same routing, and if not, why."""
+
+import argparse
+from pathlib import Path
+
+from moe_lab.commands.options import add_json, add_seed, examples, print_frame, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = examples(
+        "moe-lab compare traces/transformers traces/vllm",
+        "moe-lab compare traces/bf16 traces/float32 --as-given --json",
+    )
+    parser.add_argument("first", type=Path, help="a trace")
+    parser.add_argument("second", type=Path, help="a trace of the same text")
+    parser.add_argument(
+        "--as-given",
+        action="store_true",
+        help="do not undo shifted positions and layers, and experts with other ids",
+    )
+    add_seed(parser)
+    add_json(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    from moe_lab.trace import open_trace
+    from moe_lab.worth.agreement import find_conventions, routing_agreement
+
+    first, second = open_trace(args.first), open_trace(args.second)
+    found = find_conventions(first, second)
+    undone = None if args.as_given else found
+    frame = routing_agreement(first, second, undone, seed=args.seed)
+    if args.json:
+        print_json({"sentence": str(found), "agreement": frame.to_dicts()})
+        return 0
+    print_frame(frame)
+    print(found)
+    return 0
