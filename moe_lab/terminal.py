@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 GAPS = "  ", " "
 """Between columns: the narrow one where the table fits only so."""
-LAST = 40
+LAST = 28
 """Characters that a wrapped last column has at least."""
 _NUMERIC = re.compile(r"[-+\u2212x(]?\.?\d|[-\u2013]?$")
 Cell = object

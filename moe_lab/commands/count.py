@@ -238,7 +238,7 @@ def _as_csv(columns: Sequence[Model], measured: ActiveDistribution | None) -> st
 # --------------------------------------------------------------------------------------------------
 # text
 
-Row = tuple[str, list[float | None]]
+Row = tuple[str, Sequence[float | None]]
 Sections = list[tuple[str, list[Row]]]
 
 
