@@ -42,13 +42,14 @@ def test_the_map_of_devices_has_a_row_for_each_layer_and_is_blank_where_nothing_
     load = np.array([[3.0, 1, 1, 1], [0, 0, 0, 0]])
     frame = loads_of(place(load, 2, method="contiguous"), load)
     (heatmap,) = figures.placement_load(frame).to_plotly_json()["data"]
-    raw = heatmap["z"]
+    raw = heatmap["customdata"]
     table = np.frombuffer(base64.b64decode(raw["bdata"]), raw["dtype"]).reshape(2, 2)
     assert table[0] == pytest.approx([4 / 3, 2 / 3])
     assert np.isnan(table[1]).all()
     assert list(heatmap["y"]) == ["0", "1"]
-    assert list(heatmap["x"]) == [0, 1]
-    assert heatmap["zmid"] == 1
+    assert list(heatmap["x"]) == ["0", "1"]
+    shade = np.frombuffer(base64.b64decode(heatmap["z"]["bdata"]), heatmap["z"]["dtype"])
+    assert shade[:2] == pytest.approx(np.log2([4 / 3, 2 / 3]))
 
 
 def test_touched_experts_stand_beside_both_formulas():
