@@ -24,6 +24,8 @@ MAX_BYTES = 2**27
 """Of one JSON document: its values take up to ten times as much memory."""
 MAX_DIGITS = 40
 """Of one whole number in a document."""
+_TOO_LONG = b"0" * (MAX_DIGITS + 1)
+_DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
 
 
 def parse_json(data: bytes, where: str, unique_keys: bool = True) -> Any:
@@ -42,8 +44,11 @@ def parse_json(data: bytes, where: str, unique_keys: bool = True) -> Any:
     )
     require(data.strip(), f"JSON in {where}", "nothing: it is empty", "the file written again")
     hook = _object if unique_keys else None
+    # Numbers are looked at one by one, which takes longer than all else, only where one may be
+    # too long.
+    look = _whole if _TOO_LONG in data.translate(_DIGITS_AS_ZERO) else None
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=hook)
+        return json.loads(data.decode("utf-8-sig"), parse_int=look, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         got = f"an error in line {error.lineno}: {error.msg}"
         raise ConfigError(expected(f"JSON in {where}", got)) from None

@@ -36,6 +36,8 @@ TEXT_PARTS = (
 An empty one means that the sizes stand beside it.
 """
 
+MOST_NESTED = 16
+
 _NAMES = record(
     model_type=optional(text(200)),
     architectures=one_of(text(200), optional(list_of(text(200), 100))),
@@ -165,11 +167,11 @@ def _expand(value: Any) -> Any:
     return [item for item, count in runs for _ in range(count)]
 
 
-def language_model(values: Mapping[str, Any]) -> dict[str, Any]:
+def language_model(values: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     """The text part of a multimodal configuration, which ties its embeddings as the whole model
-    says.
+    says; parts within parts are followed to ``MOST_NESTED``.
     """
-    for name in TEXT_PARTS:
+    for name in TEXT_PARTS if depth < MOST_NESTED else ():
         inner = values.get(name)
         if callable(getattr(inner, "to_dict", None)):
             inner = inner.to_dict()  # type: ignore[union-attr]
@@ -181,7 +183,7 @@ def language_model(values: Mapping[str, Any]) -> dict[str, Any]:
             outer = {"tie_word_embeddings": values["tie_word_embeddings"]} if decides else {}
             if "model_type" not in inner and "model_type" in values:
                 outer["model_type"] = values["model_type"]
-            return language_model({**inner, **outer})
+            return language_model({**inner, **outer}, depth + 1)
     return {key: _expand(value) for key, value in values.items()}
 
 

@@ -341,3 +341,33 @@ def test_an_edit_that_changes_nothing_is_refused() -> None:
         "expected a field that the count of mixtral reads, got rope_theta"
     )
     assert "num_experts" in message(MIXTRAL, {"num_expert": 8})
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda inner: {"model_type": "x", "llm_config": {"text_config": inner}},
+        lambda inner: {"model_type": "x", "text_config": {"llm_config": inner}},
+        lambda inner: {"thinker_config": {"text_config": inner, "audio_config": {}}},
+        lambda inner: {**inner, "text_config": None},
+        lambda inner: {**inner, "text_config": {}},
+        lambda inner: {**inner, "quantization_config": {"quant_method": "fp8"}},
+        lambda inner: {**inner, "quantization_config": "fp8"},
+    ],
+)
+def test_parts_in_parts_and_fields_of_no_weight_change_nothing(nest) -> None:
+    assert count(nest(MIXTRAL)).total == count(MIXTRAL).total
+
+
+def test_parts_without_end_are_refused() -> None:
+    nested = dict(MIXTRAL)
+    for _ in range(5000):
+        nested = {"text_config": nested}
+    with pytest.raises(ConfigError, match="model_type"):
+        count(nested)
+
+
+@pytest.mark.parametrize("value", ["8", [8, 8], {"value": 8}, 8.5, True, -8, 10**30, float("nan")])
+def test_numbers_of_another_kind_are_refused_by_name(value) -> None:
+    with pytest.raises(ConfigError, match="num_experts"):
+        count({**MIXTRAL, "num_local_experts": value})
