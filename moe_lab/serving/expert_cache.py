@@ -167,7 +167,8 @@ SCHEMA: dict[str, Any] = {
 
 
 def _budgets(budgets: Sequence[float] | None, total: int) -> list[int]:
-    chosen = [share * total for share in SHARES] if budgets is None else list(budgets)
+    shares = [share * total for share in SHARES if share * total >= 1]  # few experts of one byte
+    chosen = shares if budgets is None else list(budgets)
     require(
         bool(chosen) and all(1 <= size < 2**62 for size in chosen),  # not where one is NaN
         "budgets of at least 1 byte",
