@@ -122,7 +122,7 @@ def test_the_one_frontier_has_one_kind_of_bars_for_every_arm(sweep: Path) -> Non
     assert bars["topk"].marker.symbol == ("circle",) * 9 + ("circle-open",)
     assert [trace.name for trace in figure.data[:2]] == ["90 % band", "fitted"]
     assert "without ratio 512" in block.caption
-    assert "wall_frontier" not in {block.name for block in blocks(study)}
+    assert "wall_frontier" not in {block.name for block in blocks(judged(sweep))}
 
 
 @pytest.mark.parametrize(
