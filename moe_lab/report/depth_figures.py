@@ -215,7 +215,8 @@ def _depth(
     need(frame, x, value, *filter(None, (lo, hi)))
     figure = Canvas()
     parts = list(frame.group_by(group or pl.lit("measured"), maintain_order=True))[:MAX_SERIES]
-    step = (frame[x].unique().sort().diff().min() or 1) * ASIDE if lo and len(parts) > 1 else 0
+    apart = float(frame[x].unique().sort().diff().min() or 1)  # type: ignore[arg-type]
+    step = ASIDE * apart if lo and len(parts) > 1 else 0
     for index, ((name,), part) in enumerate(parts):
         colour = SERIES[index % len(SERIES)]
         figure.add_scatter(

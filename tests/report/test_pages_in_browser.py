@@ -32,7 +32,10 @@ LOOKS = [
 """Width in pixels and theme, in an order in which each differs from the last by little."""
 
 
-@pytest.mark.parametrize("kind", ["failures", *PAGES])
+SLOW = pytest.param("demo", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["failures", SLOW, *(kind for kind in PAGES if kind != "demo")])
 def test_a_page_can_be_read_at_every_width_in_both_themes_and_in_print(
     driver: Chrome, page_of: Callable[[str], Path], kind: str
 ) -> None:
