@@ -45,6 +45,9 @@ class ExpertBank(nn.Module):
     Dispatch backends read the tensors.
     """
 
+    gate_up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
     def __init__(
         self,
         num_experts: int,
@@ -70,7 +73,9 @@ class ExpertBank(nn.Module):
 
     @property
     def biases(self) -> Biases | None:
-        return None if self.down_bias is None else Biases(self.gate_up_bias, self.down_bias)
+        if self.gate_up_bias is None or self.down_bias is None:
+            return None
+        return Biases(self.gate_up_bias, self.down_bias)
 
     @property
     def num_experts(self) -> int:

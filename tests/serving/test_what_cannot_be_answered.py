@@ -120,7 +120,7 @@ def test_a_trace_without_tokens_is_one_line(write_trace, question):
         ("slots", partial(placement_transfer, devices=2, slots=2)),
         ("nodes", partial(placement_transfer, devices=4, nodes=3)),
         ("groups", partial(placement_transfer, devices=4, groups=3)),
-        ("", partial(distinct_experts, window=[2.5])),
+        ("", partial(distinct_experts, window=[2.5])),  # type: ignore
         ("", partial(distinct_experts, batch=[0])),
     ],
 )
