@@ -59,7 +59,8 @@ class Shape:
     budget); ``total_tokens`` those of arm total at ``total_experts`` / k. ``fewer_seeds`` maps a
     ratio to its number of seeds where that is below ``seeds``: the last doublings decide, so the
     runs belong there. ``num_heads`` of None takes heads of 32
-    channels. With ``short_control`` arm hash is trained for ``short_tokens``.
+    channels. With ``short_control`` arm hash is trained for ``short_tokens``. ``further_rates``:
+    (ratio, factor of ``lr``) beside the factors root one half and root two.
     """
 
     ratios: tuple[int, ...]
@@ -83,6 +84,7 @@ class Shape:
     corpus: str = STDLIB
     fewer_seeds: Mapping[int, int] = field(default_factory=dict)
     short_control: bool = False
+    further_rates: tuple[tuple[int, float], ...] = ()
     top_k: int = 2
     num_heads: int | None = None
     eval_tokens: int = 60_000
@@ -130,6 +132,7 @@ SHAPES = {
         ratios=(1, 2, 4, 8, 16, 32),
         hash_ratios=(8, 32),
         lr_ratios=(1, 32),
+        further_rates=((1, 2.0), (1, 2.83)),
         short_tokens=8_192_000,
         short_control=True,
         seeds=3,
@@ -339,18 +342,18 @@ def instead(experts: RunConfig, smaller: DecoderConfig, alternative: Alternative
 
 
 def _rates(shape: Shape, seed: int, device: str) -> Iterator[RunConfig]:
-    for ratio in shape.lr_ratios:
-        for factor in (math.sqrt(0.5), math.sqrt(2)):
-            run = _run(shape, "lr", ratio, _topk(shape, ratio), seed, device)
+    factors = [(ratio, math.sqrt(0.5)) for ratio in shape.lr_ratios]
+    factors += [(ratio, math.sqrt(2)) for ratio in shape.lr_ratios]
+    for ratio, factor in sorted(factors) + list(shape.further_rates):
+        run = _run(shape, "lr", ratio, _topk(shape, ratio), seed, device)
+        run = run.replace(
+            name=f"{run.name}-x{factor:.2f}", optimizer=OptimizerConfig(lr=shape.lr * factor)
+        )
+        if shape.short_tokens is not None:
             run = run.replace(
-                name=f"{run.name}-x{factor:.2f}", optimizer=OptimizerConfig(lr=shape.lr * factor)
+                budgets=(shape.short_tokens, shape.train_tokens), train_tokens=shape.short_tokens
             )
-            if shape.short_tokens is not None:
-                run = run.replace(
-                    budgets=(shape.short_tokens, shape.train_tokens),
-                    train_tokens=shape.short_tokens,
-                )
-            yield run
+        yield run
 
 
 ARMS: dict[str, Callable[[Shape, int, str], Iterator[RunConfig]]] = {
