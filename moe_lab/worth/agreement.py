@@ -106,15 +106,15 @@ def find_conventions(first: Trace, second: Trace) -> Conventions:
     Raises:
         AnalysisError: no token in both.
     """
-    sides = [
+    ours, theirs = (
         {layer.layer: _Rows(trace, layer) for layer in trace.meta.layers}
         for trace in (first, second)
-    ]
+    )
     tried = [
         (positions, layers, matched)
         for positions in POSITIONS
         for layers in LAYERS
-        if (matched := _match(*sides, positions, layers))
+        if (matched := _match(ours, theirs, positions, layers))
     ]
     require(
         tried, "two traces of the same documents", "no token in both", error=AnalysisError,
@@ -271,7 +271,7 @@ def _layers(
         equal_T = equal_TK.sum(axis=1)
         same_T = (equal_T == used_T) & (used_T == (other_TK >= 0).sum(axis=1))
         _, doc = np.unique(rows.rows["doc"][a], return_inverse=True)
-        above, below = (np.bincount(doc, values) for values in (equal_T, used_T))
+        above, below = (np.bincount(doc, values).astype(float) for values in (equal_T, used_T))
 
         def share(weights: Floats, above: Floats = above, below: Floats = below) -> Floats:
             return ((weights @ above) / np.maximum(weights @ below, 1))[:, None]

@@ -76,7 +76,7 @@ def test_planted_shifts_are_recovered_exactly(tmp_path, positions, layers, offse
         assert (name in str(found)) == bool(part)
     undone = routing_agreement(first, second, found)
     assert undone["slots"].to_list() == undone["same_set"].to_list() == [1] * 5
-    assert routing_agreement(first, second)["slots"].max() < 0.9
+    assert max(routing_agreement(first, second)["slots"].to_list()) < 0.9
 
 
 def test_a_planted_permutation_of_experts_is_recovered_exactly(tmp_path):
