@@ -5,7 +5,8 @@
 pip resolves everything that ``pyproject.toml`` names (extras, groups, build requirements) under
 the constraints and says which files it would take on this machine; a line ``name==version`` for
 each package that ``constraints.txt`` lacks yet is added there. The hashes are those of the files
-for this Python and processor. torch is left out: which of its builds fits depends on the machine.
+for this Python and processor. torch, and Triton with it, is left out: which of its builds fits
+depends on the machine.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS, LOCK = ROOT / "constraints.txt", ROOT / "requirements.lock"
-APART = {"moe-lab", "torch"}
+APART = {"moe-lab", "torch", "triton"}  # triton is the one that torch brings
 BESIDE = ("pip", "editables", "duckdb")
 """What setup, an editable install and a benchmark need and ``pyproject.toml`` does not name."""
 HEAD = """\

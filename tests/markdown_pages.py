@@ -5,6 +5,7 @@ fence says why it is not run, ``<!-- not run: needs SLURM -->``. What a snippet 
 need not see is a comment of its own, ``<!-- hidden python`` or ``<!-- hidden sh`` and its lines.
 """
 
+import gc
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.cli import main
+from moe_lab.registry import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHOWN = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
@@ -75,7 +77,17 @@ def words_of(command: str) -> list[str]:
 
 
 def run_page(page: Path) -> None:
-    """Run what a page says to run, in the current folder."""
+    """Run what a page says to run, in the current folder; what it registers is taken out again."""
+    registries = [item for item in gc.get_objects() if isinstance(item, Registry)]
+    before = [(dict(item._values), dict(item._origins)) for item in registries]
+    try:
+        _run_snippets(page)
+    finally:
+        for item, (values, origins) in zip(registries, before, strict=True):
+            item._values, item._origins = values, origins
+
+
+def _run_snippets(page: Path) -> None:
     names: dict[str, Any] = {"__name__": "page"}
     for snippet in snippets(page):
         if not snippet.is_run:

@@ -135,7 +135,10 @@ def test_what_earlier_calls_finished_does_not_count(tmp_path: Path) -> None:
     assert spend(tmp_path, FLOPS["middle"] + FLOPS["short"]).complete
 
 
-def test_a_resumed_run_counts_with_what_it_has_left(tmp_path: Path) -> None:
+def test_a_resumed_run_counts_with_what_it_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUB_FILE", str(tmp_path / "missing"))
     broken = LENGTHS["long"].replace(trouble="needs file")
     assert spend(tmp_path, 1e12, broken).failed
     (tmp_path / broken.hash() / "error.txt").unlink()

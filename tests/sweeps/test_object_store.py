@@ -105,9 +105,11 @@ def test_another_call_trains_nothing_again_and_adds_new_runs(root: Path):
     assert len(plan["runs"]) == 4
 
 
-def test_a_run_goes_on_where_a_worker_of_another_machine_left_it(root: Path, tmp_path: Path):
+def test_a_run_goes_on_where_a_worker_of_another_machine_left_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     broken = StubRun(name="broken", trouble="needs file")
-    os.environ["STUB_FILE"] = str(tmp_path / "wanted")
+    monkeypatch.setenv("STUB_FILE", str(tmp_path / "wanted"))
     assert go("bucket://b/sweep", broken).failed[0].reason == "the file is missing"
     row = status("bucket://b/sweep").row(0, named=True)
     assert (row["state"], row["error"], row["step"]) == ("failed", "the file is missing", 10)

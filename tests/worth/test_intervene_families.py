@@ -128,9 +128,10 @@ def test_each_edit_is_what_the_parameters_would_make_of_it(name: str, tmp_path: 
     doubled = with_copied_expert(family)
     before = family.run(doubled)
     after = family.edited(Exchange(layer, used, other), model=doubled)
-    # Experts run in the order of their ids: a sum of two has one order, one of three has several.
+    # Experts run in the order of their ids: a sum of two has one order, one of three has several,
+    # and openai_privacy_filter adds them up in float32.
     exact = (family.site.top_k or 0) <= 2
-    torch.testing.assert_close(after, before, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-9)
+    torch.testing.assert_close(after, before, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
     assert not torch.equal(family.edited(Exchange(layer, used, other)), family.untouched)
     if name in NO_TOP_K_CALL:
         with pytest.raises(TraceError, match=type(family.site.module).__name__):

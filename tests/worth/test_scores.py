@@ -5,8 +5,8 @@ import polars as pl
 import pytest
 import torch
 from refusals import refused
+from test_expert_worth import texts
 from test_interventions import decoder, moe_layers
-from test_measures import texts
 
 from moe_lab.errors import AnalysisError
 from moe_lab.worth import SCORES, expert_losses, expert_scores, score_agreement
