@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -45,6 +45,7 @@ ORDERS = {
     "bound": Order.BOUND,
 }
 FOLDS = 5
+T = TypeVar("T")
 WORKERS = 2
 MAX_HELD = 2**26
 
@@ -178,6 +179,15 @@ def _budgets(budgets: Sequence[float] | None, total: int) -> list[int]:
     return sorted({int(size) for size in chosen})
 
 
+def _ahead(blocks: Iterator[T]) -> Iterator[T]:
+    """``blocks``, each made in a second thread while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = pool.submit(next, blocks, None)
+            yield block
+
+
 class _Replay:
     """The sets of a trace as requests, and the sums of what happened to them, by unit and phase."""
 
@@ -213,7 +223,7 @@ class _Replay:
         """What is asked for, by unit and phase."""
         held: list[Requests] = []
         requests = 0
-        for block in self._read():
+        for block in _ahead(self._read()):
             requests += len(block.items)
             if requests <= MAX_HELD:
                 held.append(block)
@@ -269,8 +279,8 @@ class _Replay:
         limits = np.outer(share_L if alone else np.ones_like(share_L), budgets).astype(np.int64)
         hits = np.zeros((2 * self.docs.units, len(budgets)), np.int64)
         found = np.zeros_like(hits)
-        for block in self.blocks():
-            distance = stack.feed(block.starts, block.items)
+        met = ((block, stack.feed(block.starts, block.items)) for block in self.blocks())
+        for block, distance in _ahead(met):
             cell = (block.unit * 2 + block.decode).astype(np.int32)
             tally(block.starts, distance, cell, block.place, limits, self.layer_bytes, hits, found)
         sums = [np.cumsum(table, axis=1).reshape(-1, 2, len(budgets)) for table in (hits, found)]
