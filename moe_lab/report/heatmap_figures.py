@@ -24,12 +24,16 @@ of the end.
 """
 EVEN = 0.03
 """A map whose values all lie this near to 1 is of one colour: a sentence says so in its place."""
-MAX_TICKS = 12
-"""Labelled experts of an axis: more overlap on a narrow page."""
+TICK_CHARACTERS = 24
+"""Most characters in the labels of an axis of experts: plotly turns more of them on a narrow page,
+and they reach the axis title.
+"""
 MAX_LAYER_TICKS = 24
 ABOVE, BELOW, TITLE = 66, 50, 20
 """Pixels above a map (title and colour bar) and below it (axis title), and of the title of its bar.
 """
+BAR = 240
+"""Length of the colour bar in pixels: all of it is seen on a page of 360."""
 
 
 @drawn
@@ -153,8 +157,9 @@ def _pair_map(
 
 def _expert_ticks(names: list[str]) -> dict[str, Any]:
     """Every cell of a short axis, else evenly spaced ones; of a bin its first expert."""
-    shown = names[:: -(-len(names) // MAX_TICKS)]
-    return {"tickvals": shown, "ticktext": [name.partition(" ")[0] for name in shown]}
+    labels = [name.partition(" ")[0] for name in names]
+    step = -(-len(names) // (TICK_CHARACTERS // max(map(len, labels))))
+    return {"tickvals": names[::step], "ticktext": labels[::step]}
 
 
 def _names(order: NDArray, edges: list[int]) -> list[str]:
@@ -258,7 +263,7 @@ def map_layout(figure: Canvas, ratio: NDArray, reach: int, title: str, height: i
         "ticktext": [f"{2**tick}\u00d7" if tick >= 0 else f"1/{2**-tick}" for tick in ticks],
         **{"orientation": "h", "x": 0, "xanchor": "left", "xpad": 0, "ypad": 0},
         **{"yref": "container", "y": 1 - TITLE / whole, "yanchor": "top"},
-        **{"len": 280, "lenmode": "pixels"},
+        **{"len": BAR, "lenmode": "pixels"},
     }
     # A title of the bar itself would stand on the bar in low maps.
     place = {"xref": "paper", "x": 0, "xanchor": "left", "yref": "paper", "y": 1}

@@ -25,6 +25,7 @@ function faults() {
     }
     texts.forEach((text, place) => texts.slice(place + 1).filter((other) => over(box(text), box(other)))
       .forEach((other) => say(`${where}: ${name(text)} on ${name(other)}`)));
+    for (const bar of plot.querySelectorAll(".cbfills")) if (box(bar).right > frame.right + 1) say(`${where}: clipped: colour bar`);
     const areas = [...plot.querySelectorAll(".nsewdrag")].map(box);
     const outside = plot.querySelectorAll(".xtitle, .ytitle, .xtick text, .ytick text, .legend text, .colorbar text");
     for (const text of outside) {
