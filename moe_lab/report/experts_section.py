@@ -198,7 +198,8 @@ def _coactivation_block(named: NamedTrace, frames: Frames) -> Block | None:
     caption = (
         f"{_tokens(named)}: all pairs of experts of a "
         "token, counted once, ÷ the count in proportion to the product of the two loads (1 where "
-        f"experts keep to their loads). Experts are in the order of a clustering{_binned(named)}. "
+        "experts keep to their loads). Experts are in the order of a clustering"
+        f"{_cells(named, data)}. "
         f"Layers shown: {listing([str(layer) for layer in layers])}. Every token counted, so "
         "without interval; the table lists the largest lifts among pairs of which at least 5 "
         "were expected."
@@ -227,7 +228,7 @@ def _transitions_block(named: NamedTrace, frames: Frames) -> Block | None:
     caption = (
         f"{_tokens(named)}: every expert of one traced "
         "layer with every expert of the next (k x k pairs a token) ÷ the product of their "
-        f"shares. Columns stand beside the rows that lead to them most{_binned(named)}. Every "
+        f"shares. Columns stand beside the rows that lead to them most{_cells(named, data)}. Every "
         "token counted, so without interval."
     )
     return one_plot("transitions", caption, summary, variants, data, table_of(top))
@@ -341,6 +342,9 @@ def _tokens(named: NamedTrace) -> str:
     return f"n = {whole(named.trace.num_tokens)} tokens of {named.label}"
 
 
-def _binned(named: NamedTrace) -> str:
-    words = f"; more than {BINS} are binned, neighbours sharing a cell"
-    return words if named.width > BINS else ""
+def _cells(named: NamedTrace, pairs: pl.DataFrame) -> str:
+    """What the cells of a map of pairs need told: bins, and experts without a token."""
+    binned = f"; more than {BINS} are binned, neighbours sharing a cell"
+    blank = ". Blank rows and columns: experts that no token ran"
+    idle = (pairs["expected"] == 0).any()
+    return (binned if named.width > BINS else "") + (blank if idle else "")

@@ -365,6 +365,17 @@ def test_a_bare_trace_makes_a_page_without_a_verdict(fixed_page: Path) -> None:
     assert re.search(r"Loss \d\.\d{3} nats per token", text)
 
 
+def test_blank_rows_of_a_map_of_pairs_are_explained_where_there_are_any(
+    fixed_page: Path, tmp_path: Path
+) -> None:
+    busy = make_trace(tmp_path / "busy", Shape(layers=2, experts=4, documents=2, tokens=120))
+    pages = {2: fixed_page, 0: write_report(busy, tmp_path / "busy.html")}
+    for maps, page in pages.items():
+        text = words(page.read_text(encoding="utf-8"))
+        assert "in proportion to the product of the two loads" in text
+        assert text.count("Blank rows and columns: experts that no token ran.") == maps
+
+
 def test_runs_without_any_trace_make_a_page(tmp_path: Path) -> None:
     make_run(tmp_path / "dense", "dense", 1, 0, None)
     text = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
