@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_lab.cli import main
 from moe_lab.registry import Registry
+from moe_lab.routing.router import FACTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHOWN = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
@@ -78,13 +79,20 @@ def words_of(command: str) -> list[str]:
 
 def run_page(page: Path) -> None:
     """Run what a page says to run, in the current folder; what it registers is taken out again."""
-    registries = [item for item in gc.get_objects() if isinstance(item, Registry)]
-    before = [(dict(item._values), dict(item._origins)) for item in registries]
+    before = {id(item): set(item._values) for item in _registries()}
+    kinds = set(FACTS)
     try:
         _run_snippets(page)
     finally:
-        for item, (values, origins) in zip(registries, before, strict=True):
-            item._values, item._origins = values, origins
+        for item in _registries():  # the package's own names stay: their modules add them once
+            for name in set(item._values) - before.get(id(item), set()) - set(item._modules):
+                del item._values[name], item._origins[name]
+        for kind in set(FACTS) - kinds:
+            del FACTS[kind]
+
+
+def _registries() -> list[Registry]:
+    return [item for item in gc.get_objects() if isinstance(item, Registry)]
 
 
 def _run_snippets(page: Path) -> None:
