@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -138,7 +139,8 @@ def test_a_power_of_zeros_and_ones_is_a_sentence(settled, words) -> None:
     rows = {"truth": ["a", "a", "b", "b"], "seeds": [2, 3, 2, 3], "settled": settled}
     others = dict.fromkeys(("wall", "below_margin", "no_wall", "cannot_tell"), 0.0)
     power = pl.DataFrame(rows | others | {"tokens": 1e9, "draws": 200})
-    block = wall._power(SimpleNamespace(noise=(0.002, True), power=power))
+    study: Any = SimpleNamespace(noise=(0.002, True), power=power)
+    block = wall._power(study)
     assert (block.plots == ()) == (words is not None)
     assert words is None or words in block.caption
 
