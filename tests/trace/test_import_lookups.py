@@ -130,3 +130,13 @@ def test_the_published_traces_keep_every_row(data_dir, tmp_path):
         3593216,
         4336640,
     ]
+
+
+@pytest.mark.parametrize("place", [12, 40, -30])
+def test_a_damaged_gzip_file_is_refused_in_one_line(route_csv, tmp_path, place) -> None:
+    path = route_csv(ROWS, gz=True)
+    content = bytearray(path.read_bytes())
+    content[place : place + 8] = bytes(8)
+    path.write_bytes(content)
+    with pytest.raises(TraceError, check=lambda error: "\n" not in str(error)):
+        import_trace("route-trace", path, tmp_path / "t")

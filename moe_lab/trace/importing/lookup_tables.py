@@ -7,6 +7,7 @@ Shape letters: T tokens, L layers, K slots.
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -153,7 +154,7 @@ def _opened(src: Path) -> tuple[str, list[str], Iterator[bytes]]:
 def _line(file: IO[bytes], where: str) -> str:
     try:
         return file.readline(MAX_LINE).decode("utf-8").rstrip("\r\n")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise TraceError(expected(f"a table of text in {where}", type(error).__name__)) from None
 
 
@@ -163,7 +164,7 @@ def _blocks_of(file: IO[bytes], begun: bytes, size: int, where: str) -> Iterator
         while True:
             try:
                 data = file.read(BLOCK_BYTES)
-            except (EOFError, OSError) as error:
+            except (EOFError, OSError, zlib.error) as error:
                 raise TraceError(expected(f"a whole file {where}", str(error)[:80])) from None
             total += len(data)
             check_expansion(where, total, size)
