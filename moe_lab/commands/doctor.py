@@ -15,6 +15,8 @@ EXTRAS = {
     "hf": ("transformers",),
     "ray": ("ray",),
     "slurm": ("submitit",),
+    "store": ("fsspec",),
+    "gpu": ("liger-kernel",),
     "figures": ("kaleido",),
     "lexers": ("pygments",),
     "track": ("tensorboard", "wandb", "trackio"),
