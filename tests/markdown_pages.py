@@ -92,7 +92,7 @@ def run_page(page: Path) -> None:
 
 
 def _registries() -> list[Registry]:
-    return [item for item in gc.get_objects() if isinstance(item, Registry)]
+    return [item for item in gc.get_objects() if issubclass(type(item), Registry)]
 
 
 def _run_snippets(page: Path) -> None:
