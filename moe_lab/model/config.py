@@ -32,7 +32,7 @@ from moe_lab.routing.hash_twin import hash_twin
 
 
 class Unstated(int):
-    """The default of a width that whoever holds the configuration may replace by its own."""
+    """The default of a width, which a decoder replaces by its own."""
 
 
 @dataclass(frozen=True)

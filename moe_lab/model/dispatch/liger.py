@@ -4,7 +4,8 @@ activation in one kernel, down in a second, and the sum over a token's slots in 
 ``LigerFusedMoEFunction`` takes the layout of ``ExpertBank`` and a real expert in every slot. Where
 a router gives zero-compute, dropped or unused slots, or weights the experts' input, the slots that
 run a real expert go in as tokens of one slot each, sorted by expert, and are added up by token
-afterwards. Each call waits once or twice for the device: the kernels need the number of tiles.
+afterwards. Each call waits two or three times for the device: whether every slot runs, how many
+do, and how many tiles the kernels need.
 """
 
 import os
