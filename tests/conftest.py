@@ -1,6 +1,7 @@
 """What every test shares: one thread, no network, no deadlines, the place of published data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,7 @@ os.environ.setdefault("POLARS_MAX_THREADS", "2")
 
 import pytest
 from hypothesis import settings
+from registries import registries_as_before
 
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("moe_lab", deadline=None)
@@ -22,6 +24,13 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_registries() -> Iterator[None]:
+    """What a file's tests register, plugins included, is no part of the next file's tests."""
+    with registries_as_before():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ fence says why it is not run, ``<!-- not run: needs SLURM -->``. What a snippet 
 need not see is a comment of its own, ``<!-- hidden python`` or ``<!-- hidden sh`` and its lines.
 """
 
-import gc
 import os
 import re
 import shlex
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from registries import registries_as_before
+
 from moe_lab.cli import main
-from moe_lab.registry import Registry
-from moe_lab.routing.router import FACTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHOWN = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
@@ -79,20 +78,8 @@ def words_of(command: str) -> list[str]:
 
 def run_page(page: Path) -> None:
     """Run what a page says to run, in the current folder; what it registers is taken out again."""
-    before = {id(item): set(item._values) for item in _registries()}
-    kinds = set(FACTS)
-    try:
+    with registries_as_before():
         _run_snippets(page)
-    finally:
-        for item in _registries():  # the package's own names stay: their modules add them once
-            for name in set(item._values) - before.get(id(item), set()) - set(item._modules):
-                del item._values[name], item._origins[name]
-        for kind in set(FACTS) - kinds:
-            del FACTS[kind]
-
-
-def _registries() -> list[Registry]:
-    return [item for item in gc.get_objects() if issubclass(type(item), Registry)]
 
 
 def _run_snippets(page: Path) -> None:
