@@ -1,0 +1,160 @@
+"""``LayerReading``: what one MoE layer did in one optimiser step, as alarms, pages and files read
+it.
+
+Values are on the CPU. ``read_layers`` takes readings of moe_lab's own layers from the routings of
+a step.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_lab.model import MoELayer
+from moe_lab.routing import FACTS, Router, RouterConfig, Routing
+from moe_lab.routing.controllers.config import CONTROLLER_FACTS, Moves
+from moe_lab.training.checkpoint import whole
+from moe_lab.training.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReading:
+    """One MoE layer in one optimiser step, over all micro-batches and ranks.
+
+    Attributes:
+        step: optimiser steps done, this one included.
+        layer: index of the block in the model.
+        counts: [E] int64, slots that each real expert ran.
+        tokens: tokens of the step, without padding.
+        entropy: of the router's scores in nats, mean over tokens.
+        entropy_max: the largest that ``entropy`` can be: ln of the number of experts, zero-compute
+            ones included.
+        mean_ffn_count: real experts executed, mean over tokens.
+        ffn_target: the ``mean_ffn_count`` that the layer aims at, where tokens may differ in
+            their number of real experts; None: the number is fixed, or no mean is aimed at.
+        num_zero_experts: zero-compute experts of the layer.
+        bias: [E + Z] float, the selection bias or cut-offs; None: the layer has none.
+        gradient_ratio: R_g (`moe_lab.routing.monitors`); None: not measured in this step.
+        expert_norms: [E] float64, the product of the norms of each expert's matrices, 0 where its
+            output is zero because a matrix is; None: not measured.
+        router_norm: norm of all that the router learns, in float64: from step to step the same
+            number to the bit means that it does not learn. None: not measured, or it learns
+            nothing.
+    """
+
+    step: int
+    layer: int
+    counts: Tensor
+    tokens: int
+    entropy: float
+    entropy_max: float
+    mean_ffn_count: float
+    ffn_target: float | None = None
+    num_zero_experts: int = 0
+    bias: Tensor | None = None
+    gradient_ratio: float | None = None
+    expert_norms: Tensor | None = None
+    router_norm: float | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.counts)
+
+
+@torch.no_grad()
+def read_layers(
+    step: int,
+    layers: Mapping[int, MoELayer],
+    routings: Sequence[Sequence[Routing]],
+    *,
+    gradient_ratios: Sequence[float] | None = None,
+    ranks: Ranks = ALONE,
+) -> list[LayerReading]:
+    """One reading per layer. All ranks must call it. It waits for the device once per layer.
+
+    Args:
+        layers: block index -> layer, as ``Decoder.moe_layers()``.
+        routings: of each layer, those of the step's micro-batches.
+        gradient_ratios: R_g of each layer, if it was measured.
+
+    Example:
+        >>> readings = read_layers(step, model.moe_layers(), routings)
+        >>> alarms.observe(readings)
+    """
+    readings = []
+    for place, ((index, layer), seen) in enumerate(zip(layers.items(), routings, strict=True)):
+        router = layer.router
+        counts = sum((routing.counts() for routing in seen[1:]), seen[0].counts())
+        tokens = torch.stack([routing.num_valid() for routing in seen]).sum()
+        sums = torch.stack([_entropy_and_ffn_count(routing) for routing in seen]).sum(dim=0)
+        total = ranks.total(torch.cat([counts.double(), tokens.double().reshape(1), sums])).cpu()
+        *_, num_tokens, entropy, ffn_count = total.tolist()
+        readings.append(
+            LayerReading(
+                step=step,
+                layer=index,
+                counts=total[: router.config.num_experts].long(),
+                tokens=int(num_tokens),
+                entropy=entropy / max(num_tokens, 1),
+                entropy_max=math.log(router.config.num_choices),
+                mean_ffn_count=ffn_count / max(num_tokens, 1),
+                ffn_target=ffn_target(router.config),
+                num_zero_experts=router.config.num_zero_experts,
+                bias=moved_bias(router),
+                gradient_ratio=None if gradient_ratios is None else gradient_ratios[place],
+                expert_norms=expert_norms([layer.experts.gate_up, layer.experts.down]),
+                router_norm=parameter_norm(router.parameters()),
+            )
+        )
+    return readings
+
+
+def _entropy_and_ffn_count(routing: Routing) -> Tensor:
+    """[2] float64: sums over valid tokens."""
+    valid = routing.valid_mask()
+    values = torch.stack([routing.entropy().double(), routing.ffn_count().double()])
+    return values.where(valid, 0.0).sum(dim=1)
+
+
+def ffn_target(config: RouterConfig) -> float | None:
+    """Real experts per token that a router aims at; None where their number is fixed, or where no
+    mean is aimed at (top-p with a fixed p).
+    """
+    runs = FACTS[config.kind].experts_run(config)
+    return runs.mean if runs.least < runs.mean < runs.most else None
+
+
+def moved_bias(router: Router) -> Tensor | None:
+    """[E + Z]: a copy of the bias or cut-offs that the router's controller moves; None without
+    such a controller.
+    """
+    controller = router.controller
+    if controller is None or not CONTROLLER_FACTS[controller.config.kind].moves & {
+        Moves.BIAS,
+        Moves.CUTOFF,
+    }:
+        return None
+    return controller.bias.detach().cpu().clone()
+
+
+def expert_norms(matrices: Iterable[Tensor]) -> Tensor:
+    """[E] float64: the product of the norms of each expert's matrices.
+
+    It bounds an expert's output and is 0 where any of its matrices is 0.
+
+    Args:
+        matrices: each [E, ...].
+    """
+    norms = [torch.linalg.vector_norm(matrix.detach().flatten(1), dim=1) for matrix in matrices]
+    return torch.stack([whole(norm).double().cpu() for norm in norms]).prod(dim=0)
+
+
+def parameter_norm(parameters: Iterable[Tensor]) -> float | None:
+    """The norm of all of ``parameters`` together, in float64; None if there are none."""
+    norms = [
+        whole(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64))
+        for parameter in parameters
+    ]
+    return float(torch.stack(norms).norm()) if norms else None
