@@ -119,9 +119,7 @@ def difference(first: Trace, second: Trace) -> str:
         return "other layers or numbers of experts"
     if first.num_tokens != second.num_tokens:
         return f"{first.num_tokens} and {second.num_tokens} tokens"
-    if not all(
-        any(name.startswith("tokens/") for name in trace.parts) for trace in (first, second)
-    ):
+    if not all(trace.has_tokens for trace in (first, second)):
         return ""  # no ids to compare; keys are compared as the rows are read
     names, others = [*KEY, "token_id"], 0
     try:

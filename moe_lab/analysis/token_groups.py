@@ -93,7 +93,7 @@ def grouping(trace: Trace, column: str, name: str | None = None, min_size: int =
 
 def _need_tokens(trace: Trace) -> None:
     require(
-        not trace.num_tokens or any(name.startswith("tokens/") for name in trace.parts),
+        not trace.num_tokens or trace.has_tokens,
         "a trace with a token table",
         "one without",
         "capturing the model again with its text",

@@ -26,7 +26,7 @@ def token_loss(
     """
     docs = documents(trace, 2)
     sums_U2 = np.zeros((docs.units, 2))
-    if any(name.startswith("tokens/") for name in trace.parts):
+    if trace.has_tokens:
         for batch in trace.batches(None, [*KEY, "loss"]):
             known = batch.drop_nulls("loss")
             loss = known["loss"].cast(pl.Float64).to_numpy()

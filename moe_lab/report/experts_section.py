@@ -65,7 +65,7 @@ def _domain_column(named: NamedTrace) -> tuple[str, list[object]] | None:
     """The column, and its most frequent values in order of their tokens."""
     from moe_lab.analysis.token_groups import grouping, token_columns
 
-    if not any(name.startswith("tokens/") for name in named.trace.parts):
+    if not named.trace.has_tokens:
         return None
     known = token_columns(named.trace)
     for column in filter(known.__contains__, DOMAINS):

@@ -99,9 +99,7 @@ def merge_traces(
 
 
 def _append(writer: TraceWriter, trace: Trace, offset: int) -> None:
-    if trace.tokens.collect_schema().names() and any(
-        name.startswith("tokens/") for name in trace.parts
-    ):
+    if trace.has_tokens:
         for batch in trace.batches(None, trace.tokens.collect_schema().names()):
             writer.write_tokens(batch.with_columns(pl.col("doc") + offset))
     for layer in trace.meta.layers:

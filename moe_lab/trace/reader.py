@@ -138,6 +138,20 @@ class Trace:
         """Tokens of each layer (rows of the first one)."""
         return sum(self.parts[name].rows for name in self._names(self._prefix(self.meta.layers[0])))
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there is a table of tokens."""
+        return any(name.startswith("tokens/") for name in self.parts)
+
+    def files(self) -> pl.DataFrame:
+        """[name, layer u32, rows u32]: the Parquet files in the order in which ``batches`` reads
+        them; ``layer`` is null for the files of ``tokens``.
+        """
+        names = sorted(self.parts)
+        layers = pl.Series(names, dtype=pl.String).str.extract(r"layer=(\d+)/")
+        rows = pl.Series([self.parts[name].rows for name in names], dtype=pl.UInt32)
+        return pl.DataFrame({"name": names, "layer": layers.cast(LAYER_TYPE), "rows": rows})
+
     def batches(
         self, layer: int | None, columns: Sequence[str], ahead: int = READ_AHEAD
     ) -> Iterator[pl.DataFrame]:
@@ -193,7 +207,7 @@ class Trace:
         recorded when it was written; and every layer has the same tokens.
         """
         reference: tuple[int, int] | None = None
-        if self._names("tokens/"):
+        if self.has_tokens:
             reference = self._check_token_rows()
         for layer in self.meta.layers:
             found = self._check_layer(layer)
@@ -240,11 +254,9 @@ class Trace:
     def _check_unique_keys(self) -> None:
         """One table is enough: the others have the same multiset of keys."""
         first = self.meta.layers[0].layer
-        if document_runs(self.batches(None if self._names("tokens/") else first, ["doc", "pos"])):
+        if document_runs(self.batches(None if self.has_tokens else first, ["doc", "pos"])):
             return  # rising positions in documents that do not return: no set of keys is needed
-        frame = (
-            self.tokens if self._names("tokens/") else self.routing.filter(pl.col("layer") == first)
-        )
+        frame = self.tokens if self.has_tokens else self.routing.filter(pl.col("layer") == first)
         keys = frame.select(key=pl.col("doc").cast(pl.UInt64) * 2**32 + pl.col("pos"))
         rows, unique = (
             keys.select(pl.len(), pl.col("key").n_unique().alias("unique"))

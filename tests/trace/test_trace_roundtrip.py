@@ -485,3 +485,19 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     ):
         write_by(tmp_path / "t", [(0, 4, 0, 2)], route(2), fill_up)
     assert not (tmp_path / "t").exists()
+
+
+def test_files_are_listed_with_their_rows_in_reading_order(tmp_path):
+    trace = write(
+        tmp_path / "t",
+        {3: draw_routing(40, 4, 0, 2), 12: draw_routing(40, 4, 0, 2)},
+        rows_per_part=32,
+    )
+    files = trace.files()
+    assert trace.has_tokens
+    for layer in (None, 3, 12):
+        mine = files.filter(pl.col("layer").eq_missing(layer))
+        assert mine["rows"].to_list() == [32, 8]
+        for name, batch in zip(mine["name"], trace.batches(layer, ["pos"]), strict=True):
+            assert pl.read_parquet(trace.folder / name)["pos"].equals(batch["pos"])
+    assert not write(tmp_path / "u", {0: draw_routing(5, 4, 0, 2)}, tokens=False).has_tokens
