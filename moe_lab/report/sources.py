@@ -17,21 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import polars as pl
 
 from moe_lab.errors import RunError, expected, require
-from moe_lab.files import parse_json, read_regular
 from moe_lab.report.canvas import evenly
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run, read_runs
 from moe_lab.runs.done_file import TRACE_META_NAME, check_seal
-from moe_lab.runs.layout import CONFIG, METRICS, METRICS_LOG, PLAN, TRACE_META
+from moe_lab.runs.layout import CONFIG, PLAN, TRACE_META
 from moe_lab.runs.record import group_name, number
-from moe_lab.sandbox import read_parquet
+from moe_lab.runs.tables import METRICS_TABLE, read_table
 
 if TYPE_CHECKING:
     from moe_lab.trace import Trace
 
 Source: TypeAlias = "str | Path | Trace"
 
-MAX_LOG_BYTES = 64_000_000
-"""Of the log of a run that is not finished."""
 LARGEST_NUMBER = 1e100
 """No result of a training; figures cannot place more."""
 
@@ -229,42 +226,18 @@ def training_metrics(runs: Iterable[RunRecord]) -> pl.DataFrame:
     """
     frames = []
     for run in runs:
-        path = run.folder / METRICS
-        if run.state is not RunState.FINISHED:
-            numbers = _logged_steps(run.folder / METRICS_LOG)
-        elif path.is_file():
-            check_seal(run.folder, (METRICS,))
-            frame = read_parquet(path, RunError)
-            numbers = frame.select(pl.selectors.numeric().cast(pl.Float64))
-        else:
-            continue
+        numbers = read_table(run.folder, "metrics")
         names = {"run": run.label, "group": run.group}
-        frames.append(
-            numbers.with_columns(*(pl.lit(value).alias(name) for name, value in names.items()))
-        )
+        if not numbers.is_empty():
+            labels = (pl.lit(value).alias(name) for name, value in names.items())
+            frames.append(numbers.with_columns(*labels))
     return pl.concat(frames, how="diagonal") if frames else pl.DataFrame()
 
 
 def logged(run: RunRecord) -> bool:
     """Whether a run that is not finished has logged a step."""
-    return run.begun and run.state is not RunState.FINISHED and (run.folder / METRICS_LOG).is_file()
-
-
-def _logged_steps(path: Path) -> pl.DataFrame:
-    """The numbers of each whole line; what a run that still writes has cut off is left out."""
-    rows: list[dict[str, float | None]] = []
-    for line in read_regular(path, MAX_LOG_BYTES).splitlines():
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append({str(name): number(value) for name, value in row.items()})
-    names = [name for name in (rows[0] if rows else ()) if name not in ("run", "group")]
-    return pl.DataFrame(
-        {name: [row.get(name) for row in rows] for name in names},
-        schema=dict.fromkeys(names, pl.Float64),
-    )
+    log = run.folder / METRICS_TABLE.log
+    return run.begun and run.state is not RunState.FINISHED and log.is_file()
 
 
 def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:

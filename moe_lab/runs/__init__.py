@@ -6,7 +6,7 @@ runs of a sweep.
     runs/<sweep>/trunks/                states that shorter token budgets branch off from
 
 Training writes these folders; sweeps, reports and scaling read them through this package, which
-imports neither torch nor polars.
+imports no torch, and polars only in `tables`, which reads what a run logs.
 """
 
 from moe_lab.runs.folder_store import RunStore

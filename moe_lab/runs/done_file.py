@@ -11,11 +11,11 @@ from pathlib import Path
 
 from moe_lab.errors import RunError, require
 from moe_lab.files import digest_of, read_regular
-from moe_lab.runs.layout import CONFIG, DONE, METRICS, RESULT, TRACE, TRACE_META
+from moe_lab.runs.layout import CONFIG, DONE, RESULT, TABLE_NAMES, TRACE, TRACE_META
 
 ALWAYS_CHECKED = (CONFIG, RESULT)
 TRACE_META_NAME = f"{TRACE}/{TRACE_META}"
-SEALED = (*ALWAYS_CHECKED, METRICS, TRACE_META_NAME)
+SEALED = (*ALWAYS_CHECKED, *(f"{name}.parquet" for name in TABLE_NAMES), TRACE_META_NAME)
 """``meta.json`` of the trace lists the checksums of its files."""
 
 

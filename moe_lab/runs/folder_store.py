@@ -57,6 +57,12 @@ class RunStore:
     def failure(self, run: str) -> Failure:
         return read_failure(self.path(run))
 
+    def read(self, run: str, name: str) -> bytes | None:
+        try:
+            return read_regular(self.path(run) / name)
+        except FileNotFoundError:
+            return None
+
     def records(self, runs: Sequence[str]) -> Iterator[RunRecord]:
         return (read_run(self.path(run)) for run in runs)
 

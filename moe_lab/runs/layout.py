@@ -6,10 +6,12 @@ CONFIG = "config.json"
 """The run's configuration (``RunConfig.to_dict``), written first."""
 STATUS = "status.json"
 """How far the run came (``record.Progress``), replaced twice a second while it trains."""
-METRICS_LOG = "metrics.jsonl"
-"""One line per logged step, appended while the run trains."""
 METRICS = "metrics.parquet"
-"""The logged steps of a finished run."""
+"""The logged steps of a finished run: one of its tables."""
+TABLE_NAMES = ("metrics", "layers", "loads", "validation", "alarms")
+"""A table is ``<name>.jsonl`` while the run trains and ``<name>.parquet`` when it is done
+(``tables``).
+"""
 CHECKPOINT = "checkpoint.safetensors"
 """What the run resumes from; removed when it is done."""
 DAMAGED_CHECKPOINT = "checkpoint.damaged"

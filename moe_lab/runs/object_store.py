@@ -124,6 +124,9 @@ class ObjectStore:
             self.bucket.delete(f"{FILES}/{run}/{name}" for name in RESUMED_FROM)
             self.bucket.delete([f"{STATE}/{run}/{LEASE}"])
 
+    def read(self, run: str, name: str) -> bytes | None:
+        return self.bucket.read(f"{STATE if name in STATE_FILES else FILES}/{run}/{name}")
+
     def records(self, runs: Sequence[str]) -> Iterator[RunRecord]:
         names = self._names()
         states = {run: self._state(run, names.get(run, set())) for run in runs}

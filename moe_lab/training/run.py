@@ -40,13 +40,13 @@ from moe_lab.runs.layout import (
     CONFIG,
     DONE,
     METRICS,
-    METRICS_LOG,
     MODEL,
     RESULT,
     STATUS,
     TOKENIZER,
     TRACE,
 )
+from moe_lab.runs.tables import METRICS_TABLE
 from moe_lab.text import Split, TokenizedText, load_tokens
 from moe_lab.training.branching import branch_steps, forget, leave, take_up, tidy
 from moe_lab.training.checkpoint import (
@@ -388,7 +388,7 @@ class _Run:
         """Take up the checkpoint, and forget the metrics of steps after it: they will be trained
         again. A run that branches off a longer one begins where that one left its state.
         """
-        log = self.folder / METRICS_LOG
+        log = self.folder / METRICS_TABLE.log
         rows = self.ranks.from_first(self._rows_before_checkpoint)
         if rows is not None:
             self.step = load_checkpoint(
@@ -415,7 +415,7 @@ class _Run:
         if not self._checkpoint.exists():
             return None
         step = int(read_metadata(self._checkpoint).get("step", 0))
-        log = self.folder / METRICS_LOG
+        log = self.folder / METRICS_TABLE.log
         text = read_regular(log) if log.exists() else b""
         lines = text.decode(errors="replace").splitlines()
         rows = {row["step"]: row for row in map(_parse, lines) if row is not None}
@@ -455,7 +455,7 @@ class _Run:
         if not self.ranks.first:
             return
         try:
-            with open(self.folder / METRICS_LOG, "a", encoding="utf-8") as log:
+            with open(self.folder / METRICS_TABLE.log, "a", encoding="utf-8") as log:
                 log.writelines(json.dumps(row) + "\n" for row in pending)
                 if lasting:
                     log.flush()
