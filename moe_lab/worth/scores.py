@@ -32,7 +32,7 @@ from moe_lab.trace.capturing.hooks import Hooks, Pass
 from moe_lab.trace.capturing.router_output import Reader, Reading
 from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.interventions import Silence, intervene
-from moe_lab.worth.measures import Batch, logits_of, padded_batches
+from moe_lab.worth.paired_passes import Batch, logits_of, padded_batches
 
 MEANS = {
     "frequency": ("used", "tokens"),
@@ -229,6 +229,7 @@ def score_agreement(
         >>> score_agreement(scores, losses).filter(pl.col("layer").is_null()).sort("rho")
     """
     keys = ["layer", "expert", "doc"]
+    losses = losses.filter(pl.col("class").is_null())
     table = losses.join(scores, on=keys, how="inner", suffix="_all").sort(keys)
     docs = losses["doc"].n_unique()
     require(

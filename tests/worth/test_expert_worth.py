@@ -59,6 +59,35 @@ def test_sums_are_those_of_each_document_run_alone(edit, kind):
         assert row["kl"] == pytest.approx(float(kl), abs=1e-5)
 
 
+@pytest.mark.parametrize("align", ["target", "input"])
+def test_losses_by_class_are_those_of_its_tokens(align):
+    model, documents = decoder(), texts()
+    parity = [np.where(ids % 3 == 0, "third", "other") for ids in documents]
+    domain = [["a" if number % 2 else None] * len(ids) for number, ids in enumerate(documents)]
+    classes = {"parity": parity, "domain": domain}
+    losses = expert_losses(model, documents, experts=[(1, 4)], classes=classes, align=align)
+    for row in losses.iter_rows(named=True):
+        ids = documents[row["doc"]]
+        before, after = (loss_sums(model, ids, edit)[0] for edit in (None, Forbid(1, 4)))
+        counted = {
+            None: np.ones(len(ids) - 1, bool),
+            "parity": (parity[row["doc"]] == row["class"])[1:]
+            if align == "target"
+            else (parity[row["doc"]] == row["class"])[:-1],
+            "domain": np.full(len(ids) - 1, row["doc"] % 2 == 1),
+        }[row["by"]]
+        assert row["tokens"] == counted.sum()
+        assert row["d_loss"] == pytest.approx(float((after - before)[counted].sum()), abs=1e-9)
+    worth = expert_worth(losses)
+    assert worth.select("by", "class").rows() == [
+        (None, None), ("domain", "a"), ("parity", "other"), ("parity", "third"),
+    ]  # fmt: skip
+    assert worth["docs"].to_list()[:2] == [7, 3]
+    assert worth.filter(by="domain")["lo"].null_count() == 1
+    with refused("classes", AnalysisError):
+        expert_losses(model, documents, classes={"domain": domain[1:]})
+
+
 def test_a_shared_prefix_gives_the_logits_of_the_whole_pass_to_the_bit():
     model = decoder(layers=3)
     ids = torch.from_numpy(texts()[0])[None]
@@ -138,15 +167,15 @@ def test_a_dead_expert_is_worth_nothing_and_a_needed_one_something():
 def test_a_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
     model, documents, path = decoder(), texts(), tmp_path / "losses.parquet"
     whole = expert_losses(model, documents, experts=3)
-    measured, original = [], measures._measure_layer
+    measured, original = [], measures.edited_sums
 
-    def stop_at_second(model, site, *rest):
-        measured.append(site.layer)
+    def stop_at_second(model, documents, edits, *rest, **options):
+        measured.append(edits[0][0].layer)
         if measured == [0, 1]:
             raise KeyboardInterrupt
-        return original(model, site, *rest)
+        return original(model, documents, edits, *rest, **options)
 
-    monkeypatch.setattr(measures, "_measure_layer", stop_at_second)
+    monkeypatch.setattr(measures, "edited_sums", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         expert_losses(model, documents, experts=3, path=path)
     again = expert_losses(model, documents, experts=3, path=path)

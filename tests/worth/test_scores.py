@@ -93,7 +93,8 @@ def planted(documents=12, experts=20, seed=0):
         pl.DataFrame({name: values.reshape(-1) for name, values in {**columns, **part}.items()})
         for part in (losses, scores)
     ]
-    return frames[0].with_columns(edit=pl.lit("forbid")), frames[1]
+    every = {"by": pl.lit(None, pl.String), "class": pl.lit(None, pl.String)}
+    return frames[0].with_columns(edit=pl.lit("forbid"), **every), frames[1]
 
 
 def test_planted_orders_are_found():

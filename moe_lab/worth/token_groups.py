@@ -1,0 +1,93 @@
+"""``TokenGroups``: predicted tokens by class or domain, and sums over them by document."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from moe_lab.analysis.difficulty.alignment import Align
+from moe_lab.analysis.document_bootstrap import Floats
+from moe_lab.errors import AnalysisError, require
+
+Classes: TypeAlias = Mapping[str, Sequence[Sequence[str | None] | np.ndarray | pl.Series]]
+"""Column -> for each document [n] the class of each of its tokens; None: in no class."""
+
+
+class TokenGroups:
+    """All tokens, then the classes of each column.
+
+    Args:
+        documents: [n] token ids each.
+        classes: as ``Classes``; a domain is one class for all tokens of a document.
+        align: a loss counts for the class of the token that is predicted ("target"), or of the
+            token at whose place it is predicted, which the routers see ("input").
+
+    Attributes:
+        names: (column, class) of each group; the first is (None, None), all tokens.
+
+    Raises:
+        AnalysisError: a column without one class for each token.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        classes: Classes | None = None,
+        align: Align = Align.TARGET,
+    ) -> None:
+        part = slice(1, None) if Align(align) is Align.TARGET else slice(None, -1)
+        self.names: list[tuple[str | None, str | None]] = [(None, None)]
+        lengths = [len(ids) for ids in documents]
+        self._codes: list[list[NDArray[np.int64]]] = [[] for _ in documents]
+        for column, labels in (classes or {}).items():
+            given = [pl.Series(values, dtype=pl.String, strict=False) for values in labels]
+            require(
+                [len(values) for values in given] == lengths,
+                f"a class of {column!r} for each token of each document",
+                "other lengths",
+                error=AnalysisError,
+                field="classes",
+            )
+            values = pl.concat([pl.Series(dtype=pl.String), *given]).drop_nulls().unique().sort()
+            code = {value: len(self.names) + place for place, value in enumerate(values)}
+            self.names += [(column, value) for value in values]
+            for codes, series in zip(self._codes, given, strict=True):
+                codes.append(np.array([code.get(value, -1) for value in series[part]], np.int64))
+
+    def matrix(self, docs: NDArray[np.int64]) -> csr_array:
+        """[documents x groups, N]: a column for each predicted token, 1 in the rows of its groups.
+
+        Args:
+            docs: [N] number of the document of each predicted token, whole documents one after the
+                other; the rows are in the order of their numbers.
+        """
+        places = np.arange(len(docs))
+        order, row = np.unique(docs, return_inverse=True)
+        begins = np.flatnonzero(np.append(True, docs[1:] != docs[:-1]))
+        rows, columns = [row * len(self.names)], [places]
+        for column in range(len(self._codes[order[0]])):
+            codes = np.concatenate([self._codes[docs[begin]][column] for begin in begins])
+            known = codes >= 0
+            rows.append((row * len(self.names) + codes)[known])
+            columns.append(places[known])
+        where = np.concatenate(rows), np.concatenate(columns)
+        shape = (len(order) * len(self.names), len(docs))
+        return csr_array((np.ones(len(where[0])), where), shape=shape)
+
+    def frame(self, sums: Floats, names: Sequence[str]) -> pl.DataFrame:
+        """[set, by, class, doc, *names] from sums [sets, documents, groups, len(names)], the first
+        of which are tokens; without the rows of no token.
+        """
+        sets, docs, places = np.nonzero(sums[..., 0])
+        labels = pl.DataFrame(
+            self.names, schema={"by": pl.String, "class": pl.String}, orient="row"
+        )
+        values = sums[sets, docs, places]
+        return labels[places].with_columns(
+            pl.Series("set", sets),
+            pl.Series("doc", docs),
+            *(pl.Series(name, values[:, place]) for place, name in enumerate(names)),
+        )
