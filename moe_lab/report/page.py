@@ -1,18 +1,13 @@
 """``write_report``: sources in, one offline HTML page out, with the data of each figure as Parquet
 beside it.
 
-All text on the page is untrusted: ``plain_text.on_page`` makes it visible and bounds it, and the
-template escapes it; JSON inside ``<script>`` is escaped here. A content security policy with the
-hashes of the page's own three scripts keeps any other script from running and any request from
-leaving.
+All text on the page is untrusted; ``document`` escapes and bounds it.
 """
 
 from __future__ import annotations
 
 import base64
 import glob
-import hashlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,11 +21,11 @@ from moe_lab.errors import MoELabError
 from moe_lab.files import remove_temporaries, write_parquet, write_text
 from moe_lab.number_format import count_of, listing, magnitude, short_path
 from moe_lab.plain_text import on_page
-from moe_lab.report import theme
 from moe_lab.report.answer_section import answer
 from moe_lab.report.comparison_section import comparison_section
 from moe_lab.report.compute_section import compute_section, distinct_counts
 from moe_lab.report.difficulty_section import difficulty_section
+from moe_lab.report.document import document
 from moe_lab.report.experts_section import experts_section
 from moe_lab.report.figure_blocks import Block, looked_into
 from moe_lab.report.frames import Frames
@@ -48,7 +43,6 @@ from moe_lab.report.wall_section import judged_material, wall_blocks, wall_folde
 MAX_BYTES = 15_000_000
 """Of a page. What does not fit lies beside it, and the page says so."""
 DATA_PLACE = Markup("<!--data-->")
-JSON_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
 def write_report(
@@ -125,60 +119,15 @@ def _data_within(folder: Path, sizes: Mapping[str, int], taken: int) -> str:
 
 def render(**values: Any) -> str:
     """The page of template ``page.html.j2`` with ``values``, its style and its scripts."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=PackageLoader("moe_lab.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    rows = values.pop("rows")
-    marked = Marker(glossary(), rows)
-    filters = {"script_json": script_json, "marked": marked, "linked": marked.linked}
-    environment.filters |= filters
-    variables = "".join(f"--{name}:{value};" for name, value in theme.css_variables().items())
-    scripts = {name: _template_text(environment, f"{name}.js") for name in ("early", "page")} | {
-        "plotly": get_plotlyjs()
-    }
-    # A closing tag inside a script would end it early; today's plotly.js has none, a later one may.
-    scripts = {name: text.replace("</script", "<\\/script") for name, text in scripts.items()}
-    return environment.get_template("page.html.j2").render(
-        variables=Markup(variables),
-        style=Markup(_template_text(environment, "page.css")),
-        scripts={name: Markup(text) for name, text in scripts.items()},
-        script_hashes=Markup(" ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values())),
+    marked = Marker(glossary(), values.pop("rows"))
+    return document(
+        "page.html.j2",
+        ("theme.js", "page.js"),
+        filters={"marked": marked, "linked": marked.linked},
         terms=marked.used,
         data_place=DATA_PLACE,
-        themes={name: theme.template_values(name) for name in theme.PALETTES},
         **values,
     )
-
-
-def script_json(value: Any) -> Markup:
-    """JSON for a ``<script type="application/json">``: nothing in it can close the element or start
-    a comment.
-    """
-    from plotly.utils import PlotlyJSONEncoder
-
-    text = json.dumps(
-        _shown(value), cls=PlotlyJSONEncoder, separators=(",", ":"), ensure_ascii=False
-    )
-    for character, escaped in JSON_ESCAPES.items():
-        text = text.replace(character, escaped)
-    return Markup(text)
-
-
-def _shown(value: Any) -> Any:
-    """``value`` with every text in it as a page shows it; markup of our own stays."""
-    if isinstance(value, str):
-        return value if isinstance(value, Markup) else on_page(value)
-    if isinstance(value, dict):
-        return {_shown(key): _shown(entry) for key, entry in value.items()}
-    return [_shown(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]:
@@ -197,7 +146,7 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
             "Loss and ratio",
             "Loss against the total:active ratio",
             (
-                *(_drawn(("", frontier_block(material, frames))) if of_runs else ()),
+                *(_drawn(("", frontier_block(material, evidence))) if of_runs else ()),
                 *(wall_blocks(evidence) if evidence else ()),
             ),
             folded=wall_folded(evidence) if evidence else (),
@@ -277,11 +226,3 @@ def _coloured(
 
 def _data_folder(path: Path) -> Path:
     return path.with_name(f"{path.stem}_data")
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-
-
-def _template_text(environment: Any, name: str) -> str:
-    return environment.loader.get_source(environment, name)[0]

@@ -13,7 +13,6 @@ from moe_lab.report.frames import Frames
 from moe_lab.report.run_figures import MAX_POINTS, arms, line_style
 from moe_lab.report.run_tables import later_token_note
 from moe_lab.report.sources import Material, training_metrics
-from moe_lab.report.wall_section import judged_material
 
 if TYPE_CHECKING:
     from moe_lab.scaling import WallStudy
@@ -33,18 +32,16 @@ MAX_CURVES = 120
 """Runs whose training is drawn; of more, as many evenly spaced over arms, ratios and seeds."""
 
 
-def frontier_block(material: Material, frames: Frames) -> Block | None:
+def frontier_block(material: Material, judged: WallStudy | None = None) -> Block | None:
     """Loss against ratio, from the finished runs that have a loss; with the fitted form and its
-    band where the runs can be judged. None without any.
+    band where the runs are ``judged``. None without any.
     """
-    from moe_lab.scaling import TUNING, WallStudy, seed_intervals
+    from moe_lab.scaling import TUNING, seed_intervals
 
     # A mean over learning rates is no point of a frontier.
     runs = material.table.drop_nulls("loss").filter(pl.col("arm").ne_missing(TUNING))
     if not runs.height:
         return None
-    study = frames(judged_material, material)
-    judged = study if isinstance(study, WallStudy) else None
     means = seed_intervals(runs)
     if judged:  # and the arms without a ratio, which have no part in the study
         rest = means.filter(~pl.col("arm").is_in(judged.means["arm"].implode()))

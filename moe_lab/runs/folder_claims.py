@@ -44,30 +44,40 @@ def claimed(names: Iterable[str]) -> bool:
     return any(name.startswith(PREFIX) for name in names)
 
 
-def holder(folder: Path, names: Iterable[str] | None = None) -> str | None:
+def holder(
+    folder: Path,
+    names: Iterable[str] | None = None,
+    now: Callable[[Path], float] | None = None,
+) -> str | None:
     """The process that holds the folder, in words ("process 12 on host"); None if the folder is
     free.
 
-    ``names`` saves listing the folder.
+    Args:
+        names: of the files in the folder; they save listing it.
+        now: the time by the clock that dates the files of a folder. By default a file is written
+            there and removed to read it; a caller that must not write has another way.
     """
     numbers = _numbers(os.listdir(folder) if names is None else names)
-    return _living_owner(folder / f"{PREFIX}{max(numbers)}") if numbers else None
+    return _living_owner(folder / f"{PREFIX}{max(numbers)}", now or _now) if numbers else None
 
 
-def _living_owner(path: Path) -> str | None:
+def _living_owner(path: Path, now: Callable[[Path], float]) -> str | None:
     try:
         touched = path.stat().st_mtime
         text = read_regular(path, MAX_CLAIM_BYTES).decode()
     except (OSError, UnicodeDecodeError):  # gone meanwhile, or no claim of ours
         return None
-    # The clock that dated the claim may have been wrong: one dated in the future is no newer.
-    age = abs(_now(path.parent) - touched)
+
+    def age() -> float:
+        # The clock that dated the claim may have been wrong: one dated in the future is no newer.
+        return abs(now(path.parent) - touched)
+
     try:
         owner = Owner(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
         # Empty: given back, or created this very moment and not yet written.
-        return "a process that is just starting" if age < HEARTBEAT_SECONDS else None
-    return living(owner, lambda: age < SILENT_SECONDS)
+        return "a process that is just starting" if age() < HEARTBEAT_SECONDS else None
+    return living(owner, lambda: age() < SILENT_SECONDS)
 
 
 def _now(folder: Path) -> float:
@@ -155,7 +165,7 @@ def acquire(folder: Path, on_lost: Callable[[], None] = lambda: None) -> Claim |
     try:
         folder.mkdir(parents=True, exist_ok=True)
         numbers = _numbers(os.listdir(folder))
-        if numbers and _living_owner(folder / f"{PREFIX}{max(numbers)}"):
+        if numbers and _living_owner(folder / f"{PREFIX}{max(numbers)}", _now):
             return None
         number = max(numbers, default=0) + 1
         mine = folder / f"{PREFIX}{number}"

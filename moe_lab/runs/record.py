@@ -5,7 +5,7 @@ value, and for the result an ``error``.
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -102,10 +102,17 @@ def group_name(arm: str, ratio: float | None) -> str:
     return arm if ratio is None else f"{arm} {ratio:g}:1"
 
 
-def read_run(folder: Path, names: Collection[str] | None = None, planned: str = "") -> RunRecord:
-    """The record of the run in ``folder``, whose file ``names`` may be given if they are known."""
+def read_run(
+    folder: Path,
+    names: Collection[str] | None = None,
+    planned: str = "",
+    state: RunState | None = None,
+) -> RunRecord:
+    """The record of the run in ``folder``, whose file ``names`` and ``state`` may be given if they
+    are known.
+    """
     names = file_names(folder) if names is None else names
-    state = state_of(folder, names)
+    state = state_of(folder, names) if state is None else state
     record: dict[str, Any] = {"planned": planned, "begun": CONFIG in names}
     if STATUS in names:
         record["progress"] = Progress.of(read_object(folder / STATUS))
@@ -142,14 +149,18 @@ def read_runs(
     }
 
 
-def state_of(folder: Path, names: Collection[str] | None = None) -> RunState:
+def state_of(
+    folder: Path,
+    names: Collection[str] | None = None,
+    held: Callable[[], object] | None = None,
+) -> RunState:
     """The state of the run in ``folder``, from the names of its files and whether a running process
-    claims it.
+    claims it: ``held``, in place of the claims in the folder.
     """
     names = file_names(folder) if names is None else names
     if DONE in names:
         return RunState.FINISHED
-    if claimed(names) and holder(folder, names):
+    if held() if held else claimed(names) and holder(folder, names):
         return RunState.RUNNING
     if ERROR in names:
         return RunState.FAILED

@@ -29,9 +29,9 @@ from report_fixtures import (
 from moe_lab.errors import RunError, StorageError
 from moe_lab.plain_text import LONGEST_ON_PAGE, on_page
 from moe_lab.report import figures, write_report
+from moe_lab.report.document import script_json
 from moe_lab.report.figure_blocks import MAX_TABLE_ROWS
 from moe_lab.report.glossary import glossary
-from moe_lab.report.page import script_json
 from moe_lab.report.run_tables import MAX_FAILURES, failed_runs
 from moe_lab.report.sources import Material, RunRecord, RunState
 from moe_lab.trace import open_trace

@@ -110,9 +110,9 @@ def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
 
 
 def test_the_one_frontier_has_one_kind_of_bars_for_every_arm(sweep: Path) -> None:
-    material, frames = gather(sweep), Frames()
-    block = frontier_block(material, frames)
-    study = frames(wall.judged_material, material)
+    material = gather(sweep)
+    study = wall.judged_material(material)
+    block = frontier_block(material, study)
     means = study.means
     widths = means.with_columns(unit=(pl.col("hi") - pl.col("mean")) * pl.col("n").sqrt())
     assert widths["unit"].to_numpy() == pytest.approx(widths["unit"][0], rel=1e-6)

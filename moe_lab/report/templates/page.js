@@ -1,10 +1,7 @@
-"use strict";
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const themes = read("themes");
-  const systemDark = matchMedia("(prefers-color-scheme: dark)");
-  const theme = () => document.documentElement.dataset.theme || (systemDark.matches ? "dark" : "light");
 
   // Figures ---------------------------------------------------------------------------------------------------------------------
   const config = { responsive: true, displayModeBar: false, displaylogo: false, showTips: false, doubleClick: "reset" };
@@ -16,11 +13,11 @@
     const id = `spec-${figure}-${index}-${chosen(figure)}`, spec = read(id);
     plot.style.minWidth = `${document.getElementById(id).dataset.minWidth}px`;
     plot.style.height = `${spec.layout.height}px`;
-    await Plotly.react(plot, spec.data, { ...spec.layout, template: themes[theme()] }, config);
+    await Plotly.react(plot, spec.data, { ...spec.layout, template: themes[theme.now()] }, config);
     plot.dataset.drawn = chosen(figure);
   }
   const plots = all(".plot");
-  const drawAll = async () => { for (const plot of plots) await draw(plot); document.documentElement.dataset.ready = theme(); };
+  const drawAll = async () => { for (const plot of plots) await draw(plot); document.documentElement.dataset.ready = theme.now(); };
   const retheme = (name) => Promise.all(plots.map((plot) => Plotly.relayout(plot, { template: themes[name] })))
     .then(() => { document.documentElement.dataset.ready = name; });
 
@@ -98,27 +95,14 @@
     link.addEventListener("click", () => { link.href = `data:application/vnd.apache.parquet;base64,${held.textContent}`; });
   }
 
-  // Theme: system, light, dark --------------------------------------------------------------------------------------------------
-  const toggle = document.getElementById("theme");
-  const order = ["system", "light", "dark"];
-  const named = () => document.documentElement.dataset.theme || "system";
-  const label = () => { toggle.textContent = `Theme: ${named()}`; };
-  toggle.hidden = false;
-  label();
-  toggle.addEventListener("click", () => {
-    const next = order[(order.indexOf(named()) + 1) % order.length];
-    if (next === "system") delete document.documentElement.dataset.theme; else document.documentElement.dataset.theme = next;
-    try { localStorage.setItem("moe-lab-theme", next); } catch (error) { /* not kept, still applied */ }
-    label();
-    retheme(theme());
-  });
-  systemDark.addEventListener("change", () => retheme(theme()));
+  // Theme and print ---------------------------------------------------------------------------------------------------------------
+  theme.follow(retheme);
   const PAPER = 680;  // CSS pixels between the margins of A4 and Letter: printing sends no resize event, and would cut wider figures
   const unfolded = () => plots.filter((plot) => plot.clientWidth);
   addEventListener("beforeprint", () => {
     for (const plot of unfolded()) Plotly.relayout(plot, { template: themes.light, width: Math.min(plot.clientWidth, PAPER) });
   });
-  addEventListener("afterprint", () => retheme(theme()).then(() => unfolded().forEach((plot) => Plotly.Plots.resize(plot))));
+  addEventListener("afterprint", () => retheme(theme.now()).then(() => unfolded().forEach((plot) => Plotly.Plots.resize(plot))));
 
   // Coloured text ---------------------------------------------------------------------------------------------------------------
   function colouredText(root) {
