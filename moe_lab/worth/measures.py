@@ -5,8 +5,8 @@ For each expert every document runs with one edit and without, so that all diffe
 resampling documents.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
@@ -19,15 +19,16 @@ from torch import nn
 from moe_lab.analysis.difficulty.alignment import Align
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
 from moe_lab.document_pass import evaluating
-from moe_lab.errors import AnalysisError, TraceError, require
-from moe_lab.files import content_hash, write_parquet
+from moe_lab.errors import TraceError, require
+from moe_lab.progress import tell
 from moe_lab.trace.capturing.find_routers import find_sites
-from moe_lab.trace.capturing.fingerprints import model_hash
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.trace.capturing.traced_router import TracedRouter
+from moe_lab.worth.decisions import find_form
 from moe_lab.worth.document_means import ratios, tables
 from moe_lab.worth.interventions import Forbid, Silence
-from moe_lab.worth.paired_passes import SUMS, Batch, Untouched, edited_sums, padded_batches
+from moe_lab.worth.measured_rows import MeasuredRows, measurement_key
+from moe_lab.worth.paired_passes import SUMS, Batch, Untouched, padded_batches
 from moe_lab.worth.token_groups import Classes, TokenGroups
 
 
@@ -38,8 +39,10 @@ class EditKind(StrEnum):
     SILENCE = "silence"
 
 
-_EDITS = {EditKind.FORBID: Forbid, EditKind.SILENCE: Silence}
+EDITS = {EditKind.FORBID: Forbid, EditKind.SILENCE: Silence}
 Experts = int | Sequence[tuple[int, int]] | None
+TIMED_SECONDS = 1.0
+"""The passes of a layer are timed until they took so long."""
 
 
 def expert_losses(
@@ -47,6 +50,7 @@ def expert_losses(
     documents: Sequence[np.ndarray],
     *,
     experts: Experts = None,
+    layers: Sequence[int] | None = None,
     edit: EditKind = EditKind.FORBID,
     classes: Classes | None = None,
     align: Align = Align.TARGET,
@@ -63,14 +67,15 @@ def expert_losses(
             context.
         experts: (layer, expert) pairs; a number: so many real experts of each layer, drawn with
             ``seed``; None: all real experts.
+        layers: those that are measured; None: all with experts.
         edit: "forbid": the router chooses among the others; "silence": nothing takes its place.
         classes: column -> for each document the class of each of its tokens (None: in no class):
             columns of ``token_classes``, or a domain for all tokens of a document.
         align: a loss counts for the class of the predicted token ("target"), or of the token at
             whose place it is predicted, which the routers see ("input").
         batch_tokens: tokens of a forward pass, padding included.
-        path: a Parquet file that takes the result layer by layer. Layers that it holds are not
-            measured again.
+        path: a Parquet file that takes the result as it grows. Rows that it holds are not measured
+            again.
         readers: as for ``capture``.
 
     Returns:
@@ -83,50 +88,29 @@ def expert_losses(
 
     Raises:
         AnalysisError: no document of two tokens; ``path`` holds another measurement.
-        TraceError: an expert that is not there or cannot be edited.
+        TraceError: a layer or expert that is not there or cannot be edited.
     """
-    sites, _ = find_sites(model, readers, None)
-    chosen = _chosen(sites, experts, seed)
+    task = _Task.of(model, documents, experts, layers, batch_tokens, seed, readers)
     groups = TokenGroups(documents, classes, align)
-    key = _key(model, documents, edit, classes, align)
-    done = _resumed(path, key)
-    for site in sites:
-        held = done.filter(pl.col("layer") == site.layer)["expert"].unique().to_list()
-        missing = [number for number in chosen[site.layer] if number not in held]
-        if not missing:
-            continue
-        edits = [[_EDITS[edit](site.layer, expert)] for expert in missing]
-        sums = edited_sums(
-            model, documents, edits, groups, batch_tokens=batch_tokens, readers=readers
-        )
-        rows = groups.frame(sums, SUMS)
-        rows = rows.with_columns(
-            layer=pl.lit(site.layer, pl.Int64),
-            expert=pl.col("set").replace_strict(
-                range(len(missing)), missing, return_dtype=pl.Int64
-            ),
-            edit=pl.lit(edit.value),
-            measured=pl.lit(key),
-        )
-        done = pl.concat([done, rows.select(*_SCHEMA)])
-        if path is not None:
-            write_parquet(path, done)
-    pairs = [(layer, number) for layer, numbers in chosen.items() for number in numbers]
-    wanted = pl.DataFrame(pairs, schema={"layer": pl.Int64, "expert": pl.Int64}, orient="row")
-    return done.join(wanted, on=["layer", "expert"], how="semi").drop("measured").sort(_ORDER)
-
-
-_ORDER = ("layer", "expert", "by", "class", "doc")
-_SCHEMA = {
-    "layer": pl.Int64,
-    "expert": pl.Int64,
-    "edit": pl.String,
-    "by": pl.String,
-    "class": pl.String,
-    "doc": pl.Int64,
-    **dict.fromkeys(SUMS, pl.Float64),
-    "measured": pl.String,
-}
+    key = measurement_key(model, documents, edit, classes, align)
+    rows = MeasuredRows(path, groups, {"edit": edit.value, "measured": key})
+    left = task.left(rows)
+    done, total = 0, sum(len(missing) * task.height(site) for site, _, missing in left)
+    with evaluating(model), torch.no_grad():
+        try:
+            for site, batch, missing in left:
+                untouched = Untouched(model, site, [site], batch)
+                matrix, numbers = groups.matrix(batch.docs), np.unique(batch.docs)
+                for expert in missing:
+                    tell("measuring experts", done, total)
+                    edits = [EDITS[edit](site.layer, expert)]
+                    rows.add(site.layer, expert, numbers, untouched.sums(edits, matrix, readers))
+                    done += task.height(site)
+        finally:
+            rows.write()
+    tell("measuring experts", total, total)
+    pairs = [(layer, number) for layer, numbers in task.chosen.items() for number in numbers]
+    return rows.of(pairs)
 
 
 def expert_worth(
@@ -168,27 +152,27 @@ def expert_minutes(
     documents: Sequence[np.ndarray],
     *,
     experts: Experts = None,
+    layers: Sequence[int] | None = None,
     edit: EditKind = EditKind.FORBID,
     batch_tokens: int = 2048,
     seed: int = 0,
     readers: Mapping[str, Reader] | None = None,
 ) -> float:
     """Minutes that ``expert_losses`` will take with the same arguments, from timing its passes
-    over one batch at the first and the last router.
+    over one batch at the first and the last layer.
     """
-    sites, _ = find_sites(model, readers, None)
-    chosen = _chosen(sites, experts, seed)
-    batches = padded_batches(documents, batch_tokens)
-    batch = batches[len(batches) // 2]
-    share = sum(item.ids.numel() for item in batches) / batch.ids.numel()
+    task = _Task.of(model, documents, experts, layers, batch_tokens, seed, readers)
+    batch = task.batches[len(task.batches) // 2]
+    share = sum(item.ids.numel() for item in task.batches) / batch.ids.numel()
+    first, last = task.sites[0], task.sites[-1]
     with evaluating(model), torch.no_grad():
-        ends = [_pass_seconds(model, site, edit, batch, readers) for site in (sites[0], sites[-1])]
+        ends = [_pass_seconds(model, site, edit, batch, readers) for site in (first, last)]
+    steps = max(task.height(first) - task.height(last), 1)
     seconds = 0.0
-    for place, site in enumerate(sites):
-        between = place / max(len(sites) - 1, 1)
+    for site in task.sites:
+        between = (task.height(first) - task.height(site)) / steps
         untouched, edited = ((1 - between) * a + between * b for a, b in zip(*ends, strict=True))
-        number = len(chosen[site.layer])
-        seconds += share * (untouched + number * edited) if number else 0
+        seconds += share * (untouched + len(task.chosen[site.layer]) * edited)
     return seconds / 60
 
 
@@ -199,23 +183,103 @@ def _pass_seconds(
     batch: Batch,
     readers: Mapping[str, Reader] | None,
 ) -> tuple[float, float]:
-    """Seconds of the untouched pass and of an edited one, the second time that each runs."""
-    start = middle = 0.0
-    for _ in range(2):
+    """Mean seconds of the untouched pass, and of an edited one times the share of experts that need
+    one; the first pass of each kind is not counted.
+    """
+    untouched = Untouched(model, site, [site], batch)
+    every = [[EDITS[edit](site.layer, expert)] for expert in range(site.num_experts or 0)]
+    needed = [edits for edits in every if untouched.changes(edits)]
+    times = np.zeros((0, 2))
+    for edits in needed[:1]:
+        untouched.differences(edits, readers)
+    while times.sum() < TIMED_SECONDS:
         start = perf_counter()
         untouched = Untouched(model, site, [site], batch)
         middle = perf_counter()
-        untouched.differences([_EDITS[edit](site.layer, 0)], readers)
-    return middle - start, perf_counter() - middle
+        for edits in needed[:1]:
+            untouched.differences(edits, readers)
+        times = np.append(times, [[middle - start, perf_counter() - middle]], axis=0)
+    whole, edited = times.mean(axis=0).tolist()
+    return whole, edited * len(needed) / len(every)
 
 
-# ------------------------------------------------------------------------------------------------
-# what is measured
+@dataclass(frozen=True)
+class _Task:
+    """The passes of a measurement.
+
+    Attributes:
+        sites: routers of the layers that are measured, in order.
+        chosen: layer -> its experts that are measured, in order.
+        heights: layer -> how many routers of the model are not below its own.
+    """
+
+    sites: Sequence[TracedRouter]
+    chosen: Mapping[int, Sequence[int]]
+    batches: Sequence[Batch]
+    heights: Mapping[int, int]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        documents: Sequence[np.ndarray],
+        experts: Experts,
+        layers: Sequence[int] | None,
+        batch_tokens: int,
+        seed: int,
+        readers: Mapping[str, Reader] | None,
+    ) -> "_Task":
+        sites, _ = find_sites(model, readers, None)
+        heights = {site.layer: len(sites) - place for place, site in enumerate(sites)}
+        for layer in layers or ():
+            require(
+                layer in heights,
+                f"layers among {sorted(heights)}",
+                layer,
+                error=TraceError,
+                field="layers",
+            )
+        chosen = {
+            layer: numbers
+            for layer, numbers in _chosen(sites, experts, seed).items()
+            if numbers and (layers is None or layer in layers)
+        }
+        sites = [site for site in sites if site.layer in chosen]
+        for site in sites:
+            find_form(site, None)  # raises where nothing can be edited
+        return cls(sites, chosen, padded_batches(documents, batch_tokens), heights)
+
+    def height(self, site: TracedRouter) -> int:
+        """The cost of an edited pass, in layers."""
+        return self.heights[site.layer]
+
+    def left(self, rows: MeasuredRows) -> list[tuple[TracedRouter, Batch, list[int]]]:
+        """The experts of each layer and batch that ``rows`` does not hold."""
+        left = []
+        for site in self.sites:
+            for batch in self.batches:
+                missing = [
+                    expert
+                    for expert in self.chosen[site.layer]
+                    if rows.lacks(site.layer, expert, batch.docs)
+                ]
+                if missing:
+                    left.append((site, batch, missing))
+        return left
 
 
 def _chosen(sites: Sequence[TracedRouter], experts: Experts, seed: int) -> dict[int, list[int]]:
     """Layer -> its experts that are measured, in order."""
     sizes = {site.layer: site.num_experts or 0 for site in sites}
+    for site in sites:
+        require(
+            site.num_experts,
+            "a router whose number of experts is configured",
+            "none",
+            error=TraceError,
+            where=site,
+            field=site.name,
+        )
     if experts is None:
         return {layer: list(range(size)) for layer, size in sizes.items()}
     if isinstance(experts, int):
@@ -236,40 +300,3 @@ def _chosen(sites: Sequence[TracedRouter], experts: Experts, seed: int) -> dict[
         )
         chosen[layer].append(number)
     return {layer: sorted(set(numbers)) for layer, numbers in chosen.items()}
-
-
-def _key(
-    model: nn.Module,
-    documents: Sequence[np.ndarray],
-    edit: EditKind,
-    classes: Classes | None,
-    align: Align,
-) -> str:
-    """Hash of the model's configuration and parameters, and of what is measured."""
-    digest = hashlib.sha256()
-    for ids in documents:
-        digest.update(len(ids).to_bytes(8, "big") + np.asarray(ids, np.int64).tobytes())
-    sums = [
-        [name, float(value.detach().double().sum())] for name, value in model.state_dict().items()
-    ]
-    labels = {name: [list(values) for values in given] for name, given in (classes or {}).items()}
-    return content_hash(
-        [model_hash(model), sums, digest.hexdigest(), edit.value, labels, Align(align).value]
-    )
-
-
-def _resumed(path: Path | str | None, key: str) -> pl.DataFrame:
-    """The layers that the file holds; none where there is no file."""
-    if path is None or not Path(path).exists():
-        return pl.DataFrame(schema=_SCHEMA)
-    frame = pl.read_parquet(path)
-    same = frame.schema == _SCHEMA and frame["measured"].unique().to_list() == [key]
-    require(
-        same,
-        f"the measurement of this model, text and edit in {path}",
-        "another file",
-        "another path",
-        error=AnalysisError,
-        field="path",
-    )
-    return frame

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from moe_lab.analysis.document_bootstrap import Floats
@@ -132,13 +133,22 @@ class Untouched:
 
     def used(self, named: Mapping[int, Sequence[int]]) -> NDArray[np.bool_]:
         """[N] was the token predicted at a place that used one of these experts of these layers?"""
+        return self._used(named)[self.batch.predicts].numpy()
+
+    def _used(self, named: Mapping[int, Sequence[int]]) -> Tensor:
+        """[B, S] was one of these experts used, padding included?"""
         used_BS = torch.zeros_like(self.batch.predicts)
         for layer, experts in named.items():
             for ids_TK in self._chosen[layer]:
                 wanted = torch.tensor(experts, device=ids_TK.device)
                 found_T = torch.isin(ids_TK, wanted).any(dim=1)
                 used_BS |= found_T.view(used_BS.shape).to(used_BS.device)
-        return used_BS[self.batch.predicts].numpy()
+        return used_BS
+
+    def changes(self, edits: EditSet) -> bool:
+        """False where the edits silence experts that no token of the batch used."""
+        silent = all(isinstance(edit, Silence) for edit in edits)
+        return not silent or bool(self._used(named_experts(edits)).any())
 
     def differences(
         self, edits: EditSet, readers: Mapping[str, Reader] | None = None
@@ -146,9 +156,24 @@ class Untouched:
         """[N] the loss under the edits less the loss without, and the divergence of the edited
         prediction from the untouched one, in nats.
         """
+        if not self.changes(edits):
+            zeros = np.zeros((2, len(self.batch.docs)))
+            return zeros[0], zeros[1]
         with intervene(self.model, *edits, readers=readers), self.prefix.reused():
             logits = logits_of(self.model, self.batch)
         return paired_differences(self._log_p, logits, self.batch)
+
+    def sums(
+        self, edits: EditSet, matrix: csr_array, readers: Mapping[str, Reader] | None = None
+    ) -> Floats:
+        """[n, groups, len(SUMS)] of the documents of the batch, in the order of their numbers;
+        ``matrix`` is that of ``TokenGroups`` for the batch.
+        """
+        loss, kl = self.differences(edits, readers)
+        named = named_experts(edits)
+        used = self.used(named) if named else np.ones(len(loss), bool)
+        table = np.stack([np.ones(len(loss)), loss, kl, used, loss * used], axis=1)
+        return (matrix @ table).reshape(len(self.batch.documents), -1, len(SUMS))
 
 
 def log_probabilities(logits_BSV: Tensor, batch: Batch) -> Iterator[Tensor]:
@@ -197,18 +222,14 @@ def edited_sums(
     batches = padded_batches(documents, batch_tokens)
     with evaluating(model), torch.no_grad():
         for layer, places in lowest.items():
-            named = [_named(edit_sets[place]) for place in places]
-            numbers = {number for experts in named for number in experts}
+            numbers = {layer for place in places for layer in named_experts(edit_sets[place])}
             watched = [site for site in sites if site.layer in numbers]
             for batch in batches:
                 untouched = Untouched(model, by_layer[layer], watched, batch)
                 matrix = groups.matrix(batch.docs)
                 rows = np.unique(batch.docs)
-                for place, experts in zip(places, named, strict=True):
-                    loss, kl = untouched.differences(edit_sets[place], readers)
-                    used = untouched.used(experts) if experts else np.ones(len(loss), bool)
-                    table = np.stack([np.ones(len(loss)), loss, kl, used, loss * used], axis=1)
-                    sums[place, rows] = (matrix @ table).reshape(len(rows), -1, len(SUMS))
+                for place in places:
+                    sums[place, rows] = untouched.sums(edit_sets[place], matrix, readers)
     return sums
 
 
@@ -219,7 +240,7 @@ def _lowest(edits: EditSet, sites: Sequence[TracedRouter]) -> int:
     return next(reached, sites[0].layer)
 
 
-def _named(edits: EditSet) -> dict[int, list[int]]:
+def named_experts(edits: EditSet) -> dict[int, list[int]]:
     """Layer -> experts that the edits name."""
     named: dict[int, list[int]] = {}
     for edit in edits:

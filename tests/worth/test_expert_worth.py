@@ -17,8 +17,10 @@ from moe_lab.worth import (
     expert_minutes,
     expert_worth,
     intervene,
+    measured_rows,
     measures,
 )
+from moe_lab.worth.paired_passes import Untouched
 from moe_lab.worth.shared_prefix import SharedPrefix
 
 
@@ -164,29 +166,82 @@ def test_a_dead_expert_is_worth_nothing_and_a_needed_one_something():
     assert always["kl"] > 0
 
 
-def test_a_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    model, documents, path = decoder(), texts(), tmp_path / "losses.parquet"
-    whole = expert_losses(model, documents, experts=3)
-    measured, original = [], measures.edited_sums
+def count_edited_passes(monkeypatch, stop_at=None):
+    """A list of (layer, expert, documents) that grows with each edited pass."""
+    measured, original = [], Untouched.differences
 
-    def stop_at_second(model, documents, edits, *rest, **options):
-        measured.append(edits[0][0].layer)
-        if measured == [0, 1]:
+    def differences(self, edits, *rest):
+        if len(measured) == stop_at:
             raise KeyboardInterrupt
-        return original(model, documents, edits, *rest, **options)
+        documents = sorted(document.number for document in self.batch.documents)
+        measured.append((edits[0].layer, edits[0].expert, *documents))
+        return original(self, edits, *rest)
 
-    monkeypatch.setattr(measures, "edited_sums", stop_at_second)
-    with pytest.raises(KeyboardInterrupt):
-        expert_losses(model, documents, experts=3, path=path)
-    again = expert_losses(model, documents, experts=3, path=path)
-    assert measured == [0, 1, 1]
+    monkeypatch.setattr(Untouched, "differences", differences)
+    return measured
+
+
+def test_a_measurement_goes_on_at_the_expert_and_batch_where_it_stopped(tmp_path, monkeypatch):
+    model, documents, path = decoder(), texts(), tmp_path / "losses.parquet"
+    options = {"experts": 3, "batch_tokens": 60}
+    with monkeypatch.context() as patch:
+        every = count_edited_passes(patch)
+        whole = expert_losses(model, documents, **options)
+    assert len(set(every)) == len(every) > 2 * 3  # more than one batch
+    with monkeypatch.context() as patch:
+        count_edited_passes(patch, stop_at=5)
+        with pytest.raises(KeyboardInterrupt):
+            expert_losses(model, documents, path=path, **options)
+    with monkeypatch.context() as patch:
+        later = count_edited_passes(patch)
+        again = expert_losses(model, documents, path=path, **options)
+    assert later == every[5:]
     assert again.equals(whole)
     with refused("path", AnalysisError):
-        expert_losses(model, documents, experts=3, path=path, edit=EditKind.SILENCE)
+        expert_losses(model, documents, path=path, edit=EditKind.SILENCE, **options)
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
     with refused("path", AnalysisError):
-        expert_losses(model, documents, experts=3, path=path)
+        expert_losses(model, documents, path=path, **options)
+
+
+def test_what_was_measured_is_written_while_it_runs(tmp_path, monkeypatch):
+    path, heights = tmp_path / "losses.parquet", []
+    monkeypatch.setattr(measured_rows, "WRITE_SECONDS", 0.0)
+    original = Untouched.differences
+
+    def differences(self, *rest):
+        heights.append(pl.read_parquet(path).height if path.exists() else 0)
+        return original(self, *rest)
+
+    monkeypatch.setattr(Untouched, "differences", differences)
+    expert_losses(decoder(), texts(), experts=3, path=path)
+    assert heights == [7 * passes for passes in range(6)]
+
+
+def test_silence_passes_no_batch_that_does_not_use_the_expert(monkeypatch):
+    model = decoder("topk_softmax")
+    with torch.no_grad():
+        moe_layers(model)[1].router.bias = torch.nn.Parameter(
+            torch.tensor([0.0, -1e3, 0, 0, 0, 0]).double()
+        )
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    silenced = expert_losses(model, texts(), experts=[(1, 1)], edit=EditKind.SILENCE)
+    assert len(passes) == 1
+    expert_losses(model, texts(), experts=[(1, 1)])
+    assert len(passes) == 3
+    handle.remove()
+    assert silenced["d_loss"].abs().sum() == silenced["kl"].abs().sum() == 0
+
+
+def test_layers_can_be_chosen(monkeypatch):
+    model = decoder(layers=3)
+    every = expert_losses(model, texts(), experts=2)
+    some = expert_losses(model, texts(), experts=2, layers=[0, 2])
+    assert some.equals(every.filter(pl.col("layer") != 1))
+    with refused("layers", TraceError):
+        expert_losses(model, texts(), layers=[3])
 
 
 def test_minutes_are_passes_times_their_seconds(monkeypatch):
@@ -195,6 +250,7 @@ def test_minutes_are_passes_times_their_seconds(monkeypatch):
     documents = [np.arange(10)] * 6
     # Each pass takes a minute: per layer and batch one untouched pass and one for each expert.
     assert expert_minutes(decoder(), documents, experts=3, batch_tokens=20) == 2 * 3 * (1 + 3)
+    assert expert_minutes(decoder(), documents, experts=3, layers=[1]) == 1 + 3
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -203,7 +259,7 @@ def test_what_cannot_be_measured_is_refused():
     with refused("experts", TraceError):
         expert_losses(decoder(), texts(), experts=[(0, 6)])
     with refused("losses", AnalysisError):
-        expert_worth(pl.DataFrame(schema={**measures._SCHEMA}))
+        expert_worth(pl.DataFrame(schema={**measured_rows.SCHEMA}))
 
 
 @pytest.mark.hf
