@@ -9,6 +9,7 @@ from moe_lab.lazy import on_first_use
 from moe_lab.worth.agreement import Conventions, find_conventions, routing_agreement
 
 if TYPE_CHECKING:
+    from moe_lab.worth.curves import removal_curves, top_k_losses
     from moe_lab.worth.interventions import (
         Edit,
         Exchange,
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
         intervene,
     )
     from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
+    from moe_lab.worth.pairs import exchange_losses, pair_losses
+    from moe_lab.worth.replays import replay_divergence
     from moe_lab.worth.scores import SCORES, expert_scores, score_agreement
 
 _EDITS = ("Edit", "Exchange", "Forbid", "Replay", "Silence", "TopK", "intervene")
 __getattr__ = on_first_use(
     __name__,  # torch
     {
+        "curves": ("removal_curves", "top_k_losses"),
         "interventions": _EDITS,
         "measures": ("EditKind", "expert_losses", "expert_minutes", "expert_worth"),
+        "pairs": ("exchange_losses", "pair_losses"),
+        "replays": ("replay_divergence",),
         "scores": ("SCORES", "expert_scores", "score_agreement"),
     },
 )
@@ -41,12 +47,17 @@ __all__ = [
     "Replay",
     "Silence",
     "TopK",
+    "exchange_losses",
     "expert_losses",
     "expert_minutes",
     "expert_scores",
     "expert_worth",
     "find_conventions",
     "intervene",
+    "pair_losses",
+    "removal_curves",
+    "replay_divergence",
     "routing_agreement",
     "score_agreement",
+    "top_k_losses",
 ]

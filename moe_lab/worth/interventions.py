@@ -86,10 +86,12 @@ class Replay:
         trace: the recording.
         recorded_weights: use the gate weights of the trace (float16) instead of those that the
             router computes for the replayed ids. Only the latter carry a gradient.
+        first_document: number in the trace of the first document that runs in the block.
     """
 
     trace: Trace
     recorded_weights: bool = False
+    first_document: int = 0
 
 
 Edit: TypeAlias = Silence | Forbid | Exchange | TopK | Replay
@@ -395,5 +397,7 @@ def _editor(
         elif isinstance(edit, TopK):
             editor.top_k = edit.k
         else:
-            editor.replay = ReplayedTrace(edit.trace, site, edit.recorded_weights)
+            editor.replay = ReplayedTrace(
+                edit.trace, site, edit.recorded_weights, edit.first_document
+            )
     return editor

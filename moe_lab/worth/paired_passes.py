@@ -222,7 +222,7 @@ def edited_sums(
     batches = padded_batches(documents, batch_tokens)
     with evaluating(model), torch.no_grad():
         for layer, places in lowest.items():
-            numbers = {layer for place in places for layer in named_experts(edit_sets[place])}
+            numbers = {layer}.union(*(named_experts(edit_sets[place]) for place in places))
             watched = [site for site in sites if site.layer in numbers]
             for batch in batches:
                 untouched = Untouched(model, by_layer[layer], watched, batch)

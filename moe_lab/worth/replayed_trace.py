@@ -26,14 +26,18 @@ class ReplayedTrace:
         trace: the recording; its documents are numbered in the order in which the passes run.
         site: the router.
         recorded_weights: whether ``weights_of_call`` gives the recorded gate weights.
+        first_document: number in the trace of the first document that runs.
 
     Raises:
         TraceError: the trace lacks the router's layer or its weights, or has other sizes.
     """
 
-    def __init__(self, trace: Trace, site: TracedRouter, recorded_weights: bool) -> None:
+    def __init__(
+        self, trace: Trace, site: TracedRouter, recorded_weights: bool, first_document: int
+    ) -> None:
         self.site = site
-        self._numbering = Numbering()
+        self._numbering = Numbering(next_doc=first_document)
+        later = pl.col("doc") >= first_document
         self._pass: Pass | None = None
         keys, ids, weights = [], [], []
         for visit in site.visits:
@@ -50,7 +54,11 @@ class ReplayedTrace:
                 where=site,
                 field="trace",
             )
-            frame = trace.routing.filter(pl.col("layer") == visit).collect().sort("doc", "pos")
+            frame = (
+                trace.routing.filter(later & (pl.col("layer") == visit))
+                .collect()
+                .sort("doc", "pos")
+            )
             rows = rows_of(layer, frame.drop("layer"))
             if recorded_weights and "weights" not in rows:
                 raise self._error("recorded gate weights", "none")
@@ -59,7 +67,8 @@ class ReplayedTrace:
             ids.append(torch.from_numpy(np.where(slots == EMPTY_SLOT, -1, slots)))
             weights.append(torch.from_numpy(rows["weights"]) if recorded_weights else None)
         self._keys, self._ids, self._weights = keys, ids, weights
-        tokens = trace.tokens.select("doc", "pos", "token_id").collect().sort("doc", "pos")
+        tokens = trace.tokens.filter(later).select("doc", "pos", "token_id").collect()
+        tokens = tokens.sort("doc", "pos")
         self._token_keys = _key(tokens["doc"].to_numpy(), tokens["pos"].to_numpy())
         self._token_ids = tokens["token_id"].fill_null(-1).to_numpy()
 

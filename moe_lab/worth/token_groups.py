@@ -57,6 +57,12 @@ class TokenGroups:
             for codes, series in zip(self._codes, given, strict=True):
                 codes.append(np.array([code.get(value, -1) for value in series[part]], np.int64))
 
+    @property
+    def labels(self) -> pl.DataFrame:
+        """[by, class] of each group."""
+        schema = {"by": pl.String, "class": pl.String}
+        return pl.DataFrame(self.names, schema=schema, orient="row")
+
     def matrix(self, docs: NDArray[np.int64]) -> csr_array:
         """[documents x groups, N]: a column for each predicted token, 1 in the rows of its groups.
 
