@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,9 @@ from registries import registries_as_before
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("moe_lab", deadline=None)
 settings.load_profile("moe_lab")
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -40,3 +44,16 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the published data: no folder {folder}; set MOE_LAB_DATA")
     return folder
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> "Iterator[S3Server]":
+    """An S3 server with the empty bucket ``bucket``, for this process and those it starts."""
+    for package in ("s3fs", "moto", "flask_cors"):
+        pytest.importorskip(package, reason="needs s3fs and moto's server (group dev)")
+    from s3_server import serve
+
+    with serve() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        yield server

@@ -18,6 +18,8 @@ from moe_lab.files import check_name
 
 CLOCK_SECONDS = 60.0
 """How long a reading of the store's clock is carried on by this process's own."""
+DOWNLOADS = 3
+"""How often an object is read that is replaced while it is read."""
 _CREDENTIALS = (
     "permission",
     "credential",
@@ -27,7 +29,9 @@ _CREDENTIALS = (
     "accesskey",
     "signature",
     "token",
+    "badrequest",  # of Amazon, for an expired token, where the answer has no body
 )
+_AGAIN = "run the same command again to continue"
 _NETWORK = ("connect", "timeout", "timed out", "resolve", "unreachable", "endpoint")
 
 
@@ -54,9 +58,14 @@ class Bucket:
         paths = {self._path(name): name for name in names}
         if not paths:
             return {}
+        found = {}
         with self._one_line("read"):
-            contents = self._files.cat(list(paths), on_error="omit")
-        return {paths[path]: content for path, content in contents.items()}
+            for path, content in self._files.cat(list(paths), on_error="return").items():
+                if isinstance(content, bytes):
+                    found[paths[path]] = content
+                elif not isinstance(content, FileNotFoundError):
+                    raise content
+        return found
 
     def write(self, name: str, content: bytes) -> None:
         with self._one_line("write"):
@@ -70,17 +79,32 @@ class Bucket:
             self._files.put_file(str(source), self._path(name))
 
     def download(self, name: str, target: Path) -> None:
+        """Copy an object to the file ``target``, again where it was replaced meanwhile: clients
+        read long objects, and those whose connection was cut, in several pieces.
+
+        Raises ``FileNotFoundError`` if there is no such object.
+        """
         check_name(name, self.url)
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._one_line("read"):
-            self._files.get_file(self._path(name), str(target))
+            before = self._files.info(self._path(name))
+            for _ in range(DOWNLOADS):
+                self._files.get_file(self._path(name), str(target))
+                after = self._files.info(self._path(name))
+                if after == before:
+                    return
+                before = after
+        raise StorageError(
+            f"cannot read {self.url}: {name} was replaced {DOWNLOADS} times while it was read; "
+            f"{_AGAIN}"
+        )
 
     def names(self, folder: str) -> list[str]:
         """All objects below ``folder``, at any depth.
 
         Raises ``RunError`` for a name that could lead out of a folder it is copied to.
         """
-        with self._one_line("read"):
+        with self._one_line("list"):
             self._files.invalidate_cache()
             paths = self._files.find(self._path(folder))
         return [
@@ -134,9 +158,9 @@ class Bucket:
         try:
             yield
         except FileNotFoundError as error:
-            if action == "write":
+            if action in ("write", "list"):
                 why = f"no such bucket or folder ({_cause(error)}); try another URL"
-                raise StorageError(f"cannot write {self.url}: {why}") from error
+                raise StorageError(f"cannot {action} {self.url}: {why}") from error
             raise
         except MoELabError:
             raise
@@ -189,6 +213,7 @@ def _cause(error: BaseException) -> str:
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    line = line.removesuffix(".")
     return line if len(line.split()) > 2 else f"{type(error).__name__}{line and ': '}{line}"
 
 
@@ -197,9 +222,12 @@ def _advice(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "try another store or free some space"
     if isinstance(error, PermissionError) or any(word in said for word in _CREDENTIALS):
-        return "try other credentials, or ask for the right to list, read and write there"
+        return (
+            "try other credentials (these may be wrong or have expired), or ask for the right to "
+            "list, read and write there"
+        )
     if isinstance(error, ConnectionError | TimeoutError) or any(
         word.replace(" ", "") in said for word in _NETWORK
     ):
         return "check the network and the endpoint, then run the same command again"
-    return "run the same command again to continue"
+    return _AGAIN

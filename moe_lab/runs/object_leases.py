@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 
 from moe_lab.errors import RunError
@@ -80,8 +81,9 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._released.set()
         self._thread.join()
-        if _key(self._bucket, self._name) == self._key:
-            self._bucket.delete([self._name])
+        with suppress(RunError):  # a lease that stays ends with its process, or by its silence
+            if _key(self._bucket, self._name) == self._key:
+                self._bucket.delete([self._name])
 
 
 def take(bucket: Bucket, name: str, on_lost: Callable[[], None] = lambda: None) -> Lease | None:

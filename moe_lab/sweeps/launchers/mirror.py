@@ -20,7 +20,7 @@ from moe_lab.errors import BusyError, RunError
 from moe_lab.files import below, private_folder
 from moe_lab.runs.bucket import Bucket
 from moe_lab.runs.failures import Failure
-from moe_lab.runs.layout import DAMAGED_CHECKPOINT, DONE, ERROR, FAILURE, LOG
+from moe_lab.runs.layout import DAMAGED_CHECKPOINT, DONE, ERROR, FAILURE, LOG, RESUMED_FROM
 from moe_lab.runs.object_leases import take
 from moe_lab.runs.object_store import FILES, LEASE, STATE, STATE_FILES, scratch_name, write_failure
 from moe_lab.runs.plan import check_run_name
@@ -127,11 +127,13 @@ class _Copies:
         self._scratch.mkdir(parents=True)
         prefix = f"{FILES}/{self._run}/"
         for name in self._bucket.names(prefix.rstrip("/")):
-            if name == prefix + DAMAGED_CHECKPOINT:
+            short = name.removeprefix(prefix)
+            if short == DAMAGED_CHECKPOINT:
                 continue
-            self._bucket.download(
-                name, below(self._scratch, name.removeprefix(prefix), self._bucket.url)
-            )
+            path = below(self._scratch, short, self._bucket.url)
+            with suppress(FileNotFoundError):  # an old listing may name what is gone
+                self._bucket.download(name, path)
+                self._copied[short] = _version(path)
         self._bucket.delete(f"{STATE}/{self._run}/{name}" for name in (ERROR, FAILURE))
 
     def __enter__(self) -> "_Copies":
@@ -177,14 +179,13 @@ class _Copies:
             link.unlink()
 
     def _changed(self, path: Path, name: str | None = None) -> bool:
-        stat = path.stat()
-        return self._copied.get(name or path.name) != (stat.st_mtime_ns, stat.st_size)
+        return self._copied.get(name or path.name) != _version(path)
 
     def _upload(self, path: Path, name: str) -> None:
         if self._changed(path, name):
-            stat = path.stat()
+            version = _version(path)
             self._bucket.upload(path, self._object(name))
-            self._copied[name] = (stat.st_mtime_ns, stat.st_size)
+            self._copied[name] = version
 
     def _object(self, name: str) -> str:
         return f"{STATE if name in STATE_FILES else FILES}/{self._run}/{name}"
@@ -203,5 +204,11 @@ class _Copies:
             if path.is_file() and not path.name.startswith((".", CHECKPOINT)) and name != DONE:
                 self._upload(path, name)
         self._bucket.write(f"{STATE}/{self._run}/{DONE}", (self._scratch / DONE).read_bytes())
-        old = self._bucket.names(f"{FILES}/{self._run}")
-        self._bucket.delete(name for name in old if name.rpartition("/")[2].startswith(CHECKPOINT))
+        old = {*RESUMED_FROM, *self._copied}  # not from a listing, which may lack the newest
+        self._bucket.delete(self._object(name) for name in old if name.startswith(CHECKPOINT))
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """What differs once a file was written again."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size

@@ -1,0 +1,258 @@
+"""A sweep on the S3 protocol over HTTP: what a server refuses, delays or cuts is survived by a
+bounded retry, or told in one line, and nothing half-written is read as whole.
+"""
+
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("s3fs", reason="needs s3fs (group dev)")
+pytest.importorskip("moto", reason="needs moto (group dev)")
+
+import s3fs
+from s3_server import CUT_DOWNLOAD, CUT_UPLOAD, S3Server
+from stub_trainer import StubRun, expected_loss, stub_grid, stub_sweep
+
+from moe_lab.errors import RunError, StorageError
+from moe_lab.runs.bucket import DOWNLOADS, Bucket
+from moe_lab.runs.object_leases import take
+from moe_lab.sweeps import SweepOutcome, run, status
+from moe_lab.sweeps.launchers.mirror import _Copies
+
+URL = "s3://bucket/sweep"
+GRID = stub_grid(2, steps=8, step_seconds=0.0)
+LONG = b"".join(index.to_bytes(4) for index in range(25_000))
+
+
+@pytest.fixture(autouse=True)
+def _scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of this process that try twice."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)
+
+
+def go(*runs: StubRun) -> SweepOutcome:
+    sweep = stub_sweep(*(runs or GRID))
+    return run(sweep, URL, workers=2, progress=False, trainer="bucket_files:train")
+
+
+def trained_steps(server: S3Server, one: StubRun) -> list[int]:
+    log = server.objects()[f"sweep/files/{one.hash()}/steps.log"].decode()
+    return [int(line.split()[1]) for line in log.splitlines()]
+
+
+@pytest.mark.slow
+def test_a_sweep_on_a_server_that_stumbles_has_the_numbers_of_an_undisturbed_one(s3: S3Server):
+    own = re.compile(r"/(state|files)/").search
+    with (
+        s3.fault("SlowDown", 3, lambda method, path: method == "PUT" and bool(own(path))) as slow,
+        s3.fault("InternalError", 2, lambda method, path: "status.json" in path) as broken,
+        s3.fault(CUT_UPLOAD, 1) as cut,
+        s3.fault(CUT_DOWNLOAD, 1) as torn,
+    ):
+        assert go().complete
+        frame = status(URL)
+    assert [fault.seen for fault in (slow, broken, cut, torn)] == [3, 2, 1, 1]
+    assert dict(frame.select("name", "loss").rows()) == {
+        one.name: expected_loss(one) for one in GRID
+    }
+    for one in GRID:
+        assert trained_steps(s3, one) == list(range(one.steps))
+        assert s3.objects()[f"sweep/files/{one.hash()}/trace/part.txt"] == b"routes"
+    left = [name for name in s3.objects() if re.search("checkpoint|lease|clock", name)]
+    assert not left
+
+
+CREDENTIALS = r"try other credentials \(these may be wrong or have expired\), or ask for the right"
+TOLD = [
+    ("InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist", CREDENTIALS),
+    ("SignatureDoesNotMatch", "The request signature we calculated does not match", CREDENTIALS),
+    ("ExpiredToken", "The provided token has expired", CREDENTIALS),
+    ("AccessDenied", "PermissionError: Access Denied", CREDENTIALS),
+    ("SlowDown", "Please reduce your request rate", "run the same command again to continue"),
+    ("InternalError", "We encountered an internal error", "run the same command again"),
+]
+
+
+@pytest.mark.parametrize(("kind", "cause", "advice"), TOLD, ids=[kind for kind, *_ in TOLD])
+def test_what_a_server_goes_on_refusing_is_one_line(
+    s3: S3Server, impatient: None, tmp_path: Path, kind: str, cause: str, advice: str
+):
+    """Also where the answer has no body, as that to the HEAD before each read."""
+    bucket = Bucket(URL)
+    bucket.write("a/b", LONG)
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: bucket.read("a/b"),
+        "read many": lambda: bucket.read_many(["a/b", "a/c"]),
+        "write": lambda: bucket.write("a/d", LONG),
+        "list": lambda: bucket.names("a"),
+        "download": lambda: bucket.download("a/b", tmp_path / "copy"),
+        "take": lambda: take(bucket, "lease"),
+        "run": go,
+        "status": lambda: status(URL),
+    }
+    with s3.fault(kind):
+        for call in calls.values():
+            with pytest.raises(StorageError, match=f"^cannot .*; {advice}") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+        with pytest.raises(StorageError, match=cause):
+            bucket.write("a/d", LONG)
+    assert s3.objects() == {"sweep/a/b": LONG}
+
+
+def test_an_object_that_cannot_be_read_is_not_taken_for_a_missing_one(
+    s3: S3Server, impatient: None
+):
+    bucket = Bucket(URL)
+    bucket.write("a", b"1")
+    bucket.write("b", b"2")
+    assert bucket.read_many(["a", "b", "c"]) == {"a": b"1", "b": b"2"}
+    with (
+        s3.fault("InternalError", hits=lambda _, path: path.endswith("/b")),
+        pytest.raises(StorageError, match="cannot read"),
+    ):
+        bucket.read_many(["a", "b", "c"])
+
+
+@pytest.mark.parametrize("call", [go, lambda: status(URL)], ids=["run", "status"])
+def test_a_bucket_that_is_not_there_is_one_line(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]
+):
+    monkeypatch.setitem(globals(), "URL", "s3://nobodys/sweep")
+    with pytest.raises(
+        StorageError,
+        match=r"^cannot (write|list) s3://nobodys/sweep: no such bucket or folder \(The specified "
+        r"bucket does not exist\); try another URL$",
+    ):
+        call()
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A content that is uploaded in three parts."""
+    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 * 2**20)
+    return LONG * 110
+
+
+def test_a_connection_cut_in_the_middle_of_a_part_costs_a_second_try(
+    s3: S3Server, tmp_path: Path, in_parts: bytes
+):
+    (tmp_path / "weights").write_bytes(in_parts)
+    with s3.fault(CUT_UPLOAD, 1) as cut:
+        Bucket(URL).upload(tmp_path / "weights", "weights")
+    assert cut.seen == 1
+    assert s3.objects() == {"sweep/weights": in_parts}
+    assert not s3.unfinished_uploads()
+
+
+def test_a_part_that_never_arrives_leaves_the_old_object_whole(
+    s3: S3Server, impatient: None, tmp_path: Path, in_parts: bytes
+):
+    bucket = Bucket(URL)
+    bucket.write("weights", b"old")
+    (tmp_path / "weights").write_bytes(in_parts)
+    with (
+        s3.fault(CUT_UPLOAD),
+        pytest.raises(
+            StorageError,
+            match=r"^cannot write .*; check the network and the endpoint, then run the",
+        ),
+    ):
+        bucket.upload(tmp_path / "weights", "weights")
+    assert bucket.read("weights") == b"old"
+    assert not s3.unfinished_uploads(), "nobody pays for parts that nobody completes"
+
+
+def test_a_download_whose_object_is_replaced_is_one_version_and_not_two_halves(
+    s3: S3Server, tmp_path: Path
+):
+    """The client asks for what is missing of a cut answer, and gets it of the newer object."""
+    bucket = Bucket(URL)
+    newer = bytes(reversed(LONG))
+    bucket.write("checkpoint", LONG)
+
+    def replace(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("checkpoint"):
+            s3.before_answer = None
+            Bucket(URL).write("checkpoint", newer)
+
+    s3.before_answer = replace
+    with s3.fault(CUT_DOWNLOAD, 1) as cut:
+        bucket.download("checkpoint", tmp_path / "copy")
+    assert cut.seen == 1
+    assert (tmp_path / "copy").read_bytes() == newer
+
+    versions = iter(range(100))
+
+    def replace_always(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("checkpoint"):
+            Bucket(URL).write("checkpoint", str(next(versions)).encode())
+
+    s3.before_answer = replace_always
+    with pytest.raises(StorageError, match=f"checkpoint was replaced {DOWNLOADS} times while it"):
+        bucket.download("checkpoint", tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_credentials_that_expire_while_runs_train_cost_what_was_not_copied(s3: S3Server):
+    """Nothing that was trained before, and no run begins again."""
+    slow = [StubRun(name=f"slow {seed}", seed=seed, steps=30, step_seconds=0.1) for seed in (1, 2)]
+    expired = s3.fault("ExpiredToken")
+    began = threading.Event()
+
+    def expire(method: str, path: str) -> None:
+        if method == "PUT" and "checkpoint" in path and not began.is_set():
+            began.set()
+            expired.__enter__()
+
+    s3.before_answer = expire
+    with pytest.raises(StorageError, match=rf"^cannot .*; {CREDENTIALS}"):
+        go(*slow)
+    expired.__exit__(None, None, None)
+    assert go(*slow).complete
+    assert dict(status(URL).select("name", "loss").rows()) == {
+        one.name: expected_loss(one) for one in slow
+    }
+    begun_again = [one.name for one in slow if trained_steps(s3, one).count(0) > 1]
+    assert len(begun_again) <= 1, "one of the two had its checkpoint copied"
+
+
+@pytest.mark.slow
+def test_old_listings_cost_time_and_no_run(s3: S3Server):
+    """No listing shows a plan, a run or a checkpoint of this test."""
+    s3.listed_at = 0.0
+    for _ in range(2):  # a finished run that no listing shows is asked for by its name
+        assert go().complete
+        for one in GRID:
+            assert trained_steps(s3, one) == list(range(one.steps))
+    assert not [name for name in s3.objects() if "checkpoint" in name]
+    with pytest.raises(RunError, match="expected a sweep's store with sweeps/"):
+        status(URL)
+    s3.listed_at = None
+    assert status(URL)["state"].to_list() == ["finished"] * 2
+
+
+def test_a_listing_that_names_what_is_gone_stops_no_run(s3: S3Server, tmp_path: Path):
+    bucket, one = Bucket(URL), GRID[0].hash()
+    names = [f"files/{one}/gone", f"files/{one}/kept"]
+    for name in names:
+        bucket.write(name, b"x")
+    s3.listed_at = time.monotonic()
+    bucket.delete(names[:1])
+    assert bucket.names("files") == names
+    _Copies(bucket, one, tmp_path / "copies", tmp_path / "log.txt").fetch()
+    assert os.listdir(tmp_path / "copies") == ["kept"]
