@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_lab.model import MoELayer
 from moe_lab.routing import FACTS, Router, RouterConfig, Routing
+from moe_lab.routing.choices import SelectOn
 from moe_lab.routing.controllers.config import CONTROLLER_FACTS, Moves
 from moe_lab.training.checkpoint import whole
 from moe_lab.training.ranks import ALONE, Ranks
@@ -35,7 +36,9 @@ class LayerReading:
         ffn_target: the ``mean_ffn_count`` that the layer aims at, where tokens may differ in
             their number of real experts; None: the number is fixed, or no mean is aimed at.
         num_zero_experts: zero-compute experts of the layer.
-        bias: [E + Z] float, the selection bias or cut-offs; None: the layer has none.
+        bias: [E + Z] float, the selection bias; None: the layer has none.
+        score_spread: largest less smallest of a token's scores (logits, where the router selects
+            by logits), mean over tokens, as a scale for ``bias``; None: the layer has no bias.
         gradient_ratio: R_g (`moe_lab.routing.monitors`); None: not measured in this step.
         expert_norms: [E] float64, the product of the norms of each expert's matrices, 0 where its
             output is zero because a matrix is; None: not measured.
@@ -54,6 +57,7 @@ class LayerReading:
     ffn_target: float | None = None
     num_zero_experts: int = 0
     bias: Tensor | None = None
+    score_spread: float | None = None
     gradient_ratio: float | None = None
     expert_norms: Tensor | None = None
     router_norm: float | None = None
@@ -86,11 +90,12 @@ def read_layers(
     readings = []
     for place, ((index, layer), seen) in enumerate(zip(layers.items(), routings, strict=True)):
         router = layer.router
+        bias = moved_bias(router)
         counts = sum((routing.counts() for routing in seen[1:]), seen[0].counts())
         tokens = torch.stack([routing.num_valid() for routing in seen]).sum()
-        sums = torch.stack([_entropy_and_ffn_count(routing) for routing in seen]).sum(dim=0)
+        sums = torch.stack([_sums(router, routing) for routing in seen]).sum(dim=0)
         total = ranks.total(torch.cat([counts.double(), tokens.double().reshape(1), sums])).cpu()
-        *_, num_tokens, entropy, ffn_count = total.tolist()
+        *_, num_tokens, entropy, ffn_count, spread = total.tolist()
         readings.append(
             LayerReading(
                 step=step,
@@ -102,7 +107,8 @@ def read_layers(
                 mean_ffn_count=ffn_count / max(num_tokens, 1),
                 ffn_target=ffn_target(router.config),
                 num_zero_experts=router.config.num_zero_experts,
-                bias=moved_bias(router),
+                bias=bias,
+                score_spread=None if bias is None else spread / max(num_tokens, 1),
                 gradient_ratio=None if gradient_ratios is None else gradient_ratios[place],
                 expert_norms=expert_norms([layer.experts.gate_up, layer.experts.down]),
                 router_norm=parameter_norm(router.parameters()),
@@ -111,11 +117,13 @@ def read_layers(
     return readings
 
 
-def _entropy_and_ffn_count(routing: Routing) -> Tensor:
-    """[2] float64: sums over valid tokens."""
+def _sums(router: Router, routing: Routing) -> Tensor:
+    """[3] float64: entropy, real experts and spread of the scores, summed over valid tokens."""
+    by_logits = router.config.setting("select_on") is SelectOn.LOGITS
+    low, high = (routing.logits if by_logits else routing.scores).aminmax(dim=1)
+    values = [routing.entropy(), routing.ffn_count(), high - low]
     valid = routing.valid_mask()
-    values = torch.stack([routing.entropy().double(), routing.ffn_count().double()])
-    return values.where(valid, 0.0).sum(dim=1)
+    return torch.stack([value.double() for value in values]).where(valid, 0.0).sum(dim=1)
 
 
 def ffn_target(config: RouterConfig) -> float | None:
@@ -127,14 +135,11 @@ def ffn_target(config: RouterConfig) -> float | None:
 
 
 def moved_bias(router: Router) -> Tensor | None:
-    """[E + Z]: a copy of the bias or cut-offs that the router's controller moves; None without
-    such a controller.
+    """[E + Z]: a copy of the selection bias that the router's controller moves; None without such
+    a controller.
     """
     controller = router.controller
-    if controller is None or not CONTROLLER_FACTS[controller.config.kind].moves & {
-        Moves.BIAS,
-        Moves.CUTOFF,
-    }:
+    if controller is None or Moves.BIAS not in CONTROLLER_FACTS[controller.config.kind].moves:
         return None
     return controller.bias.detach().cpu().clone()
 

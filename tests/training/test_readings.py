@@ -49,6 +49,8 @@ def test_a_reading_is_over_all_micro_batches_and_without_padding():
             float(-(scores * scores.log()).sum(dim=1).mean().detach()), rel=1e-5
         )
         assert reading.entropy_max == math.log(12)
+        spread = (scores.amax(dim=1) - scores.amin(dim=1)).mean().detach()
+        assert reading.score_spread == pytest.approx(float(spread))
         assert (reading.ffn_target, reading.num_zero_experts) == (2.0, 4)
 
 
