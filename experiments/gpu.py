@@ -396,7 +396,7 @@ def instrumentation(session: Session) -> None:
     import torch
     from moe_layer import Shape, our_layer
 
-    from moe_lab.training.metrics import routing_metrics
+    from moe_lab.training.readings import read_layers
 
     sizes = session.sizes
     dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float32
@@ -409,7 +409,7 @@ def instrumentation(session: Session) -> None:
         y, routing = module(x.clone().requires_grad_(), return_routing=True)
         y.sum().backward()
         if metrics:
-            routing_metrics([[routing.detach()]])
+            read_layers(1, {0: module}, [[routing.detach()]])
 
     ratios = []
     for _ in range(max(3, sizes.rounds)):

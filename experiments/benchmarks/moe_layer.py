@@ -34,7 +34,7 @@ from moe_lab.model import MoEConfig, MoELayer, SwiGLU
 from moe_lab.model.dispatch import BACKENDS, choose
 from moe_lab.model.dispatch.liger import kernels
 from moe_lab.routing import RouterConfig, Routing
-from moe_lab.training.metrics import routing_metrics
+from moe_lab.training.readings import LayerReading, read_layers
 
 HF_EXPERTS = {"HF eager": "eager", "HF grouped": "grouped_mm"}
 OURS = tuple(name for name in BACKENDS if name != "oracle")
@@ -225,8 +225,8 @@ class _Watched(nn.Module):
 
 
 def instrumentation(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
-    """Time of a layer's step with a training step's metrics over that without, per shape, with a 95
-    % interval.
+    """Time of a layer's step with a training step's readings over that without, per shape, with a
+    95 % interval.
     """
     rows = []
     for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
@@ -235,9 +235,9 @@ def instrumentation(rounds: int, device: str, dtype: torch.dtype) -> pl.DataFram
 
         def with_metrics(
             step: Callable[[], Tensor] = watched_step, module: _Watched = watched
-        ) -> dict[str, Tensor]:
+        ) -> list[LayerReading]:
             step()
-            return routing_metrics([[module.routing.detach()]])
+            return read_layers(1, {0: module.layer}, [[module.routing.detach()]])
 
         seconds = take_turns(
             {"off": step_of(plain, shape, device, dtype), "on": with_metrics}, rounds

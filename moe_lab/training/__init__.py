@@ -2,10 +2,11 @@
 
 from moe_lab.document_pass import Excerpt, excerpts_of
 from moe_lab.training.config import RATIO_MEANING, Dtype, OptimizerConfig, RunConfig
+from moe_lab.training.devices import check_device, keep_freed_memory
 from moe_lab.training.evaluate import Evaluation, evaluate
 from moe_lab.training.finished_run import LoadedRun, load_run
 from moe_lab.training.ranks import Parallel, RankError
-from moe_lab.training.run import RunResult, check_device, check_text, keep_freed_memory, train
+from moe_lab.training.run import RunResult, check_text, train
 from moe_lab.training.tracking import Logger
 
 __all__ = [

@@ -11,6 +11,9 @@ from moe_lab.config import Config, above, at_least, between, require
 from moe_lab.model import DecoderConfig
 from moe_lab.text import TextConfig
 
+_LATER = ("budgets", "losses", "validate_every")
+"""Fields of ``RunConfig`` that older versions did not have; unset they are empty or None."""
+
 
 class Dtype(StrEnum):
     FLOAT32 = "float32"
@@ -79,6 +82,8 @@ class RunConfig(Config):
         eval_tokens: validation tokens, in excerpts of ``eval_excerpt_tokens`` evenly spaced over
             the validation documents; None for all.
         checkpoint_every, log_every: in steps.
+        validate_every: steps between validations while the run trains, on the tokens of the last
+            evaluation, the first before the first step; None: the last evaluation is the only one.
         dtype: of the matrix products; parameters and optimiser stay float32.
     """
 
@@ -101,6 +106,7 @@ class RunConfig(Config):
     eval_excerpt_tokens: Annotated[int, at_least(2)] = 256
     checkpoint_every: Annotated[int, at_least(1)] = 50
     log_every: Annotated[int, at_least(1)] = 5
+    validate_every: Annotated[int | None, at_least(1)] = None
     device: str = "cpu"
     dtype: Dtype = Dtype.FLOAT32
 
@@ -160,10 +166,10 @@ class RunConfig(Config):
         return steps - round(self.optimizer.decay_fraction * steps)
 
     def written(self) -> tuple[str, ...]:
-        """As ``Config.written``, with ``budgets`` and ``losses`` only if they are set, so that
+        """As ``Config.written``, with the fields of later versions only if they are set, so that
         older runs keep their hash.
         """
-        absent = {name for name in ("budgets", "losses") if not getattr(self, name)}
+        absent = {name for name in _LATER if not getattr(self, name)}
         return tuple(name for name in super().written() if name not in absent)
 
     @property

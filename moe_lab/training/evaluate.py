@@ -7,7 +7,7 @@ judged on that shift.
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,6 +29,7 @@ from moe_lab.document_pass import (
 from moe_lab.errors import CorpusError, require
 from moe_lab.model import Decoder
 from moe_lab.progress import tracked
+from moe_lab.routing import Routing
 from moe_lab.text import TokenizedDocument, Tokenizer, token_classes
 from moe_lab.trace import TraceMeta, TraceWriter, merge_traces
 from moe_lab.trace.existing import refuse_finished
@@ -107,38 +108,24 @@ def evaluate_together(
     Every rank records its part beside the trace; the first puts the trace together and returns the
     evaluation, the others None.
     """
-    device = next(model.parameters()).device
-    ids = [document.ids for document in documents]
-    excerpts = excerpts_of([len(sequence) for sequence in ids]) if excerpts is None else excerpts
-    require(
-        excerpts,
-        "validation text of at least two tokens in a document",
-        "none",
-        "longer documents",
-        error=CorpusError,
-    )
-    losses = [np.full(len(sequence), np.nan) for sequence in ids]
+    excerpts = _some(documents, excerpts)
     numbers = np.array([document.index for document in documents])
     if trace is not None and not overwrite:
         refuse_finished(trace[0], trace[1].to_dict())
     with (
-        evaluating(model),
         TraceWriter(_part(trace[0], ranks), trace[1], overwrite=overwrite or ranks.size > 1)
         if trace is not None
-        else nullcontext() as writer,
+        else nullcontext() as writer
     ):
-        batches = list(windows(ids, excerpts, seq_length, batch_size))
-        for batch, is_own in tracked(list(_own_batches(batches, ranks)), "evaluating"):
-            output = model(batch.ids.to(device), valid_BS=batch.valid.to(device))
-            if not is_own:
-                continue
-            _scatter(losses, token_losses(output.logits, batch.targets), batch)
+
+        def write(batch: WindowBatch, routings: Sequence[Routing]) -> None:
             if writer is not None:
-                for layer, routing in zip(model.config.moe_layers, output.routings, strict=True):
+                for layer, routing in zip(model.config.moe_layers, routings, strict=True):
                     writer.write_routing(
                         layer, numbers[batch.doc.ravel()], batch.pos.ravel(), routing
                     )
-        _gather(losses, sorted({excerpt.document for excerpt in excerpts}), ranks)
+
+        losses = _losses(ranks, model, documents, excerpts, seq_length, batch_size, write)
         tokens = (
             _token_frame(documents, excerpts, losses, tokenizer, reference_counts)
             if ranks.first
@@ -151,15 +138,89 @@ def evaluate_together(
         return None
     if trace is not None and ranks.size > 1:
         _join_parts(trace[0], tokens, ranks, overwrite)
+    nats = _scored(losses, excerpts)
     scored = tokens.filter(pl.col("loss").is_not_null())
-    nats_total = float(scored["loss"].cast(pl.Float64).sum())
     return Evaluation(
-        loss=nats_total / len(scored),
-        bits_per_byte=nats_total / math.log(2) / int(scored["n_bytes"].sum()),
-        num_tokens=len(scored),
+        loss=float(nats.mean()),
+        bits_per_byte=float(nats.sum()) / math.log(2) / int(scored["n_bytes"].sum()),
+        num_tokens=len(nats),
         num_documents=tokens["doc"].n_unique(),
         tokens=tokens,
     )
+
+
+@torch.no_grad()
+def validation_loss(
+    ranks: Ranks,
+    model: Decoder,
+    documents: Sequence[TokenizedDocument],
+    *,
+    seq_length: int,
+    batch_size: int = 16,
+    excerpts: Sequence[Excerpt] | None = None,
+) -> tuple[float, int]:
+    """Loss in nats per predicted token, and how many tokens it rests on: those of ``evaluate``,
+    without its table of tokens. All ranks call it, and each gets the result.
+
+    The model is left in the mode it came in, and the state of random numbers as it was.
+    """
+    excerpts = _some(documents, excerpts)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        losses = _losses(ranks, model, documents, excerpts, seq_length, batch_size)
+    nats = _scored(losses, excerpts)
+    return float(nats.mean()), len(nats)
+
+
+def _some(
+    documents: Sequence[TokenizedDocument], excerpts: Sequence[Excerpt] | None
+) -> Sequence[Excerpt]:
+    """The excerpts, of whole documents by default. Raises ``CorpusError`` if there are none."""
+    if excerpts is None:
+        excerpts = excerpts_of([len(document.ids) for document in documents])
+    require(
+        excerpts,
+        "validation text of at least two tokens in a document",
+        "none",
+        "longer documents",
+        error=CorpusError,
+    )
+    return excerpts
+
+
+def _losses(
+    ranks: Ranks,
+    model: Decoder,
+    documents: Sequence[TokenizedDocument],
+    excerpts: Sequence[Excerpt],
+    seq_length: int,
+    batch_size: int,
+    write: Callable[[WindowBatch, Sequence[Routing]], None] | None = None,
+) -> list[np.ndarray]:
+    """Of each document, nats by token, NaN where none was predicted; the same on all ranks.
+
+    Args:
+        write: called with each of this rank's batches and the routings of its layers.
+    """
+    ids = [document.ids for document in documents]
+    device = next(model.parameters()).device
+    losses = [np.full(len(sequence), np.nan) for sequence in ids]
+    with evaluating(model):
+        batches = list(windows(ids, excerpts, seq_length, batch_size))
+        for batch, is_own in tracked(list(_own_batches(batches, ranks)), "evaluating"):
+            output = model(batch.ids.to(device), valid_BS=batch.valid.to(device))
+            if is_own:
+                _scatter(losses, token_losses(output.logits, batch.targets), batch)
+                if write is not None:
+                    write(batch, output.routings)
+    _gather(losses, sorted({excerpt.document for excerpt in excerpts}), ranks)
+    return losses
+
+
+def _scored(losses: Sequence[np.ndarray], excerpts: Sequence[Excerpt]) -> np.ndarray:
+    """[n] float64: nats of the predicted tokens of the excerpts, rounded as in the trace."""
+    nats = np.concatenate([losses[item.document][item.start : item.stop] for item in excerpts])
+    return nats[~np.isnan(nats)].astype(np.float32).astype(np.float64)
 
 
 def _own_batches(

@@ -1,47 +1,77 @@
-"""Routing metrics of a step, per layer first and then the mean; and the gradient ratio of a run.
-
-Metrics are tensors that stay on the device until they are logged.
+"""The numbers of a step's readings as lines of the run's tables, per layer first and then the mean;
+and the gradient ratio of a batch.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moe_lab.measures import load_cv, max_violation
+from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.model import Decoder
-from moe_lab.routing import Routing
 from moe_lab.routing.losses import load_balancing_loss
 from moe_lab.routing.monitors import gradient_ratio
+from moe_lab.runs.tables import Line
 from moe_lab.training.config import Dtype, RunConfig
-from moe_lab.training.ranks import ALONE, Ranks
+from moe_lab.training.readings import LayerReading
 
 
-@torch.no_grad()
-def routing_metrics(layers: Sequence[Sequence[Routing]], ranks: Ranks = ALONE) -> dict[str, Tensor]:
-    """Means over layers; each layer is the sequence of its micro-batches' routings.
-
-    Load is that of the real experts over all ranks.
+def layer_metrics(readings: Sequence[LayerReading]) -> dict[str, list[float | None]]:
+    """The numbers of each layer: the columns of the table ``layers``, in the order of ``readings``;
+    None: the layer has no such number, or it was not measured.
     """
-    if not layers:
-        return {}
-    counts = [
-        ranks.total(
-            torch.stack([routing.counts() for routing in layer]).sum(dim=0)[: layer[0].num_experts]
-        )
-        for layer in layers
-    ]
+    rows = [_numbers(reading) for reading in readings]
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+
+
+def _numbers(reading: LayerReading) -> dict[str, float | None]:
+    bias = reading.bias
+    numbers = {
+        "load_cv": float(load_cv(reading.counts)),
+        "max_violation": float(max_violation(reading.counts)),
+        "dead_experts": int(dead_experts(reading.counts)),
+        "router_entropy": reading.entropy,
+        "entropy_max": reading.entropy_max,
+        "mean_ffn_count": reading.mean_ffn_count,
+        "ffn_target": reading.ffn_target,
+        "bias_spread": None if bias is None else float(bias.max() - bias.min()),
+        "gradient_ratio": reading.gradient_ratio,
+    }
     return {
-        "load_cv": torch.stack([load_cv(count) for count in counts]).mean(),
-        "max_violation": torch.stack([max_violation(count) for count in counts]).mean(),
-        "router_entropy": ranks.mean(
-            torch.stack([routing.entropy().mean() for layer in layers for routing in layer]).mean()
-        ),
-        "mean_ffn_count": ranks.mean(
-            torch.stack(
-                [routing.ffn_count().double().mean() for layer in layers for routing in layer]
-            ).mean()
-        ),
+        name: value if value is None or math.isfinite(value) else None
+        for name, value in numbers.items()
+    }
+
+
+def layers_line(readings: Sequence[LayerReading]) -> Line:
+    """A line of the table ``layers`` (``moe_lab.runs.tables``)."""
+    return _places(readings) | layer_metrics(readings)
+
+
+def loads_line(readings: Sequence[LayerReading]) -> Line:
+    """A line of the table ``loads``: shares of the slots of real experts, to 6 digits."""
+    shares = [reading.counts.double() / max(int(reading.counts.sum()), 1) for reading in readings]
+    return _places(readings) | {
+        "load": [share.mul(1e6).round().div(1e6).tolist() for share in shares]
+    }
+
+
+def _places(readings: Sequence[LayerReading]) -> Line:
+    return {"step": readings[0].step, "layer": [reading.layer for reading in readings]}
+
+
+MEANS = ("load_cv", "max_violation", "router_entropy", "mean_ffn_count")
+"""Of the numbers of a layer, those whose mean over layers is a metric of the step."""
+
+
+def layer_means(readings: Sequence[LayerReading]) -> dict[str, float]:
+    """Means over layers, each layer first; empty for a dense model."""
+    numbers = layer_metrics(readings)
+    return {
+        name: sum(values) / len(values)
+        for name in MEANS
+        if (values := [value for value in numbers.get(name, ()) if value is not None])
     }
 
 

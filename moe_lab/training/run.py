@@ -4,10 +4,8 @@ wherever an earlier attempt stopped.
 The files of the folder stand in ``moe_lab.runs.layout``. Nothing in it is trusted without ``done``.
 """
 
-import ctypes
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,19 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 from torch import Tensor
 
 from moe_lab.accounting import count
-from moe_lab.document_pass import excerpts_of
-from moe_lab.errors import ConfigError, MoELabError, RunError, StorageError, expected, require
+from moe_lab.document_pass import Excerpt, excerpts_of
+from moe_lab.errors import MoELabError, RunError, require
 from moe_lab.files import (
-    cannot_write,
-    read_regular,
     remove_temporaries,
     write_json,
-    write_parquet,
     write_text,
 )
 from moe_lab.model import Decoder
@@ -39,15 +33,13 @@ from moe_lab.runs.layout import (
     CHECKPOINT,
     CONFIG,
     DONE,
-    METRICS,
     MODEL,
     RESULT,
     STATUS,
     TOKENIZER,
     TRACE,
 )
-from moe_lab.runs.tables import METRICS_TABLE
-from moe_lab.text import Split, TokenizedText, load_tokens
+from moe_lab.text import Split, TokenizedDocument, TokenizedText, load_tokens
 from moe_lab.training.branching import branch_steps, forget, leave, take_up, tidy
 from moe_lab.training.checkpoint import (
     load_checkpoint,
@@ -58,19 +50,19 @@ from moe_lab.training.checkpoint import (
 )
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
-from moe_lab.training.evaluate import Evaluation, evaluate_together
+from moe_lab.training.devices import device_of
+from moe_lab.training.evaluate import Evaluation, evaluate_together, validation_loss
 from moe_lab.training.finished_run import finished_record, read_config, run_record, trace_meta
-from moe_lab.training.metrics import gradient_ratios, routing_metrics
+from moe_lab.training.metrics import gradient_ratios, layer_means, layers_line, loads_line
 from moe_lab.training.objective import Objective, average_gradients, check_shareable, spread
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
 from moe_lab.training.ranks import Parallel, Ranks, join, local_device
+from moe_lab.training.readings import read_layers
+from moe_lab.training.run_log import Lines, RunLog
 from moe_lab.training.tracking import Logger, Tracking, chosen
 from moe_lab.versions import versions
 
 STATUS_SECONDS = 0.5
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-NEVER = 2**31 - 1
-"""Of glibc's mallopt (malloc.h)."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ def train(
     count(
         config.model
     )  # what the record will ask for at the end is asked for before the first step
-    device = local_device(_device(config.device))
+    device = local_device(device_of(config.device))
     with join(config, parallel, device) as ranks:
         if (record := ranks.from_first(lambda: _claim(config, folder))) is not None:
             return RunResult(folder, record)
@@ -176,7 +168,7 @@ class _Run:
         self.batches = Batches(text.train, config.batch_size, config.seq_length, config.seed)
         self.branches = branch_steps(config)
         self.step = 0
-        self.rows: list[dict[str, Any]] = []
+        self.log = RunLog(folder, config.log_every, write=ranks.first)
         self.continued: list[dict[str, Any]] = []
         self.seconds = 0.0
 
@@ -205,15 +197,14 @@ class _Run:
             )
             trace = (self.folder / TRACE, meta)
         self._write_status("evaluating")
-        documents = self.text.documents(Split.VALIDATION)
-        lengths = [len(document.ids) for document in documents]
+        documents, excerpts = self._validation
         evaluation = evaluate_together(
             self.ranks,
             self.model,
             documents,
             self.text.tokenizer,
             seq_length=self.config.seq_length,
-            excerpts=excerpts_of(lengths, self.config.eval_excerpt_tokens, self.config.eval_tokens),
+            excerpts=excerpts,
             reference_counts=self.text.counts(Split.REFERENCE),
             trace=trace,
             overwrite=True,  # a resumed run evaluates again
@@ -230,8 +221,9 @@ class _Run:
         assert evaluation is not None
         self.text.tokenizer.save(self.folder / TOKENIZER)
         digest = save_tensors(self.folder / MODEL, weights, {"config": self.config.hash()})
-        metrics = pl.DataFrame(self.rows, infer_schema_length=None)
-        write_parquet(self.folder / METRICS, metrics)
+        validation = {"step": self.step, "loss": evaluation.loss, "tokens": evaluation.num_tokens}
+        self.log.add("validation", validation)
+        metrics = self.log.finish()
         record = run_record(
             self.config,
             self.text,
@@ -243,7 +235,8 @@ class _Run:
         record |= {"dispatch": self._dispatch(), "weights_digest": digest}
         if self.continued:
             record["continued"] = self.continued
-        record |= self._balance_pressure()
+        if self.config.steps and (ratios := self._gradient_ratios(self.config.steps - 1)):
+            record["gradient_ratio"] = [ratio if math.isfinite(ratio) else None for ratio in ratios]
         if self.ranks.parallel is not None:
             record |= {"ranks": self.ranks.size, "parallel": self.ranks.parallel.value}
         write_json(self.folder / RESULT, record)
@@ -256,33 +249,31 @@ class _Run:
     def _train(self, tracking: Tracking) -> None:
         self.model.train()
         last_status = 0.0
-        pending: list[dict[str, Any]] = []
         first = self.ranks.first
+        if self.step == 0:
+            self._validate(tracking)
         while self.step < self.config.steps:
             began = time.perf_counter()
-            logged = (
-                self.step + 1
-            ) % self.config.log_every == 0 or self.step + 1 == self.config.steps
             try:
-                row = self._one_step(logged)
+                row = self._one_step(self._is_logged(self.step + 1))
             except MoELabError as error:
                 raise RunError(f"step {self.step + 1} of {self.config.name}: {error}") from error
             self.step += 1
             self.seconds += time.perf_counter() - began
             if row is not None and first:
-                pending.append(row)
-                self.rows.append(row)
+                self.log.add("metrics", row)
                 tracking.log(
                     self.step, {name: value for name, value in row.items() if name != "step"}
                 )
                 if self.on_step is not None:
                     self.on_step(row)
                 if time.monotonic() - last_status > STATUS_SECONDS:
-                    self._append(pending)
+                    self.log.flush()
                     self._write_status("training")
                     last_status = time.monotonic()
+            self._validate(tracking)
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
-                self._append(pending, lasting=True)
+                self.log.flush(lasting=True)
                 made_by = {"made_by": self._made_by, "continued": self.continued}
                 save_checkpoint(
                     self._checkpoint,
@@ -300,7 +291,7 @@ class _Run:
                     self.model,
                     self.optimizer,
                     self.step,
-                    self.rows,
+                    self.log.lines,
                     write=first,
                 )
 
@@ -333,6 +324,7 @@ class _Run:
             layer.router.update(seen)
         if not logged:
             return None
+        step = self.step + 1
         loss, auxiliary_loss = self.ranks.mean(torch.stack([language, auxiliary])).tolist()
         require(
             math.isfinite(loss),
@@ -342,15 +334,33 @@ class _Run:
             error=RunError,
         )
         row = {
-            "step": self.step + 1,
-            "tokens": (self.step + 1) * config.tokens_per_step,
+            "step": step,
+            "tokens": step * config.tokens_per_step,
             "loss": loss,
             "aux_loss": auxiliary_loss,
             "lr": lr,
             "grad_norm": float(grad_norm),
         }
-        row |= {name: float(value) for name, value in routing_metrics(routings, self.ranks).items()}
-        return row | {"tokens_per_second": config.tokens_per_step / (time.perf_counter() - began)}
+        ratios = (
+            self.ranks.from_first(lambda: self._gradient_ratios(self.step))
+            if self._measures_ratios(step)
+            else []
+        )
+        readings = read_layers(
+            step,
+            self.model.moe_layers(),
+            routings,
+            gradient_ratios=ratios or None,
+            ranks=self.ranks,
+        )
+        if readings:
+            self.log.add("layers", layers_line(readings))
+            self.log.add("loads", loads_line(readings))
+        return (
+            row
+            | layer_means(readings)
+            | {"tokens_per_second": config.tokens_per_step / (time.perf_counter() - began)}
+        )
 
     def _dispatch(self) -> str | None:
         """The dispatch backend that the run's layers used; its sums are ordered in its own way, so
@@ -363,22 +373,22 @@ class _Run:
         ):
             return next((layer.backend_name(x) for layer in layers), None)
 
-    def _balance_pressure(self) -> dict[str, Any]:
-        """R_g, where the first rank has the whole model; null where infinite. On half of the last
-        step's first micro-batch: the graph is kept for two gradients, and the run must not need
-        more memory for it than for a step.
+    def _measures_ratios(self, step: int) -> bool:
+        """Whether this logged step is the first one since a validation was due."""
+        every, logs = self.config.validate_every, self.config.log_every
+        return every is not None and step // every > (step - 1) // logs * logs // every
+
+    def _gradient_ratios(self, step: int) -> list[float]:
+        """R_g of each layer, where the first rank has the whole model. On half of the first
+        micro-batch of the step after ``step`` steps: the graph is kept for two gradients, and the
+        run must not need more memory for it than for a step.
         """
-        if (
-            not self.config.model.moe_layers
-            or self.ranks.parallel is Parallel.FSDP
-            or not self.config.steps
-        ):
-            return {}
-        micro_batch = self.batches(self.config.steps - 1).chunk(self.config.grad_accumulation)[0]
-        ratios = gradient_ratios(
-            self.model, self.config, micro_batch[: -(-len(micro_batch) // 2)].to(self.device)
-        )
-        return {"gradient_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios]}
+        if not self.config.model.moe_layers or self.ranks.parallel is Parallel.FSDP:
+            return []
+        micro_batch = self.batches(step).chunk(self.config.grad_accumulation)[0]
+        half = micro_batch[: -(-len(micro_batch) // 2)].to(self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            return gradient_ratios(self.model, self.config, half)
 
     @property
     def _checkpoint(self) -> Path:
@@ -388,16 +398,14 @@ class _Run:
         """Take up the checkpoint, and forget the metrics of steps after it: they will be trained
         again. A run that branches off a longer one begins where that one left its state.
         """
-        log = self.folder / METRICS_TABLE.log
-        rows = self.ranks.from_first(self._rows_before_checkpoint)
-        if rows is not None:
+        lines = self.ranks.from_first(self._lines_before_checkpoint)
+        if lines is not None:
             self.step = load_checkpoint(
                 self._checkpoint, self.model, self.optimizer, self.config.hash()
             )
-            self.rows = rows if self.ranks.first else []
             self._note_continuation()
         else:
-            self.step, self.rows = take_up(self.config, self.folder, self.model, self.optimizer)
+            self.step, lines = take_up(self.config, self.folder, self.model, self.optimizer)
         require(
             int(self.ranks.total(torch.tensor(self.step))) == self.step * self.ranks.size,
             "the same checkpoint on all ranks",
@@ -405,29 +413,49 @@ class _Run:
             "a folder that all ranks share",
             error=RunError,
         )
-        if self.ranks.first:
-            write_text(log, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.log.begin(lines)
 
-    def _rows_before_checkpoint(self) -> list[dict[str, Any]] | None:
-        """The metrics up to the checkpoint; None without a checkpoint, or if a power cut has lost
-        some of them: then the run begins again.
+    def _lines_before_checkpoint(self) -> Lines | None:
+        """The tables up to the checkpoint; None without a checkpoint, or if a power cut has lost
+        some of the metrics: then the run begins again.
         """
         if not self._checkpoint.exists():
             return None
         step = int(read_metadata(self._checkpoint).get("step", 0))
-        log = self.folder / METRICS_TABLE.log
-        text = read_regular(log) if log.exists() else b""
-        lines = text.decode(errors="replace").splitlines()
-        rows = {row["step"]: row for row in map(_parse, lines) if row is not None}
-        every, steps = self.config.log_every, self.config.steps
-        logged = [
-            *range(every, step + 1, every),
-            *([steps] if steps == step and step % every else []),
-        ]
+        lines = self.log.read(step)
+        rows = {row["step"]: row for row in lines["metrics"]}
+        logged = [number for number in range(1, step + 1) if self._is_logged(number)]
         if missing := [number for number in logged if number not in rows]:
-            say(f"{log} lost the metrics of step {missing[0]}: the run begins again")
+            say(f"{self.folder} lost the metrics of step {missing[0]}: the run begins again")
             return None
-        return [rows[number] for number in logged]
+        return lines
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.config.steps
+
+    def _validate(self, tracking: Tracking) -> None:
+        """Record the validation loss where the configuration asks for it."""
+        every = self.config.validate_every
+        if every is None or self.step % every or self.step == self.config.steps:
+            return  # the last one is that of the finished run
+        documents, excerpts = self._validation
+        loss, tokens = validation_loss(
+            self.ranks,
+            self.model,
+            documents,
+            seq_length=self.config.seq_length,
+            excerpts=excerpts,
+        )
+        self.log.add("validation", {"step": self.step, "loss": loss, "tokens": tokens})
+        tracking.log(self.step, {"validation/loss": loss})
+
+    @cached_property
+    def _validation(self) -> tuple[list[TokenizedDocument], list[Excerpt]]:
+        """The documents that the run is judged on, and the parts of them that are read."""
+        documents = self.text.documents(Split.VALIDATION)
+        lengths = [len(document.ids) for document in documents]
+        config = self.config
+        return documents, excerpts_of(lengths, config.eval_excerpt_tokens, config.eval_tokens)
 
     @cached_property
     def _made_by(self) -> dict[str, Any]:
@@ -450,24 +478,10 @@ class _Run:
                 place = f"{self.config.name} continues at step {self.step}"
                 say(f"{place} under other versions: {words}")
 
-    def _append(self, pending: list[dict[str, Any]], *, lasting: bool = False) -> None:
-        """``lasting`` rows survive a power cut: no checkpoint may be newer than its metrics."""
-        if not self.ranks.first:
-            return
-        try:
-            with open(self.folder / METRICS_TABLE.log, "a", encoding="utf-8") as log:
-                log.writelines(json.dumps(row) + "\n" for row in pending)
-                if lasting:
-                    log.flush()
-                    os.fsync(log.fileno())
-        except OSError as error:
-            raise StorageError(cannot_write(self.folder, error)) from error
-        pending.clear()
-
     def _write_status(self, state: str) -> None:
         if not self.ranks.first:
             return
-        last = self.rows[-1] if self.rows else {}
+        last = self.log.lines["metrics"][-1] if self.log.lines["metrics"] else {}
         write_json(
             self.folder / STATUS,
             {
@@ -485,15 +499,6 @@ def say(line: str) -> None:
     print(f"moe-lab: {line}", file=sys.stderr, flush=True)
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """A metrics row, or None for a line cut short by a kill."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
 def check_text(config: RunConfig, text: TokenizedText) -> None:
     """Raise ``ConfigError`` or ``CorpusError`` if ``config`` cannot be trained on ``text``."""
     vocab_size = text.tokenizer.vocab_size
@@ -504,45 +509,3 @@ def check_text(config: RunConfig, text: TokenizedText) -> None:
         field="model.vocab_size",
     )
     Batches(text.train, config.batch_size, config.seq_length, config.seed)
-
-
-def check_device(name: str) -> None:
-    """Raise ``ConfigError`` if torch has no device ``name``; makes no CUDA context."""
-    if not name.startswith("cuda"):
-        _device(name)
-        return
-    devices = torch.cuda.device_count()
-    index = name.removeprefix("cuda").removeprefix(":") or "0"
-    require(
-        index.isdecimal() and int(index) < devices,
-        "a device that torch can use",
-        f"{name!r}, {devices} CUDA devices",
-        "cpu",
-        field="device",
-    )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        got = f"{name!r} ({str(error).splitlines()[0]})"
-        raise ConfigError(
-            expected("a device that torch can use", got, "cpu"), field="device"
-        ) from error
-    return device
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep freed memory in the process. For processes that only train.
-
-    A step frees and takes again the same large tensors; giving them back to the system between
-    costs a page fault for every 4 kB, 15 to 20 % of the CPU time of a 76M-parameter step (0.8M
-    active, E = 256). Returns False if the allocator is another one.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))

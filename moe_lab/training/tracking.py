@@ -16,14 +16,18 @@ run goes on. A logger of one's own::
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from moe_lab.errors import ConfigError, expected, require
+from moe_lab.runs.record import group_name
 from moe_lab.training.config import RunConfig
 
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
+"""What a label has and the name of a folder should not."""
 TRACK_VARIABLE = "MOE_LAB_TRACK"
 """Names of trackers, separated by commas, for runs that are given none: those of a sweep."""
 
@@ -33,7 +37,7 @@ class Logger(Protocol):
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Take the scalars of a logged step (1-based): ``loss``, ``lr``, ``load_cv``, ...; and
-        once, at the end, ``validation/loss``.
+        ``validation/loss`` of each validation and, at the end, of the evaluation.
         """
 
     def close(self) -> None:
@@ -41,7 +45,7 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run's folder, under ``tensorboard/``; ``tensorboard --logdir`` on a
+    """Event files in the run's folder, under ``tensorboard/<label>``; ``tensorboard --logdir`` on a
     sweep's folder shows all its runs.
     """
 
@@ -50,7 +54,8 @@ class TensorBoard:
 
         # What an interrupted attempt wrote of the steps that come now is hidden.
         self.writer = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+            str(folder / "tensorboard" / _UNSAFE.sub("-", label_of(config))),
+            purge_step=step + 1 if step else None,
         )
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -73,8 +78,8 @@ class WandB:
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or _project(folder),
             id=config.hash(),
-            name=config.name,
-            group=config.arm,
+            name=label_of(config),
+            group=group_name(config.arm, config.ratio),
             config=config.to_dict(),
             dir=str(folder),
             resume="allow",
@@ -99,8 +104,9 @@ class Trackio:
 
         self.run = trackio.init(
             project=_project(folder),
-            name=config.hash(),
-            group=config.arm,
+            # A run's name is its identity here, and two runs may have one label.
+            name=f"{label_of(config)} ({config.hash()})",
+            group=group_name(config.arm, config.ratio),
             config=config.to_dict(),
             resume="allow",
             embed=False,
@@ -119,6 +125,11 @@ TRACKERS: dict[str, Callable[[RunConfig, Path, int], Logger]] = {
     "trackio": Trackio,
 }
 """Name -> logger, which is also the name of the package that it needs."""
+
+
+def label_of(config: RunConfig) -> str:
+    """Arm, ratio and seed of a run, the name that a report gives it too: "topk 32:1, seed 0"."""
+    return f"{group_name(config.arm, config.ratio)}, seed {config.seed}"
 
 
 def _project(folder: Path) -> str:

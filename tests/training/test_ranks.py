@@ -47,6 +47,7 @@ from moe_lab import cli, training
 from moe_lab.errors import RunError
 from moe_lab.model import Decoder
 from moe_lab.routing import ROUTERS, RouterConfig
+from moe_lab.runs.tables import read_tables
 from moe_lab.text import Split, load_tokens
 from moe_lab.trace import Trace, capture, merge_traces, open_trace
 from moe_lab.training import Parallel, RankError, RunConfig, train
@@ -153,7 +154,7 @@ def _first_made(attempts: list[Path]) -> Path:
 
 def _make_worlds(root: Path, config: RunConfig) -> None:
     corpus = root / "corpus"
-    short = run_config(corpus, 12)
+    short = run_config(corpus, 12, validate_every=4)
     split = run_config(corpus, 12, batch_size=8, grad_accumulation=2)
     train(config, root / "one", cache_dir=root)
     train(short, root / "short-one", cache_dir=root)
@@ -291,6 +292,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(worlds: SimpleNamespace, nam
     assert continued["step"].to_list() == list(range(1, 13))
     np.testing.assert_allclose(continued["loss"], whole["loss"], atol=1e-5, rtol=0)
     np.testing.assert_allclose(continued["grad_norm"], whole["grad_norm"], atol=1e-5, rtol=0)
+    alone, several = (read_tables(worlds.root / folder) for folder in ("short-one", name))
+    assert several.validation["step"].to_list() == [0, 4, 8, 12]
+    np.testing.assert_allclose(
+        several.validation["loss"], alone.validation["loss"], atol=1e-5, rtol=0
+    )
+    assert several.loads.equals(alone.loads)
+    exact = ["step", "layer", "load_cv", "dead_experts", "mean_ffn_count", "bias_spread"]
+    assert several.layers.select(exact).equals(alone.layers.select(exact))
 
 
 def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:

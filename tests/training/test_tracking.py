@@ -12,7 +12,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import polars as pl
 import pytest
@@ -21,6 +23,7 @@ from refusals import refused
 
 from moe_lab import cli
 from moe_lab.training import RunConfig, train
+from moe_lab.training.tracking import TRACKERS
 
 STEPS = 12
 
@@ -113,7 +116,8 @@ def test_an_unknown_or_absent_tracker_is_one_line(
 def event_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder))
+    (labelled,) = folder.iterdir()
+    events = EventAccumulator(str(labelled))
     events.Reload()
     return {
         name: [(event.step, event.value) for event in events.Scalars(name)]
@@ -148,6 +152,22 @@ def test_the_environment_chooses_trackers_for_the_runs_of_a_sweep(
     monkeypatch.setenv("MOE_LAB_TRACK", "tensorboard")
     result = train(config, tmp_path / "run", cache_dir=tmp_path)
     assert len(event_scalars(result.folder / "tensorboard")["loss"]) == STEPS
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_trackers_name_a_run_by_arm_ratio_and_seed(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setitem(
+        sys.modules,
+        package,
+        SimpleNamespace(init=lambda **named: given.update(named) or MagicMock()),
+    )
+    TRACKERS[package](config.replace(seed=3), tmp_path / "run", 0)
+    assert given["name"].startswith("topk 4:1, seed 3")
+    assert given["group"] == "topk 4:1"
+    assert config.replace(seed=3).hash() in (given.get("id"), given["name"][-13:-1])
 
 
 def test_the_command_line_tracks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,136 @@
+"""The tables that a run writes: the same however often it was interrupted, of bounded size, fresh
+while it trains; and validation, which changes nothing.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from rank_worlds import router_of, run_config, write_corpus
+
+from moe_lab.runs import tables as run_tables
+from moe_lab.runs.layout import TABLE_NAMES
+from moe_lab.runs.tables import TABLES, Line, read_tables
+from moe_lab.training import RunConfig, train
+from moe_lab.training.run_log import RunLog, thinned
+
+STEPS = 12
+
+
+def lines_of(steps: range) -> list[Line]:
+    return [{"step": step, "layer": [0], "load": [[1.0]]} for step in steps]
+
+
+def steps_of(lines: list[Line]) -> list[int]:
+    return [line["step"] for line in lines]
+
+
+def test_thinning_keeps_equal_distances_and_the_last_line() -> None:
+    assert steps_of(thinned(lines_of(range(5, 25, 5)), 5, 4)) == [5, 10, 15, 20]
+    assert steps_of(thinned(lines_of(range(5, 30, 5)), 5, 4)) == [10, 20, 25]
+    steps = [*range(5, 100, 5), 98]
+    lines = [line for step in steps for line in lines_of(range(step, step + 1))]
+    assert steps_of(thinned(lines, 5, 4)) == [20, 40, 60, 80, 98]
+    assert thinned([], 5, 4) == []
+
+
+def test_a_log_is_bounded_fresh_and_the_same_after_any_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(run_tables.TABLES, "loads", replace(TABLES["loads"], snapshots=4))
+    written = {}
+    for cuts in ((), (7,), (3, 30, 31)):
+        folder = tmp_path / str(cuts)
+        folder.mkdir()
+        log, path = RunLog(folder, 5), folder / "loads.jsonl"
+        log.begin({})
+        for number in range(1, 41):
+            log.add("loads", *lines_of(range(5 * number, 5 * number + 1)))
+            log.flush()
+            on_disk = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+            assert on_disk[-1] == 5 * number
+            assert len(set(on_disk)) == len(on_disk) <= 8
+            if number in cuts:  # what came after the checkpoint at 5 * (number - 2) is forgotten
+                log = RunLog(folder, 5)
+                log.begin(log.read(5 * (number - 2)))
+                for again in (number - 1, number):
+                    log.add("loads", *lines_of(range(5 * again, 5 * again + 1)))
+        log.finish()
+        written[cuts] = pl.read_parquet(folder / "loads.parquet")["step"].to_list()
+    assert written[()] == [80, 160, 200]
+    assert set(map(tuple, written.values())) == {(80, 160, 200)}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    corpus = write_corpus(tmp_path / "corpus")
+    return run_config(corpus, STEPS, validate_every=4, eval_tokens=300, log_every=2)
+
+
+def parquets(folder: Path) -> dict[str, pl.DataFrame]:
+    return {
+        name: pl.read_parquet(folder / f"{name}.parquet").drop("tokens_per_second", strict=False)
+        for name in TABLE_NAMES
+        if (folder / f"{name}.parquet").exists()
+    }
+
+
+def test_an_interrupted_run_ends_with_the_tables_of_a_whole_one(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    def interrupt_at(step: int) -> Any:
+        def on_step(row: dict[str, Any]) -> None:
+            if row["step"] == step:
+                raise KeyboardInterrupt
+
+        return on_step
+
+    result = train(config, tmp_path / "whole", cache_dir=tmp_path)
+    for step in (6, 10):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "cut", on_step=interrupt_at(step), cache_dir=tmp_path)
+    train(config, tmp_path / "cut", cache_dir=tmp_path)
+    whole, cut = parquets(tmp_path / "whole"), parquets(tmp_path / "cut")
+    assert whole.keys() == cut.keys() >= {"metrics", "layers", "loads", "validation"}
+    for name, frame in whole.items():
+        assert cut[name].equals(frame), name
+    assert whole["validation"]["step"].to_list() == [0, 4, 8, 12]
+    assert whole["validation"]["loss"][-1] == result.record["loss"]
+    assert whole["validation"]["tokens"].unique().to_list() == [result.record["eval_tokens"]]
+    layers = read_tables(tmp_path / "whole").layers
+    assert layers.select("step", "layer").rows() == [
+        (step, layer) for step in range(2, STEPS + 1, 2) for layer in range(2)
+    ]
+    measured = layers.filter(pl.col("gradient_ratio").is_not_null())["step"].unique().sort()
+    assert measured.to_list() == [4, 8, 12]
+    assert (layers["bias_spread"] > 0).any()
+    assert layers["ffn_target"].unique().to_list() == [2.0]
+
+
+def test_a_run_shows_its_tables_while_it_trains(config: RunConfig, tmp_path: Path) -> None:
+    seen: list[dict[str, int]] = []
+
+    def look(row: dict[str, Any]) -> None:
+        tables = read_tables(tmp_path / "run")
+        seen.append({name: getattr(tables, name).height for name in TABLE_NAMES})
+
+    train(config, tmp_path / "run", on_step=look, cache_dir=tmp_path)
+    assert seen[0]["validation"] == 0  # nothing is written before the first logged step
+    assert {name for name, rows in seen[-1].items() if rows} >= {"metrics", "layers", "validation"}
+
+
+@pytest.mark.parametrize("kind", ["noisy_topk", "longcat"])
+def test_validation_changes_no_loss_by_a_bit(tmp_path: Path, kind: str) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    router = router_of(kind)
+    plain = run_config(corpus, 6, router, eval_tokens=200)
+    watched = plain.replace(validate_every=1)
+    losses = []
+    for config, name in ((plain, "plain"), (watched, "watched")):
+        folder = train(config, tmp_path / name, cache_dir=tmp_path).folder
+        losses.append(pl.read_parquet(folder / "metrics.parquet")["loss"].to_list())
+    assert losses[0] == losses[1]
+    assert plain.hash() == replace(watched, validate_every=None).hash() != watched.hash()
