@@ -1,0 +1,432 @@
+"""The alarms of the package: what each measures, its threshold, and what people do about it.
+
+Thresholds were set on half of the mini runs of ``experiments/alarms`` and judged on the other;
+docs/alarms.md has the rates.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_lab.measures import effective_experts, load_cv
+from moe_lab.training.alarms import ALARMS, AlarmRule
+from moe_lab.training.readings import LayerReading
+
+STARVED = 0.01
+"""Share of its fair share below which an expert counts as without tokens."""
+EMPTY = 1e-6
+"""Share of the median norm below which an expert's matrices count as zero."""
+SMOOTH = 1 / 8
+"""Weight of the newest reading in a running mean."""
+
+
+class _Smoothed(AlarmRule):
+    """Rules that keep a running mean."""
+
+    def smooth(self, value: float) -> float:
+        """The running mean of the values so far, this one included; a plain mean at first."""
+        number = self.memory.get("number", 0) + 1
+        before = self.memory.get("mean", 0.0)
+        self.memory["number"] = number
+        self.memory["mean"] = before + max(SMOOTH, 1 / number) * (value - before)
+        return self.memory["mean"]
+
+
+def unevenness(reading: LayerReading) -> float | None:
+    """Load CV over the largest that is possible: 0 when even, 1 when all tokens run the same
+    experts.
+
+    None where every token runs nearly all experts, or none.
+    """
+    experts, each = reading.num_experts, max(reading.mean_ffn_count, 1.0)
+    if experts - each < 1 or not reading.counts.any():
+        return None
+    return float(load_cv(reading.counts)) / math.sqrt(experts / each - 1)
+
+
+@ALARMS.register("router_collapse")
+class RouterCollapse(AlarmRule):
+    """Experts that do not count any more, over those that could: 1 when all tokens run the same
+    experts. Experts count by exp(entropy of the load).
+
+    Advice: balance losses are those of Switch (arXiv 2101.03961, section 2.2) and, over the global
+    batch, arXiv 2501.11873; the bias is loss-free balancing (arXiv 2408.15664); the z-loss is
+    ST-MoE's (arXiv 2202.08906, section 3.3).
+    """
+
+    threshold = 0.75
+    patience = 8
+    advice = (
+        "Look at the balance loss (its coefficient, and whether it reaches the router), the "
+        "controller of the selection bias, and the learning rate of the router. People restore "
+        "the last even checkpoint and continue with a larger balance coefficient or a selection "
+        "bias, a z-loss, or a lower learning rate; a collapsed router rarely recovers alone."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        experts, each = reading.num_experts, max(reading.mean_ffn_count, 1.0)
+        if experts - each < 1 or not reading.counts.any():
+            return None
+        return min(1 - (float(effective_experts(reading.counts)) - each) / (experts - each), 1.0)
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        effective = float(effective_experts(reading.counts))
+        return (
+            f"the load is that of {effective:.1f} of {reading.num_experts} experts, for "
+            f"{reading.mean_ffn_count:.2g} experts per token (collapse {value:.2f})"
+        )
+
+
+@ALARMS.register("dead_experts")
+class DeadExperts(AlarmRule):
+    """Successive readings in which the same expert got less than 1 % of its fair share of slots, or
+    had a matrix that is zero.
+
+    Advice: the balance of experts is DeepSeekMoE's (arXiv 2401.06066, section 3.3) or a bias
+    (arXiv 2408.15664); experts that start alike or at zero come from how a checkpoint was loaded
+    or upcycled (arXiv 2212.05055).
+    """
+
+    threshold = 24.0
+    advice = (
+        "If the expert's weights are zero, look at how they were initialised or loaded. If it gets "
+        "no tokens, look at the balance loss or the selection bias: an expert without tokens has "
+        "no gradient and does not return alone. People raise the balance coefficient, use a "
+        "selection bias, or initialise the expert again from a busy one."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        if reading.num_experts < 2 or not reading.counts.any():
+            return None
+        starved = _starved(reading) | _empty(reading)
+        ages = self.memory.get("ages") or [0] * reading.num_experts
+        self.memory["ages"] = [
+            age + 1 if lacks else 0 for age, lacks in zip(ages, starved.tolist(), strict=True)
+        ]
+        return float(max(self.memory["ages"]))
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        dead = [index for index, age in enumerate(self.memory["ages"]) if age >= value]
+        empty = [index for index in dead if _empty(reading)[index]]
+        which = empty or dead
+        names = ", ".join(map(str, which[:5])) + (", ..." if len(which) > 5 else "")
+        experts = f"{len(which)} of {reading.num_experts} experts ({names})"
+        if empty:
+            return f"{experts} return zero: a matrix of theirs is zero"
+        return f"{experts} had less than 1 % of a fair share in each of {value:.0f} readings"
+
+
+def _starved(reading: LayerReading) -> Tensor:
+    return reading.counts < STARVED * reading.counts.double().mean()
+
+
+def _empty(reading: LayerReading) -> Tensor:
+    norms = reading.expert_norms
+    if norms is None:
+        return torch.zeros_like(reading.counts, dtype=torch.bool)
+    return norms <= EMPTY * norms.median()
+
+
+@ALARMS.register("load_drift")
+class LoadDrift(_Smoothed):
+    """Running mean of the unevenness of the load, less its best value so far.
+
+    Unevenness: load CV over its largest possible value. Advice: load over the global batch, arXiv
+    2501.11873; the bias and its rate, arXiv 2408.15664, section 4.3.
+    """
+
+    threshold = 0.4
+    patience = 8
+    advice = (
+        "The load was more even before. Look at what changed at that step: data, learning rate, "
+        "a coefficient, a controller that is no longer called. People compute the balance loss "
+        "over the global batch, raise its coefficient, or raise the rate of the selection bias."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        uneven = unevenness(reading)
+        if uneven is None:
+            return None
+        mean = self.smooth(uneven)
+        best = min(self.memory.get("best", math.inf), mean)
+        self.memory["best"] = best
+        return mean - best
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return (
+            f"the load CV is {float(load_cv(reading.counts)):.2f}; as a share of its largest "
+            f"possible value it rose from {self.memory['best']:.2f} to {self.memory['mean']:.2f}"
+        )
+
+
+@ALARMS.register("entropy_low")
+class EntropyLow(AlarmRule):
+    """Entropy of the router's scores over its largest possible value.
+
+    Advice: routers in float32, Switch (arXiv 2101.03961, section 2.4); z-loss, ST-MoE (arXiv
+    2202.08906, section 3.3).
+    """
+
+    threshold = 0.3
+    below = True
+    patience = 4
+    advice = (
+        "The router is certain about every token, and its scores have almost no gradient left. "
+        "Look at the size of the logits, the learning rate of the router and losses on its "
+        "entropy. People add a router z-loss, lower the learning rate of the router, and compute "
+        "it in float32."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        return reading.entropy / reading.entropy_max if reading.entropy_max > 0 else None
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return (
+            f"the entropy of the router is {reading.entropy:.3g} nats, {value:.0%} of the largest "
+            f"possible {reading.entropy_max:.3g}"
+        )
+
+
+@ALARMS.register("entropy_high")
+class EntropyHigh(_Smoothed):
+    """Distance of the router's entropy from its maximum, running mean over its largest value so
+    far; 0 where the scores of all experts are equal.
+
+    Advice: the size of the coefficients, ST-MoE (arXiv 2202.08906, section 3.3: z-loss 1e-3),
+    LongCat-Flash (arXiv 2509.01322, section 3: R_g below 0.1).
+    """
+
+    threshold = 0.1
+    below = True
+    patience = 8
+    advice = (
+        "All experts have almost the same score: the router does not tell tokens apart. Look at "
+        "the coefficients of the z-loss and of the balance loss, at weight decay on the router, "
+        "and whether the router has a gradient. People lower these coefficients or exempt the "
+        "router from weight decay."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        if reading.entropy_max == 0:
+            return None
+        gap = self.smooth(max(reading.entropy_max - reading.entropy, 0.0))
+        largest = max(self.memory.get("largest", 0.0), gap)
+        self.memory["largest"] = largest
+        return gap / largest if largest > EMPTY else 0.0
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return (
+            f"the entropy of the router, {reading.entropy:.4g} nats, is at its maximum "
+            f"{reading.entropy_max:.4g}; the distance is {value:.1%} of the largest so far"
+        )
+
+
+@ALARMS.register("bias_direction")
+class BiasDirection(AlarmRule):
+    """Correlation over real experts of the move of the selection bias since the last reading with
+    the load of this one: negative where the bias evens the load.
+
+    Advice: the sign and the rate of the rule, arXiv 2408.15664, algorithm 1.
+    """
+
+    threshold = 0.3
+    patience = 4
+    advice = (
+        "The selection bias rises for busy experts. Look at the sign of the rule (target less "
+        "load), at what the load is counted of (all ranks and micro-batches, once per step), and "
+        "that bias and experts are in the same order."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        if reading.bias is None:
+            return None
+        bias = reading.bias[: reading.num_experts].double()
+        before = self.memory.get("bias")
+        self.memory["bias"] = bias.tolist()
+        if before is None or reading.num_experts < 2:
+            return None
+        moved = bias - torch.tensor(before, dtype=torch.float64)
+        moved, load = moved - moved.mean(), reading.counts.double() - reading.counts.double().mean()
+        size = float(moved.norm() * load.norm())
+        return float(moved @ load) / size if size > 0 else None
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return (
+            f"the selection bias moves with the load (correlation {value:.2f}), and should move "
+            "against it"
+        )
+
+
+@ALARMS.register("bias_runaway")
+class BiasRunaway(AlarmRule):
+    """Largest less smallest selection bias of the real experts, over the same difference of one
+    token's scores: above 1 the bias decides more than the token does.
+
+    Advice: the rate, arXiv 2408.15664, section 4.3 (0.001 for sigmoid scores); DeepSeek-V3 (arXiv
+    2412.19437, section 4.2) ends with rate 0; the centred rule is Ling 2.0's.
+    """
+
+    threshold = 1.0
+    patience = 4
+    advice = (
+        "The selection bias is larger than the differences between scores, so tokens no longer "
+        "choose. Look at the rate of the rule (0.001 per step for sigmoid scores), its sign, and "
+        "an expert that stays unused whatever its bias is. People lower the rate, centre or limit "
+        "the bias, and add a small balance loss."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        if reading.bias is None or not reading.score_spread:
+            return None
+        return _spread(reading) / reading.score_spread
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return (
+            f"the selection bias spreads over {_spread(reading):.3g}, {value:.2g} times the "
+            f"spread of one token's scores ({reading.score_spread:.3g})"
+        )
+
+
+def _spread(reading: LayerReading) -> float:
+    assert reading.bias is not None
+    bias = reading.bias[: reading.num_experts]
+    return float(bias.max() - bias.min())
+
+
+class _OffTarget(_Smoothed):
+    """Rules on the mean number of real experts per token."""
+
+    def off_target(self, reading: LayerReading) -> float | None:
+        """Distance of the running mean from the target, over the target."""
+        if reading.ffn_target is None:
+            return None
+        return abs(self.smooth(reading.mean_ffn_count) / reading.ffn_target - 1)
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        target = reading.ffn_target
+        aim = "" if target is None else f"; the target is {target:.3g}"
+        return f"tokens run {self.memory['mean']:.3g} real experts on average, {value:.0%} off{aim}"
+
+
+@ALARMS.register("budget_drift")
+class BudgetDrift(_OffTarget):
+    """Distance of the mean number of experts per token from its target, over the target, for
+    routers with a free count and no zero-compute experts.
+
+    Advice: DTop-p's controller, arXiv 2512.13996; the entropy loss, arXiv 2403.07652.
+    """
+
+    threshold = 0.5
+    patience = 8
+    advice = (
+        "Look at the controller of the threshold (whether it is called, its bounds), and at the "
+        "size of the logits: with a fixed p the count follows it. People move p by a controller, "
+        "add an entropy loss, or bound the number of slots."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        return None if reading.num_zero_experts else self.off_target(reading)
+
+
+@ALARMS.register("zero_share")
+class ZeroShare(_OffTarget):
+    """Distance of the mean number of real experts per token from its target, over the target, for
+    layers with zero-compute experts.
+
+    Advice: the bias of real experts alone, LongCat-Flash (arXiv 2509.01322, section 2.1).
+    """
+
+    threshold = 0.4
+    patience = 8
+    advice = (
+        "Zero-compute experts take another share of the slots than planned. Look at the "
+        "controller (whether it is called, its rate, and that it moves real experts only) and at "
+        "losses that price experts. People use the proportional bias of LongCat-Flash and look at "
+        "the load of single experts beside the mean."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        return self.off_target(reading) if reading.num_zero_experts else None
+
+
+@ALARMS.register("balance_dominates")
+class BalanceDominates(AlarmRule):
+    """R_g: the gradient of the balance losses on the mean scores over that of the language loss;
+    readings without a finite one are left out.
+
+    Advice: LongCat-Flash (arXiv 2509.01322, section 3) keeps it below 0.1.
+    """
+
+    threshold = 3.0
+    patience = 4
+    advice = (
+        "The balance losses decide what the router learns, not the language loss. Look at their "
+        "coefficients and at their scale (1 or top_k at even load). People lower the coefficient "
+        "until R_g is below 0.1, and even the load by a selection bias instead."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        ratio = reading.gradient_ratio
+        return ratio if ratio is not None and math.isfinite(ratio) else None
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return (
+            f"the gradient of the balance losses is {value:.3g} times that of the language loss "
+            "(R_g) or more"
+        )
+
+
+@ALARMS.register("router_frozen")
+class RouterFrozen(AlarmRule):
+    """Successive readings of later steps in which the router's parameters have the same norm to
+    the bit.
+
+    Advice: routers in float32, Switch (arXiv 2101.03961, section 2.4).
+    """
+
+    threshold = 3.0
+    advice = (
+        "The router does not learn. Look at requires_grad, at the optimiser's parameter groups, "
+        "and at the dtype: in bfloat16 small updates round to nothing, so routers are kept in "
+        "float32. If it is frozen on purpose, leave this alarm out."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        if reading.router_norm is None:
+            return None
+        same = self.memory.get("norm") == reading.router_norm
+        self.memory["norm"] = reading.router_norm
+        self.memory["age"] = self.memory.get("age", 0) + 1 if same else 0
+        return float(self.memory["age"])
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return f"the router's parameters did not change in {value:.0f} readings"
+
+
+@ALARMS.register("router_speed")
+class RouterSpeed(AlarmRule):
+    """Relative change per step of the norm of the router's parameters.
+
+    Advice: instabilities of routers, ST-MoE (arXiv 2202.08906, section 3).
+    """
+
+    threshold = 0.05
+    patience = 2
+    advice = (
+        "The router learns much faster than is usual. Look at its learning rate (parameter groups, "
+        "warm-up), its initial size and the gradient norm. People give the router the learning "
+        "rate of the other matrices, a longer warm-up and a z-loss."
+    )
+
+    def measure(self, reading: LayerReading) -> float | None:
+        if not reading.router_norm:
+            return None
+        before = self.memory.get("last")
+        self.memory["last"] = [reading.step, reading.router_norm]
+        if before is None or reading.step <= before[0]:
+            return None
+        return abs(math.log(reading.router_norm / before[1])) / (reading.step - before[0])
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return f"the norm of the router's parameters changes by {value:.1%} per step"

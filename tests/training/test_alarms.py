@@ -1,0 +1,167 @@
+"""Alarms: when each is raised, once per layer and episode, and that a resumed run continues."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from refusals import refused
+from registries import registries_as_before
+
+from moe_lab.errors import CheckpointError
+from moe_lab.training.alarms import ALARMS, AlarmRule, Alarms
+from moe_lab.training.readings import LayerReading
+
+EVEN = [64] * 8
+
+
+def reading(step: int, counts=EVEN, layer: int = 0, **fields: Any) -> LayerReading:
+    """A layer of 8 experts, 2 per token, healthy unless said."""
+    healthy = LayerReading(
+        step=step,
+        layer=layer,
+        counts=torch.tensor(counts),
+        tokens=256,
+        entropy=1.9,
+        entropy_max=math.log(8),
+        mean_ffn_count=2.0,
+        router_norm=1 + 1e-3 * step,
+        expert_norms=torch.ones(8, dtype=torch.float64),
+    )
+    return replace(healthy, **fields)
+
+
+def kinds(alarms: Alarms, readings) -> list[str]:
+    return [alarm.kind for item in readings for alarm in alarms.observe([item])]
+
+
+BAD: dict[str, Callable[[int], dict[str, Any]]] = {
+    "router_collapse": lambda step: {"counts": [256, 256, 0, 0, 0, 0, 0, 0]},
+    "dead_experts": lambda step: {"counts": [0, 73, 73, 73, 73, 73, 73, 74]},
+    "load_drift": lambda step: {"counts": EVEN if step <= 4 else [200, 200, 50, 50, 6, 2, 2, 2]},
+    "entropy_low": lambda step: {"entropy": 0.1},
+    "entropy_high": lambda step: {"entropy": 1.9 if step < 9 else math.log(8) - 1e-4},
+    "bias_direction": lambda step: {
+        "counts": [100, 100, 100, 100, 28, 28, 28, 28],
+        "bias": torch.tensor([0.01, 0.01, 0.01, 0.01, 0.0, 0.0, 0.0, 0.0]) * step,
+        "score_spread": 9.0,
+    },
+    "bias_runaway": lambda step: {
+        "bias": torch.linspace(-1, 1, 8) * step,
+        "score_spread": 0.5,
+    },
+    "budget_drift": lambda step: {"mean_ffn_count": 5.0, "ffn_target": 2.0},
+    "zero_share": lambda step: {
+        "mean_ffn_count": 0.5,
+        "ffn_target": 2.0,
+        "num_zero_experts": 4,
+    },
+    "balance_dominates": lambda step: {"gradient_ratio": 50.0},
+    "router_frozen": lambda step: {"router_norm": 1.0},
+    "router_speed": lambda step: {"router_norm": 1.2**step},
+}
+"""Kind -> what a reading of a layer with this fault has."""
+
+
+def test_every_alarm_of_the_package_is_tried_here():
+    assert set(BAD) == set(ALARMS)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_alarm_is_raised_once_per_layer_and_names_step_layer_and_numbers(kind):
+    alarms = Alarms([kind])
+    healthy = [reading(step, layer=0) for step in range(1, 81)]
+    sick = [reading(step, layer=3, **BAD[kind](step)) for step in range(1, 81)]
+    raised = [alarm for pair in zip(healthy, sick, strict=True) for alarm in alarms.observe(pair)]
+    assert [(alarm.kind, alarm.layer) for alarm in raised] == [(kind, 3)]
+    (alarm,) = raised
+    assert alarm.sentence.startswith(f"Step {alarm.step}, layer 3: ")
+    assert "\n" not in alarm.sentence
+    assert alarm.advice.endswith(".")
+    assert alarms.active == [(kind, 3)]
+    past = alarm.value < alarm.threshold if ALARMS[kind].below else alarm.value > alarm.threshold
+    assert past
+
+
+def test_a_healthy_layer_raises_none_of_them():
+    healthy = [reading(step, counts=[60, 68, 66, 62, 70, 58, 64, 64]) for step in range(1, 200)]
+    assert kinds(Alarms(), healthy) == []
+
+
+def test_an_episode_ends_after_as_many_readings_within_the_threshold_and_another_is_raised_again():
+    alarms = Alarms(["entropy_low"])
+    low: dict[str, Any] = {"entropy": 0.1}
+    assert kinds(alarms, [reading(step, **low) for step in range(4)]) == ["entropy_low"]
+    assert kinds(alarms, [reading(4), *(reading(step, **low) for step in range(5, 12))]) == []
+    assert kinds(alarms, [reading(step) for step in range(12, 16)]) == []
+    assert alarms.active == []
+    assert kinds(alarms, [reading(step, **low) for step in range(16, 20)]) == ["entropy_low"]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_resumed_run_raises_the_alarms_of_one_that_was_not_interrupted(kind):
+    sick = [reading(step, **BAD[kind](step)) for step in range(1, 81)]
+    whole = Alarms([kind])
+    expected = [alarm for item in sick for alarm in whole.observe([item])]
+    for stop in (1, 3, expected[0].step - 1, expected[0].step, 60):
+        first, second = Alarms([kind]), Alarms([kind])
+        found = [alarm for item in sick[:stop] for alarm in first.observe([item])]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        found += [alarm for item in sick[stop:] for alarm in second.observe([item])]
+        assert found == expected
+        assert second.state_dict() == whole.state_dict()
+
+
+def test_a_zero_expert_is_a_dead_expert_and_is_named():
+    norms = torch.ones(8, dtype=torch.float64)
+    norms[5] = 0
+    alarms = Alarms(["dead_experts"])
+    raised = [
+        alarm for step in range(80) for alarm in alarms.observe([reading(step, expert_norms=norms)])
+    ]
+    assert len(raised) == 1
+    assert "1 of 8 experts (5) return zero" in raised[0].sentence
+
+
+def test_an_infinite_gradient_ratio_and_what_was_not_measured_raise_nothing():
+    nothing: dict[str, Any] = {"expert_norms": None, "router_norm": None}
+    readings = [reading(step, gradient_ratio=math.inf, **nothing) for step in range(80)]
+    assert kinds(Alarms(), readings) == []
+
+
+def test_a_threshold_can_be_chosen_and_names_are_checked():
+    readings = [reading(step, gradient_ratio=0.2) for step in range(20)]
+    assert kinds(Alarms(), readings) == []
+    assert kinds(Alarms(thresholds={"balance_dominates": 0.1}), readings) == ["balance_dominates"]
+    with refused("an alarm"):
+        Alarms(["router_colapse"])
+    with refused("thresholds"):
+        Alarms(["entropy_low"], {"load_drift": 1.0})
+
+
+def test_a_damaged_state_is_refused():
+    with refused("alarms", CheckpointError):
+        Alarms().load_state_dict({"entropy_low/0": {"active": False}})
+
+
+def test_an_alarm_of_a_user_is_observed_beside_the_others():
+    with registries_as_before():
+
+        @ALARMS.register("busiest")
+        class Busiest(AlarmRule):
+            threshold = 100.0
+            advice = "Look at the capacity."
+
+            def measure(self, reading):
+                return float(reading.counts.max())
+
+            def seen(self, reading, value):
+                return f"an expert has {value:.0f} slots"
+
+        (alarm,) = Alarms().observe([reading(3, counts=[148, 52, 52, 52, 52, 52, 52, 52])])
+    assert alarm.kind == "busiest"
+    assert alarm.sentence == "Step 3, layer 0: an expert has 148 slots."
+    assert "busiest" not in ALARMS
