@@ -47,7 +47,7 @@ class RouterCollapse(AlarmRule):
     ST-MoE's (arXiv 2202.08906, section 3.3).
     """
 
-    threshold = 0.92
+    threshold = 0.87
     patience = 8
     advice = (
         "Look at the balance loss (its coefficient, and whether it reaches the router), the "
@@ -128,7 +128,7 @@ class LoadDrift(AlarmRule):
     2501.11873; the bias and its rate, arXiv 2408.15664, section 4.3.
     """
 
-    threshold = 0.7
+    threshold = 0.68
     patience = 8
     advice = (
         "The load was more even before. Look at what changed at that step: data, learning rate, "
@@ -309,7 +309,7 @@ class BudgetDrift(_OffTarget):
     Advice: DTop-p's controller, arXiv 2512.13996; the entropy loss, arXiv 2403.07652.
     """
 
-    threshold = 0.55
+    threshold = 0.53
     patience = 16
     advice = (
         "Look at the controller of the threshold (whether it is called, its bounds), and at the "
@@ -338,7 +338,7 @@ class ZeroShare(_OffTarget):
     Advice: the bias of real experts alone, LongCat-Flash (arXiv 2509.01322, section 2.1).
     """
 
-    threshold = 0.6
+    threshold = 0.7
     patience = 8
     advice = (
         "Zero-compute experts take another share of the slots than planned. Look at the "
@@ -414,7 +414,7 @@ class RouterSpeed(AlarmRule):
     Advice: instabilities of routers, ST-MoE (arXiv 2202.08906, section 3).
     """
 
-    threshold = 0.025
+    threshold = 0.015
     patience = 2
     advice = (
         "The router learns much faster than is usual. Look at its learning rate (parameter groups, "
