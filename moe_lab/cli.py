@@ -49,6 +49,10 @@ COMMANDS = {
         "moe_lab.commands.compare",
         "do two traces of one text hold the same routing, and if not, why",
     ),
+    "ablate": (
+        "moe_lab.commands.ablate",
+        "what a model loses without each expert, and which score says so",
+    ),
     "report": ("moe_lab.commands.report", "one offline HTML page from a sweep or from runs"),
     "count": (
         "moe_lab.commands.count",
@@ -66,7 +70,7 @@ COMMANDS = {
 
 
 WITH_PLUGINS = frozenset(
-    {"demo", "sweep", "train", "trace", "difficulty", "report", "count", "list"}
+    {"demo", "sweep", "train", "trace", "difficulty", "ablate", "report", "count", "list"}
 )
 """Commands that build or read models."""
 

@@ -3,11 +3,12 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_lab.errors import MoELabError, expected
+from moe_lab.errors import ConfigError, MoELabError, expected
 from moe_lab.number_format import count_of
 from moe_lab.terminal import fits, print_table, say, window_width
 
@@ -233,6 +234,19 @@ def print_frame(
     print_table(shown.columns, shown.rows())
     if explain and (line := terms(*shown.columns)):
         say(line)
+
+
+def layer_numbers(text: str) -> list[int]:
+    """ "1-3,7" -> [1, 2, 3, 7]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
+        if match is None:
+            raise ConfigError(
+                expected("--layers as numbers and ranges", repr(text), "--layers 1-60,63")
+            )
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
 
 
 def layers_of(folder: Path) -> "pl.DataFrame":

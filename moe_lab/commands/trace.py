@@ -3,7 +3,6 @@ tokens of a text.
 """
 
 import argparse
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from moe_lab.commands.options import (
     add_number,
     add_out,
     examples,
+    layer_numbers,
     layers_of,
     load_sentence,
     print_frame,
@@ -218,19 +218,6 @@ def _refuse_ignored(args: argparse.Namespace, mode: str) -> None:
             )
 
 
-def _layer_numbers(text: str) -> list[int]:
-    """ "1-3,7" -> [1, 2, 3, 7]."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
-        if match is None:
-            raise ConfigError(
-                expected("--layers as numbers and ranges", repr(text), "--layers 1-60,63")
-            )
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return numbers
-
-
 def _import(args: argparse.Namespace) -> int:
     from moe_lab.trace import import_trace
 
@@ -242,7 +229,7 @@ def _import(args: argparse.Namespace) -> int:
         "num_experts": args.num_experts,
         "num_zero_experts": args.num_zero_experts,
         "top_k": args.top_k,
-        "layers": None if args.layers is None else _layer_numbers(args.layers),
+        "layers": None if args.layers is None else layer_numbers(args.layers),
         "tokens": args.tokens,
     }
     trace = import_trace(

@@ -6,8 +6,8 @@ The files of the folder stand in ``moe_lab.runs.layout``. Nothing in it is trust
 
 import json
 import math
+import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,6 @@ from moe_lab.files import (
     write_text,
 )
 from moe_lab.model import Decoder
-from moe_lab.progress import say
 from moe_lab.routing import Routing
 from moe_lab.runs import RunStore
 from moe_lab.runs.done_file import seal
@@ -54,12 +53,11 @@ from moe_lab.training.data import Batches
 from moe_lab.training.devices import device_of
 from moe_lab.training.evaluate import Evaluation, evaluate_together, validation_loss
 from moe_lab.training.finished_run import finished_record, read_config, run_record, trace_meta
-from moe_lab.training.metrics import gradient_ratios, layer_means
+from moe_lab.training.metrics import gradient_ratios, layer_means, layers_line, loads_line
 from moe_lab.training.objective import Objective, average_gradients, check_shareable, spread
-from moe_lab.training.observer import Observer
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
 from moe_lab.training.ranks import Parallel, Ranks, join, local_device
-from moe_lab.training.readings import LayerReading, read_layers
+from moe_lab.training.readings import read_layers
 from moe_lab.training.run_log import Lines, RunLog
 from moe_lab.training.tracking import Logger, Tracking, chosen
 from moe_lab.versions import versions
@@ -171,7 +169,6 @@ class _Run:
         self.branches = branch_steps(config)
         self.step = 0
         self.log = RunLog(folder, config.log_every, write=ranks.first)
-        self.observer = Observer(self.log, config.on_alarm)
         self.continued: list[dict[str, Any]] = []
         self.seconds = 0.0
 
@@ -236,7 +233,6 @@ class _Run:
             self.folder if traced else None,
         )
         record |= {"dispatch": self._dispatch(), "weights_digest": digest}
-        record["alarms"] = Counter(line["kind"] for line in self.log.lines["alarms"])
         if self.continued:
             record["continued"] = self.continued
         if self.config.steps and (ratios := self._gradient_ratios(self.config.steps - 1)):
@@ -259,7 +255,7 @@ class _Run:
         while self.step < self.config.steps:
             began = time.perf_counter()
             try:
-                row, readings = self._one_step(self._is_logged(self.step + 1))
+                row = self._one_step(self._is_logged(self.step + 1))
             except MoELabError as error:
                 raise RunError(f"step {self.step + 1} of {self.config.name}: {error}") from error
             self.step += 1
@@ -271,19 +267,14 @@ class _Run:
                 )
                 if self.on_step is not None:
                     self.on_step(row)
-            alarms = self.observer.observe(readings)
-            if alarms or (row and time.monotonic() - last_status > STATUS_SECONDS):
-                self.log.flush()
-                self._write_status("training")
-                last_status = time.monotonic()
+                if time.monotonic() - last_status > STATUS_SECONDS:
+                    self.log.flush()
+                    self._write_status("training")
+                    last_status = time.monotonic()
             self._validate(tracking)
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self.log.flush(lasting=True)
-                kept = {
-                    "made_by": self._made_by,
-                    "continued": self.continued,
-                    "alarms": self.observer.state_dict(),
-                }
+                made_by = {"made_by": self._made_by, "continued": self.continued}
                 save_checkpoint(
                     self._checkpoint,
                     self.model,
@@ -291,7 +282,7 @@ class _Run:
                     self.step,
                     self.config.hash(),
                     write=first,
-                    metadata={name: json.dumps(value) for name, value in kept.items()},
+                    metadata={name: json.dumps(value) for name, value in made_by.items()},
                 )
             if self.step in self.branches:
                 leave(
@@ -300,12 +291,12 @@ class _Run:
                     self.model,
                     self.optimizer,
                     self.step,
-                    {"tables": self.log.lines, "alarms": self.observer.state_dict()},
+                    self.log.lines,
                     write=first,
                 )
 
-    def _one_step(self, logged: bool) -> tuple[dict[str, Any] | None, list[LayerReading]]:
-        """One optimiser step; its metrics row and readings, over all ranks, if it is logged."""
+    def _one_step(self, logged: bool) -> dict[str, Any] | None:
+        """One optimiser step; its metrics row, over all ranks, if this step is logged."""
         began = time.perf_counter()
         config, layers = self.config, list(self.model.moe_layers().values())
         lr = config.optimizer.lr * lr_factor(self.step, config.steps, config.schedule)
@@ -332,7 +323,7 @@ class _Run:
         for layer, seen in zip(layers, routings, strict=True):
             layer.router.update(seen)
         if not logged:
-            return None, []
+            return None
         step = self.step + 1
         loss, auxiliary_loss = self.ranks.mean(torch.stack([language, auxiliary])).tolist()
         require(
@@ -362,9 +353,14 @@ class _Run:
             gradient_ratios=ratios or None,
             ranks=self.ranks,
         )
-        row |= layer_means(readings)
-        row["tokens_per_second"] = config.tokens_per_step / (time.perf_counter() - began)
-        return row, readings
+        if readings:
+            self.log.add("layers", layers_line(readings))
+            self.log.add("loads", loads_line(readings))
+        return (
+            row
+            | layer_means(readings)
+            | {"tokens_per_second": config.tokens_per_step / (time.perf_counter() - began)}
+        )
 
     def _dispatch(self) -> str | None:
         """The dispatch backend that the run's layers used; its sums are ordered in its own way, so
@@ -408,11 +404,8 @@ class _Run:
                 self._checkpoint, self.model, self.optimizer, self.config.hash()
             )
             self._note_continuation()
-            alarms = json.loads(read_metadata(self._checkpoint).get("alarms", "{}"))
         else:
-            self.step, kept = take_up(self.config, self.folder, self.model, self.optimizer)
-            lines, alarms = kept.get("tables", {}), kept.get("alarms", {})
-        self.observer.alarms.load_state_dict(alarms)
+            self.step, lines = take_up(self.config, self.folder, self.model, self.optimizer)
         require(
             int(self.ranks.total(torch.tensor(self.step))) == self.step * self.ranks.size,
             "the same checkpoint on all ranks",
@@ -488,8 +481,7 @@ class _Run:
     def _write_status(self, state: str) -> None:
         if not self.ranks.first:
             return
-        rows, alarms = self.log.lines["metrics"], self.log.lines["alarms"]
-        last = rows[-1] if rows else {}
+        last = self.log.lines["metrics"][-1] if self.log.lines["metrics"] else {}
         write_json(
             self.folder / STATUS,
             {
@@ -498,11 +490,13 @@ class _Run:
                 "steps": self.config.steps,
                 "loss": last.get("loss"),
                 "tokens_per_second": last.get("tokens_per_second"),
-                "alarms": len(alarms),
-                "alarm": alarms[-1]["sentence"] if alarms else "",
                 "updated_at": time.time(),
             },
         )
+
+
+def say(line: str) -> None:
+    print(f"moe-lab: {line}", file=sys.stderr, flush=True)
 
 
 def check_text(config: RunConfig, text: TokenizedText) -> None:

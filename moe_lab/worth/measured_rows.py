@@ -102,16 +102,21 @@ def measurement_key(
     align: Align,
 ) -> str:
     """Hash of the model's configuration and parameters, and of what is measured."""
-    digest = hashlib.sha256()
-    for ids in documents:
-        digest.update(len(ids).to_bytes(8, "big") + np.asarray(ids, np.int64).tobytes())
     sums = [
         [name, float(value.detach().double().sum())] for name, value in model.state_dict().items()
     ]
     labels = {name: [list(values) for values in given] for name, given in (classes or {}).items()}
     return content_hash(
-        [model_hash(model), sums, digest.hexdigest(), str(edit), labels, Align(align).value]
+        [model_hash(model), sums, text_hash(documents), str(edit), labels, Align(align).value]
     )
+
+
+def text_hash(documents: Sequence[np.ndarray]) -> str:
+    """Hash of the token ids of documents, in order."""
+    digest = hashlib.sha256()
+    for ids in documents:
+        digest.update(len(ids).to_bytes(8, "big") + np.asarray(ids, np.int64).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _resumed(path: Path | str | None, key: str) -> pl.DataFrame:

@@ -1,8 +1,8 @@
 """What a model loses without an expert, measured on held-out documents.
 
 For each expert every document runs with one edit and without, so that all differences are paired.
-``expert_losses`` sums them over documents, ``expert_worth`` takes means with intervals over
-documents.
+``expert_losses`` sums them over documents, ``expert_worth`` takes means with intervals from
+resampling documents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moe_lab.analysis.difficulty.alignment import Align
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
 from moe_lab.document_pass import evaluating
 from moe_lab.errors import TraceError, require
 from moe_lab.progress import tell
@@ -112,23 +113,25 @@ def expert_losses(
     return rows.of(pairs)
 
 
-def expert_worth(losses: pl.DataFrame, *, level: float = 0.95) -> pl.DataFrame:
-    """Means of ``expert_losses`` over tokens, with intervals over documents.
+def expert_worth(
+    losses: pl.DataFrame, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> pl.DataFrame:
+    """Means of ``expert_losses`` over tokens, with intervals from resampling documents.
 
     Returns:
         [layer, expert, edit, by, class, d_loss, lo, hi, d_loss_used, used_lo, used_hi, kl, tokens,
         used, docs]: nats per predicted token, over all tokens and over those predicted where the
         expert was used (null where it never was), of all tokens (``by`` and ``class`` null) and of
-        each class. Intervals are null where fewer than five documents used the expert.
+        each class. Intervals are null where fewer than five documents have such tokens.
 
     Example:
         >>> worth = expert_worth(expert_losses(model, documents))
         >>> worth.sort("d_loss").head()  # the experts that the model needs least
     """
     names, sums = tables(losses, ["layer", "expert", "edit", "by", "class"], SUMS)
-    touched = (sums["used"] > 0) | (sums["d_loss"] != 0)
-    mean, low, high = ratios(sums["d_loss"], sums["tokens"], level, touched)
-    mean_used, used_low, used_high = ratios(sums["d_loss_used"], sums["used"], level)
+    resampling = Resampling(resamples, seed, level)
+    mean, low, high = ratios(sums["d_loss"], sums["tokens"], resampling)
+    mean_used, used_low, used_high = ratios(sums["d_loss_used"], sums["used"], resampling)
     total = {name: values.sum(axis=0) for name, values in sums.items()}
     return names.with_columns(
         d_loss=mean,
@@ -151,25 +154,30 @@ def expert_minutes(
     experts: Experts = None,
     layers: Sequence[int] | None = None,
     edit: EditKind = EditKind.FORBID,
+    classes: Classes | None = None,
+    align: Align = Align.TARGET,
     batch_tokens: int = 2048,
     seed: int = 0,
+    path: Path | str | None = None,
     readers: Mapping[str, Reader] | None = None,
 ) -> float:
     """Minutes that ``expert_losses`` will take with the same arguments, from timing its passes
     over one batch at the first and the last layer.
     """
     task = _Task.of(model, documents, experts, layers, batch_tokens, seed, readers)
+    key = measurement_key(model, documents, edit, classes, align)
+    groups = TokenGroups(documents, classes, align)
+    rows = MeasuredRows(path, groups, {"edit": edit.value, "measured": key})
     batch = task.batches[len(task.batches) // 2]
-    share = sum(item.ids.numel() for item in task.batches) / batch.ids.numel()
     first, last = task.sites[0], task.sites[-1]
     with evaluating(model), torch.no_grad():
         ends = [_pass_seconds(model, site, edit, batch, readers) for site in (first, last)]
     steps = max(task.height(first) - task.height(last), 1)
     seconds = 0.0
-    for site in task.sites:
+    for site, item, missing in task.left(rows):
         between = (task.height(first) - task.height(site)) / steps
         untouched, edited = ((1 - between) * a + between * b for a, b in zip(*ends, strict=True))
-        seconds += share * (untouched + len(task.chosen[site.layer]) * edited)
+        seconds += item.ids.numel() / batch.ids.numel() * (untouched + len(missing) * edited)
     return seconds / 60
 
 
@@ -244,7 +252,7 @@ class _Task:
         sites = [site for site in sites if site.layer in chosen]
         for site in sites:
             find_form(site, None)  # raises where nothing can be edited
-        return cls(sites, chosen, padded_batches(documents, batch_tokens), heights)
+        return cls(sites, chosen, padded_batches(model, documents, batch_tokens), heights)
 
     def height(self, site: TracedRouter) -> int:
         """The cost of an edited pass, in layers."""

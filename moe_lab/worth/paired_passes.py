@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from moe_lab.analysis.document_bootstrap import Floats
-from moe_lab.document_pass import evaluating, length_batches, pad_right
+from moe_lab.document_pass import evaluating, pad_right
 from moe_lab.errors import AnalysisError, TraceError, require
 from moe_lab.model import Decoder
 from moe_lab.trace.capturing.find_routers import find_sites
@@ -36,7 +36,7 @@ EditSet: TypeAlias = Sequence[Edit]
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids [n] of the document at place ``number`` among those given."""
+    """Token ids [n] of the document at place ``number`` among those given, or of a window of it."""
 
     number: int
     ids: np.ndarray
@@ -71,17 +71,43 @@ class Batch:
         )
 
 
-def padded_batches(documents: Sequence[np.ndarray], batch_tokens: int) -> list[Batch]:
-    """Documents of at least two tokens in batches of about equal lengths."""
+def padded_batches(
+    model: nn.Module, documents: Sequence[np.ndarray], batch_tokens: int
+) -> list[Batch]:
+    """Documents of at least two tokens in batches of about equal lengths.
+
+    One that is longer than the model's context runs in windows, all in one batch, that do not see
+    each other. They overlap by a token, so that every token but the first is predicted once.
+    """
+    context = context_of(model)
     whole = [
-        Document(number, np.asarray(ids)) for number, ids in enumerate(documents) if len(ids) > 1
+        [
+            Document(number, np.asarray(ids)[start : start + (context or len(ids))])
+            for start in range(0, len(ids) - 1, (context or len(ids)) - 1)
+        ]
+        for number, ids in enumerate(documents)
+        if len(ids) > 1
     ]
     require(
         whole, "a document of at least two tokens", "none", error=AnalysisError, field="documents"
     )
-    return [
-        Batch(chosen, *pad_right(chosen, None)) for chosen in length_batches(whole, batch_tokens)
-    ]
+    batches: list[list[Document]] = [[]]
+    for windows in sorted(whole, key=lambda windows: -len(windows[0].ids)):
+        rows = [*batches[-1], *windows]
+        if batches[-1] and len(rows) * len(rows[0].ids) > batch_tokens:
+            batches.append([])
+        batches[-1] += windows
+    return [Batch(chosen, *pad_right(chosen, None)) for chosen in batches]
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The most tokens that a model takes at a time; None: no limit is known."""
+    if isinstance(model, Decoder):
+        return model.config.context_length
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 1 else None
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -166,14 +192,14 @@ class Untouched:
     def sums(
         self, edits: EditSet, matrix: csr_array, readers: Mapping[str, Reader] | None = None
     ) -> Floats:
-        """[n, groups, len(SUMS)] of the documents of the batch, in the order of their numbers;
+        """[documents, groups, len(SUMS)] of the batch, documents in the order of their numbers;
         ``matrix`` is that of ``TokenGroups`` for the batch.
         """
         loss, kl = self.differences(edits, readers)
         named = named_experts(edits)
         used = self.used(named) if named else np.ones(len(loss), bool)
         table = np.stack([np.ones(len(loss)), loss, kl, used, loss * used], axis=1)
-        return (matrix @ table).reshape(len(self.batch.documents), -1, len(SUMS))
+        return (matrix @ table).reshape(len(np.unique(self.batch.docs)), -1, len(SUMS))
 
 
 def log_probabilities(logits_BSV: Tensor, batch: Batch) -> Iterator[Tensor]:
@@ -219,7 +245,7 @@ def edited_sums(
     lowest: dict[int, list[int]] = {}
     for place, edits in enumerate(edit_sets):
         lowest.setdefault(_lowest(edits, sites), []).append(place)
-    batches = padded_batches(documents, batch_tokens)
+    batches = padded_batches(model, documents, batch_tokens)
     with evaluating(model), torch.no_grad():
         for layer, places in lowest.items():
             numbers = {layer}.union(*(named_experts(edit_sets[place]) for place in places))

@@ -27,6 +27,7 @@ from moe_lab.analysis.difficulty.rank_statistics import Order, standard_ranks
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.document_pass import evaluating
 from moe_lab.errors import AnalysisError, TraceError, expected, require
+from moe_lab.progress import tell
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.hooks import Hooks, Pass
 from moe_lab.trace.capturing.router_output import Reader, Reading
@@ -50,13 +51,14 @@ def expert_scores(
     model: nn.Module,
     documents: Sequence[np.ndarray],
     *,
+    layers: Sequence[int] | None = None,
     batch_tokens: int = 2048,
     readers: Mapping[str, Reader] | None = None,
 ) -> pl.DataFrame:
     """What the scores of all real experts are made from, by document.
 
     Args:
-        model, documents, batch_tokens, readers: as for ``expert_losses``.
+        model, documents, layers, batch_tokens, readers: as for ``expert_losses``.
 
     Returns:
         [layer, expert, doc, tokens, used, gate, norm, plain_norm, router_distance,
@@ -68,13 +70,15 @@ def expert_scores(
     Raises:
         TraceError: naming the router, where the block around it cannot run by itself.
     """
-    sites, _ = find_sites(model, readers, None)
-    batches = padded_batches(documents, batch_tokens)
+    every, _ = find_sites(model, readers, None)
+    sites = [site for site in every if layers is None or site.layer in layers]
+    batches = padded_batches(model, documents, batch_tokens)
     frames = []
     with evaluating(model), torch.no_grad():
-        for site in sites:
+        for place, site in enumerate(sites):
             sums = _LayerSums(model, site, len(documents), readers)
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                tell("scoring experts", place * len(batches) + number, len(sites) * len(batches))
                 sums.add(batch)
             frames.append(sums.frame())
     return pl.concat(frames).sort("layer", "expert", "doc")
@@ -122,7 +126,7 @@ class _LayerSums:
             raise TraceError(f"{self.site}: {expected(what, f'{len(calls)} calls')}", "model")
         numbers = [document.number for document in batch.documents]
         real_BS = batch.mask.bool()
-        self.tokens[numbers] += len(calls) * real_BS.sum(dim=1).numpy()
+        np.add.at(self.tokens, numbers, len(calls) * real_BS.sum(dim=1).numpy())
         for call, reading in zip(calls, readings, strict=True):
             self._add_call(call, reading, real_BS, numbers)
 
@@ -152,7 +156,8 @@ class _LayerSums:
                 (self.norm, norms_T),
                 (self.plain, torch.where(gates_T != 0, norms_T / gates_T.abs(), 0)),
             ):
-                sums[expert, numbers] += values_T.view(real_BS.shape).sum(dim=1).numpy()
+                rows = values_T.view(real_BS.shape).sum(dim=1).numpy()
+                np.add.at(sums[expert], numbers, rows)
             if self.vectors is None:
                 self.vectors = torch.zeros(self.experts, moved_TD.shape[1], dtype=torch.float64)
             self.vectors[expert] += moved_TD.sum(dim=0)
