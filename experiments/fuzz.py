@@ -250,16 +250,31 @@ def mutate(path: Path, draw: random.Random) -> str:
 
 
 def _forge_checksum(folder: Path, target: Path) -> None:
-    """Let ``meta.json`` of a trace list the changed file as it is now."""
-    import zlib
+    """Let the manifest of a trace list the changed file as it is now, and ``meta.json`` the
+    manifest.
+    """
+    import polars as pl
 
+    from moe_lab.trace.manifest import NAME, part_name, whole_digest
+    from moe_lab.trace.seal import digest
+
+    manifest = folder / part_name(0)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        entry = meta["parts"][target.relative_to(folder).as_posix()]
-    except (OSError, ValueError, KeyError, TypeError):
+        if target != manifest:
+            changed = pl.lit(target.relative_to(folder).as_posix()) == NAME
+            now = {"bytes": target.stat().st_size, "digest": bytes.fromhex(digest(target))}
+            entries = pl.read_parquet(manifest)
+            entries.with_columns(
+                pl.when(changed)
+                .then(pl.lit(value, entries.schema[name]))
+                .otherwise(name)
+                .alias(name)
+                for name, value in now.items()
+            ).write_parquet(manifest)
+        meta["manifest"]["digest"] = whole_digest([digest(manifest)])
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
         return
-    data = target.read_bytes()
-    entry |= {"bytes": len(data), "crc32": zlib.crc32(data)}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -241,6 +241,8 @@ def outcome(folder: Path) -> dict[str, str]:
 
 
 def _content(path: Path) -> bytes:
+    if path.parent.name == "manifest":
+        return b""  # of digests
     if path.suffix == ".parquet":
         import polars as pl
 

@@ -97,6 +97,10 @@ class FieldError(ConfigError):
         super().__init__(expected(f"{field} as {what}", got, f"{field}={example}"), field)
 
 
+class AlarmError(RunError):
+    """An alarm ended a training whose ``on_alarm`` is "stop"; ``field`` names the kind of alarm."""
+
+
 class BusyError(RunError):
     """Another process is training this run."""
 

@@ -24,6 +24,13 @@ def tell(what: str, done: int, total: int) -> None:
         listener(what, done, total)
 
 
+def say(line: str) -> None:
+    """Print a line of this package on the error stream, in place of the progress shown there."""
+    if isinstance(listener := _listener.get(), Meter):
+        listener.clear()
+    print(f"moe-lab: {line}", file=sys.stderr, flush=True)
+
+
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:
     """The items in turn, with a report of how many are done."""
     tell(what, 0, len(items))

@@ -109,10 +109,9 @@ def paired(
 
 def sizes(trace: Trace) -> dict[str, float]:
     """Bytes of the routing tables per slot and per token and layer."""
-    parts = [part for name, part in trace.parts.items() if name.startswith("routing/")]
-    total, slots, rows = (
-        sum(getattr(part, name) for part in parts) for name in ("bytes", "slots", "rows")
-    )
+    entries = trace.manifest.entries.drop_nulls("layer")
+    total, rows = entries["bytes"].sum(), entries["rows"].sum()
+    slots = trace.counts()["count"].sum()
     return {"bytes_per_slot": total / slots, "bytes_per_token_layer": total / rows}
 
 

@@ -30,6 +30,8 @@ import polars as pl
 from measure import save
 
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
+from moe_lab.trace.manifest import file_name
+from moe_lab.trace.part_files import Listing
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 16, 128, 8, 50_304
 THREADS = 2
@@ -87,16 +89,20 @@ def link_trace(folder: Path, target: Path, times: int) -> None:
     """The same files under ``times`` names each: a trace that is longer by that factor and takes no
     space.
     """
-    values = json.loads((folder / "meta.json").read_text())
-    parts = {}
-    for number in range(times):
-        for name, part in values["parts"].items():
-            table, stem = name.rsplit("/part-", 1)
-            new = f"{table}/part-{number * 1000 + int(stem[:5]):05d}.parquet"
-            (target / new).parent.mkdir(parents=True, exist_ok=True)
-            os.link(folder / name, target / new)
-            parts[new] = part
-    (target / "meta.json").write_text(json.dumps({**values, "parts": parts}))
+    trace = open_trace(folder)
+    listing = Listing(target)
+    for layer in (None, *trace.meta.layers):
+        number = None if layer is None else layer.layer
+        entries = trace.manifest.of_layer(number).drop("layer").rows()
+        counts = [None] * len(entries) if layer is None else trace.manifest.file_counts(layer)
+        for time_ in range(times):
+            for (part, *others), counts_E in zip(entries, counts, strict=True):
+                new = time_ * len(entries) + part
+                path = target / file_name(number, new)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.link(folder / file_name(number, part), path)
+                listing.add_known(number, new, *others, counts_E)
+    listing.write(trace.meta, complete=True)
 
 
 def with_moe_lab(folder: Path) -> dict[str, Callable[[], Any]]:

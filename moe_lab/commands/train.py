@@ -29,6 +29,7 @@ from moe_lab.commands.options import (
 from moe_lab.errors import ConfigError, FieldError, expected, require
 from moe_lab.files import parse_json, read_regular
 from moe_lab.model.minis import MINIS
+from moe_lab.number_format import listing
 from moe_lab.progress import shown, tell
 from moe_lab.runs.layout import TRACE
 from moe_lab.terminal import say
@@ -117,6 +118,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="any field of the run, such as model.num_layers=6; may be repeated",
     )
     parser.add_argument(
+        "--on-alarm",
+        choices=("record", "stop"),
+        default=None,
+        help="what an alarm about a layer's routing does: it is recorded (unless given), or also "
+        "ends the run",
+    )
+    add_number(
+        parser,
+        "--validate-every",
+        200,
+        whole=True,
+        least=1,
+        default=None,
+        metavar="STEPS",
+        help="validate before the first step and after so many steps (unless given: at the end)",
+    )
+    parser.add_argument(
         "--parallel",
         choices=("ddp", "fsdp"),
         default=None,
@@ -174,6 +192,8 @@ def main(args: argparse.Namespace) -> int:
             say(f"note: {LATER_TOKENS}")
         if (result.folder / TRACE).is_dir():
             say(load_sentence(layers_of(result.folder / TRACE)))
+        if alarms := listing([f"{kind} ({n})" for kind, n in record.get("alarms", {}).items()]):
+            say(f"alarms: {alarms}; alarms.parquet in the run's folder has their sentences")
         say(f"validation loss {loss}, {record['eval_tokens']:,} tokens")
         print(f"run: {result.folder}")
         print(f"next: moe-lab report {shlex.quote(str(result.folder))}")
@@ -220,7 +240,12 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
             ) / router["top_k"]
     values |= {
         name: value
-        for name, value in (("train_tokens", args.tokens), ("seed", args.seed))
+        for name, value in (
+            ("train_tokens", args.tokens),
+            ("seed", args.seed),
+            ("on_alarm", args.on_alarm),
+            ("validate_every", args.validate_every),
+        )
         if value is not None
     }
     values["device"] = args.device

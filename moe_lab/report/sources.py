@@ -182,9 +182,7 @@ def gather(sources: Source | Sequence[Source]) -> Material:
 
 
 def _traces_of(finished: Iterable[RunRecord]) -> list[NamedTrace]:
-    """The trace of the first run that has one, for each arm and ratio: figures show no other, and
-    opening reads every byte.
-    """
+    """The trace of the first run that has one, for each arm and ratio: figures show no other."""
     traces: dict[str, NamedTrace] = {}
     for run in finished:
         if run.group not in traces and run.trace:

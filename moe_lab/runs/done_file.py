@@ -16,7 +16,7 @@ from moe_lab.runs.layout import CONFIG, DONE, RESULT, TABLE_NAMES, TRACE, TRACE_
 ALWAYS_CHECKED = (CONFIG, RESULT)
 TRACE_META_NAME = f"{TRACE}/{TRACE_META}"
 SEALED = (*ALWAYS_CHECKED, *(f"{name}.parquet" for name in TABLE_NAMES), TRACE_META_NAME)
-"""``meta.json`` of the trace lists the checksums of its files."""
+"""``meta.json`` of the trace has the digest of its manifest, which has those of its files."""
 
 
 def seal(folder: Path) -> str:

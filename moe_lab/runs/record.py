@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_lab.errors import RunError, expected
 from moe_lab.files import parse_json, read_regular
+from moe_lab.plain_text import one_line
 from moe_lab.runs import failures
 from moe_lab.runs.done_file import check_seal
 from moe_lab.runs.folder_claims import claimed, holder
@@ -29,20 +30,23 @@ class Progress:
     Attributes:
         step, steps: optimiser steps done, and of the whole run.
         loss: of the last logged step, nats per token.
+        alarms, alarm: number of alarms about the routing, and the sentence of the last one.
     """
 
     step: int = 0
     steps: int = 0
     loss: float | None = None
     tokens_per_second: float | None = None
+    alarms: int = 0
+    alarm: str = ""
 
     @classmethod
     def of(cls, status: dict[str, Any]) -> "Progress":
         """Values of another type than the field's count as not recorded."""
         step, steps = (_whole(status.get(name)) for name in ("step", "steps"))
-        return cls(
-            step, steps, *(number(status.get(name)) for name in ("loss", "tokens_per_second"))
-        )
+        loss, speed = (number(status.get(name)) for name in ("loss", "tokens_per_second"))
+        sentence = one_line(str(status.get("alarm") or ""))[:_REASON_CHARACTERS]
+        return cls(step, steps, loss, speed, _whole(status.get("alarms")), sentence)
 
     @property
     def fraction(self) -> float:

@@ -97,6 +97,8 @@ def figures(progress: Progress) -> str:
         parts.append(f"loss {progress.loss:.3f}")
     if progress.tokens_per_second:
         parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
+    if progress.alarms:
+        parts.append(f"{progress.alarms} alarm{'s' * (progress.alarms > 1)}")
     return ", ".join(parts)
 
 

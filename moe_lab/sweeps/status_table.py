@@ -19,7 +19,7 @@ MAX_ROWS = 200
 at most.
 """
 MAX_FAILURES = 10
-"""Failed runs whose last lines are shown."""
+"""Failed runs whose last lines are shown, and runs whose last alarm is."""
 _COLUMNS = {
     "run": "String",
     "name": "String",
@@ -32,6 +32,8 @@ _COLUMNS = {
     "progress": "Float64",
     "loss": "Float64",
     "tokens_per_second": "Float64",
+    "alarms": "Int64",
+    "alarm": "String",
     "error": "String",
     "last_lines": "String",
     "sees_later_tokens": "Boolean",
@@ -47,8 +49,9 @@ def status(folder: Path | str) -> "pl.DataFrame":
 
     Returns:
         [run, name, arm, ratio, seed, state, step, steps, progress (0 to 1), loss,
-            tokens_per_second, error, last_lines, sees_later_tokens]: ``loss`` is the validation
-            loss (nats per token) of a finished run, else the last training loss; ``error`` the
+            tokens_per_second, alarms, alarm, error, last_lines, sees_later_tokens]: ``loss`` is the
+            validation loss (nats per token) of a finished run, else the last training loss;
+            ``alarms`` their number and ``alarm`` the sentence of the last one; ``error`` the
             failed run's one line, ``last_lines`` the end of what it printed and of its traceback;
             ``sees_later_tokens`` whether the loss is not that of a causal model, null where that
             was not recorded.
@@ -76,6 +79,8 @@ def status(folder: Path | str) -> "pl.DataFrame":
                 "progress": 1.0 if finished else progress.fraction,
                 "loss": number(result.get("loss", progress.loss)),
                 "tokens_per_second": number(result.get("tokens_per_second", speed)),
+                "alarms": progress.alarms,
+                "alarm": progress.alarm,
                 "error": record.error if record.state is RunState.FAILED else "",
                 "last_lines": record.last_lines,
                 "sees_later_tokens": result.get("sees_later_tokens"),
@@ -86,8 +91,8 @@ def status(folder: Path | str) -> "pl.DataFrame":
 
 
 def status_rows(frame: "pl.DataFrame") -> "pl.DataFrame":
-    """[run, name, state, step, loss, tok/s, error]: what ``sweep status`` shows of the frame of
-    ``status``.
+    """[run, name, state, step, loss, tok/s, error], and alarms where there are some: what ``sweep
+    status`` shows of the frame of ``status``.
     """
     import polars as pl
 
@@ -98,6 +103,7 @@ def status_rows(frame: "pl.DataFrame") -> "pl.DataFrame":
         pl.format("{}/{}", "step", "steps").alias("step"),
         "loss",
         pl.col("tokens_per_second").round(0).cast(pl.Int64).alias("tok/s"),
+        *(["alarms"] if frame["alarms"].sum() else []),
         "error",
     )
     if frame.height > MAX_ROWS:
@@ -110,6 +116,8 @@ def status_rows(frame: "pl.DataFrame") -> "pl.DataFrame":
 
 def status_lines(frame: "pl.DataFrame") -> Iterator[str]:
     """The lines that ``sweep status`` prints below its table."""
+    import polars as pl
+
     counts = dict(frame.group_by("state").len().rows())
     parts = [
         f"{counts[state.value]:,} {state.value}" for state in RunState if state.value in counts
@@ -119,6 +127,10 @@ def status_lines(frame: "pl.DataFrame") -> Iterator[str]:
     looking = frame.filter("sees_later_tokens")["arm"].unique(maintain_order=True)
     if looking.len():
         yield f"note: {listing(looking.to_list())}: {LATER_TOKENS}"
+    warned = frame.filter(pl.col("alarms") > 0)
+    for row in warned.head(MAX_FAILURES).iter_rows(named=True):
+        before = f"{row['alarms']} alarms, the last: " if row["alarms"] > 1 else ""
+        yield f"alarm: {row['name']} ({row['run']}): {before}{row['alarm']}"
     failed = frame.filter(state=RunState.FAILED.value)
     for row in failed.head(MAX_FAILURES).iter_rows(named=True):
         yield f"\n{row['name']} ({row['run']}) failed: {row['error']}"

@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,17 @@ import polars as pl
 
 from moe_lab.errors import ConfigError, TraceError, expected, require
 from moe_lab.files import read_regular
+from moe_lab.trace.manifest import MANIFEST, check_layers
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 from moe_lab.trace.schema import (
+    FIRST_WITH_MANIFEST,
     META_FILE,
     OUTPUT_RATIO,
     PART_PATH,
     READABLE_VERSIONS,
     SCHEMA_VERSION,
     LayerMeta,
+    ManifestMeta,
     PartMeta,
     TraceMeta,
 )
@@ -27,10 +32,26 @@ TOLERANCE = 1e-3
 """Of entropies and margins, which are rounded to f32."""
 
 
-def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
-    """Provenance, files and completeness from ``meta.json``, which is not trusted.
+@dataclass(frozen=True)
+class Header:
+    """What ``meta.json`` says.
 
-    Raises ``TraceError`` where it is no JSON of the documented shape or names impossible files.
+    Attributes:
+        meta: provenance and layers.
+        complete: whether the trace is whole.
+        listed: of the manifest; in traces of schema 1 and 2, the files themselves by relative path.
+    """
+
+    meta: TraceMeta
+    complete: bool
+    listed: ManifestMeta | dict[str, PartMeta]
+
+
+def read_meta(path: Path) -> Header:
+    """The content of ``meta.json``, which is not trusted.
+
+    Raises ``TraceError`` where it is no JSON of the documented shape, names impossible files, or is
+    of a version that this one cannot read.
     """
     try:
         require(
@@ -50,26 +71,29 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
     if not isinstance(values, dict):
         raise TraceError(f"expected {path} to hold an object, got {type(values).__name__}")
     version = values.get("schema_version")
-    require(
-        version in READABLE_VERSIONS,
-        f"trace schema version {' or '.join(map(str, READABLE_VERSIONS))}",
-        repr(version)[:40],
-        "another version of moe_lab",
-        error=TraceError,
-        field="schema_version",
-    )
-    complete, parts = values.pop("complete", None), values.pop("parts", None)
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        newer = type(version) is int and version > SCHEMA_VERSION
+        got = short(version) + (", which a newer moe_lab wrote" if newer else "")
+        hint = f"{'a newer' if newer else 'another'} version of moe_lab"
+        raise TraceError(
+            expected(f"trace schema version {versions_text()}", got, hint), field="schema_version"
+        )
+    name = "parts" if version < FIRST_WITH_MANIFEST else MANIFEST
+    complete, listed = values.pop("complete", None), values.pop(name, None)
     layers = values.get("layers")
     if not (
         isinstance(complete, bool)
-        and isinstance(parts, dict)
+        and isinstance(listed, dict)
         and isinstance(layers, list)
-        and all(isinstance(item, dict) for item in [*parts.values(), *layers])
+        and all(isinstance(item, dict) for item in layers)
+        and (name == MANIFEST or all(isinstance(item, dict) for item in listed.values()))
     ):
-        raise TraceError(f"expected {path} to hold complete, parts and layers, got others")
+        raise TraceError(f"expected {path} to hold complete, {name} and layers, got others")
     try:
         meta = TraceMeta.from_dict({**values, "schema_version": SCHEMA_VERSION})
-        files = {name: PartMeta.from_dict(part) for name, part in parts.items()}
+        if name == MANIFEST:
+            return Header(meta, complete, ManifestMeta.from_dict(listed))
+        files = {name: PartMeta.from_dict(part) for name, part in listed.items()}
     except ConfigError as error:
         raise TraceError(f"{META_FILE}: {error}") from error
     matches = {name: PART_PATH.fullmatch(name) for name in files}
@@ -77,15 +101,13 @@ def read_meta(path: Path) -> tuple[TraceMeta, dict[str, PartMeta], bool]:
         wanted = "part names such as tokens/part-00000.parquet"
         raise TraceError(f"{META_FILE}: " + expected(wanted, repr(wrong[0][:60])))
     traced = {int(match[1]) for match in matches.values() if match and match[1]}
-    named = {layer.layer for layer in meta.layers}
-    require(
-        not (traced - named) and (not complete or not (named - traced)),
-        f"files for layers {sorted(named)[:20]}",
-        f"files for {sorted(traced)[:20]}",
-        error=TraceError,
-        where=META_FILE,
-    )
-    return meta, files, complete
+    check_layers(meta, traced, complete, META_FILE)
+    return Header(meta, complete, files)
+
+
+def versions_text() -> str:
+    """The schema versions that can be read."""
+    return f"{', '.join(map(str, READABLE_VERSIONS[:-1]))} or {READABLE_VERSIONS[-1]}"
 
 
 def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
@@ -112,8 +134,8 @@ def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
     )
 
 
-def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:
-    """Check one batch of a layer's rows; returns its used slots."""
+def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> np.ndarray:
+    """Check one batch of a layer's rows; returns its used slots of each expert, [E] int64."""
     where = f"layer {layer.layer}"
     absent = [
         "margin",
@@ -203,4 +225,4 @@ def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> int:
         where=where,
         field="zero_count",
     )
-    return int(used_T.sum())
+    return np.bincount(ids_TK[used_TK], minlength=layer.num_choices)

@@ -24,7 +24,7 @@ def refuse_finished(folder: Path, values: Mapping[str, Any]) -> None:
     if not (folder / META_FILE).is_file():
         return
     try:
-        older = read_meta(folder / META_FILE)[0].to_dict()
+        older = read_meta(folder / META_FILE).meta.to_dict()
     except TraceError:
         older = {}
     differing = dict.fromkeys(

@@ -6,14 +6,16 @@ and statistics. ``reader.open_trace`` then reads the copy.
 """
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from moe_lab.errors import TraceError, expected, require
 from moe_lab.sandbox import check_text_bytes, output_limit
-from moe_lab.trace.checks import read_meta
-from moe_lab.trace.part_files import file_checksums, part_of, write_meta, write_part
-from moe_lab.trace.reader import Trace, files_on_disk
+from moe_lab.trace.checks import read_meta, versions_text
+from moe_lab.trace.manifest import REWRITE, check_bytes, file_name, guarded, of_parts, read_manifest
+from moe_lab.trace.part_files import Listing, count_slots, write_part
+from moe_lab.trace.reader import Trace, check_counts, check_files
 from moe_lab.trace.schema import (
     MAX_ROWS_PER_PART,
     META_FILE,
@@ -22,11 +24,9 @@ from moe_lab.trace.schema import (
     ROUTED,
     TOKEN_COLUMNS,
     VERSION_KEY,
-    PartMeta,
+    ManifestMeta,
     TraceMeta,
 )
-
-REWRITE = "writing the trace again"
 
 
 def clean_copy(source: str, target: str) -> None:
@@ -36,56 +36,53 @@ def clean_copy(source: str, target: str) -> None:
         TraceError: whatever is wrong with it, in one line that names the file or layer.
     """
     folder, copy = Path(source), Path(target)
-    meta, parts, complete = read_meta(folder / META_FILE)
-    on_disk = files_on_disk(folder)
-    if missing := sorted(set(parts) - on_disk):
-        got = f"{len(missing)} missing, first {missing[0]}"
-        raise TraceError(expected(f"{len(parts)} files", got, REWRITE))
-    # A killed writer leaves a file that it had no time to list.
-    if complete and (unlisted := sorted(on_disk - set(parts))):
-        got = f"also {unlisted[0][:80]!r}"
-        raise TraceError(expected("only the files listed in meta.json", got, "removing it"))
-    token_schema: pl.Schema | None = None
-    copied: dict[str, PartMeta] = {}
-    for name, part in sorted(parts.items()):
-        frame = _decoded(folder / name, name, part, meta)
-        if name.startswith("tokens/"):
-            token_schema = token_schema or frame.schema
-            if frame.schema != token_schema:
-                raise TraceError(
-                    f"{name}: expected the columns of the first token file, got others"
-                )
-        write_part(copy / name, frame)
-        copied[name] = part_of(copy / name, frame, part.slots)
-    write_meta(copy, meta, copied, complete)
-    Trace(copy, meta, copied, complete).check()
+    header = read_meta(folder / META_FILE)
+    meta, complete, listed = header.meta, header.complete, header.listed
+    if isinstance(listed, ManifestMeta):
+        manifest = read_manifest(folder, listed, complete)
+        manifest.check(meta, complete)
+    else:
+        manifest = of_parts(listed, None)
+    check_files(folder, manifest, complete)
+    copied, token_schema = Listing(copy), None
+    for number in (None, *(layer.layer for layer in meta.layers)):
+        layer = None if number is None else meta.layer(number)
+        for entry in manifest.of_layer(number).iter_rows(named=True):
+            name = file_name(number, entry["part"])
+            frame = _decoded(folder / name, name, entry, meta)
+            if number is None:
+                token_schema = token_schema or frame.schema
+                if frame.schema != token_schema:
+                    raise TraceError(
+                        f"{name}: expected the columns of the first token file, got others"
+                    )
+            write_part(copy / name, frame)
+            width = 0 if layer is None else layer.num_choices
+            counts = count_slots(frame, width)[:width] if width else None
+            copied.add(number, entry["part"], frame.height, counts)
+    checked = read_manifest(copy, copied.write(meta, complete), strict=True)
+    Trace(copy, meta, checked, complete).check()
+    for layer in meta.layers:  # the copy's counts are those of its rows, which were checked
+        check_counts(layer, manifest, checked.file_counts(layer))
 
 
-def _decoded(path: Path, name: str, part: PartMeta, meta: TraceMeta) -> pl.DataFrame:
+def _decoded(path: Path, name: str, entry: dict[str, Any], meta: TraceMeta) -> pl.DataFrame:
     """The rows of one file, as listed and of the documented columns."""
-    try:
-        size, crc32, _ = file_checksums(path)
-    except OSError as error:
-        raise TraceError(f"{name}: {error.strerror or error}") from error
-    if size != part.bytes or crc32 != part.crc32:
-        got = f"{size} bytes" if size != part.bytes else "another checksum"
-        raise TraceError(
-            f"{name}: " + expected(f"{part.bytes} bytes as written", f"{got} (damaged)", REWRITE)
-        )
+    check_bytes(path, name, entry)
     tokens = name.startswith("tokens/")
-    try:
-        version = pl.read_parquet_metadata(path).get(VERSION_KEY)
-        schema = pl.read_parquet_schema(path)
+
+    def read() -> tuple[str | None, pl.Schema, pl.DataFrame]:
         frame = pl.read_parquet(path, hive_partitioning=False, use_statistics=False, glob=False)
-        check_text_bytes(frame, output_limit(size))
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise TraceError(f"{name}: " + expected("readable Parquet", first, REWRITE)) from error
+        check_text_bytes(frame, output_limit(entry["bytes"]))
+        version = pl.read_parquet_metadata(path).get(VERSION_KEY)
+        return version, pl.Schema(pl.read_parquet_schema(path)), frame
+
+    version, schema, frame = guarded(name, read)
     match = PART_PATH.fullmatch(name)
     layer = meta.layer(int(match[1])) if match and match[1] else None
     require(
-        frame.height == part.rows and frame.height <= MAX_ROWS_PER_PART,
-        f"{part.rows} rows as recorded",
+        frame.height == entry["rows"] and frame.height <= MAX_ROWS_PER_PART,
+        f"{entry['rows']} rows as recorded",
         frame.height,
         REWRITE,
         error=TraceError,
@@ -102,7 +99,7 @@ def _decoded(path: Path, name: str, part: PartMeta, meta: TraceMeta) -> pl.DataF
         raise TraceError(f"{name}: " + expected(columns, ", ".join(schema)[:200]))
     require(
         version in [str(number) for number in READABLE_VERSIONS],
-        f"trace schema version {' or '.join(map(str, READABLE_VERSIONS))}",
+        f"trace schema version {versions_text()}",
         repr(version)[:40],
         "another version of moe_lab",
         error=TraceError,

@@ -69,12 +69,11 @@ def merge_traces(
     with TraceWriter(folder, meta, overwrite=overwrite) as writer:
         offset, seen = 0, set()
         for trace in traces:
-            documents = (
-                trace.routing.filter(pl.col("layer") == first.layers[0].layer)
-                .select(pl.col("doc").unique())
-                .collect()["doc"]
-                .to_list()
-            )
+            documents = {
+                number
+                for batch in trace.batches(first.layers[0].layer, ["doc"])
+                for number in batch["doc"].unique()
+            }
             # With ``tokens``, the writer compares the keys of every layer with theirs.
             if not renumber and tokens is None and not seen.isdisjoint(documents):
                 raise TraceError(

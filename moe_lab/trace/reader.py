@@ -1,6 +1,7 @@
 """``open_trace``: a folder of Parquet in, lazy frames out. The folder is not trusted.
 
-Files under this user's seal are read where they lie; a trace from outside is read once by a child
+A trace under this user's seal is read where it lies: opening reads its manifest, and the checksum
+of a data file is compared when the file is first read. A trace from outside is read once by a child
 process and then from a clean copy. ``Trace.check`` reads the rows and proves conservation. Whatever
 is wrong is one ``TraceError`` line that names the file or layer.
 """
@@ -11,14 +12,14 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -29,6 +30,18 @@ from moe_lab.files import default_cache_dir
 from moe_lab.html_table import html_table
 from moe_lab.sandbox import call, regular_size
 from moe_lab.trace.checks import check_rows, check_tokens, read_meta
+from moe_lab.trace.manifest import (
+    MANIFEST,
+    NAME,
+    REWRITE,
+    Manifest,
+    check_bytes,
+    file_name,
+    guarded,
+    of_file_name,
+    of_parts,
+    read_manifest,
+)
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, put_in_place
 from moe_lab.trace.rows import key_checksum
 from moe_lab.trace.schema import (
@@ -38,7 +51,7 @@ from moe_lab.trace.schema import (
     SCHEMA_VERSION,
     TOKEN_COLUMNS,
     LayerMeta,
-    PartMeta,
+    ManifestMeta,
     TraceMeta,
 )
 from moe_lab.trace.seal import digest, new_digest, sealed_files
@@ -61,16 +74,18 @@ class Trace:
     Attributes:
         folder: the folder that was opened, which names the trace.
         meta: provenance and layers.
-        parts: the Parquet files by relative path.
+        manifest: its files, with rows, checksums and counts per expert.
         complete: False only for a trace opened with ``allow_incomplete=True`` that was interrupted.
         data: where the files lie, if that is a clean copy of a trace from outside.
+        verified: the files whose checksum this object has compared; None: none is to be compared.
     """
 
     folder: Path
     meta: TraceMeta
-    parts: dict[str, PartMeta]
+    manifest: Manifest
     complete: bool = True
     data: Path | None = None
+    verified: set[str] | None = field(default_factory=set, repr=False, compare=False)
 
     def __repr__(self) -> str:
         layers = self.meta.layers
@@ -98,9 +113,10 @@ class Trace:
     def tokens(self) -> pl.LazyFrame:
         """One row per token: doc, pos, token_id, loss and further columns.
 
-        No rows where the trace has no token table.
+        No rows where the trace has no token table. Making the frame compares the checksums of the
+        files that it scans.
         """
-        paths = self._paths("tokens/")
+        paths = self._paths([None])
         return (
             pl.scan_parquet(paths, glob=False, hive_partitioning=False)
             if paths
@@ -111,8 +127,11 @@ class Trace:
     def routing(self) -> pl.LazyFrame:
         """One row per layer and token: layer u32, then ``schema.ROUTING_COLUMNS`` (and
         ``output_ratio`` where it was recorded).
+
+        Making the frame compares the checksums of all routing files; ``batches`` reads the files of
+        one layer alone.
         """
-        paths = self._paths("routing/")
+        paths = self._paths(sorted(layer.layer for layer in self.meta.layers))
         if not paths:
             return pl.LazyFrame(schema={"layer": LAYER_TYPE, **ROUTING_COLUMNS})
         scan = pl.scan_parquet(
@@ -136,21 +155,38 @@ class Trace:
     @property
     def num_tokens(self) -> int:
         """Tokens of each layer (rows of the first one)."""
-        return sum(self.parts[name].rows for name in self._names(self._prefix(self.meta.layers[0])))
+        return self.manifest.rows(self.meta.layers[0].layer)
 
     @property
     def has_tokens(self) -> bool:
         """Whether there is a table of tokens."""
-        return any(name.startswith("tokens/") for name in self.parts)
+        return not self.manifest.of_layer(None).is_empty()
 
     def files(self) -> pl.DataFrame:
         """[name, layer u32, rows u32]: the Parquet files in the order in which ``batches`` reads
-        them; ``layer`` is null for the files of ``tokens``.
+        them; ``layer`` is null for the files of ``tokens``. ``path`` and ``read`` take the names.
         """
-        names = sorted(self.parts)
-        layers = pl.Series(names, dtype=pl.String).str.extract(r"layer=(\d+)/")
-        rows = pl.Series([self.parts[name].rows for name in names], dtype=pl.UInt32)
-        return pl.DataFrame({"name": names, "layer": layers.cast(LAYER_TYPE), "rows": rows})
+        entries = self.manifest.entries.sort("layer", "part")
+        return entries.select(NAME.alias("name"), "layer", "rows")
+
+    def path(self, name: str) -> Path:
+        """Where a file of ``files`` lies; its checksum was compared, now or earlier by this object.
+
+        Raises ``TraceError`` where the file is missing or is not as it was written.
+        """
+        layer, part = of_file_name(name)
+        entry = self.manifest.entries.filter(
+            pl.col("layer").eq_missing(layer), pl.col("part") == part
+        )
+        require(not entry.is_empty(), "a file of the trace", name, error=TraceError, field="name")
+        return self._verified(name, entry.row(0, named=True))
+
+    def read(self, name: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """The rows of one file of ``files``: at most ``schema.MAX_ROWS_PER_PART``.
+
+        Raises ``TraceError`` as ``path``.
+        """
+        return _rows(name, self.path(name), columns)
 
     def batches(
         self, layer: int | None, columns: Sequence[str], ahead: int = READ_AHEAD
@@ -161,24 +197,29 @@ class Trace:
         The next ``ahead`` files are read while the caller works on the last one; 0 is for a caller
         that reads many layers side by side.
         """
-        names = self._names("tokens/" if layer is None else f"routing/layer={layer}/")
 
-        def read(name: str) -> pl.DataFrame:
-            path = (self.data or self.folder) / name
-            return _guard(
-                name, lambda: pl.read_parquet(path, columns=list(columns), hive_partitioning=False)
-            )
+        def read(entry: dict[str, Any]) -> pl.DataFrame:
+            name = file_name(layer, entry["part"])
+            return _rows(name, self._verified(name, entry), columns)
 
-        return _read_ahead([partial(read, name) for name in names], ahead)
+        entries = self.manifest.of_layer(layer).iter_rows(named=True)
+        return _read_ahead([partial(read, entry) for entry in entries], ahead)
 
     def layer_counts(self, layer: LayerMeta) -> np.ndarray:
         """[E] int64 slots run by each expert of a layer, zero-compute ones last; E is the
-        configured number.
+        configured number. They come from the manifest (``check`` proves that the rows agree), in
+        traces of schema 1 and 2 from the rows.
         """
+        if self.manifest.has_counts:
+            return self._listed_counts[layer.layer].copy()
         counts = np.zeros(layer.num_choices, dtype=np.int64)
         for batch in self.batches(layer.layer, ["experts"]):
             counts += _bincount(layer, batch["experts"].explode().drop_nulls().to_numpy())
         return counts
+
+    @cached_property
+    def _listed_counts(self) -> dict[int, np.ndarray]:
+        return self.manifest.counts(self.meta.layers)
 
     def counts(self) -> pl.DataFrame:
         """[layer u32, expert u16, is_zero bool, count i64], every expert of every layer present,
@@ -203,9 +244,11 @@ class Trace:
         """Read every row and raise ``TraceError``, naming the layer, unless the trace is conserved.
 
         Per layer: ids in range and not repeated in a token, as many weights as ids and all finite,
-        ``ffn_count`` and ``zero_count`` as the ids say, the sum of counts equal to the slots
-        recorded when it was written; and every layer has the same tokens.
+        ``ffn_count`` and ``zero_count`` as the ids say, the rows and counts of each file equal to
+        those that the manifest lists; and every layer has the same tokens. No file is missing and,
+        in a complete trace, none is unlisted.
         """
+        check_files(self.data or self.folder, self.manifest, self.complete)
         reference: tuple[int, int] | None = None
         if self.has_tokens:
             reference = self._check_token_rows()
@@ -221,10 +264,24 @@ class Trace:
         self._check_unique_keys()
         return self
 
+    def _whole_files(self, layer: int | None, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """``batches``, each of as many rows as are listed."""
+        entries = self.manifest.of_layer(layer).select("part", "rows").iter_rows()
+        for (part, rows), batch in zip(entries, self.batches(layer, columns), strict=True):
+            require(
+                batch.height == rows,
+                f"{rows} rows as recorded",
+                batch.height,
+                REWRITE,
+                error=TraceError,
+                where=file_name(layer, part),
+            )
+            yield batch
+
     def _check_token_rows(self) -> tuple[int, int]:
         rows, keys = 0, 0
         routed = [ROUTED] if ROUTED in self.tokens.collect_schema() else []
-        for batch in self.batches(None, [*TOKEN_COLUMNS, *routed]):
+        for batch in self._whole_files(None, [*TOKEN_COLUMNS, *routed]):
             check_tokens(batch, self.meta)
             batch = batch.filter(ROUTED) if routed else batch
             rows, keys = (
@@ -234,21 +291,14 @@ class Trace:
         return rows, keys % 2**64
 
     def _check_layer(self, layer: LayerMeta) -> tuple[int, int]:
-        rows, keys, slots = 0, 0, 0
-        for batch in self.batches(layer.layer, list(self.meta.routing_schema())):
-            slots += check_rows(layer, batch, self.meta)
+        rows, keys, counts = 0, 0, []
+        for batch in self._whole_files(layer.layer, list(self.meta.routing_schema())):
+            counts.append(check_rows(layer, batch, self.meta))
             rows, keys = (
                 rows + batch.height,
                 keys + key_checksum(batch["doc"].to_numpy(), batch["pos"].to_numpy()),
             )
-        recorded = sum(self.parts[name].slots for name in self._names(self._prefix(layer)))
-        require(
-            slots == recorded,
-            f"{recorded} used slots as recorded",
-            f"counts that sum to {slots}",
-            error=TraceError,
-            where=f"layer {layer.layer}",
-        )
+        check_counts(layer, self.manifest, np.array(counts).reshape(-1, layer.num_choices))
         return rows, keys % 2**64
 
     def _check_unique_keys(self) -> None:
@@ -271,29 +321,38 @@ class Trace:
             error=TraceError,
         )
 
-    def _names(self, prefix: str) -> list[str]:
-        return sorted(name for name in self.parts if name.startswith(prefix))
+    def _paths(self, layers: Sequence[int | None]) -> list[Path]:
+        """The files of some layers (None: of ``tokens``), verified, several at once."""
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            waiting = [
+                pool.submit(self._verified, file_name(layer, entry["part"]), entry)
+                for layer in layers
+                for entry in self.manifest.of_layer(layer).iter_rows(named=True)
+            ]
+            return [path.result() for path in waiting]
 
-    def _paths(self, prefix: str) -> list[Path]:
-        return [(self.data or self.folder) / name for name in self._names(prefix)]
-
-    @staticmethod
-    def _prefix(layer: LayerMeta) -> str:
-        return f"routing/layer={layer.layer}/"
+    def _verified(self, name: str, entry: Mapping[str, Any]) -> Path:
+        """The path of a file; the first call compares its size and checksum."""
+        path = (self.data or self.folder) / name
+        if self.verified is not None and name not in self.verified:
+            check_bytes(path, name, entry)
+            self.verified.add(name)
+        return path
 
 
 def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bool = True) -> Trace:
     """Open the trace at ``folder``.
 
-    A trace under this user's seal is read where it lies. Any other is checked row by row and copied
+    A trace under this user's seal is read where it lies, and opening it reads its manifest alone:
+    ``Trace.check`` reads all of it. Any other is checked row by row and copied
     by a child process with limits (``moe_lab.trace.foreign``), once: the copy stays in the cache
     folder.
 
     Args:
         folder: a trace folder.
         allow_incomplete: also open what is left of an interrupted trace.
-        verify: compare every sealed file with its digest (reads each file once). False is for a
-            trace that this process has just written.
+        verify: compare each file with its checksum when it is first read. False is for a trace that
+            this process has just written.
 
     Raises:
         TraceError: no trace there, or one that is incomplete, damaged or of another version.
@@ -321,30 +380,80 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
 
 
 def files_on_disk(folder: Path) -> set[str]:
-    """Relative paths of the Parquet files of a trace."""
-    tables = (folder / "tokens", folder / "routing")
-    paths = (path for table in tables for path in table.rglob("*.parquet"))
-    return {path.relative_to(folder).as_posix() for path in paths}
+    """Relative paths of the Parquet data files of a trace."""
+    return set(_parquet_below(folder, "tokens", "routing"))
+
+
+def _parquet_below(folder: Path, *tables: str) -> list[str]:
+    paths = (path for table in tables for path in (folder / table).rglob("*.parquet"))
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def check_files(folder: Path, manifest: Manifest, complete: bool) -> None:
+    """Raise ``TraceError`` unless every listed file is in ``folder`` and, in a complete trace, no
+    other: a killed writer leaves a file that it had no time to list.
+    """
+    listed, on_disk = manifest.names(), files_on_disk(folder)
+    if missing := sorted(listed - on_disk):
+        got = f"{len(missing)} missing, first {missing[0]}"
+        raise TraceError(expected(f"{len(listed)} files", got, REWRITE))
+    if complete and (unlisted := sorted(on_disk - listed)):
+        got = f"also {unlisted[0][:80]!r}"
+        raise TraceError(expected("only the files that the trace lists", got, "removing it"))
+
+
+def check_counts(layer: LayerMeta, manifest: Manifest, counts_FE: np.ndarray) -> None:
+    """Raise ``TraceError``, naming the file, unless the counts of a layer's files, as their rows
+    are, equal the listed ones.
+    """
+    entries = manifest.of_layer(layer.layer)
+    if manifest.has_counts:
+        listed_FE = manifest.file_counts(layer)
+        wanted = "the slots of each expert as listed in the manifest"
+    else:
+        counts_FE, listed_FE = counts_FE.sum(axis=1)[:, None], entries["slots"].to_numpy()[:, None]
+        wanted = "used slots as recorded"
+    differing = np.argwhere(counts_FE != listed_FE)
+    if len(differing):
+        at, expert = differing[0]
+        of = f" of expert {expert}" if manifest.has_counts else ""
+        raise TraceError(
+            f"{file_name(layer.layer, entries['part'][int(at)])}: "
+            + expected(f"{wanted}, {listed_FE[at, expert]}{of}", counts_FE[at, expert], REWRITE)
+        )
 
 
 def _sealed(folder: Path, verify: bool) -> Trace | None:
-    """The trace at ``folder``, or None where a file is not as this user's moe_lab wrote it."""
+    """The trace at ``folder``, or None where ``meta.json`` is not as this user's moe_lab wrote it.
+
+    Raises ``TraceError`` where the manifest is not the one that it names.
+    """
     digests = sealed_files(folder)
-    if digests is None:
+    return None if digests is None else _listed(folder, verify, digests)
+
+
+def _listed(folder: Path, verify: bool, digests: Mapping[str, str] | None = None) -> Trace | None:
+    """The trace at ``folder``, which is trusted: opened from its manifest, or with the digests of
+    its seal. None where those are incomplete.
+    """
+    header = read_meta(folder / META_FILE)
+    if isinstance(header.listed, ManifestMeta):
+        try:
+            manifest = read_manifest(folder, header.listed, strict=True)
+        except TraceError:
+            if header.complete:
+                raise
+            return None  # its writer was killed between the manifest and meta.json
+    elif digests is None or set(header.listed) - set(digests):
         return None
-    meta, parts, complete = read_meta(folder / META_FILE)
-    on_disk = files_on_disk(folder)
-    if set(parts) - on_disk or (complete and on_disk - set(parts)) or set(parts) - set(digests):
-        return None
-    if verify and _digests(folder, parts) != {name: digests[name] for name in parts}:
-        return None
-    known = {name: part.replace(digest=digests[name]) for name, part in parts.items()}
-    return Trace(folder, meta, known, complete)
+    else:
+        manifest = of_parts(header.listed, digests)
+    return Trace(folder, header.meta, manifest, header.complete, verified=set() if verify else None)
 
 
 def _cleaned(folder: Path, verify: bool) -> Trace:
     """The clean copy of a trace from outside, with ``folder`` as its name."""
-    names = sorted(files_on_disk(folder) | {META_FILE})
+    names = [*_parquet_below(folder, MANIFEST, "routing", "tokens"), META_FILE]
     sizes = [regular_size(folder / name, TraceError) for name in names]
     key = new_digest()
     key.update(f"{__version__} {SCHEMA_VERSION} ".encode())  # other versions check by other rules
@@ -367,7 +476,8 @@ def _cleaned(folder: Path, verify: bool) -> Trace:
             )
             put_in_place(written, copy)
         _prune(place)
-        trace = _sealed(copy, verify=False) or Trace(copy, *read_meta(copy / META_FILE))
+        trace = _listed(copy, verify=False)
+        assert trace is not None  # a copy has a manifest
     with suppress(OSError):
         os.utime(copy)  # when it was opened last
     return replace(trace, folder=folder, data=copy)
@@ -459,12 +569,6 @@ def _read_ahead(reads: Sequence[Callable[[], R]], ahead: int) -> Iterator[R]:
             yield waiting.popleft().result()
 
 
-def _guard(name: str, read: Callable[[], R]) -> R:
-    """Run a polars read; damage that polars meets (it may even panic) becomes one line."""
-    try:
-        return read()
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise TraceError(
-            f"{name}: expected readable Parquet, got {first}; try writing the trace again"
-        ) from error
+def _rows(name: str, path: Path, columns: Sequence[str] | None) -> pl.DataFrame:
+    wanted = None if columns is None else [*columns]
+    return guarded(name, lambda: pl.read_parquet(path, columns=wanted, hive_partitioning=False))

@@ -15,10 +15,11 @@ import polars as pl
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.files import TEMPORARY_PREFIX, read_regular
-from moe_lab.trace.part_files import count_slots, part_of, write_meta, write_part
-from moe_lab.trace.reader import open_trace
+from moe_lab.trace.manifest import file_name
+from moe_lab.trace.part_files import Listing, count_slots, write_part
+from moe_lab.trace.reader import Trace, files_on_disk, open_trace
 from moe_lab.trace.rows import key_checksum
-from moe_lab.trace.schema import ROUTED, PartMeta, TraceMeta
+from moe_lab.trace.schema import ROUTED, TraceMeta
 
 DOCUMENTS_FILE = "documents.json"
 MAY_DIFFER = ("versions", "created_from", "notes", "phase", "has_weights", "has_scores")
@@ -39,12 +40,12 @@ class TableTotals:
 
 @dataclass
 class InterruptedTrace:
-    """The kept part of an interrupted trace: finished documents, its files, totals by table name,
-    and the columns of ``tokens``.
+    """The kept part of an interrupted trace: finished documents, its manifest, totals by table
+    name, and the columns of ``tokens``.
     """
 
-    documents: set[int] = field(default_factory=set)
-    parts: dict[str, PartMeta] = field(default_factory=dict)
+    documents: set[int]
+    listing: Listing
     tables: dict[str, TableTotals] = field(default_factory=dict)
     token_schema: pl.Schema | None = None
 
@@ -72,54 +73,66 @@ def recover(folder: Path, meta: TraceMeta) -> InterruptedTrace:
         what = f"an interrupted trace of the same {', '.join(differing)} at {folder}"
         raise TraceError(expected(what, "another", "removing it, or another folder"), differing[0])
     if trace.data is not None:  # written by another user or version: go on with the clean copy
-        for name in trace.parts:
+        for name in trace.manifest.names():
             shutil.copyfile(trace.data / name, folder / name)
-    interrupted = InterruptedTrace(
-        documents=_finished(folder / DOCUMENTS_FILE), parts=dict(trace.parts)
-    )
+    interrupted = InterruptedTrace(_finished(folder / DOCUMENTS_FILE), Listing(folder))
     finished = pl.Series(sorted(interrupted.documents), dtype=pl.UInt32)
-    for name in sorted(trace.parts):
-        _keep_finished(folder, name, finished, interrupted, meta)
-    for path in [*folder.rglob("*.parquet"), *folder.rglob(TEMPORARY_PREFIX + "*")]:
-        if path.relative_to(folder).as_posix() not in interrupted.parts:
-            path.unlink(missing_ok=True)
+    kept = set()
+    for layer in (None, *(one.layer for one in meta.layers)):
+        kept |= _keep_finished(trace, folder, layer, finished, interrupted)
+    interrupted.listing.write(meta, complete=False)  # the old files go when the new ones are listed
+    for name in files_on_disk(folder) - kept:
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.rglob(TEMPORARY_PREFIX + "*"):
+        path.unlink(missing_ok=True)
     return interrupted
 
 
 def _keep_finished(
-    folder: Path, name: str, finished: pl.Series, interrupted: InterruptedTrace, meta: TraceMeta
-) -> None:
-    """Take the rows of unfinished documents out of one part; the old file goes only when the new
-    one is listed.
+    trace: Trace,
+    folder: Path,
+    number: int | None,
+    finished: pl.Series,
+    interrupted: InterruptedTrace,
+) -> set[str]:
+    """List the files of one table (None: ``tokens``) without rows of unfinished documents, and
+    return their names; a file that has such rows is replaced by a new one.
     """
-    table, number = name.rsplit("/part-", 1)
-    totals = interrupted.tables.setdefault(table, TableTotals())
-    totals.next_part = max(totals.next_part, int(number.removesuffix(".parquet")) + 1)
-    frame = pl.read_parquet(folder / name, hive_partitioning=False)
-    kept = frame.filter(pl.col("doc").is_in(finished.implode()))
-    if kept.height < frame.height:
-        part = interrupted.parts.pop(name)
-        if kept.height:
-            name = f"{table}/part-{totals.next_part:05d}.parquet"
-            totals.next_part += 1
-            write_part(folder / name, kept)
-            slots = (
-                int(kept["experts"].list.len().sum()) if "experts" in kept.columns else part.slots
+    entries = trace.manifest.of_layer(number)
+    layer = None if number is None else trace.meta.layer(number)
+    highest = entries["part"].max()
+    totals = TableTotals(
+        counts=np.zeros(0 if layer is None else layer.num_choices, np.int64),
+        next_part=int(highest) + 1 if isinstance(highest, int) else 0,
+    )
+    interrupted.tables["tokens" if number is None else f"routing/layer={number}"] = totals
+    names = set()
+    for entry in entries.iter_rows(named=True):
+        part, name = entry["part"], file_name(number, entry["part"])
+        frame = trace.read(name)
+        kept = frame.filter(pl.col("doc").is_in(finished.implode()))
+        counts = None if layer is None else count_slots(kept, layer.num_choices)
+        if kept.height == frame.height:
+            interrupted.listing.add_known(
+                number, part, kept.height, entry["bytes"], entry["digest"], counts
             )
-            interrupted.parts[name] = part_of(folder / name, kept, slots)
-        write_meta(folder, meta, interrupted.parts, complete=False)
-    if table == "tokens":
-        interrupted.token_schema = interrupted.token_schema or kept.schema
-        kept = kept.filter(ROUTED) if ROUTED in kept.columns else kept
-    else:
-        layer = meta.layer(int(table.rsplit("=", 1)[1]))
-        assert layer is not None  # open_trace compared the layers
-        counts = count_slots(kept, layer.num_choices)
-        totals.counts = counts if not len(totals.counts) else totals.counts + counts
-    totals.rows += kept.height
-    totals.keys = (
-        totals.keys + key_checksum(kept["doc"].to_numpy(), kept["pos"].to_numpy())
-    ) % 2**64
+            names.add(name)
+        elif kept.height:
+            part, totals.next_part = totals.next_part, totals.next_part + 1
+            name = file_name(number, part)
+            write_part(folder / name, kept)
+            interrupted.listing.add(number, part, kept.height, counts)
+            names.add(name)
+        if counts is None:
+            interrupted.token_schema = interrupted.token_schema or kept.schema
+            kept = kept.filter(ROUTED) if ROUTED in kept.columns else kept
+        else:
+            totals.counts += counts
+        totals.rows += kept.height
+        totals.keys = (
+            totals.keys + key_checksum(kept["doc"].to_numpy(), kept["pos"].to_numpy())
+        ) % 2**64
+    return names
 
 
 def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

@@ -1,8 +1,9 @@
 """The form of a trace on disk: columns, metadata, and the limits that a reader holds untrusted
 files to.
 
-    meta.json                           TraceMeta, "complete", and one entry per Parquet file: rows,
-                                        slots, bytes, crc32
+    meta.json                           TraceMeta, "complete", and how many files the manifest lists
+    manifest/part-00000.parquet         one row per Parquet file: rows, bytes, digest, counts per
+                                        expert (``moe_lab.trace.manifest``)
     tokens/part-00000.parquet           one row per token: doc, pos, token_id, loss, further columns
     routing/layer=3/part-00000.parquet  one row per token: what layer 3 decided; the layer is in the
                                         path (hive partitioning)
@@ -25,11 +26,12 @@ import polars as pl
 from moe_lab.config import Config, Range, require
 from moe_lab.versions import versions as library_versions
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 2 added layers that run several times (``LayerMeta.model_layer``); what version 1 could
-say is written and read as before.
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""Version 2 added layers that run several times (``LayerMeta.model_layer``). Version 3 lists the
+files in ``manifest/``; versions 1 and 2 list them in ``meta.json`` and are read as before.
 """
+FIRST_WITH_MANIFEST = 3
 VERSION_KEY = "moe_lab_trace_version"
 """Key of the Parquet metadata that repeats ``SCHEMA_VERSION`` in every file."""
 
@@ -45,7 +47,11 @@ MAX_ROWS_PER_PART = 2**20
 """A reader refuses larger parts before it allocates anything, so reading part by part is bounded in
 memory.
 """
-PART_PATH = re.compile(r"(?:tokens|routing/layer=(0|[1-9]\d{0,4}))/part-\d{5,9}\.parquet")
+MAX_PART_NUMBER = 999_999_999
+MAX_FILE_BYTES = 2**50
+PART_PATH = re.compile(
+    r"(?:tokens|routing/layer=(0|[1-9]\d{0,4}))/part-(\d{5}|[1-9]\d{5,8})\.parquet"
+)
 
 TOKEN_COLUMNS: dict[str, pl.DataType] = {
     "doc": pl.UInt32(),
@@ -293,25 +299,30 @@ def _used(values: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class PartMeta(Config):
-    """One Parquet file of a trace.
+class ManifestMeta(Config):
+    """What ``meta.json`` says of the manifest.
 
     Attributes:
-        rows, slots: its rows and used slots (0 for tokens).
-        bytes, crc32: its size and CRC-32, which tells damage and no forgery.
-        digest: BLAKE2b of the file, kept in ``seal.json`` and not in ``meta.json``; empty where it
-            is not known.
+        files: Parquet files that it lists.
+        parts: Parquet files that it consists of.
+        digest: over all of them (``manifest.whole_digest``).
+    """
+
+    files: Annotated[int, _whole(0, 2**32)]
+    parts: Annotated[int, _whole(0, 99_999)]
+    digest: Annotated[str, _TEXT]
+
+
+@dataclass(frozen=True)
+class PartMeta(Config):
+    """One Parquet file in ``meta.json`` of a trace of schema 1 or 2: its rows, used slots (0 for
+    tokens), bytes and CRC-32.
     """
 
     rows: Annotated[int, _whole(0, MAX_ROWS_PER_PART)]
     slots: Annotated[int, _whole(0, MAX_ROWS_PER_PART * MAX_TOP_K)]
-    bytes: Annotated[int, _whole(0, 2**50)]
+    bytes: Annotated[int, _whole(0, MAX_FILE_BYTES)]
     crc32: Annotated[int, _whole(0, 2**32 - 1)]
-    digest: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry in ``meta.json``."""
-        return {name: value for name, value in super().to_dict().items() if name != "digest"}
 
 
 def _short(value: object) -> str:

@@ -1,9 +1,10 @@
 """The seal of a trace: proof that this user's moe_lab wrote every byte of it.
 
-``seal.json`` lists a digest of each file, under a code that only this user can make: BLAKE2b keyed
-with a secret in the cache folder. Files under a seal that holds are read directly; everything else
-is a trace from outside (``moe_lab.trace.foreign``). A trace that moves to another machine or user,
-and one whose key was deleted, is from outside there.
+``seal.json`` holds the digest of ``meta.json`` under a code that only this user can make: BLAKE2b
+keyed with a secret in the cache folder. ``meta.json`` has the digest of the manifest, which has
+those of the data; in traces of schema 1 and 2 the seal lists the data itself. Files under a seal
+that holds are read directly; everything else is a trace from outside (``moe_lab.trace.foreign``). A
+trace that moves to another machine or user, and one whose key was deleted, is from outside there.
 """
 
 import contextlib
@@ -64,13 +65,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, new_digest).hexdigest()
 
 
-def write_seal(folder: Path, digests: Mapping[str, str]) -> None:
-    """Seal the files of ``folder`` with these digests by relative path, and its ``meta.json``."""
+def write_seal(folder: Path) -> None:
+    """Seal ``meta.json`` of ``folder``, and with it the files that it and the manifest list."""
     key = user_key()
     if key is None:
         (folder / SEAL_FILE).unlink(missing_ok=True)
         return
-    files = {**digests, META_FILE: digest(folder / META_FILE)}
+    files = {META_FILE: digest(folder / META_FILE)}
     write_json(folder / SEAL_FILE, {"files": files, "code": _code(key, files)})
 
 

@@ -26,7 +26,8 @@ from moe_lab.files import write_json
 from moe_lab.trace.background import Background
 from moe_lab.trace.checks import check_tokens
 from moe_lab.trace.existing import refuse_finished
-from moe_lab.trace.part_files import count_slots, part_of, write_meta, write_part
+from moe_lab.trace.manifest import file_name
+from moe_lab.trace.part_files import Listing, count_slots, write_part
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, lock, put_in_place, unlock
 from moe_lab.trace.resume import DOCUMENTS_FILE, InterruptedTrace, ranges, recover
 from moe_lab.trace.rows import Rows, key_checksum, routing_frame, routing_rows
@@ -36,7 +37,6 @@ from moe_lab.trace.schema import (
     ROUTING_COLUMNS,
     ROWS_PER_PART,
     TOKEN_COLUMNS,
-    PartMeta,
     TraceMeta,
 )
 
@@ -65,6 +65,7 @@ class _Table:
     frame: Callable[[list], pl.DataFrame]
     counts: np.ndarray
     written: np.ndarray
+    layer: int | None = None
     rows: int = 0
     keys: int = 0
     received: int = 0
@@ -115,7 +116,7 @@ class TraceWriter:
         self.resume, self.overwrite = resume, overwrite
         self.finished: set[int] = set()
         self._lock: int | None = None
-        self._parts: dict[str, PartMeta] = {}
+        self._listing = Listing(self._work)
         self._marks: deque[tuple[list[int], dict[str, int]]] = deque()
         self._meta_written, self._meta_cost = 0.0, 0.0
         self._token_schema: pl.Schema | None = None
@@ -128,6 +129,7 @@ class TraceWriter:
                 _frame_of_rows,
                 np.zeros(layer.num_choices, dtype=np.int64),
                 np.zeros(layer.num_choices, dtype=np.int64),
+                layer.layer,
             )
             for layer in meta.layers
         }
@@ -264,11 +266,8 @@ class TraceWriter:
         return [self._tokens, *self._layers.values()]
 
     def _take_over(self, interrupted: InterruptedTrace) -> None:
-        self.finished, self._parts, self._token_schema = (
-            interrupted.documents,
-            interrupted.parts,
-            interrupted.token_schema,
-        )
+        self.finished, self._token_schema = interrupted.documents, interrupted.token_schema
+        self._listing = interrupted.listing
         for table in self._all_tables():
             if (totals := interrupted.tables.get(table.name)) is not None:
                 table.rows, table.keys, table.parts = totals.rows, totals.keys, totals.next_part
@@ -374,19 +373,17 @@ class TraceWriter:
             self._write_meta(complete=False)
 
     def _write_part(self, table: _Table, frame: pl.DataFrame) -> None:
-        name = f"{table.name}/part-{table.parts:05d}.parquet"
         try:
-            write_part(self._work / name, frame)
+            write_part(self._work / file_name(table.layer, table.parts), frame)
         except (pl.exceptions.PolarsError, MoELabError, OSError) as error:
             raise TraceStorageError(
                 f"cannot write {self.folder}: {error}; try another folder or free some space"
             ) from error
-        slots = 0
-        if "experts" in frame.columns:
+        counts = None
+        if table.layer is not None:
             counts = count_slots(frame, len(table.written))
-            slots = int(counts.sum())
             table.written += counts
-        self._parts[name] = part_of(self._work / name, frame, slots)
+        self._listing.add(table.layer, table.parts, frame.height, counts)
         table.parts += 1
         table.on_disk += frame.height
 
@@ -428,7 +425,7 @@ class TraceWriter:
     def _write_meta(self, complete: bool) -> None:
         start = time.monotonic()
         finished = set(self.finished)
-        write_meta(self._work, self.meta, self._parts, complete)
+        self._listing.write(self.meta, complete)
         if finished and not complete:  # after the files that hold them were listed
             write_json(self._work / DOCUMENTS_FILE, {"documents": ranges(finished)})
         self._meta_written = time.monotonic()

@@ -19,18 +19,10 @@ EMPTY = 1e-6
 """Share of the median norm below which an expert's matrices count as zero."""
 SMOOTH = 1 / 8
 """Weight of the newest reading in a running mean."""
-
-
-class _Smoothed(AlarmRule):
-    """Rules that keep a running mean."""
-
-    def smooth(self, value: float) -> float:
-        """The running mean of the values so far, this one included; a plain mean at first."""
-        number = self.memory.get("number", 0) + 1
-        before = self.memory.get("mean", 0.0)
-        self.memory["number"] = number
-        self.memory["mean"] = before + max(SMOOTH, 1 / number) * (value - before)
-        return self.memory["mean"]
+LEAST = 0.01
+"""Least mean number of experts that counts; less is the same."""
+FIRST = 16
+"""Readings whose mean is the target where no other is known."""
 
 
 def unevenness(reading: LayerReading) -> float | None:
@@ -55,7 +47,7 @@ class RouterCollapse(AlarmRule):
     ST-MoE's (arXiv 2202.08906, section 3.3).
     """
 
-    threshold = 0.75
+    threshold = 0.87
     patience = 8
     advice = (
         "Look at the balance loss (its coefficient, and whether it reaches the router), the "
@@ -129,14 +121,14 @@ def _empty(reading: LayerReading) -> Tensor:
 
 
 @ALARMS.register("load_drift")
-class LoadDrift(_Smoothed):
+class LoadDrift(AlarmRule):
     """Running mean of the unevenness of the load, less its best value so far.
 
     Unevenness: load CV over its largest possible value. Advice: load over the global batch, arXiv
     2501.11873; the bias and its rate, arXiv 2408.15664, section 4.3.
     """
 
-    threshold = 0.4
+    threshold = 0.68
     patience = 8
     advice = (
         "The load was more even before. Look at what changed at that step: data, learning rate, "
@@ -148,9 +140,11 @@ class LoadDrift(_Smoothed):
         uneven = unevenness(reading)
         if uneven is None:
             return None
-        mean = self.smooth(uneven)
+        number = self.memory.get("number", 0) + 1
+        before = self.memory.get("mean", 0.0)
+        mean = before + max(SMOOTH, 1 / number) * (uneven - before)
         best = min(self.memory.get("best", math.inf), mean)
-        self.memory["best"] = best
+        self.memory = {"number": number, "mean": mean, "best": best}
         return mean - best
 
     def seen(self, reading: LayerReading, value: float) -> str:
@@ -168,7 +162,7 @@ class EntropyLow(AlarmRule):
     2202.08906, section 3.3).
     """
 
-    threshold = 0.3
+    threshold = 0.05
     below = True
     patience = 4
     advice = (
@@ -189,36 +183,32 @@ class EntropyLow(AlarmRule):
 
 
 @ALARMS.register("entropy_high")
-class EntropyHigh(_Smoothed):
-    """Distance of the router's entropy from its maximum, running mean over its largest value so
-    far; 0 where the scores of all experts are equal.
+class EntropyHigh(AlarmRule):
+    """Distance of the router's entropy from its maximum, over the maximum; 0 where the scores of
+    all experts are equal.
 
-    Advice: the size of the coefficients, ST-MoE (arXiv 2202.08906, section 3.3: z-loss 1e-3),
+    Advice: the size of coefficients, ST-MoE (arXiv 2202.08906, section 3.3: z-loss 1e-3) and
     LongCat-Flash (arXiv 2509.01322, section 3: R_g below 0.1).
     """
 
-    threshold = 0.1
+    threshold = 2e-5
     below = True
     patience = 8
     advice = (
-        "All experts have almost the same score: the router does not tell tokens apart. Look at "
-        "the coefficients of the z-loss and of the balance loss, at weight decay on the router, "
-        "and whether the router has a gradient. People lower these coefficients or exempt the "
-        "router from weight decay."
+        "All experts have the same score for every token: the router does not tell tokens apart. "
+        "Look at the scale of its logits and of its initial weights, at whether it has a gradient, "
+        "and at the coefficients of the z-loss and of the balance loss. People correct the scale "
+        "and lower these coefficients."
     )
 
     def measure(self, reading: LayerReading) -> float | None:
-        if reading.entropy_max == 0:
-            return None
-        gap = self.smooth(max(reading.entropy_max - reading.entropy, 0.0))
-        largest = max(self.memory.get("largest", 0.0), gap)
-        self.memory["largest"] = largest
-        return gap / largest if largest > EMPTY else 0.0
+        most = reading.entropy_max
+        return max(1 - reading.entropy / most, 0.0) if most > 0 else None
 
     def seen(self, reading: LayerReading, value: float) -> str:
         return (
-            f"the entropy of the router, {reading.entropy:.4g} nats, is at its maximum "
-            f"{reading.entropy_max:.4g}; the distance is {value:.1%} of the largest so far"
+            f"the entropy of the router is at its maximum of {reading.entropy_max:.4g} nats, "
+            f"within {value:.1g} of it"
         )
 
 
@@ -267,7 +257,7 @@ class BiasRunaway(AlarmRule):
     2412.19437, section 4.2) ends with rate 0; the centred rule is Ling 2.0's.
     """
 
-    threshold = 1.0
+    threshold = 3.0
     patience = 4
     advice = (
         "The selection bias is larger than the differences between scores, so tokens no longer "
@@ -294,31 +284,33 @@ def _spread(reading: LayerReading) -> float:
     return float(bias.max() - bias.min())
 
 
-class _OffTarget(_Smoothed):
+class _OffTarget(AlarmRule):
     """Rules on the mean number of real experts per token."""
 
-    def off_target(self, reading: LayerReading) -> float | None:
-        """Distance of the running mean from the target, over the target."""
-        if reading.ffn_target is None:
-            return None
-        return abs(self.smooth(reading.mean_ffn_count) / reading.ffn_target - 1)
+    def off(self, reading: LayerReading, target: float) -> float:
+        """Size of the logarithm of the mean over the target: 0.7 is twice or half of it."""
+        self.memory["target"] = target
+        return abs(math.log(max(reading.mean_ffn_count, LEAST) / target))
 
     def seen(self, reading: LayerReading, value: float) -> str:
-        target = reading.ffn_target
-        aim = "" if target is None else f"; the target is {target:.3g}"
-        return f"tokens run {self.memory['mean']:.3g} real experts on average, {value:.0%} off{aim}"
+        aim = "the target is" if reading.ffn_target is not None else "at first there were"
+        return (
+            f"tokens run {reading.mean_ffn_count:.3g} real experts on average; {aim} "
+            f"{self.memory['target']:.3g}"
+        )
 
 
 @ALARMS.register("budget_drift")
 class BudgetDrift(_OffTarget):
-    """Distance of the mean number of experts per token from its target, over the target, for
-    routers with a free count and no zero-compute experts.
+    """Distance of the mean number of experts per token from its target as |ln(mean / target)|, for
+    layers without zero-compute experts. Where no mean is aimed at, the target is the mean of the
+    first 16 readings.
 
     Advice: DTop-p's controller, arXiv 2512.13996; the entropy loss, arXiv 2403.07652.
     """
 
-    threshold = 0.5
-    patience = 8
+    threshold = 0.53
+    patience = 16
     advice = (
         "Look at the controller of the threshold (whether it is called, its bounds), and at the "
         "size of the logits: with a fixed p the count follows it. People move p by a controller, "
@@ -326,18 +318,27 @@ class BudgetDrift(_OffTarget):
     )
 
     def measure(self, reading: LayerReading) -> float | None:
-        return None if reading.num_zero_experts else self.off_target(reading)
+        if reading.num_zero_experts:
+            return None
+        if reading.ffn_target is not None:
+            return self.off(reading, reading.ffn_target)
+        first = self.memory.setdefault("first", [])
+        if len(first) < FIRST:
+            first.append(reading.mean_ffn_count)
+            return None
+        target = sum(first) / FIRST
+        return self.off(reading, target) if target > 0 else None
 
 
 @ALARMS.register("zero_share")
 class ZeroShare(_OffTarget):
-    """Distance of the mean number of real experts per token from its target, over the target, for
-    layers with zero-compute experts.
+    """Distance of the mean number of real experts per token from its target as |ln(mean / target)|,
+    for layers with zero-compute experts.
 
     Advice: the bias of real experts alone, LongCat-Flash (arXiv 2509.01322, section 2.1).
     """
 
-    threshold = 0.4
+    threshold = 0.7
     patience = 8
     advice = (
         "Zero-compute experts take another share of the slots than planned. Look at the "
@@ -347,7 +348,9 @@ class ZeroShare(_OffTarget):
     )
 
     def measure(self, reading: LayerReading) -> float | None:
-        return self.off_target(reading) if reading.num_zero_experts else None
+        if not reading.num_zero_experts or reading.ffn_target is None:
+            return None
+        return self.off(reading, reading.ffn_target)
 
 
 @ALARMS.register("balance_dominates")
@@ -358,7 +361,7 @@ class BalanceDominates(AlarmRule):
     Advice: LongCat-Flash (arXiv 2509.01322, section 3) keeps it below 0.1.
     """
 
-    threshold = 3.0
+    threshold = 15.0
     patience = 4
     advice = (
         "The balance losses decide what the router learns, not the language loss. Look at their "
@@ -411,7 +414,7 @@ class RouterSpeed(AlarmRule):
     Advice: instabilities of routers, ST-MoE (arXiv 2202.08906, section 3).
     """
 
-    threshold = 0.05
+    threshold = 0.015
     patience = 2
     advice = (
         "The router learns much faster than is usual. Look at its learning rate (parameter groups, "

@@ -11,6 +11,7 @@ numbers are the same.
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,6 @@ from moe_lab.files import (
 from moe_lab.runs.layout import TRUNKS
 from moe_lab.training.checkpoint import load_checkpoint, save_checkpoint
 from moe_lab.training.config import RunConfig
-from moe_lab.training.run_log import Lines
 
 _NO_PART = ("name", "arm", "train_tokens", "eval_tokens", "eval_excerpt_tokens", "checkpoint_every")
 """Fields that do not decide the state before the decay."""
@@ -58,16 +58,17 @@ def leave(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
-    lines: Lines,
+    kept: dict[str, Any],
     *,
     write: bool = True,
 ) -> None:
-    """Save the state after ``step`` steps, and the tables so far, for the shorter budget that
-    branches off here. One of several ranks writes.
+    """Save the state after ``step`` steps for the shorter budget that branches off here, and what
+    else the run has ``kept``: the tables so far and the state of the alarms, as JSON values. One of
+    several ranks writes.
     """
     path = _path(config, folder, step)
     if write:
-        write_text(path.with_suffix(".json"), json.dumps(lines))
+        write_text(path.with_suffix(".json"), json.dumps(kept))
     save_checkpoint(path, model, optimizer, step, trunk_hash(config), write=write)
 
 
@@ -79,19 +80,20 @@ def tidy(config: RunConfig, folder: Path) -> None:
 
 def take_up(
     config: RunConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, Lines]:
-    """Steps done and tables of the trunk that a shorter run begins from; (0, {}) if there is no
-    complete trunk.
+) -> tuple[int, dict[str, Any]]:
+    """Steps done, and what the longer run has kept, of the trunk that a shorter run begins from;
+    (0, {}) if there is no complete trunk.
     """
     if not config.budgets or config.train_tokens == config.budgets[-1]:
         return 0, {}
     path = _path(config, folder, config.decay_step(config.train_tokens))
     if path.exists():
-        with suppress(CheckpointError, OSError, ValueError, TypeError):
+        with suppress(CheckpointError, OSError, ValueError, TypeError, KeyError, AttributeError):
             # A list, not an object, is the metrics alone, of an older version.
-            tables = dict(parse_json(read_regular(path.with_suffix(".json"))))
-            lines = {name: [dict(line) for line in tables[name]] for name in tables}
-            return load_checkpoint(path, model, optimizer, trunk_hash(config)), lines
+            kept = dict(parse_json(read_regular(path.with_suffix(".json"))))
+            tables = kept["tables"].items()
+            kept["tables"] = {name: [dict(line) for line in lines] for name, lines in tables}
+            return load_checkpoint(path, model, optimizer, trunk_hash(config)), kept
     return 0, {}
 
 

@@ -3,7 +3,7 @@
 Its hash names the run's folder.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Annotated
 
@@ -11,13 +11,22 @@ from moe_lab.config import Config, above, at_least, between, require
 from moe_lab.model import DecoderConfig
 from moe_lab.text import TextConfig
 
-_LATER = ("budgets", "losses", "validate_every")
-"""Fields of ``RunConfig`` that older versions did not have; unset they are empty or None."""
+_LATER = ("budgets", "losses", "validate_every", "on_alarm")
+"""Fields of ``RunConfig`` that older versions did not have."""
 
 
 class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class OnAlarm(StrEnum):
+    """What an alarm about a layer's routing does (`moe_lab.training.alarms`): it is recorded, or it
+    also ends the run.
+    """
+
+    RECORD = "record"
+    STOP = "stop"
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class RunConfig(Config):
         checkpoint_every, log_every: in steps.
         validate_every: steps between validations while the run trains, on the tokens of the last
             evaluation, the first before the first step; None: the last evaluation is the only one.
+        on_alarm: whether an alarm about a layer's routing is recorded, or also ends the run.
         dtype: of the matrix products; parameters and optimiser stay float32.
     """
 
@@ -107,6 +117,7 @@ class RunConfig(Config):
     checkpoint_every: Annotated[int, at_least(1)] = 50
     log_every: Annotated[int, at_least(1)] = 5
     validate_every: Annotated[int | None, at_least(1)] = None
+    on_alarm: OnAlarm = OnAlarm.RECORD
     device: str = "cpu"
     dtype: Dtype = Dtype.FLOAT32
 
@@ -169,7 +180,8 @@ class RunConfig(Config):
         """As ``Config.written``, with the fields of later versions only if they are set, so that
         older runs keep their hash.
         """
-        absent = {name for name in _LATER if not getattr(self, name)}
+        defaults = {item.name: item.default for item in fields(self)}
+        absent = {name for name in _LATER if getattr(self, name) == defaults[name]}
         return tuple(name for name in super().written() if name not in absent)
 
     @property

@@ -6,8 +6,8 @@ The files of the folder stand in ``moe_lab.runs.layout``. Nothing in it is trust
 
 import json
 import math
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +26,7 @@ from moe_lab.files import (
     write_text,
 )
 from moe_lab.model import Decoder
+from moe_lab.progress import say
 from moe_lab.routing import Routing
 from moe_lab.runs import RunStore
 from moe_lab.runs.done_file import seal
@@ -53,11 +54,12 @@ from moe_lab.training.data import Batches
 from moe_lab.training.devices import device_of
 from moe_lab.training.evaluate import Evaluation, evaluate_together, validation_loss
 from moe_lab.training.finished_run import finished_record, read_config, run_record, trace_meta
-from moe_lab.training.metrics import gradient_ratios, layer_means, layers_line, loads_line
+from moe_lab.training.metrics import gradient_ratios, layer_means
 from moe_lab.training.objective import Objective, average_gradients, check_shareable, spread
+from moe_lab.training.observer import Observer
 from moe_lab.training.optimizer import build_optimizer, clip_gradients, lr_factor
 from moe_lab.training.ranks import Parallel, Ranks, join, local_device
-from moe_lab.training.readings import read_layers
+from moe_lab.training.readings import LayerReading, read_layers
 from moe_lab.training.run_log import Lines, RunLog
 from moe_lab.training.tracking import Logger, Tracking, chosen
 from moe_lab.versions import versions
@@ -169,6 +171,7 @@ class _Run:
         self.branches = branch_steps(config)
         self.step = 0
         self.log = RunLog(folder, config.log_every, write=ranks.first)
+        self.observer = Observer(self.log, config.on_alarm)
         self.continued: list[dict[str, Any]] = []
         self.seconds = 0.0
 
@@ -233,6 +236,7 @@ class _Run:
             self.folder if traced else None,
         )
         record |= {"dispatch": self._dispatch(), "weights_digest": digest}
+        record["alarms"] = Counter(line["kind"] for line in self.log.lines["alarms"])
         if self.continued:
             record["continued"] = self.continued
         if self.config.steps and (ratios := self._gradient_ratios(self.config.steps - 1)):
@@ -255,7 +259,7 @@ class _Run:
         while self.step < self.config.steps:
             began = time.perf_counter()
             try:
-                row = self._one_step(self._is_logged(self.step + 1))
+                row, readings = self._one_step(self._is_logged(self.step + 1))
             except MoELabError as error:
                 raise RunError(f"step {self.step + 1} of {self.config.name}: {error}") from error
             self.step += 1
@@ -267,14 +271,19 @@ class _Run:
                 )
                 if self.on_step is not None:
                     self.on_step(row)
-                if time.monotonic() - last_status > STATUS_SECONDS:
-                    self.log.flush()
-                    self._write_status("training")
-                    last_status = time.monotonic()
+            alarms = self.observer.observe(readings)
+            if alarms or (row and time.monotonic() - last_status > STATUS_SECONDS):
+                self.log.flush()
+                self._write_status("training")
+                last_status = time.monotonic()
             self._validate(tracking)
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self.log.flush(lasting=True)
-                made_by = {"made_by": self._made_by, "continued": self.continued}
+                kept = {
+                    "made_by": self._made_by,
+                    "continued": self.continued,
+                    "alarms": self.observer.state_dict(),
+                }
                 save_checkpoint(
                     self._checkpoint,
                     self.model,
@@ -282,7 +291,7 @@ class _Run:
                     self.step,
                     self.config.hash(),
                     write=first,
-                    metadata={name: json.dumps(value) for name, value in made_by.items()},
+                    metadata={name: json.dumps(value) for name, value in kept.items()},
                 )
             if self.step in self.branches:
                 leave(
@@ -291,12 +300,12 @@ class _Run:
                     self.model,
                     self.optimizer,
                     self.step,
-                    self.log.lines,
+                    {"tables": self.log.lines, "alarms": self.observer.state_dict()},
                     write=first,
                 )
 
-    def _one_step(self, logged: bool) -> dict[str, Any] | None:
-        """One optimiser step; its metrics row, over all ranks, if this step is logged."""
+    def _one_step(self, logged: bool) -> tuple[dict[str, Any] | None, list[LayerReading]]:
+        """One optimiser step; its metrics row and readings, over all ranks, if it is logged."""
         began = time.perf_counter()
         config, layers = self.config, list(self.model.moe_layers().values())
         lr = config.optimizer.lr * lr_factor(self.step, config.steps, config.schedule)
@@ -323,7 +332,7 @@ class _Run:
         for layer, seen in zip(layers, routings, strict=True):
             layer.router.update(seen)
         if not logged:
-            return None
+            return None, []
         step = self.step + 1
         loss, auxiliary_loss = self.ranks.mean(torch.stack([language, auxiliary])).tolist()
         require(
@@ -353,14 +362,9 @@ class _Run:
             gradient_ratios=ratios or None,
             ranks=self.ranks,
         )
-        if readings:
-            self.log.add("layers", layers_line(readings))
-            self.log.add("loads", loads_line(readings))
-        return (
-            row
-            | layer_means(readings)
-            | {"tokens_per_second": config.tokens_per_step / (time.perf_counter() - began)}
-        )
+        row |= layer_means(readings)
+        row["tokens_per_second"] = config.tokens_per_step / (time.perf_counter() - began)
+        return row, readings
 
     def _dispatch(self) -> str | None:
         """The dispatch backend that the run's layers used; its sums are ordered in its own way, so
@@ -404,8 +408,11 @@ class _Run:
                 self._checkpoint, self.model, self.optimizer, self.config.hash()
             )
             self._note_continuation()
+            alarms = json.loads(read_metadata(self._checkpoint).get("alarms", "{}"))
         else:
-            self.step, lines = take_up(self.config, self.folder, self.model, self.optimizer)
+            self.step, kept = take_up(self.config, self.folder, self.model, self.optimizer)
+            lines, alarms = kept.get("tables", {}), kept.get("alarms", {})
+        self.observer.alarms.load_state_dict(alarms)
         require(
             int(self.ranks.total(torch.tensor(self.step))) == self.step * self.ranks.size,
             "the same checkpoint on all ranks",
@@ -481,7 +488,8 @@ class _Run:
     def _write_status(self, state: str) -> None:
         if not self.ranks.first:
             return
-        last = self.log.lines["metrics"][-1] if self.log.lines["metrics"] else {}
+        rows, alarms = self.log.lines["metrics"], self.log.lines["alarms"]
+        last = rows[-1] if rows else {}
         write_json(
             self.folder / STATUS,
             {
@@ -490,13 +498,11 @@ class _Run:
                 "steps": self.config.steps,
                 "loss": last.get("loss"),
                 "tokens_per_second": last.get("tokens_per_second"),
+                "alarms": len(alarms),
+                "alarm": alarms[-1]["sentence"] if alarms else "",
                 "updated_at": time.time(),
             },
         )
-
-
-def say(line: str) -> None:
-    print(f"moe-lab: {line}", file=sys.stderr, flush=True)
 
 
 def check_text(config: RunConfig, text: TokenizedText) -> None:

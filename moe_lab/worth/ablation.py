@@ -146,7 +146,7 @@ class Ablation:
         text = self.model, self.documents
         scores = self._scores(self.documents, [*self.measured])
         tables = {
-            "worth": expert_worth(losses, seed=self.seed),
+            "worth": expert_worth(losses),
             "scores": scores,
             "agreement": score_agreement(scores, losses, seed=self.seed),
         }
@@ -157,7 +157,9 @@ class Ablation:
             tables["curves"] = removal_curves(*text, scores, measured, **given)
             sentences += curve_sentences(tables["curves"])
             try:
-                tables["top_k"] = top_k_losses(*text, self.ks, classes=self.classes, **given)
+                tables["top_k"] = top_k_losses(
+                    *text, self.ks, classes=self.classes, batch_tokens=self.batch_tokens
+                )
             except TraceError as error:
                 notes.append(f"No losses against k: {error}.")
         if self.pairs:

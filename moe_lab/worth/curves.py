@@ -13,7 +13,6 @@ import polars as pl
 from torch import nn
 
 from moe_lab.analysis.difficulty.alignment import Align
-from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
 from moe_lab.errors import AnalysisError, require
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.router_output import Reader
@@ -40,7 +39,6 @@ def removal_curves(
     shares: Sequence[float] = SHARES,
     random_orders: int = 10,
     batch_tokens: int = 2048,
-    resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
     readers: Mapping[str, Reader] | None = None,
@@ -58,8 +56,8 @@ def removal_curves(
     Returns:
         [order, share, removed, d_loss, lo, hi, p_random, docs]: ``order`` names a score, "measured
         loss" or "random 1" and so on; ``removed`` experts of all layers; ``d_loss`` the change of
-        the loss in nats per predicted token over the documents at odd places, with an interval from
-        resampling them. ``p_random`` is the share of orders that lose no more than this one, among
+        the loss in nats per predicted token over the documents at odd places, with an interval over
+        them. ``p_random`` is the share of orders that lose no more than this one, among
         the random orders and itself: small where the order is better than a random one, at least
         1 / (1 + random_orders), null for the random ones. A score that is not known has no curve.
 
@@ -94,7 +92,7 @@ def removal_curves(
     judged = documents[1::2]
     sums = edited_sums(model, judged, edits, batch_tokens=batch_tokens, readers=readers)
     tokens, d_loss = sums[:, :, 0, 0].T, sums[:, :, 0, SUMS.index("d_loss")].T
-    mean, low, high = ratios(d_loss, tokens, Resampling(resamples, seed, level))
+    mean, low, high = ratios(d_loss, tokens, level)
     frame = pl.DataFrame(
         {
             "order": [name for name, _, _ in cells],
@@ -182,8 +180,6 @@ def top_k_losses(
     classes: Classes | None = None,
     align: Align = Align.INPUT,
     batch_tokens: int = 2048,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
     level: float = 0.95,
     readers: Mapping[str, Reader] | None = None,
 ) -> pl.DataFrame:
@@ -197,7 +193,7 @@ def top_k_losses(
     Returns:
         [k, by, class, d_loss, lo, hi, gain, gain_lo, gain_hi, kl, tokens, docs]: change of the loss
         in nats per predicted token against the model as it is; ``gain`` is what k buys: the loss at
-        the next smaller of ``ks`` less the loss at k (null for the smallest). Intervals resample
+        the next smaller of ``ks`` less the loss at k (null for the smallest). Intervals are over
         documents. A class that gains because later tokens or their context do is not told apart:
         all tokens of a pass have the same k.
 
@@ -211,11 +207,10 @@ def top_k_losses(
     groups = TokenGroups(documents, classes, align)
     edits = [[TopK(None, k)] for k in ks]
     sums = edited_sums(model, documents, edits, groups, batch_tokens=batch_tokens, readers=readers)
-    resampling = Resampling(resamples, seed, level)
     frames = []
     for place, k in enumerate(ks):
         tokens, loss, kl, *_ = np.moveaxis(sums[place], 2, 0)
-        mean, low, high = ratios(loss, tokens, resampling)
+        mean, low, high = ratios(loss, tokens, level)
         frame = groups.labels.with_columns(
             k=pl.lit(k, pl.Int64), d_loss=mean, lo=low, hi=high,
             gain=pl.lit(None, pl.Float64), gain_lo=pl.lit(None, pl.Float64),
@@ -226,7 +221,7 @@ def top_k_losses(
         )  # fmt: skip
         if place:
             less = sums[place - 1, :, :, SUMS.index("d_loss")] - loss
-            gain, gain_low, gain_high = ratios(less, tokens, resampling)
+            gain, gain_low, gain_high = ratios(less, tokens, level)
             frame = frame.with_columns(
                 gain=pl.Series(gain), gain_lo=pl.Series(gain_low), gain_hi=pl.Series(gain_high)
             )

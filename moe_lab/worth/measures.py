@@ -1,8 +1,8 @@
 """What a model loses without an expert, measured on held-out documents.
 
 For each expert every document runs with one edit and without, so that all differences are paired.
-``expert_losses`` sums them over documents, ``expert_worth`` takes means with intervals from
-resampling documents.
+``expert_losses`` sums them over documents, ``expert_worth`` takes means with intervals over
+documents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from moe_lab.analysis.difficulty.alignment import Align
-from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
 from moe_lab.document_pass import evaluating
 from moe_lab.errors import TraceError, require
 from moe_lab.progress import tell
@@ -113,25 +112,23 @@ def expert_losses(
     return rows.of(pairs)
 
 
-def expert_worth(
-    losses: pl.DataFrame, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
-) -> pl.DataFrame:
-    """Means of ``expert_losses`` over tokens, with intervals from resampling documents.
+def expert_worth(losses: pl.DataFrame, *, level: float = 0.95) -> pl.DataFrame:
+    """Means of ``expert_losses`` over tokens, with intervals over documents.
 
     Returns:
         [layer, expert, edit, by, class, d_loss, lo, hi, d_loss_used, used_lo, used_hi, kl, tokens,
         used, docs]: nats per predicted token, over all tokens and over those predicted where the
         expert was used (null where it never was), of all tokens (``by`` and ``class`` null) and of
-        each class. Intervals are null where fewer than five documents have such tokens.
+        each class. Intervals are null where fewer than five documents used the expert.
 
     Example:
         >>> worth = expert_worth(expert_losses(model, documents))
         >>> worth.sort("d_loss").head()  # the experts that the model needs least
     """
     names, sums = tables(losses, ["layer", "expert", "edit", "by", "class"], SUMS)
-    resampling = Resampling(resamples, seed, level)
-    mean, low, high = ratios(sums["d_loss"], sums["tokens"], resampling)
-    mean_used, used_low, used_high = ratios(sums["d_loss_used"], sums["used"], resampling)
+    touched = (sums["used"] > 0) | (sums["d_loss"] != 0)
+    mean, low, high = ratios(sums["d_loss"], sums["tokens"], level, touched)
+    mean_used, used_low, used_high = ratios(sums["d_loss_used"], sums["used"], level)
     total = {name: values.sum(axis=0) for name, values in sums.items()}
     return names.with_columns(
         d_loss=mean,

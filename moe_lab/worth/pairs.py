@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 from torch import nn
 
-from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
 from moe_lab.errors import TraceError, require
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.router_output import Reader
@@ -28,7 +27,6 @@ def pair_losses(
     *,
     edit: EditKind = EditKind.FORBID,
     batch_tokens: int = 2048,
-    resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
     readers: Mapping[str, Reader] | None = None,
@@ -42,7 +40,7 @@ def pair_losses(
     Returns:
         [layer, first, second, d_first, d_second, d_both, excess, lo, hi, docs]: changes of the loss
         in nats per predicted token without the one, the other and both; ``excess`` is ``d_both``
-        less the sum of the others, with an interval from resampling documents. Above 0, each stands
+        less the sum of the others, with an interval over documents. Above 0, each stands
         in for the other; at 0 the losses of single experts add up.
 
     Raises:
@@ -65,8 +63,7 @@ def pair_losses(
     )
     together = sums_SDQ[len(singles) :, :, D_LOSS].T
     tokens = sums_SDQ[len(singles) :, :, TOKENS].T
-    resampling = Resampling(resamples, seed, level)
-    excess, low, high = ratios(together - firsts - seconds, tokens, resampling)
+    excess, low, high = ratios(together - firsts - seconds, tokens, level)
     total = tokens.sum(axis=0)
     return _frame(
         chosen,
@@ -86,7 +83,6 @@ def exchange_losses(
     pairs: Pairs = None,
     *,
     batch_tokens: int = 2048,
-    resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
     readers: Mapping[str, Reader] | None = None,
@@ -114,9 +110,9 @@ def exchange_losses(
     edits = [[Exchange(*pair)] for pair in chosen]
     sums = edited_sums(model, documents, edits, batch_tokens=batch_tokens, readers=readers)
     tokens, loss, kl, used, loss_used = np.moveaxis(sums[:, :, 0], (2, 0), (0, 2))
-    resampling = Resampling(resamples, seed, level)
-    mean, low, high = ratios(loss, tokens, resampling)
-    mean_used, used_low, used_high = ratios(loss_used, used, resampling)
+    touched = (used > 0) | (loss != 0)
+    mean, low, high = ratios(loss, tokens, level, touched)
+    mean_used, used_low, used_high = ratios(loss_used, used, level)
     return _frame(
         chosen,
         d_loss=mean,

@@ -8,7 +8,6 @@ import polars as pl
 import torch
 from torch import nn
 
-from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
 from moe_lab.document_pass import evaluating, pad_right
 from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import Trace
@@ -32,8 +31,6 @@ def replay_divergence(
     *,
     recorder: nn.Module | None = None,
     batch_tokens: int = 2048,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
     level: float = 0.95,
     readers: Mapping[str, Reader] | None = None,
 ) -> pl.DataFrame:
@@ -50,7 +47,7 @@ def replay_divergence(
         "recorded ids" and, where the trace has them, "recorded ids and weights". ``kl`` is the
         divergence from the reference in nats per predicted token, and ``d_loss`` the loss less the
         reference's; the reference is ``recorder``, or the model with its own selection, which then
-        has no row. Intervals resample documents.
+        has no row. Intervals are over documents.
 
     Raises:
         AnalysisError: no whole documents in the trace.
@@ -79,10 +76,9 @@ def replay_divergence(
                 for row, values in enumerate((np.ones(len(loss)), kl, loss)):
                     sums[row, :, place] += np.bincount(batch.docs, values, len(documents))
     tokens, kl, loss = sums
-    resampling = Resampling(resamples, seed, level)
     columns = {}
     for name, above, ends in (("kl", kl, ("lo", "hi")), ("d_loss", loss, ("loss_lo", "loss_hi"))):
-        columns |= dict(zip((name, *ends), ratios(above, tokens, resampling), strict=True))
+        columns |= dict(zip((name, *ends), ratios(above, tokens, level), strict=True))
     return (
         pl.DataFrame({"selection": selections, **columns})
         .with_columns(

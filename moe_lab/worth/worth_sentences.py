@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, Floats, Resampling
+from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, Floats
 from moe_lab.number_format import count_of, decimal, listing
 from moe_lab.worth.document_means import ratios
 from moe_lab.worth.scores import SCORES
@@ -91,7 +91,7 @@ def _answer(judged: pl.DataFrame, losses: pl.DataFrame, bound: float, free_share
     )
 
 
-def pruning_price(losses: pl.DataFrame, bound: float, seed: int = 0) -> dict | None:
+def pruning_price(losses: pl.DataFrame, bound: float) -> dict | None:
     """experts, d_loss, lo, hi: the summed loss of the experts that cost less than ``bound`` on the
     documents at even places, on those at odd places; None where there are none, or too few
     documents for an interval.
@@ -110,7 +110,7 @@ def pruning_price(losses: pl.DataFrame, bound: float, seed: int = 0) -> dict | N
     if by_doc.height < MIN_DOCUMENTS:
         return None
     above, below = (by_doc.select(name).to_numpy() for name in ("d_loss", "tokens"))
-    mean, low, high = (float(part[0]) for part in ratios(above, below, Resampling(seed=seed)))
+    mean, low, high = (float(part[0]) for part in ratios(above, below))
     return {"experts": chosen.height, "d_loss": mean, "lo": low, "hi": high}
 
 

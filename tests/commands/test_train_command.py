@@ -44,6 +44,25 @@ def test_any_kind_of_router_can_be_set(
     config.model.build()
 
 
+def test_alarms_and_validation_are_options(
+    corpus: Path,  # noqa: F811
+    cache: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "moe_lab.training.train", lambda config, *args, **kwargs: seen.append(config) or 1 / 0
+    )
+    plain = ("train", "--corpus", corpus, "--tokenizer", "byte")
+    for options in ((), ("--on-alarm", "stop", "--validate-every", 20)):
+        with pytest.raises(ZeroDivisionError):
+            moe_lab(*plain, *options, cache=cache)
+    assert [(config.on_alarm, config.validate_every) for config in seen] == [
+        ("record", None),
+        ("stop", 20),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

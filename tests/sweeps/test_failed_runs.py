@@ -105,6 +105,8 @@ def test_a_large_sweep_shows_the_rows_that_need_attention():
             "steps": 2,
             "loss": 3.5,
             "tokens_per_second": 100.4,
+            "alarms": [2, 1] + [0] * (number - 2),
+            "alarm": ["Step 9, layer 1: it fell.", "Step 8: it rose."] + [""] * (number - 2),
             "error": "why",
             "last_lines": "deep\nsaid",
             "arm": ["topk", "expert_choice"] * (number // 2),
@@ -117,6 +119,10 @@ def test_a_large_sweep_shows_the_rows_that_need_attention():
     assert lines.count("why") == status_table.MAX_FAILURES
     assert "1,000 runs: 10 running, 970 finished, 20 failed; rows of the others: --json" in lines
     assert "note: expert_choice: later tokens of a text change how earlier ones" in lines
+    assert "alarm: a (h0): 2 alarms, the last: Step 9, layer 1: it fell." in lines
+    assert "alarm: a (h1): Step 8: it rose." in lines
+    assert "alarms" in shown.columns
+    assert "alarms" not in status_rows(frame.with_columns(alarms=0)).columns
     causal = frame.with_columns(sees_later_tokens=pl.lit(None, pl.Boolean))
     assert "later tokens" not in "\n".join(status_lines(causal))
     assert "and 10 more" in lines

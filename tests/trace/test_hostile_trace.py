@@ -2,19 +2,21 @@
 crash and never silent numbers.
 """
 
-import json
 import shutil
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from listings import edit_manifest, edit_meta, relist
 
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
-from moe_lab.trace.part_files import file_checksums
+from moe_lab.trace.manifest import part_name, whole_digest
+from moe_lab.trace.part_files import count_slots
 from moe_lab.trace.schema import VERSION_KEY
+from moe_lab.trace.seal import digest
 
 ROUTING = "routing/layer=1/part-00000.parquet"
 TOKENS = "tokens/part-00000.parquet"
@@ -56,28 +58,12 @@ def folder(pristine, tmp_path):
     return tmp_path / "t"
 
 
-def edit_meta(folder, change):
-    values = json.loads((folder / "meta.json").read_text())
-    values = change(values) or values
-    (folder / "meta.json").write_text(json.dumps(values))
-
-
-def forge(folder, name, change, *, slots=None, version="1"):
-    """Rewrite one Parquet file and make meta.json agree with it, as a forger would."""
+def forge(folder, name, change, *, counts=None, version="1"):
+    """Rewrite one Parquet file and make the manifest agree with it, as a forger would."""
     frame = change(pl.read_parquet(folder / name, hive_partitioning=False))
     frame.write_parquet(folder / name, metadata={VERSION_KEY: version})
-    size, crc32, _ = file_checksums(folder / name)
-
-    def sign(values):
-        part = values["parts"][name]
-        part.update(
-            rows=frame.height,
-            bytes=size,
-            crc32=crc32,
-            slots=part["slots"] if slots is None else slots,
-        )
-
-    edit_meta(folder, sign)
+    others = {} if counts is None else {"counts": counts}
+    relist(folder, name, rows=frame.height, **others)
 
 
 def refused(folder, message):
@@ -172,17 +158,16 @@ def test_slots_that_were_removed_are_missed(folder):
         )
 
     forge(folder, ROUTING, change)
-    refused(folder, r"layer 1: expected \d+ used slots as recorded, got counts that sum to \d+")
+    refused(
+        folder,
+        rf"{ROUTING}: expected the slots of each expert as listed in the manifest, "
+        r"\d+ of expert 0, got 0; try writing the trace again",
+    )
 
 
 def test_tokens_that_a_layer_lacks_are_missed(folder):
-    gone = (
-        pl.read_parquet(folder / ROUTING, columns=["ffn_count", "zero_count"])[5:]
-        .sum()
-        .sum_horizontal()
-        .item()
-    )
-    forge(folder, ROUTING, lambda frame: frame[5:], slots=gone)
+    kept = count_slots(pl.read_parquet(folder / ROUTING, columns=["experts"])[5:], 8)
+    forge(folder, ROUTING, lambda frame: frame[5:], counts=kept.tolist())
     refused(
         folder, "layer 1: expected the same 200 tokens as the rest of the trace, got 195 tokens"
     )
@@ -198,11 +183,7 @@ def test_keys_of_other_tokens_are_refused(folder):
 
 
 def test_tokens_counted_twice_are_refused(folder):
-    for name in [
-        name
-        for name in json.loads((folder / "meta.json").read_text())["parts"]
-        if name.endswith("00000.parquet")
-    ]:
+    for name in (TOKENS, "routing/layer=0/part-00000.parquet", ROUTING):
         forge(
             folder,
             name,
@@ -222,10 +203,10 @@ def test_losses_that_are_not_finite_are_refused(folder):
 
 
 def test_another_schema_version_in_one_file_is_refused(folder):
-    forge(folder, ROUTING, lambda frame: frame, version="3")
+    forge(folder, ROUTING, lambda frame: frame, version="4")
     refused(
         folder,
-        rf"{ROUTING}: expected trace schema version 1 or 2, got '3'; try another version",
+        rf"{ROUTING}: expected trace schema version 1, 2 or 3, got '4'; try another version",
     )
 
 
@@ -271,8 +252,7 @@ def test_every_flipped_bit_is_noticed(folder, name):
 )
 def test_a_file_that_is_no_parquet_is_refused(folder, content):
     (folder / ROUTING).write_bytes(content)
-    size, crc32, _ = file_checksums(folder / ROUTING)
-    edit_meta(folder, lambda values: values["parts"][ROUTING].update(bytes=size, crc32=crc32))
+    relist(folder, ROUTING)
     refused(folder, f"{ROUTING}: expected readable Parquet, got .*")
 
 
@@ -284,7 +264,7 @@ def test_a_missing_file_and_an_unlisted_one_are_refused(folder):
     shutil.copy(folder / "routing/layer=1/part-00007.parquet", folder / ROUTING)
     refused(
         folder,
-        r"expected only the files listed in meta.json, "
+        r"expected only the files that the trace lists, "
         r"got also 'routing/layer=1/part-00007.parquet'; try removing it",
     )
 
@@ -293,13 +273,19 @@ def test_a_missing_file_and_an_unlisted_one_are_refused(folder):
     ("change", "message"),
     [
         (
-            lambda v: v.update(schema_version=3),
-            "expected trace schema version 1 or 2, got 3; try another version of moe_lab",
+            lambda v: v.update(schema_version=4),
+            "expected trace schema version 1, 2 or 3, got 4, which a newer moe_lab wrote; "
+            "try a newer version of moe_lab",
         ),
-        (lambda v: v.update(schema_version=None), "expected trace schema version 1 or 2, got None"),
-        (lambda v: v.update(complete="yes"), "to hold complete, parts and layers, got others"),
-        (lambda v: v.update(parts=[1]), "to hold complete, parts and layers, got others"),
-        (lambda v: v.update(layers={"0": 1}), "to hold complete, parts and layers, got others"),
+        (
+            lambda v: v.update(schema_version=None),
+            "version 1, 2 or 3, got None; try another version of moe_lab",
+        ),
+        (lambda v: v.update(schema_version=True), "expected trace schema version 1, 2 or 3"),
+        (lambda v: v.update(schema_version=2), "to hold complete, parts and layers, got others"),
+        (lambda v: v.update(complete="yes"), "to hold complete, manifest and layers, got others"),
+        (lambda v: v.update(manifest=[1]), "to hold complete, manifest and layers, got others"),
+        (lambda v: v.update(layers={"0": 1}), "to hold complete, manifest and layers, got others"),
         (lambda v: v.update(layers=[]), "expected from 1 to 4096 layers, got 0"),
         (lambda v: v.update(secret=1), "expected fields of TraceMeta .*, got secret"),
         (lambda v: v.update(model=7), "expected model .*text, got 7"),
@@ -334,16 +320,16 @@ def test_a_missing_file_and_an_unlisted_one_are_refused(folder):
             r"expected files for layers \[0\], got files for \[0, 1\]",
         ),
         (
-            lambda v: v["parts"][ROUTING].update(rows=10**12),
-            "expected rows to be an integer from 0 to 1048576, got 1000000000000",
+            lambda v: v["manifest"].update(files=10**12),
+            "expected files to be an integer from 0 to 4294967296, got 1000000000000",
         ),
+        (lambda v: v["manifest"].update(files=5), "manifest: expected 5 files as meta.json says"),
+        (lambda v: v["manifest"].update(parts=-1), "expected parts to be an integer from 0"),
+        (lambda v: v["manifest"].update(parts=2), "part-00001.parquet: expected readable"),
+        (lambda v: v["manifest"].update(digest=7), "meta.json: expected digest as text, got 7"),
         (
-            lambda v: v["parts"][ROUTING].update(rows=127),
-            f"{ROUTING}: expected 127 rows as recorded, got 128",
-        ),
-        (
-            lambda v: v["parts"].update({"../../etc/passwd": v["parts"][ROUTING]}),
-            "expected part names such as tokens/part-00000.parquet",
+            lambda v: v["manifest"].update(digest="0"),
+            r"manifest: expected the 1 parts that were written, got others \(damaged\)",
         ),
         (lambda _: [1, 2], "to hold an object, got list"),
     ],
@@ -351,6 +337,59 @@ def test_a_missing_file_and_an_unlisted_one_are_refused(folder):
 def test_a_false_meta_file_is_refused(folder, change, message):
     edit_meta(folder, change)
     refused(folder, message)
+
+
+def first_of(column, value):
+    """The manifest with another value in the first row of a column, or of its counts."""
+    return lambda frame: frame.with_columns(
+        pl.when(
+            pl.int_range(pl.len())
+            == (pl.col("counts").is_not_null().arg_max() if column == "counts" else 0)
+        )
+        .then(pl.lit(pl.Series([value], dtype=frame.schema[column])).first())
+        .otherwise(column)
+        .alias(column)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (first_of("rows", 2**20 + 1), "manifest: expected rows from 0 to 1048576, got 1048577"),
+        (first_of("rows", None), "manifest: expected rows from 0 to 1048576"),
+        (first_of("rows", 127), r"part-00000.parquet: expected 127 rows as recorded, got 128"),
+        (first_of("part", 10**9), "manifest: expected part from 0 to 999999999, got 1000000000"),
+        (first_of("bytes", 2**60), "manifest: expected bytes from 0 to"),
+        (first_of("digest", b"short"), "manifest: expected a digest of 32 bytes for each file"),
+        (first_of("digest", None), "manifest: expected a digest of 32 bytes for each file"),
+        (first_of("part", 1), "manifest: expected each file once, got .*part-00001.parquet twice"),
+        (first_of("layer", 7), r"manifest: expected files for layers \[0, 1\], got files for"),
+        (first_of("counts", None), "part-00000.parquet: expected 8 counts for each file of a"),
+        (first_of("counts", [1] * 9), "part-00000.parquet: expected 8 counts for each file of a"),
+        (first_of("counts", [0] * 7 + [2**31]), "manifest: expected at most 3 slots for each row"),
+        (first_of("counts", [1] * 8), "routing/layer=0/part-00000.parquet: expected the slots of"),
+        (lambda frame: frame.drop("counts"), "part-00000.parquet: expected readable Parquet, got"),
+        (
+            lambda frame: frame.with_columns(pl.lit("../../etc/passwd").alias("layer")),
+            "part-00000.parquet: expected readable Parquet, got expected columns layer, part",
+        ),
+        (lambda frame: frame[1:], "expected only the files that the trace lists, got also"),
+    ],
+)
+def test_a_false_manifest_is_refused(folder, change, message):
+    edit_manifest(folder, change)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1\xff\xff\xff\x7fPAR1"])
+def test_a_manifest_that_is_no_parquet_is_refused(folder, content):
+    path = folder / part_name(0)
+    path.write_bytes(content)
+    refused(folder, r"manifest: expected the 1 parts that were written, got others \(damaged\)")
+    edit_meta(folder, lambda values: values["manifest"].update(digest=whole_digest([digest(path)])))
+    refused(folder, "manifest/part-00000.parquet: expected readable Parquet, got")
+    path.unlink()
+    refused(folder, "manifest/part-00000.parquet: expected readable Parquet, got No such file")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a": 1e999', "\x00\xff"])

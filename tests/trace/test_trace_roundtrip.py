@@ -216,7 +216,7 @@ def test_metadata_round_trips(tmp_path):
 
 def test_many_small_writes_make_parts_of_the_asked_size(tmp_path):
     trace = write(tmp_path / "t", {0: draw_routing(100, 4, 0, 2)}, step=7, rows_per_part=32)
-    sizes = [part.rows for name, part in trace.parts.items() if name.startswith("routing")]
+    sizes = trace.files().filter(pl.col("layer") == 0)["rows"].to_list()
     assert sum(sizes) == 100
     assert max(sizes) <= 32
     assert len(sizes) < 100 / 7 + 4

@@ -156,7 +156,7 @@ def test_a_full_disk_names_the_folder_and_leaves_what_fitted(tmp_path, monkeypat
             write_document(writer, doc)
             writer.finish_documents([doc])
     rest = open_trace(tmp_path / "t.incomplete", allow_incomplete=True)
-    assert len(rest.parts) == 6
+    assert rest.files().height == 6
     monkeypatch.undo()
     with TraceWriter(tmp_path / "t", META, resume=True) as writer:
         assert writer.finished == {0, 1}

@@ -12,8 +12,10 @@ from refusals import refused
 from registries import registries_as_before
 
 from moe_lab.errors import CheckpointError
+from moe_lab.model import MoEConfig, MoELayer
+from moe_lab.routing import ControllerConfig, RouterConfig
 from moe_lab.training.alarms import ALARMS, AlarmRule, Alarms
-from moe_lab.training.readings import LayerReading
+from moe_lab.training.readings import LayerReading, read_layers
 
 EVEN = [64] * 8
 
@@ -41,9 +43,9 @@ def kinds(alarms: Alarms, readings) -> list[str]:
 BAD: dict[str, Callable[[int], dict[str, Any]]] = {
     "router_collapse": lambda step: {"counts": [256, 256, 0, 0, 0, 0, 0, 0]},
     "dead_experts": lambda step: {"counts": [0, 73, 73, 73, 73, 73, 73, 74]},
-    "load_drift": lambda step: {"counts": EVEN if step <= 4 else [200, 200, 50, 50, 6, 2, 2, 2]},
-    "entropy_low": lambda step: {"entropy": 0.1},
-    "entropy_high": lambda step: {"entropy": 1.9 if step < 9 else math.log(8) - 1e-4},
+    "load_drift": lambda step: {"counts": EVEN if step <= 4 else [250, 240, 10, 6, 2, 2, 1, 1]},
+    "entropy_low": lambda step: {"entropy": 0.05},
+    "entropy_high": lambda step: {"entropy": math.log(8) - 1e-6},
     "bias_direction": lambda step: {
         "counts": [100, 100, 100, 100, 28, 28, 28, 28],
         "bias": torch.tensor([0.01, 0.01, 0.01, 0.01, 0.0, 0.0, 0.0, 0.0]) * step,
@@ -93,7 +95,7 @@ def test_a_healthy_layer_raises_none_of_them():
 
 def test_an_episode_ends_after_as_many_readings_within_the_threshold_and_another_is_raised_again():
     alarms = Alarms(["entropy_low"])
-    low: dict[str, Any] = {"entropy": 0.1}
+    low: dict[str, Any] = {"entropy": 0.05}
     assert kinds(alarms, [reading(step, **low) for step in range(4)]) == ["entropy_low"]
     assert kinds(alarms, [reading(4), *(reading(step, **low) for step in range(5, 12))]) == []
     assert kinds(alarms, [reading(step) for step in range(12, 16)]) == []
@@ -165,3 +167,28 @@ def test_an_alarm_of_a_user_is_observed_beside_the_others():
     assert alarm.kind == "busiest"
     assert alarm.sentence == "Step 3, layer 0: an expert has 148 slots."
     assert "busiest" not in ALARMS
+
+
+def test_a_controller_of_the_wrong_sign_is_found_in_a_layer_and_the_right_one_raises_nothing():
+    assert not _raised_while_a_layer_is_balanced(sign=1)
+    assert "bias_direction" in _raised_while_a_layer_is_balanced(sign=-1)
+
+
+def _raised_while_a_layer_is_balanced(sign: int) -> list[str]:
+    """Kinds of the alarms in 24 updates; ``sign`` -1 turns the moves of the bias round."""
+    torch.manual_seed(0)
+    controller = ControllerConfig(kind="sign", rate=1e-2)
+    config = RouterConfig(kind="sigmoid_topk", num_experts=8, top_k=2, controller=controller)
+    layer = MoELayer(MoEConfig(d_model=16, d_expert=8, router=config))
+    router = layer.router
+    assert router.controller is not None
+    right = router.controller.step
+    router.controller.step = lambda counts_E: sign * right(counts_E)
+    alarms, found = Alarms(), []
+    for step in range(1, 25):
+        with torch.no_grad():
+            router.weight *= 1.001  # as a router that learns
+        routing = router(torch.randn(128, 16))
+        router.update(routing)
+        found += alarms.observe(read_layers(step, {0: layer}, [[routing]]))
+    return [alarm.kind for alarm in found]

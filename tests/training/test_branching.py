@@ -67,7 +67,17 @@ def metrics(folder: Path) -> pl.DataFrame:
     return pl.read_parquet(folder / "metrics.parquet").drop("tokens_per_second")
 
 
+def tables(folder: Path) -> dict[str, pl.DataFrame]:
+    """All but the metrics."""
+    return {
+        path.name: pl.read_parquet(path)
+        for path in folder.glob("*.parquet")
+        if path.name != "metrics.parquet"
+    }
+
+
 def test_a_branch_is_the_unbranched_run_to_the_bit(long: RunConfig, tmp_path: Path) -> None:
+    long = long.replace(validate_every=8)
     short = long.replace(train_tokens=SHORT, name="short", arm="other")
     train(long, tmp_path / "sweep" / "long", cache_dir=tmp_path)
     trained: list[int] = []
@@ -82,6 +92,10 @@ def test_a_branch_is_the_unbranched_run_to_the_bit(long: RunConfig, tmp_path: Pa
     alone = train(short, tmp_path / "alone" / "short", cache_dir=tmp_path)
     assert branched.record["loss"] == alone.record["loss"]
     assert metrics(branched.folder).equals(metrics(alone.folder))
+    whole = tables(alone.folder)
+    assert whole["validation.parquet"]["step"].to_list() == [0, 8, 16, 20]
+    for name, table in tables(branched.folder).items():
+        assert table.equals(whole[name]), name
     expected = weights(alone.folder)
     assert all(
         np.array_equal(value, expected[name]) for name, value in weights(branched.folder).items()

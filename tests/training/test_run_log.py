@@ -3,6 +3,7 @@ while it trains; and validation, which changes nothing.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ from typing import Any
 import polars as pl
 import pytest
 from rank_worlds import router_of, run_config, write_corpus
+from refusals import refused
+from registries import registries_as_before
 
+from moe_lab.errors import AlarmError
+from moe_lab.runs import read_run
 from moe_lab.runs import tables as run_tables
 from moe_lab.runs.layout import TABLE_NAMES
 from moe_lab.runs.tables import TABLES, Line, read_tables
 from moe_lab.training import RunConfig, train
+from moe_lab.training.alarms import ALARMS, AlarmRule
+from moe_lab.training.readings import LayerReading
 from moe_lab.training.run_log import RunLog, thinned
 
 STEPS = 12
@@ -70,6 +77,14 @@ def config(tmp_path: Path) -> RunConfig:
     return run_config(corpus, STEPS, validate_every=4, eval_tokens=300, log_every=2)
 
 
+def interrupt_at(step: int) -> Callable[[dict[str, Any]], None]:
+    def on_step(row: dict[str, Any]) -> None:
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
 def parquets(folder: Path) -> dict[str, pl.DataFrame]:
     return {
         name: pl.read_parquet(folder / f"{name}.parquet").drop("tokens_per_second", strict=False)
@@ -81,13 +96,6 @@ def parquets(folder: Path) -> dict[str, pl.DataFrame]:
 def test_an_interrupted_run_ends_with_the_tables_of_a_whole_one(
     config: RunConfig, tmp_path: Path
 ) -> None:
-    def interrupt_at(step: int) -> Any:
-        def on_step(row: dict[str, Any]) -> None:
-            if row["step"] == step:
-                raise KeyboardInterrupt
-
-        return on_step
-
     result = train(config, tmp_path / "whole", cache_dir=tmp_path)
     for step in (6, 10):
         with pytest.raises(KeyboardInterrupt):
@@ -134,3 +142,61 @@ def test_validation_changes_no_loss_by_a_bit(tmp_path: Path, kind: str) -> None:
         losses.append(pl.read_parquet(folder / "metrics.parquet")["loss"].to_list())
     assert losses[0] == losses[1]
     assert plain.hash() == replace(watched, validate_every=None).hash() != watched.hash()
+
+
+class ThirdObservation(AlarmRule):
+    """Raised once, by the third observation of layer 1."""
+
+    threshold = 2.5
+    advice = "Look at the clock."
+
+    def measure(self, reading: LayerReading) -> float:
+        self.memory["seen"] = self.memory.get("seen", 0) + reading.layer
+        return float(self.memory["seen"])
+
+    def seen(self, reading: LayerReading, value: float) -> str:
+        return f"{value:.0f} observations"
+
+
+@pytest.fixture
+def third_observation() -> Iterator[None]:
+    """An alarm of layer 1 at the third logged step."""
+    with registries_as_before():
+        ALARMS.register("third_observation")(ThirdObservation)
+        yield
+
+
+RAISED = (6, "third_observation", 1, 3.0, 2.5)
+
+
+@pytest.mark.usefixtures("third_observation")
+def test_an_alarm_is_recorded_once_however_often_the_run_is_interrupted(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (4, 6, 8):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", on_step=interrupt_at(step), cache_dir=tmp_path)
+    result = train(config, tmp_path / "run", cache_dir=tmp_path)
+    alarms = read_tables(result.folder).alarms.filter(kind="third_observation")
+    assert alarms.select("step", "kind", "layer", "value", "threshold").rows() == [RAISED]
+    sentence = "Step 6, layer 1: 3 observations."
+    assert alarms.select("sentence", "advice").row(0) == (sentence, "Look at the clock.")
+    assert result.record["alarms"]["third_observation"] == 1
+    assert f"moe-lab: {sentence} Look at the clock.\n" in capsys.readouterr().err
+    progress = read_run(result.folder).progress
+    assert progress.alarms == sum(result.record["alarms"].values())
+    assert progress.alarm.startswith("Step ")
+
+
+@pytest.mark.usefixtures("third_observation")
+def test_an_alarm_can_end_the_run(config: RunConfig, tmp_path: Path) -> None:
+    stopping = config.replace(on_alarm="stop")
+    with refused("third_observation", AlarmError) as caught:
+        train(stopping, tmp_path / "run", cache_dir=tmp_path)
+    assert "Step 6, layer 1: 3 observations." in str(caught.value)
+    tables = read_tables(tmp_path / "run")
+    assert tables.alarms.select("step", "kind").rows() == [(6, "third_observation")]
+    assert tables.metrics["step"].to_list() == [2, 4, 6]
+    assert tables.layers["step"].max() == 6
+    assert not (tmp_path / "run" / "done").exists()
+    assert config.hash() == config.replace(on_alarm="record").hash() != stopping.hash()

@@ -1,0 +1,267 @@
+"""The manifest: opening reads it alone, counts come from it, rows agree, damage is found."""
+
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from listings import as_older_version, edit_manifest, relist
+
+from moe_lab.analysis import expert_load, load_summary
+from moe_lab.errors import TraceError
+from moe_lab.routing import Routing
+from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, merge_traces, open_trace, part_files
+from moe_lab.trace.manifest import MANIFEST
+from moe_lab.trace.seal import SEAL_FILE, write_seal
+
+LAYERS = (LayerMeta(1, 6, 2, 3), LayerMeta(4, 4, 0, 2))
+FILE = "routing/layer=4/part-00001.parquet"
+
+
+def write(folder, documents=4, *, first=0, rows_per_part=32, **options):
+    """Documents of 25 tokens; some slots are not used."""
+    meta = TraceMeta(layers=LAYERS, vocab_size=50)
+    with TraceWriter(folder, meta, rows_per_part=rows_per_part, **options) as writer:
+        for doc in range(first, documents):
+            pos = np.arange(25)
+            writer.write_tokens(pl.DataFrame({"doc": [doc] * 25, "pos": pos, "token_id": pos}))
+            for layer in LAYERS:
+                generator = torch.Generator().manual_seed(doc * 10 + layer.layer)
+                scores = torch.rand(25, layer.num_choices, generator=generator)
+                ids = scores.argsort(dim=1)[:, : layer.top_k]
+                ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, -1)
+                routing = Routing(
+                    ids,
+                    torch.ones(ids.shape),
+                    scores,
+                    scores,
+                    layer.num_experts,
+                    layer.num_zero_experts,
+                )
+                writer.write_routing(layer.layer, [doc] * 25 + pos * 0, pos, routing)
+            writer.finish_documents([doc])
+    return open_trace(folder)
+
+
+def counts_of_rows(trace):
+    """[layer, expert, count] as the rows of every file say."""
+    frames = [
+        trace.read(name, ["experts"])
+        .select(pl.lit(layer).alias("layer"), expert=pl.col("experts").explode())
+        .drop_nulls()
+        for name, layer, _ in trace.files().drop_nulls().iter_rows()
+    ]
+    return pl.concat(frames).group_by("layer", "expert").agg(count=pl.len().cast(pl.Int64))
+
+
+def agree(trace):
+    """The manifest has the counts that the rows have, and every file is as listed."""
+    found = trace.check().counts().filter(pl.col("count") > 0)
+    wanted = counts_of_rows(trace).sort("layer", "expert")
+    columns = ["layer", "expert", "count"]
+    assert trace.manifest.has_counts
+    assert found.select(columns).rows() == wanted.select(columns).rows()
+
+
+def test_counts_of_a_written_trace_agree_with_its_rows(tmp_path):
+    agree(write(tmp_path / "t"))
+
+
+def test_counts_agree_after_a_merge_a_copy_and_a_change_of_user(tmp_path, monkeypatch):
+    parts = [write(tmp_path / name).folder for name in ("a", "b")]
+    agree(merge_traces(parts, tmp_path / "merged"))
+    shutil.copytree(tmp_path / "merged", tmp_path / "elsewhere")
+    agree(open_trace(tmp_path / "elsewhere"))
+    monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
+    foreign = open_trace(tmp_path / "elsewhere")
+    assert foreign.data is not None
+    agree(foreign)
+
+
+@pytest.mark.parametrize("files_per_part", [1, 3, 2**14])
+def test_counts_agree_after_an_interruption_however_the_manifest_is_split(
+    tmp_path, monkeypatch, files_per_part
+):
+    monkeypatch.setattr(part_files, "FILES_PER_PART", files_per_part)
+
+    def interrupted(documents, **options):
+        with pytest.raises(KeyError):
+            interrupted_write(tmp_path / "t", documents, **options)
+
+    interrupted(7)
+    before = open_trace(tmp_path / "t.incomplete", allow_incomplete=True)
+    assert len(before.manifest.parts) == -(-before.files().height // files_per_part)
+    agree(before)
+    interrupted(9, first=7, resume=True)
+    again = write(tmp_path / "t", 12, first=9, resume=True)
+    agree(again)
+    assert again.counts().equals(write(tmp_path / "whole", 12).counts())
+
+
+def interrupted_write(folder, documents, **options):
+    real = TraceWriter.finish_documents
+
+    def fail_after(writer, numbers):
+        real(writer, numbers)
+        if numbers == [documents - 1]:
+            raise KeyError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TraceWriter, "finish_documents", fail_after)
+        write(folder, documents, **options)
+
+
+def test_an_interrupted_trace_whose_manifest_is_newer_than_its_meta_file_opens(tmp_path):
+    """A writer killed between the two."""
+    with pytest.raises(KeyError):
+        interrupted_write(tmp_path / "t", 5)
+    folder = tmp_path / "t.incomplete"
+    meta = (folder / "meta.json").read_bytes()
+    edit_manifest(folder, lambda frame: frame[::-1])
+    (folder / "meta.json").write_bytes(meta)
+    agree(open_trace(folder, allow_incomplete=True))
+    agree(write(tmp_path / "t", 6, first=5, resume=True))
+
+
+def test_the_meta_file_does_not_grow_with_the_trace(tmp_path):
+    sizes = []
+    for documents in (2, 40):
+        trace = write(tmp_path / str(documents), documents)
+        sizes.append((trace.folder / "meta.json").stat().st_size)
+    assert sizes[1] - sizes[0] <= 2  # digits of the number of files
+
+
+def test_opening_and_counting_read_no_data_file(tmp_path):
+    counts = write(tmp_path / "t").counts()
+    for table in ("tokens", "routing"):
+        shutil.rmtree(tmp_path / "t" / table)
+    trace = open_trace(tmp_path / "t")
+    assert trace.counts().equals(counts)
+    assert expert_load(trace)["count"].sum() == load_summary(trace)["slots"].sum() > 0
+    assert trace.num_tokens == 100
+    with pytest.raises(TraceError, match=r"routing/layer=4/part-00000.parquet: No such file"):
+        list(trace.batches(4, ["pos"]))
+    with pytest.raises(TraceError, match=r"expected 12 files, got 12 missing, first routing/"):
+        trace.check()
+
+
+READS = {
+    "batches": lambda trace: list(trace.batches(4, ["pos"])),
+    "read": lambda trace: trace.read(FILE),
+    "path": lambda trace: trace.path(FILE),
+    "routing": lambda trace: trace.routing.collect(),
+    "check": lambda trace: trace.check(),
+}
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("read", READS)
+def test_a_changed_file_is_found_when_it_is_first_read(tmp_path, read, version):
+    folder = write(tmp_path / "t").folder
+    if version < 3:
+        as_older_version(folder, version, sealed=True)
+    flip(folder / FILE)
+    trace = open_trace(folder)
+    assert trace.data is None
+    assert trace.tokens.collect().height == len(list(trace.batches(1, ["pos"]))) * 25
+    size = (folder / FILE).stat().st_size
+    with pytest.raises(TraceError, match=f"{FILE}: expected {size} bytes as written, got another"):
+        READS[read](trace)
+    with pytest.raises(TraceError, match=FILE):  # and again: a refusal is not forgotten
+        READS[read](trace)
+
+
+def test_a_changed_token_file_is_found_when_tokens_are_read(tmp_path):
+    folder = write(tmp_path / "t").folder
+    flip(folder / "tokens/part-00001.parquet")
+    trace = open_trace(folder)
+    with pytest.raises(TraceError, match=r"tokens/part-00001.parquet: expected"):
+        _ = trace.tokens
+
+
+def test_a_changed_file_of_a_trace_from_outside_is_found_on_opening(tmp_path):
+    folder = write(tmp_path / "t").folder
+    (folder / SEAL_FILE).unlink()
+    open_trace(folder)
+    flip(folder / FILE)
+    with pytest.raises(TraceError, match=f"{FILE}: expected"):
+        open_trace(folder)
+
+
+def test_a_changed_manifest_is_refused(tmp_path):
+    folder = write(tmp_path / "t").folder
+    flip(folder / MANIFEST / "part-00000.parquet")
+    with pytest.raises(TraceError, match="manifest: expected the 1 parts that were written"):
+        open_trace(folder)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_counts_that_are_not_those_of_the_rows_are_named_by_file(tmp_path, sealed):
+    folder = write(tmp_path / "t").folder
+    relist(folder, FILE, counts=[9, 9, 9, 0])
+    if sealed:
+        write_seal(folder)
+        assert open_trace(folder).counts().height == 12
+    message = f"{FILE}: expected the slots of each expert as listed in the manifest, 9 of expert 0"
+    with pytest.raises(TraceError, match=message) as caught:
+        open_trace(folder).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_are_not_those_of_the_file_are_named(tmp_path):
+    folder = write(tmp_path / "t").folder
+    relist(folder, FILE, rows=17)
+    write_seal(folder)
+    with pytest.raises(TraceError, match=f"{FILE}: expected 17 rows as recorded, got 18"):
+        open_trace(folder).check()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_trace_of_an_older_version_opens_with_the_same_rows_and_counts(tmp_path, version, sealed):
+    new = write(tmp_path / "t")
+    shutil.copytree(new.folder, tmp_path / "old")
+    as_older_version(tmp_path / "old", version, sealed)
+    old = open_trace(tmp_path / "old").check()
+    assert (old.data is None) == sealed
+    assert old.manifest.has_counts != sealed  # the clean copy has a manifest
+    assert old.counts().equals(new.counts())
+    assert old.files().equals(new.files())
+    assert old.routing.collect().equals(new.routing.collect())
+    assert old.tokens.collect().equals(new.tokens.collect())
+
+
+def test_slots_of_an_older_version_that_are_not_those_of_the_rows_are_named(tmp_path):
+    folder = write(tmp_path / "t").folder
+    edit_manifest(
+        folder,
+        lambda frame: frame.with_columns(
+            pl.col("counts").list.eval(pl.element() + 1).cast(pl.List(pl.UInt32))
+        ),
+    )
+    as_older_version(folder, 2, sealed=True)
+    with pytest.raises(TraceError, match=r"layer=1/part-00000.parquet: expected used slots as"):
+        open_trace(folder).check()
+
+
+def test_an_interrupted_trace_of_an_older_version_goes_on(tmp_path):
+    with pytest.raises(KeyError):
+        interrupted_write(tmp_path / "t", 5)
+    as_older_version(tmp_path / "t.incomplete", 2, sealed=True)
+    trace = write(tmp_path / "t", 8, first=5, resume=True)
+    agree(trace)
+    assert trace.counts().equals(write(tmp_path / "whole", 8).counts())
+
+
+@pytest.mark.parametrize("name", ["tokens/part-99999.parquet", "../x.parquet", "/etc/passwd", ""])
+def test_a_name_that_is_no_file_of_the_trace_is_refused(tmp_path, name):
+    trace = write(tmp_path / "t")
+    with pytest.raises(TraceError):
+        trace.path(name)
