@@ -6,7 +6,12 @@
 from typing import TYPE_CHECKING
 
 from moe_lab.lazy import on_first_use
-from moe_lab.worth.agreement import Conventions, find_conventions, routing_agreement
+from moe_lab.worth.agreement import (
+    Conventions,
+    drift_sentence,
+    find_conventions,
+    routing_agreement,
+)
 
 if TYPE_CHECKING:
     from moe_lab.worth.curves import removal_curves, top_k_losses
@@ -47,6 +52,7 @@ __all__ = [
     "Replay",
     "Silence",
     "TopK",
+    "drift_sentence",
     "exchange_losses",
     "expert_losses",
     "expert_minutes",

@@ -28,6 +28,10 @@ GAIN = 0.02
 """A convention is named where it raises the share of equal slots by more than this."""
 
 
+NEAR_TIES = 0.25
+"""Largest ratio of the median margins of tokens that differ and that agree, for near ties."""
+
+
 @dataclass(frozen=True)
 class Conventions:
     """How the second trace numbers what the first one has.
@@ -249,6 +253,38 @@ _SCHEMA = {
     ),
     "docs": pl.Int64,
 }
+
+
+def drift_sentence(agreement: pl.DataFrame) -> str:
+    """Whether what differs is near ties, as rounding makes it, in one sentence.
+
+    Near ties: in every layer with other sets of experts, the median margin of their tokens is below
+    a quarter of that of tokens with equal sets. The quarter is a convention of ours: any small
+    change of the logits moves small margins first, so that the sentence tells small changes from
+    large ones, not rounding from other small changes.
+
+    Args:
+        agreement: of ``routing_agreement``.
+    """
+    differs = agreement.filter(pl.col("same_set") < 1)
+    if not differs.height:
+        return "All tokens have equal sets of experts."
+    share = 1 - (agreement["same_set"] * agreement["tokens"]).sum() / agreement["tokens"].sum()
+    several = f"{share:.2%} of decisions have another set of experts"
+    known = differs.drop_nulls(["margin_same", "margin_differs"])
+    if known.height < differs.height:
+        return f"{several}; their margins are not recorded, so that near ties are not told apart."
+    ratios = known["margin_differs"] / known["margin_same"]
+    worst = known["layer"][int(ratios.arg_max() or 0)]
+    if ratios.max() < NEAR_TIES:
+        return (
+            f"{several}, at near ties in every layer: their median margin is at most "
+            f"{ratios.max():.2f} of that of the others (layer {worst}), as after rounding."
+        )
+    return (
+        f"{several}, in layer {worst} at margins of {ratios.max():.2f} of the others' median: more "
+        "than rounding differs."
+    )
 
 
 def _layers(

@@ -73,7 +73,8 @@ class Selection(TorchFunctionMode):
         if not self.running:
             return result
         name = getattr(func, "__name__", "")
-        if name == "topk" and not self.selected:
+        if name == "topk" and self.replayed is not None:
+            # Each one over all experts: where they are one group, its best two come before.
             return self._replace(args[0] if args else (kwargs or {})["input"], result)
         if not isinstance(result, Tensor) or result.dim() < 2 or not self.forbidden:
             return result

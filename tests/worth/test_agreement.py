@@ -1,5 +1,6 @@
 """Two traces of one text: planted conventions are recovered, and what differs is counted."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from moe_lab.cli import main
 from moe_lab.errors import AnalysisError
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, capture, open_trace
 from moe_lab.trace.rows import slot_rows
-from moe_lab.worth import find_conventions, routing_agreement
+from moe_lab.worth import drift_sentence, find_conventions, routing_agreement
 
 EXPERTS, SLOTS, LENGTH = 12, 3, 60
 
@@ -125,6 +126,49 @@ def test_rounding_moves_tokens_of_small_margin(tmp_path):
             assert row["margin_differs"] < 0.2 * row["margin_same"]
 
 
+def traced(folder, model, ids):
+    with torch.no_grad(), capture(model, folder):
+        model(ids)
+    return open_trace(folder)
+
+
+def test_bfloat16_beside_float32_differs_at_near_ties_and_the_sentence_says_so(tmp_path):
+    ids = torch.randint(0, 40, (40, 30), generator=torch.Generator().manual_seed(3))
+    model = decoder(layers=3, num_experts=16).float()
+    exact, halved = (
+        traced(tmp_path / "float32", model, ids),
+        traced(tmp_path / "bfloat16", copy.deepcopy(model).bfloat16(), ids),
+    )
+    found = find_conventions(exact, halved)
+    assert (found.positions, found.layers, found.offset) == (0, 0, 0)
+    agreement = routing_agreement(exact, halved, found)
+    assert agreement["same_set"].min() < 1
+    assert agreement["slots"].min() > 0.97
+    for row in agreement.iter_rows(named=True):
+        assert row["margin_differs"] < 0.25 * row["margin_same"]
+        assert row["mass"] > row["slots"] - 1e-3
+    assert "near ties in every layer" in drift_sentence(agreement)
+
+    other = copy.deepcopy(model)
+    for layer in moe_layers(other):
+        layer.router.weight.data += (
+            0.5 * torch.randn_like(layer.router.weight) * (layer.router.weight.std())
+        )
+    moved = routing_agreement(exact, traced(tmp_path / "other", other, ids))
+    assert "more than rounding differs" in drift_sentence(moved)
+    assert "equal sets" in drift_sentence(routing_agreement(exact, exact))
+
+
+def test_drift_without_margins_is_not_called_near_ties(tmp_path):
+    ids = chosen()
+    free = np.array([[(set(range(EXPERTS)) - set(row)).pop() for row in layer] for layer in ids])
+    changed = ids.copy()
+    changed[0, ::5, 0] = free[0, ::5]
+    agreement = routing_agreement(write(tmp_path / "a", ids), write(tmp_path / "b", changed))
+    assert "4.00% of decisions" in drift_sentence(agreement)
+    assert "not recorded" in drift_sentence(agreement)
+
+
 def test_traces_without_a_common_token_are_refused(tmp_path):
     first = write(tmp_path / "a", chosen(documents=1))
     second = write(tmp_path / "b", chosen(documents=1), first_position=1000)
@@ -139,6 +183,7 @@ def test_the_command_names_the_convention_and_prints_the_layers(tmp_path, capsys
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     printed = capsys.readouterr().out
     assert "expert ids are +1" in printed
+    assert "equal sets of experts" in printed
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json", "--as-given"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert "expert ids are +1" in result["sentence"]

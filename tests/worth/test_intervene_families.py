@@ -170,6 +170,32 @@ def test_the_number_of_slots_is_the_routers_own(name: str, tmp_path: Path) -> No
     assert torch.equal(family.run(family.model), family.untouched)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "llama4", "dbrx", "jetmoe", "olmoe"],
+)
+def test_the_gradient_of_a_replay_reaches_the_weights_only(name: str, tmp_path: Path) -> None:
+    family = Family(name, tmp_path / "t")
+    parameter: Any = getattr(family.site.module, "weight", None)
+    if parameter is None:
+        parameter = next(family.site.module.parameters())
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(parameter.shape, generator=generator).double()
+
+    def output(step: float) -> Tensor:
+        parameter.data += step * direction
+        with intervene(family.model, Replay(family.trace), only=family.only):
+            value = family.model(**family.inputs).logits.square().sum()
+        parameter.data -= step * direction
+        return value
+
+    output(0).backward()
+    slope = (parameter.grad * direction).sum()
+    # Most routers take their softmax in float32.
+    numeric = (output(3e-3) - output(-3e-3)) / 6e-3
+    torch.testing.assert_close(numeric.detach(), slope, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_routers_that_cannot_be_edited_are_named(name: str) -> None:
     _, model, _ = with_routers(name)

@@ -153,6 +153,41 @@ def test_the_replay_of_another_model_selects_its_experts_and_trains_the_weights(
         assert layer.router.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_the_gradient_of_a_replay_is_that_of_fixed_ids(kind, options, tmp_path):
+    """A step that moves the model's own selection moves the replayed logits as their gradient says:
+    nothing but the weights of the recorded ids depends on the router.
+    """
+    model = decoder(kind, **options)
+    with torch.no_grad(), capture(model, tmp_path / "t"):
+        model(ids())
+    trace, weight = open_trace(tmp_path / "t"), moe_layers(model)[0].router.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    if kind in ("top_p", "remoe"):  # their own scores say how many slots a token has
+        weight.data += direction
+        with refused("edits", TraceError):
+            logits(model, Replay(trace))
+        return
+
+    def output(step):
+        weight.data += step * direction
+        with intervene(model, Replay(trace)):
+            value = model(ids()).logits.square().sum()
+        weight.data -= step * direction
+        return value
+
+    output(0.0).backward()
+    slope = (weight.grad * direction).sum()
+    numeric = (output(1e-5) - output(-1e-5)) / 2e-5
+    torch.testing.assert_close(numeric.detach(), slope, rtol=1e-5, atol=1e-8)
+    weight.data += direction
+    with torch.no_grad():
+        moved = model(ids()).routings[0].indices
+        with intervene(model, Replay(trace)):
+            assert not torch.equal(model(ids()).routings[0].indices, moved)
+
+
 def test_padding_selects_for_itself_in_a_replay(tmp_path):
     model, valid = decoder(), torch.ones(3, 12, dtype=torch.bool)
     valid[1, 8:] = False
