@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 
-from moe_lab.errors import RunError
+from moe_lab.errors import BusyError, RunError
 from moe_lab.runs.bucket import Bucket
 from moe_lab.runs.owners import Owner, living, owner_of_this_process
 from moe_lab.runs.record import read_object
@@ -74,6 +74,13 @@ class Lease:
             if key != self._key and not self._released.is_set():
                 self._on_lost()
                 return
+
+    def confirm(self) -> None:
+        """Raise ``BusyError`` if another process took the lease over, as it may while this one
+        could not renew it.
+        """
+        if _key(self._bucket, self._name) != self._key:
+            raise BusyError("another worker took over the lease of this run")
 
     def __enter__(self) -> "Lease":
         return self

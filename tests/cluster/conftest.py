@@ -39,8 +39,8 @@ def start(corpus: Path) -> Iterator[Callable[..., Driver]]:
     """Starts the grid; whatever still runs at the end of the test is killed."""
     drivers: list[Driver] = []
 
-    def begin(out: Path, *words: str) -> Driver:
-        drivers.append(Driver(corpus, out, *words))
+    def begin(out: Path, *words: str, **options: Any) -> Driver:
+        drivers.append(Driver(corpus, out, *words, **options))
         return drivers[-1]
 
     yield begin

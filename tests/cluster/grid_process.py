@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,32 @@ FOLDER = Path(__file__).parent
 
 
 class Driver:
-    """The grid as a process, with what it printed in a file."""
+    """The grid as a process, with what it printed in a file.
 
-    def __init__(self, corpus: Path, out: Path, *words: str) -> None:
+    ``on`` makes of the command the one that runs it, such as ``hosts.Host.command``; ``url`` is the
+    grid's store in place of the folder ``out``.
+    """
+
+    def __init__(
+        self,
+        corpus: Path,
+        out: Path,
+        *words: str,
+        url: str = "",
+        on: Callable[..., list[str]] = lambda *words: list(words),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.out = out
         self.log = out.with_suffix(".log")
+        command = on(sys.executable, str(FOLDER / "tiny_grid.py"), str(corpus), url or str(out))
         with open(self.log, "ab") as log:
-            command = [sys.executable, str(FOLDER / "tiny_grid.py"), str(corpus), str(out), *words]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                [*command, *words],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )
 
     def release(self) -> None:
         """Let the runs go on that ``hold`` stopped."""
@@ -47,7 +65,7 @@ class Driver:
         found = {}
         for pid, run in trainers(self.out).items():
             with suppress(FileNotFoundError):
-                if (self.out / run / HELD).read_text() == str(pid):
+                if (self.out / run / HELD).read_text().split()[:1] == [str(pid)]:
                     found[pid] = run
         return found
 

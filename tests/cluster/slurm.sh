@@ -2,6 +2,8 @@
 # One SLURM controller and one node on loopback, without systemd, cgroups or accounting: slurm.sh {start|stop} FOLDER
 # Everything it writes lies in FOLDER, which it must own; clients find it through SLURM_CONF=FOLDER/slurm.conf. Needs root, and Debian's
 # slurmctld, slurmd, slurm-client and munge. Ports are derived from the folder's name, so that two clusters can live side by side.
+# SLURM_AT is the address of this host in place of 127.0.0.1, SLURM_NODES the lines of the nodes and partitions and what else is to be set;
+# on other hosts of SLURM_NODES, slurmd alone is started with the same SLURM_CONF.
 set -euo pipefail
 action=$1
 folder=$(mkdir -p "$2" && cd "$2" && pwd)
@@ -13,14 +15,14 @@ stop() {
     timeout 10 scancel --me 2>/dev/null || true
     for _ in $(seq 50); do [ -n "$(timeout 10 squeue -h 2>/dev/null)" ] || break; sleep 0.2; done
   fi
-  for name in slurmd slurmctld munged; do
-    [ -s "$folder/$name.pid" ] || continue
+  for file in "$folder"/slurmd.*.pid "$folder"/slurmctld.pid "$folder"/munged.pid; do
+    [ -s "$file" ] || continue
     local pid
-    pid=$(cat "$folder/$name.pid")
+    pid=$(cat "$file")
     kill "$pid" 2>/dev/null || true
     for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
     kill -9 "$pid" 2>/dev/null || true
-    rm -f "$folder/$name.pid"
+    rm -f "$file"
   done
 }
 
@@ -31,16 +33,18 @@ start() {
   [ "$(id -u)" = 0 ] || { echo "needs root: slurmd starts its jobs as their owners"; exit 3; }
   mkdir -p "$folder"/{state,spool,log}
   chmod 755 "$folder"
-  local port host
+  local port host one_node
   port=$((20000 + $(printf %s "$folder" | cksum | cut -d' ' -f1) % 10000 * 2))
   host=$(hostname -s)
+  one_node="NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP"
   head -c 1024 /dev/urandom >"$folder/munge.key"
   chmod 400 "$folder/munge.key"
   munged --force --socket="$socket" --key-file="$folder/munge.key" --pid-file="$folder/munged.pid" \
     --seed-file="$folder/munged.seed" --log-file="$folder/log/munged.log"
   cat >"$SLURM_CONF" <<EOF
 ClusterName=loopback
-SlurmctldHost=$host(127.0.0.1)
+SlurmctldHost=$host(${SLURM_AT:-127.0.0.1})
 SlurmUser=root
 SlurmctldPort=$port
 SlurmdPort=$((port + 1))
@@ -49,11 +53,11 @@ CredType=cred/munge
 # A requeued job waits for the life of its credential before it starts again: 120 seconds by default.
 AuthInfo=socket=$socket,cred_expire=5
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool/%n
 SlurmctldLogFile=$folder/log/slurmctld.log
-SlurmdLogFile=$folder/log/slurmd.log
+SlurmdLogFile=$folder/log/slurmd.%n.log
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd.%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -65,8 +69,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2
 ReturnToService=2
 KillWait=1
-NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
+${SLURM_NODES:-$one_node}
 EOF
   slurmctld
   slurmd

@@ -3,12 +3,14 @@ begin and to continue.
 
 Decoders of two ratios, of a few seconds each, trained on the bytes of a folder of text. ``steps=``,
 ``seeds=`` and ``workers=`` are the grid's, other pairs the launcher's. A run stands still at step
-``HELD_AT`` while the file ``HOLD`` lies beside it, so that what a test does to it happens in the
-middle of its training, however slow the machine is.
+``HELD_AT`` while the file ``HOLD`` lies beside it, or in the folder ``MOE_LAB_TEST_HOLD``, so that
+what a test does to it happens in the middle of its training, however slow the machine is. With
+``MOE_LAB_TEST_SILENCE`` claims and leases of another host are dead after so many seconds.
 """
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from typing import Any
 from moe_lab.errors import MoELabError
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
+from moe_lab.runs import folder_claims, object_leases
 from moe_lab.sweeps import SweepConfig, run
 from moe_lab.text import TextConfig
 from moe_lab.training import RunConfig
@@ -33,6 +36,12 @@ HELD = "held"
 HELD_AT = 20
 HOLD_SECONDS = 600
 """At most, for runs that a failed test leaves behind."""
+HOLD_IN, SILENCE = "MOE_LAB_TEST_HOLD", "MOE_LAB_TEST_SILENCE"
+
+if SILENCE in os.environ:  # in the driver and in its workers, which import this file
+    seconds = float(os.environ[SILENCE])
+    folder_claims.SILENT_SECONDS = object_leases.SILENT_SECONDS = seconds
+    folder_claims.HEARTBEAT_SECONDS = object_leases.RENEW_SECONDS = seconds / 5
 
 
 def write_corpus(folder: Path) -> Path:
@@ -71,7 +80,12 @@ def tiny_grid(corpus: Path, steps: int, seeds: int) -> SweepConfig:
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
     """Result by run, without what depends on the clock."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/result.json")}
+    paths = out.glob("*/result.json")
+    return lasting({path.parent.name: json.loads(path.read_text()) for path in paths})
+
+
+def lasting(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results without what depends on the clock."""
     return {
         name: {key: value for key, value in values.items() if key not in VOLATILE}
         for name, values in found.items()
@@ -82,20 +96,19 @@ class Hold:
     """A logger that waits: the run goes on with the numbers it would have had."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.deadline = folder, time.monotonic() + HOLD_SECONDS
+        place = os.environ.get(HOLD_IN)
+        self.hold = Path(place or folder.parent) / HOLD
+        self.held = Path(place) / folder.name if place else folder / HELD
+        self.deadline = time.monotonic() + HOLD_SECONDS
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        while (
-            step >= HELD_AT
-            and (self.folder.parent / HOLD).exists()
-            and time.monotonic() < self.deadline
-        ):
-            (self.folder / HELD).write_text(str(os.getpid()))
+        while step >= HELD_AT and self.hold.exists() and time.monotonic() < self.deadline:
+            self.held.write_text(f"{os.getpid()} {socket.gethostname()}")
             time.sleep(0.05)
-        (self.folder / HELD).unlink(missing_ok=True)
+        self.close()
 
     def close(self) -> None:
-        (self.folder / HELD).unlink(missing_ok=True)
+        self.held.unlink(missing_ok=True)
 
 
 def train(values: dict[str, Any], folder: Path) -> None:
@@ -119,7 +132,7 @@ def main(corpus: str, out: str, launcher: str, *pairs: str) -> int:
         grid = tiny_grid(Path(corpus), steps, seeds)
         outcome = run(
             grid,
-            Path(out),
+            out,
             workers or None,
             launcher=launcher,
             launcher_options=options,

@@ -21,7 +21,7 @@ from fsspec.registry import _registry
 from stub_trainer import HOLD, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.cli import main
-from moe_lab.errors import RunError
+from moe_lab.errors import BusyError, RunError
 from moe_lab.runs import object_leases
 from moe_lab.runs.bucket import Bucket
 from moe_lab.runs.failures import Failure, FailureKind
@@ -186,6 +186,25 @@ def test_a_holder_hears_that_it_was_overtaken(root: Path, monkeypatch: pytest.Mo
         time.sleep(0.5)
     assert lost == [1]
     assert bucket.read("lease") is not None  # the rival's, which is not ours to give back
+
+
+def test_a_worker_that_was_overtaken_copies_nothing_more(root: Path, tmp_path: Path):
+    """Its result may differ in its seconds from that of the worker that took the run over."""
+    bucket, one = Bucket("bucket://b/sweep"), GRID[0].hash()
+    scratch = tmp_path / "copies"
+    with take(bucket, "lease") as lease:  # type: ignore[union-attr]
+        copies = _Copies(bucket, one, scratch, tmp_path / "log.txt", lease.confirm)
+        copies.fetch()
+        for name in ("result.json", "done"):
+            (scratch / name).write_text("ours")
+        bucket.write("lease", json.dumps({"key": "rival"}).encode())
+        with pytest.raises(BusyError):
+            copies.finish()
+        with copies:  # which copies once more at its end
+            pass
+    assert [path for path in (root / "b/sweep").rglob("*") if path.is_file()] == [
+        root / "b/sweep/lease"
+    ]
 
 
 @pytest.mark.parametrize("hours_wrong", [-5, 0, 5])
@@ -427,7 +446,7 @@ def test_a_damaged_checkpoint_is_set_aside_in_the_store(root: Path, tmp_path: Pa
     assert [path.name for path in place.iterdir()] == ["checkpoint.damaged"]
     store.set_checkpoint_aside(victim.hash())  # once more: nothing to do
     scratch = tmp_path / "copies"
-    _Copies(store.bucket, victim.hash(), scratch, scratch / "log.txt").fetch()
+    _Copies(store.bucket, victim.hash(), scratch, scratch / "log.txt", lambda: None).fetch()
     assert not list(scratch.iterdir())  # nobody reads the damaged one
     write_failure(store.bucket, victim.hash(), Failure("damaged", FailureKind.CHECKPOINT))
     assert go("bucket://b/sweep", victim, retry_failed=True).complete

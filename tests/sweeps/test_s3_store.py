@@ -141,6 +141,15 @@ def test_a_bucket_that_is_not_there_is_one_line(
         call()
 
 
+def test_a_lease_that_cannot_be_given_back_fails_no_run(s3: S3Server, impatient: None):
+    bucket = Bucket(URL)
+    lease = take(bucket, "lease")
+    assert lease is not None
+    with s3.fault("InternalError"), lease:
+        pass
+    assert bucket.read("lease") is not None, "it ends with this process"
+
+
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A content that is uploaded in three parts."""
@@ -254,5 +263,5 @@ def test_a_listing_that_names_what_is_gone_stops_no_run(s3: S3Server, tmp_path: 
     s3.listed_at = time.monotonic()
     bucket.delete(names[:1])
     assert bucket.names("files") == names
-    _Copies(bucket, one, tmp_path / "copies", tmp_path / "log.txt").fetch()
+    _Copies(bucket, one, tmp_path / "copies", tmp_path / "log.txt", lambda: None).fetch()
     assert os.listdir(tmp_path / "copies") == ["kept"]

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +93,7 @@ def train(values: dict[str, Any], folder: Path) -> None:
     scratch = below(shared, check_run_name(run, "a job"), "a job")
     with lease:
         if bucket.read(f"{STATE}/{run}/{DONE}") is None:
-            copies = _Copies(bucket, run, scratch, folder / LOG)
+            copies = _Copies(bucket, run, scratch, folder / LOG, lease.confirm)
             try:
                 if not (
                     scratch / DONE
@@ -101,6 +102,8 @@ def train(values: dict[str, Any], folder: Path) -> None:
                     with copies:
                         trainer(values["config"], scratch)
                 copies.finish()
+            except BusyError:
+                raise
             except Exception as error:
                 with suppress(RunError):
                     failure = failure_of(error, scratch)
@@ -112,11 +115,15 @@ def train(values: dict[str, Any], folder: Path) -> None:
 
 class _Copies:
     """The copies of one run's files in the store; as a context manager, kept up to date by a
-    thread.
+    thread. ``confirm`` raises ``BusyError`` before a file of ours would replace that of the worker
+    which took the run over.
     """
 
-    def __init__(self, bucket: Bucket, run: str, scratch: Path, log: Path) -> None:
+    def __init__(
+        self, bucket: Bucket, run: str, scratch: Path, log: Path, confirm: Callable[[], None]
+    ) -> None:
         self._bucket, self._run, self._scratch, self._log = bucket, run, scratch, log
+        self._confirm = confirm
         self._copied: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_up, daemon=True)
@@ -158,6 +165,7 @@ class _Copies:
 
         A checkpoint is held by a link while the metrics that lead up to it are copied first.
         """
+        self._confirm()
         self._copy_log()
         files = [
             path
@@ -198,6 +206,7 @@ class _Copies:
         """Everything, then ``done``, then away with the checkpoint."""
         if not (self._scratch / DONE).exists():
             raise RunError(NOT_DONE)
+        self._confirm()
         self._copy_log()
         for path in sorted(self._scratch.rglob("*")):
             name = path.relative_to(self._scratch).as_posix()

@@ -39,6 +39,14 @@ STORE_BYTES = 100 * 2**20
 text.
 """
 
+KEEPALIVE = {
+    "RAY_grpc_client_keepalive_time_ms": "65000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+}
+"""A machine that vanishes ends no connection: after so long without an answer its runs are lost.
+Ray itself waits 420 s, and its servers refuse to be asked more often than once a minute.
+"""
+
 
 @dataclass(frozen=True)
 class RayOptions(Config):
@@ -215,6 +223,8 @@ class _Head:
 
 
 def _connect(address: str) -> Any:
+    for name, value in KEEPALIVE.items():  # read when ray is imported
+        os.environ.setdefault(name, value)
     ray = extra("ray", "ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here tells nobody
     new = {} if address else {"include_dashboard": False, "object_store_memory": STORE_BYTES}
