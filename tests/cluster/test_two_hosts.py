@@ -257,10 +257,14 @@ def test_slurm_takes_a_run_from_a_host_by_priority_drains_it_and_loses_it(
     assert found == {run: local_results[run] for run in found}
     assert len(found) == 2
 
-    before = {path.name: path.read_bytes() for path in (driver.out / run).iterdir()}
+    def files() -> dict[Path, bytes]:
+        paths = (driver.out / run).rglob("*")
+        return {path: path.read_bytes() for path in paths if path.is_file()}
+
+    before = files()
     second.come_back()
     driver.wait_for("the end of the run's lost process", lambda: pid not in second.pids())
-    assert {path.name: path.read_bytes() for path in (driver.out / run).iterdir()} == before
+    assert files() == before
 
 
 def test_slurm_workers_on_s3_share_no_folder_but_that_of_their_jobs(
