@@ -91,7 +91,7 @@ def late(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_two_drivers_on_two_hosts_share_the_work_of_a_folder_that_tells_late(
+def test_two_drivers_on_two_hosts_share_the_work_of_a_folder_that_shows_files_late(
     hosts: tuple[Host, Host, str], late: dict[str, str], stubs: ModuleType, tmp_path: Path
 ) -> None:
     """Each sees the other's claims, checkpoints and ``done`` two seconds late."""
