@@ -23,6 +23,8 @@ LEAST = 0.01
 """Least mean number of experts that counts; less is the same."""
 FIRST = 16
 """Readings whose mean is the target where no other is known."""
+REACHED, WAIT = 0.25, 64
+"""Share of the target within which a budget has been reached, and readings to wait for it."""
 
 
 def unevenness(reading: LayerReading) -> float | None:
@@ -47,13 +49,13 @@ class RouterCollapse(AlarmRule):
     ST-MoE's (arXiv 2202.08906, section 3.3).
     """
 
-    threshold = 0.87
-    patience = 8
+    threshold = 0.91
+    patience = 12
     advice = (
         "Look at the balance loss (its coefficient, and whether it reaches the router), the "
         "controller of the selection bias, and the learning rate of the router. People restore "
         "the last even checkpoint and continue with a larger balance coefficient or a selection "
-        "bias, a z-loss, or a lower learning rate; a collapsed router rarely recovers alone."
+        "bias, a z-loss, or a lower learning rate."
     )
 
     def measure(self, reading: LayerReading) -> float | None:
@@ -83,8 +85,8 @@ class DeadExperts(AlarmRule):
     threshold = 24.0
     advice = (
         "If the expert's weights are zero, look at how they were initialised or loaded. If it gets "
-        "no tokens, look at the balance loss or the selection bias: an expert without tokens has "
-        "no gradient and does not return alone. People raise the balance coefficient, use a "
+        "no tokens, look at the balance loss or the selection bias: an expert without tokens "
+        "learns nothing. People raise the balance coefficient, use a "
         "selection bias, or initialise the expert again from a busy one."
     )
 
@@ -128,7 +130,7 @@ class LoadDrift(AlarmRule):
     2501.11873; the bias and its rate, arXiv 2408.15664, section 4.3.
     """
 
-    threshold = 0.68
+    threshold = 0.78
     patience = 8
     advice = (
         "The load was more even before. Look at what changed at that step: data, learning rate, "
@@ -304,7 +306,8 @@ class _OffTarget(AlarmRule):
 class BudgetDrift(_OffTarget):
     """Distance of the mean number of experts per token from its target as |ln(mean / target)|, for
     layers without zero-compute experts. Where no mean is aimed at, the target is the mean of the
-    first 16 readings.
+    first 16 readings. Counted from when the mean has come within 25 % of the target, or from
+    reading 64: routers such as ReMoE begin with many experts.
 
     Advice: DTop-p's controller, arXiv 2512.13996; the entropy loss, arXiv 2403.07652.
     """
@@ -321,7 +324,10 @@ class BudgetDrift(_OffTarget):
         if reading.num_zero_experts:
             return None
         if reading.ffn_target is not None:
-            return self.off(reading, reading.ffn_target)
+            off = self.off(reading, reading.ffn_target)
+            waited = self.memory.get("waited", 0)
+            self.memory["waited"] = WAIT if off < math.log(1 + REACHED) else min(waited + 1, WAIT)
+            return off if self.memory["waited"] == WAIT else None
         first = self.memory.setdefault("first", [])
         if len(first) < FIRST:
             first.append(reading.mean_ffn_count)
@@ -356,7 +362,7 @@ class ZeroShare(_OffTarget):
 @ALARMS.register("balance_dominates")
 class BalanceDominates(AlarmRule):
     """R_g: the gradient of the balance losses on the mean scores over that of the language loss;
-    readings without a finite one are left out.
+    it is infinite where the language loss reaches no score.
 
     Advice: LongCat-Flash (arXiv 2509.01322, section 3) keeps it below 0.1.
     """
@@ -370,8 +376,7 @@ class BalanceDominates(AlarmRule):
     )
 
     def measure(self, reading: LayerReading) -> float | None:
-        ratio = reading.gradient_ratio
-        return ratio if ratio is not None and math.isfinite(ratio) else None
+        return reading.gradient_ratio
 
     def seen(self, reading: LayerReading, value: float) -> str:
         return (
@@ -414,7 +419,7 @@ class RouterSpeed(AlarmRule):
     Advice: instabilities of routers, ST-MoE (arXiv 2202.08906, section 3).
     """
 
-    threshold = 0.015
+    threshold = 0.02
     patience = 2
     advice = (
         "The router learns much faster than is usual. Look at its learning rate (parameter groups, "

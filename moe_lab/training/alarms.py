@@ -6,6 +6,7 @@ they are right, in docs/alarms.md. Another kind is a subclass of ``AlarmRule`` u
 ``@ALARMS.register("name")``.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -98,7 +99,9 @@ class AlarmRule:
         self.active = False
 
     def measure(self, reading: LayerReading) -> float | None:
-        """The value of a reading; None where the layer or the reading has no such value."""
+        """The value of a reading; None where the layer or the reading has no such value. One that
+        is not finite counts as None.
+        """
         raise TypeError(f"{type(self).__name__} does not define measure()")
 
     def seen(self, reading: LayerReading, value: float) -> str:
@@ -110,7 +113,7 @@ class AlarmRule:
         are fewer, or if this reading has none.
         """
         value = self.measure(reading)
-        if value is None:
+        if value is None or not math.isfinite(value):
             return None
         self.past = [*self.past, value][-self.patience :]
         if len(self.past) < self.patience:
