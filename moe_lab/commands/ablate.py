@@ -23,6 +23,7 @@ from moe_lab.number_format import count_of
 from moe_lab.progress import clock, shown
 from moe_lab.runs.layout import DONE
 from moe_lab.terminal import say
+from moe_lab.worth.worth_files import META, WORTH_FOLDER, read_meta, refuse_finished
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from moe_lab.text import TokenizedDocument
     from moe_lab.worth.ablation import Ablation
 
-WORTH_FOLDER = "worth"
 SHOWN = 5
 """Experts at each end of the printed table."""
 
@@ -145,8 +145,6 @@ def _experts(text: str) -> int | None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from moe_lab.worth.ablation import META, refuse_finished
-
     is_run = (args.source / DONE).exists()
     out = args.out or (args.source / WORTH_FOLDER if is_run else None)
     if out is None and not args.plan:
@@ -178,8 +176,6 @@ def main(args: argparse.Namespace) -> int:
 
 def _print(args: argparse.Namespace, tables: "dict[str, pl.DataFrame]", out: Path) -> None:
     import polars as pl
-
-    from moe_lab.worth.ablation import read_meta
 
     meta = read_meta(out)
     sentences = [*meta["sentences"], *(f"note: {note}" for note in meta["notes"])]

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = examples(
         "moe-lab report runs/small",
         'moe-lab report runs/x traces/y --out page.html --title "Two models"',
+        "moe-lab report traces/olmoe --worth worth/olmoe",
     )
     parser.add_argument(
         "source", nargs="+", type=place, help="a sweep's folder or URL, run folders, or a trace"
@@ -34,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, None, "the page (default: report.html in the first folder; of a URL, in this one)"
     )
     parser.add_argument("--title", default=None, help="heading of the page")
+    parser.add_argument(
+        "--worth",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="tables of moe-lab ablate (default: worth in the folder of a run)",
+    )
     add_json(parser)
 
 
@@ -43,7 +51,8 @@ def main(args: argparse.Namespace) -> int:
     first = args.source[0]
     out = args.out or (first / "report.html" if isinstance(first, Path) else Path("report.html"))
     sources = map(str, args.source)
-    command = shlex.join(["moe-lab", "report", *sources, "--out", str(out)])
+    worth = [] if args.worth is None else ["--worth", str(args.worth)]
+    command = shlex.join(["moe-lab", "report", *sources, *worth, "--out", str(out)])
     urls = [source for source in args.source if not isinstance(source, Path)]
     with ExitStack() as stack:
         folders = args.source
@@ -56,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
             ]
         title = args.title or (f"moe_lab report: {urls[0]}" if urls else None)
         with shown(not args.json):
-            page = write_report(folders, out, title=title, command=command)
+            page = write_report(folders, out, title=title, command=command, worth=args.worth)
         if args.json:
             print_json({"report": page, "bytes": page.stat().st_size})
             return 0

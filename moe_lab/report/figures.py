@@ -38,6 +38,13 @@ from moe_lab.report.wall_figures import (
     wall_loss,
     wall_power,
 )
+from moe_lab.report.worth_figures import (
+    expert_worth,
+    removal_curves,
+    score_agreement,
+    sorted_worth,
+    top_k_losses,
+)
 
 __all__ = [
     "against_experts",
@@ -51,6 +58,7 @@ __all__ = [
     "domain_specialisation",
     "expert_cache",
     "expert_load",
+    "expert_worth",
     "ffn_spread",
     "frontier",
     "law_fit",
@@ -60,9 +68,13 @@ __all__ = [
     "marginal_gain",
     "placement_load",
     "plain",
+    "removal_curves",
     "repetition",
     "router_entropy",
     "saturation",
+    "score_agreement",
+    "sorted_worth",
+    "top_k_losses",
     "training_curves",
     "transitions",
     "vocabulary_specialisation",

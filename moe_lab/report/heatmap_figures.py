@@ -257,10 +257,25 @@ def map_layout(figure: Canvas, ratio: NDArray, reach: int, title: str, height: i
         near = decimal(100 * away, 1)
         figure.in_words = f"every value is 1 (within {near} %)" if away else "every value is 1"
     ticks = range(-reach, reach + 1, 2 if reach > REACH else 1)
+    names = [f"{2**tick}\u00d7" if tick >= 0 else f"1/{2**-tick}" for tick in ticks]
+    return place_map(figure, dict(zip(ticks, names, strict=True)), reach, title, height)
+
+
+def place_map(
+    figure: Canvas, ticks: dict[Any, str], reach: float, title: str, height: int
+) -> Canvas:
+    """Place a map below its colour bar.
+
+    Args:
+        ticks: value of the colour -> its text.
+        reach: the scale goes from -reach to reach.
+        title: of the scale.
+        height: of the cells, in pixels.
+    """
     whole = ABOVE + height + BELOW
     bar = {
         "tickvals": list(ticks),
-        "ticktext": [f"{2**tick}\u00d7" if tick >= 0 else f"1/{2**-tick}" for tick in ticks],
+        "ticktext": list(ticks.values()),
         **{"orientation": "h", "x": 0, "xanchor": "left", "xpad": 0, "ypad": 0},
         **{"yref": "container", "y": 1 - TITLE / whole, "yanchor": "top"},
         **{"len": BAR, "lenmode": "pixels"},

@@ -39,6 +39,7 @@ from moe_lab.report.serving_section import serving_section
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.text_section import ColouredText, coloured_text
 from moe_lab.report.wall_section import judged_material, wall_blocks, wall_folded
+from moe_lab.report.worth_section import worth_section
 
 MAX_BYTES = 15_000_000
 """Of a page. What does not fit lies beside it, and the page says so."""
@@ -50,6 +51,7 @@ def write_report(
     path: Path | str,
     title: str | None = None,
     command: str | None = None,
+    worth: Path | str | None = None,
 ) -> Path:
     """Write the page and ``<page stem>_data/NAME.parquet`` beside it.
 
@@ -59,6 +61,7 @@ def write_report(
         path: of the HTML file; an existing one is replaced when the new one is complete.
         title: of the page; made from the sources by default.
         command: what a reader types to make the page again; ``moe-lab report ...`` by default.
+        worth: folder of ``moe-lab ablate``; those in the runs' folders by default.
 
     Returns:
         ``path``.
@@ -66,6 +69,7 @@ def write_report(
     Raises:
         RunError: a source is missing or has no finished run, or the page cannot be written.
         TraceError: a trace is damaged.
+        AnalysisError: no finished measurement in ``worth``.
     """
     path = Path(path)
     material = gather(sources)
@@ -77,14 +81,23 @@ def write_report(
     title = title or f"moe_lab report: {short_path(names[0])}" + (
         f" and {count_of(len(names) - 1, 'other')}" if names[1:] else ""
     )
-    draw_page(material, Frames(), path, title=title, command=command)
+    folder = None if worth is None else Path(worth)
+    draw_page(material, Frames(), path, title=title, command=command, worth=folder)
     return path
 
 
-def draw_page(material: Material, frames: Frames, path: Path, *, title: str, command: str) -> None:
+def draw_page(
+    material: Material,
+    frames: Frames,
+    path: Path,
+    *,
+    title: str,
+    command: str,
+    worth: Path | None = None,
+) -> None:
     """Write the page and its data; what ``frames`` holds already is not computed again."""
     folder = _data_folder(path)
-    content = _content(material, frames, command)
+    content = _content(material, frames, command, worth)
     remove_temporaries(path.parent, glob.escape(path.name))
     remove_temporaries(folder)
     data = content.pop("data")
@@ -130,7 +143,9 @@ def render(**values: Any) -> str:
     )
 
 
-def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]:
+def _content(
+    material: Material, frames: Frames, command: str, worth: Path | None
+) -> dict[str, Any]:
     study = frames(judged_material, material)
     of_runs = material.about == "sweep"
     evidence = study if of_runs and not isinstance(study, MoELabError) else None
@@ -181,6 +196,7 @@ def _content(material: Material, frames: Frames, command: str) -> dict[str, Any]
             "Serving",
             tuple(serving_section(replace(material, traces=of_compute), frames)),
         ),
+        worth_section(material, worth),
         Section("text", "Coloured text", "Validation text, coloured", coloured=coloured),
         difficulty,
         Section("training", "Training", "Training", _drawn(("", training_block(material, frames)))),

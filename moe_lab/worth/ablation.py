@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from moe_lab.document_pass import evaluating
-from moe_lab.errors import AnalysisError, TraceError, require
-from moe_lab.files import parse_json, read_regular, write_json, write_parquet
+from moe_lab.errors import TraceError, require
+from moe_lab.files import write_json, write_parquet
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.fingerprints import model_hash
 from moe_lab.versions import versions
@@ -31,9 +31,9 @@ from moe_lab.worth.paired_passes import edited_sums, log_probabilities, logits_o
 from moe_lab.worth.pairs import exchange_losses, pair_losses
 from moe_lab.worth.scores import SCORES, expert_scores, score_agreement
 from moe_lab.worth.token_groups import Classes
+from moe_lab.worth.worth_files import LOSSES, META, refuse_finished
 from moe_lab.worth.worth_sentences import curve_sentences, worth_sentences
 
-META, LOSSES = "meta.json", "losses.parquet"
 CURVES = (len(SCORES) + 11) * len(SHARES)
 """Points of ``removal_curves``: each score, the measured loss and ten random orders."""
 
@@ -204,39 +204,6 @@ def _seconds(work: Callable[..., Any], *args: Any) -> float:
     start = perf_counter()
     work(*args)
     return perf_counter() - start
-
-
-def refuse_finished(folder: Path) -> None:
-    """Raise ``AnalysisError`` if a finished measurement lies in a folder."""
-    require(
-        not (folder / META).exists(),
-        "a folder without a finished measurement",
-        folder,
-        "another folder, or removing this one",
-        error=AnalysisError,
-        field="out",
-    )
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The content of ``meta.json`` of a finished measurement."""
-    path = folder / META
-    require(
-        path.is_file(),
-        f"a finished measurement of moe-lab ablate in {folder}",
-        f"no {META}",
-        error=AnalysisError,
-        field="worth",
-    )
-    meta = parse_json(read_regular(path))
-    require(
-        isinstance(meta, dict) and isinstance(meta.get("sentences"), list),
-        f"the facts of a measurement in {path}",
-        "others",
-        error=AnalysisError,
-        field="worth",
-    )
-    return meta
 
 
 @torch.no_grad()

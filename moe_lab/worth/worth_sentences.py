@@ -17,9 +17,7 @@ from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, Floats
 from moe_lab.number_format import count_of, decimal, listing
 from moe_lab.worth.document_means import ratios
 from moe_lab.worth.scores import SCORES
-
-FREE_SHARE = 0.001
-"""Of the loss: an expert that costs less costs nothing."""
+from moe_lab.worth.worth_files import FREE_SHARE
 
 
 def worth_sentences(

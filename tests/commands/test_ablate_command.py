@@ -9,11 +9,11 @@ from refusals import refused
 from test_difficulty_command import WORDS, config_of
 
 from moe_lab.cli import command_parsers, main
-from moe_lab.commands.ablate import WORTH_FOLDER
 from moe_lab.errors import AnalysisError, ConfigError, MoELabError, TraceError
 from moe_lab.text import Split, load_tokens
 from moe_lab.training import load_run, train
 from moe_lab.worth import expert_losses, measures
+from moe_lab.worth.worth_files import WORTH_FOLDER
 
 
 @pytest.fixture(scope="module")

@@ -235,6 +235,75 @@ def make_run(
     return folder
 
 
+def make_worth(folder: Path, layers: int = 4, experts: int = 16) -> Path:
+    """The tables of a made-up measurement of experts, two of which were not measured."""
+    folder.mkdir(parents=True)
+    random, count = np.random.default_rng(5), layers * experts
+    d_loss = random.normal(0.002, 0.004, count)
+    d_loss[3] = 0.4
+    docs = {"tokens": np.full(count, 9000), "docs": np.full(count, 40)}
+    worth = pl.DataFrame(
+        {
+            "layer": np.repeat(np.arange(layers), experts),
+            "expert": np.tile(np.arange(experts), layers),
+            "edit": ["forbid"] * count,
+            "by": pl.Series([None] * count, dtype=pl.String),
+            "class": pl.Series([None] * count, dtype=pl.String),
+            "d_loss": d_loss,
+            "lo": d_loss - 0.003,
+            "hi": d_loss + 0.004,
+            "used": np.full(count, 700),
+            **docs,
+        }
+    )
+    scores = ("frequency", "gate_mass", "output_norm", "reap", "activation_norm")
+    agreement = pl.DataFrame(
+        [
+            {
+                "layer": layer, "score": score, "rho": rho, "lo": rho - 0.2, "hi": rho + 0.1,
+                "top": 0.5, "top_chance": 0.1, "experts": experts, "docs": 40,
+            }
+            for layer in (None, *range(layers))
+            for score, rho in zip(scores, random.uniform(-0.2, 0.8, 5), strict=True)
+        ],
+        schema_overrides={"layer": pl.Int64},
+    )  # fmt: skip
+    orders = (*scores, "measured loss", *(f"random {number + 1}" for number in range(10)))
+    curves = pl.DataFrame(
+        [
+            {
+                "order": order, "share": share, "removed": int(share * count),
+                "d_loss": 0.1 * (1 + place) * share, "lo": 0.08 * (1 + place) * share,
+                "hi": 0.13 * (1 + place) * share, "p_random": None, "docs": 20,
+            }
+            for place, order in enumerate(orders)
+            for share in (0.125, 0.25, 0.375, 0.5)
+        ]
+    )  # fmt: skip
+    top_k = pl.DataFrame(
+        [
+            {
+                "k": k, "by": by, "class": name, "d_loss": 0.3 / k - 0.15, "lo": 0.28 / k - 0.15,
+                "hi": 0.33 / k - 0.15, "docs": 40,
+            }
+            for k in (1, 2, 3, 4)
+            for by, name in ((None, None), ("lexer", "keyword"), ("lexer", "name"))
+        ]
+    )  # fmt: skip
+    tables = {"worth": worth[:-2], "agreement": agreement, "curves": curves, "top_k": top_k}
+    for name, table in tables.items():
+        table.write_parquet(folder / f"{name}.parquet")
+    meta = {"sentences": ["12 of 62 measured experts matter."], "notes": [], "loss": 3.1}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def _run_with_worth(folder: Path) -> Path:
+    run = make_run(folder / "run", "topk", 8, 0, Shape(experts=16))
+    make_worth(run / "worth")
+    return run
+
+
 def make_failed_run(folder: Path, error: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"name": "topk-64", "seed": 9}))
@@ -322,7 +391,7 @@ def _two(folder: Path) -> list[Path]:
 
 PAGES = {
     "demo": _demo,
-    "run": lambda folder: make_run(folder / "run", "topk", 8, 0, Shape(experts=16)),
+    "run": _run_with_worth,
     "olmoe": lambda folder: make_trace(
         folder / "OLMoE", Shape(layers=16, experts=64, top_k=8), model="OLMoE"
     ),

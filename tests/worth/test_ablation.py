@@ -10,8 +10,9 @@ from test_interventions import decoder
 from moe_lab.errors import AnalysisError, ConfigError, TraceError
 from moe_lab.worth import Forbid, expert_losses, expert_scores, expert_worth, measures
 from moe_lab.worth import ablation as ablation_module
-from moe_lab.worth.ablation import Ablation, read_meta, untouched_loss
+from moe_lab.worth.ablation import Ablation, untouched_loss
 from moe_lab.worth.paired_passes import Untouched, padded_batches
+from moe_lab.worth.worth_files import read_meta
 from moe_lab.worth.worth_sentences import curve_sentences, pruning_price, worth_sentences
 
 
