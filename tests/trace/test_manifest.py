@@ -1,6 +1,7 @@
 """The manifest: opening reads it alone, counts come from it, rows agree, damage is found."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -144,6 +145,18 @@ def test_opening_and_counting_read_no_data_file(tmp_path):
         list(trace.batches(4, ["pos"]))
     with pytest.raises(TraceError, match=r"expected 12 files, got 12 missing, first routing/"):
         trace.check()
+
+
+def test_the_committed_measurement_meets_the_bars_of_ten_billion_tokens():
+    path = Path(__file__).parents[2] / "experiments/benchmarks/results/trace_opening.parquet"
+    table = pl.read_parquet(path).filter(pl.col("tokens") == 10**10)
+    opening, load = (
+        table.filter(pl.col("what") == what).to_dicts()[0] for what in ("open", "load")
+    )
+    assert opening["files"] > 900_000
+    assert opening["processor"] < 2
+    assert load["processor"] < 10
+    assert max(opening["most_mb"], load["most_mb"]) < 300
 
 
 READS = {

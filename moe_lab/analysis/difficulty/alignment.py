@@ -166,16 +166,30 @@ def layers_of(
     marks = [column for column, _ in PLACES.values() if column in schema]
     halves = [difficulty + end for end in HALVES if difficulty + end in schema]
     wanted = dict.fromkeys([*needed, *classes, *marks, *halves])
-    last: LayerTokens | None = None
+    shared = [name for name in wanted if name != compute or name in (difficulty, *classes)]
+    last: tuple[LayerTokens, Ints | None, pl.DataFrame] | None = None
     for layer in layers:
         rows = lazy.filter(pl.col("layer") == layer).select(*wanted).collect(engine="streaming")
-        found = _layer_tokens(layer, rows, difficulty, compute, classes, min_document_tokens)
-        if last is not None and last.same_tokens(found):
-            # Nothing but compute differs: hand on the very same arrays, so that later stages see it
-            # at once.
-            found = replace(last, layer=layer, compute=found.compute)
-        last = found
+        # Where nothing but compute differs, hand on the very same arrays, so that later stages see
+        # it at once.
+        if last is not None and last[1] is not None and _whole(rows[compute]):
+            places = last[1]
+            if rows.select(shared).equals(last[2]):
+                spent = rows[compute].cast(pl.Float64).to_numpy()[places]
+                yield replace(last[0], layer=layer, compute=spent)
+                continue
+        found, places = _layer_tokens(
+            layer, rows, difficulty, compute, classes, min_document_tokens
+        )
+        if last is not None and last[0].same_tokens(found):
+            found = replace(last[0], layer=layer, compute=found.compute)
+        last = found, places if _whole(rows[compute]) else None, rows.select(shared)
         yield found
+
+
+def _whole(column: pl.Series) -> bool:
+    """Whether every value is a finite number."""
+    return not column.null_count() and bool(column.cast(pl.Float64).is_finite().all())
 
 
 def _layer_tokens(
@@ -185,10 +199,13 @@ def _layer_tokens(
     compute: str,
     classes: list[str],
     min_document_tokens: int,
-) -> LayerTokens:
+) -> tuple[LayerTokens, Ints]:
+    """The tokens of a layer, and [T] which of ``rows`` each is."""
     keys = [*KEYS, compute]
+    stands = np.arange(rows.height)
     if sum(rows[name].null_count() for name in keys):
-        rows = rows.drop_nulls(keys)
+        known = rows.select(pl.all_horizontal(pl.col(keys).is_not_null())).to_series()
+        rows, stands = rows.filter(known), stands[known.to_numpy()]
     doc, token_id = (_codes(rows[name]) for name in ("doc", "token_id"))
     pos = rows["pos"].to_numpy().astype(np.int64)
     order = _order(layer, doc, pos)
@@ -211,7 +228,7 @@ def _layer_tokens(
         else None
         for name in names
     ]
-    columns = [doc, pos, token_id, *values, strata, lexer, *halves, *begins]
+    columns = [stands, doc, pos, token_id, *values, strata, lexer, *halves, *begins]
     documents = len(np.unique(doc))
     keep = _long_enough(doc, min_document_tokens) & (np.isfinite(values[0]))
     if order is not None:
@@ -219,16 +236,16 @@ def _layer_tokens(
         columns = [None if column is None else column[order] for column in columns]
     if not keep.all():
         columns = [None if column is None else column[keep] for column in columns]
-    *arrays, first, second = columns[: -len(PLACES)]
+    stands, *arrays, first, second = columns[: -len(PLACES)]
     begins = columns[-len(PLACES) :]
     both = None if first is None or second is None else (first, second)
     tokens = LayerTokens(layer, *arrays, both, {}, documents)  # type: ignore[arg-type]
-    places = {
+    since_begun = {
         name: since(begin, tokens.doc)
         for name, begin in zip(PLACES, begins, strict=True)
         if begin is not None
     }
-    return replace(tokens, places=places)
+    return replace(tokens, places=since_begun), stands  # type: ignore[return-value]
 
 
 def since(begins: NDArray[np.bool_], doc: Ints) -> Ints:

@@ -24,7 +24,7 @@ from moe_lab.analysis.difficulty.alignment import (
     align,
     layers_of,
 )
-from moe_lab.analysis.difficulty.context import Gates
+from moe_lab.analysis.difficulty.context import Cues, Gates
 from moe_lab.analysis.difficulty.difficulty_verdict import (
     GATES,
     MARGIN,
@@ -214,13 +214,17 @@ class Measured:
 class Pairing:
     """The difficulty of a pairing, which all layers with the same tokens share."""
 
-    tokens: LayerTokens
+    cues: Cues
     aligned: Aligned
     pool_below: int
 
+    @property
+    def tokens(self) -> LayerTokens:
+        return self.cues.tokens
+
     @cached_property
     def gates(self) -> Gates:
-        return Gates(self.tokens, self.aligned, self.by_token, self.left["token"])
+        return Gates(self.cues, self.aligned, self.by_token, self.ranks, self.left["token"])
 
     @cached_property
     def order(self) -> Order:
@@ -327,10 +331,11 @@ def pairings(
     kept: tuple[Floats, dict[Align, Pairing]] | None = None
     for tokens in layers_of(frame, difficulty, compute, strata, min_document_tokens):
         if kept is None or kept[0] is not tokens.difficulty:
+            cues = Cues(tokens)
             kept = (
                 tokens.difficulty,
                 {
-                    how: Pairing(tokens, align(tokens, how, include_first), pool_below)
+                    how: Pairing(cues, align(tokens, how, include_first), pool_below)
                     for how in Align
                 },
             )

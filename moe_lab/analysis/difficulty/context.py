@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lab.analysis.difficulty.alignment import Align, Aligned, LayerTokens
-from moe_lab.analysis.difficulty.rank_statistics import Order, standard_ranks
+from moe_lab.analysis.difficulty.rank_statistics import Order, stable_order, standard_ranks
 from moe_lab.analysis.difficulty.within_groups import Ints, Within, joint_code
 from moe_lab.analysis.document_bootstrap import Floats
 
@@ -25,13 +25,41 @@ STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)
+class Cues:
+    """What stands before each token of a layer, for all its alignments."""
+
+    tokens: LayerTokens
+
+    @cached_property
+    def previous(self) -> Ints:
+        """[T] the token before (of bytes: the two before), 0 at the beginning of a document."""
+        ids = self.tokens.token_id
+        last = self._before(ids + 1)
+        return last if ids.max(initial=0) >= BYTE_IDS else joint_code([last, self._before(last)])
+
+    @cached_property
+    def copied(self) -> Ints:
+        """``copied_suffix``."""
+        return copied_suffix(self.tokens.token_id, self.tokens.doc)
+
+    def _before(self, codes: Ints) -> Ints:
+        doc = self.tokens.doc
+        return np.append(0, np.where(doc[1:] == doc[:-1], codes[:-1], 0))
+
+
+@dataclass(frozen=True, eq=False)
 class Gates:
     """The gates of one pairing; ``left`` holds the ranks of difficulty behind each of them."""
 
-    tokens: LayerTokens
+    cues: Cues
     aligned: Aligned
     by_token: Within
+    ranks: Floats
     x_token: Floats
+
+    @property
+    def tokens(self) -> LayerTokens:
+        return self.cues.tokens
 
     @cached_property
     def behind(self) -> dict[str, Callable[[Floats, Floats], Floats]]:
@@ -39,10 +67,13 @@ class Gates:
         tokens, rows, judged = self.tokens, self.aligned.rows, self.aligned.judged
         places = (rows,) if self.aligned.align is Align.INPUT else (rows, judged)
         pairs = Within(
-            (joint_code([tokens.token_id[rows], self._previous[rows]]), *self.by_token.codes[1:])
+            (
+                joint_code([tokens.token_id[rows], self.cues.previous[rows]]),
+                *self.by_token.codes[1:],
+            )
         )
         position = Order.of(tokens.pos[rows]).quantile_bins(POSITION_BINS)
-        copied = copied_suffix(tokens.token_id, tokens.doc)
+        copied = self.cues.copied
         beside = {
             "position": position,
             "copied suffix": joint_code([copied[rows], copied[judged]]),
@@ -61,8 +92,7 @@ class Gates:
     @cached_property
     def left(self) -> dict[str, Floats]:
         """Name -> [n] ranks of difficulty behind the gate."""
-        ranks = standard_ranks(Order.of(self.aligned.difficulty))
-        return {name: gate(ranks, self.x_token) for name, gate in self.behind.items()}
+        return {name: gate(self.ranks, self.x_token) for name, gate in self.behind.items()}
 
     @cached_property
     def clusters(self) -> NDArray[np.int64] | None:
@@ -75,17 +105,6 @@ class Gates:
         key = np.add.reduceat(mixed ^ (mixed >> np.uint64(32)), starts)
         codes = np.unique(key, return_inverse=True)[1].astype(np.int64)
         return codes if codes.max(initial=-1) + 1 < len(starts) else None
-
-    @cached_property
-    def _previous(self) -> Ints:
-        """[T] the token before (of bytes: the two before), 0 at the beginning of a document."""
-        ids = self.tokens.token_id
-        last = self._before(ids + 1)
-        return last if ids.max(initial=0) >= BYTE_IDS else joint_code([last, self._before(last)])
-
-    def _before(self, codes: Ints) -> Ints:
-        doc = self.tokens.doc
-        return np.append(0, np.where(doc[1:] == doc[:-1], codes[:-1], 0))
 
     @cached_property
     def _other(self) -> Floats:
@@ -129,7 +148,7 @@ def copied_suffix(ids: Ints, doc: Ints) -> Ints:
         before = np.append(np.zeros(length, np.int64), ids[:-length] + 1)
         before[np.append(np.zeros(length, bool), doc[length:] == doc[:-length]) == 0] = 0
         suffix = joint_code([suffix, before])
-        order = np.argsort(suffix, kind="stable")
+        order = stable_order(suffix)
         earlier = np.full(len(ids), -1)
         same = suffix[order[1:]] == suffix[order[:-1]]
         earlier[order[1:][same]] = order[:-1][same]

@@ -10,11 +10,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.document_bootstrap import Floats
 
 Ints = NDArray[np.int64]
+
+
+def stable_order(values: NDArray) -> Ints:
+    """[n] places in rising order of value, ties in order of place: ``numpy.argsort`` with a stable
+    sort, which takes polars less than half the time.
+    """
+    order = pl.DataFrame({"value": values}).select(pl.arg_sort_by("value", maintain_order=True))
+    return order.to_series().to_numpy().astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +40,7 @@ class Order:
 
     @classmethod
     def of(cls, values: NDArray) -> "Order":
-        by_value = np.argsort(values, kind="stable")
+        by_value = stable_order(values)
         ordered = values[by_value]
         starts = np.flatnonzero(
             np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]

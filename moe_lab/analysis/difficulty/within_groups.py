@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
@@ -135,11 +136,11 @@ def joint_code(columns: list[NDArray]) -> Ints:
 
 def _compact(values: NDArray) -> tuple[Ints, int]:
     """[n] codes without gaps in the order of the values, and how many there are; without a sort
-    where the values are small.
+    where the values are small. (polars sorts several times faster than numpy.)
     """
     top = int(values.max(initial=0))
     if top < max(LARGEST_TABLE, 2 * len(values)):
         seen = np.bincount(values, minlength=1) > 0
         return (np.cumsum(seen) - 1)[values], int(seen.sum())
-    distinct, code = np.unique(values, return_inverse=True)
-    return code, len(distinct)
+    code = pl.Series(values).rank("dense").to_numpy().astype(np.int64) - 1
+    return code, int(code.max()) + 1

@@ -18,7 +18,7 @@ from simulated_routers import (
 from single_cue_routers import cue_corpus, cue_verdicts, false_verdicts
 
 from moe_lab.analysis import difficulty_association
-from moe_lab.analysis.difficulty.alignment import since
+from moe_lab.analysis.difficulty.alignment import layers_of, since
 from moe_lab.analysis.difficulty.context import copied_suffix
 from moe_lab.errors import AnalysisError
 
@@ -493,3 +493,32 @@ def test_routers_that_see_one_cue_are_never_called_aligned_or_inverted(kind):
         (pl.col("cue") == "difficulty of the token") & (pl.col("align") == "input")
     )
     assert right["verdict"].to_list() == ["difficulty-aligned"]
+
+
+@pytest.mark.parametrize("compute", ["ffn_count", "difficulty"])
+def test_layers_that_share_their_tokens_are_read_as_each_is_alone(compute):
+    rng = np.random.default_rng(0)
+    size = 400
+    keys = pl.DataFrame(
+        {
+            "doc": rng.permutation(np.repeat([0, 1, 2, 3], [150, 120, 100, 30])),
+            "token_id": rng.integers(0, 9, size),
+            "difficulty": rng.random(size),
+        }
+    ).with_columns(pos=pl.int_range(pl.len()).over("doc"))
+    layers = []
+    for layer in range(4):
+        spent = pl.Series(rng.integers(0, 9, size).astype(float))
+        if layer == 2:
+            spent[7] = float("nan")
+        frame = keys.with_columns(layer=pl.lit(layer), ffn_count=spent)
+        if layer == 3:
+            frame = frame.with_columns(difficulty=pl.Series(rng.random(size)))
+        layers.append(frame)
+    together = list(layers_of(pl.concat(layers), "difficulty", compute, None, 64))
+    for frame, found in zip(layers, together, strict=True):
+        (alone,) = layers_of(frame, "difficulty", compute, None, 64)
+        assert found.layer == alone.layer
+        assert found.same_tokens(alone)
+        assert np.array_equal(found.compute, alone.compute)
+    assert together[1].pos is together[0].pos
