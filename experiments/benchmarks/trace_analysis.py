@@ -1,11 +1,12 @@
-"""Reading a large trace: load, co-activation and vocabulary specialisation, against plain DuckDB
-and polars queries over the same files.
+"""Reading a large trace: load, co-activation, specialisation by id and by domain, and the profile
+of token classes, against plain DuckDB and polars queries over the same files.
 
-Writes a made-up trace (16 layers, top-8 of 128, a Zipf vocabulary), then runs every analysis in a
-fresh process of its own, engines taking turns, and prints seconds, peak memory and the ratio to
-this package. The queries say the plain thing: unnest or explode the slots, join the token table
-where it is needed, group and count. ``--times N`` reads the same files linked N times, to see time
-grow and memory not.
+Writes a made-up trace (16 layers, top-8 of 128, a Zipf vocabulary, 8 domains, 12 classes of ids),
+then runs every analysis in a fresh process of its own, engines taking turns, and prints seconds,
+processor seconds, peak memory and the ratio to this package. The queries say the plain thing:
+unnest or explode the slots, join the token table where it is needed, group and count. They have no
+intervals; this package's class profile and domain specialisation have theirs. ``--times N`` reads
+the same files linked N times, to see time grow and memory not.
 
     python experiments/benchmarks/trace_analysis.py [--rows 4000000] [--rounds 3] [--times 1]
     [--engines moe_lab polars duckdb] (duckdb: pip install -c constraints.txt duckdb)
@@ -35,7 +36,7 @@ from moe_lab.trace.part_files import Listing
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 16, 128, 8, 50_304
 THREADS = 2
-ANALYSES = ("load", "coactivation", "vocabulary")
+ANALYSES = ("load", "coactivation", "vocabulary", "domain", "class")
 ENGINES = ("moe_lab", "polars", "duckdb")
 
 
@@ -55,9 +56,12 @@ def write_trace(folder: Path, rows: int) -> None:
         for start in range(0, tokens, 2**17):
             row = np.arange(start, min(start + 2**17, tokens))
             doc, pos = (row // 2048).astype(np.uint32), (row % 2048).astype(np.uint32)
+            ids = generator.zipf(1.3, len(row)) % VOCABULARY
             writer.write_tokens(
-                pl.DataFrame(
-                    {"doc": doc, "pos": pos, "token_id": generator.zipf(1.3, len(row)) % VOCABULARY}
+                pl.DataFrame({"doc": doc, "pos": pos, "token_id": ids}).with_columns(
+                    domain=pl.format("domain {}", pl.col("doc") % 8),
+                    kind=pl.format("class {}", pl.col("token_id") % 12),
+                    freq_band=pl.col("token_id").log(4).floor().cast(pl.UInt8, strict=False),
                 )
             )
             for layer in range(LAYERS):
@@ -113,6 +117,12 @@ def with_moe_lab(folder: Path) -> dict[str, Callable[[], Any]]:
         "load": lambda: analysis.expert_load(trace)["count"].sum(),
         "coactivation": lambda: analysis.coactivation(trace)["count"].sum(),
         "vocabulary": lambda: analysis.vocabulary_specialisation(trace)["mean"].sum(),
+        "domain": lambda: analysis.domain_specialisation(trace, "domain")["specialisation"].sum(),
+        "class": lambda: (
+            analysis.class_profile(trace, "kind", "entropy", include_first=True)
+            .drop_nulls("layer")["mean"]
+            .sum()
+        ),
     }
 
 
@@ -152,7 +162,28 @@ def with_polars(folder: Path) -> dict[str, Callable[[], Any]]:
         means = share.group_by("layer").agg(mean=(pl.col("top") / pl.col("all")).mean())
         return means.collect(engine="streaming")["mean"].sum()
 
-    return {"load": load, "coactivation": coactivation, "vocabulary": vocabulary}
+    def domain() -> Any:
+        joined = routing.select("layer", "doc", "pos", "experts").join(
+            tokens.select("doc", "pos", "domain"), on=["doc", "pos"]
+        )
+        counts = joined.explode("experts").group_by("layer", "domain", "experts").agg(n=pl.len())
+        share = counts.join(tokens.group_by("domain").agg(all=pl.len()), on="domain")
+        return share.select(pl.col("n") / pl.col("all")).collect(engine="streaming").sum().item()
+
+    def classes() -> Any:
+        joined = routing.select("layer", "doc", "pos", "entropy").join(
+            tokens.select("doc", "pos", "kind"), on=["doc", "pos"]
+        )
+        means = joined.group_by("layer", "kind").agg(pl.col("entropy").cast(pl.Float64).mean())
+        return means.collect(engine="streaming")["entropy"].sum()
+
+    return {
+        "load": load,
+        "coactivation": coactivation,
+        "vocabulary": vocabulary,
+        "domain": domain,
+        "class": classes,
+    }
 
 
 def with_duckdb(folder: Path) -> dict[str, Callable[[], Any]]:
@@ -181,6 +212,14 @@ def with_duckdb(folder: Path) -> dict[str, Callable[[], Any]]:
             group by all) group by all)
             join (select token_id, count(*) n from {tokens} group by all) using (token_id)
             group by layer)""",
+        "domain": f"""
+            select sum(c / n) from (select layer, domain, e, count(*) c
+            from (select layer, domain, unnest(experts) e
+            from {routing} r join {tokens} t on r.doc = t.doc and r.pos = t.pos) group by all)
+            join (select domain, count(*) n from {tokens} group by all) using (domain)""",
+        "class": f"""
+            select sum(mean) from (select layer, kind, avg(entropy::double) mean
+            from {routing} r join {tokens} t on r.doc = t.doc and r.pos = t.pos group by all)""",
     }
     return {
         name: lambda query=query: connection.execute(query).fetchall()[0][0]
@@ -193,14 +232,15 @@ def work(engine: str, analysis: str, folder: Path) -> None:
     run = {"moe_lab": with_moe_lab, "polars": with_polars, "duckdb": with_duckdb}[engine](folder)[
         analysis
     ]
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     answer = float(run())
-    seconds = time.perf_counter() - began
+    seconds, used = time.perf_counter() - began, time.process_time() - used
     print(
         json.dumps(
             {
                 "answer": answer,
                 "seconds": seconds,
+                "processor": used,
                 "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             }
         )
@@ -226,14 +266,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--analyses", nargs="+", default=ANALYSES, choices=ANALYSES)
+    parser.add_argument("--scratch", type=Path, help="folder for the trace while it is read")
+    parser.add_argument("--trace", type=Path, help="write the trace here, or read this one")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker[0], args.worker[1], Path(args.worker[2]))
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "trace"
-        write_trace(folder, args.rows)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        folder = args.trace or Path(scratch) / "trace"
+        if not folder.exists():
+            write_trace(folder, args.rows)
         size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
         print(
             f"{args.rows * args.times:,} rows, {size / args.rows / TOP_K:.2f} bytes per slot, "
@@ -259,11 +302,12 @@ def main() -> None:
                     for run, own in zip(runs, found[args.engines[0]], strict=True)
                 ]
                 seconds = statistics.median(run["seconds"] for run in runs)
+                processor = statistics.median(run["processor"] for run in runs)
                 memory = max(run["gigabytes"] for run in runs)
                 ratio = statistics.median(ratios)
                 print(
-                    f"{analysis:13} {engine:8} {seconds:8.2f} s  {memory:6.2f} GB  {ratio:6.2f} "
-                    f"of {args.engines[0]}",
+                    f"{analysis:13} {engine:8} {seconds:8.2f} s {processor:8.2f} s processor "
+                    f"{memory:6.2f} GB {ratio:6.2f} of {args.engines[0]}",
                     flush=True,
                 )
                 rows.append(
@@ -272,6 +316,7 @@ def main() -> None:
                         "engine": engine,
                         "rounds": len(runs),
                         "seconds": seconds,
+                        "processor": processor,
                         "gigabytes": memory,
                         "ratio": ratio,
                     }

@@ -48,6 +48,10 @@ class Slots:
     ids: Ids
 
 
+class UnalignedTablesError(TraceError):
+    """A key of one table is not among the rows of another that were read beside it."""
+
+
 def slots(trace: Trace, layer: LayerMeta, columns: Sequence[str] = ()) -> Iterator[Slots]:
     """The rows of a layer with their expert ids, a file at a time; ``columns`` of the routing table
     are read along.
@@ -109,7 +113,7 @@ def aligned(
         what: names ``right`` in the error.
 
     Raises:
-        TraceError: a key of ``left`` is not in ``right``.
+        UnalignedTablesError: a key of ``left`` is not in ``right``.
     """
     cursor, table = Cursor(right()), None
     for frame in left:
@@ -138,7 +142,7 @@ class _Lookup:
             f"every routed (doc, pos) in {self._what}",
             "others",
             "open_trace(...).check()",
-            error=TraceError,
+            error=UnalignedTablesError,
             field="tokens",
         )
         return self._frame[places]

@@ -6,21 +6,25 @@ asks what the class would get if its tokens were spread over frequency bands and
 tokens are (direct standardisation); read the two side by side.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from scipy.sparse import csr_array
 
+from moe_lab.analysis.aligned_rows import KEY, aligned, by_layer
 from moe_lab.analysis.document_bootstrap import Floats, Resampling
-from moe_lab.analysis.document_sums import nulls
+from moe_lab.analysis.document_sums import Documents, in_units, nulls, over
+from moe_lab.analysis.map_reduce import Fold, Sum, appended, reduced
 from moe_lab.analysis.requirements import of_tokens, of_zero_experts
-from moe_lab.analysis.token_groups import KEY, collect, token_column
-from moe_lab.errors import AnalysisError, require
+from moe_lab.analysis.token_groups import ROUTED, no_column
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.trace import Trace
 
 BAND = "freq_band"
+MAX_CELLS = 2**24
+"""Cells of all units and layers that are summed at once."""
 VALUES: dict[str, type[pl.DataType]] = {
     "ffn_count": pl.Int64,
     "entropy": pl.Float64,
@@ -50,7 +54,7 @@ def class_profile(
         value: the routing column whose mean is taken, of ``VALUES``; entropy and gate mass say how
             certain a router of fixed k is.
         resamples, seed, level: of the percentile interval; documents are drawn, with all their
-            tokens.
+            tokens. 0 resamples leave it out.
         include_first: also use position 0 of every document, which holds the end-of-text token and
             often is an attention sink.
 
@@ -73,166 +77,266 @@ def class_profile(
         error=AnalysisError,
         field="value",
     )
-    resampling = Resampling(resamples, seed, level)
-    tokens = token_column(trace, column, "class").drop_nulls("class")
-    if BAND in trace.tokens.collect_schema() and column != BAND:
-        tokens = tokens.join(token_column(trace, BAND, "band"), on=list(KEY))
-    else:
-        tokens = tokens.with_columns(band=pl.lit(0))
-    if not include_first:
-        tokens = tokens.filter(pl.col("pos") > 0)
-    tokens = tokens.with_columns(bucket=(pl.col("pos") + 1).log(2).floor())
-    profiles = [cells.profile(layer, resampling) for layer, cells in _cells(trace, tokens, value)]
-    nothing = pl.DataFrame(schema=_COLUMNS | {"class": tokens.collect_schema()["class"]})
-    return pl.concat([nothing, *profiles]).sort("layer", "class", nulls_last=False)
+    resampling = Resampling(resamples, seed, level) if resamples else None
+    if column not in (columns := trace.tokens.collect_schema()):
+        raise no_column(column, columns.names())
+    reading = _Reading(column, BAND if BAND in columns and column != BAND else None, include_first)
+    (found,) = reduced([Sum(_token_cells, (trace,), (None,), appended, (reading,))])
+    layout = _layout(pl.concat(found, how="vertical_relaxed"))
+    if not layout.classes.height:
+        return pl.DataFrame(schema=_COLUMNS | {"class": layout.classes["class"].dtype})
+    batches = _layer_batches(trace, max(1, MAX_CELLS // layout.size))
+    arguments = value, reading, layout.cells.select(*_CELL, "cell"), layout.docs
+    tables = reduced(
+        Sum(
+            _value_sums,
+            (trace,),
+            (*batch, None),
+            _added((1 + len(batch), layout.docs.units, layout.cells.height)),
+            (batch, *arguments),
+        )
+        for batch in batches
+    )
+    profiles, total_UM, drawn = [], np.zeros((layout.docs.units, layout.cells.height)), None
+    for batch, (counts_UM, *sums) in zip(batches, tables, strict=True):
+        drawn = drawn or _Drawn(layout, counts_UM)
+        for layer, sums_UM in zip(batch, sums, strict=True):
+            profiles.append(_profile(drawn, layer, sums_UM, resampling))
+            total_UM += sums_UM
+    assert drawn is not None  # a trace has a layer
+    profiles.append(_profile(drawn, None, total_UM / sum(map(len, batches)), resampling))
+    return pl.concat(profiles).sort("layer", "class", nulls_last=False)
 
 
 @dataclass(frozen=True)
-class _Cells:
-    """Sums over the tokens of one document (D) in one cell (M): a cell is a class within a stratum.
-
-    Attributes:
-        table: [class, n_tokens, n_docs], one row a class (C).
-        class_of: [M] row of ``table``.
-        weight: [M] share of all tokens that are in the cell's stratum.
-        documents: D.
-        counts, sums: [D, M] number of tokens and sum of their values.
+class _Reading:
+    """The columns of the token table that name a token's class and band, and whether position 0 is
+    read.
     """
 
-    documents: int
-    table: pl.DataFrame
-    class_of: np.ndarray
-    weight: Floats
-    counts: csr_array
-    sums: csr_array
+    column: str
+    band: str | None
+    include_first: bool
 
-    def profile(self, layer: int | None, resampling: Resampling) -> pl.DataFrame:
-        """The rows of one layer, one for each class."""
-        values_2C = self.means(np.ones((1, self.documents)))[0]
-        low_2C, high_2C = resampling.interval(
-            self.means, self.documents, self.table["n_docs"].to_numpy()
-        )
-        frame = self.table.with_columns(
-            pl.lit(layer, pl.UInt32).alias("layer"),
-            mean=values_2C[0],
-            lo=low_2C[0],
-            hi=high_2C[0],
-            adjusted=values_2C[1],
-            adjusted_lo=low_2C[1],
-            adjusted_hi=high_2C[1],
-            coverage=np.bincount(self.class_of, self.weight, minlength=self.table.height),
-        )
-        return nulls(frame.select(*_COLUMNS))
-
-    def means(self, weights_BD: Floats) -> Floats:
-        """[B, 2, C]: raw and adjusted mean of each class with documents weighted; NaN where none of
-        its tokens is drawn.
+    def batches(self, trace: Trace, *columns: str) -> Iterator[pl.DataFrame]:
+        """[doc, pos, class, band, bucket, (columns)] of the tokens, a file at a time; the class is
+        null for tokens that are left out.
         """
-        n_BM, sums_BM = (weights_BD @ self.counts, weights_BD @ self.sums)
-        drawn = n_BM > 0
-        mean_BM = np.divide(sums_BM, n_BM, out=np.zeros_like(sums_BM), where=drawn)
-        weight_BM = np.where(drawn, self.weight, 0)
-        raw = self._by_class(sums_BM), self._by_class(n_BM)
-        adjusted = self._by_class(weight_BM * mean_BM), self._by_class(weight_BM)
-        pairs = [
-            np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
-            for top, bottom in (raw, adjusted)
-        ]
-        return np.stack(pairs, axis=1)
+        kept = pl.col(self.column)
+        if not self.include_first:
+            kept = pl.when(pl.col("pos") > 0).then(kept)
+        bucket = (pl.col("pos") + 1).log(2).floor().cast(pl.UInt8)
+        cell = {
+            "class": kept,
+            "band": pl.lit(0) if self.band is None else pl.col(self.band),
+            "bucket": bucket,
+        }
+        read = dict.fromkeys([*KEY, self.column, *([self.band] if self.band else []), *columns])
+        for batch in trace.batches(None, list(read)):
+            yield batch.select(*KEY, *columns, **cell)
 
-    def _by_class(self, values_BM: Floats) -> Floats:
-        cells = len(self.class_of)
-        return values_BM @ csr_array(
-            (np.ones(cells), (np.arange(cells), self.class_of)), shape=(cells, self.table.height)
-        )
-
-
-def _cells(trace: Trace, tokens: pl.LazyFrame, value: str) -> Iterator[tuple[int | None, _Cells]]:
-    """The cells of each layer, then those of the mean over layers (layer None)."""
-    layout = _layout(tokens)
-    total: _Cells | None = None
-    layers = sorted(layer.layer for layer in trace.meta.layers)
-    for layer in layers:
-        rows = trace.routing.filter(pl.col("layer") == layer).select(*KEY, value)
-        found = collect(
-            rows.join(tokens, on=list(KEY))
-            .group_by("doc", *_CELL)
-            .agg(
-                sum=pl.col(value).cast(VALUES[value]).sum(),
-                n=pl.len(),
-                missing=pl.col(value).null_count(),
+    def codes(self, trace: Trace, cells: pl.DataFrame) -> Iterator[pl.DataFrame]:
+        """[doc, pos, cell] of the tokens that were routed; ``cell`` is null for tokens that are
+        left out.
+        """
+        routed = [ROUTED] if ROUTED in trace.tokens.collect_schema() else []
+        for batch in self.batches(trace, *routed):
+            found = batch.filter(ROUTED) if routed else batch
+            found = found.join(
+                cells, on=list(_CELL), how="left", nulls_equal=True, maintain_order="left"
             )
-        )
-        if not found.height:
-            return
-        require(
-            not found["missing"].sum(),
-            f"{value} of every token",
-            f"{found['missing'].sum()} tokens of layer {layer} without",
-            "a value that the trace recorded in all its layers",
-            error=AnalysisError,
-            field="value",
-        )
-        cells = layout.place(found)
-        total = cells if total is None else replace(total, sums=total.sums + cells.sums)
-        yield layer, cells
-    if total is not None:
-        yield None, replace(total, sums=total.sums / len(layers))
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where documents, cells and classes lie in the arrays: the same for every layer."""
-
-    documents: pl.DataFrame
-    cells: pl.DataFrame
-    classes: pl.DataFrame
-
-    def place(self, found: pl.DataFrame) -> _Cells:
-        placed = found.join(self.documents, on="doc").join(
-            self.cells, on=list(_CELL), nulls_equal=True
-        )
-        where = placed["row"].to_numpy(), placed["column"].to_numpy()
-        shape = (self.documents.height, self.cells.height)
-        counts, sums = (
-            csr_array((placed[name].to_numpy().astype(np.float64), where), shape=shape)
-            for name in ("n", "sum")
-        )
-        return _Cells(
-            self.documents.height,
-            self.classes,
-            self.cells["class_row"].to_numpy(),
-            self.cells["weight"].to_numpy(),
-            counts,
-            sums,
-        )
+            yield found.select(*KEY, pl.col("cell").cast(pl.Int64))
 
 
 _CELL = ("class", "band", "bucket")
 
 
-def _layout(tokens: pl.LazyFrame) -> _Layout:
-    found = collect(tokens.group_by("doc", *_CELL).agg(n=pl.len()))
-    strata = (
-        found.group_by("band", "bucket")
-        .agg(weight=pl.col("n").sum())
-        .with_columns(pl.col("weight") / pl.col("weight").sum())
+def _token_cells(trace: Trace, reading: _Reading) -> pl.DataFrame:
+    """[doc, class, band, bucket, n]: tokens of each document in each cell, a file at a time."""
+    frames = [
+        batch.drop_nulls("class").group_by("doc", *_CELL).agg(n=pl.len().cast(pl.Int64))
+        for batch in reading.batches(trace)
+    ]
+    if frames:
+        return pl.concat(frames)
+    kind = trace.tokens.collect_schema()[reading.column]
+    return pl.DataFrame(
+        schema={"doc": pl.UInt32, "class": kind, "band": pl.Int32}
+        | {"bucket": pl.UInt8, "n": pl.Int64}
     )
+
+
+def _layer_batches(trace: Trace, most: int) -> list[tuple[int, ...]]:
+    """Layers that are read together, so that the token table is read once for all of them: at most
+    ``most``, whose files hold the same rows.
+    """
+    batches: list[tuple[int, ...]] = []
+    last: list[int] = []
+    for layer in by_layer(trace):
+        rows = trace.manifest.of_layer(layer.layer)["rows"].to_list()
+        if batches and rows == last and len(batches[-1]) < most:
+            batches[-1] = (*batches[-1], layer.layer)
+        else:
+            batches.append((layer.layer,))
+        last = rows
+    return batches
+
+
+def _value_sums(
+    trace: Trace,
+    layers: tuple[int, ...],
+    value: str,
+    reading: _Reading,
+    cells: pl.DataFrame,
+    docs: Documents,
+) -> pl.DataFrame:
+    """[place, sum] of a table [1 + L, U, M]: the number of tokens of each unit of documents in each
+    cell, then for each layer the sum of their values, file by file.
+    """
+    frames = [pl.DataFrame(schema={"place": pl.Int64, "sum": pl.Float64})]
+
+    def add(number: int, keys: pl.DataFrame, cell: pl.Series, values: pl.Series | None) -> None:
+        chosen = cell.is_not_null().to_numpy()
+        unit_T = docs.unit(keys["doc"].to_numpy()[chosen])
+        here_U = np.flatnonzero(np.bincount(unit_T, minlength=docs.units))
+        local_U = np.zeros(docs.units, dtype=np.int64)
+        local_U[here_U] = np.arange(len(here_U))
+        local_T = local_U[unit_T] * len(cells) + cell.drop_nulls().to_numpy()
+        counts = np.bincount(local_T)
+        at = np.flatnonzero(counts)
+        sums = counts if values is None else np.bincount(local_T, values.to_numpy()[chosen])
+        place = (number * docs.units + here_U[at // len(cells)]) * len(cells) + at % len(cells)
+        frames.append(pl.DataFrame({"place": place, "sum": sums[at].astype(np.float64)}))
+
+    codes = list(reading.codes(trace, cells))
+    for frame in codes:
+        add(0, frame, frame["cell"], None)
+    for number, layer in enumerate(layers, 1):
+        routing = trace.batches(layer, [*KEY, value])
+        for left, right in aligned(routing, lambda: iter(codes), "the token table"):
+            missing = left.filter(right["cell"].is_not_null())[value].null_count()
+            if missing:
+                got = f"{missing} tokens of a file of layer {layer} without"
+                want = "a value that the trace recorded in all its layers"
+                raise AnalysisError(expected(f"{value} of every token", got, want), field="value")
+            add(number, left, right["cell"], left[value].cast(pl.Float64))
+    return pl.concat(frames)
+
+
+def _added(shape: tuple[int, int, int]) -> Fold[Floats]:
+    """A fold of frames of ``_value_sums`` into their table."""
+
+    def fold(total: Floats | None, frame: pl.DataFrame) -> Floats:
+        place, sums = frame["place"].to_numpy(), frame["sum"].to_numpy()
+        if total is None:  # faster, and the same: sums of one place are added in their order
+            return np.bincount(place, sums, minlength=math.prod(shape)).reshape(shape)
+        np.add.at(total.reshape(-1), place, sums)
+        return total
+
+    return fold
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where units of documents, cells and classes lie in the arrays: the same for every layer.
+
+    Attributes:
+        docs: of the tokens that have a class.
+        cells: [class, band, bucket, cell, weight, class_row], one row a cell (M): a class within a
+            stratum; ``weight`` is the share of all tokens that are in the stratum.
+        classes: [class, n_tokens, n_docs], one row a class (C).
+    """
+
+    docs: Documents
+    cells: pl.DataFrame
+    classes: pl.DataFrame
+
+    @property
+    def size(self) -> int:
+        """U M."""
+        return self.docs.units * self.cells.height
+
+
+def _layout(found: pl.DataFrame) -> _Layout:
+    strata = found.group_by("band", "bucket").agg(weight=pl.col("n").sum())
+    strata = strata.with_columns(pl.col("weight") / pl.col("weight").sum())
     classes = found.group_by("class").agg(
-        n_tokens=pl.col("n").sum().cast(pl.Int64), n_docs=pl.col("doc").n_unique().cast(pl.Int64)
+        n_tokens=pl.col("n").sum(), n_docs=pl.col("doc").n_unique().cast(pl.Int64)
     )
     classes = classes.sort("class")
-    cells = (
-        found.select(_CELL)
-        .unique()
-        .sort(_CELL)
-        .with_row_index("column")
-        .join(strata, on=["band", "bucket"], nulls_equal=True)
+    cells = found.select(_CELL).unique().sort(_CELL).with_row_index("cell")
+    cells = cells.join(strata, on=["band", "bucket"], nulls_equal=True)
+    cells = cells.join(classes.select("class").with_row_index("class_row"), on="class")
+    docs = in_units(found["doc"].unique().sort().to_numpy(), 4 * cells.height)
+    return _Layout(docs, cells.sort("cell"), classes)
+
+
+class _Drawn:
+    """The number of tokens in each cell, [U, M], and what follows from it for each draw of
+    documents: the same for every layer.
+    """
+
+    def __init__(self, layout: _Layout, counts_UM: Floats) -> None:
+        self.layout, self._counts_UM = layout, counts_UM
+        rows = layout.cells["class_row"].to_numpy()
+        self._starts = np.flatnonzero(np.append(True, rows[1:] != rows[:-1]))
+        self.once = np.ones((1, layout.docs.units))
+        self._known: dict[int, tuple[Floats, tuple[Floats, Floats, Floats]]] = {}
+
+    def means(self, weights_BU: Floats, sums_UM: Floats) -> Floats:
+        """[B, 2, C]: raw and adjusted mean of each class with documents weighted; NaN where none of
+        its tokens is drawn.
+        """
+        if id(weights_BU) not in self._known:
+            self._known = {id(self.once): (self.once, self._of_draws(self.once))}
+            self._known[id(weights_BU)] = weights_BU, self._of_draws(weights_BU)
+        over_BM, n_BC, weight_BC = self._known[id(weights_BU)][1]
+        sums_BM = weights_BU @ sums_UM
+        return np.stack(
+            [
+                over(self._by_class(sums_BM), n_BC),
+                over(self._by_class(sums_BM * over_BM), weight_BC),
+            ],
+            axis=1,
+        )
+
+    def _of_draws(self, weights_BU: Floats) -> tuple[Floats, Floats, Floats]:
+        """Weight over number of tokens of each cell, [B, M]; tokens and weight of each class."""
+        n_BM = weights_BU @ self._counts_UM
+        weight_BM = np.where(n_BM > 0, self.layout.cells["weight"].to_numpy(), 0)
+        over_BM = weight_BM / np.maximum(n_BM, 1)
+        return over_BM, self._by_class(n_BM), self._by_class(weight_BM)
+
+    def _by_class(self, values_BM: Floats) -> Floats:
+        """[B, C]: sums over the cells of each class, which stand together."""
+        return np.add.reduceat(values_BM, self._starts, axis=1)
+
+
+def _profile(
+    drawn: _Drawn, layer: int | None, sums_UM: Floats, resampling: Resampling | None
+) -> pl.DataFrame:
+    """The rows of one layer, one for each class."""
+    cells, classes = drawn.layout.cells, drawn.layout.classes
+    low_2C = high_2C = np.full((2, classes.height), np.nan)
+    if resampling is not None:
+        low_2C, high_2C = resampling.interval(
+            lambda weights: drawn.means(weights, sums_UM),
+            len(sums_UM),
+            classes["n_docs"].to_numpy(),
+        )
+    values_2C = drawn.means(drawn.once, sums_UM)[0]
+    weights = cells["class_row"].to_numpy(), cells["weight"].to_numpy()
+    frame = classes.with_columns(
+        pl.lit(layer, pl.UInt32).alias("layer"),
+        mean=values_2C[0],
+        lo=low_2C[0],
+        hi=high_2C[0],
+        adjusted=values_2C[1],
+        adjusted_lo=low_2C[1],
+        adjusted_hi=high_2C[1],
+        coverage=np.bincount(*weights, minlength=classes.height),
     )
-    cells = cells.join(classes.select("class").with_row_index("class_row"), on="class").sort(
-        "column"
-    )
-    return _Layout(found.select("doc").unique().sort("doc").with_row_index("row"), cells, classes)
+    return nulls(frame.select(*_COLUMNS))
 
 
 _COLUMNS = (

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import chosen_layers, chunks, slots
 from moe_lab.analysis.document_sums import nulls, over
+from moe_lab.analysis.map_reduce import Sum, cells, counted, reduced
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT
@@ -39,9 +40,12 @@ def coactivation(trace: Trace, layers: Sequence[int] | None = None) -> pl.DataFr
         sums to the number of pairs, and ``lift = count / expected`` is 1 where the two keep to
         their loads. Null where an expert never ran.
     """
-    return pl.concat(
-        _pairs(layer, pair_counts(trace, layer)) for layer in chosen_layers(trace, layers)
+    chosen = chosen_layers(trace, layers)
+    tables = reduced(
+        Sum(_pair_cells, (trace,), (layer.layer,), counted((layer.num_choices,) * 2), (layer,))
+        for layer in chosen
     )
+    return pl.concat(map(_pairs, chosen, tables))
 
 
 def coactivation_order(pairs: pl.DataFrame) -> pl.DataFrame:
@@ -68,9 +72,9 @@ def coactivation_order(pairs: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
 
 
-def pair_counts(trace: Trace, layer: LayerMeta) -> NDArray[np.int64]:
-    """[E, E], symmetric: tokens that ran both experts; the diagonal holds the tokens of each
-    expert.
+def _pair_cells(trace: Trace, layer: LayerMeta) -> pl.DataFrame:
+    """Cells of [E, E], symmetric: tokens that ran both experts; the diagonal holds the tokens of
+    each expert.
     """
     bins = layer.num_choices + 1  # the last bin takes the slots that were not used
     total = np.zeros(bins * bins, dtype=np.int64)
@@ -80,7 +84,7 @@ def pair_counts(trace: Trace, layer: LayerMeta) -> NDArray[np.int64]:
             ids_TK[ids_TK == EMPTY_SLOT] = bins - 1
             _add_pairs(total, np.ascontiguousarray(ids_TK.T), bins)
     ordered = total.reshape(bins, bins)[:-1, :-1]
-    return ordered + ordered.T - np.diag(np.diag(ordered))
+    return cells(ordered + ordered.T - np.diag(np.diag(ordered)))
 
 
 def _add_pairs(total: NDArray[np.int64], ids_KT: NDArray[np.int64], bins: int) -> None:

@@ -6,7 +6,8 @@ same tokens the documents are drawn jointly and the choices are also compared to
 otherwise each trace's documents are drawn on their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 
 import numpy as np
 import polars as pl
@@ -20,10 +21,10 @@ from moe_lab.analysis.document_sums import (
     documents,
     nulls,
     over,
-    unit_counts,
 )
 from moe_lab.analysis.requirements import of_tokens
-from moe_lab.analysis.saturation import difference, overlap_rows
+from moe_lab.analysis.saturation import Rows, difference, overlap_rows
+from moe_lab.analysis.slot_counts import unit_counts
 from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import LayerMeta, Trace
 
@@ -53,13 +54,13 @@ def compare(
         AnalysisError: other layers or numbers of experts.
     """
     sides, same = _sides(first, second)
-    rows = []
-    for layer in by_layer(second):
-        counts = [unit_counts(trace, layer, docs)[:, 0].astype(np.float64) for trace, docs in sides]
+    layers, rows, resampling = by_layer(second), [], Resampling(resamples, seed, level)
+    chosen = overlap_rows(first, second, sides[1][1], resampling) if same else repeat(None)
+    for layer, overlap, *counts in zip(layers, chosen, *_counts(layers, sides), strict=False):
         rows.append(
             {"layer": layer.layer, "tokens_a": first.num_tokens, "tokens_b": second.num_tokens}
-            | _loads(layer, counts, Resampling(resamples, seed, level), same)
-            | _choices(first, second, layer, sides[1][1], Resampling(resamples, seed, level), same)
+            | _loads(layer, counts, resampling, same)
+            | _choices(overlap)
         )
     return nulls(pl.DataFrame(rows, schema=_SCHEMA))
 
@@ -78,9 +79,8 @@ def load_shift(
         AnalysisError: other layers or numbers of experts.
     """
     sides, same = _sides(first, second)
-    frames = []
-    for layer in by_layer(second):
-        counts = [unit_counts(trace, layer, docs)[:, 0].astype(np.float64) for trace, docs in sides]
+    layers, frames = by_layer(second), []
+    for layer, *counts in zip(layers, *_counts(layers, sides), strict=True):
         shares = [_share(table.sum(axis=0)) for table in counts]
         low, high = _interval(
             counts, lambda a, b: _share(b) - _share(a), Resampling(resamples, seed, level), same
@@ -121,6 +121,16 @@ def _sides(first: Trace, second: Trace) -> tuple[list[tuple[Trace, Documents]], 
     )
 
 
+def _counts(
+    layers: Sequence[LayerMeta], sides: list[tuple[Trace, Documents]]
+) -> list[Iterator[Floats]]:
+    """[U, E] slots of each layer, for each trace."""
+    return [
+        (counts_UGE[:, 0].astype(np.float64) for counts_UGE in unit_counts(trace, layers, docs))
+        for trace, docs in sides
+    ]
+
+
 def _loads(
     layer: LayerMeta, counts: list[Floats], resampling: Resampling, same: bool
 ) -> dict[str, float | int]:
@@ -148,17 +158,10 @@ def _loads(
     return values
 
 
-def _choices(
-    first: Trace,
-    second: Trace,
-    layer: LayerMeta,
-    docs: Documents,
-    resampling: Resampling,
-    same: bool,
-) -> dict[str, float | int]:
-    if not same:
+def _choices(overlap: Rows | None) -> dict[str, float | int]:
+    if overlap is None:
         return {"shared": 0}
-    top, whole = overlap_rows(first, second, layer, docs, resampling)
+    top, whole = overlap
     values: dict[str, float | int] = {"shared": int(whole["n_tokens"])}
     for name, row in (("top1", top), ("overlap", whole)):
         values |= {

@@ -9,6 +9,7 @@ coverage of a nominal 95 % interval rises from .83 to .91. Below ``MIN_DOCUMENTS
 is no interval.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -58,7 +59,10 @@ class Resampling:
         if documents < MIN_DOCUMENTS:
             missing = np.full(statistic(np.ones((1, documents))).shape[1:], np.nan)
             return missing, missing
-        blocks = document_weights(documents, self.resamples, self.seed)
+        if documents * self.resamples <= BLOCK_CELLS:
+            blocks = [_only_block(documents, self.resamples, self.seed)]
+        else:
+            blocks = document_weights(documents, self.resamples, self.seed)
         samples = np.concatenate([statistic(weights) for weights in blocks])
         return expanded_interval(
             samples, self.level, documents if contributing is None else contributing
@@ -75,6 +79,14 @@ def document_weights(documents: int, resamples: int, seed: int) -> Iterator[Floa
         yield generator.multinomial(
             documents, np.full(documents, 1 / documents), size=min(block, resamples - start)
         ).astype(np.float64)
+
+
+@functools.lru_cache(maxsize=1)
+def _only_block(documents: int, resamples: int, seed: int) -> Floats:
+    """The one block of ``document_weights``, drawn once for all layers."""
+    (weights,) = document_weights(documents, resamples, seed)
+    weights.flags.writeable = False
+    return weights
 
 
 def expanded_interval(samples: Floats, level: float, documents: ArrayLike) -> tuple[Floats, Floats]:

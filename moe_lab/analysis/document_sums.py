@@ -5,17 +5,18 @@ unit that is drawn is a bundle of documents, filled in turn: still independent u
 and memory stays bounded.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.aligned_rows import MAX_CELLS, add_counts, chunks
+from moe_lab.analysis.aligned_rows import MAX_CELLS, add_counts
 from moe_lab.analysis.document_bootstrap import Floats, Resampling
-from moe_lab.analysis.token_groups import Grouping, coded_batches
-from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
+from moe_lab.analysis.map_reduce import Sum, appended, cells, counted, reduced
+from moe_lab.analysis.token_groups import Grouping
+from moe_lab.trace import Trace
 
 MAX_UNITS = 4096
 
@@ -34,54 +35,78 @@ class Documents:
 
     def unit(self, doc: NDArray) -> NDArray[np.int64]:
         """[T] the unit of each token's document."""
-        return np.searchsorted(self.docs, doc) % max(self.units, 1)
+        consecutive = len(self.docs) and self.docs[-1] - self.docs[0] == len(self.docs) - 1
+        row = doc - self.docs[0] if consecutive else np.searchsorted(self.docs, doc)
+        return row.astype(np.int64) % max(self.units, 1)
 
 
 def documents(trace: Trace, cells: int = 1) -> Documents:
     """The documents of a trace, in as many units as keep a table of ``cells`` numbers a unit within
     bounds.
     """
-    first = min(trace.meta.layers, key=lambda layer: layer.layer)
-    docs = [np.zeros(0, dtype=np.uint32)]
-    for batch in trace.batches(first.layer, ["doc"]):
-        docs = [np.union1d(docs[0], batch["doc"].to_numpy())]
-    return Documents(docs[0], min(len(docs[0]), MAX_UNITS, max(2, MAX_CELLS // max(cells, 1))))
+    first = min(trace.meta.layers, key=lambda layer: layer.layer).layer
+    (found,) = reduced([Sum(_docs, (trace,), (first,), appended, (first,))])
+    return in_units(pl.concat(found)["doc"].unique().sort().to_numpy(), cells)
 
 
-def unit_counts(
-    trace: Trace, layer: LayerMeta, docs: Documents, groups: Grouping | None = None
-) -> NDArray[np.uint32]:
-    """[U, G, E] slots of each expert by each unit's tokens of each group (G = 1 without groups)."""
-    size, bins = len(groups) if groups else 1, layer.num_choices + 1
-    table = np.zeros((docs.units * size + 1) * bins, dtype=np.uint32)
-    for frame, codes_T in coded_batches(trace, layer, groups):
-        ids_TK = expert_slots(layer, frame["experts"])
-        row_T = docs.unit(frame["doc"].to_numpy()) * size + codes_T
-        row_T = np.where(codes_T < 0, docs.units * size, row_T) * bins
-        for part in chunks(len(ids_TK)):
-            expert = np.where(ids_TK[part] == EMPTY_SLOT, layer.num_choices, ids_TK[part])
-            add_counts(table, (row_T[part, None] + expert).ravel())
-    return table.reshape(-1, bins)[:-1, :-1].reshape(docs.units, size, layer.num_choices)
+def in_units(docs: NDArray[np.uint32], cells: int) -> Documents:
+    """Documents [D] with these numbers, rising, as ``documents`` returns them."""
+    return Documents(docs, min(len(docs), MAX_UNITS, max(2, MAX_CELLS // max(cells, 1))))
 
 
-def unit_sizes(docs: Documents, groups: Grouping) -> NDArray[np.int64]:
+def _docs(trace: Trace, layer: int) -> pl.DataFrame:
+    found = [frame.unique() for frame in trace.batches(layer, ["doc"])]
+    return pl.concat(found or [pl.DataFrame(schema={"doc": pl.UInt32})]).unique().sort("doc")
+
+
+def unit_sizes(trace: Trace, docs: Documents, groups: Grouping) -> NDArray[np.int64]:
     """[U, G] tokens of each unit in each group."""
+    fold = counted((docs.units, len(groups)))
+    (table,) = reduced([Sum(_sizes, (trace,), (None,), fold, (docs, groups), groups.whole)])
+    return table
+
+
+def _sizes(trace: Trace, docs: Documents, groups: Grouping) -> pl.DataFrame:
     table = np.zeros(docs.units * len(groups), dtype=np.int64)
-    for frame in groups.codes():
+    for frame in groups.codes(trace):
         frame = frame.drop_nulls("code")
         add_counts(
             table, docs.unit(frame["doc"].to_numpy()) * len(groups) + frame["code"].to_numpy()
         )
-    return table.reshape(docs.units, len(groups))
+    return cells(table)
 
 
-def unit_sums(docs: Documents, doc: NDArray, values_TM: NDArray) -> Floats:
-    """[U, M] sums of values [T, M] over each unit's tokens."""
-    unit = docs.unit(doc)
-    columns = np.asarray(values_TM, dtype=np.float64).T
-    return np.stack(
-        [np.bincount(unit, column, minlength=docs.units) for column in columns], axis=1
-    ).astype(np.float64)
+def unit_sums(
+    docs: Documents, batches: Iterable[tuple[NDArray, NDArray]], width: int
+) -> pl.DataFrame:
+    """[unit, 0, 1, ..]: sums of values [T, ``width``] over each unit's tokens, batch by batch.
+
+    Sums of floats depend on their order, so batches are added by ``unit_table``.
+    """
+    sums = [(np.zeros(0, dtype=np.int64), np.zeros((0, width)))]
+    for doc_T, values_TM in batches:
+        unit_T = docs.unit(doc_T)
+        here = np.flatnonzero(np.bincount(unit_T, minlength=docs.units))
+        columns = np.asarray(values_TM, dtype=np.float64).T
+        found = [np.bincount(unit_T, column, minlength=docs.units)[here] for column in columns]
+        sums.append((here, np.stack(found, axis=1)))
+    values = np.concatenate([table for _, table in sums])
+    return pl.DataFrame(
+        {"unit": np.concatenate([units for units, _ in sums])}
+        | {str(place): column for place, column in enumerate(values.T)}
+    )
+
+
+def unit_table(docs: Documents, width: int) -> Callable[[Floats | None, pl.DataFrame], Floats]:
+    """A fold that adds up frames of ``unit_sums`` in a table [U, M]."""
+
+    def fold(total: Floats | None, frame: pl.DataFrame) -> Floats:
+        table = np.zeros((docs.units, width)) if total is None else total
+        values = frame.select(map(str, range(width))).to_numpy()
+        np.add.at(table, frame["unit"].to_numpy(), values)
+        return table
+
+    return fold
 
 
 def ratio_interval(sums_UM: Floats, resampling: Resampling) -> tuple[Floats, Floats, Floats]:

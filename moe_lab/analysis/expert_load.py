@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 from moe_lab import measures
 from moe_lab.analysis.aligned_rows import by_layer
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
-from moe_lab.analysis.document_sums import documents, nulls, unit_counts
-from moe_lab.analysis.token_groups import counts_by, group_counts, grouping, windows
+from moe_lab.analysis.document_sums import documents, nulls
+from moe_lab.analysis.slot_counts import (
+    counts_by,
+    counts_of,
+    group_counts,
+    layer_counts,
+    unit_counts,
+)
+from moe_lab.analysis.token_groups import grouping, windows
 from moe_lab.config import require
 from moe_lab.trace import LayerMeta, Trace
 
@@ -42,7 +49,7 @@ def expert_load(trace: Trace, by: str | None = None, *, over_passes: bool = Fals
         group's) **real** experts, for both kinds: 1 is a real expert's fair share. ``load`` is null
         where no real expert ran, ``share`` where no slot was used.
     """
-    table = trace.counts() if by is None else counts_by(trace, grouping(trace, by))
+    table = counts_of(trace) if by is None else counts_by(trace, grouping(trace, by))
     group = ["layer"] if by is None else ["layer", by]
     if over_passes:
         table = (
@@ -69,21 +76,14 @@ def load_summary(trace: Trace, by: str | None = None) -> pl.DataFrame:
         ``moe_lab.measures`` (``entropy`` in nats). Null where no real expert ran.
     """
     groups = None if by is None else grouping(trace, by)
-    frames = []
-    for layer in by_layer(trace):
-        blocks = (
-            [(0, trace.layer_counts(layer)[None])]
-            if groups is None
-            else group_counts(trace, layer, groups)
-        )
-        for first, table_GE in blocks:
-            names = (
-                {}
-                if groups is None
-                else {groups.name: groups.values[first : first + len(table_GE)]}
-            )
-            frames.append(_summary(layer, names, table_GE))
-    return pl.concat(frames)
+    layers = by_layer(trace)
+    if groups is None:
+        counts = zip(layers, layer_counts(trace, layers), strict=True)
+        return pl.concat(_summary(layer, {}, counts_E[None]) for layer, counts_E in counts)
+    return pl.concat(
+        _summary(layer, {groups.name: groups.values[first : first + len(table_GE)]}, table_GE)
+        for layer, first, table_GE in group_counts(trace, layers, groups)
+    )
 
 
 def load_interval(
@@ -100,9 +100,9 @@ def load_interval(
     """
     docs = documents(trace, max(layer.num_choices for layer in trace.meta.layers))
     resampling = Resampling(resamples, seed, level)
-    rows = []
-    for layer in by_layer(trace):
-        counts_UE = unit_counts(trace, layer, docs)[:, 0, : layer.num_experts].astype(np.float64)
+    layers, rows = by_layer(trace), []
+    for layer, counts_UGE in zip(layers, unit_counts(trace, layers, docs), strict=True):
+        counts_UE = counts_UGE[:, 0, : layer.num_experts].astype(np.float64)
         value = float(measures.load_cv(counts_UE.sum(axis=0)))
         low, high = resampling.interval(
             lambda weights, counts=counts_UE: measures.load_cv(weights @ counts), docs.units
@@ -151,16 +151,10 @@ def load_over_windows(
     )
     groups = windows(trace, window) if column is None else grouping(trace, column, "window")
     frames = []
-    for layer in by_layer(trace):
-        for first, table_GE in group_counts(trace, layer, groups):
-            places = slice(first, first + len(table_GE))
-            frames.append(
-                _summary(
-                    layer,
-                    {"window": groups.values[places], "tokens": groups.sizes[places]},
-                    table_GE,
-                )
-            )
+    for layer, first, table_GE in group_counts(trace, by_layer(trace), groups):
+        places = slice(first, first + len(table_GE))
+        names = {"window": groups.values[places], "tokens": groups.sizes[places]}
+        frames.append(_summary(layer, names, table_GE))
     table = pl.concat(frames).select(
         "layer", "window", "tokens", "balancedness", "load_cv", "max_violation"
     )

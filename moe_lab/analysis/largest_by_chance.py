@@ -15,7 +15,8 @@ from scipy.special import pdtr
 
 from moe_lab.analysis.aligned_rows import by_layer
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS
-from moe_lab.analysis.document_sums import documents, unit_counts, unit_sizes
+from moe_lab.analysis.document_sums import documents, unit_sizes
+from moe_lab.analysis.slot_counts import unit_counts
 from moe_lab.analysis.token_groups import grouping
 from moe_lab.measures import jensen_shannon_bits
 from moe_lab.trace import Trace
@@ -71,7 +72,7 @@ def largest_of_deals(
     """
     groups = grouping(trace, column, "domain")
     docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
-    sizes_UG = unit_sizes(docs, groups).astype(np.float64)
+    sizes_UG = unit_sizes(trace, docs, groups).astype(np.float64)
     here_UG = sizes_UG > 0
     if (here_UG.sum(axis=1) > 1).any() or here_UG.sum(axis=0).min() < MIN_DOCUMENTS:
         return None
@@ -83,8 +84,8 @@ def largest_of_deals(
     dealt_BU = np.stack([generator.permutation(label_U) for _ in range(deals)])
     sizes_U = sizes_UG[used].sum(axis=1)
     ratio_B, bits_B = np.zeros(deals), np.zeros(deals)
-    for layer in by_layer(trace):
-        load_UE = unit_counts(trace, layer, docs, groups).sum(axis=1)[used].astype(np.float64)
+    for counts_UGE in unit_counts(trace, by_layer(trace), docs, groups):
+        load_UE = counts_UGE.sum(axis=1)[used].astype(np.float64)
         share_E = load_UE.sum(axis=0) / max(sizes_U.sum(), 1)
         loads = []
         for group in range(len(groups)):

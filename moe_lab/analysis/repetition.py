@@ -22,7 +22,7 @@ from moe_lab.analysis.aligned_rows import (
     in_document_order,
     shared,
 )
-from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import (
     Documents,
     documents,
@@ -30,7 +30,9 @@ from moe_lab.analysis.document_sums import (
     over,
     ratio_interval,
     unit_sums,
+    unit_table,
 )
+from moe_lab.analysis.map_reduce import Sum, reduced
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
@@ -50,7 +52,16 @@ def repetition(
         at random (within a batch of rows), which loads alone would give. Null without pairs.
     """
     docs, resampling = documents(trace, 3), Resampling(resamples, seed, level)
-    rows = [row for layer in by_layer(trace) for row in _layer_rows(trace, layer, docs, resampling)]
+    layers = by_layer(trace)
+    tables = reduced(
+        Sum(_sums, (trace,), (layer.layer,), unit_table(docs, 6), (layer, docs, seed), whole=True)
+        for layer in layers
+    )
+    rows = [
+        row
+        for layer, sums_U6 in zip(layers, tables, strict=True)
+        for row in _layer_rows(layer, sums_U6, docs, resampling)
+    ]
     return nulls(pl.DataFrame(rows, schema=_SCHEMA))
 
 
@@ -61,31 +72,37 @@ def chance_of_meeting(experts: int, slots: int) -> float:
     return 1 - math.comb(experts - slots, slots) / math.comb(experts, slots)
 
 
+def _sums(trace: Trace, layer: LayerMeta, docs: Documents, seed: int) -> pl.DataFrame:
+    """Pairs, those that repeat, those that would at random, and those with an unused slot."""
+    generator = np.random.default_rng([seed, layer.layer])
+
+    def batches() -> Iterator[tuple[NDArray, NDArray]]:
+        for doc_P, before, after in _neighbours(trace, layer):
+            order = generator.permutation(len(doc_P))
+            shuffled = _same((before[0][order], before[1][order]), after)
+            unused = (before[1] == EMPTY_SLOT).any(axis=1)
+            columns = [np.ones(len(doc_P)), *_same(before, after), *shuffled, unused]
+            yield doc_P, np.stack(columns, axis=1)
+
+    return unit_sums(docs, batches(), 6)
+
+
 def _layer_rows(
-    trace: Trace, layer: LayerMeta, docs: Documents, resampling: Resampling
+    layer: LayerMeta, sums_U6: Floats, docs: Documents, resampling: Resampling
 ) -> list[dict[str, object]]:
-    generator = np.random.default_rng([resampling.seed, layer.layer])
-    sums_U3, shuffled = np.zeros((docs.units, 3)), np.zeros(2)
-    full = True
-    for doc_T, before, after in _neighbours(trace, layer):
-        found = np.stack([np.ones(len(doc_T)), *_same(before, after)], axis=1)
-        sums_U3 += unit_sums(docs, doc_T, found)
-        order = generator.permutation(len(doc_T))
-        shuffled += [same.sum() for same in _same((before[0][order], before[1][order]), after)]
-        full &= not (before[1] == EMPTY_SLOT).any()
-    pairs = int(sums_U3[:, 0].sum())
+    pairs, *_, unused = sums_U6.sum(axis=0)
     chance = {
         "first": 1 / layer.num_choices,
-        "either": chance_of_meeting(layer.num_choices, layer.top_k) if full else None,
+        "either": chance_of_meeting(layer.num_choices, layer.top_k) if not unused else None,
     }
     found = zip(
-        *ratio_interval(sums_U3, resampling),
+        *ratio_interval(sums_U6[:, :3], resampling),
         chance.items(),
-        over(shuffled, np.array(pairs)),
+        over(sums_U6[:, 3:5].sum(axis=0), pairs),
         strict=True,
     )
     return [
-        {"layer": layer.layer, "choice": choice, "n_pairs": pairs, "n_docs": len(docs.docs)}
+        {"layer": layer.layer, "choice": choice, "n_pairs": int(pairs), "n_docs": len(docs.docs)}
         | {"rate": value, "lo": low, "hi": high, "chance": even, "chance_by_load": by_load}
         for value, low, high, (choice, even), by_load in found
     ]

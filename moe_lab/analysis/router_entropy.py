@@ -6,11 +6,14 @@ import polars as pl
 from moe_lab.analysis.aligned_rows import KEY, by_layer
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import (
+    Documents,
     documents,
     nulls,
     ratio_interval,
     unit_sums,
+    unit_table,
 )
+from moe_lab.analysis.map_reduce import Sum, reduced
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.errors import TraceError, expected
 from moe_lab.trace import LayerMeta, Trace
@@ -30,18 +33,16 @@ def router_entropy(
         recorded no scores, ends of intervals also with fewer than 5 documents.
     """
     docs, resampling = documents(trace, 4), Resampling(resamples, seed, level)
-    rows = []
-    for layer in by_layer(trace):
-        sums_U4 = np.zeros((docs.units, 4))
-        rows_in_layer = 0
-        for batch in trace.batches(layer.layer, [*KEY, "entropy", "margin"]):
-            parts = [item for name in ("entropy", "margin") for item in _known(layer, batch[name])]
-            sums_U4 += unit_sums(docs, batch["doc"].to_numpy(), np.stack(parts, axis=1))
-            rows_in_layer += batch.height
+    layers, rows = by_layer(trace), []
+    tables = reduced(
+        Sum(_sums, (trace,), (layer.layer,), unit_table(docs, 5), (layer, docs)) for layer in layers
+    )
+    for layer, sums_U5 in zip(layers, tables, strict=True):
+        sums_U4 = sums_U5[:, 1:]
         (entropy,), (low,), (high,) = ratio_interval(sums_U4[:, :2], resampling)
         (margin,), (margin_low,), (margin_high,) = ratio_interval(sums_U4[:, 2:], resampling)
         rows.append(
-            {"layer": layer.layer, "n_tokens": rows_in_layer, "n_docs": len(docs.docs)}
+            {"layer": layer.layer, "n_tokens": int(sums_U5[:, 0].sum()), "n_docs": len(docs.docs)}
             | {
                 "entropy": entropy,
                 "entropy_lo": low,
@@ -56,6 +57,25 @@ def router_entropy(
             }
         )
     return nulls(pl.DataFrame(rows, schema_overrides=_TYPES))
+
+
+def _sums(trace: Trace, layer: LayerMeta, docs: Documents) -> pl.DataFrame:
+    """Rows, then for entropy and margin how many were recorded and their sum."""
+    batches = (
+        (
+            batch["doc"].to_numpy(),
+            np.stack(
+                [
+                    np.ones(batch.height),
+                    *_known(layer, batch["entropy"]),
+                    *_known(layer, batch["margin"]),
+                ],
+                axis=1,
+            ),
+        )
+        for batch in trace.batches(layer.layer, [*KEY, "entropy", "margin"])
+    )
+    return unit_sums(docs, batches, 5)
 
 
 def _known(layer: LayerMeta, column: pl.Series) -> tuple[Floats, Floats]:

@@ -13,14 +13,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import KEY, Slots, aligned, by_layer, first_choices, shared, used
-from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
+from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import (
     Documents,
     documents,
     nulls,
     ratio_interval,
     unit_sums,
+    unit_table,
 )
+from moe_lab.analysis.map_reduce import Sum, appended, cells, counted, reduced
 from moe_lab.errors import AnalysisError, TraceError, expected, require
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
@@ -73,8 +75,8 @@ def saturation(
     resampling, docs, rows = Resampling(resamples, seed, level), documents(last, 3), []
     for place, (name, trace) in enumerate(named.items()):
         require_same_tokens(trace, last)
-        for layer in by_layer(last):
-            found = overlap_rows(trace, last, layer, docs, resampling)
+        overlaps = overlap_rows(trace, last, docs, resampling)
+        for layer, found in zip(by_layer(last), overlaps, strict=True):
             rows += [
                 {"layer": layer.layer, "checkpoint": name, "place": place, **row} for row in found
             ]
@@ -121,43 +123,72 @@ def difference(first: Trace, second: Trace) -> str:
         return f"{first.num_tokens} and {second.num_tokens} tokens"
     if not all(trace.has_tokens for trace in (first, second)):
         return ""  # no ids to compare; keys are compared as the rows are read
-    names, others = [*KEY, "token_id"], 0
     try:
-        for one, other in aligned(
-            first.batches(None, names), lambda: second.batches(None, names), "the other trace"
-        ):
-            others += int((one["token_id"] != other["token_id"]).sum())
+        (others,) = reduced([Sum(_other_ids, (first, second), (None,), counted((1,)))])
     except TraceError as error:
         return str(error)
-    return f"{others} tokens of other ids" if others else ""
+    return f"{others[0]} tokens of other ids" if others[0] else ""
+
+
+def _other_ids(first: Trace, second: Trace) -> pl.DataFrame:
+    names = [*KEY, "token_id"]
+    pairs = aligned(
+        first.batches(None, names), lambda: second.batches(None, names), "the other trace"
+    )
+    return cells(np.array([sum((one["token_id"] != two["token_id"]).sum() for one, two in pairs)]))
+
+
+Rows = list[dict[str, str | int | float]]
 
 
 def overlap_rows(
-    trace: Trace, last: Trace, layer: LayerMeta, docs: Documents, resampling: Resampling
-) -> list[dict[str, str | int | float]]:
-    """Overlap of one layer of two traces: a row for the first choice and one for all slots, as
+    trace: Trace, last: Trace, docs: Documents, resampling: Resampling
+) -> Iterator[Rows]:
+    """Overlap of each layer of two traces: a row for the first choice and one for all slots, as
     ``saturation`` returns them.
     """
-    sums_U3 = np.zeros((docs.units, 3))
-    loads = np.zeros(
-        (2, 2, layer.num_choices)
-    )  # first choices or all slots, this trace or the last, E
-    slots = 0
-    for now, final in paired_slots(trace, last, layer, ["weights"]):
-        firsts = first_choices(layer, now), first_choices(layer, final)
-        slots_T = used(final.ids)
-        has = slots_T > 0
-        share_T = np.divide(shared(final.ids, now.ids), slots_T, out=np.zeros(len(has)), where=has)
-        sums_U3 += unit_sums(
-            docs,
-            now.frame["doc"].to_numpy(),
-            np.stack([has, (firsts[0] == firsts[1]) & has, share_T], axis=1),
-        )
-        for side, (batch, first) in enumerate(zip((now, final), firsts, strict=True)):
-            loads[0, side] += _load(first, layer)
-            loads[1, side] += _load(batch.ids, layer)
-        slots += int(slots_T.sum())
-    tokens = int(sums_U3[:, 0].sum())
+    layers = by_layer(last)
+    found = reduced(
+        Sum(_overlaps, (trace, last), (layer.layer,), appended, (layer, docs)) for layer in layers
+    )
+    for layer, frames in zip(layers, found, strict=True):
+        sums_U3, loads = np.zeros((docs.units, 3)), np.zeros((2, 2, layer.num_choices), np.int64)
+        for frame in frames:
+            sums_U3 = unit_table(docs, 3)(sums_U3, frame.drop_nulls("unit"))
+            loads = counted(loads.shape)(loads, frame.drop_nulls("cell"))
+        yield _overlap_rows(layer, sums_U3, loads, docs, resampling)
+
+
+def _overlaps(trace: Trace, last: Trace, layer: LayerMeta, docs: Documents) -> pl.DataFrame:
+    """Sums of units: tokens with a slot, those with the same first choice, shared part; and cells
+    of loads [first choices or all slots, this trace or the last, E].
+    """
+    loads = np.zeros((2, 2, layer.num_choices), dtype=np.int64)
+
+    def batches() -> Iterator[tuple[NDArray, NDArray]]:
+        for now, final in paired_slots(trace, last, layer, ["weights"]):
+            firsts = first_choices(layer, now), first_choices(layer, final)
+            slots_T = used(final.ids)
+            has = slots_T > 0
+            share_T = np.zeros(len(has))
+            np.divide(shared(final.ids, now.ids), slots_T, out=share_T, where=has)
+            for side, (batch, first) in enumerate(zip((now, final), firsts, strict=True)):
+                loads[0, side] += _load(first, layer)
+                loads[1, side] += _load(batch.ids, layer)
+            same = (firsts[0] == firsts[1]) & has
+            yield now.frame["doc"].to_numpy(), np.stack([has, same, share_T], axis=1)
+
+    return pl.concat([unit_sums(docs, batches(), 3), cells(loads)], how="diagonal")
+
+
+def _overlap_rows(
+    layer: LayerMeta,
+    sums_U3: Floats,
+    loads: NDArray[np.int64],
+    docs: Documents,
+    resampling: Resampling,
+) -> Rows:
+    tokens, slots = int(sums_U3[:, 0].sum()), loads[1, 1].sum()
     rates = loads / max(tokens, 1)
     found = zip(
         *ratio_interval(sums_U3, resampling),

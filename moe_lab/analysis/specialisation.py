@@ -6,7 +6,9 @@ expert i, the domain specialisation of i is N_{i,D} / N_D (at random K / E); wit
 of which N_{i,x} ran expert i, its vocabulary specialisation is N_{i,x} / N_x.
 """
 
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from itertools import combinations, groupby
+from operator import itemgetter
 
 import numpy as np
 import polars as pl
@@ -18,11 +20,11 @@ from moe_lab.analysis.document_sums import (
     documents,
     nulls,
     over,
-    unit_counts,
     unit_sizes,
 )
 from moe_lab.analysis.requirements import of_tokens
-from moe_lab.analysis.token_groups import Grouping, group_counts, grouping
+from moe_lab.analysis.slot_counts import group_counts, unit_counts
+from moe_lab.analysis.token_groups import Grouping, grouping
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError
 from moe_lab.measures import jensen_shannon_bits
@@ -58,11 +60,12 @@ def domain_specialisation(
     """
     groups = _domains(trace, column)
     docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
-    sizes_UG = unit_sizes(docs, groups)
+    sizes_UG = unit_sizes(trace, docs, groups)
     sizes_G = sizes_UG.sum(axis=0)
     frames = []
-    for layer in by_layer(trace):
-        counts_UGE = unit_counts(trace, layer, docs, groups)
+    layers = by_layer(trace)
+    tables = unit_counts(trace, layers, docs, groups)
+    for layer, counts_UGE in zip(layers, tables, strict=True):
         counts_GE = counts_UGE.sum(axis=0, dtype=np.int64)
         shares = over(counts_GE, sizes_G[:, None])
         low, high = np.full_like(shares, np.nan), np.full_like(shares, np.nan)
@@ -109,15 +112,15 @@ def domain_divergence(
     """
     groups = _domains(trace, column)
     docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
-    here_UG = unit_sizes(docs, groups) > 0
+    here_UG = unit_sizes(trace, docs, groups) > 0
     pairs_P2 = np.array(list(combinations(range(len(groups)), 2)), dtype=np.int64).reshape(-1, 2)
     resampling = Resampling(resamples, seed, level) if resamples else None
     single_P = (here_UG.sum(axis=0) < 2)[pairs_P2].any(axis=1)
     frames = []
-    for layer in by_layer(trace):
-        found_5P = _divergences(
-            unit_counts(trace, layer, docs, groups), here_UG, pairs_P2, resampling
-        )
+    layers = by_layer(trace)
+    tables = unit_counts(trace, layers, docs, groups)
+    for layer, counts_UGE in zip(layers, tables, strict=True):
+        found_5P = _divergences(counts_UGE, here_UG, pairs_P2, resampling)
         found_5P[3:, single_P] = np.nan
         names = {
             "domain_a": groups.values.gather(pairs_P2[:, 0]),
@@ -157,9 +160,9 @@ def vocabulary_specialisation(
     groups = grouping(trace, column, "id", min_count)
     tokens = int(groups.sizes.sum())
     rows = []
-    for layer in by_layer(trace):
+    for layer, blocks in _layer_blocks(trace, by_layer(trace), groups):
         highest, load_E = [], np.zeros(layer.num_choices, dtype=np.int64)
-        for _, table_GE in group_counts(trace, layer, groups):
+        for _, _, table_GE in blocks:
             highest.append(table_GE.max(axis=1))
             load_E += table_GE.sum(axis=0, dtype=np.int64)
         mean, weighted = vocabulary_shares(np.concatenate(highest), groups.sizes)
@@ -196,9 +199,9 @@ def expert_vocabulary(
     require(min_count >= 1 and top >= 1, "a min_count and a top of at least 1", (min_count, top))
     groups = grouping(trace, column, "id", min_count)
     frames = []
-    for layer in chosen_layers(trace, layers):
+    for layer, blocks in _layer_blocks(trace, chosen_layers(trace, layers), groups):
         best: list[pl.DataFrame] = []
-        for first, table_GE in group_counts(trace, layer, groups):
+        for _, first, table_GE in blocks:
             places = slice(first, first + len(table_GE))
             found = _best_ids(layer, table_GE, groups.values[places], groups.sizes[places], top)
             found = pl.concat([*best, found]).sort(
@@ -233,6 +236,12 @@ def vocabulary_shares(highest: ArrayLike, tokens: ArrayLike) -> tuple[float, flo
         if len(size)
         else (np.nan, np.nan)
     )
+
+
+def _layer_blocks(
+    trace: Trace, layers: Sequence[LayerMeta], groups: Grouping
+) -> Iterator[tuple[LayerMeta, Iterator[tuple[LayerMeta, int, NDArray]]]]:
+    return groupby(group_counts(trace, layers, groups), key=itemgetter(0))
 
 
 def _domains(trace: Trace, column: str) -> Grouping:

@@ -6,30 +6,24 @@ position of a document, then b for positions 2^(b-1) .. 2^b - 1) and ``true_id``
 token that follows in the document, which a language model is to predict).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import (
     KEY,
-    MAX_CELLS,
     Frames,
     Ints,
-    add_counts,
-    aligned,
-    by_layer,
-    chunks,
     in_document_order,
     token_keys,
 )
-from moe_lab.errors import AnalysisError, TraceError, expected, require
+from moe_lab.analysis.map_reduce import Sum, appended, reduced
+from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.text import CLASSES
-from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
+from moe_lab.trace import Trace
 
 ROUTED = "routed"
 POSITION_BAND, TRUE_ID = "position_band", "true_id"
@@ -43,14 +37,16 @@ class Grouping:
         name: of the column.
         values: [G] what each group is called, in order; its place is the code.
         sizes: [G] tokens of each group.
-        codes: a new stream of doc, pos and ``code`` (u32, null where the token is in no group) in
-            the order of the token table.
+        codes: a trace, or a part of it -> a new stream of doc, pos and ``code`` (u32, null where
+            the token is in no group) in the order of the token table.
+        whole: codes depend on tokens of other files.
     """
 
     name: str
     values: pl.Series
     sizes: Ints
-    codes: Callable[[], Frames]
+    codes: Callable[[Trace], Frames]
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.values)
@@ -69,26 +65,34 @@ def grouping(trace: Trace, column: str, name: str | None = None, min_size: int =
         AnalysisError: there is no such column.
     """
     _need_tokens(trace)
-    values = partial(_values, trace, column)
-    found = pl.concat(
-        [_sizes(frame) for frame in values()]
-        or [pl.DataFrame(schema={"value": pl.Null, "n": pl.Int64})]
-    )
-    table = (
-        found.group_by("value").agg(pl.col("n").sum()).filter(pl.col("n") >= min_size).sort("value")
-    )
-    lookup = table.select("value").with_row_index("code")
-
-    def codes() -> Frames:
-        for frame in values():
-            yield frame.join(lookup, on="value", how="left", maintain_order="left").drop("value")
-
+    whole = column == TRUE_ID and column not in trace.tokens.collect_schema()
+    (found,) = reduced([Sum(_sizes, (trace,), (None,), appended, (column,), whole)])
+    table = _added(found).filter(pl.col("n") >= min_size).sort("value")
     return Grouping(
         name or column,
         table["value"].alias(name or column),
         table["n"].cast(pl.Int64).to_numpy(),
-        codes,
+        partial(_codes, column=column, lookup=table.select("value").with_row_index("code")),
+        whole,
     )
+
+
+def _codes(trace: Trace, column: str, lookup: pl.DataFrame) -> Frames:
+    for frame in _values(trace, column):
+        yield frame.join(lookup, on="value", how="left", maintain_order="left").drop("value")
+
+
+def _sizes(trace: Trace, column: str) -> pl.DataFrame:
+    """[value, n]: tokens of each value."""
+    sizes = [
+        frame.drop_nulls("value").group_by("value").agg(n=pl.len().cast(pl.Int64))
+        for frame in _values(trace, column)
+    ]
+    return _added(sizes or [pl.DataFrame(schema={"value": pl.Null, "n": pl.Int64})])
+
+
+def _added(sizes: list[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(sizes).group_by("value").agg(pl.col("n").sum())
 
 
 def _need_tokens(trace: Trace) -> None:
@@ -107,64 +111,25 @@ def windows(trace: Trace, window: int) -> Grouping:
     numbers. Raises ``AnalysisError`` for a trace without a token table.
     """
     _need_tokens(trace)
-
-    def codes() -> Frames:
-        row = 0
-        for frame in in_order():
-            numbers = np.arange(row, row + frame.height, dtype=np.int64) // window
-            yield frame.with_columns(code=pl.Series(numbers, dtype=pl.UInt32))
-            row += frame.height
-
-    def in_order() -> Frames:
-        if _sorted(token_batches(trace)):
-            return token_batches(trace)
-        return iter([pl.concat(token_batches(trace)).sort(*KEY)])
-
     total = sum(frame.height for frame in token_batches(trace))
     starts = np.arange(0, total, window)
     return Grouping(
         "window",
         pl.Series("window", starts // window, dtype=pl.UInt32),
         np.minimum(window, total - starts),
-        codes,
+        partial(_window_codes, window=window),
+        whole=True,
     )
 
 
-def group_counts(trace: Trace, layer: LayerMeta, groups: Grouping) -> Iterator[tuple[int, NDArray]]:
-    """Slots of each expert in each group: (first group, table [G', E]) for successive blocks of
-    groups, of bounded size.
-
-    Blocks are as many as the table needs to stay under ``MAX_CELLS`` cells; each reads the layer
-    once.
-    """
-    block = max(1, MAX_CELLS // layer.num_choices)
-    dtype = np.uint32 if trace.num_tokens < 2**32 else np.int64
-    for first in range(0, max(len(groups), 1), block):
-        size = min(block, len(groups) - first)
-        bins = layer.num_choices + 1  # the last one takes unused slots
-        table = np.zeros((size + 1) * bins, dtype=dtype)
-        for frame, codes_T in coded_batches(trace, layer, groups):
-            ids_TK = expert_slots(layer, frame["experts"])
-            inside = (codes_T >= first) & (codes_T < first + size)
-            row_T = np.where(inside, codes_T - first, size) * bins
-            for part in chunks(len(ids_TK)):
-                expert = np.where(ids_TK[part] == EMPTY_SLOT, layer.num_choices, ids_TK[part])
-                add_counts(table, (row_T[part, None] + expert).ravel())
-        yield first, table.reshape(size + 1, bins)[:-1, :-1]
-
-
-def coded_batches(
-    trace: Trace, layer: LayerMeta, groups: Grouping | None
-) -> Iterator[tuple[pl.DataFrame, Ints]]:
-    """Batches of a layer: doc, pos and experts, with the code of each token's group [T] (-1 where
-    it is in none; 0 without groups).
-    """
-    routing = trace.batches(layer.layer, [*KEY, "experts"])
-    if groups is None:
-        yield from ((frame, np.zeros(frame.height, dtype=np.int64)) for frame in routing)
-        return
-    for frame, found in aligned(routing, groups.codes, "the token table"):
-        yield frame, found["code"].cast(pl.Int64).fill_null(-1).to_numpy()
+def _window_codes(trace: Trace, window: int) -> Frames:
+    frames, row = token_batches(trace), 0
+    if not _sorted(token_batches(trace)):
+        frames = iter([pl.concat(frames).sort(*KEY)])
+    for frame in frames:
+        numbers = np.arange(row, row + frame.height, dtype=np.int64) // window
+        yield frame.with_columns(code=pl.Series(numbers, dtype=pl.UInt32))
+        row += frame.height
 
 
 def token_batches(trace: Trace, *columns: str) -> Frames:
@@ -193,10 +158,10 @@ def _values(trace: Trace, column: str) -> Frames:
     elif column == TRUE_ID:
         yield from _following(trace)
     else:
-        raise _no_column(column, names)
+        raise no_column(column, names)
 
 
-def _no_column(column: str, columns: list[str]) -> AnalysisError:
+def no_column(column: str, columns: list[str]) -> AnalysisError:
     """The error for a token column that a trace lacks."""
     hint = "capture(..., tokenizer=..., classes=True)" if column in CLASSES else ""
     what = f"a token column among {', '.join(columns)}"
@@ -226,10 +191,6 @@ def _shifted(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(value=pl.when(follows).then(pl.col("token_id").shift(-1)))
 
 
-def _sizes(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.drop_nulls("value").group_by("value").agg(n=pl.len().cast(pl.Int64))
-
-
 def _sorted(frames: Frames) -> bool:
     last = -1
     for frame in frames:
@@ -240,49 +201,3 @@ def _sorted(frames: Frames) -> bool:
             return False
         last = int(keys[-1])
     return True
-
-
-def token_column(trace: Trace, column: str, name: str) -> pl.LazyFrame:
-    """[doc, pos, <name>]: a column of ``trace.tokens``.
-
-    Raises ``AnalysisError`` where the trace has no such column.
-    """
-    columns = trace.tokens.collect_schema().names()
-    if column not in columns:
-        raise _no_column(column, columns)
-    return trace.tokens.select(*KEY, pl.col(column).alias(name))
-
-
-def collect(frame: pl.LazyFrame) -> pl.DataFrame:
-    """Run a lazy query in bounded memory. Raises ``TraceError`` where a file cannot be decoded."""
-    try:
-        return frame.collect(engine="streaming")
-    except (pl.exceptions.ComputeError, pl.exceptions.PanicException, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise TraceError(
-            f"expected a readable trace, got {first}; try open_trace(...).check()"
-        ) from error
-
-
-def counts_by(trace: Trace, groups: Grouping) -> pl.DataFrame:
-    """[layer, <name of the groups>, expert, is_zero, count]: slots per expert for each group, every
-    expert present in every group.
-    """
-    frames = []
-    for layer in by_layer(trace):
-        table_GE = np.concatenate([table for _, table in group_counts(trace, layer, groups)])
-        experts = np.arange(layer.num_choices)
-        frames.append(
-            pl.DataFrame(
-                {
-                    "layer": pl.repeat(layer.layer, table_GE.size, dtype=pl.UInt32, eager=True),
-                    groups.name: groups.values.gather(
-                        np.repeat(np.arange(len(groups)), layer.num_choices)
-                    ),
-                    "expert": np.tile(experts.astype(np.uint16), len(groups)),
-                    "is_zero": np.tile(experts >= layer.num_experts, len(groups)),
-                    "count": table_GE.ravel().astype(np.int64),
-                }
-            )
-        )
-    return pl.concat(frames)

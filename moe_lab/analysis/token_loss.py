@@ -1,11 +1,18 @@
 """The mean loss of a trace's tokens, with its interval over documents."""
 
-import numpy as np
 import polars as pl
 
 from moe_lab.analysis.aligned_rows import KEY
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Resampling
-from moe_lab.analysis.document_sums import documents, nulls, ratio_interval, unit_sums
+from moe_lab.analysis.document_sums import (
+    Documents,
+    documents,
+    nulls,
+    ratio_interval,
+    unit_sums,
+    unit_table,
+)
+from moe_lab.analysis.map_reduce import Sum, reduced
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.trace import Trace
 
@@ -25,13 +32,7 @@ def token_loss(
         >>> token_loss(open_trace("runs/demo/3f2a/trace"))  # doctest: +SKIP
     """
     docs = documents(trace, 2)
-    sums_U2 = np.zeros((docs.units, 2))
-    if trace.has_tokens:
-        for batch in trace.batches(None, [*KEY, "loss"]):
-            known = batch.drop_nulls("loss")
-            loss = known["loss"].cast(pl.Float64).to_numpy()
-            values = np.stack([np.ones(len(loss)), loss], axis=1)
-            sums_U2 += unit_sums(docs, known["doc"].to_numpy(), values)
+    (sums_U2,) = reduced([Sum(_sums, (trace,), (None,), unit_table(docs, 2), (docs,))])
     (loss,), (low,), (high,) = ratio_interval(sums_U2, Resampling(resamples, seed, level))
     row = {
         "n_tokens": trace.num_tokens,
@@ -39,3 +40,13 @@ def token_loss(
         "n_loss": int(sums_U2[:, 0].sum()),
     }
     return nulls(pl.DataFrame([row | {"loss": float(loss), "lo": float(low), "hi": float(high)}]))
+
+
+def _sums(trace: Trace, docs: Documents) -> pl.DataFrame:
+    """Tokens with a loss, and the sum of their losses."""
+    known = (batch.drop_nulls("loss") for batch in trace.batches(None, [*KEY, "loss"]))
+    batches = (
+        (one["doc"].to_numpy(), one.select(pl.lit(1.0), pl.col("loss").cast(pl.Float64)).to_numpy())
+        for one in known
+    )
+    return unit_sums(docs, batches, 2)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import KEY, aligned, by_layer, chosen_layers, chunks
 from moe_lab.analysis.document_sums import nulls, over
+from moe_lab.analysis.map_reduce import Sum, cells, counted, reduced
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import LayerMeta, Trace
@@ -66,19 +67,26 @@ def transitions(
     )
     if pairs is None:
         pairs = [(a.layer, b.layer) for a, b in pairwise(by_layer(trace))]
-    frames = []
-    for first, second in pairs:
-        (source,), (target,) = chosen_layers(trace, [first]), chosen_layers(trace, [second])
-        frames.append(
-            _transitions(source, target, transition_counts(trace, source, target, Pairing(pairing)))
+    chosen = [chosen_layers(trace, [layer])[0] for pair in pairs for layer in pair]
+    sides = list(zip(chosen[::2], chosen[1::2], strict=True))
+    tables = reduced(
+        Sum(
+            _transition_cells,
+            (trace,),
+            (source.layer, target.layer),
+            counted((source.num_choices, target.num_choices)),
+            (source, target, Pairing(pairing)),
         )
+        for source, target in sides
+    )
+    frames = [_transitions(*side, counts) for side, counts in zip(sides, tables, strict=True)]
     return pl.concat(frames) if frames else pl.DataFrame(schema=_SCHEMA)
 
 
-def transition_counts(
-    trace: Trace, source: LayerMeta, target: LayerMeta, pairing: Pairing = Pairing.ALL
-) -> NDArray[np.int64]:
-    """[E, E'] pairs of slots of the two layers in the same token."""
+def _transition_cells(
+    trace: Trace, source: LayerMeta, target: LayerMeta, pairing: Pairing
+) -> pl.DataFrame:
+    """Cells of [E, E']: pairs of slots of the two layers in the same token."""
     bins, width = source.num_choices + 1, target.num_choices + 1
     total = np.zeros(bins * width, dtype=np.int64)
     columns = [*KEY, "experts"]
@@ -97,7 +105,7 @@ def transition_counts(
                 _bins(to_TK[part], width - 1),
                 pairing,
             )
-    return total.reshape(bins, width)[:-1, :-1]
+    return cells(total.reshape(bins, width)[:-1, :-1])
 
 
 def _bins(ids_TK: NDArray[np.uint16], empty: int) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import KEY, by_layer
 from moe_lab.analysis.conditional_bernoulli import group_count
@@ -21,9 +22,11 @@ from moe_lab.analysis.document_sums import (
     over,
     ratio_interval,
     unit_sums,
+    unit_table,
 )
+from moe_lab.analysis.map_reduce import Sum, appended, reduced
 from moe_lab.analysis.requirements import of_tokens, of_zero_experts
-from moe_lab.analysis.token_groups import collect
+from moe_lab.analysis.slot_counts import layer_counts
 from moe_lab.trace import LayerMeta, Trace
 
 
@@ -46,10 +49,14 @@ def zero_compute(
         zero-compute experts are left out.
     """
     docs, resampling = documents(trace, 5), Resampling(resamples, seed, level)
+    layers = [layer for layer in by_layer(trace) if layer.num_zero_experts]
+    tables = reduced(
+        Sum(_zero_sums, (trace,), (layer.layer,), unit_table(docs, 6), (layer, docs))
+        for layer in layers
+    )
     rows = [
-        _zero_row(trace, layer, docs, resampling)
-        for layer in by_layer(trace)
-        if layer.num_zero_experts
+        _zero_row(layer, sums_U6, docs, resampling)
+        for layer, sums_U6 in zip(layers, tables, strict=True)
     ]
     return nulls(pl.DataFrame(rows, schema=_ZERO_SCHEMA))
 
@@ -81,19 +88,12 @@ def ffn_spread(
         The benchmarks are null in a layer where some token used fewer than K slots: there the
         number of slots is itself the router's choice. Without zero-compute experts they are 0.
     """
-    found = collect(
-        trace.routing.group_by("layer", "doc").agg(
-            n=pl.len(),
-            total=pl.col("ffn_count").cast(pl.Int64).sum(),
-            square=(pl.col("ffn_count").cast(pl.Int64) ** 2).sum(),
-            min=pl.col("ffn_count").min(),
-            max=pl.col("ffn_count").max(),
-            fewest=(pl.col("ffn_count").cast(pl.Int64) + pl.col("zero_count")).min(),
-        )
+    layers, rows = by_layer(trace), []
+    found = reduced(
+        Sum(_spread_sums, (trace,), (layer.layer,), appended, (layer.layer,)) for layer in layers
     )
-    rows = []
-    for layer in sorted(trace.meta.layers, key=lambda layer: layer.layer):
-        documents = found.filter(pl.col("layer") == layer.layer).sort("doc")
+    for layer, frames, counts_E in zip(layers, found, layer_counts(trace, layers), strict=True):
+        documents = _by_document(frames)
         if not documents.height:
             continue
         sums_D3 = documents.select("n", "total", "square").to_numpy().astype(np.float64)
@@ -106,9 +106,41 @@ def ffn_spread(
             {"layer": layer.layer, "n_tokens": int(sums_D3[:, 0].sum()), "n_docs": len(sums_D3)}
             | {"mean": float(mean), "sd": float(sd), "sd_lo": float(low), "sd_hi": float(high)}
             | {"min": documents["min"].min(), "max": documents["max"].max()}
-            | (_benchmarks(trace, layer, float(mean), sums_D3[:, 0].sum()) if filled else {})
+            | (_benchmarks(layer, counts_E, float(mean), sums_D3[:, 0].sum()) if filled else {})
         )
     return pl.DataFrame(rows, schema=_SCHEMA).with_columns(pl.col("sd_lo", "sd_hi").fill_nan(None))
+
+
+def _spread_sums(trace: Trace, layer: int) -> pl.DataFrame:
+    """[doc, n, total, square, min, max, fewest] of ``ffn_count``, and the fewest slots used."""
+    ffn = pl.col("ffn_count").cast(pl.Int64)
+    columns = ["doc", "ffn_count", "zero_count"]
+    frames = [
+        batch.select(
+            "doc",
+            n=pl.lit(1, pl.Int64),
+            total=ffn,
+            square=ffn**2,
+            min="ffn_count",
+            max="ffn_count",
+            fewest=ffn + pl.col("zero_count"),
+        )
+        for batch in trace.batches(layer, columns)
+    ]
+    return _by_document(frames) if frames else pl.DataFrame(schema={"doc": pl.UInt32})
+
+
+def _by_document(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    return (
+        pl.concat(frames, how="diagonal")
+        .group_by("doc")
+        .agg(
+            pl.col("^(n|total|square)$").sum(),
+            pl.col("^(min|fewest)$").min(),
+            pl.col("^max$").max(),
+        )
+        .sort("doc")
+    )
 
 
 def hypergeometric(num_experts: int, num_zero_experts: int, top_k: int) -> tuple[float, float]:
@@ -133,18 +165,20 @@ def independent_sd(layer: LayerMeta, rates_E: Floats) -> float | None:
     return math.sqrt(max(distribution @ counts**2 - mean**2, 0.0))
 
 
+def _zero_sums(trace: Trace, layer: LayerMeta, docs: Documents) -> pl.DataFrame:
+    ffn, zero = (pl.col(name).cast(pl.Int64) for name in ("ffn_count", "zero_count"))
+    columns = [pl.lit(1), ffn, ffn == 0, ffn == layer.top_k, ffn + zero, zero]
+    named = [column.cast(pl.Int64).alias(str(place)) for place, column in enumerate(columns)]
+    batches = (
+        (batch["doc"].to_numpy(), batch.select(named).to_numpy())
+        for batch in trace.batches(layer.layer, [*KEY, "ffn_count", "zero_count"])
+    )
+    return unit_sums(docs, batches, 6)
+
+
 def _zero_row(
-    trace: Trace, layer: LayerMeta, docs: Documents, resampling: Resampling
+    layer: LayerMeta, sums_U6: Floats, docs: Documents, resampling: Resampling
 ) -> dict[str, Any]:
-    sums_U6 = np.zeros((docs.units, 6))
-    for batch in trace.batches(layer.layer, [*KEY, "ffn_count", "zero_count"]):
-        ffn, zero = (
-            batch[name].to_numpy().astype(np.int64) for name in ("ffn_count", "zero_count")
-        )
-        columns = np.stack(
-            [np.ones_like(ffn), ffn, ffn == 0, ffn == layer.top_k, ffn + zero, zero], axis=1
-        )
-        sums_U6 += unit_sums(docs, batch["doc"].to_numpy(), columns)
     (ratio,), (low,), (high,) = ratio_interval(sums_U6[:, 4:], resampling)
     tokens, ffn, at_zero, at_full = sums_U6[:, :4].sum(axis=0)
     ends = np.stack([sums_U6[:, 0], sums_U6[:, 2] + sums_U6[:, 3]], axis=1)
@@ -169,13 +203,11 @@ def _zero_row(
 
 
 def _benchmarks(
-    trace: Trace, layer: LayerMeta, mean: float, tokens: float
+    layer: LayerMeta, counts_E: NDArray[np.int64], mean: float, tokens: float
 ) -> dict[str, float | None]:
     even_mean, even_sd = hypergeometric(layer.num_experts, layer.num_zero_experts, layer.top_k)
     matched = _hypergeometric_sd(mean, layer.num_choices, layer.top_k)
-    independent = (
-        independent_sd(layer, trace.layer_counts(layer) / tokens) if layer.num_zero_experts else 0.0
-    )
+    independent = independent_sd(layer, counts_E / tokens) if layer.num_zero_experts else 0.0
     return {
         "hypergeometric_mean": even_mean,
         "hypergeometric_sd": even_sd,

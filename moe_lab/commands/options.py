@@ -1,14 +1,17 @@
 """Options that several commands share, so that they mean the same everywhere."""
 
 import argparse
+import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_lab.errors import ConfigError, MoELabError, expected
+from moe_lab.errors import ConfigError, MoELabError, expected, require
 from moe_lab.number_format import count_of
 from moe_lab.terminal import fits, print_table, say, window_width
 
@@ -156,6 +159,77 @@ def add_out(parser: argparse.ArgumentParser, default: str | None, what: str) -> 
 def place(text: str) -> "Path | str":
     """A folder, or a URL of an object store as it is: as a path it would lose a slash."""
     return text if "://" in text else Path(text)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Options of a command whose ``main`` is ``read_by_workers``."""
+    add_number(
+        parser,
+        "--workers",
+        4,
+        whole=True,
+        default=None,
+        help="processes that read the trace, of one thread each (default: this one alone), or "
+        "tasks of a cluster",
+    )
+    parser.add_argument(
+        "--launcher", choices=("local", "ray"), default="local", help="what runs the workers"
+    )
+    parser.add_argument(
+        "--launcher-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="ray: address, cpus, memory_gb",
+    )
+    parser.add_argument(
+        "--partial-frames",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="where workers' frames are kept until the command ends; after a kill the same command "
+        "continues with them (default: in the cache folder)",
+    )
+
+
+def read_by_workers(
+    command: Callable[[argparse.Namespace], int],
+) -> Callable[[argparse.Namespace], int]:
+    """A command whose analyses read their traces by the workers of ``add_workers``."""
+
+    @functools.wraps(command)
+    def main(args: argparse.Namespace) -> int:
+        local = args.launcher == "local"
+        options = launcher_options(args.launcher_option)
+        require(not (local and options), "launcher options with --launcher ray", options)
+        if local and args.workers is None:
+            require(args.partial_frames is None, "--partial-frames with --workers", "it alone")
+            return command(args)
+        from moe_lab.analysis.map_reduce import mapped
+
+        workers = args.workers
+        if not local:
+            from moe_lab.sweeps.launchers.ray_tasks import RayTasks
+
+            workers = RayTasks(args.workers, options)
+        with warnings.catch_warnings(), mapped(workers, cache=args.partial_frames):
+            warnings.simplefilter("always")
+            warnings.showwarning = _say_warning
+            return command(args)
+
+    return main
+
+
+def _say_warning(message: Warning | str, *_: Any) -> None:
+    print(f"moe-lab: {message}", file=sys.stderr)
+
+
+def launcher_options(texts: Sequence[str]) -> dict[str, str]:
+    """Options of a launcher from ``KEY=VALUE`` texts. Raises ``ConfigError`` for another text."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (key, sign, _) in zip(texts, pairs, strict=True):
+        require(bool(key and sign), "a launcher option as KEY=VALUE", repr(text))
+    return {key: value for key, _, value in pairs}
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:

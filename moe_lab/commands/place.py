@@ -9,9 +9,11 @@ from moe_lab.commands.options import (
     add_json,
     add_number,
     add_seed,
+    add_workers,
     examples,
     print_frame,
     print_json,
+    read_by_workers,
 )
 from moe_lab.terminal import say
 
@@ -54,10 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sglang", type=Path, default=None, metavar="PATH", help="write SGLang's locations"
     )
+    add_workers(parser)
     add_seed(parser)
     add_json(parser)
 
 
+@read_by_workers
 def main(args: argparse.Namespace) -> int:
     from moe_lab.serving import (
         place,

@@ -9,11 +9,13 @@ from pathlib import Path
 from moe_lab.commands.options import (
     add_json,
     add_out,
+    add_workers,
     examples,
     layers_of,
     load_sentence,
     place,
     print_json,
+    read_by_workers,
 )
 from moe_lab.number_format import count_of
 from moe_lab.progress import shown
@@ -27,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "moe-lab report runs/small",
         'moe-lab report runs/x traces/y --out page.html --title "Two models"',
         "moe-lab report traces/olmoe --worth worth/olmoe",
+        "moe-lab report traces/long --workers 8",
+        "moe-lab report traces/long --launcher ray --launcher-option address=auto",
     )
     parser.add_argument(
         "source", nargs="+", type=place, help="a sweep's folder or URL, run folders, or a trace"
@@ -42,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="tables of moe-lab ablate (default: worth in the folder of a run)",
     )
+    add_workers(parser)
     add_json(parser)
 
 
+@read_by_workers
 def main(args: argparse.Namespace) -> int:
     from moe_lab.report import write_report
 

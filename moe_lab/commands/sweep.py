@@ -17,11 +17,12 @@ from moe_lab.commands.options import (
     add_seed,
     add_text,
     examples,
+    launcher_options,
     place,
     print_json,
     text_changes,
 )
-from moe_lab.errors import MoELabError, expected, require
+from moe_lab.errors import MoELabError, expected
 from moe_lab.terminal import dot_plot, print_table, say, window_width
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         progress=not args.json,
         launcher=args.launcher,
-        launcher_options=_launcher_options(args.launcher_option),
+        launcher_options=launcher_options(args.launcher_option),
         max_hours=args.max_hours,
         max_flops=args.max_flops,
         retry_failed=args.retry_failed,
@@ -408,13 +409,6 @@ def _judged(folder: Path) -> tuple[str, str, list[str]]:
     title = f"loss{arm} in nats/token at each ratio: mean (o) and range of its seeds"
     lines = [title, *dot_plot(rows, window_width() or 100)]
     return study.verdict.outcome.value, study.verdict.sentence, lines
-
-
-def _launcher_options(texts: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    for text, (key, sign, _) in zip(texts, pairs, strict=True):
-        require(bool(key and sign), "a launcher option as KEY=VALUE", repr(text))
-    return {key: value for key, _, value in pairs}
 
 
 def status(args: argparse.Namespace) -> int:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import by_layer
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
-from moe_lab.analysis.document_sums import Documents, documents, nulls, unit_counts
-from moe_lab.analysis.token_groups import Grouping, coded_batches, grouping
+from moe_lab.analysis.document_sums import Documents, documents, nulls
+from moe_lab.analysis.slot_counts import coded_batches, unit_counts
+from moe_lab.analysis.token_groups import Grouping, grouping
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.files import write_json
 from moe_lab.serving.expert_sets import require_real_experts, require_tokens
@@ -120,7 +121,7 @@ def _sums(
 ) -> Floats:
     """[U, G, E] slots or gate mass of the real experts."""
     if of == "slots":
-        counts = unit_counts(trace, layer, docs, groups)[:, :, : layer.num_experts]
+        counts = next(unit_counts(trace, [layer], docs, groups))[:, :, : layer.num_experts]
         return counts.astype(np.float64)
     size, cells = len(groups) if groups else 1, layer.num_choices
     table = np.zeros(docs.units * size * cells)
@@ -178,7 +179,8 @@ def calibration_tokens(
     order = np.random.default_rng(seed).permutation(docs.units)
     rows = []
     for layer in by_layer(trace):
-        counts_UE = unit_counts(trace, layer, docs)[:, 0, : layer.num_experts].astype(np.int64)
+        counts_UGE = next(unit_counts(trace, [layer], docs))
+        counts_UE = counts_UGE[:, 0, : layer.num_experts].astype(np.int64)
         tokens_U = _tokens(trace, layer, docs)
         running = np.cumsum(counts_UE[order], axis=0)
         enough = (running >= least).all(axis=1)

@@ -15,7 +15,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
-from moe_lab.analysis.document_sums import Documents, documents, nulls, unit_counts
+from moe_lab.analysis.document_sums import Documents, documents, nulls
+from moe_lab.analysis.slot_counts import unit_counts
 from moe_lab.analysis.token_groups import grouping
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_sets import expert_sets, require_real_experts
@@ -164,8 +165,12 @@ class _Loads:
         self.docs: Documents = documents(trace, cells)
         self.table = np.stack(
             [
-                unit_counts(trace, layer, self.docs, self.groups)[:, :, : layer.num_experts]
-                for layer in self.layers
+                counts_UGE[:, :, : layer.num_experts]
+                for layer, counts_UGE in zip(
+                    self.layers,
+                    unit_counts(trace, self.layers, self.docs, self.groups),
+                    strict=True,
+                )
             ],
             axis=2,
         )  # [U, G, L, E]

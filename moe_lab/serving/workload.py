@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import by_layer
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS
-from moe_lab.analysis.document_sums import documents, unit_counts
+from moe_lab.analysis.document_sums import documents
+from moe_lab.analysis.slot_counts import unit_counts
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.distinct_experts import distinct_experts
 from moe_lab.serving.expert_cache import expert_cache
@@ -145,7 +146,8 @@ def fit_workload(trace: Trace) -> Workload:
     if docs.units < 2:
         what = "at least 2 documents to fit how their loads differ"
         raise AnalysisError(expected(what, docs.units))
-    counts = np.stack([unit_counts(trace, one, docs)[:, 0, :size] for one in layers], axis=1)
+    tables = unit_counts(trace, layers, docs)
+    counts = np.stack([counts_UGE[:, 0, :size] for counts_UGE in tables], axis=1)
     tokens = max(trace.num_tokens, 1)
     load = counts + SMOOTH
     load = load / load.sum(axis=2, keepdims=True)

@@ -83,7 +83,7 @@ def test_true_ids_are_those_that_follow_in_the_document(trace, tmp_path, shuffle
             trace, tmp_path / "shuffled", np.random.default_rng(0).permutation(400).tolist()
         )
     groups = grouping(trace, "true_id")
-    found = pl.concat(groups.codes())
+    found = pl.concat(groups.codes(trace))
     assert {(doc, pos): groups.values[code] for doc, pos, code in found.drop_nulls().rows()} == {
         key: token for key, token in follows.items() if key[1] >= 0
     }
@@ -107,7 +107,7 @@ def test_documents_can_be_counted_apart(trace):
 
 @pytest.mark.parametrize("cells", [1, 20, 2**20])
 def test_tables_too_large_to_hold_are_counted_in_passes(trace, monkeypatch, cells):
-    monkeypatch.setattr("moe_lab.analysis.token_groups.MAX_CELLS", cells)
+    monkeypatch.setattr("moe_lab.analysis.slot_counts.MAX_CELLS", cells)
     counts = expert_load(trace, by="token_id").filter(pl.col("count") > 0)
     assert set(counts.select("layer", "token_id", "expert", "count").rows()) == joined(
         trace, "token_id"

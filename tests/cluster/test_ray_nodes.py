@@ -14,11 +14,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 from grid_process import Driver, family, hold, trainers
+from refusals import refused
 from tiny_grid import results
 
+from moe_lab import analysis
+from moe_lab.analysis.map_reduce import Sum, appended, mapped, reduced
+from moe_lab.errors import AnalysisError
 from moe_lab.sweeps import run
+from moe_lab.sweeps.launchers.ray_tasks import RayTasks
+from moe_lab.trace import LayerMeta, Trace, TraceMeta, TraceWriter, open_trace
+from moe_lab.trace.rows import slot_rows
 
 pytest.importorskip("ray", reason="needs the extra ray")
 pytestmark = pytest.mark.slow
@@ -180,6 +189,37 @@ def test_four_runs_share_one_gpu_by_fraction(
             launcher_options=options | {"gpus": "2"},
             max_hours=0,
         )
+
+
+def test_an_analysis_on_two_nodes_equals_the_one_here_through_a_kill(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    layer = LayerMeta(0, 8, 0, 2)
+    meta = TraceMeta(layers=(layer,), has_weights=False, has_scores=False)
+    doc, pos = (np.arange(600, dtype=np.uint32) // 50, np.arange(600, dtype=np.uint32) % 50)
+    ids = np.random.default_rng(0).permuted([range(8)] * 600, axis=1)[:, :2]
+    with TraceWriter(tmp_path / "trace", meta, rows_per_part=100) as writer:
+        writer.write_tokens(pl.DataFrame({"doc": doc, "pos": pos, "token_id": pos % 7}))
+        rows = slot_rows(layer, doc, pos, ids, None, None, None)
+        writer.write_rows(0, rows, np.bincount(ids.ravel(), minlength=8))
+    trace, killed = open_trace(tmp_path / "trace"), tmp_path / "killed"
+    whole = analysis.coactivation(trace), analysis.vocabulary_specialisation(trace)
+
+    def once(part: Trace) -> pl.DataFrame:  # a function of a function travels by value
+        if not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pl.concat(part.batches(None, ["doc"])).unique()
+
+    tasks = RayTasks(options={"address": nodes.begin(others=1)})
+    with mapped(tasks, cache=tmp_path / "kept", rows=1):
+        assert analysis.coactivation(trace).equals(whole[0])
+        assert analysis.vocabulary_specialisation(trace).equals(whole[1])
+        with pytest.warns(UserWarning, match="a Ray worker died"):
+            (frames,) = reduced([Sum(once, (trace,), (None,), appended)])
+        with refused("column", AnalysisError):
+            analysis.class_profile(trace, "absent")
+    assert pl.concat(frames)["doc"].n_unique() == 12
 
 
 def test_a_cluster_of_another_version_is_refused_in_one_line(

@@ -49,6 +49,23 @@ def test_cache_prints_a_table_and_the_interval_first(trace, capsys):
     assert any("tokens a second" in sentence for sentence in values["sentences"])
 
 
+def test_workers_print_what_one_process_prints(trace, capsys, tmp_path):
+    kept = tmp_path / "kept"
+    alone = run(capsys, "place", trace, "--devices", 4)
+    workers = run(capsys, "place", trace, "--devices", 4, "--workers", 1, "--partial-frames", kept)
+    assert workers == alone
+    assert not list(kept.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", [["--launcher-option", "address=auto"], ["--partial-frames", "kept"]]
+)
+def test_options_of_workers_without_workers_are_refused(trace, capsys, words):
+    code, out, err = run(capsys, "place", trace, "--devices", 4, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words[0].rpartition("-")[0] in err.replace(" ", "-")
+
+
 def test_place_judges_elsewhere_and_writes_engine_files(trace, capsys, tmp_path):
     vllm, sglang = tmp_path / "vllm.json", tmp_path / "sglang.json"
     code, out, _ = run(capsys, "place", trace, "--devices", 4, "--slots", 12, "--tokens-needed",

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -80,15 +80,9 @@ class RayLauncher:
         self.slots = min(workers or len(jobs), len(jobs))
         self._trainer = trainer
         self._runs: dict[Any, Job] = {}
-        address = self._options.address or os.environ.get("RAY_ADDRESS", "")
-        self._ray = _connect(address)
-        self._head = _Head(
-            address if "://" in address else self._ray.get_runtime_context().gcs_address
-        )
-        variables = {name: os.environ[name] for name in os.environ if name.startswith("MOE_LAB_")}
-        environment = {"env_vars": ONE_THREAD | variables}
-        self._task = self._ray.remote(max_retries=0, runtime_env=environment)(_do)
-        self._check_room(jobs, can_grow=bool(address))
+        self._ray, self._head, task = connected(self._options)
+        self._task = task(_do)
+        self._check_room(jobs, can_grow=bool(_address(self._options)))
 
     def _resources(self, device: str) -> dict[str, float]:
         """What Ray is to reserve for a run, by Ray's names."""
@@ -137,7 +131,7 @@ class RayLauncher:
                 ready, _ = self._ray.wait(list(self._runs), num_returns=len(self._runs), timeout=0)
             return [self._ending(reference) for reference in ready]
         except (ConnectionError, self._ray.exceptions.RaySystemError) as error:
-            raise RunError(_lost(last_line(error))) from error
+            raise RunError(lost(last_line(error))) from error
 
     def _ending(self, reference: Any) -> Ending:
         job, errors = self._runs.pop(reference), self._ray.exceptions
@@ -194,11 +188,12 @@ def _leave(*_: object) -> None:
     sys.exit(1)
 
 
-def _lost(cause: str) -> str:
+def lost(cause: str) -> str:
+    """The message for a cluster that is gone."""
     return f"lost the Ray cluster ({cause}); run the same command again to continue"
 
 
-class _Head:
+class Head:
     """Whether the cluster's head still takes connections."""
 
     def __init__(self, address: str) -> None:
@@ -218,8 +213,24 @@ class _Head:
             self._seen = now
         elif now - self._seen >= LOST_SECONDS:
             raise RunError(
-                _lost(f"no answer from its head at {self._address} for {now - self._seen:.0f} s")
+                lost(f"no answer from its head at {self._address} for {now - self._seen:.0f} s")
             )
+
+
+def connected(options: RayOptions) -> tuple[Any, Head, Callable[[Callable[..., Any]], Any]]:
+    """Ray on a cluster that runs or is started here, its head, and what makes a function a task
+    that has one thread and this process's settings, and that Ray does not repeat.
+    """
+    address = _address(options)
+    ray = _connect(address)
+    head = Head(address if "://" in address else ray.get_runtime_context().gcs_address)
+    variables = {name: os.environ[name] for name in os.environ if name.startswith("MOE_LAB_")}
+    environment = {"env_vars": ONE_THREAD | variables}
+    return ray, head, ray.remote(max_retries=0, runtime_env=environment)
+
+
+def _address(options: RayOptions) -> str:
+    return options.address or os.environ.get("RAY_ADDRESS", "")
 
 
 def _connect(address: str) -> Any:

@@ -1,0 +1,255 @@
+"""Analyses by several workers: the same frames to the bit, through kills and interruptions."""
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from refusals import refused
+
+from moe_lab import analysis
+from moe_lab.analysis import map_reduce
+from moe_lab.analysis.map_reduce import Sum, Task, appended, mapped, reduced
+from moe_lab.errors import AnalysisError, RunError, TraceError
+from moe_lab.trace import open_trace
+from moe_lab.trace.manifest import Manifest
+
+ANALYSES: dict[str, Callable[[Any, Any], pl.DataFrame]] = {
+    "load": lambda a, _: analysis.expert_load(a),
+    "load_by_class": lambda a, _: analysis.expert_load(a, by="kind"),
+    "load_by_next_id": lambda a, _: analysis.load_summary(a, by="true_id"),
+    "load_interval": lambda a, _: analysis.load_interval(a),
+    "windows": lambda a, _: analysis.load_over_windows(a, 50),
+    "coactivation": lambda a, _: analysis.coactivation(a),
+    "transitions": lambda a, _: analysis.transitions(a),
+    "domains": lambda a, _: analysis.domain_specialisation(a, "kind"),
+    "divergence": lambda a, _: analysis.domain_divergence(a, "kind"),
+    "vocabulary": lambda a, _: analysis.vocabulary_specialisation(a),
+    "entropy": lambda a, _: analysis.router_entropy(a),
+    "zero_compute": lambda a, _: analysis.zero_compute(a),
+    "ffn_spread": lambda a, _: analysis.ffn_spread(a),
+    "token_loss": lambda a, _: analysis.token_loss(a),
+    "repetition": lambda a, _: analysis.repetition(a),
+    "class_profile": lambda a, _: analysis.class_profile(a, "kind"),
+    "class_entropy": lambda a, _: analysis.class_profile(a, "kind", "entropy"),
+    "saturation": lambda a, b: analysis.saturation({"early": b}, a),
+    "compare": analysis.compare,
+    "load_shift": analysis.load_shift,
+}
+WHOLE = ("load", "windows", "repetition", "load_by_next_id")
+"""Analyses that read the manifest alone, or join files."""
+
+
+@pytest.fixture
+def traces(make_trace, draw) -> tuple[Any, Any]:
+    """Two traces of the same 700 tokens in 20 documents, which files cut; files of 64 and of 100
+    rows.
+    """
+    generator = np.random.default_rng(0)
+    columns = {
+        "doc": np.arange(700) // 35,
+        "pos": np.arange(700) % 35,
+        "token_id": generator.integers(0, 30, 700),
+        "kind": generator.choice(["name", "space", "word"], 700),
+        "loss": generator.random(700),
+    }
+    shares = [5, 1, 1, 1, 2, 1, 3, 1]
+    slots = {2: draw(1, 700, 8, 3, shares), 5: draw(2, 700, 8, 3)}
+    later = {2: draw(3, 700, 8, 3, shares), 5: draw(4, 700, 8, 3)}
+    return tuple(
+        make_trace(
+            ids,
+            6,
+            2,
+            rows_per_part=rows,
+            weights=generator.random((700, 3)),
+            scores=generator.random((700, 8)),
+            **columns,
+        )
+        for ids, rows in ((slots, 64), (later, 100))
+    )
+
+
+class Here:
+    """Workers that compute in this process what another one would."""
+
+    ahead = 3
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+
+    def submit(self, task: Task) -> Task:
+        self.tasks.append(task)
+        return pickle.loads(pickle.dumps(task))
+
+    def result(self, submitted: Task) -> pl.DataFrame:
+        return submitted()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("rows", [1, 257])
+def test_frames_do_not_depend_on_the_groups_of_files(traces, tmp_path, rows):
+    for name, compute in ANALYSES.items():
+        whole, workers = compute(*traces), Here()
+        with mapped(workers, cache=tmp_path / "kept", rows=rows):
+            assert compute(*traces).equals(whole), name
+        if name not in WHOLE:
+            assert len(workers.tasks) >= {1: 11, 257: 2}[rows], name
+    assert not list((tmp_path / "kept").iterdir()), "partial frames are removed at the end"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_frames_do_not_depend_on_the_number_of_processes(traces, tmp_path, workers):
+    names = "class_entropy", "saturation", "vocabulary"
+    whole = {name: ANALYSES[name](*traces) for name in names}
+    with mapped(workers, cache=tmp_path, rows=100):
+        for name in names:
+            assert ANALYSES[name](*traces).equals(whole[name]), name
+
+
+def test_files_of_other_rows_are_read_whole(make_trace, draw, tmp_path):
+    """The tokens stand in another order than the routing, so that files hold other keys."""
+    order = np.random.default_rng(1).permutation(300)
+    ids = draw(0, 300, 4, 2)
+    kind = np.where(ids[:, 0] == 0, "zero", "other")
+    columns = {"doc": np.zeros(300, int), "kind": kind, "pos": np.arange(300)}
+    trace = make_trace(ids, 4, rows_per_part=50, **columns)
+    tokens = pl.concat([pl.read_parquet(path) for path in trace_files(trace)])[order]
+    for number, path in enumerate(trace_files(trace)):
+        tokens[50 * number : 50 * number + 50].write_parquet(path)
+    trace = replace(trace, verified=None)
+    whole, workers = analysis.expert_load(trace, by="kind"), Here()
+    with mapped(workers, cache=tmp_path, rows=1):
+        assert analysis.expert_load(trace, by="kind").equals(whole)
+    assert whole.filter(kind="zero", expert=0)["count"].item() == (kind == "zero").sum()
+    assert [len(task.parts[0].manifest.entries) for task in workers.tasks][-1] == 12
+
+
+def trace_files(trace) -> list[Path]:
+    return sorted((trace.folder / "tokens").glob("*.parquet"))
+
+
+def test_counts_that_no_manifest_lists_are_those_of_the_rows(traces, tmp_path):
+    trace, workers = traces[0], Here()
+    older = replace(trace, manifest=Manifest(trace.manifest.entries.with_columns(slots=pl.lit(0))))
+    with mapped(workers, cache=tmp_path, rows=1):
+        assert analysis.expert_load(older).equals(analysis.expert_load(trace))
+    assert len(workers.tasks) == 22
+
+
+def test_workers_compare_the_checksums_of_the_files_that_they_read(traces, tmp_path):
+    trace = open_trace(traces[0].folder)
+    path = trace.folder / "routing/layer=5/part-00007.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TraceError, match=r"layer=5/part-00007.*damaged"), mapped(2, cache=tmp_path):
+        analysis.coactivation(trace)
+
+
+def _documents(part, folder: str, trouble: str) -> pl.DataFrame:
+    """The documents of a part; leaves a mark in ``folder`` for each call."""
+    (name,) = part.manifest.names()
+    marks = Path(folder) / Path(name).stem
+    with marks.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    calls = len(marks.read_text().split())
+    if name.endswith("2.parquet") and (trouble == "always" or (trouble == "once" and calls == 1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name.endswith("2.parquet") and trouble == "error":
+        raise TraceError("file 2 is damaged", "file")
+    return pl.concat(part.batches(None, ["doc"])).unique().sort("doc")
+
+
+def _calls(folder: Path) -> list[int]:
+    return [len(path.read_text().split()) for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture
+def marks(tmp_path, monkeypatch) -> Path:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "marks"
+
+
+def _sum(trace, marks: Path, trouble: str) -> Sum:
+    from test_map_reduce import _documents as partial  # as the workers import it
+
+    return Sum(partial, (trace,), (None,), appended, (str(marks), trouble))
+
+
+def test_a_killed_worker_costs_one_line(traces, tmp_path, marks):
+    with (
+        mapped(2, cache=tmp_path / "kept", rows=1),
+        pytest.warns(UserWarning, match="SIGKILL") as lines,
+    ):
+        (frames,) = reduced([_sum(traces[0], marks, "once")])
+    assert len(lines) == 1
+    assert pl.concat(frames)["doc"].unique().to_list() == list(range(20))
+    assert _calls(marks) == [1, 1, 2, *[1] * 8]
+
+
+@pytest.mark.filterwarnings("ignore:a worker process ended")
+def test_a_task_that_kills_every_worker_is_an_error_and_the_rest_is_kept(traces, tmp_path, marks):
+    with refused("workers", RunError), mapped(1, cache=tmp_path / "kept", rows=1):
+        list(reduced([_sum(traces[0], marks, "always")]))
+    assert _calls(marks)[:3] == [1, 1, 3]
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_the_same_command_continues_from_finished_parts(traces, tmp_path, marks):
+    job = _sum(traces[0], marks, "error")
+    with refused("file", TraceError), mapped(1, cache=tmp_path / "kept", rows=1):
+        list(reduced([job]))
+    before = _calls(marks)
+    monkey = Sum(job.partial, job.traces, job.layers, job.fold, job.arguments)
+    with refused("file", TraceError), mapped(1, cache=tmp_path / "kept", rows=1):
+        list(reduced([monkey]))
+    assert _calls(marks)[:2] == before[:2] == [1, 1]
+
+
+def test_another_trace_function_or_argument_has_other_parts(traces):
+    def names(*sums: Sum) -> set[str]:
+        return {task.name for one in sums for task in map_reduce._tasks(one, 100)}
+
+    first = Sum(_documents, traces[:1], (None,), appended, ("a", ""))
+    others = [
+        Sum(_documents, traces[1:], (None,), appended, ("a", "")),
+        Sum(_documents, traces[:1], (2,), appended, ("a", "")),
+        Sum(_documents, traces[:1], (None,), appended, ("b", "")),
+        Sum(_calls, traces[:1], (None,), appended, ("a", "")),  # type: ignore[arg-type]
+    ]
+    assert names(first) == names(first)
+    assert all(names(first).isdisjoint(names(other)) for other in others)
+
+
+def test_workers_end_with_the_process_that_started_them(traces, tmp_path):
+    """``kill -9`` of the driver closes the input of its workers."""
+    from moe_lab.analysis.worker_processes import WorkerProcesses
+
+    workers = WorkerProcesses(1)
+    workers.submit(list).result()
+    (process,) = workers._all
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=20) == 0
+    workers.close()
+
+
+def test_what_an_analysis_raises_arrives_and_no_process_stays(traces, tmp_path):
+    from moe_lab.analysis.worker_processes import WorkerProcesses
+
+    workers = WorkerProcesses(2)
+    with refused("column", AnalysisError), mapped(workers, cache=tmp_path):
+        analysis.class_profile(traces[0], "absent")
+    with refused("rows"), mapped(2, cache=tmp_path, rows=0):
+        pass
+    assert all(process.poll() is not None for process in workers._all)
