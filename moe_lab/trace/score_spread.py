@@ -73,12 +73,7 @@ def infer_score_func(logits_TE: Tensor, weights_TK: Tensor, indices_TK: Tensor) 
     used = indices_TK.clamp_min(0)
     fits = []
     for score_func in ScoreFunc:
-        scores = (
-            torch.softmax(logits_TE, dim=1)
-            if score_func is ScoreFunc.SOFTMAX
-            else _pointwise(logits_TE, score_func)
-        )
-        chosen = scores.gather(1, used)
+        chosen = scores_of(logits_TE, score_func).gather(1, used)
         if weights_TK.shape[1] > 1:
             chosen, found = (
                 chosen / chosen.sum(dim=1, keepdim=True),
@@ -89,6 +84,13 @@ def infer_score_func(logits_TE: Tensor, weights_TK: Tensor, indices_TK: Tensor) 
         if torch.allclose(chosen.float(), found.float(), rtol=2e-2, atol=1e-4):
             fits.append(score_func)
     return fits[0] if len(fits) == 1 else None
+
+
+def scores_of(logits_TE: Tensor, score_func: ScoreFunc) -> Tensor:
+    """[T, E] scores that the function makes of logits."""
+    if score_func is ScoreFunc.SOFTMAX:
+        return torch.softmax(logits_TE, dim=1)
+    return _pointwise(logits_TE, score_func)
 
 
 def _pointwise(logits_TE: Tensor, score_func: ScoreFunc) -> Tensor:

@@ -22,14 +22,17 @@ class Observer:
     Args:
         log: receives the lines of the tables ``layers``, ``loads`` and ``alarms``.
         on_alarm: whether an alarm ends the run.
+        tell: whether to print the alarms, on the error stream.
         alarms: those to raise; all with their default thresholds by default.
 
     Attributes:
         raised: all alarms so far of this process.
     """
 
-    def __init__(self, log: RunLog, on_alarm: OnAlarm, alarms: Alarms | None = None) -> None:
-        self.log, self.on_alarm = log, on_alarm
+    def __init__(
+        self, log: RunLog, on_alarm: OnAlarm, tell: bool, alarms: Alarms | None = None
+    ) -> None:
+        self.log, self.on_alarm, self.tell = log, on_alarm, tell
         self.alarms = Alarms() if alarms is None else alarms
         self.raised: list[Alarm] = []
 
@@ -46,7 +49,7 @@ class Observer:
         self.raised += alarms
         for alarm in alarms:
             self.log.add("alarms", asdict(alarm))
-            if self.log.write:
+            if self.tell:
                 say(f"{alarm.sentence} {alarm.advice}")
         if alarms and self.on_alarm is OnAlarm.STOP:
             self.log.flush(lasting=True)

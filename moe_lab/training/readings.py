@@ -8,6 +8,7 @@ a step.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,26 +90,16 @@ def read_layers(
     """
     readings = []
     for place, ((index, layer), seen) in enumerate(zip(layers.items(), routings, strict=True)):
-        router = layer.router
-        bias = moved_bias(router)
-        counts = sum((routing.counts() for routing in seen[1:]), seen[0].counts())
-        tokens = torch.stack([routing.num_valid() for routing in seen]).sum()
-        sums = torch.stack([_sums(router, routing) for routing in seen]).sum(dim=0)
-        total = ranks.total(torch.cat([counts.double(), tokens.double().reshape(1), sums])).cpu()
-        *_, num_tokens, entropy, ffn_count, spread = total.tolist()
+        router, by_logits = layer.router, selects_by_logits(layer.router)
+        sums = torch.stack([routing_sums(routing, by_logits) for routing in seen]).sum(dim=0)
         readings.append(
-            LayerReading(
+            reading_of_sums(
+                ranks.total(sums).cpu(),
                 step=step,
                 layer=index,
-                counts=total[: router.config.num_experts].long(),
-                tokens=int(num_tokens),
-                entropy=entropy / max(num_tokens, 1),
-                entropy_max=math.log(router.config.num_choices),
-                mean_ffn_count=ffn_count / max(num_tokens, 1),
                 ffn_target=ffn_target(router.config),
                 num_zero_experts=router.config.num_zero_experts,
-                bias=bias,
-                score_spread=None if bias is None else spread / max(num_tokens, 1),
+                bias=moved_bias(router),
                 gradient_ratio=None if gradient_ratios is None else gradient_ratios[place],
                 expert_norms=expert_norms([layer.experts.gate_up, layer.experts.down]),
                 router_norm=parameter_norm(router.parameters()),
@@ -117,13 +108,47 @@ def read_layers(
     return readings
 
 
-def _sums(router: Router, routing: Routing) -> Tensor:
-    """[3] float64: entropy, real experts and spread of the scores, summed over valid tokens."""
-    by_logits = router.config.setting("select_on") is SelectOn.LOGITS
+def routing_sums(routing: Routing, by_logits: bool = False) -> Tensor:
+    """[E + Z + 4] float64, on the device: what a reading needs of one micro-batch, in a form that
+    adds up over micro-batches and ranks. Slots by expert; then, of valid tokens, their number, and
+    sums of the entropy, of the real experts executed and of the spread of the scores.
+
+    Args:
+        by_logits: the spread is that of the logits.
+    """
     low, high = (routing.logits if by_logits else routing.scores).aminmax(dim=1)
     values = [routing.entropy(), routing.ffn_count(), high - low]
     valid = routing.valid_mask()
-    return torch.stack([value.double() for value in values]).where(valid, 0.0).sum(dim=1)
+    sums = torch.stack([value.double() for value in values]).where(valid, 0.0).sum(dim=1)
+    tokens = routing.num_valid().double().reshape(1)
+    return torch.cat([routing.counts().double(), tokens, sums])
+
+
+def reading_of_sums(
+    sums: Tensor, *, num_zero_experts: int, bias: Tensor | None, **measured: Any
+) -> LayerReading:
+    """The reading of a layer from its ``routing_sums`` over a step, on the CPU; ``measured`` are
+    the other fields.
+    """
+    choices = len(sums) - 4
+    tokens, entropy, ffn_count, spread = sums[choices:].tolist()
+    each = max(tokens, 1)
+    return LayerReading(
+        counts=sums[: choices - num_zero_experts].long(),
+        tokens=int(tokens),
+        entropy=entropy / each,
+        entropy_max=math.log(choices),
+        mean_ffn_count=ffn_count / each,
+        num_zero_experts=num_zero_experts,
+        bias=bias,
+        score_spread=None if bias is None else spread / each,
+        **measured,
+    )
+
+
+def selects_by_logits(router: Router) -> bool:
+    """Whether a router's selection bias is added to logits, not to scores."""
+    return router.config.setting("select_on") is SelectOn.LOGITS
 
 
 def ffn_target(config: RouterConfig) -> float | None:

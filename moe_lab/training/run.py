@@ -171,7 +171,7 @@ class _Run:
         self.branches = branch_steps(config)
         self.step = 0
         self.log = RunLog(folder, config.log_every, write=ranks.first)
-        self.observer = Observer(self.log, config.on_alarm)
+        self.observer = Observer(self.log, config.on_alarm, ranks.first)
         self.continued: list[dict[str, Any]] = []
         self.seconds = 0.0
 

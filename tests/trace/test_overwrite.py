@@ -1,7 +1,5 @@
 """A finished trace is replaced only on request, at every entry that writes one."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +18,6 @@ from moe_lab.trace import (
     merge_traces,
     open_trace,
 )
-from moe_lab.trace.capturing.callback import RoutingCallback
 
 META = TraceMeta((LayerMeta(0, 4, 0, 1),), model="first", corpus_hash="text")
 MOE = MoEConfig(d_model=16, d_expert=8, router=RouterConfig(num_experts=4, top_k=2))
@@ -127,18 +124,3 @@ def test_merging_keeps_a_finished_trace(tmp_path):
 
     run()
     refused_then_replaced(tmp_path / "all", run)
-
-
-def test_counts_of_an_earlier_training_are_kept(tmp_path):
-    (tmp_path / "counts-7.npz").touch()
-    model = Decoder(DECODER)
-
-    def begin(step, **options):
-        callback = RoutingCallback(tmp_path, **options)
-        callback.on_train_begin(None, SimpleNamespace(global_step=step), None, model=model)
-        callback.on_train_end(None, None, None)
-
-    with pytest.raises(TraceExistsError, match="got the counts of an earlier training"):
-        begin(0)
-    begin(5)  # goes on from a checkpoint
-    begin(0, overwrite=True)

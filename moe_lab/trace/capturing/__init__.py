@@ -1,3 +1,3 @@
-"""Routing decisions from a model as it makes them: hooks on its routers (``recorder.capture``), a
-pretrained model over a corpus (``hub``), and a Trainer's callback (``callback``).
+"""Routing decisions from a model as it makes them: hooks on its routers (``recorder.capture``), and
+a pretrained model over a corpus (``hub``).
 """

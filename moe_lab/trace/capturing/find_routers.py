@@ -2,8 +2,8 @@
 slots it has by its configuration.
 
 Routers of this library are found by their type, those of transformers by what the library records
-as router logits or by their class name beside a bank of experts, all others by the caller's
-``readers``.
+as router logits or by their class name beside a bank of experts, those of torchtitan and Megatron
+by their class name (``trainer_routers``), all others by the caller's ``readers``.
 """
 
 import re
@@ -21,6 +21,7 @@ from moe_lab.routing.config import ScoreFunc
 from moe_lab.trace.capturing.hf_router_outputs import HF_ROUTERS, HFRouter
 from moe_lab.trace.capturing.router_output import Reader, triple
 from moe_lab.trace.capturing.traced_router import TracedRouter
+from moe_lab.trace.capturing.trainer_routers import TRAINER_ROUTERS
 
 ROUTER_CLASS = re.compile(r"(Router|Gate|Gating)$")
 BANK_CLASS = re.compile(r"(?<!Shared)(Experts|ExpertBank)$")
@@ -131,7 +132,7 @@ def _own(name: str, module: Router) -> TracedRouter:
 
 def _hf_row(name: str, module: nn.Module, named: Modules, recorded: set[type]) -> HFRouter | None:
     """How a class of the library is read; None: it does not route."""
-    row = HF_ROUTERS.get(type(module).__name__)
+    row = (HF_ROUTERS | TRAINER_ROUTERS).get(type(module).__name__)
     by_name = ROUTER_CLASS.search(type(module).__name__) and "experts" in _beside(name, named)
     return row or (HFRouter() if type(module) in recorded or by_name else None)
 

@@ -45,6 +45,7 @@ class Hooks:
         sites: its routers.
         done: what to do with a pass.
         ratio: also take the norm of the experts' output over that of their input.
+        wanted: asked when a pass begins; the calls of a pass that is not wanted are not kept.
     """
 
     def __init__(
@@ -53,13 +54,16 @@ class Hooks:
         sites: Sequence[TracedRouter],
         done: Callable[[Pass, Any], None],
         ratio: bool,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.sites, self.done = sites, done
+        self.sites, self.done, self.wanted = sites, done, wanted
         self._local = threading.local()  # replicas of DataParallel run in threads
         self._handles: list[Any] = []
         named = dict(model.named_modules())
         for place, site in enumerate(sites):
-            self._handles.append(site.module.register_forward_hook(self._seen(place)))
+            self._handles.append(
+                site.module.register_forward_hook(self._seen(place), with_kwargs=True)
+            )
             for label, module in site.taps.items():
                 self._handles.append(
                     module.register_forward_hook(self._tapped(place, label), with_kwargs=True)
@@ -89,6 +93,8 @@ class Hooks:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.running is None:
+            if not self.wanted():
+                return
             self._local.running = Pass()
         running = self._local.running
         running.depth += 1
@@ -105,13 +111,13 @@ class Hooks:
         if output is not None and running.calls:  # None: the forward pass raised
             self.done(running, output)
 
-    def _seen(self, place: int) -> Callable[[nn.Module, tuple, Any], None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+    def _seen(self, place: int) -> Callable[[nn.Module, tuple, dict, Any], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             running = self.running
             if running is None:
                 return
             call = running.waiting.pop(place, {})
-            call |= {"module": module, "input": args, "output": output}
+            call |= {"module": module, "input": args, "kwargs": kwargs, "output": output}
             running.calls.setdefault(place, []).append(call)
             for tensor in output if isinstance(output, tuple | list) else (output,):
                 if isinstance(tensor, Tensor) and not tensor.is_inference():

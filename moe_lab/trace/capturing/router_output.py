@@ -76,8 +76,8 @@ class Reading:
 
 
 Seen: TypeAlias = Mapping[str, Any]
-"""What the hooks of one router saw in a call: ``"output"`` of the module, ``"input"`` (its
-positional arguments), and for each further tapped module ``"<name> output"`` and ``"<name>
+"""What the hooks of one router saw in a call: ``"output"`` of the module, its arguments ``"input"``
+(positional) and ``"kwargs"``, and for each further tapped module ``"<name> output"`` and ``"<name>
 input"``.
 """
 

@@ -1,6 +1,6 @@
 """``TracedRouter``: one router of a model, how its calls are read, whether a reading fits it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -64,8 +64,24 @@ class TracedRouter:
         Raises:
             TraceError: naming the module, where its outputs do not fit.
         """
+        return self._named(
+            calls, lambda: [self._reading(part, tokens) for part in self.shares(calls)]
+        )
+
+    def readings_of_calls(self, calls: list[dict[str, Any]]) -> list[Reading]:
+        """One reading for each call, of however many tokens. Raises as ``readings``."""
+
+        def read(call: dict[str, Any]) -> Reading:
+            reading = self.read_call(call)
+            self._settle(reading)
+            return reading
+
+        return self._named(calls, lambda: [read(call) for call in calls])
+
+    def _named(self, calls: list[dict[str, Any]], read: Callable[[], T]) -> T:
+        """The result of ``read``; an error in it becomes one that names the module."""
         try:
-            return [self._reading(part, tokens) for part in self.shares(calls)]
+            return read()
         except TraceError as error:
             raise TraceError(f"{self}: {error}") from error
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:

@@ -1,5 +1,5 @@
 """Tables of how many slots each expert got, without tokens: as tools publish them, and as SGLang's
-recorder and ``RoutingCallback`` write them.
+recorder and ``RoutingCallback`` of older versions write them.
 
 Shape letters: T tokens, L layers, K slots, E experts, D domains.
 """
