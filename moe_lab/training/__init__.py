@@ -5,7 +5,7 @@ from moe_lab.training.config import RATIO_MEANING, Dtype, OptimizerConfig, RunCo
 from moe_lab.training.devices import check_device, keep_freed_memory
 from moe_lab.training.evaluate import Evaluation, evaluate
 from moe_lab.training.finished_run import LoadedRun, load_run
-from moe_lab.training.monitor import monitor
+from moe_lab.training.monitoring import monitor
 from moe_lab.training.ranks import Parallel, RankError
 from moe_lab.training.run import RunResult, check_text, train
 from moe_lab.training.tracking import Logger

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moe_lab.training.monitor import Monitor, monitor
+from moe_lab.training.monitoring import Monitor, monitor
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as _Base
@@ -40,7 +40,8 @@ class RoutingCallback(_Base):
         """Find the routers of the model. Raises as ``monitor``."""
         assert model is not None
         steps = str(args.logging_strategy) in ("steps", "IntervalStrategy.STEPS")
-        options = {"every": max(int(state.logging_steps), 1) if steps else 1} | self.options
+        every = max(int(state.logging_steps), 1) if steps else 1
+        options: dict[str, Any] = {"every": every} | self.options
         before = {"step": state.global_step, "alarms": {}} if state.global_step else None
         self.monitor = monitor(model, self.folder, state=before, **options)
 

@@ -5,6 +5,7 @@ and then turns a near tie of a token's scores into another choice, and from ther
 are those of two runs (docs/training.md has the measured share).
 """
 
+import json
 import os
 import re
 import socket
@@ -35,7 +36,7 @@ from moe_lab.model import (
 from moe_lab.routing import ROUTERS, ControllerConfig, ControllerKind, RouterConfig, Routing
 from moe_lab.text import TextConfig
 from moe_lab.trace import capture
-from moe_lab.training import OptimizerConfig, RunConfig
+from moe_lab.training import OptimizerConfig, RunConfig, monitor
 from moe_lab.training.checkpoint import whole
 from moe_lab.training.objective import Objective, average_gradients, spread
 from moe_lab.training.ranks import Ranks, join
@@ -324,6 +325,16 @@ def capture_on(rank: int, folder: Path) -> None:
     replica = DistributedDataParallel(model)
     with torch.no_grad(), capture(replica, folder):
         replica(ids.chunk(2)[rank])
+
+
+def monitor_on(rank: int, folder: Path) -> None:
+    """Every rank trains on two documents under ``monitor``; the first writes."""
+    model, ids = captured_model()
+    replica = DistributedDataParallel(model)
+    with monitor(replica, folder, every=1) as watch:
+        replica(ids.chunk(2)[rank])
+        scalars = watch.step()
+    (folder.parent / f"scalars-{rank}.json").write_text(json.dumps(scalars))
 
 
 def everything(corpus: Path) -> RunConfig:

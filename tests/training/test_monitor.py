@@ -22,7 +22,7 @@ from moe_lab.runs.layout import RunState
 from moe_lab.runs.tables import read_tables
 from moe_lab.training import monitor
 from moe_lab.training.alarms import ALARMS, AlarmRule, Alarms
-from moe_lab.training.monitor import SCALARS, Monitor
+from moe_lab.training.monitoring import SCALARS, Monitor
 from moe_lab.training.readings import LayerReading, read_layers
 
 CONTROLLER = ControllerConfig(ControllerKind.PROPORTIONAL, 0.1, 2.0)
@@ -297,8 +297,9 @@ class Odder(AlarmRule):
 
 
 def test_a_folder_is_continued_at_a_step_and_never_replaced_unasked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moe_lab.training.monitoring.WRITE_SECONDS", -1.0)
     with registries_as_before():
         ALARMS.register("third")(Odder)
         rules = {"alarms": Alarms(["third"]), "every": 2}

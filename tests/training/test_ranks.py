@@ -27,6 +27,7 @@ from rank_worlds import (
     expert_layer,
     expert_parallel_example,
     in_group,
+    monitor_on,
     on_ranks,
     one_step,
     plain_ddp,
@@ -50,7 +51,7 @@ from moe_lab.routing import ROUTERS, RouterConfig
 from moe_lab.runs.tables import read_tables
 from moe_lab.text import Split, load_tokens
 from moe_lab.trace import Trace, capture, merge_traces, open_trace
-from moe_lab.training import Parallel, RankError, RunConfig, train
+from moe_lab.training import Parallel, RankError, RunConfig, monitor, train
 from moe_lab.training import ranks as ranks_module
 from moe_lab.training import run as run_module
 from moe_lab.training.checkpoint import load_tensors
@@ -178,6 +179,7 @@ def _make_worlds(root: Path, config: RunConfig) -> None:
             (plain_ddp, (root / "plain-ddp.safetensors",)),
             (expert_parallel_example, (root / "expert-parallel",)),
             (capture_on, (root / "captured",)),
+            (monitor_on, (root / "monitored",)),
             (step_of_everything, (corpus, root / "everything-ddp.safetensors", "ddp")),
             (step_of_everything, (corpus, root / "everything-fsdp.safetensors", "fsdp")),
             (fail_on, (short, root / "error", "error")),
@@ -300,6 +302,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(worlds: SimpleNamespace, nam
     assert several.loads.equals(alone.loads)
     exact = ["step", "layer", "load_cv", "dead_experts", "mean_ffn_count", "bias_spread"]
     assert several.layers.select(exact).equals(alone.layers.select(exact))
+
+
+@pytest.mark.slow
+def test_a_monitor_sums_over_ranks_and_one_of_them_writes(worlds: SimpleNamespace) -> None:
+    model, ids = captured_model()
+    with monitor(model, worlds.root / "monitored-alone", every=1) as watch:
+        model(ids)
+        alone = watch.step()
+    for rank in range(2):
+        scalars = json.loads((worlds.root / f"scalars-{rank}.json").read_text())
+        assert scalars == pytest.approx(alone)
+    one, two = (read_tables(worlds.root / name) for name in ("monitored-alone", "monitored"))
+    assert two.loads.equals(one.loads)
+    assert two.layers["dead_experts"].to_list() == one.layers["dead_experts"].to_list()
 
 
 def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:

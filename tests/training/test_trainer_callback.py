@@ -15,7 +15,7 @@ from hf_capture_models import build  # noqa: E402
 
 from moe_lab.errors import TraceExistsError  # noqa: E402
 from moe_lab.runs.tables import read_tables  # noqa: E402
-from moe_lab.training.monitor import SCALARS  # noqa: E402
+from moe_lab.training.monitoring import SCALARS  # noqa: E402
 from moe_lab.training.trainer_callback import RoutingCallback  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -72,7 +72,7 @@ def test_logged_steps_are_observed_without_padding_and_evaluation(tmp_path: Path
     assert tables.layers["step"].unique().to_list() == [2]
     assert logs["moe/tokens"] == 2 * 14
     scores = raw[real].softmax(dim=1)
-    entropy = float(-(scores * scores.log()).sum(dim=1).mean())
+    entropy = float(-(scores * scores.log()).sum(dim=1).mean().detach())
     assert tables.layers["router_entropy"][0] == pytest.approx(entropy, rel=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
 

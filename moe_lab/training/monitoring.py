@@ -61,6 +61,8 @@ DeepSeek-V3).
 """
 _TOKENS = -4
 """Place of the number of tokens in ``routing_sums``."""
+WRITE_SECONDS = 0.5
+"""At most so often the files are written."""
 BANKS = ("experts", "routed_experts")
 """Names of the experts beside a router."""
 SCALARS = (
@@ -142,7 +144,7 @@ class Monitor:
     ) -> None:
         require(every >= 1, "every of at least 1", every, "every=10", field="every")
         replicas = nn.DataParallel | nn.parallel.DistributedDataParallel
-        self.model = model.module if isinstance(model, replicas) else model
+        self.model: nn.Module = model.module if isinstance(model, replicas) else model  # pyright: ignore[reportAttributeAccessIssue]
         self.every, self.group = every, group
         self.steps = int(state["step"]) if state else 0
         self.readings: list[LayerReading] = []
@@ -155,7 +157,7 @@ class Monitor:
         self._observer = Observer(self._log, on_alarm, first, alarms)
         self._observer.alarms.load_state_dict(state["alarms"] if state else {})
         self._claim = self._open(overwrite) if write else None
-        self._checked = False
+        self._checked, self._written = False, 0.0
         self._hooks = Hooks(self.model, sites, self._count, ratio=False, wanted=self._wanted)
 
     @property
@@ -182,10 +184,12 @@ class Monitor:
         self.readings, zero_share = self._read()
         row = {"step": self.steps, **scalars, **layer_means(self.readings)}
         self._log.add("metrics", row)
-        self._observer.observe(self.readings)
-        if self._log.write:
+        alarms = self._observer.observe(self.readings)
+        due = time.monotonic() - self._written > WRITE_SECONDS
+        if self._log.write and (alarms or due):
             self._log.flush()
             self._write_status()
+            self._written = time.monotonic()
         return _scalars(self.readings, zero_share, len(self._observer.alarms.active))
 
     def state_dict(self) -> dict[str, Any]:
