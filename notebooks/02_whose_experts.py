@@ -16,7 +16,7 @@
 #
 # Every token of a Mixture-of-Experts model is sent to a few of many experts. This notebook records
 # those decisions for a small model, and asks in plain steps: is the load even? which experts run
-# together? do they belong to token ids, to places, to a kind of text?
+# together? do they belong to token ids, to places, to a kind of text? what is lost without one?
 #
 # The same works for any Mixture-of-Experts checkpoint of transformers: replace the model by yours.
 
@@ -42,6 +42,8 @@ from moe_lab.routing import RouterConfig
 from moe_lab.text import Split, TextConfig, load_tokens
 from moe_lab.trace import capture, open_trace
 from moe_lab.training import RunConfig, load_run, train
+from moe_lab.worth.ablation import Ablation
+from moe_lab.worth.worth_files import read_meta
 
 torch.set_num_threads(1)
 pl.Config(
@@ -170,5 +172,32 @@ assert same["overlap"].to_list() == [1.0, 1.0]
 assert float(change["bits"].to_list()[0]) < 0.2
 
 # %% [markdown]
-# `moe-lab report FOLDER` draws all of this on one page. What each number may and may not say is in
-# `docs/analysis.md`.
+# ## What is each expert worth?
+#
+# Load says where tokens go, not what is lost without an expert. `Ablation` forbids one expert at a
+# time and measures the loss of held-out documents, beside the loss with all experts. The router
+# then chooses among the others. Sixteen experts and forty documents are a matter of seconds;
+# `minutes` says so before.
+
+# %%
+ablation = Ablation(model, documents[:40])
+print(f"about {60 * sum(ablation.minutes().values()):.0f} seconds")
+tables = ablation.run(folder / "worth")
+for sentence in read_meta(folder / "worth")["sentences"]:
+    print(sentence)
+worth = tables["worth"].sort("d_loss", descending=True)
+print(worth.select("layer", "expert", "d_loss", "lo", "hi", "used").head(5))
+assert worth.height == 16
+
+# %% [markdown]
+# Is the busiest expert the most needed one? Compressors remove experts by scores like these;
+# `score_agreement` says how each ranks them beside the measured loss, on this model.
+
+# %%
+agreement = tables["agreement"].filter(pl.col("layer").is_null()).sort("rho", descending=True)
+print(agreement.select("score", "rho", "lo", "hi"))
+ranking = figures.score_agreement(agreement)
+
+# %% [markdown]
+# `moe-lab report FOLDER` draws all of this on one page, `moe-lab ablate RUN` measures the worth of
+# experts. What each number may and may not say is in `docs/analysis.md` and `docs/worth.md`.

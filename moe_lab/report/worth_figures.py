@@ -48,7 +48,7 @@ def expert_worth(frame: pl.DataFrame) -> Canvas:
         **cell_gaps(table),
     )
     canvas.update_xaxes(title_text="expert", showgrid=False)
-    ticks = {value: f"{value:+z.2g}".replace("-", "\u2212") for value in (-reach, 0.0, reach)}
+    ticks = {-reach: f"\u2212{reach:.2g}", 0.0: "0", reach: f"+{reach:.2g}"}
     place_map(canvas, ticks, reach, "nats per token without the expert", layer_height(layers))
     return layer_axis(canvas, layers)
 

@@ -82,10 +82,15 @@ def _answer(judged: pl.DataFrame, losses: pl.DataFrame, bound: float, free_share
     if not free.height or price is None:
         return f"{first}, and {free.height or 'none'} cost less; {docs}."
     act = {"forbid": "pruning", "silence": "silencing"}[judged["edit"][0]]
+    cost = f"{decimal(price['d_loss'], 4)} nats/token ({_ends(price)}) on the other half"
+    if price["experts"] == number:
+        return (
+            f"{first}, and {free.height} cost less: on half of the documents all do, and their "
+            f"losses add up to {cost}, but a token needs some of them; {docs}."
+        )
     return (
         f"{first}, and {free.height} cost less: {act} the {price['experts']} that do on half of "
-        f"the documents costs {decimal(price['d_loss'], 4)} nats/token ({_ends(price)}) on the "
-        f"other half if single losses add up; {docs}."
+        f"the documents costs {cost} if single losses add up; {docs}."
     )
 
 

@@ -162,6 +162,13 @@ def test_the_sentence_counts_what_matters_and_what_costs_nothing():
     )
 
 
+def test_experts_that_all_cost_nothing_cannot_all_be_pruned():
+    losses = planted([0.0005, -0.0005], noise=1e-5)
+    first, *_ = worth_sentences(expert_worth(losses), losses, agreement(reap=(0.2, 0.1, 0.3)), 3.0)
+    assert "on half of the documents all do, and their losses add up to " in first
+    assert "pruning" not in first
+
+
 def test_what_cannot_be_told_comes_with_the_documents_that_would_tell():
     losses = planted([0.5, 0.004], noise=0.02)
     worth = expert_worth(losses)
