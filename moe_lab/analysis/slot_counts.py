@@ -21,7 +21,7 @@ from moe_lab.analysis.document_sums import Documents
 from moe_lab.analysis.map_reduce import Sum, cells, counted, reduced
 from moe_lab.analysis.token_groups import Grouping
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
+from moe_lab.trace.rows import expert_slots
 
 
 def layer_counts(trace: Trace, layers: Sequence[LayerMeta]) -> Iterator[NDArray[np.int64]]:
@@ -136,7 +136,7 @@ def _cells(
         inside = (codes_T >= first) & (codes_T < first + size)
         row_T = np.where(inside, row_T, rows) * bins
         for part in chunks(len(ids_TK)):
-            expert = np.where(ids_TK[part] == EMPTY_SLOT, layer.num_choices, ids_TK[part])
+            expert = np.minimum(ids_TK[part], layer.num_choices)  # also of EMPTY_SLOT
             add_counts(table, (row_T[part, None] + expert).ravel())
     return cells(table.reshape(-1, bins)[:-1, :-1])
 

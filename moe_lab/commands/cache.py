@@ -9,11 +9,14 @@ from moe_lab.commands.options import (
     add_json,
     add_number,
     add_seed,
+    add_workers,
     examples,
     expert_sizes,
     print_frame,
     print_json,
+    read_by_workers,
 )
+from moe_lab.errors import require
 from moe_lab.terminal import say
 
 
@@ -62,10 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also measure predictors that name experts before they are needed",
     )
+    parser.add_argument(
+        "--per-document",
+        action="store_true",
+        help="a cache that is empty at the start of each document; workers need it",
+    )
+    add_workers(parser)
     add_seed(parser)
     add_json(parser)
 
 
+@read_by_workers
 def main(args: argparse.Namespace) -> int:
     import polars as pl
 
@@ -74,6 +84,13 @@ def main(args: argparse.Namespace) -> int:
     from moe_lab.serving.sentences import cache_sentences
     from moe_lab.trace import open_trace
 
+    alone = args.workers is None and args.launcher == "local"
+    require(
+        alone or args.per_document,
+        "--per-document with workers: a cache that goes on is replayed in one process",
+        "none",
+        field="per_document",
+    )
     trace = open_trace(args.trace)
     frame = expert_cache(
         trace,
@@ -82,6 +99,7 @@ def main(args: argparse.Namespace) -> int:
         **expert_sizes(args),
         bandwidth=args.bandwidth,
         compute=args.compute,
+        per_document=args.per_document,
         seed=args.seed,
     )
     sentences = cache_sentences(frame)

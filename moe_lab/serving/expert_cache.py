@@ -16,10 +16,11 @@ not fit. ``moe_lab.serving.replay`` has the rule that all policies share.
   of any kind finds more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,9 +29,10 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Resampling
 from moe_lab.analysis.document_sums import Documents, documents, nulls
+from moe_lab.analysis.map_reduce import Sum, cells, counted, reduced
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_bytes import Bytes, bytes_by_layer
-from moe_lab.serving.expert_sets import ExpertSets, expert_sets
+from moe_lab.serving.expert_sets import ExpertSets, SetBlock, document_starts, expert_sets
 from moe_lab.serving.policies import POLICIES
 from moe_lab.serving.replay import KeyedCache, LruStack, Order, next_uses, tally
 from moe_lab.trace import Trace
@@ -81,6 +83,7 @@ def expert_cache(
     expert_bytes: Bytes | None = None,
     bandwidth: float | None = None,
     compute: float | None = None,
+    per_document: bool = False,
     resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
@@ -98,6 +101,8 @@ def expert_cache(
         config, bytes_per_parameter, expert_bytes: how large an expert is, as ``bytes_by_layer``.
         bandwidth: bytes a second at which missing experts are read.
         compute: seconds that a decoded token takes when nothing is read.
+        per_document: the cache is empty at the start of each document: what a request finds that
+            comes alone. Documents then add up, and are read in parts, one document in memory.
         resamples, seed, level: of the intervals over documents.
 
     Returns:
@@ -136,10 +141,13 @@ def expert_cache(
     layer_bytes = bytes_by_layer(sets.layers, config, bytes_per_parameter, expert_bytes)
     replay = _Replay(sets, layer_bytes, documents(trace), seed)
     sizes = _budgets(budgets, replay.total_bytes)
-    replay.count()
-    hits: dict[tuple[str, int], tuple[Ints, Ints]] = {}
-    for policy in dict.fromkeys(policies):
-        hits |= replay.run(policy, sizes)
+    if per_document:
+        hits = _by_document(replay, list(dict.fromkeys(policies)), sizes)
+    else:
+        replay.count()
+        hits: dict[tuple[str, int], tuple[Ints, Ints]] = {}
+        for policy in dict.fromkeys(policies):
+            hits |= replay.run(policy, sizes)
     resampling = Resampling(resamples, seed, level)
     rows = [
         _row(replay, policy, budget, phase, hits.get((policy, budget)), resampling, speed)
@@ -192,7 +200,7 @@ class _Replay:
     """The sets of a trace as requests, and the sums of what happened to them, by unit and phase."""
 
     def __init__(self, sets: ExpertSets, layer_bytes: Ints, docs: Documents, seed: int) -> None:
-        self.sets, self.layer_bytes, self.docs = sets, layer_bytes, docs
+        self.sets, self.layer_bytes, self.docs, self.seed = sets, layer_bytes, docs, seed
         self.first = sets.first_item.astype(np.int32)
         experts = np.diff(self.first)
         self.item_place = np.repeat(np.arange(len(experts)), experts)
@@ -209,8 +217,8 @@ class _Replay:
     def blocks(self) -> Iterator[Requests]:
         return self._read() if self._held is None else iter(self._held)
 
-    def _read(self) -> Iterator[Requests]:
-        for block in self.sets.blocks():
+    def _read(self, blocks: Iterable[SetBlock] | None = None) -> Iterator[Requests]:
+        for block in self.sets.blocks() if blocks is None else blocks:
             size_S = np.diff(block.starts)
             shift_R = np.repeat(self.first[block.place], size_S)
             at = np.searchsorted(self.docs.docs, block.doc)
@@ -229,17 +237,41 @@ class _Replay:
                 held.append(block)
             else:
                 held.clear()
-            size_S = np.diff(block.starts)
-            self._add(self.requests, block, size_S)
-            self._add(self.request_bytes, block, size_S * self.layer_bytes[block.place])
-            self._add(self.tokens, block, np.where(block.place == 0, block.tokens, 0))
+            self._count(block)
         self._held = held if requests <= MAX_HELD else None
+        self.require_requests()
+
+    def require_requests(self) -> None:
         require(
             self.requests.sum(), "a trace in which a real expert ran", "none", error=AnalysisError
         )
 
-    def _count_uses(self) -> None:
-        """How often each fold asks for each item."""
+    def _count(self, block: Requests) -> None:
+        size_S = np.diff(block.starts)
+        self._add(self.requests, block, size_S)
+        self._add(self.request_bytes, block, size_S * self.layer_bytes[block.place])
+        self._add(self.tokens, block, np.where(block.place == 0, block.tokens, 0))
+
+    def run_by_document(
+        self, policies: list[str], budgets: list[int], uses: Ints
+    ) -> NDArray[np.int64]:
+        """[3 + 2 P B, U, 2]: requests, their bytes and tokens, then hits and bytes of hits of each
+        policy and budget, of caches that are empty at the start of each document.
+        """
+        self._uses = uses
+        sums = np.zeros((2 * len(policies) * len(budgets), *self.requests.shape), np.int64)
+        for blocks in _documents(self.sets.blocks()):
+            self._held = list(self._read(blocks))
+            for block in self._held:
+                self._count(block)
+            found = [self.run(policy, budgets, counted=True) for policy in policies]
+            for at, (hits, hit_bytes) in enumerate(pair for one in found for pair in one.values()):
+                sums[2 * at] += hits
+                sums[2 * at + 1] += hit_bytes
+        return np.concatenate([[self.requests, self.request_bytes, self.tokens], sums])
+
+    def count_uses(self) -> Ints:
+        """[folds, items]: how often each fold asks for each item."""
         self._uses = np.zeros((int(self.folds.max()) + 1, self.first[-1]), np.int64)
         for block in self.blocks():
             fold_R = np.repeat(block.fold.astype(np.int64), np.diff(block.starts))
@@ -247,6 +279,7 @@ class _Replay:
                 fold_R * self._uses.shape[1] + block.items, minlength=self._uses.size
             )
             self._uses += flat.reshape(self._uses.shape)
+        return self._uses
 
     def _add(self, table: Ints, block: Requests, values_S: Ints) -> None:
         cell = block.unit * 2 + block.decode
@@ -256,19 +289,28 @@ class _Replay:
             .reshape(table.shape)
         )
 
-    def run(self, policy: str, budgets: list[int]) -> dict[tuple[str, int], tuple[Ints, Ints]]:
-        """(policy, budget) -> hits and bytes of hits, [units, 2] each."""
+    def run(
+        self, policy: str, budgets: list[int], counted: bool = False
+    ) -> dict[tuple[str, int], tuple[Ints, Ints]]:
+        """(policy, budget) -> hits and bytes of hits, [units, 2] each.
+
+        ``counted``: uses of items by fold are known, and one thread does all.
+        """
         if policy in ("lru", "lru_per_layer"):
             return self._lru(policy, budgets)
         if policy == "static":
             if len(self.docs.docs) < 2:
                 return {}
-            self._count_uses()
+            if not counted:
+                self.count_uses()
         future = policy in ("clairvoyant", "bound")
         held = list(self.blocks()) if future else None
         following = None if held is None else self._future(held)
+        replay = partial(self._keyed, policy, held, following)
+        if counted:  # by one of several workers
+            return {(policy, budget): replay(budget) for budget in budgets}
         with ThreadPoolExecutor(WORKERS) as pool:
-            replayed = pool.map(partial(self._keyed, policy, held, following), budgets)
+            replayed = pool.map(replay, budgets)
             return {(policy, budget): sums for budget, sums in zip(budgets, replayed, strict=True)}
 
     def _lru(self, policy: str, budgets: list[int]) -> dict[tuple[str, int], tuple[Ints, Ints]]:
@@ -341,6 +383,63 @@ class _Replay:
         hits_S = running[block.starts[1:]] - running[block.starts[:-1]]
         self._add(sums[0], block, hits_S)
         self._add(sums[1], block, hits_S * self.layer_bytes[block.place])
+
+
+def _documents(blocks: Iterable[SetBlock]) -> Iterator[list[SetBlock]]:
+    """The sets of each document; a document's sets stand together."""
+    held: list[SetBlock] = []
+    for block in blocks:
+        cuts = np.flatnonzero(block.doc[1:] != block.doc[:-1]) + 1
+        for start, end in pairwise([0, *cuts.tolist(), len(block.doc)]):
+            if held and held[-1].doc[0] != block.doc[start]:
+                yield held
+                held = []
+            held.append(block.part(start, end))
+    if held:
+        yield held
+
+
+def _by_document(
+    replay: _Replay, policies: list[str], budgets: list[int]
+) -> dict[tuple[str, int], tuple[Ints, Ints]]:
+    """As ``_Replay.run``, of all policies, with caches that are empty at the start of each
+    document.
+    """
+    trace, layers = replay.sets.trace, tuple(layer.layer for layer in replay.sets.layers)
+    starts = document_starts(trace)
+    has_tokens = (None,) if trace.has_tokens else ()
+    how = (trace,), (*layers, *has_tokens)
+    single = len(replay.docs.docs) < 2
+    chosen = [policy for policy in policies if policy != "static" or not single]
+    arguments = replay.layer_bytes, replay.docs, replay.seed
+    uses = np.zeros((0, 0), np.int64)
+    if "static" in chosen:
+        fold = counted((int(replay.folds.max()) + 1, len(replay.item_bytes)))
+        (uses,) = reduced([Sum(_uses, *how, fold, arguments, starts is None, starts)])
+    shape = 3 + 2 * len(chosen) * len(budgets), *replay.requests.shape
+    arguments = *arguments, chosen, budgets, uses
+    (sums,) = reduced([Sum(_hits, *how, counted(shape), arguments, starts is None, starts)])
+    replay.requests, replay.request_bytes, replay.tokens = sums[:3]
+    replay.require_requests()
+    keys = [(policy, budget) for policy in chosen for budget in budgets]
+    return {key: (sums[3 + 2 * at], sums[4 + 2 * at]) for at, key in enumerate(keys)}
+
+
+def _uses(trace: Trace, layer_bytes: Ints, docs: Documents, seed: int) -> pl.DataFrame:
+    return cells(_Replay(expert_sets(trace), layer_bytes, docs, seed).count_uses())
+
+
+def _hits(
+    trace: Trace,
+    layer_bytes: Ints,
+    docs: Documents,
+    seed: int,
+    policies: list[str],
+    budgets: list[int],
+    uses: Ints,
+) -> pl.DataFrame:
+    replay = _Replay(expert_sets(trace), layer_bytes, docs, seed)
+    return cells(replay.run_by_document(policies, budgets, uses))
 
 
 def _row(

@@ -55,6 +55,19 @@ class SetBlock:
     starts: Ints
     experts: NDArray[np.uint16]
 
+    def part(self, start: int, end: int) -> "SetBlock":
+        """Sets ``start`` .. ``end - 1``."""
+        chosen, starts = slice(start, end), self.starts[start : end + 1]
+        return SetBlock(
+            self.doc[chosen],
+            self.pos[chosen],
+            self.decode[chosen],
+            self.tokens[chosen],
+            self.place[chosen],
+            starts - starts[0],
+            self.experts[starts[0] : starts[-1]],
+        )
+
 
 @dataclass(frozen=True)
 class ExpertSets:
@@ -171,6 +184,25 @@ def expert_sets(trace: Trace) -> ExpertSets:
     """
     require_tokens(trace, "expert sets")
     return ExpertSets(trace, tuple(by_layer(trace)))
+
+
+def document_starts(trace: Trace) -> Ints | None:
+    """The row at which each document begins; None where the rows of some document do not stand
+    together.
+    """
+    first = by_layer(trace)[0].layer
+    if not document_runs(trace.batches(first, KEY)):
+        return None
+    starts, row, last = [np.zeros(0, np.int64)], 0, None
+    for frame in trace.batches(first, ["doc"]):
+        doc_T = frame["doc"].to_numpy()
+        begins = np.append(True, doc_T[1:] != doc_T[:-1])[: len(doc_T)]
+        if len(doc_T):
+            begins[0] = doc_T[0] != last
+            last = doc_T[-1]
+        starts.append(row + np.flatnonzero(begins))
+        row += len(doc_T)
+    return np.concatenate(starts)
 
 
 def require_tokens(trace: Trace, what: str) -> None:

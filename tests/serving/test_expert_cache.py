@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from refusals import refused
 
+from moe_lab.analysis.map_reduce import mapped
 from moe_lab.errors import AnalysisError
 from moe_lab.serving import expert_cache, expert_sets, replay
 from moe_lab.serving.expert_cache import POLICIES
@@ -105,6 +106,57 @@ def test_no_policy_beats_the_bound_and_lru_grows_with_the_budget(write_trace, ra
     for policy in ("lru", "lfu", "static"):
         assert (wide[policy] <= wide["clairvoyant"]).all(), policy
     assert (wide["lru"].diff().drop_nulls() >= 0).all()
+
+
+def test_a_cache_per_document_finds_what_caches_of_single_documents_find(
+    write_trace, random_ids, way
+):
+    """Prompts and decoded tokens, in files that cut both, read by workers in odd groups."""
+    ids, doc = random_ids(90, 2, 2, 6), np.repeat(np.arange(6), 15)
+    decode = np.tile(np.arange(15) >= 6, 6)
+    budgets, policies = [2, 5, 8], ["lru", "lru_per_layer", "lfu", "clairvoyant", "bound"]
+    trace = write_trace(ids, doc, 6, decode=decode, rows_per_part=17)
+    found = expert_cache(trace, budgets, policies, per_document=True)
+    singles = [
+        expert_cache(
+            write_trace(ids[doc == d], None, 6, decode=decode[doc == d]), budgets, policies
+        )
+        for d in range(6)
+    ]
+    for column in ("requests", "tokens"):
+        assert found[column].to_list() == sum(one[column] for one in singles).to_list()
+    hits = sum(one["hit_rate"] * one["requests"] for one in singles)
+    assert (found["hit_rate"] * found["requests"]).to_list() == pytest.approx(hits.to_list())
+    everything = {"budgets": budgets, "per_document": True}
+    whole = expert_cache(trace, **everything)
+    assert (
+        whole.filter(pl.col("policy").is_in(policies)).sort("policy").equals(found.sort("policy"))
+    )
+
+
+def test_a_cache_per_document_does_not_depend_on_the_workers(write_trace, random_ids, tmp_path):
+    doc = np.repeat(np.arange(6), 15)
+    for decode in (None, np.tile(np.arange(15) >= 6, 6)):
+        trace = write_trace(random_ids(90, 2, 2, 6), doc, 6, decode=decode, rows_per_part=17)
+        whole = expert_cache(trace, [2, 5, 8], per_document=True)
+        for rows in (1, 40):
+            with mapped(InThisProcess(), cache=tmp_path / "kept", rows=rows):
+                assert expert_cache(trace, [2, 5, 8], per_document=True).equals(whole)
+
+
+class InThisProcess:
+    """Workers that compute when the result is asked for."""
+
+    ahead = 2
+
+    def submit(self, task):
+        return task
+
+    def result(self, submitted):
+        return submitted()
+
+    def close(self):
+        pass
 
 
 def test_the_static_list_comes_from_other_documents(write_trace):
