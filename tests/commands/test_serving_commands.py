@@ -49,6 +49,16 @@ def test_cache_prints_a_table_and_the_interval_first(trace, capsys):
     assert any("tokens a second" in sentence for sentence in values["sentences"])
 
 
+def test_workers_of_a_cache_need_one_per_document(trace, capsys, tmp_path):
+    command = ("cache", trace, "--budget", "8MiB", "--policy", "lru")
+    code, out, err = run(capsys, *command, "--workers", 1)
+    assert (code, out) == (2, "")
+    assert "--per-document" in err
+    code, alone, _ = run(capsys, *command, "--per-document", "--json")
+    assert code == 0
+    assert json.loads(alone)["cache"][0]["requests"] == 240 * 2 * 2
+
+
 def test_workers_print_what_one_process_prints(trace, capsys, tmp_path):
     kept = tmp_path / "kept"
     alone = run(capsys, "place", trace, "--devices", 4)
