@@ -42,7 +42,7 @@ from moe_lab.routing import RouterConfig
 from moe_lab.text import Split, TextConfig, load_tokens
 from moe_lab.trace import capture, open_trace
 from moe_lab.training import RunConfig, load_run, train
-from moe_lab.worth.ablation import Ablation
+from moe_lab.worth import Ablation
 from moe_lab.worth.worth_files import read_meta
 
 torch.set_num_threads(1)

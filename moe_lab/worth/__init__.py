@@ -14,6 +14,7 @@ from moe_lab.worth.agreement import (
 )
 
 if TYPE_CHECKING:
+    from moe_lab.worth.ablation import Ablation
     from moe_lab.worth.curves import removal_curves, top_k_losses
     from moe_lab.worth.interventions import (
         Edit,
@@ -33,6 +34,7 @@ _EDITS = ("Edit", "Exchange", "Forbid", "Replay", "Silence", "TopK", "intervene"
 __getattr__ = on_first_use(
     __name__,  # torch
     {
+        "ablation": ("Ablation",),
         "curves": ("removal_curves", "top_k_losses"),
         "interventions": _EDITS,
         "measures": ("EditKind", "expert_losses", "expert_minutes", "expert_worth"),
@@ -44,6 +46,7 @@ __getattr__ = on_first_use(
 
 __all__ = [
     "SCORES",
+    "Ablation",
     "Conventions",
     "Edit",
     "EditKind",

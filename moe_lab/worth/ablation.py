@@ -111,10 +111,10 @@ class Ablation:
             share * len(self.measured) * _seconds(self._scores, timed, [*self.measured][:1])
         )
         if self.curves or self.pairs:
-            seconds = share * _seconds(
-                edited_sums, self.model, timed, [[Forbid(layer, 0) for layer in self.measured]]
-            )
-            if self.curves:
+            forbidden = [[Forbid(layer, 0) for layer in self.measured]]
+            # half of it is the untouched pass, which many sets of edits share
+            seconds = share * _seconds(edited_sums, self.model, timed, forbidden) / 2
+            if self.curves:  # curves are judged on every other document
                 parts["curves"] = seconds * (len(self.ks) + CURVES / 2)
             if self.pairs:  # two single experts, both and the exchange, on average from mid-height
                 parts["pairs"] = seconds * self.pairs * len(self.measured) * 4 / 2
@@ -171,6 +171,7 @@ class Ablation:
             "sentences": sentences,
             "notes": notes,
             "loss": loss,
+            "experts": sum(self.measured.values()),
             "documents": losses["doc"].n_unique(),
             "tokens": self.tokens,
             "edit": self.edit.value,
