@@ -24,6 +24,14 @@ def of_all_pages() -> list[Snippet]:
     return [snippet for page in SHOWN for snippet in snippets(page)]
 
 
+def test_the_tests_that_pages_name_exist() -> None:
+    there = {path: path.read_text() for path in (REPOSITORY / "tests").rglob("*.py")}
+    defined = {word for text in there.values() for word in re.findall(r"def (test_\w+)", text)}
+    named = {word for page in SHOWN for word in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert len(named) > 10
+    assert not named - defined - {path.stem for path in there}
+
+
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a clone in which README was followed: ``runs/first``, a run, and

@@ -14,9 +14,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 TOOLS = ("ip", "unshare", "nsenter")
+SECONDS = 600
+"""For a command on a host: enough on the busiest machine."""
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _BEGIN = """
 set -e
@@ -75,6 +78,7 @@ class Host:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **(environment or {})},
+            timeout=SECONDS,
         ).stdout
 
     def processes(self) -> set[int]:
@@ -120,20 +124,23 @@ def two_hosts() -> Iterator[tuple[Host, Host, str]]:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing or os.geteuid():
         raise HostError(f"needs {missing[0]}" if missing else "needs root: it makes namespaces")
-    net = f"198.18.{os.getpid() % 256}"  # addresses for tests alone: RFC 2544
-    here = f"{net}.5"
+    first_address = ip_address("198.18.0.0") + 16 * (os.getpid() % 8192)  # for tests: RFC 2544
+    between_first, between_second, here, outside_first, there, outside_second = (
+        str(first_address + place) for place in (1, 2, 5, 6, 9, 10)
+    )
     private = Path(tempfile.mkdtemp(prefix="ml", dir="/tmp"))  # short: sockets lie in it
     hosts: list[Host] = []
     try:
-        for place, name in enumerate(("moe-a", "moe-b")):
-            hosts.append(Host(name, f"{net}.{1 + place}", private))
+        for name, address in (("moe-a", between_first), ("moe-b", between_second)):
+            hosts.append(Host(name, address, private))
         try:
             _remove_cables()
             first, second = hosts
-            _connect(None, f"ml{os.getpid()}a", f"{here}/30", first, "outside", f"{net}.6/30")
-            _connect(None, f"ml{os.getpid()}b", f"{net}.9/30", second, "outside", f"{net}.10/30")
-            _connect(first, "other", f"{net}.1/30", second, "other", f"{net}.2/30")
-            second.run("ip", "route", "add", here, "via", f"{net}.9")
+            mine = f"ml{os.getpid()}"
+            _connect(None, f"{mine}a", here, first, "outside", outside_first)
+            _connect(None, f"{mine}b", there, second, "outside", outside_second)
+            _connect(first, "other", between_first, second, "other", between_second)
+            second.run("ip", "route", "add", here, "via", there)
         except subprocess.CalledProcessError as error:
             raise HostError(f"cannot connect hosts: {error.stdout.strip()}") from error
         yield first, second, here
@@ -168,7 +175,7 @@ def _connect(
         text=True,
     )
     for host, end, own in ((left, name, address), (right, far, far_address)):
-        for words in (["addr", "add", own, "dev", end], ["link", "set", end, "up"]):
+        for words in (["addr", "add", f"{own}/30", "dev", end], ["link", "set", end, "up"]):
             command = ["ip", *words]
             subprocess.run(
                 host.command(*command) if host else command,

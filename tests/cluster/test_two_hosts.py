@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import delayed_files
 import pytest
 from grid_process import Driver
-from hosts import Host, HostError, two_hosts
+from hosts import SECONDS, Host, HostError, two_hosts
 from tiny_grid import HOLD, HOLD_IN, SILENCE, lasting, results
 
 from moe_lab.sweeps import readable, status
@@ -33,12 +33,11 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # else a token of this user would be needed on either host
     "RAY_enable_worker_prestart": "0",  # idle workers import ray, on cores that the runs need
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "2",
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_grpc_client_keepalive_time_ms": "1000",
-    "RAY_grpc_client_keepalive_timeout_ms": "2000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
 
 
@@ -95,7 +94,7 @@ def test_two_drivers_on_two_hosts_share_the_work_of_a_folder_that_shows_files_la
     hosts: tuple[Host, Host, str], late: dict[str, str], stubs: ModuleType, tmp_path: Path
 ) -> None:
     """Each sees the other's claims, checkpoints and ``done`` two seconds late."""
-    script = Path(stubs.__file__)
+    script = Path(str(stubs.__file__))
     words = [sys.executable, str(script), str(tmp_path / "out"), "4", "30", "0.05", "1"]
     drivers = [
         subprocess.Popen(
@@ -107,7 +106,7 @@ def test_two_drivers_on_two_hosts_share_the_work_of_a_folder_that_shows_files_la
         )
         for host in hosts[:2]
     ]
-    said = [driver.communicate(timeout=300)[0] for driver in drivers]
+    said = [driver.communicate(timeout=SECONDS)[0] for driver in drivers]
     assert [text.split()[-4:] for text in said] == [["outcome", "4", "0", "0"]] * 2, said
     for one in stubs.stub_grid(4, 30, 0.05):
         folder = tmp_path / "out" / one.hash()
@@ -191,7 +190,7 @@ def slurm(hosts: tuple[Host, Host, str], tmp_path: Path) -> dict[str, str]:
             f"PartitionName=high Nodes={second.name} PriorityTier=9",
             "PreemptType=preempt/partition_prio",
             "PreemptMode=REQUEUE",
-            "SlurmdTimeout=6",
+            "SlurmdTimeout=20",
         ]
     )
     environment = {"SLURM_CONF": str(folder / "slurm.conf")}
