@@ -54,7 +54,7 @@ class Watch:
         self._thread.start()
 
     def _look(self) -> None:
-        import psutil
+        import psutil  # which ray brings
 
         while not self._over.wait(0.2):
             for process in psutil.Process().children(recursive=True):
@@ -82,11 +82,11 @@ def work(mode: str, name: str, folder: Path, kept: Path) -> None:
 
             from moe_lab.sweeps.launchers.ray_tasks import RayTasks
 
-            node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+            node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
             cluster = Cluster(initialize_head=True, head_node_args=node)
             stack.callback(cluster.shutdown)
             cluster.add_node(**node)
-            workers, watch = RayTasks(options={"address": cluster.address}), Watch()
+            workers, watch = RayTasks(options={"address": str(cluster.address)}), Watch()
             stack.callback(watch.end)
         if workers is not None:
             stack.enter_context(mapped(workers, cache=kept))

@@ -131,8 +131,9 @@ class _Reading:
             "band": pl.lit(0) if self.band is None else pl.col(self.band),
             "bucket": bucket,
         }
-        read = dict.fromkeys([*KEY, self.column, *([self.band] if self.band else []), *columns])
-        for batch in trace.batches(None, list(read)):
+        bands = [] if self.band is None else [self.band]
+        read = list(dict.fromkeys([*KEY, self.column, *bands, *columns]))
+        for batch in trace.batches(None, read):
             yield batch.select(*KEY, *columns, **cell)
 
     def codes(self, trace: Trace, cells: pl.DataFrame) -> Iterator[pl.DataFrame]:
@@ -229,7 +230,8 @@ def _added(shape: tuple[int, int, int]) -> Fold[Floats]:
     def fold(total: Floats | None, frame: pl.DataFrame) -> Floats:
         place, sums = frame["place"].to_numpy(), frame["sum"].to_numpy()
         if total is None:  # faster, and the same: sums of one place are added in their order
-            return np.bincount(place, sums, minlength=math.prod(shape)).reshape(shape)
+            table = np.bincount(place, sums, minlength=math.prod(shape))
+            return table.astype(np.float64, copy=False).reshape(shape)
         np.add.at(total.reshape(-1), place, sums)
         return total
 

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from moe_lab.analysis.aligned_rows import MAX_CELLS, add_counts
+from moe_lab.analysis.aligned_rows import MAX_CELLS, Ints, add_counts
 from moe_lab.analysis.document_bootstrap import Floats, Resampling
 from moe_lab.analysis.map_reduce import Sum, appended, cells, counted, reduced
 from moe_lab.analysis.token_groups import Grouping
@@ -83,13 +83,13 @@ def unit_sums(
 
     Sums of floats depend on their order, so batches are added by ``unit_table``.
     """
-    sums = [(np.zeros(0, dtype=np.int64), np.zeros((0, width)))]
+    sums: list[tuple[Ints, Floats]] = [(np.zeros(0, dtype=np.int64), np.zeros((0, width)))]
     for doc_T, values_TM in batches:
         unit_T = docs.unit(doc_T)
         here = np.flatnonzero(np.bincount(unit_T, minlength=docs.units))
         columns = np.asarray(values_TM, dtype=np.float64).T
         found = [np.bincount(unit_T, column, minlength=docs.units)[here] for column in columns]
-        sums.append((here, np.stack(found, axis=1)))
+        sums.append((here, np.stack(found, axis=1).astype(np.float64)))
     values = np.concatenate([table for _, table in sums])
     return pl.DataFrame(
         {"unit": np.concatenate([units for units, _ in sums])}

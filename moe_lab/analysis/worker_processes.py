@@ -54,6 +54,7 @@ class WorkerProcesses:
                 pass
 
     def _compute(self, task: Task) -> Any:
+        code = 0
         for death in range(1, MOST_DEATHS + 1):
             process = self._process()
             answer = _ask(process, task)
