@@ -1,9 +1,5 @@
-"""Processes of this machine that compute tasks, one thread each.
-
-    python -m moe_lab.analysis.worker_processes
-
-is one of them: pickled tasks in, pickled results out. It ends with the process that started it,
-whose end closes its input.
+"""Processes of this machine that compute tasks, one thread each: pickled tasks in, pickled results
+out. A process ends with the one that started it, whose end closes its input.
 """
 
 import contextlib
@@ -80,7 +76,7 @@ class WorkerProcesses:
             return self._idle.get_nowait()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__],
+            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": path},
@@ -105,7 +101,7 @@ def _end(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _serve() -> None:
+def serve() -> None:
     """Compute the tasks that come on the standard input, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     answers = os.fdopen(os.dup(1), "wb")
@@ -121,7 +117,3 @@ def _serve() -> None:
                 answer = RuntimeError(traceback.format_exc()), None
             pickle.dump(answer, answers, protocol=5)
             answers.flush()
-
-
-if __name__ == "__main__":
-    _serve()

@@ -107,12 +107,13 @@ def test_frames_do_not_depend_on_the_groups_of_files(traces, tmp_path, rows):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_frames_do_not_depend_on_the_number_of_processes(traces, tmp_path, workers):
+def test_frames_do_not_depend_on_the_number_of_processes(traces, tmp_path, workers, capfd):
     names = "class_entropy", "saturation", "vocabulary"
     whole = {name: ANALYSES[name](*traces) for name in names}
     with mapped(workers, cache=tmp_path, rows=100):
         for name in names:
             assert ANALYSES[name](*traces).equals(whole[name]), name
+    assert capfd.readouterr() == ("", "")
 
 
 def test_files_of_other_rows_are_read_whole(make_trace, draw, tmp_path):
