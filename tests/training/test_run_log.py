@@ -20,6 +20,7 @@ from moe_lab.runs import tables as run_tables
 from moe_lab.runs.layout import TABLE_NAMES
 from moe_lab.runs.tables import TABLES, Line, read_tables
 from moe_lab.training import RunConfig, train
+from moe_lab.training import run as run_module
 from moe_lab.training.alarms import ALARMS, AlarmRule
 from moe_lab.training.readings import LayerReading
 from moe_lab.training.run_log import RunLog, thinned
@@ -118,16 +119,27 @@ def test_an_interrupted_run_ends_with_the_tables_of_a_whole_one(
     assert layers["ffn_target"].unique().to_list() == [2.0]
 
 
-def test_a_run_shows_its_tables_while_it_trains(config: RunConfig, tmp_path: Path) -> None:
-    seen: list[dict[str, int]] = []
+def test_a_run_shows_its_tables_while_it_trains(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "STATUS_SECONDS", -1.0)
+    seen: list[dict[str, list[float]]] = []
 
     def look(row: dict[str, Any]) -> None:
+        """What lies there just before the rows of this step are written."""
         tables = read_tables(tmp_path / "run")
-        seen.append({name: getattr(tables, name).height for name in TABLE_NAMES})
+        names = ("metrics", "layers", "loads", "validation")
+        seen.append({name: _steps(getattr(tables, name)) for name in names})
 
     train(config, tmp_path / "run", on_step=look, cache_dir=tmp_path)
-    assert seen[0]["validation"] == 0  # nothing is written before the first logged step
-    assert {name for name, rows in seen[-1].items() if rows} >= {"metrics", "layers", "validation"}
+    for number, tables in enumerate(seen):
+        logged = [2 * step for step in range(1, number + 1)]
+        assert all(tables[name] == logged for name in ("metrics", "layers", "loads"))
+    assert seen[-1]["validation"] == [0, 4, 8]
+
+
+def _steps(table: pl.DataFrame) -> list[float]:
+    return table["step"].unique().sort().to_list() if "step" in table.columns else []
 
 
 @pytest.mark.parametrize("kind", ["noisy_topk", "longcat"])
