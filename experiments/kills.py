@@ -31,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_lab.runs.layout import TABLE_NAMES
+
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
 
 TIMED = ("seconds", "tokens_per_second", "updated_at")
@@ -45,7 +47,7 @@ CUTS = {"checkpoint": 6, "metrics": 5, "trace finish": 5, "page": 4}
 
 
 def config(place: Path) -> Any:
-    """A run of 12 steps, a checkpoint every 3, on a corpus in ``place``."""
+    """A run of 12 steps, a checkpoint every 3, a validation every 5, on a corpus in ``place``."""
     from moe_lab.model import DecoderConfig, MoEConfig
     from moe_lab.routing import RouterConfig
     from moe_lab.text import TextConfig
@@ -65,7 +67,8 @@ def config(place: Path) -> Any:
         ),
         text=TextConfig(corpus=str(corpus), tokenizer="byte"),  # type: ignore[arg-type]
         batch_size=2, seq_length=32, train_tokens=64 * 12, checkpoint_every=3, log_every=1,
-        eval_tokens=None, eval_excerpt_tokens=80, optimizer=OptimizerConfig(lr=1e-2),
+        validate_every=5, eval_tokens=None, eval_excerpt_tokens=80,
+        optimizer=OptimizerConfig(lr=1e-2),
     )  # fmt: skip
 
 
@@ -102,7 +105,13 @@ def page(place: Path, folder: Path) -> None:
 WRITERS: dict[str, Callable[[Path, Path], None]] = {"train": train, "trace": trace, "page": page}
 PLACES = {
     "checkpoint": ("train", ("checkpoint.safetensors",)),
-    "metrics": ("train", ("metrics.jsonl", "metrics.parquet", "result.json", "done")),
+    "metrics": (
+        "train",
+        (
+            *(f"{name}.{ending}" for name in TABLE_NAMES for ending in ("jsonl", "parquet")),
+            *("result.json", "done"),
+        ),
+    ),
     "trace finish": ("trace", ("",)),
     "page": ("page", ("",)),
 }
@@ -150,7 +159,7 @@ class Disk:
             if self.inside or not path.startswith(f"{self.folder}/"):
                 return
             name = Path(path).name
-            name = name.split("-", 2)[2] if name.startswith(".tmp-") else name
+            name = name.split("-", 2)[-1] if name.startswith(".tmp-") else name
             if not name.endswith(self.ends):
                 return
             self.names.append(name)

@@ -16,6 +16,7 @@ Counted are forward passes of training: the model is in training mode and gradie
 pass that activation checkpointing repeats in the backward pass is not counted again.
 """
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,6 +158,7 @@ class Monitor:
         self._observer = Observer(self._log, on_alarm, first, alarms)
         self._observer.alarms.load_state_dict(state["alarms"] if state else {})
         self._claim = self._open(overwrite) if write else None
+        self._lock = threading.Lock()  # replicas of DataParallel run in threads
         self._checked, self._written = False, 0.0
         self._hooks = Hooks(self.model, sites, self._count, ratio=False, wanted=self._wanted)
 
@@ -236,7 +238,8 @@ class Monitor:
             for reading in layer.site.readings_of_calls(calls):
                 sums = layer.sums_of(reading, valid)
                 if observed:
-                    layer.sums = sums if layer.sums is None else layer.sums + sums
+                    with self._lock:
+                        layer.add(sums)
         self._checked = True
 
     def _read(self) -> tuple[list[LayerReading], float]:
@@ -345,6 +348,9 @@ class _Layer:
             entropy = reading.spread.entropy.double()
             sums[_TOKENS + 1] = entropy.where(routing.valid_mask(), 0.0).sum()
         return sums
+
+    def add(self, sums: Tensor) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums.to(self.sums.device)
 
     def _scores(self, reading: Reading) -> Tensor:
         """[T, E] scores; NaN where the router does not say them."""

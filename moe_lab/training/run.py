@@ -435,6 +435,10 @@ class _Run:
         if missing := [number for number in logged if number not in rows]:
             say(f"{self.folder} lost the metrics of step {missing[0]}: the run begins again")
             return None
+        # The last one is that of the evaluation, which a resumed run does again.
+        lines["validation"] = [
+            line for line in lines["validation"] if line["step"] < self.config.steps
+        ]
         return lines
 
     def _is_logged(self, step: int) -> bool:
@@ -455,6 +459,8 @@ class _Run:
         )
         self.log.add("validation", {"step": self.step, "loss": loss, "tokens": tokens})
         tracking.log(self.step, {"validation/loss": loss})
+        if self.ranks.first and self.on_step is not None:  # somebody looks at the steps
+            say(f"step {self.step}: validation loss {loss:.4f} nats/token")
 
     @cached_property
     def _validation(self) -> tuple[list[TokenizedDocument], list[Excerpt]]:

@@ -120,7 +120,10 @@ def test_an_interrupted_run_ends_with_the_tables_of_a_whole_one(
 
 
 def test_a_run_shows_its_tables_while_it_trains(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(run_module, "STATUS_SECONDS", -1.0)
     seen: list[dict[str, list[float]]] = []
@@ -136,6 +139,7 @@ def test_a_run_shows_its_tables_while_it_trains(
         logged = [2 * step for step in range(1, number + 1)]
         assert all(tables[name] == logged for name in ("metrics", "layers", "loads"))
     assert seen[-1]["validation"] == [0, 4, 8]
+    assert "moe-lab: step 8: validation loss " in capsys.readouterr().err
 
 
 def _steps(table: pl.DataFrame) -> list[float]:

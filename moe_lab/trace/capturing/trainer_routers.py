@@ -48,7 +48,8 @@ def megatron(module: Any, seen: Seen) -> Reading:
         error=TraceError,
     )
     ran_TK, indices_TK = map_TE.to(torch.uint8).topk(slots, dim=1)
-    logits_TE = module.gating(seen["input"][0]).reshape(map_TE.shape).float()
+    given = seen["input"][0] if seen["input"] else seen["kwargs"]["input"]
+    logits_TE = module.gating(given).reshape(map_TE.shape).float()
     sigmoid = getattr(module, "score_function", "softmax") == "sigmoid"
     return Reading(
         torch.where(ran_TK > 0, indices_TK, -1),
