@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from refusals import refused
@@ -344,3 +345,16 @@ def test_an_alarm_can_stop_the_loop() -> None:
         with watch, refused("third", AlarmError):
             train_steps(model, batches(5), watch)
     assert watch.steps == 3
+
+
+def test_the_committed_measurement_of_its_cost_is_below_one_percent() -> None:
+    """``experiments/benchmarks/monitor_cost.py``; docs/guides/trainer.md has its numbers."""
+    results = Path(__file__).parents[2] / "experiments" / "benchmarks" / "results"
+    rows = {
+        row["name"]: row for row in pl.read_parquet(results / "monitor_cost.parquet").to_dicts()
+    }
+    assert rows["every 10"]["ratio_high"] < 1.01
+    assert rows["not observed"]["ratio_low"] < 1 < rows["not observed"]["ratio_high"]
+    page = (results.parents[2] / "docs" / "guides" / "trainer.md").read_text()
+    for name, digits in (("every 10", 4), ("observed", 3)):
+        assert f"{rows[name]['ratio']:.{digits}f} (" in page
