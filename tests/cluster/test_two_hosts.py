@@ -276,7 +276,7 @@ def test_slurm_workers_on_s3_share_no_folder_but_that_of_their_jobs(
     """The temporary folder is another on each host, and some requests are refused or cut."""
     from s3_server import CUT_UPLOAD
 
-    first, _, here = hosts
+    first, second, here = hosts
     environment = slurm | s3.environment(here) | {"TMPDIR": str(first.private)}
     code = (
         "import os\n"
@@ -297,3 +297,5 @@ def test_slurm_workers_on_s3_share_no_folder_but_that_of_their_jobs(
     logs = [path.read_text() for path in (tmp_path / "slurm").glob("*_log.out")]
     assert len(logs) == 2
     assert not [name for name in s3.objects() if "checkpoint" in name or "lease" in name]
+    for host in (first, second):
+        assert not host.run("find", str(host.private), "-path", "*/moe_lab*", "-type", "f")

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -66,7 +67,9 @@ def execute(trainer: Trainer, job: Job) -> Ending:
         )
         if ending.result is Result.FINISHED:
             claim.release(forget=True)
-        return ending
+    if not job.shared:  # the folder is this machine's, and all that counts is in the store
+        shutil.rmtree(job.folder, ignore_errors=True)
+    return ending
 
 
 def _train(trainer: Trainer, job: Job) -> Ending:
