@@ -23,6 +23,7 @@ COMMANDS = {
         "train a small grid on text that every Python ships, and write its report",
     ),
     "sweep": ("moe_lab.commands.sweep", "plan, run or watch a designed grid of runs"),
+    "watch": ("moe_lab.commands.watch", "a page of runs while they train, on this machine alone"),
     "train": ("moe_lab.commands.train", "train one model"),
     "trace": ("moe_lab.commands.trace", "record every routing decision of a trained run on a text"),
     "scaling": (

@@ -69,3 +69,16 @@ def listing(items: Sequence[str], most: int = 8) -> str:
         [*items] if len(items) <= most else [*items[: most - 1], f"{len(items) - most + 1} more"]
     )
     return " and ".join((", ".join(shown[:-1]), shown[-1])) if len(shown) > 1 else "".join(shown)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words: ``42 s``, ``12 min``, ``3.4 h``; ``?`` for None."""
+    if seconds is None:
+        return "?"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -238,7 +238,8 @@ def main() -> None:
 
 
 @atexit.register
-def _end_child() -> None:
+def end_child() -> None:
+    """End the child process, if there is one; the next request starts another."""
     if _child is not None and _child.owner == os.getpid():
         _child.end()
 

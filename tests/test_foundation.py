@@ -25,6 +25,7 @@ FLOORS = {
     "errors": 0, "config": 0, "files": 0, "versions": 0, "lazy": 0, "cost": 0, "measures": 0,
     "number_format": 0, "plugins": 0, "registry": 0, "document_pass": 0, "sandbox": 0,
     "plain_text": 0, "progress": 0, "terminal": 0, "html_table": 0, "hf": 0, "compiled": 0,
+    "seed_intervals": 0,
     "runs": 1, "json_input": 0,
     "routing": 1, "text": 1,
     "model": 2,
@@ -33,8 +34,9 @@ FLOORS = {
     "training": 5, "analysis": 5, "scaling": 5,
     "serving": 6, "sweeps": 6, "worth": 6,
     "report": 7,
-    "commands": 8, "cli": 8,
-    "__main__": 9,
+    "watch": 8,
+    "commands": 9, "cli": 9,
+    "__main__": 10,
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from moe_lab.analysis.difficulty.intervals import false_discovery
 from moe_lab.files import atomic_path, write_text
 from moe_lab.scaling import SHORT, crossing
 from moe_lab.scaling.alternatives_compared import Result, result_of
-from moe_lab.scaling.seed_intervals import mean_interval
+from moe_lab.seed_intervals import mean_interval
 from moe_lab.sweeps import RunStore
 from moe_lab.text import Split, load_tokens
 from moe_lab.training import excerpts_of, load_run

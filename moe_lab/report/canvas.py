@@ -156,7 +156,7 @@ class Canvas:
         """The figure as plotly.js reads it, without a template."""
         return {
             "data": [
-                {name: _packed(value) for name, value in trace.items()} for trace in self._traces
+                {name: packed(value) for name, value in trace.items()} for trace in self._traces
             ],
             "layout": self._layout,
         }
@@ -222,7 +222,7 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
-def _packed(value: Any) -> Any:
+def packed(value: Any) -> Any:
     """An array of numbers as plotly.js takes it: the bytes in base64."""
     if not isinstance(value, np.ndarray) or value.dtype.str[1:] not in _DTYPES:
         return value

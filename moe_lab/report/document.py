@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,12 +75,10 @@ def document(
 
 def script_json(value: Any) -> Markup:
     """JSON for a ``<script type="application/json">``: nothing in it can close the element or start
-    a comment.
+    a comment. Arrays are lists, and what is no finite number is null.
     """
-    from plotly.utils import PlotlyJSONEncoder
-
     text = json.dumps(
-        shown(value), cls=PlotlyJSONEncoder, separators=(",", ":"), ensure_ascii=False
+        shown(value), default=_plain, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     for character, escaped in JSON_ESCAPES.items():
         text = text.replace(character, escaped)
@@ -90,9 +89,16 @@ def shown(value: Any) -> Any:
     """``value`` with every text in it as a page shows it; markup of our own stays."""
     if isinstance(value, str):
         return value if isinstance(value, Markup) else on_page(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {shown(key): shown(entry) for key, entry in value.items()}
     return [shown(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    """An array or a number of numpy's as JSON has it."""
+    return shown(value.tolist())
 
 
 def _sha256(text: str) -> str:

@@ -23,7 +23,7 @@ colour of the end.
 
 
 @drawn
-def expert_load(frame: pl.DataFrame, *, order: str = "id") -> Canvas:
+def expert_load(frame: pl.DataFrame, *, order: str = "id", reach: int | None = None) -> Canvas:
     """Layer x expert heatmap of load, where 1 is the fair share; zero-compute experts in a panel of
     their own.
 
@@ -32,6 +32,8 @@ def expert_load(frame: pl.DataFrame, *, order: str = "id") -> Canvas:
             1), as ``analysis.expert_load``.
         order: "id" keeps the experts' ids; "load" sorts each layer by load, which shows the shape
             where there are hundreds.
+        reach: the power of two at both ends of the scale, for maps that are compared; as far as the
+            loads go by default.
     """
     need(frame, "layer", "expert", "is_zero", "load")
     require(order in ("id", "load"), "order to be 'id' or 'load'", repr(order), error=AnalysisError)
@@ -44,8 +46,9 @@ def expert_load(frame: pl.DataFrame, *, order: str = "id") -> Canvas:
     figure = Canvas([share / sum(shares) for share in shares], gap=0.03)
     for column, panel in enumerate(panels, start=1):
         _load_panel(figure, panel, layers, order, column)
-    extreme = float(frame["load"].filter(frame["load"] > 0).log(2.0).abs().max() or 0)  # type: ignore[arg-type]
-    reach = int(np.clip(math.ceil(extreme), 1, MAX_LOG2_LOAD))
+    if reach is None:
+        extreme = float(frame["load"].filter(frame["load"] > 0).log(2.0).abs().max() or 0)  # type: ignore[arg-type]
+        reach = int(np.clip(math.ceil(extreme), 1, MAX_LOG2_LOAD))
     figure.update_xaxes(showgrid=False)
     loads = frame["load"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
     map_layout(figure, loads, reach, "load ÷ fair share", layer_height(layers))

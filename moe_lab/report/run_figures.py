@@ -9,6 +9,7 @@ import polars as pl
 from moe_lab.number_format import count_of
 from moe_lab.report.canvas import Canvas, drawn, error_bars, evenly, interval_text, need, plain
 from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
+from moe_lab.seed_intervals import seed_intervals
 
 BAND = (
     "rgba(47,121,196,0.20)"  # the first series colour, thin enough to read through in both themes
@@ -43,8 +44,6 @@ def frontier(
     figure = Canvas()
     names = arms(frame)
     if means is None:
-        from moe_lab.scaling import seed_intervals
-
         means = seed_intervals(frame, level=level)
     fitted = None if curve is None else means["arm"][0]
     if curve is not None:

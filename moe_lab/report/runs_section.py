@@ -9,12 +9,14 @@ import polars as pl
 from moe_lab.number_format import count_of, decimal, listing, magnitude
 from moe_lab.report import figures
 from moe_lab.report.figure_blocks import Block, Legend, Plot, Variant, one_plot, table_of
-from moe_lab.report.frames import Frames
 from moe_lab.report.run_figures import MAX_POINTS, arms, line_style
 from moe_lab.report.run_tables import later_token_note
 from moe_lab.report.sources import Material, training_metrics
+from moe_lab.runs.layout import TUNING
+from moe_lab.seed_intervals import seed_intervals
 
 if TYPE_CHECKING:
+    from moe_lab.report.frames import Frames
     from moe_lab.scaling import WallStudy
 
 CURVES = {
@@ -36,8 +38,6 @@ def frontier_block(material: Material, judged: WallStudy | None = None) -> Block
     """Loss against ratio, from the finished runs that have a loss; with the fitted form and its
     band where the runs are ``judged``. None without any.
     """
-    from moe_lab.scaling import TUNING, seed_intervals
-
     # A mean over learning rates is no point of a frontier.
     runs = material.table.drop_nulls("loss").filter(pl.col("arm").ne_missing(TUNING))
     if not runs.height:

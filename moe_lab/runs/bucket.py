@@ -32,6 +32,17 @@ _CREDENTIALS = (
     "badrequest",  # of Amazon, for an expired token, where the answer has no body
 )
 _AGAIN = "run the same command again to continue"
+_SIGNATURE = (
+    "size",
+    "ETag",
+    "etag",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "mtime",
+    "created",
+)
+"""What clients call the size, the digest and the date of an object."""
 _NETWORK = ("connect", "timeout", "timed out", "resolve", "unreachable", "endpoint")
 
 
@@ -111,6 +122,21 @@ class Bucket:
             check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url)
             for path in paths
         ]
+
+    def signatures(self, folder: str) -> dict[str, tuple[str, ...]]:
+        """All objects below ``folder``, with what is another when one was written again.
+
+        Raises ``RunError`` as ``names``.
+        """
+        with self._one_line("read"):
+            self._files.invalidate_cache()
+            found = self._files.find(self._path(folder), detail=True)
+        return {
+            check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url): tuple(
+                str(info.get(name)) for name in _SIGNATURE
+            )
+            for path, info in found.items()
+        }
 
     def rename(self, name: str, new: str) -> None:
         """Rename an object within the store. Renaming a missing object is not an error."""

@@ -40,6 +40,9 @@ PLAN = "sweep.json"
 TRUNKS = "trunks"
 """In a sweep's folder: states that shorter token budgets begin from (``training.branching``)."""
 
+TUNING = "lr"
+"""In a plan: the arm of a sweep's runs at other learning rates."""
+
 
 class RunState(StrEnum):
     """PENDING: never begun. RUNNING: a living process trains it. FINISHED: ``done`` is there.

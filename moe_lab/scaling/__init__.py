@@ -4,7 +4,7 @@ uncertainty, and the sparsity wall.
 
 from moe_lab.scaling.adding_experts import expected_gain
 from moe_lab.scaling.alternatives_compared import Alternative, against_experts, crossing
-from moe_lab.scaling.confounds import SHORT, TUNING, confounds
+from moe_lab.scaling.confounds import SHORT, confounds
 from moe_lab.scaling.datasets import DATASETS, datasets, published
 from moe_lab.scaling.fit import HUBER, SQUARES, Fit, fit
 from moe_lab.scaling.fit_quality import LawCurves, Quality, law_curves, quality
@@ -20,7 +20,6 @@ from moe_lab.scaling.optimum import (
     isoflop,
 )
 from moe_lab.scaling.run_files import LossUnit, main_arm, read_runs, with_budgets
-from moe_lab.scaling.seed_intervals import seed_intervals
 from moe_lab.scaling.sweep_losses import MissingColumnsError, SeveralBudgetsError
 from moe_lab.scaling.uncertainty import (
     Saturation,
@@ -35,6 +34,7 @@ from moe_lab.scaling.wall_power import Design, Truth, cheapest, default_truths, 
 from moe_lab.scaling.wall_rule import Outcome
 from moe_lab.scaling.wall_study import WallStudy, wall_study
 from moe_lab.scaling.wall_verdict import FormScore, Gain, Verdict, verdict_by_budget, wall_verdict
+from moe_lab.seed_intervals import seed_intervals
 
 __all__ = [
     "DATASETS",
@@ -42,7 +42,6 @@ __all__ = [
     "LAWS",
     "SHORT",
     "SQUARES",
-    "TUNING",
     "Alternative",
     "Band",
     "Design",

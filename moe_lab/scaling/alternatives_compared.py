@@ -15,7 +15,7 @@ import polars as pl
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.scaling.compute_slope import MARGIN
 from moe_lab.scaling.run_files import main_arm
-from moe_lab.scaling.seed_intervals import mean_interval
+from moe_lab.seed_intervals import mean_interval
 
 TOLERANCE = 0.02
 """Largest relative difference of two totals that count as one."""

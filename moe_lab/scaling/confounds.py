@@ -17,14 +17,14 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, require
 from moe_lab.routing.facts import LATER_TOKENS
+from moe_lab.runs.layout import TUNING
 from moe_lab.scaling.compute_slope import MARGIN, law_slope
-from moe_lab.scaling.seed_intervals import mean_interval
 from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT
 from moe_lab.scaling.wall_rule import Outcome
+from moe_lab.seed_intervals import mean_interval
 
 DROPPED = 0.01  # share of token slots beyond which dropping differs between ratios enough to matter
 DEAD = 0.01
-TUNING = "lr"  # the arm of a sweep's runs at other learning rates
 SHORT = "-short"  # ends the name of an arm's runs at a smaller token budget
 SURE = 1.645  # standard errors by which a difference is taken to be one
 SEES_LATER = "sees_later_tokens"

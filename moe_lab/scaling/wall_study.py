@@ -16,8 +16,9 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, MoELabError
 from moe_lab.number_format import magnitude
+from moe_lab.runs.layout import TUNING
 from moe_lab.scaling.alternatives_compared import against_experts
-from moe_lab.scaling.confounds import SHORT, TUNING, Status, caveats, confounds
+from moe_lab.scaling.confounds import SHORT, Status, caveats, confounds
 from moe_lab.scaling.fit import Fit, fit
 from moe_lab.scaling.fit_quality import Quality, quality
 from moe_lab.scaling.frontier_band import Band, frontier_band

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from moe_lab.number_format import duration
 from moe_lab.plain_text import on_page
 from moe_lab.runs.record import Progress
 from moe_lab.runs.store import Store
@@ -126,18 +127,6 @@ def ending_line(job: Job, ending: Ending, progress: Progress) -> str:
         Result.DIED: f"again     {job.name}: {ending.reason}; resuming from its checkpoint",
         Result.WITHDRAWN: f"withdrawn {job.name}: it had not begun",
     }[ending.result]
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 class PlainView:

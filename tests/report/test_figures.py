@@ -14,7 +14,7 @@ from moe_lab.errors import AnalysisError
 from moe_lab.report import figures
 from moe_lab.report.canvas import Canvas
 from moe_lab.report.theme import DEAD
-from moe_lab.scaling.seed_intervals import seed_intervals
+from moe_lab.seed_intervals import seed_intervals
 
 RUNS = pl.DataFrame(
     {

@@ -9,6 +9,7 @@ import pytest
 from stub_trainer import STUB, StubRun, stub_grid, stub_sweep
 
 from moe_lab.files import write_json
+from moe_lab.number_format import duration
 from moe_lab.runs import Progress
 from moe_lab.sweeps import Ending, Job, Result, RunStore, progress, run
 from moe_lab.sweeps.progress import Forecast, PlainView
@@ -83,7 +84,7 @@ def test_the_forecast_counts_only_what_this_sweep_did(monkeypatch: pytest.Monkey
     ("seconds", "text"), [(None, "?"), (5, "5 s"), (600, "10 min"), (9000, "2.5 h")]
 )
 def test_durations_read_at_a_glance(seconds: float | None, text: str):
-    assert progress.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_a_run_that_stopped_has_one_line():

@@ -2,7 +2,6 @@
 
 import numpy as np
 import polars as pl
-from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from moe_lab.errors import AnalysisError, require
 
@@ -17,7 +16,7 @@ def mean_interval(
     if len(values) < 2:
         return mean, None, None
     half = float(
-        stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / len(values) ** 0.5
+        _quantile(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / len(values) ** 0.5
     )
     return mean, mean - half, mean + half
 
@@ -42,7 +41,7 @@ def seed_intervals(
         mean=pl.col(value).mean(),
         sd=pl.when(pl.len() > 1).then(pl.col(value).std(ddof=1)),
     )
-    quantiles = [float(stdtrit(n - 1, (1 + level) / 2)) if n > 1 else None for n in groups["n"]]
+    quantiles = [_quantile(n - 1, (1 + level) / 2) if n > 1 else None for n in groups["n"]]
     half = (
         pl.Series("half", quantiles, dtype=pl.Float64)
         * groups["sd"]
@@ -51,3 +50,10 @@ def seed_intervals(
     return groups.with_columns(lo=groups["mean"] - half, hi=groups["mean"] + half).sort(
         "arm", "ratio"
     )
+
+
+def _quantile(freedom: int, probability: float) -> float:
+    """Of Student's t. scipy is imported on the first call: it takes time and 20 MB."""
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+    return float(stdtrit(freedom, probability))
