@@ -253,14 +253,21 @@ class Board:
 
     def _drawn(self) -> dict[str, RunRecord]:
         """The runs of the figure of all runs, in the order of their arms and ratios. Of more than
-        ``MAX_CURVES`` those that run or failed, and others by a digest of their names: a run that
-        begins does not exchange the others.
+        ``MAX_CURVES`` those that run, failed or raised alarms, and others by a digest of their
+        names: a run that begins does not exchange the others.
         """
         begun = {run: record for run, record in self.runs.items() if record.begun}
         if len(begun) > MAX_CURVES:
-            first = sorted(begun, key=lambda run: (_RANK[begun[run].state], _digest(run)))
+            first = sorted(begun, key=lambda run: (self._rank(run), _digest(run)))
             begun = {run: begun[run] for run in first[:MAX_CURVES]}
         return dict(sorted(begun.items(), key=lambda item: _order(*item)))
+
+    def _rank(self, run: str) -> int:
+        state = self.runs[run].state
+        return _RANK[RunState.FAILED] if self._alarm_count(run) and _RANK[state] else _RANK[state]
+
+    def _alarm_count(self, run: str) -> int:
+        return max(len(self.curves.of.get(run, EMPTY).alarms), self.runs[run].progress.alarms)
 
     def _put_curve(self, run: str) -> None:
         curve, record = self.curves.of.get(run, EMPTY), self.runs[run]
@@ -293,10 +300,10 @@ class Board:
         numbers = {state: sum(record.state is state for record in records) for state in RunState}
         per_step = {run: self.curves.of[run].tokens_per_step for run in self.curves.of}
         left = seconds_left(records, per_step)
-        alarms = sum(len(curve.alarms) for curve in self.curves.of.values())
+        alarms = sum(self._alarm_count(run) for run in self.runs)
         best = min(
             (record for record in records if _loss(record) is not None),
-            key=lambda record: _loss(record) or 0.0,
+            key=lambda record: (_loss(record), record.label),
             default=None,
         )
         if len(records) == 1:
@@ -481,7 +488,7 @@ class Board:
                     decimal(loss, 4),
                     magnitude(progress.tokens_per_second),
                     NOTHING if left is None else duration(left),
-                    str(len(curve.alarms)) if curve.alarms else NOTHING,
+                    str(self._alarm_count(run) or NOTHING),
                     run,
                 ]
             )

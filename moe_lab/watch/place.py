@@ -96,18 +96,17 @@ class StorePlace(Place):
 
     def sync(self) -> None:
         """Copy what changed since the last call, ``done`` of each run last."""
-        for folder in (SWEEPS, STATE, FILES):
-            listed = self._bucket.signatures(folder)
-            changed = [name for name in listed if self._copied.get(name) != listed[name]]
-            for name in sorted(filter(_wanted, changed), key=lambda name: name.endswith(DONE)):
-                self._copy(name)
-            if folder == SWEEPS and changed:
-                self._write(self.folder / PLAN, json.dumps(self._store.plan()).encode())
-            gone = [name for name in self._copied if name.startswith(f"{folder}/")]
-            for name in set(gone) - set(listed):
-                below(self.folder, name.split("/", 1)[1], self.name).unlink(missing_ok=True)
-                del self._copied[name]
-            self._copied |= listed
+        listed: dict[str, Any] = {}
+        for folder in (SWEEPS, STATE, FILES):  # a run whose end is listed has all its files listed
+            listed |= self._bucket.signatures(folder)
+        changed = [name for name in listed if self._copied.get(name) != listed[name]]
+        if any(name.startswith(SWEEPS) for name in changed):
+            self._write(self.folder / PLAN, json.dumps(self._store.plan()).encode())
+        for name in sorted(filter(_wanted, changed), key=lambda name: name.endswith(f"/{DONE}")):
+            self._copy(name)
+        for name in filter(_wanted, set(self._copied) - set(listed)):
+            below(self.folder, name.split("/", 1)[1], self.name).unlink(missing_ok=True)
+        self._copied = listed
 
     def _copy(self, name: str) -> None:
         content = self._bucket.read(name)

@@ -101,10 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             return self._refuse(400, "not a request of this page")
         if path == "":
-            page = self.server.page
-            return self._send(
-                200, page, "text/html", {"Content-Security-Policy": self.server.policy}
-            )
+            headers = {"Content-Security-Policy": self.server.policy, "Content-Encoding": "gzip"}
+            return self._send(200, self.server.page, "text/html", headers)
         if path != "changes":
             return self._refuse(404, "there is nothing here")
         query = dict(parse_qsl(parts.query, max_num_fields=12))

@@ -38,6 +38,8 @@
   const plots = () => [...document.querySelectorAll(".js-plotly-plot")];
   theme.follow((name) => plots().forEach((plot) => Plotly.relayout(plot, { template: themes[name] })));
 
+  // As plotly shows it: it reads tags in names.
+  const plain = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}\u2026` : text).replace(/[&<>]/g, (letter) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[letter]);
   function curves() {
     const list = parts.curves, metric = byId("metric").value;
     if (!list || !metric) return;
@@ -45,8 +47,8 @@
     for (const run of list.runs) {
       const curve = parts[`curve/${run}`], [x, y] = metric === "validation" ? curve?.validation ?? [] : [curve?.x, curve?.y[metric]];
       if (!y) continue;
-      data.push({ type: "scatter", x, y, mode: metric === "validation" ? "lines+markers" : "lines", line: curve.line, name: curve.group, legendgroup: curve.group,
-        showlegend: !groups.has(curve.group), text: curve.name, hovertemplate: "%{text}<br>%{x:.4s}: %{y:.4g}<extra></extra>" });
+      data.push({ type: "scatter", x, y, mode: metric === "validation" ? "lines+markers" : "lines", line: curve.line, name: plain(curve.group, 40), legendgroup: curve.group,
+        showlegend: !groups.has(curve.group), text: plain(curve.name, 120), hovertemplate: "%{text}<br>%{x:.4s}: %{y:.4g}<extra></extra>" });
       groups.add(curve.group);
     }
     const title = list.metrics.find(([name]) => name === metric)[1];
