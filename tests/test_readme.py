@@ -54,7 +54,7 @@ def test_every_line_of_the_readme_works_in_a_new_clone(clone: Path, tmp_path: Pa
             script.append(f"python - <<'END'\n{snippet.code}END")
         elif snippet.language == "sh" and not snippet.mark:
             script += snippet.commands()
-    assert sum(line.startswith("moe-lab ") for line in script) == 9
+    assert sum(line.startswith("moe-lab ") for line in script) == 10
     ended = subprocess.run(
         ["bash", "--noprofile", "--norc", "-c", "\n".join(script)],
         cwd=clone,

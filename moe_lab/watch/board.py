@@ -21,7 +21,7 @@ from typing import Any
 
 import polars as pl
 
-from moe_lab.errors import RunError, require
+from moe_lab.errors import MoELabError, RunError, require
 from moe_lab.files import content_hash
 from moe_lab.number_format import NOTHING, count_of, decimal, duration, listing, magnitude, whole
 from moe_lab.report.canvas import Canvas, evenly, packed
@@ -65,8 +65,8 @@ MAX_VIEWS = 64
 """Parts of views that are kept for readers who ask for the same again."""
 FILE_STEPS = 16
 """Maps of load of each run in a page that is one file."""
-FILE_RUNS = 24
-"""Runs that such a page lets a reader look into."""
+FILE_RUNS, FILE_CHARACTERS = 24, 15_000_000
+"""Runs that such a page lets a reader look into, as long as it stays within so many characters."""
 _PLAIN = re.compile(r"[A-Za-z0-9._=-]{1,80}")
 _RANK = {
     RunState.RUNNING: 0,
@@ -213,6 +213,8 @@ class Board:
             parts["table"] = self._viewed("table", View())[1]
             views: dict[str, str] = {}
             for run in [*self._drawn()][:FILE_RUNS]:
+                if sum(map(len, views.values())) > FILE_CHARACTERS:
+                    break
                 tables, _ = self.curves.details(run, self.runs[run])
                 steps = tables["loads"]["step"].drop_nulls().unique().sort().to_list()
                 asked = View(run=_id(run))
@@ -244,12 +246,12 @@ class Board:
             del self.curves.of[run]
             self.parts.drop(f"curve/{_id(run)}")
         self._put_curves(drawn)
+        self._put_frontier(until is None)
         self.parts.put("alarms", self._alarms())
         self.parts.put("answer", self._answer())
         if changed:
             self.parts.put("failures", self._failures())
             self.parts.put("missing", self._missing())
-        self._put_frontier(until is None)
 
     def _drawn(self) -> dict[str, RunRecord]:
         """The runs of the figure of all runs, in the order of their arms and ratios. Of more than
@@ -427,7 +429,12 @@ class Board:
         from moe_lab.report.runs_section import frontier_block
         from moe_lab.report.sources import Material
 
-        block = frontier_block(Material(tuple(finished), ())) if len(self.runs) > 1 else None
+        block = None
+        self.index.notes.pop("frontier", "")
+        try:
+            block = frontier_block(Material(tuple(finished), ())) if len(self.runs) > 1 else None
+        except MoELabError as error:
+            self.index.notes["frontier"] = f"The frontier cannot be drawn: {error}."
         figure = (
             None
             if block is None or not block.plots

@@ -18,7 +18,8 @@ def run_seconds_left(record: RunRecord, tokens_per_step: float) -> float | None:
     speed = progress.tokens_per_second
     if record.state is not RunState.RUNNING or not (progress.steps and speed and tokens_per_step):
         return None
-    return (progress.steps - progress.step) * tokens_per_step / speed
+    seconds = (progress.steps - progress.step) * tokens_per_step / speed
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def seconds_left(

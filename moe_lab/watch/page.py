@@ -16,7 +16,7 @@ from moe_lab.watch.board import Board
 POLL_SECONDS = 2.0
 SECTIONS = (
     ("alarms", "Alarms", "Alarms"),
-    ("curves", "Training", "Training of all runs"),
+    ("curves", "Training", "Training"),
     ("run", "One run", "One run, by layer"),
     ("frontier", "Frontier", "The frontier so far"),
     ("runs", "Runs", "Runs"),
@@ -58,7 +58,7 @@ def _page(place: str, seconds: float, held: Mapping[str, Mapping[str, str]]) -> 
         "watch.html.j2",
         ("theme.js", "watch.js"),
         package="moe_lab.watch",
-        title=f"moe_lab watch: {short_path(place)}",
+        title=f"moe_lab watch: {place if '://' in place else short_path(place)}",
         connect=Markup("'self'" if seconds else "'none'"),
         sections=SECTIONS,
         initial=Markup(f'{{"seconds":{seconds},{",".join(groups)}}}'),

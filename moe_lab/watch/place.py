@@ -26,8 +26,10 @@ from moe_lab.runs.tables import TABLES
 
 LOGS = tuple(table.log for table in TABLES.values())
 TABLE_FILES = (*LOGS, *(table.parquet for table in TABLES.values()))
-CLOCKS_AGREE = 600.0
-"""Seconds within which the clocks of a machine and of its file server are taken to agree."""
+CLOCKS_AGREE = 120.0
+"""Seconds that the clock of a file server is taken to be behind this machine's, at most."""
+WRONG_CLOCK = 86400.0
+"""A date so many seconds ahead of this machine's clock is none of the file server's."""
 
 
 class Clock:
@@ -39,7 +41,7 @@ class Clock:
         self._ahead = time.time() - CLOCKS_AGREE - time.monotonic()
 
     def see(self, date: float) -> None:
-        if date < time.time() + CLOCKS_AGREE:  # else a file that was dated by a wrong clock
+        if date < time.time() + WRONG_CLOCK:
             self._ahead = max(self._ahead, date - time.monotonic())
 
     def now(self, _folder: Path | None = None) -> float:

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import secrets
 import socket
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from urllib.parse import parse_qsl, urlsplit
@@ -76,11 +77,13 @@ class WatchServer(ThreadingHTTPServer):
     def knows(self, host: str) -> bool:
         """Whether a request with this Host header was meant for this server."""
         name = urlsplit(f"//{host}").hostname or ""
-        own = {"localhost", self.host.lower(), socket.gethostname().lower()}
+        own = {"localhost"} if not self.token else {self.host.lower(), socket.gethostname().lower()}
         return name in own or _is_address(name)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A browser that went away is not an error."""
+        """Report what failed on standard error, unless the browser went away."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -112,6 +112,7 @@ def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
 def test_the_one_frontier_has_one_kind_of_bars_for_every_arm(sweep: Path) -> None:
     material = gather(sweep)
     study = wall.judged_material(material)
+    assert isinstance(study, WallStudy)
     block = frontier_block(material, study)
     means = study.means
     widths = means.with_columns(unit=(pl.col("hi") - pl.col("mean")) * pl.col("n").sqrt())

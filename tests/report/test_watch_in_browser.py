@@ -88,6 +88,12 @@ def until(driver: Chrome, seen: Callable[[], Any], seconds: float = 5.0) -> floa
     return time.monotonic() - began
 
 
+def forget(driver: Chrome) -> None:
+    """What other pages asked for and said."""
+    requests(driver)
+    console(driver)
+
+
 def text_of(driver: Chrome, selector: str) -> str:
     script = "return document.querySelector(arguments[0])?.textContent ?? ''"
     return driver.execute_script(script, selector)
@@ -99,7 +105,7 @@ def test_values_arrive_and_the_page_outlives_workers_servers_and_the_sweep(
     served = Served(folder)
     try:
         resize(driver, 1280)
-        requests(driver), console(driver)
+        forget(driver)
         driver.get(served.server.url)
         until(driver, lambda: "1 running" in text_of(driver, "#answer .lead"))
         until(driver, lambda: "Load of every expert at step 40" in text_of(driver, "#run"))
@@ -141,7 +147,7 @@ def test_a_page_of_one_file_can_be_read_and_looked_into(
 ) -> None:
     page = write_page(Board(open_place(folder)), tmp_path_factory.mktemp("once") / "now.html")
     resize(driver, 1280)
-    requests(driver), console(driver)
+    forget(driver)
     driver.get(page.as_uri())
     until(driver, lambda: "of every expert" in text_of(driver, "#figure-load figcaption"))
     choose = """const [id, value, kind] = arguments, field = document.getElementById(id);

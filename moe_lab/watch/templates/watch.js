@@ -176,7 +176,8 @@
     const kept = all.rows.map((row, place) => place).filter((place) => all.rows[place].join(" ").toLowerCase().includes(wanted));
     const table = { ...all, rows: kept.map((place) => all.rows[place]), runs: kept.map((place) => all.runs[place]) };
     show.table(table);
-    place({ run: run && { ...run, steps }, layers: views[`layers ${view.run} ${metric}`] ?? null, load: views[`load ${view.run} ${step}`] ?? null });
+    const none = { facts: [], metrics: [], note: "This file holds no tables by layer of this run." };
+    place({ run: run ? { ...run, steps } : none, layers: views[`layers ${view.run} ${metric}`] ?? null, load: views[`load ${view.run} ${step}`] ?? null });
   }
 
   let timer = 0, asking = false, again = false, lost = 0;
