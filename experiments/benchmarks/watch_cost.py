@@ -1,7 +1,7 @@
 """What ``moe-lab watch`` takes: memory, processor time, and how long until it shows what is there.
 
     python experiments/benchmarks/watch_cost.py           # all; --save keeps the table
-    python experiments/benchmarks/watch_cost.py open      # only one of open, quiet, busy
+    python experiments/benchmarks/watch_cost.py open open --save    # some of open, quiet, busy
 
 ``open``: 10,000 finished runs of small results, from the start of the command until the page's
 answer counts all of them. ``quiet``: 78 runs of a sweep, of which none changes, and a browser that
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from measure import save
+from measure import RESULTS, save
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 """Where the functions lie that make run folders."""
@@ -36,6 +36,7 @@ sys.path.insert(0, str(TESTS))
 from watched_runs import finish, log_step, make_run  # noqa: E402
 
 from moe_lab.runs import RunState  # noqa: E402
+from moe_lab.versions import provenance  # noqa: E402
 
 TICKS = os.sysconf("SC_CLK_TCK")
 RUNS, RUNNING, FAILED = 78, 4, 2
@@ -157,7 +158,7 @@ def measure_open(count: int) -> dict[str, float]:
         row = {"wall_s": time.monotonic() - watch.began, "printed_s": printed}
         row |= {"cpu_s": watch.seconds(), **watch.peak}
         watch.close()
-    return row
+    return row | {"load": os.getloadavg()[0]}
 
 
 def measure_78(minutes: float, *, busy: bool) -> dict[str, float]:
@@ -189,7 +190,8 @@ def measure_78(minutes: float, *, busy: bool) -> dict[str, float]:
         if busy:
             writer.join()
         watch.close()
-    return row | {"cpu_s": cpu, "cpu_s_per_minute": 60 * cpu / took, **watch.peak}
+    row |= {"cpu_s": cpu, "cpu_s_per_minute": 60 * cpu / took, **watch.peak}
+    return row | {"load": os.getloadavg()[0]}
 
 
 def _write(running: list[Path], stop: threading.Event) -> None:
@@ -223,7 +225,11 @@ def main() -> None:
         rows.append({"measured": what, "runs": args.runs if what == "open" else RUNS, **row})
         print({name: round(v, 2) if isinstance(v, float) else v for name, v in rows[-1].items()})
     if args.save:
-        print(save(pl.DataFrame(rows), "watch_cost"))
+        new, kept = pl.DataFrame(rows), RESULTS / "watch_cost.parquet"
+        if kept.exists():
+            old = pl.read_parquet(kept).filter(~pl.col("measured").is_in(args.what))
+            new = pl.concat([new, old.drop(provenance(), "threads")], how="diagonal_relaxed")
+        print(save(new, "watch_cost"))
 
 
 if __name__ == "__main__":
