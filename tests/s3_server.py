@@ -56,8 +56,8 @@ Hits = Callable[[str, str], bool]
 
 @dataclass
 class Fault:
-    """What happens to the next ``times`` requests that ``hits``: a code of ``REFUSALS``, or a cut
-    connection.
+    """What happens to the next ``times`` requests for which ``hits`` is true: a refusal, by its
+    code in ``REFUSALS``, or a cut connection.
     """
 
     kind: str
@@ -65,12 +65,15 @@ class Fault:
     hits: Hits
     seen: int = 0
 
-    def take(self, environ: Environ) -> bool:
+    def take(self, environ: Environ, answer: int | None = None) -> bool:
+        """Whether it happens to this request; ``answer``: bytes of the answer, once it is made."""
         method, size = environ["REQUEST_METHOD"], int(environ.get("CONTENT_LENGTH") or 0)
-        wrong_way = (self.kind == CUT_UPLOAD and (method != "PUT" or size < BODY)) or (
-            self.kind == CUT_DOWNLOAD and method != "GET"
-        )
-        if wrong_way or self.seen >= self.times or not self.hits(method, environ["PATH_INFO"]):
+        fits = self.kind != CUT_UPLOAD or (method == "PUT" and size >= BODY)
+        if self.kind == CUT_DOWNLOAD:
+            fits = method == "GET" and answer is not None and answer >= BODY
+        elif answer is not None:
+            fits = False
+        if not fits or self.seen >= self.times or not self.hits(method, environ["PATH_INFO"]):
             return False
         self.seen += 1
         return True
@@ -84,14 +87,12 @@ class S3Server:
     listed_at: listings tell what was there at this moment of ``time.monotonic``, None: now;
         objects themselves are read as they are.
     before_answer: called with method and path once the answer is made and before it is sent.
-    requests: method and path of every request.
     """
 
     port: int = 0
     faults: list[Fault] = field(default_factory=list)
     listed_at: float | None = None
     before_answer: Callable[[str, str], object] | None = None
-    requests: list[tuple[str, str]] = field(default_factory=list)
     _history: list[tuple[float, str, int | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -149,7 +150,6 @@ class S3Server:
     def _answer(self, environ: Environ, start: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         with self._lock:
-            self.requests.append((method, path))
             kind = next((fault.kind for fault in self.faults if fault.take(environ)), "")
         if not kind and f"Credential={KEY}/" not in environ.get("HTTP_AUTHORIZATION", ""):
             kind = "InvalidAccessKeyId"
@@ -173,7 +173,9 @@ class S3Server:
             self._remember(environ)
         if self.before_answer:
             self.before_answer(method, path)
-        if kind == CUT_DOWNLOAD and len(body) >= BODY:
+        with self._lock:
+            cut = any(fault.take(environ, len(body)) for fault in self.faults)
+        if cut:
             start(status, headers)(body[: len(body) // 2])
             self._hang_up(environ)
         start(status, headers)

@@ -71,15 +71,19 @@ class Host:
 
     def run(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
         """What the command prints. Raises ``CalledProcessError`` with it where it fails."""
-        return subprocess.run(
+        done = subprocess.run(
             self.command(*words),
-            check=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **(environment or {})},
             timeout=SECONDS,
-        ).stdout
+        )
+        if done.returncode:
+            error = subprocess.CalledProcessError(done.returncode, words, done.stdout)
+            error.add_note(done.stdout[-2000:])
+            raise error
+        return done.stdout
 
     def processes(self) -> set[int]:
         """Process ids, on this machine, of everything that runs on the host."""
@@ -97,15 +101,17 @@ class Host:
     def vanish(self) -> None:
         """Take the cables out and let every process stand still; nobody is told."""
         self._cables("down")
-        for pid in self.processes() - {self.first}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        self.send(signal.SIGSTOP)
 
     def come_back(self) -> None:
+        self.send(signal.SIGCONT)
+        self._cables("up")
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to everything that runs on the host."""
         for pid in self.processes() - {self.first}:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-        self._cables("up")
+                os.kill(pid, number)
 
     def _cables(self, state: str) -> None:
         for cable in ("other", "outside"):
