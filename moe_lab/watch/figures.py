@@ -26,6 +26,8 @@ LIMITS = {
 }
 """Metric -> the column with what it is held against, and the word for it."""
 POINTS = 200
+MARKED = 20
+"""Points of a line that are marked, at most: one point is a mark alone."""
 LEGEND = 12
 """Layers that a legend names; of more the pointer does."""
 
@@ -48,7 +50,7 @@ def layer_curves(layers: pl.DataFrame, metric: str) -> Canvas:
         figure.add_scatter(
             x=step[places].astype(np.float32),
             y=value[places].astype(np.float32),
-            mode="lines",
+            mode="lines+markers" if places.size <= MARKED else "lines",
             line=line_style(index),
             name=f"layer {number:.0f}",
             hovertemplate="step %{x:,}: %{y:.4g}",

@@ -162,6 +162,8 @@ def test_a_page_of_one_file_can_be_read_and_looked_into(
     driver.execute_script(choose, "search", "failed", "input")
     rows = "return [...document.querySelectorAll('#runs tbody tr')].length"
     until(driver, lambda: driver.execute_script(rows) == 1)
+    hidden = "return [...document.querySelectorAll('nav li[hidden]')].map(item => item.textContent)"
+    assert driver.execute_script(hidden) == []
     found = {}
     for width in (1280, 400):
         resize(driver, width)

@@ -210,6 +210,7 @@ def test_one_run_is_looked_into_by_layer_and_step(tmp_path: Path) -> None:
     assert [line["name"] for line in layers["spec"]["data"]] == [
         f"layer {layer}" for layer in range(LAYERS)
     ]
+    assert layers["spec"]["data"][0]["mode"] == "lines+markers"  # eight points
     assert layers["spec"]["layout"]["annotations"][0]["text"] == "target 2"
     assert load["step"] == 10
     assert reader.ask(run="a", metric="mean_ffn_count", step=12) == {}

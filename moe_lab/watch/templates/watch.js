@@ -40,6 +40,7 @@
 
   // As plotly shows it: it reads tags in names.
   const plain = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}\u2026` : text).replace(/[&<>]/g, (letter) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[letter]);
+  const MARKED = 110;  // characters of 20 points: so few are marked, and one point is a mark alone
   function curves() {
     const list = parts.curves, metric = byId("metric").value;
     if (!list || !metric) return;
@@ -47,13 +48,13 @@
     for (const run of list.runs) {
       const curve = parts[`curve/${run}`], [x, y] = metric === "validation" ? curve?.validation ?? [] : [curve?.x, curve?.y[metric]];
       if (!y) continue;
-      data.push({ type: "scatter", x, y, mode: metric === "validation" ? "lines+markers" : "lines", line: curve.line, name: plain(curve.group, 40), legendgroup: curve.group,
+      data.push({ type: "scatter", x, y, mode: x.bdata.length < MARKED ? "lines+markers" : "lines", line: curve.line, name: plain(curve.group, 40), legendgroup: curve.group,
         showlegend: !groups.has(curve.group), text: plain(curve.name, 120), hovertemplate: "%{text}<br>%{x:.4s}: %{y:.4g}<extra></extra>" });
       groups.add(curve.group);
     }
     const title = list.metrics.find(([name]) => name === metric)[1];
     const layout = { height: 420, hovermode: "closest", xaxis: { title: { text: "training tokens" }, rangemode: "tozero" }, yaxis: { title: { text: title } } };
-    const caption = `${data.length} runs; one line is one run, of at most 150 points. ${list.note}`;
+    const caption = `n = ${data.length}; one line is one run, of at most 150 points. ${list.note}`;
     draw("curves", { spec: { data, layout }, height: 420, caption, summary: `${title} over training tokens of ${data.length} runs.` });
   }
 
@@ -166,6 +167,7 @@
     const names = Object.keys(changed);
     for (const name of ["curves", "answer", "alarms", "table", "failures", "missing", "frontier", "run", "layers", "load"]) if (name in changed) show[name](changed[name]);
     if (names.some((name) => name.startsWith("curve"))) curves();
+    for (const link of document.querySelectorAll("nav a")) link.parentElement.hidden = document.querySelector(link.hash).hidden;
     document.documentElement.dataset.ready = theme.now();
   }
   function ofThisFile() {
