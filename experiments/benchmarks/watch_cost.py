@@ -53,7 +53,12 @@ def sweep(folder: Path) -> list[Path]:
             state = RunState.RUNNING
         elif number < RUNNING + FAILED:
             state = RunState.FAILED
-        sizes = {"steps": STEPS, "of": 4 * STEPS, "layers": LAYERS, "experts": EXPERTS}
+        sizes: dict[str, Any] = {
+            "steps": STEPS,
+            "of": 4 * STEPS,
+            "layers": LAYERS,
+            "experts": EXPERTS,
+        }
         run = make_run(folder / f"{number:012x}", state=state, ratio=ratio, seed=seed, **sizes)
         if state is RunState.RUNNING:
             running.append(run)

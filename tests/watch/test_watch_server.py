@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import polars as pl
 import pytest
 from refusals import refused
 from watched_runs import make_run
@@ -15,6 +16,9 @@ from moe_lab.cli import main
 from moe_lab.errors import RunError
 from moe_lab.runs import RunState
 from moe_lab.watch import WatchServer, open_place
+
+RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "benchmarks" / "results"
+COSTS = RESULTS / "watch_cost.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +162,14 @@ def test_the_command_writes_one_file_and_refuses_a_place_without_runs(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 2
     assert "Traceback" not in error
+
+
+def test_the_committed_cost_is_within_what_the_page_promises() -> None:
+    rows = pl.read_parquet(COSTS)
+    of_78 = rows.filter(pl.col("measured") != "open")
+    assert set(of_78["measured"]) == {"quiet", "busy"}
+    assert (of_78["cpu_s_per_minute"] < 0.01 * 60).all()
+    assert (of_78["resident"] < 150).all()
+    opened = rows.filter(measured="open", runs=10_000)
+    assert opened["wall_s"].to_numpy().mean() < 5
+    assert (opened["resident"] < 150).all()
