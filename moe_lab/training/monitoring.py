@@ -262,6 +262,10 @@ class Monitor:
             hint = "the module that is called in training mode, and before torch.compile runs it"
             raise TraceError(expected(what, "none", hint), field="model")
         readings = [layer.reading(self.steps, each) for layer, each in counted]
+        if together:  # norms may be of a rank's own shard; alarms must be the same everywhere
+            shared = [readings]
+            torch.distributed.broadcast_object_list(shared, group=self.group, group_src=0)
+            readings = shared[0]
         slots = sum(float(each[:_TOKENS].sum()) for _, each in counted)
         real = sum(int(reading.counts.sum()) for reading in readings)
         return readings, 1 - real / max(slots, 1.0)
@@ -378,6 +382,7 @@ class _Layer:
 
     def reading(self, step: int, sums: Tensor) -> LayerReading:
         """The reading of the step from its sums over all ranks."""
+        parameters = list(self.site.module.parameters())  # empty ones: another rank holds them
         return reading_of_sums(
             sums,
             step=step,
@@ -386,7 +391,7 @@ class _Layer:
             num_zero_experts=self.site.num_zero_experts,
             bias=self._bias(),
             expert_norms=self._norms(),
-            router_norm=parameter_norm(self.site.module.parameters()),
+            router_norm=parameter_norm(parameters) if all(p.numel() for p in parameters) else None,
         )
 
     def _bias(self) -> Tensor | None:
@@ -405,9 +410,9 @@ class _Layer:
             return None
         experts = self.site.num_experts
         if isinstance(bank, nn.ModuleList):
-            if len(bank) != experts:
-                return None
             matrices = [[p[None] for p in one.parameters() if p.dim() > 1] for one in bank]
+            if len(bank) != experts or not all(matrices):
+                return None
             return torch.cat([expert_norms(each) for each in matrices])
         stacked = [p for p in bank.parameters() if p.dim() >= 3 and p.shape[0] == experts]
         return expert_norms(stacked) if stacked else None

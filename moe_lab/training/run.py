@@ -402,8 +402,15 @@ class _Run:
         """Take up the checkpoint, and forget the metrics of steps after it: they will be trained
         again. A run that branches off a longer one begins where that one left its state.
         """
-        lines = self.ranks.from_first(self._lines_before_checkpoint)
-        if lines is not None:
+        lines: Lines = {}
+
+        def look() -> bool:
+            """Whether there is a checkpoint to go on from; the first rank keeps its tables."""
+            before = self._lines_before_checkpoint()
+            lines.update(before or {})
+            return before is not None
+
+        if self.ranks.from_first(look):
             self.step = load_checkpoint(
                 self._checkpoint, self.model, self.optimizer, self.config.hash()
             )

@@ -28,6 +28,7 @@ from moe_lab.runs.failures import Failure, FailureKind
 from moe_lab.runs.object_leases import living_owner, take
 from moe_lab.runs.object_store import ObjectStore, write_failure
 from moe_lab.runs.owners import Owner, this_host
+from moe_lab.runs.tables import tables_of_logs
 from moe_lab.sweeps import (
     RunState,
     RunStore,
@@ -65,6 +66,17 @@ def trained_steps(root: Path, one: StubRun) -> list[int]:
         int(line.split()[1])
         for line in (root / "b/sweep/files" / one.hash() / "steps.log").read_text().splitlines()
     ]
+
+
+def test_a_store_gives_the_tables_of_a_run_that_trains() -> None:
+    store = ObjectStore("memory://test_object_store/tables")
+    line = '{"step": 5, "layer": [0, 2], "load_cv": [0.5, 0.25]}\n'
+    store.bucket.write("files/a/layers.jsonl", line.encode())
+    store.bucket.write("state/a/status.json", b"{}")
+    tables = tables_of_logs(lambda name: store.read("a", name))
+    assert tables.layers.select("step", "layer", "load_cv").rows() == [(5, 0, 0.5), (5, 2, 0.25)]
+    assert tables.metrics.is_empty()
+    assert store.read("a", "status.json") == b"{}"
 
 
 def test_a_sweep_on_a_url_has_the_numbers_of_one_in_a_folder(root: Path, tmp_path: Path):

@@ -86,6 +86,8 @@ class TopKRouter(nn.Module):
     left out.
     """
 
+    expert_bias: Tensor
+
     def __init__(self, score_function: str, drop: bool) -> None:
         super().__init__()
         self.config = SimpleNamespace(num_moe_experts=E, moe_router_topk=K)
