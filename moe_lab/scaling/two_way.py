@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
 FALSE_FLAGS = 0.01
@@ -63,7 +65,9 @@ class Layout:
         """
         effects = int(self.seed.max())
         full = len(self.x) + effects
-        linked = np.linalg.matrix_rank(self._columns(paired=True)) == full
+        edges = (np.ones(self.runs), (self.ratio, len(self.x) + self.seed))
+        graph = coo_array(edges, shape=(full + 1, full + 1))
+        linked = connected_components(graph, directed=False, return_labels=False) == 1
         return effects if linked and self.runs > full else 0
 
     @cached_property
@@ -169,7 +173,7 @@ def _least_squares(layout: Layout, losses: np.ndarray, rate: float) -> tuple[np.
     """
     root = np.exp(-rate * (layout.x - layout.x[0]))[layout.ratio]
     design, target = layout.design * root[:, None], losses * root
-    inverse = np.linalg.pinv(design)
+    inverse = np.linalg.solve(design.T @ design, design.T)  # of full rank: ``Layout.nuisance``
     coefficients = target @ inverse.T
     residual = target - coefficients @ design.T
     ratios = len(layout.x)
