@@ -299,10 +299,7 @@ def _none_finished(runs: list[RunRecord]) -> str:
 def _open(folder: Path, label: str, run: RunRecord | None = None) -> NamedTrace:
     from moe_lab.trace import open_trace
 
-    trace = open_trace(folder)
-    return NamedTrace(
-        label, trace if run else trace.check(), run
-    )  # a run's own trace was checked as it was written
+    return NamedTrace(label, open_trace(folder), run)
 
 
 def _text(value: Any) -> str | None:

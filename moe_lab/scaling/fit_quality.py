@@ -122,7 +122,7 @@ def quality(result: Fit, *, rivals: Sequence[str] = RIVALS) -> Quality:
         variable=variable,
         by_size=by_size.sort(first),
         held_out=held,
-        rivals=_rivals(result, rivals) if rivals else pl.DataFrame(),
+        rivals=rival_laws(result, rivals) if rivals else pl.DataFrame(),
     )
 
 
@@ -133,7 +133,8 @@ def _seed_sd(frame: pl.DataFrame, variables: tuple[str, ...]) -> float | None:
     return math.sqrt(float((within**2).sum()) / df) if df else None
 
 
-def _rivals(result: Fit, names: Sequence[str]) -> pl.DataFrame:
+def rival_laws(result: Fit, names: Sequence[str]) -> pl.DataFrame:
+    """``Quality.rivals``: the law of ``result`` and those named, fitted to its runs."""
     rows = []
     for name in dict.fromkeys((result.law.name, *names)):
         law = LAWS.get(name, result.law)

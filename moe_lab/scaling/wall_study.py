@@ -8,7 +8,7 @@ comparisons. Published frontiers come from the coefficients of `LAWS`: no data i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +20,7 @@ from moe_lab.runs.layout import TUNING
 from moe_lab.scaling.alternatives_compared import against_experts
 from moe_lab.scaling.confounds import SHORT, Status, caveats, confounds
 from moe_lab.scaling.fit import Fit, fit
-from moe_lab.scaling.fit_quality import Quality, quality
+from moe_lab.scaling.fit_quality import Quality, quality, rival_laws
 from moe_lab.scaling.frontier_band import Band, frontier_band
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.optimum import Optimum, fixed_total_optima
@@ -143,9 +143,9 @@ class WallStudy:
         largest budget, and its quality.
         """
         runs = self.judged.filter(pl.col("tokens") == pl.col("tokens").max())
-        first = quality(fit(OF_RATIO[0], runs), rivals=OF_RATIO)
-        best = fit(str(first.rivals["law"][0]), runs)
-        return best, quality(best, rivals=OF_RATIO)
+        rivals = rival_laws(fit(OF_RATIO[0], runs), OF_RATIO)
+        best = fit(str(rivals["law"][0]), runs)
+        return best, replace(quality(best, rivals=()), rivals=rivals)
 
     @cached_property
     def compute_saved(self) -> pl.DataFrame:
