@@ -167,14 +167,14 @@ def layers_of(
     halves = [difficulty + end for end in HALVES if difficulty + end in schema]
     wanted = dict.fromkeys([*needed, *classes, *marks, *halves])
     shared = [name for name in wanted if name != compute or name in (difficulty, *classes)]
-    last: tuple[LayerTokens, Ints | None, pl.DataFrame] | None = None
+    last: tuple[LayerTokens, Ints | None, pl.Series] | None = None
     for layer in layers:
         rows = lazy.filter(pl.col("layer") == layer).select(*wanted).collect(engine="streaming")
-        # Where nothing but compute differs, hand on the very same arrays, so that later stages see
-        # it at once.
+        # Where nothing but compute differs (64-bit hashes of all rows agree), hand on the very same
+        # arrays, so that later stages see it at once.
         if last is not None and last[1] is not None and _whole(rows[compute]):
             places = last[1]
-            if rows.select(shared).equals(last[2]):
+            if rows.select(shared).hash_rows().equals(last[2]):
                 spent = rows[compute].cast(pl.Float64).to_numpy()[places]
                 yield replace(last[0], layer=layer, compute=spent)
                 continue
@@ -183,7 +183,7 @@ def layers_of(
         )
         if last is not None and last[0].same_tokens(found):
             found = replace(last[0], layer=layer, compute=found.compute)
-        last = found, places if _whole(rows[compute]) else None, rows.select(shared)
+        last = found, places if _whole(rows[compute]) else None, rows.select(shared).hash_rows()
         yield found
 
 
