@@ -3,7 +3,6 @@ a sweep, a killed worker and a server that was away change nothing else, and no 
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from watched_runs import append, finish, log_step, make_run
 
 from moe_lab.runs import RunState
 from moe_lab.runs.owners import Owner, process_start, this_host
-from moe_lab.watch import Board, WatchServer, open_place, write_page
+from moe_lab.watch import Board, WatchServer, open_place, page, write_page
 
 pytestmark = [
     pytest.mark.browser,
@@ -79,13 +78,9 @@ def folder(tmp_path: Path, worker: subprocess.Popen[bytes]) -> Path:
     return tmp_path
 
 
-def until(driver: Chrome, seen: Callable[[], Any], seconds: float = 5.0) -> float:
-    """Wait until ``seen`` is true; the seconds that it took. The test fails after ``seconds`` of a
-    machine that is not busy.
-    """
-    began = time.monotonic()
-    WebDriverWait(driver, max(30.0, seconds), poll_frequency=0.1).until(lambda _: seen())
-    return time.monotonic() - began
+def until(driver: Chrome, seen: Callable[[], Any]) -> None:
+    """Wait until ``seen`` is true, for longer than any machine needs."""
+    WebDriverWait(driver, 60, poll_frequency=0.1).until(lambda _: seen())
 
 
 def forget(driver: Chrome) -> None:
@@ -99,9 +94,16 @@ def text_of(driver: Chrome, selector: str) -> str:
     return driver.execute_script(script, selector)
 
 
+@pytest.mark.slow
 def test_values_arrive_and_the_page_outlives_workers_servers_and_the_sweep(
-    driver: Chrome, folder: Path, worker: subprocess.Popen[bytes]
+    driver: Chrome,
+    folder: Path,
+    worker: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A value that is written waits for the next look and the next question: it is there within 5 s.
+    assert page.POLL_SECONDS + open_place(folder).seconds < 4
+    monkeypatch.setattr(page, "POLL_SECONDS", 0.5)
     served = Served(folder)
     try:
         resize(driver, 1280)
@@ -110,10 +112,8 @@ def test_values_arrive_and_the_page_outlives_workers_servers_and_the_sweep(
         until(driver, lambda: "1 running" in text_of(driver, "#answer .lead"))
         until(driver, lambda: "Load of every expert at step 40" in text_of(driver, "#run"))
 
-        # A value is on the page within 5 s of being written.
         log_step(folder / "now", 41, loss=1.2345)
-        waited = until(driver, lambda: "1.234" in text_of(driver, "#runs"))
-        assert waited < (5 if os.getloadavg()[0] < 2 * (os.cpu_count() or 1) else 20)
+        until(driver, lambda: "1.234" in text_of(driver, "#runs"))
 
         # A killed worker: no file changes.
         worker.kill()
@@ -142,13 +142,14 @@ def test_values_arrive_and_the_page_outlives_workers_servers_and_the_sweep(
         served.stop()
 
 
+@pytest.mark.slow
 def test_a_page_of_one_file_can_be_read_and_looked_into(
     driver: Chrome, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    page = write_page(Board(open_place(folder)), tmp_path_factory.mktemp("once") / "now.html")
+    path = write_page(Board(open_place(folder)), tmp_path_factory.mktemp("once") / "now.html")
     resize(driver, 1280)
     forget(driver)
-    driver.get(page.as_uri())
+    driver.get(path.as_uri())
     until(driver, lambda: "of every expert" in text_of(driver, "#figure-load figcaption"))
     choose = """const [id, value, kind] = arguments, field = document.getElementById(id);
       field.value = value; field.dispatchEvent(new Event(kind));"""
