@@ -19,6 +19,7 @@ import copy
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -105,7 +106,7 @@ def replay(folder: Path) -> dict[str, pl.DataFrame]:
 # the page
 
 
-def number(value: float | None, low: float | None = None, high: float | None = None) -> str:
+def number(value: Any, low: float | None = None, high: float | None = None) -> str:
     """A value with its interval."""
     if value is None:
         return ""
@@ -216,7 +217,8 @@ def page(frames: dict[str, pl.DataFrame]) -> str:
     for run in runs:
         pairs = frames["pairs"].filter(run=run)
         exchanges = frames["exchanges"].filter(run=run)
-        ratio = (pairs["excess"].sum()) / (pairs["d_first"] + pairs["d_second"]).sum()
+        singles = (pairs["d_first"] + pairs["d_second"]).to_numpy().sum()
+        ratio = pairs["excess"].to_numpy().sum() / singles
         rows.append(
             [
                 run,
@@ -259,7 +261,7 @@ def page(frames: dict[str, pl.DataFrame]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lab.analysis.difficulty.alignment import Align
 from moe_lab.analysis.document_bootstrap import Floats, Resampling
 from moe_lab.files import write_parquet, write_text
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig
@@ -118,7 +120,9 @@ def train(language: Language, plants: Plants, seed: int) -> Decoder:
             context_length=LENGTHS[1], moe=moe, tie_embeddings=False,
         )
     )  # fmt: skip
-    layers = [module for module in model.modules() if type(module).__name__ == "MoELayer"]
+    layers: list[Any] = [
+        module for module in model.modules() if type(module).__name__ == "MoELayer"
+    ]
     bias = layers[plants.dead[0]].router.bias
     bias.data[plants.dead[1]] = -1e3
     for layer in layers:
@@ -151,7 +155,7 @@ def train(language: Language, plants: Plants, seed: int) -> Decoder:
 
 
 @torch.no_grad()
-def copy_experts(layer: torch.nn.Module, pair: tuple[int, ...], apart: Tensor) -> None:
+def copy_experts(layer: Any, pair: tuple[int, ...], apart: Tensor) -> None:
     """Make two experts equal, with rows of the router that differ a little."""
     pair_of = list(pair)
     for value in layer.experts.parameters():
@@ -215,7 +219,7 @@ def measured(
 ) -> tuple[pl.DataFrame, dict[str, tuple[Floats, Floats]]]:
     """Losses without each expert, and ``sums_of_sets``."""
     losses = expert_losses(
-        model, documents, classes=language.classes(documents), align="input", batch_tokens=8192
+        model, documents, classes=language.classes(documents), align=Align.INPUT, batch_tokens=8192
     )
     return losses, sums_of_sets(model, documents, plants)
 
@@ -411,7 +415,7 @@ def summary(draws: pl.DataFrame, coverage: pl.DataFrame, others: pl.DataFrame) -
         "dead": (draws["dead_wrong"].sum(), draws["dead_calls"].sum()),
         "copies": (
             draws["copies_wrong"].sum(),
-            draws["copies_wrong"].sum() + draws["copies_found"].sum(),
+            int(draws["copies_wrong"].sum()) + int(draws["copies_found"].sum()),
         ),
         "crucial": (draws["crucial_wrong"].sum(), draws["crucial_calls"].sum()),
     }
@@ -475,7 +479,7 @@ def held(path: Path) -> set[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--percentiles", action="store_true", help="another interval, other draws")
     parser.add_argument("--summary", action="store_true", help="only write the tables again")

@@ -269,13 +269,14 @@ def drift_sentence(agreement: pl.DataFrame) -> str:
     differs = agreement.filter(pl.col("same_set") < 1)
     if not differs.height:
         return "All tokens have equal sets of experts."
-    share = 1 - (agreement["same_set"] * agreement["tokens"]).sum() / agreement["tokens"].sum()
+    tokens = agreement["tokens"].to_numpy()
+    share = 1 - (agreement["same_set"].to_numpy() * tokens).sum() / tokens.sum()
     several = f"{share:.2%} of decisions have another set of experts"
     known = differs.drop_nulls(["margin_same", "margin_differs"])
     if known.height < differs.height:
         return f"{several}; their margins are not recorded, so that near ties are not told apart."
-    ratios = known["margin_differs"] / known["margin_same"]
-    worst = known["layer"][int(ratios.arg_max() or 0)]
+    ratios = known["margin_differs"].to_numpy() / known["margin_same"].to_numpy()
+    worst = known["layer"][int(ratios.argmax())]
     if ratios.max() < NEAR_TIES:
         return (
             f"{several}, at near ties in every layer: their median margin is at most "

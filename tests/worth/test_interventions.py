@@ -1,6 +1,7 @@
 """Interventions on this library's routers, replays, and what is refused."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def decoder(kind="softmax_topk", layers=2, **options):
     return Decoder(config).double().eval()
 
 
-def moe_layers(model):
+def moe_layers(model) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ == "MoELayer"]
 
 

@@ -105,7 +105,7 @@ def test_losses_against_k_are_those_of_the_whole_model():
     by_class = frame.filter(pl.col("class").is_not_null())
     for k in (1, 2, 3):
         part = by_class.filter(k=k)
-        mean = (part["d_loss"] * part["tokens"]).sum() / part["tokens"].sum()
+        mean = np.average(part["d_loss"].to_numpy(), weights=part["tokens"].to_numpy())
         assert mean == pytest.approx(every.filter(k=k)["d_loss"].item(), abs=1e-12)
     (odd,) = own.filter(pl.col("class") == "odd").to_dicts()
     assert odd["tokens"] == sum((ids[:-1] % 2 == 1).sum() for ids in documents)
