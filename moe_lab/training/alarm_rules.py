@@ -164,7 +164,7 @@ class EntropyLow(AlarmRule):
     2202.08906, section 3.3).
     """
 
-    threshold = 0.05
+    threshold = 0.04
     below = True
     patience = 4
     advice = (
@@ -312,7 +312,7 @@ class BudgetDrift(_OffTarget):
     Advice: DTop-p's controller, arXiv 2512.13996; the entropy loss, arXiv 2403.07652.
     """
 
-    threshold = 0.53
+    threshold = 0.65
     patience = 16
     advice = (
         "Look at the controller of the threshold (whether it is called, its bounds), and at the "
