@@ -85,7 +85,7 @@ class RunLog:
 
     def finish(self) -> pl.DataFrame:
         """Write the Parquet files; returns the metrics."""
-        self.flush()
+        self.flush(lasting=True)
         for name, table in TABLES.items():
             lines = self.lines[name]
             if table.snapshots is not None:

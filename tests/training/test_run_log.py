@@ -3,6 +3,7 @@ while it trains; and validation, which changes nothing.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_a_log_is_bounded_fresh_and_the_same_after_any_interruption(
         written[cuts] = pl.read_parquet(folder / "loads.parquet")["step"].to_list()
     assert written[()] == [80, 160, 200]
     assert set(map(tuple, written.values())) == {(80, 160, 200)}
+
+
+def test_the_lines_of_a_finished_log_survive_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RunLog(tmp_path, 5)
+    log.begin({})
+    log.add("loads", *lines_of(range(5, 6)))
+    log.flush()
+    log.add("validation", {"step": 5, "loss": 1.0, "tokens": 2})
+    synced: set[int] = set()
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino) or sync(file))
+    log.finish()
+    assert {path.stat().st_ino for path in tmp_path.glob("*.jsonl")} <= synced
 
 
 @pytest.fixture
