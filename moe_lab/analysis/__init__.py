@@ -3,7 +3,7 @@ specialisation, saturation, difficulty.
 
 Every function takes an opened ``Trace`` (or several), returns a frame with documented columns, and
 prints nothing; ``docs/analysis.md`` says what each measure may and may not claim. All of them read
-a trace a few files at a time.
+a trace a few files at a time; inside ``mapped`` several workers do.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from moe_lab.analysis.expert_load import (
     load_over_windows,
     load_summary,
 )
+from moe_lab.analysis.map_reduce import mapped
 from moe_lab.analysis.repetition import repetition
 from moe_lab.analysis.router_entropy import router_entropy
 from moe_lab.analysis.saturation import saturation
@@ -54,6 +55,7 @@ __all__ = [
     "load_over_windows",
     "load_shift",
     "load_summary",
+    "mapped",
     "marginal_gain",
     "repetition",
     "router_entropy",
