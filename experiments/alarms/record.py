@@ -1,12 +1,12 @@
 """Mini runs, healthy and with planted faults, with the readings of every layer at every step.
 
-Each run is a decoder of two layers on real text for 96 steps. Half of the seeds set the thresholds
-of ``moe_lab.training.alarms`` (split "set"), the others judge them (split "judge").
+Each run is a decoder of two layers on real text for 96 steps. Some seeds set the thresholds of
+``moe_lab.training.alarms`` (split "set"), the others judge them (split "judge").
 
     python experiments/alarms/record.py --out runs/alarms --processes 2
     python experiments/alarms/judge.py runs/alarms
 
-The first command takes about an hour of one quiet core and continues where it stopped: a run is a
+The first command takes about 20 minutes of CPU time and continues where it stopped: a run is a
 file, ``<run>.npz``. The second writes the committed tables.
 """
 

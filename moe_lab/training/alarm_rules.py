@@ -1,6 +1,6 @@
 """The alarms of the package: what each measures, its threshold, and what people do about it.
 
-Thresholds were set on half of the mini runs of ``experiments/alarms`` and judged on the other;
+Thresholds were set on mini runs of ``experiments/alarms`` and judged on runs of other seeds;
 docs/alarms.md has the rates.
 """
 
