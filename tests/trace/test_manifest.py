@@ -80,6 +80,17 @@ def test_counts_agree_after_a_merge_a_copy_and_a_change_of_user(tmp_path, monkey
     agree(foreign)
 
 
+def test_counts_agree_after_a_way_through_an_object_store(tmp_path):
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    whole = write(tmp_path / "t")
+    store.put(str(whole.folder), "/bucket/t", recursive=True)
+    store.get("/bucket/t", str(tmp_path / "back"), recursive=True)
+    store.rm("/bucket", recursive=True)
+    back = open_trace(tmp_path / "back")
+    agree(back)
+    assert back.counts().equals(whole.counts())
+
+
 @pytest.mark.parametrize("files_per_part", [1, 3, 2**14])
 def test_counts_agree_after_an_interruption_however_the_manifest_is_split(
     tmp_path, monkeypatch, files_per_part
