@@ -13,13 +13,12 @@ _LETTERS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 def decimal(value: float | None, digits: int = 3) -> str:
     """A number with ``digits`` decimals and grouped thousands; a value that rounds to zero has no
-    sign.
+    sign, and one from 1e15 on has an exponent.
     """
-    return (
-        NOTHING
-        if value is None or not math.isfinite(value)
-        else f"{value:z,.{digits}f}".replace("-", MINUS)
-    )
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    form = "z,.{}f" if abs(value) < 1e15 else "z.{}e"
+    return f"{value:{form.format(digits)}}".replace("-", MINUS)
 
 
 def whole(value: float | None) -> str:

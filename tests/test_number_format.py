@@ -21,6 +21,11 @@ def test_what_rounds_to_zero_has_no_sign(value) -> None:
     assert decimal(-0.25, 2) == "\u22120.25"
 
 
+def test_a_number_beyond_all_use_is_short() -> None:
+    assert decimal(1e308) == "1.000e+308"
+    assert decimal(999e12, 0) == "999,000,000,000,000"
+
+
 def test_no_sentence_prints_a_signed_zero() -> None:
     """A format with a sign names ``z``, which takes the sign of what rounds to zero."""
     for path in Path(moe_lab.__file__).parent.rglob("*.py"):

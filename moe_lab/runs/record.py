@@ -21,6 +21,8 @@ from moe_lab.runs.folder_claims import claimed, holder
 from moe_lab.runs.layout import CONFIG, DONE, ERROR, RESULT, STATUS, TRACE, TRACE_META, RunState
 
 _REASON_CHARACTERS = 300
+ENDED = "ended"
+"""The state in ``status.json`` of a training of another program that is done."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Progress:
         step, steps: optimiser steps done, and of the whole run.
         loss: of the last logged step, nats per token.
         alarms, alarm: number of alarms about the routing, and the sentence of the last one.
+        ended: a training of another program is done (``training.monitor``).
     """
 
     step: int = 0
@@ -39,6 +42,7 @@ class Progress:
     tokens_per_second: float | None = None
     alarms: int = 0
     alarm: str = ""
+    ended: bool = False
 
     @classmethod
     def of(cls, status: dict[str, Any]) -> "Progress":
@@ -46,7 +50,8 @@ class Progress:
         step, steps = (_whole(status.get(name)) for name in ("step", "steps"))
         loss, speed = (number(status.get(name)) for name in ("loss", "tokens_per_second"))
         sentence = one_line(str(status.get("alarm") or ""))[:_REASON_CHARACTERS]
-        return cls(step, steps, loss, speed, _whole(status.get("alarms")), sentence)
+        ended = status.get("state") == ENDED
+        return cls(step, steps, loss, speed, _whole(status.get("alarms")), sentence, ended)
 
     @property
     def fraction(self) -> float:

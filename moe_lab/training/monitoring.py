@@ -26,14 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lab.errors import BusyError, RunError, TraceError, TraceExistsError, expected, require
+from moe_lab.errors import (
+    BusyError,
+    ConfigError,
+    RunError,
+    TraceError,
+    TraceExistsError,
+    expected,
+    require,
+)
 from moe_lab.files import write_json
 from moe_lab.measures import dead_experts, load_cv, max_violation
 from moe_lab.routing import Router, Routing
 from moe_lab.routing.config import ScoreFunc
 from moe_lab.runs.folder_claims import Claim, acquire
 from moe_lab.runs.layout import CONFIG, STATUS
-from moe_lab.runs.record import read_object
+from moe_lab.runs.record import ENDED, read_object
 from moe_lab.runs.tables import TABLES
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.hooks import Hooks, Pass
@@ -42,7 +50,7 @@ from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.trace.score_spread import scores_of
 from moe_lab.training.alarms import Alarm, Alarms
 from moe_lab.training.config import OnAlarm
-from moe_lab.training.metrics import layer_means
+from moe_lab.training.metrics import MEANS, layer_means
 from moe_lab.training.observer import Observer
 from moe_lab.training.readings import (
     LayerReading,
@@ -115,7 +123,10 @@ def monitor(
         TraceExistsError: ``folder`` holds the tables of an earlier training.
         RunError: ``folder`` is that of a run of ``train``.
         BusyError: another process writes into ``folder``.
+        ConfigError: ``every`` or ``on_alarm`` does not fit.
     """
+    choices = [choice.value for choice in OnAlarm]
+    require(on_alarm in choices, " or ".join(choices), repr(on_alarm), field="on_alarm")
     return Monitor(
         model, folder, every, OnAlarm(on_alarm), alarms, readers, only, state, overwrite, group
     )
@@ -143,7 +154,8 @@ class Monitor:
         overwrite: bool,
         group: Any,
     ) -> None:
-        require(every >= 1, "every of at least 1", every, "every=10", field="every")
+        fits = isinstance(every, int) and every >= 1
+        require(fits, "every as a whole number of at least 1", every, "every=10", field="every")
         replicas = nn.DataParallel | nn.parallel.DistributedDataParallel
         self.model: nn.Module = model.module if isinstance(model, replicas) else model  # pyright: ignore[reportAttributeAccessIssue]
         self.every, self.group = every, group
@@ -170,27 +182,29 @@ class Monitor:
         """Call this once after each optimiser step, on all ranks.
 
         Args:
-            scalars: numbers of your own, such as the loss, for the table ``metrics``; those of
-                steps that are not observed are not kept.
+            scalars: numbers of your own, such as the loss, for the table ``metrics`` (a tensor of
+                one element becomes its number); those of steps that are not observed are not kept.
 
         Returns:
             The ``SCALARS`` of an observed step; empty after any other step.
 
         Raises:
             AlarmError: an alarm, with ``on_alarm="stop"``.
+            ConfigError: a scalar is no number, or has the name of a column of the monitor's own.
             TraceError: no router ran in an observed step.
         """
         self.steps += 1
         if self.steps % self.every:
             return {}
+        numbers = {name: _number(name, value) for name, value in scalars.items()}
         self.readings, zero_share = self._read()
-        row = {"step": self.steps, **scalars, **layer_means(self.readings)}
+        row = {"step": self.steps, **numbers, **layer_means(self.readings)}
         self._log.add("metrics", row)
         alarms = self._observer.observe(self.readings)
         due = time.monotonic() - self._written > WRITE_SECONDS
         if self._log.write and (alarms or due):
             self._log.flush()
-            self._write_status()
+            self._write_status("training")
             self._written = time.monotonic()
         return _scalars(self.readings, zero_share, len(self._observer.alarms.active))
 
@@ -199,19 +213,22 @@ class Monitor:
         return {"step": self.steps, "alarms": self._observer.state_dict()}
 
     def close(self) -> None:
-        """Remove the hooks; write the Parquet files."""
-        self._hooks.remove()
-        if self._claim is not None:
-            self._log.finish()
-            self._write_status()
-            self._claim.release()
-            self._claim = None
+        """Remove the hooks; write the Parquet files. The training counts as finished."""
+        self._end(ENDED)
 
     def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._end(ENDED if error is None else "stopped")
+
+    def _end(self, state: str) -> None:
+        self._hooks.remove()
+        if self._claim is not None:
+            self._log.finish()
+            self._write_status(state)
+            self._claim.release()
+            self._claim = None
 
     # --------------------------------------------------------------------------------------------
     # counting
@@ -299,10 +316,10 @@ class Monitor:
             raise
         return claim
 
-    def _write_status(self) -> None:
+    def _write_status(self, state: str) -> None:
         rows, alarms = self._log.lines["metrics"], self._log.lines["alarms"]
         status = {
-            "state": "training",
+            "state": state,
             "step": self.steps,
             "steps": 0,
             "loss": rows[-1].get("loss") if rows else None,
@@ -435,6 +452,19 @@ def _scalars(
         float(active_alarms),
     )
     return dict(zip(SCALARS, values, strict=True))
+
+
+def _number(name: str, value: Any) -> float:
+    own = ("step", *MEANS)
+    taken = f"{name!r}, a column that the monitor writes"
+    require(name not in own, "scalars under other names", taken, f"my_{name}", field=name)
+    if isinstance(value, int | float):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{type(value).__name__} ({str(error).splitlines()[0]})"
+        raise ConfigError(expected(f"{name} as a number", got, f"{name}=2.5"), name) from error
 
 
 def _distributed() -> bool:

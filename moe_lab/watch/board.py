@@ -27,7 +27,7 @@ from moe_lab.number_format import NOTHING, count_of, decimal, duration, listing,
 from moe_lab.report.canvas import Canvas, evenly, packed
 from moe_lab.report.document import script_json
 from moe_lab.report.run_figures import line_style
-from moe_lab.runs import RunRecord, RunState
+from moe_lab.runs import Progress, RunRecord, RunState
 from moe_lab.runs.record import number
 from moe_lab.sandbox import end_child
 from moe_lab.watch.curves import EMPTY, Curves
@@ -290,8 +290,10 @@ class Board:
             known.add("validation")
         begun = sum(record.begun for record in self.runs.values())
         left_out = begun - len(drawn)
+        units = {self.curves.of.get(run, EMPTY).unit for run in drawn}
         value = {
             "runs": [_id(run) for run in drawn],
+            "unit": " or ".join(sorted(units, reverse=True)) or EMPTY.unit,
             "metrics": [[name, title] for name, title in METRICS.items() if name in known],
             "note": f"{count_of(left_out, 'run')} more are not drawn." if left_out else "",
         }
@@ -348,8 +350,8 @@ class Board:
     def _answer_of_one(self, record: RunRecord) -> str:
         progress, curve = record.progress, self.curves.of.get(record.folder.name, EMPTY)
         sentence = f"{record.label} is {record.state.value}"
-        if progress.steps:
-            sentence += f" at step {progress.step:,} of {progress.steps:,}"
+        if reached := _reached(progress, " of "):
+            sentence += f" at step {reached}"
         if (loss := _loss(record)) is not None:
             return f"{sentence}; its validation loss is {decimal(loss, 4)} nats per token."
         if progress.loss is not None:
@@ -490,7 +492,7 @@ class Board:
                 [
                     record.label,
                     record.state.value,
-                    f"{progress.step:,}/{progress.steps:,}" if progress.steps else NOTHING,
+                    _reached(progress, "/") or NOTHING,
                     decimal(progress.loss),
                     decimal(loss, 4),
                     magnitude(progress.tokens_per_second),
@@ -510,8 +512,8 @@ class Board:
         steps = loads["step"].drop_nulls().unique().sort().to_list()
         metrics = _known(layers)
         facts = {"state": record.state.value}
-        if record.progress.steps:
-            facts["step"] = f"{record.progress.step:,} of {record.progress.steps:,}"
+        if reached := _reached(record.progress, " of "):
+            facts["step"] = reached
         last = layers.tail(layers["layer"].n_unique()) if layers.height else layers
         for name in metrics:
             values = last[name].drop_nulls().to_list()
@@ -530,6 +532,13 @@ class Board:
             "steps": steps,
             "note": note or ("" if layers.height else "It has recorded nothing by layer."),
         }
+
+
+def _reached(progress: Progress, between: str) -> str:
+    """The step, and how many there will be where that is known; "" before the first."""
+    if not progress.steps:
+        return f"{progress.step:,}" if progress.step else ""
+    return f"{progress.step:,}{between}{progress.steps:,}"
 
 
 def _layers(view: View, tables: dict[str, pl.DataFrame]) -> dict[str, Any] | None:

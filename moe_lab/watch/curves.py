@@ -52,6 +52,7 @@ class Curve:
         validation: training tokens and loss, [n] each.
         alarms: rows of the table of alarms.
         tokens_per_step: 0: not known.
+        unit: of ``x``.
     """
 
     x: NDArray[np.float32]
@@ -59,6 +60,7 @@ class Curve:
     validation: tuple[NDArray[np.float32], NDArray[np.float32]]
     alarms: tuple[dict[str, Any], ...] = ()
     tokens_per_step: float = 0.0
+    unit: str = "training tokens"
 
 
 EMPTY = Curve(np.empty(0, np.float32), {}, (np.empty(0, np.float32), np.empty(0, np.float32)))
@@ -136,7 +138,8 @@ def curve_of(tables: Mapping[str, pl.DataFrame]) -> Curve:
     per_step = float(tokens[-1] / steps[-1]) if tokens.size and steps.size and steps[-1] else 0.0
     x = tokens if tokens.size else steps
     shown = evenly(x.size, POINTS) if x.size else []
-    y = {name: column[shown].astype(np.float32) for name, column in values.items() if x.size}
+    with np.errstate(over="ignore"):  # beyond the range of float32 is infinite
+        y = {name: column[shown].astype(np.float32) for name, column in values.items() if x.size}
     judged = _columns(validation)
     at = judged["step"] * (per_step if tokens.size else 1.0)
     shown_too = evenly(at.size, POINTS) if at.size else []
@@ -144,7 +147,8 @@ def curve_of(tables: Mapping[str, pl.DataFrame]) -> Curve:
     alarms = tables[ALARMS.name].tail(MAX_ALARMS)
     rows = tuple(alarms.to_dicts()) if alarms.height else ()
     known = per_step if math.isfinite(per_step) else 0.0
-    return Curve(x[shown].astype(np.float32), y, losses, rows, known)
+    unit = "steps" if steps.size and not tokens.size else Curve.unit
+    return Curve(x[shown].astype(np.float32), y, losses, rows, known, unit)
 
 
 def _columns(frame: pl.DataFrame) -> dict[str, NDArray[np.float64]]:

@@ -151,14 +151,19 @@ class Index:
 
 def _slim(record: RunRecord, planned: Mapping[str, Any]) -> RunRecord:
     """A record that keeps little memory and holds no files' content. A finished run whose result
-    cannot be read is a failed one, as on the page of a report.
+    cannot be read is a failed one, as on the page of a report. A training of another program is
+    finished where its status says so: it has no result.
     """
     result = {name: record.result[name] for name in RESULT_COLUMNS if name in record.result}
     about = {name: planned[name] for name in ("arm", "ratio", "seed") if planned}
-    damaged = record.state is RunState.FINISHED and record.error
+    state = record.state
+    if state is RunState.FINISHED and record.error:
+        state = RunState.FAILED
+    elif state is RunState.INTERRUPTED and record.progress.ended:
+        state = RunState.FINISHED
     return RunRecord(
         record.folder,
-        RunState.FAILED if damaged else record.state,
+        state,
         about | result,
         record.error,
         record.planned or str(record.result.get("name") or record.name),

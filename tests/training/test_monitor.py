@@ -2,8 +2,10 @@
 torchtitan and Megatron; its folder, its alarms.
 """
 
+import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,14 @@ from registries import registries_as_before
 from torch import Tensor, nn
 from trainer_layouts import VOCABULARY, D, E, K, Model, megatron, titan
 
-from moe_lab.errors import AlarmError, BusyError, RunError, TraceError, TraceExistsError
+from moe_lab.errors import (
+    AlarmError,
+    BusyError,
+    ConfigError,
+    RunError,
+    TraceError,
+    TraceExistsError,
+)
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
 from moe_lab.runs import read_run
@@ -25,6 +34,8 @@ from moe_lab.training import monitor
 from moe_lab.training.alarms import ALARMS, AlarmRule, Alarms
 from moe_lab.training.monitoring import SCALARS, Monitor
 from moe_lab.training.readings import LayerReading, read_layers
+from moe_lab.watch import Board, open_place
+from moe_lab.watch.board import View
 
 CONTROLLER = ControllerConfig(ControllerKind.PROPORTIONAL, 0.1, 2.0)
 ZERO = RouterConfig(
@@ -335,6 +346,51 @@ def test_a_folder_is_continued_at_a_step_and_never_replaced_unasked(
     (tmp_path / "other" / "config.json").write_text('{"seed": 1}')
     with refused("folder", RunError):
         monitor(titan(), tmp_path / "other", overwrite=True)
+
+
+def test_scalars_are_numbers_under_names_of_their_own(tmp_path: Path) -> None:
+    model = titan()
+    with monitor(model, tmp_path, every=1) as watch:
+        loss_of(model, batches(1)[0])
+        watch.step(loss=torch.tensor([2.5]), tokens=7)
+        for scalars, field in (
+            ({"loss": torch.zeros(2)}, "loss"),
+            ({"phase": "warm"}, "phase"),
+            ({"step": 3}, "step"),
+            ({"load_cv": 0.5}, "load_cv"),
+        ):
+            with refused(field, ConfigError):
+                watch.step(**scalars)
+    assert read_tables(tmp_path).metrics.select("step", "loss", "tokens").rows() == [(1, 2.5, 7)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": 0}, {"every": 2.5}, {"on_alarm": "halt"}], ids=lambda item: str(item)
+)
+def test_an_option_that_does_not_fit_is_refused(options: dict[str, Any]) -> None:
+    with refused(*options, ConfigError):
+        monitor(titan(), **options)
+
+
+def test_a_training_is_finished_where_it_ended_by_itself(tmp_path: Path) -> None:
+    """The page of runs says so, with its step."""
+    model = titan()
+    for name in ("done", "failed"):
+        with suppress(ZeroDivisionError), monitor(model, tmp_path / name, every=1) as watch:
+            for ids in batches(3):
+                loss_of(model, ids)
+                watch.step(loss=2.5)
+            1 / (name == "done")
+    board = Board(open_place(tmp_path))
+    assert {run: record.state for run, record in board.runs.items()} == {
+        "done": RunState.FINISHED,
+        "failed": RunState.INTERRUPTED,
+    }
+    alone = json.loads(Board(open_place(tmp_path / "done")).changes("", "", View()))["parts"]
+    sentence = "done is finished at step 3; its training loss is 2.500. No alarm."
+    assert alone["answer"]["sentence"] == sentence
+    assert alone["table"]["rows"][0][:4] == ["done", "finished", "3", "2.500"]
+    assert alone["curves"]["unit"] == "steps"
 
 
 def test_an_alarm_can_stop_the_loop() -> None:

@@ -231,6 +231,7 @@ DAMAGES = {
     "a half line": ("metrics.jsonl", b'{"step": 41, "loss": 2.', ""),
     "no JSON": ("metrics.jsonl", b"\xff\xfe not a line\n", ""),
     "other types": ("metrics.jsonl", b'{"step": [], "loss": {"a": 1}, "tokens": "x"}\n', ""),
+    "numbers without an end": ("metrics.jsonl", b'{"step": 41, "loss": 1e308, "lr": NaN}\n', ""),
     "half a status": ("status.json", b'{"step": 4', ""),
     "layers of another length": ("layers.jsonl", b'{"step": 50, "layer": [0], "load_cv": 3}\n', ""),
     "a plan": ("../sweep.json", b"[1, 2", "The plan cannot be read"),

@@ -53,9 +53,9 @@
       groups.add(curve.group);
     }
     const title = list.metrics.find(([name]) => name === metric)[1];
-    const layout = { height: 420, hovermode: "closest", xaxis: { title: { text: "training tokens" }, rangemode: "tozero" }, yaxis: { title: { text: title } } };
+    const layout = { height: 420, hovermode: "closest", xaxis: { title: { text: list.unit }, rangemode: "tozero" }, yaxis: { title: { text: title } } };
     const caption = `n = ${data.length}; one line is one run, of at most 150 points. ${list.note}`;
-    draw("curves", { spec: { data, layout }, height: 420, caption, summary: `${title} over training tokens of ${data.length} runs.` });
+    draw("curves", { spec: { data, layout }, height: 420, caption, summary: `${title} over ${list.unit} of ${data.length} runs.` });
   }
 
   // Texts and tables ------------------------------------------------------------------------------------------------------------
