@@ -308,7 +308,9 @@ class Editor:
             raise self._error("a top k over all experts, which is replayed", "none")
         for expert in self.forbidden:
             if bool((ids_TK == expert).any()):
-                raise self._error(f"no slot of the forbidden expert {expert}", "some")
+                left = self.experts - len(set(self.forbidden))
+                got = f"some; {left} other experts are left for {ids_TK.shape[1]} slots of a token"
+                raise self._error(f"no slot of the forbidden expert {expert}", got)
         if not bool(torch.isfinite(weights_TK).all()):
             raise self._error("finite gate weights under the edit", "others")
         module = self.site.module

@@ -9,8 +9,9 @@ from time import monotonic
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from moe_lab.analysis.difficulty.alignment import Align
 from moe_lab.analysis.document_bootstrap import Floats
@@ -102,13 +103,17 @@ def measurement_key(
     align: Align,
 ) -> str:
     """Hash of the model's configuration and parameters, and of what is measured."""
-    sums = [
-        [name, float(value.detach().double().sum())] for name, value in model.state_dict().items()
-    ]
+    weights = [[name, _bytes_hash(value)] for name, value in model.state_dict().items()]
     labels = {name: [list(values) for values in given] for name, given in (classes or {}).items()}
     return content_hash(
-        [model_hash(model), sums, text_hash(documents), str(edit), labels, Align(align).value]
+        [model_hash(model), weights, text_hash(documents), str(edit), labels, Align(align).value]
     )
+
+
+def _bytes_hash(value: Tensor) -> str:
+    """Hash of a parameter's bytes: a sum is the same for experts in another order."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
 
 
 def text_hash(documents: Sequence[np.ndarray]) -> str:

@@ -45,12 +45,17 @@ def worth_sentences(
     bound = free_share * loss
     judged = rows.with_columns(verdict=verdict_of(bound))
     sentences = [_answer(judged, losses, bound, free_share)]
-    unclear = judged.filter(verdict="cannot tell")
+    unclear = judged.filter(verdict="cannot tell").drop_nulls("lo")
     if unclear.height:
         needed = _rounded(float(np.median(_documents_needed(unclear, bound))))
         sentences.append(
             f"Cannot tell for {count_of(unclear.height, 'expert')}: about {needed} documents would "
             "tell for half of them."
+        )
+    if rare := judged["lo"].null_count():
+        sentences.append(
+            f"Cannot tell for {count_of(rare, 'expert')} that fewer than {MIN_DOCUMENTS} documents "
+            "used: an interval needs as many."
         )
     return [*sentences, *_scores(agreement)]
 
@@ -121,9 +126,9 @@ def _documents_needed(unclear: pl.DataFrame, bound: float) -> Floats:
     """Documents at which the interval of each would leave the bound on one side: its width falls
     with their square root.
     """
-    half = (unclear["hi"] - unclear["lo"]).to_numpy() / 2
-    away = np.abs(unclear["d_loss"].to_numpy() - bound)
-    return unclear["docs"].to_numpy() * (half / np.maximum(away, 1e-12)) ** 2
+    mean, low, high = unclear.select("d_loss", "lo", "hi").to_numpy().T
+    reach = np.where(mean > bound, mean - low, high - mean)  # the end beyond the bound
+    return unclear["docs"].to_numpy() * (reach / np.maximum(np.abs(mean - bound), 1e-12)) ** 2
 
 
 def _rounded(number: float) -> str:
@@ -143,8 +148,8 @@ def _scores(agreement: pl.DataFrame) -> list[str]:
         near = rows.filter((pl.col("hi") >= best["lo"]) & (pl.col("score") != best["score"]))
         others = f"; not shown to be worse: {listing(near['score'].to_list())}" * bool(near.height)
         return [f"{best['score']} orders these {best['experts']} experts best ({what}){others}."]
-    half = (best["hi"] - best["lo"]) / 2
-    needed = docs * (half / max(abs(best["rho"]), 1e-3)) ** 2
+    reach = best["rho"] - best["lo"]
+    needed = docs * (reach / max(abs(best["rho"]), 1e-3)) ** 2
     return [
         f"Cannot tell whether any score orders these {best['experts']} experts as the loss does: "
         f"{best['score']} does best ({what}); about {_rounded(needed)} documents would tell."
@@ -163,9 +168,10 @@ def curve_sentences(curves: pl.DataFrame, share: float = 0.25) -> list[str]:
     if not scores.height or not random.height:
         return []
     best, others = scores.row(0, named=True), decimal(random["d_loss"].to_numpy().mean(), 4)
+    ends = "" if best["lo"] is None else f" ({_ends(best)})"
     return [
         f"Without {100 * share:g} % of the experts of each layer, in the order of {best['order']}, "
-        f"the model loses {decimal(best['d_loss'], 4)} nats/token ({_ends(best)}) on documents "
+        f"the model loses {decimal(best['d_loss'], 4)} nats/token{ends} on documents "
         f"that the order was not chosen on; random orders lose {others} on average."
     ]
 

@@ -97,6 +97,8 @@ def test_curves_and_pairs_are_measured_on_request(tmp_path):
     assert tables["curves"].filter(order="measured loss").height == 4
     assert tables["pairs"].height == tables["exchanges"].height == 4
     assert curve_sentences(tables["curves"])[0] in read_meta(tmp_path)["sentences"]
+    unbounded = tables["curves"].with_columns(lo=pl.lit(None, pl.Float64))
+    assert " nats/token on documents that " in curve_sentences(unbounded)[0]
     with refused("layers", ConfigError):
         Ablation(decoder(), texts(), layers=[0], curves=True)
 
@@ -174,7 +176,7 @@ def test_what_cannot_be_told_comes_with_the_documents_that_would_tell():
     worth = expert_worth(losses)
     _, second, third = worth_sentences(worth, losses, agreement(reap=(0.2, -0.2, 0.6)), 3.0)
     row = worth.row(1, named=True)
-    needed = 40 * ((row["hi"] - row["lo"]) / 2 / 0.001) ** 2
+    needed = 40 * ((row["d_loss"] - row["lo"]) / 0.001) ** 2
     number = int(second.split("about ")[1].split(" documents")[0].replace(",", ""))
     assert second.startswith("Cannot tell for 1 expert: about ")
     assert needed <= number <= 1.1 * needed
@@ -183,6 +185,20 @@ def test_what_cannot_be_told_comes_with_the_documents_that_would_tell():
     few = planted([0.5], documents=4)
     (alone,) = worth_sentences(expert_worth(few), few, agreement(), 3.0)
     assert alone.startswith("Cannot tell which of 1 expert matter from 4 documents")
+
+
+def test_experts_that_too_few_documents_used_are_counted_apart():
+    losses = planted([0.5, 0.0], noise=1e-5)
+    unused = {
+        name: pl.when(expert=1).then(0).otherwise(pl.col(name)) for name in ("used", "d_loss")
+    }
+    losses = losses.with_columns(**unused)
+    reap = agreement(reap=(0.7, 0.6, 0.8))
+    first, second, _ = worth_sentences(expert_worth(losses), losses, reap, 3.0)
+    assert first.startswith("1 of 2 measured experts matters ")
+    assert second == (
+        "Cannot tell for 1 expert that fewer than 5 documents used: an interval needs as many."
+    )
 
 
 def test_pruning_is_chosen_on_one_half_of_the_documents_and_judged_on_the_other():
