@@ -206,6 +206,7 @@ class Monitor:
             self._log.flush()
             self._write_status("training")
             self._written = time.monotonic()
+        self._observer.stop(alarms)
         return _scalars(self.readings, zero_share, len(self._observer.alarms.active))
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,9 +37,8 @@ class Observer:
         self.raised: list[Alarm] = []
 
     def observe(self, readings: Sequence[LayerReading]) -> list[Alarm]:
-        """Record the readings of one step, and say the alarms that they raise.
-
-        Raises ``AlarmError`` for an alarm that is to end the run; what was seen is then on disk.
+        """Record the readings of one step, and say the alarms that they raise. The caller writes
+        what belongs to them, and then calls ``stop``.
         """
         if not readings:
             return []
@@ -51,12 +50,16 @@ class Observer:
             self.log.add("alarms", asdict(alarm))
             if self.tell:
                 say(f"{alarm.sentence} {alarm.advice}")
+        return alarms
+
+    def stop(self, alarms: Sequence[Alarm]) -> None:
+        """Raise ``AlarmError`` for alarms that are to end the run; what was seen is then on disk."""
         if alarms and self.on_alarm is OnAlarm.STOP:
             self.log.flush(lasting=True)
             kinds = ", ".join(dict.fromkeys(alarm.kind for alarm in alarms))
-            hint = "try another configuration, or on_alarm='record' to go on"
-            raise AlarmError(f"stopped by an alarm ({kinds}): {alarms[0].sentence} {hint}", kinds)
-        return alarms
+            sentence = alarms[0].sentence.removesuffix(".")
+            hint = "try another configuration, or on_alarm='record' (--on-alarm record)"
+            raise AlarmError(f"stopped by an alarm ({kinds}): {sentence}; {hint}", kinds)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the alarms, JSON values only, for a run that resumes."""

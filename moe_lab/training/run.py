@@ -276,6 +276,7 @@ class _Run:
                 self.log.flush()
                 self._write_status("training")
                 last_status = time.monotonic()
+            self.observer.stop(alarms)
             self._validate(tracking)
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self.log.flush(lasting=True)

@@ -148,7 +148,7 @@ def open_place(place: Path | str) -> Place:
     require(
         folder.is_dir(),
         "a run, a sweep, or a folder of runs",
-        f"no such folder: {folder}",
+        f"{folder}, a file" if folder.exists() else f"no such folder: {folder}",
         "the folder that `moe-lab sweep run` was given with --out",
         error=RunError,
         field="place",

@@ -225,7 +225,9 @@ def test_an_alarm_can_end_the_run(config: RunConfig, tmp_path: Path) -> None:
     stopping = config.replace(on_alarm="stop")
     with refused("third_observation", AlarmError) as caught:
         train(stopping, tmp_path / "run", cache_dir=tmp_path)
-    assert "Step 6, layer 1: 3 observations." in str(caught.value)
+    assert "Step 6, layer 1: 3 observations; try another configuration" in str(caught.value)
+    progress = read_run(tmp_path / "run").progress
+    assert (progress.step, progress.alarms) == (6, 1)
     tables = read_tables(tmp_path / "run")
     assert tables.alarms.select("step", "kind").rows() == [(6, "third_observation")]
     assert tables.metrics["step"].to_list() == [2, 4, 6]
