@@ -53,7 +53,7 @@ class Observer:
         return alarms
 
     def stop(self, alarms: Sequence[Alarm]) -> None:
-        """Raise ``AlarmError`` for alarms that are to end the run; what was seen is then on disk."""
+        """Raise ``AlarmError`` for alarms that are to end the run; they are then on disk."""
         if alarms and self.on_alarm is OnAlarm.STOP:
             self.log.flush(lasting=True)
             kinds = ", ".join(dict.fromkeys(alarm.kind for alarm in alarms))

@@ -77,8 +77,8 @@ class WatchServer(ThreadingHTTPServer):
     def knows(self, host: str) -> bool:
         """Whether a request with this Host header was meant for this server."""
         name = urlsplit(f"//{host}").hostname or ""
-        own = {"localhost"} if not self.token else {self.host.lower(), socket.gethostname().lower()}
-        return name in own or _is_address(name)
+        own = {self.host.lower(), socket.gethostname().lower()} if self.token else set()
+        return name in {"localhost", *own} or _is_address(name)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Report what failed on standard error, unless the browser went away."""
@@ -101,6 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
                 given, _, path = path.partition("/")
                 if not hmac.compare_digest(given.encode(), token.encode()):
                     return self._refuse(404, "open the address that moe-lab watch printed")
+                if parts.path == f"/{token}":  # the page asks below its own address
+                    return self._send(308, b"", "text/plain", {"Location": f"/{token}/"})
+            query = dict(parse_qsl(parts.query, max_num_fields=12))
         except ValueError:
             return self._refuse(400, "not a request of this page")
         if path == "":
@@ -108,7 +111,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, self.server.page, "text/html", headers)
         if path != "changes":
             return self._refuse(404, "there is nothing here")
-        query = dict(parse_qsl(parts.query, max_num_fields=12))
         board = self.server.board
         board.refresh()
         body = board.changes(query.get("mark", ""), query.get("seen", ""), View.of(query))

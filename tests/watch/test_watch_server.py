@@ -131,6 +131,11 @@ def test_a_query_of_any_kind_is_answered(server: WatchServer, query: str) -> Non
     assert "answer" in json.loads(body)["parts"]
 
 
+def test_a_query_of_many_fields_is_refused_in_one_line(server: WatchServer) -> None:
+    status, _, body = ask(server, "/changes?" + "&".join(f"field{place}=1" for place in range(30)))
+    assert (status, body) == (400, b"not a request of this page\n")
+
+
 def test_another_address_than_loopback_needs_the_token(guarded: WatchServer) -> None:
     token = guarded.url.rstrip("/").rpartition("/")[2]
     assert len(token) >= 32
@@ -139,6 +144,9 @@ def test_another_address_than_loopback_needs_the_token(guarded: WatchServer) -> 
     assert ask(guarded, f"/{token}/")[0] == 200
     assert "answer" in json.loads(ask(guarded, f"/{token}/changes")[2])["parts"]
     assert ask(guarded, f"/{token}/", host="evil.example")[0] == 421
+    assert ask(guarded, f"/{token}/", host="localhost:1")[0] == 200
+    status, headers, _ = ask(guarded, f"/{token}")  # from there "changes" would be another address
+    assert (status, headers["location"]) == (308, f"/{token}/")
 
 
 def test_loopback_has_no_token(server: WatchServer) -> None:
