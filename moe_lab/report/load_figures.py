@@ -70,7 +70,7 @@ def _load_panel(
     zero = bool(panel["is_zero"][0])
     title, kind = ("zero", "zero-compute expert") if zero else ("expert", "expert")
     axes = {"x": list(experts), "y": list(map(str, layers)), "panel": column, **cell_gaps(load)}
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         shade = np.where(load > 0, np.log2(load), np.nan).astype(np.float32)
     hover = f"layer %{{y}}, {kind} {place}<br>%{{customdata:.3f}} \u00d7 fair share<extra></extra>"
     figure.add_heatmap(z=shade, customdata=load, coloraxis="coloraxis", hovertemplate=hover, **axes)

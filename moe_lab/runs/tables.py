@@ -182,7 +182,8 @@ def read_table(folder: Path | str, name: str) -> pl.DataFrame:
 
 def read_tables(folder: Path | str) -> RunTables:
     """The tables of the run in ``folder``, from its Parquet files if it is finished and from its
-    logs if it is not. Raises ``RunError`` for a Parquet file that was changed since or is damaged.
+    logs if it is not. Raises ``RunError`` for a Parquet file that was changed since or is damaged,
+    and for a log that may not be read.
     """
     return RunTables(**{name: read_table(folder, name) for name in TABLES})
 
@@ -239,7 +240,10 @@ class _Tail:
         self._path, self._place, self._file, self._last = path, 0, -1, b""
 
     def new_lines(self) -> tuple[bool, list[Line]]:
-        """Whether the log was replaced, and the lines since the last call (of the new log)."""
+        """Whether the log was replaced, and the lines since the last call (of the new log).
+
+        Raises ``RunError`` for a log that is there and cannot be read.
+        """
         try:
             with open_regular(self._path) as file:
                 found = os.fstat(file.fileno())
@@ -250,8 +254,11 @@ class _Tail:
                     self._file, self._place, self._last = found.st_ino, 0, b""
                     file.seek(0)
                 content = file.read(MAX_LOG_BYTES)
-        except OSError:
+        except FileNotFoundError:
             return False, []
+        except OSError as error:
+            name = self._path.name
+            raise RunError(f"{name}: {error.strerror or error}", name) from error
         lines, size = parse_lines(content)
         self._place += size
         self._last = (self._last + content[:size])[-_REMEMBERED:]
@@ -282,7 +289,9 @@ class Follower:
         self._tails = {name: _Tail(self.folder / TABLES[name].log) for name in names}
 
     def update(self) -> frozenset[str]:
-        """Read what is new; the names of the tables that changed. Raises as ``read_tables``."""
+        """Read what is new; the names of the tables that changed. Raises as ``read_tables``, when
+        the other tables have been read.
+        """
         if self.finished:
             return frozenset()
         if (self.folder / DONE).is_file():
@@ -290,7 +299,15 @@ class Follower:
             changed = {name for name in new if not new[name].equals(self.tables[name])}
             self.tables, self.finished = new, True
             return frozenset(changed)
-        return frozenset(name for name in self.tables if self._grow(name))
+        changed, failed = [], None
+        for name in self.tables:
+            try:
+                changed += [name] * self._grow(name)
+            except RunError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        return frozenset(changed)
 
     def _grow(self, name: str) -> bool:
         replaced, lines = self._tails[name].new_lines()

@@ -326,9 +326,9 @@ class Board:
             sentence += " No run trains now."
         sentence += f" {count_of(alarms, 'alarm')}." if alarms else " No alarm."
         speeds = [
-            record.progress.tokens_per_second or 0.0
+            record.progress.tokens_per_second
             for record in records
-            if record.state is RunState.RUNNING
+            if record.state is RunState.RUNNING and record.progress.tokens_per_second is not None
         ]
         facts = {"place": self.place.name}
         if speeds:

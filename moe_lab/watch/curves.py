@@ -112,7 +112,7 @@ class Curves:
             return follower.update()
         except (MoELabError, OSError) as error:
             self.notes[run] = str(error)
-            return frozenset()
+            return frozenset(follower.tables)  # others may have changed
 
 
 def _small_logs(folder: Path) -> dict[str, bytes] | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import MoELabError
+from moe_lab.number_format import listing
+from moe_lab.plain_text import one_line
 from moe_lab.report.sources import RESULT_COLUMNS
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run
 from moe_lab.runs.layout import PLAN, STATUS
@@ -38,6 +40,7 @@ class Index:
         self.waiting: deque[str] = deque()
         self.looked: set[str] = set()
         self._keys: dict[str, Any] = {}
+        self._closed: dict[str, str] = {}
         self._plan: dict[str, dict[str, Any]] = {}
         self._plan_key: Any = None
 
@@ -57,11 +60,23 @@ class Index:
             changed.add("")
         self.looked = set()
         while self.waiting:
-            if self._read(run := self.waiting.popleft()):
+            run = self.waiting.popleft()
+            try:
+                differs = self._read(run)
+                self._closed.pop(run, None)
+            except OSError as error:
+                differs = self.runs.pop(run, None) is not None
+                self._closed[run] = error.strerror or str(error)
+            if differs:
                 changed.add(run)
             self.looked.add(run)
             if seconds is not None and time.monotonic() - began > seconds:
                 break
+        if self._closed:
+            which = listing([f"{one_line(run)} ({why})" for run, why in self._closed.items()], 4)
+            self.notes["folders"] = f"Folders that cannot be read: {which}."
+        else:
+            self.notes.pop("folders", None)
         return changed
 
     def _look(self) -> set[str]:
@@ -78,6 +93,7 @@ class Index:
                 self.waiting.append(run)
         for run in [run for run in self._keys if run not in here]:
             del self._keys[run]
+            self._closed.pop(run, None)
             if self.runs.pop(run, None) is not None:
                 changed.add(run)
         for run in self._plan:
@@ -101,7 +117,7 @@ class Index:
         that is killed changes no file.
         """
         record = self.runs.get(run)
-        if abs(time.time() - modified) < SETTLED_SECONDS:
+        if run in self._closed or abs(time.time() - modified) < SETTLED_SECONDS:
             return object()
         if record is None or record.state is RunState.FINISHED:
             return modified

@@ -109,6 +109,7 @@ def test_a_store_gives_the_logs_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
-def test_a_fifo_in_place_of_a_log_does_not_block(tmp_path: Path) -> None:
+def test_a_fifo_in_place_of_a_log_is_refused_and_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
-    assert read_tables(tmp_path).metrics.is_empty()
+    with refused("metrics.jsonl", RunError):
+        read_tables(tmp_path)

@@ -251,6 +251,34 @@ def test_a_damaged_file_is_left_out_or_one_sentence(tmp_path: Path, damage: str)
     assert reader.parts["curve/a"]["y"]["loss"]
 
 
+def test_a_folder_and_a_log_that_cannot_be_read_are_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        make_run(tmp_path / name)
+    (tmp_path / "b" / "validation.jsonl").unlink()
+    (tmp_path / "b" / "validation.jsonl").mkdir()
+    names = index_module.file_names
+    closed = {"c": True}
+
+    def some(folder: Path) -> frozenset[str]:
+        if closed.get(folder.name):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return names(folder)
+
+    monkeypatch.setattr(index_module, "file_names", some)
+    reader = Reader(tmp_path)
+    reader.ask()
+    assert set(reader.board.runs) == {"a", "b"}
+    assert "Folders that cannot be read: c (Permission denied)." in reader.notes
+    assert "cannot be read: validation.jsonl: not a regular file." in reader.notes
+    assert reader.parts["curve/b"]["y"]["loss"]
+    closed.clear()
+    reader.board.index.update()
+    assert set(reader.board.runs) == {"a", "b", "c"}
+    assert "folders" not in reader.board.index.notes
+
+
 def test_a_finished_run_with_a_damaged_table_or_result_says_so(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_run(tmp_path / name, state=RunState.FINISHED)
