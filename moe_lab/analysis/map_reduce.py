@@ -284,20 +284,22 @@ def _part(trace: Trace, files: pl.DataFrame, spans: dict[int | None, tuple[int, 
 
 def _computed(mapping: _Mapping, tasks: Sequence[Task]) -> Iterator[pl.DataFrame | None]:
     """The frame of each task in order; None for one whose tables are not aligned."""
-    waiting: deque[tuple[Path, Any]] = deque()
+    waiting: deque[tuple[Path, pl.DataFrame | None, Any]] = deque()
     coming = iter(tasks)
     while True:
         for task in coming:
             path = mapping.kept / f"{task.name}.arrow"
-            waiting.append((path, None if path.exists() else mapping.workers.submit(task)))
+            frame = _kept(path)
+            submitted = mapping.workers.submit(task) if frame is None else None
+            waiting.append((path, frame, submitted))
             if len(waiting) >= mapping.workers.ahead:
                 break
         if not waiting:
             return
-        path, submitted = waiting.popleft()
+        path, frame, submitted = waiting.popleft()
         mapping.used.add(path)
-        if submitted is None:
-            yield pl.read_ipc(path)
+        if frame is not None:
+            yield frame
             continue
         try:
             frame = mapping.workers.result(submitted)
@@ -307,6 +309,16 @@ def _computed(mapping: _Mapping, tasks: Sequence[Task]) -> Iterator[pl.DataFrame
         with atomic_path(path) as temporary:
             frame.write_ipc(temporary, compression="zstd")
         yield frame
+
+
+def _kept(path: Path) -> pl.DataFrame | None:
+    """A finished partial frame; None where there is none, or a damaged one. Another process that
+    reads the same trace may remove it at any time.
+    """
+    try:
+        return pl.read_ipc(path)
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        return None
 
 
 def _forget_old(kept: Path) -> None:

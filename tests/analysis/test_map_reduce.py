@@ -235,6 +235,20 @@ def test_the_same_command_continues_from_finished_parts(traces, tmp_path, marks)
     assert _calls(marks)[:2] == before[:2] == [1, 1]
 
 
+def test_a_finished_part_that_is_damaged_or_removed_meanwhile_is_computed_again(traces, tmp_path):
+    kept, whole = tmp_path / "kept", ANALYSES["load_by_class"](*traces)
+    with pytest.raises(KeyError), mapped(Here(), cache=kept, rows=1):
+        ANALYSES["load_by_class"](*traces)
+        raise KeyError
+    first, second, *_ = sorted(kept.iterdir())
+    first.write_bytes(first.read_bytes()[:100])
+    second.write_bytes(b"")
+    workers = Here()
+    with mapped(workers, cache=kept, rows=1):
+        assert ANALYSES["load_by_class"](*traces).equals(whole)
+    assert len(workers.tasks) == 2
+
+
 def test_another_trace_function_or_argument_has_other_parts(traces):
     def names(*sums: Sum) -> set[str]:
         return {task.name for one in sums for task in map_reduce._tasks(one, 100)}
