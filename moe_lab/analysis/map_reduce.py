@@ -33,7 +33,8 @@ from moe_lab import __version__
 from moe_lab.analysis.aligned_rows import UnalignedTablesError
 from moe_lab.analysis.worker_processes import WorkerProcesses
 from moe_lab.config import require
-from moe_lab.files import atomic_path, default_cache_dir
+from moe_lab.errors import StorageError
+from moe_lab.files import atomic_path, cannot_write, default_cache_dir
 from moe_lab.progress import tell
 from moe_lab.trace import Trace
 from moe_lab.trace.manifest import Manifest
@@ -169,7 +170,8 @@ def mapped(
 
     Raises:
         ConfigError: fewer than 1 worker or row.
-        RunError: a worker died again and again, or ``cache`` takes no file.
+        RunError: a worker died again and again.
+        StorageError: ``cache`` takes no file.
 
     Example:
         >>> with mapped(workers=2):
@@ -323,7 +325,10 @@ def _kept(path: Path) -> pl.DataFrame | None:
 
 def _forget_old(kept: Path) -> None:
     """Remove what a command left that was killed and not run again for ``KEPT_DAYS``."""
-    kept.mkdir(parents=True, exist_ok=True)
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(cannot_write(kept, error)) from error
     for path in kept.glob("*.arrow"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from refusals import refused
 from moe_lab import analysis
 from moe_lab.analysis import map_reduce
 from moe_lab.analysis.map_reduce import Sum, Task, appended, mapped, reduced
-from moe_lab.errors import AnalysisError, RunError, TraceError
+from moe_lab.errors import AnalysisError, RunError, StorageError, TraceError
 from moe_lab.trace import open_trace
 from moe_lab.trace.manifest import Manifest
 
@@ -237,7 +238,7 @@ def test_the_same_command_continues_from_finished_parts(traces, tmp_path, marks)
 
 def test_a_finished_part_that_is_damaged_or_removed_meanwhile_is_computed_again(traces, tmp_path):
     kept, whole = tmp_path / "kept", ANALYSES["load_by_class"](*traces)
-    with pytest.raises(KeyError), mapped(Here(), cache=kept, rows=1):
+    with suppress(KeyError), mapped(Here(), cache=kept, rows=1):
         ANALYSES["load_by_class"](*traces)
         raise KeyError
     first, second, *_ = sorted(kept.iterdir())
@@ -247,6 +248,13 @@ def test_a_finished_part_that_is_damaged_or_removed_meanwhile_is_computed_again(
     with mapped(workers, cache=kept, rows=1):
         assert ANALYSES["load_by_class"](*traces).equals(whole)
     assert len(workers.tasks) == 2
+
+
+def test_a_place_for_parts_that_is_no_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = "file: File exists; try another folder"
+    with pytest.raises(StorageError, match=message), mapped(1, cache=tmp_path / "file"):
+        pass
 
 
 def test_another_trace_function_or_argument_has_other_parts(traces):
