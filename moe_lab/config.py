@@ -131,9 +131,8 @@ class Config:
         """The inverse of ``to_dict``. Unknown names raise; missing ones take their default."""
         what = f"fields of {cls.__name__} as name -> value"
         require(isinstance(values, Mapping), what, short(values))
-        hints = typing.get_type_hints(cls)
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - known)
+        hints, known = _hints(cls), _names(cls)
+        unknown = sorted(set(values).difference(known))
         what = f"fields of {cls.__name__} ({', '.join(sorted(known))})"
         require(not unknown, what, ", ".join(unknown), field=unknown[0] if unknown else "")
         try:
@@ -223,6 +222,11 @@ def _checked(kind: type) -> tuple[Check, ...]:
         if enums or ranges:
             checks.append((name, type(None) in kinds, enums[0] if enums else None, ranges))
     return tuple(checks)
+
+
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 @lru_cache

@@ -163,6 +163,7 @@ def _finish(
         "mean_ffn_count": 2.0,
         "target_ffn_count": 2.0,
         "tokens_per_second": 5e3,
+        "sees_later_tokens": False,
         "learning_rate": run.optimizer.lr,
         "device": "cpu",
         "versions": {"torch": torch.__version__},

@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
             print_json({"report": page, "bytes": page.stat().st_size})
             return 0
         for source, folder in zip(args.source, folders, strict=True):
-            for line in _summary(Path(folder)):
+            for line in _summary(Path(folder), page):
                 say(f"{source}: {line}")
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     verb = "scaling verdict" if _is_sweep(first) else "difficulty"
@@ -89,16 +89,22 @@ def _is_sweep(source: Path | str) -> bool:
     return not isinstance(source, Path) or (source / PLAN).is_file()
 
 
-def _summary(folder: Path) -> Iterator[str]:
-    """The loss of a sweep's best run; of a run or a trace, loss and load."""
+def _summary(folder: Path, page: Path) -> Iterator[str]:
+    """The loss of a sweep's best run, from the page's own table; of a run or a trace, loss and
+    load.
+    """
     if _is_sweep(folder):
-        from moe_lab.sweeps import status
+        import polars as pl
 
-        runs = status(folder).filter(state=RunState.FINISHED.value).sort("loss")
-        if runs.height:
-            best = runs.row(0, named=True)
+        from moe_lab.report.page import data_folder
+
+        table = pl.read_parquet(data_folder(page) / "runs.parquet")
+        inside = pl.Series([Path(run).parent == folder for run in table["folder"]])
+        runs = table.filter(inside, state=RunState.FINISHED.value)
+        best = runs.drop_nulls("loss").sort("loss", maintain_order=True).head(1)
+        for loss, name in best.select("loss", pl.coalesce("name", "label")).rows():
             number = count_of(runs.height, "finished run")
-            yield f"{number}, lowest loss {best['loss']:.4f} nats/token ({best['name']})"
+            yield f"{number}, lowest loss {loss:.4f} nats/token ({name})"
         return
     if (folder / RESULT).is_file():
         loss = parse_object(folder / RESULT).get("loss")

@@ -96,7 +96,7 @@ def draw_page(
     worth: Path | None = None,
 ) -> None:
     """Write the page and its data; what ``frames`` holds already is not computed again."""
-    folder = _data_folder(path)
+    folder = data_folder(path)
     content = _content(material, frames, command, worth)
     remove_temporaries(path.parent, glob.escape(path.name))
     remove_temporaries(folder)
@@ -240,5 +240,6 @@ def _coloured(
     return tuple(text for text in texts if text is not None)
 
 
-def _data_folder(path: Path) -> Path:
+def data_folder(path: Path) -> Path:
+    """Where the data of the page at ``path`` lie."""
     return path.with_name(f"{path.stem}_data")

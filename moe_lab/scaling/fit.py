@@ -8,7 +8,7 @@ The tests hold it against the same objective through scipy, one start at a time.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,8 @@ def fit(
     chosen = find_law(law)
     if chosen.formula is not None:
         return _fit_of_ratio(chosen, frame)
-    problem = make_problem(chosen, frame, delta, weight, log)
+    every_run = make_problem(chosen, frame, delta, weight, log)
+    problem, within = _of_cells(every_run) if delta == SQUARES else (every_run, 0.0)
     points = starting_points(problem, starts, seed)
     given = [initial] if initial is not None else []
     extra = [to_theta(chosen, values) for values in (*chosen.published.values(), *given)]
@@ -164,8 +165,23 @@ def fit(
         "another law or more runs",
         error=AnalysisError,
     )
+    value = value + within
     agreed = float(np.mean(value <= value[best] * (1 + AGREE) + floor))
-    return _report(problem, frame, theta[best], float(value[best]), agreed, weight)
+    return _report(every_run, frame, theta[best], float(value[best]), agreed, weight)
+
+
+def _of_cells(problem: Problem) -> tuple[Problem, float]:
+    """Least squares on the mean of the runs that agree in every variable, and the part of the
+    objective within them, which is the same at every theta.
+    """
+    variables = np.stack([problem.point[name] for name in problem.law.variables])
+    _, first, cell = np.unique(variables, axis=1, return_index=True, return_inverse=True)
+    (target,), (weights,) = problem.target, problem.weights
+    total = np.bincount(cell, weights)
+    means = np.bincount(cell, weights * target) / np.where(total > 0, total, 1)
+    within = 0.5 * float((weights * (target - means[cell]) ** 2).sum())
+    point = {name: values[first] for name, values in problem.point.items()}
+    return replace(problem, point=point, target=means[None], weights=total[None]), within
 
 
 def find_law(law: str | Law) -> Law:
@@ -311,11 +327,16 @@ _SLOPE_NAMES = ("s", "u")
 
 
 def _fit_of_ratio(law: Law, frame: pl.DataFrame) -> Fit:
-    """Variable projection over the shapes of `forms`; the residuals are nats."""
-    check_losses(frame, len(_SHAPE_NAMES[law.name]) + 2)
-    ordered = frame.sort("ratio")
-    x, loss = np.log2(columns(ordered, law)["ratio"]), ordered["loss"].cast(pl.Float64).to_numpy()
-    found = fit_form(FORMS[law.name], x, loss[None], np.ones(len(x)))
+    """Variable projection over the shapes of `forms`, on the mean of each ratio's runs: the squares
+    within a ratio are the same for every shape. The residuals are nats.
+    """
+    loss = check_losses(frame, len(_SHAPE_NAMES[law.name]) + 2)
+    log_ratio = np.log2(columns(frame, law)["ratio"])
+    x, cell, counts = np.unique(log_ratio, return_inverse=True, return_counts=True)
+    means = np.bincount(cell, loss) / counts
+    within = float(((loss - means[cell]) ** 2).sum())
+    form = FORMS[law.name]
+    found = fit_form(form, x, means[None], counts, form.shapes(np.sort(log_ratio)))
     coefficients = {
         name: -float(value)
         for name, value in zip(_SLOPE_NAMES, found.coefficients[0], strict=False)
@@ -327,10 +348,13 @@ def _fit_of_ratio(law: Law, frame: pl.DataFrame) -> Fit:
     if law.shape:
         coefficients["Estart"] = START
     coefficients["c"] = float(
-        np.mean(loss - np.asarray(law.predict({"ratio": 2.0**x}, {**coefficients, "c": 0.0})))
+        np.average(
+            means - np.asarray(law.predict({"ratio": 2.0**x}, {**coefficients, "c": 0.0})),
+            weights=counts,
+        )
     )
-    square = float(found.rss[0]) / len(loss)
-    runs, k = len(loss), FORMS[law.name].parameters + 1
+    square = (float(found.rss[0]) + within) / len(loss)
+    runs, k = len(loss), form.parameters + 1
     return Fit(
         law,
         coefficients,

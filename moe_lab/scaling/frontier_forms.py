@@ -135,11 +135,17 @@ class FormFit:
     profile: np.ndarray | None = None
 
 
-def fit_form(form: Form, x: np.ndarray, means: np.ndarray, counts: np.ndarray) -> FormFit:
+def fit_form(
+    form: Form,
+    x: np.ndarray,
+    means: np.ndarray,
+    counts: np.ndarray,
+    shapes: np.ndarray | None = None,
+) -> FormFit:
     """Weighted least squares of ``means`` [B, R] at ``x`` [R] (log2 ratio, ascending) with
-    ``counts`` [R] runs behind each mean.
+    ``counts`` [R] runs behind each mean; ``shapes`` [P, q] in place of the form's own at ``x``.
     """
-    shapes = form.shapes(x)
+    shapes = form.shapes(x) if shapes is None else shapes
     columns = form.columns(x, shapes)
     weights, root = counts / counts.sum(), np.sqrt(counts)
     design = (columns - (columns @ weights)[..., None]) * root

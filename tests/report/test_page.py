@@ -26,6 +26,7 @@ from report_fixtures import (
     write_plan,
 )
 
+from moe_lab.commands.report import _summary
 from moe_lab.errors import RunError, StorageError
 from moe_lab.plain_text import LONGEST_ON_PAGE, on_page
 from moe_lab.report import figures, write_report
@@ -381,6 +382,24 @@ def test_runs_without_any_trace_make_a_page(tmp_path: Path) -> None:
     text = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Verdict:" not in words(text), "one run has no wall"
     assert re.findall(r'<figure id="figure-(\w+)"', text) == ["training_curves"]
+
+
+def test_the_command_names_the_best_finished_run_of_each_sweep(tmp_path: Path) -> None:
+    for name, losses in (("a", [3.2, 3.1]), ("b", [2.9])):
+        (tmp_path / name).mkdir()
+        for seed, loss in enumerate(losses):
+            path = make_run(tmp_path / name / f"r{seed}", "topk", 2, seed, None) / "result.json"
+            changed = {"loss": loss, "name": f"n{seed}"}
+            path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+        make_failed_run(tmp_path / name / "failed", "the loss is nan")
+        write_plan(tmp_path / name, [])
+    folders = [tmp_path / "a", tmp_path / "b"]
+    page = write_report(folders, tmp_path / "page.html")
+    lines = [line for folder in folders for line in _summary(folder, page)]
+    assert lines == [
+        "2 finished runs, lowest loss 3.1000 nats/token (n1)",
+        "1 finished run, lowest loss 2.9000 nats/token (n0)",
+    ]
 
 
 def test_a_sweep_of_one_seed_cannot_tell(tmp_path: Path) -> None:

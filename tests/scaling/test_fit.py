@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from plain_fit import plain_fit
 from refusals import refused
-from scipy.optimize import rosen, rosen_der
+from scipy.optimize import least_squares, rosen, rosen_der
 
 from moe_lab.errors import AnalysisError
 from moe_lab.scaling import (
@@ -20,8 +20,9 @@ from moe_lab.scaling import (
     profile_interval,
     saturation,
 )
-from moe_lab.scaling.fit import make_problem
+from moe_lab.scaling.fit import aicc, make_problem
 from moe_lab.scaling.fit_problem import to_theta
+from moe_lab.scaling.frontier_forms import FORMS, fit_form
 from moe_lab.scaling.minimise import minimise
 
 DOUBLINGS = 2.0 ** np.arange(8)
@@ -104,6 +105,45 @@ def test_the_batched_fit_is_scipys(delta):
     assert fast.objective == pytest.approx(plain.objective, rel=1e-6)
     for name, value in plain.coefficients.items():
         assert fast.coefficients[name] == pytest.approx(value, rel=2e-3)
+
+
+def unequal_seeds():
+    """Runs of 8 ratios, of 3 to 6 seeds each."""
+    ratio = np.repeat(DOUBLINGS, [3, 4, 5, 6, 6, 5, 4, 3])
+    noise = np.random.default_rng(2).normal(0, 0.01, len(ratio))
+    return pl.DataFrame({"ratio": ratio, "loss": 3 - 0.05 * np.minimum(np.log2(ratio), 4) + noise})
+
+
+@pytest.mark.parametrize("name", ["line", "saturation", "hinge", "plateau"])
+def test_a_form_of_the_ratio_is_fitted_as_if_to_each_run(name):
+    frame = unequal_seeds().sample(fraction=1, shuffle=True, seed=1)
+    found, runs = fit(name, frame), frame.sort("ratio")
+    x = np.log2(runs["ratio"].to_numpy())
+    each = fit_form(FORMS[name], x, runs["loss"].to_numpy()[None], np.ones(len(x)))
+    assert found.rmse == pytest.approx(math.sqrt(each.rss[0] / len(x)), rel=1e-9)
+    assert found.predict(runs) == pytest.approx(each.fitted[0], abs=1e-9)
+    errors = found.predict(frame) - frame["loss"].to_numpy()
+    assert found.rmse == pytest.approx(math.sqrt((errors**2).mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_least_squares_on_repeated_runs_is_scipys_on_each_run(log):
+    frame = unequal_seeds()
+    found = fit("power", frame, delta=SQUARES, log=log)
+    loss = frame["loss"].to_numpy()
+    target = np.log(loss) if log else loss
+
+    def errors(theta):
+        predicted = np.exp(theta[0]) + np.exp(theta[1]) * frame["ratio"].to_numpy() ** -theta[2]
+        return (np.log(predicted) if log else predicted) - target
+
+    plain = least_squares(errors, [math.log(2.7), math.log(0.3), 0.3], xtol=1e-14, ftol=1e-14)
+    assert found.objective == pytest.approx(plain.cost, rel=1e-9)
+    square = 2 * plain.cost / len(loss)
+    assert found.rmse == pytest.approx(math.sqrt(square), rel=1e-9)
+    assert found.aicc == pytest.approx(aicc(square, len(loss), 4), rel=1e-9)
+    predicted = errors(plain.x) + target
+    assert found.predict(frame) == pytest.approx(np.exp(predicted) if log else predicted, abs=1e-6)
 
 
 def test_each_bootstrap_draw_is_the_fit_of_its_own_runs():
