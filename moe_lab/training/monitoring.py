@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from moe_lab.errors import (
     BusyError,
+    CheckpointError,
     ConfigError,
     RunError,
     TraceError,
@@ -124,6 +125,7 @@ def monitor(
         RunError: ``folder`` is that of a run of ``train``.
         BusyError: another process writes into ``folder``.
         ConfigError: ``every`` or ``on_alarm`` does not fit.
+        CheckpointError: ``state`` is not of ``Monitor.state_dict()``.
     """
     choices = [choice.value for choice in OnAlarm]
     require(on_alarm in choices, " or ".join(choices), repr(on_alarm), field="on_alarm")
@@ -159,6 +161,10 @@ class Monitor:
         replicas = nn.DataParallel | nn.parallel.DistributedDataParallel
         self.model: nn.Module = model.module if isinstance(model, replicas) else model  # pyright: ignore[reportAttributeAccessIssue]
         self.every, self.group = every, group
+        if state and not {"step", "alarms"} <= set(state):
+            got = f"the keys {', '.join(map(repr, list(state)[:4]))}"
+            what = "state of Monitor.state_dict(), with step and alarms"
+            raise CheckpointError(expected(what, got), "state")
         self.steps = int(state["step"]) if state else 0
         self.readings: list[LayerReading] = []
         sites, _ = find_sites(self.model, readers, only)
@@ -308,7 +314,8 @@ class Monitor:
             )
             logs = [table.log for table in TABLES.values() if (folder / table.log).exists()]
             if logs and not self.steps and not overwrite:
-                raise TraceExistsError(f"the tables of an earlier training at {folder}")
+                option = "state= from its checkpoint, overwrite=True"
+                raise TraceExistsError(f"the tables of an earlier training at {folder}", option)
             self._log.begin(self._log.read(self.steps))
             name = {"name": folder.absolute().name, "monitored": type(self.model).__name__}
             write_json(folder / CONFIG, name | {"every": self.every})

@@ -20,6 +20,7 @@ from trainer_layouts import VOCABULARY, D, E, K, Model, megatron, titan
 from moe_lab.errors import (
     AlarmError,
     BusyError,
+    CheckpointError,
     ConfigError,
     RunError,
     TraceError,
@@ -370,6 +371,11 @@ def test_scalars_are_numbers_under_names_of_their_own(tmp_path: Path) -> None:
 def test_an_option_that_does_not_fit_is_refused(options: dict[str, Any]) -> None:
     with refused(*options, ConfigError):
         monitor(titan(), **options)
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    with refused("state", CheckpointError):
+        monitor(titan(), state={"model": {}, "epoch": 3})
 
 
 def test_a_training_is_finished_where_it_ended_by_itself(tmp_path: Path) -> None:
