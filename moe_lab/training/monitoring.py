@@ -184,7 +184,7 @@ class Monitor:
     def alarms(self) -> list[Alarm]:
         return self._observer.raised
 
-    def step(self, **scalars: float) -> dict[str, float]:
+    def step(self, **scalars: float | Tensor) -> dict[str, float]:
         """Call this once after each optimiser step, on all ranks.
 
         Args:

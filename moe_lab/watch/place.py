@@ -153,7 +153,7 @@ def open_place(place: Path | str) -> Place:
         error=RunError,
         field="place",
     )
-    return Place(str(place), folder)
+    return Place(str(place), folder.resolve())  # a run is named by its folder: "." has no name
 
 
 def is_run(names: Collection[str]) -> bool:

@@ -251,6 +251,15 @@ def test_a_damaged_file_is_left_out_or_one_sentence(tmp_path: Path, damage: str)
     assert reader.parts["curve/a"]["y"]["loss"]
 
 
+def test_the_folder_where_one_is_can_be_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_run(tmp_path / "a"))
+    reader = Reader(".")
+    assert reader.ask(run="a")["table"]["rows"][0][-1] == "a"
+    assert "its last validation loss" in reader.sentence
+
+
 def test_a_folder_and_a_log_that_cannot_be_read_are_notes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
