@@ -318,7 +318,7 @@ def _kept(path: Path) -> pl.DataFrame | None:
     reads the same trace may remove it at any time.
     """
     try:
-        return pl.read_ipc(path)
+        return pl.read_ipc(path.read_bytes())
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return None
 

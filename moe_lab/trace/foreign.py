@@ -75,7 +75,8 @@ def _decoded(path: Path, name: str, entry: dict[str, Any], meta: TraceMeta) -> p
         frame = pl.read_parquet(path, hive_partitioning=False, use_statistics=False, glob=False)
         check_text_bytes(frame, output_limit(entry["bytes"]))
         version = pl.read_parquet_metadata(path).get(VERSION_KEY)
-        return version, pl.Schema(pl.read_parquet_schema(path)), frame
+        schema = pl.scan_parquet(path, glob=False, hive_partitioning=False).collect_schema()
+        return version, schema, frame
 
     version, schema, frame = guarded(name, read)
     match = PART_PATH.fullmatch(name)

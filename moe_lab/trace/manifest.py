@@ -296,10 +296,12 @@ def check_layers(meta: TraceMeta, traced: set[int], complete: bool, where: str) 
 
 def _read(path: Path, columns: list[str]) -> pl.DataFrame:
     def read() -> pl.DataFrame:
-        found = pl.read_parquet_schema(path)
+        # glob=False: "[" and "*" in a folder's name are no pattern
+        scan = pl.scan_parquet(path, glob=False, hive_partitioning=False, use_statistics=False)
+        found = scan.collect_schema()
         if found != COLUMNS:
             raise ValueError(expected(f"columns {', '.join(COLUMNS)}", ", ".join(found)[:100]))
-        return pl.read_parquet(path, columns=columns, use_statistics=False, hive_partitioning=False)
+        return scan.select(columns).collect()
 
     return _guarded(path, read)
 

@@ -571,4 +571,7 @@ def _read_ahead(reads: Sequence[Callable[[], R]], ahead: int) -> Iterator[R]:
 
 def _rows(name: str, path: Path, columns: Sequence[str] | None) -> pl.DataFrame:
     wanted = None if columns is None else [*columns]
-    return guarded(name, lambda: pl.read_parquet(path, columns=wanted, hive_partitioning=False))
+    return guarded(
+        name,
+        lambda: pl.read_parquet(path, columns=wanted, glob=False, hive_partitioning=False),
+    )

@@ -128,12 +128,15 @@ def _resumed(path: Path | str | None, key: str) -> pl.DataFrame:
     """The rows that the file holds; none where there is no file."""
     if path is None or not Path(path).exists():
         return pl.DataFrame(schema=SCHEMA)
-    frame = pl.read_parquet(path)
+    try:
+        frame = pl.read_parquet(path, glob=False, hive_partitioning=False)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):
+        frame = pl.DataFrame()  # damaged
     same = frame.schema == SCHEMA and frame["measured"].unique().to_list() == [key]
     require(
         same,
         f"the measurement of this model, text and edit in {path}",
-        "another file",
+        "another file" if frame.width else "a file that cannot be read",
         "another path",
         error=AnalysisError,
         field="path",

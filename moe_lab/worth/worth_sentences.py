@@ -48,9 +48,10 @@ def worth_sentences(
     unclear = judged.filter(verdict="cannot tell").drop_nulls("lo")
     if unclear.height:
         needed = _rounded(float(np.median(_documents_needed(unclear, bound))))
+        half = " for half of them" if unclear.height > 1 else ""
         sentences.append(
             f"Cannot tell for {count_of(unclear.height, 'expert')}: about {needed} documents would "
-            "tell for half of them."
+            f"tell{half}."
         )
     if rare := judged["lo"].null_count():
         sentences.append(

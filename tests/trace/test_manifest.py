@@ -210,6 +210,24 @@ def test_a_changed_token_file_is_found_when_tokens_are_read(tmp_path):
         _ = trace.tokens
 
 
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_folder_whose_name_looks_like_a_pattern_is_itself(tmp_path, version, sealed):
+    whole = write(tmp_path / "other", first=2)
+    write(tmp_path / "t1", 2)  # which the pattern matches
+    copy, folder = tmp_path / "copy", tmp_path / "t[1]"
+    shutil.copytree(whole.folder, copy)
+    if version == 2:
+        as_older_version(copy, version, sealed)
+    elif not sealed:
+        (copy / SEAL_FILE).unlink()
+    copy.rename(folder)
+    trace = open_trace(folder).check()
+    assert trace.counts().equals(whole.counts())
+    assert trace.read(FILE).equals(whole.read(FILE))
+    assert trace.routing.collect().equals(whole.routing.collect())
+
+
 def test_a_changed_file_of_a_trace_from_outside_is_found_on_opening(tmp_path):
     folder = write(tmp_path / "t").folder
     (folder / SEAL_FILE).unlink()

@@ -206,6 +206,15 @@ def test_a_measurement_goes_on_at_the_expert_and_batch_where_it_stopped(tmp_path
         expert_losses(model, documents, path=path, **options)
 
 
+def test_a_damaged_measurement_is_refused_and_any_folder_name_is_taken(tmp_path):
+    path, options = tmp_path / "[1]*" / "losses.parquet", {"experts": 1, "layers": [1]}
+    whole = expert_losses(decoder(), texts(), path=path, **options)
+    assert expert_losses(decoder(), texts(), path=path, **options).equals(whole)
+    path.write_bytes(path.read_bytes()[:500])
+    with refused("path", AnalysisError):
+        expert_losses(decoder(), texts(), path=path, **options)
+
+
 def test_what_was_measured_is_written_while_it_runs(tmp_path, monkeypatch):
     path, heights = tmp_path / "losses.parquet", []
     monkeypatch.setattr(measured_rows, "WRITE_SECONDS", 0.0)
