@@ -113,7 +113,7 @@ def measurement_key(
 def _bytes_hash(value: Tensor) -> str:
     """Hash of a parameter's bytes: a sum is the same for experts in another order."""
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def text_hash(documents: Sequence[np.ndarray]) -> str:
