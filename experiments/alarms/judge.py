@@ -7,7 +7,7 @@ It reads the readings that ``record.py`` recorded and writes, beside itself, ``r
 row per run and alarm) and ``roc.parquet`` (false and found runs at every
 threshold), and with ``--write-docs`` the tables of docs/alarms.md. Without a folder it reads the
 committed ``runs.parquet``. Only runs of the split "judge" count in the tables; the thresholds were
-set on the others.
+set on the others ("set", "again").
 """
 
 import argparse

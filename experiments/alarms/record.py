@@ -1,12 +1,13 @@
 """Mini runs, healthy and with planted faults, with the readings of every layer at every step.
 
-Each run is a decoder of two layers on real text for 96 steps. Some seeds set the thresholds of
-``moe_lab.training.alarms`` (split "set"), the others judge them (split "judge").
+Each run is a decoder of two layers on real text for 96 steps. The thresholds of
+``moe_lab.training.alarms`` were set on the splits "set" and "again" and judged on other seeds,
+once: "judge". The runs of "again" had judged earlier thresholds.
 
     python experiments/alarms/record.py --out runs/alarms --processes 2
     python experiments/alarms/judge.py runs/alarms
 
-The first command takes about 20 minutes of CPU time and continues where it stopped: a run is a
+The first command takes about 35 minutes of CPU time and continues where it stopped: a run is a
 file, ``<run>.npz``. The second writes the committed tables.
 """
 
@@ -385,10 +386,16 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All runs: 66 and 200 healthy ones, 12 and 50 of each fault, in mixed order."""
+    """All runs in mixed order: in three splits 66, 200 and 200 healthy ones, and 12, 50 and 50 of
+    each fault.
+    """
     found = []
     healthy = [(arm, size, 0) for arm in ARMS for size in SIZES]
-    for split, first, well, planted in (("set", 0, len(healthy), 12), ("judge", 1000, 200, 50)):
+    for split, first, well, planted in (
+        ("set", 0, len(healthy), 12),
+        ("again", 1000, 200, 50),
+        ("judge", 2000, 200, 50),
+    ):
         found += _spread(split, "", healthy, well, first)
         for name, fault in FAULTS.items():
             places = [
@@ -527,7 +534,8 @@ def load(path: Path) -> list[list[LayerReading]]:
             return torch.from_numpy(found)
         if np.isnan(found):
             return None
-        return int(found) if name in ("tokens", "num_zero_experts") else float(found)
+        whole = ("tokens", "num_zero_experts", "sparse_scores")
+        return int(found) if name in whole else float(found)
 
     return [
         [

@@ -412,6 +412,7 @@ KINDS: dict[str, RouterFacts] = {
         default_controller=ControllerConfig(ControllerKind.RELU_LAMBDA),
         experts_run=mean_of_top_k,
         slots=max_slots,
+        sparse_scores=True,
         budget_shift=BudgetShift.LOGITS,
     ),
     "scored_hash": RouterFacts(

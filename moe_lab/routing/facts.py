@@ -70,6 +70,8 @@ class RouterFacts:
         sees_later_tokens: whether in evaluation later tokens of a sequence can change the routing
             of earlier ones, which no causal model can do when it generates.
         score_func: from logits to scores, where neither ``fixed`` nor the configuration says.
+        sparse_scores: whether the score of an expert that a token does not run is exactly 0, so
+            that the entropy of the scores says how many experts run, not how sure the router is.
         budget_shift: what moves the number of real experts per token.
         has_hash_twin: whether each weight is a score of its selected expert, normalised and
             scaled, so that a hash layer can stand beside it (``hash_twin``).
@@ -93,6 +95,7 @@ class RouterFacts:
     decides_over: Callable[[Settings], DecidesOver] = lambda config: DecidesOver.TOKEN
     sees_later_tokens: Callable[[Settings], bool] = lambda config: False
     score_func: ScoreFunc = ScoreFunc.SOFTMAX
+    sparse_scores: bool = False
     budget_shift: BudgetShift = BudgetShift.NONE
     has_hash_twin: bool = False
     checks: tuple[Callable[[Settings], None], ...] = ()

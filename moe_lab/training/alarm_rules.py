@@ -25,32 +25,42 @@ FIRST = 16
 """Readings whose mean is the target where no other is known."""
 REACHED, WAIT = 0.25, 64
 """Share of the target within which a budget has been reached, and readings to wait for it."""
+STAYS = 4
+"""Successive readings within ``REACHED``: a count that passes the target has not reached it."""
+
+
+def experts_of_a_token(reading: LayerReading) -> float | None:
+    """Real experts of a token, mean over tokens, at least 1.
+
+    None where tokens run no expert, or more than half of them: then the busy experts are most
+    experts, and tokens that all run the same ones are no collapse.
+    """
+    each = max(reading.mean_ffn_count, 1.0)
+    return each if each <= reading.num_experts / 2 and reading.counts.any() else None
 
 
 def unevenness(reading: LayerReading) -> float | None:
     """Load CV over the largest that is possible: 0 when even, 1 when all tokens run the same
-    experts.
-
-    None where every token runs nearly all experts, or none.
+    experts. None as in ``experts_of_a_token``.
     """
-    experts, each = reading.num_experts, max(reading.mean_ffn_count, 1.0)
-    if experts - each < 1 or not reading.counts.any():
+    if (each := experts_of_a_token(reading)) is None:
         return None
-    return float(load_cv(reading.counts)) / math.sqrt(experts / each - 1)
+    return float(load_cv(reading.counts)) / math.sqrt(reading.num_experts / each - 1)
 
 
 @ALARMS.register("router_collapse")
 class RouterCollapse(AlarmRule):
     """Experts that do not count any more, over those that could: 1 when all tokens run the same
-    experts. Experts count by exp(entropy of the load).
+    experts. Experts count by exp(entropy of the load). Not watched where tokens run more than half
+    of the experts.
 
     Advice: balance losses are those of Switch (arXiv 2101.03961, section 2.2) and, over the global
     batch, arXiv 2501.11873; the bias is loss-free balancing (arXiv 2408.15664); the z-loss is
     ST-MoE's (arXiv 2202.08906, section 3.3).
     """
 
-    threshold = 0.91
-    patience = 12
+    threshold = 0.83
+    patience = 16
     advice = (
         "Look at the balance loss (its coefficient, and whether it reaches the router), the "
         "controller of the selection bias, and the learning rate of the router. People restore "
@@ -59,9 +69,9 @@ class RouterCollapse(AlarmRule):
     )
 
     def measure(self, reading: LayerReading) -> float | None:
-        experts, each = reading.num_experts, max(reading.mean_ffn_count, 1.0)
-        if experts - each < 1 or not reading.counts.any():
+        if (each := experts_of_a_token(reading)) is None:
             return None
+        experts = reading.num_experts
         return min(1 - (float(effective_experts(reading.counts)) - each) / (experts - each), 1.0)
 
     def seen(self, reading: LayerReading, value: float) -> str:
@@ -126,7 +136,8 @@ def _empty(reading: LayerReading) -> Tensor:
 class LoadDrift(AlarmRule):
     """Running mean of the unevenness of the load, less its best value so far.
 
-    Unevenness: load CV over its largest possible value. Advice: load over the global batch, arXiv
+    Unevenness: load CV over its largest possible value; not watched where tokens run more than half
+    of the experts. Advice: load over the global batch, arXiv
     2501.11873; the bias and its rate, arXiv 2408.15664, section 4.3.
     """
 
@@ -158,13 +169,14 @@ class LoadDrift(AlarmRule):
 
 @ALARMS.register("entropy_low")
 class EntropyLow(AlarmRule):
-    """Entropy of the router's scores over its largest possible value.
+    """Entropy of the router's scores over its largest possible value; not watched where scores are
+    sparse, as ReMoE's.
 
     Advice: routers in float32, Switch (arXiv 2101.03961, section 2.4); z-loss, ST-MoE (arXiv
     2202.08906, section 3.3).
     """
 
-    threshold = 0.04
+    threshold = 0.05
     below = True
     patience = 4
     advice = (
@@ -175,7 +187,9 @@ class EntropyLow(AlarmRule):
     )
 
     def measure(self, reading: LayerReading) -> float | None:
-        return reading.entropy / reading.entropy_max if reading.entropy_max > 0 else None
+        if reading.sparse_scores or reading.entropy_max <= 0:
+            return None
+        return reading.entropy / reading.entropy_max
 
     def seen(self, reading: LayerReading, value: float) -> str:
         return (
@@ -306,14 +320,14 @@ class _OffTarget(AlarmRule):
 class BudgetDrift(_OffTarget):
     """Distance of the mean number of experts per token from its target as |ln(mean / target)|, for
     layers without zero-compute experts. Where no mean is aimed at, the target is the mean of the
-    first 16 readings. Counted from when the mean has come within 25 % of the target, or from
-    reading 64: routers such as ReMoE begin with many experts.
+    first 16 readings. Counted from when the mean was within 25 % of the target in four successive
+    readings, or from reading 64: routers such as ReMoE begin with many experts.
 
     Advice: DTop-p's controller, arXiv 2512.13996; the entropy loss, arXiv 2403.07652.
     """
 
-    threshold = 0.65
-    patience = 16
+    threshold = 0.55
+    patience = 32
     advice = (
         "Look at the controller of the threshold (whether it is called, its bounds), and at the "
         "size of the logits: with a fixed p the count follows it. People move p by a controller, "
@@ -325,8 +339,9 @@ class BudgetDrift(_OffTarget):
             return None
         if reading.ffn_target is not None:
             off = self.off(reading, reading.ffn_target)
-            waited = self.memory.get("waited", 0)
-            self.memory["waited"] = WAIT if off < math.log(1 + REACHED) else min(waited + 1, WAIT)
+            near = self.memory.get("near", 0) + 1 if off < math.log(1 + REACHED) else 0
+            waited = WAIT if near >= STAYS else min(self.memory.get("waited", 0) + 1, WAIT)
+            self.memory |= {"near": min(near, STAYS), "waited": waited}
             return off if self.memory["waited"] == WAIT else None
         first = self.memory.setdefault("first", [])
         if len(first) < FIRST:

@@ -412,6 +412,7 @@ class _Layer:
             sums,
             step=step,
             layer=self.site.layer,
+            sparse_scores=self.own is not None and self.own.facts.sparse_scores,
             ffn_target=None if self.own is None else ffn_target(self.own.config),
             num_zero_experts=self.site.num_zero_experts,
             bias=self._bias(),

@@ -34,6 +34,8 @@ class LayerReading:
         entropy_max: the largest that ``entropy`` can be: ln of the number of experts, zero-compute
             ones included.
         mean_ffn_count: real experts executed, mean over tokens.
+        sparse_scores: whether experts that a token does not run have a score of 0 (ReMoE), so that
+            a low entropy is no sign of certainty.
         ffn_target: the ``mean_ffn_count`` that the layer aims at, where tokens may differ in
             their number of real experts; None: the number is fixed, or no mean is aimed at.
         num_zero_experts: zero-compute experts of the layer.
@@ -55,6 +57,7 @@ class LayerReading:
     entropy: float
     entropy_max: float
     mean_ffn_count: float
+    sparse_scores: bool = False
     ffn_target: float | None = None
     num_zero_experts: int = 0
     bias: Tensor | None = None
@@ -97,6 +100,7 @@ def read_layers(
                 ranks.total(sums).cpu(),
                 step=step,
                 layer=index,
+                sparse_scores=router.facts.sparse_scores,
                 ffn_target=ffn_target(router.config),
                 num_zero_experts=router.config.num_zero_experts,
                 bias=moved_bias(router),

@@ -55,7 +55,7 @@ BAD: dict[str, Callable[[int], dict[str, Any]]] = {
         "bias": torch.linspace(-1, 1, 8) * step,
         "score_spread": 0.5,
     },
-    "budget_drift": lambda step: {"mean_ffn_count": 5.0, "ffn_target": 2.0},
+    "budget_drift": lambda step: {"mean_ffn_count": 2.0 if step <= 4 else 5.0, "ffn_target": 2.0},
     "zero_share": lambda step: {
         "mean_ffn_count": 0.5,
         "ffn_target": 2.0,
@@ -126,6 +126,35 @@ def test_a_zero_expert_is_a_dead_expert_and_is_named():
     ]
     assert len(raised) == 1
     assert "1 of 8 experts (5) return zero" in raised[0].sentence
+
+
+@pytest.mark.parametrize(("reached", "first"), [(0, 96), (3, 96), (4, 36), (40, 72)])
+def test_a_budget_counts_when_it_stayed_near_its_target_or_after_64_readings(reached, first):
+    alarms = Alarms(["budget_drift"])
+    counts = [2.2] * reached + [5.0] * 120
+    found = [
+        alarm.step
+        for step, count in enumerate(counts, 1)
+        for alarm in alarms.observe([reading(step, mean_ffn_count=count, ffn_target=2.0)])
+    ]
+    assert found == [first - 1 if reached < 4 else first]
+
+
+def test_the_load_is_not_watched_where_tokens_run_more_than_half_of_the_experts():
+    names = ["router_collapse", "load_drift"]
+    for each, raised in ((4, names), (5, [])):
+        busy = [256] * each + [0] * (8 - each)
+        steps = [
+            reading(step, counts=EVEN if step <= 4 else busy, mean_ffn_count=float(each))
+            for step in range(60)
+        ]
+        assert sorted(kinds(Alarms(names), steps)) == sorted(raised)
+
+
+def test_a_low_entropy_of_sparse_scores_raises_nothing():
+    for sparse, raised in ((False, ["entropy_low"]), (True, [])):
+        low = [reading(step, entropy=0.0, sparse_scores=sparse) for step in range(40)]
+        assert kinds(Alarms(["entropy_low"]), low) == raised
 
 
 def test_an_infinite_gradient_ratio_and_what_was_not_measured_raise_nothing():

@@ -94,8 +94,11 @@ def counts_of(watch: Monitor) -> list[list[int]]:
     return [reading.counts.tolist() for reading in watch.readings]
 
 
-def test_a_reading_of_our_own_model_is_that_of_a_run() -> None:
-    model, (ids, more) = decoder(), batches(2)
+@pytest.mark.parametrize(
+    "router", [ZERO, RouterConfig(kind="remoe", num_experts=E, top_k=2, max_slots=E)]
+)
+def test_a_reading_of_our_own_model_is_that_of_a_run(router: RouterConfig) -> None:
+    model, (ids, more) = decoder(router), batches(2)
     with monitor(model, every=1) as watch:
         first, second = (model(part[:, :-1], part[:, 1:]) for part in (ids, more))
         watch.step()

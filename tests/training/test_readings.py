@@ -54,6 +54,16 @@ def test_a_reading_is_over_all_micro_batches_and_without_padding():
         assert (reading.ffn_target, reading.num_zero_experts) == (2.0, 4)
 
 
+@pytest.mark.parametrize(("kind", "sparse"), [("remoe", True), ("softmax_topk", False)])
+def test_a_reading_says_whether_the_scores_are_sparse(kind, sparse):
+    slots = 8 if kind == "remoe" else None
+    model = decoder(RouterConfig(kind=kind, num_experts=8, top_k=2, max_slots=slots))
+    routings = [[routing] for routing in model(torch.randint(0, 64, (2, 16))).routings]
+    readings = read_layers(1, model.moe_layers(), routings)
+    assert [reading.sparse_scores for reading in readings] == [sparse] * 2
+    assert all(bool((seen[0].scores == 0).any()) == sparse for seen in routings)
+
+
 def test_an_expert_with_a_zero_matrix_has_norm_zero_and_a_trained_router_another_norm():
     model = decoder(LONGCAT)
     layers = model.moe_layers()
