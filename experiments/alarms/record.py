@@ -7,7 +7,7 @@ once: "judge". The runs of "again" had judged earlier thresholds.
     python experiments/alarms/record.py --out runs/alarms --processes 2
     python experiments/alarms/judge.py runs/alarms
 
-The first command takes about 35 minutes of CPU time and continues where it stopped: a run is a
+The first command takes about 30 minutes of CPU time and continues where it stopped: a run is a
 file, ``<run>.npz``. The second writes the committed tables.
 """
 
