@@ -9,6 +9,7 @@ of 8. Because of this, the tokens of a document are no independent sample.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -20,7 +21,6 @@ from moe_lab.analysis.aligned_rows import (
     by_layer,
     first_choices,
     in_document_order,
-    shared,
 )
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import (
@@ -79,10 +79,9 @@ def _sums(trace: Trace, layer: LayerMeta, docs: Documents, seed: int) -> pl.Data
     def batches() -> Iterator[tuple[NDArray, NDArray]]:
         for doc_P, before, after in _neighbours(trace, layer):
             order = generator.permutation(len(doc_P))
-            shuffled = _same((before[0][order], before[1][order]), after)
-            unused = (before[1] == EMPTY_SLOT).any(axis=1)
-            columns = [np.ones(len(doc_P)), *_same(before, after), *shuffled, unused]
-            yield doc_P, np.stack(columns, axis=1)
+            shuffled = _same(before.rows(order), after)
+            columns = [np.ones(len(doc_P)), *_same(before, after), *shuffled, before.unused]
+            yield doc_P, np.stack(columns).T
 
     return unit_sums(docs, batches(), 6)
 
@@ -108,18 +107,38 @@ def _layer_rows(
     ]
 
 
-Choice = tuple[Ids, Ids]
-"""First choices [P] and expert ids [P, K] of some tokens."""
+@dataclass(frozen=True)
+class Choices:
+    """First choices [P] (``EMPTY_SLOT``: none), whether a slot was not used [P], and the chosen
+    sets as bits of words [P, W] of some tokens.
+    """
+
+    first: Ids
+    unused: NDArray[np.bool_]
+    sets: NDArray[np.uint64]
+
+    def rows(self, places: NDArray[np.int64]) -> "Choices":
+        return Choices(self.first[places], self.unused[places], self.sets[places])
 
 
-def _same(before: Choice, after: Choice) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    first = (before[0] == after[0]) & (after[0] != EMPTY_SLOT)
-    return first, shared(before[1], after[1]) > 0
+def _sets(ids_TK: Ids, experts: int) -> NDArray[np.uint64]:
+    """[T, W] the experts of each token: bit e % 64 of word e // 64 stands for expert e."""
+    sets_TW = np.zeros((len(ids_TK), -(-experts // 64)), dtype=np.uint64)
+    for ids_T in ids_TK.T:
+        bit_T = (ids_T != EMPTY_SLOT).astype(np.uint64) << (ids_T % 64).astype(np.uint64)
+        for word in range(sets_TW.shape[1]):
+            sets_TW[:, word] |= np.where(ids_T // 64 == word, bit_T, np.uint64(0))
+    return sets_TW
+
+
+def _same(before: Choices, after: Choices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    first = (before.first == after.first) & (after.first != EMPTY_SLOT)
+    return first, (before.sets & after.sets).any(axis=1)
 
 
 def _neighbours(
     trace: Trace, layer: LayerMeta
-) -> Iterator[tuple[NDArray[np.uint32], Choice, Choice]]:
+) -> Iterator[tuple[NDArray[np.uint32], Choices, Choices]]:
     """Batches of pairs: the document, the token before, the token after."""
     last: pl.DataFrame | None = None
     for frame in in_document_order(trace, layer.layer, ["experts", "weights"]):
@@ -130,12 +149,9 @@ def _neighbours(
         doc, pos = (frame[name].to_numpy().astype(np.int64) for name in ("doc", "pos"))
         ids = expert_slots(layer, frame["experts"])
         first = first_choices(layer, Slots(frame, ids))
+        chosen = Choices(first, (ids == EMPTY_SLOT).any(axis=1), _sets(ids, layer.num_choices))
         pair = np.flatnonzero((doc[1:] == doc[:-1]) & (pos[1:] == pos[:-1] + 1))
-        yield (
-            frame["doc"].to_numpy()[pair],
-            (first[pair], ids[pair]),
-            (first[pair + 1], ids[pair + 1]),
-        )
+        yield frame["doc"].to_numpy()[pair], chosen.rows(pair), chosen.rows(pair + 1)
 
 
 _SCHEMA = {"layer": pl.UInt32, "choice": pl.String, "n_pairs": pl.Int64, "n_docs": pl.Int64}

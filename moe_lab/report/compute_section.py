@@ -216,26 +216,19 @@ def _profiles(
 
 def _certainty_curves(traces: list[NamedTrace], frames: Frames) -> Block | None:
     """Up to ``CURVE_LAYERS`` layers, against the token that goes in and the one to be predicted."""
-    from moe_lab.analysis.difficulty import difficulty_curves
-    from moe_lab.analysis.difficulty.study import NGRAM
-
     variants, parts = [], []
     for named in traces:
-        frame = frames(trace_difficulty, named)
-        if frame is None:
+        frame, values = frames(trace_difficulty, named), _certainties(named, frames)
+        if frame is None or not values:
             continue
-        layers = named.even_layers(CURVE_LAYERS)
-        rows = frames(_rows_of_layers, frame, layers)
-        for value in _certainties(named, frames):
-            curves = frames(
-                difficulty_curves, rows, NGRAM, compute=value, resamples=CURVE_RESAMPLES
-            )
-            for (layer, align), part in curves.group_by("layer", "align", maintain_order=True):
-                name = f"{CERTAINTIES[value]}, layer {layer}, {ALIGN_LABELS[str(align)]}"
-                canvas = difficulty_figure.canvas(part, value=f"{CERTAINTIES[value]} per token")
-                variants.append(Variant(name, canvas, group=named.label if traces[1:] else ""))
-            names = (pl.lit(named.label).alias("run"), pl.lit(value).alias("value"))
-            parts.append(curves.select(*names, pl.all()))
+        curves = frames(_curves_of_measures, frame, named.even_layers(CURVE_LAYERS), values)
+        by_plot = curves.group_by("value", "layer", "align", maintain_order=True)
+        for (value, layer, align), part in by_plot:
+            words = CERTAINTIES[str(value)]
+            canvas = difficulty_figure.canvas(part.drop("value"), value=f"{words} per token")
+            name = f"{words}, layer {layer}, {ALIGN_LABELS[str(align)]}"
+            variants.append(Variant(name, canvas, group=named.label if traces[1:] else ""))
+        parts.append(named.labelled(curves))
     if not variants:
         return None
     data = pl.concat(parts)
@@ -252,8 +245,24 @@ def _certainty_curves(traces: list[NamedTrace], frames: Frames) -> Block | None:
     )
 
 
-def _rows_of_layers(frame: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
-    return frame.filter(pl.col("layer").is_in(layers))
+def _curves_of_measures(frame: pl.DataFrame, layers: list[int], values: list[str]) -> pl.DataFrame:
+    """``difficulty_curves`` of each of ``values``, with column value in front.
+
+    To the analysis the measures are layers that differ in compute alone, so that the order of
+    difficulty is made once for all of them.
+    """
+    from moe_lab.analysis.difficulty import difficulty_curves
+    from moe_lab.analysis.difficulty.study import NGRAM
+
+    rows = frame.lazy().filter(pl.col("layer").is_in(layers))
+    layer, step = pl.col("layer").cast(pl.Int64), max(layers) + 1
+    stacked = pl.concat(
+        rows.with_columns(layer=layer + place * step, certainty=pl.col(value).cast(pl.Float64))
+        for place, value in enumerate(values)
+    )
+    curves = difficulty_curves(stacked, NGRAM, compute="certainty", resamples=CURVE_RESAMPLES)
+    names = (layer // step).replace_strict(dict(enumerate(values)), return_dtype=pl.String)
+    return curves.select(names.alias("value"), layer % step, pl.exclude("layer"))
 
 
 def _class_columns(named: NamedTrace) -> list[str]:

@@ -54,6 +54,16 @@ def test_rows_in_the_order_of_a_batched_decode_are_put_in_order(make_trace):
     assert table.select("n_pairs", "rate").rows() == [(4, 0.75), (4, 0.75)]
 
 
+@pytest.mark.parametrize("experts", [3, 64, 65, 200])
+def test_sets_meet_where_slots_are_equal(make_trace, draw, experts):
+    ids = draw(0, 400, experts, 2)
+    ids[::7, 1] = -1
+    (rate,) = repetition(make_trace(ids, experts)).filter(choice="either")["rate"]
+    used = [set(row[row >= 0]) for row in ids]
+    pairs = [bool(one & two) for one, two in zip(used[:-1], used[1:], strict=True)]
+    assert rate == np.mean(pairs)
+
+
 def test_unused_slots_repeat_nothing(make_trace):
     table = repetition(make_trace([[-1, -1], [-1, -1], [1, -1]], 3, top_k=2))
     assert table["rate"].to_list() == [0, 0]

@@ -16,6 +16,7 @@ from unicodedata import category
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from report_fixtures import (
     HOSTILE,
     Shape,
@@ -26,6 +27,7 @@ from report_fixtures import (
     write_plan,
 )
 
+from moe_lab.analysis.difficulty import difficulty_curves, difficulty_frame
 from moe_lab.commands.report import _summary
 from moe_lab.errors import RunError, StorageError
 from moe_lab.plain_text import LONGEST_ON_PAGE, on_page
@@ -355,6 +357,18 @@ def test_fixed_k_is_profiled_by_certainty_by_class_and_by_difficulty(fixed_page:
     named = re.findall(r"<option[^>]*>(.*?)</option>", figures_of)
     assert {"router entropy, by lexer class", "margin, by lexer class"} <= set(named)
     assert any(name.startswith("gate mass, layer 1, ") for name in named)
+
+
+def test_the_curves_of_certainty_are_those_of_each_measure_alone(
+    fixed_trace: Path, fixed_page: Path
+) -> None:
+    curves = pl.read_parquet(fixed_page.with_name("trace_data") / "difficulty_curves.parquet")
+    rows = difficulty_frame(open_trace(fixed_trace)).collect()
+    assert curves["value"].n_unique() > 1
+    for (value,), part in curves.group_by("value"):
+        alone = difficulty_curves(rows, "ngram_loss", compute=str(value), resamples=200)
+        alone = alone.filter(pl.col("layer").is_in(part["layer"].implode()))
+        assert_frame_equal(part.drop("run", "value"), alone)
 
 
 def test_a_bare_trace_makes_a_page_without_a_verdict(fixed_page: Path) -> None:

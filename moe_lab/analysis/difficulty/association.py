@@ -252,13 +252,19 @@ class Pairing:
         )
 
     @cached_property
+    def left_of_token(self) -> Floats:
+        """Ranks of difficulty within token ids."""
+        return self.by_token.residual(self.ranks)
+
+    @cached_property
     def left(self) -> dict[str, Floats]:
         """Ranks of difficulty within each grouping."""
-        groups = {"strata": self.by_strata, "token": self.by_token, "lexer": self.by_lexer}
+        groups = {"strata": self.by_strata, "lexer": self.by_lexer}
         left = {
             name: group.residual(self.ranks) for name, group in groups.items() if group is not None
         }
-        return left | {"raw": self.ranks, "document": self.within_documents(left["token"])}
+        token = self.left_of_token
+        return left | {"raw": self.ranks, "token": token, "document": self.within_documents(token)}
 
     @cached_property
     def reliability(self) -> float:
@@ -282,7 +288,7 @@ class Pairing:
     @cached_property
     def order_left(self) -> Order:
         """The order of the ranks of difficulty within token ids."""
-        return Order.of(self.left["token"])
+        return Order.of(self.left_of_token)
 
     @cached_property
     def square(self) -> Floats:

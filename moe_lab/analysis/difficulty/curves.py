@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 
 from moe_lab.analysis.difficulty.association import MAX_LEVELS, Pairing, compute_levels, pairings
-from moe_lab.analysis.difficulty.rank_statistics import Order
 from moe_lab.analysis.difficulty.within_groups import Ints, joint_code
 from moe_lab.analysis.document_bootstrap import Floats, Resampling
 from moe_lab.analysis.document_sums import over
@@ -50,7 +49,7 @@ def difficulty_curves(
             bins = {key: value for key, value in bins.items() if len(bins) < 2}
             bins[id(pairing)] = (
                 pairing.order.quantile_bins(BINS),
-                Order.of(pairing.left["token"]).quantile_bins(BINS),
+                pairing.order_left.quantile_bins(BINS),
             )
         raw, hard = bins[id(pairing)]
         within = pairing.by_token.residual(spent) + spent.mean()
