@@ -1,5 +1,6 @@
 """Repetition of experts, entropy and margin, zero-compute slots: known answers and closed forms."""
 
+import itertools
 import math
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_sets_meet_where_slots_are_equal(make_trace, draw, experts):
     ids[::7, 1] = -1
     (rate,) = repetition(make_trace(ids, experts)).filter(choice="either")["rate"]
     used = [set(row[row >= 0]) for row in ids]
-    pairs = [bool(one & two) for one, two in zip(used[:-1], used[1:], strict=True)]
+    pairs = [bool(one & two) for one, two in itertools.pairwise(used)]
     assert rate == np.mean(pairs)
 
 

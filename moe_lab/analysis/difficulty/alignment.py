@@ -176,6 +176,7 @@ def layers_of(
             places = last[1]
             if rows.select(shared).hash_rows().equals(last[2]):
                 spent = rows[compute].cast(pl.Float64).to_numpy()[places]
+                del rows
                 yield replace(last[0], layer=layer, compute=spent)
                 continue
         found, places = _layer_tokens(
@@ -184,6 +185,7 @@ def layers_of(
         if last is not None and last[0].same_tokens(found):
             found = replace(last[0], layer=layer, compute=found.compute)
         last = found, places if _whole(rows[compute]) else None, rows.select(shared).hash_rows()
+        del rows
         yield found
 
 

@@ -8,13 +8,14 @@ out, since a router may look up either. Intervals come from resampling documents
 the statistics: docs/difficulty.md.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from moe_lab.analysis.difficulty.alignment import (
     MIN_DOCUMENT_TOKENS,
@@ -58,6 +59,8 @@ SHOWN = (
     *("q", "verdict", "n_tokens", "n_docs"),
 )
 """Columns of the association that the command line and the page show."""
+TOGETHER = 32
+"""Layers whose compute is held at once."""
 NEGLIGIBLE = 1e-9
 """Share of a row's variance below which its residual is rounding error."""
 ZERO = Interval.missing(0.0, 1.0)
@@ -142,6 +145,7 @@ def difficulty_association(
         if documents not in drawn:
             drawn = {documents: Bootstrap(documents, resamples, seed, level)}
         measured.append(measure(tokens, pairing, drawn[documents], margin))
+    measured.sort(key=lambda one: one.layer)
     qs = false_discovery(np.array([one.evidence.token.p for one in measured]))
     rows = [one.row(float(q), margin, min_documents) for one, q in zip(measured, qs, strict=True)]
     result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS).with_columns(
@@ -224,7 +228,7 @@ class Pairing:
 
     @cached_property
     def gates(self) -> Gates:
-        return Gates(self.cues, self.aligned, self.by_token, self.ranks, self.left["token"])
+        return Gates(self.cues, self.aligned, self.by_token, self.ranks, self.left_of_token)
 
     @cached_property
     def order(self) -> Order:
@@ -241,6 +245,11 @@ class Pairing:
     @cached_property
     def by_strata(self) -> Within:
         return Within((joint_code([self.aligned.strata]),))
+
+    @cached_property
+    def cells(self) -> Ints:
+        """[n] one code for each document and stratum."""
+        return joint_code([self.aligned.doc, self.by_strata.codes[0]])
 
     @cached_property
     def by_lexer(self) -> Within | None:
@@ -332,21 +341,40 @@ def pairings(
     include_first: bool = False,
 ) -> Iterator[tuple[LayerTokens, Pairing]]:
     """Each layer under each alignment; layers that differ in compute alone share one ``Pairing``
-    object.
+    object. Up to ``TOGETHER`` such layers come under one alignment before they come under the
+    other, so that the ranks and groups of only one are held.
     """
-    kept: tuple[Floats, dict[Align, Pairing]] | None = None
-    for tokens in layers_of(frame, difficulty, compute, strata, min_document_tokens):
-        if kept is None or kept[0] is not tokens.difficulty:
-            cues = Cues(tokens)
-            kept = (
-                tokens.difficulty,
-                {
-                    how: Pairing(cues, align(tokens, how, include_first), pool_below)
-                    for how in Align
-                },
-            )
+    layers = layers_of(frame, difficulty, compute, strata, min_document_tokens)
+    for alike in _alike(layers):
+        cues, pairing = Cues(alike[0]), None
         for how in Align:
-            yield tokens, kept[1][how]
+            del pairing
+            pairing = Pairing(cues, align(alike[0], how, include_first), pool_below)
+            for tokens in alike:
+                yield replace(tokens, compute=tokens.compute.astype(np.float64)), pairing
+
+
+def _alike(layers: Iterable[LayerTokens]) -> Iterator[list[LayerTokens]]:
+    """Runs of layers that share their arrays of tokens, compute in the smallest type that holds
+    it.
+    """
+    alike: list[LayerTokens] = []
+    for tokens in layers:
+        if alike and (alike[0].difficulty is not tokens.difficulty or len(alike) == TOGETHER):
+            yield alike
+            alike = []
+        alike.append(replace(tokens, compute=_narrowed(tokens.compute)))
+    if alike:
+        yield alike
+
+
+def _narrowed(values: Floats) -> NDArray:
+    for kind in (np.uint8, np.float32):
+        with np.errstate(invalid="ignore", over="ignore"):
+            narrow = values.astype(kind)
+        if np.array_equal(narrow, values):
+            return narrow
+    return values
 
 
 def measure(

@@ -38,20 +38,16 @@ def difficulty_curves(
     """
     require(resamples >= 1, "at least 1 resample", resamples)
     frames = []
-    bins: dict[int, tuple[Ints, Ints]] = {}
+    bins: tuple[Pairing, Ints, Ints] | None = None
     for tokens, pairing in pairings(frame, difficulty, compute):
         spent = tokens.compute[pairing.aligned.rows]
         if not len(spent) or spent.min() == spent.max():
             continue
-        if id(pairing) not in bins:
-            # A pairing is kept alive with its bins: ids of objects that are gone are given out
-            # again.
-            bins = {key: value for key, value in bins.items() if len(bins) < 2}
-            bins[id(pairing)] = (
-                pairing.order.quantile_bins(BINS),
-                pairing.order_left.quantile_bins(BINS),
-            )
-        raw, hard = bins[id(pairing)]
+        if bins is None or bins[0] is not pairing:
+            bins = None
+            raw, hard = (order.quantile_bins(BINS) for order in (pairing.order, pairing.order_left))
+            bins = pairing, raw, hard
+        _, raw, hard = bins
         within = pairing.by_token.residual(spent) + spent.mean()
         columns = _binned(raw, spent, pairing, "mean", ("lo", "hi"), resamples, seed)
         columns |= _binned(
@@ -73,9 +69,8 @@ def difficulty_curves(
         "decile": pl.Int64,
         "n_tokens": pl.Int64,
     } | dict.fromkeys(_CURVES, pl.Float64)
-    return pl.concat([pl.DataFrame(schema=schema), *frames]).with_columns(
-        pl.col(pl.Float64).fill_nan(None)
-    )
+    table = pl.concat([pl.DataFrame(schema=schema), *frames]).sort("layer", maintain_order=True)
+    return table.with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 _CURVES = ("mean", "lo", "hi", "within", "within_lo", "within_hi")
@@ -160,16 +155,15 @@ def difficulty_information(
     require(shuffles >= 1, "at least 1 shuffle", shuffles)
     rows = []
     last: tuple[Pairing, Ints, list[Ints]] | None = None
-    shared: dict[str, tuple[Pairing, Ints, list[Ints]]] = {}
     for tokens, pairing in pairings(frame, difficulty, compute, strata):
         how = pairing.aligned.align.value
         row: dict[str, object] = {"layer": tokens.layer, "align": how}
         spent = tokens.compute[pairing.aligned.rows]
         levels = compute_levels(spent) if len(spent) else np.zeros(0, dtype=np.int64)
         if len(spent) and 0 < levels.max() < MAX_LEVELS:
-            last = shared.get(how)
             if last is None or last[0] is not pairing:
-                last = shared[how] = (pairing, *_conditioned(pairing, shuffles, seed))
+                last = None
+                last = (pairing, *_conditioned(pairing, shuffles, seed))
             _, group, deciles = last
             found, *null = (conditional_information(group, decile, levels) for decile in deciles)
             row |= {
@@ -180,7 +174,8 @@ def difficulty_information(
             }
         rows.append(row)
     floats = dict.fromkeys(("information", "null_mean", "null_max", "excess"), pl.Float64)
-    return pl.DataFrame(rows, schema={"layer": pl.Int64, "align": pl.String} | floats)
+    table = pl.DataFrame(rows, schema={"layer": pl.Int64, "align": pl.String} | floats)
+    return table.sort("layer", maintain_order=True)
 
 
 def _conditioned(pairing: Pairing, shuffles: int, seed: int) -> tuple[Ints, list[Ints]]:

@@ -64,17 +64,17 @@ def difficulty_nulls(
         if len(spent) and spent.min() < spent.max():
             row |= _nulls(pairing, standard_level_ranks(compute_levels(spent)), draws, seed)
         rows.append(row)
-    return pl.DataFrame(rows, schema=_SCHEMA).with_columns(pl.col(pl.Float64).fill_nan(None))
+    table = pl.DataFrame(rows, schema=_SCHEMA).sort("layer", maintain_order=True)
+    return table.with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def _nulls(pairing: Pairing, ranks: Floats, draws: int, seed: int) -> dict[str, object]:
-    x, y = pairing.left["token"], pairing.by_token.residual(ranks)
+    x, y = pairing.left_of_token, pairing.by_token.residual(ranks)
     scale = float(np.sqrt((x @ x) * (y @ y)))
     if scale <= 1e-9 * len(x):
         return {}
     seen = float(x @ y)
-    cells = joint_code([pairing.aligned.doc, joint_code([pairing.aligned.strata])])
-    mean, variance = shuffle_moments(x, y, cells)
+    mean, variance = shuffle_moments(x, y, pairing.cells)
     shifted = shifted_sums(x, y, pairing.aligned.starts, draws, seed)
     far = np.abs(shifted - shifted.mean()) >= abs(seen - shifted.mean())
     sd = float(np.sqrt(variance))

@@ -2,11 +2,13 @@
 is nothing to measure.
 """
 
+import weakref
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from refusals import refused
 from scipy import stats
 from simulated_routers import (
@@ -18,7 +20,14 @@ from simulated_routers import (
 from single_cue_routers import cue_corpus, cue_verdicts, false_verdicts
 
 from moe_lab.analysis import difficulty_association
+from moe_lab.analysis.difficulty import (
+    association,
+    difficulty_curves,
+    difficulty_information,
+    difficulty_nulls,
+)
 from moe_lab.analysis.difficulty.alignment import layers_of, since
+from moe_lab.analysis.difficulty.association import Pairing, pairings
 from moe_lab.analysis.difficulty.context import copied_suffix
 from moe_lab.errors import AnalysisError
 
@@ -361,6 +370,44 @@ def test_the_false_discovery_rate_is_over_all_rows(tokens):
     assert result["q"].to_numpy() == pytest.approx(
         stats.false_discovery_control(result["p"].to_numpy()), abs=1e-12
     )
+
+
+def test_layers_are_measured_together_as_alone(tokens, monkeypatch):
+    monkeypatch.setattr(association, "TOGETHER", 2)
+    routes = [
+        simulate_router(tokens, World(difficulty=0.15), "difficulty", seed=layer).with_columns(
+            layer=pl.lit(layer), spent=pl.col("ffn_count") * scale
+        )
+        for layer, scale in enumerate([1.0, 0.5, 1 / 3, 1.0, 100.0])
+    ]
+    routes[3] = routes[3].filter(pl.col("pos") != 7)  # its own tokens
+    options = {"compute": "spent", "difficulty": "difficulty"}
+    for analysis, more in (
+        (difficulty_association, {"details": True, "resamples": 100}),
+        (difficulty_nulls, {"draws": 20}),
+        (difficulty_curves, {"resamples": 20}),
+        (difficulty_information, {"shuffles": 1}),
+    ):
+        alone = pl.concat(analysis(route, **options, **more) for route in routes)
+        together = analysis(pl.concat(routes).sample(fraction=1, shuffle=True), **options, **more)
+        of_all_rows = [name for name in ("q", "verdict", "note") if name in alone.columns]
+        assert_frame_equal(together.drop(of_all_rows), alone.drop(of_all_rows), check_exact=True)
+
+
+def test_ranks_and_groups_of_one_alignment_are_held_at_a_time(tokens):
+    layers = pl.concat(
+        simulate_router(tokens, World(), "difficulty", seed).with_columns(layer=pl.lit(seed))
+        for seed in range(2)
+    )
+    held: list[weakref.ref[Pairing]] = []
+    aligns = []
+    for one, pairing in pairings(layers, "difficulty", "ffn_count"):
+        aligns.append((one.layer, pairing.aligned.align.value))
+        if not any(kept() is pairing for kept in held):
+            held.append(weakref.ref(pairing))
+        assert sum(kept() is not None for kept in held) == 1
+    assert aligns == [(0, "input"), (1, "input"), (0, "target"), (1, "target")]
+    assert len(held) == 2
 
 
 def test_other_notions_of_compute_are_columns(routed):
