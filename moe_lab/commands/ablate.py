@@ -23,7 +23,7 @@ from moe_lab.number_format import count_of
 from moe_lab.progress import clock, shown
 from moe_lab.runs.layout import DONE
 from moe_lab.terminal import say
-from moe_lab.worth.worth_files import META, WORTH_FOLDER, read_meta, refuse_finished
+from moe_lab.worth.worth_files import META, WORTH_FOLDER, read_meta, refuse_taken
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
     if out is None and not args.plan:
         raise ConfigError(expected("a folder for the tables", "none", "--out FOLDER"))
     if out is not None and not args.plan:
-        refuse_finished(out)
+        refuse_taken(out)
     ablation = _of_run(args) if is_run else _of_model(args)
     unfinished = out is not None and not (out / META).exists()
     minutes = ablation.minutes(out if unfinished else None)

@@ -31,7 +31,7 @@ from moe_lab.worth.paired_passes import edited_sums, log_probabilities, logits_o
 from moe_lab.worth.pairs import exchange_losses, pair_losses
 from moe_lab.worth.scores import SCORES, expert_scores, score_agreement
 from moe_lab.worth.token_groups import Classes
-from moe_lab.worth.worth_files import LOSSES, META, refuse_finished
+from moe_lab.worth.worth_files import LOSSES, META, refuse_taken
 from moe_lab.worth.worth_sentences import curve_sentences, worth_sentences
 
 CURVES = (len(SCORES) + 11) * len(SHARES)
@@ -134,7 +134,7 @@ class Ablation:
                 model, text or edit.
         """
         folder, notes = Path(folder), []
-        refuse_finished(folder)
+        refuse_taken(folder)
         losses = expert_losses(
             self.model,
             self.documents,

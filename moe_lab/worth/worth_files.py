@@ -13,16 +13,27 @@ FREE_SHARE = 0.001
 """Share of the loss below which an expert costs nothing."""
 
 
-def refuse_finished(folder: Path) -> None:
-    """Raise ``AnalysisError`` if a finished measurement lies in a folder."""
-    require(
-        not (folder / META).exists(),
-        "a folder without a finished measurement",
-        folder,
-        "another folder, or removing this one",
-        error=AnalysisError,
-        field="out",
-    )
+def refuse_taken(folder: Path) -> None:
+    """Raise ``AnalysisError`` for a folder of a finished measurement, or of other things: the
+    tables would be written among them.
+    """
+    for taken, what in (
+        ((folder / META).exists(), "a folder without a finished measurement"),
+        (
+            not (folder / LOSSES).exists()
+            and folder.is_dir()
+            and any(not path.name.startswith(".") for path in folder.iterdir()),
+            "a new folder, an empty one, or one with an unfinished measurement",
+        ),
+    ):
+        require(
+            not taken,
+            what,
+            folder,
+            "another folder, or removing this one",
+            error=AnalysisError,
+            field="out",
+        )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

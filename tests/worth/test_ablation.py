@@ -12,7 +12,7 @@ from moe_lab.worth import Forbid, expert_losses, expert_scores, expert_worth, me
 from moe_lab.worth import ablation as ablation_module
 from moe_lab.worth.ablation import Ablation, untouched_loss
 from moe_lab.worth.paired_passes import Untouched, padded_batches
-from moe_lab.worth.worth_files import read_meta
+from moe_lab.worth.worth_files import read_meta, refuse_taken
 from moe_lab.worth.worth_sentences import curve_sentences, pruning_price, worth_sentences
 
 
@@ -61,6 +61,16 @@ def test_a_measurement_writes_its_tables_and_is_not_replaced(tmp_path):
         ablation.run(tmp_path)
     with refused("worth", AnalysisError):
         read_meta(tmp_path / "other")
+
+
+def test_a_folder_of_other_things_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "scores.parquet").write_text("mine")
+    (tmp_path / ".hidden").touch()
+    with refused("out", AnalysisError):
+        refuse_taken(tmp_path)
+    (tmp_path / "scores.parquet").unlink()
+    refuse_taken(tmp_path)
+    refuse_taken(tmp_path / "new")
 
 
 def test_an_interrupted_measurement_goes_on_and_the_plan_is_of_what_is_left(tmp_path, monkeypatch):
