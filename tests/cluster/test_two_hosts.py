@@ -4,9 +4,11 @@ cable, hosts that vanish without a signal and come back.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -179,13 +181,13 @@ def test_ray_workers_on_s3_outlive_a_host_that_vanishes_and_comes_back(
 
 
 @pytest.fixture
-def slurm(hosts: tuple[Host, Host, str], tmp_path: Path) -> dict[str, str]:
+def slurm(hosts: tuple[Host, Host, str]) -> Iterator[dict[str, str]]:
     """Environment of the clients of a controller on the first host and a node on each, with a
     partition whose jobs take the second node from those of the other.
     """
     pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
     first, second, _ = hosts
-    folder = tmp_path / "slurm"
+    folder = Path(tempfile.mkdtemp(prefix="ml", dir="/tmp"))  # short: sockets lie in it
     nodes = "\n".join(
         [
             *(f"NodeName={one.name} NodeAddr={one.address} CPUs=1" for one in (first, second)),
@@ -203,7 +205,8 @@ def slurm(hosts: tuple[Host, Host, str], tmp_path: Path) -> dict[str, str]:
         second.run("slurmd", environment=environment)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no SLURM could be brought up: {' / '.join(error.stdout.splitlines())}")
-    return environment  # its daemons end with their hosts
+    yield environment
+    shutil.rmtree(folder, ignore_errors=True)  # its daemons end with their hosts
 
 
 def test_slurm_takes_a_run_from_a_host_by_priority_drains_it_and_loses_it(
