@@ -133,7 +133,7 @@ def _sets(ids_TK: Ids, experts: int) -> NDArray[np.uint64]:
 
 def _same(before: Choices, after: Choices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     first = (before.first == after.first) & (after.first != EMPTY_SLOT)
-    return first, (before.sets & after.sets).any(axis=1)
+    return first, ((before.sets & after.sets) != 0).any(axis=1)
 
 
 def _neighbours(
