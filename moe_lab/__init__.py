@@ -19,6 +19,7 @@ __getattr__ = on_first_use(
             "text",
             "trace",
             "training",
+            "watch",
             "worth",
         ),
         (),

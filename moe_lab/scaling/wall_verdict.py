@@ -141,6 +141,9 @@ def wall_verdict(
     if noise_sd is not None and not noise_sd > 0:
         raise AnalysisError(expected("a noise_sd above 0 nats", noise_sd))
     sweep = read_sweep(frame, vocab_size=vocab_size)
+    steps = np.diff(np.unique(sweep.log2))
+    if not (np.isfinite(steps).all() and steps.min(initial=np.inf) > 1e-6):
+        raise _alike(sweep)
     slope = _slope(sweep, budgets, compute_slope)
     low, high = doublings(sweep.log2).T
     growth = np.log(sweep.active[high] / sweep.active[low]) / (sweep.log2[high] - sweep.log2[low])
@@ -152,9 +155,7 @@ def wall_verdict(
             sweep.layout, sweep.losses[None], price, known=noise_sd, confidence=confidence
         )
     except np.linalg.LinAlgError:
-        got = f"ratios {sweep.log2.min():.3g} to {sweep.log2.max():.3g} doublings"
-        what = "ratios and losses that a fit can tell apart"
-        raise AnalysisError(expected(what, got, "leaving the odd run out")) from None
+        raise _alike(sweep) from None
     assert judged.without is not None
     case = Case(
         sweep,
@@ -216,6 +217,12 @@ def verdict_by_budget(frame: pl.DataFrame | pl.LazyFrame, **options: Any) -> dic
         float(tokens): wall_verdict(frame.filter(pl.col("tokens") == tokens), **options)
         for tokens in budgets
     }
+
+
+def _alike(sweep: Sweep) -> AnalysisError:
+    got = f"ratios {sweep.log2.min():.3g} to {sweep.log2.max():.3g} doublings"
+    what = "ratios and losses that a fit can tell apart"
+    return AnalysisError(expected(what, got, "leaving the odd run out"))
 
 
 def _slope(sweep: Sweep, budgets: pl.DataFrame | None, stated: float | None) -> ComputeSlope:
