@@ -110,8 +110,8 @@ def paired(
 def sizes(trace: Trace) -> dict[str, float]:
     """Bytes of the routing tables per slot and per token and layer."""
     entries = trace.manifest.entries.drop_nulls("layer")
-    total, rows = entries["bytes"].sum(), entries["rows"].sum()
-    slots = trace.counts()["count"].sum()
+    total, rows = int(entries["bytes"].sum()), int(entries["rows"].sum())
+    slots = int(trace.counts()["count"].sum())
     return {"bytes_per_slot": total / slots, "bytes_per_token_layer": total / rows}
 
 

@@ -100,12 +100,12 @@ def link_trace(folder: Path, target: Path, times: int) -> None:
         entries = trace.manifest.of_layer(number).drop("layer").rows()
         counts = [None] * len(entries) if layer is None else trace.manifest.file_counts(layer)
         for time_ in range(times):
-            for (part, *others), counts_E in zip(entries, counts, strict=True):
+            for (part, rows, size, digest), counts_E in zip(entries, counts, strict=True):
                 new = time_ * len(entries) + part
                 path = target / file_name(number, new)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.link(folder / file_name(number, part), path)
-                listing.add_known(number, new, *others, counts_E)
+                listing.add_known(number, new, rows, size, digest, counts_E)
     listing.write(trace.meta, complete=True)
 
 

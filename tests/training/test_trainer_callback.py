@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trace"))
-from hf_capture_models import build  # noqa: E402
+from hf_capture_models import build  # type: ignore[import-not-found]  # noqa: E402
 
 from moe_lab.errors import TraceExistsError  # noqa: E402
 from moe_lab.runs.tables import read_tables  # noqa: E402

@@ -1,5 +1,7 @@
 """The measured worth of experts: against plain passes, in planted models, and resumed."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pytest
@@ -183,7 +185,7 @@ def count_edited_passes(monkeypatch, stop_at=None):
 
 def test_a_measurement_goes_on_at_the_expert_and_batch_where_it_stopped(tmp_path, monkeypatch):
     model, documents, path = decoder(), texts(), tmp_path / "losses.parquet"
-    options = {"experts": 3, "batch_tokens": 60}
+    options: dict[str, Any] = {"experts": 3, "batch_tokens": 60}
     with monkeypatch.context() as patch:
         every = count_edited_passes(patch)
         whole = expert_losses(model, documents, **options)

@@ -5,6 +5,7 @@ at 00a4c14) and in Megatron-LM (``megatron/core/transformer/moe/router.py`` at 0
 ``moe_layer.py`` at 0011998). Shape letters: T tokens, K slots, E experts, D d_model.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,10 @@ def torchtitan(module: Any, seen: Seen) -> Reading:
     """
     weights_TK, indices_TK = seen["output"][:2]
     logits_TE = seen["gate output"].detach().float()
-    name = module.score_func if isinstance(module.score_func, str) else ""
-    if name == "softmax":
-        scores_TE = logits_TE.softmax(dim=-1)
-    else:
-        scores_TE = logits_TE.sigmoid() if name == "sigmoid" else module.score_func(logits_TE)
+    function: Any = module.score_func
+    if isinstance(function, str):
+        function = {"softmax": partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid}[function]
+    scores_TE = function(logits_TE)
     padding_T = seen["kwargs"].get("padding_mask_T")
     return Reading(
         indices_TK.detach(),

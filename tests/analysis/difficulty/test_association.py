@@ -381,7 +381,8 @@ def test_layers_are_measured_together_as_alone(tokens, monkeypatch):
         for layer, scale in enumerate([1.0, 0.5, 1 / 3, 1.0, 100.0])
     ]
     routes[3] = routes[3].filter(pl.col("pos") != 7)  # its own tokens
-    options = {"compute": "spent", "difficulty": "difficulty"}
+    options: dict[str, Any] = {"compute": "spent", "difficulty": "difficulty"}
+    more: dict[str, Any]
     for analysis, more in (
         (difficulty_association, {"details": True, "resamples": 100}),
         (difficulty_nulls, {"draws": 20}),
