@@ -99,7 +99,7 @@ class Host:
         return set(self.run("ls", "/proc").split())
 
     def vanish(self) -> None:
-        """Take the cables out and let every process stand still; nobody is told."""
+        """Take the cables out and stop every process, without a signal to the other host."""
         self._cables("down")
         self.send(signal.SIGSTOP)
 
