@@ -65,7 +65,8 @@ class Sum(Generic[A]):
         fold: takes the partial frames in the order of the files.
         arguments: what else ``partial`` is called with.
         whole: it needs all rows at once; the sum is one task.
-        cuts: rows of the tables at which tasks may begin, in place of the files of the first one.
+        cuts: gives the rows of the tables at which tasks may begin, in place of the files of the
+            first one, or None where all rows are needed at once. It is called inside ``mapped``.
     """
 
     partial: Callable[..., pl.DataFrame]
@@ -74,7 +75,7 @@ class Sum(Generic[A]):
     fold: Fold[A]
     arguments: tuple[Any, ...] = ()
     whole: bool = False
-    cuts: NDArray[np.int64] | None = None
+    cuts: Callable[[], NDArray[np.int64] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def _tasks(one: Sum, rows: int) -> list[Task]:
     ends = [np.append(0, table["rows"].cast(pl.Int64).cum_sum().to_numpy()) for table in tables]
     total, cuts = ends[0][-1], [0]
     if not one.whole and all(end[-1] == total for end in ends):
-        for end in ends[0] if one.cuts is None else one.cuts:
+        begins = ends[0] if one.cuts is None else one.cuts()
+        for end in () if begins is None else begins:
             if end - cuts[-1] >= max(rows, total // MOST_GROUPS):
                 cuts.append(int(end))
     cuts = [*cuts[: max(1, len(cuts) - 1)], None]

@@ -100,12 +100,12 @@ def unit_counts(
 
 
 def coded_batches(
-    trace: Trace, layer: LayerMeta, groups: Grouping | None
+    trace: Trace, layer: LayerMeta, groups: Grouping | None, *columns: str
 ) -> Iterator[tuple[pl.DataFrame, Ints]]:
-    """Batches of a layer: doc, pos and experts, with the code of each token's group [T] (-1 where
-    it is in none; 0 without groups).
+    """Batches of a layer: doc, pos, experts and ``columns``, with the code of each token's group
+    [T] (-1 where it is in none; 0 without groups).
     """
-    routing = trace.batches(layer.layer, [*KEY, "experts"])
+    routing = trace.batches(layer.layer, [*KEY, "experts", *columns])
     if groups is None:
         yield from ((frame, np.zeros(frame.height, dtype=np.int64)) for frame in routing)
         return

@@ -10,10 +10,12 @@ from moe_lab.commands.options import (
     add_json,
     add_number,
     add_seed,
+    add_workers,
     examples,
     expert_sizes,
     print_frame,
     print_json,
+    read_by_workers,
 )
 from moe_lab.errors import AnalysisError
 from moe_lab.terminal import say
@@ -58,10 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Parquet of measured MoE layers: fit a roofline and print its error",
     )
     add_expert_sizes(parser)
+    add_workers(parser)
     add_seed(parser)
     add_json(parser)
 
 
+@read_by_workers
 def main(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 

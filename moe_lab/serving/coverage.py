@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moe_lab.analysis.aligned_rows import by_layer
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import Documents, documents, nulls
+from moe_lab.analysis.map_reduce import Fold, Sum, cells, counted, reduced
 from moe_lab.analysis.slot_counts import coded_batches, unit_counts
 from moe_lab.analysis.token_groups import Grouping, grouping
 from moe_lab.errors import AnalysisError, expected, require
@@ -123,23 +124,42 @@ def _sums(
     if of == "slots":
         counts = next(unit_counts(trace, [layer], docs, groups))[:, :, : layer.num_experts]
         return counts.astype(np.float64)
-    size, cells = len(groups) if groups else 1, layer.num_choices
-    table = np.zeros(docs.units * size * cells)
-    batches = zip(
-        coded_batches(trace, layer, groups),
-        trace.batches(layer.layer, ["doc", "weights"]),
-        strict=True,
-    )
-    for (frame, codes_T), weighed in batches:
+    shape = docs.units, len(groups) if groups else 1, layer.num_choices
+    layers = (layer.layer, None) if groups else (layer.layer,)
+    arguments = layer, docs, groups
+    whole = groups is not None and groups.whole
+    (table_UGE,) = reduced([Sum(_mass, (trace,), layers, _added(shape), arguments, whole)])
+    return table_UGE[:, :, : layer.num_experts]
+
+
+def _mass(trace: Trace, layer: LayerMeta, docs: Documents, groups: Grouping | None) -> pl.DataFrame:
+    """[cell, mass]: gate mass in cells of [U, G, E], file by file: sums of floats depend on their
+    order.
+    """
+    size = len(groups) if groups else 1
+    frames = [pl.DataFrame(schema={"cell": pl.UInt32, "mass": pl.Float64})]
+    for frame, codes_T in coded_batches(trace, layer, groups, "weights"):
         row_T = docs.unit(frame["doc"].to_numpy()) * size + codes_T
         slots = frame["experts"].list.len().to_numpy()
-        row_R = np.repeat(row_T, slots)
         expert_R = frame["experts"].explode().drop_nulls().to_numpy()
-        weight_R = weighed["weights"].explode().drop_nulls().cast(pl.Float64).to_numpy()
+        weight_R = frame["weights"].explode().drop_nulls().cast(pl.Float64).to_numpy()
         inside = np.repeat(codes_T >= 0, slots)
-        cell = row_R[inside] * cells + expert_R[inside]
-        table += np.bincount(cell, weights=weight_R[inside], minlength=len(table))
-    return table.reshape(docs.units, size, cells)[:, :, : layer.num_experts]
+        cell_R = (np.repeat(row_T, slots) * layer.num_choices + expert_R)[inside]
+        mass = np.bincount(cell_R, weights=weight_R[inside])
+        cell = np.flatnonzero(mass)
+        frames.append(pl.DataFrame({"cell": cell.astype(np.uint32), "mass": mass[cell]}))
+    return pl.concat(frames)
+
+
+def _added(shape: tuple[int, ...]) -> Fold[Floats]:
+    """A fold that adds up frames of ``_mass`` in a table, in their order."""
+
+    def fold(total: Floats | None, frame: pl.DataFrame) -> Floats:
+        table = np.zeros(shape) if total is None else total
+        np.add.at(table.reshape(-1), frame["cell"].to_numpy(), frame["mass"].to_numpy())
+        return table
+
+    return fold
 
 
 def write_expert_lists(frame: pl.DataFrame, path: Path | str) -> None:
@@ -205,7 +225,14 @@ def _enough(rate: float, least: int, logs: float) -> int:
 
 
 def _tokens(trace: Trace, layer: LayerMeta, docs: Documents) -> NDArray[np.int64]:
+    """[U] tokens."""
+    fold = counted((docs.units,))
+    (table,) = reduced([Sum(_token_cells, (trace,), (layer.layer,), fold, (layer, docs))])
+    return table
+
+
+def _token_cells(trace: Trace, layer: LayerMeta, docs: Documents) -> pl.DataFrame:
     table = np.zeros(docs.units, np.int64)
     for batch in trace.batches(layer.layer, ["doc"]):
         table += np.bincount(docs.unit(batch["doc"].to_numpy()), minlength=docs.units)
-    return table
+    return cells(table)

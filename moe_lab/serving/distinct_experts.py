@@ -10,7 +10,8 @@ of one document in a row (speculative decoding verifies such a window at once).
 Shape letters: D documents, T tokens, L layers, E experts, K slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -24,6 +25,7 @@ from moe_lab.analysis.document_bootstrap import (
     expanded_interval,
 )
 from moe_lab.analysis.document_sums import Documents, documents, nulls
+from moe_lab.analysis.map_reduce import cells, counted
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_sets import ExpertSets, expert_sets
 from moe_lab.trace import Trace
@@ -35,6 +37,8 @@ DRAWS = 200
 KEPT_TOKENS = 256
 """Tokens of each document that batches are drawn from, evenly spaced."""
 MAX_KEPT = 2**26
+"""Ids that are kept at most: those of the first documents where there are more."""
+_Total = tuple[NDArray, list[NDArray[np.uint16]]]
 SCHEMA = {
     "layer": pl.UInt32,
     "kind": pl.String,
@@ -98,48 +102,39 @@ def distinct_experts(
 
 
 class _Decoded:
-    """Sums over the decoded tokens of a trace, by document."""
+    """Sums over the decoded tokens of a trace, by document.
+
+    Attributes:
+        load_LE: slots of each expert.
+        window_sum, window_count: by size: [U, L] distinct experts and [U] windows of each unit.
+        kept: of each document, ids [T, L, K] of evenly spaced tokens.
+    """
 
     def __init__(self, sets: ExpertSets, sizes: list[int]) -> None:
         self.layers = sets.layers
         self.experts = np.array([layer.num_experts for layer in self.layers])
         docs = documents(sets.trace, sum(self.experts))
-        self.units, count = docs.units, len(self.layers)
-        self.load_LE = np.zeros((count, int(self.experts.max())))
-        self.tokens = 0
-        self.window_sum = {size: np.zeros((self.units, count)) for size in sizes}
-        self.window_count = {size: np.zeros(self.units) for size in sizes}
-        self.kept: list[NDArray[np.uint16]] = []
-        held: list[NDArray[np.uint16]] = []
-        current = -1
-        for key_T, decode_T, ids_TLK in sets.tokens():
-            doc_T = (key_T >> np.uint64(32)).astype(np.int64)
-            cuts = np.flatnonzero(np.append(True, doc_T[1:] != doc_T[:-1]))
-            for start, end in zip(cuts, np.append(cuts[1:], len(doc_T)), strict=True):
-                if doc_T[start] != current:
-                    self._finish(held, current, docs)
-                    held, current = [], int(doc_T[start])
-                held.append(ids_TLK[start:end][decode_T[start:end]])
-        self._finish(held, current, docs)
+        self.units, layers = docs.units, len(self.layers)
+        slots = max(layer.top_k for layer in self.layers)
+        last = docs.docs[: max(1, MAX_KEPT // (KEPT_TOKENS * layers * slots))][-1:]
+        loads, windows = layers * int(self.experts.max()), (self.units, len(sizes), layers + 1)
+        add = counted((1 + loads + int(np.prod(windows)),))
+
+        def fold(total: _Total | None, frame: pl.DataFrame) -> _Total:
+            table, kept = total or (None, [])
+            ids_TLK = np.frombuffer(frame["ids"][0], np.uint16).reshape(-1, layers, slots)
+            parts = np.split(ids_TLK, np.cumsum(frame["tokens"][0].to_numpy())[:-1])
+            table = add(table, frame["sums"][0].struct.unnest())
+            return table, [*kept, *(part for part in parts if len(part))]
+
+        sums, self.kept = sets.summed(_sums, fold, (docs, sizes, last))
+        self.tokens = int(sums[0])
         if not self.tokens:
             raise AnalysisError(expected("a trace with decoded tokens", "prompts alone"))
-
-    def _finish(self, held: list[NDArray[np.uint16]], doc: int, docs: Documents) -> None:
-        if not held or not (ids_TLK := np.concatenate(held)).size:
-            return
-        unit = int(docs.unit(np.array([doc]))[0])
-        self.tokens += len(ids_TLK)
-        for place in range(len(self.layers)):
-            used = ids_TLK[:, place][ids_TLK[:, place] != EMPTY_SLOT]
-            self.load_LE[place] += np.bincount(used, minlength=self.load_LE.shape[1])
-        for size in self.window_sum:
-            whole = len(ids_TLK) // size
-            if whole:
-                self.window_sum[size][unit] += _distinct(ids_TLK[: whole * size], size).sum(axis=0)
-                self.window_count[size][unit] += whole
-        step = max(1, len(ids_TLK) // KEPT_TOKENS)
-        if sum(kept.size for kept in self.kept) < MAX_KEPT:
-            self.kept.append(ids_TLK[::step][:KEPT_TOKENS])
+        self.load_LE = sums[1 : 1 + loads].reshape(layers, -1)
+        tables = sums[1 + loads :].reshape(windows).astype(np.float64)
+        self.window_sum = {size: tables[:, at, :-1] for at, size in enumerate(sizes)}
+        self.window_count = {size: tables[:, at, -1] for at, size in enumerate(sizes)}
 
     def windows(self, size: int, resampling: Resampling) -> tuple[Floats, Floats, Floats]:
         """[L + 1] measured, lower and upper end; the mean over layers last."""
@@ -229,3 +224,56 @@ def _distinct(ids_TLK: NDArray[np.uint16], size: int) -> NDArray[np.int64]:
     first = np.ones_like(ordered, bool)
     first[:, :, 1:] = ordered[:, :, 1:] != ordered[:, :, :-1]
     return (first & (ordered != EMPTY_SLOT)).sum(axis=2)
+
+
+def _sums(
+    trace: Trace, docs: Documents, sizes: list[int], last: NDArray[np.uint32]
+) -> pl.DataFrame:
+    """[sums, tokens, ids], one row: ``cells`` of the decoded tokens, of the load of each layer, and
+    for each unit and size of the distinct experts of windows in each layer and of the windows; then
+    the number of kept tokens of each document up to ``last``, and their ids as bytes.
+    """
+    sets, kept = expert_sets(trace), []
+    load_LE = np.zeros(
+        (len(sets.layers), max(layer.num_experts for layer in sets.layers)), np.int64
+    )
+    windows = np.zeros((docs.units, len(sizes), len(sets.layers) + 1), np.int64)
+    tokens = 0
+    for doc, ids_TLK in _documents(sets):
+        tokens += len(ids_TLK)
+        for load_E, ids_TK in zip(load_LE, ids_TLK.swapaxes(0, 1), strict=True):
+            load_E += np.bincount(ids_TK[ids_TK != EMPTY_SLOT], minlength=len(load_E))
+        unit = int(docs.unit(np.array([doc]))[0])
+        for at, size in enumerate(sizes):
+            if whole := len(ids_TLK) // size:
+                windows[unit, at, :-1] += _distinct(ids_TLK[: whole * size], size).sum(axis=0)
+                windows[unit, at, -1] += whole
+        if doc <= last:
+            step = max(1, len(ids_TLK) // KEPT_TOKENS)
+            kept.append(ids_TLK[::step][:KEPT_TOKENS])
+    sums = np.concatenate([[tokens], load_LE.ravel(), windows.ravel()])
+    return pl.DataFrame(
+        {
+            "sums": [cells(sums).to_struct()],
+            "tokens": [[len(ids) for ids in kept]],
+            "ids": [b"".join(ids.tobytes() for ids in kept)],
+        }
+    )
+
+
+def _documents(sets: ExpertSets) -> Iterator[tuple[int, NDArray[np.uint16]]]:
+    """(number, ids [T, L, K]) of the decoded tokens of each document that has some."""
+    held: list[NDArray[np.uint16]] = []
+    current = -1
+    for key_T, decode_T, ids_TLK in sets.tokens():
+        doc_T = (key_T[decode_T] >> np.uint64(32)).astype(np.int64)
+        decoded_TLK = ids_TLK[decode_T]
+        cuts = np.flatnonzero(doc_T[1:] != doc_T[:-1]) + 1
+        for start, end in pairwise([0, *cuts.tolist(), len(doc_T)]):
+            if start < end and doc_T[start] != current:
+                if held:
+                    yield current, np.concatenate(held)
+                held, current = [], int(doc_T[start])
+            held.append(decoded_TLK[start:end])
+    if current >= 0:
+        yield current, np.concatenate(held)

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Resampling
 from moe_lab.analysis.document_sums import Documents, documents, nulls
-from moe_lab.analysis.map_reduce import Sum, cells, counted, reduced
+from moe_lab.analysis.map_reduce import cells, counted
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_bytes import Bytes, bytes_by_layer
-from moe_lab.serving.expert_sets import ExpertSets, SetBlock, document_starts, expert_sets
+from moe_lab.serving.expert_sets import ExpertSets, SetBlock, expert_sets
 from moe_lab.serving.policies import POLICIES
 from moe_lab.serving.replay import KeyedCache, LruStack, Order, next_uses, tally
 from moe_lab.trace import Trace
@@ -405,20 +405,15 @@ def _by_document(
     """As ``_Replay.run``, of all policies, with caches that are empty at the start of each
     document.
     """
-    trace, layers = replay.sets.trace, tuple(layer.layer for layer in replay.sets.layers)
-    starts = document_starts(trace)
-    has_tokens = (None,) if trace.has_tokens else ()
-    how = (trace,), (*layers, *has_tokens)
     single = len(replay.docs.docs) < 2
     chosen = [policy for policy in policies if policy != "static" or not single]
     arguments = replay.layer_bytes, replay.docs, replay.seed
     uses = np.zeros((0, 0), np.int64)
     if "static" in chosen:
         fold = counted((int(replay.folds.max()) + 1, len(replay.item_bytes)))
-        (uses,) = reduced([Sum(_uses, *how, fold, arguments, starts is None, starts)])
+        uses = replay.sets.summed(_uses, fold, arguments)
     shape = 3 + 2 * len(chosen) * len(budgets), *replay.requests.shape
-    arguments = *arguments, chosen, budgets, uses
-    (sums,) = reduced([Sum(_hits, *how, counted(shape), arguments, starts is None, starts)])
+    sums = replay.sets.summed(_hits, counted(shape), (*arguments, chosen, budgets, uses))
     replay.requests, replay.request_bytes, replay.tokens = sums[:3]
     replay.require_requests()
     keys = [(policy, budget) for policy in chosen for budget in budgets]

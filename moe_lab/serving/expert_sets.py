@@ -12,12 +12,15 @@ experts of all sets.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import KEY, aligned, by_layer, token_keys
+from moe_lab.analysis.map_reduce import Fold, Sum, reduced
 from moe_lab.analysis.token_groups import token_batches
 from moe_lab.errors import AnalysisError, TraceError, expected, require
 from moe_lab.trace import LayerMeta, Trace
@@ -29,6 +32,7 @@ BLOCK_SLOTS = 2**20
 PHASE = "phase"
 PREFILL = "prefill"
 
+A = TypeVar("A")
 Ints = NDArray[np.int64]
 
 
@@ -76,10 +80,12 @@ class ExpertSets:
     Attributes:
         trace: that they were read from.
         layers: in order of depth.
+        in_order: whether the rows of each document stand together; None: not looked yet.
     """
 
     trace: Trace
     layers: tuple[LayerMeta, ...]
+    in_order: bool | None = None
 
     @property
     def first_item(self) -> Ints:
@@ -108,7 +114,7 @@ class ExpertSets:
         """
         slots = max(layer.top_k for layer in self.layers)
         rows = max(1, BLOCK_SLOTS // (slots * len(self.layers)))
-        ordered = document_runs(self.trace.batches(self.layers[0].layer, KEY))
+        ordered = self.ordered
         phases = self._phases(ordered)
         readers = [_Rows(self.trace, layer, ordered) for layer in self.layers]
         while (first := readers[0].take(rows)) is not None:
@@ -125,6 +131,27 @@ class ExpertSets:
                     ids_TK < layer.num_experts, ids_TK, EMPTY_SLOT
                 )
             yield key_T, phases(len(key_T)), ids_TLK
+
+    def summed(
+        self, partial: Callable[..., pl.DataFrame], fold: Fold[A], arguments: tuple[Any, ...] = ()
+    ) -> A:
+        """The result of a sum over the sets, in tasks of whole documents (``map_reduce.Sum``)."""
+        has_tokens = (None,) if self.trace.has_tokens else ()
+        tables = *(layer.layer for layer in self.layers), *has_tokens
+        whole = Sum(partial, (self.trace,), tables, fold, arguments, cuts=lambda: self._starts)
+        (result,) = reduced([whole])
+        return result
+
+    @cached_property
+    def ordered(self) -> bool:
+        """Whether the rows of each document stand together."""
+        if self.in_order is not None:
+            return self.in_order
+        return document_runs(self.trace.batches(self.layers[0].layer, KEY))
+
+    @cached_property
+    def _starts(self) -> Ints | None:
+        return _document_starts(self.trace, self.layers[0].layer) if self.ordered else None
 
     def _phases(self, ordered: bool) -> Callable[[int], NDArray[np.bool_]]:
         """A function that says of the next T tokens whether they were decoded."""
@@ -186,15 +213,10 @@ def expert_sets(trace: Trace) -> ExpertSets:
     return ExpertSets(trace, tuple(by_layer(trace)))
 
 
-def document_starts(trace: Trace) -> Ints | None:
-    """The row at which each document begins; None where the rows of some document do not stand
-    together.
-    """
-    first = by_layer(trace)[0].layer
-    if not document_runs(trace.batches(first, KEY)):
-        return None
+def _document_starts(trace: Trace, layer: int) -> Ints:
+    """The row at which each document begins."""
     starts, row, last = [np.zeros(0, np.int64)], 0, None
-    for frame in trace.batches(first, ["doc"]):
+    for frame in trace.batches(layer, ["doc"]):
         doc_T = frame["doc"].to_numpy()
         begins = np.append(True, doc_T[1:] != doc_T[:-1])[: len(doc_T)]
         if len(doc_T):

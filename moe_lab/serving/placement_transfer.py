@@ -14,15 +14,16 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from moe_lab.analysis.aligned_rows import add_counts
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import Documents, documents, nulls
+from moe_lab.analysis.map_reduce import cells, counted
 from moe_lab.analysis.slot_counts import unit_counts
 from moe_lab.analysis.token_groups import grouping
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_sets import expert_sets, require_real_experts
 from moe_lab.serving.placement import Placement, load_table, place, placement_bound
 from moe_lab.trace import Trace
-from moe_lab.trace.rows import EMPTY_SLOT
 
 REPEATS = 40
 """Random halves of the documents that ``tokens_needed`` draws."""
@@ -313,14 +314,9 @@ def nodes_touched(
         np.bitwise_or.at(mask_LE[place_], row, np.int64(1) << node_S)
     docs = documents(trace)
     require(docs.units, "a trace with tokens", "none", error=AnalysisError)
-    sums, counts = np.zeros((docs.units, len(layers))), np.zeros(docs.units)
-    for key_T, _, ids_TLK in sets.tokens():
-        unit_T = docs.unit((key_T >> np.uint64(32)).astype(np.uint32))
-        counts += np.bincount(unit_T, minlength=docs.units)
-        for at in range(len(layers)):
-            ids = np.where(ids_TLK[:, at] == EMPTY_SLOT, placement.num_experts, ids_TLK[:, at])
-            touched = _touched(mask_LE[at][ids])
-            sums[:, at] += np.bincount(unit_T, weights=touched, minlength=docs.units)
+    fold = counted((docs.units, len(layers) + 1))
+    table = sets.summed(_nodes, fold, (docs, mask_LE)).astype(np.float64)
+    sums, counts = table[:, :-1], table[:, -1]
     resampling = Resampling(resamples, seed, level)
     low, high = resampling.interval(lambda w: w @ sums / (w @ counts)[:, None], docs.units)
     mean = sums.sum(axis=0) / counts.sum()
@@ -337,14 +333,28 @@ def nodes_touched(
     )
 
 
-def _touched(mask_TK: NDArray[np.int64]) -> Floats:
+def _nodes(trace: Trace, docs: Documents, mask_LE: NDArray[np.int64]) -> pl.DataFrame:
+    """Cells of [U, L + 1]: nodes that the tokens of each unit touch in each layer, and tokens."""
+    sets = expert_sets(trace)
+    table = np.zeros((docs.units, len(sets.layers) + 1), np.int64)
+    for key_T, _, ids_TLK in sets.tokens():
+        unit_T = docs.unit((key_T >> np.uint64(32)).astype(np.uint32))
+        add_counts(table[:, -1], unit_T)
+        for at, mask_E in enumerate(mask_LE):
+            # The last mask is that of a slot that was not used.
+            touched_T = _touched(mask_E[np.minimum(ids_TLK[:, at], len(mask_E) - 1)])
+            np.add.at(table[:, at], unit_T, touched_T)
+    return cells(table)
+
+
+def _touched(mask_TK: NDArray[np.int64]) -> NDArray[np.uint8]:
     """[T] nodes: those of experts on one node, then the others one by one."""
     single = (mask_TK & (mask_TK - 1)) == 0
     need = np.bitwise_or.reduce(np.where(single, mask_TK, 0), axis=1)
     for column, alone in zip(mask_TK.T, single.T, strict=True):
         missing = ~alone & ((need & column) == 0)
         need = np.where(missing, need | (column & -column), need)
-    return np.bitwise_count(need).astype(np.float64)
+    return np.bitwise_count(need)
 
 
 def placement_sentence(frame: pl.DataFrame) -> str:

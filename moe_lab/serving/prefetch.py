@@ -14,21 +14,30 @@ Shape letters: T decoded tokens, L layers, E experts.
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
-from moe_lab.analysis.document_sums import documents, nulls
+from moe_lab.analysis.document_sums import Documents, documents, nulls
+from moe_lab.analysis.map_reduce import Sum, appended, reduced
 from moe_lab.errors import AnalysisError, require
-from moe_lab.serving.expert_sets import expert_sets
-from moe_lab.trace import Trace
+from moe_lab.serving.expert_sets import ExpertSets, expert_sets
+from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT
 
 PREDICTORS = ("last_token", "transition", "static")
 TARGETS = ("next_token", "next_layer")
 MAX_TOKENS = 50_000
+FOUND = {
+    "layer": pl.UInt32,
+    **dict.fromkeys(("target", "predictor"), pl.String),
+    "named": pl.Int64,
+    **dict.fromkeys(("hits", "used"), pl.List(pl.Float64)),
+    **dict.fromkeys(("tokens", "documents"), pl.Int64),
+}
 
 
 def prefetch(
@@ -59,57 +68,21 @@ def prefetch(
     require(set(predictors) <= set(PREDICTORS), f"predictors among {PREDICTORS}", list(predictors))
     require(max_tokens >= 1, "at least 1 token", max_tokens, field="max_tokens")
     sets = expert_sets(trace)
-    keys, ids = [], []
-    for key_T, decode_T, ids_TLK in sets.tokens():
-        keys.append(key_T[decode_T])
-        ids.append(ids_TLK[decode_T])
-        if sum(map(len, keys)) >= max_tokens:
-            break
-    require(any(map(len, keys)), "a trace with decoded tokens", "none of them", error=AnalysisError)
-    key_T = np.concatenate(keys)[:max_tokens]
-    ids_TLK = np.concatenate(ids)[:max_tokens]
     docs = documents(trace)
-    doc_T = (key_T >> np.uint64(32)).astype(np.uint32)
-    unit_T = docs.unit(doc_T)
-    # A token follows another where it is the next position of the same document.
-    follows_T = np.append(False, np.diff(key_T) == 1)
-    order = np.random.default_rng(seed).permutation(len(docs.docs)) % 2
-    fold_T = order[np.searchsorted(docs.docs, doc_T)]
-    number = len(np.unique(doc_T))
+    # Tables and lists are learned on the documents of the other fold.
+    fold_D = np.random.default_rng(seed).permutation(len(docs.docs)) % 2
+    has_tokens = (None,) if trace.has_tokens else ()
+    sums = []
+    for at in range(len(sets.layers)):
+        pair = sets.layers[max(at - 1, 0) : at + 1]
+        arguments = pair, sets.ordered, docs, fold_D, tuple(dict.fromkeys(predictors)), max_tokens
+        tables = *(layer.layer for layer in pair), *has_tokens
+        sums.append(Sum(_found, (trace,), tables, appended, arguments, whole=True))
+    frame = pl.concat(frame for frames in reduced(sums) for frame in frames)
     resampling = Resampling(resamples, seed, level)
-    jobs = [
-        (target, predictor)
-        for target in TARGETS
-        for predictor in dict.fromkeys(predictors)
-        if (target, predictor) != ("next_layer", "last_token")
-    ]
     rows = []
-    for target, predictor in jobs:
-        sums, counts, named, names = [], [], [], []
-        for at, layer in enumerate(sets.layers):
-            if target == "next_layer" and at == 0:
-                continue
-            now = _hot(ids_TLK[:, at], layer.num_experts)
-            if target == "next_token":
-                judged = follows_T
-                before = np.roll(now, 1, axis=0)
-            else:
-                judged = np.ones(len(now), bool)
-                before = _hot(ids_TLK[:, at - 1], sets.layers[at - 1].num_experts)
-            size = max(1, round(float(now.sum(axis=1).mean())))
-            learned = predictor != "last_token"
-            guess = before if not learned else _guess(predictor, before, now, judged, fold_T, size)
-            hits_T = (guess & now).sum(axis=1) * judged
-            used_T = now.sum(axis=1) * judged
-            if learned and number < 2:
-                hits_T, used_T = hits_T * 0, used_T * 0
-            sums.append(np.bincount(unit_T, weights=hits_T, minlength=docs.units))
-            counts.append(np.bincount(unit_T, weights=used_T, minlength=docs.units))
-            named.append(size)
-            names.append(layer.layer)
-        if not sums:
-            continue
-        hits_UL, used_UL = np.stack(sums, axis=1), np.stack(counts, axis=1)
+    for (target, predictor), group in frame.group_by("target", "predictor", maintain_order=True):
+        hits_UL, used_UL = (np.array(group[name].to_list()).T for name in ("hits", "used"))
 
         def found(weights: Floats, hits: Floats = hits_UL, used: Floats = used_UL) -> Floats:
             below = weights @ used
@@ -118,6 +91,7 @@ def prefetch(
             )
             return np.hstack([share, share.mean(axis=1, keepdims=True)])
 
+        tokens, number = group.row(0, named=True)["tokens"], group.row(0, named=True)["documents"]
         low, high = resampling.interval(found, docs.units, number)
         value = found(np.ones((1, docs.units)))[0]
         note = (
@@ -125,11 +99,11 @@ def prefetch(
         )
         if predictor != "last_token" and number < 2:
             note = "A predictor learned on other documents needs at least 2 documents."
-        for place, name in enumerate([*names, None]):
-            size = named[place] if name is not None else round(float(np.mean(named)))
+        named = [*group["named"], round(float(np.mean(group["named"].to_numpy())))]
+        for place, name in enumerate([*group["layer"], None]):
             rows.append(
-                [name, target, predictor, size, value[place], low[place], high[place],
-                 len(key_T), number, note]
+                [name, target, predictor, named[place], value[place], low[place], high[place],
+                 tokens, number, note]
             )  # fmt: skip
     schema = {
         "layer": pl.UInt32,
@@ -141,6 +115,57 @@ def prefetch(
         "note": pl.String,
     }
     return nulls(pl.DataFrame(rows, schema=schema, orient="row"))
+
+
+def _found(
+    trace: Trace,
+    pair: tuple[LayerMeta, ...],
+    ordered: bool,
+    docs: Documents,
+    fold_D: NDArray[np.int64],
+    predictors: tuple[str, ...],
+    max_tokens: int,
+) -> pl.DataFrame:
+    """[layer, target, predictor, named, hits, used, tokens, documents] of the last layer of
+    ``pair``: ``hits`` and ``used`` are lists [U] of experts.
+    """
+    key_T, ids_TLK = _decoded(ExpertSets(trace, pair, ordered), max_tokens)
+    doc_T = (key_T >> np.uint64(32)).astype(np.uint32)
+    unit_T, fold_T = docs.unit(doc_T), fold_D[np.searchsorted(docs.docs, doc_T)]
+    number = len(np.unique(doc_T))
+    *above, now = (_hot(ids_TLK[:, at], layer.num_experts) for at, layer in enumerate(pair))
+    size = max(1, round(float(now.sum(axis=1).mean())))
+    # A token follows another where it is the next position of the same document.
+    follows_T = np.append(False, np.diff(key_T) == 1)
+    known = {"next_token": (np.roll(now, 1, axis=0), follows_T)}
+    if above:
+        known["next_layer"] = above[0], np.ones(len(now), bool)
+    rows = []
+    for target, predictor in product(known, predictors):
+        before, judged_T = known[target]
+        learned = predictor != "last_token"
+        if target == "next_layer" and not learned:
+            continue
+        guess = _guess(predictor, before, now, judged_T, fold_T, size) if learned else before
+        counted_T = judged_T & (number >= 2 or not learned)
+        hits_U, used_U = (
+            np.bincount(unit_T, hot.sum(axis=1) * counted_T, docs.units).tolist()
+            for hot in (guess & now, now)
+        )
+        rows.append([pair[-1].layer, target, predictor, size, hits_U, used_U, len(key_T), number])
+    return pl.DataFrame(rows, schema=FOUND, orient="row")
+
+
+def _decoded(sets: ExpertSets, tokens: int) -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
+    """Keys [T] and ids [T, L, K] of the first decoded tokens."""
+    keys, ids = [], []
+    for key_T, decode_T, ids_TLK in sets.tokens():
+        keys.append(key_T[decode_T])
+        ids.append(ids_TLK[decode_T])
+        if sum(map(len, keys)) >= tokens:
+            break
+    require(any(map(len, keys)), "a trace with decoded tokens", "none of them", error=AnalysisError)
+    return np.concatenate(keys)[:tokens], np.concatenate(ids)[:tokens]
 
 
 def _hot(ids_TK: NDArray[np.uint16], experts: int) -> NDArray[np.bool_]:
