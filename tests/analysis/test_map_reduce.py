@@ -1,11 +1,14 @@
 """Analyses by several workers: the same frames to the bit, through kills and interruptions."""
 
+import inspect
 import os
 import pickle
+import re
 import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import polars as pl
 import pytest
 from refusals import refused
 
-from moe_lab import analysis
+from moe_lab import analysis, serving, worth
 from moe_lab.analysis import map_reduce
 from moe_lab.analysis.map_reduce import Sum, Task, appended, mapped, reduced
 from moe_lab.errors import AnalysisError, RunError, StorageError, TraceError
@@ -39,11 +42,23 @@ ANALYSES: dict[str, Callable[[Any, Any], pl.DataFrame]] = {
     "repetition": lambda a, _: analysis.repetition(a),
     "class_profile": lambda a, _: analysis.class_profile(a, "kind"),
     "class_entropy": lambda a, _: analysis.class_profile(a, "kind", "entropy"),
+    "expert_vocabulary": lambda a, _: analysis.expert_vocabulary(a),
     "saturation": lambda a, b: analysis.saturation({"early": b}, a),
-    "compare": analysis.compare,
-    "load_shift": analysis.load_shift,
+    "compare": lambda a, b: analysis.compare(a, b),
+    "load_shift": lambda a, b: analysis.load_shift(a, b),
+    "cache": lambda a, _: serving.expert_cache(a, [3, 8], expert_bytes=1, per_document=True),
+    "calibration": lambda a, _: serving.calibration_tokens(a, 5),
+    "coverage": lambda a, _: serving.coverage(a, [0.5, 0.9]),
+    "gate_mass": lambda a, _: serving.coverage(a, [0.5, 0.9], of="gate_mass"),
+    "gate_mass_by_class": lambda a, _: serving.coverage(a, [0.9], of="gate_mass", by="kind"),
+    "distinct": lambda a, _: serving.distinct_experts(a, [3, 5], [2, 7], resamples=20),
+    "speculation": lambda a, _: serving.speculation(a, [4], expert_bytes=1, resamples=20),
+    "nodes": lambda a, _: serving.nodes_touched(a, serving.place(a.counts(), 2, nodes=2)),
+    "transfer": lambda a, _: serving.placement_transfer(a, 2, resamples=20),
+    "tokens_needed": lambda a, _: serving.tokens_needed(a, 2, repeats=3),
+    "prefetch": lambda a, _: serving.prefetch(a, max_tokens=600, resamples=20),
 }
-WHOLE = ("load", "windows", "repetition", "load_by_next_id")
+WHOLE = ("load", "windows", "repetition", "load_by_next_id", "prefetch")
 """Analyses that read the manifest alone, or join files."""
 
 
@@ -97,7 +112,8 @@ class Here:
 
 
 @pytest.mark.parametrize(
-    ("rows", "names"), [(1, ANALYSES), (257, ("class_entropy", "saturation", "transitions"))]
+    ("rows", "names"),
+    [(1, ANALYSES), (257, ("class_entropy", "saturation", "transitions", "gate_mass", "distinct"))],
 )
 def test_frames_do_not_depend_on_the_groups_of_files(traces, tmp_path, rows, names):
     for name in names:
@@ -107,6 +123,33 @@ def test_frames_do_not_depend_on_the_groups_of_files(traces, tmp_path, rows, nam
         if name not in WHOLE:
             assert len(workers.tasks) >= {1: 11, 257: 2}[rows], name
     assert not list((tmp_path / "kept").iterdir()), "partial frames are removed at the end"
+
+
+def test_each_analysis_of_a_trace_is_listed_as_read_by_workers_or_with_a_reason():
+    """The tables of docs/analysis.md; those of the first one are compared above."""
+    page = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    section = page.partition("## Several processes")[2].partition("\n## ")[0]
+    tables = [
+        {
+            name
+            for line in block.splitlines()[2:]
+            for name in re.findall(r"`(\w+)[`(]", line.split("|")[1])
+        }
+        for block in re.split(r"\n\n", section)
+        if block.startswith("|")
+    ]
+    assert len(tables) == 2
+    known = {
+        function.__name__
+        for package in (analysis, serving, worth)
+        for function in (getattr(package, name) for name in package.__all__)
+        if inspect.isfunction(function) and re.search(r"\bTrace\b", str(signature(function)))
+    }
+    by_workers, alone = tables
+    assert by_workers | alone == known | {"difficulty_association"}
+    assert by_workers & alone == {"expert_cache"}, "of which one kind is, and the other is not"
+    compared = {name for one in ANALYSES.values() for name in one.__code__.co_names}
+    assert by_workers <= compared
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

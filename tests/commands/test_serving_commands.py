@@ -59,11 +59,13 @@ def test_workers_of_a_cache_need_one_per_document(trace, capsys, tmp_path):
     assert json.loads(alone)["cache"][0]["requests"] == 240 * 2 * 2
 
 
-def test_workers_print_what_one_process_prints(trace, capsys, tmp_path):
+@pytest.mark.parametrize("words", [("place", "--devices", 4), ("decode", "--window", 4)])
+def test_workers_print_what_one_process_prints(trace, capsys, tmp_path, words):
     kept = tmp_path / "kept"
-    alone = run(capsys, "place", trace, "--devices", 4)
-    workers = run(capsys, "place", trace, "--devices", 4, "--workers", 1, "--partial-frames", kept)
-    assert workers == alone
+    name, *options = words
+    alone = run(capsys, name, trace, *options)
+    assert alone[0] == 0
+    assert run(capsys, name, trace, *options, "--workers", 1, "--partial-frames", kept) == alone
     assert not list(kept.iterdir())
 
 

@@ -11,7 +11,7 @@ from refusals import refused
 
 from moe_lab.analysis.map_reduce import mapped
 from moe_lab.errors import AnalysisError
-from moe_lab.serving import expert_cache, expert_sets, replay
+from moe_lab.serving import distinct_experts, expert_cache, expert_sets, prefetch, replay
 from moe_lab.serving.expert_cache import POLICIES
 
 MIB = 2**20
@@ -134,14 +134,29 @@ def test_a_cache_per_document_finds_what_caches_of_single_documents_find(
     )
 
 
-def test_a_cache_per_document_does_not_depend_on_the_workers(write_trace, random_ids, tmp_path):
-    doc = np.repeat(np.arange(6), 15)
-    for decode in (None, np.tile(np.arange(15) >= 6, 6)):
-        trace = write_trace(random_ids(90, 2, 2, 6), doc, 6, decode=decode, rows_per_part=17)
-        whole = expert_cache(trace, [2, 5, 8], per_document=True)
+@pytest.mark.parametrize(("prompts", "shuffled"), [(False, False), (True, False), (True, True)])
+def test_answers_by_document_do_not_depend_on_the_workers(
+    write_trace, random_ids, tmp_path, prompts, shuffled
+):
+    """Rows in any order make one task of all documents."""
+    trace = write_trace(
+        random_ids(90, 2, 2, 6),
+        np.repeat(np.arange(6), 15),
+        6,
+        decode=np.tile(np.arange(15) >= 6, 6) if prompts else None,
+        rows_per_part=17,
+        order=np.random.default_rng(0).permutation(90) if shuffled else None,
+    )
+    questions = (
+        lambda: expert_cache(trace, [2, 5, 8], per_document=True, resamples=20),
+        lambda: distinct_experts(trace, [2, 3], [2, 4], resamples=20),
+        lambda: prefetch(trace, max_tokens=50, resamples=20),
+    )
+    for ask in questions:
+        whole = ask()
         for rows in (1, 40):
             with mapped(InThisProcess(), cache=tmp_path / "kept", rows=rows):
-                assert expert_cache(trace, [2, 5, 8], per_document=True).equals(whole)
+                assert ask().equals(whole)
 
 
 class InThisProcess:
