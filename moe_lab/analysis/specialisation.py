@@ -6,17 +6,21 @@ expert i, the domain specialisation of i is N_{i,D} / N_D (at random K / E); wit
 of which N_{i,x} ran expert i, its vocabulary specialisation is N_{i,x} / N_x.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import combinations, groupby
 from operator import itemgetter
+from typing import Protocol
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from moe_lab.analysis.aligned_rows import by_layer, chosen_layers
+from moe_lab.analysis.aligned_rows import MAX_CELLS, by_layer, chosen_layers
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import (
+    Documents,
     documents,
     nulls,
     over,
@@ -58,34 +62,10 @@ def domain_specialisation(
         all counted tokens, which every domain would show if it played no part. Ends of intervals
         are null for a domain of fewer than 5 documents.
     """
-    groups = _domains(trace, column)
-    docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
-    sizes_UG = unit_sizes(trace, docs, groups)
-    sizes_G = sizes_UG.sum(axis=0)
-    frames = []
-    layers = by_layer(trace)
-    tables = unit_counts(trace, layers, docs, groups)
-    for layer, counts_UGE in zip(layers, tables, strict=True):
-        counts_GE = counts_UGE.sum(axis=0, dtype=np.int64)
-        shares = over(counts_GE, sizes_G[:, None])
-        low, high = np.full_like(shares, np.nan), np.full_like(shares, np.nan)
-        if resamples:
-            low, high = Resampling(resamples, seed, level).interval(
-                lambda weights, counts=counts_UGE: _shares(weights, counts, sizes_UG),
-                docs.units,
-                (sizes_UG > 0).sum(axis=0)[:, None],
-            )
-        at_random = over(counts_GE.sum(axis=0), sizes_G.sum())
-        frames.append(
-            _per_expert(layer, groups.values, counts_GE).with_columns(
-                tokens=np.repeat(sizes_G, layer.num_choices),
-                specialisation=shares.ravel(),
-                lo=low.ravel(),
-                hi=high.ravel(),
-                at_random=np.tile(at_random, len(groups)),
-            )
-        )
-    return nulls(pl.concat(frames))
+    counted = domain_counts(trace, column)
+    measure = Specialisation(counted, resamples, seed, level)
+    counted.read_into(measure)
+    return measure.frame
 
 
 def domain_divergence(
@@ -110,29 +90,128 @@ def domain_divergence(
         ``shuffled`` with fewer than 2, and where a document (or a drawn bundle of them, see
         ``analysis.document_sums``) mixes domains.
     """
+    counted = domain_counts(trace, column)
+    measure = Divergence(counted, resamples, seed, level)
+    counted.read_into(measure)
+    return measure.frame
+
+
+Deals = Callable[[], Iterable[NDArray[np.bool_]]]
+
+
+class Measure(Protocol):
+    """What is made of the counts of each layer, one layer after another."""
+
+    def add(self, layer: LayerMeta, counts_UGE: NDArray) -> None: ...
+
+
+@dataclass(frozen=True)
+class DomainCounts:
+    """The domains of a trace; ``read_into`` reads its slots once for several measures.
+
+    Attributes:
+        groups: the domains.
+        docs: the documents, in the units that are drawn.
+        sizes: [U, G] tokens of each unit in each domain.
+    """
+
+    trace: Trace
+    groups: Grouping
+    docs: Documents
+    sizes: NDArray[np.int64]
+
+    def read_into(self, *measures: Measure) -> None:
+        """Add the counts [U, G, E] of every layer to each of ``measures``."""
+        layers = by_layer(self.trace)
+        tables = unit_counts(self.trace, layers, self.docs, self.groups)
+        for layer, counts_UGE in zip(layers, tables, strict=True):
+            for measure in measures:
+                measure.add(layer, counts_UGE)
+
+
+def domain_counts(trace: Trace, column: str) -> DomainCounts:
+    """The domains that a token column names. Raises ``AnalysisError`` for a column of more than
+    ``MAX_DOMAINS`` values.
+    """
     groups = _domains(trace, column)
     docs = documents(trace, len(groups) * max(layer.num_choices for layer in trace.meta.layers))
-    here_UG = unit_sizes(trace, docs, groups) > 0
-    pairs_P2 = np.array(list(combinations(range(len(groups)), 2)), dtype=np.int64).reshape(-1, 2)
-    resampling = Resampling(resamples, seed, level) if resamples else None
-    single_P = (here_UG.sum(axis=0) < 2)[pairs_P2].any(axis=1)
-    frames = []
-    layers = by_layer(trace)
-    tables = unit_counts(trace, layers, docs, groups)
-    for layer, counts_UGE in zip(layers, tables, strict=True):
-        found_5P = _divergences(counts_UGE, here_UG, pairs_P2, resampling)
-        found_5P[3:, single_P] = np.nan
-        names = {
-            "domain_a": groups.values.gather(pairs_P2[:, 0]),
-            "domain_b": groups.values.gather(pairs_P2[:, 1]),
+    return DomainCounts(trace, groups, docs, unit_sizes(trace, docs, groups))
+
+
+class Specialisation:
+    """The measure of ``domain_specialisation``."""
+
+    def __init__(self, counted: DomainCounts, resamples: int, seed: int, level: float) -> None:
+        self._groups, self._sizes_UG = counted.groups, counted.sizes
+        self._resampling = Resampling(resamples, seed, level) if resamples else None
+        self._frames: list[pl.DataFrame] = []
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        return nulls(pl.concat(self._frames))
+
+    def add(self, layer: LayerMeta, counts_UGE: NDArray) -> None:
+        sizes_UG = self._sizes_UG
+        sizes_G = sizes_UG.sum(axis=0)
+        counts_GE = counts_UGE.sum(axis=0, dtype=np.int64)
+        shares = over(counts_GE, sizes_G[:, None])
+        low, high = np.full_like(shares, np.nan), np.full_like(shares, np.nan)
+        if self._resampling is not None:
+            low, high = self._resampling.interval(
+                lambda weights: _shares(weights, counts_UGE, sizes_UG),
+                len(sizes_UG),
+                (sizes_UG > 0).sum(axis=0)[:, None],
+            )
+        at_random = over(counts_GE.sum(axis=0), sizes_G.sum())
+        self._frames.append(
+            _per_expert(layer, self._groups.values, counts_GE).with_columns(
+                tokens=np.repeat(sizes_G, layer.num_choices),
+                specialisation=shares.ravel(),
+                lo=low.ravel(),
+                hi=high.ravel(),
+                at_random=np.tile(at_random, len(sizes_G)),
+            )
+        )
+
+
+class Divergence:
+    """The measure of ``domain_divergence``."""
+
+    def __init__(self, counted: DomainCounts, resamples: int, seed: int, level: float) -> None:
+        groups, self._here_UG = counted.groups, counted.sizes > 0
+        pairs = list(combinations(range(len(groups)), 2))
+        self._pairs_P2 = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        self._names = {
+            "domain_a": groups.values.gather(self._pairs_P2[:, 0]),
+            "domain_b": groups.values.gather(self._pairs_P2[:, 1]),
         }
+        self._resampling = Resampling(resamples, seed, level) if resamples else None
+        self._deals = None if self._resampling is None else self._dealt(self._resampling)
+        self._frames: list[pl.DataFrame] = []
+
+    def _dealt(self, resampling: Resampling) -> Deals:
+        """The same permutations for all layers; too many to hold are drawn again for each."""
+        draw = partial(_deals, self._here_UG, self._pairs_P2, resampling)
+        if self._here_UG.size * MAX_PERMUTATIONS > MAX_CELLS:
+            return draw
+        return cache(lambda: list(draw()))
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        return nulls(pl.concat(self._frames))
+
+    def add(self, layer: LayerMeta, counts_UGE: NDArray) -> None:
+        found_5P = _divergences(
+            counts_UGE, self._here_UG, self._pairs_P2, self._resampling, self._deals
+        )
+        single_P = (self._here_UG.sum(axis=0) < 2)[self._pairs_P2].any(axis=1)
+        found_5P[3:, single_P] = np.nan
         values = dict(zip(("bits", "lo", "hi", "shuffled", "shuffled_95"), found_5P, strict=True))
-        frames.append(
-            pl.DataFrame({**names, **values}).select(
+        self._frames.append(
+            pl.DataFrame({**self._names, **values}).select(
                 pl.lit(layer.layer, pl.UInt32).alias("layer"), pl.all()
             )
         )
-    return nulls(pl.concat(frames))
 
 
 @of_tokens
@@ -281,8 +360,12 @@ def _divergences(
     here_UG: NDArray[np.bool_],
     pairs_P2: NDArray[np.int64],
     resampling: Resampling | None,
+    deals: Deals | None = None,
 ) -> Floats:
-    """[5, P]: bits, lo, hi, shuffled and its 95 % point, of each pair of domains."""
+    """[5, P]: bits, lo, hi, shuffled and its 95 % point, of each pair of domains.
+
+    ``deals`` returns what ``_deals`` does.
+    """
     units, groups, experts = counts_UGE.shape
     flat = counts_UGE.reshape(units, -1).astype(np.float64)
 
@@ -301,7 +384,8 @@ def _divergences(
         low, high = resampling.interval(bits, units, fewest_P)
         found[1], found[2] = np.maximum(2 * found[0] - high, 0), np.minimum(2 * found[0] - low, 1)
         if (here_UG.sum(axis=1) <= 1).all():
-            found[3:] = _shuffled(counts_UGE.sum(axis=1), here_UG, pairs_P2, resampling)
+            dealt = deals() if deals else _deals(here_UG, pairs_P2, resampling)
+            found[3:] = _shuffled(counts_UGE.sum(axis=1), here_UG, pairs_P2, dealt)
     return found
 
 
@@ -309,27 +393,32 @@ def _shuffled(
     load_UE: NDArray,
     here_UG: NDArray[np.bool_],
     pairs_P2: NDArray[np.int64],
-    resampling: Resampling,
+    deals: Iterable[NDArray[np.bool_]],
 ) -> Floats:
     """[2, P] mean and 95 % point of the divergence of each pair when names are permuted over the
     documents of both.
     """
-    generator, means = np.random.default_rng(resampling.seed), []
-    for a, b in pairs_P2:
-        kept = here_UG[:, a] | here_UG[:, b]
-        if not kept.any():
+    means = []
+    for (a, b), names_BU in zip(pairs_P2, deals, strict=True):
+        if not names_BU.size:
             means.append((np.nan, np.nan))
             continue
-        deals = np.stack(
-            [
-                generator.permutation(here_UG[kept, a])
-                for _ in range(min(resampling.resamples, MAX_PERMUTATIONS))
-            ]
-        ).astype(np.float64)
-        load = load_UE[kept].astype(np.float64)
-        drawn = jensen_shannon_bits(deals @ load, (1 - deals) @ load)
+        dealt = names_BU.astype(np.float64)
+        load = load_UE[here_UG[:, a] | here_UG[:, b]].astype(np.float64)
+        drawn = jensen_shannon_bits(dealt @ load, (1 - dealt) @ load)
         means.append((float(np.mean(drawn)), float(np.quantile(drawn, 0.95))))
     return np.array(means).T
+
+
+def _deals(
+    here_UG: NDArray[np.bool_], pairs_P2: NDArray[np.int64], resampling: Resampling
+) -> Iterator[NDArray[np.bool_]]:
+    """For each pair of domains, [B, U'] permutations of the two names over the units of both."""
+    generator = np.random.default_rng(resampling.seed)
+    number = min(resampling.resamples, MAX_PERMUTATIONS)
+    for a, b in pairs_P2:
+        names_U = here_UG[here_UG[:, a] | here_UG[:, b], a]
+        yield np.stack([generator.permutation(names_U) for _ in range(number)])
 
 
 def _best_ids(

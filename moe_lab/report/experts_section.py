@@ -85,18 +85,14 @@ def _plugin_block(analysis: Analysis, named: NamedTrace, frames: Frames) -> Bloc
 
 
 def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
-    from moe_lab.analysis import domain_specialisation
-    from moe_lab.analysis.largest_by_chance import (
-        LEAST_EXPECTED,
-        largest_of_deals,
-        largest_ratio,
-    )
+    from moe_lab.analysis.largest_by_chance import LEAST_EXPECTED, domain_tables, largest_ratio
 
     if (kinds := frames(_domain_column, named)) is None:
         return None
     column, domains = kinds
     resamples = _resamples(named)
-    data = frames(domain_specialisation, named.trace, column, resamples=resamples)
+    tables = frames(domain_tables, named.trace, column, domains, resamples=resamples)
+    data, shuffled = tables.specialisation, tables.largest
     layers = named.even_layers(max(1, MAP_CELLS // (len(domains) * named.width)))
     rows = data.filter(pl.col("layer").is_in(layers))
     variants = [
@@ -112,7 +108,6 @@ def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
         ratio=pl.col("specialisation") / pl.col("at_random")
     )
     top = ratio.sort("ratio", "tokens", descending=True, nulls_last=True).head(TABLE_ROWS)
-    shuffled = frames(largest_of_deals, named.trace, column, domains) if resamples else None
     cells = ratio["at_random"] * ratio["tokens"]
     chance, how = (
         (largest_ratio(cells.to_numpy()), "tokens drawn blindly")
@@ -136,14 +131,13 @@ def _specialisation_block(named: NamedTrace, frames: Frames) -> Block | None:
 
 
 def _divergence_block(named: NamedTrace, frames: Frames) -> Block | None:
-    from moe_lab.analysis import domain_divergence
-    from moe_lab.analysis.largest_by_chance import largest_of_deals
+    from moe_lab.analysis.largest_by_chance import domain_tables
 
     if (kinds := frames(_domain_column, named)) is None:
         return None
     resamples = _resamples(named)
-    data = frames(domain_divergence, named.trace, kinds[0], resamples=resamples)
-    shuffled = frames(largest_of_deals, named.trace, *kinds) if resamples else None
+    tables = frames(domain_tables, named.trace, *kinds, resamples=resamples)
+    data, shuffled = tables.divergence, tables.largest
     widest = data.drop_nulls("bits").sort("bits", descending=True).head(1).to_dicts()
     if not widest:
         return None

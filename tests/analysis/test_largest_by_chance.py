@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moe_lab.analysis import domain_specialisation
-from moe_lab.analysis.largest_by_chance import largest_of_deals, largest_ratio
+from moe_lab.analysis import domain_divergence, domain_specialisation
+from moe_lab.analysis.largest_by_chance import domain_tables, largest_of_deals, largest_ratio
 
 
 @pytest.mark.parametrize("mean", [6.0, 40.0, 1000.0])
@@ -60,3 +60,20 @@ def test_documents_that_mix_domains_or_are_few_have_no_deal(make_trace, draw):
     assert largest_of_deals(mixed, "domain", ["a", "b"]) is None
     few = make_trace(ids, 8, doc=doc, pos=pos, domain=np.where(doc < 2, "a", "b").tolist())
     assert largest_of_deals(few, "domain", ["a", "b"]) is None
+
+
+def test_tables_of_one_reading_are_those_of_three(make_trace):
+    generator = np.random.default_rng(3)
+    doc = np.repeat(np.arange(12), 30)
+    trace = make_trace(
+        [generator.permutation(8)[:2] for _ in doc],
+        8,
+        doc=doc,
+        pos=np.tile(np.arange(30), 12),
+        domain=[("a", "b")[number % 2] for number in doc],
+    )
+    tables = domain_tables(trace, "domain", ["a", "b"], resamples=50)
+    assert tables.specialisation.equals(domain_specialisation(trace, resamples=50))
+    assert tables.divergence.equals(domain_divergence(trace, resamples=50))
+    assert tables.largest == largest_of_deals(trace, "domain", ["a", "b"])
+    assert domain_tables(trace, "domain", ["a"], resamples=0).largest is None

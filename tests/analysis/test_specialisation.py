@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,17 @@ def test_the_ids_of_an_expert_fall_by_share(make_trace):
         (0, 5, 2, 2, 1.0), (0, 7, 1, 2, 0.5), (1, 8, 2, 2, 1.0), (1, 7, 1, 2, 0.5),
     ]  # fmt: skip
     assert expert_vocabulary(trace, top=1, min_count=1)["id"].to_list() == [5, 8]
+
+
+def test_labels_are_permuted_alike_in_every_layer(make_trace, monkeypatch):
+    """Held for all layers or drawn again for each: the same permutations."""
+    doc = np.repeat(np.arange(8), 5)
+    names = [("a", "b")[number % 2] for number in doc]
+    ids = np.random.default_rng(0).integers(0, 4, (40, 1))
+    trace = make_trace(ids, 4, doc=doc, pos=np.tile(np.arange(5), 8), domain=names)
+    held = domain_divergence(trace, resamples=20)
+    module = sys.modules[
+        "moe_lab.analysis.specialisation"
+    ]  # the package has a function of that name
+    monkeypatch.setattr(module, "MAX_CELLS", 0)
+    assert domain_divergence(trace, resamples=20).equals(held)
