@@ -193,6 +193,11 @@ def mapped(
             path.unlink(missing_ok=True)
 
 
+def is_mapped() -> bool:
+    """Whether this is inside ``mapped``."""
+    return _mapping.get() is not None
+
+
 def reduced(sums: Iterable[Sum[A]]) -> Iterator[A]:
     """The result of each sum, in order: its partial frames folded in the order of the files."""
     mapping = _mapping.get()

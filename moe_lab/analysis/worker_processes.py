@@ -24,10 +24,16 @@ Task = Callable[[], Any]
 
 
 class WorkerProcesses:
-    """A number of processes; the methods are those of ``map_reduce.Workers``."""
+    """A number of processes; the methods are those of ``map_reduce.Workers``.
 
-    def __init__(self, workers: int) -> None:
+    Args:
+        threads: of polars and of linear algebra in each; None: as many as here, so that sums of
+            floats are taken in the same order.
+    """
+
+    def __init__(self, workers: int, threads: int | None = 1) -> None:
         self.ahead = 2 * workers
+        self._environment = {} if threads is None else dict.fromkeys(THREADS, str(threads))
         self._threads = ThreadPoolExecutor(workers)
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         self._all: list[subprocess.Popen[bytes]] = []
@@ -79,7 +85,7 @@ class WorkerProcesses:
             [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": path},
+            env=os.environ | self._environment | {"PYTHONPATH": path},
         )
         self._all.append(process)
         return process

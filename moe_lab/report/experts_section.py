@@ -6,7 +6,7 @@ page that opens: layers are picked evenly, pairs of experts are binned, and the 
 layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -28,7 +28,8 @@ from moe_lab.report.figure_blocks import (
 )
 from moe_lab.report.frames import Frames
 from moe_lab.report.heatmap_figures import BINS
-from moe_lab.report.sources import Material, NamedTrace
+from moe_lab.report.second_process import SecondProcess
+from moe_lab.report.sources import NamedTrace
 
 DOMAINS = ("domain", "source", "language", "lexer", "subword", "freq_band", "position_band")
 """Columns that tell kinds of text apart, the first that a trace has with at least two values; the
@@ -42,23 +43,46 @@ RESAMPLES = 200
 TABLE_ROWS = 60
 
 
-def experts_section(material: Material, frames: Frames) -> list[tuple[str, Block]]:
-    """Headings and blocks of the traces that are looked into, and the analyses of plugins; the
+Blocks = Callable[[], dict[str, Block | None]]
+"""Heading -> block of one trace, when they are asked for."""
+
+
+def begin_experts(
+    traces: Sequence[NamedTrace], beside: SecondProcess
+) -> list[tuple[NamedTrace, list[Blocks]]]:
+    """Begin the blocks of the traces that are looked into."""
+    return [
+        (named, [beside.begin(_blocks, headings, named) for headings in _TOGETHER])
+        for named in looked_into(traces)
+        if named.trace.num_tokens
+    ]
+
+
+def experts_section(
+    traces: Sequence[NamedTrace],
+    begun: list[tuple[NamedTrace, list[Blocks]]],
+    frames: Frames,
+) -> list[tuple[str, Block]]:
+    """Headings and blocks: those that ``begin_experts`` began, the analyses of plugins, and the
     saturation where several bare traces hold the same text.
     """
     made: list[tuple[str, str, Block | None]] = []
-    for named in looked_into(material.traces):
-        if named.trace.num_tokens:
-            made += [
-                (heading, named.label, maker(named, frames)) for heading, maker in _MAKERS.items()
-            ]
-            made += [
-                (analysis.heading, named.label, _plugin_block(analysis, named, frames))
-                for analysis in ANALYSES.values()
-            ]
-    checkpoints = [named for named in material.traces if named.run is None]
+    for named, parts in begun:
+        blocks: dict[str, Block | None] = {}
+        for part in reversed(parts):  # the last ones are begun last
+            blocks |= part()
+        made += [(heading, named.label, blocks[heading]) for heading in _MAKERS]
+        made += [
+            (analysis.heading, named.label, _plugin_block(analysis, named, frames))
+            for analysis in ANALYSES.values()
+        ]
+    checkpoints = [named for named in traces if named.run is None]
     made.append(("Saturation over checkpoints", "", _saturation_block(checkpoints, frames)))
     return by_heading(made)
+
+
+def _blocks(headings: Sequence[str], named: NamedTrace, frames: Frames) -> dict[str, Block | None]:
+    return {heading: _MAKERS[heading](named, frames) for heading in headings}
 
 
 def _domain_column(named: NamedTrace) -> tuple[str, list[object]] | None:
@@ -294,6 +318,13 @@ _MAKERS = {
     "Repetition along the text": _repetition_block,
 }
 """Heading -> maker of the block of one trace."""
+_TOGETHER = (
+    ("Specialisation by kind of text", "Divergence of kinds of text"),  # from one reading
+    ("Repetition along the text",),
+    ("From layer to layer",),
+    ("Experts that run together",),
+)
+"""The headings whose blocks one process makes, those that take longest first."""
 
 
 def _resamples(named: NamedTrace) -> int:

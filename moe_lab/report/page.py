@@ -17,7 +17,6 @@ from typing import Any
 import polars as pl
 from markupsafe import Markup, escape
 
-from moe_lab.errors import MoELabError
 from moe_lab.files import remove_temporaries, write_parquet, write_text
 from moe_lab.number_format import count_of, listing, magnitude, short_path
 from moe_lab.plain_text import on_page
@@ -26,7 +25,7 @@ from moe_lab.report.comparison_section import comparison_section
 from moe_lab.report.compute_section import compute_section, distinct_counts
 from moe_lab.report.difficulty_section import difficulty_section
 from moe_lab.report.document import document
-from moe_lab.report.experts_section import experts_section
+from moe_lab.report.experts_section import begin_experts, experts_section
 from moe_lab.report.figure_blocks import Block, looked_into
 from moe_lab.report.frames import Frames
 from moe_lab.report.glossary import Marker, glossary
@@ -34,11 +33,12 @@ from moe_lab.report.load_section import load_block, load_interval_block
 from moe_lab.report.provenance_section import provenance
 from moe_lab.report.run_tables import run_rows, runs_section
 from moe_lab.report.runs_section import frontier_block, training_block
+from moe_lab.report.second_process import SecondProcess, second_process
 from moe_lab.report.sections import Section, without
 from moe_lab.report.serving_section import serving_section
 from moe_lab.report.sources import Material, NamedTrace, Source, as_list, gather
 from moe_lab.report.text_section import ColouredText, coloured_text
-from moe_lab.report.wall_section import judged_material, wall_blocks, wall_folded
+from moe_lab.report.wall_section import judged_runs
 from moe_lab.report.worth_section import worth_section
 
 MAX_BYTES = 15_000_000
@@ -97,7 +97,8 @@ def draw_page(
 ) -> None:
     """Write the page and its data; what ``frames`` holds already is not computed again."""
     folder = data_folder(path)
-    content = _content(material, frames, command, worth)
+    with second_process(material, frames) as beside:
+        content = _content(material, frames, command, worth, beside)
     remove_temporaries(path.parent, glob.escape(path.name))
     remove_temporaries(folder)
     data = content.pop("data")
@@ -144,16 +145,30 @@ def render(**values: Any) -> str:
 
 
 def _content(
-    material: Material, frames: Frames, command: str, worth: Path | None
+    material: Material,
+    frames: Frames,
+    command: str,
+    worth: Path | None,
+    beside: SecondProcess,
 ) -> dict[str, Any]:
-    study = frames(judged_material, material)
     of_runs = material.about == "sweep"
-    evidence = study if of_runs and not isinstance(study, MoELabError) else None
+    judging = beside.begin(judged_runs, material.table, of_runs)
     of_tokens = tuple(named for named in material.traces if named.trace.meta.per_token)
+    experts = begin_experts(of_tokens, beside)
     of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
     compute = compute_section(of_compute, frames)
     coloured = _coloured(of_compute, compute.first, frames)
     difficulty = difficulty_section(compute.first, frames)
+    serving = tuple(serving_section(replace(material, traces=of_compute), frames))
+    loads = _drawn(
+        ("", load_block(material, frames)),
+        ("Unevenness over depth", load_interval_block(material, frames)),
+    )
+    training = _drawn(("", training_block(material, frames)))
+    provenances = provenance(material, command)
+    of_each_run = runs_section(material, command)
+    whose = tuple(experts_section(of_tokens, experts, frames))
+    judged = judging()
     sections = [
         comparison_section(material.traces, frames),
         Section(
@@ -161,20 +176,17 @@ def _content(
             "Loss and ratio",
             "Loss against the total:active ratio",
             (
-                *(_drawn(("", frontier_block(material, evidence))) if of_runs else ()),
-                *(wall_blocks(evidence) if evidence else ()),
+                *(_drawn(("", frontier_block(material, judged.evidence))) if of_runs else ()),
+                *judged.blocks,
             ),
-            folded=wall_folded(evidence) if evidence else (),
+            folded=judged.folded,
             sense="verdict",
         ),
         Section(
             "load",
             "Expert load",
             "Load of every expert",
-            _drawn(
-                ("", load_block(material, frames)),
-                ("Unevenness over depth", load_interval_block(material, frames)),
-            ),
+            loads,
         ),
         Section(
             "compute",
@@ -188,26 +200,26 @@ def _content(
             "whose",
             "Whose experts",
             "Whose experts",
-            tuple(experts_section(replace(material, traces=of_tokens), frames)),
+            whose,
         ),
         Section(
             "serving",
             "Serving",
             "Serving",
-            tuple(serving_section(replace(material, traces=of_compute), frames)),
+            serving,
         ),
         worth_section(material, worth),
         Section("text", "Coloured text", "Validation text, coloured", coloured=coloured),
         difficulty,
-        Section("training", "Training", "Training", _drawn(("", training_block(material, frames)))),
-        runs_section(material, command),
-        provenance(material, command),
+        Section("training", "Training", "Training", training),
+        of_each_run,
+        provenances,
     ]
     kept = [section for section in sections if section is not None]
     if material.about == "run":  # the curves of a single run come first
         kept.sort(key=lambda section: section.anchor != "training")
     blocks = {block.name: block for section in kept for _, block in section.blocks}
-    first = answer(material, study, blocks, frames)
+    first = answer(material, judged.study, blocks, frames)
     shown = without(kept, first.lead)
     runs = [("runs", material.all_runs)] if material.runs else []
     parts = [text.data.select(pl.lit(text.label).alias("run"), pl.all()) for text in coloured]

@@ -5,6 +5,7 @@ from a `scaling.WallStudy`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -14,8 +15,8 @@ from moe_lab.number_format import NOTHING, count_of, decimal, listing, magnitude
 from moe_lab.report import wall_figures as draw
 from moe_lab.report.canvas import Canvas
 from moe_lab.report.figure_blocks import Block, Plot, Table, Variant, in_words, table_of
+from moe_lab.report.frames import Frames
 from moe_lab.report.sections import Folded
-from moe_lab.report.sources import Material
 
 if TYPE_CHECKING:
     from moe_lab.scaling import WallStudy
@@ -73,13 +74,37 @@ ALTERNATIVES_CAPTION = (
 )
 
 
-def judged_material(material: Material) -> WallStudy | MoELabError | None:
+@dataclass(frozen=True)
+class JudgedRuns:
     """The study of the finished runs; the error that says why they cannot be judged; None where no
-    run has a loss.
+    run has a loss. With its figures under their headings, and what is folded below them.
     """
+
+    study: WallStudy | MoELabError | None
+    blocks: tuple[tuple[str, Block], ...] = ()
+    folded: tuple[Folded, ...] = ()
+
+    @property
+    def evidence(self) -> WallStudy | None:
+        """The study, where its figures are drawn."""
+        return self.study if self.blocks and not isinstance(self.study, MoELabError) else None
+
+
+def judged_runs(finished: pl.DataFrame, drawn: bool, frames: Frames) -> JudgedRuns:
+    """Judge ``run_table`` of the finished runs; without figures unless ``drawn``."""
+    study = frames(_study, finished)
+    if study is None or isinstance(study, MoELabError) or not drawn:
+        return JudgedRuns(study)
+    blocks, folded = wall_blocks(study), wall_folded(study)
+    for name in ("means", "settles"):  # what the first screen asks for
+        getattr(study, name)
+    return JudgedRuns(study, blocks, folded)
+
+
+def _study(finished: pl.DataFrame) -> WallStudy | MoELabError | None:
     from moe_lab.scaling import wall_study
 
-    runs = material.table.drop_nulls("loss").with_columns(tokens=pl.col("train_tokens"))
+    runs = finished.drop_nulls("loss").with_columns(tokens=pl.col("train_tokens"))
     if not runs.height:
         return None
     rated = runs.drop_nulls("ratio")

@@ -10,6 +10,7 @@ comparisons. Published frontiers come from the coefficients of `LAWS`: no data i
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -59,6 +60,10 @@ class WallStudy:
     judged: pl.DataFrame
     arm: str
     verdicts: dict[float | None, Verdict]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the fitted law, whose formula is a function."""
+        return {name: value for name, value in vars(self).items() if name != "law"}
 
     @property
     def verdict(self) -> Verdict:

@@ -85,7 +85,7 @@ def test_the_verdict_is_of_the_long_budget_with_the_slope_between_the_two(sweep:
 
 
 def judged(sweep: Path) -> WallStudy:
-    study = wall.judged_material(gather(sweep))
+    study = wall.judged_runs(gather(sweep).table, False, Frames()).study
     assert isinstance(study, WallStudy)
     return study
 
@@ -111,7 +111,7 @@ def test_the_section_has_every_figure_and_both_tables(sweep: Path) -> None:
 
 def test_the_one_frontier_has_one_kind_of_bars_for_every_arm(sweep: Path) -> None:
     material = gather(sweep)
-    study = wall.judged_material(material)
+    study = wall.judged_runs(material.table, False, Frames()).study
     assert isinstance(study, WallStudy)
     block = frontier_block(material, study)
     means = study.means
@@ -182,7 +182,8 @@ def test_elasticity_has_a_row_per_budget_and_published_laws_without_intervals(sw
 
 def test_runs_that_cannot_be_judged_have_no_section(tmp_path: Path) -> None:
     put(tmp_path / "sweep", "topk", 1.0, 0, 3.0, 1000)
-    assert isinstance(wall.judged_material(gather(tmp_path / "sweep")), AnalysisError)
+    finished = gather(tmp_path / "sweep").table
+    assert isinstance(wall.judged_runs(finished, True, Frames()).study, AnalysisError)
     page = write_report(tmp_path / "sweep", tmp_path / "page.html")
     assert 'id="figure-wall_compute"' not in page.read_text()
 
@@ -208,7 +209,7 @@ def test_a_figure_of_the_wrong_frame_is_one_line() -> None:
 
 
 def test_alternatives_to_experts_have_a_figure_where_the_sweep_has_them(sweep: Path) -> None:
-    study = wall.judged_material(gather(sweep))
+    study = wall.judged_runs(gather(sweep).table, False, Frames()).study
     runs = study.judged.with_columns(total_params=(1e6 * pl.col("ratio")).cast(pl.Int64))
     other = runs.filter(pl.col("ratio") > 1).with_columns(
         arm=pl.lit("ngram"), ratio=pl.col("ratio") / 2, loss=pl.col("loss") + 0.5
