@@ -516,7 +516,7 @@ def main() -> int:
 
 
 def _replace(name: str, text: str) -> None:
-    """Put ``text`` under the heading ``name`` of the results, at the end where there is none."""
+    """Put ``text`` under the heading ``name`` of the results, at the end without that heading."""
     title, *sections = RESULTS.read_text(encoding="utf-8").split("\n## ")
     parts = {one.partition("\n")[0]: one.partition("\n")[2].strip() for one in sections}
     parts[name] = text

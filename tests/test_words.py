@@ -27,6 +27,8 @@ INSTEAD = {
     r"honest|witness(es)?|wanders?": "what is measured",
     r"ink": "characters that are not blank",
     r"dealt|vouch(es)?|for ever": "the plain verb",
+    r"stands? beside|whoever": "the relation itself; every process that",
+    r"where there (?:is|are) none": "the case, as in `None: no trace`",
 }
 """Words that must not occur, and what to write instead."""
 WORDS = {

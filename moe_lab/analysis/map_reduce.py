@@ -4,9 +4,9 @@ of the files.
 A measure that sums over tokens is a ``partial(*parts, *arguments) -> frame`` and a ``fold(result so
 far or None, frame) -> result``. A part is the trace with some of its files. Without ``mapped`` all
 files are one part, read here; with it, groups of files are read by processes of this machine or by
-tasks of a cluster, on the same code. Whoever computes a partial frame, frames are folded in the
-order of the files, and sums of floats are kept file by file until then: results are equal to the
-bit for any number of workers and any groups.
+tasks of a cluster, on the same code. Frames are folded in the order of the files, whichever
+process computed them, and sums of floats are kept file by file until then: results are equal to
+the bit for any number of workers and any groups.
 
 Finished partial frames are kept in a folder until ``mapped`` ends without an error, under a name
 that holds the digests of the files read, the function and its arguments: after a kill the same

@@ -33,7 +33,7 @@ TEXT_PARTS = (
 )
 """Where multimodal configurations keep their language model.
 
-An empty one means that the sizes stand beside it.
+An empty one means that the sizes are fields of the configuration that holds it.
 """
 
 MOST_NESTED = 16

@@ -410,7 +410,7 @@ class DecoderConfig(Config):
                 yield self.num_layers + number, module
 
     def outer_pieces(self) -> Pieces:
-        """Embedding, final norm and head, and what stands beside the embedding."""
+        """Embedding and the tables added to it, final norm and head."""
         d, beside = self.d_model, []
         if self.amplification is Amplification.NORM:
             beside.append(norm("embedding_norm", d, bias=True))

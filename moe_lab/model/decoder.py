@@ -131,8 +131,8 @@ class Decoder(nn.Module):
         return replace(output, loss=_cross_entropy(logits, targets_BS), losses=losses)
 
     def embed(self, ids_BS: Tensor) -> Tensor:
-        """[B, S, D]: token embedding, the mean with its n-gram tables where they stand beside it,
-        amplified.
+        """[B, S, D]: token embedding, averaged with the n-gram tables where the model has
+        them, amplified.
         """
         x = self.embedding(ids_BS)
         if self.ngram is not None:

@@ -12,7 +12,7 @@ from moe_lab.report.theme import DASHES, SERIES, SYMBOLS
 MAX_SERIES = 8
 """More series than colours cannot be distinguished; the first ones are drawn."""
 ASIDE = 0.06
-"""Layers between two series, so that their intervals stand beside each other."""
+"""Shift in layers between two series, so that their intervals do not overlap."""
 MAX_PAIRS = 2
 """Pairs with one domain: eight pairs of one rare domain and another say one thing eight times."""
 CHANCE = {"chance": "chance, even", "chance_by_load": "chance, by load"}

@@ -33,8 +33,8 @@ HEADINGS = {
 
 
 def difficulty_section(varying: NamedTrace | None, frames: Frames) -> Section | None:
-    """The section for a trace in which ffn_count varies; None where there is none or its tokens are
-    not known.
+    """The section for a trace in which ffn_count varies; None: no trace, or unknown
+    tokens.
 
     With fewer documents than the analysis needs there are no figures, and the sentence says why.
     """

@@ -246,8 +246,8 @@ def _transitions_block(named: NamedTrace, frames: Frames) -> Block | None:
     caption = (
         f"{_tokens(named)}: every expert of one traced "
         "layer with every expert of the next (k x k pairs a token) ÷ the product of their "
-        f"shares. Columns stand beside the rows that lead to them most{_cells(named, data)}. Every "
-        "token counted, so without interval."
+        f"shares. Columns are ordered by the row that leads to them most{_cells(named, data)}. All "
+        "tokens are counted, so without interval."
     )
     return one_plot("transitions", caption, summary, variants, data, table_of(top))
 

@@ -38,7 +38,7 @@ SPARSE_COLUMNS = (
     ("expert_sparsity", "expert sparsity", 3),
     ("attention_sparsity", "attention sparsity", 3),
 )
-"""What is added where a run has sparse attention: the two sparsities stand beside each other."""
+"""What is added where a run has sparse attention, so that the table shows both sparsities."""
 
 
 def results_table(material: Material) -> Table:

@@ -34,8 +34,8 @@ TOP_K = ("k", "by", "class", "d_loss", "lo", "hi", "docs")
 
 
 def worth_section(material: Material, given: Path | None = None) -> Section | None:
-    """The section on the measurement in the folder ``given``, or on those of the runs; None where
-    there is none.
+    """The section on the measurement in the folder ``given``, or on those of the runs; None: no
+    measurement.
 
     Raises:
         AnalysisError: no finished measurement in ``given``. RunError: its tables cannot be read.

@@ -74,7 +74,7 @@ class RouterFacts:
             that the entropy of the scores says how many experts run, not how sure the router is.
         budget_shift: what moves the number of real experts per token.
         has_hash_twin: whether each weight is a score of its selected expert, normalised and
-            scaled, so that a hash layer can stand beside it (``hash_twin``).
+            scaled, so that a model can mix it with hash layers (``hash_twin``).
         checks: further checks; each raises ``ConfigError``.
         hf_weights: Hugging Face parameter name -> ours, beside matrix and biases.
         hf_optional: our parameters that a Hugging Face module may lack.

@@ -1,5 +1,5 @@
-"""``hash_twin``: the hash layer that stands beside layers of another router (DeepSeek-V4, arXiv
-2606.19348), as a configuration.
+"""``hash_twin``: the hash layer of a model whose other layers have another router (DeepSeek-V4,
+arXiv 2606.19348), as a configuration.
 """
 
 from moe_lab.config import require
@@ -9,8 +9,8 @@ from moe_lab.routing.facts import FACTS
 
 
 def hash_twin(router: RouterConfig, vocab_size: int, seed: int = 0) -> RouterConfig:
-    """The hash layer that stands beside layers of ``router``: as many experts and slots, weights
-    made by the same formula.
+    """The hash layer of a model whose other layers have ``router``: as many experts and slots,
+    weights made by the same formula.
 
     A selection bias and limits on groups have no part in it: they only select.
 

@@ -46,7 +46,7 @@ PUBLISHED_HERE = {
 """Name of a published frontier -> its law, and the variables that differ from the sweep's own."""
 OF_RATIO = ("line", "power", "saturation", "hinge", "plateau")
 COMPARED = ("Ludziejewski, at this size", "Ling, at this compute", "Kimi K2")
-"""Published frontiers whose elasticity stands beside the sweep's."""
+"""Published frontiers whose elasticity is shown with that of the sweep."""
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ def _number(path: Path) -> int | None:
 
 
 def too_large(needs: dict[str, int], room: int) -> str:
-    """One line on the runs (name -> bytes) that alone need more than ``room``; empty where there is
-    none.
+    """One line on the runs (name -> bytes) that alone need more than ``room``; empty: every run
+    fits.
     """
     names = sorted(
         (name for name, need in needs.items() if need > room), key=lambda name: -needs[name]

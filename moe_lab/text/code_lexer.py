@@ -48,8 +48,8 @@ QUOTES = "\"'`"
 
 
 def lexer_for(name: str) -> "Lexer | None":
-    """The Pygments lexer for a file of that name; None where there is none, where it is prose, or
-    where Pygments is not installed.
+    """The Pygments lexer for a file of that name; None: no such lexer, the file is prose, or
+    Pygments is not installed.
     """
     suffix = name.rsplit("/", 1)[-1].rsplit(".", 1)
     return _lexer_for_suffix(suffix[1]) if len(suffix) == 2 else None

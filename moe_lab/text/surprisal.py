@@ -69,8 +69,8 @@ class _Level:
 
 
 def _discount(counts: np.ndarray) -> float:
-    """n1 / (n1 + 2 n2) of the n-grams seen once and twice (Ney, Essen and Kneser 1994); a half
-    where there are none of either.
+    """n1 / (n1 + 2 n2) of the n-grams seen once and twice (Ney, Essen and Kneser 1994); 0.5
+    without such n-grams.
     """
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
     return once / (once + 2 * twice) if once and twice else 0.5

@@ -102,7 +102,7 @@ def _answer(judged: pl.DataFrame, losses: pl.DataFrame, bound: float, free_share
 
 def pruning_price(losses: pl.DataFrame, bound: float) -> dict | None:
     """experts, d_loss, lo, hi: the summed loss of the experts that cost less than ``bound`` on the
-    documents at even places, on those at odd places; None where there are none, or too few
+    documents at even places, on those at odd places; None: no such experts, or too few
     documents for an interval.
     """
     every = losses.filter(pl.col("class").is_null())

@@ -1,7 +1,8 @@
 """A shared folder whose file server shows a host the files of another one late.
 
 ``install`` changes this process: below ``$MOE_LAB_TEST_SHARED``, a file or folder that another host
-made is not there until ``$MOE_LAB_TEST_DELAY`` seconds later, for whoever lists, looks or opens.
+made is not there until ``$MOE_LAB_TEST_DELAY`` seconds later, for a process that lists, looks or
+opens.
 Creating it exclusively is refused at once, as by a file server, and making something in a folder
 shows what is in it, as the answer of NFS does. The host that made a file is an attribute of it,
 kept when it is renamed.

@@ -84,7 +84,7 @@ def test_every_measure_over_depth_has_a_point_a_layer(trace):
     for draw, frame in drawn.items():
         figure = draw(frame)
         assert figure.data, draw.__name__
-        for series in figure.data:  # marks stand beside each other; hover names the layer
+        for series in figure.data:  # marks do not overlap; hover names the layer
             assert list(np.round(series.x)) == [0, 1, 2], draw.__name__
             assert list(series.x if series.customdata is None else series.customdata) == [0, 1, 2]
     assert values(

@@ -123,4 +123,4 @@ def test_a_machine_that_is_taken_away_is_no_failure_of_the_run(
     with pytest.raises(SystemExit):
         execute(raising(SystemExit(1)), job_in(tmp_path))
     assert not (tmp_path / "r/error.txt").exists()
-    assert holder(tmp_path / "r") is None, "whoever gets the job next can take the run up"
+    assert holder(tmp_path / "r") is None, "the next process with the job can continue the run"

@@ -138,7 +138,7 @@ class Gates:
 
 def copied_suffix(ids: Ints, doc: Ints) -> Ints:
     """[T] the longest suffix of 1 to 3 tokens before each token whose last earlier occurrence in
-    the document was followed by this token; 0 where there is none.
+    the document was followed by this token; 0: no such suffix.
     """
     longest = np.zeros(len(ids), dtype=np.int64)
     suffix = doc

@@ -2,9 +2,9 @@
 unless the model is named by an id.
 
 Documents are sorted by length so that a batch holds little padding; each is one row, numbered by
-its place in the corpus. The loss of a token comes from the same pass, and the classes of
-``moe_lab.text`` stand beside it where the tokenizer tells which characters it covers. Shape
-letters: B batch, S sequence, V vocabulary.
+its place in the corpus. The loss of a token comes from the same pass. Where the tokenizer says
+which characters a token covers, its classes of ``moe_lab.text`` are recorded too. Shape letters: B
+batch, S sequence, V vocabulary.
 """
 
 import importlib.util

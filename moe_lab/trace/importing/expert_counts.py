@@ -365,7 +365,7 @@ def _by_domain(where: str, values: Mapping[str, Any], model: str) -> Counts:
 def _top_k_of(
     where: str, values: Mapping[str, Any], tables: Mapping[str, np.ndarray], model: str
 ) -> int | None:
-    """k, where counts of the first choice alone stand beside those of all."""
+    """k, where the file has the counts of all choices and of the first choice alone."""
     if "expert_counts_top1" not in values:
         return None
     where = f"{where}: expert_counts_top1"
