@@ -56,7 +56,7 @@ class SilentView:
 
 
 class Forecast:
-    """Seconds left, from the share of all FLOPs done since the start."""
+    """Seconds left, from the share of all FLOPs done since the start, and of the slowest run."""
 
     def __init__(self, jobs: Sequence[Job], finished: Sequence[Job]) -> None:
         self._left = sum(job.cost for job in jobs) - sum(job.cost for job in finished)
@@ -72,15 +72,14 @@ class Forecast:
         self._done += job.cost * (1 - begun_with)
 
     def seconds_left(self, active: Sequence[tuple[Job, Progress]]) -> float | None:
-        done, left = self._done, self._left
+        done, left, slowest = self._done, self._left, 0.0
         for job, progress in active:
-            _, begun_with = self._first_seen.setdefault(
-                job.run, (time.monotonic(), progress.fraction)
-            )
+            slowest = max(slowest, self.run_seconds_left(job, progress) or 0.0)
+            _, begun_with = self._first_seen[job.run]
             done += job.cost * max(0.0, progress.fraction - begun_with)
             left -= job.cost * progress.fraction
         elapsed = time.monotonic() - self._began
-        return None if done <= 0 else left * elapsed / done
+        return None if done <= 0 else max(left * elapsed / done, slowest)
 
     def run_seconds_left(self, job: Job, progress: Progress) -> float | None:
         """Seconds until one run's training ends; None until it has made progress."""

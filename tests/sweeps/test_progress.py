@@ -67,17 +67,30 @@ def test_the_forecast_counts_only_what_this_sweep_did(monkeypatch: pytest.Monkey
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
     clock = 0.0
     small, resumed, before = job("small", 10), job("resumed", 40), job("before", 50)
-    forecast = Forecast([small, resumed, before], [before])
+    forecast = Forecast([small, resumed, before, job("waiting", 40)], [before])
     assert (
         forecast.seconds_left([(resumed, Progress(step=2, steps=4))]) is None
     )  # half of it was done by an earlier sweep
     clock = 30.0
     forecast.ended(small)
-    # 10 + 40 * (3/4 - 2/4) = 20 done in 30 s; 40 / 4 = 10 left
-    assert forecast.seconds_left([(resumed, Progress(step=3, steps=4))]) == pytest.approx(15.0)
+    # 10 + 40 * (3/4 - 2/4) = 20 done in 30 s; 40 / 4 + 40 = 50 left
+    assert forecast.seconds_left([(resumed, Progress(step=3, steps=4))]) == pytest.approx(75.0)
     assert forecast.run_seconds_left(resumed, Progress(step=3, steps=4)) == pytest.approx(
         30.0
     )  # a quarter took 30 s
+
+
+def test_a_sweep_needs_no_less_time_than_its_slowest_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    clock = 0.0
+    runs = [job("quick", 90), job("slow", 40)]
+    forecast = Forecast(runs, [])
+    forecast.seconds_left([(run, Progress(step=0, steps=4)) for run in runs])
+    clock = 30.0
+    forecast.ended(runs[0])
+    # 90 + 10 FLOPs in 30 s would leave 9 s for the other 30; the run itself took 30 s a quarter
+    left = forecast.seconds_left([(runs[1], Progress(step=1, steps=4))])
+    assert left == pytest.approx(90.0)
 
 
 @pytest.mark.parametrize(
