@@ -31,8 +31,8 @@ def bytes_by_layer(
             and both go before what the trace recorded.
 
     Raises:
-        AnalysisError: nobody says how large an expert is, or not of every layer, or less than a
-            byte or more than ``MOST``.
+        AnalysisError: no size of an expert, or not of every layer, or less than a byte or more than
+            ``MOST``.
     """
     if expert_bytes is not None:
         table = (
@@ -46,10 +46,11 @@ def bytes_by_layer(
     else:
         table = {layer.layer: float(layer.expert_bytes) for layer in layers if layer.expert_bytes}
     sizes = [table.get(layer.layer, 0.0) for layer in layers]
+    given = {number: f"{size:g} in layer {number}" for number, size in table.items()}
     require(
         all(1 <= size <= MOST for size in sizes),  # not where one is NaN
         f"the bytes of one expert of each layer, 1 to {MOST}",
-        dict(zip([layer.layer for layer in layers[:5]], sizes, strict=False)),
+        ", ".join(given.get(layer.layer, f"none for layer {layer.layer}") for layer in layers[:5]),
         "--config with the model's config.json, or --expert-bytes",
         error=AnalysisError,
         field="expert_bytes",

@@ -23,6 +23,7 @@ from moe_lab.analysis.token_groups import grouping
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_sets import expert_sets, require_real_experts
 from moe_lab.serving.placement import Placement, load_table, place, placement_bound
+from moe_lab.serving.sentences import ranged
 from moe_lab.trace import Trace
 
 REPEATS = 40
@@ -367,13 +368,12 @@ def placement_sentence(frame: pl.DataFrame) -> str:
         "yes": "is more even than the contiguous one",
         "no": "is less even than the contiguous one",
     }.get(row["beats"], "cannot be told from the contiguous one")
-    ends = "" if row["lo"] is None else f"{row['lo']:.3f} to {row['hi']:.3f} (95 %), "
+    fullest = ranged(row["imbalance"], row["lo"], row["hi"], " times the mean load", 3)
     return (
         f"On text that it was not chosen on ({row['judged_on']}, chosen on {row['chosen_on']}), "
-        f"the fullest device has {ends}{row['imbalance']:.3f} in all, times the mean load, and "
-        f"{row['contiguous']:.3f} with the contiguous placement: this placement {says}. On the "
-        f"text it was chosen on it has {row['in_sample']:.3f}; on the other no placement can have "
-        f"less than {row['bound']:.3f}."
+        f"the fullest device has {fullest}, and {row['contiguous']:.3f} times with the contiguous "
+        f"placement: this placement {says}. On the text it was chosen on it has "
+        f"{row['in_sample']:.3f}; on the other no placement can have less than {row['bound']:.3f}."
     )
 
 

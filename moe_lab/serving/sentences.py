@@ -2,8 +2,6 @@
 
 import polars as pl
 
-PERCENT = "(95 %)"
-
 
 def bytes_text(value: float) -> str:
     """3.2 MB, 4.19 GB: decimal units, three digits."""
@@ -13,11 +11,16 @@ def bytes_text(value: float) -> str:
     return f"{value:.3g} bytes"
 
 
-def _ends(row: dict, name: str, scale: float = 1.0, digits: int = 1) -> str:
-    low, high = row[f"{name}_lo"], row[f"{name}_hi"]
+def ranged(value: float, low: float | None, high: float | None, unit: str, digits: int = 1) -> str:
+    """``28.2 to 29.7 % (95 % interval; 29.0 measured)``; without an interval ``29.0 %``.
+
+    Args:
+        unit: with its leading space.
+    """
     if low is None or high is None:
-        return ""
-    return f"{scale * low:.{digits}f} to {scale * high:.{digits}f} {PERCENT}, "
+        return f"{value:.{digits}f}{unit}"
+    ends = f"{low:.{digits}f} to {high:.{digits}f}{unit}"
+    return f"{ends} (95 % interval; {value:.{digits}f} measured)"
 
 
 def cache_sentences(frame: pl.DataFrame) -> list[str]:
@@ -36,20 +39,24 @@ def cache_sentences(frame: pl.DataFrame) -> list[str]:
     at = {row["policy"]: row for row in rows.filter(budget=budget).iter_rows(named=True)}
     first = at.get("lru") or next(iter(at.values()))
     bound = at.get("bound") or at.get("clairvoyant")
+    rates = [
+        None if first[name] is None else 100 * first[name]
+        for name in ("hit_rate", "hit_rate_lo", "hit_rate_hi")
+    ]
     text = (
-        f"A cache of {bytes_text(budget)} under {first['policy']} finds "
-        f"{_ends(first, 'hit_rate', 100)}{100 * first['hit_rate']:.1f} % in all of the experts "
-        f"that {'decoded tokens' if phase == 'decode' else 'all steps'} ask for and reads "
-        f"{bytes_text(first['bytes_per_token'])} a token"
+        f"A cache of {bytes_text(budget)} under {first['policy']} finds {ranged(*rates, ' %')} of "
+        f"the experts that {'decoded tokens' if phase == 'decode' else 'all steps'} ask for, and "
+        f"reads {bytes_text(first['bytes_per_token'])} a token"
     )
     if bound is not None and bound is not first:
         text += f"; a cache that knows the future finds {100 * bound['hit_rate']:.1f} %"
     sentences = [f"{text}."]
     if first["tokens_per_second"] is not None:
+        name = "tokens_per_second"
+        speeds = first[name], first[f"{name}_lo"], first[f"{name}_hi"]
         sentences.append(
-            f"That is {_ends(first, 'tokens_per_second', 1, 2)}{first['tokens_per_second']:.2f} "
-            "tokens a second in all where a token waits for its reads, and "
-            f"{first['tokens_per_second_overlapped']:.2f} where reading and computing overlap."
+            f"That is {ranged(*speeds, ' tokens a second', 2)} where a token waits for its reads, "
+            f"and {first['tokens_per_second_overlapped']:.2f} where reading and computing overlap."
         )
     cycle = rows["cycle_bytes"][0]
     below = rows.filter(pl.col("budget") < cycle, policy="lru")
@@ -74,11 +81,10 @@ def decode_sentence(frame: pl.DataFrame) -> str:
         return "No batch or window of these sizes fits the trace."
     row = rows.sort("size", "kind").row(-1, named=True)
     kind = "tokens in a row" if row["kind"] == "window" else "requests together"
-    ends = "" if row["lo"] is None else f"{row['lo']:.1f} to {row['hi']:.1f} {PERCENT}, "
+    touched = ranged(row["measured"], row["lo"], row["hi"], " experts of a layer")
     return (
-        f"Steps of {row['size']} {kind} touch {ends}{row['measured']:.1f} experts of a layer in "
-        f"the mean; independent tokens of the same load would touch {row['by_load']:.1f}, and of "
-        f"equal load {row['by_equal_load']:.1f}, "
+        f"Steps of {row['size']} {kind} touch {touched}; independent tokens of the same "
+        f"load would touch {row['by_load']:.1f}, and of equal load {row['by_equal_load']:.1f}, "
         f"{row['by_equal_load'] / row['measured']:.2f} times as many."
     )
 
@@ -93,10 +99,11 @@ def speculation_sentence(frame: pl.DataFrame) -> str:
     if not rows.height:
         return "No document is long enough to say what speculation costs."
     row = rows.sort("window").row(-1, named=True)
-    ends = _ends(row, "accepted", 1, 2)
+    ends = row["accepted_lo"], row["accepted_hi"]
+    accepted = ranged(row["accepted_needed"], *ends, " accepted drafts", 2)
     read = "all weights" if row["everything"] else "routed experts alone"
     return (
-        f"A step that verifies {row['window']} tokens pays from {ends}{row['accepted_needed']:.2f} "
-        f"accepted drafts on, counting {read}; with equal loads assumed the answer would be "
+        f"A step that verifies {row['window']} tokens pays from {accepted} on, counting {read}; "
+        "with equal loads assumed the answer would be "
         f"{max(row['cost_by_equal_load'] - row['cost'] + row['accepted_needed'], 0):.2f}."
     )

@@ -10,8 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from refusals import refused
 
 from moe_lab.cli import main
+from moe_lab.errors import TraceError
 from moe_lab.trace import open_trace
 
 TEXTS = {
@@ -141,6 +143,17 @@ def test_a_folder_that_is_no_model_is_one_line(texts, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0
     assert "cannot load" in error
+
+
+@pytest.mark.hf
+def test_a_model_without_its_tokenizer_is_refused_by_that_name(tmp_path):
+    from transformers import Qwen3MoeConfig
+
+    from moe_lab.trace.capturing import hub
+
+    Qwen3MoeConfig(vocab_size=50).save_pretrained(tmp_path)
+    with refused("tokenizer", TraceError):
+        hub.load_pretrained(tmp_path, hub.Loading())
 
 
 def test_records_of_an_engine_become_a_trace(tmp_path, capsys):

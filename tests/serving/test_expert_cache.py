@@ -207,8 +207,9 @@ def test_tokens_a_second_follow_from_bytes_and_compute(write_trace, random_ids):
 
 def test_sizes_of_experts_come_from_a_configuration_or_are_asked_for(write_trace, random_ids):
     trace = write_trace(random_ids(10, 1, 2, 4), None, 4, expert_bytes=0)
-    with refused("expert_bytes", AnalysisError):
+    with pytest.raises(AnalysisError, match="got none for layer 0; try --config") as error:
         expert_cache(trace, [4], ["lru"])
+    assert error.value.field == "expert_bytes"
     from moe_lab.model import DecoderConfig, MoEConfig
     from moe_lab.routing import RouterConfig
 

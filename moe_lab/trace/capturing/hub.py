@@ -208,6 +208,15 @@ def load_pretrained(model_id: str | Path, loading: Loading) -> tuple[Any, Any]:
             field="model_id",
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        # Of a folder without tokenizer files transformers makes an empty tokenizer of the family.
+        require(
+            len(tokenizer) > len(tokenizer.all_special_ids),
+            f"the tokenizer of the model in {name}",
+            "none there, or one without tokens",
+            "tokenizer.save_pretrained(FOLDER)",
+            error=TraceError,
+            field="tokenizer",
+        )
         remote = getattr(config, "auto_map", None) or {}
         causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote
         kind: Any = AutoModelForCausalLM if causal else AutoModel
