@@ -290,6 +290,7 @@ def test_what_is_cut_or_left_out_is_said_and_recorded(pretrained, texts, tmp_pat
 
 
 @pytest.mark.hf
+@pytest.mark.filterwarnings("error:.*past_key_values:FutureWarning")
 def test_a_document_longer_than_a_pass_is_traced_in_parts_as_in_one_pass(
     pretrained, texts, tmp_path, capsys, monkeypatch
 ):

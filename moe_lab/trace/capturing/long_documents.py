@@ -5,6 +5,7 @@ one, which gives what a single pass gives; otherwise each part is a window of it
 letters: S sequence, D d_model.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -85,7 +86,10 @@ def run_part(body: Any, ids_BS: Tensor, mask_BS: Tensor | None, part: slice, cac
     mask = None
     if mask_BS is not None:
         mask = mask_BS[:, part] if cache is None else mask_BS[:, : part.stop]
-    given = {} if cache is None else {"past_key_values": cache}
+    # transformers 5.24 calls it cache, and warns of past_key_values, the name before.
+    takes = inspect.signature(type(body).forward).parameters
+    name = next((name for name in ("past_key_values", "cache") if name in takes), "past_key_values")
+    given = {} if cache is None else {name: cache}
     return body(
         input_ids=ids_BS[:, part], attention_mask=mask, use_cache=cache is not None, **given
     )
