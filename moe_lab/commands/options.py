@@ -232,8 +232,10 @@ def launcher_options(texts: Sequence[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def add_seed(parser: argparse.ArgumentParser) -> None:
-    add_number(parser, "--seed", 0, whole=True, least=0, default=0, help="first seed")
+def add_seed(
+    parser: argparse.ArgumentParser, help: str = "seed of what is drawn at random"
+) -> None:
+    add_number(parser, "--seed", 0, whole=True, least=0, default=0, help=help)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

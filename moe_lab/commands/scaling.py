@@ -185,10 +185,10 @@ def _add_column(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--unit",
-        choices=("nats", "bits", "bpb"),
+        choices=("nats", "bits", "bpb", "perplexity"),
         default=None,
-        help="of the losses: nats or bits per token, or bits per byte (with --bytes-per-token); "
-        "nats unless the column's name says bits",
+        help="of the losses: nats or bits per token, bits per byte (with --bytes-per-token), or "
+        "perplexity (default: nats; it must be given where the column's name says another)",
     )
     add_number(
         parser,

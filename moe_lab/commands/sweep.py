@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-calibration", action="store_true", help="leave out the time estimate"
     )
     _add_power(plan_parser)
-    add_seed(plan_parser)
+    add_seed(plan_parser, "first of the seeds")
     add_device(plan_parser)
     add_text(plan_parser)
     add_json(plan_parser)
@@ -233,7 +233,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
         help="where the page goes "
         "(default: report.html in the folder; of a URL, in runs/<sweep name>)",
     )
-    add_seed(parser)
+    add_seed(parser, "first of the seeds")
     add_device(parser)
     add_text(parser)
     add_json(parser)

@@ -121,8 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-alarm",
         choices=("record", "stop"),
         default=None,
-        help="what an alarm about a layer's routing does: it is recorded (unless given), or also "
-        "ends the run",
+        help="what an alarm about a layer's routing does: record the alarm, or record it and stop "
+        "the run (default: record)",
     )
     add_number(
         parser,
@@ -132,13 +132,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         least=1,
         default=None,
         metavar="STEPS",
-        help="validate before the first step and after so many steps (unless given: at the end)",
+        help="validate before the first step and after so many steps (default: only at the end)",
     )
     parser.add_argument(
         "--parallel",
         choices=("ddp", "fsdp"),
         default=None,
-        help="how the ranks of torchrun hold the model: whole (ddp, unless given) or in shards",
+        help="how the ranks of torchrun hold the model: whole (ddp, the default) or in shards",
     )
     parser.add_argument(
         "--track",

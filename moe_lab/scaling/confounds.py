@@ -396,7 +396,8 @@ def _control(s: Sweeps) -> Finding:
     gain that hashing has too is not the router's, and one that only hashing has is lost by it.
     """
     if s.controls.is_empty() or not s.has("seed"):
-        return Status.NOT_MEASURED, f"no arm with hash routing among {', '.join(s.arms) or 'none'}"
+        others = f" among {', '.join(s.arms)}" if s.arms else ", as there is no column arm"
+        return Status.NOT_MEASURED, f"no arm with hash routing{others}"
     own = s.frame.select("ratio", "tokens", "seed", "loss")
     pairs = s.controls.select("ratio", "tokens", "seed", hashed="loss").join(
         own, on=["ratio", "tokens", "seed"]

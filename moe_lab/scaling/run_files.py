@@ -57,6 +57,7 @@ class LossUnit(StrEnum):
     NATS = "nats"
     BITS = "bits"
     BITS_PER_BYTE = "bpb"
+    PERPLEXITY = "perplexity"
 
 
 def read_runs(
@@ -71,9 +72,9 @@ def read_runs(
     Args:
         names: (our name, yours) of columns. Names are compared without case, spaces and signs, so
             "Active Params" is active_params.
-        unit: of the losses: nats or bits per token, or bits per byte, which also needs
-            ``bytes_per_token`` of the text that the losses are of. None: nats, and a loss from a
-            column whose name says bits is refused.
+        unit: of the losses: nats or bits per token, perplexity per token, or bits per byte, which
+            also needs ``bytes_per_token`` of the text that the losses are of. None: nats, and a
+            loss from a column whose name says bits or perplexity is refused.
 
     Raises ``AnalysisError`` in one line where there is nothing that can be read.
     """
@@ -109,25 +110,25 @@ def read_runs(
     mapped = dict(names).get("loss", "loss")
     frame = _named(frame, names)
     if "loss" not in frame.columns:
-        bits = [name for name in frame.columns if _in_bits(name)]
-        if bits:
-            raise _unit_needed(f"only {', '.join(bits)}", "--column loss=YOURS and ")
+        others = [name for name in frame.columns if _has_other_unit(name)]
+        if others:
+            raise _unit_needed(f"only {', '.join(others)}", "--column loss=YOURS and ")
         return frame
-    if unit is None and _in_bits(mapped):
+    if unit is None and _has_other_unit(mapped):
         raise _unit_needed(f"a loss from the column {mapped}")
     return _in_nats(frame, unit or LossUnit.NATS, bytes_per_token)
 
 
-def _in_bits(name: str) -> bool:
-    """Whether the name of a column says that it holds bits."""
+def _has_other_unit(name: str) -> bool:
+    """Whether the name of a column says that it holds bits or perplexities."""
     parts = re.split(r"[^a-z]+", name.lower())
-    return any(part.startswith(("bit", "bpb", "bpc", "bpt")) for part in parts)
+    return any(part.startswith(("bit", "bpb", "bpc", "bpt", "ppl", "perplex")) for part in parts)
 
 
 def _unit_needed(got: str, first: str = "") -> AnalysisError:
     hint = (
         f"{first}--unit bits if it is bits per token, --unit bpb --bytes-per-token N if bits per "
-        "byte, --unit nats if the name is wrong"
+        "byte, --unit perplexity if perplexities, --unit nats if the name is wrong"
     )
     return AnalysisError(
         expected("losses in nats per token, the unit of the margin and of the laws", got, hint)
@@ -157,6 +158,8 @@ def _in_nats(frame: pl.DataFrame, unit: LossUnit, bytes_per_token: float | None)
         "casting the column",
         error=AnalysisError,
     )
+    if unit is LossUnit.PERPLEXITY:
+        return frame.with_columns(pl.col("loss").log())
     return frame.with_columns(pl.col("loss") * (math.log(2) * (bytes_per_token or 1.0)))
 
 

@@ -196,6 +196,15 @@ def test_a_loss_in_bits_without_its_unit_is_refused(file: Any) -> None:
     assert prints(*plain, "--column", "loss=arbitrary") == prints(*plain)
 
 
+def test_perplexities_are_refused_until_their_unit_is_given(file: Any) -> None:
+    path = file(runs().with_columns(val_ppl=pl.col("loss").exp()).drop("loss"))
+    mapped = ("scaling", "verdict", path, "--column", "loss=val_ppl")
+    assert "got a loss from the column val_ppl; try" in fails(*mapped)
+    assert "--unit perplexity" in fails("scaling", "verdict", path)
+    outcome = prints(*mapped, "--unit", "perplexity").partition("\n")[0]
+    assert outcome == prints("scaling", "verdict", file(runs())).partition("\n")[0]
+
+
 def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:
     assert "no such path" in fails("scaling", "verdict", tmp_path / "none.parquet")
     (tmp_path / "runs.parquet").write_text("no parquet")
