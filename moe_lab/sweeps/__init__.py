@@ -1,9 +1,10 @@
 """Many runs: a sweep's configuration, its plan, the driver, and the launchers that run it."""
 
+from moe_lab.free_memory import free_memory
 from moe_lab.runs import RunState, RunStore, open_store, readable
 from moe_lab.sweeps.config import SweepConfig
 from moe_lab.sweeps.launchers import LAUNCHERS, Ending, Job, Launcher, Result
-from moe_lab.sweeps.memory import free_memory, run_memory, too_large
+from moe_lab.sweeps.memory import run_memory, too_large
 from moe_lab.sweeps.planning import (
     PLAN_COLUMNS,
     POWER_COLUMNS,

@@ -9,7 +9,6 @@ because a run that was admitted and does not fit takes its neighbours with it.
 import ctypes
 from collections.abc import Hashable
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ TEXT_COPIES = 2.6
 what checking them takes.
 """
 EVALUATION_BATCH = 16
-SHARE = 0.9
-"""Of the memory that is free when a sweep begins, this much is given to runs."""
 
 
 def run_memory(run: "RunConfig") -> int:
@@ -101,60 +98,6 @@ def _activations(model: "DecoderConfig", seq_length: int, cuda: bool) -> int:
         )
     tables = model.ngram.num_tables * (1 + len(model.ngram.layers)) if model.ngram else 0
     return attention * (model.num_attentions + layers - model.num_layers) + ffn + tables * stream
-
-
-def free_memory(device: str) -> int | None:
-    """Bytes that runs on ``device`` may share, ``SHARE`` of what is free now; None where that
-    is unknown.
-    """
-    free = (
-        _free_on_gpus()
-        if device.startswith("cuda")
-        else _free_here(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
-    )
-    return None if free is None else int(SHARE * free)
-
-
-def _free_on_gpus() -> int | None:
-    """Of all visible GPUs together: the local launcher deals them out to its workers in turn."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    return sum(
-        torch.cuda.get_device_properties(index).total_memory
-        for index in range(torch.cuda.device_count())
-    )
-
-
-def _free_here(meminfo: Path, groups: Path) -> int | None:
-    """The smaller of what the kernel calls available and what the control group (version 2 or 1)
-    leaves.
-    """
-    limits = []
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        numbers = [_number(groups / limit), _number(groups / used)]
-        if None not in numbers:
-            limits.append(max(0, numbers[0] - numbers[1]))  # type: ignore[operator]
-    try:
-        line = next(
-            line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")
-        )
-        limits.append(1024 * int(line.split()[1]))
-    except (OSError, StopIteration, ValueError, IndexError):
-        pass
-    return min(limits, default=None)
-
-
-def _number(path: Path) -> int | None:
-    """The integer in a file; "max" is none."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def too_large(needs: dict[str, int], room: int) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_lab.config import require
+from moe_lab.free_memory import free_memory
 from moe_lab.runs.failures import Failure, FailureKind
 from moe_lab.runs.layout import RunState
 from moe_lab.runs.record import Progress
@@ -29,7 +30,7 @@ from moe_lab.sweeps.launchers import (
     Result,
     build_launcher,
 )
-from moe_lab.sweeps.memory import free_memory, run_memory, too_large
+from moe_lab.sweeps.memory import run_memory, too_large
 from moe_lab.sweeps.planning import describe
 from moe_lab.sweeps.progress import View, build_view
 

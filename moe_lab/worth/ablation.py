@@ -1,12 +1,14 @@
 """One measurement of what the experts of a model are worth: its files in a folder, and what they
 say in sentences.
 
-``losses.parquet`` grows while it runs; ``meta.json`` is written last, so that a folder without it
-holds an unfinished measurement, which goes on.
+``losses.parquet`` and the files in ``.unfinished`` grow while it runs; ``meta.json`` is written
+last, so that a folder without it holds an unfinished measurement, which goes on.
 """
 
+import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -17,21 +19,24 @@ import polars as pl
 import torch
 from torch import nn
 
+from moe_lab.analysis.difficulty.alignment import Align
 from moe_lab.document_pass import evaluating
 from moe_lab.errors import TraceError, require
 from moe_lab.files import write_json, write_parquet
+from moe_lab.number_format import listing
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.fingerprints import model_hash
 from moe_lab.versions import versions
+from moe_lab.worth.batches import padded_batches, pass_bytes
 from moe_lab.worth.curves import SHARES, removal_curves, top_k_losses
 from moe_lab.worth.interventions import Forbid
 from moe_lab.worth.measured_rows import text_hash
 from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
-from moe_lab.worth.paired_passes import edited_sums, log_probabilities, logits_of, padded_batches
+from moe_lab.worth.paired_passes import edited_sums, log_probabilities, logits_of, set_rows
 from moe_lab.worth.pairs import exchange_losses, pair_losses
-from moe_lab.worth.scores import SCORES, expert_scores, score_agreement
-from moe_lab.worth.token_groups import Classes
-from moe_lab.worth.worth_files import LOSSES, META, refuse_taken
+from moe_lab.worth.scores import SCORES, expert_scores, score_agreement, scored_layers
+from moe_lab.worth.token_groups import Classes, TokenGroups
+from moe_lab.worth.worth_files import LOSSES, META, UNFINISHED, refuse_taken
 from moe_lab.worth.worth_sentences import curve_sentences, worth_sentences
 
 CURVES = (len(SCORES) + 11) * len(SHARES)
@@ -44,13 +49,15 @@ class Ablation:
 
     Attributes:
         model: that ``intervene`` can edit.
-        documents: token ids [n] each, of texts that the model was not trained on.
+        documents: token ids [n] each, of texts that the model was not trained on. Those of fewer
+            than two tokens are left out, and counted.
         experts: so many real experts of each layer, drawn with ``seed``; None: all.
         layers: those that are measured; None: all with experts.
         edit, classes, batch_tokens, seed: as for ``expert_losses``.
         curves: also ``removal_curves`` and ``top_k_losses`` for k from 1 to twice the model's; they
             need all layers.
         pairs: also ``pair_losses`` and ``exchange_losses`` of so many pairs of each layer.
+        left_out: how many documents were left out before, by what they are ("blank").
 
     Example:
         >>> ablation = Ablation(model, documents, experts=8)
@@ -68,6 +75,7 @@ class Ablation:
     seed: int = 0
     curves: bool = False
     pairs: int | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(
@@ -84,6 +92,20 @@ class Ablation:
         return sum(map(len, self.documents))
 
     @cached_property
+    def all_left_out(self) -> dict[str, int]:
+        """How many documents were left out, by what they are."""
+        short = sum(len(ids) < 2 for ids in self.documents)
+        counts = Counter(self.left_out) + Counter({"of fewer than two tokens": short})
+        return {what: number for what, number in counts.items() if number}
+
+    @cached_property
+    def pass_gigabytes(self) -> float | None:
+        """GB of the predictions of the largest pass (``pass_bytes``); None where it is unknown."""
+        batches = padded_batches(self.model, self.documents, self.batch_tokens)
+        need = pass_bytes(self.model, max(batch.ids.numel() for batch in batches))
+        return None if need is None else need / 1e9
+
+    @cached_property
     def measured(self) -> dict[int, int]:
         """Layer -> how many of its experts are measured."""
         sites, _ = find_sites(self.model, None, None)
@@ -95,29 +117,36 @@ class Ablation:
         }
 
     def minutes(self, folder: Path | str | None = None) -> dict[str, float]:
-        """Minutes that each part will take, from timing it on one batch of documents; of the losses
-        those that an unfinished measurement in ``folder`` lacks.
+        """Minutes that each part will take, from timing it on one batch of documents, without what
+        an unfinished measurement in ``folder`` holds.
         """
         path = None if folder is None else Path(folder) / LOSSES
+        files = self._files(folder)
         parts = {
             "losses": expert_minutes(
                 self.model, self.documents, path=path, classes=self.classes, **self._chosen
             )
         }
         batches = padded_batches(self.model, self.documents, self.batch_tokens)
-        timed = [self.documents[i] for i in np.unique(batches[len(batches) // 2].docs)]
+        timed = [window.ids for window in batches[len(batches) // 2].documents]
         share = self.tokens / sum(map(len, timed)) / 60
-        parts["scores"] = (
-            share * len(self.measured) * _seconds(self._scores, timed, [*self.measured][:1])
-        )
+        scored = scored_layers(files["scores"], self.model, self.documents)
+        missing = [layer for layer in self.measured if layer not in scored]
+        seconds = _seconds(self._scores, timed, missing[:1]) if missing else 0.0
+        parts["scores"] = share * len(missing) * seconds
         if self.curves or self.pairs:
             forbidden = [[Forbid(layer, 0) for layer in self.measured]]
             # half of it is the untouched pass, which many sets of edits share
             seconds = share * _seconds(edited_sums, self.model, timed, forbidden) / 2
-            if self.curves:  # curves are judged on every other document
-                parts["curves"] = seconds * (len(self.ks) + CURVES / 2)
+            if self.curves:
+                groups = TokenGroups(self.documents, self.classes, Align.INPUT)
+                left = self._left(files["top_k"], self.documents, len(self.ks), groups)
+                judged = self.documents[1::2]  # half of the documents
+                left += self._left(files["curves"], judged, CURVES) / 2
+                parts["curves"] = seconds * left
             if self.pairs:  # two single experts, both and the exchange, on average from mid-height
-                parts["pairs"] = seconds * self.pairs * len(self.measured) * 4 / 2
+                number = self.pairs * len(self.measured) * 4
+                parts["pairs"] = seconds * self._left(files["pairs"], self.documents, number) / 2
         return parts
 
     def run(self, folder: Path | str, facts: Mapping[str, Any] = {}) -> dict[str, pl.DataFrame]:
@@ -133,8 +162,12 @@ class Ablation:
             AnalysisError: a finished measurement in ``folder``, or an unfinished one of another
                 model, text or edit.
         """
-        folder, notes = Path(folder), []
+        folder = Path(folder)
         refuse_taken(folder)
+        files, notes = self._files(folder), []
+        if self.all_left_out:
+            parts = [f"{number} {what}" for what, number in self.all_left_out.items()]
+            notes.append(f"Documents left out: {listing(parts)}.")
         losses = expert_losses(
             self.model,
             self.documents,
@@ -144,7 +177,7 @@ class Ablation:
         )
         given: dict[str, Any] = {"batch_tokens": self.batch_tokens, "seed": self.seed}
         text = self.model, self.documents
-        scores = self._scores(self.documents, [*self.measured])
+        scores = self._scores(self.documents, [*self.measured], files["scores"])
         tables = {
             "worth": expert_worth(losses),
             "scores": scores,
@@ -154,15 +187,22 @@ class Ablation:
         sentences = worth_sentences(tables["worth"], losses, tables["agreement"], loss)
         if self.curves:
             measured = losses if self.experts is None else None
-            tables["curves"] = removal_curves(*text, scores, measured, **given)
+            tables["curves"] = removal_curves(
+                *text, scores, measured, path=files["curves"], **given
+            )
             sentences += curve_sentences(tables["curves"])
             try:
                 tables["top_k"] = top_k_losses(
-                    *text, self.ks, classes=self.classes, batch_tokens=self.batch_tokens
+                    *text,
+                    self.ks,
+                    classes=self.classes,
+                    batch_tokens=self.batch_tokens,
+                    path=files["top_k"],
                 )
             except TraceError as error:
                 notes.append(f"No losses against k: {error}.")
         if self.pairs:
+            given["path"] = files["pairs"]
             tables["pairs"] = pair_losses(*text, self.pairs, edit=self.edit, **given)
             tables["exchanges"] = exchange_losses(*text, self.pairs, **given)
         for name, table in tables.items():
@@ -173,6 +213,7 @@ class Ablation:
             "loss": loss,
             "experts": sum(self.measured.values()),
             "documents": losses["doc"].n_unique(),
+            "left_out": self.all_left_out,
             "tokens": self.tokens,
             "edit": self.edit.value,
             "seed": self.seed,
@@ -181,6 +222,7 @@ class Ablation:
             "versions": versions(),
         }
         write_json(folder / META, {**facts, **meta})
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         return {"losses": losses} | tables
 
     @property
@@ -195,8 +237,31 @@ class Ablation:
         names = ("experts", "layers", "edit", "batch_tokens", "seed")
         return {name: getattr(self, name) for name in names}
 
-    def _scores(self, documents: Sequence[np.ndarray], layers: Sequence[int]) -> pl.DataFrame:
-        return expert_scores(self.model, documents, layers=layers, batch_tokens=self.batch_tokens)
+    def _scores(
+        self, documents: Sequence[np.ndarray], layers: Sequence[int], path: Path | None = None
+    ) -> pl.DataFrame:
+        return expert_scores(
+            self.model, documents, layers=layers, batch_tokens=self.batch_tokens, path=path
+        )
+
+    def _files(self, folder: Path | str | None) -> dict[str, Path | None]:
+        """Where the sums of each part are kept until the measurement is finished."""
+        names = ("scores", "curves", "top_k", "pairs")
+        if folder is None:
+            return dict.fromkeys(names)
+        return {name: Path(folder) / UNFINISHED / f"{name}.parquet" for name in names}
+
+    def _left(
+        self,
+        path: Path | None,
+        documents: Sequence[np.ndarray],
+        sets: int,
+        groups: TokenGroups | None = None,
+    ) -> float:
+        """How many of so many passes over the documents ``path`` lacks."""
+        groups = groups or TokenGroups(documents)
+        tokens = sum(max(len(ids) - 1, 0) for ids in documents)
+        return max(sets - set_rows(path, self.model, documents, groups).tokens / max(tokens, 1), 0)
 
 
 def _seconds(work: Callable[..., Any], *args: Any) -> float:

@@ -7,6 +7,7 @@ of experts of every token.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -19,7 +20,8 @@ from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.document_means import ratios
 from moe_lab.worth.interventions import Forbid, TopK
-from moe_lab.worth.paired_passes import SUMS, edited_sums
+from moe_lab.worth.measured_rows import SUMS
+from moe_lab.worth.paired_passes import edited_sums
 from moe_lab.worth.scores import DISTANCES, MEANS
 from moe_lab.worth.token_groups import Classes, TokenGroups
 
@@ -41,6 +43,7 @@ def removal_curves(
     batch_tokens: int = 2048,
     seed: int = 0,
     level: float = 0.95,
+    path: Path | str | None = None,
     readers: Mapping[str, Reader] | None = None,
 ) -> pl.DataFrame:
     """Loss against the share of experts removed, in the order of each score.
@@ -52,6 +55,8 @@ def removal_curves(
         losses: of ``expert_losses`` for all experts; its order is then judged too.
         shares: of the real experts of each layer that cannot be chosen, rounded to whole experts.
         random_orders: drawn with ``seed``, as the baseline.
+        path: a Parquet file of the sums as they are measured; those that it holds are not measured
+            again.
 
     Returns:
         [order, share, removed, d_loss, lo, hi, p_random, docs]: ``order`` names a score, "measured
@@ -63,7 +68,7 @@ def removal_curves(
 
     Raises:
         AnalysisError: a share that leaves fewer experts than a token uses; losses of some experts
-            only.
+            only; another measurement in ``path``.
 
     Example:
         >>> curves = removal_curves(model, documents, scores, losses, random_orders=19)
@@ -90,7 +95,7 @@ def removal_curves(
         for name, _, count in cells
     ]
     judged = documents[1::2]
-    sums = edited_sums(model, judged, edits, batch_tokens=batch_tokens, readers=readers)
+    sums = edited_sums(model, judged, edits, batch_tokens=batch_tokens, path=path, readers=readers)
     tokens, d_loss = sums[:, :, 0, 0].T, sums[:, :, 0, SUMS.index("d_loss")].T
     mean, low, high = ratios(d_loss, tokens, level)
     frame = pl.DataFrame(
@@ -181,6 +186,7 @@ def top_k_losses(
     align: Align = Align.INPUT,
     batch_tokens: int = 2048,
     level: float = 0.95,
+    path: Path | str | None = None,
     readers: Mapping[str, Reader] | None = None,
 ) -> pl.DataFrame:
     """Loss against the number of experts of every token, in all layers at once, by class.
@@ -189,6 +195,7 @@ def top_k_losses(
         ks: numbers of experts (with zero-compute experts, of slots).
         classes, align: as for ``expert_losses``; by default a loss counts for the class of the
             token at whose place it is predicted, which is the one that has k experts.
+        path: as for ``removal_curves``.
 
     Returns:
         [k, by, class, d_loss, lo, hi, gain, gain_lo, gain_hi, kl, tokens, docs]: change of the loss
@@ -206,7 +213,9 @@ def top_k_losses(
     ks = sorted(set(ks))
     groups = TokenGroups(documents, classes, align)
     edits = [[TopK(None, k)] for k in ks]
-    sums = edited_sums(model, documents, edits, groups, batch_tokens=batch_tokens, readers=readers)
+    sums = edited_sums(
+        model, documents, edits, groups, batch_tokens=batch_tokens, path=path, readers=readers
+    )
     frames = []
     for place, k in enumerate(ks):
         tokens, loss, kl, *_ = np.moveaxis(sums[place], 2, 0)

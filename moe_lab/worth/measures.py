@@ -23,11 +23,12 @@ from moe_lab.progress import tell
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.trace.capturing.traced_router import TracedRouter
+from moe_lab.worth.batches import Batch, padded_batches
 from moe_lab.worth.decisions import find_form
 from moe_lab.worth.document_means import ratios, tables
 from moe_lab.worth.interventions import Forbid, Silence
-from moe_lab.worth.measured_rows import MeasuredRows, measurement_key
-from moe_lab.worth.paired_passes import SUMS, Batch, Untouched, padded_batches
+from moe_lab.worth.measured_rows import MEASURED, SUMS, MeasuredRows, measurement_key
+from moe_lab.worth.paired_passes import Untouched
 from moe_lab.worth.token_groups import Classes, TokenGroups
 
 
@@ -90,20 +91,19 @@ def expert_losses(
         TraceError: a layer or expert that is not there or cannot be edited.
     """
     task = _Task.of(model, documents, experts, layers, batch_tokens, seed, readers)
-    groups = TokenGroups(documents, classes, align)
-    key = measurement_key(model, documents, edit, classes, align)
-    rows = MeasuredRows(path, groups, {"edit": edit.value, "measured": key})
+    rows = _rows(path, model, documents, edit, TokenGroups(documents, classes, align))
     left = task.left(rows)
     done, total = 0, sum(len(missing) * task.height(site) for site, _, missing in left)
     with evaluating(model), torch.no_grad():
         try:
             for site, batch, missing in left:
                 untouched = Untouched(model, site, [site], batch)
-                matrix, numbers = groups.matrix(batch.docs), np.unique(batch.docs)
+                matrix = rows.groups.matrix(batch.documents)
                 for expert in missing:
                     tell("measuring experts", done, total)
                     edits = [EDITS[edit](site.layer, expert)]
-                    rows.add(site.layer, expert, numbers, untouched.sums(edits, matrix, readers))
+                    sums = untouched.sums(edits, matrix, readers)
+                    rows.add((site.layer, expert), batch.documents, sums)
                     done += task.height(site)
         finally:
             rows.write()
@@ -162,9 +162,7 @@ def expert_minutes(
     over one batch at the first and the last layer.
     """
     task = _Task.of(model, documents, experts, layers, batch_tokens, seed, readers)
-    key = measurement_key(model, documents, edit, classes, align)
-    groups = TokenGroups(documents, classes, align)
-    rows = MeasuredRows(path, groups, {"edit": edit.value, "measured": key})
+    rows = _rows(path, model, documents, edit, TokenGroups(documents, classes, align))
     batch = task.batches[len(task.batches) // 2]
     first, last = task.sites[0], task.sites[-1]
     with evaluating(model), torch.no_grad():
@@ -176,6 +174,19 @@ def expert_minutes(
         untouched, edited = ((1 - between) * a + between * b for a, b in zip(*ends, strict=True))
         seconds += item.ids.numel() / batch.ids.numel() * (untouched + len(missing) * edited)
     return seconds / 60
+
+
+def _rows(
+    path: Path | str | None,
+    model: nn.Module,
+    documents: Sequence[np.ndarray],
+    edit: EditKind,
+    groups: TokenGroups,
+) -> MeasuredRows:
+    """The sums that ``expert_losses`` wrote to ``path``."""
+    key = measurement_key(path, model, documents, edit, groups)
+    keys = {"layer": pl.Int64, "expert": pl.Int64}
+    return MeasuredRows(path, groups, keys, {"edit": edit.value, MEASURED: key})
 
 
 def _pass_seconds(
@@ -263,7 +274,7 @@ class _Task:
                 missing = [
                     expert
                     for expert in self.chosen[site.layer]
-                    if rows.lacks(site.layer, expert, batch.docs)
+                    if rows.lacks((site.layer, expert), batch.documents)
                 ]
                 if missing:
                     left.append((site, batch, missing))

@@ -6,108 +6,34 @@ vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from moe_lab.analysis.document_bootstrap import Floats
-from moe_lab.document_pass import evaluating, pad_right
-from moe_lab.errors import AnalysisError, TraceError, require
+from moe_lab.document_pass import evaluating
+from moe_lab.errors import TraceError, require
+from moe_lab.files import content_hash
 from moe_lab.model import Decoder
+from moe_lab.progress import tell
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.hooks import Hooks, Pass
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.trace.capturing.traced_router import TracedRouter
+from moe_lab.worth.batches import Batch, padded_batches
 from moe_lab.worth.interventions import Edit, Exchange, Forbid, Silence, intervene
+from moe_lab.worth.measured_rows import MEASURED, SUMS, Key, MeasuredRows, measurement_key
 from moe_lab.worth.shared_prefix import SharedPrefix
 from moe_lab.worth.token_groups import TokenGroups
 
-SUMS = ("tokens", "d_loss", "kl", "used", "d_loss_used")
-"""What is summed over the predicted tokens of a document, in this order."""
 BLOCK_CELLS = 2**24
 EditSet: TypeAlias = Sequence[Edit]
-
-
-@dataclass(frozen=True)
-class Document:
-    """Token ids [n] of the document at place ``number`` among those given, or of a window of it."""
-
-    number: int
-    ids: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Documents padded on the right: ids and mask [B, S]."""
-
-    documents: Sequence[Document]
-    ids: Tensor
-    mask: Tensor
-
-    @cached_property
-    def predicts(self) -> Tensor:
-        """[B, S] places at which a token of the document is predicted."""
-        following_BS = self.mask.bool().roll(-1, dims=1)
-        following_BS[:, -1] = False
-        return following_BS
-
-    @cached_property
-    def targets(self) -> Tensor:
-        """[N] the predicted tokens, in the order of ``predicts``."""
-        return self.ids.roll(-1, dims=1)[self.predicts]
-
-    @cached_property
-    def docs(self) -> NDArray[np.int64]:
-        """[N] number of the document of each predicted token."""
-        return np.repeat(
-            [document.number for document in self.documents],
-            [len(document.ids) - 1 for document in self.documents],
-        )
-
-
-def padded_batches(
-    model: nn.Module, documents: Sequence[np.ndarray], batch_tokens: int
-) -> list[Batch]:
-    """Documents of at least two tokens in batches of about equal lengths.
-
-    One that is longer than the model's context runs in windows, all in one batch, that do not see
-    each other. They overlap by a token, so that every token but the first is predicted once.
-    """
-    context = context_of(model)
-    whole = [
-        [
-            Document(number, np.asarray(ids)[start : start + (context or len(ids))])
-            for start in range(0, len(ids) - 1, (context or len(ids)) - 1)
-        ]
-        for number, ids in enumerate(documents)
-        if len(ids) > 1
-    ]
-    require(
-        whole, "a document of at least two tokens", "none", error=AnalysisError, field="documents"
-    )
-    batches: list[list[Document]] = [[]]
-    for windows in sorted(whole, key=lambda windows: -len(windows[0].ids)):
-        rows = [*batches[-1], *windows]
-        if batches[-1] and len(rows) * len(rows[0].ids) > batch_tokens:
-            batches.append([])
-        batches[-1] += windows
-    return [Batch(chosen, *pad_right(chosen, None)) for chosen in batches]
-
-
-def context_of(model: nn.Module) -> int | None:
-    """The most tokens that a model takes at a time; None: no limit is known."""
-    if isinstance(model, Decoder):
-        return model.config.context_length
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 1 else None
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -192,14 +118,12 @@ class Untouched:
     def sums(
         self, edits: EditSet, matrix: csr_array, readers: Mapping[str, Reader] | None = None
     ) -> Floats:
-        """[documents, groups, len(SUMS)] of the batch, documents in the order of their numbers;
-        ``matrix`` is that of ``TokenGroups`` for the batch.
-        """
+        """[B, groups, len(SUMS)] of the batch, whose matrix of ``TokenGroups`` is given."""
         loss, kl = self.differences(edits, readers)
         named = named_experts(edits)
         used = self.used(named) if named else np.ones(len(loss), bool)
         table = np.stack([np.ones(len(loss)), loss, kl, used, loss * used], axis=1)
-        return (matrix @ table).reshape(len(np.unique(self.batch.docs)), -1, len(SUMS))
+        return (matrix @ table).reshape(len(self.batch.documents), -1, len(SUMS))
 
 
 def log_probabilities(logits_BSV: Tensor, batch: Batch) -> Iterator[Tensor]:
@@ -231,32 +155,59 @@ def edited_sums(
     groups: TokenGroups | None = None,
     *,
     batch_tokens: int = 2048,
+    path: Path | str | None = None,
     readers: Mapping[str, Reader] | None = None,
 ) -> Floats:
     """[sets, documents, groups, len(SUMS)] sums over predicted tokens under each set of edits.
 
     ``used`` are the tokens predicted at places that used one of the experts that the set names; all
-    tokens where it names none. Without ``groups`` there is one, of all tokens.
+    tokens where it names none. Without ``groups`` there is one, of all tokens. Rows that the file
+    ``path`` holds are not measured again.
     """
     groups = groups or TokenGroups(documents)
     sites, _ = find_sites(model, readers, None)
     by_layer = {site.layer: site for site in sites}
-    sums = np.zeros((len(edit_sets), len(documents), len(groups.names), len(SUMS)))
-    lowest: dict[int, list[int]] = {}
-    for place, edits in enumerate(edit_sets):
-        lowest.setdefault(_lowest(edits, sites), []).append(place)
+    rows = set_rows(path, model, documents, groups)
+    keys = [(content_hash(repr(edits)),) for edits in edit_sets]
+    distinct = dict(zip(keys, edit_sets, strict=True))
+    lowest: dict[int, list[Key]] = {}
+    for key, edits in distinct.items():
+        lowest.setdefault(_lowest(edits, sites), []).append(key)
     batches = padded_batches(model, documents, batch_tokens)
+    left = [
+        (layer, batch, missing)
+        for layer, named in lowest.items()
+        for batch in batches
+        if (missing := [key for key in named if rows.lacks(key, batch.documents)])
+    ]
+    done, total = 0, sum(len(missing) for *_, missing in left)
     with evaluating(model), torch.no_grad():
-        for layer, places in lowest.items():
-            numbers = {layer}.union(*(named_experts(edit_sets[place]) for place in places))
-            watched = [site for site in sites if site.layer in numbers]
-            for batch in batches:
+        try:
+            for layer, batch, missing in left:
+                numbers = {layer}.union(*(named_experts(distinct[key]) for key in missing))
+                watched = [site for site in sites if site.layer in numbers]
                 untouched = Untouched(model, by_layer[layer], watched, batch)
-                matrix = groups.matrix(batch.docs)
-                rows = np.unique(batch.docs)
-                for place in places:
-                    sums[place, rows] = untouched.sums(edit_sets[place], matrix, readers)
-    return sums
+                matrix = groups.matrix(batch.documents)
+                for key in missing:
+                    tell("measuring sets of edits", done, total)
+                    sums = untouched.sums(distinct[key], matrix, readers)
+                    rows.add(key, batch.documents, sums)
+                    done += 1
+        finally:
+            rows.write()
+    tell("measuring sets of edits", total, total)
+    return rows.sums(keys, len(documents))
+
+
+def set_rows(
+    path: Path | str | None,
+    model: nn.Module,
+    documents: Sequence[np.ndarray],
+    groups: TokenGroups,
+) -> MeasuredRows:
+    """The sums that ``edited_sums`` wrote to ``path``."""
+    key = measurement_key(path, model, documents, "sets", groups)
+    return MeasuredRows(path, groups, {"edits": pl.String}, {MEASURED: key})
 
 
 def _lowest(edits: EditSet, sites: Sequence[TracedRouter]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,8 +14,9 @@ from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.worth.document_means import ratios
 from moe_lab.worth.interventions import Exchange
+from moe_lab.worth.measured_rows import SUMS
 from moe_lab.worth.measures import EDITS, EditKind
-from moe_lab.worth.paired_passes import SUMS, edited_sums
+from moe_lab.worth.paired_passes import edited_sums
 
 Pairs: TypeAlias = int | Sequence[tuple[int, int, int]] | None
 TOKENS, D_LOSS, KL, USED, D_LOSS_USED = range(len(SUMS))
@@ -29,6 +31,7 @@ def pair_losses(
     batch_tokens: int = 2048,
     seed: int = 0,
     level: float = 0.95,
+    path: Path | str | None = None,
     readers: Mapping[str, Reader] | None = None,
 ) -> pl.DataFrame:
     """What two experts of a layer are worth together, beside what each is worth alone.
@@ -36,6 +39,7 @@ def pair_losses(
     Args:
         pairs: (layer, first, second); a number: so many pairs of each layer, drawn with ``seed``;
             None: all pairs.
+        path: as for ``removal_curves``.
 
     Returns:
         [layer, first, second, d_first, d_second, d_both, excess, lo, hi, docs]: changes of the loss
@@ -54,7 +58,9 @@ def pair_losses(
     singles = sorted({(layer, expert) for layer, *both in chosen for expert in both})
     edits = [[make(*single)] for single in singles]
     edits += [[make(layer, first), make(layer, second)] for layer, first, second in chosen]
-    sums = edited_sums(model, documents, edits, batch_tokens=batch_tokens, readers=readers)
+    sums = edited_sums(
+        model, documents, edits, batch_tokens=batch_tokens, path=path, readers=readers
+    )
     sums_SDQ = sums[:, :, 0]
     place = {single: number for number, single in enumerate(singles)}
     firsts, seconds = (
@@ -85,12 +91,13 @@ def exchange_losses(
     batch_tokens: int = 2048,
     seed: int = 0,
     level: float = 0.95,
+    path: Path | str | None = None,
     readers: Mapping[str, Reader] | None = None,
 ) -> pl.DataFrame:
     """What it costs to send the tokens of one expert to another and back, with their gate weights.
 
     Args:
-        pairs: as for ``pair_losses``.
+        pairs, path: as for ``pair_losses``, whose file it can share.
 
     Returns:
         [layer, first, second, d_loss, lo, hi, d_loss_used, used_lo, used_hi, kl, tokens, used,
@@ -108,7 +115,9 @@ def exchange_losses(
     """
     chosen = _chosen(model, pairs, seed, readers)
     edits = [[Exchange(*pair)] for pair in chosen]
-    sums = edited_sums(model, documents, edits, batch_tokens=batch_tokens, readers=readers)
+    sums = edited_sums(
+        model, documents, edits, batch_tokens=batch_tokens, path=path, readers=readers
+    )
     tokens, loss, kl, used, loss_used = np.moveaxis(sums[:, :, 0], (2, 0), (0, 2))
     touched = (used > 0) | (loss != 0)
     mean, low, high = ratios(loss, tokens, level, touched)

@@ -12,15 +12,10 @@ from moe_lab.document_pass import evaluating, pad_right
 from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import Trace
 from moe_lab.trace.capturing.router_output import Reader
+from moe_lab.worth.batches import Batch, Document
 from moe_lab.worth.document_means import ratios
 from moe_lab.worth.interventions import Replay, intervene
-from moe_lab.worth.paired_passes import (
-    Batch,
-    Document,
-    log_probabilities,
-    logits_of,
-    paired_differences,
-)
+from moe_lab.worth.paired_passes import log_probabilities, logits_of, paired_differences
 
 OWN, IDS, WEIGHTS = "own selection", "recorded ids", "recorded ids and weights"
 

@@ -16,6 +16,7 @@ tokens, D d_model, E experts.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,16 @@ from moe_lab.analysis.difficulty.rank_statistics import Order, standard_ranks
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
 from moe_lab.document_pass import evaluating
 from moe_lab.errors import AnalysisError, TraceError, expected, require
+from moe_lab.files import write_parquet
 from moe_lab.progress import tell
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.hooks import Hooks, Pass
 from moe_lab.trace.capturing.router_output import Reader, Reading
 from moe_lab.trace.capturing.traced_router import TracedRouter
+from moe_lab.worth.batches import Batch, padded_batches
 from moe_lab.worth.interventions import Silence, intervene
-from moe_lab.worth.paired_passes import Batch, logits_of, padded_batches
+from moe_lab.worth.measured_rows import MEASURED, held_rows, measurement_key
+from moe_lab.worth.paired_passes import logits_of
 
 MEANS = {
     "frequency": ("used", "tokens"),
@@ -45,6 +49,12 @@ MEANS = {
 DISTANCES = ("router_distance", "output_distance")
 SCORES = (*MEANS, *DISTANCES)
 TOP_SHARE = 0.1
+SCHEMA = {
+    **dict.fromkeys(("layer", "expert", "doc"), pl.Int64),
+    **dict.fromkeys(("tokens", "used", "gate", "norm", "plain_norm", *DISTANCES), pl.Float64),
+    MEASURED: pl.String,
+}
+"""Of the file that ``expert_scores`` writes."""
 
 
 def expert_scores(
@@ -53,12 +63,15 @@ def expert_scores(
     *,
     layers: Sequence[int] | None = None,
     batch_tokens: int = 2048,
+    path: Path | str | None = None,
     readers: Mapping[str, Reader] | None = None,
 ) -> pl.DataFrame:
     """What the scores of all real experts are made from, by document.
 
     Args:
         model, documents, layers, batch_tokens, readers: as for ``expert_losses``.
+        path: a Parquet file that takes the rows of each layer as it is done. Layers that it holds
+            are not scored again.
 
     Returns:
         [layer, expert, doc, tokens, used, gate, norm, plain_norm, router_distance,
@@ -68,20 +81,36 @@ def expert_scores(
         expert.
 
     Raises:
+        AnalysisError: ``path`` holds the scores of another model or text.
         TraceError: naming the router, where the block around it cannot run by itself.
     """
     every, _ = find_sites(model, readers, None)
     sites = [site for site in every if layers is None or site.layer in layers]
     batches = padded_batches(model, documents, batch_tokens)
-    frames = []
+    key = measurement_key(path, model, documents, "scores")
+    held = held_rows(path, SCHEMA, key)
+    done = set(held["layer"])
+    sites = [site for site in sites if site.layer not in done]
     with evaluating(model), torch.no_grad():
         for place, site in enumerate(sites):
             sums = _LayerSums(model, site, len(documents), readers)
             for number, batch in enumerate(batches):
                 tell("scoring experts", place * len(batches) + number, len(sites) * len(batches))
                 sums.add(batch)
-            frames.append(sums.frame())
-    return pl.concat(frames).sort("layer", "expert", "doc")
+            frame = sums.frame().with_columns(pl.lit(key).alias(MEASURED))
+            held = pl.concat([held, frame.cast(SCHEMA)])
+            if path is not None:
+                write_parquet(path, held)
+    chosen = held if layers is None else held.filter(pl.col("layer").is_in(layers))
+    return chosen.drop(MEASURED).sort("layer", "expert", "doc")
+
+
+def scored_layers(
+    path: Path | str | None, model: nn.Module, documents: Sequence[np.ndarray]
+) -> set[int]:
+    """The layers that ``expert_scores`` wrote to ``path``."""
+    key = measurement_key(path, model, documents, "scores")
+    return set(held_rows(path, SCHEMA, key)["layer"])
 
 
 class _LayerSums:

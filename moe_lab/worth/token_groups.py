@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 from moe_lab.analysis.difficulty.alignment import Align
 from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.errors import AnalysisError, require
+from moe_lab.worth.batches import Document
 
 Classes: TypeAlias = Mapping[str, Sequence[Sequence[str | None] | np.ndarray | pl.Series]]
 """Column -> for each document [n] the class of each of its tokens; None: in no class."""
@@ -38,11 +39,12 @@ class TokenGroups:
         classes: Classes | None = None,
         align: Align = Align.TARGET,
     ) -> None:
-        part = slice(1, None) if Align(align) is Align.TARGET else slice(None, -1)
+        self.classes, self.align = classes or {}, Align(align)
+        part = slice(1, None) if self.align is Align.TARGET else slice(None, -1)
         self.names: list[tuple[str | None, str | None]] = [(None, None)]
         lengths = [len(ids) for ids in documents]
         self._codes: list[list[NDArray[np.int64]]] = [[] for _ in documents]
-        for column, labels in (classes or {}).items():
+        for column, labels in self.classes.items():
             given = [pl.Series(values, dtype=pl.String, strict=False) for values in labels]
             require(
                 [len(values) for values in given] == lengths,
@@ -63,24 +65,33 @@ class TokenGroups:
         schema = {"by": pl.String, "class": pl.String}
         return pl.DataFrame(self.names, schema=schema, orient="row")
 
-    def matrix(self, docs: NDArray[np.int64]) -> csr_array:
-        """[documents x groups, N]: a column for each predicted token, 1 in the rows of its groups.
-
-        Args:
-            docs: [N] number of the document of each predicted token, whole documents one after the
-                other; the rows are in the order of their numbers.
+    def codes(self, documents: Sequence[Document]) -> list[NDArray[np.int64]]:
+        """For each column [N] the place in ``names`` of the class of each token predicted in these
+        documents or windows, one after the other; -1: in no class.
         """
-        places = np.arange(len(docs))
-        order, row = np.unique(docs, return_inverse=True)
-        begins = np.flatnonzero(np.append(True, docs[1:] != docs[:-1]))
+        return [
+            np.concatenate(
+                [
+                    self._codes[item.number][column][item.start : item.start + len(item.ids) - 1]
+                    for item in documents
+                ]
+            )
+            for column in range(len(self.classes))
+        ]
+
+    def matrix(self, documents: Sequence[Document]) -> csr_array:
+        """[documents x groups, N]: a column for each predicted token of these documents or windows,
+        1 in the rows of its groups.
+        """
+        lengths = [len(document.ids) - 1 for document in documents]
+        row, places = np.repeat(np.arange(len(documents)), lengths), np.arange(sum(lengths))
         rows, columns = [row * len(self.names)], [places]
-        for column in range(len(self._codes[order[0]])):
-            codes = np.concatenate([self._codes[docs[begin]][column] for begin in begins])
+        for codes in self.codes(documents):
             known = codes >= 0
             rows.append((row * len(self.names) + codes)[known])
             columns.append(places[known])
         where = np.concatenate(rows), np.concatenate(columns)
-        shape = (len(order) * len(self.names), len(docs))
+        shape = (len(documents) * len(self.names), len(places))
         return csr_array((np.ones(len(where[0])), where), shape=shape)
 
     def frame(self, sums: Floats, names: Sequence[str]) -> pl.DataFrame:
@@ -88,11 +99,8 @@ class TokenGroups:
         of which are tokens; without the rows of no token.
         """
         sets, docs, places = np.nonzero(sums[..., 0])
-        labels = pl.DataFrame(
-            self.names, schema={"by": pl.String, "class": pl.String}, orient="row"
-        )
         values = sums[sets, docs, places]
-        return labels[places].with_columns(
+        return self.labels[places].with_columns(
             pl.Series("set", sets),
             pl.Series("doc", docs),
             *(pl.Series(name, values[:, place]) for place, name in enumerate(names)),

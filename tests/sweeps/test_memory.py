@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from stub_trainer import STUB, StubRun, stub_sweep
 
+from moe_lab import free_memory
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 from moe_lab.sweeps import Job, memory, run
@@ -137,13 +138,13 @@ def test_free_memory_is_the_smaller_of_the_kernels_and_the_groups(tmp_path: Path
     info, groups = tmp_path / "meminfo", tmp_path / "groups"
     groups.mkdir()
     info.write_text("MemTotal:  16 kB\nMemAvailable:    8 kB\n")
-    assert memory._free_here(info, groups) == 8192
+    assert free_memory._free_here(info, groups) == 8192
     (groups / "memory.max").write_text("6000\n")
     (groups / "memory.current").write_text("2000\n")
-    assert memory._free_here(info, groups) == 4000
+    assert free_memory._free_here(info, groups) == 4000
     (groups / "memory.max").write_text("max\n")
-    assert memory._free_here(info, groups) == 8192
-    assert memory._free_here(tmp_path / "none", groups) is None
+    assert free_memory._free_here(info, groups) == 8192
+    assert free_memory._free_here(tmp_path / "none", groups) is None
 
 
 def job(name: str, need: int) -> Job:

@@ -271,7 +271,7 @@ def test_what_cannot_be_measured_is_refused():
     with refused("experts", TraceError):
         expert_losses(decoder(), texts(), experts=[(0, 6)])
     with refused("losses", AnalysisError):
-        expert_worth(pl.DataFrame(schema={**measured_rows.SCHEMA}))
+        expert_worth(expert_losses(decoder(), texts(), experts=[(0, 1)]).clear())
 
 
 @pytest.mark.hf
