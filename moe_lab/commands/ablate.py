@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.commands.options import (
-    UNITS,
     add_device,
+    add_documents,
+    add_forward_pass,
     add_json,
+    add_layers,
     add_number,
     add_out,
     add_seed,
@@ -23,13 +25,13 @@ from moe_lab.number_format import count_of
 from moe_lab.progress import clock, shown
 from moe_lab.runs.layout import DONE
 from moe_lab.terminal import say
-from moe_lab.worth.worth_files import META, WORTH_FOLDER, read_meta, refuse_taken
+from moe_lab.worth.worth_files import META, SHORT, WORTH_FOLDER, read_meta, refuse_taken
 
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
-    from moe_lab.text import TokenizedDocument
+    from moe_lab.text import Corpus, TokenizedDocument
     from moe_lab.worth.ablation import Ablation
 
 SHOWN = 5
@@ -52,26 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_MODEL",
         help="the folder of a finished run, or of a pretrained MoE model",
     )
-    parser.add_argument(
-        "--text",
-        "--corpus",
-        dest="text",
-        default=None,
-        metavar="PATH",
-        help="documents that the model was not trained on (default for a run: the validation "
-        "documents of its corpus)",
-    )
-    parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
-    add_number(
+    add_documents(
         parser,
-        "--max-tokens",
-        1000,
-        whole=True,
+        "documents that the model was not trained on (default for a run: the validation "
+        "documents of its corpus)",
+        "read only the first tokens of each document (default: those of one pass, --batch-tokens)",
         least=2,
-        units=UNITS,
-        default=None,
-        help="read only the first tokens of each document (default: those of one pass, "
-        "--batch-tokens)",
     )
     parser.add_argument(
         "--experts",
@@ -80,12 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="experts of each layer, drawn with --seed, or all (default: all)",
     )
-    parser.add_argument(
-        "--layers",
-        default=None,
-        metavar="LIST",
-        help="numbers of the layers, such as 1-3,7 (default: all with experts)",
-    )
+    add_layers(parser, "numbers of the layers, such as 1-3,7 (default: all with experts)")
     parser.add_argument(
         "--edit",
         choices=("forbid", "silence"),
@@ -114,21 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plan", action="store_true", help="say how long it takes, and stop")
     add_out(parser, None, "folder of the tables (default for a run: worth in its folder)")
-    add_number(
-        parser,
-        "--batch-tokens",
-        2048,
-        whole=True,
-        units=UNITS,
-        default=2048,
-        help="tokens of one forward pass",
-    )
-    parser.add_argument(
-        "--dtype",
-        default=None,
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="number format of the weights of a pretrained model (default: auto)",
-    )
+    add_forward_pass(parser, 2048, None)
     add_seed(parser)
     add_device(parser)
     add_json(parser)
@@ -161,6 +130,8 @@ def main(args: argparse.Namespace) -> int:
         f"{count_of(len(ablation.documents), 'document')}, {ablation.tokens:,} tokens: about "
         f"{clock(60 * sum(minutes.values()))} ({parts})"
     )
+    if ablation.pass_bytes is not None:
+        plan += f"; {ablation.pass_bytes / 1e9:.2g} GB of predictions at a time"
     if args.plan and args.json:
         print_json({"plan": plan, "minutes": minutes})
     if not args.json:
@@ -215,14 +186,14 @@ def _of_run(args: argparse.Namespace) -> "Ablation":
         raise ConfigError(expected("options of a run", "--dtype", "leaving --dtype out"))
     run = load_run(args.source, args.device)
     require(run.config.model.moe_layers, "a run with MoE layers", f"the dense run {args.source}")
-    counts = None
+    counts = corpus = None
     if args.text is None:
         text = load_tokens(run.config.text)
         documents, counts = text.documents(Split.VALIDATION), text.counts()
     else:
         corpus = load_corpus(args.text, args.text_column)
         documents = tokenize_documents(corpus.documents, run.tokenizer)
-    return _ablation(args, run.model, documents, run.tokenizer, counts)
+    return _ablation(args, run.model, documents, run.tokenizer, counts, corpus)
 
 
 def _of_model(args: argparse.Namespace) -> "Ablation":
@@ -246,7 +217,7 @@ def _of_model(args: argparse.Namespace) -> "Ablation":
     corpus = load_corpus(args.text, args.text_column)
     documents, _ = tokenized(corpus, tokenizer, None, None)
     describer = Described(tokenizer, text_config.vocab_size) if args.by_class else None
-    return _ablation(args, model, documents, describer, None)
+    return _ablation(args, model, documents, describer, None, corpus)
 
 
 def _ablation(
@@ -255,12 +226,21 @@ def _ablation(
     documents: "Sequence[TokenizedDocument]",
     tokenizer: Any,
     counts: "np.ndarray | None",
+    corpus: "Corpus | None",
 ) -> "Ablation":
-    """The measurement on documents, each cut as the options say."""
+    """The measurement on documents, each cut as the options say.
+
+    Args:
+        corpus: where they are from, which says what was left out; None: the run's own.
+    """
     from moe_lab.worth.ablation import Ablation
     from moe_lab.worth.measures import EditKind
 
+    given = len(documents if corpus is None else corpus.documents)
     documents = [document for document in documents if len(document.ids) > 1]
+    left_out = {SHORT: given - len(documents)}
+    if corpus is not None:
+        left_out |= {"blank": corpus.num_blank, "repeated": corpus.num_repeated}
     longest = args.max_tokens or args.batch_tokens
     return Ablation(
         model,
@@ -273,6 +253,7 @@ def _ablation(
         seed=args.seed,
         curves=args.curves,
         pairs=args.pairs,
+        left_out=left_out,
     )
 
 

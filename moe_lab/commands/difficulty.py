@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.commands.options import (
-    UNITS,
     add_device,
+    add_documents,
     add_json,
     add_number,
     add_out,
@@ -39,23 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=Path, help="the folder of a finished run, or a trace with a token table"
     )
-    parser.add_argument(
-        "--text",
-        "--corpus",
-        dest="text",
-        default=None,
-        metavar="PATH",
-        help="documents to judge a run on (default: those of its corpus that it never saw)",
-    )
-    parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
-    add_number(
+    add_documents(
         parser,
-        "--max-tokens",
-        1000,
-        whole=True,
-        units=UNITS,
+        "documents to judge a run on (default: those of its corpus that it never saw)",
+        "read only the first tokens of each unseen document of a run",
         default=1000,
-        help="read only the first tokens of each unseen document of a run",
     )
     add_number(
         parser,

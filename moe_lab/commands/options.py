@@ -248,6 +248,52 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_documents(
+    parser: argparse.ArgumentParser,
+    what: str,
+    max_tokens: str = "read only the first tokens of each document",
+    **settings: Any,
+) -> None:
+    """Options for the documents that a model reads.
+
+    Args:
+        what, max_tokens: help of --text and --max-tokens.
+        settings: of --max-tokens, as for ``add_number``; its default is None.
+    """
+    parser.add_argument("--text", "--corpus", dest="text", default=None, metavar="PATH", help=what)
+    parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
+    settings = {"default": None, **settings}
+    add_number(parser, "--max-tokens", 1000, whole=True, units=UNITS, help=max_tokens, **settings)
+
+
+def add_forward_pass(
+    parser: argparse._ActionsContainer, batch_tokens: int, dtype: str | None
+) -> None:
+    """Options for how a model runs: tokens of a pass and, of a pretrained one, its number format;
+    None: the option tells whether it was given.
+    """
+    add_number(
+        parser,
+        "--batch-tokens",
+        batch_tokens,
+        whole=True,
+        units=UNITS,
+        default=batch_tokens,
+        help="tokens of one forward pass",
+    )
+    parser.add_argument(
+        "--dtype",
+        default=dtype,
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="number format of the weights of a pretrained model (default: auto)",
+    )
+
+
+def add_layers(parser: argparse._ActionsContainer, what: str) -> None:
+    """An option that ``layer_numbers`` reads."""
+    parser.add_argument("--layers", default=None, metavar="LIST", help=what)
+
+
 def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",

@@ -11,7 +11,10 @@ from typing import Any
 from moe_lab.commands.options import (
     UNITS,
     add_device,
+    add_documents,
+    add_forward_pass,
     add_json,
+    add_layers,
     add_number,
     add_out,
     examples,
@@ -69,23 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         help="take the records of an engine or tool at RUN instead",
     )
-    parser.add_argument(
-        "--text",
-        "--corpus",
-        dest="text",
-        metavar="PATH",
-        help="a folder, .txt, .jsonl or .parquet of documents",
-    )
-    parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
-    add_number(
-        parser,
-        "--max-tokens",
-        1000,
-        whole=True,
-        units=UNITS,
-        default=None,
-        help="read only the first tokens of each document",
-    )
+    add_documents(parser, "a folder, .txt, .jsonl or .parquet of documents")
     add_out(
         parser,
         None,
@@ -95,23 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace a finished trace in that folder"
     )
     pretrained = parser.add_argument_group("with --hf")
-    pretrained.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="number format of the weights",
-    )
+    add_forward_pass(pretrained, 4096, "auto")
     pretrained.add_argument(
         "--device-map", default=None, metavar="MAP", help="auto, balanced, ... (needs accelerate)"
-    )
-    add_number(
-        pretrained,
-        "--batch-tokens",
-        4096,
-        whole=True,
-        units=UNITS,
-        default=4096,
-        help="tokens of one forward pass",
     )
     pretrained.add_argument(
         "--trust-remote-code",
@@ -147,12 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(
         imported, "--top-k", 8, whole=True, most=255, default=None, help="slots of each token"
     )
-    imported.add_argument(
-        "--layers",
-        default=None,
-        metavar="LIST",
-        help="numbers of its MoE layers, such as 1-60 or 3,7",
-    )
+    add_layers(imported, "numbers of its MoE layers, such as 1-60 or 3,7")
     add_number(
         imported,
         "--tokens",

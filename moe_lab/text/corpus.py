@@ -122,7 +122,7 @@ class _StoredDocument(Document):
 @dataclass(frozen=True)
 class Corpus:
     """Documents in a fixed order, no text twice; ``num_repeated`` texts of the source were left out
-    because they repeat another.
+    because they repeat another, ``num_blank`` because they hold white space alone.
 
     ``hash`` changes with any name or text, not with where the corpus lies.
     """
@@ -130,6 +130,7 @@ class Corpus:
     documents: tuple[Document, ...]
     source: str
     num_repeated: int = field(default=0, compare=False)
+    num_blank: int = field(default=0, compare=False)
 
     @cached_property
     def hash(self) -> str:
@@ -223,13 +224,15 @@ def load_corpus(source: str | os.PathLike[str] = STDLIB, text_column: str = "tex
 
 def _corpus(texts: Iterator[Text], source: str) -> Corpus:
     kept: dict[str, Document] = {}
-    repeated = 0
+    repeated = blank = 0
     for document, read in texts:
-        if document.text.strip():
-            stored = _StoredDocument(document, read)
-            repeated += kept.setdefault(document.hash, stored) is not stored
+        if not document.text.strip():
+            blank += 1
+            continue
+        stored = _StoredDocument(document, read)
+        repeated += kept.setdefault(document.hash, stored) is not stored
     require(kept, "text", f"none in {source}", OWN_TEXT, error=CorpusError, field="documents")
-    return Corpus(documents=tuple(kept.values()), source=source, num_repeated=repeated)
+    return Corpus(tuple(kept.values()), source, repeated, blank)
 
 
 def _stdlib_files() -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ from moe_lab.worth.paired_passes import edited_sums, log_probabilities, logits_o
 from moe_lab.worth.pairs import exchange_losses, pair_losses
 from moe_lab.worth.scores import SCORES, expert_scores, score_agreement, scored_layers
 from moe_lab.worth.token_groups import Classes, TokenGroups
-from moe_lab.worth.worth_files import LOSSES, META, UNFINISHED, refuse_taken
+from moe_lab.worth.worth_files import LOSSES, META, SHORT, UNFINISHED, refuse_taken
 from moe_lab.worth.worth_sentences import curve_sentences, worth_sentences
 
 CURVES = (len(SCORES) + 11) * len(SHARES)
@@ -95,15 +95,14 @@ class Ablation:
     def all_left_out(self) -> dict[str, int]:
         """How many documents were left out, by what they are."""
         short = sum(len(ids) < 2 for ids in self.documents)
-        counts = Counter(self.left_out) + Counter({"of fewer than two tokens": short})
+        counts = Counter(self.left_out) + Counter({SHORT: short})
         return {what: number for what, number in counts.items() if number}
 
     @cached_property
-    def pass_gigabytes(self) -> float | None:
-        """GB of the predictions of the largest pass (``pass_bytes``); None where it is unknown."""
+    def pass_bytes(self) -> int | None:
+        """Bytes of the predictions of the largest pass; None where that is unknown."""
         batches = padded_batches(self.model, self.documents, self.batch_tokens)
-        need = pass_bytes(self.model, max(batch.ids.numel() for batch in batches))
-        return None if need is None else need / 1e9
+        return pass_bytes(self.model, max(batch.ids.numel() for batch in batches))
 
     @cached_property
     def measured(self) -> dict[int, int]:

@@ -44,8 +44,9 @@ def pair_losses(
     Returns:
         [layer, first, second, d_first, d_second, d_both, excess, lo, hi, docs]: changes of the loss
         in nats per predicted token without the one, the other and both; ``excess`` is ``d_both``
-        less the sum of the others, with an interval over documents. Above 0, each stands
-        in for the other; at 0 the losses of single experts add up.
+        less the sum of the others, with an interval over documents (null where fewer than five
+        used one of the two). Above 0, each stands in for the other; at 0 the losses of single
+        experts add up.
 
     Raises:
         TraceError: a pair that is not there.
@@ -69,7 +70,9 @@ def pair_losses(
     )
     together = sums_SDQ[len(singles) :, :, D_LOSS].T
     tokens = sums_SDQ[len(singles) :, :, TOKENS].T
-    excess, low, high = ratios(together - firsts - seconds, tokens, level)
+    used = sums_SDQ[len(singles) :, :, USED].T
+    touched = (used > 0) | (together != 0)
+    excess, low, high = ratios(together - firsts - seconds, tokens, level, touched)
     total = tokens.sum(axis=0)
     return _frame(
         chosen,

@@ -9,6 +9,8 @@ from moe_lab.files import parse_json, read_regular
 META, LOSSES = "meta.json", "losses.parquet"
 UNFINISHED = ".unfinished"
 """Folder of what the other tables are made from, until the measurement is finished."""
+SHORT = "of fewer than two tokens"
+"""Documents that cannot be measured."""
 WORTH_FOLDER = "worth"
 """In a run's folder: the measurement of its experts."""
 FREE_SHARE = 0.001

@@ -19,8 +19,11 @@ def test_the_error_is_that_of_leaving_out_one_document_at_a_time():
     mean, low, high = ratios(above, below)
     rest = [(above.sum() - a) / (below.sum() - b) for a, b in zip(above, below, strict=True)]
     error = np.sqrt(8 / 9 * ((np.array(rest) - mean) ** 2).sum())
-    share = below / below.sum()
-    reach = student.ppf(0.975, 1 / (share**2).sum() - 1)
+    effective = below.sum() ** 2 / (below**2).sum()
+    moves = mean[0] - np.array(rest)
+    kurtosis = effective * (moves**4).sum() / (moves**2).sum() ** 2
+    free = min(effective - 1, 2 * (effective - 1) / (kurtosis - 1)) - 1
+    reach = student.ppf(0.975, free)
     assert mean[0] == pytest.approx(1)
     ends = (mean[0] - low[0]) / error, (high[0] - mean[0]) / error
     assert min(ends) == pytest.approx(reach)
@@ -28,11 +31,21 @@ def test_the_error_is_that_of_leaving_out_one_document_at_a_time():
     assert (ends[1] > ends[0]) == (((mean[0] - rest) ** 3).sum() > 0)
 
 
-def test_documents_that_are_alike_have_the_interval_of_student():
+def test_documents_that_are_alike_have_the_interval_of_student_with_one_degree_less():
     values = np.array([1.0, 2, 3, 4, 5, 6])[:, None]
     mean, low, high = ratios(10 * values, np.full((6, 1), 10.0), level=0.9)
-    half = student.ppf(0.95, 5) * values.std(ddof=1) / np.sqrt(6)
+    half = student.ppf(0.95, 4) * values.std(ddof=1) / np.sqrt(6)
     assert (mean[0], low[0], high[0]) == pytest.approx((3.5, 3.5 - half, 3.5 + half))
+
+
+def test_an_interval_is_wider_where_one_document_moves_the_mean():
+    even, one = np.tile([1.0, -1.0], 10), np.array([20.0] + [0.0] * 19)
+    _, low, high = ratios(np.stack([even, one], axis=1), np.ones((20, 2)))
+    errors = np.array([even.std(ddof=1), one.std(ddof=1)]) / np.sqrt(20)
+    reach = (np.array([0.0, 1.0]) - low) / errors  # the end without the long tail
+    assert reach == pytest.approx(
+        student.ppf(0.975, [18, 2 * 19 / (20 * (19**4 + 19) / (19**2 + 19) ** 2 - 1) - 1])
+    )
 
 
 def test_an_interval_rests_on_five_documents():
