@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> int:
         f"{clock(60 * sum(minutes.values()))} ({parts})"
     )
     if ablation.pass_bytes is not None:
-        plan += f"; {ablation.pass_bytes / 1e9:.2g} GB of predictions at a time"
+        plan += f"; predictions of a pass take {ablation.pass_bytes / 1e9:.3f} GB"
     if args.plan and args.json:
         print_json({"plan": plan, "minutes": minutes})
     if not args.json:

@@ -39,7 +39,9 @@ from moe_lab.report.wall_figures import (
     wall_power,
 )
 from moe_lab.report.worth_figures import (
+    exchange_losses,
     expert_worth,
+    pair_losses,
     removal_curves,
     score_agreement,
     sorted_worth,
@@ -56,6 +58,7 @@ __all__ = [
     "distinct_experts",
     "domain_divergence",
     "domain_specialisation",
+    "exchange_losses",
     "expert_cache",
     "expert_load",
     "expert_worth",
@@ -66,6 +69,7 @@ __all__ = [
     "load_over_windows",
     "load_shift",
     "marginal_gain",
+    "pair_losses",
     "placement_load",
     "plain",
     "removal_curves",

@@ -153,6 +153,73 @@ def removal_curves(frame: pl.DataFrame) -> Canvas:
 
 
 @drawn
+def pair_losses(frame: pl.DataFrame) -> Canvas:
+    """The change of the loss without both experts of a pair over the sum of the changes without
+    one; above the line each stands in for the other.
+
+    Args:
+        frame: columns layer, first, second, d_first, d_second, d_both, excess, lo, hi as
+            ``worth.pair_losses``.
+    """
+    need(frame, "layer", "first", "second", "d_first", "d_second", "d_both", "excess", "lo", "hi")
+    rows = frame.with_columns(alone=pl.col("d_first") + pl.col("d_second")).sort("alone")
+    ends = [rows["alone"][0], rows["alone"][-1]]
+    canvas = Canvas()
+    canvas.add_scatter(
+        x=ends,
+        y=ends,
+        mode="lines",
+        name="both = sum",
+        line={"color": SERIES[-1], "dash": "dot"},
+        hoverinfo="skip",
+    )
+    canvas.add_scatter(
+        x=rows["alone"].to_list(),
+        y=rows["d_both"].to_list(),
+        customdata=[
+            [layer, first, second, f"{excess:+.4f} ({interval_text(low, high, 4)})"]
+            for layer, first, second, excess, low, high in rows.select(
+                "layer", "first", "second", "excess", "lo", "hi"
+            ).rows()
+        ],
+        mode="markers",
+        name="a pair of experts",
+        marker={"color": SERIES[0], "size": 7},
+        hovertemplate="layer %{customdata[0]}, experts %{customdata[1]} and %{customdata[2]}: "
+        "both %{y:.4f}, excess %{customdata[3]}<extra></extra>",
+    )
+    canvas.update_xaxes(title_text="sum of both alone, nats per token")
+    return canvas.update_yaxes(title_text="without both, nats per token")
+
+
+@drawn
+def exchange_losses(frame: pl.DataFrame) -> Canvas:
+    """What the exchange of two experts costs the tokens that used one of them, over how many did.
+
+    Args:
+        frame: columns layer, first, second, d_loss_used, used_lo, used_hi, used, tokens as
+            ``worth.exchange_losses``.
+    """
+    need(frame, "layer", "first", "second", "d_loss_used", "used_lo", "used_hi", "used", "tokens")
+    rows = frame.drop_nulls("d_loss_used").with_columns(share=pl.col("used") / pl.col("tokens"))
+    need(rows, "share")
+    canvas = Canvas().add_hline(y=0, line={"color": SERIES[-1], "width": 1})
+    canvas.add_scatter(
+        x=rows["share"].to_list(),
+        y=rows["d_loss_used"].to_list(),
+        error_y=error_bars(rows, "d_loss_used", "used_lo", "used_hi", thickness=1),
+        customdata=rows.select("layer", "first", "second").rows(),
+        mode="markers",
+        marker={"color": SERIES[0], "size": 7},
+        showlegend=False,
+        hovertemplate="layer %{customdata[0]}, experts %{customdata[1]} and %{customdata[2]}: "
+        "%{y:.4f} nats per token that used one of them<extra></extra>",
+    )
+    canvas.update_xaxes(title_text="share of tokens that used one of both", tickformat=".0%")
+    return canvas.update_yaxes(title_text="nats per such token, exchanged")
+
+
+@drawn
 def top_k_losses(frame: pl.DataFrame) -> Canvas:
     """The change of the loss over the number of experts of every token, a series per class.
 

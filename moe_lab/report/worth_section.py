@@ -31,6 +31,13 @@ WORTH = ("layer", "expert", "class", "d_loss", "lo", "hi", "used", "tokens", "do
 AGREEMENT = ("layer", "score", "rho", "lo", "hi", "top", "top_chance", "experts", "docs")
 CURVES = ("order", "share", "removed", "d_loss", "lo", "hi", "docs")
 TOP_K = ("k", "by", "class", "d_loss", "lo", "hi", "docs")
+PAIR = ("layer", "first", "second")
+PAIRS = (*PAIR, "d_first", "d_second", "d_both", "excess", "lo", "hi", "docs")
+EXCHANGES = (*PAIR, "d_loss_used", "used_lo", "used_hi", "kl", "used", "tokens", "docs")
+TEXTS = ("by", "class", "score", "order")
+"""Columns of text; all others hold numbers."""
+MOST_PAIRS = 1000
+"""Pairs that are drawn."""
 
 
 def worth_section(material: Material, given: Path | None = None) -> Section | None:
@@ -79,6 +86,12 @@ def _blocks(folder: Path, loss: float) -> list[tuple[str, Block]]:
         blocks.append(("Many experts removed", _curves_block(_table(folder, "curves", CURVES))))
     if (folder / "top_k.parquet").is_file():
         blocks.append(("More and fewer experts", _top_k_block(_table(folder, "top_k", TOP_K))))
+    for name, columns, block in (
+        ("pairs", PAIRS, _pairs_block),
+        ("exchanges", EXCHANGES, _exchanges_block),
+    ):
+        if (folder / f"{name}.parquet").is_file():
+            blocks += block(_table(folder, name, columns))
     return blocks
 
 
@@ -89,12 +102,20 @@ def _table(folder: Path, name: str, columns: tuple[str, ...]) -> pl.DataFrame:
         "measuring again in another folder", error=RunError, field="worth",
     )  # fmt: skip
     frame = read_parquet(path, RunError)
-    missing = [column for column in columns if column not in frame.columns]
+    missing = [column for column in columns if not _fits(frame, column)]
     require(
         frame.height and not missing, f"rows with columns {', '.join(columns)} in {path}",
         f"none of {missing[0]}" if missing else "no row", error=RunError, field="worth",
     )  # fmt: skip
     return frame
+
+
+def _fits(frame: pl.DataFrame, column: str) -> bool:
+    """Is the column there, and of its kind?"""
+    kind = frame.schema.get(column)
+    return kind is not None and (
+        kind == pl.Null or (kind == pl.String if column in TEXTS else kind.is_numeric())
+    )
 
 
 def _facts(frame: pl.DataFrame) -> str:
@@ -177,3 +198,42 @@ def _top_k_block(top_k: pl.DataFrame) -> Block:
     )
     summary = "Loss against the number of experts of every token."
     return one_plot("top_k_losses", caption, summary, variants, top_k, table_of(top_k, 4))
+
+
+def _pairs_block(pairs: pl.DataFrame) -> list[tuple[str, Block]]:
+    shown = pairs.sort(pl.col("excess").abs(), descending=True, nulls_last=True)
+    caption = (
+        "Change of the loss without both experts of a pair, over the sum of the changes without "
+        f"one; {_most(shown, 'excess')}. Above the line each of the two stands in for the other, "
+        f"and removing many costs more than single losses say. Intervals of the excess over "
+        f"{_facts(pairs)} are in the table."
+    )
+    summary = "Loss without both experts of pairs, over the sum of the losses without one."
+    canvas = figures.pair_losses.canvas(shown.head(MOST_PAIRS))
+    table = table_of(shown.select(PAIRS), 4)
+    block = one_plot("pair_losses", caption, summary, canvas, pairs, table)
+    return [("Two experts removed", block)]
+
+
+def _exchanges_block(exchanges: pl.DataFrame) -> list[tuple[str, Block]]:
+    if exchanges["d_loss_used"].null_count() == exchanges.height:  # no token used any of them
+        return []
+    shown = exchanges.sort("kl", nulls_last=True)
+    caption = (
+        "What it costs the tokens that used one of two experts to send them to the other, with "
+        f"their gate weights; {_most(shown, 'divergence of predictions (kl)', 'smallest')}. Bars "
+        f"are 95 % intervals over {_facts(exchanges)}. A pair is redundant where many tokens used "
+        "it and both the cost and kl are near 0."
+    )
+    summary = "Cost of exchanging two experts, over the share of tokens that used one of them."
+    canvas = figures.exchange_losses.canvas(shown.head(MOST_PAIRS))
+    table = table_of(shown.select(EXCHANGES), 4)
+    block = one_plot("exchange_losses", caption, summary, canvas, exchanges, table)
+    return [("Two experts exchanged", block)]
+
+
+def _most(frame: pl.DataFrame, what: str, order: str = "largest") -> str:
+    """Which pairs are shown."""
+    if frame.height <= MOST_PAIRS:
+        return f"{whole(frame.height)} pairs, from the {order} {what}"
+    return f"the {whole(MOST_PAIRS)} of {whole(frame.height)} pairs with the {order} {what}"

@@ -82,6 +82,9 @@ def test_the_plan_measures_nothing_and_json_has_the_tables(run, tmp_path, capsys
 
 
 def test_a_pretrained_model_needs_a_text_and_a_folder(pretrained, tmp_path, capsys):
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "again.txt").write_text("cat")
+    (tmp_path / "twice.txt").write_text("cat")
     for number in range(6):
         words = np.random.default_rng(number).choice(["cat", "mat", "42", "x = 1\n"], 12)
         (tmp_path / f"{number}.txt").write_text(" ".join(words))
@@ -92,10 +95,13 @@ def test_a_pretrained_model_needs_a_text_and_a_folder(pretrained, tmp_path, caps
         main_raising(["ablate", str(pretrained), *out])
     options = ["--experts", "1", "--edit", "silence", "--dtype", "float32"]
     assert main(["ablate", str(pretrained), *text, *out, *options]) == 0
-    assert "2 measured experts" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 measured experts" in printed
+    assert "; predictions of a pass take 0.001 GB" in printed
+    assert "note: Documents left out: 1 blank and 1 repeated." in printed
     worth = pl.read_parquet(tmp_path / "worth" / "worth.parquet")
     assert worth["edit"].to_list() == ["silence", "silence"]
-    assert worth["docs"].to_list() == [6, 6]
+    assert worth["docs"].to_list() == [7, 7]
 
 
 def test_what_does_not_fit_is_refused(run, tmp_path):

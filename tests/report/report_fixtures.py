@@ -290,7 +290,21 @@ def make_worth(folder: Path, layers: int = 4, experts: int = 16) -> Path:
             for by, name in ((None, None), ("lexer", "keyword"), ("lexer", "name"))
         ]
     )  # fmt: skip
+    pairs = [(layer, first, first + 1) for layer in range(layers) for first in range(3)]
+    names = pl.DataFrame(pairs, ("layer", "first", "second"), orient="row")
+    number, one = names.height, random.normal(0.002, 0.004, (2, names.height))
+    excess = random.normal(0.001, 0.002, number)
+    pair_table = names.with_columns(
+        d_first=one[0], d_second=one[1], d_both=one.sum(axis=0) + excess, excess=excess,
+        lo=excess - 0.001, hi=excess + 0.001, docs=40,
+    )  # fmt: skip
+    exchanges = names.with_columns(
+        d_loss=excess / 4, lo=excess / 4, hi=excess / 4, d_loss_used=excess,
+        used_lo=excess - 0.001, used_hi=excess + 0.001, kl=excess**2, tokens=9000, used=700,
+        docs=40,
+    )  # fmt: skip
     tables = {"worth": worth[:-2], "agreement": agreement, "curves": curves, "top_k": top_k}
+    tables |= {"pairs": pair_table, "exchanges": exchanges}
     for name, table in tables.items():
         table.write_parquet(folder / f"{name}.parquet")
     meta = {"sentences": ["12 of 62 measured experts matter."], "notes": [], "loss": 3.1}

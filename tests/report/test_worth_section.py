@@ -68,6 +68,7 @@ def test_tables_in_a_runs_folder_are_found_and_others_are_named(run, tmp_path):
     assert section.before == ("12 of 62 measured experts matter.",)
     assert [block.name for _, block in section.blocks] == [
         "expert_worth", "sorted_worth", "score_agreement", "removal_curves", "top_k_losses",
+        "pair_losses", "exchange_losses",
     ]  # fmt: skip
     trace = make_trace(tmp_path / "trace", Shape(layers=2, experts=8, documents=4, tokens=60))
     assert worth_section(gather(trace)) is None
@@ -75,6 +76,48 @@ def test_tables_in_a_runs_folder_are_found_and_others_are_named(run, tmp_path):
     assert 'id="figure-expert_worth"' in page
     with refused("worth", AnalysisError):
         worth_section(gather(trace), tmp_path)
+
+
+def test_pairs_are_drawn_beside_the_sum_of_their_losses(run):
+    pairs = pl.read_parquet(run / "worth" / "pairs.parquet")
+    line, points = figures.pair_losses(pairs).to_plotly_json()["data"]
+    assert values(line["x"]).tolist() == values(line["y"]).tolist()
+    excess = sorted((values(points["y"]) - values(points["x"])).tolist())
+    assert excess == pytest.approx(sorted(pairs["excess"]))
+    exchanges = pl.read_parquet(run / "worth" / "exchanges.parquet")
+    (drawn,) = figures.exchange_losses(exchanges).to_plotly_json()["data"]
+    assert values(drawn["x"]) == pytest.approx(np.full(12, 700 / 9000))
+
+
+def test_of_very_many_pairs_the_page_draws_some_and_says_how_many(run, tmp_path):
+    folder = make_worth(tmp_path / "worth", layers=1)
+    for name in ("pairs", "exchanges"):
+        frame = pl.read_parquet(folder / f"{name}.parquet")
+        pl.concat([frame] * 400).write_parquet(folder / f"{name}.parquet")
+    section = worth_section(gather(run), folder)
+    assert section is not None
+    for _, block in section.blocks[-2:]:
+        assert "the 1,000 of 1,200 pairs with the " in block.caption
+        (drawn,) = (
+            item for item in block.plots[0].variants[0].figure.data if item.mode == "markers"
+        )
+        assert len(drawn.x) == 1000
+        assert len(block.table.rows) == 240
+        assert block.table.left_out == 960
+
+
+def test_pairs_of_texts_are_refused_and_pairs_that_nothing_used_are_left_out(run, tmp_path):
+    folder = make_worth(tmp_path / "worth", layers=1)
+    exchanges = pl.read_parquet(folder / "exchanges.parquet")
+    unused = exchanges.with_columns(d_loss_used=pl.lit(None, pl.Float64))
+    unused.write_parquet(folder / "exchanges.parquet")
+    section = worth_section(gather(run), folder)
+    assert section is not None
+    assert section.blocks[-1][1].name == "pair_losses"
+    hostile = exchanges.with_columns(first=pl.lit("<script>alert(1)</script>"))
+    hostile.write_parquet(folder / "exchanges.parquet")
+    with refused("worth", RunError):
+        worth_section(gather(run), folder)
 
 
 def test_damaged_tables_are_refused_in_one_line(tmp_path):

@@ -8,10 +8,11 @@ from test_expert_worth import loss_sums, texts
 from test_interventions import decoder
 
 from moe_lab.errors import AnalysisError, ConfigError, TraceError
-from moe_lab.worth import Forbid, expert_losses, expert_scores, expert_worth, measures
+from moe_lab.worth import Forbid, batches, expert_losses, expert_scores, expert_worth, measures
 from moe_lab.worth import ablation as ablation_module
 from moe_lab.worth.ablation import Ablation, untouched_loss
-from moe_lab.worth.paired_passes import Untouched, padded_batches
+from moe_lab.worth.batches import padded_batches, pass_bytes
+from moe_lab.worth.paired_passes import Untouched
 from moe_lab.worth.worth_files import read_meta, refuse_taken
 from moe_lab.worth.worth_sentences import curve_sentences, pruning_price, worth_sentences
 
@@ -19,11 +20,11 @@ from moe_lab.worth.worth_sentences import curve_sentences, pruning_price, worth_
 def test_a_document_longer_than_the_context_runs_in_windows_and_predicts_each_token_once():
     model, long = decoder(), np.random.default_rng(1).integers(0, 40, 70)  # context 32
     documents = [texts()[0], long, texts()[1]]
-    batches = padded_batches(model, documents, 64)
-    windows = [item for batch in batches for item in batch.documents if item.number == 1]
+    passes = padded_batches(model, documents, 64)
+    windows = [item for batch in passes for item in batch.documents if item.number == 1]
     assert [len(item.ids) for item in windows] == [32, 32, 8]
-    assert all(batch.ids.numel() <= 64 for batch in batches)
-    assert sum(bool((batch.docs == 1).any()) for batch in batches) == 2
+    assert all(batch.ids.numel() <= 64 for batch in passes)
+    assert sum(bool((batch.docs == 1).any()) for batch in passes) == 2
     got = expert_losses(model, documents, experts=[(1, 4)], batch_tokens=64)
     row = got.row(1, named=True)
     parts = [long[start : start + 32] for start in (0, 31, 62)]
@@ -58,6 +59,33 @@ def test_a_measurement_writes_its_tables_and_is_not_replaced(tmp_path):
         ablation.run(tmp_path)
     with refused("worth", AnalysisError):
         read_meta(tmp_path / "other")
+
+
+def test_documents_of_a_token_are_counted_and_left_out(tmp_path):
+    documents = texts(6)
+    alone = expert_worth(expert_losses(decoder(), documents, experts=2))
+    several = [documents[0], np.array([3]), *documents[1:], np.array([], np.int64)]
+    ablation = Ablation(decoder(), several, experts=2, left_out={"blank": 3, "repeated": 0})
+    worth = ablation.run(tmp_path)["worth"]
+    assert worth["d_loss"].to_numpy() == pytest.approx(alone["d_loss"].to_numpy())
+    meta = read_meta(tmp_path)
+    assert meta["left_out"] == {"blank": 3, "of fewer than two tokens": 2}
+    assert meta["documents"] == 6
+    assert meta["notes"] == ["Documents left out: 3 blank and 2 of fewer than two tokens."]
+
+
+def test_passes_that_do_not_fit_into_memory_are_refused(monkeypatch):
+    model, long = decoder(), [np.zeros(70, np.int64)]  # 32 tokens of 40 words in float64
+    assert (
+        pass_bytes(model, 32) == 32 * 40 * 24 == Ablation(model, long, batch_tokens=32).pass_bytes
+    )
+    monkeypatch.setattr(batches, "free_memory", lambda device: 32 * 40 * 24 - 1)
+    with refused("batch_tokens", AnalysisError):
+        padded_batches(model, long, 32)
+    monkeypatch.setattr(batches, "free_memory", lambda device: 32 * 40 * 24)
+    assert len(padded_batches(model, long, 32)) == 3
+    monkeypatch.setattr(batches, "free_memory", lambda device: None)
+    assert len(padded_batches(model, long, 10**9)) == 1
 
 
 def test_a_folder_of_other_things_is_refused_and_left_as_it_is(tmp_path):

@@ -40,7 +40,7 @@ def test_documents_that_are_alike_have_the_interval_of_student_with_one_degree_l
 
 def test_an_interval_is_wider_where_one_document_moves_the_mean():
     even, one = np.tile([1.0, -1.0], 10), np.array([20.0] + [0.0] * 19)
-    _, low, high = ratios(np.stack([even, one], axis=1), np.ones((20, 2)))
+    _, low, _ = ratios(np.stack([even, one], axis=1), np.ones((20, 2)))
     errors = np.array([even.std(ddof=1), one.std(ddof=1)]) / np.sqrt(20)
     reach = (np.array([0.0, 1.0]) - low) / errors  # the end without the long tail
     assert reach == pytest.approx(
