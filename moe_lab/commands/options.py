@@ -270,7 +270,7 @@ def add_forward_pass(
     parser: argparse._ActionsContainer, batch_tokens: int, dtype: str | None
 ) -> None:
     """Options for how a model runs: tokens of a pass and, of a pretrained one, its number format;
-    None: the option tells whether it was given.
+    ``dtype`` None: no default, so that an option that was given is known.
     """
     add_number(
         parser,
