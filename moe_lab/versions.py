@@ -3,8 +3,9 @@
 import datetime
 import os
 import platform
+import re
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moe_lab import __version__
@@ -33,6 +34,20 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
+
+
+def older_than(name: str, oldest: str) -> bool:
+    """Whether the installed distribution has a release before ``oldest``, or there is none."""
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        return True
+    return _release(installed) < _release(oldest)
+
+
+def _release(name: str) -> tuple[int, ...]:
+    """``"2.13.0+cpu"`` -> (2, 13, 0)."""
+    return tuple(int(part) for part in re.findall(r"\d+", name.split("+")[0])[:3])
 
 
 def machine() -> str:

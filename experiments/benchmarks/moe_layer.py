@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from moe_lab.model import MoEConfig, MoELayer, SwiGLU
 from moe_lab.model.dispatch import BACKENDS, choose
-from moe_lab.model.dispatch.liger import kernels
+from moe_lab.model.dispatch.liger import kernels as liger
+from moe_lab.model.dispatch.quack import kernels as quack
 from moe_lab.routing import RouterConfig, Routing
 from moe_lab.training.readings import LayerReading, read_layers
 
@@ -133,10 +134,10 @@ def step_of(
 
 
 def contest(shape: Shape, rounds: int, device: str, dtype: torch.dtype) -> pl.DataFrame:
-    names = ["dense", *OURS, *HF_EXPERTS]
-    names.remove("native" if device == "cuda" else "liger")
-    if device == "cuda" and kernels() is None:
-        names.remove("liger")
+    absent = {"native"} if device == "cuda" else {"liger", "quack"}
+    if device == "cuda":
+        absent |= {name for name, has in (("liger", liger()), ("quack", quack())) if has is None}
+    names = [name for name in ("dense", *OURS, *HF_EXPERTS) if name not in absent]
     steps = {name: step_of(module_of(name, shape), shape, device, dtype) for name in names}
     wanted = steps["cpu"]()
     for name, step in steps.items():

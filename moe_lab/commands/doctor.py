@@ -16,7 +16,7 @@ EXTRAS = {
     "ray": ("ray",),
     "slurm": ("submitit",),
     "store": ("fsspec",),
-    "gpu": ("liger-kernel",),
+    "gpu": ("liger-kernel", "quack-kernels"),
     "figures": ("kaleido",),
     "lexers": ("pygments",),
     "track": ("tensorboard", "wandb", "trackio"),

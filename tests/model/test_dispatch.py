@@ -20,7 +20,7 @@ class Weights(NamedTuple):
     down: Tensor
 
 
-FAST = sorted(set(BACKENDS) - {"oracle", "liger"})  # liger: test_liger.py
+FAST = sorted(set(BACKENDS) - {"oracle", "liger", "quack"})  # test_liger.py, test_quack.py
 
 
 def random_routing(

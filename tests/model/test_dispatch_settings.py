@@ -16,7 +16,7 @@ from moe_lab.routing import RouterConfig, Routing
 NAMES = [
     name
     for name in sorted(BACKENDS)
-    if name not in ("oracle", "liger") and (name != "native" or native.available())
+    if name not in ("oracle", "liger", "quack") and (name != "native" or native.available())
 ]
 HALF = [name for name in NAMES if name != "native"]
 

@@ -3,12 +3,15 @@ equals transformers' modules with the weights of DeepSeek-V4's or gpt-oss's expe
 """
 
 import importlib
+import sys
 from typing import Any
 
 import pytest
 import torch
+from quack_stand_in import STAND_IN
 from refusals import refused
 from test_dispatch import FAST, Routing, random_routing, run
+from test_liger import plain_kernels
 from torch import Tensor
 
 from moe_lab.model import ExpertBank, MoEConfig
@@ -71,6 +74,32 @@ def test_nan_stays_nan() -> None:
 def routed(ids: Tensor, weights: Tensor, experts: int) -> Routing:
     scores = torch.rand(len(ids), experts)
     return Routing(ids, weights, scores.log(), scores, experts, 0)
+
+
+@pytest.mark.parametrize("name", ["liger", "quack"])
+def test_kernels_of_other_packages_take_biases_and_refuse_the_clamp(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With plain functions of the kernels' contracts; gpt-oss has both."""
+    module = sys.modules[f"moe_lab.model.dispatch.{name}"]
+    stand_in = {"liger": plain_kernels, "quack": STAND_IN}[name]
+    monkeypatch.setattr(module, "kernels", lambda: stand_in)
+    routing = random_routing(11, 3, 4, 2, 0.2, seed=3)
+    x_TD = torch.randn(11, 16, dtype=torch.float64, requires_grad=True)
+    with refused("dispatch") as error:
+        BACKENDS[name](x_TD, routing, ExpertBank(4, 16, 8, GPT_OSS, bias=True).double())
+    assert "without a limit" in str(error.value)
+    monkeypatch.setattr(module, "obstacle", lambda x_TD, bank: "")
+    bank = ExpertBank(4, 16, 8, bias=True).double()
+    for parameter in bank.parameters():
+        torch.nn.init.normal_(parameter)
+    inputs = [x_TD, routing.weights.requires_grad_(), *bank.parameters()]
+    both = [
+        [y_TD, *torch.autograd.grad(y_TD.sin().sum(), inputs)]
+        for y_TD in (BACKENDS[backend](x_TD, routing, bank) for backend in (name, "oracle"))
+    ]
+    for got, wanted in zip(*both, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.hf

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_lab.model import ExpertBank, MoEConfig, MoELayer
-from moe_lab.model.dispatch import BACKENDS, choose, liger, oracle
+from moe_lab.model.dispatch import BACKENDS, Choice, choose, liger, oracle
 from moe_lab.model.dispatch.bank import Gating
 from moe_lab.model.experts import swiglu
 from moe_lab.routing import RouterConfig
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "liger_on_cpu.py"
+SCRIPT = Path(__file__).parents[2] / "experiments" / "kernels_on_cpu.py"
 
 
 def plain_kernels(
@@ -132,7 +132,7 @@ def test_what_liger_cannot_run_is_named() -> None:
 
 
 @pytest.mark.usefixtures("real")
-def test_auto_says_what_it_picked_and_why() -> None:
+def test_auto_says_what_it_picked_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = ExpertBank(2, 16, 8)
     assert choose(torch.zeros(1, 16, dtype=torch.bfloat16), bank) == (
         "cpu",
@@ -140,6 +140,24 @@ def test_auto_says_what_it_picked_and_why() -> None:
     )
     on_meta = choose(torch.zeros(1, 16, device="meta"), bank)
     assert on_meta == ("grouped", "on the meta device nothing is computed")
+
+    class OnCuda(Tensor):  # a CPU has no such tensor
+        device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+    def chosen(dtype: torch.dtype, capability: tuple[int, int]) -> Choice:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return choose(torch.zeros(1, 16, dtype=dtype).as_subclass(OnCuda), bank.to(dtype))
+
+    assert chosen(torch.bfloat16, (9, 0)).name == "grouped"
+    assert "no figure" in chosen(torch.bfloat16, (9, 0)).reason
+    assert "TF32" in chosen(torch.float32, (9, 0)).reason
+    assert "older than compute capability 8.0" in chosen(torch.float16, (7, 5)).reason
+    liger_module = sys.modules["moe_lab.model.dispatch.liger"]
+    monkeypatch.setattr(liger_module, "kernels", lambda: None)
+    assert "pip install 'moe_lab[gpu]'" in chosen(torch.float16, (9, 0)).reason
+    monkeypatch.setattr(liger_module, "kernels", lambda: plain_kernels)
+    assert chosen(torch.bfloat16, (8, 0)).name == "liger"
+    assert chosen(torch.float64, (9, 0)).name == "cpu"
     layer = MoELayer(MoEConfig(16, 8, RouterConfig(num_experts=2, top_k=1), dispatch="grouped"))
     assert layer.backend_choice(torch.zeros(1, 16)) == ("grouped", "it is configured")
 
@@ -151,7 +169,7 @@ def test_auto_says_what_it_picked_and_why() -> None:
 )
 def test_the_triton_kernels_equal_the_oracle_in_the_interpreter() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--cases", "1"],
+        [sys.executable, str(SCRIPT), "liger", "--cases", "1"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -11,9 +11,13 @@ alone:
 | ``native`` | the same in C++, compiled once per machine | CPU, float32 and float64 |
 | ``grouped`` | one ``grouped_mm`` for all experts, no host synchronisation | CUDA; right on a CPU |
 | ``liger`` | liger-kernel's fused Triton kernels (extra ``gpu``), SwiGLU without a limit | CUDA |
+| ``quack`` | quack-kernels' grouped products (extra ``gpu``), SwiGLU without a limit | CUDA 9.0+ |
 
 ``auto`` takes the fastest that can run what it is given, again at each call; ``choose`` returns its
-name and why.
+name and why. Among the backends for CUDA it goes by facts, for none has a figure of ours yet:
+``grouped`` in bfloat16 from Hopper on, where torch has one kernel for it and others measured it;
+elsewhere torch runs one product per expert and waits for their sizes, so in half precision
+``liger`` is taken. ``quack`` runs by its name alone.
 """
 
 from typing import NamedTuple
@@ -35,6 +39,7 @@ from moe_lab.model.dispatch.grouped import can_group, grouped
 from moe_lab.model.dispatch.liger import liger, obstacle
 from moe_lab.model.dispatch.loop import loop
 from moe_lab.model.dispatch.oracle import oracle
+from moe_lab.model.dispatch.quack import quack
 from moe_lab.registry import Registry
 from moe_lab.routing import Routing
 
@@ -52,6 +57,7 @@ _BUILT_IN: dict[str, Backend] = {
     "native": native.experts,
     "grouped": grouped,
     "liger": liger,
+    "quack": quack,
 }
 for _name, _backend in _BUILT_IN.items():
     BACKENDS.add(_name, _backend)
@@ -65,8 +71,8 @@ class Choice(NamedTuple):
 
 
 def choose(x_TD: Tensor, bank: Bank) -> Choice:
-    """What ``auto`` runs for these tensors: their device, dtype and shape decide, and on CUDA
-    whether the extra ``gpu`` is installed.
+    """What ``auto`` runs for these tensors: their device, dtype and shape decide, and on CUDA in
+    half precision whether the extra ``gpu`` is installed.
     """
     if x_TD.device.type == "cpu":
         if x_TD.dtype not in native.DTYPES:
@@ -76,12 +82,16 @@ def choose(x_TD: Tensor, bank: Bank) -> Choice:
         return Choice("native", "it is compiled for this processor")
     if x_TD.device.type == "meta":  # nothing may wait for a value
         return Choice("grouped", "on the meta device nothing is computed")
+    if not can_group(x_TD, bank.down):
+        return Choice("cpu", "grouped_mm does not take this dtype or these widths")
+    if x_TD.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x_TD.device) >= (9, 0):
+        return Choice("grouped", "its products are one kernel here; others have no figure yet")
+    if x_TD.dtype == torch.float32:
+        return Choice("grouped", "liger would round float32 products to TF32")
     why = obstacle(x_TD, bank)
-    if not why:
-        return Choice("liger", "its fused kernels take this device, dtype and gating")
-    if can_group(x_TD, bank.down):
+    if why:
         return Choice("grouped", "liger does not run: " + why)
-    return Choice("cpu", "grouped_mm does not take this dtype or these widths")
+    return Choice("liger", "grouped_mm is one product per expert on this device in this dtype")
 
 
 def auto(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:

@@ -5,7 +5,11 @@ activation in one kernel, down in a second, and the sum over a token's slots in 
 a router gives zero-compute, dropped or unused slots, or weights the experts' input, the slots that
 run a real expert go in as tokens of one slot each, sorted by expert, and are added up by token
 afterwards. Each call waits two or three times for the device: whether every slot runs, how many
-do, and how many tiles the kernels need.
+do, and how many tiles the kernels need. Products of float32 are rounded to TF32.
+
+liger-kernel would time 240 variants of its kernels at the first call of each pair of widths and
+dtype, in each process: minutes. ``LIGER_FUSED_MOE_AUTOTUNE=1`` in the environment lets it; else one
+variant is compiled.
 """
 
 import os
@@ -23,7 +27,9 @@ from moe_lab.model.dispatch.bank import SWIGLU, Bank, gating_of, takes_biases
 from moe_lab.model.dispatch.grouped import grouped
 from moe_lab.model.dispatch.order import InOrder, PutBack, TakeRows, slot_order
 from moe_lab.routing import Routing
+from moe_lab.versions import older_than
 
+OLDEST = "0.8.5"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CAPABILITY = (8, 0)
 """Of the oldest device with bfloat16 products on its matrix units (Ampere)."""
@@ -36,9 +42,12 @@ D].
 
 @cache
 def kernels() -> FusedExperts | None:
-    """liger-kernel's function, or None where the package or Triton is missing."""
-    if find_spec("liger_kernel") is None or find_spec("triton") is None:
+    """liger-kernel's function, or None where the package is missing or older than 0.8.5 (wrong
+    gradients on Blackwell, linkedin/Liger-Kernel#1413), or Triton is missing.
+    """
+    if older_than("liger-kernel", OLDEST) or find_spec("triton") is None:
         return None
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")  # read at import
     return import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction.apply
 
 
@@ -62,7 +71,7 @@ def obstacle(x_TD: Tensor, bank: Bank) -> str:
     elif x_TD.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on CUDA devices"
     if kernels() is None:
-        return "the package liger-kernel is missing: pip install 'moe_lab[gpu]'"
+        return f"liger-kernel {OLDEST} or newer with Triton is missing: pip install 'moe_lab[gpu]'"
     return ""
 
 

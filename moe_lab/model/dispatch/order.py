@@ -7,6 +7,7 @@ this is fast on a CPU and deterministic on CUDA. Shape letters: N = T * K slots.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.routing import Routing
@@ -36,6 +37,27 @@ class SlotOrder(NamedTuple):
             *self.place.shape, rows.shape[1]
         )
         return slots_TKD.masked_fill_(~self.runs.unsqueeze(2), 0.0).sum(dim=1)
+
+    def add_up(self, rows: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+        """``put_back`` of weighted rows in one call that reads each row once, without gradients.
+
+        rows: [N + 1, D]; the last one may hold anything too.
+        """
+        last = len(self.order)
+        place_TK = self.place.masked_fill(~self.runs, last)
+        return F.embedding_bag(
+            place_TK, rows, mode="sum", per_sample_weights=weights_TK, padding_idx=last
+        )
+
+    def to_slots(self, values_N: Tensor) -> Tensor:
+        """[N] in the order of the rows -> [T, K]; 0 in slots that run nothing."""
+        return values_N[self.place].masked_fill(~self.runs, 0.0)
+
+    def one_each(self) -> "SlotOrder":
+        """The order of these rows, each a token of one slot."""
+        rows_N = torch.arange(len(self.order), device=self.order.device)
+        runs_N1 = self.runs.reshape(-1)[self.order].unsqueeze(1)
+        return SlotOrder(rows_N, self.ends, rows_N.unsqueeze(1), runs_N1)
 
 
 def slot_order(routing: Routing) -> SlotOrder:
@@ -103,7 +125,7 @@ class _ToSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_N: Tensor, slots: SlotOrder) -> Tensor:
         ctx.slots = slots
-        return values_N[slots.place].masked_fill(~slots.runs, 0.0)
+        return slots.to_slots(values_N)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
