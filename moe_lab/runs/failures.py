@@ -27,12 +27,19 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 class FailureKind(StrEnum):
     """RUN: the run itself fails, and stays failed until ``retry_failed``. STORAGE: a disk or store
     did not do its part; the run is continued like an interrupted one. CHECKPOINT: what the run
-    would resume from is damaged; ``retry_failed`` sets it aside and begins the run again.
+    would resume from is damaged; ``retry_failed`` sets it aside and begins the run again. CLUSTER:
+    the cluster did not launch the run's job; it is continued like an interrupted one.
     """
 
     RUN = "run"
     CHECKPOINT = "checkpoint"
     STORAGE = "storage"
+    CLUSTER = "cluster"
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the same command takes the run up again."""
+        return self in (FailureKind.STORAGE, FailureKind.CLUSTER)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,12 @@ from moe_lab.runs.layout import (
     PLAN,
     RESUMED_FROM,
     STATUS,
+    WAITS,
     RunState,
 )
 from moe_lab.runs.plan import SCHEMA_VERSION, PlannedSweep, check_plan, plan_entry
 from moe_lab.runs.record import Progress, RunRecord, read_object, read_run, state_of
+from moe_lab.runs.waits import Waits
 
 PATIENCE_SECONDS = 300.0
 """How long a process waits for its turn to add to the plan; the plan of a large sweep takes a good
@@ -72,6 +74,18 @@ class RunStore:
             with claim:
                 if not (self.path(run) / DONE).exists():
                     write_failure(self.path(run), failure)
+
+    def waits(self) -> Waits:
+        try:
+            return Waits.of(read_regular(self.folder / WAITS))
+        except OSError:
+            return Waits()
+
+    def record_waits(self, waits: Waits) -> None:
+        if waits.runs:
+            write_text(self.folder / WAITS, waits.content())
+        else:
+            (self.folder / WAITS).unlink(missing_ok=True)
 
     def set_checkpoint_aside(self, run: str) -> None:
         with suppress(FileNotFoundError):

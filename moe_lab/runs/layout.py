@@ -37,6 +37,8 @@ DONE = "done"
 
 PLAN = "sweep.json"
 """In a sweep's folder: its sweeps and their runs (``plan``)."""
+WAITS = "waits.json"
+"""In a sweep's folder or store: runs that wait for what may never come (``waits``)."""
 TRUNKS = "trunks"
 """In a sweep's folder: states that shorter token budgets begin from (``training.branching``)."""
 

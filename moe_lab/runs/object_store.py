@@ -1,6 +1,7 @@
 """The run store of an object store (an fsspec URL).
 
     sweeps/<hash>.json    a plan, named by its content: adding one needs no lock
+    waits.json            runs that wait in a cluster's queue, while some do
     state/<run>/          small files: lease, status, result, error, log, done (written last)
     files/<run>/          the others: checkpoint while it trains; metrics, weights, trace
 
@@ -37,11 +38,13 @@ from moe_lab.runs.layout import (
     RESUMED_FROM,
     STATUS,
     TRACE,
+    WAITS,
     RunState,
 )
 from moe_lab.runs.object_leases import living_owner
 from moe_lab.runs.plan import SCHEMA_VERSION, PlannedSweep, check_plan, plan_entry
 from moe_lab.runs.record import Progress, RunRecord, read_object
+from moe_lab.runs.waits import Waits
 
 STATE, FILES, SWEEPS = "state", "files", "sweeps"
 LEASE = "lease.json"
@@ -110,6 +113,15 @@ class ObjectStore:
     def record_failure(self, run: str, failure: Failure) -> None:
         if self.state(run) not in (RunState.FINISHED, RunState.RUNNING, RunState.FAILED):
             write_failure(self.bucket, run, failure)
+
+    def waits(self) -> Waits:
+        return Waits.of(self.bucket.read(WAITS))
+
+    def record_waits(self, waits: Waits) -> None:
+        if waits.runs:
+            self.bucket.write(WAITS, waits.content().encode())
+        else:
+            self.bucket.delete([WAITS])
 
     def set_checkpoint_aside(self, run: str) -> None:
         names = (f"{FILES}/{run}/{name}" for name in (CHECKPOINT, DAMAGED_CHECKPOINT))

@@ -171,6 +171,10 @@ def state_of(
         return RunState.FINISHED
     if held() if held else claimed(names) and holder(folder, names):
         return RunState.RUNNING
+    if not held and claimed(names):  # by a process that may have ended the run meanwhile
+        names = file_names(folder)
+        if DONE in names:
+            return RunState.FINISHED
     if ERROR in names:
         return RunState.FAILED
     return RunState.INTERRUPTED if STATUS in names or claimed(names) else RunState.PENDING

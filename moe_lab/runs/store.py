@@ -12,6 +12,7 @@ from moe_lab.runs.layout import RunState
 from moe_lab.runs.object_store import ObjectStore
 from moe_lab.runs.plan import PlannedSweep
 from moe_lab.runs.record import Progress, RunRecord
+from moe_lab.runs.waits import Waits
 
 
 class Store(Protocol):
@@ -51,6 +52,12 @@ class Store(Protocol):
     def record_failure(self, run: str, failure: Failure) -> None:
         """Record the failure of a run whose worker died, unless another worker has taken it up."""
         ...
+
+    def waits(self) -> Waits:
+        """The runs that a driver last saw waiting in a cluster's queue."""
+        ...
+
+    def record_waits(self, waits: Waits) -> None: ...
 
     def set_checkpoint_aside(self, run: str) -> None:
         """Move the damaged checkpoint of ``run`` away, so that the run begins again."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moe_lab.number_format import duration
 from moe_lab.plain_text import on_page
+from moe_lab.runs.failures import FailureKind
 from moe_lab.runs.record import Progress
 from moe_lab.runs.store import Store
 from moe_lab.sweeps.launchers.protocol import Ending, Job, Result
@@ -119,11 +120,13 @@ def opening_line(
 
 def ending_line(job: Job, ending: Ending, progress: Progress) -> str:
     """One line for a run that stopped."""
+    unlaunched = ending.kind is FailureKind.CLUSTER
+    again = "submitting it again" if unlaunched else "resuming from its checkpoint"
     return {
         Result.FINISHED: f"finished  {job.name}  ({figures(progress)})",
         Result.FAILED: f"FAILED    {job.name}: {ending.reason}",
         Result.BUSY: f"waiting   {job.name}: another sweep is training it",
-        Result.DIED: f"again     {job.name}: {ending.reason}; resuming from its checkpoint",
+        Result.DIED: f"again     {job.name}: {ending.reason}; {again}",
         Result.WITHDRAWN: f"withdrawn {job.name}: it had not begun",
     }[ending.result]
 

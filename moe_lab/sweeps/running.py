@@ -33,6 +33,7 @@ from moe_lab.sweeps.launchers import (
 from moe_lab.sweeps.memory import run_memory, too_large
 from moe_lab.sweeps.planning import describe
 from moe_lab.sweeps.progress import View, build_view
+from moe_lab.sweeps.waiting import Waiting
 
 RETRIES = 2
 """How often in a row a run is taken up again whose worker died before it had a newer checkpoint,
@@ -129,10 +130,13 @@ def run(
         if driver.queue:
             if launcher == "local":  # a cluster's scheduler places runs on its nodes itself
                 driver.share_memory(view)
-            with closing(
-                _pool(store, launcher, list(driver.queue), workers, trainer, launcher_options)
-            ) as pool:
-                driver.drive(pool, view, stop)
+            with (
+                closing(
+                    _pool(store, launcher, list(driver.queue), workers, trainer, launcher_options)
+                ) as pool,
+                closing(Waiting(store, jobs, view)) as waiting,
+            ):
+                driver.drive(pool, view, stop, waiting)
     return driver.outcome(time.monotonic() - began)
 
 
@@ -220,7 +224,7 @@ class _Driver:
             failure = self.store.failure(run) if state is RunState.FAILED else Failure()
             if state is RunState.FINISHED:
                 self.finished.append(run)
-            elif failure.reason and not retry_failed and failure.kind is not FailureKind.STORAGE:
+            elif failure.reason and not retry_failed and not failure.kind.is_continued:
                 self.failed[run] = failure.reason
             else:
                 if failure.kind is FailureKind.CHECKPOINT:
@@ -242,7 +246,7 @@ class _Driver:
         if self.admission.memory is not None and (line := too_large(needs, self.admission.memory)):
             view.say(line)
 
-    def drive(self, pool: Launcher, view: View, stop: threading.Event) -> None:
+    def drive(self, pool: Launcher, view: View, stop: threading.Event, waiting: Waiting) -> None:
         looked, withdrawn = time.monotonic(), False
         while (self.queue or self.active or self.foreign) and not stop.is_set():
             while len(self.active) < pool.slots and (
@@ -266,7 +270,9 @@ class _Driver:
             if self.foreign and time.monotonic() - looked >= FOREIGN_SECONDS:
                 looked = time.monotonic()
                 self._look_at_foreign(view)
-            view.refresh(list(self.active.values()))
+            waits = pool.waits()
+            waiting.tell(waits)
+            view.refresh([job for run, job in self.active.items() if run not in waits])
 
     def _ended(self, ending: Ending, view: View) -> None:
         job = self.active.pop(ending.run)
@@ -278,8 +284,11 @@ class _Driver:
         elif ending.result is Result.DIED and self._deaths_in_place(job) <= RETRIES:
             self.queue.appendleft(job)
         elif ending.result is Result.DIED:
-            ending = Ending(job.run, Result.FAILED, f"{ending.reason}, {RETRIES + 1} times")
-            self.store.record_failure(job.run, Failure(ending.reason))
+            reason = f"{ending.reason}, {RETRIES + 1} times"
+            if ending.kind.is_continued:
+                reason += "; the same command tries again"
+            ending = Ending(job.run, Result.FAILED, reason, ending.kind)
+            self.store.record_failure(job.run, Failure(reason, ending.kind))
         self._settle(job, ending, view)
 
     def _deaths_in_place(self, job: Job) -> int:

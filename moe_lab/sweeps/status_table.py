@@ -10,6 +10,7 @@ from moe_lab.runs.layout import RunState
 from moe_lab.runs.plan import planned_runs
 from moe_lab.runs.record import number
 from moe_lab.runs.store import open_store
+from moe_lab.runs.waits import Wait, wait_lines
 
 if TYPE_CHECKING:
     import polars as pl
@@ -35,6 +36,8 @@ _COLUMNS = {
     "alarms": "Int64",
     "alarm": "String",
     "error": "String",
+    "job": "String",
+    "waits": "String",
     "last_lines": "String",
     "sees_later_tokens": "Boolean",
 }
@@ -49,10 +52,12 @@ def status(folder: Path | str) -> "pl.DataFrame":
 
     Returns:
         [run, name, arm, ratio, seed, state, step, steps, progress (0 to 1), loss,
-            tokens_per_second, alarms, alarm, error, last_lines, sees_later_tokens]: ``loss`` is the
-            validation loss (nats per token) of a finished run, else the last training loss;
-            ``alarms`` their number and ``alarm`` the sentence of the last one; ``error`` the
-            failed run's one line, ``last_lines`` the end of what it printed and of its traceback;
+            tokens_per_second, alarms, alarm, error, job, waits, last_lines, sees_later_tokens]:
+            ``loss`` is the validation loss (nats per token) of a finished run, else the last
+            training loss; ``alarms`` their number and ``alarm`` the sentence of the last one;
+            ``error`` the failed run's one line, ``last_lines`` the end of what it printed and of
+            its traceback; ``job`` and ``waits`` the cluster's job and its reason where the run
+            waits in a queue for what may never come;
             ``sees_later_tokens`` whether the loss is not that of a causal model, null where that
             was not recorded.
 
@@ -64,11 +69,13 @@ def status(folder: Path | str) -> "pl.DataFrame":
     store = open_store(folder)
     plan = store.plan()
     runs = planned_runs(plan)
-    rows = []
+    waits, rows = store.waits(), []
     for run, record in zip(runs, store.records(runs), strict=True):
         entry, progress, result = plan["runs"][run], record.progress, record.result
         speed = progress.tokens_per_second
         finished = record.state is RunState.FINISHED
+        queued = record.state in (RunState.PENDING, RunState.INTERRUPTED)
+        wait = waits.runs.get(run) if queued else None
         rows.append(
             {
                 "run": run,
@@ -82,6 +89,8 @@ def status(folder: Path | str) -> "pl.DataFrame":
                 "alarms": progress.alarms,
                 "alarm": progress.alarm,
                 "error": record.error if record.state is RunState.FAILED else "",
+                "job": wait.job if wait else "",
+                "waits": wait.reason + waits.age() if wait else "",
                 "last_lines": record.last_lines,
                 "sees_later_tokens": result.get("sees_later_tokens"),
             }
@@ -131,6 +140,10 @@ def status_lines(frame: "pl.DataFrame") -> Iterator[str]:
     for row in warned.head(MAX_FAILURES).iter_rows(named=True):
         before = f"{row['alarms']} alarms, the last: " if row["alarms"] > 1 else ""
         yield f"alarm: {row['name']} ({row['run']}): {before}{row['alarm']}"
+    waiting = frame.filter(pl.col("waits") != "")
+    waits = {run: Wait(*told) for run, *told in waiting.select("run", "job", "waits").rows()}
+    names = dict(waiting.select("run", "name").rows())
+    yield from (f"waiting: {line}" for line in wait_lines(waits, names))
     failed = frame.filter(state=RunState.FAILED.value)
     for row in failed.head(MAX_FAILURES).iter_rows(named=True):
         yield f"\n{row['name']} ({row['run']}) failed: {row['error']}"

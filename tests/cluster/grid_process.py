@@ -13,6 +13,8 @@ from typing import Any
 
 from tiny_grid import HELD, HOLD
 
+from moe_lab.runs.layout import DONE
+
 FOLDER = Path(__file__).parent
 
 
@@ -107,8 +109,13 @@ def family(roots: set[int]) -> set[int]:
 
 
 def trainers(out: Path) -> dict[int, str]:
-    """Run by process of the runs that are being trained."""
-    alive = parents()
-    claims = {path.parent.name: path.read_text() for path in out.glob("*/.claim-*")}
-    found = {json.loads(text)["pid"]: run for run, text in claims.items() if text}
+    """Run by process of the runs that are being trained: a process that came too late claims a
+    finished run for a moment, and a claim may be gone before it is read.
+    """
+    alive, found = parents(), {}
+    for path in out.glob("*/.claim-*"):
+        with suppress(FileNotFoundError):
+            text = path.read_text()
+            if text and not path.with_name(DONE).exists():
+                found[json.loads(text)["pid"]] = path.parent.name
     return {pid: run for pid, run in found.items() if pid in alive}

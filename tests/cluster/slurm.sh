@@ -38,6 +38,8 @@ start() {
   host=$(hostname -s)
   one_node="NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP"
+  printf '#!/bin/sh\n[ ! -e %s/no-launch ]\n' "$folder" >"$folder/prolog"
+  chmod 755 "$folder/prolog"
   head -c 1024 /dev/urandom >"$folder/munge.key"
   chmod 400 "$folder/munge.key"
   munged --force --socket="$socket" --key-file="$folder/munge.key" --pid-file="$folder/munged.pid" \
@@ -67,6 +69,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2
+# Jobs cannot be launched while FOLDER/no-launch is there.
+Prolog=$folder/prolog
 ReturnToService=2
 KillWait=1
 ${SLURM_NODES:-$one_node}

@@ -5,6 +5,8 @@ jobs, and a driver that dies.
 import json
 import re
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +17,9 @@ from grid_process import Driver, hold
 from tiny_grid import results
 
 from moe_lab.errors import RunError
-from moe_lab.sweeps import run
+from moe_lab.runs.layout import WAITS
+from moe_lab.sweeps import run, status, status_lines
+from moe_lab.sweeps.launchers import slurm
 
 pytest.importorskip("submitit", reason="needs the extra slurm (submitit)")
 pytestmark = pytest.mark.slow
@@ -24,7 +28,8 @@ SCRIPT = Path(__file__).parent / "slurm.sh"
 
 
 @pytest.fixture(scope="module")
-def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of ``slurm.sh``."""
     folder = tmp_path_factory.mktemp("slurm")
     begun = subprocess.run(
         ["bash", str(SCRIPT), "start", str(folder)],
@@ -38,7 +43,7 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-        yield
+        yield folder
         subprocess.run(["bash", str(SCRIPT), "stop", str(folder)], check=True)
 
 
@@ -50,7 +55,7 @@ def job_of(pid: int) -> str:
 
 
 def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones(
-    controller: None,
+    controller: Path,
     start: Callable[..., Driver],
     local_results: dict[str, dict[str, Any]],
     tmp_path: Path,
@@ -80,7 +85,7 @@ def test_requeued_and_cancelled_jobs_and_a_killed_driver_end_as_undisturbed_ones
 
 
 def test_a_run_resumes_after_its_time_limit(
-    controller: None, stubs: ModuleType, tmp_path: Path
+    controller: Path, stubs: ModuleType, tmp_path: Path
 ) -> None:
     long = stubs.StubRun(name="long", steps=90, step_seconds=0.4)
     outcome = run(
@@ -98,8 +103,47 @@ def test_a_run_resumes_after_its_time_limit(
     assert json.loads((folder / "result.json").read_text())["loss"] == stubs.expected_loss(long)
 
 
+def test_a_job_that_cannot_be_launched_is_submitted_again_and_waits_for_its_node(
+    controller: Path,
+    stubs: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SLURM drains a node whose prolog fails, and holds the job."""
+    monkeypatch.setattr(slurm, "WAIT_SECONDS", 1.0)
+    (controller / "no-launch").touch()
+    shown: list[str] = []
+
+    def mend() -> None:
+        deadline = time.monotonic() + 300
+        while not shown and time.monotonic() < deadline:
+            if (tmp_path / WAITS).exists():
+                shown.extend(status_lines(status(tmp_path)))
+            time.sleep(0.2)
+        (controller / "no-launch").unlink()
+        node = subprocess.run(["sinfo", "-h", "-o", "%n"], capture_output=True, text=True).stdout
+        words = ["scontrol", "update", f"NodeName={node.strip()}", "State=RESUME"]
+        subprocess.run(words, check=True)
+
+    mender = threading.Thread(target=mend)
+    mender.start()
+    one = stubs.StubRun(name="alone", steps=3)
+    outcome = run(stubs.stub_sweep(one), tmp_path, trainer=stubs.STUB, launcher="slurm")
+    mender.join()
+    assert outcome.complete
+    said = capsys.readouterr().out
+    held = (
+        r"again .* its job \d+(_0)? could not be launched \(SLURM says launch failed requeued held"
+    )
+    assert re.search(held + r"\); submitting it again", said)
+    waits = r"job \d+(_0)? of alone waits: SLURM says .*DOWN, DRAINED.*; try scontrol show job"
+    assert re.search(f"waiting   {waits}", said)
+    assert [line for line in shown if re.fullmatch(f"waiting: {waits}", line)]
+
+
 def test_what_sbatch_refuses_is_one_line(
-    controller: None, stubs: ModuleType, tmp_path: Path
+    controller: Path, stubs: ModuleType, tmp_path: Path
 ) -> None:
     sweep, options = stubs.stub_sweep(stubs.StubRun()), {"partition": "nowhere"}
     with pytest.raises(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moe_lab.files import write_json
+from moe_lab.runs.waits import Wait
 from moe_lab.sweeps import Ending, Job, Result
 
 
@@ -44,6 +45,9 @@ class FakeLauncher:
     def poll(self, timeout: float) -> list[Ending]:
         endings, self._endings = self._endings, []
         return endings
+
+    def waits(self) -> dict[str, Wait]:
+        return {}
 
     def withdraw(self) -> None:
         self.withdrawals += 1

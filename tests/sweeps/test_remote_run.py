@@ -124,3 +124,13 @@ def test_a_machine_that_is_taken_away_is_no_failure_of_the_run(
         execute(raising(SystemExit(1)), job_in(tmp_path))
     assert not (tmp_path / "r/error.txt").exists()
     assert holder(tmp_path / "r") is None, "the next process with the job can continue the run"
+
+
+def test_a_finished_run_is_not_claimed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_in(tmp_path)
+    job.folder.mkdir(parents=True)
+    (job.folder / "done").touch()
+    monkeypatch.setattr(worker, "acquire", lambda *_, **__: pytest.fail("claimed"))
+    assert execute(raising(RuntimeError("trained")), job) == Ending(job.run, Result.FINISHED)

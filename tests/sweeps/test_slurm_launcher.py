@@ -4,6 +4,7 @@ itself.
 
 import re
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from refusals import refused
 from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import RunError
-from moe_lab.sweeps import Ending, Job, Result, run, status
+from moe_lab.runs.store import open_store
+from moe_lab.runs.waits import Wait, Waits
+from moe_lab.sweeps import Ending, Job, Result, run, status, status_lines
 from moe_lab.sweeps.launchers import remote_run as remote_run_module
 from moe_lab.sweeps.launchers import slurm
 from moe_lab.sweeps.launchers.remote_run import RemoteRun
@@ -136,6 +139,7 @@ class Queue:
 
     states: dict[str, str] = field(default_factory=dict)
     begin_first: tuple[str, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
     answers: bool = True
 
     def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -150,9 +154,8 @@ class Queue:
             for job in command[1:]:
                 if job in self.states and wanted in (None, self.states[job]):
                     self.states[job] = "CANCELLED"
-        return subprocess.CompletedProcess(
-            command, 0, "".join(f"{job} {state}\n" for job, state in self.states.items()), ""
-        )
+        told = (f"{job} {state} {self.reasons.get(job)}\n" for job, state in self.states.items())
+        return subprocess.CompletedProcess(command, 0, "".join(told), "")
 
     def batch(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -251,6 +254,96 @@ def test_what_was_not_yet_sent_is_taken_back_without_a_job(
     launcher.withdraw()
     assert heard(launcher) == {"a": Result.WITHDRAWN, "b": Result.WITHDRAWN}
     assert not controller.states
+
+
+def test_a_reason_that_stays_is_told_with_its_job(
+    tmp_path: Path, controller: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=None))
+    launcher = launch(tmp_path, "abcd")
+    down = "ReqNodeNotAvail, UnavailableNodes:node[1-4]"
+    controller.reasons = {"7_0": "JobHeldUser", "7_1": down, "7_2": "Priority"}
+    assert heard(launcher) == {}
+    assert launcher.waits() == {}, "the scheduler may only just have looked"
+    now[0] += slurm.WAIT_SECONDS
+    controller.reasons |= {"7_1": down.replace("4", "5"), "7_3": "PartitionDown"}
+    assert heard(launcher) == {}
+    told = {
+        "a": Wait("7_0", "SLURM says JobHeldUser; try scontrol release"),
+        "b": Wait("7_1", "SLURM says ReqNodeNotAvail; try scontrol show job"),
+    }
+    assert launcher.waits() == told
+    controller.answers = False
+    assert heard(launcher) == {}
+    assert launcher.waits() == told
+    controller.answers = True
+    controller.states |= {"7_0": "RUNNING", "7_1": "CONFIGURING"}
+    now[0] += slurm.WAIT_SECONDS
+    assert heard(launcher) == {}
+    assert set(launcher.waits()) == {"d"}
+
+
+def test_a_job_that_slurm_could_not_launch_is_submitted_again_and_fails_for_this_call_alone(
+    tmp_path: Path, controller: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = StubRun(name="long", steps=3)
+    submitted = controller.submit
+
+    def submit(remote_run: RemoteRun) -> SimpleNamespace:
+        job = submitted(remote_run)
+        controller.reasons[job.job_id] = "launch failed requeued held"
+        return job
+
+    monkeypatch.setattr(controller, "submit", submit)
+    (failed,) = go(tmp_path, one, options={}).failed
+    assert failed.reason == (
+        "its job 7_2 could not be launched (SLURM says launch failed requeued held), 3 times; "
+        "the same command tries again"
+    )
+    assert controller.states == dict.fromkeys(("7_0", "7_1", "7_2"), "CANCELLED")
+    assert status(tmp_path)["error"].to_list() == [failed.reason]
+    again = run(stub_sweep(one), tmp_path, trainer=STUB, max_hours=0, progress=False)
+    assert again.interrupted == (one.hash(),), "not failed: the same command goes on"
+
+
+def test_what_a_sweep_waits_for_is_said_once_and_shown_by_its_status(
+    tmp_path: Path, controller: Queue, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    runs = stub_grid(3, steps=2, step_seconds=0)
+    monkeypatch.setattr(slurm, "WAIT_SECONDS", 0.0)
+    controller.reasons = {"7_0": "PartitionDown", "7_1": "PartitionDown", "7_2": "Priority"}
+    shown: list[str] = []
+
+    def look(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        if (tmp_path / "waits.json").exists() and not shown:
+            shown.extend(status_lines(status(tmp_path)))
+            raise KeyboardInterrupt
+        return controller.run(command, **options)
+
+    monkeypatch.setattr(slurm.subprocess, "run", look)
+    with pytest.raises(KeyboardInterrupt):
+        run(stub_sweep(*runs), tmp_path, trainer=STUB, launcher="slurm")
+    why = "and 1 more wait: SLURM says PartitionDown; try scontrol show job"
+    assert f"waiting: job 7_1 of run 1 {why}" in shown  # in the order of the plan
+    assert capsys.readouterr().out.count(f"waiting   job 7_0 of run 2 {why}\n") == 1
+    assert not (tmp_path / "waits.json").exists(), "its jobs were cancelled"
+
+
+@pytest.mark.parametrize("place", ["sweep", "memory://waits/sweep"])
+def test_waits_that_a_killed_driver_left_are_dated(tmp_path: Path, place: str) -> None:
+    if "://" in place:
+        pytest.importorskip("fsspec", reason="needs the extra store (fsspec)")
+    store = open_store(place if "://" in place else tmp_path)
+    left = Waits({"a": Wait("7_0", "SLURM says JobHeldUser")}, time.time() - 7200)
+    store.record_waits(left)
+    assert store.waits() == left
+    assert left.age() == " (seen 2.0 h ago)"
+    for _ in range(2):
+        store.record_waits(Waits())
+        assert store.waits() == Waits()
+    for odd in (None, b"", b"[]", b'{"runs": {"a": 1}, "seen": 0}', b'{"runs": {}, "seen": "x"}'):
+        assert Waits.of(odd) == Waits()
 
 
 def test_processes_of_this_machine_have_all_begun(tmp_path: Path, times: Times) -> None:

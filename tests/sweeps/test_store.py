@@ -48,6 +48,21 @@ def test_a_run_is_what_its_folder_says(store: RunStore):
     assert claim is not None
 
 
+def test_a_run_that_ends_while_its_state_is_read_is_finished(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+):
+    run = next(iter(store.plan()["runs"]))
+    claim = acquire(store.path(run))
+    assert claim is not None
+
+    def end(folder: Path, names: object) -> None:
+        (folder / "done").touch()
+        claim.release(forget=True)
+
+    monkeypatch.setattr("moe_lab.runs.record.holder", end)
+    assert store.state(run) is RunState.FINISHED
+
+
 def test_without_done_nothing_makes_a_run_finished(store: RunStore):
     path = folder(store, 0)
     for name in ("result.json", "metrics.parquet", "model.safetensors", "status.json"):

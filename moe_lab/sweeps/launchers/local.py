@@ -24,6 +24,7 @@ from moe_lab.config import Config, at_least, require
 from moe_lab.errors import RunError, expected
 from moe_lab.runs.failures import FailureKind
 from moe_lab.runs.layout import STATUS
+from moe_lab.runs.waits import Wait
 from moe_lab.sweeps.launchers.options import read_options
 from moe_lab.sweeps.launchers.protocol import MEMORY_HINT, Ending, Job, Result
 
@@ -267,6 +268,9 @@ class LocalLauncher:
         self._errors.seek(max(0, size - 4096))
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return f"the last one said: {lines[-1]}" if lines else "the last one said nothing"
+
+    def waits(self) -> dict[str, Wait]:
+        return {}
 
     def withdraw(self) -> None:
         """Do nothing: a run begins when it is submitted, so none waits."""

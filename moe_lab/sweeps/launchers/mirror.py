@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from moe_lab.runs.object_leases import take
 from moe_lab.runs.object_store import FILES, LEASE, STATE, STATE_FILES, scratch_name, write_failure
 from moe_lab.runs.plan import check_run_name
 from moe_lab.runs.store import Store
+from moe_lab.runs.waits import Wait
 from moe_lab.sweeps.launchers.protocol import Ending, Job, Launcher, Result
 from moe_lab.sweeps.launchers.trainer import NOT_DONE, load_trainer
 from moe_lab.sweeps.launchers.worker import failure_of
@@ -72,6 +73,9 @@ class MirrorLauncher:
             with suppress(RunError):  # a store that takes no more: the driver finds out by itself
                 self._store.record_failure(ending.run, Failure(ending.reason, ending.kind))
         return ending
+
+    def waits(self) -> Mapping[str, Wait]:
+        return self._inner.waits()
 
     def withdraw(self) -> None:
         self._inner.withdraw()

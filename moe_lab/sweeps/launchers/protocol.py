@@ -5,12 +5,14 @@ knows nothing of plans, order or retries (``sweeps.running``). Everything that m
 in the run store, so one launcher continues what another began.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 from moe_lab.runs.failures import FailureKind
+from moe_lab.runs.waits import Wait
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Launcher(Protocol):
 
     def poll(self, timeout: float) -> list[Ending]:
         """The endings since the last call; waits at most ``timeout`` seconds for the first."""
+        ...
+
+    def waits(self) -> Mapping[str, Wait]:
+        """Runs that were submitted and have not begun, for a reason that may never go away."""
         ...
 
     def withdraw(self) -> None:

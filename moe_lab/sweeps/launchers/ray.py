@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 from moe_lab.config import Config, above, at_least
 from moe_lab.errors import RunError, expected
+from moe_lab.runs.waits import Wait
 from moe_lab.sweeps.launchers import worker
 from moe_lab.sweeps.launchers.local import ONE_THREAD
 from moe_lab.sweeps.launchers.options import extra, last_line, read_options
@@ -155,6 +156,9 @@ class RayLauncher:
             return Ending(job.run, Result.FAILED, last_line(error))
         except errors.RayError as error:
             return Ending(job.run, Result.DIED, f"its Ray worker died ({type(error).__name__})")
+
+    def waits(self) -> dict[str, Wait]:
+        return {}
 
     def withdraw(self) -> None:
         for reference in self._runs:

@@ -18,6 +18,8 @@ from typing import Annotated, Any
 
 from moe_lab.config import Config, at_least, require
 from moe_lab.errors import RunError, expected
+from moe_lab.runs.failures import FailureKind
+from moe_lab.runs.waits import Wait
 from moe_lab.sweeps.launchers import worker
 from moe_lab.sweeps.launchers.local import ONE_THREAD, available_cores
 from moe_lab.sweeps.launchers.options import extra, import_path, last_line, read_options
@@ -45,6 +47,15 @@ ALIVE = (
     "RESV_DEL_HOLD",
 )  # fmt: skip
 """What ``squeue`` calls a job that is not over."""
+TURNS = (
+    "", "None", "(null)", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Dependency",
+    "Licenses", "Cleaning", "Prolog",
+)  # fmt: skip
+"""Reasons of SLURM for a job that waits for its turn."""
+HELD = "requeued held"
+"""How SLURM's reasons end for a job that it could not launch and does not try again."""
+WAIT_SECONDS = 30.0
+"""Reasons come and go while the scheduler looks at jobs: one that stays for so long is told."""
 TAKEN = ("CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "REVOKED")
 """Endings that SLURM or its users gave a job; the run itself did nothing wrong."""
 
@@ -111,6 +122,8 @@ class SlurmLauncher:
         self._withdrawing = False
         self._withdrawn: set[str] = set()  # cancelled by us, in the queue
         self._over_since: dict[str, float] = {}
+        self._reasons: dict[str, tuple[str, float]] = {}  # of queued runs, and since when
+        self._waits: dict[str, Wait] = {}
         self._looked = float("-inf")
 
     def submit(self, job: Job) -> None:
@@ -121,6 +134,9 @@ class SlurmLauncher:
         when they are seen there.
         """
         self._withdrawing = True
+
+    def waits(self) -> dict[str, Wait]:
+        return self._waits
 
     def poll(self, timeout: float) -> list[Ending]:
         if self._withdrawing and self._waiting:
@@ -161,11 +177,14 @@ class SlurmLauncher:
             del self._waiting[: len(some)]
 
     def _look(self) -> list[Ending]:
-        states = (
-            {run: job.state for run, job in self._active.items()}
+        queue = (
+            {run: (job.state, "") for run, job in self._active.items()}
             if self._is_local
-            else self._queue_states()
+            else self._queue()
         )
+        states = {run: state for run, (state, _) in queue.items()}
+        if queue:
+            self._note_reasons(queue)
         if self._withdrawing:
             self._withdrawn -= {
                 run for run, state in states.items() if state in ALIVE and state != QUEUED
@@ -176,41 +195,78 @@ class SlurmLauncher:
             for run, state in states.items()
             if state not in ALIVE and (ending := self._ending(run, state))
         ]
+        if not self._withdrawing:
+            endings += self._cancel_held(queue)
         for ending in endings:
             del self._active[ending.run]
-            self._over_since.pop(ending.run, None)
+            for known in (self._over_since, self._reasons, self._waits):
+                known.pop(ending.run, None)
         return endings
+
+    def _note_reasons(self, queue: Mapping[str, tuple[str, str]]) -> None:
+        """What keeps queued runs waiting beyond their turn."""
+        now, before = time.monotonic(), self._reasons
+        self._reasons = {
+            run: before[run] if run in before and before[run][0] == reason else (reason, now)
+            for run, (state, reason) in queue.items()
+            if state == QUEUED and reason not in TURNS
+        }
+        self._waits = {}
+        for run, (reason, since) in self._reasons.items():
+            if now - since >= WAIT_SECONDS:
+                hint = f"scontrol {'release' if 'Held' in reason else 'show job'}"
+                told = f"SLURM says {reason}; try {hint}"
+                self._waits[run] = Wait(self._active[run].job_id, told)
+
+    def _cancel_held(self, queue: Mapping[str, tuple[str, str]]) -> list[Ending]:
+        """The endings of runs whose jobs SLURM could not launch, and holds."""
+        held = {run: reason for run, (_, reason) in queue.items() if reason.endswith(HELD)}
+        self._scancel(list(held))
+        return [
+            Ending(
+                run,
+                Result.DIED,
+                f"its job {self._active[run].job_id} could not be launched (SLURM says {reason})",
+                FailureKind.CLUSTER,
+            )
+            for run, reason in held.items()
+        ]
 
     def _cancel_queued(self, runs: list[str]) -> None:
         """Only those still queued when ``scancel`` gets to them: one that has begun meanwhile goes
         on.
         """
+        self._withdrawn.update(self._scancel(runs, f"--state={QUEUED}"))
+
+    def _scancel(self, runs: list[str], *options: str) -> list[str]:
+        """The runs whose jobs the controller was asked to end; fewer while it does not answer."""
+        asked: list[str] = []
         for first in range(0, len(runs), ARRAY_RUNS):
             some = runs[first : first + ARRAY_RUNS]
-            with suppress(
-                OSError, subprocess.SubprocessError
-            ):  # the controller does not answer: tried again at the next look
-                command = [
-                    "scancel",
-                    f"--state={QUEUED}",
-                    *(self._active[run].job_id for run in some),
-                ]
+            command = ["scancel", *options, *(self._active[run].job_id for run in some)]
+            with suppress(OSError, subprocess.SubprocessError):
                 subprocess.run(command, capture_output=True, timeout=60)
-                self._withdrawn.update(some)
+                asked += some
+        return asked
 
-    def _queue_states(self) -> dict[str, str]:
-        """State by run; "GONE" for a job that SLURM has forgotten, none at all while the controller
-        does not answer.
+    def _queue(self) -> dict[str, tuple[str, str]]:
+        """State, and reason where it waits, by run; "GONE" for a job that SLURM has forgotten, none
+        at all while the controller does not answer.
         """
-        command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
+        command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T %r"]
         try:
             output = subprocess.run(
                 command, capture_output=True, text=True, check=True, timeout=60
             ).stdout
         except (OSError, subprocess.SubprocessError):
             return {}
-        known = dict(line.split()[:2] for line in output.splitlines() if line.strip())
-        return {run: known.get(job.job_id, "GONE") for run, job in self._active.items()}
+        known: dict[str, tuple[str, str]] = {}
+        for line in output.splitlines():
+            if len(words := line.split(maxsplit=2)) > 1:
+                reason = words[2] if len(words) > 2 else ""
+                reason = reason.partition(", UnavailableNodes")[0]  # a list that changes
+                known[words[0]] = words[1], reason.replace("_", " ").strip()
+        return {run: known.get(job.job_id, ("GONE", "")) for run, job in self._active.items()}
 
     def _ending(self, run: str, state: str) -> Ending | None:
         """How a job ended that its cluster calls over; None while its result may still arrive."""
@@ -241,10 +297,8 @@ class SlurmLauncher:
                 and time.monotonic() < deadline
             ):
                 time.sleep(0.05)
-        elif self._active:
-            ids = [job.job_id for job in self._active.values()]
-            with suppress(OSError, subprocess.SubprocessError):  # no controller, nothing to stop
-                subprocess.run(["scancel", *ids], capture_output=True, timeout=60)
+        else:
+            self._scancel(list(self._active))
         self._active.clear()
 
 

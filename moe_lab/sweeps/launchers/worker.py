@@ -48,10 +48,12 @@ is no failure of the run.
 
 def execute(trainer: Trainer, job: Job) -> Ending:
     """Claim the job's folder and train the run there, or resume it. Never raises for what happens
-    inside the run.
+    inside the run. A finished run is not claimed: nobody takes it for one that is trained.
 
     The reason of a failure goes to ``error.txt`` too: one line, then the traceback.
     """
+    if (job.folder / DONE).exists():
+        return Ending(job.run, Result.FINISHED)
     try:
         claim = acquire(job.folder, on_lost=_abandon)
     except RunError as error:
