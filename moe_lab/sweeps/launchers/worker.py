@@ -48,7 +48,7 @@ is no failure of the run.
 
 def execute(trainer: Trainer, job: Job) -> Ending:
     """Claim the job's folder and train the run there, or resume it. Never raises for what happens
-    inside the run. A finished run is not claimed: nobody takes it for one that is trained.
+    inside the run. A finished run is not claimed, so that it is not taken for one in training.
 
     The reason of a failure goes to ``error.txt`` too: one line, then the traceback.
     """
