@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, unquote
 from xml.sax.saxutils import escape
@@ -87,12 +88,14 @@ class S3Server:
     listed_at: listings tell what was there at this moment of ``time.monotonic``, None: now;
         objects themselves are read as they are.
     before_answer: called with method and path once the answer is made and before it is sent.
+    sent: method, path and bytes of the body of each answer.
     """
 
     port: int = 0
     faults: list[Fault] = field(default_factory=list)
     listed_at: float | None = None
     before_answer: Callable[[str, str], object] | None = None
+    sent: list[tuple[str, str, int]] = field(default_factory=list)
     _history: list[tuple[float, str, int | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -108,6 +111,12 @@ class S3Server:
 
     def create(self, bucket: str) -> None:
         _moto().create_bucket(bucket, "us-east-1")
+
+    def put(self, folder: Path, name: str, bucket: str = "bucket") -> None:
+        """The files of ``folder`` as objects below ``name``."""
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            key = f"{name}/{path.relative_to(folder).as_posix()}"
+            _moto().put_object(bucket, key, path.read_bytes())
 
     def objects(self, bucket: str = "bucket") -> dict[str, bytes]:
         """Content by key."""
@@ -174,6 +183,7 @@ class S3Server:
         if self.before_answer:
             self.before_answer(method, path)
         with self._lock:
+            self.sent.append((method, path, len(body)))
             cut = any(fault.take(environ, len(body)) for fault in self.faults)
         if cut:
             start(status, headers)(body[: len(body) // 2])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moe_lab.errors import AnalysisError, TraceError, expected, require
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.reader import document_runs
+from moe_lab.trace.conservation import document_runs
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 KEY = ("doc", "pos")

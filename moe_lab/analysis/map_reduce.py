@@ -37,6 +37,7 @@ from moe_lab.errors import StorageError
 from moe_lab.files import atomic_path, cannot_write, default_cache_dir
 from moe_lab.progress import tell
 from moe_lab.trace import Trace
+from moe_lab.trace.data_files import DataFiles
 from moe_lab.trace.manifest import Manifest
 
 A = TypeVar("A")
@@ -49,8 +50,8 @@ MOST_GROUPS = 256
 KEPT_DAYS = 30
 MARKS = pl.col("layer", "part", "rows", "bytes", "^(digest|crc32|slots)$")
 """What a manifest holds of a file; the counts are left out."""
-_verified: dict[Path, set[str]] = {}
-"""Of each folder, the files whose checksum this worker has compared."""
+_storages: dict[DataFiles, DataFiles] = {}
+"""Those of this worker, which know what files it has compared."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ class Part(Trace):
     rows: dict[int | None, tuple[int, int]] = field(default_factory=dict)
 
     def batches(
-        self, layer: int | None, columns: Sequence[str], ahead: int = 0
+        self, layer: int | None, columns: Sequence[str], ahead: int = 0, whole: bool = False
     ) -> Iterator[pl.DataFrame]:
         """The rows of one table, one file at a time."""
         skip, left = self.rows[layer]
-        for frame in super().batches(layer, columns, min(ahead, 0)):
+        for frame in super().batches(layer, columns, min(ahead, 0), whole):
             cut = frame.slice(skip, left) if skip or frame.height > left else frame
             skip, left = 0, left - cut.height
             yield cut
@@ -114,9 +115,7 @@ class Task:
 
     def __call__(self) -> pl.DataFrame:
         parts = [
-            part
-            if part.verified is None
-            else replace(part, verified=_verified.setdefault(part.data or part.folder, set()))
+            replace(part, storage=_storages.setdefault(part.storage, part.storage))
             for part in self.parts
         ]
         return self.partial(*parts, *self.arguments)
@@ -286,9 +285,8 @@ def _tasks(one: Sum, rows: int) -> list[Task]:
 
 
 def _part(trace: Trace, files: pl.DataFrame, spans: dict[int | None, tuple[int, int]]) -> Part:
-    manifest = Manifest(files)
-    verified = None if trace.verified is None else set()
-    return Part(trace.folder, trace.meta, manifest, trace.complete, trace.data, verified, spans)
+    manifest = Manifest(trace.manifest.with_long(files, trace.storage.needs))
+    return Part(trace.folder, trace.meta, manifest, trace.complete, trace.storage, spans)
 
 
 def _computed(mapping: _Mapping, tasks: Sequence[Task]) -> Iterator[pl.DataFrame | None]:

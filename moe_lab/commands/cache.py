@@ -1,7 +1,6 @@
 """``moe-lab cache TRACE``: hit rate and reads of a cache of experts within a budget of memory."""
 
 import argparse
-from pathlib import Path
 
 from moe_lab.commands.options import (
     BYTE_UNITS,
@@ -12,6 +11,7 @@ from moe_lab.commands.options import (
     add_workers,
     examples,
     expert_sizes,
+    place,
     print_frame,
     print_json,
     read_by_workers,
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     from moe_lab.serving.policies import POLICIES
 
-    parser.add_argument("trace", type=Path, help="a trace of tokens in their order")
+    parser.add_argument("trace", type=place, help="a trace of tokens in their order, or its URL")
     add_number(
         parser,
         "--budget",

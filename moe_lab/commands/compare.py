@@ -1,9 +1,15 @@
 """``moe-lab compare A B``: do two traces of one text hold the same routing, and if not, why."""
 
 import argparse
-from pathlib import Path
 
-from moe_lab.commands.options import add_json, add_seed, examples, print_frame, print_json
+from moe_lab.commands.options import (
+    add_json,
+    add_seed,
+    examples,
+    place,
+    print_frame,
+    print_json,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "moe-lab compare traces/transformers traces/vllm",
         "moe-lab compare traces/bf16 traces/float32 --as-given --json",
     )
-    parser.add_argument("first", type=Path, help="a trace")
-    parser.add_argument("second", type=Path, help="a trace of the same text")
+    parser.add_argument("first", type=place, help="a trace, or its URL")
+    parser.add_argument("second", type=place, help="a trace of the same text, or its URL")
     parser.add_argument(
         "--as-given",
         action="store_true",

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace",
         metavar="FOLDER",
-        help="a trace of the model: active parameters as measured, token by token",
+        help="a trace of the model, or its URL: active parameters as measured, token by token",
     )
     parser.add_argument(
         "--where",

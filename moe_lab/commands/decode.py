@@ -13,6 +13,7 @@ from moe_lab.commands.options import (
     add_workers,
     examples,
     expert_sizes,
+    place,
     print_frame,
     print_json,
     read_by_workers,
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "moe-lab decode traces/x --window 4 16",
         "moe-lab decode traces/x --batch 8 64 --draft-cost 0.1 --config Qwen/Qwen3-30B-A3B",
     )
-    parser.add_argument("trace", type=Path, help="a trace of tokens in their order")
+    parser.add_argument("trace", type=place, help="a trace of tokens in their order, or its URL")
     add_number(
         parser,
         "--batch",

@@ -16,6 +16,7 @@ from moe_lab.commands.options import (
     add_out,
     add_seed,
     examples,
+    place,
     print_frame,
     print_json,
 )
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "moe-lab difficulty runs/x --text my_texts/ --no-gain",
     )
     parser.add_argument(
-        "source", type=Path, help="the folder of a finished run, or a trace with a token table"
+        "source",
+        type=place,
+        help="the folder of a finished run, or a trace with a token table, or its URL",
     )
     add_documents(
         parser,
@@ -62,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         None,
         "folder of the tables (default: difficulty in the run's folder, <trace>-difficulty "
-        "beside a trace)",
+        "beside a trace; of a URL, in this folder)",
     )
     add_seed(parser)
     add_device(parser)
@@ -74,11 +77,11 @@ def main(args: argparse.Namespace) -> int:
     from moe_lab.files import write_json, write_parquet
     from moe_lab.runs.done_file import digests_of
 
-    is_trace = (args.source / "meta.json").is_file()
+    remote = not isinstance(args.source, Path)
+    is_trace = remote or (args.source / "meta.json").is_file()
+    folder = Path(str(args.source).rstrip("/").rpartition("/")[2]) if remote else args.source
     out = args.out or (
-        args.source.with_name(f"{args.source.name}-{STUDY_FOLDER}")
-        if is_trace
-        else args.source / STUDY_FOLDER
+        folder.with_name(f"{folder.name}-{STUDY_FOLDER}") if is_trace else folder / STUDY_FOLDER
     )
     with shown(not args.json):
         tables = _of_trace(args) if is_trace else _of_run(args)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from moe_lab.text import TextConfig
+    from moe_lab.trace import Trace
 
 TERMS = {
     "load_cv": "standard deviation of the experts' loads over their mean, 0 when even",
@@ -371,14 +372,14 @@ def layer_numbers(text: str) -> list[int]:
     return numbers
 
 
-def layers_of(folder: Path) -> "pl.DataFrame":
+def layers_of(source: "Path | Trace") -> "pl.DataFrame":
     """The load's unevenness, and mean and spread of ``ffn_count`` where the source recorded it, per
-    layer of the trace in a folder.
+    layer of a trace, or of the one in a folder.
     """
     from moe_lab.analysis import ffn_spread, load_summary
     from moe_lab.trace import open_trace
 
-    trace = open_trace(folder)
+    trace = open_trace(source) if isinstance(source, Path) else source
     load = load_summary(trace)
     recorded = trace.meta.per_token and trace.meta.zero_experts_known
     return ffn_spread(trace).join(load, on="layer") if recorded else load

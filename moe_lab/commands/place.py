@@ -15,6 +15,9 @@ from moe_lab.commands.options import (
     print_json,
     read_by_workers,
 )
+from moe_lab.commands.options import (
+    place as location,
+)
 from moe_lab.terminal import say
 
 
@@ -25,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     from moe_lab.serving.policies import METHODS
 
-    parser.add_argument("trace", type=Path, help="a trace, also one of counts")
+    parser.add_argument("trace", type=location, help="a trace, also one of counts, or its URL")
     add_number(parser, "--devices", 8, whole=True, required=True, help="number of devices")
     add_number(
         parser,

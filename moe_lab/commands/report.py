@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_lab.commands.options import (
     add_json,
@@ -23,6 +24,9 @@ from moe_lab.runs.layout import PLAN, RESULT, TRACE, TRACE_META, RunState
 from moe_lab.runs.record import parse_object
 from moe_lab.terminal import say
 
+if TYPE_CHECKING:
+    from moe_lab.trace import Trace
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = examples(
@@ -33,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "moe-lab report traces/long --launcher ray --launcher-option address=auto",
     )
     parser.add_argument(
-        "source", nargs="+", type=place, help="a sweep's folder or URL, run folders, or a trace"
+        "source",
+        nargs="+",
+        type=place,
+        help="a sweep or a trace, each a folder or a URL, or run folders",
     )
     add_out(
         parser, None, "the page (default: report.html in the first folder; of a URL, in this one)"
@@ -61,38 +68,42 @@ def main(args: argparse.Namespace) -> int:
     command = shlex.join(["moe-lab", "report", *sources, *worth, "--out", str(out)])
     urls = [source for source in args.source if not isinstance(source, Path)]
     with ExitStack() as stack:
-        folders = args.source
-        if urls:
-            from moe_lab.sweeps import readable
-
-            folders = [
-                stack.enter_context(readable(source)) if source in urls else source
-                for source in args.source
-            ]
+        opened = [_opened(source, stack) if source in urls else source for source in args.source]
         title = args.title or (f"moe_lab report: {urls[0]}" if urls else None)
         with shown(not args.json):
-            page = write_report(folders, out, title=title, command=command, worth=args.worth)
+            page = write_report(opened, out, title=title, command=command, worth=args.worth)
         if args.json:
             print_json({"report": page, "bytes": page.stat().st_size})
             return 0
-        for source, folder in zip(args.source, folders, strict=True):
-            for line in _summary(Path(folder), page):
+        for source, one in zip(args.source, opened, strict=True):
+            for line in _summary(one, page):
                 say(f"{source}: {line}")
+        verb = "scaling verdict" if _is_sweep(opened[0]) else "difficulty"
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
-    verb = "scaling verdict" if _is_sweep(first) else "difficulty"
     print(f"next: moe-lab {verb} {shlex.quote(str(first))}")
     return 0
 
 
-def _is_sweep(source: Path | str) -> bool:
-    """Does a folder or URL hold a sweep?"""
-    return not isinstance(source, Path) or (source / PLAN).is_file()
+def _opened(url: str, stack: ExitStack) -> "Path | Trace":
+    """The trace at a URL, or, until ``stack`` closes, a folder with the sweep there."""
+    from moe_lab.sweeps import readable
+    from moe_lab.trace.reader import is_trace, open_trace
+
+    return open_trace(url) if is_trace(url) else stack.enter_context(readable(url))
 
 
-def _summary(folder: Path, page: Path) -> Iterator[str]:
+def _is_sweep(source: "Path | Trace") -> bool:
+    return isinstance(source, Path) and (source / PLAN).is_file()
+
+
+def _summary(source: "Path | Trace", page: Path) -> Iterator[str]:
     """The loss of a sweep's best run, from the page's own table; of a run or a trace, loss and
     load.
     """
+    if not isinstance(source, Path):
+        yield load_sentence(layers_of(source))
+        return
+    folder = source
     if _is_sweep(folder):
         import polars as pl
 

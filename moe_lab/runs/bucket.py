@@ -8,10 +8,11 @@ Objects appear whole or not at all, so nothing is renamed into place. Names are 
 import errno
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from moe_lab.errors import MoELabError, RunError, StorageError, expected
 from moe_lab.files import check_name
@@ -60,6 +61,27 @@ class Bucket:
         """The bytes of an object; None if there is no such object."""
         with suppress(FileNotFoundError), self._one_line("read"):
             return self._files.cat_file(self._path(name))
+        return None
+
+    def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of an object from the first to before the second number of each span, read in
+        parallel as far as the store's client can; fewer where the object is shorter.
+
+        Raises ``FileNotFoundError`` if there is no such object.
+        """
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        with self._one_line("read"):
+            found = self._files.cat_ranges([self._path(name)] * len(spans), starts, ends)
+            for part in found:
+                if isinstance(part, Exception):
+                    raise part
+        return found
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None if there is no such object."""
+        with suppress(FileNotFoundError), self._one_line("read"):
+            self._files.invalidate_cache()
+            return int(self._files.info(self._path(name))["size"])
         return None
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
@@ -122,6 +144,18 @@ class Bucket:
             check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url)
             for path in paths
         ]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """All objects below ``folder``, with their bytes. Raises ``RunError`` as ``names``."""
+        with self._one_line("list"):
+            self._files.invalidate_cache()
+            found = self._files.find(self._path(folder), detail=True)
+        return {
+            check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url): int(
+                info["size"]
+            )
+            for path, info in found.items()
+        }
 
     def signatures(self, folder: str) -> dict[str, tuple[str, ...]]:
         """All objects below ``folder``, with what is another when one was written again.
@@ -194,6 +228,14 @@ class Bucket:
             raise StorageError(
                 f"cannot {action} {self.url}: {_cause(error)}; {_advice(error)}"
             ) from error
+
+
+def folder_of(place: Path | str) -> Path | None:
+    """The folder that a path or a ``file://`` URL names; None: a URL of an object store."""
+    protocol, mark, path = str(place).partition("://")
+    if not mark:
+        return Path(place)
+    return Path(unquote(path)) if protocol in ("file", "local") else None
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote
 
+from moe_lab.runs.bucket import folder_of
 from moe_lab.runs.failures import Failure
 from moe_lab.runs.folder_store import RunStore
 from moe_lab.runs.layout import RunState
@@ -81,10 +81,8 @@ def open_store(place: Path | str) -> Store:
 
     Raises ``RunError`` for a URL that cannot be opened.
     """
-    protocol, mark, path = str(place).partition("://")
-    if mark and protocol not in ("file", "local"):
-        return ObjectStore(str(place))
-    return RunStore(Path(unquote(path)) if mark else place)
+    folder = folder_of(place)
+    return ObjectStore(str(place)) if folder is None else RunStore(folder)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from moe_lab.analysis.map_reduce import Fold, Sum, reduced
 from moe_lab.analysis.token_groups import token_batches
 from moe_lab.errors import AnalysisError, TraceError, expected, require
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.reader import document_runs
+from moe_lab.trace.conservation import document_runs
 from moe_lab.trace.rows import EMPTY_SLOT, expert_slots
 
 BLOCK_SLOTS = 2**20

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from moe_lab.lazy import on_first_use
 from moe_lab.trace.merge import merge_traces
-from moe_lab.trace.reader import Trace, open_trace
+from moe_lab.trace.opened_trace import Trace
+from moe_lab.trace.reader import open_trace
 from moe_lab.trace.schema import SCHEMA_VERSION, LayerMeta, TraceMeta
 from moe_lab.trace.writer import TraceWriter
 

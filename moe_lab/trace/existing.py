@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import TraceError, TraceExistsError
-from moe_lab.trace.reader import read_meta
+from moe_lab.trace.checks import read_meta
 from moe_lab.trace.schema import META_FILE
 
 COMPARED = {"corpus_hash": "text", "model": "model", "model_hash": "model", "max_tokens": "cut"}

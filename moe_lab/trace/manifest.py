@@ -1,24 +1,26 @@
 """The manifest of a trace: one row for each of its Parquet files, in parts beside the data.
 
     manifest/part-00000.parquet    ``COLUMNS``: layer (null: a file of ``tokens``), number of the
-                                   file, rows, bytes, BLAKE2b digest, slots of each expert
+                                   file, rows, bytes, BLAKE2b digest, slots of each expert, size
+                                   and digest of each piece (``moe_lab.trace.pieces``)
 
 ``meta.json`` holds how many parts and files there are and one digest over the parts, so it stays
-small. Opening a trace reads the parts without their counts; ``Manifest.counts`` sums the counts of
-a whole trace without a row of it. A file's name is made from its layer and number: no text of a
-manifest becomes a path. Traces of schema 1 and 2 list their files in ``meta.json``, without counts
-(``of_parts``).
+small. Opening a trace reads the parts without counts and pieces; ``Manifest.counts`` sums the
+counts of a whole trace without a row of it. A file's name is made from its layer and number: no
+text of a manifest becomes a path. Traces of schema 1 and 2 list their files in ``meta.json``,
+without counts (``of_parts``).
 """
 
 import hashlib
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -48,10 +50,14 @@ COLUMNS: dict[str, pl.DataType] = {
     "bytes": pl.UInt64(),
     "digest": pl.Binary(),
     "counts": pl.List(pl.UInt32()),
+    "pieces": pl.Binary(),
 }
 """``counts`` has one value for each expert of the layer, zero-compute ones last; null for
-``tokens``.
+``tokens``. ``pieces`` is null where a file has none; manifests of earlier writers lack the column.
 """
+LONG = ("counts", "pieces")
+"""Columns that are read where they are needed."""
+ENTRY = {name: dtype for name, dtype in COLUMNS.items() if name not in LONG}
 MANIFEST_PART = re.compile(r"part-\d{5}\.parquet")
 REWRITE = "writing the trace again"
 
@@ -143,9 +149,25 @@ class Manifest:
         parts, counts = zip(*(frames or [empty]), strict=True)
         return np.concatenate(counts)[np.argsort(np.concatenate(parts), kind="stable")]
 
+    def with_long(self, entries: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+        """``entries``, some rows of the attribute, with those columns of ``LONG``; null where the
+        manifest does not list them.
+        """
+        names = [name for name in names if name not in entries.columns]
+        if not names:
+            return entries
+        layers = entries["layer"].unique().implode()
+        wanted = pl.col("layer").is_in(layers, nulls_equal=True)
+        empty = pl.DataFrame(schema={name: COLUMNS[name] for name in ("layer", "part", *names)})
+        found = [_read(path, ["layer", "part", *names], wanted) for path in self.parts]
+        long = pl.concat([empty, *found])
+        return entries.join(
+            long, on=["layer", "part"], how="left", nulls_equal=True, maintain_order="left"
+        )
+
     def _counts(self, wanted: pl.Expr) -> Iterator[tuple[Path, pl.DataFrame]]:
         for path in self.parts:
-            yield path, _read(path, ["layer", "part", "counts"]).filter(wanted)
+            yield path, _read(path, ["layer", "part", "counts"], wanted)
 
     def check(self, meta: TraceMeta, complete: bool) -> None:
         """Raise ``TraceError`` unless each entry is possible: numbers in range, each file once,
@@ -163,13 +185,6 @@ class Manifest:
             highest = column.max()
             if column.null_count() or (isinstance(highest, int) and highest > most):
                 raise TraceError(f"{MANIFEST}: " + expected(f"{name} from 0 to {most}", highest))
-        require(
-            (entries["digest"].bin.size() == new_digest().digest_size).all(ignore_nulls=False),
-            "a digest of 32 bytes for each file",
-            "others",
-            error=TraceError,
-            where=MANIFEST,
-        )
         repeated = entries.filter(entries.select("layer", "part").is_duplicated())
         require(
             repeated.is_empty(),
@@ -219,9 +234,7 @@ def read_manifest(folder: Path, mark: ManifestMeta, strict: bool) -> Manifest:
             error=TraceError,
             where=MANIFEST,
         )
-    columns = [name for name in COLUMNS if name != "counts"]
-    empty = pl.DataFrame(schema={name: COLUMNS[name] for name in columns})
-    entries = pl.concat([empty, *(_read(path, columns) for path in paths)])
+    entries = pl.concat([pl.DataFrame(schema=ENTRY), *(_read(path, [*ENTRY]) for path in paths)])
     require(
         not strict or entries.height == mark.files,
         f"{mark.files} files as {META_FILE} says",
@@ -230,7 +243,23 @@ def read_manifest(folder: Path, mark: ManifestMeta, strict: bool) -> Manifest:
         error=TraceError,
         where=MANIFEST,
     )
+    require(
+        (entries["digest"].bin.size() == new_digest().digest_size).all(ignore_nulls=False),
+        "a digest of 32 bytes for each file",
+        "others",
+        REWRITE,
+        error=TraceError,
+        where=MANIFEST,
+    )
     return Manifest(entries, tuple(paths))
+
+
+def clean_parts(manifest: Manifest) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Relative path and rows of each part of a manifest, numbered anew, without pieces."""
+    columns = [name for name in COLUMNS if name != "pieces"]
+    for number, path in enumerate(manifest.parts):
+        rows = _read(path, columns)
+        yield part_name(number), rows.with_columns(pieces=pl.lit(None, COLUMNS["pieces"]))
 
 
 def of_parts(parts: Mapping[str, PartMeta], digests: Mapping[str, str] | None) -> Manifest:
@@ -246,8 +275,7 @@ def of_parts(parts: Mapping[str, PartMeta], digests: Mapping[str, str] | None) -
         )
         for name, part in parts.items()
     ]
-    columns = {name: dtype for name, dtype in COLUMNS.items() if name != "counts"}
-    schema = columns | {"slots": pl.UInt32(), "crc32": pl.UInt32()}
+    schema = ENTRY | {"slots": pl.UInt32(), "crc32": pl.UInt32()}
     return Manifest(pl.DataFrame(rows, schema=schema, orient="row"))
 
 
@@ -261,21 +289,27 @@ def check_bytes(path: Path, name: str, entry: Mapping[str, Any]) -> None:
     """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            same = size == entry["bytes"] and (
-                hashlib.file_digest(file, new_digest).digest() == entry["digest"]
-                if entry["digest"] is not None
-                else _crc32(file) == entry["crc32"]
-            )
+            check_content(file, os.fstat(file.fileno()).st_size, name, entry)
     except OSError as error:
         raise TraceError(f"{name}: {error.strerror or error}; try {REWRITE}") from error
-    if not same:
-        got = f"{size} bytes" if size != entry["bytes"] else "another checksum"
-        wanted = f"{entry['bytes']} bytes as written"
-        raise TraceError(f"{name}: " + expected(wanted, f"{got} (damaged)", REWRITE))
 
 
-def _crc32(file: BinaryIO) -> int:
+def check_content(
+    file: BufferedReader | BytesIO, size: int, name: str, entry: Mapping[str, Any]
+) -> None:
+    """``check_bytes`` of a file that is open and has ``size`` bytes."""
+    if size == entry["bytes"] and (
+        hashlib.file_digest(file, new_digest).digest() == entry["digest"]
+        if entry["digest"] is not None
+        else _crc32(file) == entry["crc32"]
+    ):
+        return
+    got = f"{size} bytes" if size != entry["bytes"] else "another checksum"
+    wanted = f"{entry['bytes']} bytes as written"
+    raise TraceError(f"{name}: " + expected(wanted, f"{got} (damaged)", REWRITE))
+
+
+def _crc32(file: BufferedReader | BytesIO) -> int:
     value = 0
     while block := file.read(2**20):
         value = zlib.crc32(block, value)
@@ -294,14 +328,17 @@ def check_layers(meta: TraceMeta, traced: set[int], complete: bool, where: str) 
     )
 
 
-def _read(path: Path, columns: list[str]) -> pl.DataFrame:
+def _read(path: Path, columns: list[str], wanted: pl.Expr | None = None) -> pl.DataFrame:
     def read() -> pl.DataFrame:
         # glob=False: "[" and "*" in a folder's name are no pattern
         scan = pl.scan_parquet(path, glob=False, hive_partitioning=False, use_statistics=False)
         found = scan.collect_schema()
-        if found != COLUMNS:
+        if found == {name: dtype for name, dtype in COLUMNS.items() if name != "pieces"}:
+            scan = scan.with_columns(pieces=pl.lit(None, COLUMNS["pieces"]))
+        elif found != COLUMNS:
             raise ValueError(expected(f"columns {', '.join(COLUMNS)}", ", ".join(found)[:100]))
-        return scan.select(columns).collect()
+        rows = scan.select(columns)
+        return (rows if wanted is None else rows.filter(wanted)).collect()
 
     return _guarded(path, read)
 

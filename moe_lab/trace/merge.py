@@ -10,7 +10,8 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import TraceError, expected, require
-from moe_lab.trace.reader import Trace, open_trace
+from moe_lab.trace.opened_trace import Trace
+from moe_lab.trace.reader import open_trace
 from moe_lab.trace.rows import rows_of
 from moe_lab.trace.writer import TraceWriter
 
@@ -50,11 +51,11 @@ def merge_traces(
     for trace in traces[1:]:
         for name in SAME:
             if getattr(trace.meta, name) != getattr(first, name):
-                what = f"traces of the same {name} as {traces[0].folder.name}"
-                raise TraceError(expected(what, f"another in {trace.folder.name}"), name)
+                what = f"traces of the same {name} as {traces[0].name}"
+                raise TraceError(expected(what, f"another in {trace.name}"), name)
         if trace.meta.routing_schema() != first.routing_schema():
-            what = f"the routing columns of {traces[0].folder.name}"
-            raise TraceError(expected(what, f"others in {trace.folder.name}"))
+            what = f"the routing columns of {traces[0].name}"
+            raise TraceError(expected(what, f"others in {trace.name}"))
     notes = tuple(dict.fromkeys(note for trace in traces for note in trace.meta.notes))
     flags = {
         name: all(getattr(trace.meta, name) for trace in traces)

@@ -9,11 +9,12 @@ import numpy as np
 import polars as pl
 
 from moe_lab.errors import TraceStorageError
-from moe_lab.files import TEMPORARY_PREFIX, atomic_path, open_regular, write_json
+from moe_lab.files import TEMPORARY_PREFIX, atomic_path, write_json
 from moe_lab.trace.manifest import COLUMNS, MANIFEST, file_name, part_name, whole_digest
+from moe_lab.trace.pieces import checksum
 from moe_lab.trace.publish import put_in_place
 from moe_lab.trace.schema import META_FILE, SCHEMA_VERSION, VERSION_KEY, ManifestMeta, TraceMeta
-from moe_lab.trace.seal import digest, new_digest, write_seal
+from moe_lab.trace.seal import digest, write_seal
 
 FILES_PER_PART, COUNTS_PER_PART = 2**14, 2**22
 """Files, and counts of them together, that one part of the manifest lists: what a writer holds in
@@ -30,16 +31,6 @@ def write_part(path: Path, frame: pl.DataFrame) -> None:
             row_group_size=max(frame.height, 1),
             metadata={VERSION_KEY: str(SCHEMA_VERSION)},
         )
-
-
-def file_checksum(path: Path) -> tuple[int, str]:
-    """Size in bytes and BLAKE2b of a file, read in blocks."""
-    size, value = 0, new_digest()
-    with open_regular(path) as file:
-        while block := file.read(2**20):
-            size += len(block)
-            value.update(block)
-    return size, value.hexdigest()
 
 
 def count_slots(frame: pl.DataFrame, width: int) -> np.ndarray:
@@ -72,8 +63,8 @@ class Listing:
             rows: its rows.
             counts: [E] its slots of each expert; None for a file of ``tokens``.
         """
-        size, value = file_checksum(self.folder / file_name(layer, part))
-        self.add_known(layer, part, rows, size, bytes.fromhex(value), counts)
+        found = checksum(self.folder / file_name(layer, part))
+        self.add_known(layer, part, rows, found.size, found.digest, counts, found.pieces)
 
     def add_known(
         self,
@@ -83,9 +74,10 @@ class Listing:
         size: int,
         checksum: bytes,
         counts: np.ndarray | None,
+        pieces: bytes | None = None,
     ) -> None:
-        """``add`` of a file whose size in bytes and digest are known."""
-        self._last.append((layer, part, rows, size, checksum, counts))
+        """``add`` of a file whose size in bytes, digest and pieces are known."""
+        self._last.append((layer, part, rows, size, checksum, counts, pieces))
         self.files += 1
         width = 1 if counts is None else len(counts)
         if len(self._last) >= FILES_PER_PART or len(self._last) * width >= COUNTS_PER_PART:
@@ -114,11 +106,12 @@ class Listing:
         columns: Mapping[str, Any] = dict(zip(COLUMNS, zip(*self._last, strict=True), strict=True))
         frame = pl.DataFrame(
             [
-                pl.Series(name, [*values], dtype=COLUMNS[name])
+                _lists(values)
+                if name == "counts"
+                else pl.Series(name, [*values], dtype=COLUMNS[name])
                 for name, values in columns.items()
-                if name != "counts"
             ]
-        ).with_columns(counts=_lists(columns["counts"]))
+        )
         try:
             write_part(path, frame)
         except (pl.exceptions.PolarsError, OSError) as error:

@@ -15,9 +15,12 @@ import polars as pl
 
 from moe_lab.errors import TraceError, expected
 from moe_lab.files import TEMPORARY_PREFIX, read_regular
+from moe_lab.trace.clean_copies import CleanCopies
+from moe_lab.trace.data_files import files_on_disk
 from moe_lab.trace.manifest import file_name
+from moe_lab.trace.opened_trace import Trace
 from moe_lab.trace.part_files import Listing, count_slots, write_part
-from moe_lab.trace.reader import Trace, files_on_disk, open_trace
+from moe_lab.trace.reader import open_trace
 from moe_lab.trace.rows import key_checksum
 from moe_lab.trace.schema import ROUTED, TraceMeta
 
@@ -72,9 +75,9 @@ def recover(folder: Path, meta: TraceMeta) -> InterruptedTrace:
     if differing := _differences(trace.meta.to_dict(), meta.to_dict()):
         what = f"an interrupted trace of the same {', '.join(differing)} at {folder}"
         raise TraceError(expected(what, "another", "removing it, or another folder"), differing[0])
-    if trace.data is not None:  # written by another user or version: go on with the clean copy
+    if isinstance(trace.storage, CleanCopies):  # of another user or version: go on with the copies
         for name in trace.manifest.names():
-            shutil.copyfile(trace.data / name, folder / name)
+            shutil.copyfile(trace.path(name), folder / name)
     interrupted = InterruptedTrace(_finished(folder / DOCUMENTS_FILE), Listing(folder))
     finished = pl.Series(sorted(interrupted.documents), dtype=pl.UInt32)
     kept = set()
@@ -113,9 +116,7 @@ def _keep_finished(
         kept = frame.filter(pl.col("doc").is_in(finished.implode()))
         counts = None if layer is None else count_slots(kept, layer.num_choices)
         if kept.height == frame.height:
-            interrupted.listing.add_known(
-                number, part, kept.height, entry["bytes"], entry["digest"], counts
-            )
+            interrupted.listing.add(number, part, kept.height, counts)
             names.add(name)
         elif kept.height:
             part, totals.next_part = totals.next_part, totals.next_part + 1

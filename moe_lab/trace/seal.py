@@ -67,26 +67,39 @@ def digest(path: Path) -> str:
 
 def write_seal(folder: Path) -> None:
     """Seal ``meta.json`` of ``folder``, and with it the files that it and the manifest list."""
-    key = user_key()
-    if key is None:
+    if not seal(folder / SEAL_FILE, {META_FILE: digest(folder / META_FILE)}):
         (folder / SEAL_FILE).unlink(missing_ok=True)
-        return
-    files = {META_FILE: digest(folder / META_FILE)}
-    write_json(folder / SEAL_FILE, {"files": files, "code": _code(key, files)})
 
 
 def sealed_files(folder: Path) -> dict[str, str] | None:
     """Digest by relative path of each file under the seal of ``folder``; None where there is no
     seal of this user's, or ``meta.json`` is not the sealed one.
     """
+    files = unsealed(folder / SEAL_FILE)
+    try:
+        return files if files and digest(folder / META_FILE) == files[META_FILE] else None
+    except (OSError, KeyError):
+        return None
+
+
+def seal(path: Path, files: Mapping[str, str]) -> bool:
+    """Write names and digests to ``path`` under a code that only this user can make; False, and
+    nothing is written, where this user has no key.
+    """
+    key = user_key()
+    if key is not None:
+        write_json(path, {"files": dict(files), "code": _code(key, files)})
+    return key is not None
+
+
+def unsealed(path: Path) -> dict[str, str] | None:
+    """What ``seal`` wrote to ``path``; None where that is missing, or not by this user."""
     key = user_key()
     try:
-        text = read_regular(folder / SEAL_FILE, MAX_SEAL_BYTES + 1)
+        text = read_regular(path, MAX_SEAL_BYTES + 1)
         values: Any = json.loads(text) if len(text) <= MAX_SEAL_BYTES else None
         files, code = values["files"], values["code"]
-        if key is None or not hmac.compare_digest(_code(key, files), code):
-            return None
-        return files if digest(folder / META_FILE) == files[META_FILE] else None
+        return files if key is not None and hmac.compare_digest(_code(key, files), code) else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError, MoELabError):
         return None
 

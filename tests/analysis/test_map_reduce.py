@@ -22,6 +22,7 @@ from moe_lab.analysis import map_reduce
 from moe_lab.analysis.map_reduce import Sum, Task, appended, mapped, reduced
 from moe_lab.errors import AnalysisError, RunError, StorageError, TraceError
 from moe_lab.trace import open_trace
+from moe_lab.trace.data_files import FolderFiles
 from moe_lab.trace.manifest import Manifest
 
 ANALYSES: dict[str, Callable[[Any, Any], pl.DataFrame]] = {
@@ -188,7 +189,7 @@ def test_files_of_other_rows_are_read_whole(make_trace, draw, tmp_path):
     tokens = pl.concat([pl.read_parquet(path) for path in trace_files(trace)])[order]
     for number, path in enumerate(trace_files(trace)):
         tokens[50 * number : 50 * number + 50].write_parquet(path)
-    trace = replace(trace, verified=None)
+    trace = replace(trace, storage=FolderFiles(trace.folder, verify=False))
     whole, workers = analysis.expert_load(trace, by="kind"), Here()
     with mapped(workers, cache=tmp_path, rows=1):
         assert analysis.expert_load(trace, by="kind").equals(whole)

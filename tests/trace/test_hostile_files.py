@@ -16,11 +16,13 @@ from listings import relist
 
 from moe_lab.analysis import class_profile
 from moe_lab.errors import TraceError
-from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace, reader
+from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, clean_copies, open_trace, reader
+from moe_lab.trace.clean_copies import CleanCopies
 from moe_lab.trace.part_files import write_part
 from moe_lab.trace.seal import SEAL_FILE
 
 pytestmark = pytest.mark.data
+FIRST = "routing/layer=0/part-00000.parquet"
 REFUSED = {
     "deep_schema_2900": "expected a readable file",
     "footer_nested_lists_2000": "expected readable Parquet",
@@ -122,6 +124,12 @@ def test_forged_statistics_hide_no_row(unpacked) -> None:
     assert profile.group_by("layer").agg(pl.col("n_tokens").sum())["n_tokens"].to_list() != [0]
 
 
+def copy_of(folder: Path) -> Path | None:
+    """The clean copies that a trace is read from; None: it is read where it lies."""
+    storage = open_trace(folder).storage
+    return storage.copy if isinstance(storage, CleanCopies) else None
+
+
 def small_trace(folder: Path, rows: int = 200) -> Path:
     meta = TraceMeta(layers=(LayerMeta(0, 4),), has_scores=False, has_weights=False)
     with TraceWriter(folder, meta) as writer:
@@ -159,13 +167,13 @@ def test_a_footer_of_sixteen_megabytes_of_structures_is_refused(tmp_path: Path) 
 
 def test_a_trace_of_ours_is_read_where_it_lies_and_an_edited_one_is_not(tmp_path: Path) -> None:
     folder = small_trace(tmp_path / "t")
-    assert open_trace(folder).data is None
+    assert copy_of(folder) is None
     values = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**values, "model": "another"}))
     edited = open_trace(folder)
-    assert edited.data is not None
+    assert isinstance(edited.storage, CleanCopies)
     assert (edited.folder, edited.meta.model) == (folder, "another")
-    assert edited.counts().equals(open_trace(edited.data).counts())
+    assert edited.path(FIRST).is_relative_to(edited.storage.copy)
 
 
 def test_a_column_name_of_several_lines_stays_one_line(tmp_path: Path) -> None:
@@ -183,28 +191,27 @@ def test_a_column_name_of_several_lines_stays_one_line(tmp_path: Path) -> None:
 def test_a_forged_seal_opens_nothing(text: str, tmp_path: Path) -> None:
     folder = small_trace(tmp_path / "t")
     (folder / SEAL_FILE).write_text(text)
-    assert open_trace(folder).data is not None
+    assert copy_of(folder) is not None
 
 
 def test_a_seal_of_another_user_opens_nothing(tmp_path: Path, monkeypatch) -> None:
     folder = small_trace(tmp_path / "t")
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
-    copied = open_trace(folder)
-    assert copied.data is not None
-    assert copied.data.is_relative_to(tmp_path / "cache")
-    assert open_trace(folder).data == copied.data  # the second time the copy is known
+    copied = copy_of(folder)
+    assert copied is not None
+    assert copied.is_relative_to(tmp_path / "cache")
+    assert copy_of(folder) == copied  # the second time the copy is known
     (tmp_path / "cache" / "trace.key").chmod(0o644)
-    third = open_trace(folder)  # a key that others can read is no key
-    assert third.data is not None
+    assert copy_of(folder) is not None  # a key that others can read is no key
 
 
 def test_a_clean_copy_of_another_version_is_not_taken(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
     folder = small_trace(tmp_path / "t")
     (folder / SEAL_FILE).unlink()
-    first = open_trace(folder).data
+    first = copy_of(folder)
     monkeypatch.setattr(reader, "__version__", "0.0.1")
-    assert open_trace(folder).data != first
+    assert copy_of(folder) != first
 
 
 def test_clean_copies_that_nobody_opens_are_removed(tmp_path: Path, monkeypatch) -> None:
@@ -212,15 +219,15 @@ def test_clean_copies_that_nobody_opens_are_removed(tmp_path: Path, monkeypatch)
     folders = [small_trace(tmp_path / f"t{rows}", rows) for rows in (10, 20, 30, 40)]
     for folder in folders:
         (folder / SEAL_FILE).unlink()
-    copies = [data for folder in folders if (data := open_trace(folder).data)]
+    copies = [copy for folder in folders if (copy := copy_of(folder))]
     assert [copy.exists() for copy in copies] == [True] * 4
     for copy, days in zip(copies, (40, 2, 0.5, 0), strict=True):
         opened = time.time() - 86400 * days
         os.utime(copy, (opened, opened))
-    reader._prune(copies[0].parent)
+    clean_copies.prune(copies[0].parent)
     assert [copy.exists() for copy in copies] == [False, True, True, True]
-    monkeypatch.setattr(reader, "COPY_BYTES", 1)
-    reader._prune(copies[0].parent)
+    monkeypatch.setattr(clean_copies, "COPY_BYTES", 1)
+    clean_copies.prune(copies[0].parent)
     assert [copy.exists() for copy in copies] == [False, False, True, True]
     open_trace(tmp_path / "t30")  # opening it makes it the newest
     assert time.time() - copies[2].stat().st_mtime < 60

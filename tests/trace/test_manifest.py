@@ -13,6 +13,8 @@ from moe_lab.analysis import expert_load, load_summary
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, merge_traces, open_trace, part_files
+from moe_lab.trace.clean_copies import CleanCopies
+from moe_lab.trace.data_files import FolderFiles
 from moe_lab.trace.manifest import MANIFEST
 from moe_lab.trace.seal import SEAL_FILE, write_seal
 
@@ -76,7 +78,7 @@ def test_counts_agree_after_a_merge_a_copy_and_a_change_of_user(tmp_path, monkey
     agree(open_trace(tmp_path / "elsewhere"))
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
     foreign = open_trace(tmp_path / "elsewhere")
-    assert foreign.data is not None
+    assert isinstance(foreign.storage, CleanCopies)
     agree(foreign)
 
 
@@ -193,7 +195,7 @@ def test_a_changed_file_is_found_when_it_is_first_read(tmp_path, read, version):
         as_older_version(folder, version, sealed=True)
     flip(folder / FILE)
     trace = open_trace(folder)
-    assert trace.data is None
+    assert isinstance(trace.storage, FolderFiles)
     assert trace.tokens.collect().height == len(list(trace.batches(1, ["pos"]))) * 25
     size = (folder / FILE).stat().st_size
     with pytest.raises(TraceError, match=f"{FILE}: expected {size} bytes as written, got another"):
@@ -272,8 +274,8 @@ def test_a_trace_of_an_older_version_opens_with_the_same_rows_and_counts(tmp_pat
     shutil.copytree(new.folder, tmp_path / "old")
     as_older_version(tmp_path / "old", version, sealed)
     old = open_trace(tmp_path / "old").check()
-    assert (old.data is None) == sealed
-    assert old.manifest.has_counts != sealed  # the clean copy has a manifest
+    assert isinstance(old.storage, FolderFiles) == sealed
+    assert not old.manifest.has_counts
     assert old.counts().equals(new.counts())
     assert old.files().equals(new.files())
     assert old.routing.collect().equals(new.routing.collect())

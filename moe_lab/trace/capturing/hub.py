@@ -27,8 +27,9 @@ from moe_lab.trace.capturing.fingerprints import corpus_hash, rank_folder
 from moe_lab.trace.capturing.long_documents import cache_that_joins, parts, run_part
 from moe_lab.trace.capturing.recorder import capture
 from moe_lab.trace.existing import refuse_finished
+from moe_lab.trace.opened_trace import Trace
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX
-from moe_lab.trace.reader import Trace, open_trace
+from moe_lab.trace.reader import open_trace
 
 BATCH_TOKENS = 4096
 

@@ -26,7 +26,8 @@ from moe_lab.trace.importing.megatron import megatron
 from moe_lab.trace.importing.records import Document, Sizes, Source
 from moe_lab.trace.importing.request_routes import sglang, trtllm, vllm
 from moe_lab.trace.importing.tool_traces import moe_atlas, stratamoe
-from moe_lab.trace.reader import Trace, open_trace
+from moe_lab.trace.opened_trace import Trace
+from moe_lab.trace.reader import open_trace
 from moe_lab.trace.rows import slot_rows
 from moe_lab.trace.schema import (
     MAX_CHOICES,
