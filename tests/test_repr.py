@@ -20,6 +20,7 @@ from moe_lab.model.minis import MINIS, mini_config
 from moe_lab.routing import RouterConfig, Routing
 from moe_lab.scaling import fit, wall_verdict
 from moe_lab.trace import LayerMeta, Trace, TraceMeta
+from moe_lab.trace.data_files import FolderFiles
 from moe_lab.trace.manifest import Manifest
 
 RECIPE = Path(__file__).resolve().parents[1] / "experiments" / "sparsity_wall.py"
@@ -173,7 +174,7 @@ def test_notebooks_escape_what_files_say(tmp_path: Path) -> None:
         notes=("a <img src=x> note",),
     )
     no_files = Manifest(pl.DataFrame(schema={"layer": pl.Int32, "rows": pl.Int64}))
-    page = shown(Trace(tmp_path, meta, no_files))
+    page = shown(Trace(tmp_path, meta, no_files, True, FolderFiles(tmp_path)))
     assert "<b>x" in page.texts
     assert any("<img src=x>" in text for text in page.texts)
 

@@ -160,4 +160,4 @@ def test_errors_keep_their_type_and_field(tmp_path):
     (tmp_path / "t" / "meta.json").write_text(json.dumps({"schema_version": 9}))
     arguments = (str(tmp_path / "t"), str(tmp_path / "copy"))
     with refusals.refused("schema_version", TraceError):
-        sandbox.call("moe_lab.trace.foreign:clean_copy", arguments, RunError, "t", 0)
+        sandbox.call("moe_lab.trace.foreign:clean_listing", arguments, RunError, "t", 0)

@@ -24,9 +24,11 @@ import polars as pl
 from moe_lab.trace import LayerMeta, TraceMeta, open_trace
 from moe_lab.trace.manifest import MANIFEST
 from moe_lab.trace.part_files import Listing
-from moe_lab.trace.schema import MAX_ROWS_PER_PART
+from moe_lab.trace.schema import MAX_ROWS_PER_PART, ROUTING_COLUMNS
 
 LAYERS, EXPERTS, TOP_K = 94, 128, 8
+PIECES = 20 * (len(ROUTING_COLUMNS) + 1)
+"""Bytes of sizes and digests of the pieces of a file."""
 
 
 def write_manifest(folder: Path, tokens: int) -> None:
@@ -39,10 +41,13 @@ def write_manifest(folder: Path, tokens: int) -> None:
         shares = generator.dirichlet(np.full(EXPERTS, 4.0))
         counts_LE = generator.multinomial(rows * TOP_K, shares, size=LAYERS)
         digests = generator.bytes(32 * (LAYERS + 1))
-        listing.add_known(None, part, rows, rows * 3 // 2, digests[-32:], None)
+        pieces = generator.bytes(PIECES * (LAYERS + 1))
+        listing.add_known(None, part, rows, rows * 3 // 2, digests[-32:], None, pieces[-PIECES:])
         for layer, counts in enumerate(counts_LE):
             checksum = digests[32 * layer : 32 * layer + 32]
-            listing.add_known(layer, part, rows, rows * 26, checksum, counts)
+            at = PIECES * layer
+            own = pieces[at : at + PIECES]
+            listing.add_known(layer, part, rows, rows * 26, checksum, counts, own)
     listing.write(meta, complete=True)
 
 

@@ -140,22 +140,13 @@ class Bucket:
         with self._one_line("list"):
             self._files.invalidate_cache()
             paths = self._files.find(self._path(folder))
-        return [
-            check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url)
-            for path in paths
-        ]
+        return [self._name(path) for path in paths]
 
     def sizes(self, folder: str) -> dict[str, int]:
         """All objects below ``folder``, with their bytes. Raises ``RunError`` as ``names``."""
         with self._one_line("list"):
-            self._files.invalidate_cache()
-            found = self._files.find(self._path(folder), detail=True)
-        return {
-            check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url): int(
-                info["size"]
-            )
-            for path, info in found.items()
-        }
+            found = self._described(folder)
+        return {name: int(info["size"]) for name, info in found.items()}
 
     def signatures(self, folder: str) -> dict[str, tuple[str, ...]]:
         """All objects below ``folder``, with what is another when one was written again.
@@ -163,14 +154,20 @@ class Bucket:
         Raises ``RunError`` as ``names``.
         """
         with self._one_line("read"):
-            self._files.invalidate_cache()
-            found = self._files.find(self._path(folder), detail=True)
+            found = self._described(folder)
         return {
-            check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url): tuple(
-                str(info.get(name)) for name in _SIGNATURE
-            )
-            for path, info in found.items()
+            name: tuple(str(info.get(key)) for key in _SIGNATURE) for name, info in found.items()
         }
+
+    def _described(self, folder: str) -> dict[str, dict[str, Any]]:
+        """All objects below ``folder``, with what the client says of them."""
+        self._files.invalidate_cache()
+        found = self._files.find(self._path(folder), detail=True)
+        return {self._name(path): info for path, info in found.items()}
+
+    def _name(self, path: str) -> str:
+        """The checked name of an object."""
+        return check_name(str(path).removeprefix(self._root).removeprefix("/"), self.url)
 
     def rename(self, name: str, new: str) -> None:
         """Rename an object within the store. Renaming a missing object is not an error."""

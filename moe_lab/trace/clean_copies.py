@@ -143,7 +143,7 @@ def place_of_copies() -> Path:
 
 
 def prune(place: Path) -> None:
-    """Remove the copies that nobody opened for ``COPY_DAYS``, and the oldest ones while all take
+    """Remove the copies that were not opened for ``COPY_DAYS``, and the oldest ones while all take
     more than ``COPY_BYTES``; none that was opened within a day, which may be in use.
     """
     now, total = time.time(), 0

@@ -84,7 +84,7 @@ def check_counts(layer: LayerMeta, manifest: Manifest, counts_FE: np.ndarray) ->
 
 
 def counts_error(name: str, expert: int | None, listed: object, found: object) -> TraceError:
-    """Of a file whose slots (of one expert, or None: all) are not as listed."""
+    """The error of a file whose slots, of one expert or (None) of all, are not as listed."""
     wanted = (
         f"used slots as recorded, {listed}"
         if expert is None

@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 
 class Checksum(NamedTuple):
-    """Of a file: bytes, BLAKE2b, and its pieces as the manifest keeps them (None: it has none)."""
+    """Size of a file in bytes, its BLAKE2b, and its pieces as the manifest keeps them, or None."""
 
     size: int
     digest: bytes

@@ -55,8 +55,9 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
     """
     place = folder_of(folder)
     if place is None:
-        storage = RemoteFiles(str(folder).rstrip("/"))
-        name, listing = storage.url, fetch_listing(storage, place_of_copies())
+        storage, copies = RemoteFiles(str(folder).rstrip("/")), place_of_copies()
+        name, listing = storage.url, fetch_listing(storage, copies)
+        prune(copies)
     else:
         name = listing = place.absolute()
         storage = FolderFiles(listing, verify)
