@@ -13,6 +13,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,6 +34,7 @@ from moe_lab.trace.seal import digest, seal, unsealed
 
 COPY_DAYS, COPY_BYTES = 30, 20 * 10**9
 """How long clean copies of traces from outside are kept, and how many bytes of them."""
+_one_at_a_time = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ class CleanCopies:
 
     def path(self, name: str, entry: Entry) -> Path:
         path = self.copy / name
-        if name in self.verified:
-            return path
-        if not self._is_whole(path, name):
-            self._take(name, entry)
-        self.verified.add(name)
+        if name not in self.verified:
+            with _one_at_a_time:  # two threads may need the first token file
+                if not self._is_whole(path, name):
+                    self._take(name, entry)
+                self.verified.add(name)
         return path
 
     def compare_source(self, name: str, entry: Entry) -> None:
