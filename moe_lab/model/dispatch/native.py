@@ -1,9 +1,8 @@
 """``experts``: the routed experts of a layer in C++ on a CPU (``experts.cpp``), forward and
 backward.
 
-The source is compiled once per machine and user, in seconds (``moe_lab.compiled``); products are
-torch's own BLAS. Where that cannot be had ``available`` is False and ``problem`` says why;
-``MOE_LAB_NATIVE=0`` switches it off.
+The source is compiled once per machine and user, in seconds (``moe_lab.compiled``). Where that
+cannot be had ``available`` is False and ``problem`` says why; ``MOE_LAB_NATIVE=0`` switches it off.
 Under ``torch.compile`` the layer is one opaque operator.
 """
 
@@ -24,7 +23,7 @@ from moe_lab.errors import ConfigError, RunError, expected
 from moe_lab.model.dispatch.bank import Bank, gating_of, takes_biases
 from moe_lab.routing import Routing
 
-DTYPES = {torch.float32: ("f32", "sgemm_"), torch.float64: ("f64", "dgemm_")}
+DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 SOURCE = Path(__file__).with_name("experts.cpp")
 FLAGS = (
     "-O3",
@@ -94,20 +93,13 @@ def _library() -> ctypes.CDLL | str:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     try:
-        blas = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        for _, symbol in DTYPES.values():
-            getattr(blas, symbol)
-    except (OSError, AttributeError) as error:
-        return f"torch's library carries no BLAS that can be called ({error})"
-    try:
         library = ctypes.CDLL(str(compiled.shared_library(SOURCE, FLAGS)))
     except (OSError, RunError, subprocess.SubprocessError, compiled.NoCompilerError) as error:
         return f"the experts could not be compiled: {compiled.reason(error)}"
     library.moe_plan.restype = None
-    for name, symbol in DTYPES.values():
+    for name in DTYPES.values():
         for direction in ("forward", "backward"):
             getattr(library, f"moe_{direction}_{name}").restype = None
-        setattr(library, symbol, ctypes.cast(getattr(blas, symbol), ctypes.c_void_p))
     return library
 
 
@@ -140,12 +132,8 @@ def _experts(
     x, weights, gate_up, down = (value.contiguous() for value in (x, weights, gate_up, down))
     # Pages that nothing is written to are never touched: unused slots cost no memory.
     y, act = torch.empty_like(x), x.new_empty(num_slots if save else 0, gate_up.shape[1])
-    layer = _layer(
-        library, x, indices, weights, gate_up, down, order, starts, place, on_input, gating
-    )
-    getattr(library, f"moe_forward_{DTYPES[x.dtype][0]}")(
-        *layer, *_pointers(act if save else None, y)
-    )
+    layer = _layer(x, indices, weights, gate_up, down, order, starts, place, on_input, gating)
+    getattr(library, f"moe_forward_{DTYPES[x.dtype]}")(*layer, *_pointers(act if save else None, y))
     return y, act, order, starts, place
 
 
@@ -189,12 +177,8 @@ def _experts_backward(
         value.contiguous() for value in (grad, x, weights, gate_up, down)
     )
     gradients = [torch.empty_like(value) for value in (x, weights, gate_up, down)]
-    layer = _layer(
-        library, x, indices, weights, gate_up, down, order, starts, place, on_input, gating
-    )
-    getattr(library, f"moe_backward_{DTYPES[x.dtype][0]}")(
-        *layer, *_pointers(grad, act, *gradients)
-    )
+    layer = _layer(x, indices, weights, gate_up, down, order, starts, place, on_input, gating)
+    getattr(library, f"moe_backward_{DTYPES[x.dtype]}")(*layer, *_pointers(grad, act, *gradients))
     return gradients[0], gradients[1], gradients[2], gradients[3]
 
 
@@ -248,7 +232,6 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _layer(
-    library: ctypes.CDLL,
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
@@ -261,10 +244,8 @@ def _layer(
     gating: Sequence[float],
 ) -> list[Any]:
     """The arguments that both directions begin with."""
-    blas = getattr(library, DTYPES[x.dtype][1])
     sizes = _integers(torch.get_num_threads(), *indices.shape, *down.shape)
     return [
-        blas,
         *sizes,
         ctypes.c_bool(on_input),
         *map(ctypes.c_double, gating),
