@@ -1,8 +1,10 @@
 """The compiled backend: where it is chosen, what it says when it cannot be had, and that threads
-change nothing but the time.
+and the size of vectors change nothing but the time.
 """
 
+import functools
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from moe_lab import compiled
 from moe_lab.model import ExpertBank, MoEConfig, MoELayer
-from moe_lab.model.dispatch import choose, native
+from moe_lab.model.dispatch import BACKENDS, choose, native
 from moe_lab.routing import RouterConfig, Routing
 
 needs_library = pytest.mark.skipif(
@@ -58,7 +60,39 @@ def test_a_second_thread_changes_no_result(kind: str) -> None:
     for one, two in zip(
         outputs(tokens, indices, experts, 1), outputs(tokens, indices, experts, 2), strict=True
     ):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+        assert torch.equal(one, two)
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("vectors", ["", "-mno-avx512f", "-mno-avx"])
+@pytest.mark.parametrize(("width", "hidden"), [(33, 7), (128, 64), (270, 72)])
+def test_any_width_equals_the_oracle_with_vectors_of_any_size(
+    vectors: str, width: int, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths that are no multiple of a vector, sums longer than a panel, experts of more rows than
+    a block; 64, 32 and 16 bytes a vector where the processor has them.
+    """
+    if vectors:
+        if platform.machine() != "x86_64":
+            pytest.skip("the options are those of compilers for x86")
+        monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, vectors))
+        monkeypatch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
+    torch.manual_seed(0)
+    indices = torch.rand(600, 5).argsort(dim=1)[:, :2]
+    indices[:, 0] = torch.where(torch.rand(600) < 0.7, 3, -1)
+    indices[:, 1][indices[:, 1] == 3] = -1
+    bank = ExpertBank(5, width, hidden)
+    x_TD, weighting = torch.randn(600, width), torch.randn(600, width)
+    results = []
+    for run, dtype in ((native.experts, torch.float32), (BACKENDS["cpu"], torch.float64)):
+        bank, inside = bank.to(dtype), x_TD.to(dtype).requires_grad_()
+        y_TD = run(inside, routing_of(indices, 5), bank)
+        inputs = [inside, bank.gate_up, bank.down]
+        results.append([y_TD, *torch.autograd.grad(y_TD, inputs, weighting.to(dtype))])
+    for got, wanted in zip(*results, strict=True):
+        scale = float(wanted.detach().abs().max())
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-6 * scale)
 
 
 @needs_library
