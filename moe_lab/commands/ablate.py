@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SHOWN = 5
 """Experts at each end of the printed table."""
 
-FURTHER = ("curves", "top_k", "pairs", "exchanges")
-"""Tables of ``--curves`` and ``--pairs``."""
+FURTHER = ("curves", "top_k", "top_k_alone", "pairs", "exchanges")
+"""Tables of ``--curves``, ``--alone`` and ``--pairs``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--curves",
         action="store_true",
         help="also the loss against the share of experts removed, and against k",
+    )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="with --curves and --by-class: also the loss of each class where its tokens alone "
+        "have k experts",
     )
     add_number(
         parser,
@@ -252,6 +258,7 @@ def _ablation(
         batch_tokens=args.batch_tokens,
         seed=args.seed,
         curves=args.curves,
+        alone=args.alone,
         pairs=args.pairs,
         left_out=left_out,
     )

@@ -84,8 +84,16 @@ def _blocks(folder: Path, loss: float) -> list[tuple[str, Block]]:
         blocks.append(("Which score says so?", _agreement_block(agreement)))
     if (folder / "curves.parquet").is_file():
         blocks.append(("Many experts removed", _curves_block(_table(folder, "curves", CURVES))))
-    if (folder / "top_k.parquet").is_file():
-        blocks.append(("More and fewer experts", _top_k_block(_table(folder, "top_k", TOP_K))))
+    for name, heading, who in (
+        ("top_k", "More and fewer experts", "every token has k experts"),
+        (
+            "top_k_alone",
+            "More and fewer experts of one class",
+            "the tokens of one class alone have k experts",
+        ),
+    ):
+        if (folder / f"{name}.parquet").is_file():
+            blocks.append((heading, _top_k_block(_table(folder, name, TOP_K), name, who)))
     for name, columns, block in (
         ("pairs", PAIRS, _pairs_block),
         ("exchanges", EXCHANGES, _exchanges_block),
@@ -181,7 +189,7 @@ def _curves_block(curves: pl.DataFrame) -> Block:
     return one_plot("removal_curves", caption, summary, canvas, curves, table_of(curves, 4))
 
 
-def _top_k_block(top_k: pl.DataFrame) -> Block:
+def _top_k_block(top_k: pl.DataFrame, name: str, who: str) -> Block:
     columns = top_k["by"].drop_nulls().unique(maintain_order=True).to_list()
     variants = [
         Variant(
@@ -193,11 +201,12 @@ def _top_k_block(top_k: pl.DataFrame) -> Block:
         for column in (columns or [None])
     ]
     caption = (
-        "Change of the loss when every token has k experts in all layers; bars are 95 % intervals "
+        f"Change of the loss when {who} in all layers; bars are 95 % intervals "
         f"over {_facts(top_k)}. The model was trained with the k at which the change is 0."
     )
     summary = "Loss against the number of experts of every token."
-    return one_plot("top_k_losses", caption, summary, variants, top_k, table_of(top_k, 4))
+    name = "top_k_losses" if name == "top_k" else name
+    return one_plot(name, caption, summary, variants, top_k, table_of(top_k, 4))
 
 
 def _pairs_block(pairs: pl.DataFrame) -> list[tuple[str, Block]]:

@@ -28,7 +28,7 @@ from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.fingerprints import model_hash
 from moe_lab.versions import versions
 from moe_lab.worth.batches import padded_batches, pass_bytes
-from moe_lab.worth.curves import SHARES, removal_curves, top_k_losses
+from moe_lab.worth.curves import SHARES, possible_shares, removal_curves, top_k_losses
 from moe_lab.worth.interventions import Forbid
 from moe_lab.worth.measured_rows import text_hash
 from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
@@ -39,8 +39,8 @@ from moe_lab.worth.token_groups import Classes, TokenGroups
 from moe_lab.worth.worth_files import LOSSES, META, SHORT, UNFINISHED, refuse_taken
 from moe_lab.worth.worth_sentences import curve_sentences, worth_sentences
 
-CURVES = (len(SCORES) + 11) * len(SHARES)
-"""Points of ``removal_curves``: each score, the measured loss and ten random orders."""
+ORDERS = len(SCORES) + 11
+"""Of ``removal_curves``: each score, the measured loss and ten random ones."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Ablation:
         edit, classes, batch_tokens, seed: as for ``expert_losses``.
         curves: also ``removal_curves`` and ``top_k_losses`` for k from 1 to twice the model's; they
             need all layers.
+        alone: also ``top_k_losses`` of each class alone; needs ``curves`` and ``classes``.
         pairs: also ``pair_losses`` and ``exchange_losses`` of so many pairs of each layer.
         left_out: how many documents were left out before, by what they are ("blank").
 
@@ -74,6 +75,7 @@ class Ablation:
     batch_tokens: int = 2048
     seed: int = 0
     curves: bool = False
+    alone: bool = False
     pairs: int | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
 
@@ -84,6 +86,12 @@ class Ablation:
             "some",
             "leaving layers out",
             field="layers",
+        )
+        require(
+            not self.alone or (self.curves and self.classes),
+            "curves and classes, for k of the tokens of one class alone",
+            "none",
+            field="alone",
         )
 
     @cached_property
@@ -139,9 +147,14 @@ class Ablation:
             seconds = share * _seconds(edited_sums, self.model, timed, forbidden) / 2
             if self.curves:
                 groups = TokenGroups(self.documents, self.classes, Align.INPUT)
-                left = self._left(files["top_k"], self.documents, len(self.ks), groups)
+                ks = len(self.ks)
+                left = self._left(files["top_k"], self.documents, ks, groups)
+                if self.alone:
+                    number = ks * (len(groups.names) - 1)
+                    left += self._left(files["top_k_alone"], self.documents, number, groups)
                 judged = self.documents[1::2]  # half of the documents
-                left += self._left(files["curves"], judged, CURVES) / 2
+                points = ORDERS * len(possible_shares(self.model))
+                left += self._left(files["curves"], judged, points) / 2
                 parts["curves"] = seconds * left
             if self.pairs:  # two single experts, both and the exchange, on average from mid-height
                 number = self.pairs * len(self.measured) * 4
@@ -155,7 +168,7 @@ class Ablation:
         Returns:
             losses, worth, scores, agreement; with ``curves`` also curves and top_k (where the
             model's k can be changed; else a note in ``meta.json`` says why not), with ``pairs``
-            also pairs and exchanges.
+            also pairs and exchanges; with ``alone`` also top_k_alone.
 
         Raises:
             AnalysisError: a finished measurement in ``folder``, or an unfinished one of another
@@ -186,18 +199,27 @@ class Ablation:
         sentences = worth_sentences(tables["worth"], losses, tables["agreement"], loss)
         if self.curves:
             measured = losses if self.experts is None else None
-            tables["curves"] = removal_curves(
-                *text, scores, measured, path=files["curves"], **given
-            )
-            sentences += curve_sentences(tables["curves"])
-            try:
-                tables["top_k"] = top_k_losses(
-                    *text,
-                    self.ks,
-                    classes=self.classes,
-                    batch_tokens=self.batch_tokens,
-                    path=files["top_k"],
+            shares = possible_shares(self.model)
+            if left := [f"{100 * share:g} %" for share in SHARES if share not in shares]:
+                notes.append(
+                    f"No curve without {listing(left)} of the experts: that is no expert, or "
+                    "leaves fewer than a token uses."
                 )
+            if shares:
+                tables["curves"] = removal_curves(
+                    *text, scores, measured, shares=shares, path=files["curves"], **given
+                )
+                sentences += curve_sentences(tables["curves"])
+            try:
+                for name in ("top_k", *["top_k_alone"] * self.alone):
+                    tables[name] = top_k_losses(
+                        *text,
+                        self.ks,
+                        classes=self.classes,
+                        alone=name == "top_k_alone",
+                        batch_tokens=self.batch_tokens,
+                        path=files[name],
+                    )
             except TraceError as error:
                 notes.append(f"No losses against k: {error}.")
         if self.pairs:
@@ -245,7 +267,7 @@ class Ablation:
 
     def _files(self, folder: Path | str | None) -> dict[str, Path | None]:
         """Where the sums of each part are kept until the measurement is finished."""
-        names = ("scores", "curves", "top_k", "pairs")
+        names = ("scores", "curves", "top_k", "top_k_alone", "pairs")
         if folder is None:
             return dict.fromkeys(names)
         return {name: Path(folder) / UNFINISHED / f"{name}.parquet" for name in names}

@@ -123,6 +123,18 @@ def removal_curves(
     ).with_columns(pl.col("lo", "hi").fill_nan(None))
 
 
+def possible_shares(model: nn.Module, shares: Sequence[float] = SHARES) -> list[float]:
+    """Those of the shares that remove an expert and leave as many as a token uses."""
+    sites, _ = find_sites(model, None, None)
+    sizes = [(site.num_experts or 0, site.num_zero_experts, site.top_k or 1) for site in sites]
+    return [
+        share
+        for share in shares
+        if any(round(share * size) for size, *_ in sizes)
+        and all(size + zero - round(share * size) >= k for size, zero, k in sizes)
+    ]
+
+
 def _removed(sites: Sequence[TracedRouter], share: float) -> dict[int, int]:
     """Layer -> how many of its experts are removed."""
     counts = {}
@@ -138,6 +150,13 @@ def _removed(sites: Sequence[TracedRouter], share: float) -> dict[int, int]:
             error=AnalysisError,
             field="shares",
         )
+    require(
+        sum(counts.values()),
+        "a share of at least one expert",
+        share,
+        error=AnalysisError,
+        field="shares",
+    )
     return counts
 
 
@@ -184,6 +203,7 @@ def top_k_losses(
     *,
     classes: Classes | None = None,
     align: Align = Align.INPUT,
+    alone: bool = False,
     batch_tokens: int = 2048,
     level: float = 0.95,
     path: Path | str | None = None,
@@ -195,27 +215,50 @@ def top_k_losses(
         ks: numbers of experts (with zero-compute experts, of slots).
         classes, align: as for ``expert_losses``; by default a loss counts for the class of the
             token at whose place it is predicted, which is the one that has k experts.
+        alone: the tokens of one class at a time have k experts, and all others their own; rows are
+            of the class that has them. Without it all tokens have k, so that a class may change by
+            its context.
         path: as for ``removal_curves``.
 
     Returns:
         [k, by, class, d_loss, lo, hi, gain, gain_lo, gain_hi, kl, tokens, docs]: change of the loss
         in nats per predicted token against the model as it is; ``gain`` is what k buys: the loss at
         the next smaller of ``ks`` less the loss at k (null for the smallest). Intervals are over
-        documents. A class that gains because later tokens or their context do is not told apart:
-        all tokens of a pass have the same k.
+        documents.
 
     Raises:
         TraceError: naming the router, where its k cannot be changed.
+        AnalysisError: ``alone`` without classes, or with another ``align`` than "input".
 
     Example:
         >>> top_k_losses(model, documents, range(1, 9)).select("k", "d_loss", "gain")
     """
     ks = sorted(set(ks))
     groups = TokenGroups(documents, classes, align)
-    edits = [[TopK(None, k)] for k in ks]
-    sums = edited_sums(
-        model, documents, edits, groups, batch_tokens=batch_tokens, path=path, readers=readers
+    edits: list[list[TopK]] = [[TopK(None, k)] for k in ks]
+    places = range(1, len(groups.names))
+    require(
+        not alone or (places and groups.align is Align.INPUT),
+        "classes of the tokens that have k experts, for those of a class alone",
+        "none" if not places else groups.align,
+        error=AnalysisError,
+        field="alone",
     )
+    sums = edited_sums(
+        model,
+        documents,
+        edits * len(places) if alone else edits,
+        groups,
+        alone=[group for group in places for _ in ks] if alone else None,
+        batch_tokens=batch_tokens,
+        path=path,
+        readers=readers,
+    )
+    if alone:  # of each class the passes in which it has k
+        parts = sums.reshape(len(places), len(ks), *sums.shape[1:])
+        sums = np.zeros((len(ks), *sums.shape[1:]))
+        for group in places:
+            sums[:, :, group] = parts[group - 1][:, :, group]
     frames = []
     for place, k in enumerate(ks):
         tokens, loss, kl, *_ = np.moveaxis(sums[place], 2, 0)
@@ -235,8 +278,9 @@ def top_k_losses(
                 gain=pl.Series(gain), gain_lo=pl.Series(gain_low), gain_hi=pl.Series(gain_high)
             )
         frames.append(frame)
+    rows = pl.concat(frames)
     return (
-        pl.concat(frames)
+        (rows.drop_nulls("class") if alone else rows)
         .select("k", pl.exclude("k"))
         .with_columns(pl.col(pl.Float64).fill_nan(None))
     )

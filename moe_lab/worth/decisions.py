@@ -193,6 +193,4 @@ def dense(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> Tensor:
     """[T, E] weight of each expert, 0 where it is not selected."""
     used_TK = ids_TK >= 0
     zeros_TE = weights_TK.new_zeros(len(ids_TK), experts)
-    return zeros_TE.scatter_add(
-        1, ids_TK.long().clamp_min(0), torch.where(used_TK, weights_TK, 0)
-    ).detach()
+    return zeros_TE.scatter_add(1, ids_TK.long().clamp_min(0), torch.where(used_TK, weights_TK, 0))

@@ -32,6 +32,7 @@ from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.decisions import (
     FIXED_SLOTS,
     Decisions,
+    OwnRouting,
     Triple,
     dense,
     find_form,
@@ -69,10 +70,17 @@ class Exchange:
 
 @dataclass(frozen=True)
 class TopK:
-    """Every token has ``k`` slots in ``layer`` (None: in all layers)."""
+    """Every token has ``k`` slots in ``layer`` (None: in all layers).
+
+    Attributes:
+        tokens: [B, S] of each pass in the block, True where a token has ``k`` slots; the others
+            have their own, with equal weights to the bit. Slots that a token lacks beside others
+            have weight 0. None: all tokens.
+    """
 
     layer: int | None
     k: int
+    tokens: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,7 @@ class Editor:
 
     Attributes:
         experts: E.
+        tokens: those whose number of slots is ``top_k``; None: all.
         calls: how many were edited and checked.
     """
 
@@ -192,16 +201,25 @@ class Editor:
     forbidden: list[int] = field(default_factory=list)
     outputs: list[Silence | Exchange] = field(default_factory=list)
     top_k: int | None = None
+    tokens: Tensor | None = None
     replay: ReplayedTrace | None = None
     calls: int = 0
 
     def enter(self, stack: ExitStack, running: Running) -> None:
         """Wrap the forward pass until ``stack`` closes."""
-        slots = self.top_k or self.site.top_k
+        slots = self.top_k if self.tokens is None and self.top_k else self.site.top_k
         self.form = find_form(self.site, slots)
         self.running = running
         scope = scope_of(self.site, self.model)
-        if self.top_k is not None:
+        if self.tokens is not None:
+            if not isinstance(self.form, OwnRouting | Triple) or scope is not self.site.module:
+                what = "a router that returns the ids and weights of its slots, for some tokens"
+                raise self._error(what, type(self.site.module).__name__, "tokens")
+            if self.replay is not None:
+                raise self._error("k of some tokens without a replay", "both", "tokens")
+            with ExitStack() as tried:
+                self._change_top_k(tried, scope)  # raises where k cannot be changed
+        elif self.top_k is not None:
             self._change_top_k(stack, scope)
         if scope is self.site.module:
             wrap_until(stack, scope, "forward", self._router)
@@ -249,13 +267,48 @@ class Editor:
 
     def _router(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A router that returns its decisions."""
+        if self.tokens is not None:
+            self.form = find_form(self.site, self.site.top_k)
         with self._selection() as selection:
             output = forward(*args, **kwargs)
         before = self._read(output, selection)
+        if self.tokens is not None:
+            with ExitStack() as stack:
+                self._change_top_k(stack, self.site.module)
+                with self._selection() as selection:
+                    changed = forward(*args, **kwargs)
+            output, before = self._for_tokens(output, before, changed, selection)
         after = self._edited(before)
         output = self.form.put(output, *after)
         self._check(before, self.form.take(output))
         return output
+
+    def _for_tokens(
+        self, output: Any, own: Decisions, changed: Any, selection: Selection
+    ) -> tuple[Any, Decisions]:
+        """The output with more slots of two, and its decisions where the tokens that are named have
+        those of ``changed`` and the others their own.
+        """
+        assert self.tokens is not None
+        own_form, self.form = self.form, find_form(self.site, self.top_k)
+        wide, narrow = self._read(changed, selection), own
+        named_T = self.tokens.reshape(-1).to(own[0].device)
+        if len(named_T) != len(own[0]):
+            raise self._error(f"tokens of {len(own[0])} places", len(named_T), "tokens")
+        fewer_T = ~named_T
+        if wide[0].shape[1] < own[0].shape[1]:
+            self.form, changed, wide, narrow, fewer_T = own_form, output, own, wide, named_T
+        (ids_TK, weights_TK), (few_TK, _) = wide, narrow
+        among_TK = (ids_TK[:, :, None] == few_TK[:, None]).any(dim=2)
+        found_TK = (few_TK[:, :, None] == ids_TK[:, None]).any(dim=2) | (few_TK < 0)
+        if not bool(found_TK[fewer_T].all()):
+            raise self._error("the experts of fewer slots among those of more", "others", "tokens")
+        few_weights_TK = dense(*narrow, self.experts).gather(1, ids_TK.long().clamp_min(0))
+        values_TK = torch.where(among_TK, few_weights_TK, 0).to(weights_TK.dtype)
+        if isinstance(self.form, OwnRouting):
+            ids_TK = torch.where(fewer_T[:, None] & ~among_TK, -1, ids_TK)
+        decisions = ids_TK, torch.where(fewer_T[:, None], values_TK, weights_TK)
+        return self.form.put(changed, *decisions), decisions
 
     def _block(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A block that selects from its router's logits."""
@@ -315,7 +368,7 @@ class Editor:
             raise self._error("finite gate weights under the edit", "others")
         module = self.site.module
         slots = module.config.num_slots if isinstance(module, Router) else self.top_k
-        if self.top_k is not None and ids_TK.shape[1] != slots:
+        if self.top_k is not None and self.tokens is None and ids_TK.shape[1] != slots:
             raise self._error(f"{slots} slots", ids_TK.shape[1], "k")
         if self._replayed is not None:
             known_T, want_TK = self._replayed.known, self._replayed.ids
@@ -343,14 +396,14 @@ class Editor:
         ids_TK, weights_TK = before
         if self.replay is not None:
             weights_TK = self.replay.weights_of_call(weights_TK)
-        want_TE = dense(ids_TK, weights_TK, self.experts)
+        want_TE = dense(ids_TK, weights_TK, self.experts).detach()
         for edit in self.outputs:
             if isinstance(edit, Silence):
                 want_TE[:, edit.expert] = 0
             else:
                 pair = [edit.first, edit.second]
                 want_TE[:, pair] = want_TE[:, pair[::-1]]
-        if not torch.equal(dense(*after, self.experts), want_TE):
+        if not torch.equal(dense(*after, self.experts).detach(), want_TE):
             raise self._error("the edited experts alone to change", "others")
         self.calls += 1
 
@@ -397,7 +450,7 @@ def _editor(
         elif isinstance(edit, Silence | Exchange):
             editor.outputs.append(edit)
         elif isinstance(edit, TopK):
-            editor.top_k = edit.k
+            editor.top_k, editor.tokens = edit.k, edit.tokens
         else:
             editor.replay = ReplayedTrace(
                 edit.trace, site, edit.recorded_weights, edit.first_document

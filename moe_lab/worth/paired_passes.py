@@ -6,6 +6,7 @@ vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,7 +28,7 @@ from moe_lab.trace.capturing.hooks import Hooks, Pass
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.batches import Batch, padded_batches
-from moe_lab.worth.interventions import Edit, Exchange, Forbid, Silence, intervene
+from moe_lab.worth.interventions import Edit, Exchange, Forbid, Silence, TopK, intervene
 from moe_lab.worth.measured_rows import MEASURED, SUMS, Key, MeasuredRows, measurement_key
 from moe_lab.worth.shared_prefix import SharedPrefix
 from moe_lab.worth.token_groups import TokenGroups
@@ -98,9 +99,13 @@ class Untouched:
         return used_BS
 
     def changes(self, edits: EditSet) -> bool:
-        """False where the edits silence experts that no token of the batch used."""
-        silent = all(isinstance(edit, Silence) for edit in edits)
-        return not silent or bool(self._used(named_experts(edits)).any())
+        """False where the edits silence experts that no token of the batch used, or name none of
+        its tokens.
+        """
+        if all(isinstance(edit, Silence) for edit in edits):
+            return bool(self._used(named_experts(edits)).any())
+        named = [edit.tokens for edit in edits if isinstance(edit, TopK)]
+        return len(named) < len(edits) or any(part is None or bool(part.any()) for part in named)
 
     def differences(
         self, edits: EditSet, readers: Mapping[str, Reader] | None = None
@@ -154,6 +159,7 @@ def edited_sums(
     edit_sets: Sequence[EditSet],
     groups: TokenGroups | None = None,
     *,
+    alone: Sequence[int] | None = None,
     batch_tokens: int = 2048,
     path: Path | str | None = None,
     readers: Mapping[str, Reader] | None = None,
@@ -163,13 +169,21 @@ def edited_sums(
     ``used`` are the tokens predicted at places that used one of the experts that the set names; all
     tokens where it names none. Without ``groups`` there is one, of all tokens. Rows that the file
     ``path`` holds are not measured again.
+
+    Args:
+        alone: for each set, which are of ``TopK``, the group whose tokens alone have that k.
     """
     groups = groups or TokenGroups(documents)
     sites, _ = find_sites(model, readers, None)
     by_layer = {site.layer: site for site in sites}
     rows = set_rows(path, model, documents, groups)
-    keys = [(content_hash(repr(edits)),) for edits in edit_sets]
-    distinct = dict(zip(keys, edit_sets, strict=True))
+    only = [None] * len(edit_sets) if alone is None else alone
+    chosen = list(zip(edit_sets, only, strict=True))
+    keys = [
+        (content_hash(repr(edits) if group is None else [repr(edits), group]),)
+        for edits, group in chosen
+    ]
+    distinct, group_of = dict(zip(keys, edit_sets, strict=True)), dict(zip(keys, only, strict=True))
     lowest: dict[int, list[Key]] = {}
     for key, edits in distinct.items():
         lowest.setdefault(_lowest(edits, sites), []).append(key)
@@ -190,7 +204,11 @@ def edited_sums(
                 matrix = groups.matrix(batch.documents)
                 for key in missing:
                     tell("measuring sets of edits", done, total)
-                    sums = untouched.sums(distinct[key], matrix, readers)
+                    edits, group = distinct[key], group_of[key]
+                    if group is not None:
+                        places = groups.places(batch, group)
+                        edits = [replace(edit, tokens=places) for edit in edits]  # type: ignore[call-arg]
+                    sums = untouched.sums(edits, matrix, readers)
                     rows.add(key, batch.documents, sums)
                     done += 1
         finally:

@@ -5,13 +5,15 @@ from typing import TypeAlias
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
+from torch import Tensor
 
 from moe_lab.analysis.difficulty.alignment import Align
 from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.errors import AnalysisError, require
-from moe_lab.worth.batches import Document
+from moe_lab.worth.batches import Batch, Document
 
 Classes: TypeAlias = Mapping[str, Sequence[Sequence[str | None] | np.ndarray | pl.Series]]
 """Column -> for each document [n] the class of each of its tokens; None: in no class."""
@@ -78,6 +80,13 @@ class TokenGroups:
             )
             for column in range(len(self.classes))
         ]
+
+    def places(self, batch: Batch, group: int) -> Tensor:
+        """[B, S] where a token is predicted that counts for a group."""
+        named_BS = torch.zeros_like(batch.predicts)
+        inside = np.any([codes == group for codes in self.codes(batch.documents)], axis=0)
+        named_BS[batch.predicts] = torch.from_numpy(inside)
+        return named_BS
 
     def matrix(self, documents: Sequence[Document]) -> csr_array:
         """[documents x groups, N]: a column for each predicted token of these documents or windows,

@@ -136,6 +136,22 @@ def test_curves_and_pairs_are_measured_on_request(tmp_path):
     assert " nats/token on documents that " in curve_sentences(unbounded)[0]
     with refused("layers", ConfigError):
         Ablation(decoder(), texts(), layers=[0], curves=True)
+    with refused("alone", ConfigError):
+        Ablation(decoder(), texts(), curves=True, alone=True)
+
+
+def test_where_few_experts_are_left_the_curves_are_shorter_and_a_note_says_so(tmp_path):
+    documents = texts(8)
+    classes = {"half": [np.where(np.arange(len(ids)) % 2, "a", "b") for ids in documents]}
+    model = decoder(layers=1, num_experts=3)
+    ablation = Ablation(model, documents, curves=True, classes=classes, alone=True)
+    assert ablation.minutes()["curves"] > 0
+    tables = ablation.run(tmp_path)
+    assert tables["curves"]["share"].unique().sort().to_list() == [0.25, 0.375]
+    (note,) = read_meta(tmp_path)["notes"]
+    assert note.startswith("No curve without 12.5 % and 50 % of the experts: ")
+    assert tables["top_k_alone"]["class"].unique().sort().to_list() == ["a", "b"]
+    assert ablation.ks == tables["top_k_alone"]["k"].unique().sort().to_list() == [1, 2, 3]
 
 
 def test_where_k_cannot_be_changed_a_note_says_so(tmp_path, monkeypatch):

@@ -196,6 +196,27 @@ def test_the_gradient_of_a_replay_reaches_the_weights_only(name: str, tmp_path: 
     torch.testing.assert_close(numeric.detach(), slope, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "gemma4"])
+def test_slots_of_some_tokens_are_those_of_all_at_their_places(name: str, tmp_path: Path) -> None:
+    family = Family(name, tmp_path / "t")
+    model, slots = family.model, family.site.top_k
+    assert slots is not None
+    named = torch.rand(2, 12, generator=torch.Generator().manual_seed(2)) < 0.4
+    for k in {max(slots - 1, 1), slots + 1}:
+        every = family.edited(TopK(family.layer, k))
+        some = family.edited(TopK(family.layer, k, named))
+        assert torch.allclose(some[named], every[named], atol=1e-9, equal_nan=True)
+        assert torch.allclose(some[~named], family.untouched[~named], atol=1e-9, equal_nan=True)
+    assert torch.equal(family.run(model), family.untouched)
+
+
+@pytest.mark.parametrize("name", ["llama4", "dbrx", "jetmoe"])
+def test_routers_without_slots_of_single_tokens_are_named(name: str, tmp_path: Path) -> None:
+    family = Family(name, tmp_path / "t")
+    with refused("tokens", TraceError):
+        family.edited(TopK(family.layer, 2, torch.ones(2, 12, dtype=torch.bool)))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_routers_that_cannot_be_edited_are_named(name: str) -> None:
     _, model, _ = with_routers(name)

@@ -117,6 +117,22 @@ def test_an_exchange_made_twice_is_none():
     assert torch.equal(logits(model, Exchange(0, 1, 4), Exchange(0, 4, 1)), logits(model))
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_top_k_of_some_tokens_is_that_of_all_at_their_places(k):
+    model, named = decoder(), torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < 0.4
+    before, every = logits(model), logits(model, TopK(1, k))
+    some = logits(model, TopK(1, k, named))  # in the last layer no token sees another's experts
+    assert torch.allclose(some[named], every[named], atol=1e-12)
+    assert torch.allclose(some[~named], before[~named], atol=1e-12)
+    assert not torch.allclose(before[named], every[named])
+    nowhere = torch.zeros(3, 12, dtype=torch.bool)
+    assert torch.allclose(logits(model, TopK(None, k, nowhere)), before, atol=1e-12)
+    everywhere = torch.ones(3, 12, dtype=torch.bool)
+    assert torch.allclose(logits(model, TopK(None, k, everywhere)), logits(model, TopK(None, k)))
+    with refused("tokens", TraceError):
+        logits(model, TopK(1, k, named[:2]))
+
+
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_top_k_is_that_of_a_model_configured_so(k):
     model, other = decoder(), decoder(top_k=k)

@@ -24,6 +24,7 @@ from moe_lab.worth import (
     replay_divergence,
     top_k_losses,
 )
+from moe_lab.worth.curves import possible_shares
 
 
 def mean_change(model, documents, *edits):
@@ -79,7 +80,7 @@ def test_what_an_order_would_see_of_its_judges_does_not_move_it():
 def test_shares_and_frames_that_do_not_fit_are_refused():
     model, documents = decoder(), texts(6)
     scores = expert_scores(model, documents)
-    for share in (0.0, 0.9, 1.0):
+    for share in (0.0, 0.05, 0.9, 1.0):
         with refused("shares", AnalysisError):
             removal_curves(model, documents, scores, shares=(share,))
     with refused("losses", AnalysisError):
@@ -109,6 +110,39 @@ def test_losses_against_k_are_those_of_the_whole_model():
         assert mean == pytest.approx(every.filter(k=k)["d_loss"].item(), abs=1e-12)
     (odd,) = own.filter(pl.col("class") == "odd").to_dicts()
     assert odd["tokens"] == sum((ids[:-1] % 2 == 1).sum() for ids in documents)
+
+
+def test_a_class_alone_has_k_experts_where_its_tokens_are(tmp_path):
+    model, documents = decoder(), texts(6)
+    classes = {"parity": [np.where(ids % 2, "odd", "even") for ids in documents]}
+    path = tmp_path / "alone.parquet"
+    frame = top_k_losses(model, documents, [1, 2], classes=classes, alone=True, path=path)
+    assert frame.select("k", "class").rows() == [
+        (k, name) for k in (1, 2) for name in ("even", "odd")
+    ]
+    changes, tokens = 0.0, 0
+    for ids in documents:
+        odd = torch.from_numpy(ids % 2 == 1)[None]
+        less = loss_sums(model, ids, TopK(None, 1, odd))[0] - loss_sums(model, ids)[0]
+        changes += float(less[ids[:-1] % 2 == 1].sum())
+        tokens += int((ids[:-1] % 2 == 1).sum())
+    (row,) = frame.filter(pl.col("class") == "odd", k=1).to_dicts()
+    assert row["tokens"] == tokens
+    assert row["d_loss"] == pytest.approx(changes / tokens, abs=1e-9)
+    assert frame.filter(k=2)["d_loss"].to_list() == pytest.approx([0, 0], abs=1e-12)
+    together = top_k_losses(model, documents, [1, 2], classes=classes)
+    (whole,) = together.filter(pl.col("class") == "odd", k=1).to_dicts()
+    assert whole["d_loss"] != pytest.approx(row["d_loss"], abs=1e-6)
+    again = top_k_losses(model, documents, [1, 2], classes=classes, alone=True, path=path)
+    assert again.equals(frame)
+    with refused("alone", AnalysisError):
+        top_k_losses(model, documents, [1], alone=True)
+
+
+def test_shares_that_fit_no_layer_are_not_asked_for():
+    assert possible_shares(decoder()) == [0.125, 0.25, 0.375, 0.5]
+    assert possible_shares(decoder(top_k=4)) == [0.125, 0.25, 0.375]
+    assert possible_shares(decoder(num_experts=3)) == [0.25, 0.375]
 
 
 def test_a_pair_loses_what_both_lose():
