@@ -28,7 +28,7 @@ from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.fingerprints import model_hash
 from moe_lab.versions import versions
 from moe_lab.worth.batches import padded_batches, pass_bytes
-from moe_lab.worth.curves import SHARES, possible_shares, removal_curves, top_k_losses
+from moe_lab.worth.curves import SHARES, both_halves, possible_shares, removal_curves, top_k_losses
 from moe_lab.worth.interventions import Forbid
 from moe_lab.worth.measured_rows import text_hash
 from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
@@ -153,8 +153,9 @@ class Ablation:
                     number = ks * (len(groups.names) - 1)
                     left += self._left(files["top_k_alone"], self.documents, number, groups)
                 judged = self.documents[1::2]  # half of the documents
-                points = ORDERS * len(possible_shares(self.model))
-                left += self._left(files["curves"], judged, points) / 2
+                if both_halves(self.documents):
+                    points = ORDERS * len(possible_shares(self.model))
+                    left += self._left(files["curves"], judged, points) / 2
                 parts["curves"] = seconds * left
             if self.pairs:  # two single experts, both and the exchange, on average from mid-height
                 number = self.pairs * len(self.measured) * 4
@@ -199,8 +200,10 @@ class Ablation:
         sentences = worth_sentences(tables["worth"], losses, tables["agreement"], loss)
         if self.curves:
             measured = losses if self.experts is None else None
-            shares = possible_shares(self.model)
-            if left := [f"{100 * share:g} %" for share in SHARES if share not in shares]:
+            shares = possible_shares(self.model) if both_halves(self.documents) else []
+            if not both_halves(self.documents):
+                notes.append("No curves of removal: they need two documents.")
+            elif left := [f"{100 * share:g} %" for share in SHARES if share not in shares]:
                 notes.append(
                     f"No curve without {listing(left)} of the experts: that is no expert, or "
                     "leaves fewer than a token uses."

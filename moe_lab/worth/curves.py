@@ -76,6 +76,13 @@ def removal_curves(
     """
     sites, _ = find_sites(model, readers, None)
     sizes = {site.layer: site.num_experts or 0 for site in sites}
+    require(
+        both_halves(documents),
+        "documents at even places, which choose orders, and at odd places, which judge them",
+        f"{len(documents)} documents",
+        error=AnalysisError,
+        field="documents",
+    )
     orders = _orders(scores, losses, sizes)
     generator = np.random.default_rng(seed)
     for number in range(random_orders):
@@ -121,6 +128,11 @@ def removal_curves(
         p_random=pl.when(random | (random_orders == 0)).then(None).otherwise(pl.Series(p)),
         docs=int((tokens[:, 0] > 0).sum()),
     ).with_columns(pl.col("lo", "hi").fill_nan(None))
+
+
+def both_halves(documents: Sequence[np.ndarray]) -> bool:
+    """Has each half of the documents one of at least two tokens?"""
+    return all(any(len(ids) > 1 for ids in documents[half::2]) for half in (0, 1))
 
 
 def possible_shares(model: nn.Module, shares: Sequence[float] = SHARES) -> list[float]:

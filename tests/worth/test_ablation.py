@@ -140,6 +140,19 @@ def test_curves_and_pairs_are_measured_on_request(tmp_path):
         Ablation(decoder(), texts(), curves=True, alone=True)
 
 
+def test_one_document_is_measured_without_intervals_and_curves_of_removal(tmp_path):
+    ablation = Ablation(decoder(layers=1), texts(1), curves=True, pairs=1)
+    assert ablation.minutes()["curves"] > 0
+    tables = ablation.run(tmp_path)
+    assert "curves" not in tables
+    assert tables["top_k"]["k"].to_list() == [1, 2, 3, 4]
+    assert tables["worth"]["lo"].null_count() == 6
+    assert tables["pairs"]["lo"].null_count() == 1
+    meta = read_meta(tmp_path)
+    assert meta["notes"] == ["No curves of removal: they need two documents."]
+    assert meta["sentences"][0].startswith("Cannot tell which of 6 experts matter from 1 document")
+
+
 def test_where_few_experts_are_left_the_curves_are_shorter_and_a_note_says_so(tmp_path):
     documents = texts(8)
     classes = {"half": [np.where(np.arange(len(ids)) % 2, "a", "b") for ids in documents]}

@@ -83,6 +83,8 @@ def test_shares_and_frames_that_do_not_fit_are_refused():
     for share in (0.0, 0.05, 0.9, 1.0):
         with refused("shares", AnalysisError):
             removal_curves(model, documents, scores, shares=(share,))
+    with refused("documents", AnalysisError):
+        removal_curves(model, documents[:1], scores)
     with refused("losses", AnalysisError):
         removal_curves(model, documents, scores, expert_losses(model, documents, experts=2))
     with refused("scores", AnalysisError):
