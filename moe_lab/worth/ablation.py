@@ -29,6 +29,7 @@ from moe_lab.trace.capturing.fingerprints import model_hash
 from moe_lab.versions import versions
 from moe_lab.worth.batches import padded_batches, pass_bytes
 from moe_lab.worth.curves import SHARES, both_halves, possible_shares, removal_curves, top_k_losses
+from moe_lab.worth.decisions import LEAST_SLOTS
 from moe_lab.worth.interventions import Forbid
 from moe_lab.worth.measured_rows import text_hash
 from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
@@ -251,10 +252,11 @@ class Ablation:
 
     @property
     def ks(self) -> list[int]:
-        """From 1 to twice the model's number of slots."""
+        """From 1, or the least that the routers take, to twice the model's number of slots."""
         sites, _ = find_sites(self.model, None, None)
+        least = max(LEAST_SLOTS.get(type(site.module).__name__, 1) for site in sites)
         most = min((site.num_choices or 1 for site in sites), default=1)
-        return list(range(1, min(2 * max(site.top_k or 1 for site in sites), most) + 1))
+        return list(range(least, min(2 * max(site.top_k or 1 for site in sites), most) + 1))
 
     @property
     def _chosen(self) -> dict[str, Any]:

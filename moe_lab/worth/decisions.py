@@ -154,6 +154,11 @@ NOT_EDITABLE = {
 }
 """Router classes in which no expert can be edited, and why."""
 
+LEAST_SLOTS = {"LongcatFlashTopkRouter": 2}
+"""Router classes whose experts fail with fewer slots (they squeeze the slots of a mask,
+transformers 5.24).
+"""
+
 FIXED_SLOTS = ("JetMoeMoA",)
 """Blocks whose slots are the heads of an attention, so that k is a size of other parameters."""
 

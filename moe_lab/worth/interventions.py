@@ -31,6 +31,7 @@ from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.decisions import (
     FIXED_SLOTS,
+    LEAST_SLOTS,
     Decisions,
     OwnRouting,
     Triple,
@@ -236,9 +237,10 @@ class Editor:
     def _change_top_k(self, stack: ExitStack, scope: Any) -> None:
         """Give the router another ``top_k``, or a copy of its configuration with another."""
         k, config = self.top_k, getattr(scope, "config", None)
+        least = LEAST_SLOTS.get(type(self.site.module).__name__, 1)
         require(
-            k is not None and 1 <= k <= self.experts,
-            f"k between 1 and {self.experts}",
+            k is not None and least <= k <= self.experts,
+            f"k between {least} and {self.experts}",
             k,
             error=TraceError,
             where=self.site,

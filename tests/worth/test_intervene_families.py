@@ -21,7 +21,7 @@ from moe_lab.errors import TraceError  # noqa: E402
 from moe_lab.trace import capture, open_trace  # noqa: E402
 from moe_lab.trace.capturing.find_routers import find_sites  # noqa: E402
 from moe_lab.trace.capturing.traced_router import TracedRouter  # noqa: E402
-from moe_lab.worth import Exchange, Forbid, Replay, Silence, TopK, intervene  # noqa: E402
+from moe_lab.worth import Ablation, Exchange, Forbid, Replay, Silence, TopK, intervene  # noqa: E402
 
 _captures: Any = importlib.import_module("test_capture_families")
 FAMILIES, ran, with_routers = _captures.FAMILIES, _captures.ran, _captures.with_routers
@@ -208,6 +208,13 @@ def test_slots_of_some_tokens_are_those_of_all_at_their_places(name: str, tmp_pa
         assert torch.allclose(some[named], every[named], atol=1e-9, equal_nan=True)
         assert torch.allclose(some[~named], family.untouched[~named], atol=1e-9, equal_nan=True)
     assert torch.equal(family.run(model), family.untouched)
+
+
+def test_longcat_needs_two_slots(tmp_path: Path) -> None:
+    family = Family("longcat_flash", tmp_path / "t")
+    with refused("k", TraceError):
+        family.edited(TopK(family.layer, 1))
+    assert Ablation(family.model, []).ks[0] == 2
 
 
 @pytest.mark.parametrize("name", ["llama4", "dbrx", "jetmoe"])
