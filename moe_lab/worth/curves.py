@@ -136,7 +136,7 @@ def both_halves(documents: Sequence[np.ndarray]) -> bool:
 
 
 def possible_shares(model: nn.Module, shares: Sequence[float] = SHARES) -> list[float]:
-    """Those of the shares that remove an expert and leave as many as a token uses."""
+    """The shares that remove an expert and leave as many as a token uses."""
     sites, _ = find_sites(model, None, None)
     sizes = [(site.num_experts or 0, site.num_zero_experts, site.top_k or 1) for site in sites]
     return [
