@@ -114,7 +114,9 @@ def cue_verdicts(
     as ``difficulty_association`` judges a frame of one layer.
     """
     frame = corpus.with_columns(layer=pl.lit(0), ffn_count=pl.lit(0, pl.UInt8))
-    paired = list(pairings(frame, "ngram_loss", "ffn_count"))
+    paired = [
+        (tokens, pairing) for pairing, (tokens,) in pairings(frame, "ngram_loss", "ffn_count")
+    ]
     documents = paired[0][1].aligned.num_documents
     bootstrap = Bootstrap(documents, resamples, draws.start, 0.95)
     rows = []

@@ -1,16 +1,19 @@
 """Speed and memory of the difficulty analysis: all statistics but the marginal gain, and the class
 labels.
 
-2.7M tokens x 12 layers under both alignments with 2,000 bootstrap repetitions: association, nulls,
-curves, information and budget, on the default corpus with simulated routers (two processes, the
-layers dealt between them). Wall time depends on who else uses the machine, so CPU time is measured
-beside it. Aim: 90 s and 4 GB on 2 cores.
+2.7M tokens x 12 layers under both alignments with 2,000 bootstrap repetitions, on the default
+corpus with simulated routers, by one fresh process: association, nulls, curves and information in
+one pass, as ``difficulty_study`` measures them, and the budget. Memory is the largest resident size
+of that process, imports and all. Aim: 60 s by the clock and 3 GB on 2 cores.
 
-    python experiments/benchmarks/difficulty_speed.py
+    python experiments/benchmarks/difficulty_speed.py [--rounds 3] [--trace FILE]
+
+``--trace`` keeps the simulated trace, and reads it where it is there.
 """
 
 import argparse
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -21,41 +24,48 @@ import numpy as np
 import polars as pl
 from measure import save
 
-from moe_lab.analysis.difficulty import (
-    compute_budget,
-    difficulty_association,
-    difficulty_curves,
-    difficulty_information,
-    difficulty_nulls,
-)
+from moe_lab.analysis.difficulty import compute_budget
+from moe_lab.analysis.difficulty.association import association_rows, pairings, tables
+from moe_lab.analysis.difficulty.curves import curve_rows, information_rows
+from moe_lab.analysis.difficulty.nulls import null_rows
 from moe_lab.text import TextConfig, load_tokens, ngram_surprisal, token_classes
 
 sys.path.append(str(Path(__file__).parents[1]))
 from simulated_routers import WORLDS, simulate_router
 
 COLUMNS = ("doc", "pos", "token_id", "lexer", "freq_band", "subword", "copy")
-ANALYSES = {
-    "association": lambda frame: difficulty_association(
-        frame, "difficulty", resamples=2000, details=True
-    ),
-    "nulls": lambda frame: difficulty_nulls(frame, "difficulty"),
-    "curves": lambda frame: difficulty_curves(frame, "difficulty", resamples=2000),
-    "information": lambda frame: difficulty_information(frame, "difficulty", shuffles=2),
-    "budget": compute_budget,
-}
 
 
-def study(path: Path, layers: list[int]) -> tuple[dict[str, float], float]:
-    """CPU seconds of each analysis over some layers, and the most memory that the process held, in
-    GB.
+def one_pass(frame: pl.LazyFrame) -> None:
+    asked = (
+        association_rows(resamples=2000, details=True),
+        null_rows(),
+        curve_rows(resamples=2000),
+        information_rows(shuffles=2),
+    )
+    tables(pairings(frame, "difficulty", "ffn_count"), *asked)
+
+
+ANALYSES = {"association, nulls, curves, information": one_pass, "budget": compute_budget}
+
+
+def study(path: Path) -> list[dict[str, float | str]]:
+    """Seconds by the clock and of the processor of each analysis, and the most memory that this
+    process had held until its end, in GB.
     """
-    frame = pl.scan_parquet(path).filter(pl.col("layer").is_in(layers))
-    seconds = {}
+    frame, found = pl.scan_parquet(path), []
     for name, analysis in ANALYSES.items():
-        began = time.process_time()
+        began, used = time.perf_counter(), time.process_time()
         analysis(frame)
-        seconds[name] = time.process_time() - began
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        found.append(
+            {
+                "analysis": name,
+                "seconds": time.perf_counter() - began,
+                "processor": time.process_time() - used,
+                "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            }
+        )
+    return found
 
 
 def corpus() -> tuple[pl.DataFrame, float]:
@@ -87,42 +97,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--trace", type=Path)
     args = parser.parse_args()
-    tokens, speed = corpus()
-    print(f"class labels: {speed:.2f} MB per CPU second")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.parquet"
-        layers = [
-            simulate_router(tokens, WORLDS["D"], "difficulty", layer).drop("share")
-            for layer in range(args.layers)
-        ]
-        pl.concat(
-            frame.with_columns(layer=pl.lit(layer)) for layer, frame in enumerate(layers)
-        ).write_parquet(path)
-        count = tokens.height
-        del layers, tokens
-        shares = [list(range(worker, args.layers, args.workers)) for worker in range(args.workers)]
-        began = time.perf_counter()
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            found = pool.starmap(study, [(path, share) for share in shares])
-        wall = time.perf_counter() - began
-    rows = [
-        {"analysis": name, "cpu_seconds": sum(seconds[name] for seconds, _ in found)}
-        for name in ANALYSES
-    ]
-    total, memory = sum(row["cpu_seconds"] for row in rows), sum(held for _, held in found)
-    for row in rows:
-        print(f"{row['analysis']:12} {row['cpu_seconds']:7.1f} CPU seconds")
-    spent = f"{total:.1f} CPU seconds ({total / args.workers:.1f} a worker)"
-    print(f"{count:,} tokens x {args.layers} layers: {spent}, {wall:.1f} s wall, {memory:.2f} GB")
+        path, speed = args.trace or Path(folder) / "trace.parquet", None
+        if not path.exists():
+            tokens, speed = corpus()
+            print(f"class labels: {speed:.2f} MB per CPU second")
+            pl.concat(
+                simulate_router(tokens, WORLDS["D"], "difficulty", layer)
+                .drop("share")
+                .with_columns(layer=pl.lit(layer))
+                for layer in range(args.layers)
+            ).write_parquet(path)
+        layers, count = pl.scan_parquet(path).select(pl.col("layer").n_unique(), pl.len()).collect()
+        rows = []
+        for turn in range(args.rounds):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(study, (path,))
+            for row in found:
+                print(f"{row['analysis']:40} {row['seconds']:6.1f} s {row['processor']:6.1f} CPU s")
+            seconds = sum(row["seconds"] for row in found)
+            print(f"{seconds:.1f} s, {found[-1]['gigabytes']:.2f} GB", flush=True)
+            rows += [row | {"round": turn} for row in found]
     shared = {
-        "tokens": count,
-        "layers": args.layers,
-        "workers": args.workers,
-        "wall_seconds": wall,
-        "gigabytes": memory,
+        "tokens": count.item() // layers.item(),
+        "layers": layers.item(),
         "label_mb_per_s": speed,
+        "load": os.getloadavg()[0],
     }
     frame = pl.DataFrame(rows).with_columns(
         **{name: pl.lit(value) for name, value in shared.items()}

@@ -8,10 +8,11 @@ out, since a router may look up either. Intervals come from resampling documents
 the statistics: docs/difficulty.md.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import polars as pl
@@ -54,6 +55,8 @@ from moe_lab.analysis.difficulty.within_groups import Ints, Within, joint_code
 from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.config import require
 
+S = TypeVar("S")
+T = TypeVar("T")
 SHOWN = (
     *("layer", "align", "rho_raw", "rho_strata", "rho_token", "rho_token_lo", "rho_token_hi"),
     *("q", "verdict", "n_tokens", "n_docs"),
@@ -61,6 +64,8 @@ SHOWN = (
 """Columns of the association that the command line and the page show."""
 TOGETHER = 32
 """Layers whose compute is held at once."""
+MOST_THREADS = 2
+"""That measure layers; more wait for the interpreter's lock."""
 NEGLIGIBLE = 1e-9
 """Share of a row's variance below which its residual is rounding error."""
 ZERO = Interval.missing(0.0, 1.0)
@@ -132,26 +137,51 @@ def difficulty_association(
     Raises:
         AnalysisError: columns are missing or a (doc, pos) comes twice in a layer.
     """
+    rows = association_rows(seed, resamples, level, margin, min_documents, details)
+    paired = pairings(
+        frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first
+    )
+    return tables(paired, rows)[0]
+
+
+def association_rows(
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+    margin: float = MARGIN,
+    min_documents: int = MIN_DOCUMENTS,
+    details: bool = False,
+) -> "Rows":
+    """What ``difficulty_association`` measures."""
     require(0 < level < 1, "a level between 0 and 1", level)
     require(resamples >= 100, "at least 100 resamples", resamples, field="resamples")
     require(0 < margin < 1, "a margin between 0 and 1", margin)
     drawn: dict[int, Bootstrap] = {}
-    measured = []
-    for tokens, pairing in pairings(
-        frame, difficulty, compute, strata, pool_below, min_document_tokens, include_first
-    ):
+
+    def bootstrap(pairing: Pairing) -> Bootstrap:
+        nonlocal drawn
         clusters = pairing.gates.clusters
         documents = pairing.aligned.num_documents if clusters is None else int(clusters.max()) + 1
         if documents not in drawn:
             drawn = {documents: Bootstrap(documents, resamples, seed, level)}
-        measured.append(measure(tokens, pairing, drawn[documents], margin))
-    measured.sort(key=lambda one: one.layer)
-    qs = false_discovery(np.array([one.evidence.token.p for one in measured]))
-    rows = [one.row(float(q), margin, min_documents) for one, q in zip(measured, qs, strict=True)]
-    result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS).with_columns(
-        pl.col(pl.Float64).fill_nan(None)
+        return drawn[documents]
+
+    def table(measured: list[Measured]) -> pl.DataFrame:
+        measured = sorted(measured, key=lambda one: one.layer)
+        qs = false_discovery(np.array([one.evidence.token.p for one in measured]))
+        rows = [
+            one.row(float(q), margin, min_documents) for one, q in zip(measured, qs, strict=True)
+        ]
+        result = pl.DataFrame(rows, schema=_SCHEMA | _DETAILS).with_columns(
+            pl.col(pl.Float64).fill_nan(None)
+        )
+        return result if details else result.select(*_SCHEMA)
+
+    return Rows(
+        bootstrap,
+        lambda tokens, pairing, bootstrap: measure(tokens, pairing, bootstrap, margin),
+        table,
     )
-    return result if details else result.select(*_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -159,7 +189,9 @@ class Measured:
     """The statistics of one layer and alignment, before they are judged beside the others."""
 
     layer: int
-    aligned: Aligned
+    align: Align
+    documents: int
+    missing: int
     evidence: Evidence
     strata: Interval = MISSING
     compute_percent: float = float("nan")
@@ -188,12 +220,12 @@ class Measured:
         }
         return values | {
             "layer": self.layer,
-            "align": self.aligned.align.value,
+            "align": self.align.value,
             "p": token.p,
             "q": q,
             "verdict": verdict.value,
             "n_tokens": evidence.tokens,
-            "n_docs": self.aligned.num_documents,
+            "n_docs": self.documents,
             "note": note,
             "rho_token_naive_lo": naive[0],
             "rho_token_naive_hi": naive[1],
@@ -210,7 +242,7 @@ class Measured:
             "reliability": self.reliability,
             "n_effective": evidence.effective,
             "n_alone": evidence.pairs - evidence.tokens,
-            "n_missing": self.aligned.num_missing,
+            "n_missing": self.missing,
         }
 
 
@@ -339,19 +371,56 @@ def pairings(
     pool_below: int = 0,
     min_document_tokens: int = MIN_DOCUMENT_TOKENS,
     include_first: bool = False,
-) -> Iterator[tuple[LayerTokens, Pairing]]:
-    """Each layer under each alignment; layers that differ in compute alone share one ``Pairing``
-    object. Up to ``TOGETHER`` such layers come under one alignment before they come under the
-    other, so that the ranks and groups of only one are held.
+) -> Iterator[tuple[Pairing, list[LayerTokens]]]:
+    """Each alignment of layers that differ in compute alone, with up to ``TOGETHER`` of them, whose
+    compute is in the smallest type that holds it.
     """
     layers = layers_of(frame, difficulty, compute, strata, min_document_tokens)
     for alike in _alike(layers):
         cues, pairing = Cues(alike[0]), None
         for how in Align:
-            del pairing
+            del pairing  # so that the ranks and groups of only one alignment are held
             pairing = Pairing(cues, align(alike[0], how, include_first), pool_below)
-            for tokens in alike:
-                yield replace(tokens, compute=tokens.compute.astype(np.float64)), pairing
+            yield pairing, alike
+
+
+@dataclass(frozen=True)
+class Rows(Generic[S, T]):
+    """A table whose rows are measured layer by layer under each alignment.
+
+    Attributes:
+        shared: of a pairing: what its layers share.
+        of_layer: (a layer, its pairing, ``shared``) -> its part of the table.
+        table: of all parts: alignment by alignment of up to ``TOGETHER`` layers.
+    """
+
+    shared: Callable[[Pairing], S]
+    of_layer: Callable[[LayerTokens, Pairing, S], T]
+    table: Callable[[list[T]], pl.DataFrame]
+
+    def measured(self, pairing: Pairing, alike: list[LayerTokens]) -> list[T]:
+        """The parts of layers of one pairing, by up to ``MOST_THREADS`` threads."""
+        shared = self.shared(pairing)
+
+        def one(tokens: LayerTokens) -> T:
+            compute = tokens.compute.astype(np.float64)
+            return self.of_layer(replace(tokens, compute=compute), pairing, shared)
+
+        first = one(alike[0])  # alone, for it makes what all of them share
+        with ThreadPoolExecutor(min(pl.thread_pool_size(), MOST_THREADS)) as pool:
+            return [first, *pool.map(one, alike[1:])]
+
+
+def tables(
+    paired: Iterable[tuple[Pairing, list[LayerTokens]]], *asked: Rows[Any, Any]
+) -> list[pl.DataFrame]:
+    """Tables that are measured in one pass over the layers."""
+    parts: list[list[Any]] = [[] for _ in asked]
+    for pairing, alike in paired:
+        for rows, found in zip(asked, parts, strict=True):
+            found += rows.measured(pairing, alike)
+        del pairing
+    return [rows.table(found) for rows, found in zip(asked, parts, strict=True)]
 
 
 def _alike(layers: Iterable[LayerTokens]) -> Iterator[list[LayerTokens]]:
@@ -384,10 +453,11 @@ def measure(
     aligned = pairing.aligned
     compute = tokens.compute[aligned.rows]
     pairs = len(compute)
+    named = tokens.layer, aligned.align, aligned.num_documents, aligned.num_missing
     if not pairs or compute.min() == compute.max():
         static = float(compute[0]) if pairs else None
         evidence = Evidence(tokens.all_documents, pairs, tokens=pairs, static=static)
-        return Measured(tokens.layer, aligned, evidence)
+        return Measured(*named, evidence)
     levels = compute_levels(compute)
     y = standard_level_ranks(levels)
     starts, left = aligned.starts, pairing.left
@@ -443,8 +513,7 @@ def measure(
         difficulty_by_id=difficulty_by_id,
     )
     return Measured(
-        tokens.layer,
-        aligned,
+        *named,
         evidence,
         compute_percent=_percent(compute, pairing),
         reliability=pairing.reliability,

@@ -85,7 +85,8 @@ class Gates:
             "previous token": lambda ranks, _: pairs.residual(ranks)
         }
         for name, code in beside.items():
-            gates[name] = lambda _, left, code=code: self._beside(left, code)
+            behind = self.by_token.beside(code)
+            gates[name] = lambda _, left, behind=behind: behind.residual(left, STEPS)
         other = self._other
         return gates | {"other token": lambda _, left: left - other * (other @ left)}
 
@@ -126,14 +127,6 @@ class Gates:
         left = self.by_token.residual(ranks)
         length = float(np.sqrt(left @ left))
         return left / length if length > 0 else left
-
-    def _beside(self, left: Floats, code: Ints) -> Floats:
-        """A row less what ids and ``code`` explain together, by alternating projections."""
-        count = np.maximum(np.bincount(code), 1)
-        for _ in range(STEPS):
-            left = left - (np.bincount(code, weights=left, minlength=len(count)) / count)[code]
-            left = self.by_token.residual(left)
-        return left
 
 
 def copied_suffix(ids: Ints, doc: Ints) -> Ints:

@@ -6,11 +6,20 @@ that bends, which these show.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from moe_lab.analysis.difficulty.association import MAX_LEVELS, Pairing, compute_levels, pairings
+from moe_lab.analysis.difficulty.alignment import LayerTokens
+from moe_lab.analysis.difficulty.association import (
+    MAX_LEVELS,
+    Pairing,
+    Rows,
+    compute_levels,
+    pairings,
+    tables,
+)
 from moe_lab.analysis.difficulty.within_groups import Ints, joint_code
 from moe_lab.analysis.document_bootstrap import Floats, Resampling
 from moe_lab.analysis.document_sums import over
@@ -36,18 +45,18 @@ def difficulty_curves(
         is for its id (rank residual), of compute less its mean over the id plus the mean over all.
         Deciles count from 0, the easiest; tied difficulties share one. Static layers have no rows.
     """
+    return tables(pairings(frame, difficulty, compute), curve_rows(seed, resamples))[0]
+
+
+def curve_rows(seed: int = 0, resamples: int = 1000) -> Rows[Any, Any]:
+    """What ``difficulty_curves`` measures."""
     require(resamples >= 1, "at least 1 resample", resamples)
-    frames = []
-    bins: tuple[Pairing, Ints, Ints] | None = None
-    for tokens, pairing in pairings(frame, difficulty, compute):
+
+    def binned(tokens: LayerTokens, pairing: Pairing, bins: list[Ints]) -> pl.DataFrame:
         spent = tokens.compute[pairing.aligned.rows]
         if not len(spent) or spent.min() == spent.max():
-            continue
-        if bins is None or bins[0] is not pairing:
-            bins = None
-            raw, hard = (order.quantile_bins(BINS) for order in (pairing.order, pairing.order_left))
-            bins = pairing, raw, hard
-        _, raw, hard = bins
+            return pl.DataFrame(schema=schema)
+        raw, hard = bins
         within = pairing.by_token.residual(spent) + spent.mean()
         columns = _binned(raw, spent, pairing, "mean", ("lo", "hi"), resamples, seed)
         columns |= _binned(
@@ -62,15 +71,26 @@ def difficulty_curves(
             pl.lit(tokens.layer, pl.Int64).alias("layer"),
             pl.lit(pairing.aligned.align.value).alias("align"),
         )
-        frames.append(one.select(*names, pl.all()))
+        return one.select(*names, pl.all())
+
     schema = {
         "layer": pl.Int64,
         "align": pl.String,
         "decile": pl.Int64,
         "n_tokens": pl.Int64,
     } | dict.fromkeys(_CURVES, pl.Float64)
-    table = pl.concat([pl.DataFrame(schema=schema), *frames]).sort("layer", maintain_order=True)
-    return table.with_columns(pl.col(pl.Float64).fill_nan(None))
+
+    def table(frames: list[pl.DataFrame]) -> pl.DataFrame:
+        found = pl.concat([pl.DataFrame(schema=schema), *frames])
+        return found.sort("layer", maintain_order=True).with_columns(
+            pl.col(pl.Float64).fill_nan(None)
+        )
+
+    return Rows(
+        lambda pairing: [one.quantile_bins(BINS) for one in (pairing.order, pairing.order_left)],
+        binned,
+        table,
+    )
 
 
 _CURVES = ("mean", "lo", "hi", "within", "within_lo", "within_hi")
@@ -152,30 +172,37 @@ def difficulty_information(
             null_mean``, near 0 where nothing is known.
         Null in static layers and where compute takes more than ``MAX_LEVELS`` values.
     """
+    rows = information_rows(seed, shuffles)
+    return tables(pairings(frame, difficulty, compute, strata), rows)[0]
+
+
+def information_rows(seed: int = 0, shuffles: int = 5) -> Rows[Any, Any]:
+    """What ``difficulty_information`` measures."""
     require(shuffles >= 1, "at least 1 shuffle", shuffles)
-    rows = []
-    last: tuple[Pairing, Ints, list[Ints]] | None = None
-    for tokens, pairing in pairings(frame, difficulty, compute, strata):
-        how = pairing.aligned.align.value
-        row: dict[str, object] = {"layer": tokens.layer, "align": how}
+
+    def row(
+        tokens: LayerTokens, pairing: Pairing, conditioned: tuple[Ints, list[Ints]]
+    ) -> dict[str, object]:
+        names: dict[str, object] = {"layer": tokens.layer, "align": pairing.aligned.align.value}
         spent = tokens.compute[pairing.aligned.rows]
         levels = compute_levels(spent) if len(spent) else np.zeros(0, dtype=np.int64)
-        if len(spent) and 0 < levels.max() < MAX_LEVELS:
-            if last is None or last[0] is not pairing:
-                last = None
-                last = (pairing, *_conditioned(pairing, shuffles, seed))
-            _, group, deciles = last
-            found, *null = (conditional_information(group, decile, levels) for decile in deciles)
-            row |= {
-                "information": found,
-                "null_mean": float(np.mean(null)),
-                "null_max": max(null),
-                "excess": found - float(np.mean(null)),
-            }
-        rows.append(row)
-    floats = dict.fromkeys(("information", "null_mean", "null_max", "excess"), pl.Float64)
-    table = pl.DataFrame(rows, schema={"layer": pl.Int64, "align": pl.String} | floats)
-    return table.sort("layer", maintain_order=True)
+        if not 0 < levels.max(initial=0) < MAX_LEVELS:
+            return names
+        group, deciles = conditioned
+        found, *null = (conditional_information(group, decile, levels) for decile in deciles)
+        return names | {
+            "information": found,
+            "null_mean": float(np.mean(null)),
+            "null_max": max(null),
+            "excess": found - float(np.mean(null)),
+        }
+
+    def table(rows: list[dict[str, object]]) -> pl.DataFrame:
+        floats = dict.fromkeys(("information", "null_mean", "null_max", "excess"), pl.Float64)
+        schema = {"layer": pl.Int64, "align": pl.String} | floats
+        return pl.DataFrame(rows, schema=schema).sort("layer", maintain_order=True)
+
+    return Rows(lambda pairing: _conditioned(pairing, shuffles, seed), row, table)
 
 
 def _conditioned(pairing: Pairing, shuffles: int, seed: int) -> tuple[Ints, list[Ints]]:
@@ -183,10 +210,10 @@ def _conditioned(pairing: Pairing, shuffles: int, seed: int) -> tuple[Ints, list
     ids = pairing.aligned.token_ids[-1]
     rare = np.bincount(ids)[ids] < RARE_BELOW
     group = joint_code(
-        [np.where(rare, int(ids.max()) + 1 + joint_code([pairing.aligned.strata]), ids)]
+        [np.where(rare, int(ids.max(initial=0)) + 1 + joint_code([pairing.aligned.strata]), ids)]
     )
     short = (
-        group.astype(np.uint16) if group.max() < 2**16 else group
+        group.astype(np.uint16) if group.max(initial=0) < 2**16 else group
     )  # numpy sorts 16-bit numbers in linear time
     decile = pairing.order.quantile_bins(BINS)
     generator = np.random.default_rng(seed)

@@ -6,11 +6,13 @@ document are not independent: the naive interval is given beside, to be compared
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
+from moe_lab.analysis.aligned_rows import CHUNK_ROWS
 from moe_lab.analysis.document_bootstrap import (
     MIN_DOCUMENTS,
     Floats,
@@ -74,15 +76,23 @@ def moments(
             of all others (``RankShift``).
     """
 
-    def per_document(values: Floats) -> Floats:
-        return np.add.reduceat(values if inflation is None else values * inflation, document_starts)
-
-    xx, yy, xy = float(x @ x), float(y @ y), float(x @ y)
+    bounds = np.append(document_starts, len(x))
+    whole, sums = np.zeros(3), np.empty((3, len(document_starts)))
+    edges = np.searchsorted(document_starts, np.arange(0, len(x), CHUNK_ROWS))
+    for first, last in pairwise([*np.unique(edges), len(document_starts)]):
+        rows = slice(bounds[first], bounds[last])  # whole documents, that fit the cache
+        starts = document_starts[first:last] - bounds[first]
+        for place, (one, other) in enumerate(((x, y), (x, x), (y, y))):
+            product = one[rows] * other[rows]
+            whole[place] += product.sum()
+            if inflation is not None:
+                product *= inflation[rows]
+            sums[place, first:last] = np.add.reduceat(product, starts)
+    xy, xx, yy = map(float, whole)
     value = xy / np.sqrt(xx * yy) if xx > 0 and yy > 0 else float("nan")
-    lengths = np.diff(np.append(document_starts, len(x))).astype(np.float64)
-    sums = [per_document(product) for product in (x * y, x * x, y * y)]
+    lengths = np.diff(bounds).astype(np.float64)
     if moved is not None:
-        sums = [own + more for own, more in zip(sums, moved, strict=True)]
+        sums += np.stack(moved)
     return Moments(value, lengths, *sums)
 
 

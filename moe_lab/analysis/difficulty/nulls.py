@@ -14,26 +14,46 @@ at a similar position.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from moe_lab.analysis.difficulty.alignment import layers_of
+from moe_lab.analysis.difficulty.alignment import LayerTokens, layers_of
 from moe_lab.analysis.difficulty.association import (
     Pairing,
+    Rows,
     compute_levels,
     difficulty_association,
     pairings,
     standard_level_ranks,
+    tables,
 )
 from moe_lab.analysis.difficulty.within_groups import Ints, joint_code
 from moe_lab.analysis.document_bootstrap import Floats
 from moe_lab.config import require
 
 DRAWS = 999
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """The offsets by which the tokens of one document are turned.
+
+    Attributes:
+        rows: its tokens.
+        transform: the conjugate Fourier transform of x over them.
+        offsets: [draws] from 0.
+    """
+
+    rows: slice
+    transform: NDArray[np.complex128]
+    offsets: Ints
 
 
 def difficulty_nulls(
@@ -56,26 +76,39 @@ def difficulty_nulls(
         [layer, align, rho_token, shuffle_mean, shuffle_sd, p_shuffle, shift_mean, shift_sd,
         p_shift], all on the scale of ``rho_token``; null in a static layer.
     """
+    return tables(pairings(frame, difficulty, compute, strata), null_rows(seed, draws))[0]
+
+
+def null_rows(seed: int = 0, draws: int = DRAWS) -> Rows[Any, Any]:
+    """What ``difficulty_nulls`` measures."""
     require(draws >= 1, "at least 1 draw", draws)
-    rows = []
-    for tokens, pairing in pairings(frame, difficulty, compute, strata):
-        row: dict[str, object] = {"layer": tokens.layer, "align": pairing.aligned.align.value}
+
+    def row(tokens: LayerTokens, pairing: Pairing, turns: list[Turns]) -> dict[str, object]:
+        names: dict[str, object] = {"layer": tokens.layer, "align": pairing.aligned.align.value}
         spent = tokens.compute[pairing.aligned.rows]
-        if len(spent) and spent.min() < spent.max():
-            row |= _nulls(pairing, standard_level_ranks(compute_levels(spent)), draws, seed)
-        rows.append(row)
-    table = pl.DataFrame(rows, schema=_SCHEMA).sort("layer", maintain_order=True)
-    return table.with_columns(pl.col(pl.Float64).fill_nan(None))
+        if not len(spent) or spent.min() == spent.max():
+            return names
+        return names | _nulls(pairing, standard_level_ranks(compute_levels(spent)), turns)
+
+    def table(rows: list[dict[str, object]]) -> pl.DataFrame:
+        found = pl.DataFrame(rows, schema=_SCHEMA).sort("layer", maintain_order=True)
+        return found.with_columns(pl.col(pl.Float64).fill_nan(None))
+
+    return Rows(
+        lambda pairing: turns(pairing.left_of_token, pairing.aligned.starts, draws, seed),
+        row,
+        table,
+    )
 
 
-def _nulls(pairing: Pairing, ranks: Floats, draws: int, seed: int) -> dict[str, object]:
+def _nulls(pairing: Pairing, ranks: Floats, turns: list[Turns]) -> dict[str, object]:
     x, y = pairing.left_of_token, pairing.by_token.residual(ranks)
     scale = float(np.sqrt((x @ x) * (y @ y)))
     if scale <= 1e-9 * len(x):
         return {}
     seen = float(x @ y)
     mean, variance = shuffle_moments(x, y, pairing.cells)
-    shifted = shifted_sums(x, y, pairing.aligned.starts, draws, seed)
+    shifted = shifted_sums(y, turns)
     far = np.abs(shifted - shifted.mean()) >= abs(seen - shifted.mean())
     sd = float(np.sqrt(variance))
     return {
@@ -85,7 +118,7 @@ def _nulls(pairing: Pairing, ranks: Floats, draws: int, seed: int) -> dict[str, 
         "p_shuffle": 2 * float(ndtr(-abs(seen - mean) / sd)) if sd > 0 else 1.0,
         "shift_mean": float(shifted.mean()) / scale,
         "shift_sd": float(shifted.std()) / scale,
-        "p_shift": (1 + int(far.sum())) / (draws + 1),
+        "p_shift": (1 + int(far.sum())) / (len(shifted) + 1),
     }
 
 
@@ -100,16 +133,25 @@ def shuffle_moments(x: Floats, y: Floats, cells: Ints) -> tuple[float, float]:
     return float((x_sum * y_sum / count).sum()), float((spread / np.maximum(count - 1, 1)).sum())
 
 
-def shifted_sums(x: Floats, y: Floats, starts: np.ndarray, draws: int, seed: int) -> Floats:
-    """[draws] ``sum x y`` with the y of each document turned by an offset drawn for it."""
+def turns(x: Floats, starts: np.ndarray, draws: int, seed: int) -> list[Turns]:
+    """For each document a draw of offsets, which all layers share."""
     generator = np.random.default_rng(seed)
-    total = np.zeros(draws)
-    for start, stop in zip(starts, np.append(starts[1:], len(x)), strict=True):
-        length = int(stop - start)
-        turned = np.fft.irfft(
-            np.conj(np.fft.rfft(x[start:stop])) * np.fft.rfft(y[start:stop]), length
+    return [
+        Turns(
+            slice(start, stop),
+            np.conj(np.fft.rfft(x[start:stop])),
+            generator.integers(0, stop - start, draws),
         )
-        total += turned[generator.integers(0, length, draws)]
+        for start, stop in pairwise(np.append(starts, len(x)).tolist())
+    ]
+
+
+def shifted_sums(y: Floats, turns: Sequence[Turns]) -> Floats:
+    """[draws] ``sum x y`` with the y of each document turned by an offset drawn for it."""
+    total = np.zeros(len(turns[0].offsets))
+    for one in turns:
+        own = y[one.rows]
+        total += np.fft.irfft(one.transform * np.fft.rfft(own), len(own))[one.offsets]
     return total
 
 

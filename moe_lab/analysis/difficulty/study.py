@@ -10,11 +10,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.difficulty.alignment import HALVES, PLACES, STRATA
-from moe_lab.analysis.difficulty.association import difficulty_association
+from moe_lab.analysis.difficulty.association import association_rows, pairings, tables
 from moe_lab.analysis.difficulty.compute_budget import compute_budget, compute_variance
-from moe_lab.analysis.difficulty.curves import difficulty_curves, difficulty_information
+from moe_lab.analysis.difficulty.curves import curve_rows, information_rows
 from moe_lab.analysis.difficulty.difficulty_verdict import MIN_DOCUMENTS
-from moe_lab.analysis.difficulty.nulls import baseline_association, difficulty_nulls
+from moe_lab.analysis.difficulty.nulls import baseline_association, null_rows
 from moe_lab.config import require
 from moe_lab.errors import AnalysisError
 from moe_lab.progress import tracked
@@ -44,21 +44,31 @@ def difficulty_study(
     """
     schema = frame.lazy().collect_schema()
     taxonomies: Sequence[str] = [name for name in STRATA if name in schema]
-    tables: dict[str, Callable[[], pl.DataFrame]] = {
-        "budget": lambda: compute_budget(frame, seed=seed),
-        "association": lambda: difficulty_association(
-            frame, difficulty, seed, resamples=resamples, min_documents=min_documents, details=True
-        ),
-        "variance": lambda: compute_variance(frame, difficulty, taxonomies=taxonomies),
-        "curves": lambda: difficulty_curves(frame, difficulty, seed, resamples=resamples),
-        "information": lambda: difficulty_information(frame, difficulty, seed),
-        "nulls": lambda: difficulty_nulls(frame, difficulty, seed),
+    one_pass = {
+        "association": association_rows(seed, resamples, min_documents=min_documents, details=True),
+        "curves": curve_rows(seed, resamples),
+        "information": information_rows(seed),
+        "nulls": null_rows(seed),
     }
-    if baselines:
-        tables["baselines"] = lambda: baseline_association(
-            frame, difficulty, seed, resamples=min(resamples, 1000)
-        )
-    return {name: make() for name, make in tracked(list(tables.items()), "computing tables")}
+
+    def measured() -> dict[str, pl.DataFrame]:
+        found = tables(pairings(frame, difficulty, "ffn_count"), *one_pass.values())
+        return dict(zip(one_pass, found, strict=True))
+
+    steps: list[Callable[[], dict[str, pl.DataFrame]]] = [
+        lambda: {"budget": compute_budget(frame, seed=seed)},
+        measured,
+        lambda: {"variance": compute_variance(frame, difficulty, taxonomies=taxonomies)},
+        lambda: {
+            "baselines": baseline_association(
+                frame, difficulty, seed, resamples=min(resamples, 1000)
+            )
+        },
+    ]
+    made: dict[str, pl.DataFrame] = {}
+    for make in tracked(steps if baselines else steps[:-1], "computing tables"):
+        made |= make()
+    return made
 
 
 def difficulty_frame(

@@ -7,6 +7,7 @@ conjugate gradients on the groups, not on the tokens. A router that looks up eit
 table, leaves a residual without any trace of the ids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from moe_lab.analysis.aligned_rows import chunks
 from moe_lab.analysis.document_bootstrap import Floats
 
 Ints = NDArray[np.int64]
@@ -62,32 +64,51 @@ class Within:
 
     def residual(self, values: Floats) -> Floats:
         """[n] values less what the groups explain; 0 where a token is alone in its group."""
-        code, count = self.codes[0], self.counts[0]
+        sums = [_sums(*of, values) for of in zip(self.codes, self.counts, strict=True)]
+        return self._less(values, self.effects(sums))
+
+    def effects(self, sums: Sequence[Floats]) -> list[Floats]:
+        """Effects of the groups of each grouping on values of which ``sums`` are the sums over each
+        group.
+        """
+        count = np.maximum(self.counts[0], 1)
         if len(self.codes) == 1:
-            left = values - (_sums(code, values, count) / np.maximum(count, 1))[code]
-        else:
-            other = self._second_effects(values)
-            left = values - other[self.codes[1]]
-            left -= (_sums(code, left, count) / np.maximum(count, 1))[code]
+            return [sums[0] / count]
+        second = self._second_effects(*sums)
+        return [(sums[0] - self._pairs @ second) / count, second]
+
+    def beside(self, code: Ints) -> "Beside":
+        """What is left where ``code`` [n] explains too."""
+        count = np.bincount(code).astype(np.float64)
+        return Beside(self, code, count, [crosstab(code, own) for own in self.codes])
+
+    def sums_of(self, effects: Sequence[Floats]) -> list[Floats]:
+        """Sums over each group of [n] values that are the effects of their groups alone."""
+        sums = [count * own for count, own in zip(self.counts, effects, strict=True)]
+        if len(effects) == 2:
+            sums[0] += self._pairs @ effects[1]
+            sums[1] += self._pairs_transposed @ effects[0]
+        return sums
+
+    def _less(self, values: Floats, effects: Sequence[Floats]) -> Floats:
+        left = values
+        for own, code in zip(effects, self.codes, strict=True):
+            left = less(left, own, code, out=None if left is values else left)
         left[self.alone] = 0
         return left
 
     @cached_property
     def _pairs(self) -> csr_array:
         """[first groups, second groups] how many tokens are in both."""
-        first, second = self.codes
-        shape = (len(self.counts[0]), len(self.counts[1]))
-        pairs = csr_array((np.ones(len(first)), (first, second)), shape=shape)
-        pairs.sum_duplicates()
-        return pairs
+        return crosstab(*self.codes)
 
     @cached_property
     def _pairs_transposed(self) -> csr_array:
         return self._pairs.T.tocsr()
 
-    def _second_effects(self, values: Floats) -> Floats:
-        """Effects of the second grouping: ``(D2 - N' D1^-1 N) b = s2 - N' D1^-1 s1`` by conjugate
-        gradients, preconditioned by D2.
+    def _second_effects(self, first: Floats, second: Floats) -> Floats:
+        """Effects of the second grouping, from the sums s1 and s2 over groups: ``(D2 - N' D1^-1 N)
+        b = s2 - N' D1^-1 s1`` by conjugate gradients, preconditioned by D2.
         """
         inverse = 1 / np.maximum(self.counts[0], 1)
         weight = np.maximum(self.counts[1], 1)
@@ -96,9 +117,6 @@ class Within:
         def apply(effects: Floats) -> Floats:
             return self.counts[1] * effects - transposed @ (inverse * (pairs @ effects))
 
-        first, second = (
-            _sums(code, values, count) for code, count in zip(self.codes, self.counts, strict=True)
-        )
         rest = second - transposed @ (inverse * first)
         effects, step = np.zeros_like(rest), rest / weight
         power = rest @ step
@@ -119,7 +137,68 @@ class Within:
         return effects
 
 
-def _sums(code: Ints, values: Floats, count: Floats) -> Floats:
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Groupings of tokens and one more beside them. Each step works on the sums over groups: they
+    and the numbers of tokens in two groups at once say all that the next step needs, so tokens are
+    passed over twice, whatever the steps.
+
+    Attributes:
+        within, code, count: the groupings; the other one [n] and tokens of each of its groups.
+        pairs: for each grouping, tokens by group of ``code`` and of the grouping.
+    """
+
+    within: Within
+    code: Ints
+    count: Floats
+    pairs: list[csr_array]
+
+    @cached_property
+    def _transposed(self) -> list[csr_array]:
+        return [pairs.T.tocsr() for pairs in self.pairs]
+
+    def residual(self, values: Floats, steps: int) -> Floats:
+        """[n] values less what both explain together, by alternating projections: first on
+        ``code``, last on the groupings.
+        """
+        within, count = self.within, np.maximum(self.count, 1)
+        total, *totals = (np.zeros_like(one) for one in (self.count, *within.counts))
+        left = _sums(self.code, self.count, values)
+        lefts = [_sums(*of, values) for of in zip(within.codes, within.counts, strict=True)]
+        for _ in range(steps):
+            effect = left / count
+            total += effect
+            left -= self.count * effect
+            for sums, pairs in zip(lefts, self._transposed, strict=True):
+                sums -= pairs @ effect
+            effects = within.effects(lefts)
+            for place, more in enumerate(within.sums_of(effects)):
+                totals[place] += effects[place]
+                lefts[place] -= more
+                left -= self.pairs[place] @ effects[place]
+        return within._less(less(values, total, self.code), totals)
+
+
+def less(values: Floats, effects: Floats, code: Ints, out: Floats | None = None) -> Floats:
+    """[n] ``values - effects[code]``, in chunks that stay in the processor's cache."""
+    out = np.empty(len(values)) if out is None else out
+    for rows in chunks(len(values)):
+        np.subtract(values[rows], effects[code[rows]], out=out[rows])
+    return out
+
+
+def crosstab(first: Ints, second: Ints) -> csr_array:
+    """[first groups, second groups] how many tokens are in both."""
+    shape = int(first.max(initial=-1)) + 1, int(second.max(initial=-1)) + 1
+    if np.prod(shape) <= LARGEST_TABLE:
+        table = np.bincount(first * shape[1] + second, minlength=np.prod(shape)).reshape(shape)
+        return csr_array(table.astype(np.float64))
+    pairs = csr_array((np.ones(len(first)), (first, second)))
+    pairs.sum_duplicates()
+    return pairs
+
+
+def _sums(code: Ints, count: Floats, values: Floats) -> Floats:
     return np.bincount(code, weights=values, minlength=len(count)).astype(np.float64, copy=False)
 
 

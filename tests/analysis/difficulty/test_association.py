@@ -27,7 +27,7 @@ from moe_lab.analysis.difficulty import (
     difficulty_nulls,
 )
 from moe_lab.analysis.difficulty.alignment import layers_of, since
-from moe_lab.analysis.difficulty.association import Pairing, pairings
+from moe_lab.analysis.difficulty.association import Pairing, Rows, pairings, tables
 from moe_lab.analysis.difficulty.context import copied_suffix
 from moe_lab.errors import AnalysisError
 
@@ -401,12 +401,16 @@ def test_ranks_and_groups_of_one_alignment_are_held_at_a_time(tokens):
         for seed in range(2)
     )
     held: list[weakref.ref[Pairing]] = []
-    aligns = []
-    for one, pairing in pairings(layers, "difficulty", "ffn_count"):
-        aligns.append((one.layer, pairing.aligned.align.value))
-        if not any(kept() is pairing for kept in held):
-            held.append(weakref.ref(pairing))
+
+    def only_one(pairing):
+        held.append(weakref.ref(pairing))
         assert sum(kept() is not None for kept in held) == 1
+
+    def name(tokens, pairing, _):
+        return tokens.layer, pairing.aligned.align.value
+
+    rows = Rows(only_one, name, list)
+    (aligns,) = tables(pairings(layers, "difficulty", "ffn_count"), rows)
     assert aligns == [(0, "input"), (1, "input"), (0, "target"), (1, "target")]
     assert len(held) == 2
 

@@ -20,7 +20,7 @@ from moe_lab.analysis.difficulty import (
     omega_squared,
 )
 from moe_lab.analysis.difficulty.curves import conditional_information
-from moe_lab.analysis.difficulty.nulls import shifted_sums, shuffle_moments
+from moe_lab.analysis.difficulty.nulls import shifted_sums, shuffle_moments, turns
 from moe_lab.errors import AnalysisError
 
 
@@ -54,7 +54,7 @@ def test_shuffle_moments_are_those_of_many_shuffles():
 def test_shifts_are_those_of_rolling_each_document():
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(2, 9))
-    found = set(np.round(shifted_sums(x, y, np.array([0, 4]), 500, 0), 9))
+    found = set(np.round(shifted_sums(y, turns(x, np.array([0, 4]), 500, 0)), 9))
     every = {
         round(float(x[:4] @ np.roll(y[:4], -i) + x[4:] @ np.roll(y[4:], -j)), 9)
         for i in range(4)

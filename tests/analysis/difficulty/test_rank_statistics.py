@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from moe_lab.analysis.difficulty import within_groups
 from moe_lab.analysis.difficulty.intervals import (
     Bootstrap,
     false_discovery,
@@ -15,7 +16,7 @@ from moe_lab.analysis.difficulty.rank_statistics import (
     standard_ranks,
     xi,
 )
-from moe_lab.analysis.difficulty.within_groups import Within, joint_code
+from moe_lab.analysis.difficulty.within_groups import Within, crosstab, joint_code
 from moe_lab.analysis.document_bootstrap import expanded_quantiles
 
 
@@ -153,3 +154,38 @@ def test_false_discoveries_are_those_of_scipy_and_leave_missing_ones_missing():
     with_gap = false_discovery(np.insert(p, 2, np.nan))
     assert np.isnan(with_gap[2])
     assert np.delete(with_gap, 2) == pytest.approx(stats.false_discovery_control(p))
+
+
+def test_residuals_beside_a_grouping_are_those_of_projections_token_by_token():
+    generator = np.random.default_rng(4)
+    first, second, code = (generator.integers(0, size, 400) for size in (90, 12, 7))
+    values = generator.normal(size=400)
+    for codes in ((first,), (first, second)):
+        within = Within(codes)
+        left = values
+        for _ in range(3):
+            left = left - (np.bincount(code, left) / np.bincount(code))[code]
+            left = within.residual(left)
+        assert within.beside(code).residual(values, 3) == pytest.approx(left, abs=1e-10)
+
+
+def test_a_table_of_pairs_is_the_same_dense_or_sparse(monkeypatch):
+    first, second = np.array([0, 2, 2, 0]), np.array([3, 1, 1, 0])
+    dense = crosstab(first, second).toarray()
+    monkeypatch.setattr(within_groups, "LARGEST_TABLE", 1)
+    assert np.array_equal(dense, [[1, 0, 0, 1], [0, 0, 0, 0], [0, 2, 0, 0]])
+    assert np.array_equal(crosstab(first, second).toarray(), dense)
+
+
+def test_moments_are_sums_over_the_tokens_of_each_document():
+    generator = np.random.default_rng(5)
+    x, y, inflation = generator.normal(size=(3, 90_000))
+    starts = np.array([0, 1, 40_000, 40_010, 75_000])  # more tokens than are multiplied at once
+    plain = moments(x, y, starts)
+    assert plain.value == pytest.approx(x @ y / np.sqrt((x @ x) * (y @ y)), rel=1e-12)
+    assert plain.n.tolist() == [1, 39_999, 10, 34_990, 15_000]
+    assert plain.xy == pytest.approx(np.add.reduceat(x * y, starts), rel=1e-12)
+    scaled = moments(x, y, starts, inflation)
+    assert scaled.value == plain.value
+    assert scaled.xx == pytest.approx(np.add.reduceat(x * x * inflation, starts), rel=1e-9)
+    assert scaled.yy == pytest.approx(np.add.reduceat(y * y * inflation, starts), rel=1e-9)
