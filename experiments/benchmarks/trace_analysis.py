@@ -248,7 +248,8 @@ def work(engine: str, analysis: str, folder: Path) -> None:
 
 
 def measure(engine: str, analysis: str, folder: Path) -> dict[str, float]:
-    environment = os.environ | {"POLARS_MAX_THREADS": str(THREADS), "OMP_NUM_THREADS": "1"}
+    threads = dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS"), str(THREADS))
+    environment = os.environ | threads
     command = [sys.executable, __file__, "--worker", engine, analysis, str(folder)]
     return json.loads(
         subprocess.run(

@@ -8,23 +8,26 @@ tokens are (direct standardisation); read the two side by side.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import KEY, aligned, by_layer
 from moe_lab.analysis.document_bootstrap import Floats, Resampling
 from moe_lab.analysis.document_sums import Documents, in_units, nulls, over
-from moe_lab.analysis.map_reduce import Fold, Sum, appended, reduced
+from moe_lab.analysis.map_reduce import Fold, Sum, appended, is_mapped, reduced
 from moe_lab.analysis.requirements import of_tokens, of_zero_experts
-from moe_lab.analysis.token_groups import ROUTED, no_column
+from moe_lab.analysis.token_groups import HELD_TOKENS, ROUTED, no_column
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.trace import Trace
 
 BAND = "freq_band"
 MAX_CELLS = 2**24
 """Cells of all units and layers that are summed at once."""
+BATCHES = 8
+"""Of layers, at least: while the intervals of one are computed the next one is read."""
 VALUES: dict[str, type[pl.DataType]] = {
     "ffn_count": pl.Int64,
     "entropy": pl.Float64,
@@ -85,7 +88,10 @@ def class_profile(
     layout = _layout(pl.concat(found, how="vertical_relaxed"))
     if not layout.classes.height:
         return pl.DataFrame(schema=_COLUMNS | {"class": layout.classes["class"].dtype})
-    batches = _layer_batches(trace, max(1, MAX_CELLS // layout.size))
+    if not is_mapped() and trace.num_tokens <= HELD_TOKENS:
+        reading = replace(reading, held=list(reading.codes(trace, layout.cells)))
+    most = min(MAX_CELLS // layout.size, math.ceil(len(trace.meta.layers) / BATCHES))
+    batches = _layer_batches(trace, max(1, most))
     arguments = value, reading, layout.cells.select(*_CELL, "cell"), layout.docs
     tables = reduced(
         Sum(
@@ -111,12 +117,13 @@ def class_profile(
 @dataclass(frozen=True)
 class _Reading:
     """The columns of the token table that name a token's class and band, and whether position 0 is
-    read.
+    read. ``held``: what ``codes`` returns, where it was read before.
     """
 
     column: str
     band: str | None
     include_first: bool
+    held: list[pl.DataFrame] | None = None
 
     def batches(self, trace: Trace, *columns: str) -> Iterator[pl.DataFrame]:
         """[doc, pos, class, band, bucket, (columns)] of the tokens, a file at a time; the class is
@@ -140,6 +147,9 @@ class _Reading:
         """[doc, pos, cell] of the tokens that were routed; ``cell`` is null for tokens that are
         left out.
         """
+        if self.held is not None:
+            yield from self.held
+            return
         routed = [ROUTED] if ROUTED in trace.tokens.collect_schema() else []
         for batch in self.batches(trace, *routed):
             found = batch.filter(ROUTED) if routed else batch
@@ -195,33 +205,50 @@ def _value_sums(
     cell, then for each layer the sum of their values, file by file.
     """
     frames = [pl.DataFrame(schema={"place": pl.Int64, "sum": pl.Float64})]
-
-    def add(number: int, keys: pl.DataFrame, cell: pl.Series, values: pl.Series | None) -> None:
-        chosen = cell.is_not_null().to_numpy()
-        unit_T = docs.unit(keys["doc"].to_numpy()[chosen])
-        here_U = np.flatnonzero(np.bincount(unit_T, minlength=docs.units))
-        local_U = np.zeros(docs.units, dtype=np.int64)
-        local_U[here_U] = np.arange(len(here_U))
-        local_T = local_U[unit_T] * len(cells) + cell.drop_nulls().to_numpy()
-        counts = np.bincount(local_T)
-        at = np.flatnonzero(counts)
-        sums = counts if values is None else np.bincount(local_T, values.to_numpy()[chosen])
-        place = (number * docs.units + here_U[at // len(cells)]) * len(cells) + at % len(cells)
-        frames.append(pl.DataFrame({"place": place, "sum": sums[at].astype(np.float64)}))
-
     codes = list(reading.codes(trace, cells))
+    known: dict[int, _Here] = {}
+
+    def add(number: int, here: _Here, values: NDArray | None) -> None:
+        sums = here.counts if values is None else np.bincount(here.local, values[here.chosen])
+        place = number * docs.units * len(cells) + here.place
+        frames.append(pl.DataFrame({"place": place, "sum": sums[here.at].astype(np.float64)}))
+
     for frame in codes:
-        add(0, frame, frame["cell"], None)
+        add(0, _Here(frame, docs, len(cells)), None)
     for number, layer in enumerate(layers, 1):
         routing = trace.batches(layer, [*KEY, value])
-        for left, right in aligned(routing, lambda: iter(codes), "the token table"):
-            missing = left.filter(right["cell"].is_not_null())[value].null_count()
+        tables = aligned(routing, lambda: iter(codes), "the token table")
+        for place, (left, right) in enumerate(tables):
+            if place not in known or not known[place].frame.equals(right):
+                known[place] = _Here(right, docs, len(cells))
+            missing = (left[value].is_null() & right["cell"].is_not_null()).sum()
             if missing:
                 got = f"{missing} tokens of a file of layer {layer} without"
                 want = "a value that the trace recorded in all its layers"
                 raise AnalysisError(expected(f"{value} of every token", got, want), field="value")
-            add(number, left, right["cell"], left[value].cast(pl.Float64))
+            add(number, known[place], left[value].cast(pl.Float64).to_numpy())
     return pl.concat(frames)
+
+
+class _Here:
+    """Where the tokens of a frame [doc, pos, cell] are added: the same for every layer.
+
+    Attributes:
+        chosen: [T] tokens that have a cell.
+        local: of each of these, its row in a table of the units that occur here.
+        counts: tokens of each row; ``at``: the rows that have any, ``place``: theirs in [U, M].
+    """
+
+    def __init__(self, frame: pl.DataFrame, docs: Documents, cells: int) -> None:
+        self.frame, self.chosen = frame, frame["cell"].is_not_null().to_numpy()
+        unit_T = docs.unit(frame["doc"].to_numpy()[self.chosen])
+        here_U = np.flatnonzero(np.bincount(unit_T, minlength=docs.units))
+        local_U = np.zeros(docs.units, dtype=np.int64)
+        local_U[here_U] = np.arange(len(here_U))
+        self.local = local_U[unit_T] * cells + frame["cell"].drop_nulls().to_numpy()
+        self.counts = np.bincount(self.local)
+        self.at = np.flatnonzero(self.counts)
+        self.place = here_U[self.at // cells] * cells + self.at % cells
 
 
 def _added(shape: tuple[int, int, int]) -> Fold[Floats]:

@@ -16,7 +16,6 @@ from moe_lab.analysis.document_sums import nulls, over
 from moe_lab.analysis.map_reduce import Sum, cells, counted, reduced
 from moe_lab.analysis.requirements import of_tokens
 from moe_lab.trace import LayerMeta, Trace
-from moe_lab.trace.rows import EMPTY_SLOT
 
 OPTIMAL_ORDER = 256
 """Up to this many experts the leaves of the clustering are put in their best order, which takes
@@ -74,29 +73,33 @@ def coactivation_order(pairs: pl.DataFrame) -> pl.DataFrame:
 
 def _pair_cells(trace: Trace, layer: LayerMeta) -> pl.DataFrame:
     """Cells of [E, E], symmetric: tokens that ran both experts; the diagonal holds the tokens of
-    each expert.
+    each expert, whose slot is in one pair with each other slot of its token, used or not.
     """
-    bins = layer.num_choices + 1  # the last bin takes the slots that were not used
-    total = np.zeros(bins * bins, dtype=np.int64)
+    unused, slots_K = layer.num_choices, max(layer.top_k, 2)  # a bin, and at least one pair
+    total = np.zeros((unused + 1) ** 2, dtype=np.int64)
     for batch in slots(trace, layer):
         for part in chunks(len(batch.ids)):
-            ids_TK = batch.ids[part].astype(np.int64)
-            ids_TK[ids_TK == EMPTY_SLOT] = bins - 1
-            _add_pairs(total, np.ascontiguousarray(ids_TK.T), bins)
-    ordered = total.reshape(bins, bins)[:-1, :-1]
-    return cells(ordered + ordered.T - np.diag(np.diag(ordered)))
+            ids_TK = batch.ids[part]
+            ids_KT = np.full((slots_K, len(ids_TK)), unused, dtype=np.int64)
+            np.minimum(ids_TK.T, unused, out=ids_KT[: layer.top_k])  # EMPTY_SLOT is above
+            _add_pairs(total, ids_KT, unused + 1)
+    ordered = total.reshape(unused + 1, unused + 1)
+    pairs = (ordered + ordered.T)[:-1]
+    load = pairs.sum(axis=1) // (slots_K - 1)
+    np.fill_diagonal(pairs, load)
+    return cells(pairs[:, :-1])
 
 
 def _add_pairs(total: NDArray[np.int64], ids_KT: NDArray[np.int64], bins: int) -> None:
-    """Count each unordered pair of slots once, and each slot with itself."""
+    """Count each unordered pair of different slots once."""
     small = total.size <= 4 * ids_KT.shape[1]
     for a, ids_T in enumerate(ids_KT):
         row = ids_T * bins
-        for b in range(a, len(ids_KT)):
+        for other_T in ids_KT[a + 1 :]:
             if small:
-                total += np.bincount(row + ids_KT[b], minlength=total.size)
+                total += np.bincount(row + other_T, minlength=total.size)
             else:
-                np.add.at(total, row + ids_KT[b], 1)
+                np.add.at(total, row + other_T, 1)
 
 
 def _pairs(layer: LayerMeta, counts_EE: NDArray[np.int64]) -> pl.DataFrame:

@@ -18,6 +18,7 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab import __version__
-from moe_lab.analysis.aligned_rows import UnalignedTablesError
+from moe_lab.analysis.aligned_rows import MAX_CELLS, UnalignedTablesError
 from moe_lab.analysis.worker_processes import WorkerProcesses
 from moe_lab.config import require
 from moe_lab.errors import StorageError
@@ -68,6 +69,7 @@ class Sum(Generic[A]):
         whole: it needs all rows at once; the sum is one task.
         cuts: gives the rows of the tables at which tasks may begin, in place of the files of the
             first one, or None where all rows are needed at once. It is called inside ``mapped``.
+        size: cells of the result, where it may be large.
     """
 
     partial: Callable[..., pl.DataFrame]
@@ -77,6 +79,7 @@ class Sum(Generic[A]):
     arguments: tuple[Any, ...] = ()
     whole: bool = False
     cuts: Callable[[], NDArray[np.int64] | None] | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,7 @@ def reduced(sums: Iterable[Sum[A]]) -> Iterator[A]:
     """The result of each sum, in order: its partial frames folded in the order of the files."""
     mapping = _mapping.get()
     if mapping is None:
-        for one in sums:
-            yield one.fold(None, one.partial(*one.traces, *one.arguments))
+        yield from _side_by_side(sums)
         return
     jobs = [(one, _tasks(one, mapping.rows)) for one in sums]
     total = sum(len(tasks) for _, tasks in jobs)
@@ -221,6 +223,29 @@ def reduced(sums: Iterable[Sum[A]]) -> Iterator[A]:
             assert frame is not None
             result = one.fold(None, frame)
         yield result  # type: ignore[misc]
+
+
+def _side_by_side(sums: Iterable[Sum[A]]) -> Iterator[A]:
+    """The result of each sum, in order, the next one begun in a thread while one is computed and
+    used: a table is read while another is counted. Together they hold at most ``MAX_CELLS``, or one
+    of them alone.
+    """
+
+    def compute(one: Sum[A]) -> A:
+        return one.fold(None, one.partial(*one.traces, *one.arguments))
+
+    with ThreadPoolExecutor(2) as pool:
+        begun: deque[tuple[int, Future[A]]] = deque()
+        try:
+            for one in sums:
+                while begun and (len(begun) > 1 or begun[0][0] + one.size > MAX_CELLS):
+                    yield begun.popleft()[1].result()
+                begun.append((one.size, pool.submit(compute, one)))
+            while begun:
+                yield begun.popleft()[1].result()
+        finally:
+            for _, submitted in begun:
+                submitted.cancel()
 
 
 def appended(frames: list[pl.DataFrame] | None, frame: pl.DataFrame) -> list[pl.DataFrame]:

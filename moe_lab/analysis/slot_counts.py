@@ -64,6 +64,7 @@ def group_counts(
         for layer in layers
         for first in range(0, max(len(groups), 1), MAX_CELLS // layer.num_choices or 1)
     ]
+    groups = groups.held(trace)
     dtype = np.uint32 if trace.num_tokens < 2**32 else np.int64
     tables = reduced(
         Sum(
@@ -73,6 +74,7 @@ def group_counts(
             counted((size, layer.num_choices), dtype),
             (layer, None, groups, first, size),
             groups.whole,
+            size=size * layer.num_choices,
         )
         for layer, first, size in blocks
     )
@@ -86,6 +88,7 @@ def unit_counts(
     for each layer.
     """
     size = len(groups) if groups else 1
+    groups = groups.held(trace) if groups else None
     return reduced(
         Sum(
             _cells,
@@ -94,6 +97,7 @@ def unit_counts(
             counted((docs.units, size, layer.num_choices), np.uint32),
             (layer, docs, groups, 0, size),
             groups is not None and groups.whole,
+            size=docs.units * size * layer.num_choices,
         )
         for layer in layers
     )

@@ -7,7 +7,7 @@ token that follows in the document, which a language model is to predict).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,13 +20,15 @@ from moe_lab.analysis.aligned_rows import (
     in_document_order,
     token_keys,
 )
-from moe_lab.analysis.map_reduce import Sum, appended, reduced
+from moe_lab.analysis.map_reduce import Sum, appended, is_mapped, reduced
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.text import CLASSES
 from moe_lab.trace import Trace
 
 ROUTED = "routed"
 POSITION_BAND, TRUE_ID = "position_band", "true_id"
+HELD_TOKENS = 2**22
+"""Tokens whose codes are held at most: 50 MB."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class Grouping:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def held(self, trace: Trace) -> "Grouping":
+        """The same with the codes in memory, for several layers that are read in this process;
+        those of many tokens are read again for each layer.
+        """
+        if is_mapped() or trace.num_tokens > HELD_TOKENS:
+            return self
+        frames = list(self.codes(trace))
+        return replace(self, codes=lambda _: iter(frames))
 
 
 def grouping(trace: Trace, column: str, name: str | None = None, min_size: int = 1) -> Grouping:

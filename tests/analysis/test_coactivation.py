@@ -42,6 +42,16 @@ def test_shares_and_lift_have_their_plain_meaning(make_trace):
     assert (dead["count"], dead["given_a"], dead["given_b"], dead["lift"]) == (0, 0, None, None)
 
 
+@pytest.mark.parametrize("more", [[], [-1]])
+def test_experts_of_tokens_with_one_slot_have_a_load_and_no_pairs(make_trace, more):
+    pairs = coactivation(make_trace([[0, *more], [2, *more], [0, *more]], 4))
+    given = {
+        a: value for a, b, value in pairs.select("expert_a", "expert_b", "given_a").iter_rows()
+    }
+    assert given == {0: 0, 1: None, 2: 0}
+    assert pairs["count"].sum() == 0
+
+
 def test_independent_choices_have_a_lift_of_one_at_any_k(make_trace, draw):
     """The naive product of shares would say 0.57 for top-2 of 8: distinct experts cannot be
     independent.

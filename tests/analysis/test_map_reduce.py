@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import signal
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -338,3 +340,27 @@ def test_what_an_analysis_raises_arrives_and_no_process_stays(traces, tmp_path):
     with refused("rows"), mapped(2, cache=tmp_path, rows=0):
         pass
     assert all(process.poll() is not None for process in workers._all)
+
+
+@pytest.mark.parametrize(("size", "most"), [(0, 2), (map_reduce.MAX_CELLS, 1)])
+def test_two_sums_are_computed_at_once_where_both_results_are_small(size, most):
+    running, seen, lock = 0, [], threading.Lock()
+
+    def partial(number):
+        nonlocal running
+        with lock:
+            running += 1
+            seen.append(running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return pl.DataFrame({"number": [1 // number]})
+
+    def sums(numbers):
+        for number in numbers:
+            yield Sum(partial, (), (), appended, (number,), size=size)
+
+    assert len(list(reduced(sums([1, 2, 3, 4])))) == 4
+    assert max(seen) == most
+    with pytest.raises(ZeroDivisionError):
+        list(reduced(sums([1, 0, 1])))
