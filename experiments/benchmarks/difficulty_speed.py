@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -49,7 +50,7 @@ def one_pass(frame: pl.LazyFrame) -> None:
 ANALYSES = {"association, nulls, curves, information": one_pass, "budget": compute_budget}
 
 
-def study(path: Path) -> list[dict[str, float | str]]:
+def study(path: Path) -> list[dict[str, Any]]:
     """Seconds by the clock and of the processor of each analysis, and the most memory that this
     process had held until its end, in GB.
     """

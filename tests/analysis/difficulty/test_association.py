@@ -409,9 +409,9 @@ def test_ranks_and_groups_of_one_alignment_are_held_at_a_time(tokens):
     def name(tokens, pairing, _):
         return tokens.layer, pairing.aligned.align.value
 
-    rows = Rows(only_one, name, list)
+    rows = Rows(only_one, name, lambda found: pl.DataFrame(found, orient="row"))
     (aligns,) = tables(pairings(layers, "difficulty", "ffn_count"), rows)
-    assert aligns == [(0, "input"), (1, "input"), (0, "target"), (1, "target")]
+    assert aligns.rows() == [(0, "input"), (1, "input"), (0, "target"), (1, "target")]
     assert len(held) == 2
 
 
