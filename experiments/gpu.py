@@ -32,6 +32,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -56,6 +57,7 @@ PACKAGES = {  # who needs it, MB of its wheel (CPython 3.11, Linux x86_64); torc
     "transformers": (MODELS, 13.5), "liger-kernel": (LIGER, 0.9), "triton": (LIGER, 0.0),
     "pytest": (TESTS, 0.4), "pluggy": (TESTS, 0.1), "iniconfig": (TESTS, 0.1),
     "hypothesis": (TESTS, 1.2), "sortedcontainers": (TESTS, 0.1),
+    "plotly": ("pilot", 9.7), "narwhals": ("pilot", 0.5),
     "quack-kernels": (QUACK, 0.7), "nvidia-cutlass-dsl": (QUACK, 0.1),
     "nvidia-cutlass-dsl-libs-base": (QUACK, 3.1), "nvidia-cutlass-dsl-libs-core": (QUACK, 1.6),
     "nvidia-cutlass-dsl-libs-cu12": (QUACK, 91.7), "apache-tvm-ffi": (QUACK, 3.3),
@@ -94,6 +96,7 @@ def check() -> int:
         print(f"device: {torch.cuda.get_device_name()}, compute capability {major}.{minor}")
     else:
         print("device: no CUDA")
+    print(f"C compiler for Triton: {shutil.which('cc') or shutil.which('gcc') or 'missing'}")
     missing = any(needs == EVERY and not versions[name] for name, (needs, _) in PACKAGES.items())
     return int(missing or parts < OLDEST_TORCH or not torch.cuda.is_available())
 
@@ -238,7 +241,10 @@ def main() -> int:
     )
     for table in sorted(set(BY_ROW.values())):
         session.forget_errors(table)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process outlives this one
     failed = supervise(session, list(wanted(session, args.only)))
+    for line in () if args.rehearse else gpu_layer.summary(session):
+        print(line)
     print(f"tables in {session.out}")
     return failed
 

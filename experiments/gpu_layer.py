@@ -15,6 +15,8 @@ from gpu_session import Session, Sizes, leave_if_dead, quartiles, seconds_of
 ROOT = Path(__file__).resolve().parents[1]
 CONTESTANTS = ("matrix product", "dense", "grouped", "liger", "quack", "HF grouped")
 ON_CUDA = ("liger", "quack")
+TARGETS = (0.40, 0.35, 1.25)
+"""Least share of the peak forward, least with backward, most over the dense twin."""
 
 
 def tests(session: Session) -> None:
@@ -45,8 +47,8 @@ def layer(session: Session) -> None:
 def _layer(session: Session, shapes: tuple[tuple[int, int, int, int, int], ...]) -> None:
     sizes = session.sizes
     cases = [
-        {"name": name, "tokens": t, "d_model": d, "experts": e, "top_k": k, "d_expert": f}
-        for t, d, e, k, f in shapes
+        {"name": name, **_named(shape)}
+        for shape in shapes
         for name in CONTESTANTS
         if sizes.device == "cuda" or name not in ON_CUDA
     ]
@@ -97,6 +99,35 @@ def _layer_row(
         "both_tflops": 3 * work / times["both"] / 1e12,
         "peak_bytes": peak,
     }
+
+
+def summary(session: Session) -> list[str]:
+    """A line for each measured contestant of a shape: shares of the matrix product's speed, and
+    time over the dense twin's.
+    """
+    lines: list[str] = []
+    measured = [row for row in session.rows("layer") if not row["error"]]
+    for shape in map(_named, session.sizes.shapes):
+        here = {row["name"]: row for row in measured if shape.items() <= row.items()}
+        if not {"matrix product", "dense"} <= set(here):
+            continue
+        peak, dense = here.pop("matrix product")["forward_tflops"], here.pop("dense")["both"]
+        for name, row in here.items():
+            shares = row["forward_tflops"] / peak, row["both_tflops"] / peak
+            ratio = row["both"] / dense
+            met = shares[0] >= TARGETS[0] and shares[1] >= TARGETS[1] and ratio <= TARGETS[2]
+            verdict = "targets met" if met else "below the targets"
+            lines.append(
+                f"{', '.join(f'{key} {value}' for key, value in shape.items())}, {name}: "
+                f"{shares[0]:.2f} of the peak forward, {shares[1]:.2f} with backward, "
+                f"{ratio:.2f} of dense: {verdict}"
+            )
+    return lines
+
+
+def _named(shape: tuple[int, int, int, int, int]) -> dict[str, int]:
+    names = ("tokens", "d_model", "experts", "top_k", "d_expert")
+    return dict(zip(names, shape, strict=True))
 
 
 def sync(session: Session) -> None:
@@ -195,9 +226,5 @@ def instrumentation(session: Session) -> None:
         ratios.append(on / off)
     draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    t, d, e, k, f = sizes.shapes[0]
-    row = {"tokens": t, "d_model": d, "experts": e, "top_k": k, "d_expert": f}
-    session.write(
-        "instrumentation",
-        [row | {"ratio": statistics.median(ratios), "lo": float(low), "hi": float(high)}],
-    )
+    row = {"ratio": statistics.median(ratios), "lo": float(low), "hi": float(high)}
+    session.write("instrumentation", [_named(sizes.shapes[0]) | row])

@@ -117,7 +117,7 @@ class References:
 
     def gemm_dgated(
         self, A: Tensor, B: Tensor, act: Tensor, *, colvec_scale: Tensor, colvec_reduce: bool,
-        activation: str, tuned: bool, **rows: Any,
+        activation: str, dynamic_scheduler: bool, tuned: bool, **rows: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         with torch.enable_grad():  # it differentiates SwiGLU by autograd
             A, B, act = A.detach(), B.detach(), act.detach()

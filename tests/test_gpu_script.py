@@ -3,16 +3,20 @@
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gpu
 import gpu_layer
+import gpu_models
 import polars as pl
 import pytest
 import torch
 from gpu_session import TINY, Session, seconds_of
 from gpu_worker import CASES, unlucky
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments" / "gpu.py"
@@ -83,39 +87,98 @@ def test_no_row_begins_after_the_deadline(tmp_path: Path) -> None:
     assert not session.table("rows").exists()
 
 
-class FakeCuda:
-    """What the pieces call of ``torch.cuda``, on a CPU; a lost device raises at each call."""
+def test_the_summary_compares_with_the_peak_and_the_dense_twin(tmp_path: Path) -> None:
+    session = Session(tmp_path, TINY, 0.0)
+    names = ("tokens", "d_model", "experts", "top_k", "d_expert")
+    shape = dict(zip(names, TINY.shapes[0], strict=True)) | {"error": ""}
+    rows = [
+        {"name": "matrix product", "forward_tflops": 700.0},
+        {"name": "dense", "both": 2.0},
+        {"name": "quack", "forward_tflops": 350.0, "both_tflops": 280.0, "both": 2.4},
+        {"name": "grouped", "forward_tflops": 210.0, "both_tflops": 280.0, "both": 2.4},
+        {"name": "liger", "error": "ConfigError: missing"},
+    ]
+    session.write("layer", [shape | row for row in rows])
+    quack, grouped = gpu_layer.summary(session)
+    assert quack.endswith("quack: 0.50 of the peak forward, 0.40 with backward, 1.20 of dense: "
+                          "targets met")  # fmt: skip
+    assert grouped.endswith("1.20 of dense: below the targets")
 
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.mode = "default"
 
-    def set_sync_debug_mode(self, mode: str) -> None:
-        import warnings
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
 
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Any) -> float:
+        return (end.at - self.at) * 1e3
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors that would be made on CUDA are made on the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def here(value: Any) -> Any:
+            wrong = isinstance(value, str | torch.device) and str(value).startswith("cuda")
+            return torch.device("cpu") if wrong else value
+
+        return func(*map(here, args), **{key: here(value) for key, value in (kwargs or {}).items()})
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for what the pieces call of ``torch.cuda``; returns the modes that were set."""
+    modes: list[str] = []
+
+    def set_mode(mode: str) -> None:
         warnings.warn("Synchronization debug mode ... synchronizing operations", stacklevel=1)
-        self.mode = mode
+        modes.append(mode)
 
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
+    fakes = {
+        "Event": Event,
+        "set_sync_debug_mode": set_mode,
+        "get_device_capability": lambda device: (9, 0),
+        "mem_get_info": lambda: (80 * 10**9, 80 * 10**9),
+        "memory_allocated": lambda: 5,
+        "max_memory_allocated": lambda: 9,
+    }
+    nothing = dict.fromkeys(("synchronize", "reset_peak_memory_stats", "empty_cache"), lambda: None)
+    for name, value in (fakes | nothing).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "benchmarks"))
+    return modes
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
 
-        def record(self) -> None:
-            self.at = time.perf_counter()
+@pytest.mark.slow
+@pytest.mark.hf
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("fake_cuda")
+def test_the_branches_for_cuda_run(tmp_path: Path) -> None:
+    """On a CPU in disguise, where ``liger`` and ``quack`` name what they lack."""
+    sizes = replace(TINY, device="cuda", packed=())
+    session = Session(tmp_path, sizes, time.monotonic() + 600)
+    with OnCpu():
+        for piece in ("target", "sync", "instrumentation", "training"):
+            gpu.PIECES[piece](session)
+    rows = {row["name"]: row for row in session.rows("layer")}
+    assert tuple(rows) == gpu_layer.CONTESTANTS
+    assert [name for name, row in rows.items() if row["error"]] == ["liger", "quack"]
+    assert rows["grouped"]["peak_bytes"] == 4
+    assert session.rows("training")[0]["error"] == ""
+    assert len({row["step"] for row in session.rows("sync")}) == 5
 
-        def elapsed_time(self, end: Any) -> float:
-            return (end.at - self.at) * 1e3
+    with pytest.raises(MemoryError, match="GB of 80"):
+        gpu_models.stepper(sizes, 16, 4096, 4096, 64)
 
 
-def test_waits_are_those_of_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_are_those_of_the_step_alone(
+    fake_cuda: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Switching the mode on warns of itself, and the profiler waits at its own end."""
-    import warnings
-
-    fake = FakeCuda()
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", fake.set_sync_debug_mode)
     counts = {"cudaDeviceSynchronize": 2, "aten::mm": 5}
     monkeypatch.setattr(
         gpu_layer,
@@ -124,7 +187,7 @@ def test_waits_are_those_of_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
     def step() -> None:
-        if fake.mode == "warn" and extra:
+        if fake_cuda[-1:] == ["warn"] and extra:
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
     extra: dict[str, int] = {}
@@ -133,12 +196,11 @@ def test_waits_are_those_of_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> N
     extra |= {"cudaStreamSynchronize": 3}
     found = gpu_layer.waits(step, "cuda")
     assert [(row["seen_by"], row["count"]) for row in found] == [("torch", 1), ("profiler", 3)]
-    assert fake.mode == "default"
+    assert fake_cuda[-1] == "default"
 
 
-def test_events_give_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", FakeCuda.Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+@pytest.mark.usefixtures("fake_cuda")
+def test_events_give_seconds() -> None:
     times = seconds_of(lambda: time.sleep(0.002), "cuda", 3)
     assert len(times) == 3
     assert all(0.002 <= value < 0.2 for value in times)

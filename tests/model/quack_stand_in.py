@@ -47,6 +47,8 @@ def gemm(
     concat_layout: tuple[str, ...] | None = None,
 ) -> Tensor:
     assert A.dtype == B.dtype
+    assert not A.requires_grad
+    assert not B.requires_grad
     assert not tuned
     if cu_seqlens_m is not None:
         assert A.stride(-1) == 1, "varlen_m requires A to be k-major"
@@ -103,6 +105,7 @@ def gemm_dgated(
     colvec_reduce: bool,
     cu_seqlens_m: Tensor,
     A_idx: Tensor,
+    dynamic_scheduler: bool = True,
     tuned: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient is scaled, and so are the hidden units; the sum over a row is of the two
@@ -110,6 +113,7 @@ def gemm_dgated(
     """
     assert activation == "swiglu"
     assert colvec_reduce
+    assert not dynamic_scheduler
     assert colvec_scale.dtype == torch.float32
     assert colvec_scale.shape == A_idx.shape
     grad = gemm(A, B, cu_seqlens_m=cu_seqlens_m, A_idx=A_idx, tuned=tuned)

@@ -112,7 +112,8 @@ class _Quack(torch.autograd.Function):
     ) -> Tensor:
         run = kernels()
         assert run is not None
-        x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
+        # The kernels take no tensor that requires a gradient.
+        x, gate_up, down = (value.detach().contiguous() for value in (x, gate_up, down))
         tokens, bounds = slots.tokens.int(), F.pad(slots.ends, (1, 0))
         act, hidden = run.gemm_gated(
             x,
@@ -152,6 +153,7 @@ class _Quack(torch.autograd.Function):
             colvec_reduce=True,
             cu_seqlens_m=bounds,
             A_idx=tokens,
+            dynamic_scheduler=False,  # on Hopper it does not go with a gather
             tuned=False,
         )
         grad_x = grad_gate_up = grad_down = None
