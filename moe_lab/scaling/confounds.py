@@ -19,7 +19,7 @@ from moe_lab.errors import AnalysisError, require
 from moe_lab.routing.facts import LATER_TOKENS
 from moe_lab.runs.layout import TUNING
 from moe_lab.scaling.compute_slope import MARGIN, law_slope
-from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT
+from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT, typed
 from moe_lab.scaling.wall_rule import Outcome
 from moe_lab.seed_intervals import mean_interval
 
@@ -131,7 +131,7 @@ def confounds(
     law. ``arm``: the arm that is judged; ``arm``-short holds its runs at a smaller token budget and
     "lr" those at other learning rates; an arm whose name holds "hash" is the control of the router.
     """
-    frame = frame.lazy().collect()
+    frame = typed(frame.lazy().collect())
     missing = [
         name for name in ("ratio", "loss", "active_params", "tokens") if name not in frame.columns
     ]

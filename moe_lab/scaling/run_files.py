@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 
 from moe_lab.errors import AnalysisError, RunError, expected, require
-from moe_lab.files import read_regular
+from moe_lab.files import parse_json, read_regular
 from moe_lab.runs.done_file import check_seal
 from moe_lab.runs.layout import DONE, RESULT
 from moe_lab.runs.record import parse_object
@@ -30,9 +30,10 @@ READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".parquet": lambda path: read_parquet(path, AnalysisError),
     ".csv": lambda path: _text(path),
     ".tsv": lambda path: _text(path),
-    ".jsonl": lambda path: pl.read_ndjson(read_regular(path)),
+    ".jsonl": lambda path: _json_lines(path),
 }
 MAX_COLUMNS = 4096
+NOT_JSON = re.compile(rb":\s*(NaN|-?Infinity)\b")
 SEPARATORS = (",", ";", "\t")
 MARKS = ((".", ","), (",", "."))
 """Decimal mark and the thousands separator beside it."""
@@ -176,6 +177,14 @@ def main_arm(frame: pl.DataFrame, arm: str | None = None) -> tuple[pl.DataFrame,
         return frame, ""
     if "ratio" not in frame.columns:
         raise MissingColumnsError(("ratio",), frame.columns)
+    unnamed = frame["arm"].null_count()
+    require(
+        not unnamed,
+        "a value of arm in every run",
+        f"{unnamed} empty",
+        "dropping those runs, or the column",
+        error=AnalysisError,
+    )
     tokens = pl.col("tokens").max() if "tokens" in frame.columns else pl.lit(0)
     single = (
         (pl.col("tokens").n_unique() == 1) & (pl.col("ratio").n_unique() >= 3)
@@ -213,7 +222,9 @@ def _named(frame: pl.DataFrame, names: Sequence[tuple[str, str]]) -> pl.DataFram
         if theirs not in frame.columns:
             columns = ", ".join(frame.columns)
             raise AnalysisError(expected(f"a column of {columns}", theirs, f"{ours}=ONE OF THEM"))
-        frame = frame.drop(ours, strict=False).rename({theirs: ours})
+    renamed = dict(names)
+    frame = frame.with_columns(**{ours: pl.col(theirs) for ours, theirs in renamed.items()})
+    frame = frame.drop(set(renamed.values()) - set(renamed))
     spelt = {_plain(name): name for name in reversed(frame.columns)}
     for theirs, ours in ({name: name for name in COLUMNS} | NAMES).items():
         found = spelt.get(_plain(theirs))
@@ -269,6 +280,19 @@ def _text(path: Path) -> pl.DataFrame:
         mark = ","  # usual where columns are not parted by one
     read = [_numbers(column, _decimal_mark([column]) or mark) for column in plain]
     return frame.with_columns(number for number in read if number is not None)
+
+
+def _json_lines(path: Path) -> pl.DataFrame:
+    """A row for each line; NaN and Infinity, which Python writes for a run that diverged, are read
+    as such.
+    """
+    data = read_regular(path)
+    if not NOT_JSON.search(data):
+        return pl.read_ndjson(data)
+    rows = [parse_json(line) for line in data.splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is no object")
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def _decimal_mark(columns: Sequence[pl.Series]) -> str | None:

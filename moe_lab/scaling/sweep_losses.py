@@ -14,6 +14,13 @@ from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.scaling.two_way import Estimate, Layout, estimate
 
 COLUMNS = ("ratio", "seed", "loss", "active_params", "tokens")
+SIZES = ("ratio", "active_params", "tokens")
+MEASURES = (
+    "learning_rate", "load_cv", "dead_experts", "drop_rate", "bits_per_byte", "vocab_size",
+    "total_params", "flops_per_token",
+)  # fmt: skip
+"""Columns of numbers that a sweep may have."""
+MOST_RUNS = 4096
 HIGHEST_PLAUSIBLE_NATS = (
     15.0  # above ln(2^20); a perplexity or a wrong unit, not a cross-entropy per token
 )
@@ -85,7 +92,7 @@ def read_sweep(frame: pl.DataFrame | pl.LazyFrame, *, vocab_size: int | None = N
 
     Raises ``AnalysisError`` with one line on the first thing that is wrong.
     """
-    frame = frame.lazy().collect()
+    frame = typed(frame.lazy().collect())
     _check_columns(frame)
     finite = frame["loss"].cast(pl.Float64).is_finite()
     lost = frame.filter(~finite).sort("ratio", "seed")
@@ -117,6 +124,27 @@ def read_sweep(frame: pl.DataFrame | pl.LazyFrame, *, vocab_size: int | None = N
     )
 
 
+def typed(frame: pl.DataFrame) -> pl.DataFrame:
+    """``frame`` with decimals as floats. Raises ``AnalysisError`` for a known column of another
+    type.
+    """
+    for name in (*COLUMNS, *MEASURES, "arm", "sees_later_tokens"):
+        kind = frame.schema.get(name, pl.Null())
+        numbers = name in MEASURES or (name in COLUMNS and name != "seed")
+        empty = isinstance(kind, pl.Null | pl.Boolean) and name not in COLUMNS
+        require(
+            kind.is_numeric() or empty or name not in frame.columns
+            if numbers
+            else not kind.is_nested(),
+            f"{'numbers' if numbers else 'one value a run'} in {name}",
+            f"{kind}",
+            "casting the column",
+            error=AnalysisError,
+            field=name,
+        )
+    return frame.with_columns(pl.selectors.decimal().cast(pl.Float64))
+
+
 def _check_columns(frame: pl.DataFrame) -> None:
     missing = tuple(name for name in COLUMNS if name not in frame.columns)
     if missing:
@@ -128,6 +156,13 @@ def _check_columns(frame: pl.DataFrame) -> None:
         "pointing at a sweep with finished runs",
         error=AnalysisError,
     )
+    require(
+        frame.height <= MOST_RUNS,
+        f"at most {MOST_RUNS:,} runs of one arm",
+        f"{frame.height:,}",
+        "one row per run, of one arm and one token budget",
+        error=AnalysisError,
+    )
     for name in COLUMNS:
         bad = frame[name].null_count()
         require(
@@ -137,12 +172,16 @@ def _check_columns(frame: pl.DataFrame) -> None:
             "dropping those runs",
             error=AnalysisError,
         )
+    for name in SIZES:
+        values = frame[name].cast(pl.Float64)
+        wrong = values.filter(~(values.is_finite() & (values > 0)))
         require(
-            name == "seed" or frame[name].dtype.is_numeric(),
-            f"numbers in {name}",
-            f"{frame[name].dtype}",
-            "casting the column",
+            wrong.is_empty(),
+            f"finite numbers above 0 in {name}",
+            f"{wrong[0] if len(wrong) else 0:g} in {len(wrong)} of {frame.height} runs",
+            "leaving out those runs",
             error=AnalysisError,
+            field=name,
         )
 
 
@@ -166,8 +205,9 @@ def _check_losses(frame: pl.DataFrame, vocab_size: int | None) -> None:
         error=AnalysisError,
     )
     if vocab_size is None and "vocab_size" in frame.columns:
-        vocab_size = int(frame["vocab_size"].max())  # type: ignore[arg-type]
-    if vocab_size and lowest > math.log(vocab_size):
+        known = frame["vocab_size"].cast(pl.Float64).drop_nulls().drop_nans()
+        vocab_size = int(known.max()) if len(known) and known.is_finite().all() else None  # type: ignore[arg-type]
+    if vocab_size and vocab_size > 1 and lowest > math.log(vocab_size):
         what = (
             f"losses in nats, at most ln({vocab_size}) = {math.log(vocab_size):.2f} for a uniform "
             f"guess"

@@ -26,7 +26,7 @@ from moe_lab.scaling.frontier_band import Band, frontier_band
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.optimum import Optimum, fixed_total_optima
 from moe_lab.scaling.run_files import main_arm, with_budgets
-from moe_lab.scaling.sweep_losses import read_sweep
+from moe_lab.scaling.sweep_losses import read_sweep, typed
 from moe_lab.scaling.wall_planner import typical_noise, what_would_settle
 from moe_lab.scaling.wall_power import Design, default_truths, power
 from moe_lab.scaling.wall_rule import Outcome
@@ -280,6 +280,7 @@ def wall_study(
     ``by_budget``: one verdict per token budget where the arm has several. ``noise_sd`` and
     ``vocab_size`` as for `wall_verdict`, whose ``AnalysisError`` it raises.
     """
+    runs = typed(runs)
     judged, name = main_arm(runs, arm)
     options = {"noise_sd": noise_sd, "vocab_size": vocab_size}
     verdicts: dict[float | None, Verdict] = {}

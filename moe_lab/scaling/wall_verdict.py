@@ -22,6 +22,8 @@ from moe_lab.scaling.wall_sentences import Case, reasons, sentence
 
 NEAR = 0.25  # doublings
 
+LARGEST_EXPONENT = 700.0  # of a float
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -262,7 +264,7 @@ def _gains(case: Case) -> tuple[Gain, ...]:
                 float(ratios[low]),
                 float(ratios[high]),
                 *nats,
-                *(math.exp(g / case.slope.value) for g in nats),
+                *np.exp(np.minimum(np.array(nats) / case.slope.value, LARGEST_EXPONENT)).tolist(),
             )
         )
     return tuple(rows)
