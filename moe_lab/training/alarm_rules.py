@@ -443,7 +443,7 @@ class RouterSpeed(AlarmRule):
     )
 
     def measure(self, reading: LayerReading) -> float | None:
-        if not reading.router_norm:
+        if not (reading.router_norm and math.isfinite(reading.router_norm)):
             return None
         before = self.memory.get("last")
         self.memory["last"] = [reading.step, reading.router_norm]

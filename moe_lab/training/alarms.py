@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from moe_lab.errors import CheckpointError, expected, require
+from moe_lab.errors import CheckpointError, ConfigError, expected, require
 from moe_lab.registry import Registry
 from moe_lab.training.readings import LayerReading
 
@@ -141,7 +141,8 @@ class Alarms:
         thresholds: name -> threshold, where it is not to be the default.
 
     Raises:
-        ConfigError: a name is unknown, or a threshold is given for an alarm that is not observed.
+        ConfigError: a name is unknown, or a threshold is no number, or is of an alarm that is not
+            observed.
 
     Example:
         >>> alarms = Alarms(thresholds={"balance_dominates": 0.1})
@@ -163,14 +164,31 @@ class Alarms:
                 f"{name!r} among the names",
                 field="thresholds",
             )
+            require(
+                isinstance(threshold, int | float) and not math.isnan(threshold),
+                f"a number as the threshold of {name}",
+                repr(threshold),
+                field="thresholds",
+            )
             self.thresholds[name] = float(threshold)
         self._kinds = chosen
         self._rules: dict[tuple[str, int], AlarmRule] = {}
+        self._experts: dict[int, int] = {}
 
     def observe(self, readings: Sequence[LayerReading]) -> list[Alarm]:
-        """The alarms that the readings of one step raise."""
+        """The alarms that the readings of one step raise.
+
+        Raises ``ConfigError`` for counts that are no [E] of a layer, or of another number of
+        experts than this layer had before.
+        """
         alarms = []
         for reading in readings:
+            counts = reading.counts
+            experts = self._experts.setdefault(reading.layer, counts.numel())
+            if not (counts.shape == (experts,) and bool((counts >= 0).all())):
+                what = f"counts of at least 0 of the {experts} experts of layer {reading.layer}"
+                hint = "a layer number of its own for each MoE layer"
+                raise ConfigError(expected(what, counts.tolist(), hint), field="counts")
             for kind, threshold in self.thresholds.items():
                 rule = self._rule(kind, reading.layer)
                 if (value := rule.raised(reading, threshold)) is not None:

@@ -36,6 +36,30 @@ def reading(step: int, counts=EVEN, layer: int = 0, **fields: Any) -> LayerReadi
     return replace(healthy, **fields)
 
 
+@pytest.mark.parametrize(
+    "counts", [[64] * 7, [[64] * 8], [-1] * 8, [math.nan] * 8], ids=["7", "2-d", "below 0", "nan"]
+)
+def test_counts_that_cannot_be_those_of_the_layer_are_refused(counts: list) -> None:
+    alarms = Alarms()
+    alarms.observe([reading(1)])
+    with refused("counts"):
+        alarms.observe([reading(2, counts)])
+
+
+@pytest.mark.parametrize("threshold", ["0.8", math.nan, None])
+def test_a_threshold_that_is_no_number_is_refused(threshold: Any) -> None:
+    with refused("thresholds"):
+        Alarms(thresholds={"router_collapse": threshold})
+
+
+def test_a_router_whose_norm_was_infinite_for_a_step_raises_nothing() -> None:
+    norms = [1.0, math.inf, 1.001, math.nan, 1.002]
+    steps = [reading(step, router_norm=norm) for step, norm in enumerate(norms, 1)]
+    alarms = Alarms(["router_speed"])
+    assert kinds(alarms, steps) == []
+    assert json.dumps(alarms.state_dict(), allow_nan=False)
+
+
 def kinds(alarms: Alarms, readings) -> list[str]:
     return [alarm.kind for item in readings for alarm in alarms.observe([item])]
 
