@@ -31,8 +31,8 @@ def bytes_by_layer(
             and both go before what the trace recorded.
 
     Raises:
-        AnalysisError: no size of an expert, or not of every layer, or less than a byte or more than
-            ``MOST``.
+        AnalysisError: another number of experts in ``config`` than in the trace; no size of an
+            expert of some layer; a size of less than a byte or more than ``MOST``.
     """
     if expert_bytes is not None:
         table = (
@@ -42,6 +42,17 @@ def bytes_by_layer(
         )
     elif config is not None:
         pieces = count(config).moe_layers
+        for layer in layers:
+            experts = pieces[layer.layer].copies if layer.layer in pieces else layer.num_experts
+            require(
+                experts == layer.num_experts,
+                f"the configuration of the traced model, {layer.num_experts} experts in layer "
+                f"{layer.layer}",
+                f"one of {experts}",
+                "--config with the config.json of that model",
+                error=AnalysisError,
+                field="config",
+            )
         table = {number: piece.size * bytes_per_parameter for number, piece in pieces.items()}
     else:
         table = {layer.layer: float(layer.expert_bytes) for layer in layers if layer.expert_bytes}

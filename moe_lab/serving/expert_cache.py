@@ -180,7 +180,7 @@ def _budgets(budgets: Sequence[float] | None, total: int) -> list[int]:
     chosen = shares if budgets is None else list(budgets)
     require(
         bool(chosen) and all(1 <= size < 2**62 for size in chosen),  # not where one is NaN
-        "budgets of at least 1 byte",
+        "budgets from 1 byte to 2^62 bytes",
         chosen,
         field="budgets",
     )

@@ -215,6 +215,8 @@ def test_sizes_of_experts_come_from_a_configuration_or_are_asked_for(write_trace
 
     moe = MoEConfig(d_model=16, d_expert=8, router=RouterConfig(num_experts=4, top_k=2))
     config = DecoderConfig(vocab_size=10, d_model=16, num_layers=1, num_heads=2, moe=moe)
+    with refused("config", AnalysisError):  # 128 experts
+        expert_cache(trace, [1000], ["lru"], config="Qwen/Qwen3-30B-A3B")
     frame = expert_cache(trace, [1000], ["lru"], config=config, bytes_per_parameter=2)
     assert frame["cycle_bytes"][0] == 2 * (3 * 16 * 8) * 2
     frame = expert_cache(trace, [1000], ["lru"], expert_bytes={0: 5})
