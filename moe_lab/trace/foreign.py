@@ -40,7 +40,7 @@ from moe_lab.trace.schema import (
     ManifestMeta,
     TraceMeta,
 )
-from moe_lab.trace.seal import digest, write_seal
+from moe_lab.trace.seal import digest
 
 
 def clean_listing(source: str, target: str) -> None:
@@ -66,7 +66,6 @@ def clean_listing(source: str, target: str) -> None:
         values["parts"] = {name: part.to_dict() for name, part in header.listed.items()}
         values["schema_version"] = FIRST_WITH_MANIFEST - 1
     write_json(copy / META_FILE, values)
-    write_seal(copy)
 
 
 def clean_file(

@@ -24,7 +24,7 @@ from moe_lab.trace.opened_trace import Trace
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, put_in_place
 from moe_lab.trace.remote_files import RemoteFiles, fetch_listing
 from moe_lab.trace.schema import META_FILE, SCHEMA_VERSION, ManifestMeta
-from moe_lab.trace.seal import digest, new_digest, seal, sealed_files, unsealed
+from moe_lab.trace.seal import digest, new_digest, seal, sealed_files, unsealed, write_seal
 
 CHECKED_AT_OPENING = 2**28
 """Bytes of data: a trace from outside in a folder of at most so many is checked whole when it is
@@ -144,6 +144,7 @@ def _cleaned(
                 size=sum(sizes),
                 largest=max(sizes, default=0),
             )
+            write_seal(written)
             put_in_place(written, copy)
         prune(place)
     with suppress(OSError):
