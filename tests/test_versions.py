@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ends import SHARED, lowest, pins, requirements
 
-from moe_lab.versions import TESTED
+from moe_lab.versions import TESTED, older_than
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,3 +33,9 @@ def test_the_newest_tested_version_is_the_pinned_one() -> None:
 def test_torch_is_never_replaced_by_the_environments_of_the_two_ends() -> None:
     assert all(any(line.startswith(f"{SHARED}==") for line in pins(end)) for end in ("lowest", "x"))
     assert "transformers==5.23" in pins("lowest")
+
+
+def test_a_package_that_is_missing_counts_as_older() -> None:
+    assert older_than("no-such-package-of-moe-lab", "0.1")
+    assert older_than("torch", "1000")
+    assert not older_than("torch", "2.9")  # 2.13 is newer, though "2.13" sorts before "2.9"
