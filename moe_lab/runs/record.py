@@ -141,16 +141,25 @@ def read_run(
     return RunRecord(folder, state, {}, _reached(record.get("progress")), **record)
 
 
+def folders_in(folder: Path) -> list[os.DirEntry[str]]:
+    """The folders in ``folder`` that may hold a run; hidden ones and links that lead nowhere are
+    left out.
+    """
+    with os.scandir(folder) as entries:
+        return [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".")
+            # A link to itself is an error for the entry, and no folder for the path.
+            and (entry.is_dir(follow_symlinks=False) or Path(entry.path).is_dir())
+        ]
+
+
 def read_runs(
     folder: Path, planned: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, RunRecord]:
     """The records of all run folders in ``folder``, by name; ``planned`` names runs of a plan."""
-    with os.scandir(folder) as entries:
-        names = {
-            entry.name: file_names(Path(entry.path))
-            for entry in entries
-            if entry.is_dir() and not entry.name.startswith(".")
-        }
+    names = {entry.name: file_names(Path(entry.path)) for entry in folders_in(folder)}
     return {
         run: read_run(folder / run, names[run], planned.get(run, ""))
         for run in sorted(names)

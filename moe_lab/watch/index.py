@@ -1,6 +1,5 @@
 """The runs of a place as they are now. Each look reads the files that changed since the last."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from moe_lab.plain_text import one_line
 from moe_lab.report.sources import RESULT_COLUMNS
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run
 from moe_lab.runs.layout import PLAN, STATUS
-from moe_lab.runs.record import file_names, state_of
+from moe_lab.runs.record import file_names, folders_in, state_of
 from moe_lab.watch.place import LOGS, Place, is_run
 
 SETTLED_SECONDS = 3.0
@@ -107,10 +106,8 @@ class Index:
         if self.place.alone:
             yield self.place.folder.absolute().name, self.place.folder.stat().st_mtime
             return
-        with os.scandir(self.place.folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith(".") and entry.is_dir():
-                    yield entry.name, entry.stat().st_mtime
+        for entry in folders_in(self.place.folder):
+            yield entry.name, entry.stat().st_mtime
 
     def _key(self, run: str, modified: float) -> Any:
         """What is another after a change. A run that a process holds is always looked at: a process

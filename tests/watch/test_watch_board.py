@@ -12,7 +12,7 @@ from refusals import refused
 from watched_runs import LAYERS, append, finish, log_alarm, log_step, make_run
 
 from moe_lab.errors import RunError
-from moe_lab.runs import Progress, RunRecord, RunState
+from moe_lab.runs import Progress, RunRecord, RunState, read_runs
 from moe_lab.runs.bucket import Bucket
 from moe_lab.runs.owners import Owner, process_start, this_host
 from moe_lab.watch import Board, open_place, write_page
@@ -153,6 +153,16 @@ def test_a_large_place_is_read_a_part_at_a_time(tmp_path: Path) -> None:
     assert "folders not read yet" in answer["notes"][0]
     board.refresh(None)
     assert json.loads(board.changes("", "", View()))["parts"]["answer"]["notes"] == []
+
+
+def test_a_link_to_itself_hides_no_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", steps=1, layers=0, state=RunState.FINISHED)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "linked").symlink_to("a")
+    board = Board(open_place(tmp_path))
+    board.refresh(None)
+    assert json.loads(board.changes("", "", View()))["parts"]["answer"]["notes"] == []
+    assert set(board.index.runs) == set(read_runs(tmp_path)) == {"a", "linked"}
 
 
 def test_a_killed_worker_is_noticed_though_no_file_changes(tmp_path: Path) -> None:
