@@ -218,8 +218,8 @@ inline S within(S v, S limit) {
 template <typename S>
 void swiglu(const Layer<S>& z, const S* act, const S* weight, int64_t n, S* hidden) {
   const int64_t F = z.F;
-  const S limit = z.limit, alpha = z.alpha, offset = z.offset;
   parallel_for(z.threads, n, F, [&](int64_t r) {
+    const S limit = z.limit, alpha = z.alpha, offset = z.offset;  // copies: the compiler gathers captured ones again for every unit
     const S *gate = act + r * 2 * F, *up = gate + F, w = weight[r];
     S* out = hidden + r * F;
 #pragma omp simd
@@ -235,8 +235,8 @@ template <typename S>
 void swiglu_backward(const Layer<S>& z, const S* act, const S* weight, const S* grad, int64_t n, S* hidden, S* grad_act,
                      S* grad_weight) {
   const int64_t F = z.F;
-  const S limit = z.limit, alpha = z.alpha, offset = z.offset;
   parallel_for(z.threads, n, F, [&](int64_t r) {
+    const S limit = z.limit, alpha = z.alpha, offset = z.offset;  // copies: the compiler gathers captured ones again for every unit
     const S *gate = act + r * 2 * F, *up = gate + F, *g = grad + r * F, w = weight[r];
     S *h = hidden + r * F, *grad_gate = grad_act + r * 2 * F, *grad_up = grad_gate + F, dot = 0;
 #pragma omp simd reduction(+ : dot)
