@@ -3,6 +3,7 @@ is nothing to measure.
 """
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -574,3 +575,12 @@ def test_layers_that_share_their_tokens_are_read_as_each_is_alone(compute):
         assert found.same_tokens(alone)
         assert np.array_equal(found.compute, alone.compute)
     assert together[1].pos is together[0].pos
+
+
+def test_the_committed_measurement_of_12_layers_takes_less_than_a_minute_and_3_gigabytes():
+    folder = Path(__file__).parents[3] / "experiments" / "benchmarks" / "results"
+    measured = pl.read_parquet(folder / "difficulty_speed.parquet")
+    assert measured["layers"].unique().to_list() == [12]
+    assert measured["tokens"].min() > 2_700_000
+    assert measured.group_by("round").agg(pl.col("seconds").sum())["seconds"].median() < 60
+    assert measured["gigabytes"].max() < 3
