@@ -1,10 +1,13 @@
 """Analyses by several workers: the same frames to the bit, through kills and interruptions."""
 
 import inspect
+import json
 import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import held_analysis
 import numpy as np
 import polars as pl
 import pytest
@@ -329,6 +333,29 @@ def test_workers_end_with_the_process_that_started_them(traces, tmp_path):
     process.stdin.close()
     assert process.wait(timeout=20) == 0
     workers.close()
+
+
+@pytest.mark.slow
+def test_after_a_kill_of_the_driver_the_same_command_continues_from_finished_parts(
+    traces, tmp_path
+):
+    (tmp_path / "hold").touch()
+    words = [sys.executable, held_analysis.__file__, str(traces[0].folder), str(tmp_path)]
+    driver = subprocess.Popen(words, stdout=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 300
+        while not (held_analysis.kept(tmp_path) == 3 and 4 in held_analysis.marks(tmp_path)):
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        driver.kill()
+        driver.communicate()
+    (tmp_path / "hold").unlink()
+    again = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    assert sorted(set(json.loads(again.stdout))) == list(range(20))
+    calls = [len(pids) for _, pids in sorted(held_analysis.marks(tmp_path).items())]
+    assert calls == [1, 1, 1, 2, 2, *[1] * 6]
 
 
 def test_what_an_analysis_raises_arrives_and_no_process_stays(traces, tmp_path):

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from grid_process import Driver, family, hold, trainers
+from grid_process import Driver, family, hold, parents, trainers
 from refusals import refused
 from tiny_grid import results
 
@@ -45,6 +47,23 @@ class Nodes:
         self.cluster: Any = None
 
     def begin(self, port: int = 0, others: int = 2, **resources: int) -> str:
+        """The address. Once more where the machine was too busy: Ray gives a node 30 seconds to
+        come up.
+        """
+        before = family({os.getpid()})
+        for last in (False, False, True):
+            try:
+                return self._begin(port, others, **resources)
+            except Exception:
+                for pid in family({os.getpid()}) - before:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                self.cluster = None
+                if last:
+                    raise
+        raise AssertionError
+
+    def _begin(self, port: int, others: int, **resources: int) -> str:
         from ray.cluster_utils import Cluster
 
         fixed = {"gcs_server_port": port} if port else {}
@@ -191,9 +210,9 @@ def test_four_runs_share_one_gpu_by_fraction(
         )
 
 
-def test_an_analysis_on_two_nodes_equals_the_one_here_through_a_kill(
-    nodes: Nodes, tmp_path: Path
-) -> None:
+@pytest.fixture
+def small_trace(tmp_path: Path) -> Trace:
+    """600 tokens of 12 documents, in files of 100 rows."""
     layer = LayerMeta(0, 8, 0, 2)
     meta = TraceMeta(layers=(layer,), has_weights=False, has_scores=False)
     doc, pos = (np.arange(600, dtype=np.uint32) // 50, np.arange(600, dtype=np.uint32) % 50)
@@ -202,7 +221,13 @@ def test_an_analysis_on_two_nodes_equals_the_one_here_through_a_kill(
         writer.write_tokens(pl.DataFrame({"doc": doc, "pos": pos, "token_id": pos % 7}))
         rows = slot_rows(layer, doc, pos, ids, None, None, None)
         writer.write_rows(0, rows, np.bincount(ids.ravel(), minlength=8))
-    trace, killed = open_trace(tmp_path / "trace"), tmp_path / "killed"
+    return open_trace(tmp_path / "trace")
+
+
+def test_an_analysis_on_two_nodes_equals_the_one_here_through_a_kill_of_a_worker(
+    nodes: Nodes, small_trace: Trace, tmp_path: Path
+) -> None:
+    trace, killed = small_trace, tmp_path / "killed"
     whole = analysis.coactivation(trace), analysis.vocabulary_specialisation(trace)
 
     def once(part: Trace) -> pl.DataFrame:  # a function of a function travels by value
@@ -220,6 +245,55 @@ def test_an_analysis_on_two_nodes_equals_the_one_here_through_a_kill(
         with refused("column", AnalysisError):
             analysis.class_profile(trace, "absent")
     assert pl.concat(frames)["doc"].n_unique() == 12
+
+
+def test_an_analysis_continues_after_a_kill_of_its_driver_and_goes_on_after_one_of_a_node(
+    nodes: Nodes, small_trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six parts, four at a time, of which the first three do not wait."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "analysis"))
+    import held_analysis
+
+    (tmp_path / "hold").touch()
+    script, trace = str(held_analysis.__file__), str(small_trace.folder)
+    command = [sys.executable, script, trace, str(tmp_path), nodes.begin(others=1)]
+
+    def begin() -> "subprocess.Popen[str]":
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_for(condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 300
+        while not (found := condition()):
+            assert time.monotonic() < deadline
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.1)
+        return found
+
+    def waiting() -> set[int]:
+        begun = {pids[-1] for part, pids in held_analysis.marks(tmp_path).items() if part >= 3}
+        return begun & set(parents()) if len(begun) == 3 else set()
+
+    driver = begin()
+    try:
+        wait_for(lambda: held_analysis.kept(tmp_path) == 3 and waiting())
+        first = waiting()
+        driver.kill()
+        driver.communicate()
+        driver = begin()
+        second = wait_for(lambda: len(found := waiting() - first) == 3 and found)
+        (node,) = nodes.cluster.worker_nodes
+        lost = second & nodes.processes(node)
+        assert 0 < len(lost) < 3
+        nodes.kill(node)
+        (tmp_path / "hold").unlink()
+        out, said = driver.communicate(timeout=300)
+    finally:
+        driver.kill()
+    assert sorted(set(json.loads(out.splitlines()[-1]))) == list(range(12)), said
+    assert said.count("a Ray worker died") == len(lost)
+    calls = [len(pids) for _, pids in sorted(held_analysis.marks(tmp_path).items())]
+    assert calls[:3] == [1, 1, 1], "finished parts are not read again"
+    assert sum(calls[3:]) == 6 + len(lost)
 
 
 def test_a_cluster_of_another_version_is_refused_in_one_line(

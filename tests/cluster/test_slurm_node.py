@@ -112,6 +112,7 @@ def test_a_job_that_cannot_be_launched_is_submitted_again_and_waits_for_its_node
 ) -> None:
     """SLURM drains a node whose prolog fails, and holds the job."""
     monkeypatch.setattr(slurm, "WAIT_SECONDS", 1.0)
+    monkeypatch.setitem(slurm.LOOK_SECONDS, "slurm", 0.5)
     (controller / "no-launch").touch()
     shown: list[str] = []
 
