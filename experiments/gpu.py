@@ -134,7 +134,7 @@ def wanted(session: Session, only: list[str]) -> Iterator[str]:
 
 def work(session: Session, pieces: list[str]) -> None:
     """Run the pieces one after another; exit with 1 where one failed. For a process of its own."""
-    os.setsid()  # what it starts ends with it
+    os.setpgid(0, 0)  # what it starts ends with it
     import torch
 
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ CASES = [{"number": number} for number in range(4)]
 
 def unlucky(session: Session, pieces: list[str]) -> None:
     """The device is lost in row 1, the process dies in row 2, piece ``slow`` hangs."""
-    os.setsid()
+    os.setpgid(0, 0)
     gpu_session.leave_if_dead = lambda device: os._exit(DEAD)
 
     def measure(number: int) -> dict[str, Any]:
