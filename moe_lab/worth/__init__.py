@@ -16,27 +16,21 @@ from moe_lab.worth.agreement import (
 if TYPE_CHECKING:
     from moe_lab.worth.ablation import Ablation
     from moe_lab.worth.curves import removal_curves, top_k_losses
-    from moe_lab.worth.interventions import (
-        Edit,
-        Exchange,
-        Forbid,
-        Replay,
-        Silence,
-        TopK,
-        intervene,
-    )
+    from moe_lab.worth.edits import Edit, Exchange, Forbid, Replay, Silence, TopK
+    from moe_lab.worth.interventions import intervene
     from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
     from moe_lab.worth.pairs import exchange_losses, pair_losses
     from moe_lab.worth.replays import replay_divergence
     from moe_lab.worth.scores import SCORES, expert_scores, score_agreement
 
-_EDITS = ("Edit", "Exchange", "Forbid", "Replay", "Silence", "TopK", "intervene")
+_EDITS = ("Edit", "Exchange", "Forbid", "Replay", "Silence", "TopK")
 __getattr__ = on_first_use(
     __name__,  # torch
     {
         "ablation": ("Ablation",),
         "curves": ("removal_curves", "top_k_losses"),
-        "interventions": _EDITS,
+        "edits": _EDITS,
+        "interventions": ("intervene",),
         "measures": ("EditKind", "expert_losses", "expert_minutes", "expert_worth"),
         "pairs": ("exchange_losses", "pair_losses"),
         "replays": ("replay_divergence",),

@@ -30,7 +30,7 @@ from moe_lab.versions import versions
 from moe_lab.worth.batches import padded_batches, pass_bytes
 from moe_lab.worth.curves import SHARES, both_halves, possible_shares, removal_curves, top_k_losses
 from moe_lab.worth.decisions import LEAST_SLOTS
-from moe_lab.worth.interventions import Forbid
+from moe_lab.worth.edits import Forbid
 from moe_lab.worth.measured_rows import text_hash
 from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
 from moe_lab.worth.paired_passes import edited_sums, log_probabilities, logits_of, set_rows

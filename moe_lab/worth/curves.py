@@ -19,7 +19,7 @@ from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.document_means import ratios
-from moe_lab.worth.interventions import Forbid, TopK
+from moe_lab.worth.edits import Forbid, TopK
 from moe_lab.worth.measured_rows import SUMS
 from moe_lab.worth.paired_passes import edited_sums
 from moe_lab.worth.scores import DISTANCES, MEANS

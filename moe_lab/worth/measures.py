@@ -26,7 +26,7 @@ from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.batches import Batch, padded_batches
 from moe_lab.worth.decisions import find_form
 from moe_lab.worth.document_means import ratios, tables
-from moe_lab.worth.interventions import Forbid, Silence
+from moe_lab.worth.edits import Forbid, Silence
 from moe_lab.worth.measured_rows import MEASURED, SUMS, MeasuredRows, measurement_key
 from moe_lab.worth.paired_passes import Untouched
 from moe_lab.worth.token_groups import Classes, TokenGroups

@@ -28,7 +28,8 @@ from moe_lab.trace.capturing.hooks import Hooks, Pass
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.batches import Batch, padded_batches
-from moe_lab.worth.interventions import Edit, Exchange, Forbid, Silence, TopK, intervene
+from moe_lab.worth.edits import Edit, Exchange, Forbid, Silence, TopK
+from moe_lab.worth.interventions import intervene
 from moe_lab.worth.measured_rows import MEASURED, SUMS, Key, MeasuredRows, measurement_key
 from moe_lab.worth.shared_prefix import SharedPrefix
 from moe_lab.worth.token_groups import TokenGroups

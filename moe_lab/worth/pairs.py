@@ -13,7 +13,7 @@ from moe_lab.errors import TraceError, require
 from moe_lab.trace.capturing.find_routers import find_sites
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.worth.document_means import ratios
-from moe_lab.worth.interventions import Exchange
+from moe_lab.worth.edits import Exchange
 from moe_lab.worth.measured_rows import SUMS
 from moe_lab.worth.measures import EDITS, EditKind
 from moe_lab.worth.paired_passes import edited_sums

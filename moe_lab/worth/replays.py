@@ -14,7 +14,8 @@ from moe_lab.trace import Trace
 from moe_lab.trace.capturing.router_output import Reader
 from moe_lab.worth.batches import Batch, Document
 from moe_lab.worth.document_means import ratios
-from moe_lab.worth.interventions import Replay, intervene
+from moe_lab.worth.edits import Replay
+from moe_lab.worth.interventions import intervene
 from moe_lab.worth.paired_passes import log_probabilities, logits_of, paired_differences
 
 OWN, IDS, WEIGHTS = "own selection", "recorded ids", "recorded ids and weights"

@@ -35,7 +35,8 @@ from moe_lab.trace.capturing.hooks import Hooks, Pass
 from moe_lab.trace.capturing.router_output import Reader, Reading
 from moe_lab.trace.capturing.traced_router import TracedRouter
 from moe_lab.worth.batches import Batch, padded_batches
-from moe_lab.worth.interventions import Silence, intervene
+from moe_lab.worth.edits import Silence
+from moe_lab.worth.interventions import intervene
 from moe_lab.worth.measured_rows import MEASURED, held_rows, measurement_key
 from moe_lab.worth.paired_passes import logits_of
 
