@@ -99,7 +99,7 @@ def expert_scores(
                 tell("scoring experts", place * len(batches) + number, len(sites) * len(batches))
                 sums.add(batch)
             frame = sums.frame().with_columns(pl.lit(key).alias(MEASURED))
-            held = pl.concat([held, frame.cast(SCHEMA)])
+            held = pl.concat([held, frame.cast(pl.Schema(SCHEMA))])
             if path is not None:
                 write_parquet(path, held)
     chosen = held if layers is None else held.filter(pl.col("layer").is_in(layers))
