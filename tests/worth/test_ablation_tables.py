@@ -34,7 +34,7 @@ def test_planted_experts_are_found_in_95_of_100_draws():
     assert sorted(draws["draw"]) == list(range(planted.FIRST, planted.FIRST + draws.height))
     assert draws.height >= 50
     for plant in ("dead", "copies", "excess", "crucial"):
-        assert draws[f"{plant}_found"].mean() >= 0.95
+        assert draws[f"{plant}_found"].sum() >= 0.95 * draws.height
     assert (draws["dead_loss"] == 0).all()
     assert (draws["copies_kl"].abs() < 1e-9).all()
     assert (draws["both_loss"] > 2 * draws["single_loss"]).all()
