@@ -28,6 +28,7 @@ _ANY_TEMPORARY = ".tmp*"
 """Ours, and those that safetensors left in run folders of older versions."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _PART = re.compile(r"[A-Za-z0-9._=-]+")
+_ONE_READ = 2**16
 
 
 @contextmanager
@@ -150,22 +151,36 @@ def open_regular(path: Path | str) -> io.BufferedReader:
     """Open a regular file for reading. Raises ``OSError`` at once for any other kind: opening a
     FIFO would wait for a writer, and a device may have no end.
     """
+    return open(_descriptor(path)[0], "rb")
+
+
+def read_regular(path: Path | str, most: int = -1) -> bytes:
+    """The bytes of a file, or its first ``most``. Raises ``OSError`` as ``open_regular``."""
+    descriptor, size = _descriptor(path)
+    if most >= 0 or size >= _ONE_READ:
+        with open(descriptor, "rb") as file:
+            return file.read(most)
+    parts = []
+    try:  # without the object of an open file: thousands of small ones are read
+        while part := os.read(descriptor, _ONE_READ):
+            parts.append(part)
+    finally:
+        os.close(descriptor)
+    return b"".join(parts)
+
+
+def _descriptor(path: Path | str) -> tuple[int, int]:
+    """An open regular file and its size."""
     found = os.stat(path)
     descriptor = -1
     if stat.S_ISREG(found.st_mode):  # asked again below: the name may be another file's by then
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode):
-        return open(descriptor, "rb")
+        return descriptor, found.st_size
     if descriptor >= 0:
         os.close(descriptor)
     raise OSError(errno.EINVAL, "not a regular file", str(path))
-
-
-def read_regular(path: Path | str, most: int = -1) -> bytes:
-    """The bytes of a file, or its first ``most``. Raises ``OSError`` as ``open_regular``."""
-    with open_regular(path) as file:
-        return file.read(most)
 
 
 def digest_of(path: Path) -> str:

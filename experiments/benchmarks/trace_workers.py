@@ -32,7 +32,7 @@ from trace_analysis import link_trace, write_trace
 
 from moe_lab import analysis
 from moe_lab.analysis.map_reduce import mapped
-from moe_lab.analysis.worker_processes import THREADS
+from moe_lab.worker_processes import THREADS
 from moe_lab.trace import open_trace
 
 ANALYSES = {

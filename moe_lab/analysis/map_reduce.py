@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 
 from moe_lab import __version__
 from moe_lab.analysis.aligned_rows import MAX_CELLS, UnalignedTablesError
-from moe_lab.analysis.worker_processes import WorkerProcesses
 from moe_lab.config import require
 from moe_lab.errors import StorageError
 from moe_lab.files import atomic_path, cannot_write, default_cache_dir
@@ -40,6 +39,7 @@ from moe_lab.progress import tell
 from moe_lab.trace import Trace
 from moe_lab.trace.data_files import DataFiles
 from moe_lab.trace.manifest import Manifest
+from moe_lab.worker_processes import WorkerProcesses
 
 A = TypeVar("A")
 Fold = Callable[[A | None, pl.DataFrame], A]

@@ -1,6 +1,7 @@
 """``moe-lab report``: the page of a sweep, of single runs, or of a bare trace."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @read_by_workers
 def main(args: argparse.Namespace) -> int:
-    from moe_lab.report import write_report
+    from moe_lab.report.second_process import second_process
 
     first = args.source[0]
     out = args.out or (first / "report.html" if isinstance(first, Path) else Path("report.html"))
@@ -70,8 +71,12 @@ def main(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         opened = [_opened(source, stack) if source in urls else source for source in args.source]
         title = args.title or (f"moe_lab report: {urls[0]}" if urls else None)
+        mapped = args.workers is not None or args.launcher != "local"
+        beside = stack.enter_context(second_process(opened, wanted=not mapped))
+        from moe_lab.report import write_report  # takes a second, in which the other one starts
+
         with shown(not args.json):
-            page = write_report(opened, out, title=title, command=command, worth=args.worth)
+            page = write_report(opened, out, title, command, args.worth, beside)
         if args.json:
             print_json({"report": page, "bytes": page.stat().st_size})
             return 0
@@ -110,7 +115,7 @@ def _summary(source: "Path | Trace", page: Path) -> Iterator[str]:
         from moe_lab.report.page import data_folder
 
         table = pl.read_parquet(data_folder(page) / "runs.parquet")
-        inside = pl.Series([Path(run).parent == folder for run in table["folder"]])
+        inside = pl.Series([os.path.dirname(run) == str(folder) for run in table["folder"]])
         runs = table.filter(inside, state=RunState.FINISHED.value)
         best = runs.drop_nulls("loss").sort("loss", maintain_order=True).head(1)
         for loss, name in best.select("loss", pl.coalesce("name", "label")).rows():

@@ -89,14 +89,19 @@ def compute_section(traces: tuple[NamedTrace, ...], frames: Frames) -> ComputeSe
 
 def distinct_counts(named: NamedTrace) -> list[int]:
     """The one ffn_count of all tokens of a trace, or the least and the largest."""
-    frame = (
-        named.trace.routing.group_by("layer")
-        .agg(low=pl.col("ffn_count").min(), high=pl.col("ffn_count").max())
-        .collect()
-    )
-    if (frame["low"] < frame["high"]).any():
-        return [int(frame["low"].min()), int(frame["high"].max())]  # type: ignore[arg-type]
-    return sorted(frame["low"].unique().to_list())[:1]
+    ends = []
+    for layer in named.layers:
+        found = [batch["ffn_count"] for batch in named.trace.batches(layer, ["ffn_count"])]
+        values = [
+            int(end)  # type: ignore[arg-type]
+            for column in found
+            if len(column)
+            for end in (column.min(), column.max())
+        ]
+        ends += [(min(values), max(values))] if values else []
+    if any(low < high for low, high in ends):
+        return [min(low for low, _ in ends), max(high for _, high in ends)]
+    return sorted({low for low, _ in ends})[:1]
 
 
 def _fixed_sentence(constant: list[tuple[NamedTrace, int]]) -> str:

@@ -48,11 +48,14 @@ Blocks = Callable[[], dict[str, Block | None]]
 
 
 def begin_experts(
-    traces: Sequence[NamedTrace], beside: SecondProcess
+    traces: Sequence[NamedTrace], beside: SecondProcess, frames: Frames
 ) -> list[tuple[NamedTrace, list[Blocks]]]:
     """Begin the blocks of the traces that are looked into."""
     return [
-        (named, [beside.begin(_blocks, headings, named) for headings in _TOGETHER])
+        (
+            named,
+            [beside.begin(_blocks, headings, named, frames=frames) for headings in _TOGETHER],
+        )
         for named in looked_into(traces)
         if named.trace.num_tokens
     ]
@@ -81,7 +84,10 @@ def experts_section(
     return by_heading(made)
 
 
-def _blocks(headings: Sequence[str], named: NamedTrace, frames: Frames) -> dict[str, Block | None]:
+def _blocks(
+    headings: Sequence[str], named: NamedTrace, frames: Frames | None = None
+) -> dict[str, Block | None]:
+    frames = frames or Frames()
     return {heading: _MAKERS[heading](named, frames) for heading in headings}
 
 

@@ -5,6 +5,7 @@ the same `Frames` computes nothing, and drawing can be timed apart from computin
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from moe_lab.progress import tell
@@ -26,11 +27,21 @@ class Frames:
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[tuple[Any, ...], Any]] = {}
         self._traces: set[Hashable] = set()
+        self._begun: dict[Hashable, Future[Any]] = {}
+        self._thread = ThreadPoolExecutor(1)
+
+    def begin(self, analysis: Callable[..., Any], *subjects: Any) -> None:
+        """Begin in a thread what waits for another process most of its time."""
+        key = (analysis, *map(_key, subjects), _key({}))
+        if key not in self._kept:
+            self._begun[key] = self._thread.submit(analysis, *subjects)
 
     def __call__(self, analysis: Callable[..., T], *subjects: Any, **options: Any) -> T:
         key = (analysis, *map(_key, subjects), _key(options))
         if key not in self._kept:
-            self._kept[key] = subjects, analysis(*subjects, **options)
+            begun = self._begun.pop(key, None)
+            found = analysis(*subjects, **options) if begun is None else begun.result()
+            self._kept[key] = subjects, found
             self._traces |= {_key(subject) for subject in subjects if isinstance(subject, Trace)}
             done = len(self._kept)
             total = ANALYSES + OF_EACH * max(0, len(self._traces) - 1)

@@ -10,6 +10,7 @@ import base64
 import glob
 import shlex
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import polars as pl
 from markupsafe import Markup, escape
 
+from moe_lab.analysis.map_reduce import is_mapped
 from moe_lab.files import remove_temporaries, write_parquet, write_text
 from moe_lab.number_format import count_of, listing, magnitude, short_path
 from moe_lab.plain_text import on_page
@@ -32,7 +34,7 @@ from moe_lab.report.glossary import Marker, glossary
 from moe_lab.report.load_section import load_block, load_interval_block
 from moe_lab.report.provenance_section import provenance
 from moe_lab.report.run_tables import run_rows, runs_section
-from moe_lab.report.runs_section import frontier_block, training_block
+from moe_lab.report.runs_section import begin_training, frontier_block, training_block
 from moe_lab.report.second_process import SecondProcess, second_process
 from moe_lab.report.sections import Section, without
 from moe_lab.report.serving_section import serving_section
@@ -52,6 +54,7 @@ def write_report(
     title: str | None = None,
     command: str | None = None,
     worth: Path | str | None = None,
+    beside: SecondProcess | None = None,
 ) -> Path:
     """Write the page and ``<page stem>_data/NAME.parquet`` beside it.
 
@@ -62,6 +65,7 @@ def write_report(
         title: of the page; made from the sources by default.
         command: what a reader types to make the page again; ``moe-lab report ...`` by default.
         worth: folder of ``moe-lab ablate``; those in the runs' folders by default.
+        beside: makes parts of a large page; one that ends with this call by default.
 
     Returns:
         ``path``.
@@ -71,8 +75,11 @@ def write_report(
         TraceError: a trace is damaged.
         AnalysisError: no finished measurement in ``worth``.
     """
+    if beside is None:
+        with second_process(as_list(sources), wanted=not is_mapped()) as beside:
+            return write_report(sources, path, title, command, worth, beside)
     path = Path(path)
-    material = gather(sources)
+    material = gather(sources, beside)
     names = [
         str(source if isinstance(source, str | Path) else source.folder)
         for source in as_list(sources)
@@ -82,7 +89,7 @@ def write_report(
         f" and {count_of(len(names) - 1, 'other')}" if names[1:] else ""
     )
     folder = None if worth is None else Path(worth)
-    draw_page(material, Frames(), path, title=title, command=command, worth=folder)
+    draw_page(material, Frames(), path, title=title, command=command, worth=folder, beside=beside)
     return path
 
 
@@ -94,17 +101,18 @@ def draw_page(
     title: str,
     command: str,
     worth: Path | None = None,
+    beside: SecondProcess | None = None,
 ) -> None:
     """Write the page and its data; what ``frames`` holds already is not computed again."""
     folder = data_folder(path)
-    with second_process(material, frames) as beside:
-        content = _content(material, frames, command, worth, beside)
+    content = _content(material, frames, command, worth, beside or SecondProcess())
     remove_temporaries(path.parent, glob.escape(path.name))
     remove_temporaries(folder)
     data = content.pop("data")
-    for name, frame in data:
-        write_parquet(folder / f"{name}.parquet", frame)
-    page = render(title=title, command=command, data_folder=folder.name, **content)
+    with ThreadPoolExecutor(1) as pool:  # which waits for the disk meanwhile
+        written = pool.map(lambda pair: write_parquet(folder / f"{pair[0]}.parquet", pair[1]), data)
+        page = render(title=title, command=command, data_folder=folder.name, **content)
+        list(written)
     sizes = {name: (folder / f"{name}.parquet").stat().st_size for name, _ in data}
     write_text(path, page.replace(DATA_PLACE, _data_within(folder, sizes, len(page.encode()))))
 
@@ -152,9 +160,10 @@ def _content(
     beside: SecondProcess,
 ) -> dict[str, Any]:
     of_runs = material.about == "sweep"
-    judging = beside.begin(judged_runs, material.table, of_runs)
+    judging = beside.begin(judged_runs, material.table, of_runs, frames=frames)
+    begin_training(material, frames)
     of_tokens = tuple(named for named in material.traces if named.trace.meta.per_token)
-    experts = begin_experts(of_tokens, beside)
+    experts = begin_experts(of_tokens, beside, frames)
     of_compute = tuple(named for named in of_tokens if named.trace.meta.zero_experts_known)
     compute = compute_section(of_compute, frames)
     coloured = _coloured(of_compute, compute.first, frames)

@@ -73,13 +73,23 @@ def frontier_block(material: Material, judged: WallStudy | None = None) -> Block
     return one_plot("frontier", caption, summary + finding, canvas, data, table, finding)
 
 
+def begin_training(material: Material, frames: Frames) -> None:
+    """Begin to read the runs of ``training_block``, which another process decodes."""
+    if material.trained:
+        frames.begin(training_metrics, material.trained[:: _step(material)])
+
+
+def _step(material: Material) -> int:
+    """One run in so many is drawn."""
+    return -(-len(material.trained) // MAX_CURVES) or 1
+
+
 def training_block(material: Material, frames: Frames) -> Block | None:
     """Small multiples of the training metrics of all runs that logged any, those that still run
     among them; None where none did.
     """
-    trained = material.trained
-    step = -(-len(trained) // MAX_CURVES) or 1
-    metrics = frames(training_metrics, trained[::step])
+    step = _step(material)
+    metrics = frames(training_metrics, material.trained[::step])
     names = [name for name in CURVES if name in metrics and metrics[name].drop_nulls().len()]
     if not names or "tokens" not in metrics:
         return None
@@ -105,8 +115,8 @@ def training_block(material: Material, frames: Frames) -> Block | None:
     )
     if step > 1:
         caption += (
-            f" Drawn, to keep the page small, is one run in {step} of {len(trained)}, evenly "
-            "spaced over arms, ratios and seeds."
+            f" Drawn, to keep the page small, is one run in {step} of "
+            f"{len(material.trained)}, evenly spaced over arms, ratios and seeds."
         )
     ends = final[names[0]].drop_nulls()
     low, high = (decimal(float(end)) for end in (ends.min(), ends.max()))  # type: ignore[arg-type]

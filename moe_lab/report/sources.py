@@ -18,17 +18,20 @@ import polars as pl
 
 from moe_lab.errors import RunError, expected, require
 from moe_lab.report.canvas import evenly
-from moe_lab.runs import RunRecord, RunState, RunStore, read_run, read_runs
+from moe_lab.report.second_process import SecondProcess
+from moe_lab.runs import RunRecord, RunState, RunStore, read_run
 from moe_lab.runs.done_file import TRACE_META_NAME, check_seal
 from moe_lab.runs.layout import CONFIG, PLAN, TRACE_META
-from moe_lab.runs.record import group_name, number
-from moe_lab.runs.tables import METRICS_TABLE, read_table
+from moe_lab.runs.record import group_name, number, read_some, run_folders
+from moe_lab.runs.tables import METRICS_TABLE, read_table_of_runs
 
 if TYPE_CHECKING:
     from moe_lab.trace import Trace
 
 Source: TypeAlias = "str | Path | Trace"
 
+RUNS_OF_PART = 256
+"""Run folders that are read by one process in one go."""
 LARGEST_NUMBER = 1e100
 """No result of a training; figures cannot place more."""
 
@@ -139,7 +142,7 @@ class Material:
             found[run.folder] = name if names[name] == 1 else f"{name}-{names[name]}"
         return found
 
-    @property
+    @cached_property
     def trained(self) -> tuple[RunRecord, ...]:
         """The runs that logged steps, those that run or stopped among them."""
         return tuple(run for run in self.runs if run.state is RunState.FINISHED or logged(run))
@@ -150,11 +153,12 @@ class Material:
         return self.all_runs.filter(state=RunState.FINISHED.value)
 
 
-def gather(sources: Source | Sequence[Source]) -> Material:
+def gather(sources: Source | Sequence[Source], beside: SecondProcess | None = None) -> Material:
     """Read the sources.
 
     Args:
         sources: one sweep folder, run folder, trace folder or ``Trace``, or a sequence of them.
+        beside: reads a part of many run folders.
 
     Raises:
         RunError: a folder is missing, holds neither runs nor a trace, or none of the runs is
@@ -170,7 +174,7 @@ def gather(sources: Source | Sequence[Source]) -> Material:
         elif (folder := Path(item)).joinpath(TRACE_META).is_file():
             traces.append(_open(folder, folder.name))
         else:
-            records, asked = _read_folder(folder)
+            records, asked = _read_folder(folder, beside or SecondProcess())
             runs += records
             questions |= dict.fromkeys(asked)
     runs.sort(key=_order)
@@ -201,8 +205,8 @@ def run_table(runs: Iterable[RunRecord]) -> pl.DataFrame:
     results = [run.result for run in runs]
     columns: dict[str, list[Any]] = {}
     for name, dtype in RESULT_COLUMNS.items():
-        cast = _CASTS[type(dtype)]
-        columns[name] = [cast(result.get(name)) for result in results]
+        values = [result.get(name) for result in results]
+        columns[name] = values if _plain(values, dtype) else list(map(_CASTS[type(dtype)], values))
     columns["run"] = [
         name or run.folder.name for name, run in zip(columns["run"], runs, strict=True)
     ]
@@ -222,9 +226,9 @@ def training_metrics(runs: Iterable[RunRecord]) -> pl.DataFrame:
     """The logged steps of all runs in one frame, with columns run (label) and group; empty where no
     run has metrics. Of a run that is not finished, the steps that it logged so far.
     """
-    frames = []
-    for run in runs:
-        numbers = read_table(run.folder, "metrics")
+    frames, runs = [], tuple(runs)
+    tables = read_table_of_runs([run.folder for run in runs], "metrics")
+    for run, numbers in zip(runs, tables, strict=True):
         names = {"run": run.label, "group": run.group}
         if not numbers.is_empty():
             labels = (pl.lit(value).alias(name) for name, value in names.items())
@@ -238,7 +242,7 @@ def logged(run: RunRecord) -> bool:
     return run.begun and run.state is not RunState.FINISHED and log.is_file()
 
 
-def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
+def _read_folder(folder: Path, beside: SecondProcess) -> tuple[list[RunRecord], list[str]]:
     """The runs of a run folder or a sweep folder, planned ones that never began among them, and the
     questions of the sweep.
     """
@@ -252,9 +256,19 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
     )
     if (folder / CONFIG).is_file():
         return [_judged(read_run(folder))], _questions_about(folder)
-    plan = RunStore(folder).plan() if (folder / PLAN).is_file() else {}
-    names = {run: entry["name"] for run, entry in plan.get("runs", {}).items()}
-    records = read_runs(folder, names) if folder.is_dir() else {}
+    plan = beside.begin(_plan, folder)
+    runs = run_folders(folder) if folder.is_dir() else []
+    parts = [
+        beside.begin(read_some, folder, runs[start : start + RUNS_OF_PART])
+        for start in range(0, len(runs), RUNS_OF_PART)
+    ]
+    read = [part() for part in reversed(parts)]  # the last ones are begun last
+    names, questions = plan()
+    records = {
+        run: replace(record, planned=names.get(run, ""))
+        for part in reversed(read)
+        for run, record in part.items()
+    }
     waiting = [run for run in names if run not in records]
     require(
         records or waiting,
@@ -268,8 +282,14 @@ def _read_folder(folder: Path) -> tuple[list[RunRecord], list[str]]:
         RunRecord(folder / run, RunState.PENDING, {}, "not started", names[run], begun=False)
         for run in waiting
     ]
-    questions = [sweep["question"] for sweep in plan.get("sweeps", ()) if sweep["question"]]
     return [*map(_judged, records.values()), *pending], questions
+
+
+def _plan(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Names of the planned runs, and the questions of the sweeps; none without a plan."""
+    plan = RunStore(folder).plan() if (folder / PLAN).is_file() else {}
+    names = {run: entry["name"] for run, entry in plan.get("runs", {}).items()}
+    return names, [sweep["question"] for sweep in plan.get("sweeps", ()) if sweep["question"]]
 
 
 def _questions_about(run: Path) -> list[str]:
@@ -300,6 +320,21 @@ def _open(folder: Path, label: str, run: RunRecord | None = None) -> NamedTrace:
     from moe_lab.trace import open_trace
 
     return NamedTrace(label, open_trace(folder), run)
+
+
+def _plain(values: list[Any], dtype: pl.DataType) -> bool:
+    """Whether ``_CASTS`` would change none of ``values``."""
+    kinds = set(map(type, values)) - {type(None)}
+    if kinds <= {str} and dtype == pl.String:
+        return True
+    most = {pl.Int64: 2**53, pl.Float64: LARGEST_NUMBER}.get(type(dtype), 0)
+    kind = int if dtype == pl.Int64 else float
+    numbers = [value for value in values if value is not None]
+    return (
+        most > 0
+        and kinds <= {kind}
+        and -most < min(numbers, default=0) <= max(numbers, default=0) < most
+    )
 
 
 def _text(value: Any) -> str | None:

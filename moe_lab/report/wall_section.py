@@ -90,9 +90,9 @@ class JudgedRuns:
         return self.study if self.blocks and not isinstance(self.study, MoELabError) else None
 
 
-def judged_runs(finished: pl.DataFrame, drawn: bool, frames: Frames) -> JudgedRuns:
+def judged_runs(finished: pl.DataFrame, drawn: bool, frames: Frames | None = None) -> JudgedRuns:
     """Judge ``run_table`` of the finished runs; without figures unless ``drawn``."""
-    study = frames(_study, finished)
+    study = (frames or Frames())(_study, finished)
     if study is None or isinstance(study, MoELabError) or not drawn:
         return JudgedRuns(study)
     blocks, folded = wall_blocks(study), wall_folded(study)

@@ -5,7 +5,7 @@ value, and for the result an ``error``.
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -159,11 +159,23 @@ def read_runs(
     folder: Path, planned: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, RunRecord]:
     """The records of all run folders in ``folder``, by name; ``planned`` names runs of a plan."""
-    names = {entry.name: file_names(Path(entry.path)) for entry in folders_in(folder)}
+    return read_some(folder, run_folders(folder), planned)
+
+
+def run_folders(folder: Path) -> list[str]:
+    """The names of the folders in ``folder`` that may hold runs, in order."""
+    return sorted(entry.name for entry in folders_in(folder))
+
+
+def read_some(
+    folder: Path, runs: Iterable[str], planned: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, RunRecord]:
+    """``read_runs`` of the folders ``runs`` alone."""
+    names = {run: file_names(folder / run) for run in runs}
     return {
-        run: read_run(folder / run, names[run], planned.get(run, ""))
-        for run in sorted(names)
-        if CONFIG in names[run]
+        run: read_run(folder / run, found, planned.get(run, ""))
+        for run, found in names.items()
+        if CONFIG in found
     }
 
 

@@ -11,7 +11,7 @@ is no JSON is left out, and Parquet is decoded by a child process.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moe_lab.files import open_regular, parse_json
 from moe_lab.runs.done_file import check_seal
 from moe_lab.runs.layout import DONE
 from moe_lab.runs.record import number
-from moe_lab.sandbox import read_parquet
+from moe_lab.sandbox import read_parquet, read_parquets
 
 MAX_LOG_BYTES = 64_000_000
 """Of a log, what is read at most."""
@@ -178,6 +178,24 @@ def read_table(folder: Path | str, name: str) -> pl.DataFrame:
     """One of the tables of ``read_tables``."""
     folder = Path(folder)
     return _read(folder, TABLES[name], (folder / DONE).is_file())
+
+
+def read_table_of_runs(folders: Sequence[Path], name: str) -> list[pl.DataFrame]:
+    """``read_table`` of several runs, whose files are decoded together."""
+    table, done = TABLES[name], [(folder / DONE).is_file() for folder in folders]
+    whole = [
+        folder
+        for folder, finished in zip(folders, done, strict=True)
+        if finished and (folder / table.parquet).is_file()
+    ]
+    for folder in whole:
+        check_seal(folder, (table.parquet,))
+    decoded = read_parquets([folder / table.parquet for folder in whole], RunError)
+    frames = dict(zip(whole, map(table.of_parquet, decoded), strict=True))
+    return [
+        frames[folder] if folder in frames else _read(folder, table, finished)
+        for folder, finished in zip(folders, done, strict=True)
+    ]
 
 
 def read_tables(folder: Path | str) -> RunTables:

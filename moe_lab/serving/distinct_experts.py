@@ -174,11 +174,13 @@ class _Decoded:
     def _draw(
         self, generator: np.random.Generator, pool: NDArray[np.int64], size: int, draws: int
     ) -> Floats:
+        different = np.unique(pool)
+        repeated = len(different) < size  # different documents, as far as the resample has enough
         ids = np.stack(
             [
                 self.kept[doc][generator.integers(len(self.kept[doc]))]
                 for _ in range(draws)
-                for doc in _some(generator, pool, size)
+                for doc in generator.choice(different, size, replace=repeated)
             ]
         )
         values = _distinct(ids, size).mean(axis=0)
@@ -208,12 +210,6 @@ class _Decoded:
              number, documents_used, note]
             for at, name in enumerate(names)
         ]  # fmt: skip
-
-
-def _some(generator: np.random.Generator, pool: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Different documents of a resample, as far as it has enough."""
-    different = np.unique(pool)
-    return generator.choice(different, size, replace=len(different) < size)
 
 
 def _distinct(ids_TLK: NDArray[np.uint16], size: int) -> NDArray[np.int64]:

@@ -324,7 +324,7 @@ def test_another_trace_function_or_argument_has_other_parts(traces):
 
 def test_workers_end_with_the_process_that_started_them(traces, tmp_path):
     """``kill -9`` of the driver closes the input of its workers."""
-    from moe_lab.analysis.worker_processes import WorkerProcesses
+    from moe_lab.worker_processes import WorkerProcesses
 
     workers = WorkerProcesses(1)
     workers.submit(list).result()
@@ -359,7 +359,7 @@ def test_after_a_kill_of_the_driver_the_same_command_continues_from_finished_par
 
 
 def test_what_an_analysis_raises_arrives_and_no_process_stays(traces, tmp_path):
-    from moe_lab.analysis.worker_processes import WorkerProcesses
+    from moe_lab.worker_processes import WorkerProcesses
 
     workers = WorkerProcesses(2)
     with refused("column", AnalysisError), mapped(workers, cache=tmp_path):

@@ -21,10 +21,12 @@ from report_fixtures import (
 
 from moe_lab.errors import RunError, TraceError
 from moe_lab.files import write_json, write_parquet
-from moe_lab.report import write_report
+from moe_lab.report import sources, write_report
 from moe_lab.report.sources import RunState, gather, run_table, training_metrics
+from moe_lab.runs import RunRecord
 from moe_lab.runs.done_file import check_seal, digests_of, seal
 from moe_lab.runs.layout import DONE, METRICS, TRACE
+from moe_lab.runs.tables import read_table, read_table_of_runs
 from moe_lab.trace import open_trace
 
 SMALL = Shape(layers=1, experts=4, documents=2, tokens=30)
@@ -271,3 +273,48 @@ def test_traces_of_other_experts_stand_beside_each_other_without_a_comparison(
     assert "six has other layers or numbers of " in page
     assert 'id="figure-load_shift"' not in page
     assert 'id="figure-load_interval"' in page
+
+
+ODD = (None, True, 3, 2**53 + 1, 2**70, -0.5, 1e101, float("nan"), "text", [1])
+
+
+@pytest.mark.parametrize("name", ["arm", "seed", "loss"])
+def test_a_column_of_results_is_cast_value_by_value_where_any_needs_it(
+    name: str, tmp_path: Path
+) -> None:
+    """The plain rule beside the fast path of columns that need no cast."""
+    good = {"arm": ["a", None], "seed": [1, None, -4], "loss": [1.5, None, float("nan")]}[name]
+    for values in (good, *([*good, odd] for odd in ODD)):
+        runs = [
+            RunRecord(tmp_path / str(place), RunState.FINISHED, {name: value})
+            for place, value in enumerate(values)
+        ]
+        cast = sources._CASTS[type(sources.RESULT_COLUMNS[name])]
+        expected = pl.Series(name, list(map(cast, values)), sources.RESULT_COLUMNS[name])
+        assert sources.run_table(runs)[name].equals(expected)
+
+
+def test_tables_of_many_runs_are_those_of_each(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, "topk", 2, 0, SMALL) for name in "ab"]
+    folders.append(make_unfinished_run(tmp_path / "c"))
+    each = [read_table(folder, "metrics") for folder in folders]
+    together = read_table_of_runs(folders, "metrics")
+    assert all(map(pl.DataFrame.equals, together, each))
+    (folders[1] / METRICS).write_bytes(b"PAR1 but no more")
+    with pytest.raises(RunError, match=re.escape(str(folders[1] / METRICS))):
+        read_table_of_runs(folders, "metrics")
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_the_real_experts_of_a_trace_are_counted_as_polars_does(
+    varies: bool, tmp_path: Path
+) -> None:
+    from moe_lab.report.compute_section import distinct_counts
+
+    shape = Shape(layers=2, experts=8, zero_experts=4 if varies else 0, top_k=3, documents=2)
+    trace = open_trace(make_trace(tmp_path / "trace", shape))
+    ends = trace.routing.select(pl.col("ffn_count").min(), high=pl.col("ffn_count").max())
+    low, high = ends.collect().row(0)
+    assert (low < high) == varies
+    expected = [low, high] if varies else [low]
+    assert distinct_counts(sources.NamedTrace("trace", trace)) == expected

@@ -17,12 +17,12 @@ from typing import Any
 import polars as pl
 
 from moe_lab.analysis.map_reduce import Task
-from moe_lab.analysis.worker_processes import MOST_DEATHS
 from moe_lab.config import require
 from moe_lab.errors import RunError, expected
 from moe_lab.sweeps.launchers.options import last_line, read_options
 from moe_lab.sweeps.launchers.protocol import MEMORY_HINT
 from moe_lab.sweeps.launchers.ray import WATCH_SECONDS, RayOptions, connected, lost
+from moe_lab.worker_processes import MOST_DEATHS
 
 
 @dataclass
