@@ -92,7 +92,14 @@ def _large(source: Source) -> bool:
             if len(list(islice(entries, LEAST_RUNS))) == LEAST_RUNS:
                 return True
     files = islice(folder.rglob("*.parquet"), FILES_SEEN)
-    return sum(file.stat().st_size for file in files) >= LEAST_BYTES
+    return sum(map(_size, files)) >= LEAST_BYTES
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # gone meanwhile
+        return 0
 
 
 def _cores() -> int:
