@@ -32,8 +32,8 @@ from trace_analysis import link_trace, write_trace
 
 from moe_lab import analysis
 from moe_lab.analysis.map_reduce import mapped
-from moe_lab.worker_processes import THREADS
 from moe_lab.trace import open_trace
+from moe_lab.worker_processes import THREADS
 
 ANALYSES = {
     "load by domain": lambda trace: analysis.expert_load(trace, by="domain"),
