@@ -17,13 +17,10 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from moe_lab.runs.layout import PLAN
 from moe_lab.worker_processes import WorkerProcesses
-
-if TYPE_CHECKING:
-    from moe_lab.report.sources import Source
 
 T = TypeVar("T")
 LEAST_RUNS, LEAST_ROWS, LEAST_BYTES = 1_000, 2_000_000, 50_000_000
@@ -59,7 +56,7 @@ class SecondProcess:
 
 
 @contextmanager
-def second_process(sources: Sequence[Source], wanted: bool = True) -> Iterator[SecondProcess]:
+def second_process(sources: Sequence[Any], wanted: bool = True) -> Iterator[SecondProcess]:
     """One for a page of large ``sources`` on a machine with a second core, if it is ``wanted``."""
     if not wanted or _cores() < 2 or not any(map(_large, sources)):
         yield SecondProcess()
@@ -83,7 +80,7 @@ def import_judging() -> None:
         importlib.import_module(name)
 
 
-def _large(source: Source) -> bool:
+def _large(source: Any) -> bool:
     if not isinstance(source, str | Path):
         return source.num_tokens * len(source.meta.layers) >= LEAST_ROWS
     folder = Path(source)
