@@ -39,12 +39,13 @@ def cache_sentences(frame: pl.DataFrame) -> list[str]:
     at = {row["policy"]: row for row in rows.filter(budget=budget).iter_rows(named=True)}
     first = at.get("lru") or next(iter(at.values()))
     bound = at.get("bound") or at.get("clairvoyant")
-    rates = [
+    low, high = (
         None if first[name] is None else 100 * first[name]
-        for name in ("hit_rate", "hit_rate_lo", "hit_rate_hi")
-    ]
+        for name in ("hit_rate_lo", "hit_rate_hi")
+    )
+    found = ranged(100 * first["hit_rate"], low, high, " %")
     text = (
-        f"A cache of {bytes_text(budget)} under {first['policy']} finds {ranged(*rates, ' %')} of "
+        f"A cache of {bytes_text(budget)} under {first['policy']} finds {found} of "
         f"the experts that {'decoded tokens' if phase == 'decode' else 'all steps'} ask for, and "
         f"reads {bytes_text(first['bytes_per_token'])} a token"
     )
