@@ -5,8 +5,10 @@ Writes a made-up trace (16 layers, top-8 of 128, a Zipf vocabulary, 8 domains, 1
 then runs every analysis in a fresh process of its own, engines taking turns, and prints seconds,
 processor seconds, peak memory and the ratio to this package. The queries say the plain thing:
 unnest or explode the slots, join the token table where it is needed, group and count. They have no
-intervals; this package's class profile and domain specialisation have theirs. ``--times N`` reads
-the same files linked N times, to see time grow and memory not.
+intervals; this package's domain specialisation has its own. ``class`` is the profile without
+intervals, as the queries are; ``class_draws`` has intervals from 1,000 draws of documents, against
+the same queries. ``--times N`` reads the same files linked N times, to see time grow and memory
+not.
 
     python experiments/benchmarks/trace_analysis.py [--rows 4000000] [--rounds 3] [--times 1]
     [--engines moe_lab polars duckdb] (duckdb: pip install -c constraints.txt duckdb)
@@ -36,7 +38,7 @@ from moe_lab.trace.part_files import Listing
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 16, 128, 8, 50_304
 THREADS = 2
-ANALYSES = ("load", "coactivation", "vocabulary", "domain", "class")
+ANALYSES = ("load", "coactivation", "vocabulary", "domain", "class", "class_draws")
 ENGINES = ("moe_lab", "polars", "duckdb")
 
 
@@ -113,16 +115,20 @@ def with_moe_lab(folder: Path) -> dict[str, Callable[[], Any]]:
     from moe_lab import analysis
 
     trace = open_trace(folder, verify=False)
+
+    def profile(resamples: int) -> Any:
+        frame = analysis.class_profile(
+            trace, "kind", "entropy", include_first=True, resamples=resamples
+        )
+        return frame.drop_nulls("layer")["mean"].sum()
+
     return {
         "load": lambda: analysis.expert_load(trace)["count"].sum(),
         "coactivation": lambda: analysis.coactivation(trace)["count"].sum(),
         "vocabulary": lambda: analysis.vocabulary_specialisation(trace)["mean"].sum(),
         "domain": lambda: analysis.domain_specialisation(trace, "domain")["specialisation"].sum(),
-        "class": lambda: (
-            analysis.class_profile(trace, "kind", "entropy", include_first=True)
-            .drop_nulls("layer")["mean"]
-            .sum()
-        ),
+        "class": lambda: profile(0),
+        "class_draws": lambda: profile(1000),
     }
 
 
@@ -183,6 +189,7 @@ def with_polars(folder: Path) -> dict[str, Callable[[], Any]]:
         "vocabulary": vocabulary,
         "domain": domain,
         "class": classes,
+        "class_draws": classes,
     }
 
 
@@ -221,6 +228,7 @@ def with_duckdb(folder: Path) -> dict[str, Callable[[], Any]]:
             select sum(mean) from (select layer, kind, avg(entropy::double) mean
             from {routing} r join {tokens} t on r.doc = t.doc and r.pos = t.pos group by all)""",
     }
+    queries["class_draws"] = queries["class"]
     return {
         name: lambda query=query: connection.execute(query).fetchall()[0][0]
         for name, query in queries.items()

@@ -18,6 +18,7 @@ from moe_lab.commands.options import (
 from moe_lab.commands.options import (
     place as location,
 )
+from moe_lab.errors import StorageError, require
 from moe_lab.terminal import say
 
 
@@ -59,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sglang", type=Path, default=None, metavar="PATH", help="write SGLang's locations"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files that --vllm or --sglang name"
+    )
     add_workers(parser)
     add_seed(parser)
     add_json(parser)
@@ -76,6 +80,14 @@ def main(args: argparse.Namespace) -> int:
     )
     from moe_lab.trace import open_trace
 
+    for path in (args.vllm, args.sglang):
+        require(
+            path is None or args.overwrite or not path.exists(),
+            "a file that is not there yet",
+            path,
+            "--overwrite to replace it",
+            error=StorageError,
+        )
     trace = open_trace(args.trace)
     machine = {"nodes": args.nodes, "groups": args.groups}
     options = (args.devices, args.slots, args.method)

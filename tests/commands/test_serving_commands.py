@@ -87,6 +87,12 @@ def test_place_judges_elsewhere_and_writes_engine_files(trace, capsys, tmp_path)
     assert "On text that it was not chosen on" in out
     assert json.loads(vllm.read_text())["moe_layer_count"] == 2
     assert len(json.loads(sglang.read_text())["physical_to_logical_map"][0]) == 12
+    before = vllm.read_bytes()
+    code, out, err = run(capsys, "place", trace, "--devices", 2, "--vllm", vllm)
+    assert (code, out, err.count("\n"), vllm.read_bytes()) == (2, "", 1, before)
+    assert "--overwrite" in err
+    code, _, _ = run(capsys, "place", trace, "--devices", 2, "--vllm", vllm, "--overwrite")
+    assert (code, vllm.read_bytes() == before) == (0, False)
     code, out, _ = run(capsys, "place", trace, "--devices", 4, "--by", "time", "--json")
     assert json.loads(out)["transfer"][0]["chosen_on"] == "first half"
     code, _, err = run(capsys, "place", trace, "--devices", 3)
