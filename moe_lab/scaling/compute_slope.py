@@ -98,6 +98,7 @@ def measured_slope(frame: pl.DataFrame) -> ComputeSlope:
         f"dL/dlnC = {-slope:+z.4f}",
         "checking the budgets' learning rates",
         error=AnalysisError,
+        field="budgets",
     )
     spent = "tokens" if _one_size(frame) else "active parameters and tokens as these runs do"
     interval = "" if error is None else f" (standard error {error:.4f})"

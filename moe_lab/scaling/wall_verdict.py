@@ -215,10 +215,15 @@ def verdict_by_budget(frame: pl.DataFrame | pl.LazyFrame, **options: Any) -> dic
     budgets = sorted(frame["tokens"].unique().to_list())
     if len(budgets) > 1 and not options.keys() & {"budgets", "compute_slope"}:
         options = {**options, "budgets": frame}
-    return {
-        float(tokens): wall_verdict(frame.filter(pl.col("tokens") == tokens), **options)
-        for tokens in budgets
-    }
+    verdicts = {}
+    for tokens in budgets:
+        try:
+            verdicts[float(tokens)] = wall_verdict(frame.filter(tokens=tokens), **options)
+        except AnalysisError as error:
+            if error.field == "budgets":  # of all budgets together
+                raise
+            raise AnalysisError(f"runs of {tokens:,.0f} tokens: {error}", error.field) from error
+    return verdicts
 
 
 def _alike(sweep: Sweep) -> AnalysisError:

@@ -88,15 +88,16 @@ def _answer(judged: pl.DataFrame, losses: pl.DataFrame, bound: float, free_share
     if not free.height or price is None:
         return f"{first}, and {free.height or 'none'} cost less; {docs}."
     act = {"forbid": "pruning", "silence": "silencing"}[judged["edit"][0]]
+    chosen = price["experts"]
     cost = f"{decimal(price['d_loss'], 4)} nats/token ({_ends(price)}) on the other half"
-    if price["experts"] == number:
+    if chosen == number:
         return (
             f"{first}, and {free.height} cost less: on half of the documents all do, and their "
             f"losses add up to {cost}, but a token needs some of them; {docs}."
         )
     return (
-        f"{first}, and {free.height} cost less: {act} the {price['experts']} that do on half of "
-        f"the documents costs {cost} if single losses add up; {docs}."
+        f"{first}, and {free.height} cost less; {docs}. {chosen} cost less on half of the "
+        f"documents: {act} {'it' if chosen == 1 else 'them'} costs {cost}, if single losses add up."
     )
 
 

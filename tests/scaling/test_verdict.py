@@ -250,6 +250,15 @@ def test_every_budget_has_its_own_verdict_with_the_slope_between_them():
     assert 0.1 < verdicts[1e9].compute_slope < 0.16, "between the ratios' own slopes, .1 to .18"
 
 
+def test_a_budget_that_cannot_be_judged_is_named():
+    whole = sweep(line, tokens=1e9)
+    one_ratio = sweep(lambda x: line(x) - 0.1, tokens=4e9).filter(
+        pl.col("ratio") == pl.col("ratio").min()
+    )
+    with pytest.raises(AnalysisError, match="^runs of 4,000,000,000 tokens: "):
+        verdict_by_budget(pl.concat([whole, one_ratio]))
+
+
 def test_verdict_tables_hold_every_step_and_every_form():
     verdict = wall_verdict(sweep(line))
     gains, forms = verdict.gain_table(), verdict.form_table()
