@@ -255,8 +255,9 @@ def test_a_budget_that_cannot_be_judged_is_named():
     one_ratio = sweep(lambda x: line(x) - 0.1, tokens=4e9).filter(
         pl.col("ratio") == pl.col("ratio").min()
     )
-    with pytest.raises(AnalysisError, match="^runs of 4,000,000,000 tokens: "):
+    with pytest.raises(AnalysisError) as caught:
         verdict_by_budget(pl.concat([whole, one_ratio]))
+    assert "runs of 4,000,000,000 tokens" in str(caught.value)
 
 
 def test_verdict_tables_hold_every_step_and_every_form():
