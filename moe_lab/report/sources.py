@@ -147,7 +147,7 @@ class Material:
         """The runs that logged steps, those that run or stopped among them."""
         return tuple(run for run in self.runs if run.state is RunState.FINISHED or logged(run))
 
-    @property
+    @cached_property
     def table(self) -> pl.DataFrame:
         """``run_table`` of the finished runs."""
         return self.all_runs.filter(state=RunState.FINISHED.value)

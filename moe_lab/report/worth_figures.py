@@ -177,7 +177,7 @@ def pair_losses(frame: pl.DataFrame) -> Canvas:
         x=rows["alone"].to_list(),
         y=rows["d_both"].to_list(),
         customdata=[
-            [layer, first, second, f"{excess:+.4f} ({interval_text(low, high, 4)})"]
+            [layer, first, second, f"{excess:+z.4f} ({interval_text(low, high, 4)})"]
             for layer, first, second, excess, low, high in rows.select(
                 "layer", "first", "second", "excess", "lo", "hi"
             ).rows()

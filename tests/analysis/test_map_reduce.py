@@ -217,7 +217,7 @@ def test_counts_that_no_manifest_lists_are_those_of_the_rows(traces, tmp_path):
 
 def test_workers_compare_the_checksums_of_the_files_that_they_read(traces, tmp_path):
     trace = open_trace(traces[0].folder)
-    path = trace.folder / "routing/layer=5/part-00007.parquet"
+    path = Path(trace.folder) / "routing/layer=5/part-00007.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

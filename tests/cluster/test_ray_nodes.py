@@ -252,7 +252,7 @@ def test_an_analysis_continues_after_a_kill_of_its_driver_and_goes_on_after_one_
 ) -> None:
     """Six parts, four at a time, of which the first three do not wait."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "analysis"))
-    import held_analysis
+    import held_analysis  # type: ignore[import-not-found]
 
     (tmp_path / "hold").touch()
     script, trace = str(held_analysis.__file__), str(small_trace.folder)

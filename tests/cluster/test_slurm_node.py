@@ -114,13 +114,17 @@ def test_a_job_that_cannot_be_launched_is_submitted_again_and_waits_for_its_node
     monkeypatch.setattr(slurm, "WAIT_SECONDS", 1.0)
     monkeypatch.setitem(slurm.LOOK_SECONDS, "slurm", 0.5)
     (controller / "no-launch").touch()
+    waits = r"job \d+(_0)? of alone waits: SLURM says .*DOWN, DRAINED.*; try scontrol show job"
     shown: list[str] = []
 
+    def found(lines: list[str]) -> bool:
+        return any(re.fullmatch(f"waiting: {waits}", line) for line in lines)
+
     def mend() -> None:
-        deadline = time.monotonic() + 300
-        while not shown and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not found(shown):
             if (tmp_path / WAITS).exists():
-                shown.extend(status_lines(status(tmp_path)))
+                shown[:] = status_lines(status(tmp_path))
             time.sleep(0.2)
         (controller / "no-launch").unlink()
         node = subprocess.run(["sinfo", "-h", "-o", "%n"], capture_output=True, text=True).stdout
@@ -138,9 +142,8 @@ def test_a_job_that_cannot_be_launched_is_submitted_again_and_waits_for_its_node
         r"again .* its job \d+(_0)? could not be launched \(SLURM says launch failed requeued held"
     )
     assert re.search(held + r"\); submitting it again", said)
-    waits = r"job \d+(_0)? of alone waits: SLURM says .*DOWN, DRAINED.*; try scontrol show job"
     assert re.search(f"waiting   {waits}", said)
-    assert [line for line in shown if re.fullmatch(f"waiting: {waits}", line)]
+    assert found(shown), shown
 
 
 def test_what_sbatch_refuses_is_one_line(

@@ -108,6 +108,8 @@ def test_a_large_sweep_shows_the_rows_that_need_attention():
             "alarms": [2, 1] + [0] * (number - 2),
             "alarm": ["Step 9, layer 1: it fell.", "Step 8: it rose."] + [""] * (number - 2),
             "error": "why",
+            "job": "",
+            "waits": "",
             "last_lines": "deep\nsaid",
             "arm": ["topk", "expert_choice"] * (number // 2),
             "sees_later_tokens": [False, True] * (number // 2),

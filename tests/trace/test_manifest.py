@@ -142,7 +142,7 @@ def test_the_meta_file_does_not_grow_with_the_trace(tmp_path):
     sizes = []
     for documents in (2, 40):
         trace = write(tmp_path / str(documents), documents)
-        sizes.append((trace.folder / "meta.json").stat().st_size)
+        sizes.append((Path(trace.folder) / "meta.json").stat().st_size)
     assert sizes[1] - sizes[0] <= 2  # digits of the number of files
 
 
@@ -190,7 +190,7 @@ def flip(path):
 @pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("read", READS)
 def test_a_changed_file_is_found_when_it_is_first_read(tmp_path, read, version):
-    folder = write(tmp_path / "t").folder
+    folder = Path(write(tmp_path / "t").folder)
     if version < 3:
         as_older_version(folder, version, sealed=True)
     flip(folder / FILE)
@@ -205,7 +205,7 @@ def test_a_changed_file_is_found_when_it_is_first_read(tmp_path, read, version):
 
 
 def test_a_changed_token_file_is_found_when_tokens_are_read(tmp_path):
-    folder = write(tmp_path / "t").folder
+    folder = Path(write(tmp_path / "t").folder)
     flip(folder / "tokens/part-00001.parquet")
     trace = open_trace(folder)
     with pytest.raises(TraceError, match=r"tokens/part-00001.parquet: expected"):
@@ -231,7 +231,7 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_itself(tmp_path, version, s
 
 
 def test_a_changed_file_of_a_trace_from_outside_is_found_on_opening(tmp_path):
-    folder = write(tmp_path / "t").folder
+    folder = Path(write(tmp_path / "t").folder)
     (folder / SEAL_FILE).unlink()
     open_trace(folder)
     flip(folder / FILE)
@@ -240,7 +240,7 @@ def test_a_changed_file_of_a_trace_from_outside_is_found_on_opening(tmp_path):
 
 
 def test_a_changed_manifest_is_refused(tmp_path):
-    folder = write(tmp_path / "t").folder
+    folder = Path(write(tmp_path / "t").folder)
     flip(folder / MANIFEST / "part-00000.parquet")
     with pytest.raises(TraceError, match="manifest: expected the 1 parts that were written"):
         open_trace(folder)
@@ -248,7 +248,7 @@ def test_a_changed_manifest_is_refused(tmp_path):
 
 @pytest.mark.parametrize("sealed", [True, False])
 def test_counts_that_are_not_those_of_the_rows_are_named_by_file(tmp_path, sealed):
-    folder = write(tmp_path / "t").folder
+    folder = Path(write(tmp_path / "t").folder)
     relist(folder, FILE, counts=[9, 9, 9, 0])
     if sealed:
         write_seal(folder)
@@ -260,7 +260,7 @@ def test_counts_that_are_not_those_of_the_rows_are_named_by_file(tmp_path, seale
 
 
 def test_rows_that_are_not_those_of_the_file_are_named(tmp_path):
-    folder = write(tmp_path / "t").folder
+    folder = Path(write(tmp_path / "t").folder)
     relist(folder, FILE, rows=17)
     write_seal(folder)
     with pytest.raises(TraceError, match=f"{FILE}: expected 17 rows as recorded, got 18"):
@@ -283,7 +283,7 @@ def test_a_trace_of_an_older_version_opens_with_the_same_rows_and_counts(tmp_pat
 
 
 def test_slots_of_an_older_version_that_are_not_those_of_the_rows_are_named(tmp_path):
-    folder = write(tmp_path / "t").folder
+    folder = Path(write(tmp_path / "t").folder)
     edit_manifest(
         folder,
         lambda frame: frame.with_columns(

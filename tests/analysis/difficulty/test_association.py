@@ -581,6 +581,7 @@ def test_the_committed_measurement_of_12_layers_takes_less_than_a_minute_and_3_g
     folder = Path(__file__).parents[3] / "experiments" / "benchmarks" / "results"
     measured = pl.read_parquet(folder / "difficulty_speed.parquet")
     assert measured["layers"].unique().to_list() == [12]
-    assert measured["tokens"].min() > 2_700_000
-    assert measured.group_by("round").agg(pl.col("seconds").sum())["seconds"].median() < 60
-    assert measured["gigabytes"].max() < 3
+    assert (measured["tokens"].to_numpy() > 2_700_000).all()
+    seconds = measured.group_by("round").agg(pl.col("seconds").sum())["seconds"]
+    assert np.median(seconds.to_numpy()) < 60
+    assert (measured["gigabytes"].to_numpy() < 3).all()
