@@ -89,7 +89,7 @@ def class_profile(
     if not layout.classes.height:
         return pl.DataFrame(schema=_COLUMNS | {"class": layout.classes["class"].dtype})
     if not is_mapped() and trace.num_tokens <= HELD_TOKENS:
-        reading = replace(reading, held=list(reading.codes(trace, layout.cells)))
+        reading = replace(reading, held=reading.places(trace, layout.cells, layout.docs))
     most = min(MAX_CELLS // layout.size, math.ceil(len(trace.meta.layers) / BATCHES))
     batches = _layer_batches(trace, max(1, most))
     arguments = value, reading, layout.cells.select(*_CELL, "cell"), layout.docs
@@ -117,13 +117,13 @@ def class_profile(
 @dataclass(frozen=True)
 class _Reading:
     """The columns of the token table that name a token's class and band, and whether position 0 is
-    read. ``held``: what ``codes`` returns, where it was read before.
+    read. ``held``: what ``places`` returns, where it was read before.
     """
 
     column: str
     band: str | None
     include_first: bool
-    held: list[pl.DataFrame] | None = None
+    held: "list[_Here] | None" = None
 
     def batches(self, trace: Trace, *columns: str) -> Iterator[pl.DataFrame]:
         """[doc, pos, class, band, bucket, (columns)] of the tokens, a file at a time; the class is
@@ -143,13 +143,14 @@ class _Reading:
         for batch in trace.batches(None, read):
             yield batch.select(*KEY, *columns, **cell)
 
-    def codes(self, trace: Trace, cells: pl.DataFrame) -> Iterator[pl.DataFrame]:
-        """[doc, pos, cell] of the tokens that were routed; ``cell`` is null for tokens that are
-        left out.
-        """
+    def places(self, trace: Trace, cells: pl.DataFrame, docs: Documents) -> "list[_Here]":
+        """Of the tokens that were routed, by file."""
         if self.held is not None:
-            yield from self.held
-            return
+            return self.held
+        return [_Here(frame, docs, len(cells)) for frame in self._codes(trace, cells)]
+
+    def _codes(self, trace: Trace, cells: pl.DataFrame) -> Iterator[pl.DataFrame]:
+        """[doc, pos, cell]; ``cell`` is null for tokens that are left out."""
         routed = [ROUTED] if ROUTED in trace.tokens.collect_schema() else []
         for batch in self.batches(trace, *routed):
             found = batch.filter(ROUTED) if routed else batch
@@ -205,19 +206,19 @@ def _value_sums(
     cell, then for each layer the sum of their values, file by file.
     """
     frames = [pl.DataFrame(schema={"place": pl.Int64, "sum": pl.Float64})]
-    codes = list(reading.codes(trace, cells))
-    known: dict[int, _Here] = {}
+    places = reading.places(trace, cells, docs)
+    known = dict(enumerate(places))
 
     def add(number: int, here: _Here, values: NDArray | None) -> None:
         sums = here.counts if values is None else np.bincount(here.local, values[here.chosen])
         place = number * docs.units * len(cells) + here.place
         frames.append(pl.DataFrame({"place": place, "sum": sums[here.at].astype(np.float64)}))
 
-    for frame in codes:
-        add(0, _Here(frame, docs, len(cells)), None)
+    for here in places:
+        add(0, here, None)
     for number, layer in enumerate(layers, 1):
         routing = trace.batches(layer, [*KEY, value])
-        tables = aligned(routing, lambda: iter(codes), "the token table")
+        tables = aligned(routing, lambda: (here.frame for here in places), "the token table")
         for place, (left, right) in enumerate(tables):
             if place not in known or not known[place].frame.equals(right):
                 known[place] = _Here(right, docs, len(cells))
