@@ -344,7 +344,7 @@ def _computed(mapping: _Mapping, tasks: Sequence[Task]) -> Iterator[pl.DataFrame
 
 
 def _kept(path: Path) -> pl.DataFrame | None:
-    """A finished partial frame; None where there is none, or a damaged one. Another process that
+    """A finished partial frame; None if it is missing or damaged. Another process that
     reads the same trace may remove it at any time.
     """
     try:

@@ -15,17 +15,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_gradients import gradients_of_a_layer
 from quack_stand_in import STAND_IN
 from refusals import refused
 from test_dispatch import random_routing, run
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from moe_lab.model import ExpertBank, MoEConfig, MoELayer
+from moe_lab.model import ExpertBank
 from moe_lab.model.dispatch import BACKENDS, choose, oracle, quack
 from moe_lab.model.dispatch.bank import Gating, Weights
 from moe_lab.model.dispatch.quack import Kernels, kernels, obstacle
-from moe_lab.routing import RouterConfig
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "gpu"
 MODULE = sys.modules["moe_lab.model.dispatch.quack"]
@@ -118,24 +117,8 @@ def test_gradients_of_gradients_are_refused() -> None:
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_checkpointing_and_autocast_change_no_gradient_beyond_rounding(zero: int) -> None:
-    router = RouterConfig(kind="longcat" if zero else "softmax_topk", num_experts=4, top_k=2)
-    router = router.replace(num_zero_experts=zero)
-    torch.manual_seed(0)
-    layer = MoELayer(MoEConfig(8, 4, router, dispatch="quack"))
-    x = torch.randn(6, 8, requires_grad=True)
-
-    def gradient(whole: bool, half: bool) -> Tensor:
-        layer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            y = layer(x) if whole else checkpoint(layer, x, use_reentrant=False)
-            assert isinstance(y, Tensor)
-            y.float().square().sum().backward()
-        assert layer.experts.gate_up.grad is not None
-        return layer.experts.gate_up.grad.clone()
-
-    exact = gradient(whole=True, half=False)
-    torch.testing.assert_close(gradient(whole=False, half=False), exact)
-    half = gradient(whole=True, half=True)
+    exact, checkpointed, half = gradients_of_a_layer("quack", zero)
+    torch.testing.assert_close(checkpointed, exact)
     assert half.dtype == torch.float32
     assert float((half - exact).norm() / exact.norm()) < 0.05
 
