@@ -6,7 +6,6 @@ no class.
 import json
 import random
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -274,13 +273,11 @@ def test_models_with_code_of_their_own_have_their_published_size(
     assert rounds_to(counted.active(convention), active)
 
 
-def test_a_large_file_is_counted_in_a_moment(tmp_path: Path) -> None:
-    """5 MB of a field that nobody reads; the limit is far above the 50 ms that it should take."""
+def test_a_large_file_counts_as_a_small_one(tmp_path: Path) -> None:
+    """5 MB of a field that nobody reads."""
     entry = find_model("Qwen3-30B-A3B")
     assert entry is not None
     config = {**entry["config"], "id2label": {str(number): "x" * 30 for number in range(110_000)}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert (tmp_path / "config.json").stat().st_size > 4_500_000
-    start = time.perf_counter()
-    count(tmp_path)
-    assert time.perf_counter() - start < 2
+    assert count(tmp_path).total == count(entry["config"]).total

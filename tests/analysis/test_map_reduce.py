@@ -331,7 +331,7 @@ def test_workers_end_with_the_process_that_started_them(traces, tmp_path):
     (process,) = workers._all
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
     workers.close()
 
 

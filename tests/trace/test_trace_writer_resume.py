@@ -208,7 +208,7 @@ def test_the_queue_makes_the_caller_wait_and_never_holds_more_than_its_limit():
     blocked.join(0.2)
     assert blocked.is_alive()
     gate.set()
-    blocked.join(5)
+    blocked.join(60)
     assert not blocked.is_alive()
     background.drain()
     assert done == [1]
