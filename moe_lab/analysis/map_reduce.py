@@ -226,9 +226,9 @@ def reduced(sums: Iterable[Sum[A]]) -> Iterator[A]:
 
 
 def _side_by_side(sums: Iterable[Sum[A]]) -> Iterator[A]:
-    """The result of each sum, in order, the next one begun in a thread while one is computed and
-    used: a table is read while another is counted. Together they hold at most ``MAX_CELLS``, or one
-    of them alone.
+    """The result of each sum, in order: two are computed in threads while one is used, so that a
+    table is read while another is counted. Together they hold at most ``MAX_CELLS``, or one of them
+    alone.
     """
 
     def compute(one: Sum[A]) -> A:
@@ -238,7 +238,9 @@ def _side_by_side(sums: Iterable[Sum[A]]) -> Iterator[A]:
         begun: deque[tuple[int, Future[A]]] = deque()
         try:
             for one in sums:
-                while begun and (len(begun) > 1 or begun[0][0] + one.size > MAX_CELLS):
+                while len(begun) > 2 or (
+                    begun and sum(size for size, _ in begun) + one.size > MAX_CELLS
+                ):
                     yield begun.popleft()[1].result()
                 begun.append((one.size, pool.submit(compute, one)))
             while begun:

@@ -40,8 +40,8 @@ def marks(folder: Path) -> dict[int, list[int]]:
 
 
 def kept(folder: Path) -> int:
-    """Finished parts."""
-    return len(list((folder / "kept").glob("*.arrow")))
+    """Finished parts; a name that begins with a dot is of one that is being written."""
+    return len(list((folder / "kept").glob("[!.]*.arrow")))
 
 
 def held(trace: Trace, folder: Path) -> Sum:

@@ -6,7 +6,9 @@ import pytest
 from refusals import refused
 
 from moe_lab.analysis import class_profile
+from moe_lab.analysis.document_bootstrap import document_weights, expanded_interval
 from moe_lab.errors import AnalysisError
+from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
 
 
 def ids_with(counts, k=4):
@@ -171,3 +173,42 @@ def test_another_value_of_the_routing_is_profiled_where_every_token_has_it(make_
         assert means.filter(pl.col("class") == kind)["mean"].item() == pytest.approx(want)
     with refused("value", AnalysisError):
         class_profile(trace, "kind", "loss")
+
+
+def test_intervals_are_those_of_sums_in_double_precision(tmp_path):
+    """A mean a hundred times its spread, in three strata, against sums of each draw."""
+    generator = np.random.default_rng(3)
+    doc, pos = (np.arange(4000) // 40).astype(np.uint32), (np.arange(4000) % 40).astype(np.uint32)
+    kind, band = generator.choice(["a", "b"], 4000), generator.integers(0, 3, 4000)
+    values = (100 + band + generator.random(4000)[doc] + generator.random(4000)).astype(np.float32)
+    meta = TraceMeta(layers=(LayerMeta(0, 4, 0, 1),))
+    with TraceWriter(tmp_path / "t", meta) as writer:
+        columns = {"doc": doc, "pos": pos, "token_id": pos, "kind": kind, "freq_band": band}
+        writer.write_tokens(pl.DataFrame(columns))
+        zero, one = np.zeros(4000, np.uint8), np.ones((4000, 1))
+        writer.write_rows(
+            0,
+            {"doc": doc, "pos": pos, "experts": zero[:, None].astype(np.uint16), "entropy": values}
+            | {"weights": one.astype(np.float16), "ffn_count": zero + 1, "zero_count": zero}
+            | {"gate_mass_ffn": values, "margin": values, "dropped": zero},
+            np.array([4000, 0, 0, 0]),
+        )
+    profile = class_profile(
+        open_trace(tmp_path / "t"), "kind", "entropy", include_first=True, resamples=200
+    ).filter(layer=0)
+    (weights_BD,) = document_weights(100, 200, 0)
+    for row in profile.rows(named=True):
+        total_B = total_weight = np.zeros(200)
+        for stratum in {*zip(band, np.log2(pos + 1).astype(int), strict=True)}:
+            inside = (band == stratum[0]) & (np.log2(pos + 1).astype(int) == stratum[1])
+            here = inside & (kind == row["class"])
+            tokens_B, sums_B = (
+                weights_BD @ np.bincount(doc[here], of[here].astype(np.float64), 100)
+                for of in (np.ones(4000), values)
+            )
+            weight_B = np.where(tokens_B > 0, inside.mean(), 0)
+            total_B = total_B + weight_B * sums_B / np.maximum(tokens_B, 1)
+            total_weight = total_weight + weight_B
+        low, high = map(float, expanded_interval(total_B / total_weight, 0.95, row["n_docs"]))
+        assert row["adjusted_lo"] == pytest.approx(low, abs=2e-6 * (high - low))
+        assert row["adjusted_hi"] == pytest.approx(high, abs=2e-6 * (high - low))
