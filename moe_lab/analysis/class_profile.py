@@ -204,32 +204,41 @@ def _value_sums(
     cells: pl.DataFrame,
     docs: Documents,
 ) -> pl.DataFrame:
-    """[place, sum] of a table [1 + L, U, M]: the number of tokens of each unit of documents in each
-    cell, then for each layer the sum of their values, file by file.
+    """[place, 0, 1, ..] of tables [U, M], file by file: the number of tokens of each unit of
+    documents in each cell, then for each layer the sum of their values.
     """
-    frames = [pl.DataFrame(schema={"place": pl.Int64, "sum": pl.Float64})]
+    names = [str(number) for number in range(1 + len(layers))]
     places = reading.places(trace, cells, docs)
     known = dict(enumerate(places))
+    found: dict[tuple[int, int], tuple[_Here, list[Floats | None]]] = {}
 
-    def add(number: int, here: _Here, values: NDArray | None) -> None:
-        sums = here.counts if values is None else np.bincount(here.local, values[here.chosen])
-        place = number * docs.units * len(cells) + here.place
-        frames.append(pl.DataFrame({"place": place, "sum": sums[here.at].astype(np.float64)}))
+    def add(number: int, file: int, here: _Here, sums: NDArray) -> None:
+        _, columns = found.setdefault((file, id(here)), (here, [None] * len(names)))
+        columns[number] = sums[here.at].astype(np.float64)
 
-    for here in places:
-        add(0, here, None)
+    for file, here in enumerate(places):
+        add(0, file, here, here.counts)
     for number, layer in enumerate(layers, 1):
         routing = trace.batches(layer, [*KEY, value])
         tables = aligned(routing, lambda: (here.frame for here in places), "the token table")
-        for place, (left, right) in enumerate(tables):
-            if place not in known or not known[place].frame.equals(right):
-                known[place] = _Here(right, docs, len(cells))
+        for file, (left, right) in enumerate(tables):
+            if file not in known or not known[file].frame.equals(right):
+                known[file] = _Here(right, docs, len(cells))
             missing = (left[value].is_null() & right["cell"].is_not_null()).sum()
             if missing:
                 got = f"{missing} tokens of a file of layer {layer} without"
                 want = "a value that the trace recorded in all its layers"
                 raise AnalysisError(expected(f"{value} of every token", got, want), field="value")
-            add(number, known[place], left[value].cast(pl.Float64).to_numpy())
+            here, values = known[file], left[value].cast(pl.Float64).to_numpy()
+            add(number, file, here, np.bincount(here.local, values[here.chosen]))
+    frames = [pl.DataFrame(schema={"place": pl.Int64} | dict.fromkeys(names, pl.Float64))]
+    for _, (here, columns) in sorted(found.items()):
+        none = np.zeros(len(here.at))
+        sums = {
+            name: none if column is None else column
+            for name, column in zip(names, columns, strict=True)
+        }
+        frames.append(pl.DataFrame({"place": here.place} | sums))
     return pl.concat(frames)
 
 
@@ -255,14 +264,15 @@ class _Here:
 
 
 def _added(shape: tuple[int, int, int]) -> Fold[Floats]:
-    """A fold of frames of ``_value_sums`` into their table."""
+    """A fold of frames of ``_value_sums`` into their tables."""
 
     def fold(total: Floats | None, frame: pl.DataFrame) -> Floats:
-        place, sums = frame["place"].to_numpy(), frame["sum"].to_numpy()
+        place, *columns = (column.to_numpy() for column in frame)
         if total is None:  # faster, and the same: sums of one place are added in their order
-            table = np.bincount(place, sums, minlength=math.prod(shape))
-            return table.astype(np.float64, copy=False).reshape(shape)
-        np.add.at(total.reshape(-1), place, sums)
+            tables = [np.bincount(place, column, math.prod(shape[1:])) for column in columns]
+            return np.stack(tables).astype(np.float64, copy=False).reshape(shape)
+        for table, column in zip(total, columns, strict=True):
+            np.add.at(table.reshape(-1), place, column)
         return total
 
     return fold

@@ -319,30 +319,37 @@ def _part(trace: Trace, files: pl.DataFrame, spans: dict[int | None, tuple[int, 
 def _computed(mapping: _Mapping, tasks: Sequence[Task]) -> Iterator[pl.DataFrame | None]:
     """The frame of each task in order; None for one whose tables are not aligned."""
     waiting: deque[tuple[Path, pl.DataFrame | None, Any]] = deque()
-    coming = iter(tasks)
-    while True:
-        for task in coming:
-            path = mapping.kept / f"{task.name}.arrow"
-            frame = _kept(path)
-            submitted = mapping.workers.submit(task) if frame is None else None
-            waiting.append((path, frame, submitted))
-            if len(waiting) >= mapping.workers.ahead:
+    coming, writing = iter(tasks), None
+    with ThreadPoolExecutor(1) as pool:  # a frame is written while it is folded
+        while True:
+            for task in coming:
+                path = mapping.kept / f"{task.name}.arrow"
+                frame = _kept(path)
+                submitted = mapping.workers.submit(task) if frame is None else None
+                waiting.append((path, frame, submitted))
+                if len(waiting) >= mapping.workers.ahead:
+                    break
+            if not waiting:
                 break
-        if not waiting:
-            return
-        path, frame, submitted = waiting.popleft()
-        mapping.used.add(path)
-        if frame is not None:
+            path, frame, submitted = waiting.popleft()
+            mapping.used.add(path)
+            if frame is None:
+                try:
+                    frame = mapping.workers.result(submitted)
+                except UnalignedTablesError:
+                    yield None
+                    continue
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(_keep, path, frame)
             yield frame
-            continue
-        try:
-            frame = mapping.workers.result(submitted)
-        except UnalignedTablesError:
-            yield None
-            continue
-        with atomic_path(path) as temporary:
-            frame.write_ipc(temporary, compression="zstd")
-        yield frame
+        if writing is not None:
+            writing.result()
+
+
+def _keep(path: Path, frame: pl.DataFrame) -> None:
+    with atomic_path(path) as temporary:
+        frame.write_ipc(temporary, compression="lz4")
 
 
 def _kept(path: Path) -> pl.DataFrame | None:
