@@ -1,7 +1,7 @@
 """Every dispatch backend equals the per-token oracle, forward and gradients, in float64."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from refusals import refused
 from torch import Tensor
 
-from moe_lab.model import ExpertBank
+from moe_lab.errors import ConfigError
+from moe_lab.model import ExpertBank, MoEConfig, MoELayer
 from moe_lab.model.dispatch import BACKENDS, backend, native, oracle
-from moe_lab.routing import Routing
+from moe_lab.model.dispatch.order import slot_order
+from moe_lab.routing import RouterConfig, Routing
 
 
 class Weights(NamedTuple):
@@ -20,6 +22,7 @@ class Weights(NamedTuple):
     down: Tensor
 
 
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.problem()))
 FAST = sorted(set(BACKENDS) - {"oracle", "liger", "quack"})  # test_liger.py, test_quack.py
 
 
@@ -152,16 +155,61 @@ def test_a_gradient_penalty_equals_the_oracles_in_float32(name: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_the_compiled_backend_refuses_gradients_of_gradients() -> None:
-    if not native.available():
-        pytest.skip(str(native.problem()))
+@pytest.mark.parametrize("name", ["cpu", "grouped"])
+def test_a_gradient_penalty_through_a_router_counts_each_path_once(name: str) -> None:
+    """Gate weights are a function of the tokens too."""
+
+    def penalty(dispatch: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        router = RouterConfig(num_experts=4, top_k=2)
+        layer = MoELayer(MoEConfig(6, 5, router, dispatch=dispatch)).double()
+        x_TD = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+        y_TD = layer(x_TD)
+        (slope,) = torch.autograd.grad(y_TD.square().sum(), x_TD, create_graph=True)
+        return [slope, *torch.autograd.grad(slope.square().sum(), list(layer.parameters()))]
+
+    for got, wanted in zip(penalty(name), penalty("oracle"), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@needs_native
+def test_the_compiled_backend_refuses_derivatives_that_it_does_not_have() -> None:
     routing = random_routing(5, 2, 3, 1, 0.2, seed=4)
-    bank = ExpertBank(3, 4, 3).double()
+    bank = ExpertBank(3, 4, 3).double().requires_grad_(False)
     x_TD = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     y_TD = BACKENDS["native"](x_TD, routing, bank)
     (slope,) = torch.autograd.grad(y_TD.square().sum(), x_TD, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with refused("dispatch"):
         torch.autograd.grad(slope.square().sum(), x_TD)
+    with refused("dispatch"):  # it would be 0
+        torch.func.jvp(lambda x: BACKENDS["native"](x, routing, bank), (x_TD,), (x_TD,))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("gate_up", lambda x, r, b: (x.float(), r, b)),
+        ("gate_up", lambda x, r, b: (x[:, :2], r, b)),
+        ("gate_up", lambda x, r, b: (x, r, Weights(b.gate_up, b.down[..., 1:]))),
+        ("gate_up", lambda x, r, b: (x, r, Weights(b.gate_up[1:], b.down[1:]))),
+        ("down", lambda x, r, b: (x, r, Weights(b.gate_up, b.down.float()))),
+        ("down", lambda x, r, b: (x, r, Weights(b.gate_up, b.down.to("meta")))),
+        ("indices", lambda x, r, b: (x[1:], r, b)),
+        ("indices", lambda x, r, b: (x, replace(r, indices=r.indices.int()), b)),
+        ("weights", lambda x, r, b: (x, replace(r, weights=r.weights[:, :1]), b)),
+    ],
+)  # fmt: skip
+def test_tensors_that_compiled_code_would_misread_are_refused(field: str, change: Any) -> None:
+    routing, bank = random_routing(5, 2, 3, 1, 0.2, seed=4), ExpertBank(3, 4, 3).double()
+    with refused(field):
+        BACKENDS["native"](*change(torch.randn(5, 4, dtype=torch.float64), routing, bank))
+
+
+def test_more_slots_than_int32_counts_are_refused() -> None:
+    many = torch.zeros(1, 1, dtype=torch.int64, device="meta").expand(2**31, 1)
+    with pytest.raises(ConfigError, match="at most 2147483647 slots"):
+        slot_order(Routing(many, many, many, many, 3))
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_gradients import gradients_of_a_layer
+from kernel_gradients import check_second_order_is_refused, gradients_of_a_layer
 from refusals import refused
 from test_dispatch import random_routing, run
 from torch import Tensor
@@ -84,6 +84,12 @@ def test_tokens_need_not_be_contiguous() -> None:
     bank = ExpertBank(4, 6, 5).double()
     x_TD = torch.randn(6, 12, dtype=torch.float64).T
     torch.testing.assert_close(liger(x_TD, routing, bank), oracle(x_TD, routing, bank))
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_gradients_of_gradients_are_refused(zero: int) -> None:
+    """They would lack the kernels' part: a router and zero-compute experts have theirs."""
+    check_second_order_is_refused("liger", zero)
 
 
 @pytest.mark.parametrize("zero", [0, 2])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.errors import require
+from moe_lab.errors import ConfigError, expected, require
 from moe_lab.routing import Routing
 
 
@@ -93,6 +93,36 @@ PAD = 8
 def biases_of(bank: Any) -> Biases | None:
     """The biases of a bank, None where it has none."""
     return getattr(bank, "biases", None)
+
+
+def require_fit(x_TD: Tensor, routing: Routing, bank: Bank) -> None:
+    """For kernels that read memory by the shapes that they are told: raise ``ConfigError`` unless
+    everything has one dtype and device and the shapes of one layer.
+    """
+    experts, width, hidden = routing.num_experts, x_TD.shape[1], bank.down.shape[-1]
+    slots = len(x_TD), routing.indices.shape[-1]
+    for name, value, shape, dtype in (
+        ("indices", routing.indices, slots, torch.int64),
+        ("weights", routing.weights, slots, None),
+        ("gate_up", bank.gate_up, (experts, 2 * hidden, width), x_TD.dtype),
+        ("down", bank.down, (experts, width, hidden), x_TD.dtype),
+    ):
+        fits = value.shape == shape and dtype in (None, value.dtype)
+        if not fits or value.device != x_TD.device:
+            wanted = f"{name} {list(shape)} in {dtype or 'any dtype'} on {x_TD.device}"
+            given = f"{list(value.shape)} in {value.dtype} on {value.device}"
+            raise ConfigError(expected(wanted, given), field=name)
+
+
+def require_first_order(backend: str) -> None:
+    """For the backward pass of a backend whose gradients have no gradients."""
+    require(
+        not torch.is_grad_enabled(),
+        "first derivatives",
+        f"gradients of gradients (create_graph) with backend {backend}",
+        "dispatch='grouped'",
+        field="dispatch",
+    )
 
 
 def takes_biases(dispatch: Dispatch) -> Dispatch:

@@ -17,13 +17,21 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.errors import require
-from moe_lab.model.dispatch.bank import SWIGLU, Bank, gating_of, takes_biases
+from moe_lab.model.dispatch.bank import (
+    SWIGLU,
+    Bank,
+    gating_of,
+    require_first_order,
+    require_fit,
+    takes_biases,
+)
 from moe_lab.model.dispatch.grouped import grouped
 from moe_lab.model.dispatch.order import InOrder, PutBack, TakeRows, slot_order
 from moe_lab.routing import Routing
@@ -80,13 +88,14 @@ def liger(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """Raises ``ConfigError`` where ``obstacle`` names one."""
     why = obstacle(x_TD, bank)
     require(not why, "tensors that backend liger runs", why, "dispatch='auto'", field="dispatch")
+    require_fit(x_TD, routing, bank)
     run = kernels()
     assert run is not None
     weights = routing.weights.to(x_TD.dtype)
     flat = routing.indices
     plain = not routing.weights_on_input and len(x_TD) > 0
     if plain and bool(((flat >= 0) & (flat < routing.num_experts)).all()):
-        return run(x_TD, bank.gate_up, bank.down, flat.int(), weights)
+        return _Once.apply(run(x_TD, bank.gate_up, bank.down, flat.int(), weights))
     slots = slot_order(routing)
     count = int(slots.ends[-1])
     if count == 0:
@@ -96,5 +105,18 @@ def liger(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     if routing.weights_on_input:
         rows_ND, scale_N1 = rows_ND * scale_N1, torch.ones_like(scale_N1)
     experts_N1 = flat.reshape(-1)[slots.order[:count]].unsqueeze(1).int()
-    y_ND = run(rows_ND, bank.gate_up, bank.down, experts_N1, scale_N1)
+    y_ND = _Once.apply(run(rows_ND, bank.gate_up, bank.down, experts_N1, scale_N1))
     return PutBack.apply(F.pad(y_ND, (0, 0, 0, flat.numel() - count)), slots)
+
+
+class _Once(torch.autograd.Function):
+    """Does nothing, but refuses gradients of gradients: those of the kernels would be constants."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        require_first_order("liger")
+        return grad

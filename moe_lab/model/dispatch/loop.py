@@ -126,8 +126,12 @@ def _differentiable(
     on_input: bool,
     gating: Gating,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``_Loop``, from operations that autograd can differentiate again."""
-    x, weights, gate_up, down = inputs
+    """The gradients of ``_Loop``, from operations that autograd can differentiate again.
+
+    Of views of the inputs: where one input depends on another, as gate weights depend on the
+    tokens that a router read, a gradient stops at each of them.
+    """
+    x, weights, gate_up, down = views = [value.view_as(value) for value in inputs]
     tokens, scale = slots.tokens, weights.reshape(-1)[slots.order].unsqueeze(1)
     bounds, blocks = [0, *slots.ends.tolist()], []
     for (a, b), into, out in zip(pairwise(bounds), gate_up.unbind(), down.unbind(), strict=True):
@@ -136,6 +140,6 @@ def _differentiable(
         blocks.append(F.linear(hidden if on_input else hidden * scale[a:b], out))
     unused = x.new_zeros(len(tokens) - bounds[-1], x.shape[1])
     y = slots.put_back(torch.cat([*blocks, unused]))
-    wanted = [value for value, need in zip(inputs, needed, strict=False) if need]
+    wanted = [value for value, need in zip(views, needed, strict=False) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return *(next(found) if need else None for need in needed[:4]), None, None, None

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_lab import compiled
 from moe_lab.errors import ConfigError, RunError, expected
-from moe_lab.model.dispatch.bank import Bank, gating_of, takes_biases
+from moe_lab.model.dispatch.bank import Bank, gating_of, require_fit, takes_biases
+from moe_lab.model.dispatch.order import require_countable
 from moe_lab.routing import Routing
 
 DTYPES = {torch.float32: "f32", torch.float64: "f64"}
@@ -36,7 +38,6 @@ FLAGS = (
     "-shared",
 )
 SWITCH = "MOE_LAB_NATIVE"
-MAX_SLOTS = 2**31 - 1
 
 
 @takes_biases
@@ -56,6 +57,14 @@ def experts(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     if not available():
         raise ConfigError(expected("a compiled expert library", problem(), "dispatch='cpu'"))
     weights = routing.weights.to(x_TD.dtype)
+    require_fit(x_TD, routing, bank)
+    if not torch.compiler.is_compiling() and any(
+        unpack_dual(value).tangent is not None for value in (x_TD, weights, bank.gate_up, bank.down)
+    ):
+        raise ConfigError(
+            expected("reverse-mode derivatives", "a forward-mode one (jvp)", "dispatch='oracle'"),
+            field="dispatch",
+        )
     save = torch.is_grad_enabled() and any(
         value.requires_grad for value in (x_TD, weights, bank.gate_up, bank.down)
     )
@@ -119,10 +128,7 @@ def _experts(
     """
     library = _loaded()
     indices, num_slots, num_experts = indices.contiguous(), indices.numel(), down.shape[0]
-    if num_slots > MAX_SLOTS:
-        raise ConfigError(
-            expected(f"at most {MAX_SLOTS} slots in one call", num_slots, "smaller batches")
-        )
+    require_countable(num_slots)
     order, starts, place = (
         torch.empty(size, dtype=torch.int32) for size in (num_slots, num_experts + 1, num_slots)
     )
@@ -223,6 +229,16 @@ def _backward_flops(grad_shape: Any, *shapes: Any, **kwargs: Any) -> int:
 
 
 _experts.register_autograd(_backward, setup_context=_keep)
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise ConfigError(
+        expected("first derivatives", "gradients of gradients (create_graph)", "dispatch='cpu'"),
+        field="dispatch",
+    )
+
+
+_experts_backward.register_autograd(_refuse)
 
 
 def _loaded() -> ctypes.CDLL:

@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lab.errors import require
 from moe_lab.routing import Routing
+
+MAX_SLOTS = 2**31 - 1
+"""Kernels take the ends of experts' rows as int32."""
 
 
 class SlotOrder(NamedTuple):
@@ -60,8 +64,15 @@ class SlotOrder(NamedTuple):
         return SlotOrder(rows_N, self.ends, rows_N.unsqueeze(1), runs_N1)
 
 
+def require_countable(num_slots: int) -> None:
+    """Raise ``ConfigError`` above ``MAX_SLOTS``."""
+    fits = num_slots <= MAX_SLOTS
+    require(fits, f"at most {MAX_SLOTS} slots in one call", num_slots, "smaller batches")
+
+
 def slot_order(routing: Routing) -> SlotOrder:
     """Sort the slots of a routing by expert, without host synchronisation."""
+    require_countable(routing.indices.numel())
     flat = routing.indices.reshape(-1)
     runs = (flat >= 0) & (flat < routing.num_experts)
     key = torch.where(runs, flat, routing.num_experts)

@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.errors import require
-from moe_lab.model.dispatch.bank import SWIGLU, Bank, gating_of, takes_biases
+from moe_lab.model.dispatch.bank import (
+    SWIGLU,
+    Bank,
+    gating_of,
+    require_first_order,
+    require_fit,
+    takes_biases,
+)
 from moe_lab.model.dispatch.order import InOrder, PutBack, SlotOrder, TakeRows, slot_order
 from moe_lab.routing import Routing
 from moe_lab.versions import older_than
@@ -84,6 +91,7 @@ def quack(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     """Raises ``ConfigError`` where ``obstacle`` names one."""
     why = obstacle(x_TD, bank)
     require(not why, "tensors that backend quack runs", why, "dispatch='auto'", field="dispatch")
+    require_fit(x_TD, routing, bank)
     weights, slots = routing.weights.to(x_TD.dtype), slot_order(routing)
     keep = torch.is_grad_enabled()
     if not routing.weights_on_input:
@@ -133,13 +141,7 @@ class _Quack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        require(
-            not torch.is_grad_enabled(),
-            "a backend whose gradients have gradients",
-            "create_graph with backend quack",
-            "dispatch='grouped'",
-            field="dispatch",
-        )
+        require_first_order("quack")
         run = kernels()
         assert run is not None
         x, weights, gate_up, down, act, tokens, bounds = ctx.saved_tensors
