@@ -18,6 +18,7 @@ from moe_lab.commands.options import (
 )
 from moe_lab.errors import AnalysisError, MoELabError, expected, require
 from moe_lab.number_format import magnitude
+from moe_lab.progress import shown
 from moe_lab.terminal import print_table, say
 
 if TYPE_CHECKING:
@@ -291,13 +292,15 @@ def verdict(args: argparse.Namespace) -> int:
     from moe_lab.scaling import MissingColumnsError, SeveralBudgetsError, wall_study
 
     try:
-        study = wall_study(
-            _runs(args),
-            arm=args.arm,
-            by_budget=args.by_budget,
-            noise_sd=args.noise,
-            vocab_size=args.vocab_size,
-        )
+        with shown(not args.json):
+            study = wall_study(
+                _runs(args),
+                arm=args.arm,
+                by_budget=args.by_budget,
+                noise_sd=args.noise,
+                vocab_size=args.vocab_size,
+            )
+            _ = study.settles  # simulates, before anything is printed
     except MissingColumnsError as error:
         mapped = " ".join(f"--column {name}=YOURS" for name in error.missing)
         got = f"only {', '.join(error.columns)}"

@@ -77,30 +77,39 @@ def _posterior(
     margin: float,
     threshold_error: float,
 ) -> np.ndarray:
-    """[3, B]: mean, standard deviation, probability above the threshold."""
+    """[3, B]: mean, standard deviation, probability above the threshold.
+
+    In ``basis`` the noise is the unit matrix and the process of one length diagonal, ``power``: one
+    decomposition per length serves every size and noise.
+    """
     noises = _noises(found)
-    process = np.array([_integrated(tuple(x.tolist()), length) for length in LENGTHS])
     sizes = (margin * np.array(SIZES)) ** 2
-    # every length, size and noise at once: [H, R, R], and [H] of each
-    shape = (len(LENGTHS), len(SIZES), len(noises))
-    length, size, noise = (index.ravel() for index in np.indices(shape))
-    kernel = sizes[size, None, None] * process[length]
-    inverse = np.linalg.inv(kernel + (noises[noise] ** 2)[:, None, None] * spread)
+    size, noise = (index.ravel() for index in np.indices((len(sizes), len(noises))))
     flat = np.stack([np.ones(len(x)), x], 1)
-    weighted = inverse @ flat
-    fixed = flat.T @ weighted
-    cross = kernel @ contrast
-    rest = flat.T @ contrast - np.einsum("hrk,hr->hk", weighted, cross)
-    solved = np.linalg.solve(fixed, rest[..., None])[..., 0]
-    kriging = np.einsum("hrs,hs->hr", inverse, cross) + np.einsum("hrk,hk->hr", weighted, solved)
-    variance = cross @ contrast - np.einsum("hr,hrs,hs->h", cross, inverse, cross)
-    variance = np.maximum(variance + (rest * solved).sum(1), 1e-300)[:, None]
-    project = inverse - weighted @ np.linalg.solve(fixed, weighted.transpose(0, 2, 1))
-    logdet = np.linalg.slogdet(inverse)[1] - np.linalg.slogdet(fixed)[1]
     centred = found.means - found.means.mean(1, keepdims=True)
-    fit = np.einsum("hbr,br->hb", centred @ project, centred)
-    logs = _noise_likelihood(found, noises)[noise] + 0.5 * logdet[:, None] - 0.5 * fit
-    gain = kriging @ centred.T
+    root = np.linalg.cholesky(spread)
+    parts = []
+    for length in LENGTHS:
+        half = np.linalg.solve(root, _integrated(tuple(x.tolist()), length))
+        power, axes = np.linalg.eigh(np.linalg.solve(root, half.T))
+        basis = np.linalg.solve(root.T, axes)
+        signal = sizes[size, None] * np.maximum(power, 0)  # [H, R], as are ``inverse``, ``cross``
+        inverse = 1 / (signal + noises[noise, None] ** 2)
+        rotated, flat_there, means = axes.T @ (root.T @ contrast), basis.T @ flat, centred @ basis
+        cross = signal * rotated
+        weighted = inverse[..., None] * flat_there
+        fixed = weighted.transpose(0, 2, 1) @ flat_there
+        rest = flat.T @ contrast - np.einsum("hrk,hr->hk", weighted, cross)
+        solved = np.linalg.solve(fixed, rest[..., None])[..., 0]
+        kriging = inverse * cross + np.einsum("hrk,hk->hr", weighted, solved)
+        variance = cross @ rotated - (inverse * cross**2).sum(1) + (rest * solved).sum(1)
+        level = means @ weighted  # [H, B, 2]
+        lost = (level @ np.linalg.inv(fixed) * level).sum(-1)
+        fit = inverse @ (means**2).T - lost
+        logdet = np.log(inverse).sum(1) - np.linalg.slogdet(fixed)[1]
+        logs = _noise_likelihood(found, noises)[noise] + 0.5 * logdet[:, None] - 0.5 * fit
+        parts.append((kriging @ means.T, np.maximum(variance, 1e-300)[:, None], logs))
+    gain, variance, logs = (np.concatenate(part) for part in zip(*parts, strict=True))
     weights = np.exp(logs - logsumexp(logs, axis=0))
     mean = (weights * gain).sum(0)
     spread_out = (weights * (variance + (gain - mean) ** 2)).sum(0)

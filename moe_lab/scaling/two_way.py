@@ -7,6 +7,7 @@ wherever the seeds link the ratios (docs/scaling.md). Two checks come with the f
 outlier  the largest externally studentised residual against Student's quantile of df - 1 degrees of
          freedom, Bonferroni over the runs: at most 1 % of Gaussian sweeps are flagged. One spiked
          run moves a gain and its standard error alike, so a confident answer needs none.
+         Runs of one ratio that are off together hide one another: `unlike_ratio` tests the ratio.
 trend    whether squared residuals grow with log2 ratio (Cook & Weisberg 1983, the score of a
          log-linear variance, its 95 % point simulated for the design); where they do, the rate of
          growth is fitted by restricted likelihood and the means are weighted by it.
@@ -18,9 +19,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
+from scipy.special import chdtri, fdtri, ndtri, stdtrit  # scipy.stats takes a second to import
 
 FALSE_FLAGS = 0.01
+FALSE_WARNINGS = 0.001
 TREND_LEVEL = 0.95
 TREND_DRAWS = 2000
 GROWTHS = np.linspace(0.0, 1.0, 21)
@@ -43,9 +45,9 @@ class Layout:
         ratio = np.repeat(np.arange(len(x)), seeds)
         return cls(x, ratio, np.concatenate([np.arange(count) for count in seeds]))
 
-    def without(self, run: int) -> "Layout":
-        """The layout without one run, and without a ratio or seed that had no other."""
-        keep = np.arange(len(self.ratio)) != run
+    def without(self, runs: int | np.ndarray) -> "Layout":
+        """The layout without these runs, and without a ratio or seed that had no other."""
+        keep = ~np.isin(np.arange(len(self.ratio)), runs)
         ratios, ratio = np.unique(self.ratio[keep], return_inverse=True)
         return Layout(self.x[ratios], ratio, np.unique(self.seed[keep], return_inverse=True)[1])
 
@@ -123,7 +125,20 @@ class Estimate:
 
     def error(self, contrasts: np.ndarray) -> np.ndarray:
         """[B, C] standard errors of ``contrasts`` [C, R] of the means."""
-        unit = np.einsum("cr,grs,cs->gc", contrasts, self.spread, contrasts)
+        return self._scaled((contrasts @ self.spread * contrasts).sum(-1))
+
+    def error_between(
+        self, contrasts: np.ndarray, first: np.ndarray, second: np.ndarray
+    ) -> np.ndarray:
+        """[B, N] standard errors of the differences of N pairs ``first`` [N] and ``second`` [N] of
+        ``contrasts`` [C, R].
+        """
+        joint = contrasts @ self.spread @ contrasts.T
+        own = np.diagonal(joint, axis1=1, axis2=2)
+        return self._scaled(own[:, first] + own[:, second] - 2 * joint[:, first, second])
+
+    def _scaled(self, unit: np.ndarray) -> np.ndarray:
+        """[B, N] standard errors of variances [G, N] in units of the noise variance."""
         return self.sd[:, None] * np.sqrt(np.maximum(unit, 0))[self.group]
 
     def rows(self, mask: np.ndarray) -> "Estimate":
@@ -137,18 +152,20 @@ class Estimate:
 
 def estimate(layout: Layout, losses: np.ndarray, known: float | None = None) -> Estimate:
     """Fit ``losses`` [B, n]; ``known`` states the noise between runs (nats)."""
-    means, spread, within, residual, leverage = _least_squares(layout, losses, 0.0)
-    draws = len(losses)
+    means, covariance, within, residual = _least_squares(layout, losses, 0.0)
+    leverage = _leverage(layout, covariance)
+    draws, ratios = len(losses), len(layout.x)
     outlier, deviation = _outlier(layout, residual, leverage, within)
-    spreads, group, growth = [spread], np.zeros(draws, int), np.zeros(draws)
+    spreads, group, growth = [covariance[:ratios, :ratios]], np.zeros(draws, int), np.zeros(draws)
     if layout.df > 1 and known is None:
         score = _trend_score(layout, residual, leverage, within)
         rising = np.flatnonzero(score > _trend_limit(layout))
         if len(rising):
             fits = [_least_squares(layout, losses[rising], rate) for rate in GROWTHS]
             pairs = zip(fits, GROWTHS, strict=True)
-            best = np.argmax([_restricted(layout, fit[2], rate) for fit, rate in pairs], axis=0)
-            spreads = [fit[1] for fit in fits]
+            scores = [_restricted(layout, fit[1], fit[2], rate) for fit, rate in pairs]
+            best = np.argmax(scores, axis=0)
+            spreads = [fit[1][:ratios, :ratios] for fit in fits]
             group[rising], growth[rising] = best, GROWTHS[best]
             for number, fit in enumerate(fits):
                 rows = best == number
@@ -167,19 +184,59 @@ def estimate(layout: Layout, losses: np.ndarray, known: float | None = None) -> 
     )
 
 
+@dataclass(frozen=True)
+class Unlike:
+    """A ratio (its index) whose runs disagree by ``sd`` nats where the others say ``expected``."""
+
+    ratio: int
+    sd: float
+    expected: float
+
+
+def unlike_ratio(layout: Layout, losses: np.ndarray, known: float | None = None) -> Unlike | None:
+    """The ratio whose runs [n] disagree most, if by more than the noise of the other ratios allows.
+
+    The test of the extra sum of squares, F, with the growth of the noise that the others show;
+    chi2 where the noise is ``known``; `FALSE_WARNINGS` over all ratios.
+    """
+    residual = _least_squares(layout, losses[None], 0.0)[3][0]
+    own = np.bincount(layout.ratio, residual**2) / np.maximum(layout.counts - 1, 1)
+    ratio = int(np.where(layout.counts > 1, own, -1.0).argmax())
+    there = np.flatnonzero(layout.ratio == ratio)
+    others, rest = layout.without(there), np.delete(losses, there)[None]
+    df = layout.df - others.df
+    if df < 1 or (others.df < 1 and known is None):
+        return None
+    rate = float(estimate(others, rest, known).growth[0])
+    shift = rate * (others.x[0] - layout.x[0])
+    within = float(_least_squares(others, rest, rate)[2][0]) * np.exp(-2 * shift)
+    extra = (float(_least_squares(layout, losses[None], rate)[2][0]) - within) / df
+    level = 1 - FALSE_WARNINGS / len(layout.x)
+    if known is None:
+        variance, limit = within / others.df, float(fdtri(df, others.df, level))
+    else:
+        variance, limit = known**2, float(chdtri(df, 1 - level)) / df
+    if not extra > limit * variance:
+        return None
+    here = np.exp(rate * (layout.x[ratio] - layout.x[0]))
+    return Unlike(ratio, here * np.sqrt(extra), here * np.sqrt(variance))
+
+
 def _least_squares(layout: Layout, losses: np.ndarray, rate: float) -> tuple[np.ndarray, ...]:
-    """Means [B, R], their covariance in units of the smallest ratio's noise, weighted residual sum
-    of squares [B], residuals [B, n] and leverages [n], with a noise that grows at ``rate``.
+    """Means [B, R], covariance [p, p] of the coefficients in units of the smallest ratio's noise,
+    weighted residual sum of squares [B] and residuals [B, n], with a noise that grows at ``rate``.
     """
     root = np.exp(-rate * (layout.x - layout.x[0]))[layout.ratio]
     design, target = layout.design * root[:, None], losses * root
-    inverse = np.linalg.solve(design.T @ design, design.T)  # of full rank: ``Layout.nuisance``
-    coefficients = target @ inverse.T
+    covariance = np.linalg.inv(design.T @ design)  # of full rank: ``Layout.nuisance``
+    coefficients = (target @ design) @ covariance
     residual = target - coefficients @ design.T
-    ratios = len(layout.x)
-    spread = (inverse @ inverse.T)[:ratios, :ratios]
-    leverage = np.einsum("np,pn->n", design, inverse)
-    return coefficients[:, :ratios], spread, (residual**2).sum(1), residual, leverage
+    return coefficients[:, : len(layout.x)], covariance, (residual**2).sum(1), residual
+
+
+def _leverage(layout: Layout, covariance: np.ndarray) -> np.ndarray:
+    """[n] leverages of the runs under equal noise."""
+    return (layout.design @ covariance * layout.design).sum(1)
 
 
 def _outlier(
@@ -220,13 +277,15 @@ def _trend_limit(layout: Layout) -> float:
 def _simulated_limit(x: tuple[float, ...], ratio: tuple[int, ...], seed: tuple[int, ...]) -> float:
     layout = Layout(np.array(x), np.array(ratio), np.array(seed))
     losses = np.random.default_rng(0).normal(size=(TREND_DRAWS, layout.runs))
-    _, _, within, residual, leverage = _least_squares(layout, losses, 0.0)
-    return float(np.quantile(_trend_score(layout, residual, leverage, within), TREND_LEVEL))
+    _, covariance, within, residual = _least_squares(layout, losses, 0.0)
+    score = _trend_score(layout, residual, _leverage(layout, covariance), within)
+    return float(np.quantile(score, TREND_LEVEL))
 
 
-def _restricted(layout: Layout, within: np.ndarray, rate: float) -> np.ndarray:
+def _restricted(
+    layout: Layout, covariance: np.ndarray, within: np.ndarray, rate: float
+) -> np.ndarray:
     """[B] restricted log likelihood of a noise that grows at ``rate``, its level profiled out."""
-    log_root = (-rate * (layout.x - layout.x[0]))[layout.ratio]
-    design = layout.design * np.exp(log_root)[:, None]
-    volume = np.linalg.slogdet(design.T @ design)[1]
-    return log_root.sum() - 0.5 * volume - 0.5 * layout.df * np.log(np.maximum(within, 1e-300))
+    log_roots = -rate * (layout.counts @ (layout.x - layout.x[0]))
+    volume = np.linalg.slogdet(covariance)[1]
+    return log_roots + 0.5 * volume - 0.5 * layout.df * np.log(np.maximum(within, 1e-300))

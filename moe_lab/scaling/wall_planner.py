@@ -15,6 +15,7 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, require
 from moe_lab.number_format import magnitude
+from moe_lab.progress import tracked
 from moe_lab.scaling.frontier_forms import FORMS, curve, fit_form
 from moe_lab.scaling.laws import LAWS
 from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT, Sweep
@@ -48,6 +49,8 @@ QUICK, SCREENED, SLACK = 20, 100, 0.1
 so much is given up."""
 LADDER = (2, 3, 5, 8, 12, 20)
 MOST_SEEDS = LADDER[-1]
+MOST_RUNS = 512
+"""Larger sweeps are not simulated to see what would settle one: that would take minutes."""
 LIGHTEST = 0.05
 """Akaike weight below which a form is not simulated."""
 TRUTHS: dict[str, Callable[[str], Truth]] = {
@@ -137,13 +140,13 @@ def what_would_settle(sweep: Sweep, verdict: Verdict, *, draws: int = 80, seed: 
     forms that fit it (Akaike weights) under its own noise: more seeds, even or at the end, and
     larger ratios.
 
-    Empty where nothing can be simulated: an unknown noise, or experts short of data.
+    Empty where nothing can be simulated: an unknown noise, or experts short of data. Sweeps of more
+    than `MOST_RUNS` runs are not simulated, and the answer says so where it matters.
     """
     noise = verdict.noise_sd
     starved = sweep.tokens / sweep.ratios[-1] < TOKENS_PER_EXPERT
     if starved or not (math.isfinite(noise) and noise > 0):
         return ""
-    truths = _own_truths(sweep, verdict)
     start = Design(
         tuple(sweep.ratios.tolist()),
         int(sweep.layout.counts.min()),
@@ -152,8 +155,12 @@ def what_would_settle(sweep: Sweep, verdict: Verdict, *, draws: int = 80, seed: 
         active_at=tuple(sweep.active.tolist()),
         compute_slope=verdict.compute_slope,
     )
-    plans = _larger(start)
-    for number, plan in enumerate(plans):
+    larger = _larger(start)
+    plans = [plan for plan in larger if plan.runs <= MOST_RUNS]
+    if not plans:
+        return f"not simulated, as it would be a sweep of more than {MOST_RUNS} runs"
+    truths = _own_truths(sweep, verdict)
+    for number, plan in enumerate(tracked(plans, "simulating larger sweeps")):
         rng = np.random.default_rng([seed, number])
         settled = 0.0
         for number_drawn in (QUICK, draws):
@@ -171,10 +178,11 @@ def what_would_settle(sweep: Sweep, verdict: Verdict, *, draws: int = 80, seed: 
                 f"{magnitude(plan.tokens)} tokens ({plan.runs} runs) settle it in "
                 f"{100 * settled:.0f} % of simulated sweeps"
             )
+    cut = f", of at most {MOST_RUNS} runs," if len(plans) < len(larger) else ""
+    reach = max(plan.ratios[-1] for plan in plans)
     return (
-        f"no sweep of up to {MOST_SEEDS} seeds and ratios up to {plans[-1].ratios[-1]:g} "
-        f"settles it "
-        f"in {100 * TARGET:.0f} % of simulated sweeps"
+        f"no sweep of up to {MOST_SEEDS} seeds and ratios up to {reach:g}{cut} settles it in "
+        f"{100 * TARGET:.0f} % of simulated sweeps"
     )
 
 

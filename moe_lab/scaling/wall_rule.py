@@ -289,7 +289,7 @@ def _growing(found: Estimate, differences: np.ndarray, gains: np.ndarray) -> np.
     early, late = np.triu_indices(len(differences), 1)
     if not len(early) or (found.known is None and not found.df):
         return np.zeros(len(gains), bool)
-    error = found.error(differences[late] - differences[early])
+    error = found.error_between(differences, early, late)
     limit = found.quantile(1 - 2 * GROWING_LEVEL / len(early))
     with np.errstate(invalid="ignore"):
         grown = gains[:, late] - gains[:, early] > limit * error

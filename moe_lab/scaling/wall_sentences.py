@@ -15,6 +15,7 @@ from scipy.special import ndtri
 from moe_lab.number_format import count_of, magnitude
 from moe_lab.scaling.compute_slope import ComputeSlope
 from moe_lab.scaling.sweep_losses import TOKENS_PER_EXPERT, Sweep
+from moe_lab.scaling.two_way import Unlike
 from moe_lab.scaling.wall_rule import (
     DELTA_AICC,
     DOUBLINGS_BEYOND,
@@ -32,7 +33,8 @@ SILENT = 1e-9  # nats: no two runs that differ agree this well
 class Case:
     """One judged sweep, as the sentences describe it.
 
-    ``without`` is what the outcome would be without the outlying run.
+    ``without`` is what the outcome would be without the outlying run, ``unlike`` the ratio whose
+    runs disagree too much.
     """
 
     sweep: Sweep
@@ -44,6 +46,7 @@ class Case:
     judged: Judgement
     outcome: Outcome
     without: Outcome
+    unlike: Unlike | None
 
     @property
     def tokens_per_expert(self) -> float:
@@ -115,6 +118,7 @@ def reasons(case: Case) -> list[str]:
         _noise,
         _diverged,
         _outlying,
+        _unlike,
         _starvation,
         _equivalence,
         _paid,
@@ -172,6 +176,17 @@ def _outlying(case: Case) -> str:
         f"the run at {case.sweep.run(case.outlier)} lies {found.deviation[0]:.1f} standard errors "
         f"from what its ratio and seed say: with it the outcome is "
         f'"{case.judged.outcomes_of_all()[0]}", without it "{case.without}"'
+    )
+
+
+def _unlike(case: Case) -> str:
+    if case.unlike is None:
+        return ""
+    sweep, unlike = case.sweep, case.unlike
+    return (
+        f"the {sweep.layout.counts[unlike.ratio]} runs at ratio {sweep.ratios[unlike.ratio]:g} "
+        f"disagree by {unlike.sd:.4f} nats where the noise of the other ratios is "
+        f"{unlike.expected:.4f}: look at each of them, as it is not known which are off"
     )
 
 
@@ -447,4 +462,10 @@ _SENTENCES: dict[Outcome, Callable[[Case, float | None], str]] = {
 
 def sentence(case: Case, at: float | None) -> str:
     """The verdict in one sentence, which a report prints first."""
-    return _SENTENCES[case.outcome](case, at)
+    text = _SENTENCES[case.outcome](case, at)
+    if case.unlike is None or case.outcome is Outcome.CANNOT_TELL:
+        return text
+    return (
+        f"{text} But the seeds at ratio {case.sweep.ratios[case.unlike.ratio]:g} disagree by more "
+        "than the noise of the other ratios: the outcome may rest on runs that are off."
+    )

@@ -17,6 +17,7 @@ import polars as pl
 
 from moe_lab.errors import AnalysisError, MoELabError
 from moe_lab.number_format import magnitude
+from moe_lab.progress import tell
 from moe_lab.runs.layout import TUNING
 from moe_lab.scaling.alternatives_compared import against_experts
 from moe_lab.scaling.confounds import SHORT, Status, caveats, confounds
@@ -284,6 +285,7 @@ def wall_study(
     judged, name = main_arm(runs, arm)
     options = {"noise_sd": noise_sd, "vocab_size": vocab_size}
     verdicts: dict[float | None, Verdict] = {}
+    tell(f"judging {judged.height:,} runs", 0, 1)
     if by_budget and "tokens" in judged.columns and judged["tokens"].n_unique() > 1:
         verdicts |= verdict_by_budget(judged, **options)
     else:

@@ -17,6 +17,7 @@ from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.html_table import html_table
 from moe_lab.scaling.compute_slope import MARGIN, ComputeSlope, law_slope, measured_slope
 from moe_lab.scaling.sweep_losses import Sweep, read_sweep
+from moe_lab.scaling.two_way import unlike_ratio
 from moe_lab.scaling.wall_rule import Judgement, Outcome, Price, doublings, judge
 from moe_lab.scaling.wall_sentences import Case, reasons, sentence
 
@@ -169,6 +170,7 @@ def wall_verdict(
         judged,
         Outcome(judged.outcomes()[0]),
         Outcome(judged.without[0]),
+        unlike_ratio(sweep.layout, sweep.losses, noise_sd),
     )
     if case.blind or case.starved:
         case = replace(case, outcome=Outcome.CANNOT_TELL)

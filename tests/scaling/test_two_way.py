@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy.special import ndtr
 from simulated_sweeps import DOUBLINGS_256, line, sweep
 
 from moe_lab.scaling import Outcome, wall_verdict
-from moe_lab.scaling.gain_process import posterior
-from moe_lab.scaling.two_way import GROWTHS, Layout, estimate
+from moe_lab.scaling.gain_process import LENGTHS, SIZES, _integrated, posterior
+from moe_lab.scaling.two_way import GROWTHS, Layout, estimate, unlike_ratio
 from moe_lab.scaling.wall_rule import Price, judge
 
 X = np.arange(9.0)
@@ -100,6 +101,21 @@ def test_noise_that_grows_is_found_and_its_last_ratios_are_trusted_less():
     assert np.median(error) == pytest.approx(np.sqrt(2 / 3) * growing[-2:].mean(), rel=0.35)
 
 
+def test_a_ratio_whose_seeds_disagree_is_found_at_the_rate_of_its_test():
+    def found(losses):
+        return [unlike_ratio(GRID, row) for row in losses]
+
+    quiet = found(draws(lambda x: 3 - 0.03 * x, 0.003, count=200))
+    assert np.mean([one is not None for one in quiet]) <= 0.02, "1 % and its error"
+    growing = 0.002 * 3 ** (X / 8)[GRID.ratio]
+    rising = found(draws(lambda x: 3 - 0.03 * x, growing, count=200))
+    assert np.mean([one is not None for one in rising]) < 0.06, "growth is part of the noise"
+    off = draws(lambda x: 3 - 0.03 * x, 0.003, count=60)
+    off[:, 24:26] += 0.05
+    off += np.array([0.3, -0.2, 0.1])[GRID.seed]
+    assert np.mean([one is not None and one.ratio == 8 for one in found(off)]) > 0.95
+
+
 def test_one_missing_run_costs_nothing_beside_a_large_seed_effect():
     right = 0
     for draw in range(20):
@@ -121,3 +137,44 @@ def test_the_process_is_sure_of_lines_and_unsure_where_the_last_step_alone_diffe
     assert steep.mean.mean() == pytest.approx(2 * MARGIN, rel=0.05)
     inside = np.abs(steep.mean - 2 * MARGIN) < 1.645 * steep.sd
     assert inside.mean() > 0.9
+
+
+def test_the_process_is_the_formula_written_out():
+    """Universal kriging with a dense inverse for each length and size, their likelihoods as
+    weights.
+    """
+    layout, noise = Layout.grid(X, np.array([2] * 6 + [5] * 3)), 0.004
+    found = estimate(layout, draws(lambda x: 3 - 0.02 * x, noise, layout, 1), known=noise)
+    flat, losses = np.stack([np.ones(9), X], 1), found.means[0]
+    logs, means, variances = [], [], []
+    for length in LENGTHS:
+        for size in (MARGIN * np.array(SIZES)) ** 2:
+            process = size * _integrated(tuple(X.tolist()), length)
+            inverse = np.linalg.inv(process + noise**2 * found.spread[0])
+            fixed = np.linalg.inv(flat.T @ inverse @ flat)
+            trend = fixed @ flat.T @ inverse @ losses
+            rest = inverse @ (losses - flat @ trend)
+            left = flat.T @ LAST - flat.T @ inverse @ process @ LAST
+            means.append(LAST @ (flat @ trend + process @ rest))
+            variances.append(LAST @ (process - process @ inverse @ process) @ LAST)
+            variances[-1] += left @ fixed @ left
+            volume = np.linalg.slogdet(inverse)[1] + np.linalg.slogdet(fixed)[1]
+            logs.append(volume / 2 - losses @ rest / 2)
+    weights = np.exp(np.array(logs) - max(logs))
+    weights /= weights.sum()
+    mean = weights @ means
+    sd = np.sqrt(weights @ (np.array(variances) + (np.array(means) - mean) ** 2))
+    above = weights @ ndtr((np.array(means) - MARGIN) / np.sqrt(variances))
+    made = posterior(X, found, LAST, MARGIN, MARGIN)
+    assert [made.mean[0], made.sd[0], made.above[0]] == pytest.approx([mean, sd, above], rel=1e-8)
+
+
+def test_errors_between_pairs_of_contrasts_are_those_of_their_differences():
+    layout = Layout.grid(X, np.array([2] * 6 + [5] * 3))
+    losses = draws(lambda x: 3 - 0.03 * x, 0.003, layout, 20) * (1 + layout.x[layout.ratio])
+    found = estimate(layout, losses)
+    contrasts = np.random.default_rng(0).normal(size=(5, 9))
+    first, second = np.triu_indices(5, 1)
+    between = found.error_between(contrasts, first, second)
+    assert len(set(found.group)) > 1
+    assert between == pytest.approx(found.error(contrasts[first] - contrasts[second]), rel=1e-9)

@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 from simulated_sweeps import DOUBLINGS_512, line, sweep, wall_at_32
 
-from moe_lab.scaling import Outcome, wall_study, wall_verdict
+from moe_lab import progress
+from moe_lab.scaling import Outcome, wall_planner, wall_study, wall_verdict
 from moe_lab.scaling import wall_sentences as words
 from moe_lab.scaling.frontier_forms import effective_ratio
 
@@ -62,6 +63,11 @@ def louder_at_the_end(truth, draw, seeds=5, sd=0.002):
 def unequal_seeds():
     frame = sweep(lambda x: 3 - 0.0116 * x, sd=0.003)
     return frame.filter((pl.col("ratio") > 1) | (pl.col("seed") < 2))
+
+
+def two_off_together():
+    """Two of the three runs of the largest ratio, half a nat above the line."""
+    return spiked(spiked(sweep(line), 256, 0, 0.5), 256, 1, 0.5)
 
 
 def two_budgets():
@@ -233,12 +239,27 @@ def test_noise_that_grows_is_named_with_both_ends():
     assert re.search(r"at ratio 1 and grows to 0\.0\d+ at 256", verdict.reasons[0])
 
 
+@pytest.mark.parametrize("noise_sd", [None, 0.003])
+def test_runs_that_are_off_together_are_a_warning_in_the_sentence(noise_sd):
+    verdict = wall_verdict(two_off_together(), noise_sd=noise_sd)
+    assert verdict.outcome is Outcome.BELOW_MARGIN
+    assert verdict.sentence.endswith(
+        "But the seeds at ratio 256 disagree by more than the noise of the other ratios: the "
+        "outcome may rest on runs that are off."
+    )
+    warning = next(reason for reason in verdict.reasons if "disagree" in reason)
+    assert re.search(r"3 runs at ratio 256 disagree by 0\.2\d+ nats where .* 0\.00[23]\d", warning)
+    unlike = wall_verdict(spiked(two_off_together(), 256, 2, 0.5), noise_sd=noise_sd)
+    assert "disagree" not in " ".join((unlike.sentence, *unlike.reasons)), "off, but they agree"
+
+
 def test_every_function_that_makes_a_sentence_is_reached():
     """A new sentence needs a row in the tables above."""
     known = {
-        "_noise", "_diverged", "_outlying", "_starvation", "_equivalence", "_paid", "_crossing",
-        "_shape", "_average", "_chance", "_router_growth", "_one_budget", "_wall_sentence",
-        "_below_sentence", "_no_wall_sentence", "_cannot_tell_sentence", "_shortfall",
+        "_noise", "_diverged", "_outlying", "_unlike", "_starvation", "_equivalence", "_paid",
+        "_crossing", "_shape", "_average", "_chance", "_router_growth", "_one_budget",
+        "_wall_sentence", "_below_sentence", "_no_wall_sentence", "_cannot_tell_sentence",
+        "_shortfall",
     }  # fmt: skip
     helpers = {"_seeds", "_budget", "_percent", "_margin", "_interval", "_smoothed"}
     made = {name for name, value in vars(words).items() if name.startswith("_") and callable(value)}
@@ -261,6 +282,7 @@ def test_every_return_that_makes_a_sentence_is_reached():
     cases = [(frame, {}) for frame, *_ in (*SENTENCES.values(), *REASONS.values())]
     cases += [
         (sweep(line), {"noise_sd": 0.01}),
+        (two_off_together(), {}),
         (budgets.filter(pl.col("tokens") == 4e9), {"budgets": budgets}),
         (louder_at_the_end(line, 1), {}),
         (unequal_seeds(), {}),
@@ -319,3 +341,25 @@ def test_what_would_settle_is_simulated_under_the_sweeps_own_noise():
     assert wall_study(sweep(line, seeds=1)).settles == "", "no noise to simulate with"
     assert wall_study(sweep(line, tokens=1e7)).settles == "", "experts short of data"
     assert wall_study(sweep(line)).settles == ""
+
+
+def test_sweeps_too_large_to_simulate_are_said_not_to_be_simulated(monkeypatch):
+    unsure = sweep(lambda x: 3 - 0.016 * x, seeds=2, sd=0.009, draw=2)
+    monkeypatch.setattr(wall_planner, "MOST_RUNS", 17)
+    assert (
+        wall_study(unsure).settles == "not simulated, as it would be a sweep of more than 17 runs"
+    )
+    monkeypatch.setattr(wall_planner, "MOST_RUNS", 18)
+    assert (
+        "seeds and ratios up to 256, of at most 18 runs, settles it" in wall_study(unsure).settles
+    )
+
+
+def test_a_verdict_says_what_it_computes_while_it_does():
+    told = []
+    token = progress._listener.set(lambda what, done, total: told.append(what))
+    try:
+        _ = wall_study(sweep(lambda x: 3 - 0.016 * x, seeds=2, sd=0.009, draw=2)).settles
+    finally:
+        progress._listener.reset(token)
+    assert list(dict.fromkeys(told)) == ["judging 18 runs", "simulating larger sweeps"]
