@@ -37,6 +37,19 @@ REFUSALS = {
         "The request signature we calculated does not match the signature you provided. Check your "
         "key and signing method.",
     ),
+    "RequestTimeTooSkewed": (
+        "403 Forbidden",
+        "The difference between the request time and the current time is too large.",
+    ),
+    "AuthorizationHeaderMalformed": (
+        "400 Bad Request",
+        "The authorization header is malformed; the region 'us-east-1' is wrong; expecting 'x'",
+    ),
+    "PermanentRedirect": (
+        "301 Moved Permanently",
+        "The bucket must be addressed using the specified endpoint.",
+    ),
+    "QuotaExceeded": ("403 Forbidden", "Quota exceeded"),
     "ExpiredToken": ("400 Bad Request", "The provided token has expired."),
     "AccessDenied": ("403 Forbidden", "Access Denied"),
     "SlowDown": ("503 Slow Down", "Please reduce your request rate."),
@@ -47,6 +60,8 @@ REFUSALS = {
 }
 CUT_UPLOAD, CUT_DOWNLOAD = "cut upload", "cut download"
 """The connection ends in the middle of the body; of an upload nothing is kept."""
+SHORT = "short download"
+"""Half of the body, and nothing says that there is more."""
 BODY = 1024
 """Bytes of a body that is long enough to be cut."""
 
@@ -70,7 +85,7 @@ class Fault:
         """Whether it happens to this request; ``answer``: bytes of the answer, once it is made."""
         method, size = environ["REQUEST_METHOD"], int(environ.get("CONTENT_LENGTH") or 0)
         fits = self.kind != CUT_UPLOAD or (method == "PUT" and size >= BODY)
-        if self.kind == CUT_DOWNLOAD:
+        if self.kind in (CUT_DOWNLOAD, SHORT):
             fits = method == "GET" and answer is not None and answer >= BODY
         elif answer is not None:
             fits = False
@@ -87,6 +102,7 @@ class S3Server:
     faults: tried in turn for each request.
     listed_at: listings tell what was there at this moment of ``time.monotonic``, None: now;
         objects themselves are read as they are.
+    wordless: refusals have a code and no sentence, as those of Ceph.
     before_answer: called with method and path once the answer is made and before it is sent.
     sent: method, path and bytes of the body of each answer.
     """
@@ -94,6 +110,7 @@ class S3Server:
     port: int = 0
     faults: list[Fault] = field(default_factory=list)
     listed_at: float | None = None
+    wordless: bool = False
     before_answer: Callable[[str, str], object] | None = None
     sent: list[tuple[str, str, int]] = field(default_factory=list)
     _history: list[tuple[float, str, int | None]] = field(default_factory=list)
@@ -184,8 +201,12 @@ class S3Server:
             self.before_answer(method, path)
         with self._lock:
             self.sent.append((method, path, len(body)))
-            cut = any(fault.take(environ, len(body)) for fault in self.faults)
-        if cut:
+            hit = next((one for one in self.faults if one.take(environ, len(body))), None)
+        if hit and hit.kind == SHORT:
+            body = body[: len(body) // 2]
+            headers = [pair for pair in headers if pair[0].lower() != "content-length"]
+            headers.append(("Content-Length", str(len(body))))
+        elif hit:
             start(status, headers)(body[: len(body) // 2])
             self._hang_up(environ)
         start(status, headers)
@@ -203,10 +224,10 @@ class S3Server:
         environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         raise ConnectionResetError
 
-    @staticmethod
-    def _refuse(code: str, method: str, start: Callable[..., Any]) -> list[bytes]:
+    def _refuse(self, code: str, method: str, start: Callable[..., Any]) -> list[bytes]:
         status, sentence = REFUSALS[code]
-        body = f"<Error><Code>{code}</Code><Message>{sentence}</Message></Error>".encode()
+        message = "" if self.wordless else f"<Message>{sentence}</Message>"
+        body = f"<Error><Code>{code}</Code>{message}</Error>".encode()
         start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [b"" if method == "HEAD" else body]
 

@@ -1,6 +1,6 @@
 """A folder of an object store (an fsspec URL such as ``s3://bucket/sweep``; extra ``store``).
 
-Every error of the store's client becomes a ``RunError`` of one line.
+Every error of the store's client becomes a ``RunError`` of one line, within a bounded time.
 
 Objects appear whole or not at all, so nothing is renamed into place. Names are relative to the URL.
 """
@@ -21,17 +21,12 @@ CLOCK_SECONDS = 60.0
 """How long a reading of the store's clock is carried on by this process's own."""
 DOWNLOADS = 3
 """How often an object is read that is replaced while it is read."""
-_CREDENTIALS = (
-    "permission",
-    "credential",
-    "forbidden",
-    "denied",
-    "unauthorized",
-    "accesskey",
-    "signature",
-    "token",
-    "badrequest",  # of Amazon, for an expired token, where the answer has no body
-)
+CALL_SECONDS, SLOWEST = 600.0, 50_000.0
+"""A call of the store's client, its repetitions included, takes so many seconds at most and a
+second more for so many bytes: its own limits hold for the silence between two bytes.
+"""
+READ_AT_ONCE = 256
+"""Objects of one call."""
 _AGAIN = "run the same command again to continue"
 _SIGNATURE = (
     "size",
@@ -44,7 +39,35 @@ _SIGNATURE = (
     "created",
 )
 """What clients call the size, the digest and the date of an object."""
-_NETWORK = ("connect", "timeout", "timed out", "resolve", "unreachable", "endpoint")
+_FULL = "try another store or free some space"
+_ADVICE = (
+    (("quotaexceeded", "storagefull"), _FULL),
+    (("requesttime",), "set the clock of this machine"),
+    (
+        # botocore follows a redirection to the same server until Python's recursion ends
+        ("theregion", "redirect", "specifiedendpoint", "recursion"),
+        "try the bucket's own region (AWS_DEFAULT_REGION) or endpoint (AWS_ENDPOINT_URL)",
+    ),
+    (("certificate",), "try the certificate of its authority (AWS_CA_BUNDLE)"),
+    (
+        ("profilenotfound", "invalidregion", "configparse"),
+        "try other settings of the client (AWS_PROFILE, AWS_DEFAULT_REGION, AWS_CONFIG_FILE)",
+    ),
+    (
+        # badrequest: of Amazon, for an expired token, where the answer has no body
+        (
+            *("permission", "credential", "forbidden", "denied", "unauthorized", "accesskey"),
+            *("signature", "expired", "invalidtoken", "badrequest"),
+        ),
+        "try other credentials (these may be wrong or have expired), or ask for the right to "
+        "list, read and write there",
+    ),
+    (
+        ("connect", "brokenpipe", "timeout", "timedout", "resolve", "unreachable", "endpoint"),
+        "check the network and the endpoint, then run the same command again",
+    ),
+)
+"""What is advised for words in what the client said, without blanks: the first that fits."""
 
 
 class Bucket:
@@ -54,13 +77,15 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        if {".", ".."} & set(self.url.split("/")):  # clients send another name than they list
+            raise RunError(expected("a URL without the names . and ..", url), field="store")
         self._files, self._root = _open(self.url)
         self._clock: tuple[float, float] | None = None  # this process's clock, the store's
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes of an object; None if there is no such object."""
+    def read(self, name: str, size: int = 0) -> bytes | None:
+        """The bytes of an object, about ``size``; None if there is no such object."""
         with suppress(FileNotFoundError), self._one_line("read"):
-            return self._files.cat_file(self._path(name))
+            return self._call("cat_file", self._path(name), size=size)
         return None
 
     def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -70,66 +95,73 @@ class Bucket:
         Raises ``FileNotFoundError`` if there is no such object.
         """
         starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        paths, size = [self._path(name)] * len(spans), sum(ends) - sum(starts)
+        found = []
         with self._one_line("read"):
-            found = self._files.cat_ranges([self._path(name)] * len(spans), starts, ends)
-            for part in found:
+            for part in self._call("cat_ranges", paths, starts, ends, size=size):
+                if isinstance(part, OSError) and part.errno == errno.EINVAL:
+                    part = b""  # InvalidRange: it begins behind the end of the object
                 if isinstance(part, Exception):
                     raise part
+                found.append(part)
         return found
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None if there is no such object."""
         with suppress(FileNotFoundError), self._one_line("read"):
             self._files.invalidate_cache()
-            return int(self._files.info(self._path(name))["size"])
+            return int(self._call("info", self._path(name))["size"])
         return None
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
         """The bytes of the objects that exist, read in parallel as far as the store's client
         can.
         """
-        paths = {self._path(name): name for name in names}
-        if not paths:
-            return {}
-        found = {}
+        names, found = list(names), {}
         with self._one_line("read"):
-            for path, content in self._files.cat(list(paths), on_error="return").items():
-                if isinstance(content, bytes):
-                    found[paths[path]] = content
-                elif not isinstance(content, FileNotFoundError):
-                    raise content
+            for first in range(0, len(names), READ_AT_ONCE):
+                some = names[first : first + READ_AT_ONCE]
+                paths = [self._path(name) for name in some]
+                contents = self._call("cat_ranges", paths, None, None)
+                for name, content in zip(some, contents, strict=True):
+                    if isinstance(content, bytes):
+                        found[name] = content
+                    elif not isinstance(content, FileNotFoundError):
+                        raise content
         return found
 
     def write(self, name: str, content: bytes) -> None:
         with self._one_line("write"):
-            self._files.pipe_file(self._path(name), content)
+            self._call("pipe_file", self._path(name), content, size=len(content))
 
     def upload(self, source: Path, name: str) -> None:
         """Copy the file ``source`` into the store. Raises ``FileNotFoundError`` if it is gone."""
         if not source.exists():
             raise FileNotFoundError(source)
         with self._one_line("write"):
-            self._files.put_file(str(source), self._path(name))
+            size = source.stat().st_size
+            self._call("put_file", str(source), self._path(name), size=size)
 
     def download(self, name: str, target: Path) -> None:
-        """Copy an object to the file ``target``, again where it was replaced meanwhile: clients
-        read long objects, and those whose connection was cut, in several pieces.
+        """Copy an object to the file ``target``, again where it was replaced meanwhile, or came
+        short: clients read long objects, and those whose connection was cut, in several pieces.
 
         Raises ``FileNotFoundError`` if there is no such object.
         """
         check_name(name, self.url)
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._one_line("read"):
-            before = self._files.info(self._path(name))
+            path = self._path(name)
+            before = self._call("info", path)
             for _ in range(DOWNLOADS):
-                self._files.get_file(self._path(name), str(target))
-                after = self._files.info(self._path(name))
-                if after == before:
+                self._call("get_file", path, str(target), size=before["size"] or 0)
+                after = self._call("info", path)
+                if after == before and after["size"] in (None, target.stat().st_size):
                     return
                 before = after
         raise StorageError(
-            f"cannot read {self.url}: {name} was replaced {DOWNLOADS} times while it was read; "
-            f"{_AGAIN}"
+            f"cannot read {self.url}: {name} was replaced or cut short {DOWNLOADS} times while it "
+            f"was read; {_AGAIN}"
         )
 
     def names(self, folder: str) -> list[str]:
@@ -138,9 +170,7 @@ class Bucket:
         Raises ``RunError`` for a name that could lead out of a folder it is copied to.
         """
         with self._one_line("list"):
-            self._files.invalidate_cache()
-            paths = self._files.find(self._path(folder))
-        return [self._name(path) for path in paths]
+            return list(self._described(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """All objects below ``folder``, with their bytes. Raises ``RunError`` as ``names``."""
@@ -160,10 +190,12 @@ class Bucket:
         }
 
     def _described(self, folder: str) -> dict[str, dict[str, Any]]:
-        """All objects below ``folder``, with what the client says of them."""
+        """All objects below ``folder``, with what the client says of them. A name that ends in a
+        slash is the mark of a folder, which consoles and other tools leave.
+        """
         self._files.invalidate_cache()
-        found = self._files.find(self._path(folder), detail=True)
-        return {self._name(path): info for path, info in found.items()}
+        found = self._call("find", self._path(folder), detail=True)
+        return {self._name(path): info for path, info in found.items() if path[-1:] != "/"}
 
     def _name(self, path: str) -> str:
         """The checked name of an object."""
@@ -172,13 +204,14 @@ class Bucket:
     def rename(self, name: str, new: str) -> None:
         """Rename an object within the store. Renaming a missing object is not an error."""
         with suppress(FileNotFoundError), self._one_line("rename in"):
-            self._files.mv(self._path(name), self._path(new))
+            self._call("cp_file", self._path(name), self._path(new))
+            self._call("rm_file", self._path(name))
 
     def delete(self, names: Iterable[str]) -> None:
         """Deleting a missing object is not an error."""
         for name in names:
             with suppress(FileNotFoundError), self._one_line("remove from"):
-                self._files.rm_file(self._path(name))
+                self._call("rm_file", self._path(name))
 
     def age(self, name: str) -> float | None:
         """Seconds since an object was written, by the store's own clock; None: no such object."""
@@ -209,6 +242,21 @@ class Bucket:
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+    def _call(self, method: str, *args: Any, size: int = 0, **options: Any) -> Any:
+        """What a method of the store's client gives, for at most ``size`` bytes. None of them takes
+        a path for a pattern. Where the client waits, its waiting is ended.
+        """
+        waiting = getattr(self._files, f"_{method}", None) if self._files.async_impl else None
+        if waiting is None:
+            return getattr(self._files, method)(*args, **options)
+        from fsspec.asyn import sync
+
+        limit = CALL_SECONDS + size / SLOWEST
+        try:
+            return sync(self._files.loop, waiting, *args, timeout=limit, **options)
+        except TimeoutError as error:
+            raise TimeoutError(f"no end of the answer within {limit:.0f} s") from error
 
     @contextmanager
     def _one_line(self, action: str) -> Iterator[None]:
@@ -277,22 +325,23 @@ def _cause(error: BaseException) -> str:
     nothing.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if text.endswith("None"):  # an answer without a sentence, as Ceph's
+        text = _code(error)
     line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     line = line.removesuffix(".")
     return line if len(line.split()) > 2 else f"{type(error).__name__}{line and ': '}{line}"
 
 
+def _code(error: BaseException) -> str:
+    """What the store calls the error, as botocore keeps it; empty where it is not known."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code") or "")
+
+
 def _advice(error: BaseException) -> str:
-    said = f"{type(error).__name__} {error}".lower().replace(" ", "")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "try another store or free some space"
-    if isinstance(error, PermissionError) or any(word in said for word in _CREDENTIALS):
-        return (
-            "try other credentials (these may be wrong or have expired), or ask for the right to "
-            "list, read and write there"
-        )
-    if isinstance(error, ConnectionError | TimeoutError) or any(
-        word.replace(" ", "") in said for word in _NETWORK
-    ):
-        return "check the network and the endpoint, then run the same command again"
-    return _AGAIN
+        return _FULL
+    said = f"{type(error).__name__} {error} {_code(error)}".lower().replace(" ", "")
+    return next(
+        (advice for words, advice in _ADVICE if any(word in said for word in words)), _AGAIN
+    )

@@ -336,7 +336,12 @@ def _read(path: Path, columns: list[str], wanted: pl.Expr | None = None) -> pl.D
         if found == {name: dtype for name, dtype in COLUMNS.items() if name != "pieces"}:
             scan = scan.with_columns(pieces=pl.lit(None, COLUMNS["pieces"]))
         elif found != COLUMNS:
-            raise ValueError(expected(f"columns {', '.join(COLUMNS)}", ", ".join(found)[:100]))
+            others = [
+                f"{name} {found.get(name, 'missing')}"
+                for name in {**COLUMNS, **found}
+                if found.get(name) != COLUMNS.get(name)
+            ]
+            raise ValueError(expected("the documented columns", ", ".join(others)[:60]))
         rows = scan.select(columns)
         return (rows if wanted is None else rows.filter(wanted)).collect()
 

@@ -93,7 +93,7 @@ class RemoteFiles:
 
     def _whole(self, name: str, entry: Entry) -> bytes:
         self._check_size(name, entry)
-        content = self.bucket.read(name)
+        content = self.bucket.read(name, entry["bytes"])
         if content is None:
             raise _missing(name)
         check_content(io.BytesIO(content), len(content), name, entry)

@@ -407,25 +407,23 @@ def test_no_object_name_leads_out_of_the_folder_it_is_copied_to(
     store.bucket.write(f"state/{hash_}/done", b"")
     hostile = name.format(outside=outside, run=hash_)
     find, cat, get = (
-        getattr(store.bucket._files, method) for method in ("find", "cat", "get_file")
+        getattr(store.bucket._files, method) for method in ("find", "cat_ranges", "get_file")
     )
     root = store.bucket._path("")
 
     def find_more(path: str, **options):
         more = [root + hostile] if hostile.startswith(path.removeprefix(root)) else []
-        return [*find(path, **options), *more]
+        return find(path, **options) | {path: {"size": 2} for path in more}
 
-    def cat_more(paths, **options):
-        known = [path for path in paths if path != root + hostile]
-        return (cat(known, **options) if known else {}) | {
-            path: b"{}" for path in paths if path not in known
-        }
+    def cat_more(paths, *bounds):
+        contents = zip(paths, cat(paths, *bounds), strict=True)
+        return [b"{}" if path == root + hostile else content for path, content in contents]
 
     def get_more(path: str, target: str):
         return Path(target).write_bytes(b"x") if path == root + hostile else get(path, target)
 
     monkeypatch.setattr(type(store.bucket._files), "find", staticmethod(find_more))
-    monkeypatch.setattr(type(store.bucket._files), "cat", staticmethod(cat_more))
+    monkeypatch.setattr(type(store.bucket._files), "cat_ranges", staticmethod(cat_more))
     monkeypatch.setattr(type(store.bucket._files), "get_file", staticmethod(get_more))
     monkeypatch.setattr(tempfile, "tempdir", str(outside / "deep" / "down"))
     Path(tempfile.tempdir).mkdir(parents=True)  # type: ignore[arg-type]

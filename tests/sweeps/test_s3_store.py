@@ -16,11 +16,12 @@ pytest.importorskip("s3fs", reason="needs s3fs (group dev)")
 pytest.importorskip("moto", reason="needs moto (group dev)")
 
 import s3fs
-from s3_server import CUT_DOWNLOAD, CUT_UPLOAD, S3Server
+from s3_server import CUT_DOWNLOAD, CUT_UPLOAD, SHORT, S3Server
 from stub_trainer import StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import RunError, StorageError
-from moe_lab.runs.bucket import DOWNLOADS, Bucket
+from moe_lab.runs import bucket as bucket_module
+from moe_lab.runs.bucket import DOWNLOADS, Bucket, _advice
 from moe_lab.runs.object_leases import take
 from moe_lab.sweeps import SweepOutcome, run, status
 from moe_lab.sweeps.launchers.mirror import _Copies
@@ -112,6 +113,87 @@ def test_what_a_server_goes_on_refusing_is_one_line(
         with pytest.raises(StorageError, match=cause):
             bucket.write("a/d", LONG)
     assert s3.objects() == {"sweep/a/b": LONG}
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("RequestTimeTooSkewed", "set the clock of this machine"),
+        ("AuthorizationHeaderMalformed", r"try the bucket's own region \(AWS_DEFAULT_REGION\)"),
+        ("PermanentRedirect", r"try the bucket's own region \(AWS_DEFAULT_REGION\) or endpoint"),
+        ("QuotaExceeded", "try another store or free some space"),
+    ],
+)
+def test_advice_fits_what_was_refused(s3: S3Server, impatient: None, kind: str, advice: str):
+    with s3.fault(kind), pytest.raises(StorageError, match=f"; {advice}"):
+        Bucket(URL).write("a", b"")
+
+
+def test_a_listing_without_a_next_page_is_no_matter_of_credentials():
+    assert _advice(KeyError("NextContinuationToken")) == bucket_module._AGAIN
+
+
+def test_a_refusal_without_a_sentence_is_told_by_its_code(s3: S3Server, impatient: None):
+    s3.wordless = True
+    for kind in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied"):
+        told = rf"^cannot write {URL}: PermissionError: {kind}; {CREDENTIALS}"
+        with s3.fault(kind), pytest.raises(StorageError, match=told):
+            Bucket(URL).write("a", b"")
+
+
+def test_an_answer_without_an_end_is_one_line(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    bucket = Bucket(URL)
+    bucket.write("a/b", LONG)
+    calls: list[Callable[[], object]] = [
+        lambda: bucket.read("a/b"),
+        lambda: bucket.read_many(["a/b", "a/c"]),
+        lambda: bucket.ranges("a/b", [(0, 9)]),
+        lambda: bucket.write("a/d", b""),
+        lambda: bucket.names("a"),
+        lambda: bucket.download("a/b", tmp_path / "copy"),
+    ]
+    ended = threading.Event()
+    s3.before_answer = lambda method, path: ended.wait(60)
+    monkeypatch.setattr(bucket_module, "CALL_SECONDS", 0.2)
+    try:
+        for call in calls:
+            with pytest.raises(StorageError, match=r"no end of the answer within \d+ s; check the"):
+                call()
+    finally:
+        ended.set()
+
+
+def test_an_object_cut_short_without_a_word_is_read_again(s3: S3Server, tmp_path: Path):
+    bucket = Bucket(URL)
+    bucket.write("checkpoint", LONG)
+    with s3.fault(SHORT, 1) as short:
+        bucket.download("checkpoint", tmp_path / "copy")
+    assert short.seen == 1
+    assert (tmp_path / "copy").read_bytes() == LONG
+    with s3.fault(SHORT), pytest.raises(StorageError, match="checkpoint was replaced or cut short"):
+        bucket.download("checkpoint", tmp_path / "copy")
+
+
+def test_a_url_is_no_pattern_and_marks_of_folders_are_no_objects(s3: S3Server):
+    bucket, other = Bucket("s3://bucket/a*[b]?"), Bucket("s3://bucket/axbc")
+    for one in (bucket, other):
+        one.write("files/x", one.url.encode())
+        s3fs.S3FileSystem().call_s3("put_object", Bucket="bucket", Key=f"{one.url[12:]}/files/")
+    assert bucket.read_many(["files/x", "files/y"]) == {"files/x": bucket.url.encode()}
+    bucket.rename("files/x", "files/z")
+    assert bucket.names("files") == ["files/z"]
+    assert other.names("files") == ["files/x"]
+    assert bucket.read("files/z") == bucket.url.encode()
+    assert bucket.ranges("files/z", [(0, 4), (900, 901)]) == [b"s3:/", b""]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/../x", "s3://bucket/x/."])
+def test_a_url_with_dots_for_names_is_refused(url: str):
+    """Clients write such names elsewhere than they list them."""
+    with pytest.raises(RunError, match=r"expected a URL without the names \. and \.\., got s3:"):
+        Bucket(url)
 
 
 def test_an_object_that_cannot_be_read_is_not_taken_for_a_missing_one(
@@ -212,7 +294,7 @@ def test_a_download_whose_object_is_replaced_is_one_version_and_not_two_halves(
             Bucket(URL).write("checkpoint", str(next(versions)).encode())
 
     s3.before_answer = replace_always
-    with pytest.raises(StorageError, match=f"checkpoint was replaced {DOWNLOADS} times while it"):
+    with pytest.raises(StorageError, match=f"checkpoint was replaced or cut short {DOWNLOADS} t"):
         bucket.download("checkpoint", tmp_path / "copy")
 
 

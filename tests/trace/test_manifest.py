@@ -239,6 +239,23 @@ def test_a_changed_file_of_a_trace_from_outside_is_found_on_opening(tmp_path):
         open_trace(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (pl.col("rows").cast(pl.UInt64), "rows UInt64"),
+        (pl.col("counts").cast(pl.List(pl.Int64)), r"counts List\(Int64\)"),
+        (pl.lit(1).alias("more"), "more Int32"),
+    ],
+)
+def test_a_manifest_of_other_columns_is_refused_by_what_differs(tmp_path, change, got):
+    folder = Path(write(tmp_path / "t").folder)
+    edit_manifest(folder, lambda frame: frame.with_columns(change))
+    write_seal(folder)
+    wanted = f"part-00000.parquet: expected .*, got expected the documented columns, got {got}; try"
+    with pytest.raises(TraceError, match=wanted):
+        open_trace(folder)
+
+
 def test_a_changed_manifest_is_refused(tmp_path):
     folder = Path(write(tmp_path / "t").folder)
     flip(folder / MANIFEST / "part-00000.parquet")
