@@ -20,7 +20,7 @@ from moe_lab.commands.options import (
     print_frame,
     print_json,
 )
-from moe_lab.errors import ConfigError, MoELabError, expected
+from moe_lab.errors import ConfigError, MoELabError, TraceError, expected, require
 from moe_lab.number_format import count_of
 from moe_lab.progress import clock, shown
 from moe_lab.runs.layout import DONE
@@ -120,6 +120,13 @@ def _experts(text: str) -> int | None:
 
 
 def main(args: argparse.Namespace) -> int:
+    require(
+        args.source.is_dir(),
+        "the folder of a finished run or of a pretrained model",
+        args.source,
+        error=TraceError,
+        field="source",
+    )
     is_run = (args.source / DONE).exists()
     out = args.out or (args.source / WORTH_FOLDER if is_run else None)
     if out is None and not args.plan:
@@ -184,7 +191,6 @@ def _print(args: argparse.Namespace, tables: "dict[str, pl.DataFrame]", out: Pat
 
 def _of_run(args: argparse.Namespace) -> "Ablation":
     """The measurement of a finished run, on the text or on its validation documents."""
-    from moe_lab.errors import require
     from moe_lab.text import Split, load_corpus, load_tokens, tokenize_documents
     from moe_lab.training import load_run
 
@@ -204,18 +210,10 @@ def _of_run(args: argparse.Namespace) -> "Ablation":
 
 def _of_model(args: argparse.Namespace) -> "Ablation":
     """The measurement of a pretrained model in a folder."""
-    from moe_lab.errors import TraceError, require
     from moe_lab.text import load_corpus
     from moe_lab.trace.capturing.class_columns import Described
     from moe_lab.trace.capturing.hub import Loading, load_pretrained, tokenized
 
-    require(
-        args.source.is_dir(),
-        "the folder of a finished run or of a pretrained model",
-        args.source,
-        error=TraceError,
-        field="source",
-    )
     if args.text is None:
         raise ConfigError(expected("a text to judge the experts on", "none", "--text PATH"))
     model, tokenizer = load_pretrained(args.source, Loading(args.dtype or "auto", args.device))
@@ -272,7 +270,6 @@ def _classes(
     counts: "np.ndarray | None",
 ) -> "dict[str, list[pl.Series]] | None":
     """The class columns of each document that were asked for."""
-    from moe_lab.errors import require
     from moe_lab.text import CLASSES, token_classes
 
     if not names:

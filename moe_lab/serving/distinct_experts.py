@@ -201,7 +201,9 @@ class _Decoded:
         by_load = (1 - (1 - share_LE.clip(max=1)) ** size).sum(axis=1)
         equal = self.experts * (1 - (1 - share_LE.sum(axis=1) / self.experts).clip(min=0) ** size)
         formulas = [np.append(values, values.mean()) for values in (by_load, equal)]
-        documents_used = len(self.kept) if kind == "batch" else int(self.units)
+        documents_used = len(self.kept)
+        if kind == "window":
+            documents_used = int((self.window_count[size] > 0).sum())
         if not note and documents_used < MIN_DOCUMENTS:
             note = f"No interval: fewer than {MIN_DOCUMENTS} documents."
         names = [*(layer.layer for layer in self.layers), None]

@@ -30,9 +30,8 @@ from moe_lab.versions import versions
 from moe_lab.worth.batches import padded_batches, pass_bytes
 from moe_lab.worth.curves import SHARES, both_halves, possible_shares, removal_curves, top_k_losses
 from moe_lab.worth.decisions import LEAST_SLOTS
-from moe_lab.worth.edits import Forbid
 from moe_lab.worth.measured_rows import text_hash
-from moe_lab.worth.measures import EditKind, expert_losses, expert_minutes, expert_worth
+from moe_lab.worth.measures import EDITS, EditKind, expert_losses, expert_minutes, expert_worth
 from moe_lab.worth.paired_passes import edited_sums, log_probabilities, logits_of, set_rows
 from moe_lab.worth.pairs import exchange_losses, pair_losses
 from moe_lab.worth.scores import SCORES, expert_scores, score_agreement, scored_layers
@@ -143,9 +142,9 @@ class Ablation:
         seconds = _seconds(self._scores, timed, missing[:1]) if missing else 0.0
         parts["scores"] = share * len(missing) * seconds
         if self.curves or self.pairs:
-            forbidden = [[Forbid(layer, 0) for layer in self.measured]]
+            edits = [[EDITS[self.edit](layer, 0) for layer in self.measured]]
             # half of it is the untouched pass, which many sets of edits share
-            seconds = share * _seconds(edited_sums, self.model, timed, forbidden) / 2
+            seconds = share * _seconds(edited_sums, self.model, timed, edits) / 2
             if self.curves:
                 groups = TokenGroups(self.documents, self.classes, Align.INPUT)
                 ks = len(self.ks)

@@ -214,7 +214,8 @@ class Editor:
             if bool((ids_TK == expert).any()):
                 left = self.experts - len(set(self.forbidden))
                 got = f"some; {left} other experts are left for {ids_TK.shape[1]} slots of a token"
-                raise self._error(f"no slot of the forbidden expert {expert}", got)
+                hint = "the edit silence, which leaves the slots"
+                raise self._error(f"no slot of the forbidden expert {expert}", got, hint=hint)
         if not bool(torch.isfinite(weights_TK).all()):
             raise self._error("finite gate weights under the edit", "others")
         module = self.site.module
@@ -258,8 +259,8 @@ class Editor:
             raise self._error("the edited experts alone to change", "others")
         self.calls += 1
 
-    def _error(self, what: str, got: object, field: str = "edits") -> TraceError:
-        return TraceError(f"{self.site}: {expected(what, got)}", field=field)
+    def _error(self, what: str, got: object, field: str = "edits", hint: str = "") -> TraceError:
+        return TraceError(f"{self.site}: {expected(what, got, hint)}", field=field)
 
 
 def editor_of(

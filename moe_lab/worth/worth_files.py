@@ -24,9 +24,9 @@ def refuse_taken(folder: Path) -> None:
     for taken, what in (
         ((folder / META).exists(), "a folder without a finished measurement"),
         (
-            not (folder / LOSSES).exists()
-            and folder.is_dir()
-            and any(not path.name.startswith(".") for path in folder.iterdir()),
+            folder.exists()
+            and not (folder / LOSSES).exists()
+            and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())),
             "a new folder, an empty one, or one with an unfinished measurement",
         ),
     ):

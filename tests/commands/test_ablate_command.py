@@ -115,5 +115,9 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
             main_raising(["ablate", str(run), *options, "--plan"])
     with refused("", ConfigError):
         main_raising(["ablate", str(run), "--dtype", "float16", "--plan"])
-    with refused("source", TraceError):
-        main_raising(["ablate", str(tmp_path / "nothing"), "--text", "x", "--plan"])
+    for options in (["--text", "x", "--plan"], []):
+        with refused("source", TraceError):
+            main_raising(["ablate", str(tmp_path / "nothing"), *options])
+    (tmp_path / "taken").touch()
+    with refused("out", AnalysisError):
+        main_raising(["ablate", str(run), "--out", str(tmp_path / "taken")])

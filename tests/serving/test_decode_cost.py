@@ -55,6 +55,14 @@ def test_windows_are_those_of_a_plain_loop(write_trace, random_ids):
     assert mean_row(frame, "batch", 1)["measured"] == 2
 
 
+def test_windows_count_the_documents_that_have_one(write_trace, random_ids):
+    """Seven documents, of which four are long enough: too few for an interval, and it says so."""
+    ids, doc = random_ids(50, 2, 2, 7, seed=4), np.repeat(np.arange(7), [10, 10, 10, 10, 4, 3, 3])
+    row = mean_row(distinct_experts(write_trace(ids, doc, 7), window=[5]), "window", 5)
+    assert (row["n"], row["n_docs"], row["lo"]) == (8, 4, None)
+    assert row["note"] == "No interval: fewer than 5 documents."
+
+
 def test_independent_tokens_follow_the_load_formula(write_trace, random_ids):
     ids, doc = random_ids(2000, 1, 2, 10, seed=7), np.repeat(np.arange(40), 50)
     frame = distinct_experts(write_trace(ids, doc, 10), batch=[8], window=[8], resamples=50)

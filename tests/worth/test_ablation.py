@@ -12,6 +12,7 @@ from moe_lab.worth import Forbid, batches, expert_losses, expert_scores, expert_
 from moe_lab.worth import ablation as ablation_module
 from moe_lab.worth.ablation import Ablation, untouched_loss
 from moe_lab.worth.batches import padded_batches, pass_bytes
+from moe_lab.worth.measures import EditKind
 from moe_lab.worth.paired_passes import Untouched
 from moe_lab.worth.worth_files import read_meta, refuse_taken
 from moe_lab.worth.worth_sentences import curve_sentences, pruning_price, worth_sentences
@@ -59,6 +60,15 @@ def test_a_measurement_writes_its_tables_and_is_not_replaced(tmp_path):
         ablation.run(tmp_path)
     with refused("worth", AnalysisError):
         read_meta(tmp_path / "other")
+
+
+def test_where_a_token_runs_every_expert_each_can_be_silenced_and_none_forbidden(tmp_path):
+    options = {"experts": 1, "curves": True, "pairs": 1}
+    silenced = Ablation(decoder(top_k=6), texts(6), edit=EditKind.SILENCE, **options)
+    assert set(silenced.minutes()) == {"losses", "scores", "curves", "pairs"}
+    assert {"worth", "top_k", "pairs"} <= set(silenced.run(tmp_path))
+    with refused("edits", TraceError):
+        Ablation(decoder(top_k=6), texts(6), **options).minutes()
 
 
 def test_documents_of_a_token_are_counted_and_left_out(tmp_path):
