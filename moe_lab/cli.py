@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from moe_lab import __version__
-from moe_lab.errors import MoELabError
+from moe_lab.errors import MoELabError, require
 from moe_lab.plain_text import one_line, plain_output
 from moe_lab.plugins import load
 
@@ -22,7 +22,10 @@ COMMANDS = {
         "moe_lab.commands.demo",
         "train a small grid on text that every Python ships, and write its report",
     ),
-    "sweep": ("moe_lab.commands.sweep", "plan, run or watch a designed grid of runs"),
+    "sweep": (
+        "moe_lab.commands.sweep",
+        "plan or run a designed grid of runs, or say how far it is",
+    ),
     "watch": ("moe_lab.commands.watch", "a page of runs while they train, on this machine alone"),
     "train": ("moe_lab.commands.train", "train one model"),
     "trace": ("moe_lab.commands.trace", "record every routing decision of a trained run on a text"),
@@ -61,7 +64,7 @@ COMMANDS = {
     ),
     "list": (
         "moe_lab.commands.list",
-        "the names of routers, losses, controllers, backends, laws, models or minis",
+        "the names of routers, losses, controllers, backends, laws, models, minis or presets",
     ),
     "doctor": (
         "moe_lab.commands.doctor",
@@ -148,6 +151,10 @@ def _run(arguments: list[str]) -> int:
     module = importlib.import_module(COMMANDS[name][0])
     plugins, parser = command_parsers(name)
     try:
+        for text in arguments:
+            require(
+                _is_utf8(text), "arguments in UTF-8", ascii(text), "renaming that file or folder"
+            )
         # Before the command's own options, which may name what a plugin adds.
         known, remaining = plugins.parse_known_args(arguments[1:])
         for source in getattr(known, "plugin", ()):
@@ -162,6 +169,11 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _is_utf8(text: str) -> bool:
+    """False for a name of other bytes, which Python reads as unpaired surrogates."""
+    return text == text.encode(errors="replace").decode()
 
 
 if __name__ == "__main__":

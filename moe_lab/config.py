@@ -66,6 +66,10 @@ def between(low: float, high: float) -> Range:
     return Range(lambda value: low <= value <= high, f"between {low} and {high}", high)
 
 
+MAX_SEED = 2**63 - 1
+"""Of a random generator of torch, and of a column of seeds."""
+
+
 class Config:
     """Mixin of frozen dataclasses: ``to_dict``, ``from_dict``, ``hash``, ``replace``; its ``repr``
     shows the fields that differ from their defaults.

@@ -2,6 +2,7 @@
 clipboard, turn the direction of writing or stay invisible.
 """
 
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -68,10 +69,19 @@ class PlainStream:
 
 @contextmanager
 def plain_output() -> Iterator[None]:
-    """Standard output and standard error write plain text."""
+    """Standard output and standard error write plain text; what their encoding lacks is written as
+    escapes.
+    """
     streams = sys.stdout, sys.stderr
+    texts = [stream for stream in streams if isinstance(stream, io.TextIOWrapper)]
+    errors = [stream.errors for stream in texts]
+    for stream in texts:
+        stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = map(PlainStream, streams)  # type: ignore[assignment]
     try:
         yield
     finally:
         sys.stdout, sys.stderr = streams
+        for stream, before in zip(texts, errors, strict=True):
+            if not stream.closed:
+                stream.reconfigure(errors=before)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lab.plain_text import LONGEST_MESSAGE, PlainStream, one_line, plain
+from moe_lab.cli import main
+from moe_lab.plain_text import LONGEST_MESSAGE, PlainStream, one_line, plain, plain_output
 
 KEPT = "\n\t\r"
 
@@ -61,6 +62,23 @@ def test_a_stream_writes_plain_text_and_is_else_the_same() -> None:
     stream = PlainStream(below)
     print("name\x1b[2J", file=stream)
     assert stream.getvalue() == "name\\x1b[2J\n"
+
+
+def test_what_an_encoding_lacks_is_written_as_escapes(monkeypatch) -> None:
+    below = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", below)
+    with plain_output():
+        print("±0.02 ≥1")
+    below.flush()
+    assert below.buffer.getvalue() == b"\\xb10.02 \\u22651\n"
+    assert below.errors == "strict"
+
+
+def test_a_name_that_is_no_text_is_refused(capsys) -> None:
+    """polars writes no such file, and a page cannot show its name."""
+    assert main(["report", "traces/x\udcff"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("moe-lab report: expected arguments in UTF-8, got 'traces/x\\udcff'")
 
 
 @pytest.mark.data

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moe_lab.config import MAX_SEED
 from moe_lab.errors import ConfigError, MoELabError, expected, require
 from moe_lab.number_format import count_of
 from moe_lab.terminal import fits, print_table, say, window_width
@@ -236,7 +237,7 @@ def launcher_options(texts: Sequence[str]) -> dict[str, str]:
 def add_seed(
     parser: argparse.ArgumentParser, help: str = "seed of what is drawn at random"
 ) -> None:
-    add_number(parser, "--seed", 0, whole=True, least=0, default=0, help=help)
+    add_number(parser, "--seed", 0, whole=True, least=0, most=MAX_SEED, default=0, help=help)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
-from moe_lab.config import Config, above, at_least, at_most, between, choice, require
+from moe_lab.config import MAX_SEED, Config, above, at_least, at_most, between, choice, require
 from moe_lab.cost.parts import ExpertsRun, Pieces
 from moe_lab.lazy import load_name
 from moe_lab.routing.choices import (
@@ -123,7 +123,7 @@ class RouterConfig(Config):
     max_slots: Annotated[int | None, at_least(1)] = None
     vocab_size: Annotated[int | None, at_least(1)] = None
     hash_table: HashTable | None = None
-    hash_seed: int | None = None
+    hash_seed: Annotated[int | None, at_least(0), at_most(MAX_SEED)] = None
 
     def __post_init__(self) -> None:
         if self.kind not in FACTS:

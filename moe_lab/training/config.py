@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Annotated
 
-from moe_lab.config import Config, above, at_least, between, require
+from moe_lab.config import MAX_SEED, Config, above, at_least, at_most, between, require
 from moe_lab.model import DecoderConfig
 from moe_lab.text import TextConfig
 
@@ -100,7 +100,7 @@ class RunConfig(Config):
     model: DecoderConfig
     name: str = "run"
     arm: str = "topk"
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Annotated[int, at_least(0), at_most(MAX_SEED)] = 0
     text: TextConfig = field(default_factory=TextConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: Annotated[int, at_least(1)] = 16

@@ -39,7 +39,12 @@ def test_a_number_is_read_in_full(settings, text, value) -> None:
         ("train --experts 0", "--experts as a whole number above 0, got '0'; try --experts 16"),
         (
             "train --seed -1",
-            "--seed as a whole number of at least 0, got '-1'; try --seed 0",
+            f"--seed as a whole number of at least 0 and at most {2**63 - 1}, got '-1'; "
+            "try --seed 0",
+        ),
+        (
+            f"train --set seed={2**63}",
+            f"--set seed as a number of at most {2**63 - 1}, got {2**63}; try --set seed=0",
         ),
         (
             "train --tokens 1.5",
