@@ -21,7 +21,7 @@ from moe_lab.commands.options import (
 )
 from moe_lab.number_format import count_of
 from moe_lab.progress import shown
-from moe_lab.runs.layout import PLAN, RESULT, TRACE, TRACE_META, RunState
+from moe_lab.runs.layout import DONE, PLAN, RESULT, TRACE, TRACE_META, RunState
 from moe_lab.runs.record import parse_object
 from moe_lab.terminal import say
 
@@ -83,9 +83,10 @@ def main(args: argparse.Namespace) -> int:
         for source, one in zip(args.source, opened, strict=True):
             for line in _summary(one, page):
                 say(f"{source}: {line}")
-        verb = "scaling verdict" if _is_sweep(opened[0]) else "difficulty"
+        verb = _next(opened[0])
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
-    print(f"next: moe-lab {verb} {shlex.quote(str(first))}")
+    if verb is not None:
+        print(f"next: moe-lab {verb} {shlex.quote(str(first))}")
     return 0
 
 
@@ -99,6 +100,18 @@ def _opened(url: str, stack: ExitStack) -> "Path | Trace":
 
 def _is_sweep(source: "Path | Trace") -> bool:
     return isinstance(source, Path) and (source / PLAN).is_file()
+
+
+def _next(source: "Path | Trace") -> str | None:
+    """The command that asks further; None: a trace of counts, which has no tokens to ask about."""
+    from moe_lab.trace.reader import open_trace
+
+    if _is_sweep(source):
+        return "scaling verdict"
+    if isinstance(source, Path) and not (source / TRACE_META).is_file():
+        return "difficulty" if (source / DONE).is_file() else "watch"
+    trace = open_trace(source) if isinstance(source, Path) else source
+    return "difficulty" if trace.meta.per_token else None
 
 
 def _summary(source: "Path | Trace", page: Path) -> Iterator[str]:

@@ -32,6 +32,7 @@ from moe_lab.errors import (
     expected,
     require,
 )
+from moe_lab.number_format import count_of
 from moe_lab.progress import shown
 from moe_lab.terminal import say
 
@@ -248,7 +249,8 @@ def _report(
     for note in notes:
         say(f"note: {note}")
     say(load_sentence(layers))
-    parts = [f"{value:,} {name}" for name, value in summary.items() if isinstance(value, int)]
+    counts = {name: value for name, value in summary.items() if isinstance(value, int)}
+    parts = [count_of(value, name.removesuffix("s")) for name, value in counts.items()]
     units = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
     parts += [f"{summary[name]:.4f} {unit}" for name, unit in units.items() if summary.get(name)]
     say(", ".join(parts))
@@ -269,10 +271,8 @@ def _run(args: argparse.Namespace) -> int:
     corpus = load_corpus(args.text, args.text_column)
     out = args.out or args.run / f"trace-{Path(args.text).stem}"
     documents = tokenize_documents(corpus.documents, run.tokenizer)
-    lengths = [
-        len(document.ids) if args.max_tokens is None else min(args.max_tokens, len(document.ids))
-        for document in documents
-    ]
+    lengths = [len(document.ids[: args.max_tokens]) for document in documents]
+    excerpts = [Excerpt(index, 0, length) for index, length in enumerate(lengths) if length > 1]
     meta = trace_meta(run.config, run.tokenizer.hash, corpus.hash)
     with shown(not args.json):
         evaluation = evaluate(
@@ -280,16 +280,14 @@ def _run(args: argparse.Namespace) -> int:
             documents,
             run.tokenizer,
             seq_length=run.config.seq_length,
-            excerpts=[
-                Excerpt(index, 0, length) for index, length in enumerate(lengths) if length > 1
-            ],
+            excerpts=excerpts,
             trace=(out, meta.replace(max_tokens=args.max_tokens)),
             overwrite=args.overwrite,
         )
     summary = {
         "loss": evaluation.loss,
         "bits_per_byte": evaluation.bits_per_byte,
-        "tokens": evaluation.num_tokens,
+        "tokens": sum(excerpt.stop for excerpt in excerpts),
         "documents": evaluation.num_documents,
     }
     repeated = f"documents left out because they repeat another's text: {corpus.num_repeated}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import polars as pl
 
 from moe_lab.errors import RunError, expected, require
+from moe_lab.number_format import count_of
 from moe_lab.report.canvas import evenly
 from moe_lab.report.second_process import SecondProcess
 from moe_lab.runs import RunRecord, RunState, RunStore, read_run
@@ -310,7 +311,7 @@ def _judged(run: RunRecord) -> RunRecord:
 def _none_finished(runs: list[RunRecord]) -> str:
     failed = [run for run in runs if run.state is RunState.FAILED]
     first = f", the first with: {failed[0].error}" if failed else ""
-    got = f"{len(runs)} runs of which none is finished ({len(failed)} failed{first})"
+    got = f"{count_of(len(runs), 'run')}, none finished ({len(failed)} failed{first})"
     return expected(
         "at least one finished run", got, "running the same sweep command again: it resumes"
     )

@@ -294,7 +294,7 @@ def _chance(case: Case) -> str:
     if case.blind:
         return ""
     charge = float(case.charge[-1])
-    growth = f" and the {charge:.4f} of the router's growth" if charge >= 0.00005 else ""
+    growth = f" plus the {charge:.4f} of the router's growth" if charge >= 0.00005 else ""
     return (
         f"a Gaussian process over all gains puts the last one at {_smoothed(case)} nats, above the "
         f"margin{growth} with probability {case.judged.last.above[0]:.2f}"

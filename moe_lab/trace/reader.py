@@ -91,7 +91,7 @@ def _require_trace(folder: Path) -> None:
     hint = (
         f"{interrupted} with allow_incomplete=True"
         if (interrupted / META_FILE).is_file()
-        else "the folder that holds meta.json"
+        else "a folder that moe-lab trace wrote"
     )
     got = "a folder without meta.json" if folder.is_dir() else "nothing"
     raise TraceError(expected(f"a trace at {folder}", got, hint), field="path")

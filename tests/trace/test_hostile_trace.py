@@ -407,9 +407,9 @@ def test_a_folder_without_a_trace_is_refused(tmp_path):
     refused(
         tmp_path,
         "expected a trace at .*, "
-        "got a folder without meta.json; try the folder that holds meta.json",
+        "got a folder without meta.json; try a folder that moe-lab trace wrote",
     )
     refused(
         tmp_path / "none",
-        "expected a trace at .*none, got nothing; try the folder that holds meta.json",
+        "expected a trace at .*none, got nothing; try a folder that moe-lab trace wrote",
     )
