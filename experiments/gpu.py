@@ -6,8 +6,9 @@
 
 Each piece writes FOLDER/<piece>.parquet with its provenance as soon as it is done (``layer`` and
 ``training`` after each row), and a piece or row that is there is not measured again: the same
-command continues. It measures again what raised, but not what ran out of memory; the reason is in
-column ``error``. No piece or row begins when the minutes are over.
+command continues, and each row keeps the provenance of its own measurement. It measures again what
+raised, but not what ran out of memory; the reason is in column ``error``. No piece or row begins
+when the minutes are over, and one that has begun ends within 15 seconds.
 
 The pieces run in a process of their own. One that dies, hangs for three minutes or loses the device
 costs the row or piece that it was at: another process goes on behind it.
@@ -32,10 +33,13 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -43,21 +47,27 @@ from pathlib import Path
 
 import gpu_layer
 import gpu_models
-from gpu_session import DEAD, FULL, TINY, Session, leave_if_dead
+from gpu_session import DEAD, FULL, TINY, Session, free, leave_if_dead
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments" / "benchmarks")]
 EVERY, MODELS, TESTS = "every piece", "layer, capture", "tests"
 LIGER, QUACK = "rows liger", "rows quack"
 PACKAGES = {  # who needs it, MB of its wheel (CPython 3.11, Linux x86_64); torch brings Triton
-    "torch": (EVERY, 0.0), "numpy": (EVERY, 16.9), "scipy": (EVERY, 35.3),
+    "torch": (EVERY, 0.0), "numpy": (EVERY, 16.9),
     "polars": (EVERY, 0.9), "polars-runtime-32": (EVERY, 53.9), "tokenizers": (EVERY, 3.4),
-    "safetensors": (EVERY, 0.5), "jinja2": (EVERY, 0.1), "rich": (EVERY, 0.3),
-    "markdown-it-py": (EVERY, 0.1), "mdurl": (EVERY, 0.1), "pygments": (EVERY, 1.3),
-    "transformers": (MODELS, 13.5), "liger-kernel": (LIGER, 0.9), "triton": (LIGER, 0.0),
+    "safetensors": (EVERY, 0.5),
+    "triton": (LIGER, 0.0), "liger-kernel": (LIGER, 0.9),
     "pytest": (TESTS, 0.4), "pluggy": (TESTS, 0.1), "iniconfig": (TESTS, 0.1),
-    "hypothesis": (TESTS, 1.2), "sortedcontainers": (TESTS, 0.1),
-    "plotly": ("pilot", 9.7), "narwhals": ("pilot", 0.5),
+    "packaging": (TESTS, 0.1), "pygments": (TESTS, 1.3), "hypothesis": (TESTS, 1.2),
+    "sortedcontainers": (TESTS, 0.1),
+    "transformers": (MODELS, 13.5), "huggingface-hub": (MODELS, 0.9), "regex": (MODELS, 0.8),
+    "tqdm": (MODELS, 0.1), "pyyaml": (MODELS, 0.8), "httpx2": (MODELS, 0.1),
+    "httpcore2": (MODELS, 0.1), "h11": (MODELS, 0.1), "idna": (MODELS, 0.1),
+    "truststore": (MODELS, 0.1),
+    "scipy": ("pilot", 35.3), "jinja2": ("pilot", 0.1), "rich": ("pilot", 0.3),
+    "markdown-it-py": ("pilot", 0.1), "mdurl": ("pilot", 0.1), "plotly": ("pilot", 9.7),
+    "narwhals": ("pilot", 0.5),
     "quack-kernels": (QUACK, 0.7), "nvidia-cutlass-dsl": (QUACK, 0.1),
     "nvidia-cutlass-dsl-libs-base": (QUACK, 3.1), "nvidia-cutlass-dsl-libs-core": (QUACK, 1.6),
     "nvidia-cutlass-dsl-libs-cu12": (QUACK, 91.7), "apache-tvm-ffi": (QUACK, 3.3),
@@ -66,7 +76,7 @@ PACKAGES = {  # who needs it, MB of its wheel (CPython 3.11, Linux x86_64); torc
 }  # fmt: skip
 CARRIED = 64.0
 """MB that fit beside the tree on the way to a machine without network."""
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = "2.11"
 
 
 def check() -> int:
@@ -76,29 +86,42 @@ def check() -> int:
         print(f"{name:30} {versions[name] or 'missing':18} {needs}")
     lacking = {name: row for name, row in PACKAGES.items() if row[1] and not versions[name]}
     print("\nwheels to bring (pip download --no-deps --only-binary :all: NAMES):")
+    total = 0.0
     for needs in dict.fromkeys(needs for needs, _ in lacking.values()):
         names = [name for name in lacking if lacking[name][0] == needs]
         size = sum(lacking[name][1] for name in names)
+        total += size
+        fits = "fit" if total <= CARRIED else "do not fit"
         print(f"  {needs}: {size:.1f} MB: {' '.join(names)}")
-    for title, left_out in (("without quack", QUACK), ("all", None)):
-        size = sum(size for needs, size in lacking.values() if needs != left_out)
-        fits = "fit" if size <= CARRIED else "do not fit"
-        print(f"  {title}: {size:.1f} MB, {fits} in {CARRIED:.0f} MB")
+        print(f"    with those above {total:.1f} MB, {fits} in {CARRIED:.0f} MB")
     print("  a package that is missing fails its own rows alone; every piece needs the first group")
     if not versions["torch"]:
         return 1
     import torch
 
-    parts = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    print(f"torch {torch.__version__}: {'new enough' if parts >= OLDEST_TORCH else 'too old'}")
+    print(f"torch {torch.__version__}")
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         print(f"device: {torch.cuda.get_device_name()}, compute capability {major}.{minor}")
     else:
         print("device: no CUDA")
     print(f"C compiler for Triton: {shutil.which('cc') or shutil.which('gcc') or 'missing'}")
-    missing = any(needs == EVERY and not versions[name] for name, (needs, _) in PACKAGES.items())
-    return int(missing or parts < OLDEST_TORCH or not torch.cuda.is_available())
+    why = unfit()
+    print(why or "the packages that every piece needs are there")
+    return int(bool(why) or not torch.cuda.is_available())
+
+
+def unfit() -> str:
+    """What of the packages that every piece needs is missing or too old; "" where nothing is."""
+    from moe_lab.errors import expected
+    from moe_lab.versions import older_than
+
+    missing = [name for name in PACKAGES if PACKAGES[name][0] == EVERY and not _version(name)]
+    if missing:
+        return expected("packages that every piece needs", f"no {', '.join(missing)}", "--check")
+    if older_than("torch", OLDEST_TORCH):
+        return expected(f"torch {OLDEST_TORCH} or newer", _version("torch"), "--check")
+    return ""
 
 
 def _version(name: str) -> str | None:
@@ -126,15 +149,17 @@ BY_ROW = {"target": "layer", "layer": "layer", "training": "training"}
 def wanted(session: Session, only: list[str]) -> Iterator[str]:
     """Pieces that have no table yet, in order; those written by the row fill theirs up."""
     for piece in only or PIECES:
-        if piece == "pilot" and not session.pilot:
-            continue
-        if piece in BY_ROW or not session.table(piece).exists():
+        if piece == "pilot":  # with more minutes more of its runs end
+            there = not session.pilot
+        else:
+            there = piece not in BY_ROW and session.table(piece).exists()
+        if not there:
             yield piece
 
 
 def work(session: Session, pieces: list[str]) -> None:
     """Run the pieces one after another; exit with 1 where one failed. For a process of its own."""
-    os.setpgid(0, 0)  # what it starts ends with it
+    end_with_parent()
     import torch
 
     torch.set_num_threads(1)
@@ -144,18 +169,34 @@ def work(session: Session, pieces: list[str]) -> None:
             print(f"{piece}: not started, the minutes are over", flush=True)
             continue
         began = time.monotonic()
-        if piece not in BY_ROW:
-            patience = PATIENCE.get(piece, session.patience)
-            session.begin(piece, patience + (session.pilot if piece == "pilot" else 0))
+        until = session.until(PATIENCE.get(piece, session.patience))
+        if piece == "pilot":  # its minutes are its own
+            until = began + session.pilot + session.patience
         try:
+            if piece not in BY_ROW:
+                session.begin(piece, until)
             PIECES[piece](session)
         except Exception as error:  # the other pieces are worth having
             failed = True
             print(f"{piece}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             leave_if_dead(session.sizes.device)
         session.end()
+        free(session.sizes.device)
         print(f"{piece}: {time.monotonic() - began:.1f} s", flush=True)
     sys.exit(int(failed))
+
+
+def end_with_parent() -> None:
+    """End this process, and what it starts, with the process that watches it, however that ends."""
+    os.setpgid(0, 0)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def supervise(
@@ -217,18 +258,43 @@ def main() -> int:
     parser.add_argument("--pilot", type=float, default=0.0, metavar="MINUTES")
     parser.add_argument("--only", action="append", choices=PIECES, default=[])
     args = parser.parse_args()
+    if not 0 < args.minutes < 1e4 or not 0 <= args.pilot < 1e4:
+        parser.error("expected minutes between 0 and 10,000")
+    if "pilot" in args.only and not (args.pilot or args.rehearse):
+        parser.error("expected --pilot MINUTES beside --only pilot")
     if args.check:
         return check()
+    why = unfit()
+    if why:
+        print(why, file=sys.stderr)
+        return 2
+    from moe_lab.errors import MoELabError
+
+    try:
+        return measure(args)
+    except MoELabError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run the pieces that are wanted; 1 where one failed."""
     deadline = time.monotonic() + 60 * args.minutes
     import torch
 
+    from moe_lab.errors import RunError
+    from moe_lab.files import cannot_write
+    from moe_lab.trace.publish import lock, unlock
     from moe_lab.versions import provenance
 
     if not args.rehearse and not torch.cuda.is_available():
         print("expected a CUDA device, got none; try --rehearse, or --check", file=sys.stderr)
         return 2
     name = "cpu" if args.rehearse else torch.cuda.get_device_name()
-    slug = "-".join(name.lower().split())
+    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
     scratch = args.rehearse and args.out is None
     session = Session(
         Path(tempfile.mkdtemp(prefix="moe-lab-gpu-"))
@@ -237,16 +303,38 @@ def main() -> int:
         TINY if args.rehearse else FULL,
         deadline,
         60 * (args.pilot or float(args.rehearse)),
-        provenance() | {"device": name},
+        provenance() | {"commit": commit(), "device": name},
     )
-    for table in sorted(set(BY_ROW.values())):
-        session.forget_errors(table)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process outlives this one
+    try:
+        session.out.mkdir(parents=True, exist_ok=True)
+        writer = lock(session.out)
+    except OSError as error:
+        raise RunError(cannot_write(session.out, error)) from error
+    session.refuse_other_device()
+    tables = sorted({BY_ROW.get(piece, piece) for piece in PIECES})
+    for table in tables:
+        session.forget_errors(table, table in BY_ROW.values())
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that no process outlives this one
+        signal.signal(number, lambda *_: sys.exit(1))
     failed = supervise(session, list(wanted(session, args.only)))
     for line in () if args.rehearse else gpu_layer.summary(session):
         print(line)
+    for table in tables:
+        if count := session.failed_rows(table):
+            print(f"{table}: {count} of {len(session.rows(table))} rows have an error")
     print(f"tables in {session.out}")
+    unlock(session.out, writer)
     return failed
+
+
+def commit() -> str:
+    """The commit that is measured, "+" where files differ from it, "" outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from gpu_models import stepper
 from gpu_session import Session, Sizes, leave_if_dead, quartiles, seconds_of
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTESTANTS = ("matrix product", "dense", "grouped", "liger", "quack", "HF grouped")
+CONTESTANTS = ("matrix product", "dense", "grouped", "liger", "HF grouped", "quack")
 ON_CUDA = ("liger", "quack")
+COMPILING = 360.0
+"""Seconds after which ``quack`` counts as hanging: its kernels compiled in 180 s on two cores."""
 TARGETS = (0.40, 0.35, 1.25)
 """Least share of the peak forward, least with backward, most over the dense twin."""
 
@@ -30,8 +32,11 @@ def tests(session: Session) -> None:
     lines = done.stdout.strip().splitlines()
     print("\n".join(lines[-25:]))
     summary = lines[-1] if lines else done.stderr.strip()[-300:]
-    row = {"returncode": done.returncode, "summary": summary, "output": done.stdout[-8000:]}
+    row = {"error": summary if done.returncode else "", "returncode": done.returncode,
+           "summary": summary, "output": done.stdout[-8000:]}  # fmt: skip
     session.write("tests", [row])
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with code {done.returncode}: {summary}")
 
 
 def target(session: Session) -> None:
@@ -52,7 +57,12 @@ def _layer(session: Session, shapes: tuple[tuple[int, int, int, int, int], ...])
         for name in CONTESTANTS
         if sizes.device == "cuda" or name not in ON_CUDA
     ]
-    session.each("layer", cases, lambda **case: _layer_row(sizes, **case))
+    session.each(
+        "layer",
+        cases,
+        lambda **case: _layer_row(sizes, **case),
+        lambda case: COMPILING if case["name"] == "quack" else session.patience,
+    )
 
 
 def _layer_row(
@@ -68,12 +78,10 @@ def _layer_row(
         times = seconds_of(lambda: a @ b, device, sizes.rounds)
         rate = 2 * sizes.peak**3 / statistics.median(times) / 1e12
         return {"forward_tflops": rate, "both_tflops": rate} | quartiles(times, "forward")
+    torch.manual_seed(1)
     with torch.device(device):  # a CPU would draw the largest's weights in 13 s
         module = module_of(name, Shape(tokens, d_model, experts, top_k, d_expert)).to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    x, grad = (
-        torch.randn(1, tokens, d_model, generator=generator).to(device, dtype) for _ in range(2)
-    )
+        x, grad = (torch.randn(1, tokens, d_model).to(dtype) for _ in range(2))
 
     def forward(inside: torch.Tensor) -> torch.Tensor:
         y = module(inside)
@@ -141,7 +149,8 @@ def sync(session: Session) -> None:
             step = stepper(sizes, *sizes.decoders[0][1:], sizes.experts[0], dispatch)
             rows += [{"step": f"decoder, {dispatch}"} | row for row in waits(step, sizes.device)]
         except Exception as error:  # a package that is missing
-            rows.append({"step": f"decoder, {dispatch}", "seen_by": "", "what": str(error)[:300]})
+            why = f"{type(error).__name__}: {error}"[:300]
+            rows.append({"step": f"decoder, {dispatch}", "seen_by": "", "what": "", "error": why})
             leave_if_dead(sizes.device)
     for name, metrics in (("without", False), ("with", True)):
         step = _layer_step(sizes, metrics)

@@ -28,13 +28,12 @@ def stepper(
     experts: int,
     dispatch: str = "auto",
 ) -> Callable[[], None]:
-    """A training step of a decoder: forward, backward, clipping, fused AdamW."""
+    """A training step of a decoder under autocast."""
     import torch
+    import training_throughput
 
-    from moe_lab.model import Decoder, DecoderConfig, MoEConfig
+    from moe_lab.model import DecoderConfig, MoEConfig
     from moe_lab.routing import RouterConfig
-    from moe_lab.training import OptimizerConfig
-    from moe_lab.training.optimizer import build_optimizer, clip_gradients
 
     router = RouterConfig(num_experts=experts, top_k=min(8, experts // 2), norm_topk_prob=True)
     config = DecoderConfig(
@@ -48,22 +47,9 @@ def stepper(
     needed = BYTES_PER_PARAMETER * 3 * layers * experts * d_model * d_expert
     if sizes.device == "cuda" and needed > (there := torch.cuda.mem_get_info()[0]):
         raise MemoryError(f"experts in training take {needed / 1e9:.0f} GB of {there / 1e9:.0f}")
-    torch.manual_seed(0)
-    with torch.device(sizes.device):
-        model = Decoder(config)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    ids = torch.randint(0, config.vocab_size, (sizes.batch, sizes.length + 1), device=sizes.device)
-
-    def step() -> None:
-        with torch.autocast(sizes.device, torch.bfloat16):
-            loss = model(ids[:, :-1], ids[:, 1:]).loss
-        assert loss is not None
-        loss.backward()
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return training_throughput.stepper(
+        config, sizes.batch, sizes.length, sizes.device, autocast=torch.bfloat16
+    )[0]
 
 
 def training(session: Session) -> None:
@@ -178,17 +164,16 @@ def pilot(session: Session) -> None:
         if session.sizes.device == "cuda":
             command += ["--workers", "4"]
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        ended = True
         try:
             process.wait(session.pilot)
         except subprocess.TimeoutExpired:
+            ended = False
             process.send_signal(signal.SIGINT)  # checkpoints stay; the same command goes on
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-        else:
-            if process.returncode:
-                raise RuntimeError(f"the sweep ended with code {process.returncode}")
     rows = [
         {"run": path.parent.name} | json.loads(path.read_text())
         for path in sorted(folder.glob(f"*/{layout.RESULT}"))
@@ -196,6 +181,8 @@ def pilot(session: Session) -> None:
     plain = str | int | float | None
     flat = [{key: value for key, value in row.items() if isinstance(value, plain)} for row in rows]
     session.write("pilot", flat or [{"run": "none ended in time"}])
+    if ended and process.returncode:
+        raise RuntimeError(f"the sweep ended with code {process.returncode}")
 
 
 def _tiny_recipe(folder: Path) -> Path:

@@ -12,6 +12,8 @@ from typing import Any
 
 DEAD = 75
 """Exit code of a process whose device answers nothing any more: a new process can go on."""
+GRACE = 15.0
+"""Seconds after the deadline in which a row or piece that has begun may end."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Session:
     Attributes:
         deadline: of ``time.monotonic``, which all processes of a machine share.
         pilot: seconds for piece pilot; 0: it is left out.
+        record: the provenance of a row that is measured now; rows of an earlier run keep theirs.
         patience: seconds after which a row or piece counts as hanging.
     """
 
@@ -104,29 +107,32 @@ class Session:
     def rows(self, name: str) -> list[dict[str, Any]]:
         import polars as pl
 
+        from moe_lab.errors import RunError, expected
+
         path = self.table(name)
-        return (
-            pl.read_parquet(path).drop(list(self.record), strict=False).to_dicts()
-            if path.exists()
-            else []
-        )
+        try:
+            return pl.read_parquet(path).to_dicts() if path.exists() else []
+        except (OSError, pl.exceptions.PolarsError) as error:
+            got = f"{path}: {str(error).splitlines()[0]}"
+            raise RunError(
+                expected("a table of this command", got, "another --out"), "out"
+            ) from error
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> None:
         import polars as pl
 
-        from moe_lab.files import atomic_path
+        from moe_lab.files import write_parquet
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        frame = pl.DataFrame(rows, infer_schema_length=None)
-        with atomic_path(self.table(name)) as temporary:
-            frame.with_columns(
-                pl.lit(value).alias(key) for key, value in self.record.items()
-            ).write_parquet(temporary)
+        whole = [{**row, **self.record, **row} for row in rows]
+        write_parquet(self.table(name), pl.DataFrame(whole, infer_schema_length=None))
 
-    def begin(self, piece: str, seconds: float, case: Mapping[str, Any] | None = None) -> None:
+    def until(self, seconds: float) -> float:
+        """When what begins now counts as hanging."""
+        return min(time.monotonic() + seconds, self.deadline + GRACE)
+
+    def begin(self, piece: str, until: float, case: Mapping[str, Any] | None = None) -> None:
         """Leave a note for the process that watches this one."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        note = {"piece": piece, "until": time.monotonic() + seconds, "case": case}
+        note = {"piece": piece, "until": until, "case": case}
         temporary = self.marker.with_suffix(".new")
         temporary.write_text(json.dumps(note))
         temporary.replace(self.marker)
@@ -135,14 +141,18 @@ class Session:
         self.marker.unlink(missing_ok=True)
 
     def each(
-        self, name: str, cases: list[dict[str, Any]], measure: Callable[..., dict[str, Any]]
+        self,
+        name: str,
+        cases: list[dict[str, Any]],
+        measure: Callable[..., dict[str, Any]],
+        patience: Callable[[dict[str, Any]], float] | None = None,
     ) -> None:
         """``measure(**case)`` for each case that has no row yet, written one by one."""
         rows = self.rows(name)
         for case in cases:
             if self.left < 0 or any(case.items() <= row.items() for row in rows):
                 continue
-            self.begin(name, self.patience, case)
+            self.begin(name, self.until(patience(case) if patience else self.patience), case)
             try:
                 found = {"error": ""} | measure(**case)
             except Exception as error:  # one contestant that fails must not cost the others
@@ -155,14 +165,36 @@ class Session:
                 leave_if_dead(self.sizes.device)
             free(self.sizes.device)
 
-    def forget_errors(self, name: str) -> None:
-        """Measure again what failed, for a package may be there now; not what lacked memory."""
+    def forget_errors(self, name: str, by_row: bool = True) -> None:
+        """Measure again what failed, for a package may be there now; not what lacked memory. A
+        table that is not written by the row goes as a whole.
+        """
         rows = self.rows(name)
-        kept = [row for row in rows if not row["error"] or "Memory" in row["error"].split(":")[0]]
-        if kept:
+        errors = [row.get("error") or "" for row in rows]
+        kept = [
+            row
+            for row, error in zip(rows, errors, strict=True)
+            if not error or "Memory" in error.split(":")[0]
+        ]
+        if len(kept) == len(rows):
+            return
+        if kept and by_row:
             self.write(name, kept)
-        elif rows:
+        else:
             self.table(name).unlink()
+
+    def failed_rows(self, name: str) -> int:
+        return sum(bool(row.get("error")) for row in self.rows(name))
+
+    def refuse_other_device(self) -> None:
+        from moe_lab.errors import RunError, expected
+
+        for path in sorted(self.out.glob("*.parquet")):
+            others = {row.get("device") for row in self.rows(path.stem)} - {self.record["device"]}
+            if others:
+                got = f"rows of {', '.join(map(repr, others))} in {path}"
+                wanted = f"a folder of tables of {self.record['device']!r}"
+                raise RunError(expected(wanted, got, "another --out"), "out")
 
 
 def leave_if_dead(device: str) -> None:

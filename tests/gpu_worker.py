@@ -4,6 +4,7 @@ import os
 import time
 from typing import Any
 
+import gpu
 import gpu_session
 from gpu_session import DEAD, Session
 
@@ -25,6 +26,13 @@ def unlucky(session: Session, pieces: list[str]) -> None:
     if "rows" in pieces:
         session.each("rows", CASES, measure)
     if "slow" in pieces:
-        session.begin("slow", 0.3)
+        session.begin("slow", session.until(0.3))
         time.sleep(600)
     session.write("last", [{"value": 1.0}])
+
+
+def patient(session: Session, pieces: list[str]) -> None:
+    """Waits for longer than its parent lives."""
+    gpu.end_with_parent()
+    print("begun", flush=True)
+    time.sleep(600)

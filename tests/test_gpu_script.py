@@ -1,5 +1,7 @@
 """``experiments/gpu.py`` rehearsed on a CPU: each piece writes its table, a second call goes on."""
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -14,9 +16,13 @@ import gpu_models
 import polars as pl
 import pytest
 import torch
-from gpu_session import TINY, Session, seconds_of
+from gpu_session import GRACE, TINY, Session, seconds_of
 from gpu_worker import CASES, unlucky
+from refusals import refused
 from torch.overrides import TorchFunctionMode
+
+from moe_lab.errors import RunError
+from moe_lab.trace.publish import lock, unlock
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments" / "gpu.py"
@@ -58,7 +64,23 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked.returncode == 1
     assert "no CUDA" in checked.stdout
     assert "quack: 110.0 MB" in checked.stdout or "quack-kernels   0" in checked.stdout
-    assert "fit in 64 MB" in checked.stdout
+
+
+def test_wheels_of_the_pieces_about_a_layer_fit_where_numpy_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = {"torch": "2.13.0", "numpy": "2.0.0"}
+    monkeypatch.setattr(gpu, "_version", there.get)
+    assert gpu.check() == 1
+    lines = capsys.readouterr().out.splitlines()
+    fits = {lines[at - 1].split(":")[0].strip(): "do not" not in line
+            for at, line in enumerate(lines) if "with those above" in line}  # fmt: skip
+    assert fits == {gpu.EVERY: True, gpu.LIGER: True, gpu.TESTS: True, gpu.MODELS: False,
+                    "pilot": False, gpu.QUACK: False}  # fmt: skip
+    assert "no polars" in lines[-1]
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert "no polars" in capsys.readouterr().err
 
 
 def test_a_process_that_dies_or_hangs_costs_its_row_or_piece(
@@ -79,6 +101,94 @@ def test_a_process_that_dies_or_hangs_costs_its_row_or_piece(
     session.write("rows", [row | {"error": "ConfigError: x"} for row in session.rows("rows")])
     session.forget_errors("rows")
     assert session.rows("rows") == []
+
+
+def test_what_is_measured_ends_with_the_minutes_and_with_its_parent(tmp_path: Path) -> None:
+    session = Session(tmp_path, TINY, time.monotonic() + 1)
+    assert session.until(600) == session.deadline + GRACE
+    code = f"""
+import gpu_session, gpu, gpu_worker, time
+from pathlib import Path
+if __name__ == "__main__":
+    session = gpu_session.Session(Path({str(tmp_path)!r}), gpu_session.TINY, time.monotonic() + 600)
+    gpu.supervise(session, ["forever"], gpu_worker.patient)
+"""
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    paths = os.pathsep.join(map(str, (ROOT / "experiments", ROOT / "tests", ROOT)))
+    with subprocess.Popen([sys.executable, str(script)], env=os.environ | {"PYTHONPATH": paths},
+                          stdout=subprocess.PIPE, text=True) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "begun\n"
+        parent.kill()
+        assert parent.stdout.read() == ""  # it ends when no process holds the pipe
+
+
+def test_rows_keep_the_provenance_of_their_own_measurement(tmp_path: Path) -> None:
+    def session(device: str, date: str) -> Session:
+        return Session(tmp_path, TINY, time.monotonic() + 600, 0.0,
+                       {"device": device, "date": date})  # fmt: skip
+
+    first = session("a", "yesterday")
+    first.each("rows", CASES[:2], lambda number: {"value": number})
+    session("a", "today").each("rows", CASES, lambda number: {"value": number})
+    dates = [row["date"] for row in first.rows("rows")]
+    assert dates == ["yesterday", "yesterday", "today", "today"]
+    with refused("out", RunError):
+        session("b", "today").refuse_other_device()
+    first.table("rows").write_bytes(b"PAR1 damaged")
+    with refused("out", RunError):
+        first.rows("rows")
+
+
+def test_a_table_that_is_not_written_by_the_row_is_measured_again_as_a_whole(
+    tmp_path: Path,
+) -> None:
+    session = Session(tmp_path, TINY, 0.0)
+    session.write("tests", [{"error": "1 failed", "returncode": 1}])
+    assert "tests" not in gpu.wanted(session, ["tests"])
+    assert session.failed_rows("tests") == 1
+    session.forget_errors("tests", by_row=False)
+    assert list(gpu.wanted(session, ["tests", "pilot"])) == ["tests"]
+    session.write("pilot", [{"run": "none ended in time"}])
+    assert list(gpu.wanted(replace(session, pilot=60.0), ["pilot"])) == ["pilot"]
+
+
+def test_a_folder_in_use_or_out_of_reach_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def errors(*arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", *arguments])
+        assert gpu.main() == 2
+        return capsys.readouterr().err.splitlines()
+
+    (tmp_path / "file").touch()
+    (line,) = errors("--out", str(tmp_path / "file" / "out"))
+    assert "cannot write" in line
+    descriptor = lock(tmp_path)
+    (line,) = errors("--out", str(tmp_path))
+    assert "no other writer" in line
+    unlock(tmp_path, descriptor)
+    for wrong in (["--minutes", "nan"], ["--pilot", "-1"]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *wrong])
+        with pytest.raises(SystemExit):
+            gpu.main()
+
+
+def test_a_full_disk_costs_its_piece_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Session, "begin", full)
+    monkeypatch.setattr(gpu, "end_with_parent", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        gpu.work(Session(tmp_path, TINY, time.monotonic() + 600), ["sync", "layer", "capture"])
+    assert ended.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["sync", "layer", "capture"]
+    assert all("No space left" in line for line in lines)
 
 
 def test_no_row_begins_after_the_deadline(tmp_path: Path) -> None:

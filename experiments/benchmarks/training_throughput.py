@@ -63,14 +63,23 @@ SIZES = {
 }
 
 
-def stepper(config: DecoderConfig) -> tuple[Callable[[], None], Decoder, torch.optim.Optimizer]:
+def stepper(
+    config: DecoderConfig,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    device: str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> tuple[Callable[[], None], Decoder, torch.optim.Optimizer]:
+    """A training step: forward (in ``autocast``, if given), backward, clipping, fused AdamW."""
     torch.manual_seed(0)
-    model = Decoder(config)
+    with torch.device(device):
+        model = Decoder(config)
+        ids = torch.randint(0, config.vocab_size, (batch, length + 1))
     optimizer = build_optimizer(model, OptimizerConfig())
-    ids = torch.randint(0, config.vocab_size, (BATCH, LENGTH + 1))
 
     def step() -> None:
-        loss = model(ids[:, :-1], ids[:, 1:]).loss
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            loss = model(ids[:, :-1], ids[:, 1:]).loss
         assert loss is not None
         loss.backward()
         clip_gradients(model, 1.0)
