@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
         trace,
         args.budget,
         args.policy or POLICIES,
-        **expert_sizes(args),
+        **expert_sizes(args, trace),
         bandwidth=args.bandwidth,
         compute=args.compute,
         per_document=args.per_document,

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     windows = [size for size in args.window if size > 1] or WINDOWS
     try:
         tables["speculation"] = speculation(
-            trace, windows, **expert_sizes(args), draft_cost=args.draft_cost, seed=args.seed
+            trace, windows, **expert_sizes(args, trace), draft_cost=args.draft_cost, seed=args.seed
         )
         sentences.append(speculation_sentence(tables["speculation"]))
     except AnalysisError as error:  # the size of an expert is not known

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moe_lab import progress
 from moe_lab.config import MAX_SEED
 from moe_lab.errors import ConfigError, MoELabError, expected, require
 from moe_lab.number_format import count_of
@@ -137,12 +138,22 @@ def add_expert_sizes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def expert_sizes(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of ``add_expert_sizes`` as arguments of the functions of ``serving``."""
+def expert_sizes(args: argparse.Namespace, trace: "Trace") -> dict[str, Any]:
+    """The options of ``add_expert_sizes`` as arguments of the functions of ``serving``; says on the
+    error stream where ``--config`` looks like another model than the traced one.
+    """
     from moe_lab.accounting.model_names import named_config
+    from moe_lab.hf.configuration import plain
+    from moe_lab.serving.expert_bytes import other_model
 
+    config = None if args.config is None else named_config(args.config)
+    if config is not None:
+        values = plain(config) if isinstance(config, Path) else {"name": args.config}
+        name = values.get("name") or values.get("_name_or_path") or ""
+        if doubt := other_model(trace.meta, config, str(name)):
+            progress.say(f"warning: {doubt}: sizes of experts may be of another model")
     return {
-        "config": None if args.config is None else named_config(args.config),
+        "config": config,
         "bytes_per_parameter": args.bytes_per_parameter,
         "expert_bytes": args.expert_bytes,
     }

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from moe_lab.accounting import count
 from moe_lab.errors import AnalysisError, require
-from moe_lab.trace import LayerMeta
+from moe_lab.plain_text import one_line
+from moe_lab.trace import LayerMeta, TraceMeta
 
 Bytes = float | Mapping[int, float]
 MOST = 2**40
@@ -31,8 +32,8 @@ def bytes_by_layer(
             and both go before what the trace recorded.
 
     Raises:
-        AnalysisError: another number of experts in ``config`` than in the trace; no size of an
-            expert of some layer; a size of less than a byte or more than ``MOST``.
+        AnalysisError: another number of experts or slots in ``config`` than in the trace; no size
+            of an expert of some layer; a size of less than a byte or more than ``MOST``.
     """
     if expert_bytes is not None:
         table = (
@@ -43,12 +44,17 @@ def bytes_by_layer(
     elif config is not None:
         pieces = count(config).moe_layers
         for layer in layers:
-            experts = pieces[layer.layer].copies if layer.layer in pieces else layer.num_experts
+            traced = (layer.num_experts, layer.top_k)
+            piece = pieces.get(layer.layer)
+            used = None if piece is None else piece.used
+            fixed = used is not None and used.least == used.most
+            experts = layer.num_experts if piece is None else piece.copies
+            slots = int(used.most) if used is not None and fixed else layer.top_k
             require(
-                experts == layer.num_experts,
-                f"the configuration of the traced model, {layer.num_experts} experts in layer "
-                f"{layer.layer}",
-                f"one of {experts}",
+                (experts, slots) == traced,
+                f"the configuration of the traced model, {layer.num_experts} experts and "
+                f"{layer.top_k} slots in layer {layer.layer}",
+                f"one of {experts} and {slots}",
                 "--config with the config.json of that model",
                 error=AnalysisError,
                 field="config",
@@ -67,3 +73,22 @@ def bytes_by_layer(
         field="expert_bytes",
     )
     return np.array([round(size) for size in sizes], np.int64)
+
+
+def other_model(meta: TraceMeta, config: Any, name: str = "") -> str:
+    """What speaks for ``config`` being of another model than the trace, in one line; empty where
+    nothing does. ``name``: of the model of ``config``, empty where unknown.
+    """
+    own, theirs = (_bare(text) for text in (meta.model, name))
+    clauses = []
+    if own and theirs and own != theirs:
+        clauses.append(f"the trace is of {one_line(meta.model)}, --config of {one_line(name)}")
+    layers = count(config).moe_layers.keys()
+    if absent := layers - {layer.layer for layer in meta.layers}:
+        clauses.append(f"{len(absent)} of the {len(layers)} MoE layers of --config are not traced")
+    return "; ".join(clauses)
+
+
+def _bare(name: str) -> str:
+    """A model's name without its owner and revision, in small letters."""
+    return name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from moe_lab.cli import main
+from moe_lab.model import DecoderConfig, MoEConfig
+from moe_lab.routing import RouterConfig
+from moe_lab.serving.expert_bytes import other_model
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter
 from moe_lab.trace.rows import slot_rows
+from moe_lab.training import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +117,34 @@ def test_decode_says_what_a_window_touches_and_when_speculation_pays(trace, caps
 def test_a_size_that_is_no_amount_of_bytes_is_refused(trace, capsys):
     assert main(["cache", str(trace), "--budget", "four"]) == 2
     assert "expected --budget as a number above 0, with kB" in capsys.readouterr().err
+
+
+def test_a_configuration_of_another_model_of_as_many_experts_is_named(trace, capsys, tmp_path):
+    def wrote(name, layers, slots=2):
+        router = RouterConfig(num_experts=8, top_k=slots)
+        moe = MoEConfig(d_model=16, d_expert=8, router=router)
+        model = DecoderConfig(vocab_size=10, d_model=16, num_layers=layers, num_heads=2, moe=moe)
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(RunConfig(model=model, name=name).to_dict()))
+        return path
+
+    command = ("cache", trace, "--budget", "1KiB", "--policy", "lru", "--config")
+    assert run(capsys, *command, wrote("here", 2))[::2] == (0, "")
+    code, _, err = run(capsys, *command, wrote("larger", 5))
+    assert (code, err.count("\n")) == (0, 1)
+    assert "3 of the 5 MoE layers of --config are not traced" in err
+    code, _, err = run(capsys, *command, wrote("wider", 2, slots=4))
+    assert code == 2
+    assert "8 experts and 2 slots in layer 0, got one of 8 and 4" in err
+
+
+@pytest.mark.parametrize(
+    ("traced", "given", "doubted"),
+    [("org/A@1f", "a", False), ("", "a", False), ("a", "", False), ("org/A", "org/B", True)],
+)
+def test_models_are_compared_by_name_where_both_are_known(traced, given, doubted):
+    router = RouterConfig(num_experts=8, top_k=2)
+    moe = MoEConfig(d_model=16, d_expert=8, router=router)
+    model = DecoderConfig(vocab_size=10, d_model=16, num_layers=1, num_heads=2, moe=moe)
+    doubt = other_model(TraceMeta((LayerMeta(0, 8, top_k=2),), model=traced), model, given)
+    assert bool(doubt) == doubted
