@@ -83,10 +83,11 @@ def main(args: argparse.Namespace) -> int:
         for source, one in zip(args.source, opened, strict=True):
             for line in _summary(one, page):
                 say(f"{source}: {line}")
-        verb = _next(opened[0])
+        further = _next(opened[0])
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
-    if verb is not None:
-        print(f"next: moe-lab {verb} {shlex.quote(str(first))}")
+    if further is not None:
+        verb, options = further
+        print(f"next: moe-lab {verb} {shlex.quote(str(first))}{options}")
     return 0
 
 
@@ -102,16 +103,35 @@ def _is_sweep(source: "Path | Trace") -> bool:
     return isinstance(source, Path) and (source / PLAN).is_file()
 
 
-def _next(source: "Path | Trace") -> str | None:
-    """The command that asks further; None: a trace of counts, which has no tokens to ask about."""
+def _next(source: "Path | Trace") -> tuple[str, str] | None:
+    """The command that asks further, and its options; None: a trace of counts, which has no tokens
+    to ask about, or a dense run.
+
+    Difficulty has nothing to compare where every token runs as many real experts.
+    """
+    import polars as pl
+
     from moe_lab.trace.reader import open_trace
 
     if _is_sweep(source):
-        return "scaling verdict"
-    if isinstance(source, Path) and not (source / TRACE_META).is_file():
-        return "difficulty" if (source / DONE).is_file() else "watch"
-    trace = open_trace(source) if isinstance(source, Path) else source
-    return "difficulty" if trace.meta.per_token else None
+        return "scaling verdict", ""
+    is_run, trace = False, source
+    if isinstance(source, Path):
+        is_run = not (source / TRACE_META).is_file()
+        if is_run and not (source / DONE).is_file():
+            return "watch", ""
+        if is_run and not (source / TRACE / TRACE_META).is_file():
+            return None
+        trace = open_trace(source / TRACE if is_run else source)
+    assert not isinstance(trace, Path)
+    if not trace.meta.per_token:
+        return None
+    real = trace.counts().filter(~pl.col("is_zero")).group_by("layer").agg(pl.col("count").sum())
+    most = trace.layers.select("layer", most=trace.num_tokens * pl.col("top_k").cast(pl.Int64))
+    varies = not real.join(most, on="layer").filter(pl.col("count") < pl.col("most")).is_empty()
+    if varies and trace.meta.zero_experts_known:
+        return "difficulty", ""
+    return ("ablate", "") if is_run else ("place", " --devices 4")
 
 
 def _summary(source: "Path | Trace", page: Path) -> Iterator[str]:

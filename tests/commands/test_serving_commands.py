@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_lab.cli import main
+from moe_lab.commands import report
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import RouterConfig
 from moe_lab.serving.expert_bytes import other_model
@@ -117,6 +118,25 @@ def test_decode_says_what_a_window_touches_and_when_speculation_pays(trace, caps
 def test_a_size_that_is_no_amount_of_bytes_is_refused(trace, capsys):
     assert main(["cache", str(trace), "--budget", "four"]) == 2
     assert "expected --budget as a number above 0, with kB" in capsys.readouterr().err
+
+
+def test_a_report_offers_difficulty_where_tokens_differ_in_real_experts(trace, tmp_path):
+    assert report._next(trace) == ("place", " --devices 4"), "two experts for every token"
+    run = tmp_path / "run"
+    run.mkdir()
+    assert report._next(run) == ("watch", "")
+    (run / "done").touch()
+    assert report._next(run) is None, "a dense run"
+    (run / "trace").symlink_to(trace)
+    assert report._next(run) == ("ablate", "")
+    layer = LayerMeta(0, 8, 1, top_k=2)
+    doc, pos = np.divmod(np.arange(4, dtype=np.uint32), np.uint32(2))
+    ids = np.array([[0, 1], [2, 8], [3, 4], [5, 6]])  # expert 8 computes nothing
+    meta = TraceMeta((layer,), has_weights=False, has_scores=False)
+    with TraceWriter(tmp_path / "varies", meta) as writer:
+        rows = slot_rows(layer, doc, pos, ids, None, None, None)
+        writer.write_rows(0, rows, np.bincount(ids.ravel(), minlength=9))
+    assert report._next(tmp_path / "varies") == ("difficulty", "")
 
 
 def test_a_configuration_of_another_model_of_as_many_experts_is_named(trace, capsys, tmp_path):
