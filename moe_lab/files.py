@@ -8,12 +8,13 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,8 +190,26 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """JSON, which has neither NaN nor infinity: null stands for both. ``options``: of
+    ``json.dumps``.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(target: Path | str, value: Any) -> None:
-    write_text(target, json.dumps(value, indent=1, sort_keys=True) + "\n")
+    write_text(target, json_text(value, indent=1, sort_keys=True) + "\n")
 
 
 def parse_json(text: bytes) -> Any:

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import math
 import re
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moe_lab import progress
 from moe_lab.config import MAX_SEED
 from moe_lab.errors import ConfigError, MoELabError, expected, require
+from moe_lab.files import json_text
 from moe_lab.number_format import count_of
 from moe_lab.terminal import fits, print_table, say, window_width
 
@@ -410,4 +410,5 @@ def load_sentence(layers: "pl.DataFrame") -> str:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
+    """What is no finite number is null."""
+    print(json_text(value, indent=1, default=str))

@@ -394,20 +394,11 @@ def _as_json(study: "WallStudy", tokens: float | None, one: "Verdict") -> dict[s
         "confounds": study.confounds,
         "against_experts": study.alternatives,
     }
-    return _finite(
+    return (
         {"tokens": tokens, "arm": study.arm, "settles": study.settles or None}
         | {name: getattr(one, name) for name in JSON_FIELDS}
         | {name: table.to_dicts() for name, table in tables.items()}
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: null stands for both."""
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(folder: Path, study: "WallStudy") -> None:
@@ -466,7 +457,7 @@ def fit(args: argparse.Namespace) -> int:
     if args.out is not None:
         _write_fit(args.out, result)
     if args.json:
-        print_json(_finite(_fit_json(result, found, limit)))
+        print_json(_fit_json(result, found, limit))
         return 0
     unit = "ln loss" if result.log else "loss, nats"
     how = "squares" if args.squares or not result.log else "Huber 1e-3"

@@ -248,7 +248,9 @@ class BiasDirection(AlarmRule):
         if reading.bias is None:
             return None
         bias = reading.bias[: reading.num_experts].double()
-        before = self.memory.get("bias")
+        before = self.memory.pop("bias", None)
+        if not bias.isfinite().all():  # JSON has no NaN to remember
+            return None
         self.memory["bias"] = bias.tolist()
         if before is None or reading.num_experts < 2:
             return None

@@ -75,7 +75,7 @@ class AlarmRule:
         patience: successive values.
         advice: what to look at, and what is done about it.
         memory: what the measure remembers of earlier readings; JSON values only, so that a resumed
-            run continues with it.
+            run continues with it (None in place of NaN and infinity).
 
     Example:
         >>> @ALARMS.register("long_queue")

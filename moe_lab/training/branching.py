@@ -8,7 +8,6 @@ if it is there, and removes it when done; it trains from the beginning if it is 
 numbers are the same.
 """
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 from moe_lab.errors import CheckpointError
 from moe_lab.files import (
     content_hash,
+    json_text,
     parse_json,
     read_regular,
     remove_temporaries,
@@ -68,7 +68,7 @@ def leave(
     """
     path = _path(config, folder, step)
     if write:
-        write_text(path.with_suffix(".json"), json.dumps(kept))
+        write_text(path.with_suffix(".json"), json_text(kept))
     save_checkpoint(path, model, optimizer, step, trunk_hash(config), write=write)
 
 

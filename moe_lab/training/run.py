@@ -21,6 +21,7 @@ from moe_lab.accounting import count
 from moe_lab.document_pass import Excerpt, excerpts_of
 from moe_lab.errors import MoELabError, RunError, require
 from moe_lab.files import (
+    json_text,
     remove_temporaries,
     write_json,
     write_text,
@@ -292,7 +293,7 @@ class _Run:
                     self.step,
                     self.config.hash(),
                     write=first,
-                    metadata={name: json.dumps(value) for name, value in kept.items()},
+                    metadata={name: json_text(value) for name, value in kept.items()},
                 )
             if self.step in self.branches:
                 leave(

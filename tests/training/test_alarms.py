@@ -12,6 +12,7 @@ from refusals import refused
 from registries import registries_as_before
 
 from moe_lab.errors import CheckpointError
+from moe_lab.files import json_text
 from moe_lab.model import MoEConfig, MoELayer
 from moe_lab.routing import ControllerConfig, RouterConfig
 from moe_lab.training.alarms import ALARMS, AlarmRule, Alarms
@@ -58,6 +59,24 @@ def test_a_router_whose_norm_was_infinite_for_a_step_raises_nothing() -> None:
     alarms = Alarms(["router_speed"])
     assert kinds(alarms, steps) == []
     assert json.dumps(alarms.state_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", ["bias_direction", "router_frozen"])
+def test_what_is_no_number_is_remembered_as_null_or_not_at_all(kind: str) -> None:
+    sick = {"bias": torch.tensor([math.nan] + [0.0] * 7), "router_norm": math.nan}
+    whole, second = Alarms([kind]), Alarms([kind])
+    for step in range(1, 4):
+        whole.observe([reading(step, **sick)])
+    second.load_state_dict(json.loads(json_text(whole.state_dict())))
+    later = [reading(step, router_norm=1.0) for step in range(4, 12)]
+    assert kinds(second, later) == kinds(whole, later)
+    if kind == "bias_direction":
+        assert json.dumps(whole.state_dict(), allow_nan=False)
+
+
+def test_json_has_null_for_what_is_no_finite_number() -> None:
+    value = {"a": [1.5, math.nan, (math.inf, "x")], "b": {"c": -math.inf}, "d": None}
+    assert json_text(value) == '{"a": [1.5, null, [null, "x"]], "b": {"c": null}, "d": null}'
 
 
 def kinds(alarms: Alarms, readings) -> list[str]:
