@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor
 from moe_lab.model import ExpertBank, MoEConfig, MoELayer
 from moe_lab.model.dispatch import BACKENDS, Choice, choose, liger, oracle
 from moe_lab.model.dispatch.bank import Gating
+from moe_lab.model.dispatch.liger import kernels as liger_kernels
 from moe_lab.model.experts import swiglu
 from moe_lab.routing import RouterConfig
 
+MODULE = sys.modules["moe_lab.model.dispatch.liger"]
 SCRIPT = Path(__file__).parents[2] / "experiments" / "kernels_on_cpu.py"
 
 
@@ -47,12 +50,8 @@ def plain_kernels(
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys.modules["moe_lab.model.dispatch.liger"], "kernels", lambda: plain_kernels
-    )
-    monkeypatch.setattr(
-        sys.modules["moe_lab.model.dispatch.liger"], "obstacle", lambda x_TD, bank: ""
-    )
+    monkeypatch.setattr(MODULE, "kernels", lambda: plain_kernels)
+    monkeypatch.setattr(MODULE, "obstacle", lambda x_TD, bank: "")
 
 
 @settings(max_examples=40, deadline=None)
@@ -142,14 +141,39 @@ def test_auto_says_what_it_picked_and_why(monkeypatch: pytest.MonkeyPatch) -> No
     assert "no figure" in chosen(torch.bfloat16, (9, 0)).reason
     assert "TF32" in chosen(torch.float32, (9, 0)).reason
     assert "older than compute capability 8.0" in chosen(torch.float16, (7, 5)).reason
-    liger_module = sys.modules["moe_lab.model.dispatch.liger"]
-    monkeypatch.setattr(liger_module, "kernels", lambda: None)
+    monkeypatch.setattr(MODULE, "kernels", lambda: None)
     assert "pip install 'moe_lab[gpu]'" in chosen(torch.float16, (9, 0)).reason
-    monkeypatch.setattr(liger_module, "kernels", lambda: plain_kernels)
-    assert chosen(torch.bfloat16, (8, 0)).name == "liger"
+    monkeypatch.setattr(MODULE, "kernels", lambda: plain_kernels)
+    for device in ((8, 0), (11, 0), (12, 0)):  # where grouped_mm is a loop
+        assert chosen(torch.bfloat16, device).name == "liger"
+    assert chosen(torch.bfloat16, (10, 0)).name == "grouped"
     assert chosen(torch.float64, (9, 0)).name == "cpu"
     layer = MoELayer(MoEConfig(16, 8, RouterConfig(num_experts=2, top_k=1), dispatch="grouped"))
     assert layer.backend_choice(torch.zeros(1, 16)) == ("grouped", "it is configured")
+
+
+@pytest.mark.usefixtures("real")
+def test_a_version_that_takes_other_arguments_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Known(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, gate_up_proj, down_proj, top_k_index, top_k_weights): ...  # type: ignore[override]
+
+    class Newer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weights): ...  # type: ignore[override]
+
+    monkeypatch.setattr(MODULE, "older_than", lambda name, oldest: False)
+    monkeypatch.setattr(MODULE, "find_spec", lambda name: True)
+    monkeypatch.setenv("LIGER_FUSED_MOE_AUTOTUNE", "0")
+    for module, accepted in (
+        (SimpleNamespace(LigerFusedMoEFunction=Known), True),
+        (SimpleNamespace(LigerFusedMoEFunction=Newer), False),
+        (SimpleNamespace(), False),
+        (None, False),
+    ):
+        monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe", module)
+        found = liger_kernels.__wrapped__()
+        assert (found is not None) == accepted
 
 
 @pytest.mark.slow

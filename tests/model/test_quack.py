@@ -5,9 +5,9 @@ quack-kernels' own reference functions and compiles its kernels.
 
 import inspect
 import sys
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -159,16 +159,32 @@ def test_what_quack_cannot_run_is_named_in_one_line(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("real")
 @pytest.mark.skipif(find_spec("quack") is None, reason="quack-kernels is not installed")
-def test_quack_kernels_has_every_argument_that_the_backend_gives() -> None:
-    if kernels() is None:
-        pytest.skip("quack-kernels lacks CUTLASS or is older")
-    module = import_module("quack.gemm_interface")
+def test_quack_kernels_has_the_arguments_in_the_order_that_the_backend_gives() -> None:
+    found = kernels()
+    if found is None:
+        pytest.skip("quack-kernels lacks CUTLASS, is older, or takes other arguments")
     for name, function in STAND_IN._asdict().items():
-        theirs = list(inspect.signature(getattr(module, name)).parameters)
+        theirs = list(inspect.signature(getattr(found, name)).parameters)
         ours = inspect.signature(function).parameters
         plain = [key for key, value in ours.items() if value.kind != value.KEYWORD_ONLY]
         assert theirs[: len(plain)] == plain or name == "gemm_dgated"
-        assert set(ours) <= set(theirs)
+
+
+@pytest.mark.usefixtures("real")
+def test_a_version_that_takes_other_arguments_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing argument, a missing function, a missing module."""
+
+    def newer(A: Tensor, B: Tensor) -> None: ...
+
+    monkeypatch.setattr(MODULE, "older_than", lambda name, oldest: False)
+    for module, accepted in (
+        (SimpleNamespace(**STAND_IN._asdict()), True),
+        (SimpleNamespace(**STAND_IN._asdict() | {"gemm": newer}), False),
+        (SimpleNamespace(gemm=STAND_IN.gemm), False),
+        (None, False),
+    ):
+        monkeypatch.setitem(sys.modules, "quack.gemm_interface", module)
+        assert (kernels.__wrapped__() is not None) == accepted
 
 
 @pytest.mark.parametrize("name", ["liger", "quack"])

@@ -15,7 +15,7 @@ alone:
 
 ``auto`` takes the fastest that can run what it is given, again at each call; ``choose`` returns its
 name and why. Among the backends for CUDA it goes by facts, for none has a figure of ours yet:
-``grouped`` in bfloat16 from Hopper on, where torch has one kernel for it and others measured it;
+``grouped`` in bfloat16 on Hopper and data-centre Blackwell, where torch has one kernel for it;
 elsewhere torch runs one product per expert and waits for their sizes, so in half precision
 ``liger`` is taken. ``quack`` runs by its name alone.
 """
@@ -51,6 +51,11 @@ Backend = Dispatch
 BACKENDS = Registry("a dispatch backend")
 """Name -> backend. Another one is added by ``@BACKENDS.register("name")``."""
 
+ONE_KERNEL = (9, 10)
+"""Major compute capabilities on which ``grouped_mm`` is one kernel in bfloat16, torch 2.13's gate
+(pytorch/pytorch#194227: 11 takes the products of a loop, and so does 12).
+"""
+
 _BUILT_IN: dict[str, Backend] = {
     "oracle": oracle,
     "cpu": loop,
@@ -84,7 +89,8 @@ def choose(x_TD: Tensor, bank: Bank) -> Choice:
         return Choice("grouped", "on the meta device nothing is computed")
     if not can_group(x_TD, bank.down):
         return Choice("cpu", "grouped_mm does not take this dtype or these widths")
-    if x_TD.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x_TD.device) >= (9, 0):
+    major, _ = torch.cuda.get_device_capability(x_TD.device)
+    if x_TD.dtype == torch.bfloat16 and major in ONE_KERNEL:
         return Choice("grouped", "its products are one kernel here; others have no figure yet")
     if x_TD.dtype == torch.float32:
         return Choice("grouped", "liger would round float32 products to TF32")

@@ -86,6 +86,7 @@ class Weights(NamedTuple):
 
 
 Dispatch = Callable[[Tensor, Routing, Bank], Tensor]
+INSTALL = "pip install 'moe_lab[gpu]'"
 PAD = 8
 """Channels that carry a bias: rows stay multiples of the 16 bytes that ``grouped_mm`` needs."""
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from moe_lab.errors import require
 from moe_lab.model.dispatch.bank import (
+    INSTALL,
     SWIGLU,
     Bank,
     gating_of,
@@ -38,6 +40,7 @@ from moe_lab.routing import Routing
 from moe_lab.versions import older_than
 
 OLDEST = "0.8.5"
+ARGUMENTS = ("ctx", "x", "gate_up_proj", "down_proj", "top_k_index", "top_k_weights")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CAPABILITY = (8, 0)
 """Of the oldest device with bfloat16 products on its matrix units (Ampere)."""
@@ -51,12 +54,17 @@ D].
 @cache
 def kernels() -> FusedExperts | None:
     """liger-kernel's function, or None where the package is missing or older than 0.8.5 (wrong
-    gradients on Blackwell, linkedin/Liger-Kernel#1413), or Triton is missing.
+    gradients on Blackwell, linkedin/Liger-Kernel#1413), Triton is missing, or a newer version takes
+    other arguments.
     """
     if older_than("liger-kernel", OLDEST) or find_spec("triton") is None:
         return None
     os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")  # read at import
-    return import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction.apply
+    try:
+        function = import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+    except (ImportError, AttributeError):
+        return None
+    return function.apply if tuple(signature(function.forward).parameters) == ARGUMENTS else None
 
 
 def obstacle(x_TD: Tensor, bank: Bank) -> str:
@@ -79,7 +87,7 @@ def obstacle(x_TD: Tensor, bank: Bank) -> str:
     elif x_TD.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on CUDA devices"
     if kernels() is None:
-        return f"liger-kernel {OLDEST} or newer with Triton is missing: pip install 'moe_lab[gpu]'"
+        return f"liger-kernel {OLDEST} (or newer alike) with Triton is missing: {INSTALL}"
     return ""
 
 

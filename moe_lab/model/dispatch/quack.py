@@ -14,6 +14,7 @@ any order: the same call gives the same bits.
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from moe_lab.errors import require
 from moe_lab.model.dispatch.bank import (
+    INSTALL,
     SWIGLU,
     Bank,
     gating_of,
@@ -53,18 +55,32 @@ class Kernels(NamedTuple):
     gemm_dgated: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+_EVERY = {"A", "B", "A_idx", "cu_seqlens_m", "tuned"}
+ARGUMENTS = (
+    {*_EVERY, "out", "cu_seqlens_k", "concat_layout"},
+    {*_EVERY, "activation", "store_preact", "concat_layout"},
+    {*_EVERY, "PreAct", "activation", "colvec_scale", "colvec_reduce", "dynamic_scheduler"},
+)
+"""What the backend gives to each function."""
+
+
 @cache
 def kernels() -> Kernels | None:
-    """quack-kernels' functions, or None where the package is missing, older than 0.6.5, or lacks
-    CUTLASS.
+    """quack-kernels' functions, or None where the package is missing, older than 0.6.5, lacks
+    CUTLASS, or is a newer one that takes other arguments.
     """
     if older_than("quack-kernels", OLDEST):
         return None
     try:
         module = import_module("quack.gemm_interface")
-    except ImportError:
+        found = Kernels(module.gemm, module.gemm_gated, module.gemm_dgated)
+    except (ImportError, AttributeError):
         return None
-    return Kernels(module.gemm, module.gemm_gated, module.gemm_dgated)
+    fits = (
+        names <= set(signature(function).parameters)
+        for names, function in zip(ARGUMENTS, found, strict=True)
+    )
+    return found if all(fits) else None
 
 
 def obstacle(x_TD: Tensor, bank: Bank) -> str:
@@ -82,7 +98,7 @@ def obstacle(x_TD: Tensor, bank: Bank) -> str:
     if torch.cuda.get_device_capability(x_TD.device) < CAPABILITY:
         return "the device is older than compute capability 9.0"
     if kernels() is None:
-        return f"quack-kernels {OLDEST} or newer is missing: pip install 'moe_lab[gpu]'"
+        return f"quack-kernels {OLDEST} (or newer alike) is missing: {INSTALL}"
     return ""
 
 
