@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from moe_lab.model import DecoderConfig
     from moe_lab.sweeps import SweepConfig
 
-VERBS = ("plan", "run", "status")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = examples(

@@ -22,7 +22,7 @@ from moe_lab.analysis.slot_counts import unit_counts
 from moe_lab.analysis.token_groups import grouping
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.serving.expert_sets import expert_sets, require_real_experts
-from moe_lab.serving.placement import Placement, load_table, place, placement_bound
+from moe_lab.serving.placement import Placement, place, placement_bound
 from moe_lab.serving.sentences import ranged
 from moe_lab.trace import Trace
 
@@ -375,9 +375,3 @@ def placement_sentence(frame: pl.DataFrame) -> str:
         f"placement: this placement {says}. On the text it was chosen on it has "
         f"{row['in_sample']:.3f}; on the other no placement can have less than {row['bound']:.3f}."
     )
-
-
-def load_of(trace: Trace) -> tuple[tuple[int, ...], Floats]:
-    """(layer numbers, [L, E] slots of each real expert) of a whole trace."""
-    require_real_experts(trace, "placement")
-    return load_table(trace.counts())

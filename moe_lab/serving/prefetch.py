@@ -29,7 +29,6 @@ from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT
 
 PREDICTORS = ("last_token", "transition", "static")
-TARGETS = ("next_token", "next_layer")
 MAX_TOKENS = 50_000
 FOUND = {
     "layer": pl.UInt32,
