@@ -1,9 +1,9 @@
 """C++ of the package as a shared library: compiled once per machine and user, kept in a folder
 of this user alone in the cache folder.
 
-The compiler is ``$CXX``, ``c++``, ``g++`` or ``clang++``. A library is named by its source, flags,
-compiler and processor, so that machines that share a home folder do not share code that only one of
-them can run.
+The compiler is ``$CXX``, ``c++``, ``g++`` or ``clang++``. A library is named by its source and the
+headers beside it, flags, compiler and processor, so that machines that share a home folder do not
+share code that only one of them can run.
 """
 
 import hashlib
@@ -36,7 +36,10 @@ def shared_library(source: Path, flags: Sequence[str]) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    parts = (source.read_text(encoding="utf-8"), " ".join(flags), compiler, version, processor())
+    texts = [
+        path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))
+    ]
+    parts = (*texts, " ".join(flags), compiler, version, processor())
     name = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
     cache = default_cache_dir()
     cache.mkdir(parents=True, exist_ok=True)

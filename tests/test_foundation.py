@@ -25,7 +25,7 @@ FLOORS = {
     "errors": 0, "config": 0, "files": 0, "versions": 0, "lazy": 0, "cost": 0, "measures": 0,
     "number_format": 0, "plugins": 0, "registry": 0, "document_pass": 0, "sandbox": 0,
     "plain_text": 0, "progress": 0, "terminal": 0, "html_table": 0, "hf": 0, "compiled": 0,
-    "seed_intervals": 0, "free_memory": 0, "worker_processes": 0,
+    "cpu_kernels": 0, "seed_intervals": 0, "free_memory": 0, "worker_processes": 0,
     "runs": 1, "json_input": 0,
     "routing": 1, "text": 1,
     "model": 2,

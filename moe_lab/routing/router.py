@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.config import require
+from moe_lab.cpu_kernels.linear import linear
 from moe_lab.errors import ConfigError, RunError, expected
 from moe_lab.lazy import load_name
 from moe_lab.routing.config import RouterConfig
@@ -184,7 +184,7 @@ class Router(nn.Module):
         with full_precision(x_TD):
             dtype = working_dtype(x_TD)
             bias = None if self.bias is None else self.bias.to(dtype)
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype), bias)
+            return linear(x_TD.to(dtype), self.weight.to(dtype), bias)
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         """From logits to decisions; the one method that a router must define."""

@@ -14,7 +14,7 @@ import torch
 from refusals import refused
 from torch import Tensor
 
-from moe_lab import compiled
+from moe_lab import compiled, cpu_kernels
 from moe_lab.model import ExpertBank, MoEConfig, MoELayer
 from moe_lab.model.dispatch import BACKENDS, choose, native
 from moe_lab.routing import RouterConfig, Routing
@@ -76,8 +76,9 @@ def test_any_width_equals_the_oracle_with_vectors_of_any_size(
     if vectors:
         if platform.machine() != "x86_64":
             pytest.skip("the options are those of compilers for x86")
-        monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, vectors))
-        monkeypatch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
+        monkeypatch.setattr(cpu_kernels, "FLAGS", (*cpu_kernels.FLAGS, vectors))
+        search = functools.cache(cpu_kernels._search.__wrapped__)
+        monkeypatch.setattr(cpu_kernels, "_search", search)
     torch.manual_seed(0)
     indices = torch.rand(600, 5).argsort(dim=1)[:, :2]
     indices[:, 0] = torch.where(torch.rand(600) < 0.7, 3, -1)
@@ -225,9 +226,9 @@ def test_an_unknown_processor_of_a_shared_home_gets_its_own_library(
     if not native.available():
         pytest.skip(f"no compiled experts: {native.problem()}")
     monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path))
-    first = compiled.shared_library(native.SOURCE, native.FLAGS)
+    first = compiled.shared_library(cpu_kernels.SOURCE, cpu_kernels.FLAGS)
     monkeypatch.setattr(compiled, "processor", lambda: "another processor")
-    assert compiled.shared_library(native.SOURCE, native.FLAGS) != first
+    assert compiled.shared_library(cpu_kernels.SOURCE, cpu_kernels.FLAGS) != first
 
 
 def test_the_layer_compiles_into_one_graph() -> None:

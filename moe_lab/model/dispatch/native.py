@@ -1,17 +1,9 @@
-"""``experts``: the routed experts of a layer in C++ on a CPU (``experts.cpp``), forward and
-backward.
-
-The source is compiled once per machine and user, in seconds (``moe_lab.compiled``). Where that
-cannot be had ``available`` is False and ``problem`` says why; ``MOE_LAB_NATIVE=0`` switches it off.
-Under ``torch.compile`` the layer is one opaque operator.
+"""``experts``: the routed experts of a layer in C++ on a CPU (``moe_lab.cpu_kernels``), forward and
+backward. Under ``torch.compile`` the layer is one opaque operator.
 """
 
 import ctypes
-import functools
-import os
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,25 +11,11 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
-from moe_lab import compiled
-from moe_lab.errors import ConfigError, RunError, expected
+from moe_lab.cpu_kernels import DTYPES, available, integers, library, pointers, problem
+from moe_lab.errors import ConfigError, expected
 from moe_lab.model.dispatch.bank import Bank, gating_of, require_fit, takes_biases
 from moe_lab.model.dispatch.order import require_countable
 from moe_lab.routing import Routing
-
-DTYPES = {torch.float32: "f32", torch.float64: "f64"}
-SOURCE = Path(__file__).with_name("experts.cpp")
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-std=c++20",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fPIC",
-    "-shared",
-)
-SWITCH = "MOE_LAB_NATIVE"
 
 
 @takes_biases
@@ -74,44 +52,6 @@ def experts(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
     )[0]
 
 
-_ready: bool | None = None
-"""What ``available`` found; a plain global, because ``torch.compile`` reads those and cannot look
-into the search itself.
-"""
-
-
-def available() -> bool:
-    """Whether the library is there; the first call in a process loads it, the first on a machine
-    compiles it.
-    """
-    global _ready
-    if _ready is None:
-        _ready = isinstance(_library(), ctypes.CDLL)
-    return _ready
-
-
-def problem() -> str | None:
-    """Why there is no library, in one line; None if there is one."""
-    found = _library()
-    return None if isinstance(found, ctypes.CDLL) else found
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled source, or the reason why it cannot be had."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
-    try:
-        library = ctypes.CDLL(str(compiled.shared_library(SOURCE, FLAGS)))
-    except (OSError, RunError, subprocess.SubprocessError, compiled.NoCompilerError) as error:
-        return f"the experts could not be compiled: {compiled.reason(error)}"
-    library.moe_plan.restype = None
-    for name in DTYPES.values():
-        for direction in ("forward", "backward"):
-            getattr(library, f"moe_{direction}_{name}").restype = None
-    return library
-
-
 @torch.library.custom_op("moe_lab::experts", mutates_args=(), device_types="cpu")
 def _experts(
     x: Tensor,
@@ -126,20 +66,21 @@ def _experts(
     """y [T, D]; and for the backward pass act [N, 2F] in expert order (empty unless ``save``),
     order [N], starts [E + 1], place [N].
     """
-    library = _loaded()
     indices, num_slots, num_experts = indices.contiguous(), indices.numel(), down.shape[0]
     require_countable(num_slots)
     order, starts, place = (
         torch.empty(size, dtype=torch.int32) for size in (num_slots, num_experts + 1, num_slots)
     )
-    library.moe_plan(
-        *_pointers(indices), *_integers(num_slots, num_experts), *_pointers(order, starts, place)
+    library().moe_plan(
+        *pointers(indices), *integers(num_slots, num_experts), *pointers(order, starts, place)
     )
     x, weights, gate_up, down = (value.contiguous() for value in (x, weights, gate_up, down))
     # Pages that nothing is written to are never touched: unused slots cost no memory.
     y, act = torch.empty_like(x), x.new_empty(num_slots if save else 0, gate_up.shape[1])
     layer = _layer(x, indices, weights, gate_up, down, order, starts, place, on_input, gating)
-    getattr(library, f"moe_forward_{DTYPES[x.dtype]}")(*layer, *_pointers(act if save else None, y))
+    getattr(library(), f"moe_forward_{DTYPES[x.dtype]}")(
+        *layer, *pointers(act if save else None, y)
+    )
     return y, act, order, starts, place
 
 
@@ -178,13 +119,12 @@ def _experts_backward(
     gating: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate_up and down."""
-    library = _loaded()
     grad, x, weights, gate_up, down = (
         value.contiguous() for value in (grad, x, weights, gate_up, down)
     )
     gradients = [torch.empty_like(value) for value in (x, weights, gate_up, down)]
     layer = _layer(x, indices, weights, gate_up, down, order, starts, place, on_input, gating)
-    getattr(library, f"moe_backward_{DTYPES[x.dtype]}")(*layer, *_pointers(grad, act, *gradients))
+    getattr(library(), f"moe_backward_{DTYPES[x.dtype]}")(*layer, *pointers(grad, act, *gradients))
     return gradients[0], gradients[1], gradients[2], gradients[3]
 
 
@@ -241,12 +181,6 @@ def _refuse(ctx: Any, *gradients: Any) -> None:
 _experts_backward.register_autograd(_refuse)
 
 
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert isinstance(library, ctypes.CDLL)
-    return library
-
-
 def _layer(
     x: Tensor,
     indices: Tensor,
@@ -260,18 +194,10 @@ def _layer(
     gating: Sequence[float],
 ) -> list[Any]:
     """The arguments that both directions begin with."""
-    sizes = _integers(torch.get_num_threads(), *indices.shape, *down.shape)
+    sizes = integers(torch.get_num_threads(), *indices.shape, *down.shape)
     return [
         *sizes,
         ctypes.c_bool(on_input),
         *map(ctypes.c_double, gating),
-        *_pointers(x, weights, gate_up, down, order, starts, place),
+        *pointers(x, weights, gate_up, down, order, starts, place),
     ]
-
-
-def _integers(*values: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(value) for value in values]
-
-
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]

@@ -6,7 +6,6 @@
 // Letters: T tokens, K slots, N = T * K, E experts, D d_model, F d_expert. Slots are in expert order: row r of expert e is the slot
 // order[r], starts[e] <= r < starts[e + 1]; place[slot] is r, or -1 for a slot that runs no real expert.
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -14,22 +13,18 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <utility>
 #include <vector>
 
-#include <omp.h>
+#include "products.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 namespace {
 
-using std::int32_t;
-using std::int64_t;
-
 constexpr int64_t kScratch = int64_t(512) << 10;  // bytes of one block of rows between the products: half of a core's second-level cache
 constexpr int64_t kWave = int64_t(8) << 20;  // bytes of experts' outputs that wait to be added up by token: they stay in the last-level cache
-constexpr int64_t kGrain = 8192;  // elements below which a loop is not worth a second thread
 
 // One layer's problem. Letters as above; `threads` is torch's number of threads.
 template <typename S>
@@ -42,6 +37,10 @@ struct Layer {
 
   int64_t rows(int64_t e) const { return starts[e + 1] - starts[e]; }
 
+  // The weights of expert e, for products to ask for ahead of their use.
+  Ahead into(int64_t e) const { return {gate_up + e * 2 * F * D, int64_t(2 * F * D * sizeof(S))}; }
+  Ahead out_of(int64_t e) const { return {down + e * D * F, int64_t(D * F * sizeof(S))}; }
+
   // Rows of one block, at most: as many as keep its scratch in kScratch.
   int64_t block() const { return std::clamp<int64_t>(kScratch / int64_t((2 * D + 4 * F + 3) * sizeof(S)), 64, 256); }
 
@@ -51,140 +50,6 @@ struct Layer {
     return (left + parts - 1) / parts;
   }
 };
-
-// `body(i)` for i < n, on several threads where that pays. Inside a parallel region it is a plain loop.
-template <typename Body>
-void parallel_for(int64_t threads, int64_t n, int64_t elements_each, const Body& body) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && !omp_in_parallel() && n * elements_each > kGrain)
-  for (int64_t i = 0; i < n; ++i) body(i);
-}
-
-// The processor's vectors, by the vector extension of GCC and Clang. A tile of the products is kRows x kVectors of them: 12 of 16 registers or 24 of 32.
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 6, kVectors = 4;
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kRows = 6, kVectors = 2;
-#else
-constexpr int kBytes = 16, kRows = 6, kVectors = 2;
-#endif
-constexpr int64_t kDepth = 256;  // terms of a product that are added in registers: a panel of its second factor stays in the first-level cache
-
-template <typename S>
-struct Simd {
-  static constexpr int lanes = kBytes / sizeof(S);
-  typedef S Vector __attribute__((vector_size(kBytes)));
-};
-template <typename S>
-using Vector = typename Simd<S>::Vector;
-
-template <typename S>
-inline Vector<S> load(const S* from) {
-  Vector<S> v;
-  std::memcpy(&v, from, kBytes);
-  return v;
-}
-
-// c[rows, cols] (+)= the sum over k < depth of a[i * row + k * step] b[k * ldb + j]; b has whole vectors, c has ldc columns.
-template <typename S, int Rows, int Vectors>
-void tile(int64_t depth, const S* a, int64_t row, int64_t step, const S* b, int64_t ldb, bool add, S* c, int64_t ldc, int64_t cols) {
-  constexpr int W = Simd<S>::lanes;
-  Vector<S> sum[Rows][Vectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<S> v[Vectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) v[j] = load(b + k * ldb + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < Vectors; ++j) sum[i][j] += a[i * row + k * step] * v[j];
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-    S *out = c + i * ldc, part[Vectors * W];
-    const bool whole = cols == Vectors * W;
-    if (!whole) std::memcpy(part, out, cols * sizeof(S));
-    S* to = whole ? out : part;
-#pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) {
-      const Vector<S> value = add ? sum[i][j] + load(to + j * W) : sum[i][j];
-      std::memcpy(to + j * W, &value, kBytes);
-    }
-    if (!whole) std::memcpy(out, part, cols * sizeof(S));
-  }
-}
-
-template <typename S>
-using Tile = void (*)(int64_t, const S*, int64_t, int64_t, const S*, int64_t, bool, S*, int64_t, int64_t);
-
-template <typename S, int... I>
-constexpr std::array<Tile<S>, sizeof...(I)> tiles(std::integer_sequence<int, I...>) {
-  return {tile<S, I / kVectors + 1, I % kVectors + 1>...};
-}
-template <typename S>
-constexpr auto kTiles = tiles<S>(std::make_integer_sequence<int, kRows * kVectors>{});
-
-// The lanes of a and b in turn, from lane `from` on.
-template <typename S, int... I>
-inline Vector<S> interleave(Vector<S> a, Vector<S> b, int from, std::integer_sequence<int, I...>) {
-  return from ? Vector<S>{(I % 2 ? b : a)[I / 2 + sizeof...(I) / 2]...} : Vector<S>{(I % 2 ? b : a)[I / 2]...};
-}
-
-// out[k * width + j] = b[j * ld + k], one square of vectors.
-template <typename S>
-inline void transpose(const S* b, int64_t ld, S* out, int64_t width) {
-  constexpr int W = Simd<S>::lanes;
-  constexpr auto lanes = std::make_integer_sequence<int, W>{};
-  Vector<S> rows[W], mixed[W];
-#pragma GCC unroll 16
-  for (int j = 0; j < W; ++j) rows[j] = load(b + j * ld);
-#pragma GCC unroll 4
-  for (int stage = 1; stage < W; stage *= 2) {
-#pragma GCC unroll 16
-    for (int j = 0; j < W / 2; ++j) {
-      mixed[2 * j] = interleave<S>(rows[j], rows[j + W / 2], 0, lanes);
-      mixed[2 * j + 1] = interleave<S>(rows[j], rows[j + W / 2], 1, lanes);
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < W; ++j) rows[j] = mixed[j];
-  }
-#pragma GCC unroll 16
-  for (int j = 0; j < W; ++j) std::memcpy(out + j * width, &rows[j], kBytes);
-}
-
-// out[depth, width] = the first `cols` columns of b, the others zero; b is [depth, ld], or [cols, ld] where it is transposed.
-template <typename S>
-void pack(bool transposed, const S* b, int64_t ld, int64_t depth, int64_t cols, S* out, int64_t width) {
-  constexpr int W = Simd<S>::lanes;
-  const int64_t whole_rows = transposed ? depth / W * W : 0, whole = cols / W * W;
-  for (int64_t j = 0; j < (whole_rows ? whole : 0); j += W)
-    for (int64_t k = 0; k < whole_rows; k += W) transpose(b + j * ld + k, ld, out + k * width + j, width);
-  if (whole_rows == depth && whole == width) return;
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t j = k < whole_rows ? whole : 0; j < width; ++j) out[k * width + j] = j >= cols ? S(0) : transposed ? b[j * ld + k] : b[k * ld + j];
-}
-
-// Row-major c[m, n] (+)= op(a) op(b), on several threads outside of a parallel region. The order of each sum depends on `depth` alone.
-template <typename S>
-void product(int64_t threads, bool ta, bool tb, int64_t m, int64_t n, int64_t depth, const S* a, const S* b, bool add, S* c) {
-  constexpr int64_t W = Simd<S>::lanes, width = kVectors * W;
-  const int64_t row = ta ? 1 : depth, step = ta ? m : 1, parts = (m + kRows - 1) / kRows;
-  parallel_for(threads, (n + width - 1) / width, m * depth * width, [&](int64_t panel) {
-    alignas(kBytes) S packed[kDepth * width];
-    const int64_t j = panel * width, cols = std::min(width, n - j), vectors = (cols + W - 1) / W;
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      const int64_t terms = std::min(kDepth, depth - k);
-      const S* factor = tb ? b + j * depth + k : b + k * n + j;
-      const bool copy = tb || cols % W;
-      if (copy) pack(tb, factor, tb ? depth : n, terms, cols, packed, vectors * W);
-      for (int64_t i = 0, part = 0; part < parts; ++part) {
-        const int64_t rows = (m - i + parts - part - 1) / (parts - part);
-        kTiles<S>[(rows - 1) * kVectors + vectors - 1](terms, a + i * row + k * step, row, step, copy ? packed : factor, copy ? vectors * W : n,
-                                                       add || k, c + i * n + j, n, cols);
-        i += rows;
-      }
-    }
-  });
-}
 
 // 1 / (1 + exp(-v)), in float32 by a polynomial that compilers turn into vector instructions: exp(r) on |r| <= ln(2) / 2 (Cephes, expf;
 // relative error 2e-7) times a power of two. NaN stays NaN.
@@ -273,8 +138,8 @@ std::vector<int64_t> waves(const Layer<S>& z) {
   return bounds;
 }
 
-// Run `work(expert, scratch)` for the experts of [begin, end) that have rows. One that has more than a thread's share runs alone, with all threads inside
-// its products; the others are dealt out, largest first. Which thread takes an expert changes nothing in its result.
+// Run `work(expert, next, scratch)` for the experts of [begin, end) that have rows. One that has more than a thread's share runs alone, with all threads inside
+// its products; the others are dealt out, largest first, and `next` is the one that is probably this thread's next (its own number at the end). Which thread takes an expert changes nothing in its result.
 template <typename S, typename Work>
 void for_experts(const Layer<S>& z, int64_t begin, int64_t end, int64_t scratch_size, const Work& work) {
   const int64_t used = z.starts[end] - z.starts[begin];
@@ -284,7 +149,7 @@ void for_experts(const Layer<S>& z, int64_t begin, int64_t end, int64_t scratch_
   std::stable_sort(shared.begin(), shared.end(), [&](int64_t a, int64_t b) { return z.rows(a) > z.rows(b); });
   if (!alone.empty()) {
     std::unique_ptr<S[]> scratch(new S[scratch_size]);
-    for (const int64_t e : alone) work(e, scratch.get());
+    for (const int64_t e : alone) work(e, e, scratch.get());
   }
   std::atomic<size_t> next{0};
   const int crew = std::min<int64_t>(z.threads, shared.size());
@@ -292,7 +157,8 @@ void for_experts(const Layer<S>& z, int64_t begin, int64_t end, int64_t scratch_
 #pragma omp parallel num_threads(crew)
   {
     std::unique_ptr<S[]> scratch(new S[scratch_size]);
-    for (size_t turn = next++; turn < shared.size(); turn = next++) work(shared[turn], scratch.get());
+    for (size_t turn = next++; turn < shared.size(); turn = next++)
+      work(shared[turn], shared[std::min(turn + crew, shared.size() - 1)], scratch.get());
   }
 }
 
@@ -325,7 +191,7 @@ void combine(const Layer<S>& z, const S* rows, int64_t first, int64_t last, S* o
   });
 }
 
-// out [T, D] = the sum over experts of what `work(expert, scratch, rows)` writes to rows [rows of the expert, D].
+// out [T, D] = the sum over experts of what `work(expert, next, scratch, rows)` writes to rows [rows of the expert, D].
 template <typename S, typename Work>
 void sum_over_experts(const Layer<S>& z, int64_t scratch_size, S* out, const Work& work) {
   const auto bounds = waves(z);
@@ -337,7 +203,7 @@ void sum_over_experts(const Layer<S>& z, int64_t scratch_size, S* out, const Wor
   for (size_t i = 1; i < bounds.size(); ++i) {
     const int64_t first = z.starts[bounds[i - 1]];
     for_experts<S>(z, bounds[i - 1], bounds[i], scratch_size,
-                   [&](int64_t e, S* scratch) { work(e, scratch, rows.get() + (z.starts[e] - first) * z.D); });
+                   [&](int64_t e, int64_t next, S* scratch) { work(e, next, scratch, rows.get() + (z.starts[e] - first) * z.D); });
     combine<S>(z, rows.get(), first, z.starts[bounds[i]], out);
   }
 }
@@ -362,18 +228,20 @@ template <typename S>
 void forward(const Layer<S>& z, S* act, S* y) {
   const int64_t B = z.block(), D = z.D, F = z.F;
   if (act != nullptr) advise(act, z.starts[z.E] * 2 * F);
-  sum_over_experts<S>(z, B * (D + F + 2) + (act == nullptr ? B * 2 * F : 0), y, [&](int64_t e, S* scratch, S* rows) {
+  sum_over_experts<S>(z, B * (D + F + 2) + (act == nullptr ? B * 2 * F : 0), y, [&](int64_t e, int64_t next, S* scratch, S* rows) {
     S *input = scratch, *hidden = input + B * D, *weight = hidden + B * F, *ones = weight + B, *own = ones + B;
     std::fill(ones, ones + B, S(1));
     for (int64_t first = z.starts[e], n; first < z.starts[e + 1]; first += n) {
       n = z.next_block(e, first);
+      const bool last = first + n == z.starts[e + 1];
       const int32_t* order = z.order + first;
       for (int64_t r = 0; r < n; ++r) weight[r] = z.weights[order[r]];
       S* a = act == nullptr ? own : act + first * 2 * F;
       gather<S>(z, z.x, order, n, z.on_input ? weight : nullptr, input);
-      product(z.threads, false, true, n, 2 * F, D, input, z.gate_up + e * 2 * F * D, false, a);
+      product(z.threads, false, true, n, 2 * F, D, input, z.gate_up + e * 2 * F * D, false, a, last ? z.into(next) : Ahead{});
       swiglu<S>(z, a, z.on_input ? ones : weight, n, hidden);
-      product(z.threads, false, true, n, D, F, hidden, z.down + e * D * F, false, rows + (first - z.starts[e]) * D);
+      product(z.threads, false, true, n, D, F, hidden, z.down + e * D * F, false, rows + (first - z.starts[e]) * D,
+              last ? z.out_of(next) : Ahead{});
     }
   });
 }
@@ -390,23 +258,24 @@ void backward(const Layer<S>& z, const S* grad, const S* act, S* grad_x, S* grad
     std::fill(grad_gate_up + e * 2 * F * D, grad_gate_up + (e + 1) * 2 * F * D, S(0));
     std::fill(grad_down + e * D * F, grad_down + (e + 1) * D * F, S(0));
   }
-  sum_over_experts<S>(z, B * (2 * D + 4 * F + 3), grad_x, [&](int64_t e, S* scratch, S* rows) {
+  sum_over_experts<S>(z, B * (2 * D + 4 * F + 3), grad_x, [&](int64_t e, int64_t next, S* scratch, S* rows) {
     S *input = scratch, *g = input + B * D, *grad_hidden = g + B * D, *hidden = grad_hidden + B * F, *grad_act = hidden + B * F;
     S *weight = grad_act + B * 2 * F, *ones = weight + B, *dot = ones + B;
     std::fill(ones, ones + B, S(1));
     for (int64_t first = z.starts[e], n; first < z.starts[e + 1]; first += n) {
       n = z.next_block(e, first);
-      const bool add = first != z.starts[e];
+      const bool add = first != z.starts[e], last = first + n == z.starts[e + 1];
+      const auto fresh = [&](S* gradient, Ahead like) { return n == z.rows(e) ? Ahead{gradient, like.bytes} : Ahead{}; };
       const int32_t* order = z.order + first;
       for (int64_t r = 0; r < n; ++r) weight[r] = z.weights[order[r]];
       gather<S>(z, grad, order, n, nullptr, g);
       gather<S>(z, z.x, order, n, z.on_input ? weight : nullptr, input);
-      product(z.threads, false, false, n, F, D, g, z.down + e * D * F, false, grad_hidden);
+      product(z.threads, false, false, n, F, D, g, z.down + e * D * F, false, grad_hidden, fresh(grad_down + e * D * F, z.out_of(e)));
       swiglu_backward<S>(z, act + first * 2 * F, z.on_input ? ones : weight, grad_hidden, n, hidden, grad_act, dot);
-      product(z.threads, true, false, D, F, n, g, hidden, add, grad_down + e * D * F);
-      product(z.threads, true, false, 2 * F, D, n, grad_act, input, add, grad_gate_up + e * 2 * F * D);
+      product(z.threads, true, false, D, F, n, g, hidden, add, grad_down + e * D * F, fresh(grad_gate_up + e * 2 * F * D, z.into(e)));
+      product(z.threads, true, false, 2 * F, D, n, grad_act, input, add, grad_gate_up + e * 2 * F * D, add ? Ahead{} : z.into(e));
       S* out = rows + (first - z.starts[e]) * D;
-      product(z.threads, false, false, n, D, 2 * F, grad_act, z.gate_up + e * 2 * F * D, false, out);
+      product(z.threads, false, false, n, D, 2 * F, grad_act, z.gate_up + e * 2 * F * D, false, out, last ? z.out_of(next) : Ahead{});
       if (z.on_input) input_weights<S>(z, order, n, weight, out, dot);
       for (int64_t r = 0; r < n; ++r) grad_weights[order[r]] = dot[r];
     }
@@ -431,6 +300,13 @@ void moe_plan(const int64_t* ids, int64_t N, int64_t E, int32_t* order, int32_t*
     if (real(slot)) order[place[slot]] = slot;
   }
 }
+
+#define MOE_PRODUCT(S, name)                                                                                                          \
+  void moe_product_##name(int64_t threads, bool ta, bool tb, int64_t m, int64_t n, int64_t depth, const S* a, const S* b, S* c) {       \
+    product<S>(threads, ta, tb, m, n, depth, a, b, false, c);                                                                         \
+  }
+MOE_PRODUCT(float, f32)
+MOE_PRODUCT(double, f64)
 
 #define MOE_LAYER(S)                                                                                                                  \
   const Layer<S> z { threads, T, K, E, D, F, on_input, limit, alpha, offset, x, weights, gate_up, down, order, starts, place }

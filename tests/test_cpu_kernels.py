@@ -1,0 +1,97 @@
+"""Products in the package's own tiles against torch's: every transposition, gradients of any order,
+the same bits on any number of threads, and a router that uses them.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lab import compiled, cpu_kernels
+from moe_lab.cpu_kernels import linear as module
+from moe_lab.routing import RouterConfig, build_router
+
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels.available(), reason=f"no compiled products: {cpu_kernels.problem()}"
+)
+FLAGS = [(ta, tb) for ta in (False, True) for tb in (False, True)]
+
+
+def factors(m: int, n: int, depth: int, ta: bool, tb: bool, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(m + n + depth)
+    a, b = (
+        torch.randn(shape, generator=generator, dtype=dtype) for shape in ((m, depth), (depth, n))
+    )
+    return [a.t().contiguous() if ta else a, b.t().contiguous() if tb else b]
+
+
+@pytest.mark.parametrize(("ta", "tb"), FLAGS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 70, 300), (801, 33, 5), (12, 64, 0), (0, 8, 4)])
+def test_a_product_equals_torchs(shape: tuple[int, int, int], ta: bool, tb: bool) -> None:
+    a, b = factors(*shape, ta, tb, torch.float64)
+    wanted = (a.t() if ta else a) @ (b.t() if tb else b)
+    torch.testing.assert_close(torch.ops.moe_lab.mm(a, b, ta, tb), wanted)
+    single = torch.ops.moe_lab.mm(a.float(), b.float(), ta, tb).double()
+    torch.testing.assert_close(single, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("ta", "tb"), FLAGS)
+def test_a_second_thread_changes_no_bit(ta: bool, tb: bool) -> None:
+    a, b = factors(1000, 150, 600, ta, tb, torch.float32)
+    before = torch.get_num_threads()
+    products = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            products.append(torch.ops.moe_lab.mm(a, b, ta, tb))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(products[0], products[1])
+    assert torch.equal(products[0], products[2])
+
+
+@pytest.mark.parametrize(("ta", "tb"), FLAGS)
+def test_gradients_of_every_order_are_right(ta: bool, tb: bool) -> None:
+    a, b = (value.requires_grad_() for value in factors(3, 4, 5, ta, tb, torch.float64))
+    assert torch.autograd.gradcheck(torch.ops.moe_lab.mm, (a, b, ta, tb))
+    assert torch.autograd.gradgradcheck(torch.ops.moe_lab.mm, (a, b, ta, tb))
+    torch.library.opcheck(torch.ops.moe_lab.mm, (a, b, ta, tb))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_router_of_a_large_batch_runs_it_in_one_graph(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = build_router(
+        RouterConfig(kind="topk_softmax", num_experts=64, top_k=4, router_bias=bias), 128
+    )
+    x_TD = torch.randn(700, 128)
+    weighting = torch.randn(700, 64)
+
+    def step(run) -> list[Tensor]:
+        inside = x_TD.clone().requires_grad_()
+        logits_TE = run(inside)
+        inputs = [inside, *router.parameters()]
+        return [logits_TE, *torch.autograd.grad(logits_TE, inputs, weighting)]
+
+    plain = step(lambda x: torch.nn.functional.linear(x, router.weight, router.bias))
+    graph = torch.compile(router.logits, backend="aot_eager", fullgraph=True)
+    for run in (router.logits, graph):
+        for got, wanted in zip(step(run), plain, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(module, "MIN_TERMS", 2**62)
+    for got, wanted in zip(step(router.logits), plain, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_library_is_named_by_the_headers_beside_its_source_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
+    source, header = tmp_path / "one.cpp", tmp_path / "one.h"
+    source.write_text('#include "one.h"\n')
+    header.write_text("int one() { return 1; }\n")
+    first = compiled.shared_library(source, ("-shared", "-fPIC"))
+    header.write_text("int one() { return 2; }\n")
+    assert compiled.shared_library(source, ("-shared", "-fPIC")) != first
