@@ -1,5 +1,5 @@
-"""Products in the package's own tiles against torch's: every transposition, gradients of any order,
-the same bits on any number of threads, and a router that uses them.
+"""Products and the top k in the package's own code against torch's: every transposition, gradients
+of any order, the same bits on any number of threads, and a router that uses them.
 """
 
 from pathlib import Path
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from moe_lab import compiled, cpu_kernels
 from moe_lab.cpu_kernels import linear as module
+from moe_lab.cpu_kernels.top_k import top_k
 from moe_lab.routing import RouterConfig, build_router
+from moe_lab.worth.selection import Replayed, Selection
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels.available(), reason=f"no compiled products: {cpu_kernels.problem()}"
@@ -53,9 +55,12 @@ def test_a_second_thread_changes_no_bit(ta: bool, tb: bool) -> None:
 
 @pytest.mark.parametrize(("ta", "tb"), FLAGS)
 def test_gradients_of_every_order_are_right(ta: bool, tb: bool) -> None:
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return torch.ops.moe_lab.mm(a, b, ta, tb)
+
     a, b = (value.requires_grad_() for value in factors(3, 4, 5, ta, tb, torch.float64))
-    assert torch.autograd.gradcheck(torch.ops.moe_lab.mm, (a, b, ta, tb))
-    assert torch.autograd.gradgradcheck(torch.ops.moe_lab.mm, (a, b, ta, tb))
+    assert torch.autograd.gradcheck(product, (a, b))
+    assert torch.autograd.gradgradcheck(product, (a, b))
     torch.library.opcheck(torch.ops.moe_lab.mm, (a, b, ta, tb))
 
 
@@ -80,6 +85,8 @@ def test_the_router_of_a_large_batch_runs_it_in_one_graph(
     for run in (router.logits, graph):
         for got, wanted in zip(step(run), plain, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    selected = torch.compile(lambda x: router(x).indices, backend="aot_eager", fullgraph=True)
+    assert torch.equal(selected(x_TD), router(x_TD).indices)
     monkeypatch.setattr(module, "MIN_TERMS", 2**62)
     for got, wanted in zip(step(router.logits), plain, strict=True):
         assert torch.equal(got, wanted)
@@ -95,3 +102,36 @@ def test_a_library_is_named_by_the_headers_beside_its_source_too(
     first = compiled.shared_library(source, ("-shared", "-fPIC"))
     header.write_text("int one() { return 2; }\n")
     assert compiled.shared_library(source, ("-shared", "-fPIC")) != first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("experts", "k"), [(8, 8), (33, 1), (256, 8)])
+def test_the_top_k_are_those_of_a_stable_sort(dtype: torch.dtype, experts: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(experts)
+    values_TE = torch.randn(5000, experts, generator=generator, dtype=dtype)
+    values_TE[1000:2000] = values_TE[1000:2000].mul(2).round()  # equal ones, two zeros
+    values_TE[2000:3000, ::2] = -torch.inf
+    values_TE[3000:3500, 1::3] = torch.nan
+    values_TE[3500:4000] = -torch.inf
+    wanted_TK = values_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(torch.ops.moe_lab.topk(values_TE, k), wanted_TK)
+
+
+def test_of_infinity_and_nan_the_one_that_is_not_a_number_is_larger() -> None:
+    values_TE = torch.tensor([[1.0, torch.inf, torch.nan, torch.inf]]).expand(9000, 4).repeat(1, 2)
+    assert top_k(values_TE, 4)[0].tolist() == [2, 6, 1, 3]
+    with pytest.raises(ValueError, match="expected k from 0 to 8, got 9"):
+        top_k(values_TE, 9)
+
+
+def test_the_selection_of_a_large_batch_can_be_replaced() -> None:
+    """``Selection`` finds the compiled top k by its name."""
+    router = build_router(RouterConfig(num_experts=64, top_k=2), 128)
+    x_TD, number_T = torch.randn(700, 128), torch.arange(700)
+    ids_TK = torch.stack([number_T % 63, torch.full((700,), 63)], dim=1)
+    known_T = number_T % 2 == 0
+    own_TK = router(x_TD).indices
+    with Selection(64, 64, [], Replayed(ids_TK, known_T)) as selection:
+        got_TK = router(x_TD).indices
+    assert selection.selected
+    assert torch.equal(got_TK, torch.where(known_T[:, None], ids_TK, own_TK))

@@ -1,5 +1,5 @@
 """The package's C++ for layers on a CPU (``experts.cpp``): products in tiles of the processor's
-vectors, and the experts of a layer, in float32 and float64.
+vectors, the top k of rows, and the experts of a layer, in float32 and float64.
 
 The source is compiled once per machine and user, in seconds (``moe_lab.compiled``). Where that
 cannot be had ``available`` is False and ``problem`` says why; ``MOE_LAB_NATIVE=0`` switches it off.
@@ -71,7 +71,7 @@ def _search() -> ctypes.CDLL | str:
         return f"the experts could not be compiled: {compiled.reason(error)}"
     loaded.moe_plan.restype = None
     for name in DTYPES.values():
-        for function in ("forward", "backward", "product"):
+        for function in ("forward", "backward", "product", "top_k"):
             getattr(loaded, f"moe_{function}_{name}").restype = None
     return loaded
 

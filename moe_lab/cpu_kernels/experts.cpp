@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "products.h"
+#include "top_k.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -301,12 +302,15 @@ void moe_plan(const int64_t* ids, int64_t N, int64_t E, int32_t* order, int32_t*
   }
 }
 
-#define MOE_PRODUCT(S, name)                                                                                                          \
+#define MOE_ROUTER(S, name)                                                                                                           \
   void moe_product_##name(int64_t threads, bool ta, bool tb, int64_t m, int64_t n, int64_t depth, const S* a, const S* b, S* c) {       \
     product<S>(threads, ta, tb, m, n, depth, a, b, false, c);                                                                         \
+  }                                                                                                                                   \
+  void moe_top_k_##name(int64_t threads, int64_t rows, int64_t E, int64_t K, const S* values, int64_t* ids) {                           \
+    top_k<S>(threads, rows, E, K, values, ids);                                                                                       \
   }
-MOE_PRODUCT(float, f32)
-MOE_PRODUCT(double, f64)
+MOE_ROUTER(float, f32)
+MOE_ROUTER(double, f64)
 
 #define MOE_LAYER(S)                                                                                                                  \
   const Layer<S> z { threads, T, K, E, D, F, on_input, limit, alpha, offset, x, weights, gate_up, down, order, starts, place }

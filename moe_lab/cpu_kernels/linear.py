@@ -39,7 +39,7 @@ def _sizes(a: Any, b: Any, ta: bool, tb: bool) -> tuple[int, int, int]:
 
 @torch.library.custom_op("moe_lab::mm", mutates_args=(), device_types="cpu")
 def _mm(a: Tensor, b: Tensor, ta: bool, tb: bool) -> Tensor:
-    """``op(a) @ op(b)``. ``moe_lab.worth`` finds the product that makes logits by this name."""
+    """``op(a) @ op(b)``."""
     a, b = a.contiguous(), b.contiguous()
     m, n, depth = _sizes(a.shape, b.shape, ta, tb)
     c = a.new_empty(m, n)

@@ -1,4 +1,4 @@
-"""The pieces that routers select with: top k, group limits, variable counts as slots, and capacity.
+"""The pieces that routers select with: group limits, variable counts as slots, and capacity.
 
 None of them waits for the device.
 """
@@ -8,12 +8,6 @@ from torch import Tensor
 
 from moe_lab.routing.config import GroupFill, GroupScore
 from moe_lab.routing.routing import UNUSED
-
-
-def select_topk(scores_TE: Tensor, top_k: int, bias_E: Tensor | None = None) -> Tensor:
-    """[T, K] ids of the largest ``scores + bias``, best first; the bias is in no weight."""
-    choice = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-    return choice.topk(top_k, dim=1).indices
 
 
 def limit_groups(

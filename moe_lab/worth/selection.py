@@ -97,11 +97,14 @@ class Selection(TorchFunctionMode):
         assert self.replayed is not None
         ids_TK = self.replayed.ids.to(scores.device)
         known_T = self.replayed.known.to(scores.device)
-        indices = result.indices
+        ids_alone = isinstance(result, Tensor)  # those of ``moe_lab.cpu_kernels.top_k``
+        indices = result if ids_alone else result.indices
         if scores.shape[-1] != self.experts or indices.numel() != ids_TK.numel():
             return result
         self.selected = True
         shape = indices.shape
         ids = torch.where(known_T[:, None], ids_TK, indices.reshape(ids_TK.shape)).view(shape)
+        if ids_alone:
+            return ids.clamp_min(0)
         values = scores.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
         return torch.return_types.topk((values, ids.clamp_min(0)))

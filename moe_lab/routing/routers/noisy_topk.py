@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lab.cpu_kernels.top_k import top_k
 from moe_lab.routing.config import RouterConfig
 from moe_lab.routing.losses import cv_squared, importance_of, smooth_load
 from moe_lab.routing.router import (
@@ -24,7 +25,6 @@ from moe_lab.routing.router import (
     working_dtype,
 )
 from moe_lab.routing.routing import Routing
-from moe_lab.routing.select import select_topk
 
 
 @register("noisy_topk")
@@ -52,7 +52,7 @@ class NoisyTopK(Router):
         return replace(routing, logits=clean_TE, losses=losses)
 
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
-        indices_TK = select_topk(logits_TE, self.config.top_k)
+        indices_TK = top_k(logits_TE, self.config.top_k)
         return self.routing(
             indices_TK,
             logits_TE.gather(1, indices_TK).softmax(dim=1) * self.config.routed_scaling_factor,

@@ -10,9 +10,9 @@ transport plan. The loop waits for the device at every turn.
 import torch
 from torch import Tensor
 
+from moe_lab.cpu_kernels.top_k import top_k
 from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
-from moe_lab.routing.select import select_topk
 
 TOLERANCE, MOST_TURNS = 1e-4, 1000
 
@@ -21,7 +21,7 @@ TOLERANCE, MOST_TURNS = 1e-4, 1000
 class Sinkhorn(Router):
     def route(self, logits_TE: Tensor, context: RouterContext) -> Routing:
         choice_TE = balanced(logits_TE.detach(), context.valid) if self.training else logits_TE
-        indices_TK = select_topk(choice_TE, self.config.top_k)
+        indices_TK = top_k(choice_TE, self.config.top_k)
         scores_TE = logits_TE.sigmoid() if self.config.top_k == 1 else logits_TE.softmax(dim=1)
         return self.routing(
             indices_TK,

@@ -15,6 +15,7 @@ enters a weight.
 import torch
 from torch import Tensor
 
+from moe_lab.cpu_kernels.top_k import top_k
 from moe_lab.routing.config import (
     GroupFill,
     GroupScore,
@@ -25,7 +26,7 @@ from moe_lab.routing.config import (
 )
 from moe_lab.routing.router import Router, RouterContext, register
 from moe_lab.routing.routing import Routing
-from moe_lab.routing.select import limit_groups, select_topk
+from moe_lab.routing.select import limit_groups
 
 SCORES = {
     ScoreFunc.SOFTMAX: lambda logits: logits.softmax(dim=1),
@@ -80,7 +81,7 @@ class TokenChoice(Router):
         groups, kept = self.config.num_groups, self.config.topk_groups
         if groups is not None and kept is not None:
             choice_TE = limit_groups(choice_TE, groups, kept, self.group_score, self.group_fill)
-        return select_topk(choice_TE, self.config.top_k)
+        return top_k(choice_TE, self.config.top_k)
 
     def weigh(self, scores_TE: Tensor, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
         """[T, K] weights of the selected."""
