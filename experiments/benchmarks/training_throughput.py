@@ -6,10 +6,12 @@ worker runs it: one thread, and freed memory kept. Contestants take turns; figur
 quartiles, ratios are paired. The reference tokens/s are those of a sort-and-split loop with fused
 AdamW on one thread of two quiet cores. ``--split`` times the parts of a step alone: routers,
 experts, attention (forward and backward each, over all layers), and clipping with AdamW; ``rest``
-is what they leave.
+is what they leave. ``--floor`` asks how much of the speed with the fewest experts any code could
+keep: the step with the fewest, less its routing, optimiser and experts, plus what more experts
+cannot do without (``floor_of``), at the arithmetic and memory speeds measured in the same rounds.
 
     python experiments/benchmarks/training_throughput.py [--size 0.8M] [--experts 2 16 64 256]
-    [--rounds 9] [--processes 2] [--split]
+    [--rounds 9] [--processes 2] [--split | --floor]
 
 The bank of the 14M size with 256 experts has 1.2 billion parameters: a step needs more than 20 GB.
 """
@@ -20,11 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from measure import save, summary, take_turns
 from torch import Tensor
 
+from moe_lab.cpu_kernels.linear import linear
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig, MoELayer
 from moe_lab.model.blocks import Block
 from moe_lab.model.rotary import Rotary
@@ -172,6 +176,81 @@ def split(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
     return pl.concat(frames).with_columns(size=pl.lit(size))
 
 
+def floor(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
+    """Milliseconds of a step, of its floor, and the shares of the speed with the fewest experts
+    that they keep; every share is the median of ratios within a round.
+    """
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    fewest, *more = sorted(numbers)
+    tokens, d_model = BATCH * LENGTH, SIZES[size].d_model
+    step, model, optimizer = stepper(SIZES[size].config(fewest))
+    stream = torch.ones(2**26)  # 256 MB: far more than caches
+    x, weight = torch.randn(tokens, d_model), torch.randn(256, d_model)
+    rows = []
+    for experts in more:
+        other, larger, *_ = stepper(SIZES[size].config(experts))
+        contestants = {
+            "fewest": step, "step": other,
+            "stream": lambda: stream.mul_(1.0),
+            "tiles": lambda: linear(x, weight),
+        } | parts_of(model, optimizer)  # fmt: skip
+        seconds = {name: np.array(part) for name, part in take_turns(contestants, rounds).items()}
+        work = floor_of(larger, tokens)
+        memory = seconds["stream"] / (2 * stream.nbytes)  # seconds for a byte, read or written
+        arithmetic = seconds["tiles"] / (tokens * weight.numel())  # for a multiplication
+        replaced = seconds["routing"] + seconds["optimizer"] + seconds["experts"]
+        bound = (
+            seconds["fewest"] - replaced
+            + np.maximum(seconds["experts"], memory * work.bank_bytes)
+            + arithmetic * work.router_products + memory * work.update_bytes
+        )  # fmt: skip
+        shares = {"kept": seconds["step"], "floor_kept": bound}
+        rows.append(
+            {
+                "experts": experts, "rounds": rounds,
+                "fewest_ms": np.median(seconds["fewest"]) * 1e3,
+                "ms": np.median(seconds["step"]) * 1e3, "floor_ms": np.median(bound) * 1e3,
+                "gb_per_s": np.median(1e-9 / memory), "gflop_per_s": np.median(2e-9 / arithmetic),
+            }
+            | {
+                name + suffix: np.quantile(seconds["fewest"] / of, quantile)
+                for name, of in shares.items()
+                for suffix, quantile in (("", 0.5), ("_q1", 0.25), ("_q3", 0.75))
+            }
+        )  # fmt: skip
+        del other, larger
+    return pl.DataFrame(rows).with_columns(size=pl.lit(size))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step cannot do without, over all layers.
+
+    Attributes:
+        router_products: multiplications of the routers, forward and backward.
+        bank_bytes: expert weights, read in both directions, and their gradient, written. It may
+            pass while the experts compute, whose arithmetic is that of the fewest experts.
+        update_bytes: AdamW reads parameters, gradients and both moments, and writes all but the
+            gradients. It waits for the norm of all gradients, so nothing hides it.
+    """
+
+    router_products: int
+    bank_bytes: int
+    update_bytes: int
+
+
+def floor_of(model: Decoder, tokens: int) -> Work:
+    """The norm of the gradients is taken to be added up while they are written, and softmax, top k
+    and the order of slots to cost nothing.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    matrices = sum(weight.numel() for layer in layers for weight in layer.router.parameters())
+    bank = sum(weight.nbytes for layer in layers for weight in layer.experts.parameters())
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    return Work(3 * tokens * matrices, 3 * bank, 7 * total)
+
+
 def both(size: str, rounds: int, numbers: list[int], processes: int) -> pl.DataFrame:
     """``processes`` at once, each on one thread; speeds are added up."""
     if processes == 1:
@@ -186,6 +265,9 @@ def both(size: str, rounds: int, numbers: list[int], processes: int) -> pl.DataF
     )
 
 
+PARTS = {"split": split, "floor": floor}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,14 +276,16 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--split", action="store_true")
+    alone = parser.add_mutually_exclusive_group()
+    for option in PARTS:
+        alone.add_argument(f"--{option}", dest="part", action="store_const", const=option)
     arguments = parser.parse_args()
-    name = f"training_{'split' if arguments.split else 'throughput'}_{arguments.size}"
-    if arguments.split:
-        frame = split(arguments.size, arguments.rounds, arguments.experts)
+    if arguments.part:
+        frame = PARTS[arguments.part](arguments.size, arguments.rounds, arguments.experts)
+        name = f"training_{arguments.part}_{arguments.size}"
     else:
         frame = both(arguments.size, arguments.rounds, arguments.experts, arguments.processes)
-        name += f"_{arguments.processes}p"
+        name = f"training_throughput_{arguments.size}_{arguments.processes}p"
     with pl.Config(
         tbl_rows=-1,
         tbl_cols=-1,
