@@ -37,6 +37,10 @@ from moe_lab.training import OptimizerConfig, keep_freed_memory
 from moe_lab.training.optimizer import build_optimizer, clip_gradients
 
 BATCH, LENGTH, EXPERTS = 16, 256, [2, 16, 64, 256]
+WARMUP = 5
+"""Uncounted rounds: in the first ones the process still asks the system for memory."""
+REPEATS = 10
+"""Products in a row whose arithmetic is timed."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,9 @@ def measure(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
     frames = []
     for experts in numbers:  # one bank at a time: four of 1.2 billion parameters would not fit
         step, *kept = stepper(SIZES[size].config(experts))
-        table = summary(take_turns(contestants | {f"E={experts}": step}, rounds), against="dense")
+        table = summary(
+            take_turns(contestants | {f"E={experts}": step}, rounds, WARMUP), against="dense"
+        )
         frames.append(table if experts == numbers[0] else table.tail(1))
         del step, kept
     speed = BATCH * LENGTH / (pl.col("ms") / 1e3)
@@ -162,7 +168,7 @@ def split(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
     for experts in numbers:
         step, model, optimizer = stepper(SIZES[size].config(experts))
         table = summary(
-            take_turns({"step": step} | parts_of(model, optimizer), rounds), against="step"
+            take_turns({"step": step} | parts_of(model, optimizer), rounds, WARMUP), against="step"
         ).select("name", "ms", "ratio")
         rest = pl.DataFrame(
             {
@@ -193,12 +199,14 @@ def floor(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
         contestants = {
             "fewest": step, "step": other,
             "stream": lambda: stream.mul_(1.0),
-            "tiles": lambda: linear(x, weight),
+            "tiles": lambda: [linear(x, weight) for _ in range(REPEATS)],
         } | parts_of(model, optimizer)  # fmt: skip
-        seconds = {name: np.array(part) for name, part in take_turns(contestants, rounds).items()}
+        seconds = {
+            name: np.array(part) for name, part in take_turns(contestants, rounds, WARMUP).items()
+        }
         work = floor_of(larger, tokens)
         memory = seconds["stream"] / (2 * stream.nbytes)  # seconds for a byte, read or written
-        arithmetic = seconds["tiles"] / (tokens * weight.numel())  # for a multiplication
+        arithmetic = seconds["tiles"] / (REPEATS * tokens * weight.numel())  # for a multiplication
         replaced = seconds["routing"] + seconds["optimizer"] + seconds["experts"]
         bound = (
             seconds["fewest"] - replaced
