@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
 from moe_lab import compiled, cpu_kernels
 from moe_lab.cpu_kernels import linear as module
+from moe_lab.cpu_kernels.linear import linear
 from moe_lab.cpu_kernels.top_k import top_k
 from moe_lab.routing import RouterConfig, build_router
 from moe_lab.worth.selection import Replayed, Selection
@@ -89,6 +91,21 @@ def test_the_router_of_a_large_batch_runs_it_in_one_graph(
     assert torch.equal(selected(x_TD), router(x_TD).indices)
     monkeypatch.setattr(module, "MIN_TERMS", 2**62)
     for got, wanted in zip(step(router.logits), plain, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_forward_mode_and_transforms_of_a_large_product_are_torchs() -> None:
+    x_TD, weight_ED = torch.randn(700, 128), torch.randn(64, 128)
+    plain = torch.nn.functional.linear
+    with dual_level():
+        tangent = unpack_dual(linear(make_dual(x_TD, x_TD), weight_ED)).tangent
+    assert tangent is not None
+    assert torch.equal(tangent, plain(x_TD, weight_ED))
+    for transform in (torch.func.grad, torch.func.jacrev):
+        got, wanted = (
+            transform(lambda x, run=run: run(x, weight_ED).square().sum())(x_TD)
+            for run in (linear, plain)
+        )
         assert torch.equal(got, wanted)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_lab.cpu_kernels import DTYPES, available, integers, library, pointers
@@ -23,13 +24,22 @@ MIN_TERMS = 2**22
 def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """``F.linear(x_TD, weight_ED, bias_E)``, compiled where that is faster.
 
-    The bits of the result do not depend on the number of threads. Gradients of gradients are right.
+    The bits of the result do not depend on the number of threads. Gradients of gradients are right;
+    forward mode and ``torch.func`` get torch's.
     """
     small = len(weight_ED) < MIN_COLUMNS or x_TD.shape[0] * weight_ED.numel() < MIN_TERMS
     if small or x_TD.device.type != "cpu" or x_TD.dtype not in DTYPES or not available():
         return F.linear(x_TD, weight_ED, bias_E)
+    if not torch.compiler.is_compiling() and _transformed(x_TD, weight_ED):
+        return F.linear(x_TD, weight_ED, bias_E)
     y_TE = torch.ops.moe_lab.mm(x_TD, weight_ED, False, True)
     return y_TE if bias_E is None else y_TE + bias_E
+
+
+def _transformed(*values: Tensor) -> bool:
+    """Whether somebody asks for more than reverse mode: the operator would drop a tangent."""
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside or any(unpack_dual(value).tangent is not None for value in values)
 
 
 def _sizes(a: Any, b: Any, ta: bool, tb: bool) -> tuple[int, int, int]:
