@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
@@ -38,7 +39,7 @@ def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Ten
 
 def _transformed(*values: Tensor) -> bool:
     """Whether somebody asks for more than reverse mode: the operator would drop a tangent."""
-    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    inside = peek_interpreter_stack() is not None
     return inside or any(unpack_dual(value).tangent is not None for value in values)
 
 
