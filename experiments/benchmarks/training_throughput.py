@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+import torch.nn.functional as F
 from measure import save, summary, take_turns
 from torch import Tensor
 
@@ -200,13 +201,15 @@ def floor(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
             "fewest": step, "step": other,
             "stream": lambda: stream.mul_(1.0),
             "tiles": lambda: [linear(x, weight) for _ in range(REPEATS)],
+            "torch": lambda: [F.linear(x, weight) for _ in range(REPEATS)],
         } | parts_of(model, optimizer)  # fmt: skip
         seconds = {
             name: np.array(part) for name, part in take_turns(contestants, rounds, WARMUP).items()
         }
         work = floor_of(larger, tokens)
         memory = seconds["stream"] / (2 * stream.nbytes)  # seconds for a byte, read or written
-        arithmetic = seconds["tiles"] / (REPEATS * tokens * weight.numel())  # for a multiplication
+        products = REPEATS * tokens * weight.numel()
+        arithmetic = seconds["tiles"] / products  # seconds for a multiplication and its addition
         replaced = seconds["routing"] + seconds["optimizer"] + seconds["experts"]
         bound = (
             seconds["fewest"] - replaced
@@ -220,6 +223,7 @@ def floor(size: str, rounds: int, numbers: list[int]) -> pl.DataFrame:
                 "fewest_ms": np.median(seconds["fewest"]) * 1e3,
                 "ms": np.median(seconds["step"]) * 1e3, "floor_ms": np.median(bound) * 1e3,
                 "gb_per_s": np.median(1e-9 / memory), "gflop_per_s": np.median(2e-9 / arithmetic),
+                "torch_gflop_per_s": np.median(2e-9 * products / seconds["torch"]),
             }
             | {
                 name + suffix: np.quantile(seconds["fewest"] / of, quantile)
