@@ -120,8 +120,10 @@ def routing_sums(routing: Routing, by_logits: bool = False) -> Tensor:
     Args:
         by_logits: the spread is that of the logits.
     """
-    low, high = (routing.logits if by_logits else routing.scores).aminmax(dim=1)
-    values = [routing.entropy(), routing.ffn_count(), high - low]
+    scores_TE = routing.logits if by_logits else routing.scores
+    # ``aminmax`` of rows takes ten to twenty times as long on a CPU.
+    spread_T = scores_TE.amax(dim=1) - scores_TE.amin(dim=1)
+    values = [routing.entropy(), routing.ffn_count(), spread_T]
     valid = routing.valid_mask()
     sums = torch.stack([value.double() for value in values]).where(valid, 0.0).sum(dim=1)
     tokens = routing.num_valid().double().reshape(1)
