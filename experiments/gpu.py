@@ -299,7 +299,7 @@ def measure(args: argparse.Namespace) -> int:
     session = Session(
         Path(tempfile.mkdtemp(prefix="moe-lab-gpu-"))
         if scratch
-        else args.out or ROOT / "experiments" / "gpu" / slug,
+        else (args.out or ROOT / "experiments" / "gpu" / slug).resolve(),
         TINY if args.rehearse else FULL,
         deadline,
         60 * (args.pilot or float(args.rehearse)),
