@@ -97,7 +97,7 @@ def biases_of(bank: Any) -> Biases | None:
 
 
 def require_fit(x_TD: Tensor, routing: Routing, bank: Bank) -> None:
-    """For kernels that read memory by the shapes that they are told: raise ``ConfigError`` unless
+    """For kernels that read memory by the shapes that they are given: raise ``ConfigError`` unless
     everything has one dtype and device and the shapes of one layer.
     """
     experts, width, hidden = routing.num_experts, x_TD.shape[1], bank.down.shape[-1]
