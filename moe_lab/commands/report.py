@@ -69,7 +69,13 @@ def main(args: argparse.Namespace) -> int:
     command = shlex.join(["moe-lab", "report", *sources, *worth, "--out", str(out)])
     urls = [source for source in args.source if not isinstance(source, Path)]
     with ExitStack() as stack:
-        opened = [_opened(source, stack) if source in urls else source for source in args.source]
+        opened: list[Path | Trace] = [
+            _opened(source, stack) if source in urls else source for source in args.source
+        ]
+        if urls:
+            from moe_lab.trace.reader import fetched_once
+
+            opened = stack.enter_context(fetched_once(opened))
         title = args.title or (f"moe_lab report: {urls[0]}" if urls else None)
         mapped = args.workers is not None or args.launcher != "local"
         beside = stack.enter_context(second_process(opened, wanted=not mapped))

@@ -76,8 +76,13 @@ def write_report(
         AnalysisError: no finished measurement in ``worth``.
     """
     if beside is None:
-        with second_process(as_list(sources), wanted=not is_mapped()) as beside:
-            return write_report(sources, path, title, command, worth, beside)
+        from moe_lab.trace.reader import fetched_once
+
+        with (
+            fetched_once(as_list(sources)) as once,
+            second_process(once, wanted=not is_mapped()) as beside,
+        ):
+            return write_report(once, path, title, command, worth, beside)
     path = Path(path)
     material = gather(sources, beside)
     names = [

@@ -30,6 +30,11 @@ class Piece(NamedTuple):
     end: int
     digest: bytes
 
+    @classmethod
+    def of(cls, content: bytes) -> "Piece":
+        """A whole file as one piece."""
+        return cls(0, len(content), _digest(content))
+
     def fits(self, content: bytes) -> bool:
         """Whether ``content`` is this piece."""
         return len(content) == self.end - self.start and _digest(content) == self.digest

@@ -7,10 +7,13 @@ read (``clean_copies``). Whatever is wrong is one line that names the file or la
 """
 
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from moe_lab import __version__
 from moe_lab.errors import TraceError, expected, require
@@ -19,6 +22,7 @@ from moe_lab.sandbox import call, regular_size
 from moe_lab.trace.checks import Header, read_meta
 from moe_lab.trace.clean_copies import CleanCopies, place_of_copies, prune
 from moe_lab.trace.data_files import DataFiles, FolderFiles, parquet_below
+from moe_lab.trace.kept_pieces import KEPT_BYTES, KeptPieces
 from moe_lab.trace.manifest import MANIFEST, Manifest, file_name, of_parts, read_manifest
 from moe_lab.trace.opened_trace import Trace
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, put_in_place
@@ -31,6 +35,7 @@ CHECKED_AT_OPENING = 2**28
 opened, a larger one, or one on an object store, file by file.
 """
 CHECKED = "checked.json"
+T = TypeVar("T")
 
 
 def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bool = True) -> Trace:
@@ -72,6 +77,33 @@ def open_trace(folder: Path | str, *, allow_incomplete: bool = False, verify: bo
         field="complete",
     )
     return trace
+
+
+@contextmanager
+def fetched_once(sources: Sequence[T], most: int = KEPT_BYTES) -> Iterator[list[T]]:
+    """The same sources; what is fetched of traces on an object store among them is kept until this
+    ends, in a private temporary folder, and not fetched again.
+
+    Args:
+        sources: traces, and other things, which stay as they are.
+        most: bytes that are kept, at most; no more than half of what is free in that folder.
+    """
+    with ExitStack() as stack:
+        found: list[Any] = [*sources]
+        fetched = [at for at, source in enumerate(found) if _fetches(source)]
+        if fetched:
+            place = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="moe_lab-pieces-", ignore_cleanup_errors=True)
+            )
+            kept = KeptPieces(Path(place), min(most, shutil.disk_usage(place).free // 2))
+            for at in fetched:
+                found[at] = replace(found[at], storage=replace(found[at].storage, kept=kept))
+        yield found
+
+
+def _fetches(source: object) -> bool:
+    storage = source.storage if isinstance(source, Trace) else None
+    return isinstance(storage, RemoteFiles) and storage.kept is None
 
 
 def is_trace(place: Path | str) -> bool:

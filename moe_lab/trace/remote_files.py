@@ -22,6 +22,7 @@ from moe_lab.errors import TraceError, expected, require
 from moe_lab.runs.bucket import Bucket
 from moe_lab.trace.checks import MAX_META_BYTES
 from moe_lab.trace.data_files import TABLES, Entry, rows_of_file, schema_of_file
+from moe_lab.trace.kept_pieces import KeptPieces
 from moe_lab.trace.manifest import (
     MANIFEST,
     MANIFEST_PART,
@@ -44,16 +45,20 @@ class RemoteFiles:
 
     Attributes:
         url: of the trace.
+        kept: pieces that were fetched before and are not fetched again.
         orders: the columns of the last file that was read, by table, in their order.
+        wholes: kept files that have no pieces, each as one piece.
     """
 
     url: str
+    kept: KeptPieces | None = None
     orders: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
+    wholes: dict[str, Piece] = field(default_factory=dict, repr=False, compare=False)
 
     needs = ("pieces",)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteFiles, (self.url,)
+        return RemoteFiles, (self.url, self.kept)
 
     @cached_property
     def bucket(self) -> Bucket:
@@ -71,15 +76,20 @@ class RemoteFiles:
         self, name: str, entry: Entry, columns: Sequence[str] | None, whole: bool = False
     ) -> pl.DataFrame:
         pieces = unpacked(entry["pieces"] or b"")
-        if whole or columns is None or not pieces:
-            return rows_of_file(name, io.BytesIO(self._whole(name, entry)), columns)
-        content = io.BytesIO(self._with_columns(name, entry, pieces, columns))
-        return rows_of_file(name, content, columns)
+        if whole or (pieces and columns is None):
+            content = self._whole(name, entry)
+        elif pieces and columns is not None:
+            content = self._with_columns(name, entry, pieces, columns)
+        else:
+            content = self._kept_whole(name, entry)
+        return rows_of_file(name, io.BytesIO(content), columns)
 
     def schema(self, name: str, entry: Entry) -> pl.Schema:
         """The columns of a file, from its last piece."""
         pieces = unpacked(entry["pieces"] or b"")
-        content = self._sparse(name, entry, pieces[-1:]) if pieces else self._whole(name, entry)
+        content = (
+            self._sparse(name, entry, pieces[-1:]) if pieces else self._kept_whole(name, entry)
+        )
         return schema_of_file(name, io.BytesIO(content))
 
     def fetch(self, name: str, entry: Entry, target: Path) -> None:
@@ -90,6 +100,17 @@ class RemoteFiles:
         except FileNotFoundError as error:
             raise _missing(name) from error
         check_bytes(target, name, entry)
+
+    def _kept_whole(self, name: str, entry: Entry) -> bytes:
+        """A file without pieces."""
+        known = self.wholes.get(name)
+        content = None if known is None or self.kept is None else self.kept.read(known)
+        if content is None:
+            content = self._whole(name, entry)
+            if self.kept is not None:
+                self.wholes[name] = piece = Piece.of(content)
+                self.kept.keep(piece, content)
+        return content
 
     def _whole(self, name: str, entry: Entry) -> bytes:
         self._check_size(name, entry)
@@ -138,23 +159,29 @@ class RemoteFiles:
 
     def _sparse(self, name: str, entry: Entry, pieces: Sequence[Piece]) -> bytearray:
         """A file of the listed size in which only some pieces are there; the rest is zero."""
+        content = bytearray(entry["bytes"])  # pages that nobody touches take no memory
         spans: list[list[Piece]] = []
         for piece in pieces:
-            if spans and spans[-1][-1].end == piece.start:
+            known = None if self.kept is None else self.kept.read(piece)
+            if known is not None:
+                content[piece.start : piece.end] = known
+            elif spans and spans[-1][-1].end == piece.start:
                 spans[-1].append(piece)
             else:
                 spans.append([piece])
         try:
-            parts = self.bucket.ranges(name, [(span[0].start, span[-1].end) for span in spans])
+            places = [(span[0].start, span[-1].end) for span in spans]
+            parts = self.bucket.ranges(name, places) if places else []
         except FileNotFoundError as error:
             raise _missing(name) from error
-        content = bytearray(entry["bytes"])  # pages that nobody touches take no memory
         for span, part in zip(spans, parts, strict=True):
             first = span[0].start
             for piece in span:
                 found = part[piece.start - first : piece.end - first]
                 wanted = f"bytes {piece.start} to {piece.end} as written"
                 require(piece.fits(found), wanted, OTHER, REWRITE, error=TraceError, where=name)
+                if self.kept is not None:
+                    self.kept.keep(piece, found)
             content[first : first + len(part)] = part
         return content
 

@@ -26,6 +26,7 @@ from moe_lab.trace import LayerMeta, Trace, TraceMeta, TraceWriter, merge_traces
 from moe_lab.trace.clean_copies import CleanCopies
 from moe_lab.trace.manifest import check_bytes, part_name
 from moe_lab.trace.pieces import unpacked
+from moe_lab.trace.reader import fetched_once
 from moe_lab.trace.remote_files import RemoteFiles
 from moe_lab.trace.seal import write_seal
 
@@ -159,6 +160,41 @@ def test_frames_of_two_processes_are_those_of_the_folder(url: str, written: Path
     with mapped(2, cache=tmp_path / "kept", rows=500):
         for name in ("class_profile", "coactivation"):
             assert ANALYSES[name](trace).equals(ANALYSES[name](here)), name
+
+
+def test_analyses_of_one_command_fetch_each_piece_once(
+    s3: S3Server, url: str, written: Path, tmp_path: Path
+):
+    here = open_trace(written)
+    with fetched_once([open_trace(url), "another source"]) as (trace, other):
+        assert isinstance(trace, Trace)
+        assert isinstance(trace.storage, RemoteFiles)
+        assert trace.storage.kept is not None
+        assert other == "another source"
+        fetched(s3)
+        for frame in ANALYSES.values():
+            assert frame(trace).equals(frame(here))
+        sizes = {name: (written / name).stat().st_size for name in trace.manifest.names()}
+        got = fetched(s3)
+        assert sum(got.values()) > 0.5 * sum(sizes.values())
+        assert all(got[name] <= sizes[name] for name in got)
+        with mapped(2, cache=tmp_path / "kept", rows=500):
+            assert ANALYSES["transitions"](trace).equals(ANALYSES["transitions"](here))
+        assert trace.tokens.collect().equals(here.tokens.collect())
+        assert sum(fetched(s3).values()) == 0, "neither by workers nor for frames"
+        kept = trace.storage.kept.folder
+        assert not kept.stat().st_mode & 0o077
+        for path in kept.iterdir():
+            path.write_bytes(flipped(path.read_bytes(), 0))
+        assert analysis.coactivation(trace).equals(analysis.coactivation(here))
+        assert sum(fetched(s3).values()) > 0, "a damaged piece is fetched again"
+    assert not kept.exists()
+    with fetched_once([open_trace(url)], most=5000) as (trace,):
+        first, second = [(analysis.coactivation(trace), fetched(s3))[1] for _ in range(2)]
+        assert trace.storage.kept is not None  # type: ignore[union-attr]
+        folder = trace.storage.kept.folder  # type: ignore[union-attr]
+        assert 0 < sum(path.stat().st_size for path in folder.iterdir()) <= 5000
+    assert 0 < sum(second.values()) < sum(first.values())
 
 
 @pytest.mark.slow
@@ -338,6 +374,10 @@ def test_a_trace_of_an_older_schema_and_one_without_pieces_are_read_whole(
     fetched(s3)
     assert trace.read(FILE, ["doc"]).equals(here.read(FILE, ["doc"]))
     assert fetched(s3)[FILE] >= (written / FILE).stat().st_size
+    with fetched_once([trace]) as (once,):
+        for columns in (["doc"], ["pos"], None):
+            assert once.read(FILE, columns).equals(here.read(FILE, columns))
+    assert fetched(s3)[FILE] == (written / FILE).stat().st_size
     assert trace.check().counts().equals(here.counts())
     s3fs.S3FileSystem().pipe(f"{URL}/{FILE}", flipped((written / FILE).read_bytes(), 300))
     with pytest.raises(TraceError, match=f"^{FILE}: expected"):
@@ -411,7 +451,10 @@ def test_the_commands_take_a_url(
         f"compare {url} {url}",
         f"report {url} --out page.html",
     ):
+        fetched(s3)
         assert cli.main(words.split()) == 0, (words, capsys.readouterr().err)
+    data = [size for name, size in fetched(s3).items() if name.startswith(("tokens", "routing"))]
+    assert sum(data) <= open_trace(url).manifest.entries["bytes"].sum(), "of a page"
     assert (tmp_path / "page.html").stat().st_size > 10_000
     capsys.readouterr()
     expired, answers = s3.fault("ExpiredToken"), iter(range(10**6))
