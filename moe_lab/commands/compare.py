@@ -30,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from moe_lab.trace import open_trace
+    from moe_lab.trace.reader import fetched_once
     from moe_lab.worth.agreement import drift_sentence, find_conventions, routing_agreement
 
-    first, second = open_trace(args.first), open_trace(args.second)
-    found = find_conventions(first, second)
-    undone = None if args.as_given else found
-    frame = routing_agreement(first, second, undone, seed=args.seed)
+    with fetched_once([open_trace(args.first), open_trace(args.second)]) as (first, second):
+        found = find_conventions(first, second)
+        undone = None if args.as_given else found
+        frame = routing_agreement(first, second, undone, seed=args.seed)
     drift = drift_sentence(frame)
     if args.json:
         print_json({"sentence": str(found), "drift": drift, "agreement": frame.to_dicts()})

@@ -106,9 +106,11 @@ def _of_trace(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":
     from moe_lab.analysis.difficulty import difficulty_frame
     from moe_lab.analysis.difficulty.study import NGRAM, difficulty_study
     from moe_lab.trace import open_trace
+    from moe_lab.trace.reader import fetched_once
 
-    frame = difficulty_frame(open_trace(args.source), seed=args.seed)
-    return difficulty_study(frame, NGRAM, args.seed, resamples=args.resamples)
+    with fetched_once([open_trace(args.source)]) as (trace,):
+        frame = difficulty_frame(trace, seed=args.seed)
+        return difficulty_study(frame, NGRAM, args.seed, resamples=args.resamples)
 
 
 def _of_run(args: argparse.Namespace) -> "dict[str, pl.DataFrame]":

@@ -258,10 +258,10 @@ class Trace:
         ) -> Iterator[pl.DataFrame]:
             wanted = schema.names() if columns is None else columns
             number = pl.lit(layer, LAYER_TYPE).alias("layer")
-            if (
-                predicate is not None
-                and predicate.meta.root_names() == ["layer"]
-                and pl.select(number).filter(predicate).is_empty()
+            if predicate is not None and any(
+                set(condition.meta.root_names()) == {"layer"}
+                and pl.select(number).filter(condition).is_empty()
+                for condition in _conditions(predicate)
             ):
                 return
             read = [name for name in wanted if name != "layer" or layer is None]
@@ -271,6 +271,16 @@ class Trace:
                 yield frame if most is None else frame.head(most)
 
         return register_io_source(rows, schema=schema, is_pure=True)
+
+
+def _conditions(predicate: pl.Expr) -> list[pl.Expr]:
+    """The conditions that a row must all fulfil."""
+    operands = predicate.meta.pop()
+    if len(operands) == 2:
+        for first, second in (operands, operands[::-1]):
+            if (first & second).meta.eq(predicate):
+                return [*_conditions(first), *_conditions(second)]
+    return [predicate]
 
 
 def _bincount(layer: LayerMeta, ids: np.ndarray) -> np.ndarray:

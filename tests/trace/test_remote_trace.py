@@ -223,8 +223,21 @@ def test_lazy_frames_are_those_of_the_folder(s3: S3Server, url: str, written: Pa
         assert query(trace).collect().equals(query(here).collect())
         assert query(trace).collect(engine="streaming").height == query(here).collect().height
     fetched(s3)
-    trace.routing.filter(pl.col("layer") == 3).select("layer", "pos").collect()
-    assert all("layer=3" in name for name in fetched(s3))
+    layer, first = pl.col("layer"), pl.col("pos") < 5
+    frequent = pl.col("entropy") > 0.5
+    for one in (
+        layer == 3,
+        (layer == 3) & first,
+        (layer.is_in([3, 7]) & frequent) & (first | (layer > 3)),
+    ):
+        query = trace.routing.filter(one).select("layer", "pos")
+        assert query.collect().equals(here.routing.filter(one).select("layer", "pos").collect())
+        names = fetched(s3)
+        assert names
+        assert all("layer=3" in name for name in names)
+    either = (layer == 3) | first
+    want = here.routing.filter(either).sort("layer", "doc", "pos").collect()
+    assert trace.routing.filter(either).sort("layer", "doc", "pos").collect().equals(want)
 
 
 def test_check_compares_all_bytes(s3: S3Server, url: str):
@@ -444,17 +457,21 @@ def test_the_commands_take_a_url(
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
+    data = [name for name in s3.objects() if "/routing/" in name or "/tokens/" in name]
+    sizes = {name.removeprefix("traces/t/"): len(s3.objects()[name]) for name in data}
     for words in (
         f"cache {url} --budget 1KiB --expert-bytes 100",
         f"place {url} --devices 2 --workers 2 --partial-frames kept",
         f"decode {url} --batch 2",
         f"compare {url} {url}",
+        f"difficulty {url}",
         f"report {url} --out page.html",
     ):
         fetched(s3)
         assert cli.main(words.split()) == 0, (words, capsys.readouterr().err)
-    data = [size for name, size in fetched(s3).items() if name.startswith(("tokens", "routing"))]
-    assert sum(data) <= open_trace(url).manifest.entries["bytes"].sum(), "of a page"
+        got = {name: size for name, size in fetched(s3).items() if name in sizes}
+        if words.split()[0] in ("compare", "difficulty", "report"):
+            assert all(got[name] <= sizes[name] for name in got), "each piece was fetched once"
     assert (tmp_path / "page.html").stat().st_size > 10_000
     capsys.readouterr()
     expired, answers = s3.fault("ExpiredToken"), iter(range(10**6))
