@@ -42,16 +42,16 @@ ANALYSES = ("load", "coactivation", "vocabulary", "domain", "class", "class_draw
 ENGINES = ("moe_lab", "polars", "duckdb")
 
 
-def write_trace(folder: Path, rows: int) -> None:
+def write_trace(folder: Path, rows: int, experts: int = EXPERTS) -> None:
     """``rows`` token-layer rows.
 
-    Experts of a token are an arithmetic progression modulo 128 with an odd step, so they are
-    distinct.
+    Experts of a token are an arithmetic progression modulo ``experts``, a power of two, with an odd
+    step, so they are distinct.
     """
     tokens = rows // LAYERS
     generator = np.random.default_rng(0)
     meta = TraceMeta(
-        layers=tuple(LayerMeta(layer, EXPERTS, 0, TOP_K) for layer in range(LAYERS)),
+        layers=tuple(LayerMeta(layer, experts, 0, TOP_K) for layer in range(LAYERS)),
         vocab_size=VOCABULARY,
     )
     with TraceWriter(folder, meta) as writer:
@@ -67,9 +67,9 @@ def write_trace(folder: Path, rows: int) -> None:
                 )
             )
             for layer in range(LAYERS):
-                first = (generator.beta(1, 2, len(row)) * EXPERTS).astype(np.int64)
-                step = 2 * generator.integers(0, EXPERTS // 2, len(row)) + 1
-                ids = ((first[:, None] + step[:, None] * np.arange(TOP_K)) % EXPERTS).astype(
+                first = (generator.beta(1, 2, len(row)) * experts).astype(np.int64)
+                step = 2 * generator.integers(0, experts // 2, len(row)) + 1
+                ids = ((first[:, None] + step[:, None] * np.arange(TOP_K)) % experts).astype(
                     np.uint16
                 )
                 weights = np.sort(generator.random((len(row), TOP_K), dtype=np.float32), axis=1)[
@@ -88,7 +88,7 @@ def write_trace(folder: Path, rows: int) -> None:
                     "margin": generator.random(size, dtype=np.float32),
                     "dropped": np.zeros(size, np.uint8),
                 }
-                writer.write_rows(layer, rows_of_layer, np.bincount(ids.ravel(), minlength=EXPERTS))
+                writer.write_rows(layer, rows_of_layer, np.bincount(ids.ravel(), minlength=experts))
 
 
 def link_trace(folder: Path, target: Path, times: int) -> None:
