@@ -299,7 +299,8 @@ def _tasks(one: Sum, rows: int) -> list[Task]:
         for trace in one.traces:
             spans, chosen = {}, []
             for layer, (table, ends_F) in zip(one.layers, left, strict=False):
-                first = max(0, int(np.searchsorted(ends_F, start, side="right")) - 1)
+                first = int(np.searchsorted(ends_F, start, side="right")) - 1
+                first = max(0, min(first, len(table) - 1))  # a table without rows has its columns
                 last = len(table) if end is None else int(np.searchsorted(ends_F, end))
                 stop = int(ends_F[-1]) if end is None else end
                 spans[layer] = start - int(ends_F[first]), stop - start

@@ -87,13 +87,13 @@ def unit_counts(
     """[U, G, E] slots of each expert by each unit's tokens of each group (G = 1 without groups),
     for each layer.
     """
-    size = len(groups) if groups else 1
-    groups = groups.held(trace) if groups else None
+    size = 1 if groups is None else len(groups)  # there may be no group
+    groups = None if groups is None else groups.held(trace)
     return reduced(
         Sum(
             _cells,
             (trace,),
-            (layer.layer, None) if groups else (layer.layer,),
+            (layer.layer,) if groups is None else (layer.layer, None),
             counted((docs.units, size, layer.num_choices), np.uint32),
             (layer, docs, groups, 0, size),
             groups is not None and groups.whole,

@@ -351,7 +351,9 @@ def _per_expert(layer: LayerMeta, values: pl.Series, counts_GE: NDArray[np.int64
 
 def _shares(weights_BU: Floats, counts_UGE: NDArray, sizes_UG: NDArray) -> Floats:
     units, groups, experts = counts_UGE.shape
-    counts_BGE = (weights_BU @ counts_UGE.reshape(units, -1)).reshape(-1, groups, experts)
+    counts_BGE = (weights_BU @ counts_UGE.reshape(units, groups * experts)).reshape(
+        len(weights_BU), groups, experts
+    )
     return over(counts_BGE, (weights_BU @ sizes_UG)[:, :, None])
 
 
@@ -367,10 +369,10 @@ def _divergences(
     ``deals`` returns what ``_deals`` does.
     """
     units, groups, experts = counts_UGE.shape
-    flat = counts_UGE.reshape(units, -1).astype(np.float64)
+    flat = counts_UGE.reshape(units, groups * experts).astype(np.float64)
 
     def bits(weights_BU: Floats) -> Floats:
-        loads_BGE = (weights_BU @ flat).reshape(-1, groups, experts)
+        loads_BGE = (weights_BU @ flat).reshape(len(weights_BU), groups, experts)
         return np.stack(
             [jensen_shannon_bits(loads_BGE[:, a], loads_BGE[:, b]) for a, b in pairs_P2], axis=1
         )

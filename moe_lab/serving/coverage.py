@@ -64,7 +64,7 @@ def coverage(
         raise AnalysisError(expected("a trace with gate weights", "one without", 'of="slots"'))
     groups = None if by is None else grouping(trace, by)
     layers = by_layer(trace)
-    size = max(layer.num_choices for layer in layers) * (len(groups) if groups else 1)
+    size = max(layer.num_choices for layer in layers) * (1 if groups is None else len(groups))
     docs = documents(trace, size)
     if docs.units < 2:
         raise AnalysisError(
@@ -124,8 +124,8 @@ def _sums(
     if of == "slots":
         counts = next(unit_counts(trace, [layer], docs, groups))[:, :, : layer.num_experts]
         return counts.astype(np.float64)
-    shape = docs.units, len(groups) if groups else 1, layer.num_choices
-    layers = (layer.layer, None) if groups else (layer.layer,)
+    shape = docs.units, 1 if groups is None else len(groups), layer.num_choices
+    layers = (layer.layer,) if groups is None else (layer.layer, None)
     arguments = layer, docs, groups
     whole = groups is not None and groups.whole
     (table_UGE,) = reduced([Sum(_mass, (trace,), layers, _added(shape), arguments, whole)])
@@ -136,7 +136,7 @@ def _mass(trace: Trace, layer: LayerMeta, docs: Documents, groups: Grouping | No
     """[cell, mass]: gate mass in cells of [U, G, E], file by file: sums of floats depend on their
     order.
     """
-    size = len(groups) if groups else 1
+    size = 1 if groups is None else len(groups)
     frames = [pl.DataFrame(schema={"cell": pl.UInt32, "mass": pl.Float64})]
     for frame, codes_T in coded_batches(trace, layer, groups, "weights"):
         row_T = docs.unit(frame["doc"].to_numpy()) * size + codes_T
@@ -145,7 +145,7 @@ def _mass(trace: Trace, layer: LayerMeta, docs: Documents, groups: Grouping | No
         weight_R = frame["weights"].explode().drop_nulls().cast(pl.Float64).to_numpy()
         inside = np.repeat(codes_T >= 0, slots)
         cell_R = (np.repeat(row_T, slots) * layer.num_choices + expert_R)[inside]
-        mass = np.bincount(cell_R, weights=weight_R[inside])
+        mass = np.bincount(cell_R, weights=weight_R[inside]).astype(np.float64)  # also of no token
         cell = np.flatnonzero(mass)
         frames.append(pl.DataFrame({"cell": cell.astype(np.uint32), "mass": mass[cell]}))
     return pl.concat(frames)

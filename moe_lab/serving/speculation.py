@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from moe_lab.accounting import flops
-from moe_lab.errors import require
+from moe_lab.errors import AnalysisError, require
 from moe_lab.serving.distinct_experts import distinct_experts
 from moe_lab.serving.expert_bytes import Bytes, bytes_by_layer
 from moe_lab.serving.expert_sets import expert_sets
@@ -72,10 +72,11 @@ def speculation(
         for (size,), rows in frame.drop_nulls("layer").group_by("size")
         for name in ("measured", "by_load", "by_equal_load")
     }
+    one = sums.get((1, "measured"), 0.0) + fixed
+    require(one, "a trace in which a real expert ran", "none", error=AnalysisError)
     rows = []
     for size in sorted(set(window)):
         mean = over_layers.filter(size=size).row(0, named=True)
-        one = sums[1, "measured"] + fixed
         cost = (sums[size, "measured"] + fixed) / one
         # Layers have nearly one size: the interval of the mean over layers, scaled.
         ends = [

@@ -26,7 +26,7 @@ from refusals import refused
 from moe_lab import analysis, serving, worth
 from moe_lab.analysis import map_reduce
 from moe_lab.analysis.map_reduce import Sum, Task, appended, mapped, reduced
-from moe_lab.errors import AnalysisError, RunError, StorageError, TraceError
+from moe_lab.errors import AnalysisError, MoELabError, RunError, StorageError, TraceError
 from moe_lab.trace import open_trace
 from moe_lab.trace.data_files import FolderFiles
 from moe_lab.trace.manifest import Manifest
@@ -70,33 +70,48 @@ WHOLE = ("load", "windows", "repetition", "load_by_next_id", "prefetch")
 
 
 @pytest.fixture
-def traces(make_trace, draw) -> tuple[Any, Any]:
-    """Two traces of the same 700 tokens in 20 documents, which files cut; files of 64 and of 100
-    rows.
+def make_traces(make_trace, draw) -> Callable[..., tuple[Any, Any]]:
+    """Two traces of the same tokens (700 in 20 documents, which files cut), ``rows`` in each file
+    of one and of the other; ``real`` and ``zero`` experts of each layer.
     """
-    generator = np.random.default_rng(0)
-    columns = {
-        "doc": np.arange(700) // 35,
-        "pos": np.arange(700) % 35,
-        "token_id": generator.integers(0, 30, 700),
-        "kind": generator.choice(["name", "space", "word"], 700),
-        "loss": generator.random(700),
-    }
-    shares = [5, 1, 1, 1, 2, 1, 3, 1]
-    slots = {2: draw(1, 700, 8, 3, shares), 5: draw(2, 700, 8, 3)}
-    later = {2: draw(3, 700, 8, 3, shares), 5: draw(4, 700, 8, 3)}
-    return tuple(
-        make_trace(
-            ids,
-            6,
-            2,
-            rows_per_part=rows,
-            weights=generator.random((700, 3)),
-            scores=generator.random((700, 8)),
-            **columns,
+
+    def make(rows=(64, 100), tokens=700, real=6, zero=2, top_k=3, **columns) -> tuple[Any, Any]:
+        generator = np.random.default_rng(0)
+        columns = {
+            "doc": np.arange(tokens) // 35,
+            "pos": np.arange(tokens) % 35,
+            "token_id": generator.integers(0, 30, tokens),
+            "kind": generator.choice(["name", "space", "word"], tokens),
+            "loss": generator.random(tokens),
+        } | columns
+        shares = [5, 1, 1, 1, 2, 1, 3, 1][: real + zero]
+        slots = [
+            {
+                2: draw(seed, tokens, real + zero, top_k, shares),
+                5: draw(seed + 1, tokens, real + zero, top_k),
+            }
+            for seed in (1, 3)
+        ]
+        return tuple(
+            make_trace(
+                ids,
+                real,
+                zero,
+                rows_per_part=number,
+                weights=generator.random((tokens, top_k)),
+                scores=generator.random((tokens, real + zero)),
+                **columns,
+            )
+            for ids, number in zip(slots, rows, strict=True)
         )
-        for ids, rows in ((slots, 64), (later, 100))
-    )
+
+    return make
+
+
+@pytest.fixture
+def traces(make_traces) -> tuple[Any, Any]:
+    """Files of 64 and of 100 rows."""
+    return make_traces()
 
 
 class Here:
@@ -159,14 +174,52 @@ def test_each_analysis_of_a_trace_is_listed_as_read_by_workers_or_with_a_reason(
     assert by_workers <= compared
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_frames_do_not_depend_on_the_number_of_processes(traces, tmp_path, workers, capfd):
-    names = "class_entropy", "saturation", "vocabulary"
+@pytest.mark.parametrize(("workers", "rows"), [(1, (64, 100)), (5, (64, 100)), (4, (1000, 1000))])
+def test_frames_do_not_depend_on_the_number_of_processes(
+    make_traces, tmp_path, workers, rows, capfd
+):
+    """Fewer workers than files, and more than the one file of each table."""
+    traces, names = make_traces(rows), ANALYSES
+    if workers == 1:
+        names = "class_entropy", "saturation", "vocabulary"
     whole = {name: ANALYSES[name](*traces) for name in names}
-    with mapped(workers, cache=tmp_path, rows=100):
+    with mapped(workers, cache=tmp_path, rows=1):
         for name in names:
             assert ANALYSES[name](*traces).equals(whole[name]), name
     assert capfd.readouterr() == ("", "")
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "no rows": {"tokens": 0},
+    "one row": {"tokens": 1},
+    "one expert for each token": {"top_k": 1},
+    "one expert": {"real": 1, "zero": 0, "top_k": 1},
+    "documents of one token": {"tokens": 60, "doc": np.arange(60), "pos": np.zeros(60, int)},
+    "documents in turns": {"doc": np.arange(140) % 7, "pos": np.arange(140) // 7},
+    "large numbers": {
+        "doc": 2**32 - 1 - np.arange(140)[::-1] // 35,
+        "token_id": np.arange(140) * 30_000_000,
+    },
+    "no class": {"kind": pl.Series([None] * 140, dtype=pl.String)},
+}
+
+
+def answer(name: str, traces: tuple[Any, Any]) -> Any:
+    """The frame with its types, or the sentence of the refusal."""
+    try:
+        frame = ANALYSES[name](*traces)
+    except MoELabError as error:
+        return str(error)
+    return frame.schema, frame.write_ipc(None).getvalue()
+
+
+@pytest.mark.parametrize("world", ODD)
+def test_odd_traces_have_one_answer(make_traces, tmp_path, world):
+    traces = make_traces(**{"rows": (40, 60), "tokens": 140} | ODD[world])
+    for name in ANALYSES:
+        whole = answer(name, traces)
+        with mapped(Here(), cache=tmp_path / "kept", rows=1):
+            assert answer(name, traces) == whole, name
 
 
 @pytest.mark.parametrize("rows", [60_000_000, 200_000_000])

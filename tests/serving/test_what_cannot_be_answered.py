@@ -197,3 +197,9 @@ def test_times_that_are_no_times_are_left_out():
     )  # fmt: skip
     with pytest.raises(AnalysisError, match="at least 3 shapes"):
         fit_roofline(rows)
+
+
+def test_speculation_of_zero_compute_experts_alone_is_refused(write_trace):
+    ids = np.tile([4, 5], (20, 1, 1))
+    with pytest.raises(AnalysisError, match="a trace in which a real expert ran, got none"):
+        speculation(write_trace(ids, np.repeat([0, 1], 10), 4, num_zero=2), [2], expert_bytes=1)
