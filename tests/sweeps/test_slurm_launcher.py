@@ -273,11 +273,18 @@ def test_a_reason_that_stays_is_told_with_its_job(
     controller.answers = False
     assert heard(launcher) == {}
     assert launcher.waits() == told
-    controller.answers = True
-    controller.states |= {"7_0": "RUNNING", "7_1": "CONFIGURING"}
     now[0] += slurm.WAIT_SECONDS
     assert heard(launcher) == {}
-    assert set(launcher.waits()) == {"d"}
+    assert launcher.waits()["c"] == Wait("7_2", slurm.SILENT), "whether it waits or runs"
+    controller.answers = True
+    controller.states |= {"7_0": "RUNNING", "7_1": "CONFIGURING"}
+    controller.reasons["7_3"] = "PartitionTimeLimit"
+    assert heard(launcher) == {}
+    assert launcher.waits() == {}
+    now[0] += slurm.WAIT_SECONDS
+    assert heard(launcher) == {}
+    late = "SLURM says PartitionTimeLimit; try the launcher option minutes="
+    assert launcher.waits() == {"d": Wait("7_3", late)}
 
 
 def test_a_job_that_slurm_could_not_launch_is_submitted_again_and_fails_for_this_call_alone(

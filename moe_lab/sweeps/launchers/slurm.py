@@ -55,7 +55,15 @@ TURNS = (
 HELD = "requeued held"
 """How SLURM's reasons end for a job that it could not launch and does not try again."""
 WAIT_SECONDS = 30.0
-"""Reasons come and go while the scheduler looks at jobs: one that stays for so long is told."""
+"""Reasons come and go while the scheduler looks at jobs, and its controller may start again: what
+stays for so long is told.
+"""
+SILENT = "SLURM's controller does not answer; try scontrol ping"
+HINTS = {
+    "PartitionTimeLimit": "the launcher option minutes=",
+    "PartitionConfig": "the launcher options partition=, cpus=, gpus=, memory_gb=",
+}
+"""What is advised for reasons that only another command ends."""
 TAKEN = ("CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "REVOKED")
 """Endings that SLURM or its users gave a job; the run itself did nothing wrong."""
 
@@ -124,6 +132,7 @@ class SlurmLauncher:
         self._over_since: dict[str, float] = {}
         self._reasons: dict[str, tuple[str, float]] = {}  # of queued runs, and since when
         self._waits: dict[str, Wait] = {}
+        self._answered = time.monotonic()
         self._looked = float("-inf")
 
     def submit(self, job: Job) -> None:
@@ -184,7 +193,10 @@ class SlurmLauncher:
         )
         states = {run: state for run, (state, _) in queue.items()}
         if queue:
+            self._answered = time.monotonic()
             self._note_reasons(queue)
+        elif time.monotonic() - self._answered >= WAIT_SECONDS:
+            self._waits = {run: Wait(job.job_id, SILENT) for run, job in self._active.items()}
         if self._withdrawing:
             self._withdrawn -= {
                 run for run, state in states.items() if state in ALIVE and state != QUEUED
@@ -214,7 +226,8 @@ class SlurmLauncher:
         self._waits = {}
         for run, (reason, since) in self._reasons.items():
             if now - since >= WAIT_SECONDS:
-                hint = f"scontrol {'release' if 'Held' in reason else 'show job'}"
+                usual = f"scontrol {'release' if 'Held' in reason else 'show job'}"
+                hint = HINTS.get(reason, usual)
                 told = f"SLURM says {reason}; try {hint}"
                 self._waits[run] = Wait(self._active[run].job_id, told)
 
