@@ -194,18 +194,20 @@ class Manifest:
             where=MANIFEST,
         )
         check_layers(meta, set(entries["layer"].drop_nulls()), complete, MANIFEST)
-        for layer in meta.layers:
-            counts_FE = self.file_counts(layer)
-            rows_F = self.of_layer(layer.layer)["rows"].to_numpy()
-            require(
-                (
-                    counts_FE.sum(axis=1, dtype=np.int64) <= rows_F.astype(np.int64) * layer.top_k
-                ).all(),
-                f"at most {layer.top_k} slots for each row of layer {layer.layer}",
-                "more",
-                error=TraceError,
-                where=MANIFEST,
-            )
+        layers = {layer.layer: layer for layer in meta.layers}
+        for path in self.parts:
+            rows = _read(path, ["layer", "rows", "counts"], pl.col("layer").is_not_null())
+            for (number,), group in rows.group_by("layer", maintain_order=True):
+                layer = layers[number]
+                counts_FE = _matrix(path, group["counts"], layer.num_choices)
+                most_F = group["rows"].to_numpy().astype(np.int64) * layer.top_k
+                require(
+                    (counts_FE.sum(axis=1, dtype=np.int64) <= most_F).all(),
+                    f"at most {layer.top_k} slots for each row of layer {number}",
+                    "more",
+                    error=TraceError,
+                    where=MANIFEST,
+                )
 
 
 def read_manifest(folder: Path, mark: ManifestMeta, strict: bool) -> Manifest:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import held_analysis
@@ -461,3 +462,13 @@ def test_two_workers_take_the_clock_time_of_half_the_work_of_one():
     assert by_mode["one"]["len"] == by_mode["two"]["len"] == 3
     assert by_mode["one"]["work"] / (2 * by_mode["two"]["seconds"]) >= 0.85
     assert by_mode["one"]["seconds"] / (2 * by_mode["two"]["seconds"]) >= 0.85
+
+
+def test_ray_workers_that_die_again_and_again_are_one_line() -> None:
+    pytest.importorskip("ray", reason="needs ray (extra ray)")
+    from moe_lab.sweeps.launchers.ray_tasks import RayTasks
+    from moe_lab.worker_processes import MOST_DEATHS
+
+    tasks, submitted = object.__new__(RayTasks), SimpleNamespace(deaths=MOST_DEATHS - 1)
+    with pytest.raises(RunError, match=r"^expected Ray workers that .*, got X; try fewer workers$"):
+        tasks._again(submitted, "X")  # type: ignore[arg-type]

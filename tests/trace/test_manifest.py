@@ -12,7 +12,15 @@ from listings import as_older_version, edit_manifest, relist
 from moe_lab.analysis import expert_load, load_summary
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
-from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, merge_traces, open_trace, part_files
+from moe_lab.trace import (
+    LayerMeta,
+    TraceMeta,
+    TraceWriter,
+    manifest,
+    merge_traces,
+    open_trace,
+    part_files,
+)
 from moe_lab.trace.clean_copies import CleanCopies
 from moe_lab.trace.data_files import FolderFiles
 from moe_lab.trace.manifest import MANIFEST
@@ -254,6 +262,18 @@ def test_a_manifest_of_other_columns_is_refused_by_what_differs(tmp_path, change
     wanted = f"part-00000.parquet: expected .*, got expected the documented columns, got {got}; try"
     with pytest.raises(TraceError, match=wanted):
         open_trace(folder)
+
+
+def test_each_part_is_checked_in_one_reading_whatever_the_layers(tmp_path, monkeypatch):
+    trace, read, parts = write(tmp_path / "t"), manifest._read, []
+
+    def note(path, *rest):
+        parts.append(path)
+        return read(path, *rest)
+
+    monkeypatch.setattr(manifest, "_read", note)
+    trace.manifest.check(trace.meta, complete=True)
+    assert parts == list(trace.manifest.parts)
 
 
 def test_a_changed_manifest_is_refused(tmp_path):

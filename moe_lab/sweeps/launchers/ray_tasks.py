@@ -20,7 +20,6 @@ from moe_lab.analysis.map_reduce import Task
 from moe_lab.config import require
 from moe_lab.errors import RunError, expected
 from moe_lab.sweeps.launchers.options import last_line, read_options
-from moe_lab.sweeps.launchers.protocol import MEMORY_HINT
 from moe_lab.sweeps.launchers.ray import WATCH_SECONDS, RayOptions, connected, lost
 from moe_lab.worker_processes import MOST_DEATHS
 
@@ -78,7 +77,7 @@ class RayTasks:
         submitted.deaths += 1
         if submitted.deaths == MOST_DEATHS:
             what = f"Ray workers that live; {MOST_DEATHS} with one task ended one after another"
-            raise RunError(expected(what, cause, MEMORY_HINT), field="workers")
+            raise RunError(expected(what, cause, "fewer workers"), field="workers")
         line = f"a Ray worker died ({cause}); another computes its task again"
         warnings.warn(line, stacklevel=4)
         submitted.reference = self._task.remote(submitted.task)
