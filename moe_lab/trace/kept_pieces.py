@@ -49,7 +49,7 @@ class KeptPieces:
         return None
 
     def keep(self, piece: Piece, content: bytes) -> None:
-        """Keep the bytes of a piece, which were compared, where there is room."""
+        """Keep the bytes of a piece, which were compared, while the limit allows it."""
         temporary = self.folder / f"new-{uuid.uuid4().hex}"
         with suppress(OSError):  # a full disk costs fetching again
             if self.left[0] < len(content):
