@@ -56,7 +56,7 @@ HELD = "requeued held"
 """How SLURM's reasons end for a job that it could not launch and does not try again."""
 WAIT_SECONDS = 30.0
 """Reasons come and go while the scheduler looks at jobs, and its controller may start again: what
-stays for so long is told.
+stays for so long is shown.
 """
 SILENT = "SLURM's controller does not answer; try scontrol ping"
 HINTS = {
