@@ -83,6 +83,7 @@ def main(args: argparse.Namespace) -> int:
     from moe_lab.serving.policies import POLICIES
     from moe_lab.serving.sentences import cache_sentences
     from moe_lab.trace import open_trace
+    from moe_lab.trace.reader import fetched_once
 
     alone = args.workers is None and args.launcher == "local"
     require(
@@ -91,19 +92,19 @@ def main(args: argparse.Namespace) -> int:
         "none",
         field="per_document",
     )
-    trace = open_trace(args.trace)
-    frame = expert_cache(
-        trace,
-        args.budget,
-        args.policy or POLICIES,
-        **expert_sizes(args, trace),
-        bandwidth=args.bandwidth,
-        compute=args.compute,
-        per_document=args.per_document,
-        seed=args.seed,
-    )
+    with fetched_once([open_trace(args.trace)]) as (trace,):
+        frame = expert_cache(
+            trace,
+            args.budget,
+            args.policy or POLICIES,
+            **expert_sizes(args, trace),
+            bandwidth=args.bandwidth,
+            compute=args.compute,
+            per_document=args.per_document,
+            seed=args.seed,
+        )
+        named = prefetch(trace, seed=args.seed) if args.prefetch else None
     sentences = cache_sentences(frame)
-    named = prefetch(trace, seed=args.seed) if args.prefetch else None
     if args.json:
         tables = {"cache": frame} | ({} if named is None else {"prefetch": named})
         print_json(

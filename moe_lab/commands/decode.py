@@ -76,19 +76,20 @@ def main(args: argparse.Namespace) -> int:
     from moe_lab.serving.sentences import decode_sentence, speculation_sentence
     from moe_lab.serving.speculation import WINDOWS
     from moe_lab.trace import open_trace
+    from moe_lab.trace.reader import fetched_once
 
-    trace = open_trace(args.trace)
-    frame = distinct_experts(trace, args.batch, args.window, seed=args.seed)
-    sentences = [decode_sentence(frame)]
-    tables = {"distinct": frame}
     windows = [size for size in args.window if size > 1] or WINDOWS
-    try:
-        tables["speculation"] = speculation(
-            trace, windows, **expert_sizes(args, trace), draft_cost=args.draft_cost, seed=args.seed
-        )
-        sentences.append(speculation_sentence(tables["speculation"]))
-    except AnalysisError as error:  # the size of an expert is not known
-        sentences.append(f"What speculation costs is left out: {error}.")
+    with fetched_once([open_trace(args.trace)]) as (trace,):
+        frame = distinct_experts(trace, args.batch, args.window, seed=args.seed)
+        sentences, tables = [decode_sentence(frame)], {"distinct": frame}
+        try:
+            sizes = expert_sizes(args, trace)
+            tables["speculation"] = speculation(
+                trace, windows, **sizes, draft_cost=args.draft_cost, seed=args.seed
+            )
+            sentences.append(speculation_sentence(tables["speculation"]))
+        except AnalysisError as error:  # the size of an expert is not known
+            sentences.append(f"What speculation costs is left out: {error}.")
     roofline = None
     if args.times is not None:
         roofline = fit_roofline(args.times)

@@ -79,6 +79,7 @@ def main(args: argparse.Namespace) -> int:
         write_vllm_expert_map,
     )
     from moe_lab.trace import open_trace
+    from moe_lab.trace.reader import fetched_once
 
     for path in (args.vllm, args.sglang):
         require(
@@ -88,15 +89,14 @@ def main(args: argparse.Namespace) -> int:
             "--overwrite to replace it",
             error=StorageError,
         )
-    trace = open_trace(args.trace)
     machine = {"nodes": args.nodes, "groups": args.groups}
-    options = (args.devices, args.slots, args.method)
-    frame = placement_transfer(trace, *options, by=args.by, seed=args.seed, **machine)
+    options, needed = (args.devices, args.slots, args.method), None
+    with fetched_once([open_trace(args.trace)]) as (trace,):
+        frame = placement_transfer(trace, *options, by=args.by, seed=args.seed, **machine)
+        if args.tokens_needed:
+            needed = tokens_needed(trace, *options, seed=args.seed, **machine)
+        whole = place(trace.counts(), *options, **machine)
     sentence = placement_sentence(frame)
-    needed = (
-        tokens_needed(trace, *options, seed=args.seed, **machine) if args.tokens_needed else None
-    )
-    whole = place(trace.counts(), *options, **machine)
     written = {
         str(path): write
         for path, write in (

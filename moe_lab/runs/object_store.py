@@ -42,6 +42,7 @@ from moe_lab.runs.layout import (
     RunState,
 )
 from moe_lab.runs.object_leases import living_owner
+from moe_lab.runs.owners import temporary_folder
 from moe_lab.runs.plan import SCHEMA_VERSION, PlannedSweep, check_plan, plan_entry
 from moe_lab.runs.record import Progress, RunRecord, read_object
 from moe_lab.runs.waits import Waits
@@ -197,9 +198,9 @@ class ObjectStore:
 
     @contextmanager
     def readable(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="moe-lab-report-") as folder:
-            self._fetch(Path(folder))
-            yield Path(folder)
+        with temporary_folder("report") as folder:
+            self._fetch(folder)
+            yield folder
 
     def _fetch(self, folder: Path) -> None:
         """Make ``folder`` a sweep's folder: the plan, the state and metrics of every run, and one

@@ -3,18 +3,26 @@ until the command ends, so that figures that read the same columns fetch them on
 
 A kept piece is named by its digest and compared with it again when it is read: the folder is not
 trusted. Equal columns of several files, such as the positions of every layer, are one piece.
-Workers share the folder. When ``most`` bytes are kept, no more are: readers go through the files in
-one order, so what was fetched first is what is asked for first.
+Workers share the folder, and wait for each other where they read one file (``alone``). When
+``most`` bytes are kept, no more are: readers go through the files in one order, so what was fetched
+first is what is asked for first.
 """
 
+import hashlib
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_lab.trace.pieces import Piece
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - not on Windows: two readers may fetch one piece
+    fcntl = None  # type: ignore[assignment]
 
 KEPT_BYTES = 4 * 2**30
 """At most, and half of what is free in the temporary folder."""
@@ -47,6 +55,19 @@ class KeptPieces:
             content = (self.folder / piece.digest.hex()).read_bytes()
             return content if piece.fits(content) else None
         return None
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Threads and processes that fetch from the file ``name`` wait until this ends, and then
+        find kept what was fetched. A killed process keeps no other waiting.
+        """
+        with ExitStack() as stack:
+            with suppress(OSError):  # workers on other machines have no such folder
+                key = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+                file = stack.enter_context(open(self.folder / f"lock-{key}", "ab"))
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def keep(self, piece: Piece, content: bytes) -> None:
         """Keep the bytes of a piece, which were compared, while the limit allows it."""

@@ -24,20 +24,16 @@ _ROW_GROUPS, _COLUMNS, _META, _PATH, _DATA_PAGE, _DICTIONARY_PAGE = 4, 1, 3, 3, 
 
 
 class Piece(NamedTuple):
-    """Bytes ``start`` to ``end`` of a file, and their digest."""
+    """Bytes ``start`` to ``end`` of a file, and their BLAKE2b, of any length."""
 
     start: int
     end: int
     digest: bytes
 
-    @classmethod
-    def of(cls, content: bytes) -> "Piece":
-        """A whole file as one piece."""
-        return cls(0, len(content), _digest(content))
-
     def fits(self, content: bytes) -> bool:
         """Whether ``content`` is this piece."""
-        return len(content) == self.end - self.start and _digest(content) == self.digest
+        size = self.end - self.start
+        return len(content) == size and _digest(content, len(self.digest)) == self.digest
 
 
 class Checksum(NamedTuple):
@@ -58,7 +54,7 @@ def checksum(path: Path) -> Checksum:
         for start, end in pairwise([*starts, size]):
             content = file.read(end - start)
             whole.update(content)
-            pieces.append((len(content), _digest(content)))
+            pieces.append((len(content), _digest(content, 16)))
     packed = b"".join(_FORM.pack(*piece) for piece in pieces) if len(starts) > 1 else None
     return Checksum(size, whole.digest(), packed)
 
@@ -72,8 +68,8 @@ def unpacked(pieces: bytes) -> list[Piece]:
     return found
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _digest(content: bytes, size: int) -> bytes:
+    return hashlib.blake2b(content, digest_size=size).digest()
 
 
 def _starts(file: Any, size: int) -> list[int]:

@@ -18,12 +18,20 @@ from typing import Any, TypeVar
 from moe_lab import __version__
 from moe_lab.errors import TraceError, expected, require
 from moe_lab.runs.bucket import folder_of
+from moe_lab.runs.owners import temporary_folder
 from moe_lab.sandbox import call, regular_size
 from moe_lab.trace.checks import Header, read_meta
 from moe_lab.trace.clean_copies import CleanCopies, place_of_copies, prune
 from moe_lab.trace.data_files import DataFiles, FolderFiles, parquet_below
 from moe_lab.trace.kept_pieces import KEPT_BYTES, KeptPieces
-from moe_lab.trace.manifest import MANIFEST, Manifest, file_name, of_parts, read_manifest
+from moe_lab.trace.manifest import (
+    MANIFEST,
+    Manifest,
+    check_layers,
+    file_name,
+    of_parts,
+    read_manifest,
+)
 from moe_lab.trace.opened_trace import Trace
 from moe_lab.trace.publish import INCOMPLETE_SUFFIX, put_in_place
 from moe_lab.trace.remote_files import RemoteFiles, fetch_listing
@@ -92,10 +100,8 @@ def fetched_once(sources: Sequence[T], most: int = KEPT_BYTES) -> Iterator[list[
         found: list[Any] = [*sources]
         fetched = [at for at, source in enumerate(found) if _fetches(source)]
         if fetched:
-            place = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="moe_lab-pieces-", ignore_cleanup_errors=True)
-            )
-            kept = KeptPieces(Path(place), min(most, shutil.disk_usage(place).free // 2))
+            place = stack.enter_context(temporary_folder("pieces"))
+            kept = KeptPieces(place, min(most, shutil.disk_usage(place).free // 2))
             for at in fetched:
                 found[at] = replace(found[at], storage=replace(found[at].storage, kept=kept))
         yield found
@@ -143,6 +149,8 @@ def _sealed(name: Path | str, listing: Path, storage: DataFiles) -> Trace | None
         return None
     try:
         manifest = _manifest(listing, header, digests)
+        listed = set(manifest.entries["layer"].drop_nulls())
+        check_layers(header.meta, listed, header.complete, MANIFEST)
     except TraceError:
         if header.complete:
             raise

@@ -47,13 +47,11 @@ class RemoteFiles:
         url: of the trace.
         kept: pieces that were fetched before and are not fetched again.
         orders: the columns of the last file that was read, by table, in their order.
-        wholes: kept files that have no pieces, each as one piece.
     """
 
     url: str
     kept: KeptPieces | None = None
     orders: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
-    wholes: dict[str, Piece] = field(default_factory=dict, repr=False, compare=False)
 
     needs = ("pieces",)
 
@@ -103,12 +101,13 @@ class RemoteFiles:
 
     def _kept_whole(self, name: str, entry: Entry) -> bytes:
         """A file without pieces."""
-        known = self.wholes.get(name)
-        content = None if known is None or self.kept is None else self.kept.read(known)
-        if content is None:
-            content = self._whole(name, entry)
-            if self.kept is not None:
-                self.wholes[name] = piece = Piece.of(content)
+        if self.kept is None:
+            return self._whole(name, entry)
+        piece = Piece(0, entry["bytes"], entry["digest"])
+        with self.kept.alone(f"{self.url}/{name}"):
+            content = self.kept.read(piece)
+            if content is None:
+                content = self._whole(name, entry)
                 self.kept.keep(piece, content)
         return content
 
@@ -160,12 +159,32 @@ class RemoteFiles:
     def _sparse(self, name: str, entry: Entry, pieces: Sequence[Piece]) -> bytearray:
         """A file of the listed size in which only some pieces are there; the rest is zero."""
         content = bytearray(entry["bytes"])  # pages that nobody touches take no memory
+        missing = self._copy_kept(content, pieces)
+        if missing and self.kept is not None:
+            with self.kept.alone(f"{self.url}/{name}"):
+                self._fetch(name, content, self._copy_kept(content, missing))
+        elif missing:
+            self._fetch(name, content, missing)
+        return content
+
+    def _copy_kept(self, content: bytearray, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """Put the kept pieces of a file into ``content``; returns the others."""
+        if self.kept is None:
+            return pieces
+        missing = []
+        for piece in pieces:
+            known = self.kept.read(piece)
+            if known is None:
+                missing.append(piece)
+            else:
+                content[piece.start : piece.end] = known
+        return missing
+
+    def _fetch(self, name: str, content: bytearray, pieces: Sequence[Piece]) -> None:
+        """Put pieces of a file into ``content``, compared; neighbours are one range."""
         spans: list[list[Piece]] = []
         for piece in pieces:
-            known = None if self.kept is None else self.kept.read(piece)
-            if known is not None:
-                content[piece.start : piece.end] = known
-            elif spans and spans[-1][-1].end == piece.start:
+            if spans and spans[-1][-1].end == piece.start:
                 spans[-1].append(piece)
             else:
                 spans.append([piece])
@@ -183,7 +202,6 @@ class RemoteFiles:
                 if self.kept is not None:
                     self.kept.keep(piece, found)
             content[first : first + len(part)] = part
-        return content
 
 
 def fetch_listing(files: RemoteFiles, place: Path) -> Path:

@@ -302,7 +302,7 @@ def test_slurm_workers_on_s3_share_no_folder_but_that_of_their_jobs(
     assert dict(frame.select("name", "loss").rows()) == {
         one.name: stubs.expected_loss(one) for one in stubs.stub_grid(2, 30, 0.1)
     }
-    logs = [path.read_text() for path in (tmp_path / "slurm").glob("*_log.out")]
+    logs = [path.read_text() for path in (tmp_path / "slurm").glob("*/*_log.out")]
     assert len(logs) == 2
     assert not [name for name in s3.objects() if "checkpoint" in name or "lease" in name]
     for host in (first, second):

@@ -13,7 +13,7 @@ from refusals import refused
 from moe_lab.errors import RunError
 from moe_lab.runs import folder_claims
 from moe_lab.runs.folder_claims import acquire, holder
-from moe_lab.runs.owners import Owner, process_start, this_host
+from moe_lab.runs.owners import Owner, process_start, temporary_folder, this_host
 
 
 def write_claim(folder: Path, owner: Owner | None, *, number: int = 1, age: float = 0.0) -> Path:
@@ -227,3 +227,41 @@ def test_a_claim_of_another_host_is_judged_by_the_file_systems_clock(
     monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours_wrong)
     assert bool(holder(tmp_path)) is alive
     assert [path.name for path in tmp_path.iterdir()] == [".claim-1"]
+
+
+def test_the_temporary_folder_of_a_killed_process_is_removed_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import sys, tempfile, time\n"
+        "from moe_lab.runs.owners import temporary_folder\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}\n"
+        "with temporary_folder('pieces') as folder:\n"
+        "    (folder / 'piece').write_bytes(b'x')\n"
+        "    print(folder, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+
+    def start() -> tuple["subprocess.Popen[str]", Path]:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    (first, killed), (second, living) = start(), start()
+    first.kill()
+    first.communicate()
+    name = killed.name
+    others = [name[:-8] + "00000000", name.replace(name.split("-")[2], "0" * 16), "moe_lab-pieces"]
+    for other in others:
+        (tmp_path / other).mkdir(mode=0o700)
+    (tmp_path / others[0]).chmod(0o755)  # another user may have put files there
+    (tmp_path / (name[:-8] + "11111111")).symlink_to(living)
+    with temporary_folder("pieces") as own:
+        assert not own.stat().st_mode & 0o077
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {own.name, living.name, name[:-8] + "11111111", *others}
+        assert (living / "piece").exists()
+    assert not own.exists()
+    second.kill()
+    second.communicate()

@@ -137,6 +137,7 @@ class Queue:
     begin_first: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     answers: bool = True
+    folder: Path = Path()
 
     def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         if not self.answers:
@@ -161,9 +162,16 @@ class Queue:
         self.states[job] = "PENDING"
         return SimpleNamespace(
             job_id=job,
-            paths=SimpleNamespace(result_pickle=remote_run.job.folder / "result.pkl"),
+            paths=SimpleNamespace(result_pickle=self.folder / f"{job}_0_result.pkl"),
             stderr=lambda: "",
         )
+
+    def finish(self, job: str, ending: Ending) -> None:
+        """A job ends with a result."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{job}_0_result.pkl"
+        submitit.core.utils.cloudpickle_dump(("success", ending), path)
+        self.states[job] = "COMPLETED"
 
 
 @pytest.fixture
@@ -212,12 +220,23 @@ def test_a_job_that_begins_as_it_is_taken_back_goes_on(tmp_path: Path, controlle
     assert heard(launcher) == {"a": Result.WITHDRAWN}
     assert controller.states["7_1"] == "RUNNING"
     controller.begin_first = ()
-    submitit.core.utils.cloudpickle_dump(
-        ("success", Ending("b", Result.FINISHED)), tmp_path / "result.pkl"
-    )
-    (tmp_path / "b").mkdir()
-    (tmp_path / "result.pkl").rename(tmp_path / "b" / "result.pkl")
-    controller.states["7_1"] = "COMPLETED"
+    controller.finish("7_1", Ending("b", Result.FINISHED))
+    assert heard(launcher) == {"b": Result.FINISHED}
+
+
+def test_a_job_with_the_number_of_an_older_one_does_not_end_with_its_result(
+    tmp_path: Path, controller: Queue
+) -> None:
+    launcher = launch(tmp_path, "a")
+    assert heard(launcher) == {}
+    controller.finish("7_0", Ending("a", Result.FINISHED))
+    assert heard(launcher) == {"a": Result.FINISHED}
+    controller.states.clear()  # as those of a controller that lost its state
+    launcher.submit(Job("b", "b", tmp_path / "b", {}))
+    assert heard(launcher) == {}
+    del controller.states["7_0"]
+    assert heard(launcher) == {}, "it is gone, and its result may still be under way"
+    controller.finish("7_0", Ending("b", Result.FINISHED))
     assert heard(launcher) == {"b": Result.FINISHED}
 
 

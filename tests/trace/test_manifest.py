@@ -264,6 +264,21 @@ def test_a_manifest_of_other_columns_is_refused_by_what_differs(tmp_path, change
         open_trace(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda frame: frame.with_columns(pl.col("layer").replace({4: 7})),
+        lambda frame: frame.filter(pl.col("layer").is_null() | (pl.col("layer") != 4)),
+    ],
+)
+def test_a_manifest_with_files_of_other_layers_under_a_seal_is_refused(tmp_path, change):
+    folder = Path(write(tmp_path / "t").folder)
+    edit_manifest(folder, change)
+    write_seal(folder)
+    with pytest.raises(TraceError, match=r"^manifest: expected files for layers \[1, 4\], got"):
+        open_trace(folder)
+
+
 def test_each_part_is_checked_in_one_reading_whatever_the_layers(tmp_path, monkeypatch):
     trace, read, parts = write(tmp_path / "t"), manifest._read, []
 

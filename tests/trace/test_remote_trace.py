@@ -6,6 +6,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,8 @@ def test_analyses_of_one_command_fetch_each_piece_once(
         kept = trace.storage.kept.folder
         assert not kept.stat().st_mode & 0o077
         for path in kept.iterdir():
-            path.write_bytes(flipped(path.read_bytes(), 0))
+            if content := path.read_bytes():  # locks are empty
+                path.write_bytes(flipped(content, 0))
         assert analysis.coactivation(trace).equals(analysis.coactivation(here))
         assert sum(fetched(s3).values()) > 0, "a damaged piece is fetched again"
     assert not kept.exists()
@@ -196,6 +198,31 @@ def test_analyses_of_one_command_fetch_each_piece_once(
         folder = trace.storage.kept.folder  # type: ignore[union-attr]
         assert 0 < sum(path.stat().st_size for path in folder.iterdir()) <= 5000
     assert 0 < sum(second.values()) < sum(first.values())
+
+
+def test_two_readers_of_one_file_fetch_it_once(s3: S3Server, url: str, written: Path):
+    asked, second = [], threading.Event()
+
+    def hold(method: str, path: str) -> None:
+        if path.endswith(FILE):
+            asked.append(path)
+            (second.set if asked[1:] else second.wait)(*([] if asked[1:] else [0.5]))
+
+    with fetched_once([open_trace(url)]) as (trace,):
+        trace.read("routing/layer=3/part-00000.parquet", ["doc"])  # the order of columns is known
+        other = pickle.loads(pickle.dumps(trace))
+        fetched(s3)
+        s3.before_answer = hold
+        with ThreadPoolExecutor(2) as pool:
+            frames = list(pool.map(lambda one: one.read(FILE, ["experts"]), (trace, other)))
+        s3.before_answer = None
+        once = fetched(s3)[FILE]
+    with fetched_once([open_trace(url)]) as (trace,):
+        trace.read("routing/layer=3/part-00000.parquet", ["doc"])
+        fetched(s3)
+        assert trace.read(FILE, ["experts"]).equals(frames[0])
+        assert once == fetched(s3)[FILE]
+    assert frames[0].equals(frames[1])
 
 
 @pytest.mark.slow
@@ -471,8 +498,8 @@ def test_the_commands_take_a_url(
         fetched(s3)
         assert cli.main(words.split()) == 0, (words, capsys.readouterr().err)
         got = {name: size for name, size in fetched(s3).items() if name in sizes}
-        if words.split()[0] in ("compare", "difficulty", "report"):
-            assert all(got[name] <= sizes[name] for name in got), "each piece was fetched once"
+        assert got, words
+        assert all(got[name] <= sizes[name] for name in got), f"{words}: each piece once"
     assert (tmp_path / "page.html").stat().st_size > 10_000
     capsys.readouterr()
     begun = threading.Event()

@@ -10,6 +10,7 @@ nothing where no accounting database runs, and a job that was killed there would
 import os
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from moe_lab.sweeps.launchers.protocol import MEMORY_HINT, Ending, Job, Result
 from moe_lab.sweeps.launchers.remote_run import RemoteRun, settle
 
 LOGS = "slurm"
-"""Folder in which submitit keeps scripts and logs: of the sweep, or of the driver's own folder
-where the sweep is in no shared one.
+"""Folder in which submitit keeps scripts, logs and results: of the sweep, or of the driver's own
+folder where the sweep is in no shared one. Each array has its own folder in it: SLURM may give the
+number of an old job to a new one, and so may this machine.
 """
 ARRAY_RUNS = 1000
 """Runs of one array: SLURM's default MaxArraySize allows indices up to 1000."""
@@ -124,7 +126,8 @@ class SlurmLauncher:
         else:  # one array keeps to the limit, several would not
             self.slots = min(ARRAY_RUNS, len(jobs)) if workers else len(jobs)
         self._trainer = trainer
-        self._executor = _executor(self._options, jobs, workers)
+        self._logs = (jobs[0].folder.absolute().parent if jobs[0].shared else Path.cwd()) / LOGS
+        self._executor = _executor(self._options, self._logs, jobs, workers)
         self._waiting: list[Job] = []
         self._active: dict[str, Any] = {}
         self._withdrawing = False
@@ -171,6 +174,7 @@ class SlurmLauncher:
         while self._waiting:
             some = self._waiting[:ARRAY_RUNS]
             remote_runs = [Requeued.of(job, self._trainer) for job in some]
+            self._executor.folder = self._logs / uuid.uuid4().hex[:12]
             try:
                 with (
                     _environment(ONE_THREAD | {"PYTHONPATH": import_path()}),
@@ -340,9 +344,8 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _executor(options: SlurmOptions, jobs: Sequence[Job], workers: int | None) -> Any:
+def _executor(options: SlurmOptions, folder: Path, jobs: Sequence[Job], workers: int | None) -> Any:
     submitit = extra("submitit", "slurm")
-    folder = (jobs[0].folder.absolute().parent if jobs[0].shared else Path.cwd()) / LOGS
     gpus = {"gpus_per_node": options.gpus} if any(job.device != "cpu" for job in jobs) else {}
     signal_seconds = min(SIGNAL_SECONDS, 30 * options.minutes)
     if options.cluster == "local":
