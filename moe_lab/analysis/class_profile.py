@@ -54,7 +54,8 @@ def class_profile(
 
     Args:
         trace: a trace with a token table.
-        column: the token column that names the class; tokens where it is null are left out.
+        column: the token column that names the class; tokens where it is null, and tokens that were
+            not routed, are left out.
         value: the routing column whose mean is taken, of ``VALUES``; entropy and gate mass say how
             certain a router of fixed k is.
         resamples, seed, level: of the percentile interval; documents are drawn, with all their
@@ -127,9 +128,9 @@ class _Reading:
     include_first: bool
     held: "list[_Here] | None" = None
 
-    def batches(self, trace: Trace, *columns: str) -> Iterator[pl.DataFrame]:
-        """[doc, pos, class, band, bucket, (columns)] of the tokens, a file at a time; the class is
-        null for tokens that are left out.
+    def batches(self, trace: Trace) -> Iterator[pl.DataFrame]:
+        """[doc, pos, class, band, bucket] of the tokens that were routed, a file at a time; the
+        class is null for tokens that are left out.
         """
         kept = pl.col(self.column)
         if not self.include_first:
@@ -141,22 +142,21 @@ class _Reading:
             "bucket": bucket,
         }
         bands = [] if self.band is None else [self.band]
-        read = list(dict.fromkeys([*KEY, self.column, *bands, *columns]))
+        routed = [ROUTED] if ROUTED in trace.tokens.collect_schema() else []
+        read = list(dict.fromkeys([*KEY, self.column, *bands, *routed]))
         for batch in trace.batches(None, read):
-            yield batch.select(*KEY, *columns, **cell)
+            yield batch.filter(*routed).select(*KEY, **cell)
 
     def places(self, trace: Trace, cells: pl.DataFrame, docs: Documents) -> "list[_Here]":
-        """Of the tokens that were routed, by file."""
+        """Of the tokens, by file."""
         if self.held is not None:
             return self.held
         return [_Here(frame, docs, len(cells)) for frame in self._codes(trace, cells)]
 
     def _codes(self, trace: Trace, cells: pl.DataFrame) -> Iterator[pl.DataFrame]:
         """[doc, pos, cell]; ``cell`` is null for tokens that are left out."""
-        routed = [ROUTED] if ROUTED in trace.tokens.collect_schema() else []
-        for batch in self.batches(trace, *routed):
-            found = batch.filter(ROUTED) if routed else batch
-            found = found.join(
+        for batch in self.batches(trace):
+            found = batch.join(
                 cells, on=list(_CELL), how="left", nulls_equal=True, maintain_order="left"
             )
             yield found.select(*KEY, pl.col("cell").cast(pl.Int64))

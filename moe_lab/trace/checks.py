@@ -137,13 +137,10 @@ def check_tokens(frame: pl.DataFrame, meta: TraceMeta) -> None:
 def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> np.ndarray:
     """Check one batch of a layer's rows; returns its used slots of each expert, [E] int64."""
     where = f"layer {layer.layer}"
-    absent = [
-        "margin",
-        *([] if meta.has_weights else ["weights", "gate_mass_ffn"]),
-        *([] if meta.has_scores else ["entropy"]),
-    ]
+    absent = meta.not_recorded()
+    known = pl.exclude("margin", *absent)
     require(
-        not batch.select(pl.sum_horizontal(pl.exclude(absent).null_count())).item(),
+        not batch.select(pl.sum_horizontal(known.null_count())).item(),
         "no nulls",
         "nulls",
         error=TraceError,
@@ -151,8 +148,8 @@ def check_rows(layer: LayerMeta, batch: pl.DataFrame, meta: TraceMeta) -> np.nda
         field="routing",
     )
     require(
-        all(batch[name].is_null().all() for name in absent[1:]),
-        f"only nulls in {', '.join(absent[1:])} as {META_FILE} says",
+        all(batch[name].is_null().all() for name in absent),
+        f"only nulls in {', '.join(absent)} as {META_FILE} says",
         "values",
         error=TraceError,
         where=where,

@@ -30,6 +30,8 @@ def merge_traces(
 ) -> Trace:
     """Write all documents of several traces as one trace at ``folder`` and open it.
 
+    Weights, and scores, are kept where all of the traces have them.
+
     Args:
         sources: folders of complete traces of the same layers.
         renumber: number the documents anew, in the order of the sources: ranks number theirs from
@@ -64,6 +66,9 @@ def merge_traces(
     phases = {trace.meta.phase for trace in traces}
     if tokens is None:
         notes = (*notes, f"Merged from {len(traces)} traces.")
+    for name, what in (("has_weights", "weights"), ("has_scores", "scores")):
+        if not flags[name] and any(getattr(trace.meta, name) for trace in traces):
+            notes = (*notes, f"Left out, because not all merged traces have them: {what}.")
     meta = first.replace(
         notes=notes, phase=first.phase if len(phases) == 1 else "generate", **flags
     )
@@ -99,6 +104,7 @@ def merge_traces(
 
 
 def _append(writer: TraceWriter, trace: Trace, offset: int) -> None:
+    absent = writer.meta.not_recorded()
     if trace.has_tokens:
         for batch in trace.batches(None, trace.tokens.collect_schema().names()):
             writer.write_tokens(batch.with_columns(pl.col("doc") + offset))
@@ -107,5 +113,6 @@ def _append(writer: TraceWriter, trace: Trace, offset: int) -> None:
             if batch.is_empty():  # a rank that had nothing to record
                 continue
             rows = rows_of(layer, batch, offset)
+            rows = {name: rows[name] for name in rows if name not in absent}
             used = batch["experts"].explode().drop_nulls().to_numpy()
             writer.write_rows(layer.layer, rows, np.bincount(used, minlength=layer.num_choices))

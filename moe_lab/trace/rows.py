@@ -162,7 +162,8 @@ def rows_of(layer: LayerMeta, batch: pl.DataFrame, offset: int = 0) -> Rows:
     rows = {
         name: batch[name].to_numpy()
         for name in batch.columns
-        if name not in ("experts", "weights") and not batch[name].is_null().all()
+        if name not in ("experts", "weights")
+        and (batch.is_empty() or not batch[name].is_null().all())
     }
     rows["doc"] = rows["doc"] + np.uint32(offset)
     if "margin" in rows:

@@ -267,6 +267,13 @@ class TraceMeta(Config):
             else ROUTING_COLUMNS
         )
 
+    def not_recorded(self) -> list[str]:
+        """Columns of the routing tables that are null in every row."""
+        return [
+            *([] if self.has_weights else ["weights", "gate_mass_ffn"]),
+            *([] if self.has_scores else ["entropy", "margin"]),
+        ]
+
     def layer(self, number: int) -> LayerMeta | None:
         """The layer of that index, or None where the trace has none."""
         return next((layer for layer in self.layers if layer.layer == number), None)

@@ -346,10 +346,7 @@ class TraceWriter:
         self._flush(self._tokens)
 
     def _empty_rows(self, slots: int) -> Rows:
-        absent = [
-            *([] if self.meta.has_weights else ["weights", "gate_mass_ffn"]),
-            *([] if self.meta.has_scores else ["entropy", "margin"]),
-        ]
+        absent = self.meta.not_recorded()
         names = [name for name in self.meta.routing_schema() if name not in absent]
         return {
             name: np.zeros((0, slots) if name in ("experts", "weights") else 0) for name in names

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from moe_lab.analysis.document_bootstrap import RESAMPLES, Floats, Resampling
+from moe_lab.analysis.document_sums import over
 from moe_lab.errors import AnalysisError, require
 from moe_lab.trace import LayerMeta, Trace
 from moe_lab.trace.rows import EMPTY_SLOT, rows_of
@@ -84,9 +85,9 @@ class _Rows:
 
     @cached_property
     def rows(self) -> dict[str, Any]:
-        number = self.layer.layer
-        frame = self.trace.routing.filter(pl.col("layer") == number).collect()
-        return rows_of(self.layer, frame.drop("layer").sort("doc", "pos"))
+        columns = list(self.trace.meta.routing_schema())
+        frame = pl.concat(self.trace.batches(self.layer.layer, columns))
+        return rows_of(self.layer, frame.sort("doc", "pos"))
 
     @cached_property
     def ids(self) -> Ints:
@@ -224,7 +225,8 @@ def routing_agreement(
         routers of these loads would share; ``same_set`` the share of tokens with equal sets of
         experts; ``mass`` the share of the first trace's gate mass in equal slots; the medians of
         the first trace's margin over tokens with equal sets and with others. A difference at small
-        margins is drift of near ties; null where a trace recorded no weights or margins.
+        margins is drift of near ties; null where a trace recorded no weights or margins. Shares of
+        slots are null where no slot was used.
 
     Raises:
         AnalysisError: no layer or token in both.
@@ -311,7 +313,7 @@ def _layers(
         above, below = (np.bincount(doc, values).astype(float) for values in (equal_T, used_T))
 
         def share(weights: Floats, above: Floats = above, below: Floats = below) -> Floats:
-            return ((weights @ above) / np.maximum(weights @ below, 1))[:, None]
+            return over(weights @ above, weights @ below)[:, None]
 
         low, high = resampling.interval(share, len(above))
         loads = [np.bincount(ids[ids >= 0], minlength=2**16) for ids in (ids_TK, other_TK)]
@@ -327,9 +329,11 @@ def _layers(
             "slots": float(share(np.ones((1, len(above))))[0, 0]),
             "lo": low[0],
             "hi": high[0],
-            "chance": float(chance / max(used_T.sum(), 1)),
+            "chance": float(over(chance, used_T.sum())),
             "same_set": float(same_T.mean()),
-            "mass": None if mass_TK is None else float((mass_TK * equal_TK).sum() / mass_TK.sum()),
+            "mass": None
+            if mass_TK is None
+            else float(over((mass_TK * equal_TK).sum(), mass_TK.sum())),
             "margin_same": _median(margin[same_T]),
             "margin_differs": _median(margin[~same_T]),
             "docs": len(above),

@@ -9,6 +9,7 @@ from moe_lab.analysis import class_profile
 from moe_lab.analysis.document_bootstrap import document_weights, expanded_interval
 from moe_lab.errors import AnalysisError
 from moe_lab.trace import LayerMeta, TraceMeta, TraceWriter, open_trace
+from moe_lab.trace.rows import rows_of
 
 
 def ids_with(counts, k=4):
@@ -212,3 +213,24 @@ def test_intervals_are_those_of_sums_in_double_precision(tmp_path):
         low, high = map(float, expanded_interval(total_B / total_weight, 0.95, row["n_docs"]))
         assert row["adjusted_lo"] == pytest.approx(low, abs=2e-6 * (high - low))
         assert row["adjusted_hi"] == pytest.approx(high, abs=2e-6 * (high - low))
+
+
+def test_tokens_that_were_not_routed_are_in_no_class(make_trace, tmp_path):
+    """The last token of each request of an engine: all numbers are those of the other tokens."""
+    doc, pos = np.repeat(np.arange(6), 9), np.tile(np.arange(9), 6)
+    generator = np.random.default_rng(1)
+    kind = generator.choice(["a", "b"], len(doc))
+    kind[pos == 9 - 1] = "a"
+    ffn = generator.integers(0, 5, len(doc))
+    routed = pos < 9 - 1
+    kept = {"doc": doc[routed], "pos": pos[routed], "kind": kind[routed]}
+    alone = make_trace(ids_with(ffn[routed]), 4, 4, **kept)
+    tokens = pl.DataFrame({"doc": doc, "pos": pos, "token_id": 0, "kind": kind, "routed": routed})
+    with TraceWriter(tmp_path / "engine", alone.meta) as writer:
+        writer.write_tokens(tokens)
+        (layer,) = alone.meta.layers
+        rows = rows_of(layer, alone.routing.collect().drop("layer"))
+        writer.write_rows(0, rows, alone.layer_counts(layer))
+    assert class_profile(open_trace(tmp_path / "engine"), "kind").equals(
+        class_profile(alone, "kind")
+    )

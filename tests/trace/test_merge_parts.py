@@ -14,6 +14,7 @@ from refusals import refused
 from moe_lab.errors import TraceError
 from moe_lab.routing import Routing
 from moe_lab.trace import LayerMeta, Trace, TraceMeta, TraceWriter, merge_traces, open_trace
+from moe_lab.trace.rows import slot_rows
 
 META = TraceMeta(
     model="m",
@@ -109,3 +110,32 @@ def test_traces_of_different_models_do_not_become_one(change, tmp_path: Path) ->
                 writer.write_routing(layer, DOC, POS, routing(layer))
     with pytest.raises(TraceError, match=f"traces of the same {next(iter(change))}"):
         merge_traces(parts, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("missing", [{"has_scores"}, {"has_scores", "has_weights"}])
+def test_weights_and_scores_are_kept_where_all_parts_have_them(
+    tmp_path: Path, order: tuple[int, int], missing: set[str]
+) -> None:
+    poor = META.replace(**dict.fromkeys(missing, False))
+    write(tmp_path / "0", slice(None))
+    with TraceWriter(tmp_path / "1", poor) as writer:
+        for layer in META.layers:
+            found = routing(layer.layer)
+            weights = found.weights.numpy() if poor.has_weights else None
+            rows = slot_rows(
+                layer,
+                DOC.astype("u4"),
+                POS.astype("u4"),
+                found.indices.numpy(),
+                weights,
+                None,
+                None,
+            )
+            writer.write_rows(layer.layer, rows, found.counts().numpy())
+    merged = merge_traces([tmp_path / str(part) for part in order], tmp_path / "m").check()
+    assert (merged.meta.has_weights, merged.meta.has_scores) == (poor.has_weights, False)
+    assert merged.routing.collect()["entropy"].is_null().all()
+    assert merged.routing.collect()["weights"].is_null().all() == (not poor.has_weights)
+    assert merged.counts()["count"].sum() == 2 * 2 * 2 * len(DOC)
+    assert "have them: scores." in merged.meta.notes[-1]

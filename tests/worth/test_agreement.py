@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import numpy as np
 import polars as pl
@@ -40,7 +41,7 @@ def write(folder, ids_LTK, *, experts=EXPERTS, first_layer=0, first_position=0):
     ) as writer:
         for layer, ids in zip(layers, ids_LTK, strict=True):
             rows = slot_rows(layer, doc, pos, ids, None, None, None)
-            counts = np.bincount(ids.reshape(-1), minlength=experts)
+            counts = np.bincount(ids[ids >= 0], minlength=experts)
             writer.write_rows(layer.layer, rows, counts)
         writer.write_tokens(pl.DataFrame({"doc": doc, "pos": pos, "token_id": pos}))
     return open_trace(folder)
@@ -172,9 +173,22 @@ def test_drift_without_margins_is_not_called_near_ties(tmp_path):
 def test_traces_without_a_common_token_are_refused(tmp_path):
     first = write(tmp_path / "a", chosen(documents=1))
     second = write(tmp_path / "b", chosen(documents=1), first_position=1000)
+    empty = write(tmp_path / "empty", chosen(documents=0))
     for compared in (find_conventions, routing_agreement):
-        with refused("traces", AnalysisError):
-            compared(first, second)
+        for other in (second, empty):
+            with refused("traces", AnalysisError):
+                compared(first, other)
+
+
+def test_a_layer_without_a_used_slot_shares_none(tmp_path):
+    ids = chosen(layers=2)
+    ids[1] = -1
+    trace = write(tmp_path / "a", ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        used, empty = routing_agreement(trace, trace).to_dicts()
+    assert used["slots"] == used["same_set"] == 1
+    assert [empty[name] for name in ("slots", "lo", "hi", "chance", "mass")] == [None] * 5
 
 
 def test_the_command_names_the_convention_and_prints_the_layers(tmp_path, capsys):
