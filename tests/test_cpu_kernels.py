@@ -12,7 +12,9 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from moe_lab import compiled, cpu_kernels
 from moe_lab.cpu_kernels import linear as module
 from moe_lab.cpu_kernels.linear import linear
+from moe_lab.cpu_kernels.row_statistics import entropy_and_spread
 from moe_lab.cpu_kernels.top_k import top_k
+from moe_lab.measures import router_entropy
 from moe_lab.routing import RouterConfig, build_router
 from moe_lab.worth.selection import Replayed, Selection
 
@@ -152,3 +154,30 @@ def test_the_selection_of_a_large_batch_can_be_replaced() -> None:
         got_TK = router(x_TD).indices
     assert selection.selected
     assert torch.equal(got_TK, torch.where(known_T[:, None], ids_TK, own_TK))
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("experts", [33, 64, 250])
+def test_entropies_and_spreads_are_torchs(experts: int, dtype: torch.dtype, within: float) -> None:
+    generator = torch.Generator().manual_seed(experts)
+    logits_TE = torch.randn(300, experts, generator=generator, dtype=dtype).mul(4)
+    scores_TE = logits_TE.softmax(dim=1)
+    scores_TE[:9] = 0.0  # nothing selected
+    scores_TE[9:19] = torch.eye(experts, dtype=dtype)[:10]
+    scores_TE[19:29] = logits_TE[19:29].relu()  # not normalised
+    scores_TE[29], logits_TE[30, 5], logits_TE[31, 0] = torch.nan, torch.nan, torch.inf
+    scores_TE[32, 1:] = torch.finfo(dtype).tiny / 8
+    every_other = torch.stack([scores_TE, scores_TE], dim=2).flatten(1)[:, ::2]
+    entropy_T, spread_T = entropy_and_spread(every_other, logits_TE)
+    wanted_T = router_entropy(scores_TE.double()).to(dtype)
+    torch.testing.assert_close(entropy_T, wanted_T, rtol=within, atol=within, equal_nan=True)
+    wanted_T = logits_TE.amax(dim=1) - logits_TE.amin(dim=1)
+    torch.testing.assert_close(spread_T, wanted_T, rtol=0, atol=0, equal_nan=True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        again = entropy_and_spread(scores_TE, logits_TE)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(again, (entropy_T, spread_T), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))

@@ -71,7 +71,7 @@ def _search() -> ctypes.CDLL | str:
         return f"the experts could not be compiled: {compiled.reason(error)}"
     loaded.moe_plan.restype = None
     for name in DTYPES.values():
-        for function in ("forward", "backward", "product", "top_k"):
+        for function in ("forward", "backward", "product", "top_k", "entropy_and_spread"):
             getattr(loaded, f"moe_{function}_{name}").restype = None
     return loaded
 

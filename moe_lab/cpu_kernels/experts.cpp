@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "products.h"
+#include "row_statistics.h"
 #include "top_k.h"
 
 #ifdef __linux__
@@ -308,6 +309,9 @@ void moe_plan(const int64_t* ids, int64_t N, int64_t E, int32_t* order, int32_t*
   }                                                                                                                                   \
   void moe_top_k_##name(int64_t threads, int64_t rows, int64_t E, int64_t K, const S* values, int64_t* ids) {                           \
     top_k<S>(threads, rows, E, K, values, ids);                                                                                       \
+  }                                                                                                                                   \
+  void moe_entropy_and_spread_##name(int64_t threads, int64_t rows, int64_t E, const S* scores, const S* values, S* entropy, S* spread) { \
+    entropy_and_spread<S>(threads, rows, E, scores, values, entropy, spread);                                                           \
   }
 MOE_ROUTER(float, f32)
 MOE_ROUTER(double, f64)

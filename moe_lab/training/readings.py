@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lab.cpu_kernels.row_statistics import entropy_and_spread
 from moe_lab.model import MoELayer
 from moe_lab.routing import FACTS, Router, RouterConfig, Routing
 from moe_lab.routing.choices import SelectOn
@@ -120,14 +121,14 @@ def routing_sums(routing: Routing, by_logits: bool = False) -> Tensor:
     Args:
         by_logits: the spread is that of the logits.
     """
-    scores_TE = routing.logits if by_logits else routing.scores
-    # ``aminmax`` of rows takes ten to twenty times as long on a CPU.
-    spread_T = scores_TE.amax(dim=1) - scores_TE.amin(dim=1)
-    values = [routing.entropy(), routing.ffn_count(), spread_T]
-    valid = routing.valid_mask()
-    sums = torch.stack([value.double() for value in values]).where(valid, 0.0).sum(dim=1)
-    tokens = routing.num_valid().double().reshape(1)
-    return torch.cat([routing.counts().double(), tokens, sums])
+    values_TE = routing.logits if by_logits else routing.scores
+    of_tokens = torch.stack(entropy_and_spread(routing.scores, values_TE)).double()
+    entropy, spread = of_tokens.where(routing.valid_mask(), 0.0).sum(dim=1)
+    counts = routing.counts().double()
+    executed = counts[: routing.num_experts].sum()
+    return torch.cat(
+        [counts, torch.stack([routing.num_valid().double(), entropy, executed, spread])]
+    )
 
 
 def reading_of_sums(
