@@ -1,6 +1,7 @@
 """What every test shares: one thread, no network, no deadlines, the place of published data."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("POLARS_MAX_THREADS", "2")
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from registries import registries_as_before
 
-# A busy machine makes an example slow, not wrong.
-settings.register_profile("moe_lab", deadline=None)
+# A busy machine makes an example slow, not wrong. Every run has the same examples;
+# ``pytest --hypothesis-profile=search`` tries others.
+any_speed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", any_speed)
+settings.register_profile("moe_lab", any_speed, derandomize=True, database=None)
 settings.load_profile("moe_lab")
 
 if TYPE_CHECKING:
@@ -28,6 +32,17 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test and its fixtures draw the same numbers, whatever this process did before."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,7 @@ from moe_lab.analysis.map_reduce import Sum, appended, mapped, reduced
 from moe_lab.trace import Trace, open_trace
 
 FREE = 3
-HOLD_SECONDS = 300
+HOLD_SECONDS = 1200
 """At most, for parts that a failed test leaves behind."""
 
 

@@ -14,7 +14,9 @@ from moe_lab.errors import AnalysisError
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(tokens=st.integers(0, 50), experts=st.integers(2, 8), data=st.data())
 def test_every_pair_of_a_token_counts_once(make_trace, draw, tokens, experts, data):

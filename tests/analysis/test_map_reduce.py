@@ -315,7 +315,7 @@ def test_a_killed_worker_costs_one_line(traces, tmp_path, marks):
         pytest.warns(UserWarning, match="SIGKILL") as lines,
     ):
         (frames,) = reduced([_sum(traces[0], marks, "once")])
-    assert len(lines) == 1
+    assert sum("SIGKILL" in str(line.message) for line in lines) == 1
     assert pl.concat(frames)["doc"].unique().to_list() == list(range(20))
     assert _calls(marks) == [1, 1, 2, *[1] * 8]
 
@@ -384,7 +384,7 @@ def test_workers_end_with_the_process_that_started_them(traces, tmp_path):
     (process,) = workers._all
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=600) == 0
     workers.close()
 
 
@@ -396,7 +396,7 @@ def test_after_a_kill_of_the_driver_the_same_command_continues_from_finished_par
     words = [sys.executable, held_analysis.__file__, str(traces[0].folder), str(tmp_path)]
     driver = subprocess.Popen(words, stdout=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not (held_analysis.kept(tmp_path) == 3 and 4 in held_analysis.marks(tmp_path)):
             assert driver.poll() is None
             assert time.monotonic() < deadline
@@ -424,13 +424,15 @@ def test_what_an_analysis_raises_arrives_and_no_process_stays(traces, tmp_path):
 
 @pytest.mark.parametrize(("size", "most"), [(0, 2), (map_reduce.MAX_CELLS, 1)])
 def test_two_sums_are_computed_at_once_where_both_results_are_small(size, most):
-    running, seen, lock = 0, [], threading.Lock()
+    """``most`` at once: each waits until so many have begun."""
+    running, seen, lock, begun = 0, [], threading.Lock(), threading.Barrier(most)
 
     def partial(number):
         nonlocal running
         with lock:
             running += 1
             seen.append(running)
+        begun.wait(300)
         time.sleep(0.02)
         with lock:
             running -= 1
@@ -442,6 +444,7 @@ def test_two_sums_are_computed_at_once_where_both_results_are_small(size, most):
 
     assert len(list(reduced(sums([1, 2, 3, 4])))) == 4
     assert max(seen) == most
+    begun = threading.Barrier(1)
     with pytest.raises(ZeroDivisionError):
         list(reduced(sums([1, 0, 1])))
 

@@ -34,7 +34,7 @@ start() {
   mkdir -p "$folder"/{state,spool,log}
   chmod 755 "$folder"
   local port host one_node
-  port=$((20000 + $(printf %s "$folder" | cksum | cut -d' ' -f1) % 10000 * 2))
+  port=$((20000 + $(printf %s "$folder" | cksum | cut -d' ' -f1) % 6000 * 2)) # below those that Linux gives to whoever asks for any
   host=$(hostname -s)
   one_node="NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP"
@@ -77,7 +77,7 @@ ${SLURM_NODES:-$one_node}
 EOF
   slurmctld
   slurmd
-  for _ in $(seq 100); do
+  for _ in $(seq 900); do
     sinfo -h -o %T 2>/dev/null | grep -q idle && return 0
     sleep 0.2
   done

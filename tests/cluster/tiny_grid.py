@@ -34,7 +34,7 @@ HOLD = "hold"
 HELD = "held"
 """In a run's folder: the process that stands still."""
 HELD_AT = 20
-HOLD_SECONDS = 600
+HOLD_SECONDS = 1200
 """At most, for runs that a failed test leaves behind."""
 HOLD_IN, SILENCE = "MOE_LAB_TEST_HOLD", "MOE_LAB_TEST_SILENCE"
 

@@ -237,7 +237,7 @@ def test_code_that_came_with_a_model_never_runs_unasked(pretrained, texts, tmp_p
         else []
     )
     done = subprocess.run(
-        [*isolated, *command], input="y\n" * 9, capture_output=True, text=True, timeout=200
+        [*isolated, *command], input="y\n" * 9, capture_output=True, text=True, timeout=600
     )
     assert not marker.exists()
     assert done.returncode == 2, done.stdout + done.stderr

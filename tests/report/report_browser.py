@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
@@ -22,6 +23,8 @@ ARGUMENTS = (
     "--disable-sync",
     "--no-first-run",
 )
+PATIENCE = 600
+"""Seconds for what a busy machine makes slow."""
 
 
 def binary() -> str | None:
@@ -43,13 +46,26 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[webdriver.Chrome]
     for argument in (*ARGUMENTS, *(("--no-sandbox",) if os.geteuid() == 0 else ())):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    driver.command_executor.client_config.timeout = 600  # a busy machine makes a page slow
+    driver = _started(options)
+    driver.command_executor.client_config.timeout = PATIENCE
+    driver.set_page_load_timeout(PATIENCE)
+    driver.set_script_timeout(PATIENCE)
     try:
         resize(driver, width, height)
         yield driver
     finally:
         driver.quit()
+
+
+def _started(options: Options) -> webdriver.Chrome:
+    """Once more where the machine was too busy: chromedriver gives the browser a minute."""
+    for last in (False, False, True):
+        try:
+            return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        except WebDriverException:
+            if last:
+                raise
+    raise AssertionError
 
 
 def resize(driver: webdriver.Chrome, width: int, height: int = 900) -> None:
@@ -81,6 +97,13 @@ def requests(driver: webdriver.Chrome) -> list[str]:
     ]
 
 
+def forget(driver: webdriver.Chrome) -> None:
+    """Leave the open page, which may still ask for something, with what it asked for and said."""
+    driver.get("about:blank")
+    requests(driver)
+    console(driver)
+
+
 def show(driver: webdriver.Chrome, theme: str = "light", media: str = "") -> None:
     """Turn the open page to a theme, or to ``media`` "print", and wait for its figures."""
     _emulate(driver, theme, media)
@@ -95,7 +118,7 @@ def _emulate(driver: webdriver.Chrome, theme: str, media: str = "") -> None:
 
 def _wait_until_drawn(driver: webdriver.Chrome, theme: str) -> None:
     ready = "return document.documentElement.dataset.ready"
-    WebDriverWait(driver, 180).until(lambda page: page.execute_script(ready) == theme)
+    WebDriverWait(driver, PATIENCE).until(lambda page: page.execute_script(ready) == theme)
 
 
 def refit(driver: webdriver.Chrome) -> None:
@@ -103,5 +126,4 @@ def refit(driver: webdriver.Chrome) -> None:
     script = """const done = arguments[arguments.length - 1];
       const shown = [...document.querySelectorAll('.plot')].filter(plot => plot.offsetParent);
       Promise.all(shown.map(plot => Plotly.Plots.resize(plot))).then(() => done());"""
-    driver.set_script_timeout(180)
     driver.execute_async_script(script)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("selenium", reason="the page tests need selenium")
-from report_browser import binary, console, open_page, requests, resize
+from report_browser import PATIENCE, binary, console, forget, open_page, requests, resize
 from report_fixtures import Shape, make_trace
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
@@ -83,7 +83,7 @@ def test_a_table_sorts_by_numbers_and_filters_and_a_run_s_name_opens_its_row(pag
     link.click()
     row = script(page, "return document.querySelector(':target')")
     assert row.tag_name == "tr"
-    WebDriverWait(page, 10).until(lambda _: row.is_displayed())
+    WebDriverWait(page, PATIENCE).until(lambda _: row.is_displayed())
     table = row.find_element(By.XPATH, "ancestor::table")
     numbers = "return [...arguments[0].tBodies[0].rows].map(row => row.cells[3].textContent)"
     heading = table.find_elements(By.CSS_SELECTOR, "thead button")[3]
@@ -128,7 +128,7 @@ def test_the_data_of_a_figure_come_from_inside_the_page(page: Chrome) -> None:
 
 
 def test_no_request_leaves_the_page(driver: Chrome, sweep_page: Path) -> None:
-    requests(driver)
+    forget(driver)
     open_page(driver, sweep_page)
     asked = [address for address in requests(driver) if not address.startswith(("data:", "blob:"))]
     assert asked == [sweep_page.resolve().as_uri()]
@@ -148,7 +148,7 @@ def test_figures_keep_their_place_when_another_run_is_chosen(page: Chrome) -> No
     assert len(options) == 5, "of the six traces all but that one"
     options[-1].click()
     plot = page.find_element(By.CSS_SELECTOR, ".plot[data-figure='expert_load']")
-    WebDriverWait(page, 10).until(lambda _: plot.get_attribute("data-drawn") == "4")
+    WebDriverWait(page, PATIENCE).until(lambda _: plot.get_attribute("data-drawn") == "4")
     assert script(page, EMPTY_PLOTS) == []
     assert script(page, "return arguments[0].calcdata[0][0].z[0].length", plot) == 4
     assert console(page) == []
@@ -159,7 +159,6 @@ def test_a_figure_can_be_saved(page: Chrome) -> None:
       const link = HTMLAnchorElement.prototype, click = link.click;
       link.click = function () { link.click = click; done(this.download); };
       button.click();"""
-    page.set_script_timeout(20)
     assert (
         page.execute_async_script(saved, page.find_element(By.CSS_SELECTOR, "button.save"))
         == "frontier.svg"
@@ -174,7 +173,7 @@ def test_the_theme_button_goes_round_and_redraws_the_figures(page: Chrome) -> No
     for _ in range(3):
         button.click()
         theme = script(page, "return document.documentElement.dataset.theme || 'light'")
-        WebDriverWait(page, 10).until(
+        WebDriverWait(page, PATIENCE).until(
             lambda _, theme=theme: (
                 script(page, "return document.documentElement.dataset.ready") == theme
             )

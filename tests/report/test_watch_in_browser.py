@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("selenium", reason="the page tests need selenium")
-from report_browser import binary, console, requests, resize
+from report_browser import PATIENCE, binary, console, forget, refit, requests, resize
 from selenium.webdriver import Chrome
 from selenium.webdriver.support.ui import WebDriverWait
 from watched_runs import append, finish, log_step, make_run
 
+from moe_lab.errors import RunError
 from moe_lab.runs import RunState
 from moe_lab.runs.owners import Owner, process_start, this_host
 from moe_lab.watch import Board, WatchServer, open_place, page, write_page
@@ -43,7 +44,15 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        self.server = WatchServer(open_place(self.folder), port=self.port)
+        """Its port may be another process's for a moment."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.server = WatchServer(open_place(self.folder), port=self.port)
+                break
+            except RunError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
         self.port = self.server.server_address[1]
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
         self.thread.start()
@@ -80,13 +89,7 @@ def folder(tmp_path: Path, worker: subprocess.Popen[bytes]) -> Path:
 
 def until(driver: Chrome, seen: Callable[[], Any]) -> None:
     """Wait until ``seen`` is true, for longer than any machine needs."""
-    WebDriverWait(driver, 60, poll_frequency=0.1).until(lambda _: seen())
-
-
-def forget(driver: Chrome) -> None:
-    """What other pages asked for and said."""
-    requests(driver)
-    console(driver)
+    WebDriverWait(driver, PATIENCE, poll_frequency=0.1).until(lambda _: seen())
 
 
 def text_of(driver: Chrome, selector: str) -> str:
@@ -136,8 +139,8 @@ def test_values_arrive_and_the_page_outlives_workers_servers_and_the_sweep(
         assert driver.execute_script("return document.querySelectorAll('main img').length") == 0
         own = (served.server.url, "data:", "blob:")
         assert [url for url in requests(driver) if not url.startswith(own)] == []
-        messages = [line for line in console(driver) if "ERR_CONNECTION_REFUSED" not in line]
-        assert messages == []
+        away = ("/changes?", "net::ERR_")  # asked while the server was away
+        assert [line for line in console(driver) if not all(word in line for word in away)] == []
     finally:
         served.stop()
 
@@ -168,7 +171,7 @@ def test_a_page_of_one_file_can_be_read_and_looked_into(
     found = {}
     for width in (1280, 400):
         resize(driver, width)
-        time.sleep(0.3)
+        refit(driver)
         found[width] = driver.execute_script(FAULTS)
     resize(driver, 1280)
     assert found == {1280: [], 400: []}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from process_groups import free_port, unless_aborted
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -166,14 +167,9 @@ def _rank(rank: int, world: int, port: int, results) -> None:
 @pytest.mark.slow
 def test_data_parallel_ranks_are_counted_once_and_agree():
     """Two processes with half of the batch each reach the state of one process with all of it."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, args=(2, port, results), nprocs=2)
+        unless_aborted(lambda _: mp.spawn(_rank, args=(2, free_port(), results), nprocs=2))
         ranks = [
             {
                 case: {name: torch.tensor(values) for name, values in buffers.items()}

@@ -19,7 +19,9 @@ from moe_lab.sweeps import SweepConfig
 
 STUB = "stub_trainer:train"
 HOLD = "hold"
-"""While a file of this name lies in the sweep's folder, no run goes beyond its current step."""
+"""While a file of this name lies in the sweep's folder, no run goes beyond its current step, or
+beyond the step that the file names.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def train(values: dict[str, Any], folder: Path) -> None:
                 _trouble(run.trouble, folder)
             state = _next(state, step)
             time.sleep(run.step_seconds)
-            while (folder.parent / HOLD).exists():
+            while _held(folder.parent / HOLD, step):
                 time.sleep(0.01)
             _replace(checkpoint, {"step": step + 1, "state": state})
             _replace(
@@ -111,6 +113,13 @@ def train(values: dict[str, Any], folder: Path) -> None:
             result.flush()
             time.sleep(run.step_seconds / 10)
     write_text(folder / "done", "")
+
+
+def _held(hold: Path, step: int) -> bool:
+    try:
+        return step >= int(hold.read_text() or 0)
+    except FileNotFoundError:
+        return False
 
 
 def _replace(path: Path, values: dict[str, Any]) -> None:
@@ -148,6 +157,9 @@ def _trouble(kind: str, folder: Path) -> None:
                 ballast.write(b" " * 512)
     if kind == "needs file" and not Path(os.environ["STUB_FILE"]).exists():
         raise RunError("the file is missing")
+    if kind == "waits for file":
+        while not Path(os.environ["STUB_FILE"]).exists():
+            time.sleep(0.01)
     if kind == "tell environment":
         write_json(folder / "environment.json", dict(os.environ))
 

@@ -88,12 +88,11 @@ def test_another_hosts_claim_lives_by_its_heartbeat(tmp_path: Path, age: float, 
     assert (acquire(tmp_path) is None) is alive
 
 
-@pytest.mark.parametrize(
-    ("age", "alive"), [(0.0, True), (folder_claims.HEARTBEAT_SECONDS + 5, False)]
-)
+@pytest.mark.parametrize(("age", "alive"), [(0.0, True), (905.0, False)])
 def test_an_empty_claim_belongs_to_someone_just_starting_or_to_nobody(
-    tmp_path: Path, age: float, alive: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, alive: bool
 ):
+    monkeypatch.setattr(folder_claims, "HEARTBEAT_SECONDS", 900.0)
     write_claim(tmp_path, None, age=age)
     assert (acquire(tmp_path) is None) is alive
 
@@ -140,7 +139,7 @@ def test_a_holder_keeps_its_claim_fresh(tmp_path: Path, monkeypatch: pytest.Monk
     claim = acquire(tmp_path)
     assert claim is not None
     os.utime(claim.path, (0, 0))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while claim.path.stat().st_mtime == 0 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert claim.path.stat().st_mtime > 0
@@ -155,7 +154,7 @@ def test_a_holder_learns_that_it_was_taken_for_dead(
     claim = acquire(tmp_path, on_lost=lost.set)
     assert claim is not None
     write_claim(tmp_path, Owner("elsewhere/0/0", 1, 1), number=2)
-    assert lost.wait(60)
+    assert lost.wait(600)
 
 
 def test_a_late_comer_who_saw_an_old_claim_backs_off(
@@ -191,7 +190,7 @@ def test_of_many_processes_one_takes_an_abandoned_claim_over(tmp_path: Path, dea
     processes = [context.Process(target=race, args=(folders, barrier, wins)) for _ in range(4)]
     for process in processes:
         process.start()
-    winners = [wins.get(timeout=200)[0] for _ in folders]
+    winners = [wins.get(timeout=600)[0] for _ in folders]
     for process in processes:
         process.join()
     assert sorted(winners) == sorted(folder.name for folder in folders)

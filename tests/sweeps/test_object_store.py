@@ -42,6 +42,7 @@ from moe_lab.sweeps.launchers.mirror import _Copies
 
 TRAINER = "bucket_files:train"
 GRID = stub_grid(3, steps=8, step_seconds=0.0)
+WAITING = [one.replace(trouble="waits for file") for one in stub_grid(4, 8, 0.0)]
 
 
 @pytest.fixture
@@ -135,8 +136,12 @@ def test_a_run_goes_on_where_a_worker_of_another_machine_left_it(
     assert status("bucket://b/sweep")["loss"].item() == expected_loss(broken)
 
 
-def test_a_worker_that_is_killed_loses_what_came_after_its_last_copy(root: Path):
-    killed = StubRun(name="killed", steps=20, step_seconds=0.25)
+def test_a_worker_that_is_killed_loses_what_came_after_its_last_copy(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is killed after the first copy of its checkpoint, for which it waits in its middle."""
+    killed = StubRun(name="killed", steps=20, trouble="waits for file")
+    monkeypatch.setenv("STUB_FILE", str(root / "killed"))
     assert run(
         stub_sweep(killed),
         "bucket://b/sweep",
@@ -150,22 +155,29 @@ def test_a_worker_that_is_killed_loses_what_came_after_its_last_copy(root: Path)
     assert steps.count(0) == 1, "it began again"
 
 
-def test_two_sweeps_on_one_url_share_the_work(root: Path, tmp_path: Path):
+def test_two_sweeps_on_one_url_share_the_work(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each holds two of the runs in their middle, until all are held."""
     code = (
-        "from test_object_store import go, GRID; from stub_trainer import stub_grid\n"
-        "outcome = go('bucket://b/sweep', *stub_grid(4, 12, 0.05)); print('outcome', "
-        "len(outcome.finished), len(outcome.failed))"
+        "from test_object_store import WAITING, go\n"
+        "outcome = go('bucket://b/sweep', *WAITING)\n"
+        "print('outcome', len(outcome.finished), len(outcome.failed))"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [process.communicate(timeout=100)[0].split() for process in processes] == [
+    monkeypatch.setenv("STUB_FILE", str(tmp_path / "go on"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    processes, deadline = [], time.monotonic() + 600
+    for number in (2, 4):
+        words = [sys.executable, "-c", code]
+        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+        while len(list((tmp_path / "scratch").rglob("steps.log"))) < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    (tmp_path / "go on").touch()
+    assert [process.communicate(timeout=600)[0].split() for process in processes] == [
         ["outcome", "4", "0"]
     ] * 2
-    for one in stub_grid(4, 12, 0.05):
+    for one in WAITING:
         assert trained_steps(root, one) == list(range(one.steps)), f"{one.name} was trained by both"
 
 
@@ -195,7 +207,7 @@ def test_a_holder_hears_that_it_was_overtaken(root: Path, monkeypatch: pytest.Mo
     bucket, lost = Bucket("bucket://b/sweep"), []
     with take(bucket, "lease", on_lost=lambda: lost.append(1)):  # type: ignore[union-attr]
         bucket.write("lease", json.dumps({"key": "rival"}).encode())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not lost and time.monotonic() < deadline:
             time.sleep(0.01)
     assert lost == [1]
@@ -219,6 +231,20 @@ def test_a_worker_that_was_overtaken_copies_nothing_more(root: Path, tmp_path: P
     assert [path for path in (root / "b/sweep").rglob("*") if path.is_file()] == [
         root / "b/sweep/lease"
     ]
+
+
+def test_a_file_that_was_replaced_at_the_same_moment_is_copied_again(root: Path, tmp_path: Path):
+    bucket, one = Bucket("bucket://b/sweep"), GRID[0].hash()
+    status = tmp_path / "copies" / "status.json"
+    with take(bucket, "lease") as lease:  # type: ignore[union-attr]
+        copies = _Copies(bucket, one, status.parent, tmp_path / "log.txt", lease.confirm)
+        copies.fetch()
+        for step in (b"1", b"2"):
+            (tmp_path / "newer").write_bytes(step)
+            os.utime(tmp_path / "newer", (1000, 1000))
+            (tmp_path / "newer").replace(status)
+            copies._copy()
+            assert bucket.read(f"state/{one}/status.json") == step
 
 
 @pytest.mark.parametrize("hours_wrong", [-5, 0, 5])

@@ -32,7 +32,7 @@ def result(folder: Path) -> dict:
 
 def wait_for_steps(out: Path, number: int) -> None:
     """Until the runs are ``number`` steps further than now."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     wanted = number + (steps(out) if (out / "sweep.json").exists() else 0)
     while not (out / "sweep.json").exists() or steps(out) < wanted:
         assert time.monotonic() < deadline, "no progress"

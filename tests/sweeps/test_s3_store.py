@@ -299,20 +299,23 @@ def test_a_download_whose_object_is_replaced_is_one_version_and_not_two_halves(
 
 
 @pytest.mark.slow
-def test_credentials_that_expire_while_runs_train_cost_what_was_not_copied(s3: S3Server):
-    slow = StubRun(name="slow", steps=30, step_seconds=0.1)
-    expired = s3.fault("ExpiredToken")
-    began = threading.Event()
+def test_credentials_that_expire_while_runs_train_cost_what_was_not_copied(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They expire at the first copy of a checkpoint, for which the run waits in its middle."""
+    slow, copied = StubRun(name="slow", trouble="waits for file"), tmp_path / "copied"
+    monkeypatch.setenv("STUB_FILE", str(copied))
 
     def expire(method: str, path: str) -> None:
-        if method == "PUT" and "checkpoint" in path and not began.is_set():
-            began.set()
-            expired.__enter__()
+        if method == "PUT" and "checkpoint" in path:
+            copied.touch()
 
     s3.before_answer = expire
-    with pytest.raises(StorageError, match=rf"^cannot .*; {CREDENTIALS}"):
+    with (
+        s3.fault("ExpiredToken", hits=lambda *_: copied.exists()),
+        pytest.raises(StorageError, match=rf"^cannot .*; {CREDENTIALS}"),
+    ):
         go(slow)
-    expired.__exit__(None, None, None)
     assert go(slow).complete
     assert status(URL)["loss"].item() == expected_loss(slow)
     steps = trained_steps(s3, slow)

@@ -495,7 +495,7 @@ def test_a_forked_child_leaves_capture_without_touching_the_trace(tmp_path):
         [sys.executable, "-c", FORKING, str(tmp_path / "t")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "MOE_LAB_NATIVE": "0"},
     )
     assert (done.returncode, done.stdout.strip()) == (0, "10"), done.stderr[-1500:]

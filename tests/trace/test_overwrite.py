@@ -1,5 +1,7 @@
 """A finished trace is replaced only on request, at every entry that writes one."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -42,8 +44,9 @@ def refused_then_replaced(folder, write_again):
         write_again()
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert [path.name for path in folder.parent.glob(folder.name + ".*")] == []
+    os.utime(folder / "meta.json", (0, 0))
     write_again(overwrite=True)
-    assert (folder / "meta.json").stat().st_mtime_ns != before[folder / "meta.json"]
+    assert (folder / "meta.json").stat().st_mtime > 0
     open_trace(folder).check()
 
 

@@ -8,7 +8,6 @@ are those of two runs (docs/training.md has the measured share).
 import json
 import os
 import re
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from process_groups import free_port
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,12 +84,6 @@ def run_config(corpus: Path, steps: int, router: RouterConfig = ZERO, **changes:
         "optimizer": OptimizerConfig(lr=3e-3),
     }
     return RunConfig(**(values | changes))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _enter(

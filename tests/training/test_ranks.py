@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -19,6 +20,7 @@ import polars as pl
 import pytest
 import torch
 from filelock import FileLock
+from process_groups import ABORTED, free_port, unless_aborted
 from rank_worlds import (
     PLAIN_KINDS,
     capture_on,
@@ -42,7 +44,6 @@ from rank_worlds import (
 )
 from refusals import refused
 from safetensors.torch import load_file
-from torch.multiprocessing import ProcessExitedException
 
 from moe_lab import cli, training
 from moe_lab.errors import RunError
@@ -127,34 +128,17 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         root = tmp_path_factory.getbasetemp().parent / "ranks"
     root.mkdir(exist_ok=True)
     with FileLock(root / "lock"):
-        attempts = [root / f"attempt-{number}" for number in range(3)]
-        made = [attempt for attempt in attempts if (attempt / "made").exists()]
-        if not made:
-            made = [_first_made([attempt for attempt in attempts if not attempt.exists()])]
-            (made[0] / "made").touch()
-    return SimpleNamespace(root=made[0], config=run_config(made[0] / "corpus", STEPS))
+        if not (root / "made").exists():
+            mine = os.environ.get("PYTEST_XDIST_WORKER", "attempt")
+            made = unless_aborted(lambda number: _make_worlds(root / f"{mine}-{number}"))
+            (root / "made").write_text(made.name)
+    folder = root / (root / "made").read_text()
+    return SimpleNamespace(root=folder, config=run_config(folder / "corpus", STEPS))
 
 
-def _first_made(attempts: list[Path]) -> Path:
-    """The first folder in which the worlds could be made.
-
-    gloo's listening thread aborts its process where a connection was closed before it is asked who
-    called (https://github.com/pytorch/gloo/issues/514), which happens on a busy machine. Such an
-    abort, and nothing else, is tried again in a new folder.
-    """
-    for attempt in attempts:
-        try:
-            _make_worlds(attempt, run_config(write_corpus(attempt / "corpus"), STEPS))
-        except ProcessExitedException as error:
-            if error.signal_name != "SIGABRT" or attempt is attempts[-1]:
-                raise
-        else:
-            return attempt
-    raise AssertionError("the worlds could not be made for another test either")
-
-
-def _make_worlds(root: Path, config: RunConfig) -> None:
-    corpus = root / "corpus"
+def _make_worlds(root: Path) -> Path:
+    corpus = write_corpus(root / "corpus")
+    config = run_config(corpus, STEPS)
     short = run_config(corpus, 12, validate_every=4)
     split = run_config(corpus, 12, batch_size=8, grad_accumulation=2)
     train(config, root / "one", cache_dir=root)
@@ -186,6 +170,7 @@ def _make_worlds(root: Path, config: RunConfig) -> None:
         ],
     )
     train(short, root / "two-then-one", cache_dir=root)
+    return root
 
 
 def metrics(folder: Path) -> pl.DataFrame:
@@ -322,6 +307,7 @@ def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:
     """Train, and let rank 1 fail at step 8; what each rank saw goes to a file."""
     if how == "stopped":
         ranks_module.PATIENCE = timedelta(seconds=20)
+        _wait_for_both(rank, folder)  # which may be that late themselves on a busy machine
     original = run_module.clip_gradients
 
     steps = iter(range(1, 100))
@@ -343,6 +329,15 @@ def fail_on(rank: int, config: RunConfig, folder: Path, how: str) -> None:
         )
     finally:
         run_module.clip_gradients = original
+
+
+def _wait_for_both(rank: int, folder: Path) -> None:
+    ready = [folder.with_name(f"{folder.name}-ready-{number}") for number in range(2)]
+    ready[rank].touch()
+    deadline = time.monotonic() + 500
+    while not all(path.exists() for path in ready):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 BATCH_WIDE = {
@@ -506,14 +501,21 @@ def test_a_rank_that_is_lost_ends_the_run_which_one_rank_can_continue(
     tmp_path: Path, how: str
 ) -> None:
     config = run_config(write_corpus(tmp_path / "corpus"), 20)
-    folder = tmp_path / "run"
-    context = on_ranks(2, fail_on, config, folder, how, join=False)
-    assert context is not None
-    context.processes[0].join(120)
-    assert context.processes[0].exitcode == 0
-    for process in context.processes:
-        process.kill()
-        process.join()
+
+    def lose(number: int) -> Path:
+        context = on_ranks(2, fail_on, config, tmp_path / f"run-{number}", how, join=False)
+        assert context is not None
+        context.processes[0].join(600)
+        ended = context.processes[0].exitcode
+        for process in context.processes:
+            process.kill()
+            process.join()
+        if ended == -signal.SIGABRT:
+            raise ABORTED
+        assert ended == 0
+        return tmp_path / f"run-{number}"
+
+    folder = unless_aborted(lose)
     kind, message, told = json.loads((folder / "seen-0.json").read_text())
     assert (kind, told) == ("RankError", False)
     assert "\n" not in message
@@ -528,51 +530,33 @@ def test_a_rank_that_is_lost_ends_the_run_which_one_rank_can_continue(
     )
 
 
-def _first_not_aborted(
-    command: list[str], environment: dict[str, str], attempts: list[Path]
-) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
-    """The first folder for which gloo did not abort a rank (as in ``_first_made``), and what was
-    printed.
-    """
-    for out in attempts:
-        asked = [*command, "--out", str(out)]
-        result = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=300)
-        if "Signal 6 (SIGABRT)" not in result.stderr:
-            return out, result
-    raise AssertionError("gloo aborted a rank at each attempt")
-
-
 @pytest.mark.slow
 def test_torchrun_trains_one_run_on_the_command_line(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     (tmp_path / "config.json").write_text(json.dumps(run_config(corpus, 12).to_dict()))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "moe_lab",
-        "train",
-        "--corpus",
-        str(corpus),
-    ]
-    command += [
-        "--config",
-        str(tmp_path / "config.json"),
-        "--tokenizer",
-        "byte",
-    ]
-    environment = os.environ | {"MOE_LAB_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    attempts = [tmp_path / name for name in ("first", "second", "third")]
-    out, result = _first_not_aborted(command, environment, attempts)
-    assert result.returncode == 0, result.stderr
+    environment = os.environ | {
+        "MOE_LAB_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+    def train(number: int) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-port", str(free_port()), "-m", "moe_lab", "train"]
+        command += ["--corpus", str(corpus), "--config", str(tmp_path / "config.json")]
+        command += ["--tokenizer", "byte", "--out", str(tmp_path / f"run-{number}")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if "Signal 6 (SIGABRT)" in result.stderr:
+            raise ABORTED
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / f"run-{number}" / "done").exists()
+        return result
+
+    result = unless_aborted(train)
     assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step")] == [
         str(step) for step in range(1, 13)
     ]
     assert result.stdout.count("validation loss") == 1
-    assert (out / "done").exists()
 
 
 def test_a_rank_whose_reason_was_told_elsewhere_prints_nothing(

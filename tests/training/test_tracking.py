@@ -225,7 +225,7 @@ def run_tracked(tmp_path: Path, tracker: str, environment: dict[str, str]) -> tu
             env=os.environ | proxies | environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr, requests

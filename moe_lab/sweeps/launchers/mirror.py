@@ -221,7 +221,9 @@ class _Copies:
         self._bucket.delete(self._object(name) for name in old if name.startswith(CHECKPOINT))
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """What differs once a file was written again."""
+def _version(path: Path) -> tuple[int, int, int]:
+    """What differs once a file was written again: one that replaces another of its size may have
+    the same date, which counts in some milliseconds.
+    """
     status = path.stat()
-    return status.st_mtime_ns, status.st_size
+    return status.st_mtime_ns, status.st_size, status.st_ino

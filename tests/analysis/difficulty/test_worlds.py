@@ -2,7 +2,6 @@
 find the answer and the words.
 """
 
-import time
 from collections import Counter
 
 import numpy as np
@@ -44,12 +43,7 @@ def corpus(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
-def seed():
-    """A fresh one each run, printed when a test fails."""
-    seed = int(time.time()) % 1_000_000
-    print("seed", seed)
-    return seed
+SEED = 20_261
 
 
 def found_in(corpus, name, seed):
@@ -65,8 +59,8 @@ def found_in(corpus, name, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["A", "B", "C", "D", "E"])
-def test_the_five_worlds_on_the_default_corpus(corpus, name, seed):
-    row, known = found_in(corpus, name, seed)
+def test_the_five_worlds_on_the_default_corpus(corpus, name):
+    row, known = found_in(corpus, name, SEED)
     assert row["rho_token"] == pytest.approx(known, abs=0.01)
     if name in "AB":
         assert abs(row["rho_token"]) < 0.01
@@ -107,13 +101,13 @@ NEITHER = {"frequency-driven", "identity-driven", "no material association"}
         (-0.10, {"inverted"}),
     ],
 )
-def test_verdicts_on_synthetic_corpora_are_right(effect, right, seed):
+def test_verdicts_on_synthetic_corpora_are_right(effect, right):
     """The reduced form of ``python experiments/difficulty.py calibrate``: effects are correlations
     within token ids.
     """
     world = World(frequency=0.4, identity=0.3, difficulty=0.64 * effect, document=0.2, level=0.2)
     corpus = Corpus(documents=260, tokens=300, vocabulary=800, ties=True)
-    found = Counter(verdict_of(world, seed + 7 * draw, corpus) for draw in range(8))
+    found = Counter(verdict_of(world, SEED + 7 * draw, corpus) for draw in range(8))
     assert sum(found[verdict] for verdict in right) >= 7, found
     assert effect > 0 or not found["difficulty-aligned"], found
 
