@@ -57,7 +57,7 @@ def clean_listing(source: str, target: str) -> None:
         manifest = read_manifest(folder, header.listed, header.complete)
         manifest.check(header.meta, header.complete)
         digests = []
-        for name, frame in clean_parts(manifest):
+        for name, frame in clean_parts(manifest, header.meta):
             write_part(copy / name, frame)
             digests.append(digest(copy / name))
         mark = ManifestMeta(manifest.entries.height, len(digests), whole_digest(digests))

@@ -16,6 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BufferedReader, BytesIO
@@ -29,6 +30,7 @@ from moe_lab.errors import TraceError, expected, require
 from moe_lab.files import open_regular
 from moe_lab.trace.schema import (
     MAX_FILE_BYTES,
+    MAX_MANIFEST_PARTS,
     MAX_PART_NUMBER,
     MAX_ROWS_PER_PART,
     META_FILE,
@@ -58,6 +60,13 @@ COLUMNS: dict[str, pl.DataType] = {
 LONG = ("counts", "pieces")
 """Columns that are read where they are needed."""
 ENTRY = {name: dtype for name, dtype in COLUMNS.items() if name not in LONG}
+MAX_MANIFEST_BYTES = 2**32
+TOGETHER = 2**23
+"""Bytes of parts that are read at once: opening thousands of small ones alone takes minutes."""
+FEW_PARTS, LEAST_BYTES = 2**10, 2**14
+"""So many parts may be of any size. More of them, which a writer fills, have so many bytes on
+average, or more.
+"""
 MANIFEST_PART = re.compile(r"part-\d{5}\.parquet")
 REWRITE = "writing the trace again"
 
@@ -131,10 +140,10 @@ class Manifest:
     def counts(self, layers: tuple[LayerMeta, ...]) -> dict[int, np.ndarray]:
         """[E] int64 slots of each expert by layer, over all files: the listed counts are summed."""
         totals = {layer.layer: np.zeros(layer.num_choices, np.int64) for layer in layers}
-        for path, frame in self._counts(pl.col("layer").is_not_null()):
+        for where, frame in self._counts(pl.col("layer").is_not_null()):
             for (number,), group in frame.group_by("layer"):
                 total = totals[number]
-                total += _matrix(path, group["counts"], len(total)).sum(axis=0, dtype=np.int64)
+                total += _matrix(where, group["counts"], len(total)).sum(axis=0, dtype=np.int64)
         return totals
 
     def file_counts(self, layer: LayerMeta) -> np.ndarray:
@@ -142,8 +151,8 @@ class Manifest:
         them.
         """
         frames = [
-            (frame["part"].to_numpy(), _matrix(path, frame["counts"], layer.num_choices))
-            for path, frame in self._counts(pl.col("layer") == layer.layer)
+            (frame["part"].to_numpy(), _matrix(where, frame["counts"], layer.num_choices))
+            for where, frame in self._counts(pl.col("layer") == layer.layer)
         ]
         empty = (np.zeros(0, np.uint32), np.zeros((0, layer.num_choices), np.uint32))
         parts, counts = zip(*(frames or [empty]), strict=True)
@@ -159,20 +168,18 @@ class Manifest:
         layers = entries["layer"].unique().implode()
         wanted = pl.col("layer").is_in(layers, nulls_equal=True)
         empty = pl.DataFrame(schema={name: COLUMNS[name] for name in ("layer", "part", *names)})
-        found = [_read(path, ["layer", "part", *names], wanted) for path in self.parts]
-        long = pl.concat([empty, *found])
+        found = _read(self.parts, ["layer", "part", *names], wanted)
+        long = pl.concat([empty, *(frame for _, frame in found)])
         return entries.join(
             long, on=["layer", "part"], how="left", nulls_equal=True, maintain_order="left"
         )
 
-    def _counts(self, wanted: pl.Expr) -> Iterator[tuple[Path, pl.DataFrame]]:
-        for path in self.parts:
-            yield path, _read(path, ["layer", "part", "counts"], wanted)
+    def _counts(self, wanted: pl.Expr) -> Iterator[tuple[str, pl.DataFrame]]:
+        return _read(self.parts, ["layer", "part", "counts"], wanted)
 
     def check(self, meta: TraceMeta, complete: bool) -> None:
         """Raise ``TraceError`` unless each entry is possible: numbers in range, each file once,
-        files for the layers of ``meta`` alone (for each of them, if ``complete``), and counts for
-        each of their experts that fit the rows.
+        and files for the layers of ``meta`` alone (for each of them, if ``complete``).
         """
         entries = self.entries
         limits = {
@@ -194,20 +201,6 @@ class Manifest:
             where=MANIFEST,
         )
         check_layers(meta, set(entries["layer"].drop_nulls()), complete, MANIFEST)
-        layers = {layer.layer: layer for layer in meta.layers}
-        for path in self.parts:
-            rows = _read(path, ["layer", "rows", "counts"], pl.col("layer").is_not_null())
-            for (number,), group in rows.group_by("layer", maintain_order=True):
-                layer = layers[number]
-                counts_FE = _matrix(path, group["counts"], layer.num_choices)
-                most_F = group["rows"].to_numpy().astype(np.int64) * layer.top_k
-                require(
-                    (counts_FE.sum(axis=1, dtype=np.int64) <= most_F).all(),
-                    f"at most {layer.top_k} slots for each row of layer {number}",
-                    "more",
-                    error=TraceError,
-                    where=MANIFEST,
-                )
 
 
 def read_manifest(folder: Path, mark: ManifestMeta, strict: bool) -> Manifest:
@@ -236,7 +229,8 @@ def read_manifest(folder: Path, mark: ManifestMeta, strict: bool) -> Manifest:
             error=TraceError,
             where=MANIFEST,
         )
-    entries = pl.concat([pl.DataFrame(schema=ENTRY), *(_read(path, [*ENTRY]) for path in paths)])
+    found = (frame for _, frame in _read(paths, [*ENTRY]))
+    entries = pl.concat([pl.DataFrame(schema=ENTRY), *found])
     require(
         not strict or entries.height == mark.files,
         f"{mark.files} files as {META_FILE} says",
@@ -256,11 +250,44 @@ def read_manifest(folder: Path, mark: ManifestMeta, strict: bool) -> Manifest:
     return Manifest(entries, tuple(paths))
 
 
-def clean_parts(manifest: Manifest) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Relative path and rows of each part of a manifest, numbered anew, without pieces."""
+def check_sizes(sizes: Sequence[int], where: object) -> None:
+    """Raise ``TraceError`` for parts, by their bytes, that are too many, or too many small ones:
+    before they are fetched or read.
+    """
+    total = sum(sizes)
+    many = len(sizes) > MAX_MANIFEST_PARTS or total > MAX_MANIFEST_BYTES
+    require(
+        not many and (len(sizes) <= FEW_PARTS or total >= len(sizes) * LEAST_BYTES),
+        f"a manifest of at most {MAX_MANIFEST_PARTS} parts and {MAX_MANIFEST_BYTES} bytes, and of "
+        f"{LEAST_BYTES} bytes a part where it has more than {FEW_PARTS}",
+        f"{len(sizes)} parts of {total} bytes in {where}",
+        error=TraceError,
+        field="manifest",
+    )
+
+
+def clean_parts(manifest: Manifest, meta: TraceMeta) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Relative path and rows of each part of a manifest, small ones together and numbered anew,
+    without pieces.
+
+    Raises:
+        TraceError: counts that are not one for each expert of their layer, or do not fit the rows.
+    """
     columns = [name for name in COLUMNS if name != "pieces"]
-    for number, path in enumerate(manifest.parts):
-        rows = _read(path, columns)
+    layers = {layer.layer: layer for layer in meta.layers}
+    for number, (where, rows) in enumerate(_read(manifest.parts, columns)):
+        routing = rows.filter(pl.col("layer").is_not_null())
+        for (layer_number,), group in routing.group_by("layer", maintain_order=True):
+            layer = layers[layer_number]
+            counts_FE = _matrix(where, group["counts"], layer.num_choices)
+            most_F = group["rows"].to_numpy().astype(np.int64) * layer.top_k
+            require(
+                (counts_FE.sum(axis=1, dtype=np.int64) <= most_F).all(),
+                f"at most {layer.top_k} slots for each row of layer {layer.layer}",
+                "more",
+                error=TraceError,
+                where=MANIFEST,
+            )
         yield part_name(number), rows.with_columns(pieces=pl.lit(None, COLUMNS["pieces"]))
 
 
@@ -330,11 +357,41 @@ def check_layers(meta: TraceMeta, traced: set[int], complete: bool, where: str) 
     )
 
 
-def _read(path: Path, columns: list[str], wanted: pl.Expr | None = None) -> pl.DataFrame:
+def _read(
+    paths: Sequence[Path], columns: list[str], wanted: pl.Expr | None = None
+) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Some rows of parts, small parts together, and what a message calls them."""
+    for group in _groups(paths):
+        together = None
+        if len(group) > 1:
+            with suppress(TraceError):  # then each is read on its own, and the message names one
+                together = _read_together(group, columns, wanted)
+        if together is not None:
+            yield MANIFEST, together
+            continue
+        for path in group:
+            yield f"{MANIFEST}/{path.name}", _read_together([path], columns, wanted)
+
+
+def _groups(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Successive parts that have at most ``TOGETHER`` bytes, or one larger part."""
+    group, total = [], 0
+    for path in paths:
+        size = _guarded(path, path.stat).st_size
+        if group and total + size > TOGETHER:
+            yield group
+            group, total = [], 0
+        group.append(path)
+        total += size
+    if group:
+        yield group
+
+
+def _read_together(paths: list[Path], columns: list[str], wanted: pl.Expr | None) -> pl.DataFrame:
     def read() -> pl.DataFrame:
         # glob=False: "[" and "*" in a folder's name are no pattern
-        scan = pl.scan_parquet(path, glob=False, hive_partitioning=False, use_statistics=False)
-        found = scan.collect_schema()
+        scan = pl.scan_parquet(paths, glob=False, hive_partitioning=False, use_statistics=False)
+        found = scan.collect_schema()  # of the first part; polars refuses others beside it
         if found == {name: dtype for name, dtype in COLUMNS.items() if name != "pieces"}:
             scan = scan.with_columns(pieces=pl.lit(None, COLUMNS["pieces"]))
         elif found != COLUMNS:
@@ -347,10 +404,10 @@ def _read(path: Path, columns: list[str], wanted: pl.Expr | None = None) -> pl.D
         rows = scan.select(columns)
         return (rows if wanted is None else rows.filter(wanted)).collect()
 
-    return _guarded(path, read)
+    return _guarded(paths[0], read)
 
 
-def _matrix(path: Path, counts: pl.Series, experts: int) -> np.ndarray:
+def _matrix(where: str, counts: pl.Series, experts: int) -> np.ndarray:
     """[F, experts] listed counts."""
     require(
         (counts.list.len() == experts).all(ignore_nulls=False),
@@ -358,7 +415,7 @@ def _matrix(path: Path, counts: pl.Series, experts: int) -> np.ndarray:
         "others",
         REWRITE,
         error=TraceError,
-        where=f"{MANIFEST}/{path.name}",
+        where=where,
     )
     return counts.explode().to_numpy().reshape(-1, experts)
 

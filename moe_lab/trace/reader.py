@@ -28,6 +28,7 @@ from moe_lab.trace.manifest import (
     MANIFEST,
     Manifest,
     check_layers,
+    check_sizes,
     file_name,
     of_parts,
     read_manifest,
@@ -169,11 +170,11 @@ def _cleaned(
 ) -> Trace:
     """A trace from outside, read from clean copies."""
     place = place_of_copies()
-    copy = place / _key(name, listing)
+    parts = parquet_below(listing, MANIFEST)
+    sizes = [regular_size(listing / one, TraceError) for one in parts]
+    check_sizes(sizes, name)
+    copy = place / _key(name, listing, parts)
     if sealed_files(copy) is None:
-        sizes = [
-            regular_size(listing / one, TraceError) for one in parquet_below(listing, MANIFEST)
-        ]
         with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as temporary:
             written = Path(temporary) / "trace"
             call(
@@ -204,12 +205,12 @@ def _cleaned(
     return trace
 
 
-def _key(name: Path | str, listing: Path) -> str:
+def _key(name: Path | str, listing: Path, parts: Sequence[str]) -> str:
     """The name of the clean copies of a trace: other versions check by other rules."""
     key = new_digest()
     key.update(f"{__version__} {SCHEMA_VERSION} {name} ".encode(errors="surrogateescape"))
-    for one in [*parquet_below(listing, MANIFEST), META_FILE]:
-        regular_size(listing / one, TraceError)
+    regular_size(listing / META_FILE, TraceError)
+    for one in [*parts, META_FILE]:
         try:
             key.update(f"{one} {digest(listing / one)} ".encode())
         except OSError as error:

@@ -9,7 +9,7 @@ lists no pieces. An object that was replaced is therefore an error and never a w
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 
 from moe_lab.errors import TraceError, expected, require
-from moe_lab.runs.bucket import Bucket
+from moe_lab.runs.bucket import READ_AT_ONCE, Bucket
 from moe_lab.trace.checks import MAX_META_BYTES
 from moe_lab.trace.data_files import TABLES, Entry, rows_of_file, schema_of_file
 from moe_lab.trace.kept_pieces import KeptPieces
@@ -29,13 +29,15 @@ from moe_lab.trace.manifest import (
     REWRITE,
     check_bytes,
     check_content,
+    check_sizes,
 )
 from moe_lab.trace.pieces import Piece, unpacked
 from moe_lab.trace.publish import put_in_place
 from moe_lab.trace.schema import META_FILE
 from moe_lab.trace.seal import MAX_SEAL_BYTES, SEAL_FILE, new_digest
 
-MAX_LISTING_BYTES = 2**32
+SMALL_BYTES = 2**16
+"""Parts of a manifest up to this size are fetched many at once."""
 OTHER = "another (it was damaged or replaced)"
 
 
@@ -218,6 +220,7 @@ def fetch_listing(files: RemoteFiles, place: Path) -> Path:
         for name, size in bucket.sizes(MANIFEST).items()
         if MANIFEST_PART.fullmatch(name.removeprefix(f"{MANIFEST}/"))
     }
+    check_sizes([*sizes.values()], files.url)
     for name, most in ((META_FILE, MAX_META_BYTES), (SEAL_FILE, MAX_SEAL_BYTES)):
         size = bucket.size(name)
         if size is not None:
@@ -226,12 +229,6 @@ def fetch_listing(files: RemoteFiles, place: Path) -> Path:
     if META_FILE not in sizes:
         what, hint = f"a trace at {files.url}", f"the URL of the folder that holds {META_FILE}"
         raise TraceError(expected(what, f"no {META_FILE}", hint), field="path")
-    require(
-        sum(sizes.values()) <= MAX_LISTING_BYTES,
-        f"a manifest of at most {MAX_LISTING_BYTES} bytes",
-        sum(sizes.values()),
-        error=TraceError,
-    )
     small = bucket.read_many(name for name in (META_FILE, SEAL_FILE) if name in sizes)
     key = new_digest()
     key.update(b" ".join([files.url.encode(), *(small[name] for name in sorted(small))]))
@@ -243,16 +240,26 @@ def fetch_listing(files: RemoteFiles, place: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as temporary:
         written = Path(temporary) / "listing"
         (written / MANIFEST).mkdir(parents=True)
-        for name in sizes:
-            try:
-                if name in small:
-                    (written / name).write_bytes(small[name])
-                else:
-                    bucket.download(name, written / name)
-            except FileNotFoundError as error:
-                raise _missing(name) from error
+        for name, content in small.items():
+            (written / name).write_bytes(content)
+        _fetch_parts(bucket, {name: sizes[name] for name in sizes if name not in small}, written)
         put_in_place(written, folder)
     return folder
+
+
+def _fetch_parts(bucket: Bucket, sizes: Mapping[str, int], folder: Path) -> None:
+    """Copy objects of these sizes below ``folder``, small ones in few calls."""
+    small = [name for name in sizes if sizes[name] <= SMALL_BYTES]
+    for first in range(0, len(small), READ_AT_ONCE):
+        for name, content in bucket.read_many(small[first : first + READ_AT_ONCE]).items():
+            if len(content) == sizes[name]:  # else it came short, and is read again
+                (folder / name).write_bytes(content)
+    for name in sizes:
+        try:
+            if not (folder / name).exists():
+                bucket.download(name, folder / name)
+        except FileNotFoundError as error:
+            raise _missing(name) from error
 
 
 def _size(path: Path) -> int | None:

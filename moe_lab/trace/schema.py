@@ -47,6 +47,8 @@ MAX_ROWS_PER_PART = 2**20
 """A reader refuses larger parts before it allocates anything, so reading part by part is bounded in
 memory.
 """
+MAX_MANIFEST_PARTS = 2**14
+"""A writer fills one with 2^14 files, or fewer with many experts."""
 MAX_PART_NUMBER = 999_999_999
 MAX_FILE_BYTES = 2**50
 PART_PATH = re.compile(
@@ -316,7 +318,7 @@ class ManifestMeta(Config):
     """
 
     files: Annotated[int, _whole(0, 2**32)]
-    parts: Annotated[int, _whole(0, 99_999)]
+    parts: Annotated[int, _whole(0, MAX_MANIFEST_PARTS)]
     digest: Annotated[str, _TEXT]
 
 

@@ -279,16 +279,61 @@ def test_a_manifest_with_files_of_other_layers_under_a_seal_is_refused(tmp_path,
         open_trace(folder)
 
 
-def test_each_part_is_checked_in_one_reading_whatever_the_layers(tmp_path, monkeypatch):
-    trace, read, parts = write(tmp_path / "t"), manifest._read, []
+@pytest.mark.parametrize("sealed", [True, False])
+def test_small_parts_are_read_together_and_open_as_one(tmp_path, monkeypatch, sealed):
+    counts = write(tmp_path / "whole").counts()
+    monkeypatch.setattr(part_files, "FILES_PER_PART", 1)
+    folder = Path(write(tmp_path / "t").folder)
+    if not sealed:
+        (folder / SEAL_FILE).unlink()
+    read, groups = manifest._read_together, []
 
-    def note(path, *rest):
-        parts.append(path)
-        return read(path, *rest)
+    def note(paths, *rest):
+        groups.append(len(paths))
+        return read(paths, *rest)
 
-    monkeypatch.setattr(manifest, "_read", note)
-    trace.manifest.check(trace.meta, complete=True)
-    assert parts == list(trace.manifest.parts)
+    monkeypatch.setattr(manifest, "_read_together", note)
+    trace = open_trace(folder)
+    assert isinstance(trace.storage, FolderFiles if sealed else CleanCopies)
+    assert len(trace.manifest.parts) == (12 if sealed else 1)
+    assert trace.counts().equals(counts)
+    assert set(groups) == ({12} if sealed else {1})
+    agree(trace)
+
+
+def test_one_part_of_other_columns_among_many_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(part_files, "FILES_PER_PART", 1)
+    trace = write(tmp_path / "t")
+    path = trace.manifest.parts[5]
+    frame = pl.read_parquet(path)
+    for change in (
+        pl.col("counts").cast(pl.List(pl.Int64)),
+        pl.col("rows").cast(pl.UInt16),
+        pl.lit(1).alias("more"),
+    ):
+        frame.with_columns(change).write_parquet(path)
+        with pytest.raises(TraceError, match=r"^manifest/part-00005.parquet: expected readable"):
+            list(manifest.clean_parts(trace.manifest, trace.meta))
+    path.write_bytes(b"no Parquet")
+    with pytest.raises(TraceError, match=r"^manifest/part-00005.parquet: expected readable"):
+        trace.counts()
+
+
+@pytest.mark.parametrize(("few", "least"), [(11, 10**5), (12, 10**5), (11, 100)])
+def test_many_small_parts_from_outside_are_refused_before_they_are_read(
+    tmp_path, monkeypatch, few, least
+):
+    monkeypatch.setattr(part_files, "FILES_PER_PART", 1)
+    folder = Path(write(tmp_path / "t").folder)
+    (folder / SEAL_FILE).unlink()
+    monkeypatch.setattr(manifest, "FEW_PARTS", few)
+    monkeypatch.setattr(manifest, "LEAST_BYTES", least)
+    if (few, least) != (11, 10**5):
+        agree(open_trace(folder))
+        return
+    monkeypatch.setattr("moe_lab.trace.reader.call", None)  # no child is asked
+    with pytest.raises(TraceError, match=f"^expected a manifest of .* got 12 parts of .* {folder}"):
+        open_trace(folder)
 
 
 def test_a_changed_manifest_is_refused(tmp_path):
