@@ -4,6 +4,7 @@ import ctypes
 import os
 
 import torch
+from torch import Tensor
 
 from moe_lab.errors import ConfigError, expected, require
 
@@ -39,6 +40,17 @@ def device_of(name: str) -> torch.device:
             expected("a device that torch can use", got, "cpu"), field="device"
         ) from error
     return device
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` of the CPU on ``device``.
+
+    CUDA copies from pinned memory: the host does not wait until the device has done what it was
+    given before.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def keep_freed_memory() -> bool:

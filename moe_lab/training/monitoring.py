@@ -58,6 +58,7 @@ from moe_lab.training.readings import (
     expert_norms,
     ffn_target,
     moved_bias,
+    on_cpu,
     parameter_norm,
     reading_of_sums,
     routing_sums,
@@ -408,6 +409,8 @@ class _Layer:
     def reading(self, step: int, sums: Tensor) -> LayerReading:
         """The reading of the step from its sums over all ranks."""
         parameters = list(self.site.module.parameters())  # empty ones: another rank holds them
+        norm = parameter_norm(parameters) if all(p.numel() for p in parameters) else None
+        bias, norms, norm = on_cpu([self._bias(), self._norms(), norm])
         return reading_of_sums(
             sums,
             step=step,
@@ -415,9 +418,9 @@ class _Layer:
             sparse_scores=self.own is not None and self.own.facts.sparse_scores,
             ffn_target=None if self.own is None else ffn_target(self.own.config),
             num_zero_experts=self.site.num_zero_experts,
-            bias=self._bias(),
-            expert_norms=self._norms(),
-            router_norm=parameter_norm(parameters) if all(p.numel() for p in parameters) else None,
+            bias=bias,
+            expert_norms=norms,
+            router_norm=None if norm is None else float(norm),
         )
 
     def _bias(self) -> Tensor | None:
@@ -426,7 +429,7 @@ class _Layer:
         places = (self.site.module, self.block)
         values = [getattr(place, name, None) for place in places for name in BIASES]
         bias = next((value for value in values if isinstance(value, Tensor)), None)
-        return None if bias is None else bias.detach().float().cpu().clone()
+        return None if bias is None else bias.detach().float()
 
     def _norms(self) -> Tensor | None:
         """Of experts that lie beside the router as tensors [E, ...] or as a list of E modules."""

@@ -81,7 +81,7 @@ def read_layers(
     gradient_ratios: Sequence[float] | None = None,
     ranks: Ranks = ALONE,
 ) -> list[LayerReading]:
-    """One reading per layer. All ranks must call it. It waits for the device once per layer.
+    """One reading per layer. All ranks must call it. It waits for the device once.
 
     Args:
         layers: block index -> layer, as ``Decoder.moe_layers()``.
@@ -92,25 +92,50 @@ def read_layers(
         >>> readings = read_layers(step, model.moe_layers(), routings)
         >>> alarms.observe(readings)
     """
-    readings = []
-    for place, ((index, layer), seen) in enumerate(zip(layers.items(), routings, strict=True)):
-        router, by_logits = layer.router, selects_by_logits(layer.router)
+    measured: list[Tensor | None] = []
+    for layer, seen in zip(layers.values(), routings, strict=True):
+        by_logits = selects_by_logits(layer.router)
         sums = torch.stack([routing_sums(routing, by_logits) for routing in seen]).sum(dim=0)
+        measured += [
+            ranks.total(sums),
+            expert_norms([layer.experts.gate_up, layer.experts.down]),
+            parameter_norm(layer.router.parameters()),
+            moved_bias(layer.router),
+        ]
+    found = iter(on_cpu(measured))
+    readings = []
+    for place, (index, layer) in enumerate(layers.items()):
+        router, (sums, norms, norm, bias) = layer.router, (next(found) for _ in range(4))
+        assert sums is not None
         readings.append(
             reading_of_sums(
-                ranks.total(sums).cpu(),
+                sums,
                 step=step,
                 layer=index,
                 sparse_scores=router.facts.sparse_scores,
                 ffn_target=ffn_target(router.config),
                 num_zero_experts=router.config.num_zero_experts,
-                bias=moved_bias(router),
+                bias=bias,
                 gradient_ratio=None if gradient_ratios is None else gradient_ratios[place],
-                expert_norms=expert_norms([layer.experts.gate_up, layer.experts.down]),
-                router_norm=parameter_norm(router.parameters()),
+                expert_norms=norms,
+                router_norm=None if norm is None else float(norm),
             )
         )
     return readings
+
+
+def on_cpu(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors on the CPU, each in its dtype, in one wait for a device; None stays None."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    if not there:
+        return list(tensors)
+    device = there[-1].device
+    flat = torch.cat([tensor.reshape(-1).double().to(device) for tensor in there]).cpu()
+    parts = iter(flat.split([tensor.numel() for tensor in there]))
+    return [
+        None if tensor is None else next(parts).view(tensor.shape).to(tensor.dtype)
+        for tensor in tensors
+    ]
 
 
 def routing_sums(routing: Routing, by_logits: bool = False) -> Tensor:
@@ -167,17 +192,17 @@ def ffn_target(config: RouterConfig) -> float | None:
 
 
 def moved_bias(router: Router) -> Tensor | None:
-    """[E + Z]: a copy of the selection bias that the router's controller moves; None without such
-    a controller.
+    """[E + Z]: the selection bias that the router's controller moves, where it is; None without
+    such a controller.
     """
     controller = router.controller
     if controller is None or Moves.BIAS not in CONTROLLER_FACTS[controller.config.kind].moves:
         return None
-    return controller.bias.detach().cpu().clone()
+    return controller.bias.detach()
 
 
 def expert_norms(matrices: Iterable[Tensor]) -> Tensor:
-    """[E] float64: the product of the norms of each expert's matrices.
+    """[E] float64, on the device: the product of the norms of each expert's matrices.
 
     It bounds an expert's output and is 0 where any of its matrices is 0.
 
@@ -185,13 +210,15 @@ def expert_norms(matrices: Iterable[Tensor]) -> Tensor:
         matrices: each [E, ...].
     """
     norms = [torch.linalg.vector_norm(matrix.detach().flatten(1), dim=1) for matrix in matrices]
-    return torch.stack([whole(norm).double().cpu() for norm in norms]).prod(dim=0)
+    return torch.stack([whole(norm).double() for norm in norms]).prod(dim=0)
 
 
-def parameter_norm(parameters: Iterable[Tensor]) -> float | None:
-    """The norm of all of ``parameters`` together, in float64; None if there are none."""
+def parameter_norm(parameters: Iterable[Tensor]) -> Tensor | None:
+    """[] float64, on the device: the norm of all of ``parameters`` together; None if there are
+    none.
+    """
     norms = [
         whole(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64))
         for parameter in parameters
     ]
-    return float(torch.stack(norms).norm()) if norms else None
+    return torch.stack(norms).norm() if norms else None

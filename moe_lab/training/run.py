@@ -52,7 +52,7 @@ from moe_lab.training.checkpoint import (
 )
 from moe_lab.training.config import Dtype, RunConfig
 from moe_lab.training.data import Batches
-from moe_lab.training.devices import device_of
+from moe_lab.training.devices import device_of, moved
 from moe_lab.training.evaluate import Evaluation, evaluate_together, validation_loss
 from moe_lab.training.finished_run import finished_record, read_config, run_record, trace_meta
 from moe_lab.training.metrics import gradient_ratios, layer_means
@@ -319,7 +319,7 @@ class _Run:
             torch.zeros((), device=self.device),
             torch.zeros((), device=self.device),
         )
-        micro_batches = self.ranks.own(self.batches(self.step).to(self.device))
+        micro_batches = self.ranks.own(moved(self.batches(self.step), self.device))
         for number, micro_batch in enumerate(micro_batches, start=1):
             average_gradients(self.objective, now=number == len(micro_batches))
             nats, balance, micro_routings = self.objective(micro_batch)

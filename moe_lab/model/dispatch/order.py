@@ -40,7 +40,8 @@ class SlotOrder(NamedTuple):
         slots_TKD = rows.index_select(0, self.place.reshape(-1)).view(
             *self.place.shape, rows.shape[1]
         )
-        return slots_TKD.masked_fill_(~self.runs.unsqueeze(2), 0.0).sum(dim=1)
+        slots_TKD.masked_fill_(~self.runs.unsqueeze(2), 0.0)
+        return slots_TKD.sum(dim=1, dtype=rows.dtype)  # autocast on CUDA would give float32
 
     def add_up(self, rows: Tensor, weights_TK: Tensor | None = None) -> Tensor:
         """``put_back`` of weighted rows in one call that reads each row once, without gradients.

@@ -53,7 +53,9 @@ class MoEPlusPlus(TokenChoice):
             return routing
         sizes = (self.config.num_experts, self.config.num_zero_experts)
         real, other = (
-            torch.as_tensor(slots, device=logits_TE.device).expand(size)
+            slots.expand(size)
+            if isinstance(slots, Tensor)
+            else torch.full((size,), slots, device=logits_TE.device)
             for slots, size in zip(
                 capacities(
                     self.config, self.setting("ffn_share"), gamma, context.num_valid(logits_TE)

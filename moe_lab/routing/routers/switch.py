@@ -41,7 +41,8 @@ class Switch(TokenChoice):
         """[T, K] bool: the slots that fit if every expert has ``slots`` of them, in the batch or
         [N, 1] in each sequence.
         """
-        slots = torch.as_tensor(slots, device=indices_TK.device)
+        if isinstance(slots, int):  # ``full`` copies nothing to the device
+            slots = torch.full((), slots, device=indices_TK.device)
         return within_capacity(
             indices_TK,
             slots.expand(*slots.shape[:-1], self.config.num_experts),
