@@ -128,7 +128,7 @@ class _Copies:
     ) -> None:
         self._bucket, self._run, self._scratch, self._log = bucket, run, scratch, log
         self._confirm = confirm
-        self._copied: dict[str, tuple[int, int]] = {}
+        self._copied: dict[str, tuple[int, int, int]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_up, daemon=True)
 
