@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from fake_launcher import Times
 from refusals import refused
-from stub_trainer import STUB, StubRun, expected_loss, stub_grid, stub_sweep
+from stub_trainer import HOLD, STUB, StubRun, expected_loss, stub_grid, stub_sweep
 
 from moe_lab.errors import RunError
 from moe_lab.runs.store import open_store
@@ -73,10 +73,12 @@ def test_a_failed_run_says_why_and_stops_no_other(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_put_back_after_its_time_limit_as_often_as_allowed(tmp_path: Path) -> None:
-    """Half a minute of sleep: the shortest limit is a minute, and a run hears of it halfway."""
-    long = StubRun(name="long", steps=70, step_seconds=0.5)
+    """Its first process stands still: the shortest limit is a minute, and a run hears of it
+    halfway, which on a busy machine may be before it has begun.
+    """
+    long = StubRun(name="long", trouble="hangs once")
     with ThreadPoolExecutor() as pool:
-        options = [LOCAL | {"minutes": "1", "requeues": times} for times in ("1", "0")]
+        options = [LOCAL | {"minutes": "1", "requeues": times} for times in ("9", "0")]
         often, once = pool.map(
             lambda index: go(tmp_path / f"{index}", long, options=options[index]), range(2)
         )
@@ -369,9 +371,17 @@ def test_waits_that_a_killed_driver_left_are_dated(tmp_path: Path, place: str) -
 
 
 def test_processes_of_this_machine_have_all_begun(tmp_path: Path, times: Times) -> None:
-    """Two are out before any has a step, the third never."""
-    runs = stub_grid(3, steps=5, step_seconds=0.02)
-    times.over = lambda: bool(list(tmp_path.glob("*/status.json")))
+    """The hours are over once two have begun, of which none ends before: the third never begins."""
+    runs = stub_grid(3, steps=5, step_seconds=0)
+    (tmp_path / HOLD).touch()
+
+    def over() -> bool:
+        begun = len(list(tmp_path.glob("*/steps.log"))) == 2
+        if begun:
+            (tmp_path / HOLD).unlink(missing_ok=True)
+        return begun
+
+    times.over = over
     outcome = go(tmp_path, *runs)
     assert len(outcome.finished) == 2
     assert len(outcome.interrupted) == 1
