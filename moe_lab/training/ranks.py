@@ -275,7 +275,7 @@ def _tell(rank: int, reason: str) -> tuple[int, str]:
     """
     with suppress(Exception):  # the store may have gone with the rank that kept it
         store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=5))
+        store.set_timeout(timedelta(seconds=60))  # a busy machine's rank 0 answers late
         teller, _, reason = (
             store.compare_set(f"moe_lab/failed/{_calls}", "", f"{rank} {reason}")
             .decode()

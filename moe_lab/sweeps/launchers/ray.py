@@ -30,7 +30,7 @@ from moe_lab.sweeps.launchers.protocol import MEMORY_HINT, Ending, Job, Result
 from moe_lab.sweeps.launchers.remote_run import RemoteRun, UnfitMachine, settle
 
 CONNECT_SECONDS = 5.0
-PROBE_SECONDS = 30.0
+PROBE_SECONDS = 120.0
 """For a first connection, which imports ray and starts no worker."""
 WATCH_SECONDS = 2.0
 LOST_SECONDS = 20.0

@@ -40,6 +40,8 @@ RESULT_SECONDS = 10.0
 """For how long a job's result may be under way on a shared file system after SLURM called the job
 ended.
 """
+CANCEL_SECONDS = 60.0
+"""For the end of cancelled processes of this machine."""
 SIGNAL_SECONDS = 90
 """A run hears of its time limit so long before, or halfway for short limits."""
 QUEUED = "PENDING"
@@ -308,7 +310,7 @@ class SlurmLauncher:
         if self._is_local:
             for job in self._active.values():
                 job.cancel()
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + CANCEL_SECONDS
             while (
                 any(job.state == "RUNNING" for job in self._active.values())
                 and time.monotonic() < deadline
