@@ -2,7 +2,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,11 +44,12 @@ def test_a_plain_view_speaks_every_ten_seconds(
         tmp_path / "a" / "status.json",
         {"step": 3, "steps": 12, "loss": 2.5, "tokens_per_second": 1234.5},
     )
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    now = 100.0
     view = PlainView(RunStore(tmp_path), [running])
     view.refresh([running])
     assert capsys.readouterr().out == ""
-    now = time.monotonic()
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now + 11)
+    now += 11
     view.refresh([running])
     view.refresh([running])
     assert (

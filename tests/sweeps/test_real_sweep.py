@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from real_sweep import real_sweep
 from safetensors.torch import load_file
 
 from moe_lab.runs.folder_claims import holder
+from moe_lab.runs.owners import process_start
 from moe_lab.sweeps import run, status
 from moe_lab.training import train
 
 VOLATILE = ("seconds", "tokens_per_second")
+STEPS = 240
+"""Of both runs."""
 
 
 def result(folder: Path) -> dict:
@@ -31,9 +35,9 @@ def result(folder: Path) -> dict:
 
 
 def wait_for_steps(out: Path, number: int) -> None:
-    """Until the runs are ``number`` steps further than now."""
+    """Until the runs are ``number`` steps further than now, or at their end."""
     deadline = time.monotonic() + 600
-    wanted = number + (steps(out) if (out / "sweep.json").exists() else 0)
+    wanted = min(STEPS, number + (steps(out) if (out / "sweep.json").exists() else 0))
     while not (out / "sweep.json").exists() or steps(out) < wanted:
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.02)
@@ -45,10 +49,12 @@ def steps(out: Path) -> int:
 
 def kill_a_worker(out: Path, after_steps: int) -> None:
     wait_for_steps(out, after_steps)
-    claims = [
-        json.loads(text)["pid"] for path in out.glob("*/.claim-*") if (text := path.read_text())
-    ]
-    os.kill(max(claims), signal.SIGKILL)
+    for path in out.glob("*/.claim-*"):
+        with suppress(FileNotFoundError):
+            pid = json.loads(path.read_text() or '{"pid": 0}')["pid"]
+            if pid and process_start(pid) is not None:  # not of the sweep that was killed
+                os.kill(pid, signal.SIGKILL)
+                return
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ import pytest
 from refusals import refused
 from stub_trainer import STUB, StubRun, expected_loss, stub_sweep
 
+from moe_lab.runs.owners import process_start
 from moe_lab.sweeps import run, status
 from moe_lab.sweeps.launchers import Job
-from moe_lab.sweeps.launchers.local import LocalLauncher
+from moe_lab.sweeps.launchers.local import LocalLauncher, _Worker
 
 HUNG = StubRun(name="hung", trouble="hangs once")
 OPTIONS = {"stall_minutes": "30"}
@@ -23,13 +24,15 @@ def workers(out: Path, one: StubRun) -> set[str]:
 def test_a_run_that_hangs_is_killed_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ten minutes pass with each look while the run hangs."""
+    """Ten minutes pass with each look while the run hangs in a process that lives."""
     minutes = 0
 
     def clock() -> float:
         nonlocal minutes
-        if (tmp_path / HUNG.hash() / "has-hung").exists() and len(workers(tmp_path, HUNG)) == 1:
-            minutes += 10
+        if (tmp_path / HUNG.hash() / "has-hung").exists():
+            first, *others = workers(tmp_path, HUNG)
+            if not others and process_start(int(first)) is not None:
+                minutes += 10
         return 60.0 * minutes
 
     monkeypatch.setattr("moe_lab.sweeps.launchers.local.monotonic", clock)
@@ -48,13 +51,18 @@ def test_a_run_that_hangs_is_killed_and_resumed(
 def test_a_slow_run_that_gets_on_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step takes 20 of the 30 minutes."""
+    """Each step takes 20 of the 30 minutes, by the steps that are seen before a look."""
     slow = StubRun(name="slow", steps=10, step_seconds=0.02)
-    steps = tmp_path / slow.hash() / "steps.log"
-    monkeypatch.setattr(
-        "moe_lab.sweeps.launchers.local.monotonic",
-        lambda: 1200.0 * (steps.read_text().count("\n") if steps.exists() else 0),
-    )
+    steps, now = tmp_path / slow.hash() / "steps.log", 0.0
+    look = _Worker.stop_if_stalled
+
+    def then_look(worker: _Worker, seconds: float) -> None:
+        nonlocal now
+        now = 1200.0 * (steps.read_text().count("\n") if steps.exists() else 0)
+        look(worker, seconds)
+
+    monkeypatch.setattr(_Worker, "stop_if_stalled", then_look)
+    monkeypatch.setattr("moe_lab.sweeps.launchers.local.monotonic", lambda: now)
     assert run(
         stub_sweep(slow),
         tmp_path,
