@@ -91,6 +91,9 @@ class Cursor:
         """The next ``rows`` rows; None where fewer are left."""
         parts, missing = [], rows
         while True:
+            if self._rest is not None and not parts and self._rest.height == rows:
+                whole, self._rest = self._rest, None
+                return whole
             if self._rest is not None:
                 parts.append(self._rest[:missing])
                 self._rest = self._rest[missing:] if self._rest.height > missing else None

@@ -7,8 +7,11 @@ tokens are (direct standardisation); read the two side by side.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +19,17 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moe_lab.analysis.aligned_rows import KEY, aligned, by_layer
-from moe_lab.analysis.document_bootstrap import Floats, Resampling
+from moe_lab.analysis.document_bootstrap import (
+    MIN_DOCUMENTS,
+    Floats,
+    Resampling,
+    expanded_interval,
+)
 from moe_lab.analysis.document_sums import Documents, in_units, nulls, over
-from moe_lab.analysis.map_reduce import Fold, Sum, appended, is_mapped, reduced
+from moe_lab.analysis.map_reduce import Fold, Sum, appended, is_mapped, reduced, side_by_side
 from moe_lab.analysis.requirements import of_tokens, of_zero_experts
-from moe_lab.analysis.token_groups import HELD_TOKENS, ROUTED, no_column
+from moe_lab.analysis.single_thread_products import Left
+from moe_lab.analysis.token_groups import HELD_TOKENS, no_column, token_batches
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.trace import Trace
 
@@ -28,7 +37,11 @@ BAND = "freq_band"
 MAX_CELLS = 2**24
 """Cells of all units and layers that are summed at once."""
 BATCHES = 8
-"""Of layers, at least: while the intervals of one are computed the next one is read."""
+"""Of layers and groups of files that are read one after another, at least: while the intervals of
+one are computed the next one is read.
+"""
+EXACT_SINGLE = 2**24
+"""Whole numbers up to this are exact in single precision."""
 VALUES: dict[str, type[pl.DataType]] = {
     "ffn_count": pl.Int64,
     "entropy": pl.Float64,
@@ -86,98 +99,149 @@ def class_profile(
     if column not in (columns := trace.tokens.collect_schema()):
         raise no_column(column, columns.names())
     reading = _Reading(column, BAND if BAND in columns and column != BAND else None, include_first)
+    if held := not is_mapped() and trace.num_tokens <= HELD_TOKENS:
+        files = side_by_side(reading.counted_file, reading.batches(trace))
+        reading = replace(reading, held=list(files))
     (found,) = reduced([Sum(_token_cells, (trace,), (None,), appended, (reading,))])
     layout = _layout(pl.concat(found, how="vertical_relaxed"))
     if not layout.classes.height:
         return pl.DataFrame(schema=_COLUMNS | {"class": layout.classes["class"].dtype})
-    if not is_mapped() and trace.num_tokens <= HELD_TOKENS:
-        reading = replace(reading, held=reading.places(trace, layout.cells, layout.docs))
-    most = min(MAX_CELLS // layout.size, math.ceil(len(trace.meta.layers) / BATCHES))
+    cells = layout.cells.select(*_CELL, "cell")
+    groups = len(trace.manifest.of_layer(None)) if is_mapped() else 1
+    most = min(MAX_CELLS // layout.size, len(trace.meta.layers) // math.ceil(BATCHES / groups))
     batches = _layer_batches(trace, max(1, most))
-    arguments = value, reading, layout.cells.select(*_CELL, "cell"), layout.docs
-    tables = reduced(
-        Sum(
-            _value_sums,
-            (trace,),
-            (*batch, None),
-            _added((1 + len(batch), layout.docs.units, layout.cells.height)),
-            (batch, *arguments),
-            size=(1 + len(batch)) * layout.size,
+    with ThreadPoolExecutor(1) as pool:
+        if resampling is not None:  # drawn before they are needed
+            pool.submit(resampling.blocks, layout.docs.units)
+        if held:
+            reading = replace(reading, held=None, places=reading.here(trace, cells, layout.docs))
+        tables = reduced(
+            Sum(
+                _value_sums,
+                (trace,),
+                (*batch, None),
+                _added((counts + len(batch), layout.docs.units, layout.cells.height)),
+                (batch, value, reading, cells, layout.docs, counts),
+                size=(counts + len(batch)) * layout.size,
+            )
+            for batch, counts in zip(batches, chain([True], repeat(False)), strict=False)
         )
-        for batch in batches
-    )
-    profiles, total_UM, drawn = [], np.zeros((layout.docs.units, layout.cells.height)), None
-    for batch, (counts_UM, *sums) in zip(batches, tables, strict=True):
-        drawn = drawn or _Drawn(layout, counts_UM)
-        for layer, sums_UM in zip(batch, sums, strict=True):
-            profiles.append(_profile(drawn, layer, sums_UM, resampling))
-            total_UM += sums_UM
-    assert drawn is not None  # a trace has a layer
-    profiles.append(_profile(drawn, None, total_UM / sum(map(len, batches)), resampling))
-    return pl.concat(profiles).sort("layer", "class", nulls_last=False)
+        counts_UM, *first = next(tables)
+    means = _Means(layout, counts_UM, resampling)
+    profiles = side_by_side(means.of_layer, chain(first, chain.from_iterable(tables)))
+    return means.frame(chain.from_iterable(batches), profiles)
 
 
 @dataclass(frozen=True)
 class _Reading:
     """The columns of the token table that name a token's class and band, and whether position 0 is
-    read. ``held``: what ``places`` returns, where it was read before.
+    read.
+
+    Attributes:
+        held: what ``cells`` yields, and ``places``: what ``here`` returns, where this process has
+            it already.
     """
 
     column: str
     band: str | None
     include_first: bool
-    held: "list[_Here] | None" = None
+    held: "list[_FileCells] | None" = None
+    places: "list[_Here] | None" = None
+
+    def cells(self, trace: Trace) -> "Iterable[_FileCells]":
+        """Of the tokens that were routed, a file at a time."""
+        return map(self.file, self.batches(trace)) if self.held is None else self.held
 
     def batches(self, trace: Trace) -> Iterator[pl.DataFrame]:
-        """[doc, pos, class, band, bucket] of the tokens that were routed, a file at a time; the
-        class is null for tokens that are left out.
-        """
-        kept = pl.col(self.column)
-        if not self.include_first:
-            kept = pl.when(pl.col("pos") > 0).then(kept)
-        bucket = (pl.col("pos") + 1).log(2).floor().cast(pl.UInt8)
-        cell = {
-            "class": kept,
-            "band": pl.lit(0) if self.band is None else pl.col(self.band),
-            "bucket": bucket,
-        }
-        bands = [] if self.band is None else [self.band]
-        routed = [ROUTED] if ROUTED in trace.tokens.collect_schema() else []
-        read = list(dict.fromkeys([*KEY, self.column, *bands, *routed]))
-        for batch in trace.batches(None, read):
-            yield batch.filter(*routed).select(*KEY, **cell)
+        """The tokens that were routed, a file at a time."""
+        columns = {self.column, self.band} - {*KEY, None}
+        return token_batches(trace, *sorted(filter(None, columns)))
 
-    def places(self, trace: Trace, cells: pl.DataFrame, docs: Documents) -> "list[_Here]":
-        """Of the tokens, by file."""
-        if self.held is not None:
-            return self.held
-        return [_Here(frame, docs, len(cells)) for frame in self._codes(trace, cells)]
+    def file(self, frame: pl.DataFrame) -> "_FileCells":
+        """Of a frame of ``batches``."""
+        _, exponent = np.frexp(frame["pos"].to_numpy() + 1.0)
+        kept = pl.col("class").is_not_null()
+        tokens = frame.select(
+            pl.col(self.column).alias("class"),
+            (pl.lit(0) if self.band is None else pl.col(self.band)).alias("band"),
+            pl.Series("bucket", exponent - 1, dtype=pl.UInt8),
+            pl.int_range(pl.len(), dtype=pl.UInt32).alias("token"),
+        ).filter(kept if self.include_first else kept & (pl.col("bucket") > 0))
+        groups = tokens.group_by(_CELL).agg("token")
+        return _FileCells(
+            frame.select(*KEY),
+            groups.select(_CELL),
+            groups["token"].list.len().to_numpy().astype(np.int64),
+            groups["token"].explode(empty_as_null=False).to_numpy(),
+        )
 
-    def _codes(self, trace: Trace, cells: pl.DataFrame) -> Iterator[pl.DataFrame]:
-        """[doc, pos, cell]; ``cell`` is null for tokens that are left out."""
-        for batch in self.batches(trace):
-            found = batch.join(
-                cells, on=list(_CELL), how="left", nulls_equal=True, maintain_order="left"
-            )
-            yield found.select(*KEY, pl.col("cell").cast(pl.Int64))
+    def counted_file(self, frame: pl.DataFrame) -> "_FileCells":
+        """The same, with its cells counted already."""
+        file = self.file(frame)
+        assert file.by_class is not None
+        return file
+
+    def here(self, trace: Trace, cells: pl.DataFrame, docs: Documents) -> "list[_Here]":
+        """Of the tokens that were routed, by file."""
+        if self.places is not None:
+            return self.places
+        return [_Here(file.with_cell(cells), docs, len(cells)) for file in self.cells(trace)]
 
 
 _CELL = ("class", "band", "bucket")
 
 
+@dataclass(frozen=True)
+class _FileCells:
+    """The tokens of a file by cell; those that have no class are in none.
+
+    Attributes:
+        frame: [doc, pos] of all tokens.
+        keys: [class, band, bucket] of the cells (G) that occur.
+        sizes: [G] tokens of each.
+        tokens: rows of these tokens in ``frame``, cell after cell.
+    """
+
+    frame: pl.DataFrame
+    keys: pl.DataFrame
+    sizes: NDArray[np.int64]
+    tokens: NDArray[np.uint32]
+
+    def with_cell(self, cells: pl.DataFrame) -> pl.DataFrame:
+        """[doc, pos, cell]; ``cell`` is -1 for tokens that are in none."""
+        number = self.keys.join(
+            cells, on=list(_CELL), how="left", nulls_equal=True, maintain_order="left"
+        )["cell"]
+        cell_T = np.full(len(self.frame), -1, dtype=np.int64)
+        cell_T[self.tokens] = np.repeat(number.to_numpy(), self.sizes)
+        return self.frame.with_columns(cell=cell_T)
+
+    @cached_property
+    def by_class(self) -> pl.DataFrame:
+        """[class, doc, band, bucket, n], one row a class: lists of its documents, and of its cells
+        with the tokens of each.
+        """
+        doc = self.frame["doc"].to_numpy()[self.tokens]
+        begins = np.append(0, np.cumsum(self.sizes))[:-1]
+        first = np.ones(len(doc), dtype=bool)  # of successive tokens of one cell and document
+        first[1:] = doc[1:] != doc[:-1]
+        first[begins] = True
+        cells = self.keys.with_columns(n=self.sizes)
+        classes = cells.group_by("class").agg("band", "bucket", "n").with_row_index("row")
+        rows = self.keys.join(classes.select("row", "class"), on="class", maintain_order="left")
+        row = np.repeat(rows["row"].to_numpy(), np.add.reduceat(first, begins, dtype=np.int64))
+        docs = pl.DataFrame({"row": row, "doc": doc[first]}).unique().group_by("row").agg("doc")
+        return classes.join(docs, on="row").drop("row")
+
+
 def _token_cells(trace: Trace, reading: _Reading) -> pl.DataFrame:
-    """[doc, class, band, bucket, n]: tokens of each document in each cell, a file at a time."""
-    frames = [
-        batch.drop_nulls("class").group_by("doc", *_CELL).agg(n=pl.len().cast(pl.Int64))
-        for batch in reading.batches(trace)
-    ]
+    """``_FileCells.by_class`` of each file."""
+    frames = [file.by_class for file in reading.cells(trace)]
     if frames:
         return pl.concat(frames)
     kind = trace.tokens.collect_schema()[reading.column]
-    return pl.DataFrame(
-        schema={"doc": pl.UInt32, "class": kind, "band": pl.Int32}
-        | {"bucket": pl.UInt8, "n": pl.Int64}
-    )
+    lists = {"doc": pl.UInt32, "band": pl.Int32, "bucket": pl.UInt8, "n": pl.Int64}
+    return pl.DataFrame(schema={"class": kind} | {name: pl.List(of) for name, of in lists.items()})
 
 
 def _layer_batches(trace: Trace, most: int) -> list[tuple[int, ...]]:
@@ -203,12 +267,13 @@ def _value_sums(
     reading: _Reading,
     cells: pl.DataFrame,
     docs: Documents,
+    counts: bool,
 ) -> pl.DataFrame:
     """[place, 0, 1, ..] of tables [U, M], file by file: the number of tokens of each unit of
-    documents in each cell, then for each layer the sum of their values.
+    documents in each cell, if ``counts``, then for each layer the sum of their values.
     """
-    names = [str(number) for number in range(1 + len(layers))]
-    places = reading.places(trace, cells, docs)
+    names = [str(number) for number in range(counts + len(layers))]
+    places = reading.here(trace, cells, docs)
     known = dict(enumerate(places))
     found: dict[tuple[int, int], tuple[_Here, list[Floats | None]]] = {}
 
@@ -216,22 +281,22 @@ def _value_sums(
         _, columns = found.setdefault((file, id(here)), (here, [None] * len(names)))
         columns[number] = sums[here.at].astype(np.float64)
 
-    for file, here in enumerate(places):
+    for file, here in enumerate(places if counts else ()):
         add(0, file, here, here.counts)
-    for number, layer in enumerate(layers, 1):
+    for number, layer in enumerate(layers, int(counts)):
         routing = trace.batches(layer, [*KEY, value])
         tables = aligned(routing, lambda: (here.frame for here in places), "the token table")
         for file, (left, right) in enumerate(tables):
-            if file not in known or not known[file].frame.equals(right):
+            if file not in known or not known[file].is_of(right):
                 known[file] = _Here(right, docs, len(cells))
-            missing = (left[value].is_null() & right["cell"].is_not_null()).sum()
-            if missing:
-                got = f"{missing} tokens of a file of layer {layer} without"
+            here = known[file]
+            missing = left[value].null_count() and left[value].is_null().to_numpy()[here.chosen]
+            if np.any(missing):
+                got = f"{np.sum(missing)} tokens of a file of layer {layer} without"
                 want = "a value that the trace recorded in all its layers"
                 raise AnalysisError(expected(f"{value} of every token", got, want), field="value")
-            here, values = known[file], left[value].cast(pl.Float64).to_numpy()
-            add(number, file, here, np.bincount(here.local, values[here.chosen]))
-    frames = [pl.DataFrame(schema={"place": pl.Int64} | dict.fromkeys(names, pl.Float64))]
+            add(number, file, here, np.bincount(here.local, left[value].to_numpy()[here.chosen]))
+    frames = [pl.DataFrame(schema={"place": pl.UInt32} | dict.fromkeys(names, pl.Float64))]
     for _, (here, columns) in sorted(found.items()):
         none = np.zeros(len(here.at))
         sums = {
@@ -246,21 +311,28 @@ class _Here:
     """Where the tokens of a frame [doc, pos, cell] are added: the same for every layer.
 
     Attributes:
-        chosen: [T] tokens that have a cell.
+        chosen: tokens that have a cell: an index, or all of them as a slice.
         local: of each of these, its row in a table of the units that occur here.
         counts: tokens of each row; ``at``: the rows that have any, ``place``: theirs in [U, M].
     """
 
     def __init__(self, frame: pl.DataFrame, docs: Documents, cells: int) -> None:
-        self.frame, self.chosen = frame, frame["cell"].is_not_null().to_numpy()
+        cell_T = frame["cell"].to_numpy()
+        self.frame = frame
+        self.chosen = slice(None) if (cell_T >= 0).all() else np.flatnonzero(cell_T >= 0)
         unit_T = docs.unit(frame["doc"].to_numpy()[self.chosen])
         here_U = np.flatnonzero(np.bincount(unit_T, minlength=docs.units))
         local_U = np.zeros(docs.units, dtype=np.int64)
         local_U[here_U] = np.arange(len(here_U))
-        self.local = local_U[unit_T] * cells + frame["cell"].drop_nulls().to_numpy()
+        self.local = local_U[unit_T] * cells + cell_T[self.chosen]
         self.counts = np.bincount(self.local)
         self.at = np.flatnonzero(self.counts)
-        self.place = here_U[self.at // cells] * cells + self.at % cells
+        place = here_U[self.at // cells] * cells + self.at % cells
+        self.place = place.astype(np.uint32)
+
+    def is_of(self, frame: pl.DataFrame) -> bool:
+        """Whether the frame is the same."""
+        return self.frame is frame or self.frame.equals(frame)
 
 
 def _added(shape: tuple[int, int, int]) -> Fold[Floats]:
@@ -269,8 +341,10 @@ def _added(shape: tuple[int, int, int]) -> Fold[Floats]:
     def fold(total: Floats | None, frame: pl.DataFrame) -> Floats:
         place, *columns = (column.to_numpy() for column in frame)
         if total is None:  # faster, and the same: sums of one place are added in their order
-            tables = [np.bincount(place, column, math.prod(shape[1:])) for column in columns]
-            return np.stack(tables).astype(np.float64, copy=False).reshape(shape)
+            total = np.zeros(shape)
+            for table, column in zip(total, columns, strict=True):
+                table.reshape(-1)[:] = np.bincount(place, column, math.prod(shape[1:]))
+            return total
         for table, column in zip(total, columns, strict=True):
             np.add.at(table.reshape(-1), place, column)
         return total
@@ -300,109 +374,147 @@ class _Layout:
 
 
 def _layout(found: pl.DataFrame) -> _Layout:
-    strata = found.group_by("band", "bucket").agg(weight=pl.col("n").sum())
+    """``found``: of ``_FileCells.by_class``."""
+    cells = found.select(*_CELL, "n").explode("band", "bucket", "n")
+    cells = cells.group_by(_CELL).agg(pl.col("n").sum())
+    strata = cells.group_by("band", "bucket").agg(weight=pl.col("n").sum())
     strata = strata.with_columns(pl.col("weight") / pl.col("weight").sum())
-    classes = found.group_by("class").agg(
-        n_tokens=pl.col("n").sum(), n_docs=pl.col("doc").n_unique().cast(pl.Int64)
-    )
-    classes = classes.sort("class")
-    cells = found.select(_CELL).unique().sort(_CELL).with_row_index("cell")
+    of_docs = found.select("class", "doc").explode("doc").unique()
+    classes = cells.group_by("class").agg(n_tokens=pl.col("n").sum())
+    n_docs = of_docs.group_by("class").agg(n_docs=pl.len().cast(pl.Int64))
+    classes = classes.join(n_docs, on="class").sort("class")
+    cells = cells.select(_CELL).sort(_CELL).with_row_index("cell")
     cells = cells.join(strata, on=["band", "bucket"], nulls_equal=True)
     cells = cells.join(classes.select("class").with_row_index("class_row"), on="class")
-    docs = in_units(found["doc"].unique().sort().to_numpy(), 4 * cells.height)
+    docs = in_units(of_docs["doc"].unique().sort().to_numpy(), 4 * cells.height)
     return _Layout(docs, cells.sort("cell"), classes)
 
 
-class _Drawn:
-    """The number of tokens in each cell, [U, M], and what follows from it for each draw of
-    documents: the same for every layer.
+class _Profile(NamedTuple):
+    """Of one layer, or of the mean over the layers.
+
+    Attributes:
+        values: [6, C] mean, lo, hi, adjusted, adjusted_lo, adjusted_hi of each class.
+        sums: [M] totals of the values in each cell.
+        samples: [B, 2, C] raw and adjusted mean of each draw of documents, NaN where it has no
+            token of the class.
     """
 
-    def __init__(self, layout: _Layout, counts_UM: Floats) -> None:
-        self.layout, self._counts_UM = layout, counts_UM
+    values: Floats
+    sums: Floats
+    samples: Floats | None
+
+
+class _Means:
+    """Raw and adjusted mean of each class, with intervals from draws of documents.
+
+    What follows from the number of tokens in each cell, ``counts_UM``, is the same for every layer,
+    and so are the draws: what a draw gives for the mean over layers of each token is the mean over
+    layers of what it gives.
+    """
+
+    def __init__(self, layout: _Layout, counts_UM: Floats, resampling: Resampling | None) -> None:
+        self._layout, self._counts_UM, self._n_M = layout, counts_UM, counts_UM.sum(axis=0)
+        self._weight_M = layout.cells["weight"].to_numpy()
         self._rows = layout.cells["class_row"].to_numpy()
         self._starts = np.flatnonzero(np.append(True, self._rows[1:] != self._rows[:-1]))
-        self._n_C = self._by_class(counts_UM.sum(axis=0, keepdims=True))[0]
-        self._known: tuple[Floats, _Draws] | None = None
+        self._n_C = self._by_class(self._n_M[None])[0]
+        self._resampling = resampling if layout.docs.units >= MIN_DOCUMENTS else None
+        self._draws: list[_Draws] = []
+        if self._resampling is not None and self._resampling.is_one_block(layout.docs.units):
+            self._draws = [*self._blocks()]
 
-    def means(self, weights_BU: Floats, sums_UM: Floats) -> Floats:
-        """[B, 2, C]: raw and adjusted mean of each class with documents weighted; NaN where none of
-        its tokens is drawn.
+    def of_layer(self, sums_UM: Floats) -> _Profile:
+        """From the sums of the values of one layer.
 
         The product over cells, most of the work, is taken in single precision of what each cell
         adds to its class's mean: the error is 1e-6 of the spread, whatever the mean.
         """
-        if self._known is None or self._known[0] is not weights_BU:
-            self._known = weights_BU, self._of_draws(weights_BU)
-        draws = self._known[1]
-        sums_UC = self._by_class(sums_UM)
-        mean_C = sums_UC.sum(axis=0) / np.maximum(self._n_C, 1)
+        sums_M, sums_UC = sums_UM.sum(axis=0), self._by_class(sums_UM)
+        mean_C = self._by_class(sums_M[None])[0] / np.maximum(self._n_C, 1)
         more_UM = (sums_UM - self._counts_UM * mean_C[self._rows]).astype(np.float32)
-        more_BC = self._by_class((draws.weights @ more_UM) * draws.cells)
-        raw_BC = over(weights_BU @ sums_UC, draws.tokens)
-        return np.stack([raw_BC, mean_C + over(more_BC, draws.shares)], axis=1)
+        samples = []
+        for draws in self._draws or self._blocks():
+            raw_BC = over(draws.documents.times(sums_UC), draws.tokens)
+            parts = draws.singles.rows_times(more_UM)
+            more = [self._by_class(part * draws.cells[rows]) for rows, part in parts]
+            adjusted_BC = mean_C + over(np.concatenate(more), draws.shares)
+            samples.append(np.stack([raw_BC, adjusted_BC], axis=1))
+        return self._profile(sums_M, np.concatenate(samples) if samples else None)
 
-    def mean(self, sums_UM: Floats) -> Floats:
-        """[2, C]: of all documents, in double precision."""
-        n_M, sums_M = self._counts_UM.sum(axis=0), sums_UM.sum(axis=0)
-        weight_M = np.where(n_M > 0, self.layout.cells["weight"].to_numpy(), 0)
-        tables = sums_M, n_M, weight_M * sums_M / np.maximum(n_M, 1), weight_M
+    def frame(self, layers: Iterable[int], profiles: Iterable[_Profile]) -> pl.DataFrame:
+        """The rows of these layers and of the mean over them."""
+        sums_M, samples_B2C, rows = np.zeros(1), np.zeros(1), []
+        for layer, profile in zip(layers, profiles, strict=True):
+            rows.append((layer, profile.values))
+            sums_M = sums_M + profile.sums
+            if profile.samples is not None:
+                samples_B2C = samples_B2C + profile.samples
+        samples = None if self._resampling is None else samples_B2C / len(rows)
+        rows.append((None, self._profile(sums_M / len(rows), samples).values))
+        classes, coverage_C = self._layout.classes, self._by_class(self._weight_M[None])[0]
+        frames = [
+            classes.with_columns(
+                pl.lit(layer, pl.UInt32).alias("layer"),
+                pl.Series("coverage", coverage_C),
+                *map(pl.Series, _VALUES, values),
+            )
+            for layer, values in rows
+        ]
+        return nulls(pl.concat(frames).select(*_COLUMNS).sort("layer", "class", nulls_last=False))
+
+    def _profile(self, sums_M: Floats, samples_B2C: Floats | None) -> _Profile:
+        classes = self._layout.classes
+        low_2C = high_2C = np.full((2, classes.height), np.nan)
+        if samples_B2C is not None and self._resampling is not None:
+            level, n_docs = self._resampling.level, classes["n_docs"].to_numpy()
+            low_2C, high_2C = expanded_interval(samples_B2C, level, n_docs)
+        weight_M = np.where(self._n_M > 0, self._weight_M, 0)
+        tables = sums_M, self._n_M, weight_M * sums_M / np.maximum(self._n_M, 1), weight_M
         raw_C, n_C, adjusted_C, weight_C = self._by_class(np.stack(tables))
-        return np.stack([over(raw_C, n_C), over(adjusted_C, weight_C)])
+        mean_2C = over(np.stack([raw_C, adjusted_C]), np.stack([n_C, weight_C]))
+        values_6C = np.stack([mean_2C, low_2C, high_2C], axis=1).reshape(6, -1)
+        return _Profile(values_6C, sums_M, samples_B2C)
 
-    def _of_draws(self, weights_BU: Floats) -> "_Draws":
-        n_BM = weights_BU @ self._counts_UM
-        weight_BM = np.where(n_BM > 0, self.layout.cells["weight"].to_numpy(), 0)
-        return _Draws(
-            weights_BU.astype(np.float32),
-            (weight_BM / np.maximum(n_BM, 1)).astype(np.float32),
-            self._by_class(n_BM),
-            self._by_class(weight_BM),
-        )
-
-    def _by_class(self, values_BM: NDArray) -> NDArray:
+    def _by_class(self, values_BM: NDArray) -> Floats:
         """[B, C]: sums over the cells of each class, which stand together."""
         return np.add.reduceat(values_BM, self._starts, axis=1)
 
+    def _blocks(self) -> "Iterator[_Draws]":
+        if self._resampling is None:
+            return
+        for weights_BU in self._resampling.blocks(self._layout.docs.units):
+            documents, singles = Left(weights_BU, np.float64), Left(weights_BU, np.float32)
+            most = self._counts_UM.max() * len(self._counts_UM)  # tokens of a cell that are drawn
+            exact = singles if most <= EXACT_SINGLE else documents
+            cells, tokens, shares = [], [], []
+            for _, n_RM in exact.rows_times(self._counts_UM):
+                weight_RM = np.where(n_RM > 0, self._weight_M, 0)
+                cells.append((weight_RM / np.maximum(n_RM, 1)).astype(np.float32))
+                tokens.append(self._by_class(n_RM.astype(np.float64)))
+                shares.append(self._by_class(weight_RM))
+            yield _Draws(
+                documents,
+                singles,
+                np.concatenate(cells),
+                np.concatenate(tokens),
+                np.concatenate(shares),
+            )
+
 
 class _Draws(NamedTuple):
-    """Of each draw of documents: weights of the documents [B, U]; weight over number of tokens of
-    each cell [B, M]; tokens, and weight, of each class [B, C].
+    """Of draws of documents: how often each document was drawn, in double and in single precision;
+    weight over number of tokens of each cell [B, M]; tokens, and weight, of each class [B, C].
     """
 
-    weights: NDArray[np.float32]
+    documents: Left
+    singles: Left
     cells: NDArray[np.float32]
     tokens: Floats
     shares: Floats
 
 
-def _profile(
-    drawn: _Drawn, layer: int | None, sums_UM: Floats, resampling: Resampling | None
-) -> pl.DataFrame:
-    """The rows of one layer, one for each class."""
-    cells, classes = drawn.layout.cells, drawn.layout.classes
-    low_2C = high_2C = np.full((2, classes.height), np.nan)
-    if resampling is not None:
-        low_2C, high_2C = resampling.interval(
-            lambda weights: drawn.means(weights, sums_UM),
-            len(sums_UM),
-            classes["n_docs"].to_numpy(),
-        )
-    values_2C = drawn.mean(sums_UM)
-    weights = cells["class_row"].to_numpy(), cells["weight"].to_numpy()
-    frame = classes.with_columns(
-        pl.lit(layer, pl.UInt32).alias("layer"),
-        mean=values_2C[0],
-        lo=low_2C[0],
-        hi=high_2C[0],
-        adjusted=values_2C[1],
-        adjusted_lo=low_2C[1],
-        adjusted_hi=high_2C[1],
-        coverage=np.bincount(*weights, minlength=classes.height),
-    )
-    return nulls(frame.select(*_COLUMNS))
-
-
+_VALUES = ("mean", "lo", "hi", "adjusted", "adjusted_lo", "adjusted_hi")
 _COLUMNS = (
     {"layer": pl.UInt32(), "class": pl.String(), "n_tokens": pl.Int64(), "n_docs": pl.Int64()}
     | dict.fromkeys(("mean", "lo", "hi"), pl.Float64())

@@ -10,7 +10,7 @@ is no interval.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,14 +59,20 @@ class Resampling:
         if documents < MIN_DOCUMENTS:
             missing = np.full(statistic(np.ones((1, documents))).shape[1:], np.nan)
             return missing, missing
-        if documents * self.resamples <= BLOCK_CELLS:
-            blocks = [_only_block(documents, self.resamples, self.seed)]
-        else:
-            blocks = document_weights(documents, self.resamples, self.seed)
-        samples = np.concatenate([statistic(weights) for weights in blocks])
+        samples = np.concatenate([statistic(weights) for weights in self.blocks(documents)])
         return expanded_interval(
             samples, self.level, documents if contributing is None else contributing
         )
+
+    def blocks(self, documents: int) -> Iterable[Floats]:
+        """``document_weights``; one block is drawn once for all layers."""
+        if self.is_one_block(documents):
+            return [_only_block(documents, self.resamples, self.seed)]
+        return document_weights(documents, self.resamples, self.seed)
+
+    def is_one_block(self, documents: int) -> bool:
+        """Whether the weights of all draws are held at once."""
+        return documents * self.resamples <= BLOCK_CELLS
 
 
 def document_weights(documents: int, resamples: int, seed: int) -> Iterator[Floats]:

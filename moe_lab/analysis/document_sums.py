@@ -37,7 +37,8 @@ class Documents:
         """[T] the unit of each token's document."""
         consecutive = len(self.docs) and self.docs[-1] - self.docs[0] == len(self.docs) - 1
         row = doc - self.docs[0] if consecutive else np.searchsorted(self.docs, doc)
-        return row.astype(np.int64) % max(self.units, 1)
+        row = row.astype(np.int64)
+        return row if self.units >= len(self.docs) else row % max(self.units, 1)
 
 
 def documents(trace: Trace, cells: int = 1) -> Documents:

@@ -42,10 +42,11 @@ from moe_lab.trace.manifest import Manifest
 from moe_lab.worker_processes import WorkerProcesses
 
 A = TypeVar("A")
+B = TypeVar("B")
 Fold = Callable[[A | None, pl.DataFrame], A]
 """(The result so far, None before the first frame; a frame) -> the result."""
 GROUP_ROWS = 2**20
-"""Rows of a table that one task reads, at least; tables of whole files."""
+"""Rows that one task reads, at least, of all its tables together; of whole files."""
 MOST_GROUPS = 256
 """Groups of a table, at most: tasks grow with the trace."""
 KEPT_DAYS = 30
@@ -169,7 +170,8 @@ def mapped(
             (``moe_lab.sweeps.launchers.ray_tasks.RayTasks``).
         cache: folder for partial frames, ``partial-frames`` in the cache folder by default. They
             are removed when the block ends without an error.
-        rows: of a table that one task reads, at least. The result does not depend on it.
+        rows: that one task reads, at least, of the tables that it reads side by side. The result
+            does not depend on it.
 
     Raises:
         ConfigError: fewer than 1 worker or row.
@@ -204,7 +206,7 @@ def reduced(sums: Iterable[Sum[A]]) -> Iterator[A]:
     """The result of each sum, in order: its partial frames folded in the order of the files."""
     mapping = _mapping.get()
     if mapping is None:
-        yield from _side_by_side(sums)
+        yield from side_by_side(_computed_here, sums, lambda one: one.size)
         return
     jobs = [(one, _tasks(one, mapping.rows)) for one in sums]
     total = sum(len(tasks) for _, tasks in jobs)
@@ -225,29 +227,31 @@ def reduced(sums: Iterable[Sum[A]]) -> Iterator[A]:
         yield result  # type: ignore[misc]
 
 
-def _side_by_side(sums: Iterable[Sum[A]]) -> Iterator[A]:
-    """The result of each sum, in order: two are computed in threads while one is used, so that a
-    table is read while another is counted. Together they hold at most ``MAX_CELLS``, or one of them
-    alone.
+def side_by_side(
+    compute: Callable[[B], A], items: Iterable[B], size: Callable[[B], int] = lambda _: 0
+) -> Iterator[A]:
+    """What is computed of each item, in order: two are computed in threads while one is used, so
+    that a table is read while another is counted. Together their sizes are at most ``MAX_CELLS``,
+    or it is one of them alone.
     """
-
-    def compute(one: Sum[A]) -> A:
-        return one.fold(None, one.partial(*one.traces, *one.arguments))
-
     with ThreadPoolExecutor(2) as pool:
         begun: deque[tuple[int, Future[A]]] = deque()
         try:
-            for one in sums:
+            for item in items:
                 while len(begun) > 2 or (
-                    begun and sum(size for size, _ in begun) + one.size > MAX_CELLS
+                    begun and sum(held for held, _ in begun) + size(item) > MAX_CELLS
                 ):
                     yield begun.popleft()[1].result()
-                begun.append((one.size, pool.submit(compute, one)))
+                begun.append((size(item), pool.submit(compute, item)))
             while begun:
                 yield begun.popleft()[1].result()
         finally:
             for _, submitted in begun:
                 submitted.cancel()
+
+
+def _computed_here(one: Sum[A]) -> A:
+    return one.fold(None, one.partial(*one.traces, *one.arguments))
 
 
 def appended(frames: list[pl.DataFrame] | None, frame: pl.DataFrame) -> list[pl.DataFrame]:
@@ -287,7 +291,7 @@ def _tasks(one: Sum, rows: int) -> list[Task]:
     if not one.whole and all(end[-1] == total for end in ends):
         begins = ends[0] if one.cuts is None else one.cuts()
         for end in () if begins is None else begins:
-            if end - cuts[-1] >= max(rows, total // MOST_GROUPS):
+            if end - cuts[-1] >= max(rows // len(tables), total // MOST_GROUPS):
                 cuts.append(int(end))
     cuts = [*cuts[: max(1, len(cuts) - 1)], None]
     called = f"{__version__} {one.partial.__module__}.{one.partial.__qualname__} ".encode()
@@ -350,7 +354,7 @@ def _computed(mapping: _Mapping, tasks: Sequence[Task]) -> Iterator[pl.DataFrame
 
 def _keep(path: Path, frame: pl.DataFrame) -> None:
     with atomic_path(path) as temporary:
-        frame.write_ipc(temporary, compression="lz4")
+        frame.write_ipc(temporary)  # compressing sums of floats takes longer than writing them
 
 
 def _kept(path: Path) -> pl.DataFrame | None:

@@ -1,5 +1,7 @@
 """Compute per token class, against averages taken by hand and worlds whose answer is known."""
 
+import importlib
+
 import numpy as np
 import polars as pl
 import pytest
@@ -176,43 +178,85 @@ def test_another_value_of_the_routing_is_profiled_where_every_token_has_it(make_
         class_profile(trace, "kind", "loss")
 
 
-def test_intervals_are_those_of_sums_in_double_precision(tmp_path):
-    """A mean a hundred times its spread, in three strata, against sums of each draw."""
+def spread_values(folder):
+    """A trace of two layers with means a hundred times their spread, in three bands, and what it
+    was written from.
+    """
     generator = np.random.default_rng(3)
     doc, pos = (np.arange(4000) // 40).astype(np.uint32), (np.arange(4000) % 40).astype(np.uint32)
     kind, band = generator.choice(["a", "b"], 4000), generator.integers(0, 3, 4000)
-    values = (100 + band + generator.random(4000)[doc] + generator.random(4000)).astype(np.float32)
-    meta = TraceMeta(layers=(LayerMeta(0, 4, 0, 1),))
-    with TraceWriter(tmp_path / "t", meta) as writer:
+    base = 100 + band + generator.random(4000)[doc]
+    values = {layer: (base + generator.random(4000)).astype(np.float32) for layer in (0, 1)}
+    meta = TraceMeta(layers=(LayerMeta(0, 4, 0, 1), LayerMeta(1, 4, 0, 1)))
+    with TraceWriter(folder, meta, rows_per_part=700) as writer:
         columns = {"doc": doc, "pos": pos, "token_id": pos, "kind": kind, "freq_band": band}
         writer.write_tokens(pl.DataFrame(columns))
         zero, one = np.zeros(4000, np.uint8), np.ones((4000, 1))
-        writer.write_rows(
-            0,
-            {"doc": doc, "pos": pos, "experts": zero[:, None].astype(np.uint16), "entropy": values}
-            | {"weights": one.astype(np.float16), "ffn_count": zero + 1, "zero_count": zero}
-            | {"gate_mass_ffn": values, "margin": values, "dropped": zero},
-            np.array([4000, 0, 0, 0]),
-        )
-    profile = class_profile(
-        open_trace(tmp_path / "t"), "kind", "entropy", include_first=True, resamples=200
-    ).filter(layer=0)
-    (weights_BD,) = document_weights(100, 200, 0)
-    for row in profile.rows(named=True):
-        total_B = total_weight = np.zeros(200)
-        for stratum in {*zip(band, np.log2(pos + 1).astype(int), strict=True)}:
-            inside = (band == stratum[0]) & (np.log2(pos + 1).astype(int) == stratum[1])
-            here = inside & (kind == row["class"])
-            tokens_B, sums_B = (
-                weights_BD @ np.bincount(doc[here], of[here].astype(np.float64), 100)
-                for of in (np.ones(4000), values)
+        for layer, of in values.items():
+            writer.write_rows(
+                layer,
+                {"doc": doc, "pos": pos, "experts": zero[:, None].astype(np.uint16), "entropy": of}
+                | {"weights": one.astype(np.float16), "ffn_count": zero + 1, "zero_count": zero}
+                | {"gate_mass_ffn": of, "margin": of, "dropped": zero},
+                np.array([4000, 0, 0, 0]),
             )
-            weight_B = np.where(tokens_B > 0, inside.mean(), 0)
-            total_B = total_B + weight_B * sums_B / np.maximum(tokens_B, 1)
+    stratum = 10 * band + np.log2(pos + 1).astype(int)
+    return open_trace(folder), doc, kind, stratum, values
+
+
+def test_intervals_are_those_of_sums_in_double_precision(tmp_path):
+    """Of each layer, and of the mean over both, against sums of each draw."""
+    trace, doc, kind, stratum, values = spread_values(tmp_path / "t")
+    profile = class_profile(trace, "kind", "entropy", include_first=True, resamples=200)
+    (weights_BD,) = document_weights(100, 200, 0)
+
+    def drawn(chosen, of):
+        return weights_BD @ np.bincount(doc[chosen], of[chosen].astype(np.float64), 100)
+
+    of_layer = values | {None: (values[0].astype(np.float64) + values[1]) / 2}
+    assert profile.height == 6
+    for row in profile.rows(named=True):
+        of = of_layer[row["layer"]]
+        total_B = total_weight = np.zeros(200)
+        for one in set(stratum):
+            here = (stratum == one) & (kind == row["class"])
+            tokens_B = drawn(here, np.ones(4000))
+            weight_B = np.where(tokens_B > 0, (stratum == one).mean(), 0)
+            total_B = total_B + weight_B * drawn(here, of) / np.maximum(tokens_B, 1)
             total_weight = total_weight + weight_B
+        here = kind == row["class"]
+        raw_B = drawn(here, of) / drawn(here, np.ones(4000))
         low, high = map(float, expanded_interval(total_B / total_weight, 0.95, row["n_docs"]))
         assert row["adjusted_lo"] == pytest.approx(low, abs=2e-6 * (high - low))
         assert row["adjusted_hi"] == pytest.approx(high, abs=2e-6 * (high - low))
+        low, high = map(float, expanded_interval(raw_B, 0.95, row["n_docs"]))
+        assert (row["lo"], row["hi"]) == pytest.approx((low, high), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        ("class_profile", "HELD_TOKENS", 0),
+        ("class_profile", "EXACT_SINGLE", 0),
+        ("class_profile", "MAX_CELLS", 0),
+        ("document_bootstrap", "BLOCK_CELLS", 100 * 50),
+    ],
+)
+def test_ways_of_computing_give_the_same_frame(tmp_path, monkeypatch, module, name, value):
+    """Token codes that are read again for each layer, counts in double precision, layers one by
+    one, and draws in blocks of 50.
+    """
+    trace, *_ = spread_values(tmp_path / "t")
+    whole = class_profile(trace, "kind", "entropy", resamples=200)
+    monkeypatch.setattr(importlib.import_module(f"moe_lab.analysis.{module}"), name, value)
+    assert class_profile(trace, "kind", "entropy", resamples=200).equals(whole)
+
+
+def test_keys_of_the_token_table_are_columns_like_others(make_trace):
+    trace = make_trace(ids_with([1, 2, 3, 4]), 4, 4, doc=[0, 0, 1, 1], pos=[1, 2, 1, 2])
+    profile = class_profile(trace, "pos").filter(layer=0)
+    assert profile.select("class", "n_docs", "mean").rows() == [(1, 2, 2.0), (2, 2, 3.0)]
+    assert class_profile(trace, "doc").filter(layer=0)["mean"].to_list() == [1.5, 3.5]
 
 
 def test_tokens_that_were_not_routed_are_in_no_class(make_trace, tmp_path):
