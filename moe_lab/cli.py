@@ -57,7 +57,7 @@ COMMANDS = {
         "moe_lab.commands.ablate",
         "what a model loses without each expert, and which score says so",
     ),
-    "report": ("moe_lab.commands.report", "one offline HTML page from a sweep or from runs"),
+    "report": ("moe_lab.commands.report", "one offline HTML page from sweeps, runs or traces"),
     "count": (
         "moe_lab.commands.count",
         "exact parameters and FLOPs of a published model or a configuration",

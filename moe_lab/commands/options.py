@@ -399,9 +399,10 @@ def layers_of(source: "Path | Trace") -> "pl.DataFrame":
 
 def load_sentence(layers: "pl.DataFrame") -> str:
     """The load of all layers in a sentence, from ``layers_of``."""
-    worst = layers.sort("load_cv", descending=True, nulls_last=True).row(0, named=True)
-    if worst["load_cv"] is None:
+    known = layers.drop_nulls("load_cv").sort("load_cv", descending=True)
+    if known.is_empty():
         return "load: no real expert ran"
+    worst = known.row(0, named=True)
     return (
         f"load over {count_of(len(layers), 'MoE layer')}: mean CV {layers['load_cv'].mean():.2f} "
         f"(0 is even), worst in layer {worst['layer']} with CV {worst['load_cv']:.2f} and MaxVio "

@@ -23,7 +23,7 @@ WINDOWS = (1, 2, 4, 8, 16)
 
 def serving_section(material: Material, frames: Frames) -> list[tuple[str, Block]]:
     """Headings and blocks of the traces that are looked into and that a page can replay."""
-    usable = [named for named in material.traces if _usable(named)]
+    usable = [named for named in material.traces if _usable(named, frames)]
     makers = {
         "What a cache of experts finds": _cache_block,
         "Load of devices": _placement_block,
@@ -36,9 +36,12 @@ def serving_section(material: Material, frames: Frames) -> list[tuple[str, Block
     )
 
 
-def _usable(named: NamedTrace) -> bool:
+def _usable(named: NamedTrace, frames: Frames) -> bool:
+    """Whether the trace says which experts ran, is not too long to be replayed, and some ran."""
     slots = sum(layer.top_k for layer in named.trace.meta.layers) * named.trace.num_tokens
-    return named.trace.meta.zero_experts_known and 0 < slots <= MAX_SLOTS
+    if not named.trace.meta.zero_experts_known or not 0 < slots <= MAX_SLOTS:
+        return False
+    return frames(_counts, named.trace).filter(~pl.col("is_zero"))["count"].sum() > 0
 
 
 def _cache_block(named: NamedTrace, frames: Frames) -> Block:

@@ -66,7 +66,7 @@ def bytes_by_layer(
     given = {number: f"{size:g} in layer {number}" for number, size in table.items()}
     require(
         all(1 <= size <= MOST for size in sizes),  # not where one is NaN
-        f"the bytes of one expert of each layer, 1 to {MOST}",
+        f"the bytes of one expert of each layer, 1 to {MOST:,}",
         ", ".join(given.get(layer.layer, f"none for layer {layer.layer}") for layer in layers[:5]),
         "--config with the model's config.json, or --expert-bytes",
         error=AnalysisError,

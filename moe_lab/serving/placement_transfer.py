@@ -3,10 +3,12 @@ part of a trace and judges on another; ``tokens_needed`` asks how many tokens th
 ``nodes_touched`` counts what crosses nodes.
 
 Judged is the imbalance: load of the fullest device over the mean, of all tokens of a part together,
-mean over layers. A batch is smaller than a part and less even (``load_over_windows``).
+mean over the layers in which a real expert ran. A batch is smaller than a part and less even
+(``load_over_windows``).
 Shape letters: U units of documents, G groups, L layers, E real experts, D devices.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from moe_lab.analysis.aligned_rows import add_counts
 from moe_lab.analysis.document_bootstrap import MIN_DOCUMENTS, RESAMPLES, Floats, Resampling
 from moe_lab.analysis.document_sums import Documents, documents, nulls
-from moe_lab.analysis.map_reduce import cells, counted
+from moe_lab.analysis.map_reduce import Sum, cells, counted, reduced
 from moe_lab.analysis.slot_counts import unit_counts
 from moe_lab.analysis.token_groups import grouping
 from moe_lab.errors import AnalysisError, expected, require
@@ -131,7 +133,7 @@ def _judged(
         load = np.einsum("bu,ule->ble", weights, counts_UN)
         values = np.stack(
             [
-                np.stack([one.imbalance(row).mean() for row in load])
+                np.stack([_over_layers(one.imbalance(row)) for row in load])
                 for one in (placement, contiguous)
             ]
         ).T
@@ -139,15 +141,21 @@ def _judged(
 
     low, high = resampling.interval(both, len(counts_UN))
     at = both(np.ones((1, len(counts_UN))))[0]
-    bound = float(np.nanmean(placement_bound(unseen, devices, slots)))
+    bound = _over_layers(placement_bound(unseen, devices, slots))
     beats = "yes" if low[2] > 0 else "no" if high[2] < 0 else "cannot tell"
     number = int(present.sum())
     note = "" if number >= MIN_DOCUMENTS else f"No interval: fewer than {MIN_DOCUMENTS} documents."
-    in_sample = float(np.nanmean(placement.imbalance(known)))
+    in_sample = _over_layers(placement.imbalance(known))
     return [
         at[0], low[0], high[0], in_sample, at[1], low[1], high[1], at[2], low[2], high[2], bound,
         beats, number, note,
     ]  # fmt: skip
+
+
+def _over_layers(values_L: Floats) -> float:
+    """Mean over the layers in which a real expert ran, NaN where there is none."""
+    known = values_L[~np.isnan(values_L)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 class _Loads:
@@ -244,12 +252,15 @@ def tokens_needed(
         placement was more even than contiguous. Enough is the first row with ``gain_lo`` above 0.
 
     Raises:
-        As ``placement_transfer``; fewer than 2 documents.
+        As ``placement_transfer``; fewer than 2 documents; no real expert that ran.
     """
     require_real_experts(trace, "placement")
     table = _Loads(trace, "documents", seed)
     counts_ULE = table.counts(table.everything)
-    slots_each = sum(layer.top_k for layer in table.layers)
+    require(counts_ULE.any(), "a trace in which a real expert ran", "none", error=AnalysisError)
+    first = table.layers[0].layer
+    fold = counted((table.docs.units,))
+    (tokens_U,) = reduced([Sum(_tokens, (trace,), (first,), fold, (first, table.docs))])
     generator = np.random.default_rng(seed)
     half = len(counts_ULE) // 2
     sizes = [2**power for power in range(20) if 2**power < half] + [half]
@@ -258,12 +269,12 @@ def tokens_needed(
     for _ in range(repeats):
         order = generator.permutation(len(counts_ULE))
         unseen = counts_ULE[order[half:]].sum(axis=0)
-        base = float(np.nanmean(contiguous.imbalance(unseen)))
+        base = _over_layers(contiguous.imbalance(unseen))
         for size in sizes:
             known = counts_ULE[order[:size]].sum(axis=0)
             placement = place(known, devices, slots, method, nodes=nodes, groups=groups)
-            value = float(np.nanmean(placement.imbalance(unseen)))
-            found[size].append((known.sum() / slots_each, value, base))
+            value = _over_layers(placement.imbalance(unseen))
+            found[size].append((tokens_U[order[:size]].sum(), value, base))
     rows = []
     for size, values in found.items():
         tokens, imbalance, base = np.array(values).T
@@ -274,7 +285,15 @@ def tokens_needed(
         )  # fmt: skip
     names = ("tokens", "imbalance", "lo", "hi", "contiguous", "gain", "gain_lo", "gain_hi", "beats")
     schema = {"documents": pl.Int64, **dict.fromkeys(names, pl.Float64)}
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    return nulls(pl.DataFrame(rows, schema=schema, orient="row"))
+
+
+def _tokens(trace: Trace, layer: int, docs: Documents) -> pl.DataFrame:
+    """Cells of [U]: tokens of each unit."""
+    tokens_U = np.zeros(docs.units, np.int64)
+    for frame in trace.batches(layer, ["doc"]):
+        add_counts(tokens_U, docs.unit(frame["doc"].to_numpy()))
+    return cells(tokens_U)
 
 
 def nodes_touched(
@@ -362,8 +381,11 @@ def placement_sentence(frame: pl.DataFrame) -> str:
     """The transfer in one sentence, the interval first; of several parts the one that gains
     least.
     """
-    together = frame.filter(pl.col("judged_on") == OTHERS)
-    row = (together if together.height else frame).sort("gain").row(0, named=True)
+    known = frame.drop_nulls(["gain", "in_sample"])
+    if known.is_empty():
+        return "No placement could be judged: no real expert ran in one part of the text."
+    together = known.filter(pl.col("judged_on") == OTHERS)
+    row = (together if together.height else known).sort("gain").row(0, named=True)
     says = {
         "yes": "is more even than the contiguous one",
         "no": "is less even than the contiguous one",

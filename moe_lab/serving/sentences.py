@@ -82,6 +82,8 @@ def decode_sentence(frame: pl.DataFrame) -> str:
         return "No batch or window of these sizes fits the trace."
     row = rows.sort("size", "kind").row(-1, named=True)
     kind = "tokens in a row" if row["kind"] == "window" else "requests together"
+    if not row["measured"]:
+        return f"Steps of {row['size']} {kind} touch no real expert."
     touched = ranged(row["measured"], row["lo"], row["hi"], " experts of a layer")
     return (
         f"Steps of {row['size']} {kind} touch {touched}; independent tokens of the same "

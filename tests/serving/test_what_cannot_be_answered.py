@@ -22,12 +22,14 @@ from moe_lab.serving import (
     nodes_touched,
     place,
     placement_bound,
+    placement_sentence,
     placement_transfer,
     prefetch,
     speculation,
     tokens_needed,
     workload_agreement,
 )
+from moe_lab.serving.sentences import decode_sentence
 
 
 def agreement(trace):
@@ -203,3 +205,27 @@ def test_speculation_of_zero_compute_experts_alone_is_refused(write_trace):
     ids = np.tile([4, 5], (20, 1, 1))
     with pytest.raises(AnalysisError, match="a trace in which a real expert ran, got none"):
         speculation(write_trace(ids, np.repeat([0, 1], 10), 4, num_zero=2), [2], expert_bytes=1)
+
+
+def test_layers_in_which_no_real_expert_ran_are_left_out_of_placements(write_trace):
+    """The first layer is as it is alone; documents have 10 tokens, whatever their slots ran."""
+    doc, generator = np.repeat(np.arange(12), 10), np.random.default_rng(0)
+    ids = generator.random((120, 2, 8)).argsort(axis=2)[:, :, :3]
+    ids[:, 1] = [5, 6, 7]
+    both, alone = write_trace(ids, doc, 4, num_zero=4), write_trace(ids[:, :1], doc, 4, num_zero=4)
+    moved = placement_transfer(both, 2, resamples=20)
+    assert moved.equals(placement_transfer(alone, 2, resamples=20))
+    assert moved["lo"][0] is not None
+    needed = tokens_needed(both, 2, repeats=4)
+    assert needed.equals(tokens_needed(alone, 2, repeats=4))
+    assert needed["tokens"].to_list() == [10 * size for size in needed["documents"]]
+
+
+def test_a_trace_in_which_no_real_expert_ran_is_told(write_trace):
+    ids = np.tile([4, 5, 6], (120, 1, 1))
+    trace = write_trace(ids, np.repeat(np.arange(12), 10), 4, num_zero=4)
+    sentence = placement_sentence(placement_transfer(trace, 2, resamples=5))
+    assert "no real expert ran" in sentence
+    assert "no real expert" in decode_sentence(distinct_experts(trace, window=[3], resamples=5))
+    with pytest.raises(AnalysisError, match="a trace in which a real expert ran, got none"):
+        tokens_needed(trace, 2, repeats=2)
