@@ -6,6 +6,7 @@ headers beside it, flags, compiler and processor, so that machines that share a 
 share code that only one of them can run.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -51,6 +52,18 @@ def shared_library(source: Path, flags: Sequence[str]) -> Path:
             command = [compiler, *flags, str(source), "-o", str(temporary)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     return path
+
+
+def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+    """``shared_library`` in this process; a file of the cache that cannot be loaded is compiled
+    again. Raises what ``shared_library`` does.
+    """
+    path = shared_library(source, flags)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # cut off by a full disk, for example
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(shared_library(source, flags)))
 
 
 def reason(error: Exception) -> str:

@@ -123,6 +123,17 @@ def test_a_library_is_named_by_the_headers_beside_its_source_too(
     assert compiled.shared_library(source, ("-shared", "-fPIC")) != first
 
 
+def test_a_library_that_cannot_be_loaded_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path / "cache"))
+    source, flags = tmp_path / "one.cpp", ("-shared", "-fPIC")
+    source.write_text('extern "C" int one() { return 1; }')
+    path = compiled.shared_library(source, flags)
+    path.write_bytes(bytes(path.stat().st_size))  # a disk that lost what was written
+    assert compiled.load(source, flags).one() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("experts", "k"), [(8, 8), (33, 1), (256, 8)])
 def test_the_top_k_are_those_of_a_stable_sort(dtype: torch.dtype, experts: int, k: int) -> None:

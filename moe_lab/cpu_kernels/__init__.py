@@ -66,7 +66,7 @@ def _search() -> ctypes.CDLL | str:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     try:
-        loaded = ctypes.CDLL(str(compiled.shared_library(SOURCE, FLAGS)))
+        loaded = compiled.load(SOURCE, FLAGS)
     except (OSError, RunError, subprocess.SubprocessError, compiled.NoCompilerError) as error:
         return f"the experts could not be compiled: {compiled.reason(error)}"
     loaded.moe_plan.restype = None

@@ -6,6 +6,7 @@
 // Letters: T tokens, K slots, N = T * K, E experts, D d_model, F d_expert. Slots are in expert order: row r of expert e is the slot
 // order[r], starts[e] <= r < starts[e + 1]; place[slot] is r, or -1 for a slot that runs no real expert.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -248,10 +249,31 @@ void forward(const Layer<S>& z, S* act, S* y) {
   });
 }
 
-// Gradients of x [T, D], weights [N], gate_up and down from `grad` [T, D] and the `act` of the forward pass.
+// The sum of squares of `n` numbers, in an order that depends on `n` alone.
 template <typename S>
-void backward(const Layer<S>& z, const S* grad, const S* act, S* grad_x, S* grad_weights, S* grad_gate_up, S* grad_down) {
+double sum_of_squares(const S* values, int64_t n) {
+  constexpr int64_t W = Simd<S>::lanes, kPart = 4096;
+  double total = 0;
+  for (int64_t first = 0; first < n; first += kPart) {
+    const int64_t end = std::min(n, first + kPart);
+    Vector<S> sums[4] = {};  // as many as hide how long an addition takes
+    int64_t i = first;
+    for (; i + 4 * W <= end; i += 4 * W)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sums[j] += load(values + i + j * W) * load(values + i + j * W);
+    const Vector<S> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int64_t lane = 0; lane < W; ++lane) total += sum[lane];
+    for (; i < end; ++i) total += double(values[i]) * values[i];
+  }
+  return total;
+}
+
+// Gradients of x [T, D], weights [N], gate_up and down from `grad` [T, D] and the `act` of the forward pass; squares [2]: the sums of squares of the last
+// two, added up while an expert's are in cache.
+template <typename S>
+void backward(const Layer<S>& z, const S* grad, const S* act, S* grad_x, S* grad_weights, S* grad_gate_up, S* grad_down, double* squares) {
   const int64_t B = z.block(), D = z.D, F = z.F;
+  std::vector<std::array<double, 2>> squares_of(z.E);
   std::fill(grad_weights, grad_weights + z.T * z.K, S(0));
   advise(grad_gate_up, z.E * 2 * F * D);
   advise(grad_down, z.E * D * F);
@@ -281,7 +303,13 @@ void backward(const Layer<S>& z, const S* grad, const S* act, S* grad_x, S* grad
       if (z.on_input) input_weights<S>(z, order, n, weight, out, dot);
       for (int64_t r = 0; r < n; ++r) grad_weights[order[r]] = dot[r];
     }
+    squares_of[e] = {sum_of_squares(grad_gate_up + e * 2 * F * D, 2 * F * D), sum_of_squares(grad_down + e * D * F, D * F)};
   });
+  squares[0] = squares[1] = 0;
+  for (const auto& [into, out_of] : squares_of) {
+    squares[0] += into;
+    squares[1] += out_of;
+  }
 }
 
 }  // namespace
@@ -326,9 +354,9 @@ MOE_ROUTER(double, f64)
     MOE_LAYER(S);                                                                                                                     \
     forward<S>(z, act, y);                                                                                                            \
   }                                                                                                                                   \
-  void moe_backward_##name(MOE_ARGUMENTS(S), const S* grad, const S* act, S* grad_x, S* grad_weights, S* grad_gate_up, S* grad_down) {  \
+  void moe_backward_##name(MOE_ARGUMENTS(S), const S* grad, const S* act, S* grad_x, S* grad_weights, S* grad_gate_up, S* grad_down, double* squares) {  \
     MOE_LAYER(S);                                                                                                                     \
-    backward<S>(z, grad, act, grad_x, grad_weights, grad_gate_up, grad_down);                                                           \
+    backward<S>(z, grad, act, grad_x, grad_weights, grad_gate_up, grad_down, squares);                                                  \
   }
 MOE_FACE(float, f32)
 MOE_FACE(double, f64)

@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL | str:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     try:
-        loaded = ctypes.CDLL(str(compiled.shared_library(SOURCE, FLAGS)))
+        loaded = compiled.load(SOURCE, FLAGS)
     except (OSError, RunError, subprocess.SubprocessError, compiled.NoCompilerError) as error:
         return f"the replays could not be compiled: {compiled.reason(error)}"
     loaded.lru_new.restype = loaded.cache_new.restype = ctypes.c_void_p

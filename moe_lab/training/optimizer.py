@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from moe_lab.cpu_kernels.noted_squares import noted_squares
 from moe_lab.training.checkpoint import whole
 from moe_lab.training.config import OptimizerConfig
 
@@ -29,14 +30,17 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     before. [] float32. Sharded gradients count as whole ones.
 
     On a CPU, gradients within the norm are left alone: multiplying them by one would read and write
-    the whole bank.
+    the whole bank. Where the backward pass has added up the squares of a bank's gradient, they are
+    not added up again; the norm then differs by rounding.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = whole(
-        torch.nn.utils.get_total_norm(
-            [parameter.grad for parameter in parameters if parameter.grad is not None]
-        )
-    )
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    noted = [noted_squares(gradient) for gradient in gradients]
+    known = [squares for squares in noted if squares is not None]
+    others = [one for one, squares in zip(gradients, noted, strict=True) if squares is None]
+    norm = whole(torch.nn.utils.get_total_norm(others))
+    if known:
+        norm = torch.stack([norm.double().square(), *known]).sum().sqrt().to(norm.dtype)
     if norm.device.type != "cpu" or not norm <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lab import cpu_kernels
 from moe_lab.accounting import count
 from moe_lab.document_pass import Excerpt, excerpts_of
 from moe_lab.errors import MoELabError, RunError, require
@@ -255,6 +256,8 @@ class _Run:
         self.model.train()
         last_status = 0.0
         first = self.ranks.first
+        if first and self._dispatch() == "cpu" and (problem := cpu_kernels.problem()):
+            say(f"experts run without compiled code, which takes longer: {problem}")
         if self.step == 0:
             self._validate(tracking)
         while self.step < self.config.steps:

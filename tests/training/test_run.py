@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from refusals import refused
 
+from moe_lab import cpu_kernels
 from moe_lab.errors import CheckpointError, RunError
 from moe_lab.model import DecoderConfig, MoEConfig
 from moe_lab.routing import ControllerConfig, ControllerKind, RouterConfig
@@ -298,3 +299,15 @@ def test_load_run_refuses_an_unfinished_run(config: RunConfig, tmp_path: Path) -
     folder = interrupted(config, tmp_path)
     with refused("run", RunError):
         load_run(folder)
+
+
+def test_a_run_without_compiled_experts_says_so_once(
+    config: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "_ready", False)
+    monkeypatch.setattr(cpu_kernels, "_search", lambda: "no C++ compiler found")
+    assert train(config, tmp_path / "run").record["dispatch"] == "cpu"
+    assert capsys.readouterr().err.count("no C++ compiler found") == 1

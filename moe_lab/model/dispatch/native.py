@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_lab.cpu_kernels import DTYPES, available, integers, library, pointers, problem
+from moe_lab.cpu_kernels.noted_squares import note_squares
 from moe_lab.errors import ConfigError, expected
 from moe_lab.model.dispatch.bank import Bank, gating_of, require_fit, takes_biases
 from moe_lab.model.dispatch.order import require_countable
@@ -117,21 +119,25 @@ def _experts_backward(
     place: Tensor,
     on_input: bool,
     gating: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, gate_up and down."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, gate_up and down; [2] float64, sums of squares of the last two."""
     grad, x, weights, gate_up, down = (
         value.contiguous() for value in (grad, x, weights, gate_up, down)
     )
     gradients = [torch.empty_like(value) for value in (x, weights, gate_up, down)]
     layer = _layer(x, indices, weights, gate_up, down, order, starts, place, on_input, gating)
-    getattr(library(), f"moe_backward_{DTYPES[x.dtype]}")(*layer, *pointers(grad, act, *gradients))
-    return gradients[0], gradients[1], gradients[2], gradients[3]
+    squares = torch.empty(2, dtype=torch.float64)
+    getattr(library(), f"moe_backward_{DTYPES[x.dtype]}")(
+        *layer, *pointers(grad, act, *gradients, squares)
+    )
+    return gradients[0], gradients[1], gradients[2], gradients[3], squares
 
 
 @_experts_backward.register_fake
 def _(grad: Tensor, x: Tensor, indices: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
     weights, gate_up, down, *_ = tensors
-    return tuple(torch.empty_like(value) for value in (x, weights, gate_up, down))
+    gradients = (torch.empty_like(value) for value in (x, weights, gate_up, down))
+    return *gradients, x.new_empty(2, dtype=torch.float64)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -141,9 +147,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    grad_x, grad_weights, grad_gate_up, grad_down = torch.ops.moe_lab.experts_backward(
+    grad_x, grad_weights, grad_gate_up, grad_down, squares = torch.ops.moe_lab.experts_backward(
         grad, *ctx.saved_tensors, ctx.on_input, ctx.gating
     )
+    if type(squares) is Tensor and peek_interpreter_stack() is None:  # not while it is traced
+        note_squares(grad_gate_up, squares[0])
+        note_squares(grad_down, squares[1])
     return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None, None
 
 
