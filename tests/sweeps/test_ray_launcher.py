@@ -90,6 +90,29 @@ def test_after_the_hours_ray_gives_back_what_has_not_begun(
     assert found == {one.name: expected_loss(one) for one in runs}
 
 
+def test_a_cluster_here_that_does_not_come_up_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    calls: list[str] = []
+
+    def init(address: str, **_: object) -> None:
+        calls.append(address)
+        if len(calls) < good:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    good = ray_launcher.STARTS
+    assert ray_launcher._connect("") is ray
+    assert calls == ["local"] * good
+    calls.clear()
+    good += 1
+    with pytest.raises(RunError, match=r"at this machine, got .*timed out.*; try ray status"):
+        ray_launcher._connect("")
+    assert calls == ["local"] * ray_launcher.STARTS
+
+
 def test_an_unreachable_cluster_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=r"expected a Ray cluster at 127.0.0.1:1, got .*; try ray status"

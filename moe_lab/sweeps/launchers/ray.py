@@ -32,6 +32,8 @@ from moe_lab.sweeps.launchers.remote_run import RemoteRun, UnfitMachine, settle
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 120.0
 """For a first connection, which imports ray and starts no worker."""
+STARTS = 3
+"""Of a cluster here, at most: Ray gives a node 30 seconds to come up, however busy the machine."""
 WATCH_SECONDS = 2.0
 LOST_SECONDS = 20.0
 """Without its head for so long, a cluster is lost; Ray itself ends the process after 60."""
@@ -245,16 +247,20 @@ def _connect(address: str) -> Any:
     new = {} if address else {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     if address:
         _check_reachable(address)
-    try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            ignore_reinit_error=True,
-            logging_level="ERROR",
-            **new,
-        )
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise RunError(_no_cluster(address or "this machine", last_line(error))) from error
+    for left in range(0 if address else STARTS - 1, -1, -1):
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                ignore_reinit_error=True,
+                logging_level="ERROR",
+                **new,
+            )
+            break
+        except Exception as error:  # also of a node that does not come up: Exception itself
+            if not left:
+                place = address or "this machine"
+                raise RunError(_no_cluster(place, last_line(error))) from error
     return ray
 
 
