@@ -170,7 +170,7 @@ class ObjectStore:
             contents,
             f"a sweep's store with {SWEEPS}/",
             f"{self.folder} without one",
-            "moe-lab sweep run first",
+            "the URL of a sweep or of a trace, or moe-lab sweep run first",
             error=RunError,
         )
         plans = [

@@ -3,6 +3,7 @@ incomplete trace under the final name.
 """
 
 import ctypes
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -54,8 +55,7 @@ def put_in_place(new: Path, target: Path) -> None:
     An older folder there is swapped out in one step where the system can, and removed after.
     """
     try:
-        if not target.exists():
-            os.rename(new, target)
+        if put_where_none_is(new, target):
             return
         if _exchange(new, target):
             shutil.rmtree(new, ignore_errors=True)
@@ -72,6 +72,19 @@ def put_in_place(new: Path, target: Path) -> None:
         raise TraceStorageError(
             f"cannot write {target}: {error.strerror or error}; try another folder"
         ) from error
+
+
+def put_where_none_is(new: Path, target: Path) -> bool:
+    """Give ``new`` the name ``target``; False where a folder with files has it, of whichever
+    process. Raises ``OSError``.
+    """
+    try:
+        os.rename(new, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            return False
+        raise
+    return True
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -34,7 +34,7 @@ from moe_lab.trace.manifest import (
     read_manifest,
 )
 from moe_lab.trace.opened_trace import Trace
-from moe_lab.trace.publish import INCOMPLETE_SUFFIX, put_in_place
+from moe_lab.trace.publish import INCOMPLETE_SUFFIX, put_in_place, put_where_none_is
 from moe_lab.trace.remote_files import RemoteFiles, fetch_listing
 from moe_lab.trace.schema import META_FILE, SCHEMA_VERSION, ManifestMeta
 from moe_lab.trace.seal import digest, new_digest, seal, sealed_files, unsealed, write_seal
@@ -186,7 +186,9 @@ def _cleaned(
                 largest=max(sizes, default=0),
             )
             write_seal(written)
-            put_in_place(written, copy)
+            # Another process may have made it meanwhile, and reads data files from it by now.
+            if not put_where_none_is(written, copy) and sealed_files(copy) is None:
+                put_in_place(written, copy)
         prune(place)
     with suppress(OSError):
         os.utime(copy)  # when it was opened last

@@ -374,7 +374,7 @@ def test_credentials_and_networks_give_one_line(root: Path, trouble: str, messag
         (
             "bucket://b/empty",
             "expected a sweep's store with sweeps/, got bucket://b/empty without one; "
-            "try moe-lab sweep run first",
+            "try the URL of a sweep or of a trace, or moe-lab sweep run first",
         ),
     ],
 )

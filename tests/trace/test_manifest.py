@@ -1,5 +1,6 @@
 """The manifest: opening reads it alone, counts come from it, rows agree, damage is found."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from moe_lab.trace import (
     merge_traces,
     open_trace,
     part_files,
+    reader,
 )
 from moe_lab.trace.clean_copies import CleanCopies
 from moe_lab.trace.data_files import FolderFiles
 from moe_lab.trace.manifest import MANIFEST
+from moe_lab.trace.publish import put_in_place
 from moe_lab.trace.seal import SEAL_FILE, write_seal
 
 LAYERS = (LayerMeta(1, 6, 2, 3), LayerMeta(4, 4, 0, 2))
@@ -334,6 +337,39 @@ def test_many_small_parts_from_outside_are_refused_before_they_are_read(
     monkeypatch.setattr("moe_lab.trace.reader.call", None)  # no child is asked
     with pytest.raises(TraceError, match=f"^expected a manifest of .* got 12 parts of .* {folder}"):
         open_trace(folder)
+
+
+def test_two_commands_that_open_one_trace_from_outside_at_once_share_its_copies(
+    tmp_path, monkeypatch
+):
+    folder = Path(write(tmp_path / "t").folder)
+    (folder / SEAL_FILE).unlink()
+    monkeypatch.setattr(reader, "CHECKED_AT_OPENING", -1)
+    call, opened = reader.call, []
+
+    def open_another(*args, **options):
+        result = call(*args, **options)
+        if not opened:
+            opened.append(None)
+            opened[0] = open_trace(folder)
+            opened[0].read(FILE)
+        return result
+
+    monkeypatch.setattr(reader, "call", open_another)
+    trace = open_trace(folder)
+    assert isinstance(trace.storage, CleanCopies)
+    assert opened[0].storage.copy == trace.storage.copy
+    assert opened[0].read(FILE).equals(trace.read(FILE)), "its copy is still there"
+
+
+def test_a_folder_that_another_process_puts_in_place_meanwhile_is_replaced(tmp_path, monkeypatch):
+    for name in ("new", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # as it was a moment ago
+    put_in_place(tmp_path / "new", tmp_path / "target")
+    assert os.listdir(tmp_path / "target") == ["new"]
+    assert os.listdir(tmp_path) == ["target"]
 
 
 def test_a_changed_manifest_is_refused(tmp_path):
