@@ -67,8 +67,8 @@ def class_profile(
 
     Args:
         trace: a trace with a token table.
-        column: the token column that names the class; tokens where it is null, and tokens that were
-            not routed, are left out.
+        column: the token column that names the class; tokens where it is null or NaN, and tokens
+            that were not routed, are left out.
         value: the routing column whose mean is taken, of ``VALUES``; entropy and gate mass say how
             certain a router of fixed k is.
         resamples, seed, level: of the percentile interval; documents are drawn, with all their

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import polars as pl
+from polars import selectors
 
 from moe_lab.analysis.aligned_rows import (
     KEY,
@@ -64,7 +65,8 @@ class Grouping:
 
 
 def grouping(trace: Trace, column: str, name: str | None = None, min_size: int = 1) -> Grouping:
-    """The groups of tokens that share a value of ``column``; tokens where it is null are in none.
+    """The groups of tokens that share a value of ``column``; tokens where it is null or NaN are in
+    none.
 
     Args:
         trace: a trace with a token table.
@@ -144,10 +146,13 @@ def _window_codes(trace: Trace, window: int) -> Frames:
 
 
 def token_batches(trace: Trace, *columns: str) -> Frames:
-    """doc, pos and ``columns`` of the tokens that were routed, a file at a time."""
+    """doc, pos and ``columns`` of the tokens that were routed, a file at a time; a number that is
+    not defined (NaN) is null.
+    """
     routed = [ROUTED] if ROUTED in trace.tokens.collect_schema() else []
     for batch in trace.batches(None, list(dict.fromkeys([*KEY, *columns, *routed]))):
-        yield (batch.filter(ROUTED) if routed else batch).select(*KEY, *columns)
+        found = (batch.filter(ROUTED) if routed else batch).select(*KEY, *columns)
+        yield found.with_columns(selectors.float().fill_nan(None))
 
 
 def token_columns(trace: Trace) -> list[str]:

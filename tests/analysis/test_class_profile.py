@@ -278,3 +278,10 @@ def test_tokens_that_were_not_routed_are_in_no_class(make_trace, tmp_path):
     assert class_profile(open_trace(tmp_path / "engine"), "kind").equals(
         class_profile(alone, "kind")
     )
+
+
+def test_a_class_that_is_not_a_number_is_no_class(make_trace):
+    kind = [0.5, float("nan"), 0.5, float("nan")]
+    trace = make_trace(ids_with([1, 2, 3, 4]), 4, 4, pos=[1, 2, 3, 4], kind=kind)
+    profile = class_profile(trace, "kind").filter(layer=0)
+    assert profile.select("class", "n_tokens", "mean").rows() == [(0.5, 2, 2.0)]

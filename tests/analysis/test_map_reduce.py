@@ -22,6 +22,7 @@ import held_analysis
 import numpy as np
 import polars as pl
 import pytest
+from polars import selectors
 from refusals import refused
 
 from moe_lab import analysis, serving, worth
@@ -201,6 +202,12 @@ ODD: dict[str, dict[str, Any]] = {
         "pos": np.arange(70) // 7,
         "token_id": np.arange(70) * 60_000_000,
     },
+    "one document": {"doc": np.zeros(70, int), "pos": np.arange(70)},
+    "documents of one token, a class without a value": {
+        "doc": np.arange(70),
+        "pos": np.ones(70, int),
+        "kind": np.where(np.arange(70) % 5 == 0, np.nan, np.arange(70) % 3),
+    },
 }
 
 
@@ -220,6 +227,9 @@ def test_odd_traces_have_one_answer(make_traces, tmp_path, world):
         whole = answer(name, traces)
         with mapped(Here(), cache=tmp_path / "kept", rows=1):
             assert answer(name, traces) == whole, name
+        if not isinstance(whole, str):
+            numbers = pl.read_ipc(whole[1]).select(selectors.float())
+            assert not numbers.select(pl.all().is_infinite() | pl.all().is_nan()).to_numpy().any()
 
 
 @pytest.mark.parametrize("rows", [60_000_000, 200_000_000])
