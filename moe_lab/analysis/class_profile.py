@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import chain, repeat, tee
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from moe_lab.analysis.single_thread_products import Left
 from moe_lab.analysis.token_groups import HELD_TOKENS, no_column, token_batches
 from moe_lab.errors import AnalysisError, expected, require
 from moe_lab.trace import Trace
+from moe_lab.trace.opened_trace import READ_AHEAD
 
 BAND = "freq_band"
 MAX_CELLS = 2**24
@@ -114,7 +115,8 @@ def class_profile(
         if resampling is not None:  # drawn before they are needed
             pool.submit(resampling.blocks, layout.docs.units)
         if held:
-            reading = replace(reading, held=None, places=reading.here(trace, cells, layout.docs))
+            places = list(reading.here(trace, cells, layout.docs))
+            reading = replace(reading, held=None, places=places)
         tables = reduced(
             Sum(
                 _value_sums,
@@ -181,11 +183,11 @@ class _Reading:
         assert file.by_class is not None
         return file
 
-    def here(self, trace: Trace, cells: pl.DataFrame, docs: Documents) -> "list[_Here]":
+    def here(self, trace: Trace, cells: pl.DataFrame, docs: Documents) -> "Iterable[_Here]":
         """Of the tokens that were routed, by file."""
         if self.places is not None:
             return self.places
-        return [_Here(file.with_cell(cells), docs, len(cells)) for file in self.cells(trace)]
+        return (_Here(file.with_cell(cells), docs, len(cells)) for file in self.cells(trace))
 
 
 _CELL = ("class", "band", "bucket")
@@ -273,37 +275,41 @@ def _value_sums(
     documents in each cell, if ``counts``, then for each layer the sum of their values.
     """
     names = [str(number) for number in range(counts + len(layers))]
-    places = reading.here(trace, cells, docs)
-    known = dict(enumerate(places))
-    found: dict[tuple[int, int], tuple[_Here, list[Floats | None]]] = {}
+    places, *streams = tee(reading.here(trace, cells, docs), 1 + len(layers))
+    ahead = min(READ_AHEAD, 4 // len(layers))
 
-    def add(number: int, file: int, here: _Here, sums: NDArray) -> None:
-        _, columns = found.setdefault((file, id(here)), (here, [None] * len(names)))
-        columns[number] = sums[here.at].astype(np.float64)
+    def table(layer: int, stream: Iterator[_Here]) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+        calls = chain([stream], (reading.here(trace, cells, docs) for _ in repeat(None)))
+        routing = trace.batches(layer, [*KEY, value], ahead)
+        return aligned(routing, lambda: (one.frame for one in next(calls)), "the token table")
 
-    for file, here in enumerate(places if counts else ()):
-        add(0, file, here, here.counts)
-    for number, layer in enumerate(layers, int(counts)):
-        routing = trace.batches(layer, [*KEY, value])
-        tables = aligned(routing, lambda: (here.frame for here in places), "the token table")
-        for file, (left, right) in enumerate(tables):
-            if file not in known or not known[file].is_of(right):
-                known[file] = _Here(right, docs, len(cells))
-            here = known[file]
+    frames = [pl.DataFrame(schema={"place": pl.UInt32} | dict.fromkeys(names, pl.Float64))]
+
+    def add(here: _Here, sums: dict[str, NDArray]) -> None:
+        none = np.zeros(len(here.at))
+        columns = {name: sums[name][here.at] if name in sums else none for name in names}
+        frames.append(
+            pl.DataFrame({"place": here.place} | columns, schema_overrides=frames[0].schema)
+        )
+
+    for pairs in zip(*map(table, layers, streams), strict=True):
+        here = next(places, None)
+        sums = {names[0]: here.counts} if counts and here is not None else {}
+        for name, layer, (left, right) in zip(names[counts:], layers, pairs, strict=True):
+            if here is None or not here.is_of(right):
+                if here is not None:
+                    add(here, sums)
+                here, sums = _Here(right, docs, len(cells)), {}
             missing = left[value].null_count() and left[value].is_null().to_numpy()[here.chosen]
             if np.any(missing):
                 got = f"{np.sum(missing)} tokens of a file of layer {layer} without"
                 want = "a value that the trace recorded in all its layers"
                 raise AnalysisError(expected(f"{value} of every token", got, want), field="value")
-            add(number, file, here, np.bincount(here.local, left[value].to_numpy()[here.chosen]))
-    frames = [pl.DataFrame(schema={"place": pl.UInt32} | dict.fromkeys(names, pl.Float64))]
-    for _, (here, columns) in sorted(found.items()):
-        none = np.zeros(len(here.at))
-        sums = {
-            name: none if column is None else column
-            for name, column in zip(names, columns, strict=True)
-        }
-        frames.append(pl.DataFrame({"place": here.place} | sums))
+            sums[name] = np.bincount(here.local, left[value].to_numpy()[here.chosen])
+        if here is not None:
+            add(here, sums)
+    for here in places if counts else ():  # of files that the routing has not
+        add(here, {names[0]: here.counts})
     return pl.concat(frames)
 
 

@@ -254,7 +254,8 @@ def test_files_of_other_rows_are_read_whole(make_trace, draw, tmp_path):
     ids = draw(0, 300, 4, 2)
     kind = np.where(ids[:, 0] == 0, "zero", "other")
     columns = {"doc": np.zeros(300, int), "kind": kind, "pos": np.arange(300)}
-    trace = make_trace(ids, 4, rows_per_part=50, **columns)
+    trace = make_trace({0: ids, 1: ids[::-1].copy()}, 4, rows_per_part=50, **columns)
+    profile = analysis.class_profile(trace, "kind")
     tokens = pl.concat([pl.read_parquet(path) for path in trace_files(trace)])[order]
     for number, path in enumerate(trace_files(trace)):
         tokens[50 * number : 50 * number + 50].write_parquet(path)
@@ -262,6 +263,10 @@ def test_files_of_other_rows_are_read_whole(make_trace, draw, tmp_path):
     whole, workers = analysis.expert_load(trace, by="kind"), Here()
     with mapped(workers, cache=tmp_path, rows=1):
         assert analysis.expert_load(trace, by="kind").equals(whole)
+    assert analysis.class_profile(trace, "kind").equals(profile)
+    with mapped(Here(), cache=tmp_path, rows=1):
+        assert analysis.class_profile(trace, "kind").equals(profile)
+    whole = whole.filter(layer=0)
     assert whole.filter(kind="zero", expert=0)["count"].item() == (kind == "zero").sum()
     assert [len(task.parts[0].manifest.entries) for task in workers.tasks][-1] == 12
 
