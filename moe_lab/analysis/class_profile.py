@@ -7,11 +7,12 @@ tokens are (direct standardisation); read the two side by side.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, repeat, tee
+from itertools import chain, islice, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -275,7 +276,7 @@ def _value_sums(
     documents in each cell, if ``counts``, then for each layer the sum of their values.
     """
     names = [str(number) for number in range(counts + len(layers))]
-    places, *streams = tee(reading.here(trace, cells, docs), 1 + len(layers))
+    places, *streams = _shared(reading.here(trace, cells, docs), 1 + len(layers))
     ahead = min(READ_AHEAD, 4 // len(layers))
 
     def table(layer: int, stream: Iterator[_Here]) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
@@ -311,6 +312,26 @@ def _value_sums(
     for here in places if counts else ():  # of files that the routing has not
         add(here, {names[0]: here.counts})
     return pl.concat(frames)
+
+
+def _shared(items: "Iterable[_Here]", times: int) -> "list[Iterator[_Here]]":
+    """Iterators over the same items, which hold only what one of them has not taken yet:
+    ``itertools.tee`` holds up to 57.
+    """
+    queues: list[deque[_Here]] = [deque() for _ in range(times)]
+    coming = iter(items)
+
+    def take(queue: deque[_Here]) -> Iterator[_Here]:
+        while True:
+            if not queue:
+                for item in islice(coming, 1):
+                    for one in queues:
+                        one.append(item)
+            if not queue:
+                return
+            yield queue.popleft()
+
+    return [take(queue) for queue in queues]
 
 
 class _Here:
