@@ -15,6 +15,9 @@ DEAD = 75
 GRACE = 15.0
 """Seconds after the deadline in which a row or piece that has begun may end."""
 
+WARM_UP = 0.2
+"""Seconds."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -222,11 +225,19 @@ def free(device: str) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: str, rounds: int) -> list[float]:
-    """Of each of ``rounds`` calls after three that are not counted, by the device's own clock."""
+    """Of each of ``rounds`` calls by the device's own clock. Three calls at least are not counted,
+    and on CUDA as many as take ``WARM_UP``: an idle device needs a while for its full clock.
+    """
     import torch
 
     for _ in range(3):
         call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        until = time.monotonic() + WARM_UP
+        while time.monotonic() < until:
+            call()
+            torch.cuda.synchronize()
     if device == "cpu":
         found = []
         for _ in range(rounds):

@@ -1,5 +1,6 @@
 """Every dispatch backend equals the per-token oracle, forward and gradients, in float64."""
 
+import sys
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from moe_lab.errors import ConfigError
 from moe_lab.model import ExpertBank, MoEConfig, MoELayer
 from moe_lab.model.dispatch import BACKENDS, backend, native, oracle
+from moe_lab.model.dispatch.grouped import can_group
 from moe_lab.model.dispatch.order import slot_order
 from moe_lab.routing import RouterConfig, Routing
 
@@ -204,6 +206,74 @@ def test_tensors_that_compiled_code_would_misread_are_refused(field: str, change
     routing, bank = random_routing(5, 2, 3, 1, 0.2, seed=4), ExpertBank(3, 4, 3).double()
     with refused(field):
         BACKENDS["native"](*change(torch.randn(5, 4, dtype=torch.float64), routing, bank))
+
+
+class _AsOnBlackwell(torch.autograd.Function):
+    """``grouped_mm`` that leaves in memory what it may leave there: rows past the last end, in both
+    directions, and the weights' gradient of experts without rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, ends)
+        found = torch.nn.functional.grouped_mm(rows, weights, offs=ends)
+        found[int(ends[-1]) :] = torch.nan
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        rows, weights, ends = ctx.saved_tensors
+        used = int(ends[-1])
+        with torch.enable_grad():
+            inputs = [value.detach().requires_grad_() for value in (rows[:used], weights)]
+            y = torch.nn.functional.grouped_mm(inputs[0], inputs[1], offs=ends)
+            grad_rows, grad_weights = torch.autograd.grad(y, inputs, grad[:used])
+        whole = torch.full_like(rows, torch.nan)
+        whole[:used] = grad_rows
+        empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+        return whole, grad_weights.masked_fill(empty.view(-1, 1, 1), 7.0), None
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_what_grouped_mm_leaves_in_memory_reaches_nothing(
+    on_input: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["moe_lab.model.dispatch.grouped"]
+    real = torch.nn.functional
+
+    class Functional:
+        grouped_mm = staticmethod(lambda a, b, offs: _AsOnBlackwell.apply(a, b, offs))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    monkeypatch.setattr(module, "F", Functional())
+    monkeypatch.setattr(module, "leaves_empty_experts", lambda x_TD: True)
+    routing = random_routing(12, 2, 6, 2, 0.3, seed=3, on_input=on_input)
+    routing = replace(routing, indices=routing.indices.masked_fill(routing.indices == 2, -1))
+    routing = replace(routing, weights=routing.weights.detach().float())
+    bank, x_TD = ExpertBank(6, 16, 8), torch.randn(12, 16)
+    for got, wanted in zip(
+        run("grouped", x_TD, routing, bank), run("oracle", x_TD, routing, bank), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_grouped_mm_refuses_take_one_product_per_expert() -> None:
+    """Too many experts; a flat parameter's part that begins between two 16 bytes; a slice."""
+    flat = torch.randn(1 + 4 * 16 * 16 + 4 * 16 * 8)
+    split = 1 + 4 * 16 * 16
+    parts = Weights(flat[1:split].view(4, 16, 16), flat[split:].view(4, 16, 8))
+    slices = Weights(torch.randn(4, 16, 32)[..., ::2], torch.randn(4, 16, 8))
+    turned = Weights(torch.randn(4, 16, 16).mT, torch.randn(4, 8, 16).mT)
+    x_TD, routing = torch.randn(9, 16), random_routing(9, 2, 4, 0, 0.0, seed=3)
+    for bank, fits in ((parts, False), (slices, False), (turned, True)):
+        assert can_group(x_TD, bank) == fits
+        torch.testing.assert_close(
+            BACKENDS["grouped"](x_TD, routing, bank), oracle(x_TD, routing, bank)
+        )
+    many = Weights(*(torch.empty(1024, 16, width, device="meta") for width in (16, 8)))
+    assert not can_group(x_TD, many)
 
 
 def test_more_slots_than_int32_counts_are_refused() -> None:

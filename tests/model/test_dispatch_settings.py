@@ -2,6 +2,9 @@
 checkpointing, functional calls, compilation.
 """
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -165,3 +168,94 @@ def test_inference_keeps_nothing(name: str) -> None:
     with torch.inference_mode():
         y = layer(x)
     torch.testing.assert_close(y, layer(x).detach())
+
+
+ODD = {  # tokens, experts, zero-compute experts, slots, unused slots
+    "as many slots as experts": (5, 4, 0, 4, 0.0),
+    "one token": (1, 4, 2, 2, 0.0),
+    "one expert": (9, 1, 0, 1, 0.0),
+    "no token": (0, 4, 0, 2, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", [*ODD, "all to one", "all zero-compute", "weights of any sign"])
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_batches_equal_the_oracle_with_all_gradients(name: str, case: str) -> None:
+    tokens, experts, zero, slots, unused = ODD.get(case, (9, 4, 2, 2, 0.0))
+    routing, bank = (
+        random_routing(tokens, experts + zero, slots, unused),
+        ExpertBank(experts, 32, 16),
+    )
+    if case == "all to one":
+        routing = replace(routing, indices=torch.tensor([[2, -1]]).expand(tokens, -1))
+    elif case == "all zero-compute":
+        routing = replace(routing, indices=torch.tensor([[4, 5]]).expand(tokens, -1))
+    elif case == "weights of any sign":
+        routing = replace(
+            routing,
+            weights=torch.linspace(-2, 2, 18).view(9, 2).masked_fill(routing.indices == 1, 0),
+        )
+    routing = replace(routing, num_experts=experts, num_zero_experts=zero)
+    results = []
+    for backend in (BACKENDS[name], oracle):
+        x = torch.ones(tokens, 32).cumsum(dim=1).cos().requires_grad_()
+        own = replace(routing, weights=routing.weights.clone().requires_grad_())
+        inputs = [x, own.weights, bank.gate_up, bank.down]
+        y = backend(x, own, bank)
+        found = [None] * 4
+        if y.requires_grad:
+            found = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
+        zeros = [torch.zeros_like(value) for value in inputs]
+        results.append([y, *(z if g is None else g for g, z in zip(found, zeros, strict=True))])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["experts", "tokens"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_needs_no_gradient_gets_none_and_changes_no_other(name: str, frozen: str) -> None:
+    layer, x = layer_of(name), torch.randn(20, 32, requires_grad=True)
+    layer(x).square().sum().backward()
+    wanted = {key: value.grad for key, value in layer.named_parameters()} | {"x": x.grad}
+    other, fixed = copy.deepcopy(layer), frozen == "experts"
+    other.zero_grad()
+    other.experts.requires_grad_(not fixed)
+    inside = x.detach().requires_grad_(fixed)
+    other(inside).square().sum().backward()
+    found = {key: value.grad for key, value in other.named_parameters()} | {"x": inside.grad}
+    for key, grad in found.items():
+        if key.startswith("experts") if fixed else key == "x":
+            assert grad is None
+        else:
+            torch.testing.assert_close(grad, wanted[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_one_backend_gives_the_same_outputs_in_another(name: str) -> None:
+    layer, x = layer_of(name), torch.randn(20, 32)
+    other = layer_of("oracle")
+    other.load_state_dict({key: value * 1 for key, value in layer.state_dict().items()})
+    torch.testing.assert_close(other(x), copy.deepcopy(layer)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reentrant_checkpointing_changes_no_gradient(name: str) -> None:
+    layer, x = layer_of(name), torch.randn(20, 32, requires_grad=True)
+    grads = []
+    for y in (layer(x), checkpoint(layer, x, use_reentrant=True)):
+        layer.zero_grad()
+        x.grad = None
+        y.square().sum().backward()
+        grads.append([x.grad, layer.experts.down.grad, layer.router.weight.grad])
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_float16_under_autocast_stays_within_its_rounding(name: str) -> None:
+    layer, x = layer_of(name), torch.randn(40, 32)
+    wanted = layer(x).detach()
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = layer(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))

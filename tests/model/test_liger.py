@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import polars as pl
 import pytest
 import torch
+from gpu_session import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_gradients import check_second_order_is_refused, gradients_of_a_layer
@@ -190,3 +192,15 @@ def test_the_triton_kernels_equal_the_oracle_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_committed_kernels_fit_a_block_and_spill_nothing() -> None:
+    """``kernels_on_cpu.py liger --cases 0``, for the shapes of ``gpu.py``."""
+    table = pl.read_parquet(SCRIPT.parent / "gpu" / "liger_compiled.parquet")
+    assert set(table["case"]) == {"compiled for sm_90a", "compiled for sm_100a"}
+    assert table["shared_bytes"].max() <= 227 * 1024  # type: ignore[operator]
+    assert table["registers"].max() <= 255  # type: ignore[operator]
+    assert table["spilled_bytes"].sum() == 0
+    products = table.filter(pl.col("what") == "_fused_up_proj_swiglu_kernel")
+    widths = {(d_model, d_expert) for _, d_model, _, _, d_expert in FULL.shapes}
+    assert set(zip(products["d_model"], products["d_expert"], strict=True)) == widths

@@ -75,6 +75,34 @@ def test_a_backend_equals_the_oracle_on_a_cpu(
         assert float((a - b).norm() / b.norm()) < bound
 
 
+@pytest.mark.parametrize(
+    ("tokens", "slots", "unused"), [(0, 2, 0.0), (1, 2, 0.0), (9, 2, 1.0), (9, 6, 0.0)]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backend_takes_odd_batches(name: str, tokens: int, slots: int, unused: float) -> None:
+    """No token, one token, nothing that runs, and as many slots as experts."""
+    torch.manual_seed(0)
+    bank = ExpertBank(6, d_model=64, d_expert=32).to(DEVICE, torch.bfloat16)
+    x_TD = torch.randn(tokens, 64, device=DEVICE, dtype=torch.bfloat16)
+    if name in OBSTACLES and (why := OBSTACLES[name](x_TD, bank)):
+        pytest.skip(f"{name}: {why}")
+    routing = moved(random_routing(tokens, slots, 6, 0, unused, seed=1), DEVICE, torch.bfloat16)
+    results = []
+    for run in (BACKENDS[name], BACKENDS["oracle"]):
+        x = x_TD.clone().requires_grad_()
+        y = run(x, routing, bank)
+        inputs = [x, bank.gate_up, bank.down]
+        found = [None] * 3
+        if y.requires_grad:
+            found = torch.autograd.grad(y.float().sin().sum(), inputs, allow_unused=True)
+        zeros = [torch.zeros_like(value) for value in inputs]
+        results.append(
+            [y.detach(), *(z if g is None else g for g, z in zip(found, zeros, strict=True))]
+        )
+    for a, b in zip(*results, strict=True):
+        assert float((a - b).float().norm()) <= 5e-2 * float(b.float().norm())
+
+
 def small(zero: int = 2) -> DecoderConfig:
     router = RouterConfig(kind="longcat", num_experts=6, num_zero_experts=zero, top_k=3)
     return DecoderConfig(

@@ -87,8 +87,8 @@ def choose(x_TD: Tensor, bank: Bank) -> Choice:
         return Choice("native", "it is compiled for this processor")
     if x_TD.device.type == "meta":  # nothing may wait for a value
         return Choice("grouped", "on the meta device nothing is computed")
-    if not can_group(x_TD, bank.down):
-        return Choice("cpu", "grouped_mm does not take this dtype or these widths")
+    if not can_group(x_TD, bank):
+        return Choice("cpu", "grouped_mm does not take this dtype, or weights like these")
     major, _ = torch.cuda.get_device_capability(x_TD.device)
     if x_TD.dtype == torch.bfloat16 and major in ONE_KERNEL:
         return Choice("grouped", "its products are one kernel here; others have no figure yet")

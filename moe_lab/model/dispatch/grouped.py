@@ -7,6 +7,7 @@ and where a row's weight gets its gradient.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,36 +18,72 @@ from moe_lab.model.dispatch.order import InOrder, PutBack, TakeRows, slot_order
 from moe_lab.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALIGNMENT = 16  # bytes that every row must be a multiple of
+ALIGNMENT = 16  # bytes that every row must be a multiple of, and that weights begin at
+MOST_EXPERTS = 1023
+"""Of one CUDA kernel of ``grouped_mm``."""
 
 
-def can_group(x_TD: Tensor, down_EDF: Tensor) -> bool:
-    """Whether ``grouped_mm`` takes the dtype and the widths (torch 2.13 traces it for
-    ``torch.compile`` in bfloat16 only).
+def can_group(x_TD: Tensor, bank: Bank) -> bool:
+    """Whether ``grouped_mm`` takes the dtype, the widths, the number of experts and the weights as
+    they lie in memory (torch 2.13 traces it for ``torch.compile`` in bfloat16 only).
     """
     dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else DTYPES
-    return x_TD.dtype in dtypes and not any(
-        width * x_TD.element_size() % ALIGNMENT for width in down_EDF.shape[1:]
+    return (
+        x_TD.dtype in dtypes
+        and len(bank.down) <= MOST_EXPERTS
+        and not any(width * x_TD.element_size() % ALIGNMENT for width in bank.down.shape[1:])
+        and all(
+            (weight.is_contiguous() or weight.mT.is_contiguous())
+            and weight.storage_offset() * weight.element_size() % ALIGNMENT == 0
+            for weight in (bank.gate_up, bank.down)
+        )
     )
+
+
+def leaves_empty_experts(x_TD: Tensor) -> bool:
+    """Whether the gradient of an expert without rows is whatever was in memory: so it is in
+    bfloat16 on compute capability 10 (pytorch/pytorch#172439).
+    """
+    if x_TD.device.type != "cuda" or x_TD.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(x_TD.device)[0] == 10
 
 
 @takes_biases
 def grouped(x_TD: Tensor, routing: Routing, bank: Bank) -> Tensor:
-    """Run all experts in grouped matrix products. Float64, and widths that ``can_group`` refuses,
-    take one product per expert and a host synchronisation: correct, but slow.
+    """Run all experts in grouped matrix products. What ``can_group`` refuses takes one product per
+    expert and a host synchronisation: correct, but slow.
     """
-    product = F.grouped_mm if can_group(x_TD, bank.down) else _products
+    product = F.grouped_mm if can_group(x_TD, bank) else _products
     if x_TD.device.type == "meta":
         product = _shapes
     slots = slot_order(routing)
+    gate_up, down = bank.gate_up, bank.down
+    if leaves_empty_experts(x_TD):
+        gate_up, down = (_ZeroWhereEmpty.apply(weight, slots.ends) for weight in (gate_up, down))
     rows = TakeRows.apply(x_TD, slots)
     scale = InOrder.apply(routing.weights.to(x_TD.dtype), slots).unsqueeze(1)
     if routing.weights_on_input:
         rows = rows * scale
-    hidden = gating_of(bank).hidden(product(rows, bank.gate_up.transpose(1, 2), offs=slots.ends))
+    hidden = gating_of(bank).hidden(product(rows, gate_up.transpose(1, 2), offs=slots.ends))
     if not routing.weights_on_input:
         hidden = hidden * scale
-    return PutBack.apply(product(hidden, bank.down.transpose(1, 2), offs=slots.ends), slots)
+    return PutBack.apply(product(hidden, down.transpose(1, 2), offs=slots.ends), slots)
+
+
+class _ZeroWhereEmpty(torch.autograd.Function):
+    """[E, ...] weights as they are; the gradient of an expert without rows is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (ends_E,) = ctx.saved_tensors
+        empty_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0
+        return grad.masked_fill(empty_E.view(-1, 1, 1), 0.0), None
 
 
 def _products(rows_ND: Tensor, bank_EDF: Tensor, offs: Tensor) -> Tensor:
