@@ -30,6 +30,7 @@ from measure import save, summary, take_turns
 from torch import Tensor
 
 from moe_lab.cpu_kernels.linear import linear
+from moe_lab.cpu_kernels.noted_squares import note_squares
 from moe_lab.model import Decoder, DecoderConfig, MoEConfig, MoELayer
 from moe_lab.model.blocks import Block
 from moe_lab.model.rotary import Rotary
@@ -122,6 +123,10 @@ def parts_of(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Call
         return layer.dispatch(inside.flatten(0, 1), routing, layer.experts)
 
     gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
+    banks = {id(weight) for layer in layers for weight in layer.experts.parameters()}
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        if id(parameter) in banks:  # as the backward pass of the experts does
+            note_squares(gradient, torch.linalg.vector_norm(gradient).double().square())
 
     def update() -> None:
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
