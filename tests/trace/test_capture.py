@@ -393,6 +393,23 @@ def test_an_interrupted_capture_goes_on(tmp_path):
     assert both[0].equals(both[1])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_give_no_loss_are_refused(tmp_path, value):
+    """A null would say that the token was not predicted."""
+    model = decoder()
+
+    def spoil(module, inputs, output):
+        output.logits[1, 3, 7] = value
+
+    model.register_forward_hook(spoil)
+    with torch.no_grad():
+        with refused("losses", TraceError), capture(model, tmp_path / "t", losses=True):
+            model(token_ids(2, 9))
+        with capture(model, tmp_path / "routes"):
+            model(token_ids(2, 9))
+    assert open_trace(tmp_path / "routes").num_tokens == 18
+
+
 def test_losses_are_those_of_the_next_token(tmp_path):
     model, ids = decoder(), token_ids(2, 7)
     with torch.no_grad(), capture(model, tmp_path / "t", losses=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.document_pass import IGNORE, token_losses
-from moe_lab.errors import TraceError, expected
+from moe_lab.errors import TraceError, expected, require
 from moe_lab.trace.capturing.model_inputs import Inputs
 from moe_lab.trace.capturing.numbering import Labels
 
@@ -33,7 +33,8 @@ class TokenLoss:
         """[B, S] f32, NaN where a token was not predicted: the first of a document, padding, and
         where the model kept no logits (``generate`` keeps those of the last token of a prompt).
 
-        Raises ``TraceError`` where the model returns no logits over the vocabulary.
+        Raises ``TraceError`` where the model returns no logits over the vocabulary, or such that
+        the loss of a predicted token is NaN or infinite.
         """
         if self._head is not None:
             return self._in_chunks(self._head, output, inputs, labels)
@@ -57,13 +58,13 @@ class TokenLoss:
             real_BS = torch.from_numpy(labels.keep).view(batch, length).to(ids_BS.device)
         targets_BS = ids_BS.masked_fill(~real_BS, IGNORE)
         losses = np.full((batch, length), np.nan, np.float32)
-        losses[:, known + 1 :] = token_losses(
+        losses[:, known + 1 :] = _losses(
             logits_BSV[:, :-1],
             targets_BS[:, known + 1 :].masked_fill(~real_BS[:, known:-1], IGNORE),
         )
         last_BV = self._last_BV if length == 1 or bool(real_BS[:, 0].all()) else None
         if labels.continues and last_BV is not None and len(last_BV) == batch:
-            losses[:, :1] = token_losses(last_BV[:, None], targets_BS[:, :1])
+            losses[:, :1] = _losses(last_BV[:, None], targets_BS[:, :1])
         last_B = (torch.arange(length, device=ids_BS.device) * real_BS).amax(dim=1)
         self._last_BV = logits_BSV[
             torch.arange(batch, device=ids_BS.device), (last_B - known).clamp_min(0)
@@ -81,7 +82,7 @@ class TokenLoss:
             real_BS = labels.keep.reshape(batch, length)
         last_BV, self._last_BV = self._last_BV, None
         if labels.continues and last_BV is not None and bool(real_BS[:, 0].all()):
-            losses[:, :1] = token_losses(last_BV[:, None], ids_BS[:, :1])
+            losses[:, :1] = _losses(last_BV[:, None], ids_BS[:, :1])
         ends = [int(row.nonzero()[0].max(initial=0)) for row in real_BS]
         if inputs.past is not None:  # a cache was given: another part may follow
             last = [head(output, row, slice(end, end + 1)) for row, end in enumerate(ends)]
@@ -98,7 +99,25 @@ class TokenLoss:
                 start = chosen.stop
         both = real_BS[:, 1:] & real_BS[:, :-1]
         losses[:, 1:][~both] = np.nan
+        _require_finite(losses[:, 1:][both])
         return losses
+
+
+def _losses(logits_BSV: Tensor, targets_BS: Tensor) -> np.ndarray:
+    losses_BS = token_losses(logits_BSV, targets_BS)
+    _require_finite(losses_BS[(targets_BS != IGNORE).cpu().numpy()])
+    return losses_BS
+
+
+def _require_finite(losses: np.ndarray) -> None:
+    require(
+        np.isfinite(losses).all(),
+        "finite losses",
+        "NaN or infinity",
+        "losses=False to record the routing alone",
+        error=TraceError,
+        field="losses",
+    )
 
 
 def _logits(output: Any) -> Tensor:
