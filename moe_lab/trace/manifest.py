@@ -141,9 +141,12 @@ class Manifest:
         """[E] int64 slots of each expert by layer, over all files: the listed counts are summed."""
         totals = {layer.layer: np.zeros(layer.num_choices, np.int64) for layer in layers}
         for where, frame in self._counts(pl.col("layer").is_not_null()):
-            for (number,), group in frame.group_by("layer"):
-                total = totals[number]
-                total += _matrix(where, group["counts"], len(total)).sum(axis=0, dtype=np.int64)
+            for group, counts_FE in _by_experts(where, frame, layers):
+                order = np.argsort(group["layer"].to_numpy(), kind="stable")
+                numbers, starts = np.unique(group["layer"].to_numpy()[order], return_index=True)
+                sums = np.add.reduceat(counts_FE[order], starts, axis=0, dtype=np.int64)
+                for number, sums_E in zip(numbers.tolist(), sums, strict=True):
+                    totals[number] += sums_E
         return totals
 
     def file_counts(self, layer: LayerMeta) -> np.ndarray:
@@ -274,17 +277,16 @@ def clean_parts(manifest: Manifest, meta: TraceMeta) -> Iterator[tuple[str, pl.D
         TraceError: counts that are not one for each expert of their layer, or do not fit the rows.
     """
     columns = [name for name in COLUMNS if name != "pieces"]
-    layers = {layer.layer: layer for layer in meta.layers}
+    top_k = {layer.layer: layer.top_k for layer in meta.layers}
     for number, (where, rows) in enumerate(_read(manifest.parts, columns)):
         routing = rows.filter(pl.col("layer").is_not_null())
-        for (layer_number,), group in routing.group_by("layer", maintain_order=True):
-            layer = layers[layer_number]
-            counts_FE = _matrix(where, group["counts"], layer.num_choices)
-            most_F = group["rows"].to_numpy().astype(np.int64) * layer.top_k
+        for group, counts_FE in _by_experts(where, routing, meta.layers):
+            most_F = group["rows"] * group["layer"].replace_strict(top_k, return_dtype=pl.Int64)
+            more = group["layer"].filter(counts_FE.sum(axis=1, dtype=np.int64) > most_F.to_numpy())
             require(
-                (counts_FE.sum(axis=1, dtype=np.int64) <= most_F).all(),
-                f"at most {layer.top_k} slots for each row of layer {layer.layer}",
-                "more",
+                more.is_empty(),
+                "at most top_k slots for each row of a layer",
+                f"more in layer {more.first()}",
                 error=TraceError,
                 where=MANIFEST,
             )
@@ -405,6 +407,20 @@ def _read_together(paths: list[Path], columns: list[str], wanted: pl.Expr | None
         return (rows if wanted is None else rows.filter(wanted)).collect()
 
     return _guarded(paths[0], read)
+
+
+def _by_experts(
+    where: str, rows: pl.DataFrame, layers: Sequence[LayerMeta]
+) -> Iterator[tuple[pl.DataFrame, np.ndarray]]:
+    """Rows of files of routing in groups of one number of experts, with [F, E] listed counts of
+    each group: thousands of layers have few such numbers.
+    """
+    experts = {layer.layer: layer.num_choices for layer in layers}
+    numbers, place_F = np.unique(rows["layer"].to_numpy(), return_inverse=True)
+    experts_F = np.array([experts[number] for number in numbers.tolist()], np.int64)[place_F]
+    for number in np.unique(experts_F).tolist():
+        group = rows.filter(experts_F == number)
+        yield group, _matrix(where, group["counts"], number)
 
 
 def _matrix(where: str, counts: pl.Series, experts: int) -> np.ndarray:
