@@ -283,13 +283,9 @@ def clean_parts(manifest: Manifest, meta: TraceMeta) -> Iterator[tuple[str, pl.D
         for group, counts_FE in _by_experts(where, routing, meta.layers):
             most_F = group["rows"] * group["layer"].replace_strict(top_k, return_dtype=pl.Int64)
             more = group["layer"].filter(counts_FE.sum(axis=1, dtype=np.int64) > most_F.to_numpy())
-            require(
-                more.is_empty(),
-                "at most top_k slots for each row of a layer",
-                f"more in layer {more.first()}",
-                error=TraceError,
-                where=MANIFEST,
-            )
+            if not more.is_empty():
+                wanted = f"at most {top_k[more[0]]} slots for each row of layer {more[0]}"
+                raise TraceError(f"{MANIFEST}: " + expected(wanted, "more"))
         yield part_name(number), rows.with_columns(pieces=pl.lit(None, COLUMNS["pieces"]))
 
 
