@@ -8,12 +8,14 @@ else is a bug and keeps its traceback.
 import argparse
 import importlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from moe_lab import __version__
-from moe_lab.errors import MoELabError, require
+from moe_lab.errors import MoELabError, expected, require
 from moe_lab.plain_text import one_line, plain_output
 from moe_lab.plugins import load
 
@@ -98,9 +100,51 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         usual = {"allow_abbrev": False, "formatter_class": HelpFormatter}
         super().__init__(*args, **{**usual, **options})
+        self._negative_number_matcher = re.compile(r"-[.\d]")  # -5k is a value, not an option
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; try {self.prog} --help\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            hint = _near(unknown[0].partition("=")[0], self._options(), f"{self.prog} --help")
+            raise MoELabError(
+                expected(f"an option or argument of {self.prog}", unknown[0], hint), unknown[0]
+            )
+        return values
+
+    def _options(self) -> Iterable[str]:
+        """The options of this parser and of its subcommands."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._options()
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name, names = _name(action), list(map(str, action.choices))
+            what = f"{name} among {', '.join(names)}"
+            hint = _near(str(value), names, f"{self.prog} --help")
+            raise MoELabError(expected(what, repr(value), hint), name)
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError:
+            name = _name(action)
+            hint = f"{self.prog} --help"
+            raise MoELabError(expected(f"a value after {name}", "none", hint), name) from None
+
+
+def _name(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else action.dest
+
+
+def _near(name: str, names: Iterable[str], otherwise: str) -> str:
+    """The names that look like ``name``, as a hint."""
+    return " or ".join(get_close_matches(name, list(names), n=2)) or otherwise
 
 
 def _top_parser() -> Parser:
@@ -145,23 +189,12 @@ def _run(arguments: list[str]) -> int:
     if not arguments:
         _top_parser().print_help()
         return 2
-    name = _top_parser().parse_args(arguments[:1]).command
-    if name == "sweep" and len(arguments) > 1 and arguments[1].endswith(".py"):
-        arguments[1:2] = ["run", "--ask", arguments[1]]
-    module = importlib.import_module(COMMANDS[name][0])
-    plugins, parser = command_parsers(name)
+    name = ""
     try:
-        for text in arguments:
-            require(
-                _is_utf8(text), "arguments in UTF-8", ascii(text), "renaming that file or folder"
-            )
-        # Before the command's own options, which may name what a plugin adds.
-        known, remaining = plugins.parse_known_args(arguments[1:])
-        for source in getattr(known, "plugin", ()):
-            load(source)
-        return module.main(parser.parse_args(remaining))
+        name = _top_parser().parse_args(arguments[:1]).command
+        return _run_command(name, arguments)
     except MoELabError as error:
-        print(f"moe-lab {name}: {one_line(str(error))}", file=sys.stderr)
+        print(f"moe-lab {name}".rstrip() + f": {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"moe-lab {name}: interrupted; the same command continues", file=sys.stderr)
@@ -169,6 +202,22 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run_command(name: str, arguments: list[str]) -> int:
+    if name == "sweep" and len(arguments) > 1 and arguments[1].endswith(".py"):
+        arguments[1:2] = ["run", "--ask", arguments[1]]
+    module = importlib.import_module(COMMANDS[name][0])
+    plugins, parser = command_parsers(name)
+    for before, text in zip(["", *arguments], arguments, strict=False):
+        require(_is_utf8(text), "arguments in UTF-8", ascii(text), "renaming that file or folder")
+        empty = not text or (text.startswith("--") and text.find("=") == len(text) - 1)
+        require(not empty, f"a value after {text[:-1] or before}", "an empty one")
+    # Before the command's own options, which may name what a plugin adds.
+    known, remaining = plugins.parse_known_args(arguments[1:])
+    for source in getattr(known, "plugin", ()):
+        load(source)
+    return module.main(parser.parse_args(remaining))
 
 
 def _is_utf8(text: str) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,16 @@ from moe_lab.commands.options import (
     add_seed,
     examples,
     layer_numbers,
+    output_folder,
     print_frame,
     print_json,
+    read_documents,
+    refuse_ignored,
 )
 from moe_lab.errors import ConfigError, MoELabError, TraceError, expected, require
-from moe_lab.number_format import count_of
+from moe_lab.number_format import count_of, listing
 from moe_lab.progress import clock, shown
-from moe_lab.runs.layout import DONE
+from moe_lab.runs.layout import CONFIG, DONE
 from moe_lab.terminal import say
 from moe_lab.worth.worth_files import META, SHORT, WORTH_FOLDER, read_meta, refuse_taken
 
@@ -102,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also so many pairs of experts of each layer: removed together, and exchanged",
     )
     parser.add_argument("--plan", action="store_true", help="say how long it takes, and stop")
-    add_out(parser, None, "folder of the tables (default for a run: worth in its folder)")
+    add_out(parser, "folder of the tables (default for a run: worth in its folder)")
     add_forward_pass(parser, 2048, None)
     add_seed(parser)
     add_device(parser)
@@ -121,18 +125,28 @@ def _experts(text: str) -> int | None:
 
 def main(args: argparse.Namespace) -> int:
     require(
-        args.source.is_dir(),
+        not args.alone or (args.curves and args.by_class),
+        "--alone with --curves and --by-class",
+        "it without both",
+        field="--alone",
+    )
+    is_run = (args.source / DONE).exists()
+    require(
+        is_run or (args.source / CONFIG).exists(),
         "the folder of a finished run or of a pretrained model",
         args.source,
         error=TraceError,
         field="source",
     )
-    is_run = (args.source / DONE).exists()
     out = args.out or (args.source / WORTH_FOLDER if is_run else None)
     if out is None and not args.plan:
         raise ConfigError(expected("a folder for the tables", "none", "--out FOLDER"))
-    if out is not None and not args.plan:
-        refuse_taken(out)
+    if out is not None and (args.out or not args.plan):
+        refuse_taken(output_folder(out))
+    if is_run:
+        refuse_ignored(args, add_arguments, {"dtype"}, "a run")
+        if args.text is None:
+            refuse_ignored(args, add_arguments, {"text_column"}, "a run without --text")
     ablation = _of_run(args) if is_run else _of_model(args)
     unfinished = out is not None and not (out / META).exists()
     minutes = ablation.minutes(out if unfinished else None)
@@ -191,26 +205,23 @@ def _print(args: argparse.Namespace, tables: "dict[str, pl.DataFrame]", out: Pat
 
 def _of_run(args: argparse.Namespace) -> "Ablation":
     """The measurement of a finished run, on the text or on its validation documents."""
-    from moe_lab.text import Split, load_corpus, load_tokens, tokenize_documents
+    from moe_lab.text import Split, load_tokens, tokenize_documents
     from moe_lab.training import load_run
 
-    if args.dtype is not None:
-        raise ConfigError(expected("options of a run", "--dtype", "leaving --dtype out"))
     run = load_run(args.source, args.device)
     require(run.config.model.moe_layers, "a run with MoE layers", f"the dense run {args.source}")
     counts = corpus = None
     if args.text is None:
         text = load_tokens(run.config.text)
-        documents, counts = text.documents(Split.VALIDATION), text.counts()
+        judged, counts = text.documents(Split.VALIDATION), text.counts()
     else:
-        corpus = load_corpus(args.text, args.text_column)
-        documents = tokenize_documents(corpus.documents, run.tokenizer)
-    return _ablation(args, run.model, documents, run.tokenizer, counts, corpus)
+        corpus = read_documents(args)
+        judged = tokenize_documents(corpus.documents, run.tokenizer)
+    return _ablation(args, run.model, judged, run.tokenizer, counts, corpus)
 
 
 def _of_model(args: argparse.Namespace) -> "Ablation":
     """The measurement of a pretrained model in a folder."""
-    from moe_lab.text import load_corpus
     from moe_lab.trace.capturing.class_columns import Described
     from moe_lab.trace.capturing.hub import Loading, load_pretrained, tokenized
 
@@ -218,10 +229,10 @@ def _of_model(args: argparse.Namespace) -> "Ablation":
         raise ConfigError(expected("a text to judge the experts on", "none", "--text PATH"))
     model, tokenizer = load_pretrained(args.source, Loading(args.dtype or "auto", args.device))
     text_config = model.config.get_text_config()
-    corpus = load_corpus(args.text, args.text_column)
-    documents, _ = tokenized(corpus, tokenizer, None, None)
+    corpus = read_documents(args)
+    judged, _ = tokenized(corpus, tokenizer, None, None)
     describer = Described(tokenizer, text_config.vocab_size) if args.by_class else None
-    return _ablation(args, model, documents, describer, None, corpus)
+    return _ablation(args, model, judged, describer, None, corpus)
 
 
 def _ablation(
@@ -277,5 +288,7 @@ def _classes(
     frames = [token_classes(document, tokenizer, counts) for document in documents]
     known = [name for name in CLASSES if all(name in frame.columns for frame in frames)]
     for name in names:
-        require(name in known, f"columns among {known}", name, field="by_class")
+        what = f"--by-class with one of {listing(known)}"
+        hint = " or ".join(get_close_matches(name, known))
+        require(name in known, what, repr(name), hint, field="by_class")
     return {name: [frame[name][:longest] for frame in frames] for name in dict.fromkeys(names)}

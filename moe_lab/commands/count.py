@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from moe_lab.accounting.cache_size import CacheSize, cache_size
@@ -18,7 +19,7 @@ from moe_lab.accounting.parameter_count import CONVENTIONS, ParameterCount, coun
 from moe_lab.accounting.published import models
 from moe_lab.accounting.ratios import ratios
 from moe_lab.accounting.stored import StoredSize, stored_size
-from moe_lab.commands.options import UNITS, add_number, examples
+from moe_lab.commands.options import UNITS, add_number, examples, refuse_ignored
 from moe_lab.cost.parts import Part
 from moe_lab.errors import ConfigError, expected, require
 from moe_lab.model.minis import MINIS, find_mini
@@ -98,14 +99,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--csv", action="store_true", help="print CSV: section, quantity, models")
 
 
+OF_MODELS = {"set", "context", "batch", "trace", "defaults"}
+"""Options that only named models read."""
+
+
 def main(args: argparse.Namespace) -> int:
     if args.where is not None:
-        alone = not (args.models or args.set or args.trace)
-        require(alone, "--where alone, with --json or --csv", "a model beside it")
+        require(not args.models, "--where alone, with --json or --csv", "a model beside it")
+        refuse_ignored(args, add_arguments, OF_MODELS, "--where")
         return _list_where(args.where, args)
     if not args.models:
-        names = (*(entry["name"] for entry in (*facts(), *dense_facts())), *MINIS)
-        print("\n".join(names))
+        refuse_ignored(args, add_arguments, OF_MODELS | {"csv"}, "the list of models")
+        names = [*(entry["name"] for entry in (*facts(), *dense_facts())), *MINIS]
+        print(json.dumps(names, indent=1) if args.json else "\n".join(names))
         return 0
     edits = dict(_edit(text) for text in args.set)
     require(
@@ -147,9 +153,10 @@ def _list_where(condition: str, args: argparse.Namespace) -> int:
         # Of SQL, polars takes one expression here: no statement, no file.
         found = frame.filter(pl.sql_expr(condition))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        first = (str(error).splitlines() or ["an error"])[0][:100]
+        why = shorten(" ".join(str(error).split()), 100, placeholder=" ...")
         what = f"a condition on columns such as {', '.join(LISTED[1:])}"
-        raise ConfigError(expected(what, f"{condition[:60]!r} ({first})")) from error
+        got = f"{shorten(condition, 60, placeholder=' ...')!r} ({why})"
+        raise ConfigError(expected(what, got, '"sparsity > .95"'), "--where") from error
     if args.json:
         print(found.with_columns(pl.col("date").cast(pl.String)).write_json())
     elif args.csv:

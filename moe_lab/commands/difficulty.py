@@ -16,19 +16,22 @@ from moe_lab.commands.options import (
     add_out,
     add_seed,
     examples,
+    output_folder,
     place,
     print_frame,
     print_json,
+    read_documents,
+    refuse_ignored,
+    refuse_other,
 )
 from moe_lab.progress import shown
+from moe_lab.runs.layout import STUDY_FOLDER, STUDY_VERDICT
 from moe_lab.terminal import say
 
 if TYPE_CHECKING:
     import polars as pl
 
     from moe_lab.training import LoadedRun
-
-STUDY_FOLDER = "difficulty"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resamples",
         2000,
         whole=True,
+        least=100,
         default=2000,
         help="number of times that whole documents are drawn for the intervals",
     )
@@ -63,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_out(
         parser,
-        None,
         "folder of the tables (default: difficulty in the run's folder, <trace>-difficulty "
         "beside a trace; of a URL, in this folder)",
     )
@@ -83,6 +86,13 @@ def main(args: argparse.Namespace) -> int:
     out = args.out or (
         folder.with_name(f"{folder.name}-{STUDY_FOLDER}") if is_trace else folder / STUDY_FOLDER
     )
+    if is_trace:
+        ignored = {"text", "text_column", "max_tokens", "no_gain", "device"}
+        refuse_ignored(args, add_arguments, ignored, "a trace")
+    elif args.text is None:
+        refuse_ignored(args, add_arguments, {"text_column"}, "a run without --text")
+    output_folder(out)
+    refuse_other(out, "difficulty", ["association.parquet"], STUDY_VERDICT)
     with shown(not args.json):
         tables = _of_trace(args) if is_trace else _of_run(args)
     for name, table in tables.items():
@@ -90,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
     verdict, sentence = study_verdict(tables["association"])
     digests = digests_of(out, (f"{name}.parquet" for name in tables))
     found = {"verdict": verdict, "sentence": sentence, "source": str(args.source)}
-    write_json(out / "verdict.json", found | {"digests": digests})
+    write_json(out / STUDY_VERDICT, found | {"digests": digests})
     if args.json:
         print_json({"verdict": verdict, "sentence": sentence, "tables": sorted(tables), "out": out})
         return 0
@@ -152,7 +162,6 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
     from moe_lab.text import (
         Split,
         difficulty_columns,
-        load_corpus,
         load_tokens,
         ngram_halves,
         token_classes,
@@ -160,9 +169,7 @@ def _unseen(run: "LoadedRun", args: argparse.Namespace) -> "tuple[pl.DataFrame, 
     )
 
     if args.text is not None:
-        judged = tokenize_documents(
-            load_corpus(args.text, args.text_column).documents, run.tokenizer
-        )
+        judged = tokenize_documents(read_documents(args).documents, run.tokenizer)
         others, counts = [], None
     else:
         text = load_tokens(run.config.text)

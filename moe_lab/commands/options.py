@@ -5,22 +5,23 @@ import functools
 import math
 import re
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_lab import progress
 from moe_lab.config import MAX_SEED
-from moe_lab.errors import ConfigError, MoELabError, expected, require
-from moe_lab.files import json_text
+from moe_lab.errors import ConfigError, MoELabError, StorageError, expected, require
+from moe_lab.files import cannot_write, json_text, read_regular
 from moe_lab.number_format import count_of
 from moe_lab.terminal import fits, print_table, say, window_width
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from moe_lab.text import TextConfig
+    from moe_lab.text import Corpus, TextConfig
     from moe_lab.trace import Trace
 
 TERMS = {
@@ -125,7 +126,11 @@ def add_expert_sizes(parser: argparse.ArgumentParser) -> None:
         help="the model: a published one, a mini, or a config.json; sizes of experts, and the rest",
     )
     add_number(
-        parser, "--bytes-per-parameter", 2, default=2.0, help="bytes of a weight, with --config"
+        parser,
+        "--bytes-per-parameter",
+        2,
+        default=None,
+        help="bytes of a weight, with --config (default: 2)",
     )
     add_number(
         parser,
@@ -146,6 +151,8 @@ def expert_sizes(args: argparse.Namespace, trace: "Trace") -> dict[str, Any]:
     from moe_lab.hf.configuration import plain
     from moe_lab.serving.expert_bytes import other_model
 
+    size = args.bytes_per_parameter
+    require(size is None or args.config, "--bytes-per-parameter with --config", "no --config")
     config = None if args.config is None else named_config(args.config)
     if config is not None:
         values = plain(config) if isinstance(config, Path) else {"name": args.config}
@@ -154,24 +161,78 @@ def expert_sizes(args: argparse.Namespace, trace: "Trace") -> dict[str, Any]:
             progress.say(f"warning: {doubt}: sizes of experts may be of another model")
     return {
         "config": config,
-        "bytes_per_parameter": args.bytes_per_parameter,
+        "bytes_per_parameter": 2.0 if size is None else size,
         "expert_bytes": args.expert_bytes,
     }
 
 
-def add_out(parser: argparse.ArgumentParser, default: str | None, what: str) -> None:
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=None if default is None else Path(default),
-        metavar="PATH",
-        help=what,
-    )
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    """A folder to write, None by default."""
+    parser.add_argument("--out", type=output_folder, default=None, metavar="PATH", help=what)
 
 
 def place(text: str) -> "Path | str":
     """A folder, or a URL of an object store as it is: as a path it would lose a slash."""
     return text if "://" in text else Path(text)
+
+
+def output_folder(text: "Path | str") -> Path:
+    """A folder to write. Raises ``StorageError`` at once, not after the work, where that cannot be
+    made or written.
+    """
+    _try_to_write(Path(text), Path(text))
+    return Path(text)
+
+
+def output_place(text: str) -> "Path | str":
+    """A folder as ``output_folder``, or a URL."""
+    return text if "://" in text else output_folder(text)
+
+
+def output_file(text: "Path | str") -> Path:
+    """A file to write, whose folder is tried as that of ``output_folder``."""
+    path = Path(text)
+    if path.is_dir():
+        raise StorageError(expected("a file to write", f"the folder {path}", f"{path / 'NAME'}"))
+    _try_to_write(path.parent, path)
+    return path
+
+
+def output_page(text: "Path | str") -> Path:
+    """A page to write, as ``output_file``; another file of that name is not replaced."""
+    path = output_file(text)
+    is_page = path.exists() and read_regular(path, 99).lstrip().lower().startswith(
+        b"<!doctype html"
+    )
+    if path.exists() and not is_page:
+        what, hint = "a new file, or an older page", "another name, or removing it"
+        raise StorageError(expected(what, f"another file, {path}", hint))
+    return path
+
+
+def _try_to_write(folder: Path, target: Path) -> None:
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(cannot_write(target, error)) from error
+
+
+def refuse_other(folder: Path, of: str, names: Collection[str], ours: str) -> None:
+    """Raise ``StorageError`` where files of these names in a folder would be replaced that are not
+    of an earlier call of ``of``, which leaves ``ours``.
+    """
+    taken = [name for name in names if (folder / name).exists()]
+    require(
+        not taken or (folder / ours).exists(),
+        f"a new folder, or one that {of} wrote",
+        f"{', '.join(taken)} without {ours} in {folder}",
+        "another --out",
+        error=StorageError,
+        field="--out",
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +258,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--partial-frames",
-        type=Path,
+        type=output_folder,
         default=None,
         metavar="FOLDER",
         help="where workers' frames are kept until the command ends; after a kill the same command "
@@ -214,7 +275,7 @@ def read_by_workers(
     def main(args: argparse.Namespace) -> int:
         local = args.launcher == "local"
         options = launcher_options(args.launcher_option)
-        require(not (local and options), "launcher options with --launcher ray", options)
+        require(not (local and options), "--launcher-option with --launcher ray", "it alone")
         if local and args.workers is None:
             require(args.partial_frames is None, "--partial-frames with --workers", "it alone")
             return command(args)
@@ -261,22 +322,63 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_ignored(
+    args: argparse.Namespace,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    ignored: Collection[str],
+    reader: str,
+) -> None:
+    """Raise ``ConfigError`` for an option that was given and that ``reader`` does not read.
+
+    Args:
+        ignored: the names of such options in ``args``.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    for action in parser._actions:
+        if action.dest in ignored and getattr(args, action.dest) != action.default:
+            option = action.option_strings[0]
+            hint = f"leaving {option} out"
+            raise ConfigError(expected(f"options that {reader} reads", option, hint), option)
+
+
 def add_documents(
     parser: argparse.ArgumentParser,
     what: str,
     max_tokens: str = "read only the first tokens of each document",
     **settings: Any,
 ) -> None:
-    """Options for the documents that a model reads.
+    """Options for the documents that a model reads, which ``read_documents`` loads.
 
     Args:
         what, max_tokens: help of --text and --max-tokens.
         settings: of --max-tokens, as for ``add_number``; its default is None.
     """
     parser.add_argument("--text", "--corpus", dest="text", default=None, metavar="PATH", help=what)
-    parser.add_argument("--text-column", default="text", help="column of a .jsonl or .parquet")
+    parser.add_argument(
+        "--text-column", default=None, help="column of a .jsonl or .parquet (default: text)"
+    )
     settings = {"default": None, **settings}
     add_number(parser, "--max-tokens", 1000, whole=True, units=UNITS, help=max_tokens, **settings)
+
+
+def read_documents(args: argparse.Namespace) -> "Corpus":
+    """The documents of ``add_documents``."""
+    from moe_lab.text import load_corpus
+
+    refuse_column(args.text, args.text_column)
+    return load_corpus(args.text, args.text_column or "text")
+
+
+def refuse_column(text: str | None, column: str | None) -> None:
+    """Raise ``ConfigError`` for a column of a text that has none."""
+    require(
+        column is None or text is None or Path(text).suffix.lower() in (".jsonl", ".parquet"),
+        "--text-column with a .jsonl or .parquet file",
+        text,
+        "leaving it out",
+        field="--text-column",
+    )
 
 
 def add_forward_pass(
@@ -332,6 +434,14 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 
 def text_changes(args: argparse.Namespace) -> dict[str, Any]:
     """The text options that were given, as fields of ``TextConfig``."""
+    refuse_column(args.corpus, args.text_column)
+    require(
+        args.tokenizer != "byte" or args.vocab_size is None,
+        "--vocab-size with the tokenizer bpe",
+        "byte, whose vocabulary has one size",
+        "leaving --vocab-size out",
+        field="--vocab-size",
+    )
     names = ("corpus", "text_column", "vocab_size", "tokenizer")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
@@ -380,7 +490,9 @@ def layer_numbers(text: str) -> list[int]:
             raise ConfigError(
                 expected("--layers as numbers and ranges", repr(text), "--layers 1-60,63")
             )
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        layers = range(int(match[1]), int(match[2] or match[1]) + 1)
+        require(layers, "--layers with ranges that ascend", repr(part), field="--layers")
+        numbers += layers
     return numbers
 
 

@@ -3,7 +3,6 @@ not chosen on.
 """
 
 import argparse
-from pathlib import Path
 
 from moe_lab.commands.options import (
     add_json,
@@ -11,6 +10,7 @@ from moe_lab.commands.options import (
     add_seed,
     add_workers,
     examples,
+    output_file,
     print_frame,
     print_json,
     read_by_workers,
@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens-needed", action="store_true", help="also say how many tokens a placement needs"
     )
     parser.add_argument(
-        "--vllm", type=Path, default=None, metavar="PATH", help="write vLLM's expert map"
+        "--vllm", type=output_file, default=None, metavar="PATH", help="write vLLM's expert map"
     )
     parser.add_argument(
-        "--sglang", type=Path, default=None, metavar="PATH", help="write SGLang's locations"
+        "--sglang", type=output_file, default=None, metavar="PATH", help="write SGLang's locations"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files that --vllm or --sglang name"
@@ -81,9 +81,12 @@ def main(args: argparse.Namespace) -> int:
     from moe_lab.trace import open_trace
     from moe_lab.trace.reader import fetched_once
 
-    for path in (args.vllm, args.sglang):
+    files = [path for path in (args.vllm, args.sglang) if path is not None]
+    require(files or not args.overwrite, "--overwrite with --vllm or --sglang", "it alone")
+    require(len({*files}) == len(files), "two files for --vllm and --sglang", "one")
+    for path in files:
         require(
-            path is None or args.overwrite or not path.exists(),
+            args.overwrite or not path.exists(),
             "a file that is not there yet",
             path,
             "--overwrite to replace it",

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from moe_lab.commands.options import (
     add_json,
-    add_out,
     add_workers,
     examples,
     layers_of,
     load_sentence,
+    output_page,
     place,
     print_json,
     read_by_workers,
@@ -43,8 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=place,
         help="a sweep or a trace, each a folder or a URL, or run folders",
     )
-    add_out(
-        parser, None, "the page (default: report.html in the first folder; of a URL, in this one)"
+    parser.add_argument(
+        "--out",
+        type=output_page,
+        default=None,
+        metavar="FILE",
+        help="the page (default: report.html in the first folder; of a URL, in this one)",
     )
     parser.add_argument("--title", default=None, help="heading of the page")
     parser.add_argument(
@@ -64,6 +68,8 @@ def main(args: argparse.Namespace) -> int:
 
     first = args.source[0]
     out = args.out or (first / "report.html" if isinstance(first, Path) else Path("report.html"))
+    if not isinstance(first, Path) or first.is_dir():
+        output_page(out)
     sources = map(str, args.source)
     worth = [] if args.worth is None else ["--worth", str(args.worth)]
     command = shlex.join(["moe-lab", "report", *sources, *worth, "--out", str(out)])

@@ -15,6 +15,7 @@ from moe_lab.commands.options import (
     add_out,
     examples,
     print_json,
+    refuse_other,
 )
 from moe_lab.errors import AnalysisError, MoELabError, expected, require
 from moe_lab.number_format import magnitude
@@ -127,7 +128,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_out(
         verdict_parser,
-        None,
         "a folder for runs, gains, forms and confounds as Parquet and the verdict as text",
     )
     add_json(verdict_parser)
@@ -169,7 +169,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_out(
         fit_parser,
-        None,
         "a folder for the coefficients and the law beside your runs, as Parquet and a figure",
     )
     add_json(fit_parser)
@@ -291,6 +290,10 @@ def _cautions(names: list[str]) -> str:
 def verdict(args: argparse.Namespace) -> int:
     from moe_lab.scaling import MissingColumnsError, SeveralBudgetsError, wall_study
 
+    if args.out is not None:
+        refuse_other(args.out, "scaling verdict", [f"{name}.parquet" for name in TABLES], VERDICT)
+        own = args.runs.is_file() and args.runs.resolve() == (args.out / "runs.parquet").resolve()
+        require(not own, "a folder without the runs that are read", args.out, "another --out")
     try:
         with shown(not args.json):
             study = wall_study(
@@ -401,6 +404,14 @@ def _as_json(study: "WallStudy", tokens: float | None, one: "Verdict") -> dict[s
     )
 
 
+TABLES = ("runs", "confounds", "gains", "forms", "against_experts")
+VERDICT = "verdict.md"
+"""What ``scaling verdict --out`` writes."""
+FIT_TABLES = ("coefficients", "points", "curves")
+FIT_FIGURE = "law.html"
+"""What ``scaling fit --out`` writes."""
+
+
 def _write(folder: Path, study: "WallStudy") -> None:
     import polars as pl
 
@@ -418,7 +429,7 @@ def _write(folder: Path, study: "WallStudy") -> None:
         frames["against_experts"] = study.alternatives
     for name, frame in frames.items():
         write_parquet(folder / f"{name}.parquet", frame)
-    write_text(folder / "verdict.md", _markdown(study))
+    write_text(folder / VERDICT, _markdown(study))
 
 
 def _markdown(study: "WallStudy") -> str:
@@ -444,6 +455,12 @@ def _markdown(study: "WallStudy") -> str:
 def fit(args: argparse.Namespace) -> int:
     from moe_lab import scaling
 
+    if args.out is not None:
+        refuse_other(
+            args.out, "scaling fit", [f"{name}.parquet" for name in FIT_TABLES], FIT_FIGURE
+        )
+    clusters = args.cluster is None or args.bootstrap
+    require(clusters, "--cluster with a bootstrap", "--bootstrap 0", "leaving --cluster out")
     runs, arm = scaling.main_arm(_runs(args), args.arm)
     delta = scaling.SQUARES if args.squares else scaling.HUBER
     result = scaling.fit(args.law, runs, delta=delta)
@@ -506,7 +523,7 @@ def _write_fit(folder: Path, result: "Fit") -> None:
         with atomic_path(folder / f"{name}.parquet") as path:
             frame.write_parquet(path)
     figure = figures.law_fit(law.points, law.curves, law.variable)
-    with atomic_path(folder / "law.html") as path:
+    with atomic_path(folder / FIT_FIGURE) as path:
         figure.write_html(path)
 
 

@@ -18,11 +18,14 @@ from moe_lab.commands.options import (
     add_text,
     examples,
     launcher_options,
+    output_page,
+    output_place,
     place,
     print_json,
+    refuse_ignored,
     text_changes,
 )
-from moe_lab.errors import MoELabError, expected
+from moe_lab.errors import MoELabError, expected, require
 from moe_lab.terminal import dot_plot, print_table, say, window_width
 
 if TYPE_CHECKING:
@@ -172,7 +175,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
     """The options of everything that runs a sweep."""
     parser.add_argument(
         "--out",
-        type=place,
+        type=output_place,
         default=out and Path(out),
         metavar="PLACE",
         help="the sweep's folder, or a URL such as s3://bucket/sweep (extra store)"
@@ -225,7 +228,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str | None) -> None:
     )
     parser.add_argument(
         "--report",
-        type=Path,
+        type=output_page,
         default=None,
         metavar="FILE",
         help="where the page goes "
@@ -244,6 +247,11 @@ def main(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     from moe_lab import sweeps
 
+    timed = args.workers is None or not args.no_calibration
+    require(timed, "--workers with a time estimate", "--no-calibration", "leaving one out")
+    if not args.power:
+        power = {"noise", "ratios", "seeds", "truth", "draws", "target"}
+        refuse_ignored(args, _add_power, power, "a plan without --power")
     sweep = _sweep(args)
     frame = sweeps.plan(sweep, calibrate=not args.no_calibration)
     if args.power:

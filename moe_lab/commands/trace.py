@@ -23,6 +23,8 @@ from moe_lab.commands.options import (
     load_sentence,
     print_frame,
     print_json,
+    read_documents,
+    refuse_ignored,
 )
 from moe_lab.errors import (
     ArgumentError,
@@ -76,7 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_documents(parser, "a folder, .txt, .jsonl or .parquet of documents")
     add_out(
         parser,
-        None,
         "the trace's folder (default for a run: trace-<name of the text> in its folder)",
     )
     parser.add_argument(
@@ -145,15 +146,15 @@ SHOWN = (
 """Columns of the printed table; ``--json`` has all."""
 OPTIONAL = ("n_tokens", "n_docs", "effective_experts", "sd_lo", "sd_hi")
 """Those that a narrow terminal leaves out, the first of them first."""
-_SHARED = {"run", "out", "overwrite", "json", "device"}
-_TEXT = {"text", "text_column", "max_tokens"}
-_READ_BY = {
-    "RUN": _SHARED | _TEXT,
-    "--hf": _SHARED | _TEXT | {"hf", "dtype", "device_map", "batch_tokens", "trust_remote_code"},
-    "--import": _SHARED
-    | {"kind", "config", "num_experts", "num_zero_experts", "top_k", "layers", "tokens", "model"},
+_OF_TEXT = {"text", "text_column", "max_tokens", "device"}
+_OF_PRETRAINED = {"dtype", "device_map", "batch_tokens", "trust_remote_code"}
+_OF_RECORDS = {"config", "num_experts", "num_zero_experts", "top_k", "layers", "tokens", "model"}
+_IGNORED = {
+    "RUN": _OF_PRETRAINED | _OF_RECORDS,
+    "--hf": _OF_RECORDS,
+    "--import": _OF_PRETRAINED | _OF_TEXT,
 }
-"""What is traced -> the options that are read; any other that was given is refused."""
+"""What is traced -> the options that are not read: refused where one was given."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -164,7 +165,7 @@ def main(args: argparse.Namespace) -> int:
         "several" if any(given) else "none",
     )
     mode = "--hf" if args.hf is not None else "--import" if args.kind is not None else "RUN"
-    _refuse_ignored(args, mode)
+    refuse_ignored(args, add_arguments, _IGNORED[mode], mode)
     if mode != "--import" and args.text is None:
         raise ConfigError(expected("a text to trace", "none", "--text PATH"))
     try:
@@ -174,17 +175,6 @@ def main(args: argparse.Namespace) -> int:
     except ArgumentError as error:
         message = error.message(lambda name: "--" + name.replace("_", "-"))
         raise TraceError(message, error.field) from error
-
-
-def _refuse_ignored(args: argparse.Namespace, mode: str) -> None:
-    own = argparse.ArgumentParser(add_help=False)
-    add_arguments(own)
-    for name, default in vars(own.parse_args([])).items():
-        if name not in _READ_BY[mode] and getattr(args, name) != default:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(
-                expected(f"options that {mode} reads", option, f"leaving {option} out")
-            )
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -214,14 +204,13 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _pretrained(args: argparse.Namespace) -> int:
-    from moe_lab.text import load_corpus
     from moe_lab.trace.capturing.hub import Loading, trace_pretrained
 
     if args.out is None:
         raise ConfigError(expected("a folder for the trace", "none", "--out FOLDER"))
     trace = trace_pretrained(
         args.hf,
-        load_corpus(args.text, args.text_column),
+        read_documents(args),
         args.out,
         max_tokens=args.max_tokens,
         batch_tokens=args.batch_tokens,
@@ -260,7 +249,7 @@ def _report(
 
 
 def _run(args: argparse.Namespace) -> int:
-    from moe_lab.text import load_corpus, tokenize_documents
+    from moe_lab.text import tokenize_documents
     from moe_lab.training import Excerpt, evaluate, load_run
     from moe_lab.training.finished_run import trace_meta
 
@@ -268,7 +257,7 @@ def _run(args: argparse.Namespace) -> int:
     require(
         run.config.model.moe_layers, "a run with MoE layers to trace", f"the dense run {args.run}"
     )
-    corpus = load_corpus(args.text, args.text_column)
+    corpus = read_documents(args)
     out = args.out or args.run / f"trace-{Path(args.text).stem}"
     documents = tokenize_documents(corpus.documents, run.tokenizer)
     lengths = [len(document.ids[: args.max_tokens]) for document in documents]

@@ -27,7 +27,7 @@ from moe_lab.commands.options import (
     text_config,
 )
 from moe_lab.errors import ConfigError, FieldError, expected, require
-from moe_lab.files import parse_json, read_regular
+from moe_lab.json_input import read_json_file
 from moe_lab.model.minis import MINIS
 from moe_lab.number_format import listing
 from moe_lab.progress import shown, tell
@@ -147,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("tensorboard", "wandb", "trackio"),
         help="mirror the metrics there too (extra 'track'); may be repeated",
     )
-    add_out(parser, None, "the run's folder (default: runs/train/<config hash>)")
+    add_out(parser, "the run's folder (default: runs/train/<config hash>)")
     add_seed(parser)
     add_device(parser)
     add_text(parser)
@@ -160,6 +160,13 @@ def main(args: argparse.Namespace) -> int:
     from moe_lab.routing.facts import LATER_TOKENS
     from moe_lab.training import RankError, keep_freed_memory, train
 
+    require(
+        args.parallel is None or "RANK" in os.environ,
+        "--parallel under torchrun",
+        "one process",
+        f"torchrun --nproc-per-node 2 -m moe_lab train --parallel {args.parallel}",
+        field="--parallel",
+    )
     torch.set_num_threads(1)
     keep_freed_memory()
     config = run_config(args)
@@ -210,7 +217,7 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     values = (
         _read(args.config)
         if args.config is not None
-        else (_mini(args.mini) if args.mini else _default()).to_dict()
+        else (_mini(args.mini) if args.mini is not None else _default()).to_dict()
     )
     router = values["model"]["moe"]["router"] if values["model"].get("moe") else None
     flags = {
@@ -254,7 +261,7 @@ def run_config(args: argparse.Namespace) -> "RunConfig":
     kind = None if router is None else router["kind"]
     for item in args.set:
         _assign(values, item)
-    router = values["model"]["moe"]["router"] if values["model"].get("moe") else None
+    router = (values["model"].get("moe") or {}).get("router")
     if router is not None and (args.router or router["kind"] != kind):
         given = {item.partition("=")[0].rpartition(".")[2] for item in args.set}
         for name in drop_unread(router):
@@ -330,10 +337,7 @@ def _controller(router: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_json(read_regular(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; try the config.json of a run") from error
+    values = read_json_file(path, "config.json of a run")
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ConfigError(
             expected(
@@ -371,10 +375,18 @@ def _assign(values: dict[str, Any], item: str) -> None:
         repr(item),
         " or ".join(f"--set {name}=VALUE" for name in paths) or "--set model.num_layers=6",
     )
+    was = values[leaf]
     try:
         values[leaf] = json.loads(raw)
     except ValueError:
         values[leaf] = raw
+    require(
+        isinstance(values[leaf], dict) or not isinstance(was, dict),
+        f"--set {path} as an object of fields, or one of them",
+        repr(raw),
+        f"--set {path}.{next(iter(was), 'FIELD') if isinstance(was, dict) else ''}=VALUE",
+        field=leaf,
+    )
 
 
 def _refuse_too_large(config: "RunConfig") -> None:

@@ -2,9 +2,8 @@
 
 import argparse
 import os
-from pathlib import Path
 
-from moe_lab.commands.options import add_number, examples
+from moe_lab.commands.options import add_number, examples, output_page, refuse_ignored
 from moe_lab.commands.options import place as place_of
 from moe_lab.terminal import say
 
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "place", type=place_of, help="a run, a sweep, or a folder of runs; or the URL of a sweep"
     )
     parser.add_argument(
-        "--once", type=Path, metavar="FILE", help="write the page as one file, as it is now"
+        "--once", type=output_page, metavar="FILE", help="write the page as one file, as it is now"
     )
     parser.add_argument(
         "--host",
@@ -39,6 +38,7 @@ def main(args: argparse.Namespace) -> int:
 
     place = open_place(args.place)
     if args.once is not None:
+        refuse_ignored(args, add_arguments, {"host", "port"}, "--once")
         page = write_page(Board(place), args.once)
         say(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB)")
         return 0

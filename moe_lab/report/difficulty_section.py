@@ -19,10 +19,10 @@ from moe_lab.report.frames import Frames
 from moe_lab.report.sections import Section
 from moe_lab.report.sources import NamedTrace
 from moe_lab.runs.done_file import check_seal
+from moe_lab.runs.layout import STUDY_FOLDER, STUDY_VERDICT
 from moe_lab.sandbox import read_parquet
 
 RESAMPLES = 1000
-STUDY_FOLDER, VERDICT = "difficulty", "verdict.json"
 
 
 HEADINGS = {
@@ -87,14 +87,14 @@ def _drawn(varying: NamedTrace, tables: dict[str, pl.DataFrame], frames: Frames)
 
 def _folder(named: NamedTrace) -> Path | None:
     folder = named.run.folder / STUDY_FOLDER if named.run is not None else None
-    return folder if folder is not None and (folder / VERDICT).is_file() else None
+    return folder if folder is not None and (folder / STUDY_VERDICT).is_file() else None
 
 
 def _tables(named: NamedTrace, frames: Frames) -> dict[str, pl.DataFrame] | None:
     folder = _folder(named)
     if folder is not None:
         paths = sorted(folder.glob("*.parquet"))
-        check_seal(folder, [path.name for path in paths], folder / VERDICT)
+        check_seal(folder, [path.name for path in paths], folder / STUDY_VERDICT)
         return {path.stem: read_parquet(path, RunError) for path in paths}
     from moe_lab.analysis.difficulty import difficulty_association, difficulty_curves
     from moe_lab.analysis.difficulty.study import NGRAM

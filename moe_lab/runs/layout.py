@@ -32,6 +32,8 @@ FAILURE = "error.json"
 """What kind of failure it was (``failures.FailureKind``), written before ``error.txt``."""
 LOG = "log.txt"
 """What the run printed."""
+STUDY_FOLDER, STUDY_VERDICT = "difficulty", "verdict.json"
+"""Folder of the tables of ``moe-lab difficulty``, and what is written last in it."""
 DONE = "done"
 """Written last: the only proof of a finished run."""
 

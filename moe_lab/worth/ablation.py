@@ -33,7 +33,7 @@ from moe_lab.worth.decisions import LEAST_SLOTS
 from moe_lab.worth.measured_rows import text_hash
 from moe_lab.worth.measures import EDITS, EditKind, expert_losses, expert_minutes, expert_worth
 from moe_lab.worth.paired_passes import edited_sums, log_probabilities, logits_of, set_rows
-from moe_lab.worth.pairs import exchange_losses, pair_losses
+from moe_lab.worth.pairs import chosen_pairs, exchange_losses, pair_losses
 from moe_lab.worth.scores import SCORES, expert_scores, score_agreement, scored_layers
 from moe_lab.worth.token_groups import Classes, TokenGroups
 from moe_lab.worth.worth_files import LOSSES, META, SHORT, UNFINISHED, refuse_taken
@@ -157,7 +157,9 @@ class Ablation:
                     points = ORDERS * len(possible_shares(self.model))
                     left += self._left(files["curves"], judged, points) / 2
                 parts["curves"] = seconds * left
-            if self.pairs:  # two single experts, both and the exchange, on average from mid-height
+            if self.pairs:
+                chosen_pairs(self.model, self.pairs, self.seed, None)  # raises for too many
+                # two single experts, both and the exchange, on average from mid-height
                 number = self.pairs * len(self.measured) * 4
                 parts["pairs"] = seconds * self._left(files["pairs"], self.documents, number) / 2
         return parts

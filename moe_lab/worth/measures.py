@@ -296,7 +296,9 @@ def _chosen(sites: Sequence[TracedRouter], experts: Experts, seed: int) -> dict[
     if experts is None:
         return {layer: list(range(size)) for layer, size in sizes.items()}
     if isinstance(experts, int):
-        require(experts >= 1, "at least 1 expert of each layer", experts, field="experts")
+        most = max(sizes.values(), default=0)
+        what = f"1 to {most} experts, as many as a layer has"
+        require(1 <= experts <= most, what, experts, field="experts")
         generator = np.random.default_rng(seed)
         return {
             layer: sorted(generator.permutation(size)[:experts].tolist())

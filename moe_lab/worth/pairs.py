@@ -54,7 +54,7 @@ def pair_losses(
     Example:
         >>> pair_losses(model, documents, [(3, 0, 17)])
     """
-    chosen = _chosen(model, pairs, seed, readers)
+    chosen = chosen_pairs(model, pairs, seed, readers)
     make = EDITS[edit]
     singles = sorted({(layer, expert) for layer, *both in chosen for expert in both})
     edits = [[make(*single)] for single in singles]
@@ -116,7 +116,7 @@ def exchange_losses(
         >>> found = exchange_losses(model, documents)
         >>> found.filter(pl.col("used_hi") < 0.01, pl.col("kl") < 0.001)  # redundant pairs
     """
-    chosen = _chosen(model, pairs, seed, readers)
+    chosen = chosen_pairs(model, pairs, seed, readers)
     edits = [[Exchange(*pair)] for pair in chosen]
     sums = edited_sums(
         model, documents, edits, batch_tokens=batch_tokens, path=path, readers=readers
@@ -140,9 +140,10 @@ def exchange_losses(
     )
 
 
-def _chosen(
+def chosen_pairs(
     model: nn.Module, pairs: Pairs, seed: int, readers: Mapping[str, Reader] | None
 ) -> list[tuple[int, int, int]]:
+    """(layer, first, second) of the pairs that are measured."""
     sites, _ = find_sites(model, readers, None)
     every = {
         site.layer: [(site.layer, *both) for both in combinations(range(site.num_experts or 0), 2)]
@@ -151,7 +152,9 @@ def _chosen(
     if pairs is None:
         return [pair for layer in every.values() for pair in layer]
     if isinstance(pairs, int):
-        require(pairs >= 1, "at least 1 pair of each layer", pairs, field="pairs")
+        most = max(map(len, every.values()), default=0)
+        what = f"1 to {most} pairs, as many as the experts of a layer make"
+        require(1 <= pairs <= most, what, pairs, field="pairs")
         generator = np.random.default_rng(seed)
         return [
             layer[place]

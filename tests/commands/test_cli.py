@@ -219,8 +219,13 @@ def test_a_run_that_does_not_fit_into_memory_is_one_line(corpus: Path, cache: Pa
 
 
 def test_an_unknown_command_or_option_is_one_line() -> None:
-    assert "invalid choice: 'tran'" in fails("tran")
-    assert "unrecognized arguments: --colour" in fails("doctor", "--colour")
+    assert fails("tran").endswith("got 'tran'; try train or trace")
+    assert "got --colour; try moe-lab doctor --help" in fails("doctor", "--colour")
+    assert fails("train", "--tokns=3").endswith("got --tokns=3; try --tokens or --top-k")
+    assert fails("train", "--on-alarm", "stopp").endswith("got 'stopp'; try stop")
+    assert "expected a value after --tokens, got none" in fails("train", "--tokens")
+    assert "expected a value after --out, got an empty one" in fails("train", "--out", "")
+    assert "expected a value after --out, got an empty one" in fails("train", "--out=")
 
 
 def test_doctor_speaks_json() -> None:

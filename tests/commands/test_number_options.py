@@ -54,6 +54,11 @@ def test_a_number_is_read_in_full(settings, text, value) -> None:
             "train --tokens 0",
             "--tokens as a whole number above 0, with k, M, B or T, got '0'; try --tokens 200k",
         ),
+        (
+            "train --tokens -5k",
+            "--tokens as a whole number above 0, with k, M, B or T, got '-5k'; try --tokens 200k",
+        ),
+        ("train --lr -1e-3", "--lr as a number above 0, got '-1e-3'; try --lr 0.003"),
         ("train --lr nan", "--lr as a number above 0, got 'nan'; try --lr 0.003"),
         (
             "train --set model.num_layers=0",

@@ -407,7 +407,7 @@ def test_a_fit_takes_one_arm(file) -> None:
 
 
 def test_options_are_spelt_out(file) -> None:
-    assert "unrecognized arguments: --boot" in fails(
+    assert "got --boot; try --bootstrap" in fails(
         "scaling", "fit", "line", file(runs()), "--boot", 5
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from moe_lab.config import Config
-from moe_lab.errors import ConfigError, RunError, expected
+from moe_lab.errors import ConfigError, RunError, expected, require
 
 Options = TypeVar("Options", bound=Config)
 
@@ -27,6 +27,9 @@ def read_options(kind: type[Options], options: Mapping[str, str]) -> Options:
     """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = dict(options)
+    for key in options:
+        what = f"a launcher option among {', '.join(defaults)}"
+        require(key in defaults, what, repr(key), field=key)
     for key in set(options) & set(defaults):
         if not isinstance(defaults[key], str):
             try:
