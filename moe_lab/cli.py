@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; try {self.prog} --help\n")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             hint = _near(unknown[0].partition("=")[0], self._options(), f"{self.prog} --help")
@@ -143,8 +143,10 @@ def _name(action: argparse.Action) -> str:
 
 
 def _near(name: str, names: Iterable[str], otherwise: str) -> str:
-    """The names that look like ``name``, as a hint."""
-    return " or ".join(get_close_matches(name, list(names), n=2)) or otherwise
+    """The names that begin with ``name``, else those that look like it, as a hint."""
+    known = list(dict.fromkeys(names))
+    begin = [one for one in known if one.startswith(name)]
+    return " or ".join(begin[:2] or get_close_matches(name, known, n=2)) or otherwise
 
 
 def _top_parser() -> Parser:

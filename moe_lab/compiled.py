@@ -15,11 +15,32 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_lab.errors import RunError
 from moe_lab.files import atomic_path, default_cache_dir, private_folder
+
+SWITCH = "MOE_LAB_NATIVE"
+"""Environment variable that switches all of it off when it is 0."""
 
 
 class NoCompilerError(Exception):
     """There is no C++ compiler on this machine."""
+
+
+def load(source: Path, flags: Sequence[str], what: str) -> ctypes.CDLL | str:
+    """The library of ``source``, or the reason why it cannot be had: that ``what`` could not be
+    compiled, or ``SWITCH``. A file of the cache that cannot be loaded is compiled again.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    try:
+        path = shared_library(source, flags)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # cut off by a full disk, for example
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(shared_library(source, flags)))
+    except (OSError, RunError, subprocess.SubprocessError, NoCompilerError) as error:
+        return f"{what} could not be compiled: {_reason(error)}"
 
 
 def shared_library(source: Path, flags: Sequence[str]) -> Path:
@@ -54,19 +75,7 @@ def shared_library(source: Path, flags: Sequence[str]) -> Path:
     return path
 
 
-def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-    """``shared_library`` in this process; a file of the cache that cannot be loaded is compiled
-    again. Raises what ``shared_library`` does.
-    """
-    path = shared_library(source, flags)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # cut off by a full disk, for example
-        path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(shared_library(source, flags)))
-
-
-def reason(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Why ``shared_library`` raised, in one line."""
     if isinstance(error, subprocess.CalledProcessError):
         return " ".join((error.stderr or "").strip().splitlines()[:1])

@@ -7,15 +7,12 @@ cannot be had ``available`` is False and ``problem`` says why; ``MOE_LAB_NATIVE=
 
 import ctypes
 import functools
-import os
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_lab import compiled
-from moe_lab.errors import RunError
 
 DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 SOURCE = Path(__file__).with_name("experts.cpp")
@@ -29,7 +26,6 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
-SWITCH = "MOE_LAB_NATIVE"
 
 _ready: bool | None = None
 """What ``available`` found; a plain global, because ``torch.compile`` reads those and cannot look
@@ -63,12 +59,9 @@ def library() -> ctypes.CDLL:
 @functools.cache
 def _search() -> ctypes.CDLL | str:
     """The compiled source, or the reason why it cannot be had."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
-    try:
-        loaded = compiled.load(SOURCE, FLAGS)
-    except (OSError, RunError, subprocess.SubprocessError, compiled.NoCompilerError) as error:
-        return f"the experts could not be compiled: {compiled.reason(error)}"
+    loaded = compiled.load(SOURCE, FLAGS, "the experts")
+    if isinstance(loaded, str):
+        return loaded
     loaded.moe_plan.restype = None
     for name in DTYPES.values():
         for function in ("forward", "backward", "product", "top_k", "entropy_and_spread"):

@@ -13,8 +13,6 @@ Shape letters: S sets, R requests of all sets, I items.
 
 import ctypes
 import functools
-import os
-import subprocess
 from collections.abc import Callable
 from enum import IntEnum
 from itertools import pairwise
@@ -25,11 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lab import compiled
-from moe_lab.errors import RunError
 
 SOURCE = Path(__file__).with_name("replay.cpp")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-shared")
-SWITCH = "MOE_LAB_NATIVE"
 FIRST_USE = -1
 """Distance of a request that no budget serves."""
 NEVER = 2**31 - 1
@@ -55,12 +51,9 @@ class Order(IntEnum):
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """The compiled source, or the reason why there is none."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
-    try:
-        loaded = compiled.load(SOURCE, FLAGS)
-    except (OSError, RunError, subprocess.SubprocessError, compiled.NoCompilerError) as error:
-        return f"the replays could not be compiled: {compiled.reason(error)}"
+    loaded = compiled.load(SOURCE, FLAGS, "the replays")
+    if isinstance(loaded, str):
+        return loaded
     loaded.lru_new.restype = loaded.cache_new.restype = ctypes.c_void_p
     return loaded
 

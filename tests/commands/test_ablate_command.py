@@ -113,11 +113,17 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
     ):
         with pytest.raises(MoELabError, check=lambda error, field=field: error.field == field):
             main_raising(["ablate", str(run), *options, "--plan"])
-    with refused("", ConfigError):
+    for option in ("--experts", "--pairs"):
+        with refused(option.strip("-"), ConfigError):
+            main_raising(["ablate", str(run), option, "99", "--plan"])
+    with refused("--layers", ConfigError):
+        main_raising(["ablate", str(run), "--layers", "1-0", "--plan"])
+    with refused("--dtype", ConfigError):
         main_raising(["ablate", str(run), "--dtype", "float16", "--plan"])
     for options in (["--text", "x", "--plan"], []):
         with refused("source", TraceError):
             main_raising(["ablate", str(tmp_path / "nothing"), *options])
-    (tmp_path / "taken").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").touch()
     with refused("out", AnalysisError):
         main_raising(["ablate", str(run), "--out", str(tmp_path / "taken")])

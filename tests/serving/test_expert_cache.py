@@ -10,6 +10,7 @@ import pytest
 from refusals import refused
 
 from moe_lab.analysis.map_reduce import mapped
+from moe_lab.compiled import SWITCH
 from moe_lab.errors import AnalysisError
 from moe_lab.serving import distinct_experts, expert_cache, expert_sets, prefetch, replay
 from moe_lab.serving.expert_cache import POLICIES
@@ -63,7 +64,7 @@ def way(request, monkeypatch):
     """With the compiled replays, and without."""
     replay.library.cache_clear()
     if request.param == "plain":
-        monkeypatch.setenv(replay.SWITCH, "0")
+        monkeypatch.setenv(SWITCH, "0")
     yield request.param
     replay.library.cache_clear()
 

@@ -6,6 +6,7 @@ import numpy as np
 import plain_cache
 import pytest
 
+from moe_lab.compiled import SWITCH
 from moe_lab.serving import replay
 from moe_lab.serving.replay import KeyedCache, LruStack, Order, next_uses
 
@@ -15,7 +16,7 @@ def way(request, monkeypatch):
     """Both ways of running; the compiled one is skipped where there is no compiler."""
     replay.library.cache_clear()
     if request.param == "plain":
-        monkeypatch.setenv(replay.SWITCH, "0")
+        monkeypatch.setenv(SWITCH, "0")
     elif isinstance(found := replay.library(), str):
         pytest.skip(found)
     yield request.param
