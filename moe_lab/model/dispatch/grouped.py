@@ -25,16 +25,18 @@ MOST_EXPERTS = 1023
 
 def can_group(x_TD: Tensor, bank: Bank) -> bool:
     """Whether ``grouped_mm`` takes the dtype, the widths, the number of experts and the weights as
-    they lie in memory (torch 2.13 traces it for ``torch.compile`` in bfloat16 only).
+    they lie in memory (torch 2.13 traces it for ``torch.compile`` in bfloat16 only, and not where
+    in memory a weight begins: it is taken to fit then, as a parameter of its own does).
     """
-    dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else DTYPES
+    compiling = torch.compiler.is_compiling()
+    dtypes = (torch.bfloat16,) if compiling else DTYPES
     return (
         x_TD.dtype in dtypes
         and len(bank.down) <= MOST_EXPERTS
         and not any(width * x_TD.element_size() % ALIGNMENT for width in bank.down.shape[1:])
         and all(
             (weight.is_contiguous() or weight.mT.is_contiguous())
-            and weight.storage_offset() * weight.element_size() % ALIGNMENT == 0
+            and (compiling or weight.storage_offset() * weight.element_size() % ALIGNMENT == 0)
             for weight in (bank.gate_up, bank.down)
         )
     )
